@@ -1,0 +1,151 @@
+"""Settings of the data pipeline, as plain typed dataclasses (no heavy imports: the command line validates with them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class FilterConfig:
+    """Which samples take part, judged from the index before a byte is downloaded; null switches a rule off."""
+
+    min_side: int | None = None
+    """Shorter side of the stored picture, pixels."""
+    max_aspect: float | None = None
+    """Longer side / shorter side."""
+    min_aesthetic: float | None = None
+    max_watermark: float | None = None
+    max_unsafe: float | None = None
+    min_similarity: float | None = None
+    min_caption: int | None = None
+    """Caption length in characters."""
+    max_caption: int | None = None
+
+
+@dataclass
+class CaptionConfig:
+    """Which caption a sample is trained with, and how it is cleaned."""
+
+    sources: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
+    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a string or a list of strings in the .json member)."""
+    clean: bool = True
+    """Strip HTML, URLs and control characters, collapse white space."""
+    max_characters: int = 1000
+    """Captions are cut to this many characters before the tokenizer sees them."""
+
+
+@dataclass
+class DataConfig:
+    shards: Any = None
+    """A glob, brace pattern, directory, s3:// URL pattern, or a list of these."""
+    global_batch: int = 64
+    """Samples per optimizer step over all ranks."""
+    lanes: int = 0
+    """Fixed interleaved sub-streams; must divide `global_batch`; allowed world sizes divide it. 0: `global_batch` up to 64, else
+    its largest divisor not above 256."""
+    window: int = 1024
+    """Samples shuffled together inside a lane."""
+    micro_batch: int = 0
+    """Samples per forward pass and rank; 0: the whole share of the rank. Gradient accumulation follows from it."""
+    threads: int = 2
+    """Decoding threads per rank."""
+    prefetch_mb: int = 512
+    """Budget for raw and decoded samples held ahead of the trainer, per rank."""
+    decode_margin: float = 2.0
+    """JPEGs are decoded at the smallest DCT scale that is still this many times the target size."""
+    max_pixels: int = 64_000_000
+    """Pictures larger than this (judged from the header) are dropped as `too_large`."""
+    crop: str = "random"
+    """`random` or `center`: which square of the picture is used."""
+    flip: float = 0.0
+    """Probability of a horizontal flip. Off by default: captions may say left and right."""
+    background: int = 255
+    """Grey value that transparent pixels are composited over."""
+    index_dir: str | None = None
+    """Where indexes are kept when the shards' own directory cannot be written."""
+    cache_dir: str | None = None
+    """Disk cache for remote shards, shared by the processes of a node."""
+    cache_gb: float = 50.0
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the consumed samples (after the first 1,000) was broken."""
+    deadline_s: float = 600.0
+    """How long a broken store is retried without a byte of progress."""
+    stall_s: float = 20.0
+    """A read without a byte for this long is broken off and continued by a new connection."""
+    embeddings: Any = None
+    """Sidecar shards of precomputed text embeddings; null: encode online."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+
+    def __post_init__(self) -> None:
+        require(self.global_batch >= 1, f"data.global_batch={self.global_batch}: it must be at least 1")
+        require(self.window >= 1, f"data.window={self.window}: it must be at least 1")
+        require(self.micro_batch >= 0, f"data.micro_batch={self.micro_batch}: it must be 0 (automatic) or positive")
+        require(self.crop in ("random", "center"), f"data.crop={self.crop}: it must be random or center")
+        require(0 <= self.flip <= 1, f"data.flip={self.flip}: it must be a probability from 0 to 1")
+        require(0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255")
+        require(self.threads >= 1, f"data.threads={self.threads}: it must be at least 1")
+        if self.lanes:
+            require(
+                self.global_batch % self.lanes == 0,
+                f"data.lanes={self.lanes}: it must divide data.global_batch={self.global_batch}",
+            )
+
+    @property
+    def lane_count(self) -> int:
+        """The number of lanes in force."""
+        if self.lanes:
+            return self.lanes
+        top = min(self.global_batch, 64 if self.global_batch <= 64 else 256)
+        return next(n for n in range(top, 0, -1) if self.global_batch % n == 0)
+
+
+@dataclass
+class DrawConfig:
+    """The captioned shapes that `cascade prepare` draws (see data_pipeline/synthetic.py)."""
+
+    count: int = 6000
+    """Training pictures."""
+    heldout: int = 512
+    """Pictures of caption combinations that training never sees."""
+    size: int = 64
+    """Side in pixels."""
+    objects: int = 1
+    """Objects per picture: 1, or 2 with their relation."""
+    samples_per_shard: int = 1000
+
+
+@dataclass
+class PrepareConfig:
+    kind: str = "draw"
+    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv or parquet), `shards` (repack)."""
+    source: str | None = None
+    output: str = "data/demo"
+    max_side: int | None = None
+    """Larger pictures are shrunk to this longer side; null keeps the bytes as they are."""
+    quality: int = 92
+    """JPEG quality of re-encoded pictures."""
+    samples_per_shard: int = 1000
+    deduplicate: str = "none"
+    """`none`, `exact` (bytes) or `perceptual`."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("draw", "folder", "table", "shards"),
+            f"prepare.kind={self.kind}: it must be draw, folder, table or shards",
+        )
+        require(
+            self.deduplicate in ("none", "exact", "perceptual"),
+            f"prepare.deduplicate={self.deduplicate}: it must be none, exact or perceptual",
+        )
+        require(self.kind == "draw" or bool(self.source), f"prepare.source: prepare.kind={self.kind} needs one")

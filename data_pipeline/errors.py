@@ -1,0 +1,29 @@
+"""Errors that are the user's to mend: one sentence that names the key, the file and the remedy."""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+
+
+class CascadeError(Exception):
+    """The root of all errors this project raises on purpose; `str(error)` is a complete sentence for the user."""
+
+    exit_code = 1
+
+
+class UserError(CascadeError):
+    """Wrong input (a config key, a path, credentials, a file that is not what it claims): exit code 2, no traceback."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class ConfigError(UserError):
+    """A config value that cannot work; the message names the key and what would be valid."""
+
+
+class DataError(UserError):
+    """Shards that are missing, unreadable or not what the run was told they are."""
+
+
+class StoreError(CascadeError):
+    """An object store that stayed broken past its deadline; the message names the object and the last cause."""

@@ -1,0 +1,388 @@
+"""Every setting of every command, as typed dataclasses that refuse what cannot work. Imports neither torch nor deepspeed.
+
+`conf/*.yaml` composes the values (Hydra), these classes own their validity: unknown keys and wrong types are refused by
+OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `Experiment.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.config import DataConfig, PrepareConfig, require
+from training.diffusion.settings import DiffusionConfig, SamplerConfig
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. One run = one stage's training, in one directory, over any number of restarts."""
+
+    name: str = "default"
+    dir: str = "runs/default/stage"
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "demo_base"
+    """A row of training/model/presets.py."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of `UNetConfig` that differ from the preset."""
+
+
+@dataclass
+class StageConfig:
+    """One U-Net of the cascade."""
+
+    name: str = "demo_base"
+    image_size: int = 16
+    """Side of the pictures this stage makes, pixels."""
+    low_res_size: int = 0
+    """Side of the pictures it starts from; 0 for a base stage."""
+    crop_size: int = 0
+    """Super-resolution only: train on crops of this side (output pixels); 0: whole pictures."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        if self.low_res_size:
+            require(
+                self.image_size % self.low_res_size == 0,
+                f"stage.low_res_size={self.low_res_size}: it must divide stage.image_size={self.image_size}",
+            )
+            factor = self.image_size // self.low_res_size
+            require(
+                self.crop_size % factor == 0,
+                f"stage.crop_size={self.crop_size}: it must be a multiple of the scale factor {factor}",
+            )
+        else:
+            require(self.crop_size == 0, "stage.crop_size: only a super-resolution stage trains on crops")
+
+    @property
+    def is_super_resolution(self) -> bool:
+        return self.low_res_size > 0
+
+    @property
+    def train_size(self) -> int:
+        """Side of the training pictures: the crop, or the whole image."""
+        return self.crop_size or self.image_size
+
+
+@dataclass
+class TextConfig:
+    kind: str = "words"
+    """`words` (deterministic vectors per word and character; knows no meaning, needs no download) or `t5`."""
+    path: str | None = None
+    """`t5`: a local directory or a name in the Hugging Face cache."""
+    max_tokens: int = 32
+    dim: int = 384
+    """Width of the embeddings; for `t5` it must equal the encoder's."""
+    dtype: str = "fp32"
+    """`fp32` or `bf16`, for the frozen encoder."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("words", "t5"), f"text.kind={self.kind}: it must be words or t5")
+        require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
+        require(self.kind != "t5" or bool(self.path), "text.path: text=t5 needs a directory or a name in the HF cache")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    """`adamw` or `adafactor`."""
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    decay: str = "linear"
+    """`constant`, `cosine` or `linear`, after the warm-up, to zero at train.steps."""
+    decay_from: float = 0.7
+    """Share of train.steps after which the decay starts."""
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.name in ("adamw", "adafactor"), f"optimizer.name={self.name}: it must be adamw or adafactor")
+        require(
+            self.decay in ("constant", "cosine", "linear"),
+            f"optimizer.decay={self.decay}: it must be constant, cosine or linear",
+        )
+        require(self.lr > 0, f"optimizer.lr={self.lr}: it must be positive")
+        require(0 <= self.decay_from <= 1, f"optimizer.decay_from={self.decay_from}: it must lie between 0 and 1")
+
+
+@dataclass
+class EmaConfig:
+    decays: list[float] = field(default_factory=lambda: [0.9999])
+    """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n)."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.decays), "ema.decays: give at least one decay")
+        for decay in self.decays:
+            require(0 <= decay < 1, f"ema.decays: {decay} is not in [0, 1)")
+
+
+@dataclass
+class ZeroConfig:
+    stage: int = 1
+    """DeepSpeed ZeRO stage: 0 (one device only), 1, 2 or 3."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.stage in (0, 1, 2, 3), f"zero.stage={self.stage}: it must be 0, 1, 2 or 3")
+        require(
+            not self.offload_parameters or self.stage == 3,
+            f"zero.offload_parameters=true: it needs zero.stage=3, not {self.stage}",
+        )
+        require(
+            not self.offload_optimizer or self.stage >= 2,
+            f"zero.offload_optimizer=true: it needs zero.stage=2 or 3, not {self.stage}",
+        )
+
+
+@dataclass
+class PrecisionConfig:
+    dtype: str = "fp32"
+    """`fp32`, or `bf16` with fp32 master weights."""
+    channels_last: bool = False
+    compile: bool = False
+    """torch.compile per block (GPU)."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("fp32", "bf16"), f"precision.dtype={self.dtype}: it must be fp32 or bf16")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    log_every: int = 20
+    sample_every: int = 500
+    """A grid of fixed prompts with fixed seeds every so many steps; 0: never."""
+    sample_prompts: list[str] = field(default_factory=list)
+    init_from: str | None = None
+    """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
+    max_skipped: int = 10
+    """Skipped (non-finite) steps in a row before the run stops."""
+    timeout_first_s: float = 1800.0
+    """Time-out of the process groups up to the first step (compilation, warm-up)."""
+    timeout_s: float = 600.0
+    """The same afterwards."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"train.steps={self.steps}: it must be at least 1")
+        require(self.log_every >= 1, f"train.log_every={self.log_every}: it must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    """Keep each checkpoint whose step is a multiple of this for ever; 0: none."""
+    dir: str | None = None
+    """Where checkpoints go (a directory or s3://bucket/prefix); null: RUN_DIR/checkpoints."""
+    background: bool = True
+    """Write in the background; the loop waits only for the copy to host memory."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"checkpoint.every={self.every}: it must be at least 1")
+        require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: it must be at least 1")
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"
+    """`online`, `offline` or `disabled`."""
+    project: str = "cascade"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in ("online", "offline", "disabled"),
+            f"wandb.mode={self.mode}: it must be online, offline or disabled",
+        )
+
+
+@dataclass
+class ClusterConfig:
+    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits to."""
+
+    kind: str = "local"
+    processes: int = 0
+    """Processes per node; 0: one per GPU, or 1 without GPUs."""
+    threads: int = 0
+    """CPU threads per process for torch; 0: cores / processes."""
+    nodes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    cpus_per_task: int = 0
+    """CPU cores per process; 0: Slurm's default."""
+    mem: str | None = None
+    gpus: bool = True
+    """Ask for one GPU per process."""
+    requeue: bool = True
+    signal_s: int = 120
+    """Seconds before the time limit at which the job saves and requeues itself."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More #SBATCH options, as `option: value`."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the program (modules, exports)."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
+        require(self.nodes >= 1, f"cluster.nodes={self.nodes}: it must be at least 1")
+
+
+@dataclass
+class BundleConfig:
+    runs: list[str] = field(default_factory=list)
+    """Run directories (or checkpoints) of the stages, base first."""
+    dir: str = "runs/default/bundle"
+
+
+@dataclass
+class SamplingConfig:
+    prompts: list[str] = field(default_factory=list)
+    """The experiment's own prompts, used when the command line gives none."""
+    output: str = "runs/default/samples"
+    columns: int = 4
+
+
+@dataclass
+class EvaluationConfig:
+    kind: str = "shapes"
+    """`shapes`: the oracle that reads captioned shapes; `pictures`: distances on features only."""
+    reference: Any = None
+    """Held-out shards."""
+    samples: int = 96
+    """Captions to sample."""
+    batch: int = 32
+    output: str = "runs/default/evaluation"
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures"
+        )
+
+
+@dataclass
+class Experiment:
+    """All sections that an experiment composes; the base of every command's config."""
+
+    seed: int = 0
+    json: bool = False
+    """The last line on stdout is one JSON object."""
+    debug: bool = False
+    """Show tracebacks."""
+    run: RunConfig = field(default_factory=RunConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class SampleCommand(Experiment):
+    """`cascade sample`: its own keys stand at the top level."""
+
+    prompts: Any = None
+    """A text file with one prompt per line, or a list; null: the experiment's."""
+    negative_prompts: Any = None
+    from_bundle: str | None = None
+    """Bundle directory; null: bundle.dir."""
+    output: str | None = None
+    num_images: int = 1
+    """Pictures per prompt."""
+    guidance: Any = None
+    """One number, or one per stage; null: the bundle's."""
+    steps: Any = None
+    """Sampling steps, one number or one per stage; null: the bundle's."""
+    batch: int = 16
+    explain: bool = False
+    """Heat maps of which words drew which pixels."""
+
+
+@dataclass
+class OrderCommand(Experiment):
+    """`cascade order`: what a run would read."""
+
+    world_size: int = 1
+    workers: int = 0
+    position: int = 0
+    batches: int = 1
+
+
+@dataclass
+class VerifyCommand(Experiment):
+    report: bool = False
+    """Also write one HTML page about the data."""
+    output: str = "verify"
+    """Directory for the quarantine file and the report."""
+
+
+@dataclass
+class LaunchCommand(Experiment):
+    verb: str = "train"
+    """Which command to submit."""
+    overrides: list[str] = field(default_factory=list)
+    """More key=value words for the submitted command."""
+    dry_run: bool = False
+    """Print and write the script without submitting it."""
+    script: str | None = None
+    """Where the script is written; null: RUN_DIR/launch/."""
+
+
+@dataclass
+class PlanCommand(Experiment):
+    doctor: bool = False
+    mfu: float = 0.4
+    """Model FLOPs utilisation to assume."""
+    gpu: str = "h100"
+    price: float = 2.0
+    """Dollars per GPU hour."""
+
+
+@dataclass
+class CheckpointsCommand(Experiment):
+    action: str = "list"
+    """`list`, `verify`, `diff` or `export`."""
+    steps: list[int] = field(default_factory=list)
+    output: str | None = None
+
+
+@dataclass
+class EmbedCommand(Experiment):
+    output: str | None = None
+    part: int = 0
+    parts: int = 1
+    """This process does every shard whose number is `part` modulo `parts` (Slurm arrays)."""
+
+
+COMMANDS: dict[str, tuple[type[Experiment], str, str]] = {
+    "prepare": (Experiment, "data_pipeline.prepare", "draw, import or repack data into WebDataset shards"),
+    "index": (Experiment, "data_pipeline.index", "walk shards once and write their index"),
+    "verify": (VerifyCommand, "data_pipeline.verify", "read and decode every sample as training would; report what is broken"),
+    "order": (OrderCommand, "data_pipeline.order_command", "show which samples a run would read, batch by batch"),
+    "train": (Experiment, "training.train", "train one stage; the same command again resumes"),
+    "bundle": (Experiment, "training.bundle", "collect the stages' averaged weights into one directory"),
+    "sample": (SampleCommand, "training.sample", "draw pictures from a bundle"),
+    "evaluate": (Experiment, "training.evaluation.evaluate", "measure a bundle on held-out captions"),
+    "checkpoints": (CheckpointsCommand, "training.checkpoints", "list, verify, compare and export checkpoints"),
+    "plan": (PlanCommand, "training.plan", "memory, time and cost before an allocation is spent"),
+    "launch": (LaunchCommand, "slurm.launch", "write and submit the Slurm script of a command"),
+}
+"""Verb -> (its config class, the module whose `main(config)` does it, one line for the help)."""

@@ -1,0 +1,71 @@
+"""Settings of the diffusion process and of its samplers (plain dataclasses, no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SCHEDULES = ("cosine", "linear", "edm")
+PARAMETRIZATIONS = ("eps", "x0", "v", "edm")
+WEIGHTINGS = ("paper", "min_snr", "edm", "v")
+SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
+THRESHOLDS = ("none", "static", "dynamic")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value}: it must be one of {', '.join(allowed)}")
+
+
+@dataclass
+class DiffusionConfig:
+    schedule: str = "cosine"
+    parametrization: str = "v"
+    """What the network puts out: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
+    weighting: str = "v"
+    """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`."""
+    min_snr_gamma: float = 5.0
+    max_weight: float = 0.0
+    """Cap on the weight of the x0 error; 0: none."""
+    log_snr_min: float = -20.0
+    log_snr_max: float = 20.0
+    shift_from: int = 0
+    """Reference resolution of the resolution shift 2 ln(shift_from / image_size); 0: no shift."""
+    residual: bool = False
+    """SR with x0 output: the network adds to the up-sampled low-res picture."""
+    text_drop: float = 0.1
+    """Share of samples trained without text, for classifier-free guidance."""
+    null_text: str = "zero"
+    """`zero` or `learned`: what stands for no text; stored in the checkpoint."""
+    aug_max: float = 1.0
+    """SR: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
+    sigma_data: float = 0.5
+    stratified: bool = True
+    """Spread the times of a global batch evenly over [0, 1]."""
+
+    def __post_init__(self) -> None:
+        _one_of("stage.diffusion.schedule", self.schedule, SCHEDULES)
+        _one_of("stage.diffusion.parametrization", self.parametrization, PARAMETRIZATIONS)
+        _one_of("stage.diffusion.weighting", self.weighting, WEIGHTINGS)
+        _one_of("stage.diffusion.null_text", self.null_text, ("zero", "learned"))
+
+
+@dataclass
+class SamplerConfig:
+    name: str = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 3.0
+    """w = 1 means none."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Times t between which guidance is on."""
+    threshold: str = "dynamic"
+    threshold_percentile: float = 0.995
+    aug_level: float = 0.1
+    """SR: noise level (a time in [0, 1]) put on the low-res input."""
+    gamma: float = 0.3
+    """ddpm: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
+
+    def __post_init__(self) -> None:
+        _one_of("stage.sampler.name", self.name, SAMPLERS)
+        _one_of("stage.sampler.threshold", self.threshold, THRESHOLDS)
+        if self.steps < 1:
+            raise ValueError(f"stage.sampler.steps={self.steps}: it must be at least 1")
