@@ -1,0 +1,63 @@
+# Two commands: `make demo` and `make test`. Both set up everything they need in .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: help demo demo-long test lint format setup clean
+.DEFAULT_GOAL := help
+
+help:  ## show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: setup  ## draw captioned shapes, train a two-stage cascade on them, sample and evaluate it (about 12 minutes on 2 cores)
+	$(BIN)/cascade prepare experiment=demo
+	$(BIN)/cascade train experiment=demo stage=demo_base
+	$(BIN)/cascade train experiment=demo stage=demo_sr
+	$(BIN)/cascade bundle experiment=demo
+	$(BIN)/cascade sample experiment=demo
+	$(BIN)/cascade evaluate experiment=demo
+	@echo; echo "Look at runs/demo/samples/grid.png (base beside final) and runs/demo/evaluation/"
+
+demo-long: setup  ## the same with two objects and their relation (about 30 minutes)
+	$(BIN)/cascade prepare experiment=demo_long
+	$(BIN)/cascade train experiment=demo_long stage=demo_long_base
+	$(BIN)/cascade train experiment=demo_long stage=demo_sr
+	$(BIN)/cascade bundle experiment=demo_long
+	$(BIN)/cascade sample experiment=demo_long
+	$(BIN)/cascade evaluate experiment=demo_long
+
+test: $(VENV)/.installed-test lint  ## lint, type-check and run every test
+	$(BIN)/python -m pytest --durations=15
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test  ## let ruff format and mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.installed  ## the virtual environment, with the exact versions of requirements.lock
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "==> virtual environment"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep -E '^(setuptools|wheel|ninja|py-cpuinfo)==' requirements.lock)
+	@echo "==> torch (the CPU build where there is no GPU)"
+	@sh -e install-torch.sh $(BIN)/python $(TORCH)
+	@echo "==> packages of requirements.lock (a minute or two)"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --progress-bar off -q -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -q -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.lock
+	@echo "==> packages of requirements-test.lock"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --progress-bar off -q -r requirements-test.lock
+	@touch $@
+
+clean:  ## remove the environment and what the demo made
+	rm -rf $(VENV) runs/demo data/demo
