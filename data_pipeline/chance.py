@@ -1,0 +1,27 @@
+"""Random numbers as pure functions of (seed, position, stream): no state, so nothing to save, nothing to share."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def bits(seed: int, position: int, stream: str) -> int:
+    """64 hashed bits, the same on every machine and in every process.
+
+    Args:
+        seed: the run's seed, any integer.
+        position: number of samples consumed before this one (or any other counter).
+        stream: what the number is for; different names give independent numbers.
+    """
+    digest = hashlib.blake2b(f"{seed}/{position}/{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniform(seed: int, position: int, stream: str) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    return (bits(seed, position, stream) >> 11) * 2.0**-53
+
+
+def below(limit: int, seed: int, position: int, stream: str) -> int:
+    """An integer in [0, limit); the bias is below limit / 2^64."""
+    return bits(seed, position, stream) % limit
