@@ -27,3 +27,20 @@ class DataError(UserError):
 
 class StoreError(CascadeError):
     """An object store that stayed broken past its deadline; the message names the object and the last cause."""
+
+
+class BadSample(Exception):
+    """One sample that cannot be trained on; it is counted by `reason` and replaced, never the user's to see.
+
+    Args:
+        reason: a short snake_case name, the key of the counter (`decode_error`, `missing_image`, ...).
+        detail: what exactly was wrong, for the quarantine file.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.reason, self.detail)
