@@ -9,6 +9,7 @@ PARAMETRIZATIONS = ("eps", "x0", "v", "edm")
 WEIGHTINGS = ("paper", "min_snr", "edm", "v")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
 THRESHOLDS = ("none", "static", "dynamic")
+SPACINGS = ("auto", "time", "log_snr", "karras")
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -47,6 +48,17 @@ class DiffusionConfig:
         _one_of("stage.diffusion.parametrization", self.parametrization, PARAMETRIZATIONS)
         _one_of("stage.diffusion.weighting", self.weighting, WEIGHTINGS)
         _one_of("stage.diffusion.null_text", self.null_text, ("zero", "learned"))
+        if self.residual and self.parametrization != "x0":
+            raise ValueError(
+                f"stage.diffusion.residual=true: it needs stage.diffusion.parametrization=x0, not {self.parametrization}"
+            )
+        if self.log_snr_min >= self.log_snr_max:
+            raise ValueError(
+                f"stage.diffusion.log_snr_min={self.log_snr_min}: it must be below log_snr_max={self.log_snr_max}"
+            )
+        for key, value in (("text_drop", self.text_drop), ("aug_max", self.aug_max)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"stage.diffusion.{key}={value}: it must lie between 0 and 1")
 
 
 @dataclass
@@ -57,7 +69,10 @@ class SamplerConfig:
     """w = 1 means none."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Times t between which guidance is on."""
+    spacing: str = "auto"
+    """Where the steps lie: even in `time` or in `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else time."""
     threshold: str = "dynamic"
+    """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section 2.3)."""
     threshold_percentile: float = 0.995
     aug_level: float = 0.1
     """SR: noise level (a time in [0, 1]) put on the low-res input."""
@@ -67,5 +82,12 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         _one_of("stage.sampler.name", self.name, SAMPLERS)
         _one_of("stage.sampler.threshold", self.threshold, THRESHOLDS)
+        _one_of("stage.sampler.spacing", self.spacing, SPACINGS)
         if self.steps < 1:
             raise ValueError(f"stage.sampler.steps={self.steps}: it must be at least 1")
+        low_high = list(self.guidance_interval)
+        if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
+            raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times with 0 <= first <= second <= 1")
+        for key, value in (("aug_level", self.aug_level), ("threshold_percentile", self.threshold_percentile)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"stage.sampler.{key}={value}: it must lie between 0 and 1")

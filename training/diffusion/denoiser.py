@@ -1,0 +1,168 @@
+"""From the network's output to x0: what the objective and the samplers share.
+
+Every parametrisation is x0 = c_skip z + c_out F(c_in z), differing in the three numbers (Karras et al. 2022, eq. 7, written for
+variance-preserving z); low-res augmentation and guidance live here too.
+
+    B pictures   z, x0, low_res (B, 3, H, W) fp32 in about [-1, 1]   log_snr (B,) fp32   text (B, T, D)   text_mask (B, T) bool
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
+from training.diffusion.settings import DiffusionConfig
+
+Denoise = Callable[[Tensor, float], Tensor]
+"""(z (B, 3, H, W), log-SNR) -> the estimate of x0."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """x0 = c_skip z + c_out F(c_in z); each a number per sample (or None: the term is absent / the factor is one)."""
+
+    c_in: Tensor | None
+    c_skip: Tensor | None
+    c_out: Tensor | None
+
+
+def scaling(parametrization: str, log_snr: Tensor, sigma_data: float = 0.5) -> Scaling:
+    """The scaling of a parametrisation at log_snr (any shape)."""
+    alpha, sigma = alpha_sigma(log_snr)
+    if parametrization == "x0":
+        return Scaling(None, None, None)
+    if parametrization == "eps":
+        return Scaling(None, 1 / alpha, -sigma / alpha)
+    if parametrization == "v":
+        return Scaling(None, alpha, -sigma)
+    spread = (sigma.square() + (sigma_data * alpha).square()).sqrt()
+    return Scaling(1 / spread, alpha * (sigma_data / spread).square(), sigma * sigma_data / spread)
+
+
+def target(parametrization: str, x0: Tensor, eps: Tensor, log_snr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """What F should put out, in closed forms without cancellation; log_snr broadcasts against x0."""
+    alpha, sigma = alpha_sigma(log_snr)
+    if parametrization == "x0":
+        return x0
+    if parametrization == "eps":
+        return eps
+    if parametrization == "v":
+        return alpha * eps - sigma * x0
+    spread = (sigma.square() + (sigma_data * alpha).square()).sqrt()
+    return (sigma * x0 - sigma_data**2 * alpha * eps) / (sigma_data * spread)
+
+
+def to_unit(pictures: Tensor) -> Tensor:
+    """uint8 pictures to fp32 in [-1, 1]; floating pictures are in that range already."""
+    return pictures.to(torch.float32) / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures.to(torch.float32)
+
+
+def upsample(low_res: Tensor, size: int) -> Tensor:
+    """The one up-sampler of training and sampling: bicubic, no aligned corners, back into [-1, 1]."""
+    if low_res.shape[-1] == size:
+        return low_res
+    return F.interpolate(low_res, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def augment(low_res: Tensor, level: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Noise conditioning augmentation (Ho et al. 2021; Imagen, section 2.4) of the up-sampled low-res picture.
+
+    Args:
+        low_res: (B, 3, H, W) in [-1, 1].
+        level: (B,) times in [0, 1]; 0 leaves the picture exactly as it is.
+        noise: standard normal like low_res, independent of the diffusion noise.
+
+    Returns:
+        The noised picture and its log-SNR (B,), which the network is told.
+    """
+    aug_log_snr = schedule.unshifted().log_snr(level)
+    noised = add_noise(low_res, noise, aug_log_snr)
+    return torch.where(per_sample(level) > 0, noised, low_res), aug_log_snr
+
+
+def network_output(
+    model: Callable[..., Tensor],
+    z: Tensor,
+    log_snr: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    config: DiffusionConfig,
+    low_res: Tensor | None = None,
+    aug_log_snr: Tensor | None = None,
+) -> Tensor:
+    """F(c_in z) in fp32."""
+    c_in = scaling(config.parametrization, per_sample(log_snr), config.sigma_data).c_in
+    return model(z if c_in is None else c_in * z, log_snr, text, text_mask, low_res, aug_log_snr).to(torch.float32)
+
+
+def predict_x0(
+    model: Callable[..., Tensor],
+    z: Tensor,
+    log_snr: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    config: DiffusionConfig,
+    low_res: Tensor | None = None,
+    aug_log_snr: Tensor | None = None,
+) -> Tensor:
+    """The network's estimate of x0 in fp32."""
+    scale = scaling(config.parametrization, per_sample(log_snr), config.sigma_data)
+    out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+    x0 = out if scale.c_out is None or scale.c_skip is None else scale.c_skip * z + scale.c_out * out
+    return x0 + low_res if config.residual and low_res is not None else x0
+
+
+def guided(
+    model: Callable[..., Tensor],
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    config: DiffusionConfig,
+    schedule: Schedule,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    negative: tuple[Tensor, Tensor] | None = None,
+    low_res: Tensor | None = None,
+    aug_log_snr: Tensor | None = None,
+) -> Denoise:
+    """Classifier-free guidance x0 = x0_u + w (x0_c - x0_u) (Ho & Salimans 2022), both branches in one forward pass.
+
+    Args:
+        guidance: w; 1 is the conditional model alone, 0 the unconditional one, bit for bit.
+        interval: times t between which guidance is on (Kynkaanniemi et al. 2024); outside, the conditional model alone.
+        negative: text and mask to steer away from, instead of no text.
+        low_res, aug_log_snr: the noised low-res picture, shared by both branches and all steps.
+    """
+    null_text, null_mask = negative or (torch.zeros_like(text), torch.zeros_like(text_mask))
+    noisiest, cleanest = schedule.log_snr_at(interval[1]), schedule.log_snr_at(interval[0])
+
+    def twice(pictures: Tensor | None) -> Tensor | None:
+        return None if pictures is None else torch.cat([pictures, pictures])
+
+    def denoise(z: Tensor, log_snr: float) -> Tensor:
+        level = torch.full((len(z),), log_snr, dtype=torch.float32, device=z.device)
+        w = guidance if noisiest <= log_snr <= cleanest else 1.0
+        if w in (0.0, 1.0):
+            words, mask = (text, text_mask) if w == 1.0 else (null_text, null_mask)
+            return predict_x0(model, z, level, words, mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+        both = predict_x0(
+            model,
+            torch.cat([z, z]),
+            torch.cat([level, level]),
+            torch.cat([text, null_text]),
+            torch.cat([text_mask, null_mask]),
+            config=config,
+            low_res=twice(low_res),
+            aug_log_snr=twice(aug_log_snr),
+        )
+        conditional, unconditional = both.chunk(2)
+        return unconditional + w * (conditional - unconditional)
+
+    return denoise

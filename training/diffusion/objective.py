@@ -1,0 +1,112 @@
+"""The training objective: noise a picture, predict, weigh the error.
+
+    B pictures   images, low_res (B, 3, H, W)   text (B, T, D)   text_mask (B, T) bool   positions (B,) int64
+
+All randomness is a function of (seed, position): the loss of a sample does not depend on the batch or the rank it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from training.diffusion import random
+from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample
+from training.diffusion.random import Stream
+from training.diffusion.schedule import Schedule, add_noise, per_sample
+from training.diffusion.settings import DiffusionConfig
+
+
+def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
+    """fp64 times (B,) in [0, 1) of the samples at these positions.
+
+    With `global_batch` B the times of positions k B ... (k + 1) B - 1 are frac(u_k + i / B), one uniform u_k per step: evenly spread over
+    the global batch, each uniform by itself (Kingma et al. 2021, appendix I.1). 0: independent uniform times.
+    """
+    if not global_batch:
+        return random.uniform(seed, positions, Stream.TIME).to(torch.float64)
+    step = torch.div(positions, global_batch, rounding_mode="floor")
+    offset = random.uniform(seed, step, Stream.TIME).to(torch.float64)
+    return (offset + (positions - step * global_batch) / global_batch) % 1.0
+
+
+def x0_weight(log_snr: Tensor, config: DiffusionConfig) -> Tensor:
+    """Weight of the squared x0 error at log_snr (any shape); every weighting is stated in x0 space.
+
+    paper: SNR, which is the plain error in eps (Imagen, appendix A). v: SNR + 1, the plain error in v. min_snr: min(SNR, gamma) (Hang et al.
+    2023). edm: (s^2 + s_d^2) / (s s_d)^2 with s^2 = 1 / SNR (Karras et al. 2022, table 1). Then capped at `max_weight`.
+    """
+    snr = log_snr.exp()
+    if config.weighting == "paper":
+        weight = snr
+    elif config.weighting == "v":
+        weight = snr + 1
+    elif config.weighting == "min_snr":
+        weight = snr.clamp(max=config.min_snr_gamma)
+    else:
+        weight = snr + config.sigma_data**-2
+    return weight.clamp(max=config.max_weight) if config.max_weight else weight
+
+
+def drop_text(text: Tensor, text_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """No text for the samples where drop (B,) is True: zero embeddings and no visible token (so the caption's length cannot leak)."""
+    keep = ~drop
+    return text * keep[:, None, None].to(text.dtype), text_mask & keep[:, None]
+
+
+def loss(
+    model: Callable[..., Tensor],
+    images: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    config: DiffusionConfig,
+    seed: int,
+    positions: Tensor,
+    low_res: Tensor | None = None,
+    image_size: int = 0,
+    global_batch: int = 0,
+    t: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted squared error of one micro-batch.
+
+    Args:
+        model: called as (z, log_snr, text, text_mask, low_res, aug_log_snr), see `UNet.forward`.
+        images: uint8, or floating in [-1, 1].
+        positions: int64, the global positions of the samples.
+        low_res: super-resolution only; at its own size or already up-sampled, uint8 or in [-1, 1].
+        image_size: side of the whole picture where `images` are crops of it (the schedule's shift refers to it); 0: not cropped.
+        global_batch: samples per optimizer step, for stratified times; 0: independent times.
+        t: times (B,) to use instead of drawn ones (validation at fixed noise levels).
+
+    Returns:
+        The mean loss (fp32 scalar) and per-sample fp32 tensors (B,): `loss`, `t`, `log_snr`, `x0_error` (mean squared, unweighted).
+    """
+    x0 = to_unit(images)
+    positions = positions.to(x0.device)
+    schedule = Schedule.of(config, image_size or x0.shape[-1])
+    if t is None:
+        t = times(seed, positions, global_batch=global_batch if config.stratified else 0)
+    log_snr = schedule.log_snr(t)
+    eps = random.normal(seed, positions, Stream.NOISE, tuple(x0.shape[1:]))
+    z = add_noise(x0, eps, log_snr)
+
+    dropped = random.uniform(seed, positions, Stream.TEXT_DROP) < config.text_drop
+    text, text_mask = drop_text(text, text_mask, dropped)
+    aug_log_snr = None
+    if low_res is not None:
+        low_res = upsample(to_unit(low_res), x0.shape[-1])
+        level = random.uniform(seed, positions, Stream.AUG_LEVEL) * config.aug_max
+        noise = random.normal(seed, positions, Stream.AUG_NOISE, tuple(x0.shape[1:]))
+        low_res, aug_log_snr = augment(low_res, level, noise, schedule)
+
+    out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+    clean = x0 - low_res if config.residual and low_res is not None else x0
+    wanted = target(config.parametrization, clean, eps, per_sample(log_snr), config.sigma_data)
+    error = (out - wanted).square().flatten(1).mean(1)
+    c_out = scaling(config.parametrization, log_snr, config.sigma_data).c_out
+    x0_error = error if c_out is None else c_out.square() * error
+    per = x0_weight(log_snr, config) * x0_error
+    return per.mean(), {"loss": per.detach(), "t": t, "log_snr": log_snr, "x0_error": x0_error.detach()}

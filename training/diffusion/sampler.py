@@ -1,0 +1,222 @@
+"""Samplers: from noise to pictures with a denoiser; ancestral DDPM, DDIM, Heun and DPM-Solver++(2M).
+
+All of them see only x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting act on x0, and the noise is re-derived
+from it. Noise belongs to the picture's seed, so a picture depends neither on its batch nor on the device count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from training.diffusion import random
+from training.diffusion.denoiser import Denoise, augment, guided, to_unit, upsample
+from training.diffusion.random import Stream
+from training.diffusion.schedule import EDM_SIGMA_MAX, EDM_SIGMA_MIN, Schedule
+from training.diffusion.settings import DiffusionConfig, SamplerConfig
+
+RHO = 7.0
+
+
+def alpha_sigma(log_snr: float) -> tuple[float, float]:
+    """alpha and sigma of one log-SNR as Python floats."""
+    return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
+
+
+def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: float = 0.0) -> list[float]:
+    """steps + 1 increasing log-SNRs from time `start` to time `end`."""
+    if spacing == "auto":
+        spacing = "karras" if schedule.kind == "edm" else "time"
+    shares = [i / steps for i in range(steps + 1)]
+    if spacing == "time":
+        return [schedule.log_snr_at(start + (end - start) * share) for share in shares]
+    low, high = schedule.log_snr_at(start), schedule.log_snr_at(end)
+    if spacing == "log_snr":
+        return [low + (high - low) * share for share in shares]
+    most = min(math.exp(-low / 2), EDM_SIGMA_MAX) ** (1 / RHO)
+    least = max(math.exp(-high / 2), EDM_SIGMA_MIN) ** (1 / RHO)
+    return [-2 * RHO * math.log(most + (least - most) * share) for share in shares]
+
+
+def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
+    """Static: clip to [-1, 1]. Dynamic: s = max(1, percentile of |x0| per picture), clip to [-s, s], divide by s. fp32."""
+    if kind == "none":
+        return x0
+    if kind == "static":
+        return x0.clamp(-1, 1)
+    size = torch.quantile(x0.flatten(1).abs(), percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    return x0.clamp(-size, size) / size
+
+
+def ddim_step(z: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
+    """alpha_s x0 + sigma_s eps with eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0)."""
+    alpha, sigma = alpha_sigma(now)
+    alpha_s, sigma_s = alpha_sigma(then)
+    return sigma_s / sigma * z + (alpha_s - alpha * sigma_s / sigma) * x0
+
+
+def posterior(now: float, then: float) -> tuple[float, float, float, float]:
+    """q(z_s | z_t, x0) for lambda_t = now < lambda_s = then: coefficients of z_t and x0, lower and upper variance (Imagen, appendix A)."""
+    alpha, sigma = alpha_sigma(now)
+    alpha_s, sigma_s = alpha_sigma(then)
+    fresh = -math.expm1(now - then)
+    keep = math.exp(now - then) * alpha_s / alpha
+    return keep, fresh * alpha_s, fresh * sigma_s**2, fresh * sigma**2
+
+
+def ddpm_step(z: Tensor, x0: Tensor, noise: Tensor, now: float, then: float, gamma: float) -> Tensor:
+    """Ancestral step; standard deviation lower^((1 - gamma) / 2) upper^(gamma / 2) (Nichol & Dhariwal 2021)."""
+    keep, add, lower, upper = posterior(now, then)
+    return keep * z + add * x0 + math.sqrt(lower ** (1 - gamma) * upper**gamma) * noise
+
+
+def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now: float, then: float) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated with the estimate `before`, made at `past`."""
+    if before is not None:
+        ratio = (now - past) / (then - now)
+        x0 = x0 + (x0 - before) / (2 * ratio)
+    return ddim_step(z, x0, now, then)
+
+
+def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) -> Tensor:
+    """Heun's rule (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays bounded."""
+    alpha, sigma = alpha_sigma(now)
+    alpha_s, sigma_s = alpha_sigma(then)
+    width = math.atan2(sigma_s, alpha_s) - math.atan2(sigma, alpha)
+    slope = (alpha * z - x0) / sigma
+    ahead = z + width * slope
+    return z + width / 2 * (slope + (alpha_s * ahead - denoise(ahead, then)) / sigma_s)
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    shape: tuple[int, ...],
+    *,
+    config: DiffusionConfig,
+    sampler: SamplerConfig,
+    seeds: Sequence[int] | Tensor,
+    device: torch.device | str = "cpu",
+    callback: Callable[[int, int], None] | None = None,
+    image_size: int = 0,
+    init: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
+    start_noise: Tensor | None = None,
+    end: float = 0.0,
+) -> Tensor:
+    """Pictures drawn by one stage.
+
+    Args:
+        denoise: (z, log_snr) -> x0, see `denoiser.guided`.
+        shape: (B, C, H, W).
+        seeds: one integer per picture.
+        callback: called as (step, steps) after each step.
+        image_size: the side that the schedule's shift refers to; 0: H.
+        init: a picture (B, C, H, W) in [-1, 1] to start from (img2img, inpainting).
+        strength: how much of it is redrawn: sampling starts at time `strength` in (0, 1].
+        mask: bool (B, 1, H, W) or (B, C, H, W): True where the picture is drawn anew, False where it stays `init`.
+        start_noise: the standard normal start, instead of the seeds'.
+        end: time at which to stop; the picture is the last x0 estimate if it is 0, else z at that time.
+
+    Returns:
+        fp32 (B, C, H, W); in [-1, 1] if the sampler thresholds.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength}: it must lie above 0 and at most at 1")
+    if mask is not None and init is None:
+        raise ValueError("mask: inpainting needs the picture `init` that the mask belongs to")
+    rows = torch.as_tensor(seeds, dtype=torch.int64).to(device)
+    if len(rows) != shape[0]:
+        raise ValueError(f"seeds: {len(rows)} given for {shape[0]} pictures")
+    key, inner = shape[-1], tuple(shape[1:])
+    levels = grid(Schedule.of(config, image_size or shape[-1]), sampler.steps, sampler.spacing, strength, end)
+
+    def estimate(z: Tensor, log_snr: float) -> Tensor:
+        x0 = threshold(denoise(z, log_snr), sampler.threshold, sampler.threshold_percentile)
+        return x0 if mask is None or init is None else torch.where(mask, x0, init)
+
+    noise = random.normal(key, rows, Stream.SAMPLE_START, inner) if start_noise is None else start_noise
+    alpha, sigma = alpha_sigma(levels[0])
+    whole = init is None or (mask is None and strength == 1.0)
+    z = noise if whole else alpha * init + sigma * noise  # type: ignore[operator]
+    before, past = None, levels[0]
+    for step, (now, then) in enumerate(pairwise(levels)):
+        x0 = estimate(z, now)
+        last = step == sampler.steps - 1 and end == 0.0
+        if last:
+            z = x0
+        elif sampler.name == "ddpm":
+            fresh = random.normal(key, rows, Stream.SAMPLE_STEP, inner, sub=step)
+            z = ddpm_step(z, x0, fresh, now, then, sampler.gamma)
+        elif sampler.name == "heun":
+            z = heun_step(z, x0, estimate, now, then)
+        elif sampler.name == "dpmpp_2m":
+            z = dpmpp_2m_step(z, x0, before, past, now, then)
+        else:
+            z = ddim_step(z, x0, now, then)
+        before, past = x0, now
+        if callback is not None:
+            callback(step + 1, sampler.steps)
+    return z
+
+
+@torch.no_grad()
+def sample_stage(
+    model: Callable[..., Tensor],
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    config: DiffusionConfig,
+    sampler: SamplerConfig,
+    image_size: int,
+    seeds: Sequence[int] | Tensor,
+    low_res: Tensor | None = None,
+    negative: tuple[Tensor, Tensor] | None = None,
+    init: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
+    callback: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Pictures of one stage from text: augmentation, guidance and sampling together.
+
+    Args:
+        text, text_mask: (B, T, D) and bool (B, T) on the model's device.
+        image_size: side of the pictures in pixels.
+        low_res: super-resolution only: (B, 3, h, w), uint8 or in [-1, 1]; noised once per picture at `sampler.aug_level`.
+
+    Returns:
+        fp32 (B, 3, image_size, image_size) in [-1, 1].
+    """
+    device = text.device
+    schedule = Schedule.of(config, image_size)
+    shape = (len(text), 3, image_size, image_size)
+    aug_log_snr = None
+    if low_res is not None:
+        low_res = upsample(to_unit(low_res.to(device)), image_size)
+        rows = torch.as_tensor(seeds, dtype=torch.int64).to(device)
+        noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, shape[1:])
+        level = torch.full((len(text),), sampler.aug_level, device=device)
+        low_res, aug_log_snr = augment(low_res, level, noise, schedule)
+    denoise = guided(
+        model,
+        text,
+        text_mask,
+        config=config,
+        schedule=schedule,
+        guidance=sampler.guidance,
+        interval=(sampler.guidance_interval[0], sampler.guidance_interval[1]),
+        negative=negative,
+        low_res=low_res,
+        aug_log_snr=aug_log_snr,
+    )
+    drawn = sample(
+        denoise, shape, config=config, sampler=sampler, seeds=seeds, device=device, callback=callback,
+        init=None if init is None else to_unit(init.to(device)), strength=strength,
+        mask=None if mask is None else mask.to(device),
+    )  # fmt: skip
+    return drawn.clamp(-1, 1)

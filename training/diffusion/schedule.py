@@ -1,0 +1,110 @@
+"""Noise schedules in continuous time: one clamped fp32 log-SNR for training, sampling and low-res augmentation alike.
+
+t in [0, 1], 0 = clean; z_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1 (variance preserving);
+log-SNR lambda = 2 ln(alpha / sigma), so alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.diffusion.settings import DiffusionConfig
+
+EDM_MEAN, EDM_STD = -1.2, 1.2
+EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0
+
+
+def cosine(t: Tensor) -> Tensor:
+    """alpha = cos(pi t / 2): lambda = -2 ln tan(pi t / 2) (Ho & Salimans 2022; no offset s, unlike Nichol & Dhariwal)."""
+    return -2 * torch.log(torch.tan(t * (math.pi / 2)))
+
+
+def linear(t: Tensor) -> Tensor:
+    """Continuous form of "1000 linear steps, 1e-4 to 0.02": lambda = -ln expm1(1e-4 + 10 t^2) (Kingma et al. 2021)."""
+    return -torch.log(torch.expm1(1e-4 + 10 * t.square()))
+
+
+def edm(t: Tensor) -> Tensor:
+    """t is the quantile of ln sigma ~ N(-1.2, 1.2^2), sigma within [0.002, 80] (Karras et al. 2022, table 1)."""
+    ln_sigma = EDM_MEAN + EDM_STD * math.sqrt(2) * torch.erfinv(2 * t - 1)
+    return -2 * ln_sigma.clamp(math.log(EDM_SIGMA_MIN), math.log(EDM_SIGMA_MAX))
+
+
+CURVES = {"cosine": cosine, "linear": linear, "edm": edm}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """lambda(t), clamped at both ends (cosine alone would reach +-infinity)."""
+
+    kind: str = "cosine"
+    shift: float = 0.0
+    """Added to lambda: 2 ln(reference side / picture side) (Hoogeboom et al. 2023, "simple diffusion", eq. 3)."""
+    low: float = -20.0
+    high: float = 20.0
+
+    @classmethod
+    def of(cls, config: DiffusionConfig, image_size: int) -> Schedule:
+        """The schedule of pictures of `image_size` pixels (the whole picture's side, also when training on crops)."""
+        shift = 2 * math.log(config.shift_from / image_size) if config.shift_from else 0.0
+        return cls(config.schedule, shift, config.log_snr_min, config.log_snr_max)
+
+    def unshifted(self) -> Schedule:
+        """The same curve without shift: that of the low-res augmentation."""
+        return Schedule(self.kind, 0.0, self.low, self.high)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """fp32 lambda of times in [0, 1], any shape; computed in fp64, where cos(pi/2) is still positive."""
+        curve = CURVES[self.kind](t.to(torch.float64)) + self.shift
+        return curve.clamp(self.low, self.high).to(torch.float32)
+
+    def log_snr_at(self, t: float) -> float:
+        """The same for one time, as a Python float."""
+        curve = float(CURVES[self.kind](torch.tensor(t, dtype=torch.float64))) + self.shift
+        return min(max(curve, self.low), self.high)
+
+
+def log_snr(t: Tensor, kind: str = "cosine", shift: float = 0.0, low: float = -20.0, high: float = 20.0) -> Tensor:
+    """fp32 log-SNR at times t in [0, 1], clamped to [low, high] after the shift."""
+    return Schedule(kind, shift, low, high).log_snr(t)
+
+
+def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha = sqrt(sigmoid(lambda)), sigma = sqrt(sigmoid(-lambda)), same shape and dtype."""
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to multiply pictures."""
+    return values.view(-1, 1, 1, 1)
+
+
+def add_noise(x0: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
+    """z_t = alpha x0 + sigma eps; x0, eps (B, C, H, W), log_snr (B,)."""
+    alpha, sigma = alpha_sigma(per_sample(log_snr))
+    return alpha * x0 + sigma * eps
+
+
+def x0_from_eps(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (z - sigma * eps) / alpha
+
+
+def eps_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (z - alpha * x0) / sigma
+
+
+def v_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = alpha eps - sigma x0 (Salimans & Ho 2022), from z and x0: (alpha z - x0) / sigma."""
+    return (alpha * z - x0) / sigma
+
+
+def x0_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha * z - sigma * v
+
+
+def eps_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return sigma * z + alpha * v
