@@ -1,0 +1,99 @@
+"""Words of any script, and a fixed vector for each: arithmetic on hashes; no vocabulary, no weights, no meaning.
+
+Shapes: D = width of the vectors, T = tokens.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+# Scripts written without spaces, where every character is a token of its own.
+_SPACELESS = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x3100, 0x312F),  # Bopomofo
+    (0x31F0, 0x31FF),  # Katakana extensions
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),  # Han
+    (0xA000, 0xA4CF),  # Yi
+    (0xF900, 0xFAFF),  # Han
+    (0xFF66, 0xFF9F),  # Katakana, half width
+    (0x20000, 0x3FFFF),  # Han
+)
+_JOINERS = "'\u2019\u200c\u200d_"
+_LONGEST_WORD = 64
+"""Characters of a word that enter its n-grams."""
+
+WORD_SHARE, NGRAM_SHARE, POSITION_SHARE = 0.65, 0.15, 0.2
+"""Shares of a token's variance: the word, its character trigrams ("circles" is near "circle"), its place."""
+
+
+def _spaceless(char: str) -> bool:
+    code = ord(char)
+    return any(low <= code <= high for low, high in _SPACELESS)
+
+
+def split_words(text: str) -> list[tuple[int, int]]:
+    """The (start, end) of every token of `text`: words between spaces, single characters of scripts without spaces,
+    single symbols (emoji). Punctuation is no token. Combining marks stay with their letter."""
+    spans: list[tuple[int, int]] = []
+    in_word = False
+    for i, char in enumerate(text):
+        kind = unicodedata.category(char)[0]
+        letter = kind in "LN" and not _spaceless(char)
+        follows = bool(spans) and spans[-1][1] == i
+        if (in_word and (letter or char in _JOINERS)) or (follows and kind == "M"):
+            spans[-1] = (spans[-1][0], i + 1)
+        elif kind in "LNS":
+            spans.append((i, i + 1))
+            in_word = letter
+        else:
+            in_word = False
+    return [(start, start + len(text[start:end].rstrip(_JOINERS))) for start, end in spans]
+
+
+def normalise(word: str) -> str:
+    """One spelling per word: compatibility forms folded (NFKC), case removed."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
+
+
+def hash_vector(key: str, dim: int) -> np.ndarray:
+    """The fixed fp32 vector (D,) of a string: uniform, mean 0, variance 1, the same on every machine and for ever.
+
+    Philox4x64 (Salmon et al. 2011) keyed by blake2b; only its raw integers are used, which numpy promises to keep.
+    """
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(digest, "little"))
+    unit = (philox.random_raw(dim) >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return ((unit - 0.5) * 12.0**0.5).astype(np.float32)
+
+
+@lru_cache(maxsize=65536)
+def word_vector(word: str, dim: int) -> np.ndarray:
+    """The vector (D,) of a normalised word: its own hash plus the mean of its character trigrams' hashes.
+
+    Its variance is `WORD_SHARE + NGRAM_SHARE`, in expectation over words.
+    """
+    marked = f"<{word[:_LONGEST_WORD]}>"
+    grams = [marked[i : i + 3] for i in range(len(marked) - 2)]
+    ngrams = np.sum([hash_vector(f"gram {gram}", dim) for gram in grams], axis=0) / np.sqrt(np.float32(len(grams)))
+    vector = np.sqrt(WORD_SHARE) * hash_vector(f"word {word}", dim) + np.sqrt(NGRAM_SHARE) * ngrams
+    vector = vector.astype(np.float32)
+    vector.flags.writeable = False
+    return vector
+
+
+def position_vectors(count: int, dim: int) -> np.ndarray:
+    """Sinusoids of the place in the caption, fp32 (T, D), mean square `POSITION_SHARE` (Vaswani et al. 2017, section
+    3.5; wavelengths from 2 pi to 2000 pi, since captions are short)."""
+    half = (dim + 1) // 2
+    rates = 1000.0 ** (-np.arange(half) / max(half - 1, 1))
+    angles = np.arange(count)[:, None] * rates[None, :]
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim]
+    return (np.sqrt(2.0 * POSITION_SHARE) * waves).astype(np.float32)
