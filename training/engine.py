@@ -1,0 +1,306 @@
+"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`, and the full state in and out by name.
+
+DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API (hence the exact pin):
+
+    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which parameter
+    ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position` and even slices per parameter
+
+`_layout` turns both into `Piece`s (training/sharding.py); all else (checkpoints, averages, import) is written on those alone.
+Why not DeepSpeed's own ways: its checkpoint loads at no other world size or stage, its `latest` is written before the shards are
+complete, and its setters for full tensors fail under ZeRO 3 when a parameter's size is not divisible by the world size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from training.config import Experiment
+from training.distributed import Ranks, all_gather
+from training.ema import state_name
+from training.optimizers import build_optimizer, learning_rate
+from training.plain_engine import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step
+from training.sharding import Assembler, Layout, Piece, Shapes, scatter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# ------------------------------------------------------------------------------------------------ process groups
+
+
+def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
+    """Joins the process group and returns the ranks with their device and groups; nothing to join at `zero.stage=0`.
+
+    Every group gets `train.timeout_first_s`; after the first step `set_timeout` lowers it.
+    """
+    device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if config.zero.stage == 0:
+        return replace(ranks, device=device)
+    timeout = timedelta(seconds=config.train.timeout_first_s)
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    control = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    background = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    return replace(ranks, device=device, control=control, background=background)
+
+
+def shut_down() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the compilation of `deepspeed_shm_comm` (minutes of g++ at first use, for nothing we need)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` wants."""
+    on_gpu = ranks.device != "cpu"
+    zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": on_gpu}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_batch_size": config.data.global_batch,
+        "train_micro_batch_size_per_gpu": config.data.global_batch // (ranks.world_size * accumulate),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.precision.dtype == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> Engine | PlainEngine:
+    """The engine that `zero.stage` asks for. `accumulate`: micro-batches per optimizer step."""
+    kind = PlainEngine if config.zero.stage == 0 else Engine
+    return kind(model, config, ranks, accumulate)
+
+
+# ---------------------------------------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """One U-Net under ZeRO 1, 2 or 3. All methods are collective unless they say otherwise.
+
+    Call it like the module; the result is fp32 whatever the precision. `micro-batches x (call, backward)`, then `step`.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
+        self.config, self.ranks = config, ranks
+        self.dtype = DTYPES[config.precision.dtype]
+        self.updates = 0
+        """Optimizer steps that were applied (not skipped)."""
+        self._accumulate, self._micro_batches = accumulate, 0
+        shapes: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        fused = ranks.device != "cpu" and not config.zero.offload_optimizer
+        optimizer = build_optimizer(model.parameters(), config.optimizer, fused=fused)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
+        )
+        self._zero = self._engine.optimizer
+        self.module: torch.nn.Module = self._engine.module
+        self._pieces = self._layout()
+        layout: Layout = all_gather(self._pieces, ranks)
+        self._assembler = Assembler(layout, shapes, ranks.rank)
+        self._names = [*MOMENTS, *(state_name(i) for i in range(len(config.ema.decays)))]
+        self._host: dict[str, list[torch.Tensor]] = {}
+        self._allocate()
+        self.set_timeout(config.train.timeout_first_s)
+
+    def __call__(self, x: torch.Tensor, log_snr: torch.Tensor, text: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the weights' type."""
+        mask, low_res, aug_log_snr = (*rest, None, None, None)[:3]
+        low_res = None if low_res is None else low_res.to(self.dtype)
+        return self._engine(x.to(self.dtype), log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        self._engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulate:
+            self._engine.step()  # only counts: it steps when all micro-batches are in
+
+    def step(self, step: int) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite."""
+        lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
+        set_step(self._zero.optimizer, lr, self.config.ema.decays, self.updates)
+        self._engine.step()
+        self._micro_batches = 0
+        norm = float(self._engine.get_global_grad_norm())
+        skipped = not self._engine.was_step_applied()
+        self.updates += not skipped
+        return StepInfo(float("inf") if skipped else norm, skipped, lr)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own groups, which would
+        otherwise wait 10 to 30 minutes for a rank that hangs."""
+        import torch.distributed.distributed_c10d as c10d
+
+        for group in list(c10d._world.pg_map):
+            if group is not self.ranks.background:
+                c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    # ------------------------------------------------------------------------- DeepSpeed's flat tensors
+
+    @property
+    def _flats(self) -> list[torch.Tensor]:
+        """This rank's fp32 weights."""
+        if self.config.zero.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _layout(self) -> list[Piece]:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        pieces = []
+        if self.config.zero.stage == 3:
+            for parameter, name in names.items():
+                flat, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = self.ranks.rank * size
+                stop = min(start + size, parameter.ds_numel)
+                if stop > start:
+                    pieces.append(Piece(name, start, stop, flat, offset))
+            return pieces
+        for flat, group in enumerate(self._zero.bit16_groups):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    pieces.append(Piece(names[parameter], own.start, own.start + own.numel, flat, there.start))
+        return pieces
+
+    def _allocate(self) -> None:
+        """Optimizer states from the start: moments zero, averages equal to the weights."""
+        for flat in self._flats:
+            state = self._zero.optimizer.state[flat]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
+            for name in self._names:
+                state[name] = torch.zeros_like(flat) if name in MOMENTS else flat.detach().clone()
+
+    def _states(self, name: str) -> list[torch.Tensor]:
+        return [self._zero.optimizer.state[flat][name] for flat in self._flats]
+
+    def _publish(self) -> None:
+        """Makes the weights of the module what the fp32 flat tensors say."""
+        if self.config.zero.stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    # ------------------------------------------------------------------------------- averages, checkpoints
+
+    @contextmanager
+    def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
+        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in step."""
+        with torch.no_grad():
+            raw = [flat.detach().clone() for flat in self._flats]
+            for flat, average in zip(self._flats, self._states(state_name(index)), strict=True):
+                flat.copy_(average)
+            self._publish()
+        self.module.eval()
+        try:
+            yield self.module
+        finally:
+            self.module.train()
+            with torch.no_grad():
+                for flat, value in zip(self._flats, raw, strict=True):
+                    flat.copy_(value)
+                self._publish()
+
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        """This rank's share of the state, copied to host memory that the next snapshot uses again. Not collective."""
+        for kind in ("param", *self._names):
+            flats = self._flats if kind == "param" else self._states(kind)
+            if kind not in self._host:
+                pin = self.ranks.device != "cpu"
+                self._host[kind] = [torch.empty_like(f, device="cpu", pin_memory=pin).detach() for f in flats]
+            for host, flat in zip(self._host[kind], flats, strict=True):
+                host.copy_(flat, non_blocking=True)
+        if self.ranks.device != "cpu":
+            torch.cuda.synchronize()
+        buffers = saved_buffers(self.module) if self.ranks.is_main else []
+        return ShardedSnapshot(
+            self._host, {f"buffer/{name}": b.cpu().clone() for name, b in buffers}, self._assembler, self.ranks
+        )
+
+    def export_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32 on the CPU."""
+        return self.snapshot().assemble()
+
+    @torch.no_grad()
+    def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
+        """Sets weights and optimizer states from whole tensors.
+
+        Args:
+            read: the tensor of a name in a checkpoint; each rank asks only for what it holds a piece of.
+            kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
+            updates: optimizer steps that were applied before.
+        """
+        for name, buffer in saved_buffers(self.module):
+            buffer.copy_(read(f"buffer/{name}"))
+        scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
+        for kind, source in kinds.items():
+            scatter(lambda name, source=source: read(f"{source}/{name}"), self._pieces, self._states(kind))  # type: ignore[misc]
+        for flat in self._flats:
+            self._zero.optimizer.state[flat]["step"].fill_(float(updates))
+        self.updates = updates
+        self._publish()
+
+
+class ShardedSnapshot(Snapshot):
+    """A snapshot of which each rank holds its pieces."""
+
+    def __init__(
+        self,
+        host: dict[str, list[torch.Tensor]],
+        whole: dict[str, torch.Tensor],
+        assembler: Assembler,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(whole)
+        self._host, self._assembler, self._ranks = host, assembler, ranks
+
+    def assemble(self) -> dict[str, torch.Tensor]:
+        """Collective over the background group; the tensors are valid until the next snapshot."""
+        tensors = dict(self._tensors)
+        for kind, flats in self._host.items():
+            whole = self._assembler.assemble(flats, self._ranks.background)
+            tensors.update((f"{kind}/{name}", tensor) for name, tensor in whole.items())
+        return tensors

@@ -1,0 +1,35 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from training.config import OptimizerConfig
+from training.ema import AveragingAdafactor, AveragingAdamW
+
+
+def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
+    """The rate of step `step` (0 for the first) out of `total`: linear warm-up, constant, then the decay to zero at `total`.
+
+    A pure function of the step, so nothing of it has to be saved.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    start = config.decay_from * total
+    if config.decay == "constant" or step < start:
+        return config.lr * warmup
+    progress = min(1.0, (step - start) / max(1.0, total - start))
+    tail = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * warmup * tail
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer with moving averages (training/ema.py). `fused`: AdamW in one kernel (GPU)."""
+    if config.name == "adafactor":
+        return AveragingAdafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    beta1, beta2 = config.betas
+    return AveragingAdamW(
+        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
