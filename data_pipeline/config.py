@@ -42,6 +42,22 @@ class CaptionConfig:
     max_characters: int = 1000
     """Captions are cut to this many characters before the tokenizer sees them."""
 
+    def __post_init__(self) -> None:
+        for source, weight in self.sources.items():
+            require(
+                source == "txt" or (source.startswith("json:") and len(source) > len("json:")),
+                f"data.captions.sources: {source!r} is neither txt nor json:FIELD",
+            )
+            require(weight >= 0, f"data.captions.sources: the weight of {source} is {weight}; it must not be negative")
+        require(
+            any(weight > 0 for weight in self.sources.values()),
+            "data.captions.sources: give at least one source a positive weight",
+        )
+        require(
+            self.max_characters >= 1,
+            f"data.captions.max_characters={self.max_characters}: it must be at least 1",
+        )
+
 
 @dataclass
 class DataConfig:

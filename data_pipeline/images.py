@@ -1,0 +1,272 @@
+"""Encoded pictures -> uint8 arrays (H, W, 3), RGB. Strict on damage, careful with what other readers get wrong.
+
+JPEGs are decoded at the smallest DCT scale that still holds `margin` times the pixels needed: the discarded frequencies
+are never computed, which is where most of a plain reader's time goes. Everything else goes through Pillow.
+Every random choice is a function of (seed, position), see `chance.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data_pipeline.chance import below, uniform
+from data_pipeline.errors import BadSample
+
+__all__ = ["BadSample", "decode", "dimensions", "orientation_from_json", "training_pair"]
+
+MIN_SIDE = 4
+"""Pictures with a side below this are counters and tracking pixels, never training data: `too_small`."""
+MAX_ASPECT = 20.0
+"""No square of a sliver longer than this shows anything: `aspect_ratio`."""
+Image.init()
+FORMATS = [
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN
+]
+"""What Pillow may try; its other readers start programs (EPS) or read vectors."""
+_ORIENTATION_TAG = 0x0112
+_EXIF_WORDS = {
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+"""How exifread, and so img2dataset's json, spells the orientation tag."""
+
+
+def training_pair(
+    data: bytes,
+    *,
+    size: int,
+    low_res_size: int = 0,
+    crop_size: int = 0,
+    crop: str = "center",
+    flip: float = 0.0,
+    seed: int = 0,
+    position: int = 0,
+    margin: float = 2.0,
+    max_pixels: int = 64_000_000,
+    background: int = 255,
+    orientation: int = 1,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One decode for the picture a stage learns to make and the smaller one it starts from.
+
+    A square of the picture is resized to `size` (antialiased bicubic); a window of `crop_size` is cut from that, on
+    the grid of the low-res pixels; each low-res pixel is the mean of its block of high-res pixels.
+
+    Args:
+        size: side of the whole high-res picture, pixels.
+        low_res_size: side of the whole low-res picture; 0: no pair. It must divide `size`.
+        crop_size: side of the window, a multiple of size / low_res_size; 0: the whole picture.
+        crop: `random` or `center`, for the square and for the window.
+        flip: probability of a horizontal flip, 0 to 1.
+        margin, max_pixels, background, orientation: see `decode`.
+
+    Returns:
+        high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None.
+
+    Raises:
+        BadSample: see `decode`.
+    """
+    picture = decode(data, size, margin, max_pixels, background, orientation)
+    factor = size // low_res_size if low_res_size else 1
+    box = _square(picture.shape[0], picture.shape[1], crop, seed, position)
+    high = _resized_window(picture, box, size, *_window(size, crop_size or size, factor, crop, seed, position))
+    if flip and uniform(seed, position, "flip") < flip:
+        high = np.ascontiguousarray(high[:, ::-1])
+    return high, box_average(high, factor) if low_res_size else None
+
+
+def box_average(picture: np.ndarray, factor: int) -> np.ndarray:
+    """The mean of each block of factor x factor pixels, halves rounded up; uint8 (H, W, 3)."""
+    if factor & (factor - 1) == 0:  # Pillow's integer arithmetic is exact for powers of two only
+        return np.asarray(Image.fromarray(picture).reduce(factor))
+    height, width = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture.reshape(height, factor, width, factor, 3)
+    total = blocks.sum(axis=(1, 3), dtype=np.uint32)
+    return ((2 * total + factor**2) // (2 * factor**2)).astype(np.uint8)
+
+
+def decode(
+    data: bytes,
+    target: int = 0,
+    margin: float = 2.0,
+    max_pixels: int = 64_000_000,
+    background: int = 255,
+    orientation: int = 1,
+) -> np.ndarray:
+    """Decodes one picture upright, at full size or (JPEG) at a smaller scale that is enough for `target`.
+
+    Args:
+        target: the shorter side will be used at this many pixels; 0: full size.
+        margin: a JPEG's decoded shorter side is at least margin * target where the file holds as much. 2 costs no
+            visible quality (a median of 50 dB against a full decode); 1 is faster and softer.
+        max_pixels: larger pictures are refused from the header, before any memory is taken.
+        background: grey value, 0 to 255, behind transparent pixels.
+        orientation: EXIF orientation 1 to 8 known from elsewhere, used when the bytes themselves carry none.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio` or `decode_error`.
+    """
+    if not data:
+        raise BadSample("empty_image", "the picture has no bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        jpeg = _decode_jpeg(data, math.ceil(target * margin), max_pixels, orientation)
+        if jpeg is not None:
+            return jpeg
+    return _decode_any(data, max_pixels, background, orientation)
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Stored (width, height) from the header alone. Raises `BadSample` (`empty_image`, `decode_error`, `too_large`)."""
+    if not data:
+        raise BadSample("empty_image", "the picture has no bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        try:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            return width, height
+        except ValueError:
+            pass  # subsampling that libjpeg-turbo's short cut does not know: Pillow may
+    return _open(data).size
+
+
+def orientation_from_json(member: bytes | None) -> int:
+    """The EXIF orientation (1 to 8) in img2dataset's json, which resizes without turning; 1 when it says nothing."""
+    if not member or b"Image Orientation" not in member:
+        return 1
+    try:
+        exif = json.loads(member).get("exif")
+        exif = json.loads(exif) if isinstance(exif, str) else exif
+        return _EXIF_WORDS.get(str(exif["Image Orientation"]), 1)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 1
+
+
+def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> np.ndarray | None:
+    """The picture, or None where Pillow must do it (CMYK, rare subsampling)."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if space in ("CMYK", "YCCK"):
+        return None
+    _check_size(width, height, max_pixels)
+    try:
+        least = least or max(height, width)
+        picture = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, strict=True)
+    except ValueError as error:
+        raise BadSample("decode_error", str(error)) from error
+    if b"Exif\0\0" in data:
+        orientation = _exif_orientation(_open(data), orientation)
+    return _upright(picture, orientation)
+
+
+def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int) -> np.ndarray:
+    image = _open(data)
+    _check_size(*image.size, max_pixels)
+    try:
+        image.load()
+        orientation = _exif_orientation(image, orientation)
+        return _upright(np.asarray(_to_rgb(image, background)), orientation)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow's readers raise anything at all on damaged files
+        raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_large", str(error)) from error
+    except Exception as error:
+        raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample("too_large", f"{width} x {height} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise BadSample("too_small", f"{width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("aspect_ratio", f"{width} x {height} pixels")
+
+
+def _to_rgb(image: Image.Image, background: int) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _grey_from_16_bit(image)
+    if image.mode == "F":
+        raise BadSample("decode_error", "floating-point pixels have no agreed range")
+    if image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, (background, background, background, 255))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    """Scales 0..65535 to 0..255; Pillow's own conversion clips, which turns most such pictures white."""
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _exif_orientation(image: Image.Image, default: int) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, default))
+    except Exception:  # a damaged EXIF block does not make the pixels bad
+        return default
+
+
+def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation (values outside 2..8 change nothing)."""
+    if orientation in (5, 6, 7, 8):
+        picture = picture.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        picture = picture[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
+
+
+def _square(height: int, width: int, crop: str, seed: int, position: int) -> tuple[float, float, float]:
+    """The square used: (left, top, side) in decoded pixels; the same place of the picture at any decoding scale."""
+    side = min(height, width)
+    share = uniform(seed, position, "crop") if crop == "random" else 0.5
+    return share * (width - side), share * (height - side), float(side)
+
+
+def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:
+    """(left, top, side) of the training window inside the resized picture, on multiples of `factor`."""
+    places = (size - window) // factor + 1
+    if crop == "random":
+        column, row = (below(places, seed, position, f"window {axis}") for axis in "xy")
+    else:
+        column = row = (places - 1) // 2
+    return column * factor, row * factor, window
+
+
+def _resized_window(
+    picture: np.ndarray, square: tuple[float, float, float], size: int, left: int, top: int, side: int
+) -> np.ndarray:
+    """What the window (left, top, side) shows once the square is resized to size x size; only that part is computed."""
+    x, y, length = square
+    scale = length / size
+    reach = math.ceil(2 / min(scale, 1.0)) + 1  # the bicubic kernel's reach, in resized pixels
+    x0, y0 = max(0, left - reach), max(0, top - reach)
+    x1, y1 = min(size, left + side + reach), min(size, top + side + reach)
+    box = (x + x0 * scale, y + y0 * scale, x + x1 * scale, y + y1 * scale)
+    box = (box[0], box[1], min(box[2], picture.shape[1]), min(box[3], picture.shape[0]))
+    resized = Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box)
+    return np.ascontiguousarray(np.asarray(resized)[top - y0 : top - y0 + side, left - x0 : left - x0 + side])
