@@ -1,9 +1,10 @@
 """From the network's output to x0: what the objective and the samplers share.
 
-Every parametrisation is x0 = c_skip z + c_out F(c_in z), differing in the three numbers (Karras et al. 2022, eq. 7, written for
-variance-preserving z); low-res augmentation and guidance live here too.
+Every parametrisation is x0 = c_skip z + c_out F(c_in z), differing in the three numbers (Karras et al. 2022, eq. 7,
+written for variance-preserving z); low-res augmentation and guidance live here too.
 
-    B pictures   z, x0, low_res (B, 3, H, W) fp32 in about [-1, 1]   log_snr (B,) fp32   text (B, T, D)   text_mask (B, T) bool
+    B pictures   z, x0, low_res (B, 3, H, W) fp32 in about [-1, 1]   log_snr (B,) fp32
+    text (B, T, D)   text_mask (B, T) bool
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: a pure function of (seed, position, stream), the same on every device and any number of ranks.
+"""Counter-based random numbers: a pure function of (seed, position, stream), equal on every device and rank count.
 
-Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), written in int64 tensors whose values stay
-below 2^50, so that CPU and GPU compute the same integers. Uniforms are the same bits everywhere; normals agree to the rounding
-of the device's log, sqrt and cos.
+Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), written in int64 tensors whose
+values stay below 2^50, so that CPU and GPU compute the same integers. Uniforms are the same bits everywhere; normals
+agree to the rounding of the device's log, sqrt and cos.
 
 Counter words: (block, position low, position high, stream | sub << 8); key: the two halves of the seed.
 """
@@ -41,7 +41,7 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four int64 tensors with 32 random bits each, from a counter of four 32-bit words (any broadcast shape) and a key."""
+    """Four int64 tensors of 32 random bits each, from a counter of four 32-bit words (broadcast) and a key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):

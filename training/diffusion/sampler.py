@@ -1,7 +1,8 @@
 """Samplers: from noise to pictures with a denoiser; ancestral DDPM, DDIM, Heun and DPM-Solver++(2M).
 
-All of them see only x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting act on x0, and the noise is re-derived
-from it. Noise belongs to the picture's seed, so a picture depends neither on its batch nor on the device count.
+All of them see only x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting act on x0, and the
+noise is re-derived from it. Noise belongs to the picture's seed, so a picture depends neither on its batch nor on the
+device count.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: 
 
 
 def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
-    """Static: clip to [-1, 1]. Dynamic: s = max(1, percentile of |x0| per picture), clip to [-s, s], divide by s. fp32."""
+    """Static: clip to [-1, 1]. Dynamic: clip to [-s, s] and divide by s = max(1, percentile of the picture's |x0|)."""
     if kind == "none":
         return x0
     if kind == "static":
@@ -60,7 +61,10 @@ def ddim_step(z: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
 
 
 def posterior(now: float, then: float) -> tuple[float, float, float, float]:
-    """q(z_s | z_t, x0) for lambda_t = now < lambda_s = then: coefficients of z_t and x0, lower and upper variance (Imagen, appendix A)."""
+    """q(z_s | z_t, x0), lambda_t = now < lambda_s = then: coefficients of z_t and x0, lower and upper variance.
+
+    Imagen, appendix A; Kingma et al. 2021, equations 2-5.
+    """
     alpha, sigma = alpha_sigma(now)
     alpha_s, sigma_s = alpha_sigma(then)
     fresh = -math.expm1(now - then)
@@ -75,7 +79,8 @@ def ddpm_step(z: Tensor, x0: Tensor, noise: Tensor, now: float, then: float, gam
 
 
 def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now: float, then: float) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated with the estimate `before`, made at `past`."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated with the estimate `before`, made at
+    `past`."""
     if before is not None:
         ratio = (now - past) / (then - now)
         x0 = x0 + (x0 - before) / (2 * ratio)
@@ -83,7 +88,8 @@ def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now
 
 
 def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) -> Tensor:
-    """Heun's rule (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays bounded."""
+    """Heun's rule (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays
+    bounded."""
     alpha, sigma = alpha_sigma(now)
     alpha_s, sigma_s = alpha_sigma(then)
     width = math.atan2(sigma_s, alpha_s) - math.atan2(sigma, alpha)
@@ -187,7 +193,8 @@ def sample_stage(
     Args:
         text, text_mask: (B, T, D) and bool (B, T) on the model's device.
         image_size: side of the pictures in pixels.
-        low_res: super-resolution only: (B, 3, h, w), uint8 or in [-1, 1]; noised once per picture at `sampler.aug_level`.
+        low_res: super-resolution only: (B, 3, h, w), uint8 or in [-1, 1]; noised once per picture at
+            `sampler.aug_level`.
 
     Returns:
         fp32 (B, 3, image_size, image_size) in [-1, 1].

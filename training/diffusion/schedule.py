@@ -19,7 +19,8 @@ EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0
 
 
 def cosine(t: Tensor) -> Tensor:
-    """alpha = cos(pi t / 2): lambda = -2 ln tan(pi t / 2) (Ho & Salimans 2022; no offset s, unlike Nichol & Dhariwal)."""
+    """alpha = cos(pi t / 2): lambda = -2 ln tan(pi t / 2) (Ho & Salimans 2022; no offset s, unlike Nichol &
+    Dhariwal)."""
     return -2 * torch.log(torch.tan(t * (math.pi / 2)))
 
 

@@ -50,7 +50,7 @@ class DiffusionConfig:
         _one_of("stage.diffusion.null_text", self.null_text, ("zero", "learned"))
         if self.residual and self.parametrization != "x0":
             raise ValueError(
-                f"stage.diffusion.residual=true: it needs stage.diffusion.parametrization=x0, not {self.parametrization}"
+                f"stage.diffusion.residual=true: needs stage.diffusion.parametrization=x0, not {self.parametrization}"
             )
         if self.log_snr_min >= self.log_snr_max:
             raise ValueError(
@@ -70,9 +70,11 @@ class SamplerConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Times t between which guidance is on."""
     spacing: str = "auto"
-    """Where the steps lie: even in `time` or in `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else time."""
+    """Where the steps lie: even in `time` or in `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else
+    time."""
     threshold: str = "dynamic"
-    """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section 2.3)."""
+    """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
+    2.3)."""
     threshold_percentile: float = 0.995
     aug_level: float = 0.1
     """SR: noise level (a time in [0, 1]) put on the low-res input."""
@@ -87,7 +89,7 @@ class SamplerConfig:
             raise ValueError(f"stage.sampler.steps={self.steps}: it must be at least 1")
         low_high = list(self.guidance_interval)
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
-            raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times with 0 <= first <= second <= 1")
+            raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times, 0 <= first <= second <= 1")
         for key, value in (("aug_level", self.aug_level), ("threshold_percentile", self.threshold_percentile)):
             if not 0 <= value <= 1:
                 raise ValueError(f"stage.sampler.{key}={value}: it must lie between 0 and 1")

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Structure of one U-Net. `widths[i]` is the channel count of level i (finest first); per-level tuples have equal length."""
+    """Structure of one U-Net. `widths[i]` is the channel count of level i (finest first); per-level tuples have equal
+    length."""
 
     widths: tuple[int, ...] = (64, 128)
     blocks: tuple[int, ...] = (2, 2)
@@ -17,7 +18,12 @@ class UNetConfig:
     """Levels with self-attention to which text keys and values are appended."""
     cross_attention: tuple[bool, ...] = (False, False)
     """Levels with attention to the text alone."""
+    attention_every_block: bool = True
+    """Attention after every residual block of such a level; false: after the last one (each way)."""
     head_dim: int = 64
+    """Channels per attention head."""
+    ff_mult: int = 0
+    """Width factor of the feed-forward after each attention; 0: none."""
     patch: int = 1
     """Pixels per side folded into channels by the stem (pixel unshuffle)."""
     efficient: bool = False
@@ -26,6 +32,10 @@ class UNetConfig:
     """Scale sums with the skip connections by 1/sqrt(2)."""
     text_dim: int = 384
     """Width of the text embeddings that come in."""
+    text_width: int = 0
+    """Text embeddings are first projected to this width, once; 0: used as they come."""
+    null_text: str = "zero"
+    """The always visible token that stands for no text: `zero` (constant) or `learned` (a parameter)."""
     cond_dim: int = 256
     """Width of the time + pooled-text embedding."""
     text_pool_heads: int = 4
@@ -36,8 +46,125 @@ class UNetConfig:
     checkpoint_blocks: bool = False
     """Activation checkpointing per block."""
 
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for a structure that cannot be built."""
+        where = "stage.model.overrides"
+        for name in ("blocks", "self_attention", "cross_attention"):
+            count = len(getattr(self, name))
+            if count != len(self.widths):
+                raise ValueError(f"{where}.{name}: {count} values for the {len(self.widths)} levels of {where}.widths")
+        if not self.widths or min(self.widths) < 1 or min(self.blocks) < 1:
+            raise ValueError(f"{where}.widths and {where}.blocks: every level needs a positive number")
+        for level, width in enumerate(self.widths):
+            attends = self.self_attention[level] or self.cross_attention[level]
+            if attends and width % self.head_dim:
+                raise ValueError(
+                    f"{where}.head_dim={self.head_dim}: it must divide widths[{level}]={width} (attention there)"
+                )
+        if self.cond_dim % self.text_pool_heads:
+            raise ValueError(
+                f"{where}.text_pool_heads={self.text_pool_heads}: it must divide {where}.cond_dim={self.cond_dim}"
+            )
+        if self.null_text not in ("zero", "learned"):
+            raise ValueError(f"{where}.null_text={self.null_text}: it must be zero or learned")
 
-PRESETS: dict[str, UNetConfig] = {}
+    @property
+    def divisor(self) -> int:
+        """The picture's side must be a multiple of this."""
+        return self.patch * 2 ** (len(self.widths) - (0 if self.efficient else 1))
+
+
+PRESETS: dict[str, UNetConfig] = {
+    "tiny_base": UNetConfig(
+        widths=(16, 32), blocks=(1, 1), self_attention=(False, True), head_dim=16, patch=2, cond_dim=32, text_dim=32
+    ),
+    "tiny_sr": UNetConfig(
+        widths=(16, 32),
+        blocks=(1, 1),
+        self_attention=(False, True),
+        head_dim=16,
+        patch=2,
+        cond_dim=32,
+        text_dim=32,
+        efficient=True,
+        attention_every_block=False,
+        low_res=True,
+    ),
+    "demo_base": UNetConfig(widths=(64, 128), blocks=(2, 2), patch=2),
+    "demo_sr": UNetConfig(
+        widths=(32, 64), blocks=(2, 2), self_attention=(False, False), patch=4, low_res=True, cond_dim=128
+    ),
+    "demo_long_base": UNetConfig(
+        widths=(64, 128, 128), blocks=(2, 2, 2), self_attention=(True,) * 3, cross_attention=(False,) * 3, patch=2
+    ),
+    # 2.007e9 parameters: the widths, blocks and attention of the paper's appendix F; text and time widths chosen to
+    reach its 2B.
+    "base64": UNetConfig(
+        widths=(512, 1024, 1536, 2048),
+        blocks=(3, 3, 3, 3),
+        self_attention=(False, True, True, True),
+        cross_attention=(False,) * 4,
+        text_dim=4096,
+        text_width=2560,
+        cond_dim=2560,
+        text_pool_heads=40,
+    ),
+    # 396e6, for teams with one node.
+    "base64_400m": UNetConfig(
+        widths=(256, 512, 768, 768),
+        blocks=(3, 3, 3, 3),
+        self_attention=(False, True, True, True),
+        cross_attention=(False,) * 4,
+        text_dim=4096,
+        text_width=1536,
+        cond_dim=1024,
+        text_pool_heads=16,
+    ),
+    # 106e6, for a first run.
+    "base64_100m": UNetConfig(
+        widths=(128, 256, 384, 512),
+        blocks=(2, 2, 2, 3),
+        self_attention=(False, True, True, True),
+        cross_attention=(False,) * 4,
+        text_dim=4096,
+        text_width=512,
+        cond_dim=512,
+        text_pool_heads=8,
+    ),
+    # 599e6: the paper's list (128-1024; 2, 4, 8, 8) with one attention per level has 470e6, so the last level attends
+    after every block.
+    "sr256": UNetConfig(
+        widths=(128, 256, 512, 1024),
+        blocks=(2, 4, 8, 8),
+        self_attention=(False, False, False, True),
+        cross_attention=(False,) * 4,
+        head_dim=128,
+        ff_mult=2,
+        efficient=True,
+        low_res=True,
+        text_dim=4096,
+        text_width=512,
+        cond_dim=512,
+        text_pool_heads=8,
+    ),
+    # 402e6: cross-attention only; the printed list would have 468e6, so the last level has 6 blocks instead of 8.
+    "sr1024": UNetConfig(
+        widths=(128, 256, 512, 1024),
+        blocks=(2, 4, 8, 6),
+        self_attention=(False,) * 4,
+        cross_attention=(False, False, False, True),
+        attention_every_block=False,
+        head_dim=128,
+        ff_mult=2,
+        efficient=True,
+        low_res=True,
+        text_dim=4096,
+        text_width=1024,
+        cond_dim=768,
+        text_pool_heads=12,
+    ),
+}
+"""One row per size."""
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
@@ -53,4 +180,23 @@ def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
         if name not in known:
             raise ValueError(f"stage.model.overrides.{name}: no such field; known are {', '.join(sorted(known))}")
     values = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in overrides.items()}
-    return replace(PRESETS[preset], **values)
+    config = replace(PRESETS[preset], **values)
+    config.check()
+    return config
+
+
+def for_stage(stage: Any, text_dim: int) -> UNetConfig:
+    """The U-Net of a stage (a `StageConfig`), reading text of width `text_dim`.
+
+    Raises:
+        ValueError: a structure that cannot be built, or that does not fit the stage's picture size.
+    """
+    config = resolve(stage.model.preset, dict(stage.model.overrides))
+    config = replace(config, text_dim=text_dim, low_res=stage.low_res_size > 0, null_text=stage.diffusion.null_text)
+    for key, side in (("image_size", stage.image_size), ("crop_size", stage.crop_size)):
+        if side % config.divisor:
+            raise ValueError(
+                f"stage.{key}={side}: it must be a multiple of {config.divisor} for {len(config.widths)} levels and "
+                f"patch {config.patch} of stage.model.preset={stage.model.preset}"
+            )
+    return config

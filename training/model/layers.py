@@ -1,0 +1,206 @@
+"""The parts of the U-Nets.
+
+    B pictures   C channels   H, W pixels   T text tokens   D text width   E width of the time-and-text embedding `cond`
+
+Normalisation statistics and softmax run in fp32 inside torch's kernels also for bf16 inputs; the sinusoids are computed
+in fp32 here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SKIP = 1 / math.sqrt(2)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Up to 32 groups of at least 4 channels."""
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 4 or g == 1))
+    return nn.GroupNorm(groups, channels)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all parameters zero: a branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class LogSnrEmbedding(nn.Module):
+    """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit, in fp32, then an MLP in the model's
+    dtype."""
+
+    def __init__(self, width: int, sinusoids: int = 64):
+        super().__init__()
+        self.sinusoids = sinusoids
+        self.mlp = nn.Sequential(nn.Linear(2 * sinusoids, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
+        share = torch.arange(self.sinusoids, device=log_snr.device, dtype=torch.float32) / (self.sinusoids - 1)
+        angle = log_snr.to(torch.float32)[:, None] * (10.0 * (0.05 / 10.0) ** share)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype))
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv, scale-shift norm from `cond`, SiLU, conv (zero at the start), added to the shortcut
+    (BigGAN; ADM).
+
+    `resample` is `none`, `down` (2x2 mean) or `up` (nearest), on both branches. With `skip_scale` the sum is multiplied
+    by 1/sqrt(2), as in SR3 and DeepFloyd IF.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        cond_dim: int,
+        *,
+        resample: str = "none",
+        skip_scale: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.resample = resample
+        self.scale = SKIP if skip_scale else 1.0
+        self.norm_in = group_norm(channels)
+        self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.cond = nn.Linear(cond_dim, 2 * out_channels)
+        self.norm_out = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C, H, W), cond (B, E) -> (B, C', H', W')."""
+        h = self.conv_in(self.resampled(F.silu(self.norm_in(x))))
+        scale, shift = self.cond(cond)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        h = self.conv_out(self.dropout(F.silu(h)))
+        return (self.shortcut(self.resampled(x)) + h) * self.scale
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Pixels look at the text and, with `self_attention`, at each other: text keys and values are appended to the
+    pixels' own.
+
+    The text is LayerNorm-ed here (Imagen, section 2.5) and its first token is always visible, so no row of the mask is
+    empty.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        text_width: int,
+        head_dim: int,
+        *,
+        self_attention: bool = True,
+        ff_mult: int = 0,
+        skip_scale: bool = True,
+    ):
+        super().__init__()
+        self.heads = channels // head_dim
+        self.scale = SKIP if skip_scale else 1.0
+        self.norm = group_norm(channels)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels) if self_attention else None
+        self.text_norm = nn.LayerNorm(text_width)
+        self.text_key_value = nn.Linear(text_width, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+        self.feed_forward = FeedForward(channels, ff_mult, skip_scale) if ff_mult else None
+        self.maps: list[Tensor] | None = None
+        """Where `record_attention` collects (B, T, H, W) weights of the text tokens."""
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """x (B, C, H, W), text (B, T, D), text_mask bool (B, T) -> (B, C, H, W)."""
+        height, width = x.shape[2:]
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        query = split_heads(self.query(pixels), self.heads)
+        both, mask = self.text_key_value(self.text_norm(text)), text_mask
+        if self.key_value is not None:
+            both = torch.cat([both, self.key_value(pixels)], dim=1)
+            mask = F.pad(text_mask, (0, pixels.shape[1]), value=True)
+        key, value = (split_heads(part, self.heads) for part in both.chunk(2, dim=-1))
+        mask = mask[:, None, None, :]
+        if self.maps is not None:
+            scores = (query.float() @ key.float().transpose(-1, -2)) / math.sqrt(query.shape[-1])
+            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)[..., : text.shape[1]].mean(1)
+            self.maps.append(weights.transpose(1, 2).unflatten(-1, (height, width)).cpu())
+        h = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        h = self.out(h.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(-1, (height, width))
+        x = (x + h) * self.scale
+        return x if self.feed_forward is None else self.feed_forward(x)
+
+
+class FeedForward(nn.Module):
+    """GroupNorm, 1x1 conv to `mult` times the channels, GELU, 1x1 conv back (zero at the start), added to the input."""
+
+    def __init__(self, channels: int, mult: int, skip_scale: bool):
+        super().__init__()
+        self.scale = SKIP if skip_scale else 1.0
+        self.norm = group_norm(channels)
+        self.widen = nn.Conv2d(channels, mult * channels, 1)
+        self.narrow = zeroed(nn.Conv2d(mult * channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.narrow(F.gelu(self.widen(self.norm(x))))) * self.scale
+
+
+class TextPool(nn.Module):
+    """Attention pooling of the text into one vector (B, E): LayerNorm, the mean of the visible tokens as the query, an
+    MLP."""
+
+    def __init__(self, text_width: int, cond_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(text_width)
+        self.query = nn.Linear(text_width, cond_dim)
+        self.key_value = nn.Linear(text_width, 2 * cond_dim)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(cond_dim), nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
+
+    def forward(self, text: Tensor, text_mask: Tensor) -> Tensor:
+        """text (B, T, D), text_mask bool (B, T) with at least one True per row -> (B, E)."""
+        tokens = self.norm(text)
+        visible = text_mask[:, :, None].to(tokens.dtype)
+        mean = (tokens * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
+        key, value = (split_heads(part, self.heads) for part in self.key_value(tokens).chunk(2, dim=-1))
+        query = split_heads(self.query(mean), self.heads)
+        pooled = F.scaled_dot_product_attention(query, key, value, attn_mask=text_mask[:, None, None, :])
+        return self.mlp(pooled.transpose(1, 2).flatten(1))
+
+
+class DownConv(nn.Module):
+    """3x3 convolution of stride 2 (Efficient U-Net: before the level's blocks)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class UpConv(nn.Module):
+    """Nearest up-sampling to twice the side, then a 3x3 convolution (Efficient U-Net: after the level's blocks)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
