@@ -98,7 +98,7 @@ PRESETS: dict[str, UNetConfig] = {
         widths=(64, 128, 128), blocks=(2, 2, 2), self_attention=(True,) * 3, cross_attention=(False,) * 3, patch=2
     ),
     # 2.007e9 parameters: the widths, blocks and attention of the paper's appendix F; text and time widths chosen to
-    reach its 2B.
+    # reach its 2B.
     "base64": UNetConfig(
         widths=(512, 1024, 1536, 2048),
         blocks=(3, 3, 3, 3),
@@ -132,7 +132,7 @@ PRESETS: dict[str, UNetConfig] = {
         text_pool_heads=8,
     ),
     # 599e6: the paper's list (128-1024; 2, 4, 8, 8) with one attention per level has 470e6, so the last level attends
-    after every block.
+    # after every block.
     "sr256": UNetConfig(
         widths=(128, 256, 512, 1024),
         blocks=(2, 4, 8, 8),
