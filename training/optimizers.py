@@ -25,7 +25,9 @@ def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
     return config.lr * warmup * tail
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool
+) -> torch.optim.Optimizer:
     """The optimizer with moving averages (training/ema.py). `fused`: AdamW in one kernel (GPU)."""
     if config.name == "adafactor":
         return AveragingAdafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -1,0 +1,293 @@
+"""Checkpoints that always come back: whole fp32 tensors by name in safetensors files, committed by a manifest that is written last.
+
+    checkpoints/attempt.json                     who may write: every start of a run takes the next attempt number
+    checkpoints/step-00000500/
+        a0001-r00000-p000.safetensors            attempt, rank, part; no two writers ever touch the same file
+        manifest.json                            file sizes and SHA-256, where each tensor lies, the metadata of the run
+
+Importing this file does not import torch. A directory without `manifest.json` is no checkpoint. Deleting removes the manifest first. Nothing points at "the latest": the newest
+checkpoint that proves healthy is the one to resume from. Any world size and any ZeRO stage reads what any other has written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import CascadeError, DataError
+from training.distributed import Ranks, all_gather, broadcast, together
+from training.folder import Folder, open_folder
+from training.resilience import Superseded
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ATTEMPT = "attempt.json"
+READ_BYTES = 1 << 24
+PART_BYTES = 1 << 28
+"""Tensors are cut into files of about this size, so that a part can be sent to an object store in one request."""
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(CascadeError):
+    """A checkpoint could not be written; training can go on, and the last one is still good."""
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@dataclass
+class Checkpoint:
+    """A committed checkpoint; reads tensors lazily, one file at a time."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self.manifest["meta"]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.manifest["files"])
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors that begin with `prefix` (`param/`, `ema/0/`, ...)."""
+        return [name for name in self.manifest["tensors"] if name.startswith(prefix)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.manifest["tensors"][name]["shape"])
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU (mapped from the file: copy it before changing it).
+
+        Raises:
+            KeyError: no tensor of this name.
+        """
+        from safetensors import safe_open
+
+        entry = self.manifest["tensors"][name]
+        with safe_open(self.folder.fetch(entry["file"]), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def problems(self, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
+        """What is wrong with the files (each an unfinished sentence); `part` of `parts` looks at every parts-th file."""
+        found = []
+        for entry in self.manifest["files"][part::parts]:
+            name = entry["name"]
+            size = self.folder.size(name)
+            if size is None:
+                found.append(f"{name} is missing")
+            elif size != entry["bytes"]:
+                found.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+            elif checksums and _sha256(self.folder.fetch(name)) != entry["sha256"]:
+                found.append(f"{name} does not match its checksum")
+        return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class CheckpointStore:
+    """All checkpoints of one run."""
+
+    def __init__(self, path: str, attempt: int = 0, token: str = "") -> None:
+        self.folder = open_folder(path)
+        self.attempt, self._token = attempt, token
+
+    # ------------------------------------------------------------------------------------------- who may write
+
+    def claim(self, ranks: Ranks) -> int:
+        """Takes the next attempt number; from now on earlier attempts of this run can commit and delete nothing. Collective."""
+        self.attempt, self._token = together(self._claim, ranks)
+        return self.attempt
+
+    def _claim(self) -> tuple[int, str]:
+        attempt, token = self._owner()[0] + 1, uuid.uuid4().hex
+        record = {
+            "attempt": attempt,
+            "token": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+        self.folder.write(ATTEMPT, [json.dumps(record).encode()])
+        return attempt, token
+
+    def _owner(self) -> tuple[int, str, str]:
+        try:
+            record = json.loads(self.folder.read(ATTEMPT))
+            return int(record["attempt"]), str(record["token"]), str(record["host"])
+        except FileNotFoundError:
+            return 0, "", ""
+
+    def check_owner(self) -> None:
+        """Raises `Superseded` when a later start of the same run has claimed the checkpoints."""
+        attempt, token, host = self._owner()
+        if token != self._token:
+            raise Superseded(
+                f"{self.folder}: attempt {attempt} of this run on {host} has taken over; attempt {self.attempt} on "
+                f"{socket.gethostname()} stops without touching its checkpoints"
+            )
+
+    # ----------------------------------------------------------------------------------------------- writing
+
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], ranks: Ranks, group: Any = None
+    ) -> None:
+        """Writes and commits a checkpoint. Collective over `group` (None: the control group).
+
+        Args:
+            tensors: this rank's share of the whole tensors by name; shares do not overlap.
+            meta: what else the run needs; JSON values. Rank 0's counts.
+
+        Raises:
+            CheckpointError: some rank could not write; nothing was committed.
+            Superseded: another attempt owns the run now.
+        """
+        from training.safetensors_file import NAMES, Digest, chunks, split
+
+        folder = self.folder.sub(step_name(step))
+        files: list[dict[str, Any]] = []
+        error: Exception | None = None
+        try:
+            if ranks.is_main:
+                self.check_owner()
+                folder.remove(MANIFEST)
+            for part, group_of_tensors in enumerate(split(tensors, PART_BYTES)):
+                name = f"a{self.attempt:04d}-r{ranks.rank:05d}-p{part:03d}.safetensors"
+                digest = Digest(chunks(group_of_tensors))
+                folder.write(name, digest)
+                where = {n: {"shape": list(t.shape), "dtype": NAMES[t.dtype]} for n, t in group_of_tensors.items()}
+                files.append({"name": name, "bytes": digest.size, "sha256": digest.sha256, "tensors": where})
+        except (OSError, CascadeError) as caught:
+            error = caught
+        reports = all_gather((files, error), ranks, group)
+        self._raise_first([report[1] for report in reports], step)
+        if ranks.is_main:
+            try:
+                self.check_owner()
+                folder.write(MANIFEST, [_manifest(step, self.attempt, [report[0] for report in reports], meta)])
+            except (OSError, CascadeError) as caught:
+                error = caught
+        self._raise_first([broadcast(error, ranks, group)], step)
+
+    def _raise_first(self, errors: list[Exception | None], step: int) -> None:
+        for rank, error in enumerate(errors):
+            if isinstance(error, Superseded):
+                raise error
+            if error is not None:
+                raise CheckpointError(
+                    f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier checkpoints are "
+                    f"untouched, and training goes on: make room or mend the store before the next one is due"
+                ) from error
+
+    def prune(self, keep_last: int, keep_every: int = 0, pinned: tuple[int, ...] = ()) -> list[int]:
+        """Deletes committed checkpoints beyond the newest `keep_last`, multiples of `keep_every` and `pinned`, and what unfinished
+        saves left behind below the newest checkpoint. Rank 0 only. Returns the deleted steps."""
+        self.check_owner()
+        committed = [step for step in self.steps() if self._folder(step).size(MANIFEST) is not None]
+        keep = {*committed[:keep_last], *pinned, *(s for s in committed if keep_every and s % keep_every == 0)}
+        newest = committed[0] if committed else -1
+        doomed = [step for step in self.steps() if step not in keep and step < newest]
+        for step in doomed:
+            self._folder(step).remove(MANIFEST)
+            self._folder(step).remove_all()
+        return doomed
+
+    # ----------------------------------------------------------------------------------------------- reading
+
+    def _folder(self, step: int) -> Folder:
+        return self.folder.sub(step_name(step))
+
+    def steps(self) -> list[int]:
+        """Steps that have a directory, newest first, committed or not."""
+        matches = (STEP_NAME.fullmatch(name) for name in self.folder.names())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+    def newest_committed(self) -> int:
+        """The newest step with a manifest, its files not looked at; -1: none."""
+        return next((step for step in self.steps() if self._folder(step).size(MANIFEST) is not None), -1)
+
+    def open(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, its files not yet verified.
+
+        Raises:
+            DataError: not committed, or its manifest is damaged.
+        """
+        folder = self._folder(step)
+        try:
+            manifest = json.loads(folder.read(MANIFEST))
+            tensors: dict[str, Any] = {}
+            for entry in manifest["files"]:
+                tensors.update((n, {**where, "file": entry["name"]}) for n, where in entry["tensors"].items())
+            if manifest["format"] != FORMAT:
+                raise DataError(f"{folder}: format {manifest['format']} is not {FORMAT}, the one this version reads")
+            manifest["tensors"] = tensors
+            return Checkpoint(folder, manifest)
+        except FileNotFoundError as error:
+            raise DataError(f"{folder}: no {MANIFEST}, so the checkpoint was never finished") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: its {MANIFEST} is damaged ({error!r})") from error
+
+    def newest(self, ranks: Ranks | None = None, checksums: bool = True) -> Checkpoint | None:
+        """The newest healthy checkpoint, or None when there never was one. Collective; the ranks share the checksum work.
+
+        Each checkpoint that is passed over is logged with what is wrong with it.
+
+        Raises:
+            DataError: there are committed checkpoints, but all are damaged.
+        """
+        ranks = ranks or Ranks()
+        damaged = []
+        for step in together(self.steps, ranks):
+            checkpoint, problem = together(lambda step=step: self._try_open(step), ranks)
+            if checkpoint is not None:
+                mine = checkpoint.problems(ranks.rank, ranks.world_size, checksums)
+                found = [p for problems in all_gather(mine, ranks) for p in problems]
+                if not found:
+                    return checkpoint
+                problem = f"{checkpoint.folder}: {'; '.join(found)}"
+                damaged.append(problem)
+            if ranks.is_main:
+                log.warning("checkpoint passed over: %s", problem)
+        if damaged:
+            raise DataError(
+                f"{self.folder}: none of its checkpoints is healthy ({damaged[0]}); "
+                f"restore one, or move the directory away to start from step 0"
+            )
+        return None
+
+    def _try_open(self, step: int) -> tuple[Checkpoint | None, str]:
+        try:
+            return self.open(step), ""
+        except DataError as error:
+            return None, str(error)
+
+
+def _manifest(step: int, attempt: int, files: list[list[dict[str, Any]]], meta: dict[str, Any]) -> bytes:
+    content = {"format": FORMAT, "step": step, "attempt": attempt, "files": sum(files, []), "meta": meta}
+    return json.dumps(content).encode()

@@ -1,0 +1,125 @@
+"""A directory on disk or a prefix in an object store, with the few operations that checkpoints need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class LocalFolder:
+    """Files are on disk when `write` returns (fsync), and appear under their name only when complete (rename)."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def sub(self, name: str) -> LocalFolder:
+        return LocalFolder(str(self.path / name))
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError when it is not there."""
+        return (self.path / name).read_bytes()
+
+    def fetch(self, name: str) -> Path:
+        """A local path with the file's content."""
+        return self.path / name
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+
+    def size(self, name: str) -> int | None:
+        """Bytes; None when it is not there."""
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class RemoteFolder:
+    """A prefix of an object store (`s3://bucket/prefix`), through data_pipeline/store.py."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._cache: Path | None = None
+
+    def __str__(self) -> str:
+        return self.url
+
+    def sub(self, name: str) -> RemoteFolder:
+        return RemoteFolder(f"{self.url}/{name}")
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        from data_pipeline import store
+
+        store.write_bytes(f"{self.url}/{name}", b"".join(chunks))
+
+    def read(self, name: str) -> bytes:
+        from data_pipeline import store
+
+        if not store.exists(f"{self.url}/{name}"):
+            raise FileNotFoundError(f"{self.url}/{name}")
+        return store.read_bytes(f"{self.url}/{name}")
+
+    def fetch(self, name: str) -> Path:
+        """Downloads once; the copy lives as long as this object."""
+        if self._cache is None:
+            self._cache = Path(tempfile.mkdtemp(prefix="cascade-checkpoint-"))
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+        path = self._cache / name
+        if not path.exists():
+            path.write_bytes(self.read(name))
+        return path
+
+    def names(self) -> list[str]:
+        from data_pipeline import store
+
+        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.list_dir(self.url)})
+
+    def size(self, name: str) -> int | None:
+        from data_pipeline import store
+
+        url = f"{self.url}/{name}"
+        return store.size(url) if store.exists(url) else None
+
+    def remove(self, name: str) -> None:
+        from data_pipeline import store
+
+        store.remove(f"{self.url}/{name}")
+
+    def remove_all(self) -> None:
+        for name in self.names():
+            self.remove(name)
+
+
+Folder = LocalFolder | RemoteFolder
+
+
+def open_folder(path: str) -> Folder:
+    """`s3://...` or a directory (created by the first write)."""
+    return RemoteFolder(path) if "://" in path else LocalFolder(path)

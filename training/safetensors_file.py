@@ -1,0 +1,78 @@
+"""Writes safetensors files as a stream, with the SHA-256 on the way (https://github.com/huggingface/safetensors#format).
+
+The library's own writer wants a second look at the bytes for a checksum, and for an object store a second copy in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+import torch
+
+CHUNK = 1 << 24
+NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def header(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The length-prefixed JSON header."""
+    entries, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
+    """The file's bytes, without a copy of the tensors (CPU)."""
+    yield header(tensors)
+    for tensor in tensors.values():
+        flat = tensor.detach().contiguous().view(-1)
+        if flat.numel():
+            view = memoryview(flat.view(torch.uint8).numpy())
+            yield from (view[i : i + CHUNK] for i in range(0, len(view), CHUNK))
+
+
+class Digest:
+    """Passes chunks on and keeps their SHA-256 and size."""
+
+    def __init__(self, source: Iterable[memoryview | bytes]) -> None:
+        self._source, self._hash, self.size = source, hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[memoryview | bytes]:
+        for chunk in self._source:
+            self._hash.update(chunk)
+            self.size += len(chunk)
+            yield chunk
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def split(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """Consecutive groups of at most `limit` bytes (a larger tensor stands alone)."""
+    groups: list[dict[str, torch.Tensor]] = []
+    size = limit + 1
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups

@@ -1,0 +1,201 @@
+"""What a run says about itself: metrics.jsonl first, then W&B, and a line for people. Only rank 0 speaks; every rank keeps a log file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from training.config import Experiment
+from training.distributed import Ranks
+from training.run_dir import RunDir, to_dict
+
+log = logging.getLogger("cascade")
+
+BAR = 20
+"""Characters of the progress bar."""
+
+
+# ----------------------------------------------------------------------------------------------- messages
+
+
+def start_logging(run: RunDir, ranks: Ranks) -> None:
+    """Messages go to logs/rank-#.log of this rank; those of rank 0 to the terminal as well."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, (_RankFile, _Terminal)):
+            root.removeHandler(handler)
+            handler.close()
+    file = _RankFile(run.log_file(ranks.rank))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)
+    if ranks.is_main:
+        root.addHandler(_Terminal(sys.stdout))
+    root.setLevel(logging.WARNING)
+    for name in ("cascade", "training", "data_pipeline"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _RankFile(logging.FileHandler):
+    """Told apart from other people's handlers by its type."""
+
+
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+    """Plain sentences; clears a progress line first."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream.isatty():
+            self.stream.write("\r\033[K")
+        super().emit(record)
+
+
+# ------------------------------------------------------------------------------------------ the progress line
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    whole = int(max(0.0, seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress_line(stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float) -> str:
+    """`demo_base  240/1200 [####----] 20%  loss 0.0831  312 images/s  2:41 left`."""
+    done = step / steps
+    bar = "#" * round(done * BAR) + "-" * (BAR - round(done * BAR))
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    return (
+        f"{stage}  step {step:>{len(str(steps))}}/{steps} [{bar}] {done:4.0%}  loss {loss}  "
+        f"{record['images_per_second']:.1f} images/s  {duration(seconds_left)} left"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the tracker
+
+
+class Tracker:
+    """Rank 0 writes; on other ranks every method does nothing."""
+
+    def __init__(
+        self, run: RunDir, config: Experiment, ranks: Ranks, step: int, wandb_id: str, out: TextIO | None = None
+    ):
+        self.run, self.config, self.active = run, config, ranks.is_main
+        self._out = out or sys.stdout
+        self._wandb: Any = None
+        self._lost: str | None = None
+        if not self.active:
+            return
+        kept = keep_lines(run.metrics, step)
+        self._file = open(run.metrics, "a", buffering=1)
+        if kept:
+            log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
+        self._wandb = start_wandb(run, config, wandb_id)
+
+    def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
+        """One line of metrics after `step` steps."""
+        if not self.active:
+            return
+        record = {"step": step, **{key: finite(value) for key, value in record.items()}}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            if self._lost is None:
+                self._lost = str(error)
+                log.warning(
+                    "metrics.jsonl cannot be written (%s): training goes on, its lines are lost until there is room",
+                    error,
+                )
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in record.items() if value is not None}, step=step)
+        line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left)
+        if self._out.isatty():
+            self._out.write(f"\r\033[K{line}")
+            if step == self.config.train.steps:
+                self._out.write("\n")
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+    def image(self, step: int, path: Path) -> None:
+        """A picture file, for W&B."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def close(self, exit_code: int = 0) -> None:
+        if not self.active:
+            return
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_lines(path: Path, step: int) -> int:
+    """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run again, with the same
+    numbers, so that every step stands there once."""
+    if not path.exists():
+        return 0
+    lines = path.read_text().splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+    return len(lines) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------------------- W&B
+
+
+def start_wandb(run: RunDir, config: Experiment, wandb_id: str) -> Any:
+    """The W&B run (the same id after a restart), or None when it is disabled. Unreachable: offline, and said so."""
+    settings = config.wandb
+    if settings.mode == "disabled":
+        return None
+    import wandb
+
+    def begin(mode: str) -> Any:
+        return wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=settings.project,
+            entity=settings.entity,
+            tags=list(settings.tags),
+            name=f"{config.run.name}/{config.stage.name}",
+            id=wandb_id,
+            resume="allow" if mode == "online" else None,
+            dir=str(run.path),
+            config=to_dict(config),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+
+    began = time.monotonic()
+    try:
+        return begin(settings.mode)
+    except Exception as error:  # whatever W&B raises must not end a training run
+        if settings.mode == "offline":
+            log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
+            return None
+        log.warning(
+            "W&B was not reached in %.0f s (%s): its files are written offline, nothing is lost; later: wandb sync %s/wandb/offline-run-*",
+            time.monotonic() - began,
+            error,
+            run.path,
+        )
+        return begin("offline")
