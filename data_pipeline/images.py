@@ -25,9 +25,9 @@ MIN_SIDE = 4
 MAX_ASPECT = 20.0
 """No square of a sliver longer than this shows anything: `aspect_ratio`."""
 Image.init()
-FORMATS = [
+FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN
-]
+)
 """What Pillow may try; its other readers start programs (EPS) or read vectors."""
 _ORIENTATION_TAG = 0x0112
 _EXIF_WORDS = {
@@ -77,10 +77,10 @@ def training_pair(
     Raises:
         BadSample: see `decode`.
     """
-    picture = decode(data, size, margin, max_pixels, background, orientation)
+    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation)
     factor = size // low_res_size if low_res_size else 1
-    box = _square(picture.shape[0], picture.shape[1], crop, seed, position)
-    high = _resized_window(picture, box, size, *_window(size, crop_size or size, factor, crop, seed, position))
+    square = _square(extent, crop, seed, position)
+    high = _resized_window(picture, square, size, *_window(size, crop_size or size, factor, crop, seed, position))
     if flip and uniform(seed, position, "flip") < flip:
         high = np.ascontiguousarray(high[:, ::-1])
     return high, box_average(high, factor) if low_res_size else None
@@ -120,13 +120,7 @@ def decode(
     Raises:
         BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio` or `decode_error`.
     """
-    if not data:
-        raise BadSample("empty_image", "the picture has no bytes")
-    if data.startswith(b"\xff\xd8\xff"):
-        jpeg = _decode_jpeg(data, math.ceil(target * margin), max_pixels, orientation)
-        if jpeg is not None:
-            return jpeg
-    return _decode_any(data, max_pixels, background, orientation)
+    return _decode(data, math.ceil(target * margin), max_pixels, background, orientation)[0]
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -154,8 +148,24 @@ def orientation_from_json(member: bytes | None) -> int:
         return 1
 
 
-def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> np.ndarray | None:
-    """The picture, or None where Pillow must do it (CMYK, rare subsampling)."""
+Extent = tuple[float, float, float, float]
+"""(left, top, right, bottom) of the picture in decoded pixels: of a scaled JPEG, the last ones may be part pixels."""
+
+
+def _decode(data: bytes, least: int, max_pixels: int, background: int, orientation: int) -> tuple[np.ndarray, Extent]:
+    """The upright picture and its extent; a JPEG's shorter side is at least `least` pixels if the file has them."""
+    if not data:
+        raise BadSample("empty_image", "the picture has no bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        jpeg = _decode_jpeg(data, least, max_pixels, orientation)
+        if jpeg is not None:
+            return jpeg
+    picture = _decode_any(data, max_pixels, background, orientation)
+    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0]))
+
+
+def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> tuple[np.ndarray, Extent] | None:
+    """The picture and its extent, or None where Pillow must do it (CMYK, rare subsampling)."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -170,7 +180,10 @@ def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> 
         raise BadSample("decode_error", str(error)) from error
     if b"Exif\0\0" in data:
         orientation = _exif_orientation(_open(data), orientation)
-    return _upright(picture, orientation)
+    scale = (
+        round(8 * max(picture.shape[:2]) / max(height, width)) / 8
+    )  # the DCT gives eighths, rounded up to whole pixels
+    return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation)
 
 
 def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int) -> np.ndarray:
@@ -240,11 +253,22 @@ def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(picture)
 
 
-def _square(height: int, width: int, crop: str, seed: int, position: int) -> tuple[float, float, float]:
+def _upright_extent(stored: np.ndarray, width: float, height: float, orientation: int) -> Extent:
+    """Where the `width` x `height` upper left part of the stored array lies once `_upright` has turned it."""
+    rows, columns = stored.shape[:2]
+    if orientation in (5, 6, 7, 8):
+        rows, columns, width, height = columns, rows, height, width
+    left = columns - width if orientation in (2, 3, 6, 7) else 0.0
+    top = rows - height if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
+
+
+def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float, float, float]:
     """The square used: (left, top, side) in decoded pixels; the same place of the picture at any decoding scale."""
-    side = min(height, width)
+    left, top, right, bottom = extent
+    side = min(right - left, bottom - top)
     share = uniform(seed, position, "crop") if crop == "random" else 0.5
-    return share * (width - side), share * (height - side), float(side)
+    return left + share * (right - left - side), top + share * (bottom - top - side), side
 
 
 def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:
@@ -263,10 +287,11 @@ def _resized_window(
     """What the window (left, top, side) shows once the square is resized to size x size; only that part is computed."""
     x, y, length = square
     scale = length / size
-    reach = math.ceil(2 / min(scale, 1.0)) + 1  # the bicubic kernel's reach, in resized pixels
-    x0, y0 = max(0, left - reach), max(0, top - reach)
-    x1, y1 = min(size, left + side + reach), min(size, top + side + reach)
-    box = (x + x0 * scale, y + y0 * scale, x + x1 * scale, y + y1 * scale)
-    box = (box[0], box[1], min(box[2], picture.shape[1]), min(box[3], picture.shape[0]))
-    resized = Image.fromarray(picture).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box)
-    return np.ascontiguousarray(np.asarray(resized)[top - y0 : top - y0 + side, left - x0 : left - x0 + side])
+    if scale == 1 and x.is_integer() and y.is_integer():
+        row, column = int(y) + top, int(x) + left
+        return np.ascontiguousarray(picture[row : row + side, column : column + side])
+    right = min(x + (left + side) * scale, picture.shape[1])
+    bottom = min(y + (top + side) * scale, picture.shape[0])
+    box = (x + left * scale, y + top * scale, right, bottom)
+    # Pillow's kernel reaches over the edges of the box, so a window's border is that of the whole picture
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC, box=box))
