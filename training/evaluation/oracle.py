@@ -1,0 +1,222 @@
+"""Reads captioned shapes back from pictures, without any model: background, colour, size, shape, relation.
+
+    background   the palette background nearest to the frame's median colour
+    colour       each pixel votes for its nearest palette colour (or background, or outline), by how near it is
+    shape, size  the drawn template that overlaps best (intersection over union) anywhere in the picture, at the
+                 picture's own size; below `LEAST_OVERLAP` there is no shape
+    relation     the main direction between the two templates' centres
+
+Shapes: H = W pixels, pictures uint8 (H, W, 3).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data_pipeline.synthetic import (
+    BACKGROUNDS,
+    COLOURS,
+    OUTLINE_SHADE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    ShapeSpec,
+    Thing,
+    draw,
+)
+
+LEAST_OVERLAP = 0.7
+"""Intersection over union below which a blob is no shape at all."""
+LEAST_SHARE = 0.004
+"""Objects smaller than this share of the picture are specks."""
+CLEAR = 60.0
+"""RGB distance from a palette colour at which a pixel's vote has fallen to 61 %."""
+WINDOW_MARGIN = 0.04
+"""With two objects, what lies further from a template than this share of the side is none of its business."""
+BACKGROUND_LABEL = 2 * len(COLOURS)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One object as read; `size` and `shape` are None when no template fits."""
+
+    colour: str
+    size: str | None
+    shape: str | None
+    overlap: float
+    centre: tuple[float, float]
+    """x, y in pixels."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows."""
+
+    background: str
+    objects: tuple[Seen, ...]
+    """The colour with most pixels first."""
+
+    def __str__(self) -> str:
+        things = [f"{o.size or '?'} {o.colour} {o.shape or '?'}" for o in self.objects] or ["nothing"]
+        return f"{' and '.join(things)} on {self.background}"
+
+
+def read(picture: np.ndarray, objects: int = 1) -> Reading:
+    """Reads at most `objects` (1 or 2) objects.
+
+    Args:
+        picture: uint8 (H, H, 3), H at least 16; shapes can be told apart from about 32.
+    """
+    background = _background(picture)
+    labels, distances = _labels(picture, background)
+    colours = _colours(labels, distances, objects)
+    seen = []
+    for colour in colours:
+        others = [_mask_of(labels, other) for other in colours if other != colour]
+        mask = (labels != BACKGROUND_LABEL) & ~np.any([np.zeros(labels.shape, dtype=bool), *others], axis=0)
+        seen.append(_fit(mask, list(COLOURS)[colour], background, objects))
+    return Reading(background, tuple(seen))
+
+
+def _colours(labels: np.ndarray, distances: np.ndarray, objects: int) -> list[int]:
+    """The colours of at most `objects` objects, that of most pixels first; clear colours count more than blends."""
+    weights = np.exp(-0.5 * np.square(distances / CLEAR))
+    found: list[int] = []
+    while len(found) < objects:
+        votes = np.bincount(labels.ravel(), weights.ravel(), minlength=BACKGROUND_LABEL)[: len(COLOURS)]
+        if votes.max() < LEAST_SHARE * labels.size:
+            break
+        found.append(int(votes.argmax()))
+        weights[_widened(_mask_of(labels, found[-1]))] = 0  # an object's soft edge may look like another colour
+    return found
+
+
+def score(reading: Reading, spec: ShapeSpec) -> dict[str, bool]:
+    """Which parts of a caption the picture shows: background, colour, size, shape, (two objects) relation, and all."""
+    pairs = _matched(reading.objects, spec.objects)
+    complete = len(pairs) == len(spec.objects)
+    result = {
+        "background": reading.background == spec.background,
+        "colour": complete and all(seen.colour == thing.colour for seen, thing in pairs),
+        "size": complete and all(seen.size == thing.size for seen, thing in pairs),
+        "shape": complete and all(seen.shape == thing.shape for seen, thing in pairs),
+    }
+    if spec.relation is not None:
+        result["relation"] = complete and _relation(pairs[0][0], pairs[1][0]) == spec.relation
+    result["all"] = all(result.values())
+    return result
+
+
+def _matched(seen: tuple[Seen, ...], things: tuple[Thing, ...]) -> list[tuple[Seen, Thing]]:
+    """Pairs in the caption's order; of the ways to pair, the one with most words right (colours first)."""
+
+    def agreement(order: tuple[Seen, ...]) -> tuple[int, int]:
+        pairs = list(zip(order, things, strict=True))
+        colours = sum(s.colour == t.colour for s, t in pairs)
+        return colours, sum((s.size == t.size) + (s.shape == t.shape) for s, t in pairs)
+
+    if len(seen) < len(things):
+        return []
+    best = max(itertools.permutations(seen, len(things)), key=agreement)
+    return list(zip(best, things, strict=True))
+
+
+def _relation(first: Seen, second: Seen) -> str:
+    x, y = (a - b for a, b in zip(first.centre, second.centre, strict=True))
+    main = (np.sign(x), 0) if abs(x) > abs(y) else (0, np.sign(y))
+    return next((word for word, direction in RELATIONS.items() if direction == main), "")
+
+
+def _background(picture: np.ndarray) -> str:
+    frame = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]]).astype(np.float64)
+    distances = np.linalg.norm(np.array(list(BACKGROUNDS.values())) - np.median(frame, axis=0), axis=1)
+    return list(BACKGROUNDS)[int(distances.argmin())]
+
+
+def _labels(picture: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per pixel: 0..5 a colour, 6..11 its outline, 12 the background; and how far the pixel is from it (RGB)."""
+    colours = np.array(list(COLOURS.values()), dtype=np.float64)
+    palette = np.concatenate([colours, colours * OUTLINE_SHADE, [BACKGROUNDS[background]]])
+    distances = np.linalg.norm(picture[:, :, None, :].astype(np.float64) - palette, axis=-1)
+    return distances.argmin(axis=-1), distances.min(axis=-1)
+
+
+def _widened(mask: np.ndarray) -> np.ndarray:
+    """The mask and all pixels that touch it."""
+    padded = np.pad(mask, 1)
+    side = len(mask)
+    return np.any([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
+
+
+def _mask_of(labels: np.ndarray, colour: int) -> np.ndarray:
+    return (labels == colour) | (labels == colour + len(COLOURS))
+
+
+def _fit(mask: np.ndarray, colour: str, background: str, objects: int) -> Seen:
+    side, templates = len(mask), _templates(colour, background, objects, len(mask))
+    spectrum = np.fft.rfft2(mask, s=(2 * side, 2 * side))
+
+    def correlate(pattern_spectra: np.ndarray) -> np.ndarray:
+        return np.fft.irfft2(spectrum * np.conj(pattern_spectra), s=(2 * side, 2 * side))
+
+    inside, near = correlate(templates.spectra), correlate(templates.windows)
+    overlaps = inside / (near + templates.areas[:, None, None] - inside)
+    best, row, column = np.unravel_index(overlaps.argmax(), overlaps.shape)
+    overlap = float(overlaps[best, row, column])
+    size, shape = templates.names[best] if overlap >= LEAST_OVERLAP else (None, None)
+    shift = (np.array([column, row]) + side) % (2 * side) - side
+    x, y = templates.centres[best] + shift
+    return Seen(colour, size, shape, overlap, (float(x), float(y)))
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """The masks of all (size, shape), as read from drawings, ready to be laid over a picture at any shift."""
+
+    names: list[tuple[str, str]]
+    areas: np.ndarray
+    centres: np.ndarray
+    """(K, 2): x, y in pixels."""
+    spectra: np.ndarray
+    windows: np.ndarray
+    """Spectra of what must be explained: the whole picture, or with two objects the template's surroundings."""
+
+
+@lru_cache(maxsize=256)
+def _templates(colour: str, background: str, objects: int, side: int) -> _Templates:
+    names = list(itertools.product(SIZES, SHAPES))
+    other = next(name for name in COLOURS if name != colour)
+    masks, windows, centres = [], [], []
+    for size, shape in names:
+        things: tuple[Thing, ...] = (Thing(colour, size, shape),)
+        if objects == 2:
+            things = (*things, Thing(other, "small", "circle"))
+        spec = ShapeSpec(background, things, "above" if objects == 2 else None)
+        mask = _labels(draw(spec, side), background)[0] != BACKGROUND_LABEL
+        if objects == 2:
+            mask[side // 2 :] = False
+        rows, columns = np.nonzero(mask)
+        window = np.ones((2 * side, 2 * side))
+        if objects == 2:
+            margin = round(WINDOW_MARGIN * side)
+            window[:] = 0
+            window[
+                max(0, rows.min() - margin) : rows.max() + margin + 1,
+                columns.min() - margin : columns.max() + margin + 1,
+            ] = 1
+        masks.append(mask)
+        windows.append(window)
+        centres.append([(columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2])
+    stack = np.stack(masks).astype(np.float64)
+    double = (2 * side, 2 * side)
+    return _Templates(
+        names,
+        stack.sum(axis=(1, 2)),
+        np.array(centres),
+        np.fft.rfft2(stack, s=double),
+        np.fft.rfft2(np.stack(windows), s=double),
+    )
