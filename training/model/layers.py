@@ -191,7 +191,8 @@ class DownConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C', H / 2, W / 2); `cond` is not used."""
         return self.conv(x)
 
 
@@ -202,5 +203,6 @@ class UpConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C', 2 H, 2 W); `cond` is not used."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -179,7 +179,7 @@ def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
     for name in overrides:
         if name not in known:
             raise ValueError(f"stage.model.overrides.{name}: no such field; known are {', '.join(sorted(known))}")
-    values = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in overrides.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in overrides.items()}
     config = replace(PRESETS[preset], **values)
     config.check()
     return config

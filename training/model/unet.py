@@ -3,9 +3,8 @@
     B pictures   H, W pixels   p patch   T text tokens, one null token in front   D text width   E cond_dim
 
 Base: per level `blocks` residual blocks (each with a long skip, concatenated), BigGAN down / up blocks between levels,
-    a middle.
-Efficient: per level a strided convolution *before* the blocks on the way down and an up-convolution *after* them on the
-    way up, one long skip per level, no middle; most blocks sit at the coarse levels.
+a middle. Efficient: per level a strided convolution *before* the blocks on the way down and an up-convolution *after*
+them on the way up, one long skip per level, no middle; most blocks sit at the coarse levels.
 
 Every parameter takes part in every forward pass (ZeRO-3, no unused parameters), and nothing branches on data
 (torch.compile).
@@ -13,7 +12,7 @@ Every parameter takes part in every forward pass (ZeRO-3, no unused parameters),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,20 +33,101 @@ from training.model.layers import (
 from training.model.presets import UNetConfig
 
 
-class Level(nn.Module):
-    """The residual blocks of one level on one way, with their attention."""
+class Unit(nn.Module):
+    """One step of the way through the U-Net: a residual block with its attentions, or a change of resolution.
 
-    def __init__(self, config: UNetConfig, level: int, inputs: list[int], attend: Callable[[int], nn.ModuleList]):
+    `skip`: on the way down, the output is kept; on the way up, a kept one is concatenated to the input.
+    """
+
+    def __init__(self, main: ResBlock | DownConv | UpConv, attentions: Sequence[Attention] = (), *, skip: bool = False):
         super().__init__()
-        width = config.widths[level]
-        self.blocks = nn.ModuleList(
-            ResBlock(channels, width, config.cond_dim, skip_scale=config.skip_scale, dropout=config.dropout)
-            for channels in inputs
+        self.main = main
+        self.attentions = nn.ModuleList(attentions)
+        self.skip = skip
+
+    def forward(self, h: Tensor, cond: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T) -> (B, C', H', W')."""
+        h = self.main(h, cond)
+        for attention in self.attentions:
+            h = attention(h, text, text_mask)
+        return h
+
+
+def attentions(config: UNetConfig, level: int) -> list[Attention]:
+    """The attention layers that follow a residual block of this level."""
+    kinds = [True] * config.self_attention[level] + [False] * config.cross_attention[level]
+    return [
+        Attention(
+            config.widths[level],
+            config.text_width or config.text_dim,
+            config.head_dim,
+            self_attention=kind,
+            ff_mult=config.ff_mult,
+            skip_scale=config.skip_scale,
         )
-        last = len(inputs) - 1
-        self.attentions = nn.ModuleList(
-            attend(level) if config.attention_every_block or i == last else nn.ModuleList() for i in range(len(inputs))
-        )
+        for kind in kinds
+    ]
+
+
+def residual(config: UNetConfig, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
+    """A residual block with the config's options."""
+    return ResBlock(
+        channels,
+        out_channels,
+        config.cond_dim,
+        resample=resample,
+        skip_scale=config.skip_scale,
+        dropout=config.dropout,
+    )
+
+
+def level_units(config: UNetConfig, level: int, channels: int, skips: Sequence[int]) -> list[Unit]:
+    """The residual blocks of one level; `skips[j]`: channels concatenated before block j (0: none)."""
+    width, units = config.widths[level], []
+    for j, extra in enumerate(skips):
+        attend = config.attention_every_block or j == len(skips) - 1
+        block = residual(config, (channels if j == 0 else width) + extra, width)
+        units.append(Unit(block, attentions(config, level) if attend else (), skip=extra > 0))
+    return units
+
+
+def base_units(config: UNetConfig) -> tuple[list[Unit], list[Unit], list[Unit]]:
+    """Way down, middle and way up of the base U-Net."""
+    widths, depth = config.widths, len(config.widths)
+    down: list[Unit] = []
+    up: list[Unit] = []
+    for i, width in enumerate(widths):
+        level = level_units(config, i, widths[max(i - 1, 0)], [0] * config.blocks[i])
+        for unit in level:
+            unit.skip = True
+        down += level
+        if i < depth - 1:
+            down.append(Unit(residual(config, width, width, "down")))
+    last = widths[-1]
+    middle = [
+        Unit(residual(config, last, last), attentions(config, depth - 1)),
+        Unit(residual(config, last, last)),
+    ]
+    for i in reversed(range(depth)):
+        up += level_units(config, i, widths[i], [widths[i]] * config.blocks[i])
+        if i > 0:
+            up.append(Unit(residual(config, widths[i], widths[i - 1], "up")))
+    return down, middle, up
+
+
+def efficient_units(config: UNetConfig) -> tuple[list[Unit], list[Unit], list[Unit]]:
+    """Way down, (empty) middle and way up of the Efficient U-Net."""
+    widths = config.widths
+    down: list[Unit] = []
+    up: list[Unit] = []
+    for i, width in enumerate(widths):
+        down.append(Unit(DownConv(widths[max(i - 1, 0)], width)))
+        down += level_units(config, i, width, [0] * config.blocks[i])
+        down[-1].skip = True
+    for i in reversed(range(len(widths))):
+        up += level_units(config, i, widths[i], [widths[i]] + [0] * (config.blocks[i] - 1))
+        up.append(Unit(UpConv(widths[i], widths[max(i - 1, 0)])))
+    return down, [], up
 
 
 class UNet(nn.Module):
@@ -57,91 +137,37 @@ class UNet(nn.Module):
         super().__init__()
         config.check()
         self.config = config
-        widths, depth = config.widths, len(config.widths)
-        top, bottom = widths[0], widths[-1]
+        top, width = config.widths[0], config.text_width or config.text_dim
         pixels = config.channels * config.patch**2
 
         self.time = LogSnrEmbedding(config.cond_dim)
         self.aug = LogSnrEmbedding(config.cond_dim) if config.low_res else None
-        width = config.text_width or config.text_dim
-        null = torch.zeros(config.text_dim)
+        self.null_text: Tensor
         if config.null_text == "learned":
-            self.null_text = nn.Parameter(null)
+            self.null_text = nn.Parameter(torch.zeros(config.text_dim))
         else:
-            self.register_buffer("null_text", null, persistent=False)
+            self.register_buffer("null_text", torch.zeros(config.text_dim), persistent=False)
         self.text_in = nn.Linear(config.text_dim, width) if config.text_width else nn.Identity()
         self.text_pool = TextPool(width, config.cond_dim, config.text_pool_heads)
+
         self.stem = nn.Conv2d(pixels * (2 if config.low_res else 1), top, 3, padding=1)
-
-        def attend(level: int) -> nn.ModuleList:
-            kinds = [
-                kind for kind in (True, False) if (config.self_attention if kind else config.cross_attention)[level]
-            ]
-            return nn.ModuleList(
-                Attention(
-                    widths[level],
-                    width,
-                    config.head_dim,
-                    self_attention=kind,
-                    ff_mult=config.ff_mult,
-                    skip_scale=config.skip_scale,
-                )
-                for kind in kinds
-            )
-
-        def resample(channels: int, out_channels: int, way: str) -> nn.Module:
-            if config.efficient:
-                return DownConv(channels, out_channels) if way == "down" else UpConv(channels, out_channels)
-            return ResBlock(channels, out_channels, config.cond_dim, resample=way, skip_scale=config.skip_scale)
-
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        before = top
-        for i in range(depth):
-            if config.efficient:
-                self.shrink.append(resample(before, widths[i], "down"))
-                before = widths[i]
-            self.down.append(Level(config, i, [before] + [widths[i]] * (config.blocks[i] - 1), attend))
-            before = widths[i]
-            if not config.efficient and i < depth - 1:
-                self.shrink.append(resample(before, before, "down"))
-        self.middle = nn.ModuleList()
-        if not config.efficient:
-            for _ in range(2):
-                self.middle.append(ResBlock(bottom, bottom, config.cond_dim, skip_scale=config.skip_scale))
-            self.middle.append(attend(depth - 1))
-        for i in reversed(range(depth)):
-            skips = [widths[i]] + [0 if config.efficient else widths[i]] * (config.blocks[i] - 1)
-            inputs = [(before if j == 0 else widths[i]) + skip for j, skip in enumerate(skips)]
-            self.up.append(Level(config, i, inputs, attend))
-            before = widths[i]
-            if config.efficient:
-                self.grow.append(resample(before, widths[max(i - 1, 0)], "up"))
-                before = widths[max(i - 1, 0)]
-            elif i > 0:
-                self.grow.append(resample(before, widths[i - 1], "up"))
-                before = widths[i - 1]
+        down, middle, up = efficient_units(config) if config.efficient else base_units(config)
+        self.down, self.middle, self.up = nn.ModuleList(down), nn.ModuleList(middle), nn.ModuleList(up)
         end = 2 * top if config.efficient else top
         self.norm_out = group_norm(end)
         self.conv_out = zeroed(nn.Conv2d(end, pixels, 3, padding=1))
 
-    def run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        """One block, recomputed in the backward pass if the config says so."""
-        if self.config.checkpoint_blocks and self.training and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
-
-    def attend(self, attentions: nn.ModuleList, h: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        for attention in attentions:
-            h = self.run(attention, h, text, text_mask)
-        return h
-
-    def with_null_token(self, text: Tensor, text_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Masked tokens zeroed, and the always visible token that stands for "no text" put in front: (B, 1 + T,
-        ...)."""
-        text = text.to(dtype) * text_mask[:, :, None].to(dtype)
-        null = self.null_text.to(dtype).expand(len(text), 1, -1)
+    def with_null_token(self, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pads zeroed, and the always visible token that stands for "no text" put in front: (B, 1 + T, ...)."""
+        text = text * text_mask[:, :, None].to(text.dtype)
+        null = self.null_text.to(text.dtype).expand(len(text), 1, -1)
         return torch.cat([null, text], dim=1), F.pad(text_mask, (1, 0), value=True)
+
+    def run(self, unit: nn.Module, *inputs: Tensor) -> Tensor:
+        """One unit, recomputed in the backward pass if the config says so."""
+        if self.config.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return checkpoint(unit, *inputs, use_reentrant=False)
+        return unit(*inputs)
 
     def forward(
         self,
@@ -162,10 +188,10 @@ class UNet(nn.Module):
             low_res: (B, 3, H, W), up-sampled and noised; super-resolution stages only.
             aug_log_snr: (B,) fp32, the log-SNR of `low_res`.
         """
-        config, dtype = self.config, self.conv_out.weight.dtype
-        text, text_mask = self.with_null_token(text, text_mask, dtype)
-        text = self.text_in(text)
-        cond = self.time(log_snr, dtype) + self.text_pool(text, text_mask)
+        dtype: torch.dtype = self.conv_out.weight.dtype  # type: ignore[assignment]
+        words, mask = self.with_null_token(text.to(dtype), text_mask)
+        words = self.text_in(words)
+        cond = self.time(log_snr, dtype) + self.text_pool(words, mask)
         if self.aug is not None:
             if low_res is None or aug_log_snr is None:
                 raise ValueError("this U-Net up-samples: it needs low_res and aug_log_snr")
@@ -173,36 +199,22 @@ class UNet(nn.Module):
             x = torch.cat([x, low_res.to(x.dtype)], dim=1)
         cond = F.silu(cond)
 
-        h = self.stem(F.pixel_unshuffle(x.to(dtype), config.patch))
-        first, skips = h, []
-        for i, level in enumerate(self.down):
-            if config.efficient:
-                h = self.run(self.shrink[i], h)
-            for block, attentions in zip(level.blocks, level.attentions, strict=True):
-                h = self.attend(attentions, self.run(block, h, cond), text, text_mask)
-                if not config.efficient:
-                    skips.append(h)
-            if config.efficient:
+        h = first = self.stem(F.pixel_unshuffle(x.to(dtype), self.config.patch))  # (B, C, H / p, W / p)
+        skips: list[Tensor] = []
+        for unit in self.down:
+            h = self.run(unit, h, cond, words, mask)
+            if unit.skip:
                 skips.append(h)
-            elif i < len(self.shrink):
-                h = self.run(self.shrink[i], h, cond)
-        if not config.efficient:
-            block_in, block_out, attentions = self.middle
-            h = self.attend(attentions, self.run(block_in, h, cond), text, text_mask)
-            h = self.run(block_out, h, cond)
-        for i, level in enumerate(self.up):
-            for j, (block, attentions) in enumerate(zip(level.blocks, level.attentions, strict=True)):
-                if j == 0 or not config.efficient:
-                    h = torch.cat([h, skips.pop()], dim=1)
-                h = self.attend(attentions, self.run(block, h, cond), text, text_mask)
-            if config.efficient:
-                h = self.run(self.grow[i], h)
-            elif i < len(self.grow):
-                h = self.run(self.grow[i], h, cond)
-        if config.efficient:
+        for unit in self.middle:
+            h = self.run(unit, h, cond, words, mask)
+        for unit in self.up:
+            if unit.skip:
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run(unit, h, cond, words, mask)
+        if self.config.efficient:
             h = torch.cat([h, first], dim=1)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, config.patch).to(torch.float32)
+        return F.pixel_shuffle(h, self.config.patch).to(torch.float32)
 
     def compile_blocks(self) -> None:
         """torch.compile each residual and attention block in place: parameter names stay free of wrappers."""
