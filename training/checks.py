@@ -1,0 +1,92 @@
+"""Combinations of settings that cannot work together, refused before torch is imported (one sentence each)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from data_pipeline.config import require
+from training.config import Experiment, StageConfig
+from training.distributed import process_count, read_ranks
+from training.model.presets import for_stage, resolve
+
+TRAINING_VERBS = ("train", "plan")
+
+
+def check(verb: str, config: Experiment) -> None:
+    """Refuses what cannot be trained.
+
+    Only the commands that build a model for training are held to it: `cascade prepare` does not care about processes.
+
+    Raises:
+        ConfigError, ValueError: the sentence names the keys.
+    """
+    submitted = getattr(config, "verb", verb)
+    if submitted not in TRAINING_VERBS:
+        return
+    check_model(config.stage, config.text.dim)
+    check_batch(config, planned_world_size(verb, config))
+
+
+def planned_world_size(verb: str, config: Experiment, environ: Mapping[str, str] = os.environ) -> int:
+    """Processes that will train: those a launcher has started, else nodes x processes per node."""
+    ranks = read_ranks(environ) if verb == "train" else None
+    if ranks is not None:
+        return ranks.world_size
+    if verb == "train":
+        return process_count(config.cluster, environ)
+    return config.cluster.nodes * process_count(config.cluster, environ)
+
+
+def check_model(stage: StageConfig, text_dim: int) -> None:
+    """The U-Net fits the stage: its kind, its text width, and the picture sizes it can halve."""
+    preset = resolve(stage.model.preset, dict(stage.model.overrides))
+    require(
+        stage.is_super_resolution or not preset.low_res,
+        f"stage.model.preset={stage.model.preset} is for super-resolution but stage.low_res_size=0: choose the preset "
+        "of a base stage, or set stage.low_res_size to the side of the picture it starts from",
+    )
+    given = stage.model.overrides.get("text_dim", text_dim)
+    require(
+        given == text_dim,
+        f"stage.model.overrides.text_dim={given}: the U-Net reads text of width text.dim={text_dim}; leave it out",
+    )
+    for_stage(stage, text_dim)
+
+
+def check_batch(config: Experiment, world_size: int) -> None:
+    """Every rank gets the same number of samples, in equal micro-batches, and ZeRO fits the number of processes."""
+    data = config.data
+    lanes = data.lane_count
+    allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    if data.global_batch % world_size:
+        other = f"data.global_batch to a multiple of {world_size}"
+    else:
+        other = f"data.lanes to a multiple of {world_size}"
+    require(
+        lanes % world_size == 0,
+        f"{world_size} processes (cluster.nodes x cluster.processes) cannot share the {lanes} lanes of "
+        f"data.global_batch={data.global_batch}: use {_or(allowed)} processes, or set {other}",
+    )
+    share = data.global_batch // world_size
+    if data.micro_batch:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        require(
+            share % data.micro_batch == 0,
+            f"data.micro_batch={data.micro_batch}: it must divide the {share} samples that each of {world_size} "
+            f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors)}",
+        )
+    if config.zero.stage == 0:
+        require(world_size == 1, f"zero.stage=0: it is for one process, not {world_size}; use zero.stage=1, 2 or 3")
+        require(
+            config.precision.dtype == "fp32",
+            f"zero.stage=0 with precision.dtype={config.precision.dtype}: use zero.stage=1, or precision.dtype=fp32",
+        )
+
+
+def _or(numbers: list[int]) -> str:
+    """1, 2, 4 or 8 (the middle left out when there are many)."""
+    words = [str(n) for n in numbers]
+    if len(words) > 8:
+        words = [*words[:4], "...", *words[-2:]]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

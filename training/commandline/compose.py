@@ -1,0 +1,150 @@
+"""Hydra composes conf/VERB.yaml and the overrides; this file turns the result into the checked dataclass of the verb.
+
+Each verb's dataclass is registered with Hydra as `schema_VERB`, the first entry of conf/VERB.yaml's defaults list. So
+every key exists with its type before a value is set, and `--cfg job` and shell completion know all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import conf
+from data_pipeline.errors import ConfigError
+from training.checks import check
+from training.commandline.errors import explain
+from training.commandline.fields import keys_of
+from training.config import COMMANDS, Experiment
+
+CONF_DIR = Path(conf.__file__).parent
+ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
+"""Short names that read well on the command line."""
+OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
+
+
+def register_schemas() -> None:
+    """Makes the dataclasses known to Hydra (cheap; may be repeated)."""
+    from hydra.core.config_store import ConfigStore
+
+    for verb, (config_class, _, _) in COMMANDS.items():
+        ConfigStore.instance().store(name=f"schema_{verb}", node=config_class)
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options: the directories of conf/ (without recipe, whose files Hydra chooses)."""
+    found = {}
+    for folder in sorted(p for p in CONF_DIR.iterdir() if p.is_dir() and p.name not in ("__pycache__", "recipe")):
+        found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
+    return found
+
+
+def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra's grammar wants them.
+
+    * short names: `run=DIR`, `init_from=PATH`
+    * `debug=true`: the option `true` of the group `debug` (Hydra would read a truth value and refuse)
+    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, paths with spaces or brackets
+    * keys of free mappings (cluster.sbatch.qos=high) need no `+`
+
+    Raises:
+        ConfigError: a word that is not `key=value`.
+    """
+    return [_normalise_one(verb, word) for word in overrides]
+
+
+def _normalise_one(verb: str, word: str) -> str:
+    if word.startswith("~"):
+        return word
+    match = OVERRIDE.fullmatch(word)
+    if match is None:
+        raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
+    prefix, key, value = match["prefix"], match["key"], match["value"]
+    key = ALIASES.get(key, key)
+    if key in groups():
+        if value in ("", "null", "none", "None"):
+            raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
+        if re.fullmatch(r"\w+", value):
+            value = f"'{value}'"
+    known = keys_of(COMMANDS[verb][0])
+    if any(known[p].is_open for p in [key, *_parents(key)] if p in known):
+        prefix, value = "++", _mapping(value)
+    fixed = f"{prefix}{key}={value}"
+    return fixed if _is_expression(fixed) else f"{prefix}{key}={_quote(value)}"
+
+
+def _options(group: str) -> str:
+    return f"the options of {group} are {', '.join(groups()[group])}"
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _mapping(value: str) -> str:
+    """A YAML mapping in Hydra's grammar, which escapes a colon inside a name: {json:caption: 1}, {json\\:caption: 1}."""
+    if not re.fullmatch(r"\{.*: .*\}", value):
+        return value
+    with contextlib.suppress(yaml.YAMLError):
+        pairs = yaml.safe_load(value)
+        if all(isinstance(v, (str, int, float)) for v in pairs.values()):
+            escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in pairs.items()}
+            return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
+    return value
+
+
+def _is_expression(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("'", "\\'") + "'"
+
+
+def validate(verb: str, cfg: DictConfig) -> Experiment:
+    """The composed config as the verb's dataclass, checked.
+
+    Raises:
+        ConfigError: one sentence that names the key and what would be valid.
+    """
+    root = COMMANDS[verb][0]
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain))
+        assert isinstance(config, Experiment)
+        check(verb, config)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(explain(error, root)) from error
+    return config
+
+
+def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The config that `cascade VERB OVERRIDES...` would run with.
+
+    Raises:
+        ConfigError: one sentence that names the key and what would be valid.
+    """
+    from hydra import compose, initialize_config_dir
+
+    register_schemas()
+    words = normalise(verb, overrides)
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = compose(verb, overrides=words)
+    except Exception as error:
+        raise ConfigError(explain(error, COMMANDS[verb][0])) from error
+    return validate(verb, cfg)

@@ -1,0 +1,87 @@
+"""Reads the settings dataclasses: which keys exist, of which type, with which explanation."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its dotted name, its type, and the text under the field."""
+
+    name: str
+    type: Any
+    doc: str
+
+    @property
+    def is_section(self) -> bool:
+        return is_dataclass(self.type)
+
+    @property
+    def is_open(self) -> bool:
+        """A mapping whose keys are the user's own."""
+        return typing.get_origin(self.type) is dict
+
+
+def keys_of(root: type) -> dict[str, Key]:
+    """All keys of a config class by dotted name, sections included, in the order of the source."""
+    return {key.name: key for key in _walk(root, "")}
+
+
+def _walk(root: type, prefix: str) -> Iterator[Key]:
+    hints, docs = typing.get_type_hints(root), field_docs(root)
+    for item in fields(root):
+        kind = hints[item.name]
+        yield Key(prefix + item.name, kind, docs.get(item.name, ""))
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _walk(kind, f"{prefix}{item.name}.")
+
+
+@functools.lru_cache(None)
+def field_docs(root: type) -> dict[str, str]:
+    """The string that follows each field in the source of a dataclass and of its bases."""
+    docs: dict[str, str] = {}
+    for cls in reversed(root.__mro__):
+        if is_dataclass(cls):
+            docs |= _docs_in_source(cls)
+    return docs
+
+
+def _docs_in_source(cls: type) -> dict[str, str]:
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs, name = {}, ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            docs[name] = " ".join(str(node.value.value).split())
+            name = ""
+        else:
+            name = ""
+    return docs
+
+
+def type_words(kind: Any) -> str:
+    """A type in words: "an integer", "a list such as [a, b]", "text or null"."""
+    if kind in WORDS:
+        return WORDS[kind]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else type_words(a) for a in arguments)
+    if origin is list:
+        return f"a list, each element {type_words(arguments[0])}: [a,b]"
+    if origin is dict:
+        return "a mapping such as {name: value}"
+    if is_dataclass(kind):
+        return "a section; its keys are " + ", ".join(f.name for f in fields(kind))
+    return "any value"
