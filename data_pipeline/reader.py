@@ -1,0 +1,155 @@
+"""A source stage for any webdataset pipeline: every sample once per epoch, in an order that nothing disturbs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_pipeline import store
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.dataset import Dataset, load_or_build
+from data_pipeline.errors import ConfigError
+from data_pipeline.fetch import Prefetcher, RowReader, Sample, take
+from data_pipeline.order import Order, check_world_size, rank_positions
+
+
+class ShardStream(IterableDataset[Sample]):
+    """This rank's raw samples, from `position` on, without end.
+
+        stream = ShardStream("s3://bucket/{00000..00999}.tar", seed=0, global_batch=2048, rank=rank, world_size=8,
+                             micro_batch=64)
+        pipeline = wds.DataPipeline(stream, wds.map(decode), wds.batched(64))
+        loader = wds.WebLoader(pipeline, num_workers=8, batch_size=None)
+
+    Each sample is a dict with `__key__`, `__url__`, `__position__` (samples consumed before it, over all ranks) and
+    the bytes of each member by extension. Worker processes take turns in chunks of `micro_batch` samples, so the
+    loader's order is the same for any number of workers when its batches hold `micro_batch` samples. To resume, pass
+    the position reached: the number of samples that all ranks together have consumed. A sample that does not verify
+    is replaced by a deterministic substitute (`__failures__` then says why).
+
+    Args:
+        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these.
+        seed: decides the order, with the content of the shards, `filter`, `lanes` and `window`.
+        global_batch: samples per step over all ranks.
+        rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
+        position: where to start.
+        lanes: interleaved sub-streams; 0: chosen from `global_batch`. `world_size` must divide it.
+        window: samples shuffled together inside a lane.
+        micro_batch: samples per chunk dealt to a worker; 0: the rank's whole share of a global batch.
+        filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`.
+        stop: position at which to end; None: never.
+        settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
+
+    Raises:
+        ConfigError: the batch cannot be shared so.
+        DataError: shards missing, denied or no tar archives.
+    """
+
+    def __init__(
+        self,
+        shards: Any,
+        *,
+        seed: int = 0,
+        global_batch: int = 64,
+        rank: int | None = None,
+        world_size: int | None = None,
+        position: int = 0,
+        lanes: int = 0,
+        window: int | None = None,
+        micro_batch: int = 0,
+        filter: FilterConfig | dict[str, Any] | None = None,
+        stop: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        rules = filter if isinstance(filter, FilterConfig) else FilterConfig(**(filter or {}))
+        if window is not None:
+            settings["window"] = window
+        self.config = DataConfig(
+            shards=shards, global_batch=global_batch, lanes=lanes, micro_batch=micro_batch, filter=rules, **settings
+        )
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
+        self.seed, self.position, self.stop = seed, position, stop
+        self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
+        self.dataset: Dataset = load_or_build(store.expand(shards), self.config)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        order = Order(self.dataset.counts, self.seed, self.config.lane_count, self.config.window)
+        chunks = Chunks(
+            self.config, self.rank, self.world_size, self.position, self.micro_batch, worker, workers, self.stop
+        )
+        reader = RowReader(self.dataset, self.config)
+        budget = self.config.prefetch_mb * 2**20 // workers
+        ahead = Prefetcher(reader, order, chunks, self.config.lane_count // self.world_size, budget, chunks.mine)
+        try:
+            for position, shard, row, get in ahead:
+                taken = take(reader, self.seed, position, shard, row, get, _same)
+                if taken.failures:
+                    taken.value["__failures__"] = taken.failures
+                yield taken.value
+        finally:
+            ahead.close()
+            reader.close()
+
+    def __call__(self) -> Iterator[Sample]:
+        return iter(self)
+
+
+def _same(sample: Sample) -> Sample:
+    return sample
+
+
+class Chunks:
+    """Positions of one worker of one rank, a chunk (micro-batch) at a time; chunk c of the rank belongs to worker c
+    mod W.
+
+    Args:
+        stop: position at which to end; None: never.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        rank: int,
+        world_size: int,
+        position: int,
+        micro_batch: int,
+        worker: int = 0,
+        workers: int = 1,
+        stop: int | None = None,
+    ) -> None:
+        self.batch, self.lanes = config.global_batch, config.lane_count
+        self.rank, self.world_size, self.start = rank, world_size, position
+        self.micro_batch, self.worker, self.workers, self.stop = micro_batch, worker, workers, stop
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        per_step = self.batch // self.world_size // self.micro_batch
+        step = 0
+        while self.stop is None or self.start + step * self.batch < self.stop:
+            share = rank_positions(step, self.batch, self.lanes, self.rank, self.world_size, self.start)
+            for number in range(per_step):
+                if (step * per_step + number) % self.workers == self.worker:
+                    chunk = share[number * self.micro_batch : (number + 1) * self.micro_batch]
+                    chunk = chunk if self.stop is None else chunk[chunk < self.stop]
+                    if len(chunk):
+                        yield chunk
+            step += 1
+
+    def mine(self, positions: np.ndarray) -> np.ndarray:
+        """Which positions of this rank's lanes belong to this worker, (n,) bool."""
+        since = positions - self.start
+        rounds = self.batch // self.lanes
+        lane = positions % self.lanes - self.rank * self.lanes // self.world_size
+        place = lane * rounds + since % self.batch // self.lanes
+        chunk = since // self.batch * (self.batch // self.world_size // self.micro_batch) + place // self.micro_batch
+        wanted = (since >= 0) & (chunk % self.workers == self.worker)
+        return wanted if self.stop is None else wanted & (positions < self.stop)

@@ -1,0 +1,388 @@
+"""The index of one shard: where each member of each sample lies, and what filters ask about it.
+
+One Parquet file per shard, one row per sample in archive order. Columns: `key`, `key_hash` (blake2b-64), `layout`
+(member extensions joined by "/"), `offsets`, `sizes` (bytes) and `checksums` (xxh3-64) per member, `width`, `height`
+(pixels, as stored), `caption_length` (characters of the .txt, else of json["caption"]), `aesthetic`, `watermark`,
+`unsafe`, `similarity` (from the .json), `problem` (why the sample can never be trained on, else null).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from data_pipeline import store
+from data_pipeline.errors import CascadeError, DataError
+from data_pipeline.retry import DEFAULT, Patience
+from data_pipeline.tar import Member, Problem, walk
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif")
+"""Members that are pictures, the preferred first."""
+SCORES = {
+    "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetic_score_laion_v2"),
+    "watermark": ("pwatermark", "watermark", "p_watermark"),
+    "unsafe": ("punsafe", "unsafe", "p_unsafe"),
+    "similarity": ("similarity", "clip_similarity", "clip_score"),
+}
+"""Index column -> names of it in a sample's .json, in any case."""
+_SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("key_hash", pa.uint64()),
+        ("layout", pa.dictionary(pa.int32(), pa.string())),
+        ("offsets", pa.list_(pa.int64())),
+        ("sizes", pa.list_(pa.int64())),
+        ("checksums", pa.list_(pa.uint64())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption_length", pa.int32()),
+        *((name, pa.float32()) for name in SCORES),
+        ("problem", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one member of a sample lies."""
+
+    extension: str
+    offset: int
+    size: int
+    checksum: int
+
+
+class ShardIndex:
+    """The index of one shard, in memory (about 150 bytes per sample)."""
+
+    def __init__(self, url: str, table: pa.Table, meta: dict[str, Any]) -> None:
+        self.url, self.table, self.meta = url, table, meta
+        self.place = ""
+        """Where it is stored, once it is."""
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def digest(self) -> str:
+        """Hash of the keys, sizes and contents: the same wherever the shard lies."""
+        return str(self.meta["digest"])
+
+    @property
+    def problems(self) -> dict[str, int]:
+        return dict(self.meta["problems"])
+
+    @property
+    def compressed(self) -> bool:
+        return bool(self.meta["compressed"])
+
+    @property
+    def etag(self) -> str | None:
+        """What reads over s3:// insist on."""
+        return self.meta["etag"] if store.is_s3(self.url) else None
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self.table.column(name)
+
+    @cached_property
+    def _lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        offsets = self.table.column("offsets").combine_chunks()
+        flat = [self.table.column(name).combine_chunks().flatten().to_numpy() for name in ("sizes", "checksums")]
+        return offsets.offsets.to_numpy(), offsets.flatten().to_numpy(), flat[0], flat[1]
+
+    @cached_property
+    def _layouts(self) -> tuple[list[list[str]], np.ndarray]:
+        column = self.table.column("layout").combine_chunks()
+        names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
+        return names, column.indices.to_numpy(zero_copy_only=False)
+
+    def key(self, row: int) -> str:
+        return self.table.column("key")[row].as_py()
+
+    def parts(self, row: int) -> list[Part]:
+        """The members of sample `row` (a row of the file, before filters), in archive order."""
+        starts, offsets, sizes, checksums = self._lists
+        names, which = self._layouts
+        first = int(starts[row])
+        return [
+            Part(name, int(offsets[first + i]), int(sizes[first + i]), int(checksums[first + i]))
+            for i, name in enumerate(names[which[row]])
+        ]
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """First byte and end byte of every sample, (n,) int64 each."""
+        starts, offsets, sizes, _ = self._lists
+        if not len(self):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.minimum.reduceat(offsets, starts[:-1]), np.maximum.reduceat(offsets + sizes, starts[:-1])
+
+
+def index_url(shard: str) -> str:
+    """Where the index of a shard lies: `00000.tar` -> `00000.index.parquet` beside it."""
+    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", shard) + ".index.parquet"
+
+
+def cached_index_url(shard: str, index_dir: str | None) -> str:
+    """The same for shards whose own directory cannot be written."""
+    where = store.parent(shard) if store.is_s3(shard) else os.path.abspath(store.parent(shard))
+    folder = f"{store.basename(where)}-{hashlib.blake2b(where.encode(), digest_size=6).hexdigest()}"
+    return store.join(store.join(index_dir or default_index_dir(), folder), store.basename(index_url(shard)))
+
+
+def default_index_dir() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "cascade", "index")
+
+
+def key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | None = None) -> ShardIndex:
+    """Walks a shard once and describes every sample of it; nothing is written.
+
+    Members may come in any order and need not be adjacent. The key is the name up to the first dot after the last
+    slash, as in webdataset; where none of a key's members has a plain extension (`photo.v2.jpg`, `photo.v2.txt`) up
+    to the last dot.
+
+    Raises:
+        DataError: not a tar archive, missing, denied.
+    """
+    entry = entry or store.describe([url], patience)[0]
+    problems: list[Problem] = []
+    etag = entry.etag if store.is_s3(url) else None
+    with store.open_stream(url, etag=etag, patience=patience) as stream:
+        probe = _Probe(stream)
+        samples = _group(walk(probe, problems, name=url), problems)
+    counts = Counter(problem.reason for problem in problems)
+    counts.update(row["problem"] for row in samples if row["problem"])
+    table = pa.Table.from_pylist(samples, schema=SCHEMA)
+    meta = {
+        "version": VERSION,
+        "shard": store.basename(url),
+        "size": entry.size,
+        "etag": entry.etag,
+        "samples": len(samples),
+        "compressed": probe.head == b"\x1f\x8b",
+        "problems": dict(sorted(counts.items())),
+        "details": [f"{p.reason} at byte {p.offset}: {p.detail}" for p in problems[:20]],
+        "digest": _digest(samples),
+        "content": probe.digest.hexdigest(),
+    }
+    return ShardIndex(url, table, meta)
+
+
+class _Probe:
+    """Passes a stream on, remembering its first two bytes and the checksum of all of it."""
+
+    def __init__(self, stream: store.Stream) -> None:
+        self._stream, self.head, self.digest = stream, b"", xxhash.xxh3_64()
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.head = self.head or data[:2]
+        self.digest.update(data)
+        return data
+
+
+def _digest(samples: list[dict[str, Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        digest.update(json.dumps([sample["key"], sample["layout"], sample["sizes"], sample["checksums"]]).encode())
+    return digest.hexdigest()
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the index keeps of one member."""
+
+    extension: str
+    stem: str
+    part: tuple[int, int, int]
+    facts: dict[str, Any]
+
+
+def _group(members: Iterable[Member], problems: list[Problem]) -> list[dict[str, Any]]:
+    """Members -> rows of the index, by key."""
+    groups: list[tuple[str, list[_Found]]] = []
+    open_group: dict[str, list[_Found]] = {}
+    for member in members:
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not dot or not stem:
+            continue  # no extension, or a hidden file such as macOS' ._x.jpg
+        key, extension = folder + slash + stem, extension.lower()
+        kind = extension.rpartition(".")[2]
+        facts = _facts(kind, member, problems)
+        dotted = folder + slash + base.rpartition(".")[0]
+        found = _Found(extension, dotted, (member.offset, member.size, member.checksum), facts)
+        group = open_group.get(key)
+        if group is None or any(other.extension == extension for other in group):
+            if group is not None:
+                problems.append(Problem("duplicate_key", member.offset, f"{member.name!r} comes again"))
+            group = open_group[key] = []
+            groups.append((key, group))
+        group.append(found)
+    rows = []
+    for key, group in groups:
+        if all("." in found.extension for found in group):
+            for dotted in dict.fromkeys(found.stem for found in group):
+                part = [found for found in group if found.stem == dotted]
+                for found in part:
+                    found.extension = found.extension.rpartition(".")[2]
+                rows.append(_row(dotted, part))
+        else:
+            rows.append(_row(key, group))
+    return rows
+
+
+def _row(key: str, group: list[_Found]) -> dict[str, Any]:
+    by_extension = {found.extension: found for found in group}
+    image = next((by_extension[name] for name in IMAGE_EXTENSIONS if name in by_extension), None)
+    data = by_extension["json"].facts if "json" in by_extension else {}
+    text = by_extension["txt"].facts if "txt" in by_extension else {}
+    size = image.facts if image else {}
+    return {
+        "key": key,
+        "key_hash": key_hash(key),
+        "layout": "/".join(found.extension for found in group),
+        "offsets": [found.part[0] for found in group],
+        "sizes": [found.part[1] for found in group],
+        "checksums": [found.part[2] for found in group],
+        "width": size.get("width"),
+        "height": size.get("height"),
+        "caption_length": text.get("length", data.get("length")),
+        **{name: data.get(name) for name in SCORES},
+        "problem": "missing_image" if image is None else "empty_image" if image.part[1] == 0 else None,
+    }
+
+
+def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]:
+    """What filters will ask about this member."""
+    if kind in IMAGE_EXTENSIONS:
+        width, height = image_size(member.data)
+        return {"width": width, "height": height}
+    if kind == "txt":
+        return {"length": len(member.data.decode("utf-8", "replace").strip())}
+    if kind != "json":
+        return {}
+    try:
+        data = json.loads(member.data)
+    except (ValueError, RecursionError):
+        problems.append(Problem("bad_json", member.offset, f"{member.name!r} is not valid JSON"))
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    facts: dict[str, Any] = {}
+    for name, value in data.items():
+        column = _SCORE_OF.get(name.lower())
+        if column and isinstance(value, (int, float)) and not isinstance(value, bool):
+            facts[column] = float(value)
+    if isinstance(data.get("caption"), str):
+        facts["length"] = len(data["caption"].strip())
+    return facts
+
+
+def image_size(data: bytes) -> tuple[int | None, int | None]:
+    """(width, height) in pixels from the header of an encoded picture; (None, None) if it cannot be read."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    try:
+        if data[:2] == b"\xff\xd8":
+            import simplejpeg
+
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            return width, height
+    except ValueError:
+        pass
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
+        return None, None
+
+
+def save_index(index: ShardIndex, url: str, patience: Patience = DEFAULT) -> None:
+    """Writes the index as one Parquet file."""
+    table = index.table.replace_schema_metadata({b"cascade": json.dumps(index.meta).encode()})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    store.write_bytes(url, out.getbuffer(), patience)
+
+
+def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex | None:
+    """The index at `url`, or None when there is none that this version can read."""
+    try:
+        table = pq.read_table(io.BytesIO(store.read_bytes(url, patience)))
+        meta = json.loads(table.schema.metadata[b"cascade"])
+        if meta["version"] != VERSION or not table.schema.remove_metadata().equals(SCHEMA):
+            return None
+    except (DataError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    index = ShardIndex(shard, table.replace_schema_metadata(None), meta)
+    index.place = url
+    return index
+
+
+def fits(index: ShardIndex, entry: store.Entry) -> bool:
+    """Whether the index describes the shard as it is now.
+
+    A local file whose modification time alone differs (a copy of the data set) is judged by three of its samples.
+    """
+    if index.meta["size"] != entry.size:
+        return False
+    if index.meta["etag"] == entry.etag:
+        return True
+    if store.is_s3(entry.url) or index.compressed or not len(index):
+        return False
+    for row in {0, len(index) // 2, len(index) - 1}:
+        for part in index.parts(row):
+            data = store.read_range(entry.url, part.offset, part.offset + part.size)
+            if xxhash.xxh3_64_intdigest(data) != part.checksum:
+                return False
+    return True
+
+
+def load_index(
+    url: str, index_dir: str | None = None, entry: store.Entry | None = None, patience: Patience = DEFAULT
+) -> ShardIndex | None:
+    """The stored index of a shard, from beside it or from the cache; None when there is none that still fits."""
+    entry = entry or store.describe([url], patience)[0]
+    for where in (index_url(url), cached_index_url(url, index_dir)):
+        index = read_index(url, where, patience)
+        if index is not None and fits(index, entry):
+            return index
+    return None
+
+
+def store_index(index: ShardIndex, index_dir: str | None = None, patience: Patience = DEFAULT) -> str:
+    """Writes the index beside its shard, or where that cannot be written into the cache; returns the place."""
+    try:
+        save_index(index, index_url(index.url), patience)
+        return index_url(index.url)
+    except CascadeError as error:
+        where = cached_index_url(index.url, index_dir)
+        logger.info("%s; the index goes to %s", error, where)
+        save_index(index, where, patience)
+        return where

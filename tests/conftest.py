@@ -1,0 +1,42 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.s3 import S3Server, start_server
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[S3Server]:
+    """One S3 server for the whole session."""
+    server, process = start_server()
+    yield server
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with this process's environment pointing at it (`.endpoint`, `.env` for other processes)."""
+    from data_pipeline import s3
+
+    for name, value in s3_process.env.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    s3.forget()
+    return s3_process
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> str:
+    """The name of a new, empty bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    client: Any = s3_server.client()
+    client.create_bucket(Bucket=name)
+    return name
