@@ -18,7 +18,7 @@ from PIL import Image
 from data_pipeline.chance import below, uniform
 from data_pipeline.errors import BadSample
 
-__all__ = ["BadSample", "decode", "dimensions", "orientation_from_json", "training_pair"]
+__all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
 
 MIN_SIDE = 4
 """Pictures with a side below this are counters and tracking pixels, never training data: `too_small`."""
@@ -136,6 +136,16 @@ def dimensions(data: bytes) -> tuple[int, int]:
     return _open(data).size
 
 
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises `BadSample` (`too_large`, `too_small`, `aspect_ratio`) for a picture that no training could use."""
+    if width * height > max_pixels:
+        raise BadSample("too_large", f"{width} x {height} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise BadSample("too_small", f"{width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("aspect_ratio", f"{width} x {height} pixels")
+
+
 def orientation_from_json(member: bytes | None) -> int:
     """The EXIF orientation (1 to 8) in img2dataset's json, which resizes without turning; 1 when it says nothing."""
     if not member or b"Image Orientation" not in member:
@@ -172,7 +182,7 @@ def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> 
         return None
     if space in ("CMYK", "YCCK"):
         return None
-    _check_size(width, height, max_pixels)
+    check_size(width, height, max_pixels)
     try:
         least = least or max(height, width)
         picture = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, strict=True)
@@ -188,7 +198,7 @@ def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> 
 
 def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int) -> np.ndarray:
     image = _open(data)
-    _check_size(*image.size, max_pixels)
+    check_size(*image.size, max_pixels)
     try:
         image.load()
         orientation = _exif_orientation(image, orientation)
@@ -207,15 +217,6 @@ def _open(data: bytes) -> Image.Image:
         raise BadSample("too_large", str(error)) from error
     except Exception as error:
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadSample("too_large", f"{width} x {height} pixels")
-    if min(width, height) < MIN_SIDE:
-        raise BadSample("too_small", f"{width} x {height} pixels")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample("aspect_ratio", f"{width} x {height} pixels")
 
 
 def _to_rgb(image: Image.Image, background: int) -> Image.Image:

@@ -1,0 +1,219 @@
+"""Where pictures and captions come from: a folder, a table, or existing shards. Each is a numbered list of samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.captions import read_json
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import BadSample, DataError
+from data_pipeline.shard_index import IMAGE_EXTENSIONS
+
+PATH_COLUMNS = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image")
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
+
+
+@dataclass
+class Item:
+    """One sample as found."""
+
+    name: str
+    """What reports call it: a path, or shard and key."""
+    key: str
+    extension: str
+    """Of the picture."""
+    image: bytes
+    caption: bytes | None
+    """The .txt, as bytes."""
+    meta: dict[str, Any]
+
+
+class Source(Protocol):
+    identity: str
+    """Changes when the content of the source does."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str: ...
+
+    def read(self, number: int) -> Item:
+        """Raises `BadSample` where the sample is damaged."""
+
+
+class FolderSource:
+    """Every picture below a folder, in the order of their paths, with the .txt and .json of the same name beside it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(os.path.expanduser(folder))
+        if not self.folder.is_dir():
+            raise DataError(f"prepare.source={folder}: there is no such directory")
+        self.files = sorted(
+            (path for path in self.folder.rglob("*") if _is_picture(path) and path.is_file()),
+            key=lambda path: path.relative_to(self.folder).parts,
+        )
+        if not self.files:
+            raise DataError(f"prepare.source={folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}) lie below it")
+        self.identity = _hash(f"{self.name(i)} {path.stat().st_size}" for i, path in enumerate(self.files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        return self.files[number].relative_to(self.folder).as_posix()
+
+    def read(self, number: int) -> Item:
+        path = self.files[number]
+        meta = _json(_bytes_or_none(path.with_suffix(".json")))
+        meta.setdefault("source", self.name(number))
+        caption = _bytes_or_none(path.with_suffix(".txt"))
+        return Item(self.name(number), f"{number:09d}", path.suffix[1:].lower(), _read(path), caption, meta)
+
+
+class TableSource:
+    """One row per picture: a column of paths (relative to the table), a column of captions, more for the .json."""
+
+    def __init__(self, table: str) -> None:
+        self.path = Path(os.path.expanduser(table))
+        if not self.path.is_file():
+            raise DataError(f"prepare.source={table}: there is no such file")
+        data = self.path.read_bytes()
+        self.identity = hashlib.blake2b(data, digest_size=8).hexdigest()
+        self.table = _read_table(self.path)
+        names = {str(name).lower(): str(name) for name in reversed(self.table.column_names)}
+        self.path_column = next((names[name] for name in PATH_COLUMNS if name in names), None)
+        self.caption_column = next((names[name] for name in CAPTION_COLUMNS if name in names), None)
+        if self.path_column is None or self.caption_column is None:
+            raise DataError(
+                f"prepare.source={table}: it needs a column of paths ({', '.join(PATH_COLUMNS)}) and one of captions "
+                f"({', '.join(CAPTION_COLUMNS)}); it has {', '.join(map(str, self.table.column_names))}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def name(self, number: int) -> str:
+        return str(self.table.column(self.path_column)[number].as_py())
+
+    def read(self, number: int) -> Item:
+        row = {str(name): _plain(self.table.column(name)[number].as_py()) for name in self.table.column_names}
+        given, caption = row.pop(str(self.path_column)), row.pop(str(self.caption_column))
+        if not given:
+            raise BadSample("missing_image", "the row has no path")
+        if "://" in str(given):
+            raise BadSample("missing_image", "only local paths are read; download URLs with img2dataset first")
+        path = self.path.parent / str(given)
+        meta = {"source": str(given), **row}
+        text = None if caption is None else str(caption).encode("utf-8", "ignore")
+        return Item(str(given), f"{number:09d}", path.suffix[1:].lower() or "jpg", _read(path), text, meta)
+
+
+class ShardSource:
+    """The samples of existing shards that pass `data.filter`, in the order of the shards."""
+
+    def __init__(self, shards: str, config: DataConfig) -> None:
+        import numpy as np
+
+        from data_pipeline import store
+        from data_pipeline.dataset import load_or_build
+        from data_pipeline.fetch import RowReader
+
+        self.dataset = load_or_build(store.expand(shards), config)
+        self.reader = RowReader(self.dataset, config)
+        self.identity = self.dataset.fingerprint
+        self._ends = np.cumsum(self.dataset.counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(self._ends.searchsorted(number, side="right"))
+        return shard, number - int(self._ends[shard] - self.dataset.counts[shard])
+
+    def name(self, number: int) -> str:
+        shard, row = self._place(number)
+        return f"{self.dataset.urls[shard]}#{self.dataset.key(shard, row)}"
+
+    def read(self, number: int) -> Item:
+        sample = self.reader.read(*self._place(number))
+        extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
+        if extension is None:
+            raise BadSample("missing_image", "no member is a picture")
+        key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
+        return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), _json(sample.get("json")))
+
+
+def open_source(kind: str, source: str, config: DataConfig) -> Source:
+    """The source that prepare.kind and prepare.source name. Raises `DataError` when there is none."""
+    if kind == "folder":
+        return FolderSource(source)
+    return TableSource(source) if kind == "table" else ShardSource(source, config)
+
+
+def _json(member: bytes | None) -> dict[str, Any]:
+    try:
+        return read_json(member)
+    except BadSample:
+        return {}  # the picture and its .txt are good without it
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample("missing_image", f"{path}: {error.strerror}") from error
+
+
+def _bytes_or_none(path: Path) -> bytes | None:
+    return _read(path) if path.is_file() else None
+
+
+def _read_table(path: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            from pyarrow import csv
+
+            tabs = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+            return csv.read_csv(path, parse_options=tabs)
+        from pyarrow import parquet
+
+        return parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"prepare.source={path}: it is no table that can be read ({error})") from error
+
+
+def _plain(value: Any) -> Any:
+    """A value of a table as JSON has it."""
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return str(value)
+
+
+def dump_json(meta: Mapping[str, Any]) -> bytes:
+    """The .json member: ASCII, the same bytes for the same values."""
+    return json.dumps(dict(meta), ensure_ascii=True).encode()
+
+
+def _hash(lines: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
