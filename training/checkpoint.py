@@ -1,12 +1,14 @@
-"""Checkpoints that always come back: whole fp32 tensors by name in safetensors files, committed by a manifest that is written last.
+"""Checkpoints that always come back: whole fp32 tensors by name in safetensors files, committed by a manifest that is
+written last.
 
     checkpoints/attempt.json                     who may write: every start of a run takes the next attempt number
     checkpoints/step-00000500/
         a0001-r00000-p000.safetensors            attempt, rank, part; no two writers ever touch the same file
         manifest.json                            file sizes and SHA-256, where each tensor lies, the metadata of the run
 
-Importing this file does not import torch. A directory without `manifest.json` is no checkpoint. Deleting removes the manifest first. Nothing points at "the latest": the newest
-checkpoint that proves healthy is the one to resume from. Any world size and any ZeRO stage reads what any other has written.
+Importing this file does not import torch. A directory without `manifest.json` is no checkpoint. Deleting removes the
+manifest first. Nothing points at "the latest": the newest checkpoint that proves healthy is the one to resume from.
+Any world size and any ZeRO stage reads what any other has written.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def problems(self, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
-        """What is wrong with the files (each an unfinished sentence); `part` of `parts` looks at every parts-th file."""
+        """What is wrong with the files (each an unfinished sentence); `part` of `parts` looks at every parts-th
+        file."""
         found = []
         for entry in self.manifest["files"][part::parts]:
             name = entry["name"]
@@ -121,7 +124,8 @@ class CheckpointStore:
     # ------------------------------------------------------------------------------------------- who may write
 
     def claim(self, ranks: Ranks) -> int:
-        """Takes the next attempt number; from now on earlier attempts of this run can commit and delete nothing. Collective."""
+        """Takes the next attempt number; from now on earlier attempts of this run can commit and delete nothing.
+        Collective."""
         self.attempt, self._token = together(self._claim, ranks)
         return self.attempt
 
@@ -201,13 +205,13 @@ class CheckpointStore:
                 raise error
             if error is not None:
                 raise CheckpointError(
-                    f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier checkpoints are "
-                    f"untouched, and training goes on: make room or mend the store before the next one is due"
+                    f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier "
+                    f"checkpoints are untouched, and training goes on: make room or mend the store before the next one"
                 ) from error
 
     def prune(self, keep_last: int, keep_every: int = 0, pinned: tuple[int, ...] = ()) -> list[int]:
-        """Deletes committed checkpoints beyond the newest `keep_last`, multiples of `keep_every` and `pinned`, and what unfinished
-        saves left behind below the newest checkpoint. Rank 0 only. Returns the deleted steps."""
+        """Deletes committed checkpoints beyond the newest `keep_last`, multiples of `keep_every` and `pinned`, and
+        what unfinished saves left behind below the newest checkpoint. Rank 0 only. Returns the deleted steps."""
         self.check_owner()
         committed = [step for step in self.steps() if self._folder(step).size(MANIFEST) is not None]
         keep = {*committed[:keep_last], *pinned, *(s for s in committed if keep_every and s % keep_every == 0)}
@@ -254,7 +258,8 @@ class CheckpointStore:
             raise DataError(f"{folder}: its {MANIFEST} is damaged ({error!r})") from error
 
     def newest(self, ranks: Ranks | None = None, checksums: bool = True) -> Checkpoint | None:
-        """The newest healthy checkpoint, or None when there never was one. Collective; the ranks share the checksum work.
+        """The newest healthy checkpoint, or None when there never was one. Collective; the ranks share the checksum
+        work.
 
         Each checkpoint that is passed over is logged with what is wrong with it.
 
@@ -289,5 +294,5 @@ class CheckpointStore:
 
 
 def _manifest(step: int, attempt: int, files: list[list[dict[str, Any]]], meta: dict[str, Any]) -> bytes:
-    content = {"format": FORMAT, "step": step, "attempt": attempt, "files": sum(files, []), "meta": meta}
-    return json.dumps(content).encode()
+    flat = [entry for rank_files in files for entry in rank_files]
+    return json.dumps({"format": FORMAT, "step": step, "attempt": attempt, "files": flat, "meta": meta}).encode()

@@ -1,9 +1,10 @@
 """Processes and ranks: who am I, how are the others started, and a few collectives on plain Python values.
 
-A command that trains in several processes on one machine starts them itself (`launch`). Why not torchrun: it dies of SIGUSR1 and
-leaves its workers behind as orphans, answers 1 after a clean stop by SIGTERM (so a job script cannot tell "saved, start me again"
-from a crash), and its restarts hang now and then on loopback rendezvous. Under Slurm, `srun` starts the processes and this file
-only reads its variables. A program that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT itself works as well.
+A command that trains in several processes on one machine starts them itself (`launch`). Why not torchrun: it dies of
+SIGUSR1 and leaves its workers behind as orphans, answers 1 after a clean stop by SIGTERM (so a job script cannot tell
+"saved, start me again" from a crash), and its restarts hang now and then on loopback rendezvous. Under Slurm, `srun`
+starts the processes and this file only reads its variables. A program that sets RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT itself works as well.
 
 The parent process imports neither torch nor deepspeed.
 """
@@ -62,7 +63,8 @@ class Ranks:
 
 
 def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that a launcher put into the environment: RANK..., or Slurm's when CASCADE_SRUN=1; None without a launcher.
+    """The ranks that a launcher put into the environment: RANK..., or Slurm's when CASCADE_SRUN=1; None without a
+    launcher.
 
     SLURM_PROCID alone does not count: it is also set inside a plain `salloc` or a batch script that runs one process.
 
@@ -115,8 +117,8 @@ def thread_count(cluster: ClusterConfig, processes: int) -> int:
 def launch(module: str, config: Experiment) -> dict[str, Any]:
     """Runs `module.main(config)` in several processes of this machine and returns rank 0's result.
 
-    Signals are forwarded to all of them; when one dies the others are ended; the program then exits with the code of the first
-    failure (128 + the number of the signal that killed it).
+    Signals are forwarded to all of them; when one dies the others are ended; the program then exits with the code of
+    the first failure (128 + the number of the signal that killed it).
 
     Raises:
         SystemExit: a process failed; it has printed why.
@@ -135,8 +137,11 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
         return json.loads(result_file.read_text())
 
 
-def run_processes(command: list[str], processes: int, threads: int = 1) -> int:
-    """Starts `command` once per rank and waits; returns 0 or the exit code of the first that failed."""
+def run_processes(command: list[str], processes: int, threads: int = 1, grace_s: float = GRACE_S) -> int:
+    """Starts `command` once per rank and waits; returns 0 or the exit code of the first that failed.
+
+    Once one has failed the others are killed after `grace_s`, or after AGREED_GRACE_S if they all decided to stop.
+    """
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
@@ -155,7 +160,7 @@ def run_processes(command: list[str], processes: int, threads: int = 1) -> int:
             children.append(subprocess.Popen(command, env=own, preexec_fn=_die_with_parent))
             for number in received:
                 children[-1].send_signal(number)
-        return _wait(children)
+        return _wait(children, grace_s)
     finally:
         for child in children:
             if child.poll() is None:
@@ -165,27 +170,26 @@ def run_processes(command: list[str], processes: int, threads: int = 1) -> int:
             signal.signal(number, handler)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], grace_s: float) -> int:
     """Waits for all; after the first failure the others get a grace period, then SIGKILL."""
     first, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
+    while None in (codes := [child.poll() for child in children]):
         if not first:
-            failed = [c.returncode for c in children if c.returncode]
-            if failed:
-                first = failed[0]
-                deadline = time.monotonic() + (AGREED_GRACE_S if first in STOP_CODES else GRACE_S)
+            first = next((code for code in codes if code), 0)
+            if first:
+                deadline = time.monotonic() + (AGREED_GRACE_S if first in STOP_CODES else grace_s)
         if time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
                     child.kill()
         time.sleep(0.05)
-    first = first or next((c.returncode for c in children if c.returncode), 0)
+    first = first or next((code for code in codes if code), 0)
     return 128 - first if first < 0 else first
 
 
 def _die_with_parent() -> None:
-    """In the child: own process group (the terminal's Ctrl-C reaches it once, through the parent), and end when the parent is
-    killed, so that no orphan goes on training."""
+    """In the child: own process group (the terminal's Ctrl-C reaches it once, through the parent), and end when the
+    parent is killed, so that no orphan goes on training."""
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -198,7 +202,8 @@ def free_port() -> int:
 
 
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:
-    """One rank of `launch`: `module.main(config)`; only rank 0 explains an error that all share. Returns the exit code."""
+    """One rank of `launch`: `module.main(config)`; only rank 0 explains an error that all share. Returns the exit
+    code."""
     from omegaconf import OmegaConf
 
     rank = int(os.environ["RANK"])
@@ -256,16 +261,17 @@ def all_sum(values: list[float], ranks: Ranks) -> list[float]:
 
 
 def together(call: Any, ranks: Ranks) -> Any:
-    """Rank 0's `call()`, on every rank; an error of rank 0 is raised on all of them, so that none waits for the others."""
+    """Rank 0's `call()`, on every rank; an error of rank 0 is raised on all of them, so that none waits for the
+    others."""
     outcome: tuple[Any, BaseException | None] = (None, None)
     if ranks.is_main:
         try:
             outcome = (call(), None)
         except Exception as error:
             outcome = (None, error)
-    value, error = broadcast(outcome, ranks)
-    if error is not None:
-        raise error
+    value, problem = broadcast(outcome, ranks)
+    if problem is not None:
+        raise problem
     return value
 
 

@@ -1,7 +1,8 @@
 """Exponential moving averages of the weights, kept as states of the optimizer.
 
-An average that is an optimizer state is sharded by ZeRO exactly like Adam's moments: fp32, no gathering, `4 / world_size` bytes
-per weight. A step that DeepSpeed skips (non-finite gradient) never reaches the optimizer, so it does not move the average either.
+An average that is an optimizer state is sharded by ZeRO exactly like Adam's moments: fp32, no gathering, `4 /
+world_size` bytes per weight. A step that DeepSpeed skips (non-finite gradient) never reaches the optimizer, so it does
+not move the average either.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 
 
 def decay_at(decay: float, updates: int) -> float:
-    """The decay of update number `updates` (0 for the first): ramped up as (1 + n) / (10 + n), so that early averages forget
-    the random start."""
+    """The decay of update number `updates` (0 for the first): ramped up as (1 + n) / (10 + n), so that early averages
+    forget the random start."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
@@ -25,8 +26,8 @@ def state_name(index: int) -> str:
 class Averaging(torch.optim.Optimizer):
     """Mix-in, left of an optimizer class: `step` also moves `state[p]["ema/I"]` towards the new weights.
 
-    Set `averaging` (one decay per average) before each step; the engine derives it from the number of updates so far, because
-    ZeRO 3 calls `step` once per group of parameters. An average begins as the weights before its first step.
+    Set `averaging` (one decay per average) before each step; the engine derives it from the number of updates so far,
+    because ZeRO 3 calls `step` once per group of parameters. An average begins as the weights before its first step.
     """
 
     averaging: tuple[float, ...] = ()

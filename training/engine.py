@@ -1,13 +1,17 @@
-"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`, and the full state in and out by name.
+"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`, and the full state in and out
+by name.
 
-DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API (hence the exact pin):
+DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API
+(hence the exact pin):
 
-    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which parameter
-    ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position` and even slices per parameter
+    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which
+    parameter ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position` and even
+    slices per parameter
 
-`_layout` turns both into `Piece`s (training/sharding.py); all else (checkpoints, averages, import) is written on those alone.
-Why not DeepSpeed's own ways: its checkpoint loads at no other world size or stage, its `latest` is written before the shards are
-complete, and its setters for full tensors fail under ZeRO 3 when a parameter's size is not divisible by the world size.
+`_layout` turns both into `Piece`s (training/sharding.py); all else (checkpoints, averages, import) is written on those
+alone. Why not DeepSpeed's own ways: its checkpoint loads at no other world size or stage, its `latest` is written
+before the shards are complete, and its setters for full tensors fail under ZeRO 3 when a parameter's size is not
+divisible by the world size.
 """
 
 from __future__ import annotations
@@ -69,7 +73,8 @@ def shut_down() -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the compilation of `deepspeed_shm_comm` (minutes of g++ at first use, for nothing we need)."""
+    """DeepSpeed, quiet, and without the compilation of `deepspeed_shm_comm` (minutes of g++ at first use, for nothing
+    we need)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -140,7 +145,8 @@ class Engine:
         self.set_timeout(config.train.timeout_first_s)
 
     def __call__(self, x: torch.Tensor, log_snr: torch.Tensor, text: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the weights' type."""
+        """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the
+        weights' type."""
         mask, low_res, aug_log_snr = (*rest, None, None, None)[:3]
         low_res = None if low_res is None else low_res.to(self.dtype)
         return self._engine(x.to(self.dtype), log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
@@ -164,8 +170,8 @@ class Engine:
         return StepInfo(float("inf") if skipped else norm, skipped, lr)
 
     def set_timeout(self, seconds: float) -> None:
-        """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own groups, which would
-        otherwise wait 10 to 30 minutes for a rank that hangs."""
+        """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own
+        groups, which would otherwise wait 10 to 30 minutes for a rank that hangs."""
         import torch.distributed.distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -188,7 +194,7 @@ class Engine:
             for parameter, name in names.items():
                 flat, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
                 start = self.ranks.rank * size
-                stop = min(start + size, parameter.ds_numel)
+                stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]
                 if stop > start:
                     pieces.append(Piece(name, start, stop, flat, offset))
             return pieces
@@ -227,7 +233,8 @@ class Engine:
 
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
-        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in step."""
+        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in
+        step."""
         with torch.no_grad():
             raw = [flat.detach().clone() for flat in self._flats]
             for flat, average in zip(self._flats, self._states(state_name(index)), strict=True):
@@ -261,7 +268,8 @@ class Engine:
         )
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32 on the CPU."""
+        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
+        on the CPU."""
         return self.snapshot().assemble()
 
     @torch.no_grad()

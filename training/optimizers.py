@@ -12,7 +12,8 @@ from training.ema import AveragingAdafactor, AveragingAdamW
 
 
 def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
-    """The rate of step `step` (0 for the first) out of `total`: linear warm-up, constant, then the decay to zero at `total`.
+    """The rate of step `step` (0 for the first) out of `total`: linear warm-up, constant, then the decay to zero at
+    `total`.
 
     A pure function of the step, so nothing of it has to be saved.
     """

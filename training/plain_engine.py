@@ -1,4 +1,5 @@
-"""`zero.stage=0`: plain PyTorch on one device in fp32. The reference that ZeRO is tested against; no DeepSpeed is imported."""
+"""`zero.stage=0`: plain PyTorch on one device in fp32. The reference that ZeRO is tested against; no DeepSpeed is
+imported."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ class PlainEngine:
 
     @torch.no_grad()
     def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
-        """Sets weights and optimizer states; `kinds`: state -> the name it is read under, `updates`: steps done so far."""
+        """Sets weights and optimizer states; `kinds`: state -> the name it is read under, `updates`: steps done so
+        far."""
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
         for name, p in self.module.named_parameters():

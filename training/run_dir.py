@@ -1,4 +1,5 @@
-"""The directory of a run: where its files lie, which configuration it was made with, and whether another one may go on in it.
+"""The directory of a run: where its files lie, which configuration it was made with, and whether another one may go on
+in it.
 
 config.yaml   code.json   metrics.jsonl   samples/   logs/rank-#.log   checkpoints/   wandb/
 """
@@ -62,7 +63,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
-    """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old -> new`."""
+    """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old ->
+    new`."""
     changes = []
     for key, old, new in differences(before, now):
         for fixed, reason in FIXED.items():

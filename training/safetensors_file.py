@@ -1,6 +1,8 @@
-"""Writes safetensors files as a stream, with the SHA-256 on the way (https://github.com/huggingface/safetensors#format).
+"""Writes safetensors files as a stream, with the SHA-256 on the way
+(https://github.com/huggingface/safetensors#format).
 
-The library's own writer wants a second look at the bytes for a checksum, and for an object store a second copy in memory.
+The library's own writer wants a second look at the bytes for a checksum, and for an object store a second copy in
+memory.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
     for tensor in tensors.values():
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel():
-            view = memoryview(flat.view(torch.uint8).numpy())
+            view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
             yield from (view[i : i + CHUNK] for i in range(0, len(view), CHUNK))
 
 

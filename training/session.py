@@ -100,6 +100,7 @@ class Session:
             rank=self.ranks.rank if rank is None else rank,
             world_size=self.ranks.world_size if world_size is None else world_size,
             position=position,
+            quarantine=str(self.run.path / "logs" / f"quarantine-{self.ranks.rank}.jsonl"),
         )
 
     def _build_model(self) -> UNet:
@@ -107,7 +108,7 @@ class Session:
         torch.manual_seed(self.config.seed)
         model = UNet(for_stage(self.config.stage, self.text_encoder.dim))
         if self.config.precision.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.precision.compile:
             model.compile_blocks()
         return model
@@ -221,8 +222,9 @@ class Session:
     # ------------------------------------------------------------------------------------------------- sample grid
 
     def sample_grid(self, step: int) -> None:
-        """Draws fixed prompts with fixed seeds from the averaged weights into samples/step-########.png. Collective: the ranks share the
-        pictures, in equal numbers, because ZeRO 3 wants them all to call the module equally often."""
+        """Draws fixed prompts with fixed seeds from the averaged weights into samples/step-########.png. Collective:
+        the ranks share the pictures, in equal numbers, because ZeRO 3 wants them all to call the module equally
+        often."""
         self.finish_saving()
         if self._grid is None:
             self._grid = together(self._grid_inputs, self.ranks)

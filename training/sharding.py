@@ -1,8 +1,8 @@
 """From the pieces that a rank holds to whole tensors by name, and back. Knows torch.distributed, but not DeepSpeed.
 
-ZeRO keeps a rank's share of the fp32 weights in a few flat tensors, and every optimizer state in flat tensors of the same layout. A
-`Piece` says which slice of which parameter lies where in them. From the pieces of all ranks follows, without further talk, who
-will own (and write) which whole tensor, and who has to send what to whom.
+ZeRO keeps a rank's share of the fp32 weights in a few flat tensors, and every optimizer state in flat tensors of the
+same layout. A `Piece` says which slice of which parameter lies where in them. From the pieces of all ranks follows,
+without further talk, who will own (and write) which whole tensor, and who has to send what to whom.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Layout = list[list[Piece]]
 def assign_owners(layout: Layout, shapes: Shapes) -> dict[str, int]:
     """Parameter -> the rank that puts it together and writes it, balanced by elements.
 
-    A parameter that one rank holds whole stays there (ZeRO 1 and 2: nearly all, and equal shares by construction); the cut ones go,
-    largest first, to the rank with the least so far.
+    A parameter that one rank holds whole stays there (ZeRO 1 and 2: nearly all, and equal shares by construction); the
+    cut ones go, largest first, to the rank with the least so far.
     """
     owners: dict[str, int] = {}
     load = [0] * len(layout)
@@ -91,6 +91,7 @@ class Assembler:
                 incoming[other] = torch.empty(expected, dtype=flats[0].dtype)
                 requests.append(dist.irecv(incoming[other], other, group=group))
         for request in requests:
+            assert request is not None, "this rank is not in the group"
             request.wait()
         whole: dict[str, torch.Tensor] = {}
         self._fill(whole, self._message(self.rank, self.rank), lambda piece: piece.of(flats))

@@ -1,4 +1,5 @@
-"""What a run says about itself: metrics.jsonl first, then W&B, and a line for people. Only rank 0 speaks; every rank keeps a log file."""
+"""What a run says about itself: metrics.jsonl first, then W&B, and a line for people. Only rank 0 speaks; every rank
+keeps a log file."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ class Tracker:
         if not self.active:
             return
         kept = keep_lines(run.metrics, step)
-        self._file = open(run.metrics, "a", buffering=1)
+        self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if kept:
             log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
         self._wandb = start_wandb(run, config, wandb_id)
@@ -142,8 +143,8 @@ def finite(value: Any) -> Any:
 
 
 def keep_lines(path: Path, step: int) -> int:
-    """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run again, with the same
-    numbers, so that every step stands there once."""
+    """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run
+    again, with the same numbers, so that every step stands there once."""
     if not path.exists():
         return 0
     lines = path.read_text().splitlines()
@@ -193,7 +194,8 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str) -> Any:
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
             return None
         log.warning(
-            "W&B was not reached in %.0f s (%s): its files are written offline, nothing is lost; later: wandb sync %s/wandb/offline-run-*",
+            "W&B was not reached in %.0f s (%s): its files are written offline, nothing is lost; "
+            "later: wandb sync %s/wandb/offline-run-*",
             time.monotonic() - began,
             error,
             run.path,

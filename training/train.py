@@ -1,7 +1,8 @@
 """`cascade train`: train one stage; the same command again resumes.
 
-The loop stands in `train`, from top to bottom: next batch -> loss -> step (and averages) -> log -> sample grid -> save -> stop?
-What it calls is put together in session.py; every decision is taken by all ranks together at the step boundary.
+The loop stands in `train`, from top to bottom: next batch -> loss -> step (and averages) -> log -> sample grid -> save
+-> stop? What it calls is put together in session.py; every decision is taken by all ranks together at the step
+boundary.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
                 raise stop_error(signal_number, done)
             if skipped_in_a_row >= config.train.max_skipped:
                 raise NotFinite(
-                    f"step {done}: the last {skipped_in_a_row} steps had no finite gradient and were skipped (train.max_skipped); "
-                    f"the newest checkpoint is step {session.writer.last_step}; look at the skipped batches in {session.run.path}/logs, or lower optimizer.lr"
+                    f"step {done}: the last {skipped_in_a_row} steps had no finite gradient and were skipped "
+                    f"(train.max_skipped); the newest checkpoint is step {session.writer.last_step}; look at the "
+                    f"skipped batches in {session.run.path}/logs, or lower optimizer.lr"
                 )
         session.finish_saving()
         exit_code = 0

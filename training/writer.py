@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class CheckpointWriter:
     """One checkpoint at a time; a thread assembles, writes, commits and prunes while training goes on.
 
-    All ranks call `start` and `wait` at the same steps. The thread talks over its own process group, so its collectives never mix with
-    those of the training loop.
+    All ranks call `start` and `wait` at the same steps. The thread talks over its own process group, so its
+    collectives never mix with those of the training loop.
     """
 
     def __init__(self, store: CheckpointStore, config: CheckpointConfig, ranks: Ranks) -> None:
@@ -38,7 +38,8 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
-        """Begins to write; `wait` must have been called since the last `start` (a snapshot uses the same memory again)."""
+        """Begins to write; `wait` must have been called since the last `start` (a snapshot uses the same memory
+        again)."""
         assert self._thread is None, "wait() for the previous checkpoint first"
         self._thread = threading.Thread(target=self._write, args=(step, snapshot, meta), name="checkpoint", daemon=True)
         self._thread.start()
@@ -57,15 +58,16 @@ class CheckpointWriter:
         self.seconds = time.monotonic() - began
 
     def _prune(self) -> None:
-        """What cannot be deleted costs room, not the run; whether another attempt has taken over is found out by the next save, on all
-        ranks together."""
+        """What cannot be deleted costs room, not the run; whether another attempt has taken over is found out by the
+        next save, on all ranks together."""
         try:
             self.store.prune(self.config.keep_last, self.config.keep_every)
         except (OSError, CascadeError) as error:
             log.warning("old checkpoints were not deleted: %s", error)
 
     def wait(self) -> CheckpointError | None:
-        """Until the checkpoint under way is committed. A failure to write is returned (training can go on), all else is raised."""
+        """Until the checkpoint under way is committed. A failure to write is returned (training can go on), all else
+        is raised."""
         if self._thread is None:
             return None
         self._thread.join()
