@@ -41,7 +41,7 @@ class ShardStream(IterableDataset[Sample]):
         window: samples shuffled together inside a lane.
         micro_batch: samples per chunk dealt to a worker; 0: the rank's whole share of a global batch.
         filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`.
-        stop: position at which to end; None: never.
+        stop: position at which to end; None: never. (Several workers keep the exact order up to the last whole batch.)
         settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
 
     Raises:

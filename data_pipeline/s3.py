@@ -19,6 +19,8 @@ PIECE = 1 << 20
 """Bytes per read of a body: the fastest way s3fs offers (2 to 4 times `S3FileSystem.open`)."""
 PART = 64 << 20
 """Bytes per part of a multipart upload, and the size from which one is used."""
+PAGE = 1000
+"""Objects per page of a listing."""
 FIRST_CONTACT_S = 30.0
 """Deadline for an endpoint that has never answered in this process: rather a wrong address than an outage."""
 
@@ -274,7 +276,9 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
     bucket, prefix = split(url)
     token: dict[str, Any] = {}
     while True:
-        answer = call(url, "list_objects_v2", patience, Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **token)
+        answer = call(
+            url, "list_objects_v2", patience, Bucket=bucket, Prefix=prefix, Delimiter=delimiter, MaxKeys=PAGE, **token
+        )
         for deeper in answer.get("CommonPrefixes", []):
             yield deeper["Prefix"], -1, ""
         for found in answer.get("Contents", []):

@@ -158,7 +158,7 @@ def walk(
                 report("empty_shard", "zero bytes")
             elif not started and not zero_blocks:
                 raise _not_a_tar(name, first)
-            elif block and not zero_blocks:
+            elif block and not zero_blocks and not in_damage:
                 report("truncated_shard", f"the archive ends inside the header at byte {start}")
             elif not zero_blocks and not in_damage:
                 report("truncated_shard" if source.damage else "missing_end_blocks", "no end-of-archive blocks")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.dataset import Dataset, load_or_build
+from data_pipeline.errors import DataError
+from data_pipeline.shards import ShardWriter
+from data_pipeline.store import expand
+from tests.data_pipeline.small_shards import write_shards
+
+
+def load(folder: Path, **rules: float) -> Dataset:
+    config = DataConfig(shards=str(folder), filter=FilterConfig(**rules))  # type: ignore[arg-type]
+    return load_or_build(expand(config.shards), config)
+
+
+def picture(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    rows = [
+        ((256, 256), {"AESTHETIC_SCORE": 6.0, "pwatermark": 0.1}, "a good caption"),
+        ((255, 300), {"AESTHETIC_SCORE": 6.0, "pwatermark": 0.1}, "a good caption"),
+        ((600, 256), {"AESTHETIC_SCORE": 6.0, "pwatermark": 0.1}, "a good caption"),
+        ((300, 300), {"AESTHETIC_SCORE": 4.9, "pwatermark": 0.9}, "a good caption"),
+        ((300, 300), {"pwatermark": 0.1}, "a good caption"),
+        ((300, 300), {"AESTHETIC_SCORE": 5.0, "pwatermark": 0.9}, "a good caption"),
+        ((300, 300), {"AESTHETIC_SCORE": 5.0, "pwatermark": 0.5}, "x"),
+    ]
+    with ShardWriter(str(tmp_path / "0.tar")) as shard:
+        for number, (size, facts, caption) in enumerate(rows):
+            members = {"png": picture(*size), "json": json.dumps(facts).encode(), "txt": caption.encode()}
+            shard.write(str(number), members)
+        shard.write("7", {"txt": b"no picture"})
+    return tmp_path
+
+
+def test_filters_count_each_reason_exactly(scored: Path) -> None:
+    data = load(scored, min_side=256, max_aspect=2, min_aesthetic=5.0, max_watermark=0.5, min_caption=3)
+    assert data.dropped == {
+        "missing_image": 1,
+        "too_small": 1,
+        "aspect_ratio": 1,
+        "low_aesthetic": 1,
+        "unknown_aesthetic": 1,
+        "watermark": 1,
+        "short_caption": 1,
+    }
+    assert (data.samples, data.total) == (1, 8)
+    assert data.key(0, 0) == "0"
+
+
+def test_without_filters_only_impossible_samples_are_left_out(scored: Path) -> None:
+    data = load(scored)
+    assert data.samples == 7
+    assert data.dropped == {"missing_image": 1}
+
+
+def test_filters_that_leave_nothing_are_named(scored: Path) -> None:
+    with pytest.raises(DataError, match=r"no sample of 8 .*too_small.*data\.filter"):
+        load(scored, min_side=10_000)
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    first, moved, fewer = tmp_path / "first", tmp_path / "moved", tmp_path / "fewer"
+    for folder in (first, fewer):
+        folder.mkdir()
+    write_shards(first, [4, 6, 5])
+    shutil.copytree(first, moved)
+    write_shards(fewer, [4, 6])
+    base = load(first).fingerprint
+    assert load(moved).fingerprint == base
+    assert load(fewer).fingerprint != base
+    assert load(first, min_caption=1).fingerprint != base
+    os.remove(moved / "00001.index.parquet")
+    assert load(moved).fingerprint == base
+
+
+def test_missing_indexes_are_built_and_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shards(tmp_path, [2, 3])
+    (tmp_path / "00001.index.parquet").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert load(tmp_path).samples == 5
+    assert "no index for 1 of 2 shards" in caplog.text
+    caplog.clear()
+    assert load(tmp_path).samples == 5
+    assert caplog.text == ""
+
+
+def test_damage_is_announced_and_the_rest_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_shards(tmp_path, [6], longest=3000)[0]
+    data = Path(path).read_bytes()
+    (tmp_path / "00000.index.parquet").unlink()
+    Path(path).write_bytes(data[: len(data) // 2])
+    (tmp_path / "00001.tar").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        loaded = load(tmp_path)
+    assert 0 < loaded.samples < 6
+    assert "truncated_shard" in caplog.text and "empty_shard" in caplog.text
+
+
+def test_a_shard_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2])
+    (tmp_path / "00001.tar").write_text("<Error><Code>AccessDenied</Code></Error>")
+    with pytest.raises(DataError, match=r"00001\.tar: this is not a tar archive"):
+        load(tmp_path)
+
+
+def test_pickled_data_sets_read_the_same(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3, 4])
+    data = load(tmp_path)
+    data.key(0, 0)
+    copy = pickle.loads(pickle.dumps(data))
+    assert [copy.key(1, row) for row in range(4)] == [data.key(1, row) for row in range(4)]
+    assert copy.fingerprint == data.fingerprint

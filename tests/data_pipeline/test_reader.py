@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+
+from data_pipeline import ShardStream
+from data_pipeline.errors import ConfigError
+from data_pipeline.fetch import Prefetcher
+from tests.data_pipeline.small_shards import members, write_shards
+
+COUNTS = [13, 7, 0, 19, 5, 16]  # 60 samples, uneven
+BATCH, LANES, WINDOW = 16, 8, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("shards")
+    write_shards(path, COUNTS)
+    return str(path)
+
+
+def stream(shards: Any, **options: Any) -> ShardStream:
+    return ShardStream(shards, **{"seed": 3, "global_batch": BATCH, "lanes": LANES, "window": WINDOW, **options})
+
+
+def batches_of(parts: list[list[str]], world_size: int) -> list[list[str]]:
+    """The ranks' key lists -> the keys of each global batch."""
+    share = BATCH // world_size
+    steps = len(parts[0]) // share
+    return [sum((part[step * share : (step + 1) * share] for part in parts), []) for step in range(steps)]
+
+
+def keys(shards: Any, world_size: int, workers: int, steps: int, **options: Any) -> list[list[str]]:
+    """Keys per global batch as `world_size` ranks with that many worker processes read them."""
+    parts = []
+    for rank in range(world_size):
+        start = options.get("position", 0)
+        source = stream(shards, rank=rank, world_size=world_size, stop=start + steps * BATCH, **options)
+        pipeline = wds.DataPipeline(source, wds.map(_key), wds.batched(source.micro_batch, collation_fn=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more workers than cores
+            loader = wds.WebLoader(pipeline, num_workers=workers, batch_size=None)
+            parts.append([key for batch in loader for key in batch])
+    return batches_of(parts, world_size)
+
+
+def _key(sample: dict[str, Any]) -> str:
+    return sample["__key__"]
+
+
+@pytest.fixture(scope="module")
+def reference(folder: str) -> list[list[str]]:
+    return keys(folder, 1, 0, 15)
+
+
+def test_every_sample_once_per_epoch_and_batches_straddle_epochs(reference: list[list[str]]) -> None:
+    read = [key for batch in reference for key in batch]
+    n = sum(COUNTS)
+    by_position = {}
+    order = stream_positions(15 * BATCH)
+    for position, key in zip(order, read, strict=True):
+        by_position[position] = key
+    for epoch in range(4):
+        counted = Counter(by_position[p] for p in range(epoch * n, (epoch + 1) * n))
+        assert len(counted) == n and set(counted.values()) == {1}
+
+
+def stream_positions(count: int) -> list[int]:
+    from data_pipeline.order import rank_positions
+
+    return [p for step in range(count // BATCH) for p in rank_positions(step, BATCH, LANES, 0, 1).tolist()]
+
+
+@pytest.mark.parametrize(
+    "world_size, workers, micro_batch", [(1, 1, 0), (1, 3, 0), (2, 0, 0), (2, 3, 4), (4, 0, 2), (4, 1, 0), (8, 0, 0)]
+)
+def test_same_batches_on_any_number_of_ranks_and_workers(
+    folder: str, reference: list[list[str]], world_size: int, workers: int, micro_batch: int
+) -> None:
+    assert keys(folder, world_size, workers, 5, micro_batch=micro_batch) == reference[:5]
+
+
+@pytest.mark.parametrize("world_size, workers, steps_done", [(1, 0, 1), (2, 1, 4), (4, 0, 7), (1, 3, 9)])
+def test_resume_anywhere_with_another_layout(
+    folder: str, reference: list[list[str]], world_size: int, workers: int, steps_done: int
+) -> None:
+    resumed = keys(folder, world_size, workers, 4, position=steps_done * BATCH)
+    assert resumed == reference[steps_done : steps_done + 4]
+
+
+def test_samples_are_the_members_bytes(folder: str) -> None:
+    for sample in islice(stream(folder), 20):
+        number, i = int(sample["__key__"][:5]), int(sample["__key__"][5:])
+        content = {name: value for name, value in sample.items() if not name.startswith("__")}
+        assert content == members(f"0/{number}/{i}")
+        assert sample["__url__"].endswith(f"{number:05d}.tar")
+    assert [sample["__position__"] for sample in islice(stream(folder), 20)] == stream_positions(48)[:20]
+
+
+@pytest.mark.parametrize("budget_mb, whole", [(64, True), (0, False)])
+def test_over_s3_the_order_is_the_same(
+    folder: str, reference: list[list[str]], bucket: str, monkeypatch: pytest.MonkeyPatch, budget_mb: int, whole: bool
+) -> None:
+    upload(folder, bucket)
+    seen: list[bool] = []
+
+    def watch(self: Prefetcher) -> Iterator[Any]:
+        seen.append(self.whole_windows)
+        return iterate(self)
+
+    iterate = Prefetcher.__iter__
+    monkeypatch.setattr(Prefetcher, "__iter__", watch)
+    assert keys(f"s3://{bucket}/*.tar", 2, 0, 5, prefetch_mb=budget_mb) == reference[:5]
+    assert seen == [whole, whole]
+
+
+def test_over_s3_in_worker_processes_after_the_parent_has_used_it(
+    folder: str, reference: list[list[str]], bucket: str
+) -> None:
+    upload(folder, bucket)
+    assert keys(f"s3://{bucket}/", 1, 2, 3, position=2 * BATCH) == reference[2:5]
+
+
+def upload(folder: str, bucket: str) -> None:
+    from data_pipeline import store
+
+    for path in sorted(Path(folder).iterdir()):
+        store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
+
+
+def test_a_compressed_shard_is_read_in_the_same_order(tmp_path: Path, folder: str, reference: list[list[str]]) -> None:
+    import gzip
+
+    for path in Path(folder).glob("*.tar"):
+        (tmp_path / path.name).write_bytes(gzip.compress(path.read_bytes()))
+    assert keys(str(tmp_path), 1, 0, 3) == reference[:3]
+
+
+def test_filters_and_stop(folder: str) -> None:
+    source = stream(folder, filter={"min_aesthetic": 5.0}, stop=40)
+    read = list(source)
+    assert len(read) == 40
+    assert source.dataset.samples < 60
+    assert all(float(s["json"].split(b'SCORE": ')[1].rstrip(b"}")) >= 5.0 for s in read)
+
+
+def test_impossible_layouts(folder: str) -> None:
+    with pytest.raises(ConfigError, match="world size 3.*1, 2, 4, 8"):
+        stream(folder, rank=0, world_size=3)
+    with pytest.raises(ConfigError, match=r"data\.lanes=5"):
+        stream(folder, lanes=5)
+    with pytest.raises(ConfigError, match="rank=2"):
+        stream(folder, rank=2, world_size=2)
+
+
+def test_rank_and_world_size_come_from_the_environment(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = stream(folder)
+    assert (source.rank, source.world_size) == (1, 2)
+
+
+def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: str, tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, COUNTS)
+    clean = {s["__position__"]: s["__key__"] for s in stream(str(tmp_path), stop=64)}
+    source = stream(str(tmp_path), stop=64)
+    index, _ = source.dataset.index(3)
+    victim = index.key(4)
+    with open(paths[3], "r+b") as file:
+        file.seek(index.parts(4)[0].offset)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    read = {s["__position__"]: s for s in source}
+    hit = [p for p, sample in read.items() if "__failures__" in sample]
+    assert hit and all(clean[p] == victim and read[p]["__key__"] != victim for p in hit)
+    assert all(read[p]["__failures__"][0]["reason"] == "checksum" for p in hit)
+    assert {p: s["__key__"] for p, s in read.items() if p not in hit} == {
+        p: k for p, k in clean.items() if p not in hit
+    }
+    halves = [s for rank in range(2) for s in stream(str(tmp_path), stop=64, rank=rank, world_size=2)]
+    assert {s["__position__"]: s["__key__"] for s in halves} == {p: s["__key__"] for p, s in read.items()}
