@@ -19,6 +19,7 @@ from data_pipeline import store
 from data_pipeline.captions import decode_text
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.errors import BadSample, DataError
+from data_pipeline.parallel import ordered
 from data_pipeline.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _find_duplicates(source: Source, settings: PrepareConfig, threads: int) -> d
         for numbers in _progress(_ranges(len(source), settings.samples_per_shard), "comparing", "shard"):
             place = _record(settings.output, f"prints-{numbers.start // settings.samples_per_shard:05d}.json")
             if not store.exists(place):
-                found = [one.to_json() if one else None for one in _ordered(pool, measure, numbers)]
+                found = [one.to_json() if one else None for _, one in ordered(pool, measure, numbers, _AHEAD)]
                 store.write_bytes(place, json.dumps(found).encode())
             prints += [Print.from_json(one) if one else None for one in json.loads(store.read_bytes(place))]
     return find(prints, perceptual)
@@ -219,7 +220,7 @@ def _write_all(
             shard = f"{prefix}{numbers.start // per_shard:05d}"
             done = _done(output, shard)
             if done is None:
-                made = _ordered(pool, _Guarded(make, name), numbers)
+                made = ordered(pool, _Guarded(make, name), numbers, _AHEAD)
                 done = _write_shard(output, shard, _counted(made, bar))
             else:
                 bar.update(len(numbers))
@@ -288,18 +289,8 @@ def _ranges(count: int, step: int) -> list[range]:
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _ordered(pool: ThreadPoolExecutor, work: Callable[[int], Any], numbers: range) -> Iterator[Any]:
-    """work(number) in order, computed by the pool a little ahead."""
-    waiting = [pool.submit(work, number) for number in numbers[:_AHEAD]]
-    for number in [*numbers[_AHEAD:], *[None] * len(waiting)]:
-        result = waiting.pop(0).result()
-        if number is not None:
-            waiting.append(pool.submit(work, number))
-        yield result
-
-
 def _counted(items: Iterator[Any], bar: Any) -> Iterator[Any]:
-    for item in items:
+    for _, item in items:
         yield item
         bar.update()
 

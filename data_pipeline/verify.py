@@ -1,0 +1,274 @@
+"""`cascade verify`: reads and decodes every sample as training would, and says what is broken, where and why.
+
+It never stops at damage, whatever it is: a shard or a sample that cannot be used becomes a counter and a line of the
+quarantine file. Nothing is written outside OUTPUT; memory is bounded by one shard's index and a few samples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from data_pipeline import captions, images, store
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import keep_rows, patience_of
+from data_pipeline.errors import BadSample, CascadeError, DataError
+from data_pipeline.parallel import ordered
+from data_pipeline.retry import Patience
+from data_pipeline.shard_index import IMAGE_EXTENSIONS, Part, ShardIndex, index_shard, index_url, read_index
+from data_pipeline.tar import MAX_MEMBER, Gunzip
+from data_pipeline.verify_report import Picture, Tally, write_page
+
+logger = logging.getLogger(__name__)
+
+LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
+"""Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
+_GAP = 1 << 22
+
+
+class Settings(Protocol):
+    """The parts of the command's config that are read here."""
+
+    seed: int
+    json: bool
+    data: DataConfig
+    stage: Any
+    report: bool
+    output: str
+
+
+def main(config: Settings) -> dict[str, Any]:
+    """Runs `cascade verify`; the last line on stdout is the result as JSON.
+
+    Returns:
+        {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count}, "shards": ..,
+        "quarantine": path, "report": path or None}
+
+    Raises:
+        DataError: no shards match, the store denies access, or `output` cannot be written.
+    """
+    patience = patience_of(config.data)
+    entries = store.describe(store.expand(config.data.shards), patience)
+    tally = Tally()
+    quarantine = store.join(config.output, "quarantine.jsonl")
+    with _Quarantine(quarantine, tally) as broken, ThreadPoolExecutor(config.data.threads) as pool:
+        for entry in _progress(entries):
+            try:
+                _verify_shard(entry, config, patience, pool, tally, broken)
+            except CascadeError as error:
+                broken.add(entry.url, None, 0, _shard_reason(error), str(error))
+            except Exception as error:  # unforeseen damage is still the shard's, not the user's
+                broken.add(entry.url, None, 0, "corrupt_shard", f"{type(error).__name__}: {error}")
+    page = store.join(config.output, "report.html") if config.report else None
+    if page:
+        write_page(page, config.data.shards, tally)
+    result = {**tally.result(), "shards": len(entries), "quarantine": quarantine, "report": page}
+    if not config.json:
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def _verify_shard(
+    entry: store.Entry,
+    config: Settings,
+    patience: Patience,
+    pool: ThreadPoolExecutor,
+    tally: Tally,
+    broken: _Quarantine,
+) -> None:
+    index = index_shard(entry.url, patience, entry)
+    for detail in index.meta["details"]:
+        reason, _, words = str(detail).partition(" at byte ")
+        offset, _, words = words.partition(": ")
+        broken.write(entry.url, None, int(offset), reason, words)
+    changed = _changed_rows(index, patience)
+    rows, dropped = keep_rows(index, config.data.filter)
+    problems = index.column("problem").to_pylist()
+    row_problems = Counter(problem for problem in problems if problem)
+    for reason, count in index.problems.items():
+        count -= row_problems[reason]
+        if count > 0:
+            (tally.dropped if reason in LOST else tally.warnings)[reason] += count
+    tally.dropped.update(dropped)
+    tally.describe(index)
+    for row, problem in enumerate(problems):
+        if problem:
+            members = f"its members are {index.table['layout'][row].as_py()}"
+            broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
+
+    def work(sample: dict[str, Any]) -> Picture | BadSample:
+        return _decode(sample, config)
+
+    good = []
+    for row in rows.tolist():
+        if row in changed:
+            broken.add(entry.url, index.key(row), _offset(index, row), "checksum", "it differs from the stored index")
+        else:
+            good.append(row)
+    for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * config.data.threads):
+        if isinstance(outcome, BadSample):
+            broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
+        else:
+            tally.deliver(outcome, sample)
+
+
+def _decode(sample: dict[str, Any], config: Settings) -> Picture | BadSample:
+    """What training would make of the sample, or why it would not."""
+    try:
+        if "__error__" in sample:
+            raise sample["__error__"]
+        data, stage = config.data, config.stage
+        text = captions.choose(sample, data.captions, config.seed, sample["__position__"])
+        picture, _ = images.training_pair(
+            sample["__image__"],
+            size=stage.image_size,
+            low_res_size=stage.low_res_size,
+            crop_size=stage.crop_size,
+            crop=data.crop,
+            flip=data.flip,
+            seed=config.seed,
+            position=sample["__position__"],
+            margin=data.decode_margin,
+            max_pixels=data.max_pixels,
+            background=data.background,
+            orientation=images.orientation_from_json(sample.get("json")),
+        )
+        return Picture(picture, text)
+    except BadSample as bad:
+        return bad
+    except Exception as error:
+        return BadSample("decode_error", f"{type(error).__name__}: {error}")
+
+
+def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
+    """The members that training looks at, sample by sample in archive order, from one pass over the shard."""
+    cursor = _Cursor(entry, index.compressed, patience)
+    try:
+        for row in rows:
+            parts = {part.extension: part for part in index.parts(row)}
+            picture = next(name for name in IMAGE_EXTENSIONS if name in parts)
+            sample: dict[str, Any] = {
+                "__key__": index.key(row),
+                "__url__": index.url,
+                "__offset__": _offset(index, row),
+                "__position__": row,
+                "__extension__": picture,
+            }
+            wanted = sorted((parts[name] for name in (picture, "txt", "json") if name in parts), key=lambda p: p.offset)
+            try:
+                for part in wanted:
+                    sample[part.extension] = cursor.read(part)
+                sample["__image__"] = sample[picture]
+            except BadSample as bad:
+                sample["__error__"] = bad
+            yield sample
+    finally:
+        cursor.close()
+
+
+class _Cursor:
+    """Reads parts of a shard in about their order in the archive, through one stream where it can."""
+
+    def __init__(self, entry: store.Entry, compressed: bool, patience: Patience) -> None:
+        self._entry, self._compressed, self._patience = entry, compressed, patience
+        self._stream: Any = None
+        self._reader: Any = None
+        self._position = 0
+
+    def read(self, part: Part) -> bytes:
+        """Raises `BadSample` for members too large to hold, `DataError` when the shard has become shorter."""
+        if part.size > MAX_MEMBER:
+            raise BadSample("too_large", f"member .{part.extension} has {part.size} bytes")
+        far = part.offset - self._position > _GAP and not self._compressed
+        if self._reader is None or part.offset < self._position or far:
+            self._open(0 if self._compressed else part.offset)
+        self._take(part.offset - self._position, keep=False)
+        return self._take(part.size, keep=True)
+
+    def _open(self, start: int) -> None:
+        self.close()
+        etag = self._entry.etag if store.is_s3(self._entry.url) else None
+        self._stream = store.open_stream(self._entry.url, start, etag=etag, patience=self._patience)
+        self._reader = Gunzip(self._stream) if self._compressed else self._stream
+        self._position = start
+
+    def _take(self, count: int, keep: bool) -> bytes:
+        kept = bytearray()
+        while count:
+            piece = self._reader.read(min(count, 1 << 20))
+            if not piece:
+                raise DataError(f"{self._entry.url}: it became shorter while it was being read")
+            count -= len(piece)
+            self._position += len(piece)
+            if keep:
+                kept += piece
+        return bytes(kept)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _changed_rows(index: ShardIndex, patience: Patience) -> set[int]:
+    """Rows whose bytes are not those of the index that lies beside the shard, as a flipped bit on disk leaves them."""
+    stored = read_index(index.url, index_url(index.url), patience)
+    if stored is None or stored.digest == index.digest or stored.meta["size"] != index.meta["size"]:
+        return set()
+    names = ("key", "offsets", "sizes")
+    if any(not stored.column(name).equals(index.column(name)) for name in names):
+        return set()  # another shard of the same size: training builds the index anew
+    pairs = zip(stored.column("checksums").to_pylist(), index.column("checksums").to_pylist(), strict=True)
+    return {row for row, (before, now) in enumerate(pairs) if before != now}
+
+
+def _offset(index: ShardIndex, row: int) -> int:
+    return min(part.offset for part in index.parts(row))
+
+
+def _shard_reason(error: CascadeError) -> str:
+    return "corrupt_shard" if "not a tar archive" in str(error) else "unreadable_shard"
+
+
+class _Quarantine:
+    """The file of what is broken, one JSON object per line."""
+
+    def __init__(self, url: str, tally: Tally) -> None:
+        self._url, self._tally = url, tally
+        self._lines: list[str] = []
+        store.write_bytes(url, b"")
+        self._file = None if store.is_s3(url) else open(store.local_path(url), "w", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
+        """Counts one loss and writes it down; a loss of a whole shard is also told at once."""
+        self._tally.dropped[reason] += 1
+        self.write(shard, key, offset, reason, detail)
+        if key is None:
+            logger.warning("%s", detail if shard in detail else f"{shard}: {detail}")
+
+    def write(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
+        line = {"shard": shard, "key": key, "offset": offset, "reason": reason, "detail": detail[:500]}
+        self._tally.example(line)
+        text = json.dumps(line) + "\n"
+        if self._file is None:
+            self._lines.append(text)
+        else:
+            self._file.write(text)
+
+    def __enter__(self) -> _Quarantine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is None:
+            store.write_bytes(self._url, "".join(self._lines).encode())
+        else:
+            self._file.close()
+
+
+def _progress(entries: list[store.Entry]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(entries, desc="verify", unit="shard", mininterval=0.5)
