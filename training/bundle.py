@@ -1,0 +1,315 @@
+"""`cascade bundle`: collects the stages' averaged weights into one directory; and the format of that directory.
+
+    BUNDLE/
+        bundle.json              the stages in order with their settings, the text encoder, where every weight came from
+        STAGE.safetensors        fp32 weights of one U-Net by parameter name
+
+`bundle.json` is removed first and written last: a directory without it is no bundle. It may be an s3:// prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError, DataError
+from training.checkpoint import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore
+from training.config import Experiment, StageConfig, TextConfig
+from training.ema import state_name
+from training.folder import open_folder
+from training.model.presets import UNetConfig, for_stage
+from training.model.unet import UNet
+from training.run_dir import code_version
+from training.safetensors_file import Digest, chunks
+
+INDEX = "bundle.json"
+FORMAT = 1
+HOW_TO = (
+    'from training.cascade import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
+)
+T = TypeVar("T")
+
+
+@dataclass
+class StageWeights:
+    """One stage: what it is, where it came from, and its weights, read when asked for."""
+
+    config: StageConfig
+    unet: UNetConfig
+    tensors: Callable[[], dict[str, Tensor]]
+    origin: dict[str, Any] = field(default_factory=dict)
+    """`run`, `checkpoint`, `step`, `position`, `ema_decay`, `code`: JSON values."""
+
+
+@dataclass
+class Bundle:
+    text: TextConfig
+    stages: list[StageWeights]
+
+
+def main(config: Experiment) -> dict[str, Any]:
+    """Bundles the newest valid checkpoint of every run in `bundle.runs`, base first."""
+    bundle = collect(config.bundle.runs, experiment=config.run.name)
+    written = write(config.bundle.dir, bundle)
+    for stage in written["stages"]:
+        print(f"{stage['name']}: {stage['parameters'] / 1e6:.1f}M parameters of step {stage['origin']['step']}")
+    print(f"{config.bundle.dir}: bundle of {len(bundle.stages)} stages")
+    return {"bundle": config.bundle.dir, "stages": written["stages"]}
+
+
+# ------------------------------------------------------------------------------------------------ from runs
+
+
+def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
+    """The averaged weights (first EMA) of the newest valid checkpoint of each run, base first.
+
+    Args:
+        runs: run directories, directories (or s3:// prefixes) of checkpoints, or single checkpoints.
+        experiment: named in the advice when a run has no checkpoint.
+
+    Raises:
+        ConfigError: the stages do not fit each other.
+        DataError: a run without a valid checkpoint.
+    """
+    if not runs:
+        raise ConfigError("bundle.runs: name the run directories of the stages, base first")
+    found = [_open_run(run, experiment) for run in runs]
+    texts = [from_dict(TextConfig, checkpoint.meta["config"]["text"], str(checkpoint.folder)) for checkpoint in found]
+    stages = [_stage_of(run, checkpoint) for run, checkpoint in zip(runs, found, strict=True)]
+    _check_texts(runs, texts)
+    _check_chain(stages)
+    return Bundle(texts[0], stages)
+
+
+def _open_run(run: str, experiment: str) -> Checkpoint:
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    if STEP_NAME.fullmatch(name):
+        return CheckpointStore(run.rstrip("/")[: -len(name)]).open(int(name.removeprefix("step-")))
+    checkpoint = CheckpointStore(checkpoint_dir(run)).newest()
+    if checkpoint is None:
+        command = f"cascade train experiment={experiment} stage={name} run.dir={run}"
+        raise DataError(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
+    return checkpoint
+
+
+def checkpoint_dir(run: str) -> str:
+    """Where the checkpoints of a run lie; a directory that is no run's is taken for that of checkpoints itself."""
+    from omegaconf import OmegaConf
+
+    if "://" in run:
+        return run
+    settings = Path(run) / "config.yaml"
+    if not settings.exists():
+        inside = Path(run) / "checkpoints"
+        return str(inside) if inside.is_dir() or not Path(run).is_dir() else run
+    return OmegaConf.select(OmegaConf.load(settings), "checkpoint.dir") or str(Path(run) / "checkpoints")
+
+
+def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
+    meta, where = checkpoint.meta, str(checkpoint.folder)
+    config = from_dict(StageConfig, meta["config"]["stage"], where)
+    prefix = f"{state_name(0)}/"
+    names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
+    unet = for_stage(config, meta["config"]["text"]["dim"])
+    _check_names(unet, {short: checkpoint.shape(name) for short, name in names.items()}, where)
+    origin = {
+        "run": run,
+        "checkpoint": where,
+        "step": checkpoint.step,
+        "position": meta.get("position"),
+        "ema_decay": meta["config"]["ema"]["decays"][0],
+        "code": meta.get("code", {}).get("commit"),
+    }
+    return StageWeights(config, unet, lambda: {short: checkpoint.read(name) for short, name in names.items()}, origin)
+
+
+def _check_names(unet: UNetConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in UNet(unet).state_dict().items()}
+    wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise DataError(
+            f"{where}: {len(wrong)} weights do not fit the U-Net of this version of the code (first: {wrong[0]}); "
+            f"bundle it with the version it was trained with"
+        )
+
+
+def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
+    for run, text in zip(runs, texts, strict=True):
+        for key in ("kind", "path", "dim", "max_tokens"):
+            here, first = getattr(text, key), getattr(texts[0], key)
+            if here != first:
+                raise ConfigError(f"bundle.runs: {run} was trained with text.{key}={here} but {runs[0]} with {first}")
+
+
+def _check_chain(stages: Sequence[StageWeights]) -> None:
+    names = [stage.config.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"bundle.runs: two stages have the same name ({', '.join(names)})")
+    for before, after in pairwise(stages):
+        if after.config.low_res_size != before.config.image_size:
+            raise ConfigError(
+                f"bundle.runs: {after.config.name} starts from {after.config.low_res_size} px pictures but "
+                f"{before.config.name} makes {before.config.image_size} px; name the runs base first"
+            )
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A settings dataclass from its JSON form.
+
+    Raises:
+        DataError: keys or values that this version does not know; `where` names the file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}: made by another version of this project ({reason})") from error
+    assert isinstance(made, kind)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- on disk
+
+
+def write(path: str, bundle: Bundle) -> dict[str, Any]:
+    """Writes a bundle directory or s3:// prefix, and returns the content of its `bundle.json`."""
+    folder = open_folder(path)
+    folder.remove(INDEX)
+    stages = []
+    for stage in bundle.stages:
+        name = f"{stage.config.name}.safetensors"
+        tensors = stage.tensors()
+        digest = Digest(chunks({key: tensor.detach().cpu() for key, tensor in tensors.items()}))
+        folder.write(name, digest)
+        stages.append(
+            {
+                "name": stage.config.name,
+                "file": name,
+                "bytes": digest.size,
+                "sha256": digest.sha256,
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "config": asdict(stage.config),
+                "unet": asdict(stage.unet),
+                "origin": stage.origin,
+            }
+        )
+    content = {
+        "format": FORMAT,
+        "index": _readme(path, stages),
+        "text": asdict(bundle.text),
+        "stages": stages,
+        "code": code_version(),
+    }
+    folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
+    return content
+
+
+def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """For a person who opens bundle.json: file -> what it is."""
+    lines = {"use": HOW_TO.format(path=path)}
+    for stage in stages:
+        size, origin = stage["config"]["image_size"], stage["origin"]
+        start = stage["config"]["low_res_size"]
+        kind = f"{start} -> {size} px" if start else f"{size} px from text"
+        lines[stage["file"]] = (
+            f"{kind}, {stage['parameters']:,} weights, averaged with decay {origin.get('ema_decay')}, "
+            f"step {origin.get('step')} of {origin.get('run')}, code {origin.get('code')}"
+        )
+    return lines
+
+
+def read(path: str) -> Bundle:
+    """Opens a bundle: a directory, an s3:// prefix, or a name in the Hugging Face cache. Weights are read on demand.
+
+    Raises:
+        DataError: no bundle there, or a damaged one.
+    """
+    folder = open_folder(_in_cache(path))
+    try:
+        content = json.loads(folder.read(INDEX))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        make = f"bundle.runs=[{path}] bundle.dir=NEW" if _is_run(path) else "experiment=demo"
+        raise DataError(f"{path}: no bundle there (no {INDEX}); make one with: cascade bundle {make}") from error
+    except ValueError as error:
+        raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
+    where = f"{path}/{INDEX}"
+    if content.get("format") != FORMAT:
+        raise DataError(f"{where}: format {content.get('format')} is not {FORMAT}, the one this version reads")
+    stages = []
+    try:
+        for entry in content["stages"]:
+            size = folder.size(entry["file"])
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                raise DataError(f"{path}/{entry['file']}: {found}; bundle or copy it again")
+            structure: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["unet"].items()}
+            config = from_dict(StageConfig, entry["config"], where)
+            stages.append(
+                StageWeights(config, UNetConfig(**structure), _Reader(folder, entry["file"]), entry["origin"])
+            )
+        return Bundle(from_dict(TextConfig, content["text"], where), stages)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: made by another version of this project ({error})") from error
+
+
+def load_unet(weights: StageWeights) -> UNet:
+    """The network of a stage with its weights, frozen, in eval mode, on the CPU.
+
+    Raises:
+        DataError: weights that are not the network's.
+    """
+    with torch.device("meta"):
+        unet = UNet(weights.unet)
+    try:
+        unet.load_state_dict(weights.tensors(), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{weights.config.name}: the weights are not those of its U-Net ({reason[:200]})") from error
+    for module in unet.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # not saved: the constant zero token that stands for no text
+                module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
+    return unet.eval().requires_grad_(False)
+
+
+@dataclass
+class _Reader:
+    folder: Any
+    name: str
+
+    def __call__(self) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.folder.fetch(self.name))
+        except SafetensorError as error:
+            raise DataError(f"{self.folder}/{self.name}: damaged ({error}); bundle or copy it again") from error
+
+
+def _is_run(path: str) -> bool:
+    return "://" not in path and any(Path(path).glob(f"**/step-*/{MANIFEST}"))
+
+
+def _in_cache(path: str) -> str:
+    """The snapshot directory of `owner/name` in the Hugging Face cache, if there is one; else the path itself."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, local_files_only=True)
+    except Exception:  # not cached, or no such name: either way there is nothing to read, which `read` reports
+        return path
