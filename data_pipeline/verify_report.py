@@ -139,6 +139,7 @@ def write_page(url: str, shards: Any, tally: Tally) -> None:
 def page(shards: Any, tally: Tally) -> str:
     """The page as HTML text."""
     lost = sum(tally.dropped.values())
+    where = ", ".join(map(str, shards)) if isinstance(shards, (list, tuple)) else str(shards)
     charts = [
         _chart("Dropped, by reason", tally.dropped.most_common(), "bad"),
         _chart("Findings that cost no sample", tally.warnings.most_common(), "bad"),
@@ -150,8 +151,8 @@ def page(shards: Any, tally: Tally) -> str:
     ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Data: {_text(shards)}</title><style>{_STYLE}</style></head><body>
-<h1>What is in the data</h1><div class="muted">{_text(shards)}</div>
+<title>Data: {_text(where)}</title><style>{_STYLE}</style></head><body>
+<h1>What is in the data</h1><div class="muted">{_text(where)}</div>
 <div class="row"><p><span class="big">{tally.delivered:,}</span><br>samples that training can use</p>
 <p><span class="big">{lost:,}</span><br>dropped</p></div>
 <div class="charts">{"".join(charts)}</div>
@@ -200,6 +201,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     names = ("shard", "key", "offset", "reason", "detail")
-    rows = "".join("<tr>" + "".join(f"<td>{_text(line[name])}</td>" for name in names) + "</tr>" for line in lines)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{_text(line[name] or '')}</td>" for name in names) + "</tr>" for line in lines
+    )
     head = "".join(f"<th>{name}</th>" for name in names)
     return f"<h2>Broken (the first {len(lines)})</h2><table class=list><tr>{head}</tr>{rows}</table>"

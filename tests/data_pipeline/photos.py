@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -26,3 +27,9 @@ def samples(shard: int = 0) -> dict[str, dict[str, bytes]]:
 def jpegs() -> list[bytes]:
     """All twelve pictures as published, encoded."""
     return [sample["jpg"] for shard in range(len(SHARDS)) for sample in samples(shard).values()]
+
+
+def copy_shards(folder: Path) -> Path:
+    """The shards with what lies beside them in a folder of their own, where an index may be written."""
+    shutil.copytree(SHARDS[0].parent, folder, ignore=shutil.ignore_patterns("*.index.parquet"))
+    return folder

@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.images import decode
 from data_pipeline.prepare import main
 from data_pipeline.synthetic import caption, combinations, draw, parse
-from tests.data_pipeline.photos import SHARDS, jpegs, samples
+from tests.data_pipeline.photos import SHARDS, copy_shards, jpegs, samples
 
 
 class Config:
@@ -172,7 +172,9 @@ def test_a_table_of_paths_is_imported(folder: Path, tmp_path: Path, kind: str) -
 
 
 def test_repacking_shrinks_regroups_and_keeps_keys_and_facts(tmp_path: Path) -> None:
-    result = imported(tmp_path / "out", "shards", SHARDS[0].parent, max_side=100, quality=80, samples_per_shard=5)
+    result = imported(
+        tmp_path / "out", "shards", copy_shards(tmp_path / "in"), max_side=100, quality=80, samples_per_shard=5
+    )
     assert (result["shards"], result["samples"]) == (3, 12)
     found = {k: v for path in sorted((tmp_path / "out").glob("*.tar")) for k, v in members(path).items()}
     for shard in (0, 1):

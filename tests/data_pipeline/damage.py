@@ -1,0 +1,196 @@
+"""Shards with one damage each between four good samples, of the kinds that are met in the wild.
+
+`CASES` maps a name to (a function that gives the bytes of the shard, samples that must be delivered, reasons that must
+be counted as dropped, findings that must be counted as warnings).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+
+from PIL import Image
+
+from tests.data_pipeline.photos import samples
+
+Sample = tuple[str, dict[str, bytes]]
+Case = tuple[Callable[[], bytes], int, dict[str, int], dict[str, int]]
+BAD = "000000500"
+
+
+def good(count: int = 4) -> list[Sample]:
+    return [(key, dict(members)) for key, members in list(samples().items())[:count]]
+
+
+def bad(**changes: bytes | None) -> Sample:
+    """A fifth sample with some members replaced, or left out (None)."""
+    members = {**list(samples().values())[4], **changes}
+    return BAD, {name: data for name, data in members.items() if data is not None}
+
+
+def tar(entries: Iterable[Sample], kind: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for key, members in entries:
+            for extension, data in members.items():
+                add(archive, f"{key}.{extension}", data)
+    return buffer.getvalue()
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime = len(data), 1.5  # a fraction makes a pax header, as img2dataset's members have
+    archive.addfile(info, io.BytesIO(data))
+
+
+def around(sample: Sample) -> Callable[[], bytes]:
+    return lambda: tar([*good()[:2], sample, *good()[2:]])
+
+
+def photo() -> Image.Image:
+    return Image.open(io.BytesIO(bad()[1]["jpg"])).convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(image: Image.Image) -> Sample:
+    return BAD, {"png": encoded(image, "PNG"), "txt": b"a picture", "json": b"{}"}
+
+
+def jpeg(data: bytes) -> Sample:
+    return bad(jpg=data)
+
+
+def text(data: bytes) -> Sample:
+    return bad(txt=data)
+
+
+def oversized_png() -> bytes:
+    """A header that promises 10^10 pixels."""
+    data = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+def transparent() -> Image.Image:
+    image = photo().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def grey_16_bit() -> Image.Image:
+    import numpy as np
+
+    return Image.fromarray(np.asarray(photo().convert("L")).astype(np.uint16) * 257)
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(photo(), "JPEG", exif=exif)
+
+
+def broken_scan() -> bytes:
+    data = bytearray(bad()[1]["jpg"])
+    data[len(data) // 2 : len(data) // 2 + 60] = bytes(60)
+    return bytes(data)
+
+
+def with_member(kind: bytes) -> bytes:
+    """A link or device of a picture's name where a picture should be."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number, (key, members) in enumerate(good()):
+            for extension, data in members.items():
+                add(archive, f"{key}.{extension}", data)
+            if number == 1:
+                info = tarfile.TarInfo(f"{BAD}.jpg")
+                info.type, info.linkname = kind, "/etc/passwd"
+                archive.addfile(info)
+                add(archive, f"{BAD}.txt", b"a link")
+    return buffer.getvalue()
+
+
+def broken_header() -> bytes:
+    """The third sample's first header (behind its pax records) is overwritten."""
+    whole = bytearray(tar([*good(), bad()], tarfile.USTAR_FORMAT))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        header = archive.getmembers()[6].offset
+    whole[header : header + 512] = b"\xa5" * 512
+    return bytes(whole)
+
+
+def cut_inside_member() -> bytes:
+    whole = tar([*good(), bad()])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        return whole[: archive.getmembers()[9].offset_data + 1000]
+
+
+def without_end() -> bytes:
+    whole = tar([*good(), bad()])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1]
+        return whole[: last.offset_data + -(-last.size // 512) * 512]
+
+
+def concatenated() -> bytes:
+    return tar(good()) + tar([bad()])
+
+
+CASES: dict[str, Case] = {
+    "image_truncated": (around(jpeg(bad()[1]["jpg"][:9000])), 4, {"decode_error": 1}, {}),
+    "image_broken_scan": (around(jpeg(broken_scan())), 4, {"decode_error": 1}, {}),
+    "image_zero_bytes": (around(jpeg(b"")), 4, {"empty_image": 1}, {}),
+    "image_is_a_page": (around(jpeg(b"<html>not found</html>")), 4, {"decode_error": 1}, {}),
+    "image_cmyk": (around(jpeg(encoded(photo().convert("CMYK"), "JPEG"))), 5, {}, {}),
+    "image_16_bit": (around(png(grey_16_bit())), 5, {}, {}),
+    "image_transparent": (around(png(transparent())), 5, {}, {}),
+    "image_rotated": (around(jpeg(rotated())), 5, {}, {}),
+    "image_sliver": (around(png(Image.new("RGB", (1200, 1)))), 4, {"too_small": 1}, {}),
+    "image_banner": (around(png(Image.new("RGB", (1200, 20)))), 4, {"aspect_ratio": 1}, {}),
+    "image_dot": (around(png(Image.new("RGB", (1, 1)))), 4, {"too_small": 1}, {}),
+    "image_progressive": (around(jpeg(encoded(photo(), "JPEG", progressive=True))), 5, {}, {}),
+    "image_bomb": (around((BAD, {"png": oversized_png(), "txt": b"boom"})), 4, {"too_large": 1}, {}),
+    "image_trailing_garbage": (around(jpeg(bad()[1]["jpg"] + b"\0junk" * 99)), 5, {}, {}),
+    "image_missing": (around(bad(jpg=None)), 4, {"missing_image": 1}, {}),
+    "json_missing": (around(bad(json=None)), 5, {}, {}),
+    "json_invalid": (around(bad(json=b'{"caption": ')), 5, {}, {"bad_json": 1}),
+    "json_deep": (around(bad(json=b"[" * 200_000)), 5, {}, {"bad_json": 1}),
+    "json_failed": (around(bad(json=json.dumps({"status": "failed_to_download"}).encode())), 5, {}, {}),
+    "text_missing": (around(bad(txt=None)), 4, {"missing_caption": 1}, {}),
+    "text_utf16": (around(text("ein Hügel".encode("utf-16"))), 5, {}, {}),
+    "text_latin1": (around(text("ein Hügel".encode("latin-1"))), 4, {"bad_text": 1}, {}),
+    "text_nul": (around(text(b"a\0cat\0")), 5, {}, {}),
+    "text_100k": (around(text(b"x" * 100_000)), 5, {}, {}),
+    "text_white_space": (around(text(b" \n\t ")), 4, {"missing_caption": 1}, {}),
+    "text_html": (around(text(b"<p>two\nlines</p>")), 5, {}, {}),
+    "key_again": (lambda: tar([*good(), bad(), (good()[0][0], bad()[1])]), 6, {}, {"duplicate_key": 1}),
+    "key_dots": (around(("photo.v1.2", bad()[1])), 5, {}, {}),
+    "key_jpeg": (around((BAD, {"JPEG": bad()[1]["jpg"], "txt": b"x"})), 5, {}, {}),
+    "key_unicode": (around(("ein Bild 東京", bad()[1])), 5, {}, {}),
+    "tar_long_name": (around(("d/" * 120 + BAD, bad()[1])), 5, {}, {}),
+    "tar_long_name_gnu": (lambda: tar([*good(), ("x" * 150, bad()[1])], tarfile.GNU_FORMAT), 5, {}, {}),
+    "tar_dotdot": (around(("../../evil", bad()[1])), 5, {}, {}),
+    "tar_absolute": (around(("/tmp/evil", bad()[1])), 5, {}, {}),
+    "tar_symlink": (lambda: with_member(tarfile.SYMTYPE), 4, {"missing_image": 1}, {}),
+    "tar_device": (lambda: with_member(tarfile.CHRTYPE), 4, {"missing_image": 1}, {}),
+    "tar_broken_header": (broken_header, 4, {"corrupt_shard": 1, "missing_image": 1}, {}),
+    "tar_cut_inside_member": (cut_inside_member, 3, {"truncated_shard": 1}, {}),
+    "tar_no_end": (without_end, 5, {}, {"missing_end_blocks": 1}),
+    "tar_concatenated": (concatenated, 5, {}, {}),
+    "tar_gzip": (lambda: gzip.compress(tar([*good(), bad()])), 5, {}, {}),
+    "tar_gzip_cut": (lambda: gzip.compress(tar([*good(), bad()]))[:-2000], 4, {"truncated_shard": 1}, {}),
+    "tar_zero_bytes": (lambda: b"", 0, {"empty_shard": 1}, {}),
+    "tar_only_end": (lambda: bytes(10240), 0, {"empty_shard": 1}, {}),
+    "tar_error_page": (lambda: b'<?xml version="1.0"?><Error>AccessDenied</Error>', 0, {"corrupt_shard": 1}, {}),
+    "tar_noise": (lambda: bytes(range(1, 256)) * 200, 0, {"corrupt_shard": 1}, {}),
+}
