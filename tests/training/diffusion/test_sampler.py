@@ -1,0 +1,223 @@
+"""Samplers against closed forms: Gaussian data, where the optimal denoiser and the flow are known exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.diffusion.denoiser import Denoise
+from training.diffusion.sampler import alpha_sigma, dpmpp_2m_step, grid, posterior, sample, sample_stage, threshold
+from training.diffusion.schedule import Schedule
+from training.diffusion.settings import SAMPLERS, DiffusionConfig, SamplerConfig
+
+MEAN, SPREAD = 0.3, 0.5
+CONFIG = DiffusionConfig()
+EXACT = [-0.7016268921, -0.2008874620, 0.2998519681, 0.8005913982, 1.3013308283]
+
+
+def gaussian(z: Tensor, log_snr: float) -> Tensor:
+    """E[x0 | z] for x0 ~ N(MEAN, SPREAD^2)."""
+    alpha, sigma = alpha_sigma(log_snr)
+    return (MEAN * sigma**2 + alpha * SPREAD**2 * z) / (alpha**2 * SPREAD**2 + sigma**2)
+
+
+def flow(t: float) -> Tensor:
+    """Exact solutions of the probability-flow equation at time t, for z in -2 ... 2."""
+    alpha, sigma = alpha_sigma(Schedule().log_snr_at(t))
+    z = torch.tensor([-2.0, -1, 0, 1, 2], dtype=torch.float64)
+    return alpha * MEAN + math.sqrt((alpha * SPREAD) ** 2 + sigma**2) * z
+
+
+def integrate(name: str, steps: int, spacing: str = "time") -> Tensor:
+    """The flow's solutions carried from t = .98 to t = .02."""
+    _, sigma = alpha_sigma(Schedule().log_snr_at(0.98))
+    return sample(
+        gaussian, (1, 1, 1, 5), config=CONFIG,
+        sampler=SamplerConfig(name=name, steps=steps, spacing=spacing, threshold="none"), seeds=[0],
+        init=torch.zeros(1, 1, 1, 5, dtype=torch.float64), strength=0.98, start_noise=(flow(0.98) / sigma).view(1, 1, 1, 5),
+        end=0.02,
+    ).flatten()  # fmt: skip
+
+
+def test_the_exact_flow_is_as_published() -> None:
+    torch.testing.assert_close(flow(0.02), torch.tensor(EXACT, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_ddim_of_sixteen_steps_to_ten_digits() -> None:
+    wanted = [-0.6186715271, -0.1594097795, 0.2998519681, 0.7591137157, 1.2183754634]
+    torch.testing.assert_close(integrate("ddim", 16), torch.tensor(wanted, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "order", "at_64"),
+    [
+        ("ddim", "time", 1, 0.0214),
+        ("heun", "time", 2, 0.000217),
+        ("heun", "log_snr", 2, 0.000494),
+        ("dpmpp_2m", "time", 2, 0.00344),
+        ("dpmpp_2m", "log_snr", 2, 0.000710),
+    ],
+)
+def test_convergence_order(name: str, spacing: str, order: int, at_64: float) -> None:
+    coarse, fine = ((integrate(name, n, spacing) - flow(0.02)).abs().max().item() for n in (64, 256))
+    assert coarse == pytest.approx(at_64, rel=0.05)
+    assert math.log2(coarse / fine) / 2 == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "edm"])
+def test_every_sampler_reproduces_mean_and_variance(name: str, schedule: str) -> None:
+    sampler = SamplerConfig(name=name, steps=100, threshold="none")
+    drawn = sample(
+        gaussian, (64, 3, 16, 16), config=DiffusionConfig(schedule=schedule), sampler=sampler, seeds=range(64)
+    )
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert drawn.std().item() == pytest.approx(SPREAD, rel=0.05 if name == "ddpm" else 0.03)
+
+
+def test_ancestral_sampling_to_one_percent_at_250_steps() -> None:
+    drawn = sample(
+        gaussian, (64, 3, 16, 16), config=CONFIG, seeds=range(64),
+        sampler=SamplerConfig(name="ddpm", steps=250, threshold="none"),
+    )  # fmt: skip
+    assert drawn.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert drawn.std().item() == pytest.approx(SPREAD, rel=0.01)
+
+
+def test_posterior_of_six_tenths_to_five_tenths() -> None:
+    schedule = Schedule()
+    keep, add, lower, upper = posterior(schedule.log_snr_at(0.6), schedule.log_snr_at(0.5))
+    assert (keep, add, lower) == pytest.approx((0.6350214544, 0.3338505354, 0.2360679775), abs=1e-9)
+    assert upper > lower
+
+
+def test_two_points_are_found_and_dynamic_threshold_is_inactive() -> None:
+    def two_points(z: Tensor, log_snr: float) -> Tensor:
+        alpha, sigma = alpha_sigma(log_snr)
+        return torch.tanh(alpha * z / sigma**2)
+
+    assert two_points(torch.tensor(0.3), 0.0).item() == pytest.approx(0.4005165892, abs=1e-6)
+    options: dict[str, Any] = {"config": CONFIG, "seeds": range(8)}
+    plain, dynamic = (
+        sample(two_points, (8, 3, 8, 8), sampler=SamplerConfig(threshold=kind, steps=30), **options)
+        for kind in ("none", "dynamic")
+    )
+    assert torch.equal(plain, dynamic)
+    assert (plain.abs() > 0.99).float().mean() > 0.97
+    assert abs(plain.mean().item()) < 0.1
+
+
+def test_thresholds() -> None:
+    x0 = torch.linspace(-3, 3, 3 * 400).view(1, 3, 20, 20).repeat(2, 1, 1, 1)
+    x0[1] /= 4
+    assert threshold(x0, "none", 0.9) is x0
+    assert threshold(x0, "static", 0.9).abs().max() == 1
+    dynamic = threshold(x0, "dynamic", 0.9)
+    assert torch.equal(dynamic[1], x0[1])  # judged per picture: all of it lies within [-1, 1]
+    torch.testing.assert_close(dynamic[0], x0[0].clamp(-2.7, 2.7) / 2.7, atol=1e-4, rtol=0)
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    for name in SAMPLERS:
+        options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(name=name, steps=5)}
+        together = sample(gaussian, (3, 3, 8, 8), seeds=[7, 8, 9], **options)
+        alone = sample(gaussian, (1, 3, 8, 8), seeds=[8], **options)
+        torch.testing.assert_close(together[1:2], alone, atol=1e-6, rtol=0)
+        assert not torch.allclose(together[0], together[1])
+
+
+def test_callback_counts_the_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    sample(
+        gaussian, (1, 3, 4, 4), config=CONFIG, sampler=SamplerConfig(steps=3), seeds=[0],
+        callback=lambda step, steps: seen.append((step, steps)),
+    )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("spacing", ["time", "log_snr", "karras"])
+def test_grids_run_from_noise_to_data(spacing: str) -> None:
+    levels = grid(Schedule(), 10, spacing)
+    assert len(levels) == 11 and all(a < b for a, b in zip(levels, levels[1:], strict=False))
+    assert levels[0] < -8 and levels[-1] > 12
+
+
+def test_karras_grid_is_the_formula() -> None:
+    levels = grid(Schedule("edm"), 4, "auto")
+    wanted = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
+    assert [math.exp(-level / 2) for level in levels] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_second_order_step_without_history_is_ddim_and_exact_for_linear_x0() -> None:
+    z, x0 = torch.randn(5, generator=torch.Generator().manual_seed(0)), torch.full((5,), 0.2)
+    first = dpmpp_2m_step(z, x0, None, 0.0, 1.0, 2.0)
+    assert torch.equal(first, dpmpp_2m_step(z, x0, x0, 0.0, 1.0, 2.0))
+
+
+def test_img2img_of_small_strength_stays_near_its_picture() -> None:
+    def pull(z: Tensor, log_snr: float) -> Tensor:  # an optimal denoiser of pictures around 0.3, spread 0.5
+        return gaussian(z, log_snr)
+
+    init = torch.linspace(-0.8, 0.9, 192).view(1, 3, 8, 8)
+    options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(steps=20), "seeds": [3], "init": init}
+    distances = [
+        (sample(pull, (1, 3, 8, 8), strength=strength, **options) - init).abs().mean().item()
+        for strength in (0.05, 0.3, 0.7)
+    ]
+    assert distances[0] < 0.1 and distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_inpainting_keeps_what_it_may_not_touch(name: str) -> None:
+    init = torch.linspace(-0.8, 0.9, 192).view(1, 3, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 4:] = True
+    options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(name=name, steps=8), "init": init}
+    first = sample(gaussian, (1, 3, 8, 8), mask=mask, seeds=[1], **options)
+    second = sample(gaussian, (1, 3, 8, 8), mask=mask, seeds=[2], **options)
+    assert torch.equal(first[..., :4], init[..., :4])
+    assert (first[..., 4:] - second[..., 4:]).abs().mean() > 0.1
+
+
+def test_wrong_calls_are_named() -> None:
+    options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(steps=2)}
+    with pytest.raises(ValueError, match="seeds: 1 given for 2"):
+        sample(gaussian, (2, 3, 4, 4), seeds=[0], **options)
+    with pytest.raises(ValueError, match="strength=0"):
+        sample(gaussian, (1, 3, 4, 4), seeds=[0], strength=0.0, **options)
+    with pytest.raises(ValueError, match="init"):
+        sample(gaussian, (1, 3, 4, 4), seeds=[0], mask=torch.ones(1, 1, 4, 4, dtype=torch.bool), **options)
+
+
+def test_a_stage_noises_its_low_res_picture_once_and_repeats_itself() -> None:
+    seen: list[Tensor] = []
+
+    def model(z: Tensor, level: Tensor, text: Tensor, mask: Tensor, low: Tensor, aug: Tensor) -> Tensor:
+        seen.append(low)
+        return low
+
+    low = torch.linspace(-0.9, 0.9, 48).view(1, 3, 4, 4)
+    config = DiffusionConfig(parametrization="x0")
+    drawn = [
+        sample_stage(
+            model, torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), config=config, image_size=16, seeds=[5],
+            sampler=SamplerConfig(steps=3, guidance=2.0, aug_level=level), low_res=low,
+        )
+        for level in (0.2, 0.2, 0.0)
+    ]  # fmt: skip
+    assert all(torch.equal(seen[0], again) for again in seen[1:3])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (1, 3, 16, 16) and drawn[0].abs().max() <= 1
+
+
+def test_solvers_and_ancestral_sampler_agree_in_distribution() -> None:
+    def spread(denoise: Denoise, name: str) -> float:
+        sampler = SamplerConfig(name=name, steps=120, threshold="none")
+        return sample(denoise, (64, 1, 16, 16), config=CONFIG, sampler=sampler, seeds=range(64)).std().item()
+
+    spreads = [spread(gaussian, name) for name in SAMPLERS]
+    assert max(spreads) / min(spreads) < 1.03

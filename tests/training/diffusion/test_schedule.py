@@ -1,0 +1,93 @@
+"""Schedules: closed-form log-SNR values, clamped ends, identities between eps, x0 and v."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from training.diffusion.schedule import (
+    Schedule,
+    add_noise,
+    alpha_sigma,
+    eps_from_v,
+    eps_from_x0,
+    log_snr,
+    v_from_x0,
+    x0_from_eps,
+    x0_from_v,
+)
+from training.diffusion.settings import SCHEDULES, DiffusionConfig
+
+COSINE = {
+    0.10: (3.68546007, 0.91287135, -1.85971738),
+    0.25: (1.76274717, -1.00984155, -3.78243027),
+    0.50: (0.0, -2.77258872, -5.54517744),
+    0.75: (-1.76274717, -4.53533590, -7.30792462),
+    0.90: (-3.68546007, -6.45804879, -9.23063751),
+}
+"""t -> log-SNR without shift, shifted from 64 to 256, shifted from 64 to 1024."""
+
+
+@pytest.mark.parametrize("t", COSINE)
+def test_cosine_values(t: float) -> None:
+    for value, size in zip(COSINE[t], (64, 256, 1024), strict=True):
+        schedule = Schedule.of(DiffusionConfig(shift_from=64), size)
+        assert schedule.log_snr(torch.tensor([t])).item() == pytest.approx(value, abs=2e-6)
+        assert schedule.log_snr_at(t) == pytest.approx(value, abs=1e-7)
+
+
+def test_linear_is_the_continuous_thousand_step_schedule() -> None:
+    # alpha_bar of betas 1e-4 ... 0.02 over 1000 steps
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    for step in (100, 500, 900):
+        discrete = torch.log(alpha_bar[step] / (1 - alpha_bar[step])).item()
+        assert log_snr(torch.tensor([(step + 0.5) / 1000]), "linear").item() == pytest.approx(discrete, abs=0.12)
+
+
+def test_edm_is_normal_in_log_sigma() -> None:
+    t = torch.linspace(0.02, 0.98, 97)
+    ln_sigma = -log_snr(t, "edm").double() / 2
+    normal = torch.distributions.Normal(-1.2, 1.2)
+    torch.testing.assert_close(normal.cdf(ln_sigma), t.double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_ends_are_finite_clamped_and_falling(kind: str) -> None:
+    t = torch.linspace(0, 1, 1001)
+    level = log_snr(t, kind)
+    assert level.dtype == torch.float32 and level.isfinite().all()
+    assert level.max() <= 20 and level.min() >= -20
+    assert (level[1:] <= level[:-1]).all()
+    alpha, sigma = alpha_sigma(level)
+    assert (alpha > 0).all() and (sigma > 0).all()
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(t))
+    assert alpha_sigma(level.bfloat16())[0].isfinite().all()
+
+
+def test_cosine_reaches_both_clamps_in_fp32() -> None:
+    assert log_snr(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist() == [20.0, -20.0]
+
+
+def test_cosine_alpha_is_a_cosine() -> None:
+    t = torch.linspace(0.01, 0.99, 99)
+    alpha, sigma = alpha_sigma(log_snr(t))
+    torch.testing.assert_close(alpha, torch.cos(t * math.pi / 2))
+    torch.testing.assert_close(sigma, torch.sin(t * math.pi / 2))
+
+
+def test_identities_between_eps_x0_and_v_hold_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(9, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    level = torch.linspace(-8, 8, 9, dtype=torch.float64)
+    alpha, sigma = (part.view(-1, 1, 1, 1) for part in alpha_sigma(level))
+    z = add_noise(x0, eps, level)
+    v = alpha * eps - sigma * x0
+    close = {"atol": 1e-10, "rtol": 0.0}
+    torch.testing.assert_close(v_from_x0(z, x0, alpha, sigma), v, **close)
+    torch.testing.assert_close(x0_from_v(z, v, alpha, sigma), x0, **close)
+    torch.testing.assert_close(eps_from_v(z, v, alpha, sigma), eps, **close)
+    torch.testing.assert_close(x0_from_eps(z, eps, alpha, sigma), x0, **close)
+    torch.testing.assert_close(eps_from_x0(z, x0, alpha, sigma), eps, **close)
+    torch.testing.assert_close(z.square() + v.square(), x0.square() + eps.square(), **close)
