@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,8 +39,8 @@ def integrate(name: str, steps: int, spacing: str = "time") -> Tensor:
     return sample(
         gaussian, (1, 1, 1, 5), config=CONFIG,
         sampler=SamplerConfig(name=name, steps=steps, spacing=spacing, threshold="none"), seeds=[0],
-        init=torch.zeros(1, 1, 1, 5, dtype=torch.float64), strength=0.98, start_noise=(flow(0.98) / sigma).view(1, 1, 1, 5),
-        end=0.02,
+        init=torch.zeros(1, 1, 1, 5, dtype=torch.float64), strength=0.98,
+        start_noise=(flow(0.98) / sigma).view(1, 1, 1, 5), end=0.02,
     ).flatten()  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def test_callback_counts_the_steps() -> None:
 @pytest.mark.parametrize("spacing", ["time", "log_snr", "karras"])
 def test_grids_run_from_noise_to_data(spacing: str) -> None:
     levels = grid(Schedule(), 10, spacing)
-    assert len(levels) == 11 and all(a < b for a, b in zip(levels, levels[1:], strict=False))
+    assert len(levels) == 11 and all(a < b for a, b in pairwise(levels))
     assert levels[0] < -8 and levels[-1] > 12
 
 
