@@ -106,9 +106,12 @@ def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.enviro
     return max(1, len(list(gpus.iterdir())) if gpus.is_dir() else 0)
 
 
-def thread_count(cluster: ClusterConfig, processes: int) -> int:
-    """CPU threads per process: `cluster.threads`, else an even share of the cores this process may use."""
-    return cluster.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that this
+    process may use."""
+    said = environ.get("OMP_NUM_THREADS") or environ.get("SLURM_CPUS_PER_TASK") or "0"
+    cores = len(os.sched_getaffinity(0))
+    return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
 
 
 # ------------------------------------------------------------------------------------------------ the launcher
@@ -130,8 +133,7 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
         config_file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         command = [sys.executable, "-m", "training.distributed", module, type(config).__name__]
         command += [str(config_file), str(result_file)]
-        processes = process_count(config.cluster)
-        code = run_processes(command, processes, threads=thread_count(config.cluster, processes))
+        code = run_processes(command, process_count(config.cluster), threads=thread_count(config.cluster))
         if code:
             raise SystemExit(code)
         return json.loads(result_file.read_text())

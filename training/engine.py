@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import ConfigError
 from training.config import Experiment
 from training.distributed import Ranks, all_gather
 from training.ema import state_name
-from training.optimizers import build_optimizer, learning_rate
+from training.optimizers import STATES, build_optimizer, learning_rate
 from training.plain_engine import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step
 from training.sharding import Assembler, Layout, Piece, Shapes, scatter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ------------------------------------------------------------------------------------------------ process groups
@@ -83,7 +83,21 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer whatever the optimizer, and that imports torch's compiler: 4 s at every start. We do
+    not use Muon, so its functions may stay as they are written."""
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_function
 
 
 def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[str, Any]:
@@ -123,6 +137,11 @@ class Engine:
     """
 
     def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
+        if config.optimizer.name != "adamw":
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name}: it factors whole matrices, of which ZeRO leaves it slices; "
+                f"use optimizer.name=adamw, or zero.stage=0 on one device"
+            )
         self.config, self.ranks = config, ranks
         self.dtype = DTYPES[config.precision.dtype]
         self.updates = 0
@@ -139,7 +158,7 @@ class Engine:
         self._pieces = self._layout()
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
-        self._names = [*MOMENTS, *(state_name(i) for i in range(len(config.ema.decays)))]
+        self._names = [*STATES["adamw"], *(state_name(i) for i in range(len(config.ema.decays)))]
         self._host: dict[str, list[torch.Tensor]] = {}
         self._allocate()
         self.set_timeout(config.train.timeout_first_s)
@@ -212,7 +231,7 @@ class Engine:
             state = self._zero.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
             for name in self._names:
-                state[name] = torch.zeros_like(flat) if name in MOMENTS else flat.detach().clone()
+                state[name] = torch.zeros_like(flat) if name in STATES["adamw"] else flat.detach().clone()
 
     def _states(self, name: str) -> list[torch.Tensor]:
         return [self._zero.optimizer.state[flat][name] for flat in self._flats]

@@ -6,9 +6,30 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.utils.checkpoint
 
 from training.config import OptimizerConfig
 from training.ema import AveragingAdafactor, AveragingAdamW
+
+STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adafactor": ("row_var", "col_var", "variance")}
+"""Optimizer -> its states per parameter, besides `step`; a parameter need not have all of them."""
+
+
+def skip_compiler() -> None:
+    """Spares a process that compiles nothing the import of torch's compiler (4 s).
+
+    torch imports it at the first call of these functions, only to mark them as not to be compiled.
+    """
+    for function in (
+        torch.optim.Optimizer.add_param_group,
+        torch.optim.Optimizer.zero_grad,
+        torch.optim.Optimizer.state_dict,
+        torch.optim.Optimizer.load_state_dict,
+        torch.utils.checkpoint.checkpoint,
+    ):
+        plain = getattr(function, "__wrapped__", None)
+        if plain is not None:
+            plain.__dynamo_disable = plain
 
 
 def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ class RunDir:
             raise DataError(
                 f"run.dir={self.path}: cannot be written ({error.strerror}); choose another run.dir"
             ) from error
+
+    def wandb_id(self) -> str:
+        """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it."""
+        path = self.path / "wandb_id"
+        if not path.exists():
+            replace_file(path, uuid.uuid4().hex[:8])
+        return path.read_text().strip()
 
     def write_config(self, config: Experiment) -> None:
         from omegaconf import OmegaConf

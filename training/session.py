@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +21,11 @@ from training.diffusion.objective import loss
 from training.diffusion.sampler import sample_stage
 from training.distributed import Ranks, all_gather, thread_count, together
 from training.ema import state_name
-from training.engine import MOMENTS, build_engine
+from training.engine import build_engine
 from training.model.presets import for_stage
 from training.model.text_encoder import build_text_encoder
 from training.model.unet import UNet
+from training.optimizers import STATES, skip_compiler
 from training.run_dir import RunDir, check_same_run, code_version, to_dict
 from training.tracking import Tracker, finite, start_logging
 from training.writer import CheckpointWriter
@@ -50,7 +50,7 @@ class Session:
         self.position: int = meta.get("position", 0)
         self.counters: dict[str, int] = {"skipped": 0, **meta.get("counters", {})}
         self.seconds: float = meta.get("seconds", 0.0)
-        self.wandb_id: str = meta.get("wandb_id") or together(lambda: uuid.uuid4().hex[:8], ranks)
+        self.wandb_id: str = meta.get("wandb_id") or together(self.run.wandb_id, ranks)
 
         self.loader = self._open_loader(self.position)
         if checkpoint is not None:
@@ -104,17 +104,19 @@ class Session:
         )
 
     def _build_model(self) -> UNet:
-        torch.set_num_threads(thread_count(self.config.cluster, self.ranks.world_size))
+        torch.set_num_threads(thread_count(self.config.cluster))
         torch.manual_seed(self.config.seed)
         model = UNet(for_stage(self.config.stage, self.text_encoder.dim))
         if self.config.precision.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.precision.compile:
             model.compile_blocks()
+        else:
+            skip_compiler()
         return model
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        kinds = {kind: kind for kind in MOMENTS if checkpoint.names(f"{kind}/")}
+        kinds = {kind: kind for kind in STATES[self.config.optimizer.name]}
         saved = list(checkpoint.meta["config"]["ema"]["decays"])
         for index, decay in enumerate(self.config.ema.decays):
             known = decay in saved and bool(checkpoint.names(f"{state_name(saved.index(decay))}/"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,10 @@ def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sente
 
 def test_counts() -> None:
     assert process_count(ClusterConfig(processes=3)) == 3
-    assert thread_count(ClusterConfig(threads=5), 2) == 5
-    assert thread_count(ClusterConfig(), 10_000) == 1
+    assert thread_count(ClusterConfig(threads=5), {"OMP_NUM_THREADS": "3"}) == 5
+    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "4"}) == 3
+    assert thread_count(ClusterConfig(), {"SLURM_CPUS_PER_TASK": "4"}) == 4
+    assert thread_count(ClusterConfig(processes=10_000), {}) == 1
 
 
 def test_together_raises_what_rank_0_raises() -> None:
@@ -135,4 +138,5 @@ def test_no_orphan_outlives_the_launcher() -> None:
     outer, pids = start_pair()
     outer.kill()
     outer.communicate(timeout=60)  # returns when the last holder of the pipe is gone
-    assert all(gone(pid) for pid in pids)
+    while not all(gone(pid) for pid in pids):  # pytest-timeout ends it if they stay
+        time.sleep(0.02)
