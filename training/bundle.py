@@ -47,6 +47,8 @@ class StageWeights:
     tensors: Callable[[], dict[str, Tensor]]
     origin: dict[str, Any] = field(default_factory=dict)
     """`run`, `checkpoint`, `step`, `position`, `ema_decay`, `code`: JSON values."""
+    sha256: str = ""
+    """Of the weights' file in a bundle."""
 
 
 @dataclass
@@ -257,7 +259,9 @@ def read(path: str) -> Bundle:
             structure: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["unet"].items()}
             config = from_dict(StageConfig, entry["config"], where)
             stages.append(
-                StageWeights(config, UNetConfig(**structure), _Reader(folder, entry["file"]), entry["origin"])
+                StageWeights(
+                    config, UNetConfig(**structure), _Reader(folder, entry["file"]), entry["origin"], entry["sha256"]
+                )
             )
         return Bundle(from_dict(TextConfig, content["text"], where), stages)
     except (KeyError, TypeError) as error:

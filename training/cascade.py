@@ -57,6 +57,8 @@ class Stage:
     config: StageConfig
     unet: UNet
     origin: dict[str, Any]
+    sha256: str = ""
+    """Of the file the weights were read from; empty for weights that come from elsewhere."""
 
 
 class Cascade:
@@ -87,7 +89,7 @@ class Cascade:
 
     @classmethod
     def _from(cls, opened: bundle.Bundle) -> Cascade:
-        stages = [Stage(weights.config, bundle.load_unet(weights), weights.origin) for weights in opened.stages]
+        stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
         return cls(stages, build_text_encoder(opened.text), opened.text)
 
     def save(self, path: str) -> None:
@@ -145,6 +147,7 @@ class Cascade:
         mask: Pictures | None = None,
         strength: float = 1.0,
         explain: bool = False,
+        numbers: Sequence[int] | None = None,
         batch: int = 16,
         devices: Sequence[str | torch.device] | None = None,
     ) -> list[Drawing]:
@@ -162,6 +165,7 @@ class Cascade:
             strength: how much of `image` is redrawn, in (0, 1]; 1 forgets it, except where `mask` keeps it.
             mask: light where `image` is drawn anew; every stage keeps it where the mask is dark.
             explain: also collect which words the pixels looked at.
+            numbers: the n-th picture of each prompt instead of its first ones; 0 is the first.
             batch: pictures per forward pass.
             devices: share the pictures among these, for example ["cuda:0", "cuda:1"]; None: the device of `to`.
 
@@ -170,7 +174,7 @@ class Cascade:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
-        drawings = number_drawings(texts, negatives, seed, num_images)
+        drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "name": sampler}
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config

@@ -51,22 +51,31 @@ def picture_seed(seed: int, prompt: str, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def number_drawings(prompts: Sequence[str], negatives: Sequence[str], seed: int, num_images: int) -> list[Drawing]:
-    """`num_images` drawings per prompt, in order.
+def number_drawings(
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seed: int,
+    num_images: int,
+    numbers: Sequence[int] | None = None,
+) -> list[Drawing]:
+    """`num_images` drawings per prompt, in order; with `numbers` one per prompt, of that number.
 
     Raises:
-        ConfigError: as many negative prompts as neither 0, 1 nor the prompts.
+        ConfigError: lengths that do not fit.
     """
     if len(negatives) not in (0, 1, len(prompts)):
         raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
     if num_images < 1:
         raise ConfigError(f"num_images={num_images}: it must be at least 1")
+    if numbers is not None and (num_images != 1 or len(numbers) != len(prompts)):
+        raise ConfigError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one per prompt, and num_images=1")
     each = list(negatives) if len(negatives) == len(prompts) else list(negatives or [""]) * len(prompts)
     counts: Counter[str] = Counter()
     drawings = []
-    for prompt, negative in zip(prompts, each, strict=True):
+    for index, (prompt, negative) in enumerate(zip(prompts, each, strict=True)):
         for _ in range(num_images):
-            drawings.append(Drawing(prompt, negative, counts[prompt], picture_seed(seed, prompt, counts[prompt])))
+            number = counts[prompt] if numbers is None else numbers[index]
+            drawings.append(Drawing(prompt, negative, number, picture_seed(seed, prompt, number)))
             counts[prompt] += 1
     return drawings
 

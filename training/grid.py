@@ -1,0 +1,158 @@
+"""Sheets of captioned pictures (Pillow only): samples with all stages side by side, marked mistakes, heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+SHOWN = 192
+"""Pictures smaller than this are enlarged by whole factors, pixel by pixel; those above `LARGEST` are shrunk."""
+LARGEST = 512
+GAP, MARGIN, FONT_SIZE = 8, 16, 14
+PAPER, INK, FAINT, GOOD, BAD = "white", "#202020", "#707070", "#2e8b57", "#c62828"
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "wqy-zenhei.ttc", "Arial Unicode.ttf",
+    "msyh.ttc", "PingFang.ttc",
+)  # fmt: skip
+"""Tried in this order for captions that Pillow's own font cannot write."""
+
+
+@dataclass
+class Cell:
+    """One entry of a sheet: pictures side by side with what stands above each and below all of them."""
+
+    pictures: list[Image.Image]
+    caption: str
+    labels: list[str] = field(default_factory=list)
+    """Above each picture, for example "16 px"."""
+    note: str = ""
+    """Second line below, faint, or red with `wrong`."""
+    wrong: bool = False
+    """Draws a red frame."""
+
+
+def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Image:
+    """All cells in rows of `columns`; every cell is as wide as the widest."""
+    if not cells:
+        raise ValueError("a sheet needs at least one cell")
+    drawn = [_draw_cell(cell) for cell in cells]
+    columns = max(1, min(columns, len(cells)))
+    width, height = max(d.width for d in drawn), max(d.height for d in drawn)
+    top = MARGIN + (2 * FONT_SIZE if title else 0)
+    rows = -(-len(cells) // columns)
+    size = (2 * MARGIN + columns * (width + 2 * GAP), top + MARGIN + rows * (height + 2 * GAP))
+    paper = Image.new("RGB", size, PAPER)
+    if title:
+        ImageDraw.Draw(paper).text((MARGIN + GAP, MARGIN), title, fill=INK, font=_font(title))
+    for index, picture in enumerate(drawn):
+        x = MARGIN + GAP + index % columns * (width + 2 * GAP)
+        paper.paste(picture, (x, top + GAP + index // columns * (height + 2 * GAP)))
+    return paper
+
+
+def save(image: Image.Image, path: str | Path, pnginfo: PngImagePlugin.PngInfo | None = None) -> None:
+    """Writes a PNG whose directory may not exist yet; readers see the old or the whole new file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG", pnginfo=pnginfo)
+    temporary.replace(path)
+
+
+def to_side(picture: Image.Image, side: int) -> Image.Image:
+    """Shown at about `side`: enlarged pixel by pixel (nothing invented), or shrunk smoothly."""
+    if picture.width <= side:
+        factor = max(1, side // picture.width)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture.resize((side, round(side * picture.height / picture.width)), Image.Resampling.LANCZOS)
+
+
+def heat_sheet(picture: Image.Image, heat: Sequence[tuple[str, np.ndarray]], caption: str) -> Image.Image:
+    """The picture, then for every word the picture dimmed except where the word was looked at.
+
+    Args:
+        heat: (word, attention (h, w) >= 0); each word scaled to its own strongest pixel: compare places, not words.
+    """
+    cells = [Cell([picture], "(picture)")]
+    for word, values in heat:
+        strong = values / max(float(values.max()), 1e-12)
+        glow = Image.fromarray((255 * strong).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+        dim = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "black"), 0.75)
+        cells.append(Cell([Image.composite(picture, dim, glow)], word))
+    return sheet(cells, columns=8, title=caption)
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+
+
+def _draw_cell(cell: Cell) -> Image.Image:
+    side = min(max(SHOWN, max(picture.width for picture in cell.pictures)), LARGEST)
+    shown = [to_side(picture, side) for picture in cell.pictures]
+    above = FONT_SIZE + 4 if cell.labels else 0
+    width = sum(picture.width for picture in shown) + GAP * (len(shown) - 1)
+    height = max(picture.height for picture in shown)
+    caption, note = _wrapped(cell.caption, width), _wrapped(cell.note, width) if cell.note else []
+    line = FONT_SIZE + 4
+    paper = Image.new("RGB", (width, above + height + 6 + line * (len(caption) + len(note))), PAPER)
+    pen = ImageDraw.Draw(paper)
+    x = 0
+    for number, picture in enumerate(shown):
+        paper.paste(picture, (x, above))
+        if number < len(cell.labels):
+            pen.text((x, 0), cell.labels[number], fill=FAINT, font=_font(cell.labels[number]))
+        x += picture.width + GAP
+    if cell.wrong:
+        pen.rectangle((0, above, width - 1, above + height - 1), outline=BAD, width=4)
+    y = above + height + 4
+    for text, colour in [*((t, INK) for t in caption), *((t, BAD if cell.wrong else FAINT) for t in note)]:
+        pen.text((0, y), text, fill=colour, font=_font(text))
+        y += line
+    return paper
+
+
+def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
+    """Lines no wider than `width` pixels, broken at spaces where there are any; at most `most`."""
+    font, lines, line = _font(text), [], ""
+    for word in _pieces(text, width, font):
+        if line and font.getlength(line + word.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = word.lstrip()
+        else:
+            line += word
+    lines.append(line.rstrip())
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1].rstrip() + " ..."]
+
+
+def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Words with the space behind them; words that no line can hold, and those of scripts without spaces, by letter."""
+    pieces: list[str] = []
+    for word in " ".join(text.split()).split(" "):
+        pieces += [*word, " "] if font.getlength(word) > width else [word + " "]
+    return pieces
+
+
+@lru_cache(maxsize=4096)
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font if it has all letters of `text`, else the first installed one that has; boxes if none has."""
+    own = ImageFont.load_default(FONT_SIZE)
+    if not isinstance(own, ImageFont.FreeTypeFont) or _writes(own, text):
+        return own
+    return next((font for name in FONTS if (font := _installed(name)) and _writes(font, text)), own)
+
+
+@lru_cache(maxsize=len(FONTS))
+def _installed(name: str) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, FONT_SIZE)
+    except OSError:
+        return None
+
+
+def _writes(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    missing = bytes(font.getmask("\uffff"))
+    return all(bytes(font.getmask(char)) != missing for char in set(text) if not char.isspace())

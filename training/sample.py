@@ -1,0 +1,238 @@
+"""`cascade sample`: draws prompts with a bundle. The same command again draws only what is missing.
+
+OUTPUT/
+    00000-a_red_circle.png          the final picture; prompt, seed and settings stand in its PNG text
+    STAGE/00000-a_red_circle.png    what an earlier stage drew
+    words/00000-a_red_circle.png    explain=true: which words drew which pixels
+    grid.png                        the first pictures with their captions, all stages side by side
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from data_pipeline.errors import ConfigError, DataError
+from training.cascade import Cascade
+from training.config import Experiment, SampleCommand
+from training.distributed import read_ranks
+from training.drawing import Drawing, number_drawings, plan_stages
+from training.evaluation.metrics.features import colour_grid, diversity
+from training.evaluation.prompts import read_prompts
+from training.grid import Cell, heat_sheet, save, sheet
+
+SAVE_EVERY = 4
+"""Batches per device after which pictures are written: what an interruption can cost."""
+GRID_CELLS = 64
+DIVERSITY_FEATURES = "colour_grid_4x4"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw."""
+
+    name: str
+    """Of its files, without ending."""
+    prompt: str
+    negative_prompt: str
+    number: int
+    """How many pictures of the same prompt come before it."""
+    seed: int
+    """Of its noise."""
+
+
+def main(config: SampleCommand) -> dict[str, Any]:
+    """Draws `prompts` (or the experiment's) and writes pictures and grid; keeps pictures that are already there."""
+    began = time.monotonic()
+    prompts = read_prompts(config.prompts) or read_prompts(list(config.sampling.prompts), "sampling.prompts")
+    if not prompts:
+        raise ConfigError("prompts: give a text file with one prompt per line, or a list: prompts=['a red circle']")
+    negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
+    jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
+    output = Path(config.output or config.sampling.output)
+    cascade, devices = open_cascade(config, config.from_bundle)
+    settings = _settings(config, cascade)
+    ranks = read_ranks()
+    share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
+    missing = [job for job in share if not is_drawn(output, job, config, cascade, settings)]
+    if len(missing) < len(share):
+        print(f"{len(share) - len(missing)} of {len(share)} pictures are in {output} already and are kept")
+    _draw(cascade, missing, config, output, settings, devices)
+    result: dict[str, Any] = {
+        "output": str(output),
+        "images": [{"file": f"{job.name}.png", "prompt": job.prompt, "seed": job.seed} for job in share],
+        "drawn": len(missing),
+        "kept": len(share) - len(missing),
+    }
+    # of several processes the one that finishes last finds all pictures
+    if all((output / f"{job.name}.png").exists() for job in jobs):
+        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], cascade, config.sampling.columns))
+        print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
+        if config.num_images > 1:
+            result["diversity"] = measure_diversity(output, jobs)
+            print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
+    return result | {"seconds": round(time.monotonic() - began, 3)}
+
+
+def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[Job]:
+    """`num_images` pictures of each prompt, named by place and words.
+
+    Raises:
+        ConfigError: as many negative prompts as neither 0, 1 nor the prompts.
+    """
+    jobs = []
+    for index, drawing in enumerate(number_drawings(prompts, negatives, seed, num_images)):
+        words = re.sub(r"\W+", "_", drawing.prompt).strip("_")[:50] or "empty"
+        copy = f"-{index % num_images}" if num_images > 1 else ""
+        name = f"{index // num_images:05d}-{words}{copy}"
+        jobs.append(Job(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed))
+    return jobs
+
+
+def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, list[str]]:
+    """The bundle of an experiment, and the devices to draw on: all GPUs, this process's among several, or the CPU."""
+    cascade = Cascade.from_pretrained(path or config.bundle.dir)
+    ranks = read_ranks()
+    if not (config.cluster.gpus and torch.cuda.is_available()):
+        if config.cluster.threads:
+            torch.set_num_threads(config.cluster.threads)
+        return cascade, ["cpu"]
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    count = torch.cuda.device_count()
+    devices = [f"cuda:{ranks.local_rank % count}"] if ranks else [f"cuda:{i}" for i in range(count)]
+    return cascade.to(devices[0], dtype), devices
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+def _settings(config: SampleCommand, cascade: Cascade) -> dict[str, Any]:
+    """All that a picture depends on besides prompt and seed number."""
+    plan = plan_stages([s.config for s in cascade.stages], guidance=config.guidance, steps=config.steps)
+    stages = [{"name": s.config.name, "sha256": s.sha256, "step": s.origin.get("step")} for s in cascade.stages]
+    return {
+        "seed": config.seed,
+        "stages": [stage | {"sampler": asdict(sampler)} for stage, (_, sampler) in zip(stages, plan, strict=True)],
+        "text": cascade.encoder.name,
+        "dtype": str(next(cascade.stages[0].unet.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def metadata(job: Job, config: Experiment, settings: dict[str, Any]) -> dict[str, str]:
+    """What stands in the PNG text of a picture."""
+    return {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": str(config.seed),
+        "number": str(job.number),
+        "settings": json.dumps(settings, ensure_ascii=False, sort_keys=True),
+    }
+
+
+def is_drawn(output: Path, job: Job, config: SampleCommand, cascade: Cascade, settings: dict[str, Any]) -> bool:
+    """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
+    files = [output / stage.config.name / f"{job.name}.png" for stage in cascade.stages[:-1]]
+    files += [output / "words" / f"{job.name}.png"] if config.explain else []
+    try:
+        with Image.open(output / f"{job.name}.png") as image:
+            image.load()
+            wanted = metadata(job, config, settings)
+            return {key: image.info.get(key) for key in wanted} == wanted and all(file.exists() for file in files)
+    except (OSError, SyntaxError):  # Pillow's word for a damaged PNG
+        return False
+
+
+def _draw(
+    cascade: Cascade,
+    jobs: list[Job],
+    config: SampleCommand,
+    output: Path,
+    settings: dict[str, Any],
+    devices: list[str],
+) -> None:
+    chunk = config.batch * SAVE_EVERY * len(devices)
+    parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
+    plan = plan_stages([s.config for s in cascade.stages], guidance=config.guidance, steps=config.steps)
+    steps = sum(sampler.steps for _, sampler in plan)
+    total = sum(steps * -(-len(part) // config.batch) for part in parts)
+    with tqdm(total=total, unit="step", disable=not jobs) as bar:
+
+        def advance(stage: str, done: int, of: int) -> None:
+            bar.set_description(f"sampling {stage}", refresh=False)
+            bar.update()
+
+        for part in parts:
+            drawings = cascade.draw(
+                [job.prompt for job in part],
+                [job.negative_prompt for job in part],
+                guidance=config.guidance,
+                steps=config.steps,
+                seed=config.seed,
+                numbers=[job.number for job in part],
+                batch=config.batch,
+                devices=devices,
+                explain=config.explain,
+                callback=advance,
+            )
+            for job, drawing in zip(part, drawings, strict=True):
+                write_drawing(output, job, drawing, metadata(job, config, settings), config.explain)
+
+
+def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
+    """The pictures of all stages; the final one last, because it says that the others are there."""
+    *earlier, final = drawing.stages
+    for stage in earlier:
+        save(drawing.stages[stage], output / stage / f"{job.name}.png")
+    if explain:
+        stage, heat = next(iter(drawing.words.items()), ("none", []))
+        title = f"{job.prompt}  (attention of stage: {stage})"
+        save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png")
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info)
+
+
+# ----------------------------------------------------------------------------------------- all pictures together
+
+
+def write_grid(output: Path, jobs: list[Job], cascade: Cascade, columns: int) -> Path:
+    """grid.png: every picture's stages side by side, base first."""
+    earlier = [stage.config.name for stage in cascade.stages[:-1]]
+    labels = [f"{stage.config.image_size} px" for stage in cascade.stages]
+    cells = []
+    for job in jobs:
+        files = [*(output / stage / f"{job.name}.png" for stage in earlier), output / f"{job.name}.png"]
+        cells.append(Cell([_open(file) for file in files], job.prompt, labels))
+    save(sheet(cells, columns), output / "grid.png")
+    return output / "grid.png"
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error}); delete it and run the same command again") from error
+
+
+def measure_diversity(output: Path, jobs: list[Job]) -> dict[str, Any]:
+    """Mean pairwise distance between the pictures of each prompt, and the mean of that over prompts."""
+    by_prompt: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_prompt.setdefault(job.prompt, []).append(job)
+    found = {}
+    for prompt, some in by_prompt.items():
+        pictures = np.stack([np.asarray(_open(output / f"{job.name}.png")) for job in some])
+        found[prompt] = round(diversity(colour_grid(pictures)), 6)
+    mean = sum(found.values()) / max(len(found), 1)
+    return {"features": DIVERSITY_FEATURES, "mean": round(mean, 6), "prompts": found}
