@@ -55,6 +55,9 @@ class UNetConfig:
                 raise ValueError(f"{where}.{name}: {count} values for the {len(self.widths)} levels of {where}.widths")
         if not self.widths or min(self.widths) < 1 or min(self.blocks) < 1:
             raise ValueError(f"{where}.widths and {where}.blocks: every level needs a positive number")
+        for name in ("patch", "text_dim", "cond_dim", "text_pool_heads", "head_dim", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{where}.{name}={getattr(self, name)}: it must be at least 1")
         for level, width in enumerate(self.widths):
             attends = self.self_attention[level] or self.cross_attention[level]
             if attends and width % self.head_dim:
