@@ -139,10 +139,9 @@ class Dataset:
 
     def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         """The index of a shard and its rows that take part."""
-        with self._lock:
-            if shard in self._cache:
-                self._cache.move_to_end(shard)
-                return self._cache[shard]
+        known = self._cache.get(shard)
+        if known is not None:
+            return known
         summary = self.summaries[shard]
         index = read_index(summary.entry.url, summary.place, self.patience)
         if index is None or index.digest != summary.digest:

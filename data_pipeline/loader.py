@@ -20,9 +20,10 @@ from data_pipeline import captions, images, store
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import load_or_build
 from data_pipeline.errors import BadSample, ConfigError, DataError
-from data_pipeline.fetch import Prefetcher, RowReader, Sample, Taken, take
+from data_pipeline.fetch import RowReader, Sample, Taken, replace
 from data_pipeline.order import Order, check_world_size
 from data_pipeline.pool import DaemonPool
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.reader import Chunks
 from data_pipeline.shard_index import IMAGE_EXTENSIONS
 
@@ -213,7 +214,12 @@ class Loader:
         return False
 
     def _take(self, position: int, shard: int, row: int, get: Callable[[], Sample]) -> Taken:
-        return take(self._reader, self.seed, position, shard, row, get, lambda sample: self._decode(sample, position))
+        try:
+            sample = get()
+            sample["__position__"] = position
+            return Taken(position, self._decode(sample, position))
+        except BadSample as bad:
+            return replace(self._reader, self.seed, position, shard, row, bad, lambda s: self._decode(s, position))
 
     def _decode_pair(self, sample: Sample, position: int) -> Decoded:
         data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)

@@ -12,9 +12,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.dataset import Dataset, load_or_build
-from data_pipeline.errors import ConfigError
-from data_pipeline.fetch import Prefetcher, RowReader, Sample, take
+from data_pipeline.errors import BadSample, ConfigError
+from data_pipeline.fetch import RowReader, Sample, replace
 from data_pipeline.order import Order, check_world_size, rank_positions
+from data_pipeline.prefetch import Prefetcher
 
 
 class ShardStream(IterableDataset[Sample]):
@@ -92,20 +93,19 @@ class ShardStream(IterableDataset[Sample]):
         ahead = Prefetcher(reader, order, chunks, self.config.lane_count // self.world_size, budget, chunks.mine)
         try:
             for position, shard, row, get in ahead:
-                taken = take(reader, self.seed, position, shard, row, get, _same)
-                if taken.failures:
-                    taken.value["__failures__"] = taken.failures
-                yield taken.value
+                try:
+                    sample = get()
+                    sample["__position__"] = position
+                except BadSample as bad:
+                    taken = replace(reader, self.seed, position, shard, row, bad, dict)
+                    sample = {**taken.value, "__failures__": taken.failures}
+                yield sample
         finally:
             ahead.close()
             reader.close()
 
     def __call__(self) -> Iterator[Sample]:
         return iter(self)
-
-
-def _same(sample: Sample) -> Sample:
-    return sample
 
 
 class Chunks:

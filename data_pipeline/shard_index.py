@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,8 +61,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Where one member of a sample lies."""
 
     extension: str
@@ -115,18 +114,28 @@ class ShardIndex:
         names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
         return names, column.indices.to_numpy(zero_copy_only=False)
 
+    @cached_property
+    def _keys(self) -> tuple[np.ndarray, memoryview]:
+        column = self.table.column("key").combine_chunks()
+        _, offsets, data = column.buffers()
+        ends = np.frombuffer(offsets, np.int32)[column.offset :] if offsets else np.zeros(1, np.int32)
+        return ends, memoryview(data or b"")
+
     def key(self, row: int) -> str:
-        return self.table.column("key")[row].as_py()
+        ends, data = self._keys
+        return str(data[ends[row] : ends[row + 1]], "utf-8")
 
     def parts(self, row: int) -> list[Part]:
         """The members of sample `row` (a row of the file, before filters), in archive order."""
+        return [Part(*part) for part in self.places(row)]
+
+    def places(self, row: int) -> list[tuple[str, int, int, int]]:
+        """The same as plain tuples, for the hot path."""
         starts, offsets, sizes, checksums = self._lists
         names, which = self._layouts
-        first = int(starts[row])
-        return [
-            Part(name, int(offsets[first + i]), int(sizes[first + i]), int(checksums[first + i]))
-            for i, name in enumerate(names[which[row]])
-        ]
+        here = slice(starts[row], starts[row + 1])
+        columns = offsets[here].tolist(), sizes[here].tolist(), checksums[here].tolist()
+        return list(zip(names[which[row]], *columns, strict=True))
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """First byte and end byte of every sample, (n,) int64 each."""

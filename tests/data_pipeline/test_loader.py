@@ -58,8 +58,8 @@ def test_ranks_and_micro_batches_change_nothing(photos: str, world_size: int, mi
         assert len(parts) == world_size * (8 // world_size // (micro_batch or 8 // world_size))
         assert torch.equal(torch.cat([part.positions for part in parts]), expected.positions)
         assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
-        assert sum((part.captions for part in parts), []) == expected.captions
-        assert sum((part.keys for part in parts), []) == expected.keys
+        assert [caption for part in parts for caption in part.captions] == expected.captions
+        assert [key for part in parts for key in part.keys] == expected.keys
 
 
 def test_resume_gives_what_would_have_followed(photos: str) -> None:
@@ -123,7 +123,7 @@ def test_bad_samples_are_replaced_in_place_and_counted(tmp_path: Path) -> None:
             )
             batches.append([step[0] for step in steps(loader, 9)])
             counts.append(loader.counters)
-        keys = [sum((rank[step].keys for rank in batches), []) for step in range(9)]
+        keys = [[key for rank in batches for key in rank[step].keys] for step in range(9)]
         results.append(keys)
         met = sum(batch.keys.count(key) for batch in good for key in bad)
         assert sum(count["bad"] for count in counts) == met
@@ -173,5 +173,5 @@ def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
 
 
 def test_impossible_world_size(photos: str) -> None:
-    with pytest.raises(ConfigError, match="world size 3.*1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"world size 3.*1, 2, 4"):
         Loader(replace(BASE, shards=photos), image_size=32, world_size=3)

@@ -106,7 +106,7 @@ def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     s3.forget()
-    with pytest.raises(DataError, match="no credentials .*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(DataError, match=r"no credentials .*AWS_ACCESS_KEY_ID"):
         store.read_bytes(f"s3://{bucket}/x")
 
 

@@ -1,0 +1,185 @@
+"""Positions in order -> how to get each sample: local ones on demand, remote ones by ranged requests ahead of need."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.fetch import Read, RowReader, Sample
+from data_pipeline.order import Order
+from data_pipeline.pool import DaemonPool
+from data_pipeline.shard_index import ShardIndex
+
+logger = logging.getLogger(__name__)
+
+GAP = 1 << 20
+"""Bytes between two wanted samples that are read through rather than skipped by a new request."""
+RANGE = 4 << 20
+"""Bytes per request where whole windows are read."""
+CONNECTIONS = 16
+
+
+@dataclass
+class _Unit:
+    """Neighbouring samples of one shard that one request brings."""
+
+    shard: int
+    rows: dict[int, tuple[int, int, int]]
+    """Position -> (row, first byte, end byte)."""
+    begin: int
+    end: int
+    future: Future[dict[int, bytes]] | None = None
+    """The bytes of each sample that has not been collected, by position."""
+
+
+class Prefetcher:
+    """Walks positions in order and hands out, for each, how to get its sample; remote bytes are requested ahead.
+
+    Where the windows of all lanes fit into the budget, a window's neighbours come in ranges of some megabytes and
+    wait in memory for their turn; else every sample is its own request.
+
+    Args:
+        positions: the positions to deliver, ascending inside each lane.
+        wanted: which of given positions this process will deliver, (n,) -> bool (n,); None: all of the lanes it meets.
+        lanes: number of lanes it meets, for the estimate of memory.
+        budget: bytes of raw samples held.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        order: Order,
+        positions: Iterable[np.ndarray],
+        lanes: int,
+        budget: int,
+        wanted: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        self._reader, self._order, self._wanted = reader, order, wanted
+        self._batches = iter(positions)
+        self._ahead: deque[tuple[int, int, int]] = deque()  # located, not yet handed out
+        self._requested = 0  # how many of those have had their unit requested
+        self._units: dict[int, _Unit] = {}
+        self._budget, self._held = budget, 0
+        self._lock = threading.Lock()
+        window = order.window * reader.dataset.mean_bytes * lanes
+        self.whole_windows = window <= budget
+        self._pool: DaemonPool | None = None
+        if not self.whole_windows and not all(map(reader.is_direct, range(len(reader.dataset.urls)))):
+            logger.warning(
+                "%d lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
+                "by one; a smaller data.window, more processes or data.cache_dir make reading faster",
+                lanes, window / 1e9, budget / 1e9,
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, Callable[[], Sample]]]:
+        """(position, shard, row, a function that waits for the sample and returns it)."""
+        while self._fill(1):
+            position, shard, row = self._ahead[0]
+            if self._reader.is_direct(shard):
+                self._ahead.popleft()
+                self._requested = max(self._requested - 1, 0)
+                yield position, shard, row, Read(self._reader, shard, row)
+                continue
+            self._pump()
+            self._ahead.popleft()
+            self._requested -= 1
+            unit = self._units.pop(position)
+            yield position, shard, row, _Wait(self, unit, position)
+
+    def _fill(self, count: int) -> bool:
+        """Locates positions until `count` are known ahead; whether any are."""
+        while len(self._ahead) < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            _, shards, rows = self._order.locate_many(batch)
+            self._ahead.extend(zip(batch.tolist(), shards.tolist(), rows.tolist(), strict=True))
+        return bool(self._ahead)
+
+    def _pump(self) -> None:
+        """Requests units in the order of need: always the one that is needed now, others as the budget allows."""
+        while True:
+            if self._requested >= len(self._ahead) and not self._fill(self._requested + 1):
+                return
+            if self._requested >= len(self._ahead):
+                return
+            position, shard, _ = self._ahead[self._requested]
+            if not self._reader.is_direct(shard):
+                unit = self._units.get(position) or self._plan(position, shard)
+                if unit.future is None:
+                    size = unit.end - unit.begin
+                    with self._lock:
+                        if self._requested > 0 and self._held + size > self._budget:
+                            return
+                        self._held += size
+                    self._pool = self._pool or DaemonPool(CONNECTIONS, "fetch")
+                    unit.future = self._pool.submit(self._bring, unit)
+            self._requested += 1
+
+    def _plan(self, position: int, shard: int) -> _Unit:
+        """Makes the units of the window around a position."""
+        compressed = self._reader.dataset.summaries[shard].compressed
+        if self.whole_windows or compressed:
+            positions = self._order.window_of(position)
+            wanted = (
+                positions >= position if self._wanted is None else self._wanted(positions) & (positions >= position)
+            )
+            positions = positions[wanted]
+        else:
+            positions = np.array([position])
+        _, shards, rows = self._order.locate_many(positions)
+        limit = (1 << 40) if compressed else RANGE
+        unit: _Unit | None = None
+        for place, number, row in zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            index, kept = self._reader.dataset.index(number)
+            begin, end = _span(index, int(kept[row]))
+            near = unit is not None and unit.shard == number and begin >= unit.begin and begin - unit.end <= GAP
+            if unit is None or not near or end - unit.begin > limit:
+                unit = _Unit(number, {}, begin, end)
+            unit.rows[place] = row, begin, end
+            unit.end = max(unit.end, end)
+            self._units[place] = unit
+        return self._units[position]
+
+    def _bring(self, unit: _Unit) -> dict[int, bytes]:
+        """Requests a unit and cuts it up, so that each sample's memory is free once it is collected."""
+        data = self._reader.read_range(unit.shard, unit.begin, unit.end)
+        wanted = {position: data[a - unit.begin : b - unit.begin] for position, (_, a, b) in unit.rows.items()}
+        with self._lock:
+            self._held -= len(data) - sum(map(len, wanted.values()))
+        return wanted
+
+    def collect(self, unit: _Unit, position: int) -> Sample:
+        """Waits for a unit and takes one sample out of it."""
+        assert unit.future is not None
+        data = unit.future.result().pop(position)
+        with self._lock:
+            self._held -= len(data)
+        row, begin, _ = unit.rows[position]
+        return self._reader.sample_from(unit.shard, row, begin, data)
+
+    def close(self) -> None:
+        """Drops what is requested and not delivered."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+@dataclass
+class _Wait:
+    prefetcher: Prefetcher
+    unit: _Unit
+    position: int
+
+    def __call__(self) -> Sample:
+        return self.prefetcher.collect(self.unit, self.position)
+
+
+def _span(index: ShardIndex, row: int) -> tuple[int, int]:
+    parts = index.parts(row)
+    return min(part.offset for part in parts), max(part.offset + part.size for part in parts)
