@@ -46,6 +46,12 @@ def choose(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position
     return texts[below(len(texts), seed, position, "caption text")]
 
 
+def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
+    """Every caption that `choose` may give for this sample, each once; empty where it would raise `BadSample`."""
+    found, _ = _texts_by_source(sample, config)
+    return list(dict.fromkeys(text for _, texts in found for text in texts))
+
+
 def _texts_by_source(
     sample: Mapping[str, Any], config: CaptionConfig
 ) -> tuple[list[tuple[float, list[str]]], BadSample | None]:

@@ -16,18 +16,17 @@ from typing import Any, Protocol
 from data_pipeline import captions, images, store
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import keep_rows, patience_of
-from data_pipeline.errors import BadSample, CascadeError, DataError
+from data_pipeline.errors import BadSample, CascadeError
 from data_pipeline.parallel import ordered
+from data_pipeline.part_reader import PartReader
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import IMAGE_EXTENSIONS, Part, ShardIndex, index_shard, index_url, read_index
-from data_pipeline.tar import MAX_MEMBER, Gunzip
+from data_pipeline.shard_index import IMAGE_EXTENSIONS, ShardIndex, index_shard, index_url, read_index
 from data_pipeline.verify_report import Picture, Tally, write_page
 
 logger = logging.getLogger(__name__)
 
 LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
 """Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
-_GAP = 1 << 22
 
 
 class Settings(Protocol):
@@ -146,8 +145,7 @@ def _decode(sample: dict[str, Any], config: Settings) -> Picture | BadSample:
 
 def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
     """The members that training looks at, sample by sample in archive order, from one pass over the shard."""
-    cursor = _Cursor(entry, index.compressed, patience)
-    try:
+    with PartReader(entry, index.compressed, patience) as reader:
         for row in rows:
             parts = {part.extension: part for part in index.parts(row)}
             picture = next(name for name in IMAGE_EXTENSIONS if name in parts)
@@ -158,59 +156,14 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
                 "__position__": row,
                 "__extension__": picture,
             }
-            wanted = sorted((parts[name] for name in (picture, "txt", "json") if name in parts), key=lambda p: p.offset)
+            wanted = [parts[name] for name in (picture, "txt", "json") if name in parts]
             try:
-                for part in wanted:
-                    sample[part.extension] = cursor.read(part)
+                for part in sorted(wanted, key=lambda part: part.offset):
+                    sample[part.extension] = reader.read(part)
                 sample["__image__"] = sample[picture]
             except BadSample as bad:
                 sample["__error__"] = bad
             yield sample
-    finally:
-        cursor.close()
-
-
-class _Cursor:
-    """Reads parts of a shard in about their order in the archive, through one stream where it can."""
-
-    def __init__(self, entry: store.Entry, compressed: bool, patience: Patience) -> None:
-        self._entry, self._compressed, self._patience = entry, compressed, patience
-        self._stream: Any = None
-        self._reader: Any = None
-        self._position = 0
-
-    def read(self, part: Part) -> bytes:
-        """Raises `BadSample` for members too large to hold, `DataError` when the shard has become shorter."""
-        if part.size > MAX_MEMBER:
-            raise BadSample("too_large", f"member .{part.extension} has {part.size} bytes")
-        far = part.offset - self._position > _GAP and not self._compressed
-        if self._reader is None or part.offset < self._position or far:
-            self._open(0 if self._compressed else part.offset)
-        self._take(part.offset - self._position, keep=False)
-        return self._take(part.size, keep=True)
-
-    def _open(self, start: int) -> None:
-        self.close()
-        etag = self._entry.etag if store.is_s3(self._entry.url) else None
-        self._stream = store.open_stream(self._entry.url, start, etag=etag, patience=self._patience)
-        self._reader = Gunzip(self._stream) if self._compressed else self._stream
-        self._position = start
-
-    def _take(self, count: int, keep: bool) -> bytes:
-        kept = bytearray()
-        while count:
-            piece = self._reader.read(min(count, 1 << 20))
-            if not piece:
-                raise DataError(f"{self._entry.url}: it became shorter while it was being read")
-            count -= len(piece)
-            self._position += len(piece)
-            if keep:
-                kept += piece
-        return bytes(kept)
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
 
 
 def _changed_rows(index: ShardIndex, patience: Patience) -> set[int]:

@@ -367,9 +367,19 @@ class CheckpointsCommand(Experiment):
 @dataclass
 class EmbedCommand(Experiment):
     output: str | None = None
+    """Directory or s3:// prefix of the sidecars; null: beside the shards. Training reads them by data.embeddings."""
     part: int = 0
     parts: int = 1
-    """This process does every shard whose number is `part` modulo `parts` (Slurm arrays)."""
+    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by themselves."""
+    dtype: str = "bf16"
+    """`bf16` or `int8` (half the size)."""
+    batch: int = 64
+    """Captions encoded together."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bf16", "int8"), f"dtype={self.dtype}: it must be bf16 or int8")
+        require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
+        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
 
 
 COMMANDS: dict[str, tuple[type[Experiment], str, str]] = {
@@ -377,6 +387,7 @@ COMMANDS: dict[str, tuple[type[Experiment], str, str]] = {
     "index": (Experiment, "data_pipeline.index", "walk shards once and write their index"),
     "verify": (VerifyCommand, "data_pipeline.verify", "read and decode every sample as training would; report what is broken"),
     "order": (OrderCommand, "data_pipeline.order_command", "show which samples a run would read, batch by batch"),
+    "embed": (EmbedCommand, "training.embed", "compute the text embeddings of all captions once, beside the shards"),
     "train": (Experiment, "training.train", "train one stage; the same command again resumes"),
     "bundle": (Experiment, "training.bundle", "collect the stages' averaged weights into one directory"),
     "sample": (SampleCommand, "training.sample", "draw pictures from a bundle"),

@@ -1,0 +1,210 @@
+"""`cascade embed`: computes the text embeddings of a data set once, into one sidecar file per shard.
+
+Every caption that `data.captions` may choose is embedded. Finished sidecars stay, so a broken-off run continues. Shards
+are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the processes of a launcher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline import store
+from data_pipeline.captions import candidates
+from data_pipeline.dataset import patience_of
+from data_pipeline.embeddings import Sidecar, SidecarWriter, sidecar_url
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.part_reader import PartReader
+from data_pipeline.shard_index import ShardIndex, index_shard, load_index, store_index
+
+if TYPE_CHECKING:
+    from training.config import EmbedCommand, TextConfig
+    from training.model.text_encoder import TextEncoder
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json")  # fmt: skip
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PIECES, _PIECE = 64, 1 << 16
+
+
+def main(config: EmbedCommand) -> dict[str, Any]:
+    """Runs `cascade embed`.
+
+    Returns:
+        {"shards": this process's share, "captions": embedded, "kept": sidecars that were complete, "bytes": written}
+
+    Raises:
+        ConfigError: `part` is not below `parts`.
+        DataError: a shard or the encoder cannot be read, or a sidecar of other settings is in the way.
+    """
+    import torch
+
+    from training.model.text_encoder import build_text_encoder
+
+    patience = patience_of(config.data)
+    urls = store.expand(config.data.shards)
+    _refuse_equal_names(urls, config.output)
+    part, parts = share(config.part, config.parts, os.environ)
+    mine = urls[part::parts]
+    facts = {"encoder": identity(config.text), "dtype": config.dtype}
+    done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
+    encoder: TextEncoder | None = None
+    for entry in _progress(store.describe(mine, patience)):
+        index = load_index(entry.url, config.data.index_dir, entry, patience)
+        if index is None:
+            index = index_shard(entry.url, patience, entry)
+            store_index(index, config.data.index_dir, patience)
+        place = sidecar_url(entry.url, config.output)
+        made_of = {**facts, "shard": store.basename(entry.url), "digest": index.digest}
+        if store.exists(place):
+            _check_kept(place, made_of)
+            done["kept"] += 1
+            continue
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"
+        encoder = encoder or build_text_encoder(config.text, device)
+        with PartReader(entry, index.compressed, patience) as reader:
+            done["captions"] += _embed(_texts(index, reader, config), encoder, place, made_of, config)
+        done["bytes"] += store.size(place)
+    return done
+
+
+def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(this process's part, parts in all), after the Slurm array and the launcher have divided it further.
+
+    Raises:
+        ConfigError: `part` is not below `parts`.
+    """
+    if not 0 <= part < parts:
+        raise ConfigError(f"part={part}: it must lie between 0 and parts={parts} less 1")
+    if "SLURM_ARRAY_TASK_COUNT" in environment and parts == 1:
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
+        part = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+        parts = int(environment["SLURM_ARRAY_TASK_COUNT"])
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    return part * world + rank, parts * world
+
+
+def identity(config: TextConfig) -> dict[str, Any]:
+    """What decides an encoder's output: hashes of its weights and its tokenizer, its width and its length.
+
+    Weights are hashed by name, size and 64 pieces of each file, so that 20 GB take a moment. The path is no part of it.
+
+    Raises:
+        DataError: there is no encoder at text.path.
+    """
+    facts: dict[str, Any] = {"kind": config.kind, "dim": config.dim, "max_tokens": config.max_tokens}
+    if config.kind == "words":
+        from training.model.words import word_vector
+
+        probe = word_vector("red", config.dim).tobytes() + word_vector("東京", config.dim).tobytes()
+        return {**facts, "weights": hashlib.blake2b(probe, digest_size=8).hexdigest(), "tokenizer": "words"}
+    folder = _encoder_folder(str(config.path))
+    weights = [
+        name for name in sorted(os.listdir(folder)) if name.endswith((".safetensors", ".bin")) or name == "config.json"
+    ]
+    tokenizer = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))]
+    return {**facts, "weights": _hash_files(folder, weights), "tokenizer": _hash_files(folder, tokenizer)}
+
+
+def _encoder_folder(path: str) -> str:
+    """The directory of an encoder: a local one, or the Hugging Face cache's."""
+    if os.path.isdir(path):
+        return path
+    from transformers.utils import cached_file
+
+    names = ("config.json", *WEIGHT_FILES)
+    found = [
+        cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False) for name in names
+    ]
+    if found[0] is None:
+        raise DataError(
+            f"text.path={path}: no encoder there nor in the Hugging Face cache; fetch it: hf download {path}"
+        )
+    return os.path.dirname(found[0])
+
+
+def _hash_files(folder: str, names: list[str]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        path = os.path.join(folder, name)
+        size = os.path.getsize(path)
+        digest.update(f"{name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for number in range(_PIECES if size > _PIECES * _PIECE else 1):
+                file.seek(number * (size - _PIECE) // (_PIECES - 1) if size > _PIECES * _PIECE else 0)
+                digest.update(file.read(_PIECE if size > _PIECES * _PIECE else size))
+    return digest.hexdigest()
+
+
+def _texts(index: ShardIndex, reader: PartReader, config: EmbedCommand) -> Iterator[tuple[str, str]]:
+    """(key, caption) of every caption of every sample, in archive order; samples without one are not trained on."""
+    for row in range(len(index)):
+        parts = [part for part in index.parts(row) if part.extension in ("txt", "json")]
+        sample = {part.extension: reader.read(part) for part in sorted(parts, key=lambda part: part.offset)}
+        key = index.key(row)
+        for caption in candidates(sample, config.data.captions):
+            yield key, caption
+
+
+def _embed(
+    texts: Iterator[tuple[str, str]], encoder: TextEncoder, place: str, facts: dict[str, Any], config: EmbedCommand
+) -> int:
+    """Writes one sidecar; returns how many captions it holds."""
+    writer = SidecarWriter(place, facts, encoder.dim, config.dtype)
+    count = 0
+    for group in _groups(texts, 16 * config.batch):
+        by_length = sorted(range(len(group)), key=lambda i: len(group[i][1]))  # less padding in each batch
+        rows: dict[int, Any] = {}
+        for start in range(0, len(group), config.batch):
+            numbers = by_length[start : start + config.batch]
+            text, mask = encoder.encode([group[i][1] for i in numbers])
+            lengths = mask.sum(dim=1).tolist()
+            values = text.cpu().numpy()
+            rows.update({i: values[n, : lengths[n]].copy() for n, i in enumerate(numbers)})
+        for number, (key, caption) in enumerate(group):
+            writer.add(key, caption, rows[number])
+        count += len(group)
+    writer.close()
+    return count
+
+
+def _groups(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    group: list[tuple[str, str]] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
+    facts = Sidecar(place).facts
+    differing = [name for name in ("digest", "encoder", "dtype") if facts.get(name) != made_of[name]]
+    if differing:
+        raise DataError(
+            f"{place}: it was made with another {' and '.join(differing)}; remove it or choose another output"
+        )
+
+
+def _refuse_equal_names(urls: list[str], output: str | None) -> None:
+    places: dict[str, str] = {}
+    for url in urls:
+        other = places.setdefault(sidecar_url(url, output), url)
+        if other != url:
+            raise DataError(f"{url} and {other} would share one sidecar; embed them into different outputs")
+
+
+def _progress(entries: list[store.Entry]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(entries, desc="embed", unit="shard", mininterval=0.5)
