@@ -168,7 +168,9 @@ class Sidecar:
             small = {name: self._whole(name) for name in ("starts", "keys", "captions", "scales") if name in header}
             self._kind = _NAMES[header["tokens"]["dtype"]]
             self._at, self._dim = header["tokens"]["data_offsets"][0], int(header["tokens"]["shape"][1])
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, struct.error, DataError) as error:
+            if isinstance(error, DataError) and not store.exists(url):
+                raise
             raise DataError(f"{url}: this is no file of embeddings ({error}); run `cascade embed` again") from error
         self._starts, self._scales = small["starts"], small.get("scales")
         pairs = zip(small["keys"].tolist(), small["captions"].tolist(), strict=True)

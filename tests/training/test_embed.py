@@ -1,0 +1,154 @@
+"""`cascade embed`: what it writes is what encoding while training gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.captions import candidates, choose
+from data_pipeline.config import CaptionConfig, DataConfig
+from data_pipeline.embeddings import Embeddings, pad
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.shard_index import load_index
+from tests.data_pipeline.photos import copy_shards, samples
+from tests.training.model.test_text_encoder import tiny_t5
+from training.config import EmbedCommand, TextConfig
+from training.embed import identity, main, share
+from training.model.text_encoder import build_text_encoder
+
+SOURCES = {"txt": 1.0, "json:captions": 1.0}
+WORDS = TextConfig(dim=32, max_tokens=16)
+
+
+def config(shards: Path, text: TextConfig = WORDS, **values: Any) -> EmbedCommand:
+    data = DataConfig(shards=str(shards), captions=CaptionConfig(sources=SOURCES))
+    return EmbedCommand(data=data, text=text, **values)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> TextConfig:
+    path = tiny_t5(tmp_path_factory.mktemp("t5"))
+    width = json.loads((Path(path) / "config.json").read_text())["d_model"]
+    return TextConfig(kind="t5", path=path, dim=width, max_tokens=16)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return copy_shards(tmp_path / "shards")
+
+
+def joined(folder: Path, shards: Path) -> Embeddings:
+    digests = {}
+    for path in sorted(shards.glob("*.tar")):
+        index = load_index(str(path))
+        assert index is not None
+        digests[str(path)] = index.digest
+    return Embeddings(str(folder), digests)
+
+
+@pytest.mark.parametrize("kind", ["words", "t5"])
+@pytest.mark.parametrize(("dtype", "error"), [("bf16", 0.01), ("int8", 0.02)])
+def test_embeddings_are_those_of_encoding_while_training(
+    kind: str, dtype: str, error: float, shards: Path, t5: TextConfig
+) -> None:
+    text = WORDS if kind == "words" else t5
+    settings = config(shards, text, dtype=dtype, batch=3)
+    done = main(settings)
+    assert done["shards"] == 2 and done["captions"] == sum(
+        len(candidates(s, settings.data.captions)) for n in (0, 1) for s in samples(n).values()
+    )
+    embeddings = joined(shards, shards)
+    embeddings.check(identity(text))
+    encoder = build_text_encoder(text)
+    for number, path in enumerate(sorted(shards.glob("*.tar"))):
+        for position, (key, sample) in enumerate(samples(number).items()):
+            caption = choose(sample, settings.data.captions, 0, position)
+            stored, mask = pad([embeddings.lookup(str(path), key, caption)], text.max_tokens)
+            expected, expected_mask = encoder.encode([caption])
+            assert np.array_equal(mask, expected_mask.numpy())
+            assert np.abs(stored - expected.numpy()).max() <= error * expected.abs().max().item()
+
+
+def test_finished_sidecars_stay_and_missing_ones_are_made(shards: Path, tmp_path: Path) -> None:
+    settings = config(shards, output=str(tmp_path / "out"))
+    first = main(settings)
+    assert first["kept"] == 0
+    kept, lost = sorted((tmp_path / "out").glob("*"))
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    again = main(settings)
+    assert again["kept"] == 1 and again["captions"] < first["captions"]
+    assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
+
+
+def test_parts_share_the_shards(shards: Path) -> None:
+    done = [main(config(shards, part=part, parts=3)) for part in range(3)]
+    assert [one["shards"] for one in done] == [1, 1, 0]
+    joined(shards, shards)
+
+
+def test_sidecars_of_other_settings_are_never_overwritten(shards: Path) -> None:
+    main(config(shards))
+    with pytest.raises(DataError, match="another encoder and dtype"):
+        main(config(shards, TextConfig(dim=16, max_tokens=16), dtype="int8"))
+
+
+def test_two_shards_of_one_name_cannot_share_an_output(shards: Path, tmp_path: Path) -> None:
+    copy_shards(tmp_path / "more")
+    settings = config(shards, output=str(tmp_path / "out"))
+    settings.data.shards = [str(shards), str(tmp_path / "more")]
+    with pytest.raises(DataError, match="share one sidecar"):
+        main(settings)
+
+
+@pytest.mark.parametrize(
+    ("part", "parts", "environment", "expected"),
+    [
+        (0, 1, {}, (0, 1)),
+        (2, 5, {}, (2, 5)),
+        (0, 1, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (0, 1, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        (
+            0,
+            1,
+            {
+                "SLURM_ARRAY_TASK_ID": "4",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+            },
+            (5, 6),
+        ),
+        (1, 2, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, (1, 2)),
+    ],
+)
+def test_processes_and_array_tasks_divide_the_shards(
+    part: int, parts: int, environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    assert share(part, parts, environment) == expected
+
+
+def test_a_part_beyond_the_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="part=3"):
+        EmbedCommand(part=3, parts=3)
+
+
+def test_an_encoder_is_known_by_its_files_not_by_its_path(t5: TextConfig, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(str(t5.path), tmp_path / "elsewhere"))
+    there = TextConfig(kind="t5", path=str(copy), dim=t5.dim, max_tokens=16)
+    assert identity(there) == identity(t5)
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = identity(there)
+    assert changed["weights"] != identity(t5)["weights"] and changed["tokenizer"] == identity(t5)["tokenizer"]
+    assert identity(TextConfig(kind="t5", path=t5.path, dim=t5.dim, max_tokens=8)) != identity(t5)
