@@ -92,7 +92,7 @@ def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(tmp_path: 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}", b"x" * 500, b"\xff" * 8 + b"{"])
 def test_other_files_are_refused_with_the_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match="no file of embeddings .* run `cascade embed` again"):
+    with pytest.raises(DataError, match=r"no file of embeddings .* run `cascade embed` again"):
         Sidecar(str(tmp_path / "a"))
 
 
