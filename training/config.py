@@ -258,7 +258,11 @@ class EvaluationConfig:
     reference: Any = None
     """Held-out shards."""
     samples: int = 96
-    """Captions to sample."""
+    """Captions to sample; fewer where the reference holds fewer pictures."""
+    reference_samples: int = 0
+    """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
+    psnr_samples: int = 32
+    """`shapes`: pictures that each super-resolution stage restores from their true low-res version; 0: none."""
     batch: int = 32
     output: str = "runs/default/evaluation"
 
@@ -266,6 +270,8 @@ class EvaluationConfig:
         require(
             self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures"
         )
+        require(self.samples >= 2, f"evaluation.samples={self.samples}: it must be at least 2")
+        require(self.batch >= 1, f"evaluation.batch={self.batch}: it must be at least 1")
 
 
 @dataclass
@@ -336,8 +342,9 @@ class VerifyCommand(Experiment):
 
 @dataclass
 class LaunchCommand(Experiment):
-    verb: str = "train"
-    """Which command to submit."""
+    verb: Any = "train"
+    """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a chain, each
+    job after the success of the one before."""
     overrides: list[str] = field(default_factory=list)
     """More key=value words for the submitted command."""
     dry_run: bool = False

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_pipeline.synthetic import ShapeSpec, Thing, draw
+from training.drawing import to_images
+from training.evaluation.oracle import read, score
+from training.evaluation.report import FIELDS, markdown, shares, shares_by_word, sheet_of_shapes, summary
+
+SPECS = [
+    ShapeSpec("white", (Thing("red", "large", "circle"),)),
+    ShapeSpec("white", (Thing("blue", "small", "circle"),)),
+    ShapeSpec("black", (Thing("blue", "small", "cross"),)),
+]
+SCORES = [
+    dict.fromkeys(("background", "colour", "size", "shape", "all"), True),
+    {"background": True, "colour": False, "size": True, "shape": False, "all": False},
+    {"background": True, "colour": True, "size": True, "shape": True, "all": True},
+]
+
+
+def test_shares() -> None:
+    assert shares(SCORES) == pytest.approx({"background": 1, "colour": 2 / 3, "size": 1, "shape": 2 / 3, "all": 2 / 3})
+    by_word = shares_by_word(SCORES, SPECS)
+    assert by_word["colour"] == {"red": 1.0, "blue": 0.5} and by_word["shape"] == {"circle": 0.5, "cross": 1.0}
+    assert by_word["background"] == {"white": 1.0, "black": 1.0} and "relation" not in by_word
+
+
+def test_the_sheet_frames_exactly_the_wrong_ones() -> None:
+    pictures = [draw(spec, 64) for spec in SPECS]
+    images = [to_images_of(picture) for picture in pictures]
+    readings = [read(picture) for picture in pictures]
+    frame = (0xC6, 0x28, 0x28)
+    right = [score(reading, spec) for reading, spec in zip(readings, SPECS, strict=True)]
+    captions = ["x"] * 3
+    assert not (np.asarray(sheet_of_shapes(images, captions, readings, right)) == frame).all(axis=-1).any()
+    assert (np.asarray(sheet_of_shapes(images, captions, readings, SCORES)) == frame).all(axis=-1).sum() > 4 * 180
+
+
+def to_images_of(picture: np.ndarray):
+    import torch
+
+    return to_images(torch.from_numpy(picture).permute(2, 0, 1)[None])
+
+
+def test_markdown_and_summary_state_every_figure() -> None:
+    result = {
+        "kind": "shapes",
+        "samples": {field: 0.5 for field in FIELDS},
+        "real": {field: 1.0 for field in FIELDS},
+        "by_word": {"shape": {"circle": 0.25}},
+        "psnr": {"n": 3, "stages": {"sr": {"sr": 31.234, "sr_noised": 30.1, "bicubic": 29.876}}},
+        "frechet": {"colour_grid_4x4": {"value": 0.1234, "floor": 0.0123, "width": 48}},
+        "n": {"samples": 8, "reference": 8, "other": 8},
+        "protocol": {
+            "bundle": "b",
+            "seed": 3,
+            "stages": [{"name": "sr", "step": 9, "sha256": "a" * 64, "sampler": {"steps": 20}}],
+        },
+    }
+    for text in (markdown(result), summary(result)):
+        for figure in ("50.0%", "100.0%", "31.23", "29.88", "0.1234", "0.0123"):
+            assert figure in text
+    assert "step 9" in markdown(result) and "circle 25%" in markdown(result)
