@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_pipeline import captions, images, store
+from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import load_or_build
 from data_pipeline.errors import BadSample, ConfigError, DataError
@@ -24,7 +25,6 @@ from data_pipeline.fetch import RowReader, Sample, Taken, replace
 from data_pipeline.order import Order, check_world_size
 from data_pipeline.pool import DaemonPool
 from data_pipeline.prefetch import Prefetcher
-from data_pipeline.reader import Chunks
 from data_pipeline.shard_index import IMAGE_EXTENSIONS
 
 logger = logging.getLogger(__name__)

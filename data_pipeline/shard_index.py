@@ -15,8 +15,6 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,23 +25,29 @@ import xxhash
 
 from data_pipeline import store
 from data_pipeline.errors import CascadeError, DataError
+from data_pipeline.grouping import IMAGE_EXTENSIONS, SCORES, image_size, key_hash, rows_of
 from data_pipeline.retry import DEFAULT, Patience
-from data_pipeline.tar import Member, Problem, walk
+from data_pipeline.tar import Problem, walk
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "Part",
+    "ShardIndex",
+    "cached_index_url",
+    "fits",
+    "image_size",
+    "index_shard",
+    "index_url",
+    "key_hash",
+    "load_index",
+    "read_index",
+    "save_index",
+    "store_index",
+]
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif")
-"""Members that are pictures, the preferred first."""
-SCORES = {
-    "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetic_score_laion_v2"),
-    "watermark": ("pwatermark", "watermark", "p_watermark"),
-    "unsafe": ("punsafe", "unsafe", "p_unsafe"),
-    "similarity": ("similarity", "clip_similarity", "clip_score"),
-}
-"""Index column -> names of it in a sample's .json, in any case."""
-_SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
-
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -162,10 +166,6 @@ def default_index_dir() -> str:
     return os.path.join(base, "cascade", "index")
 
 
-def key_hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
 def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | None = None) -> ShardIndex:
     """Walks a shard once and describes every sample of it; nothing is written.
 
@@ -181,7 +181,10 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
     etag = entry.etag if store.is_s3(url) else None
     with store.open_stream(url, etag=etag, patience=patience) as stream:
         probe = _Probe(stream)
-        samples = _group(walk(probe, problems, name=url), problems)
+        samples = rows_of(walk(probe, problems, name=url), problems)
+    expected = expected_count(url, patience)
+    if expected is not None and expected != len(samples):
+        problems.append(Problem("count_mismatch", 0, f"{len(samples)} samples where {expected} were written"))
     counts = Counter(problem.reason for problem in problems)
     counts.update(row["problem"] for row in samples if row["problem"])
     table = pa.Table.from_pylist(samples, schema=SCHEMA)
@@ -198,6 +201,23 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
         "content": probe.digest.hexdigest(),
     }
     return ShardIndex(url, table, meta)
+
+
+def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
+    """How many samples img2dataset says it wrote, from `NAME_stats.json` or `NAME.parquet` beside the shard.
+
+    A tar that was cut at a member's header cannot be told from a whole one in any other way.
+    """
+    stem = index_url(url).removesuffix(".index.parquet")
+    try:
+        return int(json.loads(store.read_bytes(f"{stem}_stats.json", patience))["successes"])
+    except (DataError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        table = pq.read_table(io.BytesIO(store.read_bytes(f"{stem}.parquet", patience)), columns=["status"])
+    except (DataError, pa.ArrowException, OSError):
+        return None
+    return table.column("status").to_pylist().count("success")
 
 
 class _Probe:
@@ -218,118 +238,6 @@ def _digest(samples: list[dict[str, Any]]) -> str:
     for sample in samples:
         digest.update(json.dumps([sample["key"], sample["layout"], sample["sizes"], sample["checksums"]]).encode())
     return digest.hexdigest()
-
-
-@dataclass(slots=True)
-class _Found:
-    """What the index keeps of one member."""
-
-    extension: str
-    stem: str
-    part: tuple[int, int, int]
-    facts: dict[str, Any]
-
-
-def _group(members: Iterable[Member], problems: list[Problem]) -> list[dict[str, Any]]:
-    """Members -> rows of the index, by key."""
-    groups: list[tuple[str, list[_Found]]] = []
-    open_group: dict[str, list[_Found]] = {}
-    for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not dot or not stem:
-            continue  # no extension, or a hidden file such as macOS' ._x.jpg
-        key, extension = folder + slash + stem, extension.lower()
-        kind = extension.rpartition(".")[2]
-        facts = _facts(kind, member, problems)
-        dotted = folder + slash + base.rpartition(".")[0]
-        found = _Found(extension, dotted, (member.offset, member.size, member.checksum), facts)
-        group = open_group.get(key)
-        if group is None or any(other.extension == extension for other in group):
-            if group is not None:
-                problems.append(Problem("duplicate_key", member.offset, f"{member.name!r} comes again"))
-            group = open_group[key] = []
-            groups.append((key, group))
-        group.append(found)
-    rows = []
-    for key, group in groups:
-        if all("." in found.extension for found in group):
-            for dotted in dict.fromkeys(found.stem for found in group):
-                part = [found for found in group if found.stem == dotted]
-                for found in part:
-                    found.extension = found.extension.rpartition(".")[2]
-                rows.append(_row(dotted, part))
-        else:
-            rows.append(_row(key, group))
-    return rows
-
-
-def _row(key: str, group: list[_Found]) -> dict[str, Any]:
-    by_extension = {found.extension: found for found in group}
-    image = next((by_extension[name] for name in IMAGE_EXTENSIONS if name in by_extension), None)
-    data = by_extension["json"].facts if "json" in by_extension else {}
-    text = by_extension["txt"].facts if "txt" in by_extension else {}
-    size = image.facts if image else {}
-    return {
-        "key": key,
-        "key_hash": key_hash(key),
-        "layout": "/".join(found.extension for found in group),
-        "offsets": [found.part[0] for found in group],
-        "sizes": [found.part[1] for found in group],
-        "checksums": [found.part[2] for found in group],
-        "width": size.get("width"),
-        "height": size.get("height"),
-        "caption_length": text.get("length", data.get("length")),
-        **{name: data.get(name) for name in SCORES},
-        "problem": "missing_image" if image is None else "empty_image" if image.part[1] == 0 else None,
-    }
-
-
-def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]:
-    """What filters will ask about this member."""
-    if kind in IMAGE_EXTENSIONS:
-        width, height = image_size(member.data)
-        return {"width": width, "height": height}
-    if kind == "txt":
-        return {"length": len(member.data.decode("utf-8", "replace").strip())}
-    if kind != "json":
-        return {}
-    try:
-        data = json.loads(member.data)
-    except (ValueError, RecursionError):
-        problems.append(Problem("bad_json", member.offset, f"{member.name!r} is not valid JSON"))
-        return {}
-    if not isinstance(data, dict):
-        return {}
-    facts: dict[str, Any] = {}
-    for name, value in data.items():
-        column = _SCORE_OF.get(name.lower())
-        if column and isinstance(value, (int, float)) and not isinstance(value, bool):
-            facts[column] = float(value)
-    if isinstance(data.get("caption"), str):
-        facts["length"] = len(data["caption"].strip())
-    return facts
-
-
-def image_size(data: bytes) -> tuple[int | None, int | None]:
-    """(width, height) in pixels from the header of an encoded picture; (None, None) if it cannot be read."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
-        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    try:
-        if data[:2] == b"\xff\xd8":
-            import simplejpeg
-
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            return width, height
-    except ValueError:
-        pass
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
-        return None, None
 
 
 def save_index(index: ShardIndex, url: str, patience: Patience = DEFAULT) -> None:

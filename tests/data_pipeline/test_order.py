@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.order import Order, check_world_size, permutation, rank_positions
-from data_pipeline.reader import Chunks
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 FROZEN_PERMUTATION = [4, 0, 1, 5, 2, 7, 6, 3]
