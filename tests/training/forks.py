@@ -1,4 +1,5 @@
-"""Starts the processes of a run from a server that has torch and DeepSpeed imported already: a start costs a second, not ten.
+"""Starts the processes of a run from a server that has torch and DeepSpeed imported already: a start costs a second,
+not ten.
 
 They are what `training.distributed.launch` starts, with the same entry; only the launcher itself is left out.
 """
@@ -40,7 +41,8 @@ class Running:
             os.kill(process.pid, number)
 
     def codes(self, grace_s: float = 60.0) -> list[int]:
-        """Waits; when one process has failed the others are killed after a while, as a launcher does. Exit codes by rank."""
+        """Waits; when one process has failed the others are killed after a while, as a launcher does. Exit codes by
+        rank."""
         deadline = float("inf")
         while any(process.exitcode is None for process in self.processes):
             if any(process.exitcode for process in self.processes):
@@ -56,8 +58,8 @@ class Running:
                 process.kill()
 
 
-def start(config: Experiment, ranks: int = 1, module: str = "training.train") -> Running:
-    """`module.main(config)` in `ranks` processes."""
+def start(config: Experiment, ranks: int = 1, module: str = "training.train", **variables: str) -> Running:
+    """`module.main(config)` in `ranks` processes, with more environment variables."""
     from omegaconf import OmegaConf
 
     scratch = Path(tempfile.mkdtemp(prefix="forks-", dir=str(Path(config.run.dir).parent)))
@@ -65,7 +67,7 @@ def start(config: Experiment, ranks: int = 1, module: str = "training.train") ->
     processes = []
     environ = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
-        own = {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        own = {**environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         processes.append(_server.Process(target=_child, args=(own, str(scratch), module, type(config).__name__)))
         processes[-1].start()
     return Running(processes, scratch / "output", scratch / "result.json")

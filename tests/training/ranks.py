@@ -1,4 +1,5 @@
-"""Runs a function of a test module in several processes with real process groups, and brings back what each rank returned."""
+"""Runs a function of a test module in several processes with real process groups, and brings back what each rank
+returned."""
 
 from __future__ import annotations
 

@@ -126,7 +126,8 @@ def test_a_later_start_fences_off_the_earlier(store: CheckpointStore) -> None:
 
 
 def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has written its files when another start takes over and saves the same step: that one's checkpoint is untouched."""
+    """It has written its files when another start takes over and saves the same step: that one's checkpoint is
+    untouched."""
     later = CheckpointStore(str(store.folder))
     write = LocalFolder.write
 

@@ -1,0 +1,55 @@
+"""`cascade train` in which something happens to one rank at one step. CASCADE_CHAOS: a list of {what, rank, step}.
+
+kill      SIGKILL at the end of the step                    sigterm, sigusr1, sigint    a signal to this rank alone
+nan       the loss of the step is NaN on this rank          write     SIGKILL after half of a file of that step's
+checkpoint
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+import training.train
+from training.config import Experiment
+from training.folder import LocalFolder
+from training.session import Session
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def main(config: Experiment) -> dict[str, Any]:
+    events = [e for e in json.loads(os.environ["CASCADE_CHAOS"]) if e["rank"] == int(os.environ["RANK"])]
+    log, loss, write = Session.log, Session.loss, LocalFolder.write
+
+    def at(what: str, step: int) -> bool:
+        return any(e["what"] == what and e["step"] == step for e in events)
+
+    def end_of_step(self: Session, step: int, record: dict[str, Any]) -> None:
+        log(self, step, record)
+        for name in ("kill", "sigterm", "sigusr1", "sigint"):
+            if at(name, step):
+                os.kill(os.getpid(), getattr(signal, name.upper(), signal.SIGKILL))
+
+    def poisoned(self: Session, batch: Any) -> torch.Tensor:
+        mean = loss(self, batch)
+        return mean * float("nan") if at("nan", self.position // self.config.data.global_batch + 1) else mean
+
+    def interrupted(self: LocalFolder, name: str, chunks: Iterable[Any]) -> None:
+        if name.endswith(".safetensors") and at("write", int(self.path.name.partition("-")[2])):
+            chunks = itertools.chain(itertools.islice(chunks, 2), _die())
+        write(self, name, chunks)
+
+    Session.log, Session.loss, LocalFolder.write = end_of_step, poisoned, interrupted  # type: ignore[method-assign]
+    return training.train.main(config)
+
+
+def _die() -> Iterable[Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield b""

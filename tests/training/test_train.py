@@ -1,0 +1,252 @@
+"""Whole runs: real loader, real U-Net, real DeepSpeed in two processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline import prepare
+from tests.training import forks
+from training.checkpoint import Checkpoint, CheckpointStore
+from training.config import Experiment
+from training.train import main
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = Experiment()
+    config.prepare.output = str(tmp_path_factory.mktemp("shards"))
+    config.prepare.draw = replace(config.prepare.draw, count=40, heldout=4, size=32, samples_per_shard=16)
+    prepare.main(config)
+    return f"{config.prepare.output}/train"
+
+
+def experiment(directory: Path, shards: str, **changes: Any) -> Experiment:
+    """A run of seconds; `changes` by dotted key with __ for the dot."""
+    config = Experiment()
+    settings = {
+        "run__dir": str(directory / "run"),
+        "stage__model__preset": "tiny_base",
+        "text__dim": 32,
+        "text__max_tokens": 12,
+        "data__shards": shards,
+        "data__global_batch": 8,
+        "train__steps": STEPS,
+        "train__log_every": 1,
+        "train__sample_every": 0,
+        "checkpoint__every": 3,
+        "wandb__mode": "disabled",
+        "optimizer__warmup_steps": 2,
+        "ema__decays": [0.9],
+        **changes,
+    }
+    for key, value in settings.items():
+        *path, name = key.split("__")
+        section: Any = config
+        for part in path:
+            section = getattr(section, part)
+        setattr(section, name, value)
+    return config
+
+
+def metrics(config: Experiment) -> list[dict[str, Any]]:
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def curve(config: Experiment) -> list[tuple[Any, ...]]:
+    """What must repeat exactly."""
+    return [tuple(line[key] for key in ("step", "position", "loss", "grad_norm", "lr")) for line in metrics(config)]
+
+
+def store(config: Experiment) -> CheckpointStore:
+    return CheckpointStore(f"{config.run.dir}/checkpoints")
+
+
+def newest(config: Experiment) -> Checkpoint:
+    found = store(config).newest()
+    assert found is not None
+    return found
+
+
+def same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
+    assert sorted(a.names()) == sorted(b.names())
+    return all(torch.equal(a.read(name), b.read(name)) for name in a.names())
+
+
+def chaos(config: Experiment, ranks: int, *events: dict[str, Any]) -> forks.Running:
+    return forks.start(config, ranks, "tests.training.chaos", CASCADE_CHAOS=json.dumps(events))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Experiment:
+    """A run in two processes that nothing happened to."""
+    config = experiment(tmp_path_factory.mktemp("whole"), shards, train__sample_every=5)
+    running = forks.start(config, 2)
+    assert running.codes() == [0, 0], running.text
+    result = json.loads(running.result.read_text())
+    assert result["step"] == STEPS and result["complete"]
+    return config
+
+
+def test_the_run_directory_explains_itself(whole: Experiment) -> None:
+    run = Path(whole.run.dir)
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["position"] for line in lines] == [8 * step for step in range(1, STEPS + 1)]
+    assert {"loss", "grad_norm", "lr", "images_per_second", "data_wait", "skipped", "seconds"} <= set(lines[-1])
+    code = json.loads((run / "code.json").read_text())
+    assert {"commit", "versions", "starts"} <= set(code) and code["starts"][0]["world_size"] == 2
+    assert (run / "config.yaml").read_text().count("tiny_base") == 1
+    assert sorted(path.name for path in (run / "logs").glob("rank-*.log")) == ["rank-0.log", "rank-1.log"]
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000005.png", "step-00000010.png"]
+    assert store(whole).steps() == [10, 9], "keep_last=2"
+    meta = newest(whole).meta
+    assert (meta["step"], meta["position"], meta["updates"]) == (STEPS, STEPS * 8, STEPS)
+    assert meta["config"]["stage"]["model"]["preset"] == "tiny_base" and meta["data"]["position"] == STEPS * 8
+
+
+def test_progress_reads_well_in_a_log(whole: Experiment) -> None:
+    log = next(Path(whole.run.dir).parent.glob("forks-*/output")).read_text()
+    assert log.count("step 10/10 [####################] 100%") == 1, "only rank 0 speaks"
+    assert "images/s" in log and "left" in log and "\r" not in log
+
+
+def test_a_complete_run_says_so(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(whole)["complete"]
+    assert f"complete, all {STEPS} steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"what": "kill", "rank": 1, "step": 5}],
+        [{"what": "kill", "rank": 0, "step": 7}, {"what": "kill", "rank": 1, "step": 7}],
+        [{"what": "write", "rank": 0, "step": 6}],
+        [{"what": "write", "rank": 1, "step": 6}],
+    ],
+    ids=["one rank", "all ranks", "rank 0 inside a write", "rank 1 inside a write"],
+)
+def test_killed_and_resumed_is_as_if_nothing_had_happened(
+    whole: Experiment, tmp_path: Path, shards: str, events: list[dict[str, Any]]
+) -> None:
+    config = experiment(tmp_path, shards)
+    assert -signal.SIGKILL in chaos(config, 2, *events).codes(grace_s=2)
+    assert store(config).newest_committed() in (3, 6), "the last checkpoint before the crash is there"
+    again = forks.start(config, 2)
+    assert again.codes() == [0, 0], again.text
+    assert "resuming from step" in again.text
+    assert curve(config) == curve(whole)
+    assert same_tensors(newest(config), newest(whole))
+
+
+def test_any_number_of_ranks_and_any_zero_stage_go_on(whole: Experiment, tmp_path: Path, shards: str) -> None:
+    """2 ranks ZeRO 3 -> 1 rank plain -> 2 ranks ZeRO 2, stopped by signals that one rank alone received."""
+    config = experiment(tmp_path, shards, zero__stage=3)
+    first = chaos(config, 2, {"what": "sigterm", "rank": 1, "step": 3})
+    assert first.codes() == [75, 75]
+    assert "stopped by SIGTERM after step 4; everything is saved" in first.text
+    config.zero.stage = 0
+    second = chaos(config, 1, {"what": "sigusr1", "rank": 0, "step": 6})
+    assert second.codes() == [75]
+    assert "changed since: zero.stage: 3 -> 0" in second.text
+    config.zero.stage, config.data.micro_batch = 2, 2
+    third = forks.start(config, 2)
+    assert third.codes() == [0, 0], third.text
+    for mine, wanted in zip(curve(config), curve(whole), strict=True):
+        assert mine[:2] == wanted[:2]
+        assert mine[2:] == pytest.approx(wanted[2:], rel=1e-5)
+
+
+def test_ctrl_c_saves_and_stops(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, zero__stage=0)
+    running = chaos(config, 1, {"what": "sigint", "rank": 0, "step": 2})
+    assert running.codes() == [130]
+    assert newest(config).step == 3
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Experiment, tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=6, zero__stage=0, optimizer__decay="constant")
+    assert forks.start(config).codes() == [0]
+    file = next((Path(config.run.dir) / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    config.train.steps = 7
+    again = forks.start(config)
+    assert again.codes() == [0], again.text
+    assert "step-00000006" in again.text and "bytes instead of" in again.text and "resuming from step 3" in again.text
+    assert [line["step"] for line in metrics(config)] == list(range(1, 8)), "every step stands there once"
+
+
+def test_a_change_that_breaks_resume_is_refused(whole: Experiment, shards: str) -> None:
+    for change in ({"seed": 1}, {"stage__model__preset": "demo_base"}, {"data__global_batch": 16}):
+        config = experiment(Path(whole.run.dir).parent, shards, train__steps=STEPS + 1, **change)
+        running = forks.start(config)
+        assert running.codes() == [2]
+        (key,) = change
+        assert f"{key.replace('__', '.')}={next(iter(change.values()))}" in running.text
+        assert "Traceback" not in running.text
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_named(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=4)
+    running = chaos(config, 2, {"what": "nan", "rank": 1, "step": 2})
+    assert running.codes() == [0, 0], running.text
+    assert "step 2 was skipped" in running.text
+    assert "step 2: samples of this rank: " in (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
+    lines = metrics(config)
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
+    assert lines[1]["loss"] is None and lines[1]["grad_norm"] is None and lines[2]["loss"] is not None
+    assert newest(config).meta["updates"] == 3
+
+
+def test_too_many_of_them_end_the_run(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=2)
+    running = chaos(config, 1, *({"what": "nan", "rank": 0, "step": step} for step in range(5, 10)))
+    assert running.codes() == [76]
+    assert "the last 2 steps had no finite gradient" in running.text
+    assert newest(config).step == 6
+
+
+def test_super_resolution(tmp_path: Path, shards: str) -> None:
+    config = experiment(
+        tmp_path, shards, zero__stage=0, train__steps=2, train__sample_every=2, stage__model__preset="tiny_sr",
+        stage__image_size=32, stage__low_res_size=8, stage__name="sr",
+    )  # fmt: skip
+    running = forks.start(config)
+    assert running.codes() == [0], running.text
+    assert (Path(config.run.dir) / "samples" / "step-00000002.png").exists()
+
+
+def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
+    """`python -m training.train` starts its own processes; SIGTERM to the parent saves, the same command goes on."""
+    words = ["stage.model.preset=tiny_base", "text.dim=32", f"data.shards={shards}", "data.global_batch=8"]
+    words += [f"run.dir={tmp_path}/run", "train.log_every=1", "train.sample_every=0", "tracking=offline", "json=true"]
+    words += ["cluster.processes=2", "cluster.threads=1", "train.steps=100000"]
+    command = [sys.executable, "-m", "training.train", *words]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if "step      3/" in line:
+            started.send_signal(signal.SIGTERM)
+            break
+    rest = started.stdout.read()
+    assert started.wait() == 75, rest
+    assert "stopped by SIGTERM after step" in rest
+    step = CheckpointStore(f"{tmp_path}/run/checkpoints").newest_committed()
+    command[-1] = f"train.steps={step + 2}"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from step {step}" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == step + 2
+    files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1, "one W&B run over both starts"
