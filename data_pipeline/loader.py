@@ -20,6 +20,7 @@ from data_pipeline import captions, images, store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import load_or_build
+from data_pipeline.embeddings import Embeddings
 from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.fetch import RowReader, Sample, Taken, replace
 from data_pipeline.order import Order, check_world_size
@@ -55,6 +56,8 @@ class Batch:
     low_res: torch.Tensor | None
     """uint8 (B, 3, h, w), aligned with `images`; None for a base stage."""
     captions: list[str]
+    embeddings: list[np.ndarray] | None = None
+    """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Decoded:
     image: np.ndarray
     low_res: np.ndarray | None
     caption: str
+    embedding: np.ndarray | None = None
 
 
 class Loader:
@@ -101,6 +105,11 @@ class Loader:
         self._sizes = {"size": image_size, "low_res_size": low_res_size, "crop_size": crop_size}
         self.micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset = load_or_build(store.expand(config.shards), config)
+        self.embeddings: Embeddings | None = None
+        """Precomputed ones; who trains with them calls their `check` first."""
+        if config.embeddings:
+            digests = {summary.entry.url: summary.digest for summary in self.dataset.summaries}
+            self.embeddings = Embeddings(config.embeddings, digests)
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
         """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
         self._bad_shards: Counter[str] = Counter()
@@ -153,6 +162,9 @@ class Loader:
             if samples[0].low_res is None
             else _stack([s.low_res for s in samples if s.low_res is not None]),
             captions=[sample.caption for sample in samples],
+            embeddings=None
+            if samples[0].embedding is None
+            else [s.embedding for s in samples if s.embedding is not None],
         )
 
     def _count(self, taken: Taken) -> None:
@@ -238,7 +250,10 @@ class Loader:
             background=self.config.background,
             orientation=images.orientation_from_json(sample.get("json")),
         )
-        return Decoded(sample["__key__"], image, low_res, caption)
+        text = None
+        if self.embeddings is not None:
+            text = self.embeddings.lookup(sample["__url__"], sample["__key__"], caption)
+        return Decoded(sample["__key__"], image, low_res, caption, text)
 
     def close(self) -> None:
         """Stops the threads; samples decoded ahead are dropped."""

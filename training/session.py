@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data_pipeline.embeddings import pad
 from data_pipeline.loader import Batch, Loader
 from training.checkpoint import Checkpoint, CheckpointStore, step_name
 from training.config import Experiment
@@ -21,6 +22,7 @@ from training.diffusion.objective import loss
 from training.diffusion.sampler import sample_stage
 from training.distributed import Ranks, all_gather, thread_count, together
 from training.ema import state_name
+from training.embed import identity
 from training.engine import build_engine
 from training.model.presets import for_stage
 from training.model.text_encoder import build_text_encoder
@@ -55,6 +57,8 @@ class Session:
         self.loader = self._open_loader(self.position)
         if checkpoint is not None:
             self.loader.check_state(meta["data"])
+        if self.loader.embeddings is not None:
+            self.loader.embeddings.check(identity(config.text))
         self.text_encoder = build_text_encoder(config.text, ranks.device)
         self.engine = build_engine(self._build_model(), config, ranks, self.accumulate)
         if checkpoint is not None:
@@ -141,7 +145,7 @@ class Session:
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of one micro-batch."""
         config, device = self.config, self.ranks.device
-        text, mask = self.text_encoder.encode(batch.captions)
+        text, mask = self._text(batch)
         low_res = None if batch.low_res is None else batch.low_res.to(device, non_blocking=True)
         mean, _ = loss(
             self.engine,
@@ -156,6 +160,13 @@ class Session:
             global_batch=config.data.global_batch,
         )
         return mean
+
+    def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, T, D) and mask (B, T) of the captions: precomputed ones, else encoded now."""
+        if batch.embeddings is None:
+            return self.text_encoder.encode(batch.captions)
+        text, mask = pad(batch.embeddings, self.text_encoder.max_tokens)
+        return torch.from_numpy(text), torch.from_numpy(mask)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Metrics after `step` steps."""

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.captions import candidates
+from data_pipeline.config import DataConfig
 from data_pipeline.embeddings import (
     Embeddings,
     Sidecar,
@@ -20,6 +22,9 @@ from data_pipeline.embeddings import (
     to_int8,
 )
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.loader import Loader
+from data_pipeline.shard_index import index_shard
+from tests.data_pipeline.photos import copy_shards, samples
 
 ENCODER = {"kind": "words", "weights": "abc", "dim": 8}
 
@@ -170,3 +175,50 @@ def test_padding_marks_the_true_tokens() -> None:
 def test_sidecars_lie_beside_the_shard_or_in_a_folder() -> None:
     assert sidecar_url("s3://b/d/0.tar") == "s3://b/d/0.embeddings.safetensors"
     assert sidecar_url("d/0.tar", "s3://b/e") == "s3://b/e/0.embeddings.safetensors"
+
+
+# -------------------------------------------------------------------------------------------------- in the loader
+
+
+def test_the_loader_joins_them_to_its_batches(tmp_path: Path) -> None:
+    shards = copy_shards(tmp_path / "shards")
+    config = DataConfig(shards=str(shards), global_batch=4, embeddings=str(tmp_path / "text"), threads=1)
+    config.captions.sources = {"txt": 1.0, "json:captions": 3.0}
+    vectors: dict[str, np.ndarray] = {}
+    for number, path in enumerate(sorted(shards.glob("*.tar"))):
+        writer = SidecarWriter(
+            sidecar_url(str(path), str(tmp_path / "text")), {"digest": index_shard(str(path)).digest}, 8
+        )
+        for key, sample in samples(number).items():
+            for caption in candidates(sample, config.captions):
+                vectors[caption] = np.random.default_rng(len(vectors)).normal(size=(len(caption.split()), 8))
+                writer.add(key, caption, vectors[caption])
+        writer.close()
+    loader = Loader(config, image_size=16)
+    seen = set()
+    for _ in range(6):
+        (batch,) = next(loader)
+        assert batch.embeddings is not None
+        for caption, found in zip(batch.captions, batch.embeddings, strict=True):
+            assert found.shape == vectors[caption].shape
+            assert np.abs(found - vectors[caption]).max() < 0.03
+            seen.add(caption)
+    loader.close()
+    assert len(seen) > 12, "several captions per picture were met"
+
+
+def test_the_loader_refuses_to_begin_without_them(tmp_path: Path) -> None:
+    shards = copy_shards(tmp_path / "shards")
+    (tmp_path / "text").mkdir()
+    with pytest.raises(DataError, match="run `cascade embed`"):
+        Loader(DataConfig(shards=str(shards), global_batch=4, embeddings=str(tmp_path / "text")), image_size=16)
+
+
+def test_the_loader_stops_at_a_caption_that_was_not_embedded(tmp_path: Path) -> None:
+    shards = copy_shards(tmp_path / "shards")
+    for path in sorted(shards.glob("*.tar")):
+        SidecarWriter(sidecar_url(str(path)), {"digest": index_shard(str(path)).digest}, 8).close()
+    loader = Loader(DataConfig(shards=str(shards), global_batch=4, embeddings=str(shards)), image_size=16)
+    with pytest.raises(DataError, match="it does not hold sample"):
+        next(loader)
+    loader.close()
