@@ -37,7 +37,10 @@ class Averaging(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         names = [state_name(index) for index in range(len(self.averaging))]
         fresh = {p: p.detach().clone() for p in parameters if any(name not in self.state[p] for name in names)}
-        result = super().step(closure)
+        base = super().step
+        # torch's wrapper around it (gradients off, as they are here) imports the compiler: 5 s at the first step
+        plain = getattr(base, "__wrapped__", None)
+        result = base(closure) if plain is None else plain(self, closure)
         for name, decay in zip(names, self.averaging, strict=True):
             for p in fresh:
                 self.state[p].setdefault(name, fresh[p].clone())

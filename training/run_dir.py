@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,7 @@ PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "transformers", "webda
 
 def to_dict(config: Experiment) -> dict[str, Any]:
     """The resolved configuration as plain values."""
-    from omegaconf import OmegaConf
-
-    content = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    return asdict(config)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -118,15 +115,14 @@ class RunDir:
         return path.read_text().strip()
 
     def write_config(self, config: Experiment) -> None:
-        from omegaconf import OmegaConf
+        import yaml
 
-        replace_file(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        replace_file(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
-    def record_start(self, step: int, attempt: int, world_size: int) -> None:
+    def record_start(self, code: dict[str, Any], step: int, attempt: int, world_size: int) -> None:
         """Adds this start to code.json: which code ran when, where, and from which step."""
         path = self.path / "code.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        code = code_version()
         here = {"host": socket.gethostname(), "time": time.time(), "command": sys.argv, "commit": code["commit"]}
         starts.append({"attempt": attempt, "step": step, "world_size": world_size, **here})
         replace_file(path, json.dumps({**code, "starts": starts}, indent=1))

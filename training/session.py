@@ -40,6 +40,8 @@ class Session:
 
     def __init__(self, config: Experiment, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
+        self._config = to_dict(config)
+        self._code = code_version() if ranks.is_main else {}
         self.run = RunDir(config)
         together(self.run.create, ranks)
         start_logging(self.run, ranks)
@@ -82,7 +84,7 @@ class Session:
         return share // (self.config.data.micro_batch or share)
 
     def _say_changes(self, checkpoint: Checkpoint) -> None:
-        changes = check_same_run(checkpoint.meta["config"], to_dict(self.config), str(checkpoint.folder))
+        changes = check_same_run(checkpoint.meta["config"], self._config, str(checkpoint.folder))
         log.info("resuming from step %d (%s)", checkpoint.step, checkpoint.folder)
         for change in changes:
             log.info("changed since: %s", change)
@@ -91,7 +93,7 @@ class Session:
         if self.step == 0:
             log.info("starting a new run in %s", self.run.path)
         self.run.write_config(self.config)
-        self.run.record_start(self.step, self.store.attempt, self.ranks.world_size)
+        self.run.record_start(self._code, self.step, self.store.attempt, self.ranks.world_size)
 
     def _open_loader(self, position: int, rank: int | None = None, world_size: int | None = None) -> Loader:
         stage = self.config.stage
@@ -215,12 +217,12 @@ class Session:
                 "updates": self.engine.updates,
                 "adam_step": self.engine.updates,
                 "ema_updates": self.engine.updates,
-                "config": to_dict(self.config),
+                "config": self._config,
                 "data": self.loader.state(),
                 "counters": {**self.loader.counters, **self.counters},
                 "seconds": self.seconds + time.monotonic() - self._clock,
                 "wandb_id": self.wandb_id,
-                "code": code_version() if self.ranks.is_main else {},
+                "code": self._code,
             }
             self.writer.start(step, self.engine.snapshot(), meta)
         if wait:
