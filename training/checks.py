@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from data_pipeline.config import require
-from training.config import Experiment, StageConfig
+from training.config import ClusterConfig, Experiment, StageConfig
 from training.distributed import process_count, read_ranks
 from training.model.presets import for_stage, resolve
 
@@ -21,21 +21,20 @@ def check(verb: str, config: Experiment) -> None:
     Raises:
         ConfigError, ValueError: the sentence names the keys.
     """
-    submitted = getattr(config, "verb", verb)
-    if submitted not in TRAINING_VERBS:
+    if verb not in TRAINING_VERBS:
         return
     check_model(config.stage, config.text.dim)
-    check_batch(config, planned_world_size(verb, config))
+    check_batch(config, planned_world_size(config.cluster))
 
 
-def planned_world_size(verb: str, config: Experiment, environ: Mapping[str, str] = os.environ) -> int:
-    """Processes that will train: those a launcher has started, else nodes x processes per node."""
-    ranks = read_ranks(environ) if verb == "train" else None
+def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """Processes that will train: those a launcher has started, else the Slurm job's, else those of this machine."""
+    ranks = read_ranks(environ)
     if ranks is not None:
         return ranks.world_size
-    if verb == "train":
-        return process_count(config.cluster, environ)
-    return config.cluster.nodes * process_count(config.cluster, environ)
+    if cluster.kind == "slurm":
+        return cluster.nodes * max(1, cluster.processes)
+    return process_count(cluster, environ)
 
 
 def check_model(stage: StageConfig, text_dim: int) -> None:

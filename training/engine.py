@@ -53,6 +53,7 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
         return replace(ranks, device=device)
     timeout = timedelta(seconds=config.train.timeout_first_s)
     deepspeed = import_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it; srun sets none
     deepspeed.init_distributed(
         dist_backend="gloo" if device == "cpu" else "nccl",
         auto_mpi_discovery=False,

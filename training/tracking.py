@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,8 +111,7 @@ class Tracker:
                     "metrics.jsonl cannot be written (%s): training goes on, its lines are lost until there is room",
                     error,
                 )
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if value is not None}, step=step)
+        self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
         line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left)
         if self._out.isatty():
             self._out.write(f"\r\033[K{line}")
@@ -126,14 +126,24 @@ class Tracker:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+            self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=step))
 
     def close(self, exit_code: int = 0) -> None:
         if not self.active:
             return
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
+        self._wandb = None
+
+    def _to_wandb(self, call: Callable[[], None]) -> None:
+        """W&B comes second: when it fails, training goes on without it. (Slurm's signals reach every process of a step,
+        so a job that is asked to stop loses W&B's own process before it has saved.)"""
+        if self._wandb is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            log.warning("W&B failed (%r): training goes on, metrics.jsonl has everything", error)
             self._wandb = None
 
 

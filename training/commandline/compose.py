@@ -48,7 +48,7 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
 
     * short names: `run=DIR`, `init_from=PATH`
     * `debug=true`: the option `true` of the group `debug` (Hydra would read a truth value and refuse)
-    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, paths with spaces or brackets
+    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], odd paths
     * keys of free mappings (cluster.sbatch.qos=high) need no `+`
 
     Raises:
@@ -68,13 +68,13 @@ def _normalise_one(verb: str, word: str) -> str:
     if key in groups():
         if value in ("", "null", "none", "None"):
             raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
-        if re.fullmatch(r"\w+", value):
+        if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
             value = f"'{value}'"
     known = keys_of(COMMANDS[verb][0])
     if any(known[p].is_open for p in [key, *_parents(key)] if p in known):
         prefix, value = "++", _mapping(value)
     fixed = f"{prefix}{key}={value}"
-    return fixed if _is_expression(fixed) else f"{prefix}{key}={_quote(value)}"
+    return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
 
 
 def _options(group: str) -> str:
@@ -87,7 +87,7 @@ def _parents(key: str) -> list[str]:
 
 
 def _mapping(value: str) -> str:
-    """A YAML mapping in Hydra's grammar, which escapes a colon inside a name: {json:caption: 1}, {json\\:caption: 1}."""
+    """A YAML mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1}, {json\\:caption: 1}."""
     if not re.fullmatch(r"\{.*: .*\}", value):
         return value
     with contextlib.suppress(yaml.YAMLError):
@@ -107,6 +107,14 @@ def _is_expression(override: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _as_text(value: str) -> str:
+    """A value that Hydra cannot read, quoted; of [a=1,{0..9}.tar], each element."""
+    if value.startswith("[") and value.endswith("]"):
+        elements = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\{[^}]*\}|[^,])+", value[1:-1])
+        return "[" + ",".join(e if e[:1] in "'\"" else _quote(e.strip()) for e in elements) + "]"
+    return _quote(value)
 
 
 def _quote(value: str) -> str:
@@ -138,13 +146,26 @@ def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: one sentence that names the key and what would be valid.
     """
+    return validate(verb, composed(verb, overrides))
+
+
+def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """What Hydra makes of conf/VERB.yaml and the overrides, references not yet filled in.
+
+    Inside a running command, its search path (--config-dir) is used.
+
+    Raises:
+        ConfigError: one sentence that names the key and what would be valid.
+    """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register_schemas()
     words = normalise(verb, overrides)
     try:
+        if GlobalHydra.instance().is_initialized():
+            return compose(verb, overrides=words)
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = compose(verb, overrides=words)
+            return compose(verb, overrides=words)
     except Exception as error:
         raise ConfigError(explain(error, COMMANDS[verb][0])) from error
-    return validate(verb, cfg)
