@@ -64,17 +64,19 @@ def to_unit(pictures: Tensor) -> Tensor:
 
 
 def upsample(low_res: Tensor, size: int) -> Tensor:
-    """The one up-sampler of training and sampling: bicubic, no aligned corners, back into [-1, 1]."""
+    """The one up-sampler of training and sampling: bicubic, corners not aligned."""
     if low_res.shape[-1] == size:
         return low_res
-    return F.interpolate(low_res, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return F.interpolate(low_res, size=(size, size), mode="bicubic", align_corners=False)
 
 
 def augment(low_res: Tensor, level: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Noise conditioning augmentation (Ho et al. 2021; Imagen, section 2.4) of the up-sampled low-res picture.
+    """Noise conditioning augmentation (Ho et al. 2021; Imagen, section 2.4) of the low-res picture, before up-sampling.
+
+    The noise is as coarse as the picture: it hides what the stage below may get wrong, where finer noise averages out.
 
     Args:
-        low_res: (B, 3, H, W) in [-1, 1].
+        low_res: (B, 3, h, w) in [-1, 1].
         level: (B,) times in [0, 1]; 0 leaves the picture exactly as it is.
         noise: standard normal like low_res, independent of the diffusion noise.
 

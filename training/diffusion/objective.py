@@ -104,10 +104,11 @@ def loss(
     text, text_mask = drop_text(text, text_mask, dropped)
     aug_log_snr = None
     if low_res is not None:
-        low_res = upsample(to_unit(low_res), x0.shape[-1])
+        low_res = to_unit(low_res)
         level = random.uniform(seed, positions, Stream.AUG_LEVEL) * config.aug_max
-        noise = random.normal(seed, positions, Stream.AUG_NOISE, tuple(x0.shape[1:]))
+        noise = random.normal(seed, positions, Stream.AUG_NOISE, tuple(low_res.shape[1:]))
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
+        low_res = upsample(low_res, x0.shape[-1])
 
     out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
     clean = x0 - low_res if config.residual and low_res is not None else x0

@@ -204,11 +204,12 @@ def sample_stage(
     shape = (len(text), 3, image_size, image_size)
     aug_log_snr = None
     if low_res is not None:
-        low_res = upsample(to_unit(low_res.to(device)), image_size)
+        low_res = to_unit(low_res.to(device))
         rows = torch.as_tensor(seeds, dtype=torch.int64).to(device)
-        noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, shape[1:])
+        noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, tuple(low_res.shape[1:]))
         level = torch.full((len(text),), sampler.aug_level, device=device)
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
+        low_res = upsample(low_res, image_size)
     denoise = guided(
         model,
         text,

@@ -150,5 +150,5 @@ def test_to_unit_and_upsample() -> None:
     unit = to_unit(pictures)
     assert unit.dtype == torch.float32 and unit[0].max() == -1 and unit[1].min() == 1
     large = upsample(unit, 16)
-    assert large.shape == (2, 3, 16, 16) and large.abs().max() <= 1
+    torch.testing.assert_close(large, unit[:, :, :1, :1].expand(2, 3, 16, 16))
     assert upsample(unit, 4) is unit

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from training.diffusion.denoiser import scaling
@@ -197,14 +198,25 @@ def test_low_res_levels_are_per_sample_bounded_and_their_noise_is_fresh() -> Non
         return torch.zeros_like(z)
 
     config = DiffusionConfig(aug_max=0.5)
-    flat = torch.zeros(64, 3, 6, 6)
-    _, parts = run(model, torch.zeros(64, 3, 24, 24), config, low_res=flat)
+    _, parts = run(model, torch.zeros(64, 3, 24, 24), config, low_res=torch.zeros(64, 3, 24, 24))
     assert seen["aug"].unique().numel() > 50 and seen["aug"].min() >= -1e-6  # t = 0.5 is log-SNR 0
     sigma = alpha_sigma(seen["aug"])[1]
     torch.testing.assert_close(seen["low"].flatten(1).std(1), sigma, atol=0.01, rtol=0.1)
     noise = seen["z"] / per_sample(alpha_sigma(parts["log_snr"])[1])
     assert abs((noise * seen["low"]).mean().item()) < 0.01
-    assert seen["low"].shape == (64, 3, 24, 24)
+
+
+def test_low_res_noise_is_as_coarse_as_the_picture() -> None:
+    seen: list[Tensor] = []
+
+    def model(z: Tensor, log_snr: Tensor, text: Tensor, mask: Tensor, low: Tensor, aug: Tensor) -> Tensor:
+        seen.append(low)
+        return torch.zeros_like(z)
+
+    run(model, torch.zeros(8, 3, 24, 24), DiffusionConfig(aug_max=1.0), low_res=torch.zeros(8, 3, 6, 6))
+    small = F.interpolate(seen[0], size=(6, 6), mode="area")
+    assert seen[0].shape == (8, 3, 24, 24)
+    assert small.std() > 0.7 * seen[0].std()  # noise drawn at 24 pixels would keep a quarter
 
 
 def test_low_res_without_augmentation_is_the_up_sampled_picture() -> None:
