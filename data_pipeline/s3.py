@@ -95,14 +95,16 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop).result()
 
 
-def _response(error: BaseException | None) -> dict[str, Any]:
-    """The S3 answer behind an error, however s3fs wrapped it."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict) and "Error" in response:
-            return response
+def _client_error(error: BaseException | None) -> Any:
+    """The store's own answer behind an error that s3fs translated (and lost the code of), or None."""
+    while error is not None and not isinstance(getattr(error, "response", None), dict):
         error = error.__cause__
-    return {}
+    return error
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    client_error = _client_error(error)
+    return client_error.response if client_error is not None else {}
 
 
 def error_code(error: BaseException) -> str:
@@ -162,7 +164,7 @@ def _after_failure(error: Exception, url: str, backoff: Backoff) -> None:
         raise fatal from error
     if isinstance(error, (ValueError, TypeError, AttributeError)):
         raise error  # a bug, not an outage
-    backoff.wait(error, None if _answered or error_code(error) else FIRST_CONTACT_S)
+    backoff.wait(_client_error(error) or error, None if _answered or error_code(error) else FIRST_CONTACT_S)
 
 
 def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, **arguments: Any) -> dict[str, Any]:
@@ -227,9 +229,17 @@ class S3Stream:
         if self._body is None:
             await asyncio.wait_for(self._open(), stall)
         while len(self._buffer) < want and (self._end is None or self._fetched < self._end):
-            piece = await asyncio.wait_for(self._body.read(min(PIECE, want - len(self._buffer))), stall)
+            try:
+                piece = await asyncio.wait_for(self._body.read(min(PIECE, want - len(self._buffer))), stall)
+            except Exception:
+                self._take(_unread(self._body))
+                raise
             if not piece:
                 raise ConnectionError(f"the body ended at byte {self._fetched} of {self._end}")
+            self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        if piece:
             self._buffer += piece
             self._fetched += len(piece)
             self._backoff.progress()
@@ -266,6 +276,14 @@ class S3Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unread(body: Any) -> bytes:
+    """What aiohttp had received before it noticed the break; it would be dropped, and a connection that always breaks
+    early would never bring anything. Its name there is private: without it, the bytes are only fetched again."""
+    content = getattr(getattr(body, "raw_stream", None), "content", None)
+    data = b"".join(getattr(content, "_buffer", ()))
+    return data[getattr(content, "_buffer_offset", 0) :]
 
 
 def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iterator[tuple[str, int, str]]:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 POLICY = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:*","Resource":"*"}]}'
 _UNCHECKED_CALLS = 3  # creating the user, its key and its policy
 
 
-@dataclass
+@dataclass(frozen=True)
 class S3Server:
     """Where the server is and who may use it."""
 
@@ -32,6 +33,7 @@ class S3Server:
         """What a process needs in its environment to reach the server."""
         return credentials(self.endpoint, self.access_key, self.secret_key)
 
+    @lru_cache(maxsize=1)  # noqa: B019
     def client(self) -> Any:
         """A boto3 client, independent of the code under test."""
         import boto3
