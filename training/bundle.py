@@ -64,7 +64,8 @@ def main(config: Experiment) -> dict[str, Any]:
     for stage in written["stages"]:
         print(f"{stage['name']}: {stage['parameters'] / 1e6:.1f}M parameters of step {stage['origin']['step']}")
     print(f"{config.bundle.dir}: bundle of {len(bundle.stages)} stages")
-    return {"bundle": config.bundle.dir, "stages": written["stages"]}
+    brief = ("name", "file", "bytes", "sha256", "parameters", "origin")
+    return {"bundle": config.bundle.dir, "stages": [{key: stage[key] for key in brief} for stage in written["stages"]]}
 
 
 # ------------------------------------------------------------------------------------------------ from runs

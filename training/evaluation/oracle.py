@@ -2,8 +2,8 @@
 
     background   the palette background nearest to the frame's median colour
     colour       each pixel votes for its nearest palette colour (or background, or outline), by how near it is
-    shape, size  the drawn template that overlaps best (intersection over union) anywhere in the picture, at the
-                 picture's own size; below `LEAST_OVERLAP` there is no shape
+    shape, size  those of the drawn template that overlaps best (intersection over union) anywhere in the picture, at
+                 the picture's own size; a blob that overlaps too little has no shape, then no size
     relation     the main direction between the two templates' centres
 
 Shapes: H = W pixels, pictures uint8 (H, W, 3).
@@ -29,10 +29,14 @@ from data_pipeline.synthetic import (
     draw,
 )
 
-LEAST_OVERLAP = 0.7
-"""Intersection over union below which a blob is no shape at all."""
+LEAST_OVERLAP = {1: 0.8, 2: 0.7}
+"""Intersection over union, by the number of objects, below which a blob has no shape; a disc in a square has 0.785."""
+LEAST_SIZE_OVERLAP = 0.5
+"""The same for its size."""
 LEAST_SHARE = 0.004
 """Objects smaller than this share of the picture are specks."""
+SMOOTH_SIDE = 32
+"""Smallest picture whose masks are smoothed."""
 CLEAR = 60.0
 """RGB distance from a palette colour at which a pixel's vote has fallen to 61 %."""
 WINDOW_MARGIN = 0.04
@@ -42,7 +46,7 @@ BACKGROUND_LABEL = 2 * len(COLOURS)
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as read; `size` and `shape` are None when no template fits."""
+    """One object as read; `size` and `shape` are None when no template fits well enough."""
 
     colour: str
     size: str | None
@@ -78,7 +82,7 @@ def read(picture: np.ndarray, objects: int = 1) -> Reading:
     for colour in colours:
         others = [_mask_of(labels, other) for other in colours if other != colour]
         mask = (labels != BACKGROUND_LABEL) & ~np.any([np.zeros(labels.shape, dtype=bool), *others], axis=0)
-        seen.append(_fit(mask, list(COLOURS)[colour], background, objects))
+        seen.append(_fit(_smooth(mask, objects), list(COLOURS)[colour], background, objects))
     return Reading(background, tuple(seen))
 
 
@@ -145,11 +149,21 @@ def _labels(picture: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarra
     return distances.argmin(axis=-1), distances.min(axis=-1)
 
 
+def _neighbours(mask: np.ndarray) -> np.ndarray:
+    """How many of the nine pixels around and at each pixel are set."""
+    padded = np.pad(mask, 1).astype(np.int8)
+    side = len(mask)
+    return np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
+
+
 def _widened(mask: np.ndarray) -> np.ndarray:
     """The mask and all pixels that touch it."""
-    padded = np.pad(mask, 1)
-    side = len(mask)
-    return np.any([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
+    return _neighbours(mask) > 0
+
+
+def _smooth(mask: np.ndarray, objects: int) -> np.ndarray:
+    """Majority of each 3 x 3 neighbourhood, so that grain does not count; left alone where shapes are few pixels wide."""
+    return _neighbours(mask) > 4 if objects == 1 and len(mask) >= SMOOTH_SIDE else mask
 
 
 def _mask_of(labels: np.ndarray, colour: int) -> np.ndarray:
@@ -167,10 +181,11 @@ def _fit(mask: np.ndarray, colour: str, background: str, objects: int) -> Seen:
     overlaps = inside / (near + templates.areas[:, None, None] - inside)
     best, row, column = np.unravel_index(overlaps.argmax(), overlaps.shape)
     overlap = float(overlaps[best, row, column])
-    size, shape = templates.names[best] if overlap >= LEAST_OVERLAP else (None, None)
+    size, shape = templates.names[best]
     shift = (np.array([column, row]) + side) % (2 * side) - side
     x, y = templates.centres[best] + shift
-    return Seen(colour, size, shape, overlap, (float(x), float(y)))
+    has_shape, has_size = overlap >= LEAST_OVERLAP[objects], overlap >= LEAST_SIZE_OVERLAP
+    return Seen(colour, size if has_size else None, shape if has_shape else None, overlap, (float(x), float(y)))
 
 
 @dataclass(frozen=True)
@@ -208,7 +223,7 @@ def _templates(colour: str, background: str, objects: int, side: int) -> _Templa
                 max(0, rows.min() - margin) : rows.max() + margin + 1,
                 columns.min() - margin : columns.max() + margin + 1,
             ] = 1
-        masks.append(mask)
+        masks.append(_smooth(mask, objects))
         windows.append(window)
         centres.append([(columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2])
     stack = np.stack(masks).astype(np.float64)

@@ -92,7 +92,7 @@ def summary(result: dict[str, Any]) -> str:
     for name, stage in result.get("psnr", {}).get("stages", {}).items():
         lines.append(f"PSNR of {name} on true low-res input: {stage['sr']:.2f} dB, bicubic {stage['bicubic']:.2f} dB")
     for name, entry in result["frechet"].items():
-        floor = "" if entry["floor"] is None else f" (other real pictures: {entry['floor']:.4f})"
+        floor = "" if entry["floor"] is None else f" (real drawings of the same captions: {entry['floor']:.4f})"
         lines.append(f"Frechet distance on {name}: {entry['value']:.4f}{floor}")
     return "\n".join(lines)
 
@@ -132,7 +132,7 @@ def _frechet_table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## Frechet distance ({count['samples']} samples, {count['reference']} reference pictures)",
         "",
-        "| features | width | samples | other reference pictures |",
+        "| features | width | samples | real drawings of the same captions |",
         "|---|---|---|---|",
     ]
     for name, entry in result["frechet"].items():

@@ -55,7 +55,7 @@ def test_shapes_end_to_end(bundle: str, heldout: str, tmp_path: Path, capsys) ->
     assert set(result["samples"]) == set(result["real"]) == {"background", "colour", "size", "shape", "all"}
     assert result["real"]["all"] == 1.0
     assert result["samples"]["all"] == 0.0  # random weights
-    assert result["n"] == {"samples": 8, "reference": 8, "other": 8}
+    assert result["n"] == {"samples": 8, "reference": 8}
     assert set(result["psnr"]) == {"sr", "sr_noised", "bicubic", "n", "stages"} and result["psnr"]["n"] == 3
     for entry in result["frechet"].values():
         assert 0 < entry["floor"] < entry["value"]

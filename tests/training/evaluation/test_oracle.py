@@ -83,6 +83,23 @@ def test_a_missing_second_object_is_wrong() -> None:
     assert not score(read(draw(ONE, 64), 2), TWO)["colour"]
 
 
+def test_grain_does_not_hide_a_shape() -> None:
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        picture, spec = example(index, 64, seed=7, heldout=True)
+        grainy = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
+        assert score(read(grainy), spec)["all"], spec
+
+
+def test_a_disc_of_the_right_area_is_no_square() -> None:
+    """Nor is a soft blob: its size can be told, its shape cannot."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    blob = np.exp(-((x**2 + 0.4 * x * y + 1.5 * y**2) / 2 / 13**2))[..., None]
+    picture = np.rint(250 + blob * (np.array([220, 30, 40]) - 250)).astype(np.uint8)
+    (seen,) = read(picture).objects
+    assert seen.colour == "red" and seen.shape is None and seen.size is not None
+
+
 def test_a_smear_has_a_colour_but_no_shape() -> None:
     picture = np.full((64, 64, 3), 250, np.uint8)
     picture[28:36, 2:62] = (220, 30, 40)

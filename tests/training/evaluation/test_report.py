@@ -52,7 +52,7 @@ def test_markdown_and_summary_state_every_figure() -> None:
         "by_word": {"shape": {"circle": 0.25}},
         "psnr": {"n": 3, "stages": {"sr": {"sr": 31.234, "sr_noised": 30.1, "bicubic": 29.876}}},
         "frechet": {"colour_grid_4x4": {"value": 0.1234, "floor": 0.0123, "width": 48}},
-        "n": {"samples": 8, "reference": 8, "other": 8},
+        "n": {"samples": 8, "reference": 8},
         "protocol": {
             "bundle": "b",
             "seed": 3,
