@@ -160,6 +160,14 @@ def test_save_and_load(cascade: Cascade, tmp_path: Path) -> None:
     assert not any(p.requires_grad for s in loaded.stages for p in s.unet.parameters())
 
 
+def test_bundles_live_in_object_stores_too(cascade: Cascade, bucket: str) -> None:
+    cascade.save(f"s3://{bucket}/models/tiny")
+    loaded = Cascade.from_pretrained(f"s3://{bucket}/models/tiny")
+    assert np.array_equal(pixels(loaded.generate(PROMPTS)), pixels(cascade.generate(PROMPTS)))
+    with pytest.raises(DataError, match="no bundle there"):
+        Cascade.from_pretrained(f"s3://{bucket}/models/other")
+
+
 def test_learned_null_text_is_saved(tmp_path: Path) -> None:
     cascade = tiny_cascade(null_text="learned")
     with torch.no_grad():

@@ -162,7 +162,7 @@ def _widened(mask: np.ndarray) -> np.ndarray:
 
 
 def _smooth(mask: np.ndarray, objects: int) -> np.ndarray:
-    """Majority of each 3 x 3 neighbourhood, so that grain does not count; left alone where shapes are few pixels wide."""
+    """Majority of each 3 x 3 neighbourhood against grain; not where shapes are few pixels wide."""
     return _neighbours(mask) > 4 if objects == 1 and len(mask) >= SMOOTH_SIDE else mask
 
 
