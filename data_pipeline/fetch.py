@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import store
+from data_pipeline.cache import DiskCache
 from data_pipeline.chance import below
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset
@@ -56,6 +57,7 @@ class RowReader:
         self.dataset, self.config = dataset, config
         self._direct = [not s.compressed and not store.is_s3(s.entry.url) for s in dataset.summaries]
         self._files: OrderedDict[int, _File] = OrderedDict()
+        self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
 
     def read(self, shard: int, row: int) -> Sample:
         """One sample: `__key__`, `__url__` and the bytes of each member by extension.
@@ -67,12 +69,12 @@ class RowReader:
         index, rows = self.dataset.index(shard)
         physical = int(rows[row])
         parts = index.places(physical)
-        for _ in range(1 + _REREADS):
+        for attempt in range(1 + _REREADS):
             if self._direct[shard]:
                 sample, wrong = self._read_direct(shard, index, physical, parts)
             else:
                 begin = parts[0][1]
-                data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts))
+                data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts), attempt > 0)
                 sample, wrong = _cut(index, physical, parts, [(begin, data)])
             if not wrong:
                 return sample
@@ -82,12 +84,16 @@ class RowReader:
         """A plain local file, of which any sample is at hand for a system call or two."""
         return self._direct[shard]
 
-    def read_range(self, shard: int, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of a shard, after decompression."""
+    def read_range(self, shard: int, begin: int, end: int, fresh: bool = False) -> bytes:
+        """Bytes [begin, end) of a shard, after decompression; `fresh`: past the disk cache."""
         summary = self.dataset.summaries[shard]
         url, etag, patience = summary.entry.url, summary.entry.etag, self.dataset.patience
         if not summary.compressed:
-            return store.read_range(url, begin, end, etag, patience)
+            if self.cache is None or not store.is_s3(url):
+                return store.read_range(url, begin, end, etag, patience)
+            return self.cache.read(
+                etag, summary.entry.size, begin, end, lambda a, b: store.read_range(url, a, b, etag, patience), fresh
+            )
         with store.open_stream(url, etag=etag if store.is_s3(url) else None, patience=patience) as stream:
             return _skip_and_read(Gunzip(stream), begin, end, url)
 

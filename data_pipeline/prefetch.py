@@ -42,7 +42,7 @@ class Prefetcher:
     """Walks positions in order and hands out, for each, how to get its sample; remote bytes are requested ahead.
 
     Where the windows of all lanes fit into the budget, a window's neighbours come in ranges of some megabytes and
-    wait in memory for their turn; else every sample is its own request.
+    wait in memory for their turn; with a disk cache they wait there; else every sample is its own request.
 
     Args:
         positions: the positions to deliver, ascending inside each lane.
@@ -68,9 +68,9 @@ class Prefetcher:
         self._budget, self._held = budget, 0
         self._lock = threading.Lock()
         window = order.window * reader.dataset.mean_bytes * lanes
-        self.whole_windows = window <= budget
+        self.whole_windows = window <= budget and reader.cache is None  # the disk cache keeps neighbours, too
         self._pool: DaemonPool | None = None
-        if not self.whole_windows and not all(map(reader.is_direct, range(len(reader.dataset.urls)))):
+        if window > budget and reader.cache is None and not all(map(reader.is_direct, range(len(reader.dataset.urls)))):
             logger.warning(
                 "%d lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
                 "by one; a smaller data.window, more processes or data.cache_dir make reading faster",

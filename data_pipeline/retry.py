@@ -54,8 +54,9 @@ class Backoff:
         silent = time.monotonic() - self._last_progress
         self.attempts += 1
         if silent >= deadline:
+            attempts = f"{self.attempts} attempt{'s' * (self.attempts > 1)}"
             raise StoreError(
-                f"{self.what}: nothing arrived for {silent:.0f} s in {self.attempts} attempts, so the run gives up; "
+                f"{self.what}: nothing arrived for {silent:.0f} s in {attempts}, so the run gives up; "
                 f"the last cause was {describe(cause)}"
             ) from cause
         longest = min(self.patience.cap_s, self.patience.base_s * 2.0 ** min(self.attempts - 1, 20))

@@ -17,7 +17,7 @@ from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 
-QUICK = Patience(stall_s=0.4, deadline_s=2.5, base_s=0.01, cap_s=0.1)
+QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
 DATA = bytes(range(251)) * 12_000  # 3 MB
 
 
@@ -71,7 +71,7 @@ def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
 ) -> None:
     proxy.plan([], default=fault)
     with pytest.raises(StoreError, match=rf"{url}: nothing arrived for \d+ s in \d+ attempts.*last cause.*({cause})"):
-        store.read_range(url, 0, 100, patience=Patience(stall_s=0.2, deadline_s=1, base_s=0.05, cap_s=0.1))
+        store.read_range(url, 0, 100, patience=Patience(stall_s=1, deadline_s=3, base_s=0.05, cap_s=0.1))
     assert len(proxy.log) < 60
 
 
