@@ -29,7 +29,7 @@ from data_pipeline.synthetic import (
     draw,
 )
 
-LEAST_OVERLAP = {1: 0.8, 2: 0.7}
+LEAST_OVERLAP = {1: 0.8, 2: 0.75}
 """Intersection over union, by the number of objects, below which a blob has no shape; a disc in a square has 0.785."""
 LEAST_SIZE_OVERLAP = 0.5
 """The same for its size."""
@@ -78,11 +78,9 @@ def read(picture: np.ndarray, objects: int = 1) -> Reading:
     background = _background(picture)
     labels, distances = _labels(picture, background)
     colours = _colours(labels, distances, objects)
-    seen = []
-    for colour in colours:
-        others = [_mask_of(labels, other) for other in colours if other != colour]
-        mask = (labels != BACKGROUND_LABEL) & ~np.any([np.zeros(labels.shape, dtype=bool), *others], axis=0)
-        seen.append(_fit(_smooth(mask, objects), list(COLOURS)[colour], background, objects))
+    foreground = labels != BACKGROUND_LABEL
+    masks = [_smooth(foreground)] if objects == 1 else _owned(labels, foreground, colours)
+    seen = [_fit(mask, list(COLOURS)[c], background, objects) for c, mask in zip(colours, masks, strict=False)]
     return Reading(background, tuple(seen))
 
 
@@ -150,8 +148,8 @@ def _labels(picture: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
-    """How many of the nine pixels around and at each pixel are set."""
-    padded = np.pad(mask, 1).astype(np.int8)
+    """The sum of the nine pixels around and at each pixel."""
+    padded = np.pad(mask, 1).astype(np.int32)
     side = len(mask)
     return np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
 
@@ -161,9 +159,39 @@ def _widened(mask: np.ndarray) -> np.ndarray:
     return _neighbours(mask) > 0
 
 
-def _smooth(mask: np.ndarray, objects: int) -> np.ndarray:
+def _smooth(mask: np.ndarray) -> np.ndarray:
     """Majority of each 3 x 3 neighbourhood against grain; not where shapes are few pixels wide."""
-    return _neighbours(mask) > 4 if objects == 1 and len(mask) >= SMOOTH_SIDE else mask
+    return _neighbours(mask) > 4 if len(mask) >= SMOOTH_SIDE else mask
+
+
+def _owned(labels: np.ndarray, foreground: np.ndarray, colours: list[int]) -> list[np.ndarray]:
+    """The part of the foreground that each colour reaches first, growing from its largest patch: blends at an edge
+    belong to the object they surround, whatever palette colour they resemble."""
+    owned = [_largest_patch(labels == colour) for colour in colours]
+    free = foreground & ~np.any([np.zeros_like(foreground), *owned], axis=0)
+    grown = True
+    while grown:
+        grown = False
+        for i, mask in enumerate(owned):
+            new = _widened(mask) & free
+            owned[i] = mask | new
+            free &= ~new
+            grown |= bool(new.any())
+    return owned
+
+
+def _largest_patch(mask: np.ndarray) -> np.ndarray:
+    """The connected part of the mask around the place where most of it lies together."""
+    density = mask.astype(np.int32)
+    for _ in range(3):
+        density = _neighbours(density)
+    patch = np.zeros_like(mask)
+    patch.flat[int((density * mask).argmax())] = True
+    while True:
+        wider = _widened(patch) & mask
+        if (wider == patch).all():
+            return patch
+        patch = wider
 
 
 def _mask_of(labels: np.ndarray, colour: int) -> np.ndarray:
@@ -223,7 +251,7 @@ def _templates(colour: str, background: str, objects: int, side: int) -> _Templa
                 max(0, rows.min() - margin) : rows.max() + margin + 1,
                 columns.min() - margin : columns.max() + margin + 1,
             ] = 1
-        masks.append(_smooth(mask, objects))
+        masks.append(_smooth(mask) if objects == 1 else mask)
         windows.append(window)
         centres.append([(columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2])
     stack = np.stack(masks).astype(np.float64)
