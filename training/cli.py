@@ -78,10 +78,10 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     from hydra import version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
-    from training.commandline.compose import CONF_DIR, normalise, register_schemas
+    from training.commandline.compose import CONF_DIR, normalise, register_schema
     from training.commandline.errors import explain
 
-    register_schemas()
+    register_schema(verb)
     version.setbase("1.3")
     parser = get_args_parser()
     parser.error = _bad_flag  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ every key exists with its type before a value is set, and `--cfg job` and shell 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,12 @@ ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
 OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
 
 
-def register_schemas() -> None:
-    """Makes the dataclasses known to Hydra (cheap; may be repeated)."""
+@functools.cache
+def register_schema(verb: str) -> None:
+    """Makes the verb's dataclass known to Hydra."""
     from hydra.core.config_store import ConfigStore
 
-    for verb, (config_class, _, _) in COMMANDS.items():
-        ConfigStore.instance().store(name=f"schema_{verb}", node=config_class)
+    ConfigStore.instance().store(name=f"schema_{verb}", node=COMMANDS[verb][0])
 
 
 def groups() -> dict[str, list[str]]:
@@ -160,7 +161,7 @@ def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    register_schemas()
+    register_schema(verb)
     words = normalise(verb, overrides)
     try:
         if GlobalHydra.instance().is_initialized():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
-from training.commandline.compose import CONF_DIR, groups, load_config
+from training.commandline.compose import CONF_DIR, load_config
 from training.config import COMMANDS
 
 FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
@@ -46,10 +46,9 @@ def test_every_file_says_what_it_is(path: str) -> None:
             assert word in text, "an experiment states its command, its cost and the expected result"
 
 
-@pytest.mark.parametrize("experiment", groups()["experiment"])
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_every_experiment_serves_every_command(verb: str, experiment: str) -> None:
-    assert load_config(verb, [f"experiment={experiment}"]).run.name == experiment
+def test_an_experiment_serves_every_command(verb: str) -> None:
+    assert load_config(verb, ["experiment=demo"]).run.name == "demo"
 
 
 def test_composing_needs_nothing_heavy() -> None:

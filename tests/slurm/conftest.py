@@ -1,0 +1,83 @@
+"""A real Slurm of two nodes in namespaces of this machine (tests/slurm_cluster.sh), started once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "slurm_cluster.sh"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
+
+
+@dataclass
+class Slurm:
+    """The cluster; `env` points programs at it."""
+
+    env: dict[str, str]
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    def field(self, job: int, name: str) -> str:
+        """A field of `scontrol show job`, for example JobState or Restarts."""
+        found = re.search(rf"\b{name}=(\S+)", self.run("scontrol", "show", "job", str(job)))
+        assert found
+        return found[1]
+
+    def wait(self, job: int, *states: str, timeout: float = 120, log: Path | None = None) -> str:
+        """Waits until the job is in one of `states` (default: any final one); returns the state."""
+        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        until(
+            lambda: self.field(job, "JobState") in wanted,
+            timeout,
+            lambda: f"job {job} is {self.field(job, 'JobState')}, not {wanted}\n{log.read_text() if log else ''}",
+        )
+        return self.field(job, "JobState")
+
+
+def until(condition, timeout: float, explain=lambda: "") -> None:
+    """Polls until `condition()` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.2)
+
+
+def unavailable(reason: str) -> None:
+    """Skips, except in CI, where a test that does not run is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [p for p in PROGRAMS if shutil.which(p, path=path) is None]
+    if os.geteuid() != 0:
+        unavailable("a Slurm cluster in namespaces needs root")
+    if missing:
+        unavailable(f"missing: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)")
+    number = os.getpid() % 10000
+    with tempfile.TemporaryDirectory(prefix="cascade-slurm-", ignore_cleanup_errors=True) as lab:
+        os.chmod(lab, 0o755)
+        env = dict(os.environ, PATH=path, SLURM_LAB=lab, SLURM_CONF=f"{lab}/etc/slurm.conf", DS_ACCELERATOR="cpu")
+        env |= {"SLURM_LAB_TAG": f"c{number}", "SLURM_LAB_NET": f"10.{64 + number // 250}.{number % 250}"}
+        began = subprocess.run([SCRIPT, "start", "2"], env=env, capture_output=True, text=True)
+        try:
+            if began.returncode:
+                unavailable(f"Slurm does not start here: {began.stderr.strip()[-2000:]}")
+            yield Slurm(env)
+        finally:
+            subprocess.run([SCRIPT, "stop"], env=env, capture_output=True)
