@@ -60,6 +60,7 @@ def main(config: SampleCommand) -> dict[str, Any]:
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
     output = Path(config.output or config.sampling.output)
     cascade, devices = open_cascade(config, config.from_bundle)
+    print(f"text encoder: {cascade.encoder.name}")
     settings = _settings(config, cascade)
     ranks = read_ranks()
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
