@@ -1,18 +1,20 @@
-"""Exact, elastic streaming of WebDataset shards. `ShardStream` is loaded on first use, because it imports torch."""
+"""Exact, elastic streaming of WebDataset shards. Names are loaded on first use, because `ShardStream` imports torch."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.reader import ShardStream
+    from data_pipeline.webdataset_opener import register_s3
 
-__all__ = ["ShardStream"]
+__all__ = ["ShardStream", "register_s3"]
+
+_HOMES = {"ShardStream": "data_pipeline.reader", "register_s3": "data_pipeline.webdataset_opener"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ShardStream":
-        from data_pipeline.reader import ShardStream
-
-        return ShardStream
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

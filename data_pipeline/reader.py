@@ -16,6 +16,9 @@ from data_pipeline.errors import BadSample, ConfigError
 from data_pipeline.fetch import RowReader, Sample, replace
 from data_pipeline.order import Order, check_world_size
 from data_pipeline.prefetch import Prefetcher
+from data_pipeline.webdataset_opener import register_s3
+
+register_s3()
 
 
 class ShardStream(IterableDataset[Sample]):
