@@ -21,6 +21,7 @@ import re
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class CheckpointStore:
     def __init__(self, path: str, attempt: int = 0, token: str = "") -> None:
         self.folder = open_folder(path)
         self.attempt, self._token = attempt, token
+        self._standings: dict[int, tuple[bool, float | None]] = {}
 
     # ------------------------------------------------------------------------------------------- who may write
 
@@ -180,6 +182,7 @@ class CheckpointStore:
         try:
             if ranks.is_main:
                 self.check_owner()
+                self._standings.pop(step, None)
                 folder.remove(MANIFEST)
             for part, group_of_tensors in enumerate(split(tensors, PART_BYTES)):
                 name = f"a{self.attempt:04d}-r{ranks.rank:05d}-p{part:03d}.safetensors"
@@ -209,18 +212,35 @@ class CheckpointStore:
                     f"checkpoints are untouched, and training goes on: make room or mend the store before the next one"
                 ) from error
 
-    def prune(self, keep_last: int, keep_every: int = 0, pinned: tuple[int, ...] = ()) -> list[int]:
-        """Deletes committed checkpoints beyond the newest `keep_last`, multiples of `keep_every` and `pinned`, and
-        what unfinished saves left behind below the newest checkpoint. Rank 0 only. Returns the deleted steps."""
+    def prune(self, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[int]:
+        """Deletes committed checkpoints, and what unfinished saves left behind below the newest one. Rank 0 only.
+
+        Kept are the newest `keep_last`, multiples of `keep_every`, the newest healthy one (`meta["healthy"]`: a run
+        can go back to it) and, if `keep_best`, the one with the lowest validation loss. Returns the deleted steps.
+        """
         self.check_owner()
         committed = [step for step in self.steps() if self._folder(step).size(MANIFEST) is not None]
-        keep = {*committed[:keep_last], *pinned, *(s for s in committed if keep_every and s % keep_every == 0)}
+        keep = {*committed[:keep_last], *(s for s in committed if keep_every and s % keep_every == 0)}
+        keep.update([step for step in committed if self._standing(step)[0]][:1])
+        measured = [(loss, step) for step in committed if (loss := self._standing(step)[1]) is not None]
+        if keep_best and measured:
+            keep.add(min(measured)[1])
         newest = committed[0] if committed else -1
         doomed = [step for step in self.steps() if step not in keep and step < newest]
         for step in doomed:
             self._folder(step).remove(MANIFEST)
             self._folder(step).remove_all()
         return doomed
+
+    def _standing(self, step: int) -> tuple[bool, float | None]:
+        """(healthy, validation loss) of a committed checkpoint; read once."""
+        if step not in self._standings:
+            try:
+                meta = self.open(step).meta
+                self._standings[step] = bool(meta.get("healthy", True)), meta.get("validation")
+            except DataError:
+                self._standings[step] = False, None
+        return self._standings[step]
 
     # ----------------------------------------------------------------------------------------------- reading
 
@@ -257,9 +277,14 @@ class CheckpointStore:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: its {MANIFEST} is damaged ({error!r})") from error
 
-    def newest(self, ranks: Ranks | None = None, checksums: bool = True) -> Checkpoint | None:
-        """The newest healthy checkpoint, or None when there never was one. Collective; the ranks share the checksum
-        work.
+    def newest(
+        self,
+        ranks: Ranks | None = None,
+        checksums: bool = True,
+        wanted: Callable[[dict[str, Any]], bool] = lambda meta: True,
+    ) -> Checkpoint | None:
+        """The newest undamaged checkpoint (whose metadata is `wanted`), or None when there never was one. Collective;
+        the ranks share the checksum work.
 
         Each checkpoint that is passed over is logged with what is wrong with it.
 
@@ -270,6 +295,8 @@ class CheckpointStore:
         damaged = []
         for step in together(self.steps, ranks):
             checkpoint, problem = together(lambda step=step: self._try_open(step), ranks)
+            if checkpoint is not None and not wanted(checkpoint.meta):
+                continue
             if checkpoint is not None:
                 mine = checkpoint.problems(ranks.rank, ranks.world_size, checksums)
                 found = [p for problems in all_gather(mine, ranks) for p in problems]

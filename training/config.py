@@ -163,7 +163,16 @@ class TrainConfig:
     init_from: str | None = None
     """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
     max_skipped: int = 10
-    """Skipped (non-finite) steps in a row before the run stops."""
+    """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run goes back
+    to the weights of its last healthy checkpoint and steps past the data."""
+    max_rollbacks: int = 1
+    """So often in a row; then it stops."""
+    spike_factor: float = 20.0
+    """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one is."""
+    stall_s: float = 120.0
+    """A rank that stands still for so long is reported, with its stacks in its log file."""
+    peak_tflops: float = 0.0
+    """Stated peak of one device, for MFU; 0: the data sheet's figure for a known GPU, else no MFU."""
     timeout_first_s: float = 1800.0
     """Time-out of the process groups up to the first step (compilation, warm-up)."""
     timeout_s: float = 600.0
@@ -172,6 +181,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"train.steps={self.steps}: it must be at least 1")
         require(self.log_every >= 1, f"train.log_every={self.log_every}: it must be at least 1")
+        require(self.max_skipped >= 1, f"train.max_skipped={self.max_skipped}: it must be at least 1")
+        require(self.stall_s > 0, f"train.stall_s={self.stall_s}: it must be positive")
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between runs."""
+
+    every: int = 0
+    """Steps between two measurements; 0: never."""
+    shards: Any = None
+    """Held-out shards; null: evaluation.reference."""
+    samples: int = 64
+    """Pictures; a multiple of the number of processes."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"validation.every={self.every}: it must be 0 (never) or positive")
+        require(self.samples >= 1, f"validation.samples={self.samples}: it must be at least 1")
 
 
 @dataclass
@@ -180,6 +207,8 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 0
     """Keep each checkpoint whose step is a multiple of this for ever; 0: none."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss (averaged weights)."""
     dir: str | None = None
     """Where checkpoints go (a directory or s3://bucket/prefix); null: RUN_DIR/checkpoints."""
     background: bool = True
@@ -292,6 +321,7 @@ class Experiment:
     ema: EmaConfig = field(default_factory=EmaConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -107,8 +107,8 @@ def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.enviro
 
 
 def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that this
-    process may use."""
+    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
+    this process may use."""
     said = environ.get("OMP_NUM_THREADS") or environ.get("SLURM_CPUS_PER_TASK") or "0"
     cores = len(os.sched_getaffinity(0))
     return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
@@ -274,6 +274,19 @@ def together(call: Any, ranks: Ranks) -> Any:
     value, problem = broadcast(outcome, ranks)
     if problem is not None:
         raise problem
+    return value
+
+
+def each(call: Any, ranks: Ranks) -> Any:
+    """Every rank's own `call()`; when it fails on some, the first one's error is raised on all (rank 0 will say it)."""
+    value, error = None, None
+    try:
+        value = call()
+    except Exception as caught:
+        error = caught
+    for problem in all_gather(error, ranks):
+        if problem is not None:
+            raise problem
     return value
 
 

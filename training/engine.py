@@ -17,10 +17,11 @@ divisible by the world size.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from training.config import Experiment
-from training.distributed import Ranks, all_gather
+from training.distributed import Ranks, all_gather, all_sum
 from training.ema import state_name
 from training.optimizers import STATES, build_optimizer, learning_rate
 from training.plain_engine import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step
@@ -89,8 +90,8 @@ def import_deepspeed() -> Any:
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer whatever the optimizer, and that imports torch's compiler: 4 s at every start. We do
-    not use Muon, so its functions may stay as they are written."""
+    """DeepSpeed imports its Muon optimizer whatever the optimizer, and that imports torch's compiler: 4 s at every
+    start. We do not use Muon, so its functions may stay as they are written."""
     from deepspeed.runtime import compiler
 
     compile_function = compiler.compile
@@ -178,16 +179,39 @@ class Engine:
         if self._micro_batches < self._accumulate:
             self._engine.step()  # only counts: it steps when all micro-batches are in
 
-    def step(self, step: int) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite."""
+    def step(self, step: int, apply: bool = True) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
+        `apply`."""
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         set_step(self._zero.optimizer, lr, self.config.ema.decays, self.updates)
-        self._engine.step()
+        with nullcontext() if apply else self._refusing():
+            self._engine.step()
         self._micro_batches = 0
         norm = float(self._engine.get_global_grad_norm())
         skipped = not self._engine.was_step_applied()
         self.updates += not skipped
         return StepInfo(float("inf") if skipped else norm, skipped, lr)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A step inside takes DeepSpeed's way for gradients that are not finite: it drops them, and nothing else
+        changes."""
+        zero, checked = self._zero, self._zero.check_grad_overflow if self.config.zero.stage < 3 else None
+        name = "_overflow_check_and_loss_scale_update" if self.config.zero.stage == 3 else "check_overflow"
+        if checked is not None:
+            zero.check_grad_overflow = True
+        setattr(zero, name, lambda *_, **__: setattr(zero, "overflow", True))
+        try:
+            yield
+        finally:
+            delattr(zero, name)
+            if checked is not None:
+                zero.check_grad_overflow = checked
+
+    def norm(self) -> float:
+        """Global norm of the weights (fp32 masters)."""
+        local = sum(float(flat.double().square().sum()) for flat in self._flats)
+        return math.sqrt(all_sum([local], self.ranks)[0])
 
     def set_timeout(self, seconds: float) -> None:
         """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own

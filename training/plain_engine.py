@@ -3,6 +3,7 @@ imported."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulate).backward()
 
-    def step(self, step: int) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first)."""
+    def step(self, step: int, apply: bool = True) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
+        `apply`."""
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         parameters = list(self.module.parameters())
         for p in parameters:
@@ -68,13 +70,17 @@ class PlainEngine:
                 p.grad = torch.zeros_like(p)
         clip = self.config.optimizer.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        skipped = not (apply and math.isfinite(norm))
         if not skipped:
             set_step(self.optimizer, lr, self.config.ema.decays, self.updates)
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(float("inf") if skipped else norm, skipped, lr)
+
+    def norm(self) -> float:
+        """Global norm of the weights."""
+        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.module.parameters()))
 
     def set_timeout(self, seconds: float) -> None:
         """One process waits for nobody."""

@@ -1,20 +1,24 @@
-"""What a run does when something happens to it: signals, exit codes, and the decisions that all ranks take together."""
+"""What a run does when something happens to it: signals, exit codes, and the judgement of losses."""
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Iterable
 from types import FrameType
 
 from data_pipeline.errors import CascadeError
 
 EXIT_PREEMPTED = 75
 """Saved after SIGTERM, SIGUSR1 or SIGUSR2: start the same command again (job scripts requeue on this code)."""
-EXIT_INTERRUPTED = 130
-"""Saved after SIGINT (Ctrl-C)."""
 EXIT_NOT_FINITE = 76
-"""Too many steps in a row had a loss or gradient that was not finite."""
+"""Too many steps in a row could not be applied, also after going back to an earlier checkpoint."""
 EXIT_SUPERSEDED = 77
 """A newer start of the same run owns the checkpoints now."""
+EXIT_HUNG = 78
+"""A rank made no progress for longer than the time-outs; the watchdog ended it."""
+EXIT_INTERRUPTED = 130
+"""Saved after SIGINT (Ctrl-C)."""
 STOP_CODES = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED)
 """Exits that all ranks decided together."""
 
@@ -75,3 +79,36 @@ def stop_error(number: int, step: int) -> CascadeError:
     name = signal.Signals(number).name
     kind = Interrupted if number == signal.SIGINT else Preempted
     return kind(f"stopped by {name} after step {step}; everything is saved, the same command goes on from there")
+
+
+class LossGuard:
+    """Judges the loss of a step before the step is applied.
+
+    A loss above `factor` times the median of the last WINDOW accepted ones is a spike. Losses that were not accepted
+    never enter the window, and the window is part of the checkpoint, so a restart judges as the run that was not
+    interrupted would have.
+    """
+
+    WINDOW = 64
+    NEEDED = 16
+    """Before this many losses are known nothing counts as a spike (the first ones fall quickly)."""
+
+    def __init__(self, factor: float, history: Iterable[float] = ()) -> None:
+        self.factor = factor
+        self.history = list(history)[-self.WINDOW :]
+
+    def problem(self, loss: float) -> str:
+        """Why the step must not be applied; empty when it may be."""
+        if not math.isfinite(loss):
+            return "its loss is not finite"
+        if self.factor and len(self.history) >= self.NEEDED:
+            median = sorted(self.history)[len(self.history) // 2]
+            if loss > self.factor * median:
+                return (
+                    f"its loss {loss:.4g} is above {self.factor:g} times the median {median:.4g} (train.spike_factor)"
+                )
+        return ""
+
+    def accept(self, loss: float) -> None:
+        """The step was applied."""
+        self.history = [*self.history, loss][-self.WINDOW :]

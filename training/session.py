@@ -6,33 +6,43 @@ train.py holds the loop; this file holds what the loop calls.
 from __future__ import annotations
 
 import logging
-import time
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 
 from data_pipeline.embeddings import pad
+from data_pipeline.errors import CascadeError
 from data_pipeline.loader import Batch, Loader
 from training.checkpoint import Checkpoint, CheckpointStore, step_name
 from training.config import Experiment
 from training.diffusion.objective import loss
-from training.diffusion.sampler import sample_stage
-from training.distributed import Ranks, all_gather, thread_count, together
+from training.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.ema import state_name
 from training.embed import identity
 from training.engine import build_engine
-from training.model.presets import for_stage
+from training.flops import peak_tflops, training_flops
+from training.init_from import load_weights
+from training.metering import Hours, Meter
+from training.model.presets import UNetConfig, for_stage
 from training.model.text_encoder import build_text_encoder
 from training.model.unet import UNet
 from training.optimizers import STATES, skip_compiler
+from training.resilience import LossGuard, NotFinite, Signals
 from training.run_dir import RunDir, check_same_run, code_version, to_dict
-from training.tracking import Tracker, finite, start_logging
+from training.sample_grid import MOST, Inputs, draw, write
+from training.tracking import SILENT, Tracker, finite, start_logging
+from training.validation import Validation
+from training.watchdog import Watchdog
 from training.writer import CheckpointWriter
 
 log = logging.getLogger("cascade")
+
+MARGIN_S = 60.0
+"""The watchdog waits so much longer than the process groups, whose time-outs say more about what happened."""
 
 
 class Session:
@@ -45,6 +55,14 @@ class Session:
         self.run = RunDir(config)
         together(self.run.create, ranks)
         start_logging(self.run, ranks)
+        train = config.train
+        self.watchdog = Watchdog(
+            ranks,
+            self.run.log_file(ranks.rank),
+            train.stall_s,
+            train.timeout_s + MARGIN_S,
+            train.timeout_first_s + MARGIN_S,
+        )
         self.store = CheckpointStore(self.run.checkpoints)
         checkpoint = self.store.newest(ranks)
         if checkpoint is not None:
@@ -52,28 +70,37 @@ class Session:
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
         self.position: int = meta.get("position", 0)
-        self.counters: dict[str, int] = {"skipped": 0, **meta.get("counters", {})}
-        self.seconds: float = meta.get("seconds", 0.0)
+        self.counters: dict[str, int] = {"skipped": 0, "rollbacks": 0, **meta.get("counters", {})}
+        self._data_counters: dict[str, int] = meta.get("data_counters", {})
+        self.guard = LossGuard(train.spike_factor, meta.get("losses", ()))
         self.wandb_id: str = meta.get("wandb_id") or together(self.run.wandb_id, ranks)
 
-        self.loader = self._open_loader(self.position)
+        self.loader = each(lambda: self._open_loader(self.position), ranks)
         if checkpoint is not None:
             self.loader.check_state(meta["data"])
         if self.loader.embeddings is not None:
             self.loader.embeddings.check(identity(config.text))
-        self.text_encoder = build_text_encoder(config.text, ranks.device)
-        self.engine = build_engine(self._build_model(), config, ranks, self.accumulate)
+        self.text_encoder = each(lambda: build_text_encoder(config.text, ranks.device), ranks)
+        self.validation: Validation | None = None
+        if config.validation.every:
+            self.validation = each(lambda: Validation(config, ranks, self._text), ranks)
+        unet = for_stage(config.stage, self.text_encoder.dim)
+        model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
+        self.engine = build_engine(model, config, ranks, self.accumulate)
         if checkpoint is not None:
             self._load(checkpoint)
         self.store.claim(ranks)
         self.writer = CheckpointWriter(self.store, config.checkpoint, ranks)
         self.writer.last_step = self.step if checkpoint else -1
         together(self._record_start, ranks)
-        self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id)
-        self._clock = time.monotonic()
-        self._waited = 0.0
-        self._logged = (self.step, self._clock)
-        self._grid: tuple[Any, ...] | None = None
+        self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id, self._code)
+        self.hours = (
+            Hours(self.run.path / "hours.json", self.store.attempt, ranks.world_size) if ranks.is_main else None
+        )
+        self.meter = Meter(ranks, config.data.global_batch, *self._flops(unet))
+        self.validated, self.validated_step = math.inf, -1
+        self._grid: Inputs | None = None
+        self._slow = 0
 
     # ------------------------------------------------------------------------------------------ putting together
 
@@ -109,10 +136,13 @@ class Session:
             quarantine=str(self.run.path / "logs" / f"quarantine-{self.ranks.rank}.jsonl"),
         )
 
-    def _build_model(self) -> UNet:
+    def _build_model(self, config: UNetConfig, fresh: bool) -> UNet:
         torch.set_num_threads(thread_count(self.config.cluster))
         torch.manual_seed(self.config.seed)
-        model = UNet(for_stage(self.config.stage, self.text_encoder.dim))
+        model = UNet(config)
+        if fresh and self.config.train.init_from:
+            load_weights(model, self.config.train.init_from, self.config.stage.name)
+            log.info("weights taken from %s", self.config.train.init_from)
         if self.config.precision.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.precision.compile:
@@ -120,6 +150,15 @@ class Session:
         else:
             skip_compiler()
         return model
+
+    def _flops(self, unet: UNetConfig) -> tuple[float, float]:
+        """FLOPs of training on one picture, and the stated peak of a device per second; zeros where no peak is
+        known."""
+        on_gpu = self.ranks.device != "cpu"
+        peak = self.config.train.peak_tflops or (on_gpu and peak_tflops(torch.cuda.get_device_name())) or 0.0
+        if not peak:
+            return 0.0, 0.0
+        return float(training_flops(unet, self.config.stage.train_size, self.text_encoder.max_tokens)), peak * 1e12
 
     def _load(self, checkpoint: Checkpoint) -> None:
         kinds = {kind: kind for kind in STATES[self.config.optimizer.name]}
@@ -138,18 +177,40 @@ class Session:
     # ---------------------------------------------------------------------------------------- what the loop calls
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time spent waiting for data."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Tells the watchdog what comes, and counts its time."""
+        self.watchdog.phase(name, step)
+        with self.meter.phase(name):
+            yield
+        self.watchdog.phase(f"after {name}", step)
+
+    def begin(self) -> None:
+        """The loop starts: clocks to zero."""
+        self.meter.start(self.step)
+
+    def next_batch(self) -> list[Batch]:
+        """The micro-batches of the next step. What goes wrong on one rank is raised on all of them, after the state
+        before this step has been saved."""
+        batches, error = None, None
+        try:
+            batches = next(self.loader)
+        except (CascadeError, OSError) as caught:
+            error = caught
+        with self.meter.phase("wait"):
+            failed = all_sum([float(error is not None)], self.ranks)[0]
+        if failed:
+            self.save(self.position // self.config.data.global_batch, healthy=False, wait=True)
+            raise next(e for e in all_gather(error, self.ranks) if e is not None)
+        assert batches is not None
+        self.position += self.config.data.global_batch
+        return batches
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of one micro-batch."""
         config, device = self.config, self.ranks.device
         text, mask = self._text(batch)
         low_res = None if batch.low_res is None else batch.low_res.to(device, non_blocking=True)
-        mean, _ = loss(
+        mean, each_sample = loss(
             self.engine,
             batch.images.to(device, non_blocking=True),
             text.to(device),
@@ -161,7 +222,15 @@ class Session:
             image_size=config.stage.image_size,
             global_batch=config.data.global_batch,
         )
+        self.meter.losses(each_sample["t"], each_sample["loss"])
         return mean
+
+    def agree(self, share: float, received: int) -> tuple[float, int]:
+        """What all ranks must know before they decide: the loss of the global batch, and a signal that any of them
+        received."""
+        total, *asked = all_sum([share, *(float(received == n) for n in Signals.HANDLED)], self.ranks)
+        number = next((n for n, count in zip(Signals.HANDLED, asked, strict=True) if count), 0)
+        return total / self.ranks.world_size, number
 
     def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, T, D) and mask (B, T) of the captions: precomputed ones, else encoded now."""
@@ -171,28 +240,45 @@ class Session:
         return torch.from_numpy(text), torch.from_numpy(mask)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """Metrics after `step` steps."""
-        now = time.monotonic()
-        last_step, last_time = self._logged
-        seconds = max(now - last_time, 1e-9)
-        rate = (step - last_step) / seconds
+        """Metrics after `step` steps. Collective."""
+        measured = self.meter.record(step)
+        if self.hours is not None:
+            record = {**record, "device_hours": self.hours.total()}
         record = {
             "position": self.position,
             **record,
-            "images_per_second": rate * self.config.data.global_batch,
-            "data_wait": self._waited / seconds,
-            "skipped": self.counters["skipped"],
-            "seconds": self.seconds + now - self._clock,
+            **measured,
+            "param_norm": self.engine.norm(),
+            **self.counters,
+            "bad": self._all_data_counters().get("bad", 0),
         }
+        self._name_slow_rank(step, record)
+        rate = measured["images_per_second"] / self.config.data.global_batch
         self.tracker.log(step, record, (self.config.train.steps - step) / rate)
-        self._logged, self._waited = (step, now), 0.0
 
-    def report_skip(self, step: int, loss: float, batches: list[Batch]) -> None:
+    def _name_slow_rank(self, step: int, record: dict[str, Any]) -> None:
+        """One line when the same rank was slow in three records running."""
+        self._slow = self._slow + 1 if "slow_rank" in record else 0
+        if self._slow == 3 and self.ranks.is_main:
+            log.warning(
+                "step %d: rank %d is slow: its data and forward pass take %.1f times the median rank's; "
+                "all others wait for it",
+                step, record["slow_rank"], record["slow_factor"],
+            )  # fmt: skip
+
+    def _all_data_counters(self) -> dict[str, int]:
+        """Counts of the data over all ranks and all starts. Collective."""
+        total = Counter(self._data_counters)
+        for counters in all_gather(self.loader.counters, self.ranks):
+            total.update(counters)
+        return dict(total)
+
+    def report_skip(self, step: int, loss: float, why: str, batches: list[Batch]) -> None:
         """Names the samples of a step that was not applied, in the log of the rank that had them."""
         if self.ranks.is_main:
-            log.warning("step %d was skipped: its gradient is not finite (loss %s); weights are as before", step, loss)
+            log.warning("step %d was skipped: %s (loss %.4g); weights and averages are as before", step, why, loss)
         keys = [key for batch in batches for key in batch.keys]
-        logging.getLogger("cascade.skipped").warning("step %d: samples of this rank: %s", step, " ".join(keys))
+        logging.getLogger("cascade.skipped").log(SILENT, "step %d: samples of this rank: %s", step, " ".join(keys))
 
     def summary(self, loss: float) -> dict[str, Any]:
         """What `cascade train` answers."""
@@ -200,33 +286,42 @@ class Session:
             "step": self.config.train.steps,
             "position": self.position,
             "loss": finite(loss),
-            "skipped": self.counters["skipped"],
-            "seconds": round(self.seconds + time.monotonic() - self._clock, 3),
+            **self.counters,
+            "device_hours": self.hours.total() if self.hours is not None else None,
             "run_dir": str(self.run.path),
             "checkpoint": str(self.store.folder.sub(step_name(self.writer.last_step))),
             "complete": True,
         }
 
-    def save(self, step: int, wait: bool = False) -> None:
+    # ------------------------------------------------------------------------------------- checkpoints and rolling back
+
+    def save(self, step: int, healthy: bool = True, wait: bool = False) -> None:
         """Begins to write the checkpoint of `step`; the previous one is finished first. Collective."""
-        self.finish_saving()
-        if step != self.writer.last_step:
-            meta = {
-                "step": step,
-                "position": self.position,
-                "updates": self.engine.updates,
-                "adam_step": self.engine.updates,
-                "ema_updates": self.engine.updates,
-                "config": self._config,
-                "data": self.loader.state(),
-                "counters": {**self.loader.counters, **self.counters},
-                "seconds": self.seconds + time.monotonic() - self._clock,
-                "wandb_id": self.wandb_id,
-                "code": self._code,
-            }
-            self.writer.start(step, self.engine.snapshot(), meta)
-        if wait:
+        with self.phase("checkpoint", step):
             self.finish_saving()
+            if step != self.writer.last_step:
+                if healthy:
+                    self.counters["rollbacks"] = 0
+                meta = {
+                    "step": step,
+                    "position": self.position,
+                    "updates": self.engine.updates,
+                    "adam_step": self.engine.updates,
+                    "ema_updates": self.engine.updates,
+                    "config": self._config,
+                    "data": {**self.loader.state(), "position": self.position},
+                    "counters": self.counters,
+                    "data_counters": self._all_data_counters(),
+                    "losses": self.guard.history,
+                    "healthy": healthy,
+                    "validation": self.validated if self.validated_step == step else None,
+                    "wandb_id": self.wandb_id,
+                    "code": self._code,
+                }
+                self.writer.start(step, self.engine.snapshot(), meta)
+                self.tracker.checkpoint(step, self.store.folder.sub(step_name(step)))
+            if wait:
+                self.finish_saving()
 
     def finish_saving(self) -> None:
         """Waits until the checkpoint under way is committed; a failure is said and survived."""
@@ -234,39 +329,63 @@ class Session:
         if error is not None and self.ranks.is_main:
             log.warning("%s", error)
 
-    # ------------------------------------------------------------------------------------------------- sample grid
+    def roll_back(self, step: int, skipped: int) -> None:
+        """Sets weights, moments and averages back to the last healthy checkpoint; the position goes on. Collective.
+
+        Raises:
+            NotFinite: that has been tried already, or there is nothing to go back to.
+        """
+        with self.phase("checkpoint", step):
+            self.finish_saving()
+            checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True))
+        trouble = f"step {step}: the last {skipped} steps could not be applied (train.max_skipped)"
+        advice = (
+            f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or take the bad shards out"
+        )
+        if checkpoint is None:
+            raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
+        if self.counters["rollbacks"] >= self.config.train.max_rollbacks:
+            raise NotFinite(
+                f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} (train.max_rollbacks); "
+                f"{advice}"
+            )
+        self.counters["rollbacks"] += 1
+        self._load(checkpoint)
+        self.guard.history = list(checkpoint.meta.get("losses", ()))
+        if self.ranks.is_main:
+            log.warning(
+                "%s: the weights are set back to the checkpoint of step %d; training goes on with step %d, past the "
+                "data in between",
+                trouble, checkpoint.step, step + 1,
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------- validation and sample grid
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Validation loss of the raw and of the averaged weights. Collective."""
+        assert self.validation is not None
+        with self.phase("validation", step):
+            self.engine.module.eval()
+            raw = self.validation.measure(self.engine.module)
+            self.engine.module.train()
+            with self.engine.averaged(0) as module:
+                averaged = self.validation.measure(module)
+        self.validated, self.validated_step = averaged, step
+        return {"validation_loss": raw, "validation_loss_ema": averaged}
 
     def sample_grid(self, step: int) -> None:
-        """Draws fixed prompts with fixed seeds from the averaged weights into samples/step-########.png. Collective:
-        the ranks share the pictures, in equal numbers, because ZeRO 3 wants them all to call the module equally
-        often."""
-        self.finish_saving()
-        if self._grid is None:
-            self._grid = together(self._grid_inputs, self.ranks)
-        captions, low_res = self._grid
-        each = -(-len(captions) // self.ranks.world_size)
-        mine = [min(self.ranks.rank * each + i, len(captions) - 1) for i in range(each)]
-        text, mask = self.text_encoder.encode([captions[i] for i in mine])
-        stage = self.config.stage
-        with self.engine.averaged(0) as module, torch.no_grad():
-            pictures = sample_stage(
-                module,
-                text.to(self.ranks.device),
-                mask.to(self.ranks.device),
-                config=stage.diffusion,
-                sampler=stage.sampler,
-                image_size=stage.image_size,
-                seeds=mine,
-                low_res=None if low_res is None else low_res[mine].to(self.ranks.device),
-            )
-        drawn = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        parts = all_gather(drawn, self.ranks)
-        if self.ranks.is_main:
+        """Draws the fixed prompts into samples/step-########.png. Collective."""
+        with self.phase("samples", step):
+            if self._grid is None:
+                self._grid = together(self._grid_inputs, self.ranks)
+            with self.engine.averaged(0) as module:
+                pictures = draw(module, self._grid, self.text_encoder.encode, self.config, self.ranks)
             path = self.run.sample_file(step)
-            save_grid(torch.cat(parts)[: len(captions)], path)
-            self.tracker.image(step, path)
+            title = f"{self.config.stage.name}, step {step}, guidance {self.config.stage.sampler.guidance:g}"
+            if self.ranks.is_main and write(pictures, self._grid, path, title):
+                self.tracker.image(step, path)
 
-    def _grid_inputs(self) -> tuple[list[str], torch.Tensor | None]:
+    def _grid_inputs(self) -> Inputs:
         """Captions (and true low-res pictures): the configured prompts, else the first captions of the data."""
         prompts = list(self.config.train.sample_prompts)
         if prompts and not self.config.stage.is_super_resolution:
@@ -276,21 +395,10 @@ class Session:
             batch = next(loader)[0]
         finally:
             loader.close()
-        count = min(8, len(batch.captions))
-        low_res = None if batch.low_res is None else batch.low_res[:count]
-        return list(batch.captions[:count]), low_res
+        count = min(MOST, len(batch.captions))
+        return list(batch.captions[:count]), None if batch.low_res is None else batch.low_res[:count]
 
     def close(self, exit_code: int) -> None:
+        self.watchdog.close()
         self.loader.close()
         self.tracker.close(exit_code)
-
-
-def save_grid(pictures: torch.Tensor, path: Any, columns: int = 8) -> None:
-    """uint8 (B, 3, H, W) side by side in a PNG, `columns` per row."""
-    count, _, height, width = pictures.shape
-    columns = min(columns, count)
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        sheet.paste(tile, (i % columns * width, i // columns * height))
-    sheet.save(path)

@@ -18,6 +18,8 @@ from training.run_dir import RunDir, to_dict
 
 log = logging.getLogger("cascade")
 
+SILENT = logging.INFO - 1
+"""Level of what belongs into the rank's log file but not on the terminal."""
 BAR = 20
 """Characters of the progress bar."""
 
@@ -36,10 +38,12 @@ def start_logging(run: RunDir, ranks: Ranks) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if ranks.is_main:
-        root.addHandler(_Terminal(sys.stdout))
+        terminal = _Terminal(sys.stdout)
+        terminal.setLevel(logging.INFO)
+        root.addHandler(terminal)
     root.setLevel(logging.WARNING)
     for name in ("cascade", "training", "data_pipeline"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(SILENT)
 
 
 class _RankFile(logging.FileHandler):
@@ -83,8 +87,15 @@ class Tracker:
     """Rank 0 writes; on other ranks every method does nothing."""
 
     def __init__(
-        self, run: RunDir, config: Experiment, ranks: Ranks, step: int, wandb_id: str, out: TextIO | None = None
-    ):
+        self,
+        run: RunDir,
+        config: Experiment,
+        ranks: Ranks,
+        step: int,
+        wandb_id: str,
+        code: dict[str, Any],
+        out: TextIO | None = None,
+    ) -> None:
         self.run, self.config, self.active = run, config, ranks.is_main
         self._out = out or sys.stdout
         self._wandb: Any = None
@@ -95,7 +106,7 @@ class Tracker:
         self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if kept:
             log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
-        self._wandb = start_wandb(run, config, wandb_id)
+        self._wandb = start_wandb(run, config, wandb_id, code)
 
     def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
         """One line of metrics after `step` steps."""
@@ -127,6 +138,21 @@ class Tracker:
             import wandb
 
             self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=step))
+
+    def checkpoint(self, step: int, place: object) -> None:
+        """A checkpoint as an artifact by reference: W&B keeps where it lies, not a copy."""
+        if self._wandb is None:
+            return
+        url = str(place) if "://" in str(place) else Path(str(place)).resolve().as_uri()
+
+        def add() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="checkpoint", metadata={"step": step})
+            artifact.add_reference(url, checksum=False)
+            self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
+
+        self._to_wandb(add)
 
     def close(self, exit_code: int = 0) -> None:
         if not self.active:
@@ -175,7 +201,7 @@ def keep_lines(path: Path, step: int) -> int:
 # ------------------------------------------------------------------------------------------------------- W&B
 
 
-def start_wandb(run: RunDir, config: Experiment, wandb_id: str) -> Any:
+def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
     """The W&B run (the same id after a restart), or None when it is disabled. Unreachable: offline, and said so."""
     settings = config.wandb
     if settings.mode == "disabled":
@@ -192,7 +218,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str) -> Any:
             id=wandb_id,
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
-            config=to_dict(config),
+            config={**to_dict(config), "code": code},
             settings=wandb.Settings(console="off", silent=True, init_timeout=60),
         )
 

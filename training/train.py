@@ -15,8 +15,8 @@ from typing import Any
 from data_pipeline.errors import CascadeError
 from training.checkpoint import CheckpointStore
 from training.config import Experiment
-from training.distributed import Ranks, all_sum, free_port, launch, process_count, read_ranks
-from training.resilience import NotFinite, Signals, stop_error
+from training.distributed import Ranks, free_port, launch, process_count, read_ranks
+from training.resilience import Signals, stop_error
 from training.run_dir import RunDir
 
 
@@ -28,7 +28,7 @@ def main(config: Experiment) -> dict[str, Any]:
 
     Raises:
         Preempted, Interrupted: stopped by a signal; everything is saved.
-        NotFinite: `train.max_skipped` steps in a row could not be applied.
+        NotFinite: `train.max_skipped` steps in a row could not be applied, also after going back to a checkpoint.
     """
     ranks = read_ranks()
     if ranks is None:
@@ -54,56 +54,58 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
 
     ranks = init_distributed(ranks, config)
     session = Session(config, ranks)
-    exit_code, loss, skipped_in_a_row = 1, math.nan, 0
+    engine, guard, settings = session.engine, session.guard, config.train
+    exit_code, loss, refused_in_a_row = 1, math.nan, 0
     try:
-        for step in range(session.step, config.train.steps):
+        session.begin()
+        for step in range(session.step, settings.steps):
             # ------------------------------------------------------------------------------------- next batch
-            with session.waiting():
-                micro_batches = next(session.loader)
+            with session.phase("data", step):
+                micro_batches = session.next_batch()
 
-            # ------------------------------------------------------------------- loss, step, moving averages
+            # ------------------------------------------------------------------------------------------- loss
             share: Any = 0.0
             for batch in micro_batches:
-                mean = session.loss(batch)
-                session.engine.backward(mean)
+                with session.phase("forward", step):
+                    mean = session.loss(batch)
+                with session.phase("backward", step):
+                    engine.backward(mean)
                 share = share + mean.detach() / len(micro_batches)
-            info = session.engine.step(step)
-            session.position = session.loader.position
+            loss, signal_number = session.agree(float(share), signals.received)
+
+            # --------------------------------------------------------- step, which moves the averages as well
+            problem = guard.problem(loss)
+            with session.phase("step", step):
+                info = engine.step(step, apply=not problem)
             done = step + 1
-            if step == session.step:
-                session.engine.set_timeout(config.train.timeout_s)
-
-            # --------------------------------------------------------------------- what all ranks know together
-            total, *asked = all_sum([float(share), *(float(signals.received == n) for n in signals.HANDLED)], ranks)
-            loss = total / ranks.world_size
-            signal_number = next((n for n, count in zip(signals.HANDLED, asked, strict=True) if count), 0)
-            session.counters["skipped"] += info.skipped
-            skipped_in_a_row = skipped_in_a_row + 1 if info.skipped else 0
-
-            # -------------------------------------------------------------------------------------------- log
             if info.skipped:
-                session.report_skip(done, loss, micro_batches)
-            if done % config.train.log_every == 0 or done == config.train.steps:
-                session.log(done, {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr})
+                session.report_skip(done, loss, problem or "its gradient is not finite", micro_batches)
+            else:
+                guard.accept(loss)
+            session.counters["skipped"] += info.skipped
+            refused_in_a_row = refused_in_a_row + 1 if info.skipped else 0
+            if step == session.step:
+                engine.set_timeout(settings.timeout_s)
 
-            # ------------------------------------------------------------------------------------ sample grid
-            every = config.train.sample_every
-            if every and (done % every == 0 or done == config.train.steps):
+            # ------------------------------------------------------------------ log, validation, sample grid
+            last = done == settings.steps
+            measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
+            validating = config.validation.every and (done % config.validation.every == 0 or last)
+            if validating:
+                measured.update(session.validate(done))
+            if done % settings.log_every == 0 or validating or last:
+                session.log(done, measured)
+            if settings.sample_every and (done % settings.sample_every == 0 or last):
                 session.sample_grid(done)
 
-            # ------------------------------------------------------------------------------------------- save
-            if done % config.checkpoint.every == 0 or done == config.train.steps or signal_number:
-                session.save(done, wait=bool(signal_number))
-
-            # ------------------------------------------------------------------------------------------- stop
+            # -------------------------------------------------------------------------------------- save, stop
+            if refused_in_a_row >= settings.max_skipped:
+                session.roll_back(done, refused_in_a_row)
+                refused_in_a_row = 0
+            if done % config.checkpoint.every == 0 or last or signal_number:
+                session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
                 raise stop_error(signal_number, done)
-            if skipped_in_a_row >= config.train.max_skipped:
-                raise NotFinite(
-                    f"step {done}: the last {skipped_in_a_row} steps had no finite gradient and were skipped "
-                    f"(train.max_skipped); the newest checkpoint is step {session.writer.last_step}; look at the "
-                    f"skipped batches in {session.run.path}/logs, or lower optimizer.lr"
-                )
         session.finish_saving()
         exit_code = 0
         return session.summary(loss)

@@ -13,7 +13,6 @@ from training.config import CheckpointConfig
 from training.distributed import Ranks
 from training.plain_engine import Snapshot
 
-
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +60,7 @@ class CheckpointWriter:
         """What cannot be deleted costs room, not the run; whether another attempt has taken over is found out by the
         next save, on all ranks together."""
         try:
-            self.store.prune(self.config.keep_last, self.config.keep_every)
+            self.store.prune(self.config.keep_last, self.config.keep_every, self.config.keep_best)
         except (OSError, CascadeError) as error:
             log.warning("old checkpoints were not deleted: %s", error)
 

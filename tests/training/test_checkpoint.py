@@ -148,9 +148,25 @@ def test_pruning_keeps_what_it_should(store: CheckpointStore) -> None:
     save(store, 2, 4, 5, 6, 7, 8)
     store.folder.sub("step-00000003").write("a0001-r00000-p000.safetensors", [b"left behind by a crash"])
     store.folder.sub("step-00000009").write("a0001-r00000-p000.safetensors", [b"being written"])
-    assert sorted(store.prune(keep_last=2, keep_every=4, pinned=(5,))) == [2, 3, 6]
-    assert store.steps() == [9, 8, 7, 5, 4]
-    assert all(store.open(step).problems() == [] for step in (4, 5, 7, 8))
+    assert sorted(store.prune(keep_last=2, keep_every=4)) == [2, 3, 5, 6]
+    assert store.steps() == [9, 8, 7, 4]
+    assert all(store.open(step).problems() == [] for step in (4, 7, 8))
+
+
+def test_pruning_keeps_the_best_and_the_last_healthy(store: CheckpointStore) -> None:
+    for step, healthy, validation in (
+        (1, True, 0.5),
+        (2, True, 0.3),
+        (3, True, None),
+        (4, False, 0.4),
+        (5, False, None),
+    ):
+        store.save(step, tensors(step), {"healthy": healthy, "validation": validation}, ONE)
+    assert store.prune(keep_last=1, keep_best=True) == [4, 1]
+    assert store.steps() == [5, 3, 2], "newest, last healthy, best"
+    assert store.prune(keep_last=1) == [2]
+    found = store.newest(wanted=lambda meta: meta["healthy"])
+    assert found is not None and found.step == 3
 
 
 def test_deleting_takes_the_manifest_first(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,21 @@ def test_the_run_directory_explains_itself(whole: Experiment) -> None:
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["position"] for line in lines] == [8 * step for step in range(1, STEPS + 1)]
-    assert {"loss", "grad_norm", "lr", "images_per_second", "data_wait", "skipped", "seconds"} <= set(lines[-1])
+    named = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "images_per_second",
+        "data_wait",
+        "skipped",
+        "device_hours",
+        "param_norm",
+        "bad",
+    }
+    assert named <= set(lines[-1])
+    assert any(key.startswith("loss_t/") for key in lines[-1]), "loss by noise level"
+    hours = [line["device_hours"] for line in lines]
+    assert hours == sorted(hours) and hours[0] > 0
     code = json.loads((run / "code.json").read_text())
     assert {"commit", "versions", "starts"} <= set(code) and code["starts"][0]["world_size"] == 2
     assert (run / "config.yaml").read_text().count("tiny_base") == 1
@@ -209,12 +223,96 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(tmp_path: Path, shar
     assert newest(config).meta["updates"] == 3
 
 
-def test_too_many_of_them_end_the_run(tmp_path: Path, shards: str) -> None:
+def test_too_many_of_them_go_back_and_then_on(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, zero__stage=1, train__max_skipped=2, checkpoint__every=4, train__steps=12)
+    events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (6, 7)]
+    running = chaos(config, 2, *events)
+    assert running.codes() == [0, 0], running.text
+    assert "the weights are set back to the checkpoint of step 4; training goes on with step 8" in running.text
+    meta = newest(config).meta
+    assert (meta["position"], meta["updates"]) == (96, 4 + 5), "no step of the data is taken twice"
+    assert meta["counters"] == {"skipped": 2, "rollbacks": 0}
+
+
+def test_going_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=2)
     running = chaos(config, 1, *({"what": "nan", "rank": 0, "step": step} for step in range(5, 10)))
     assert running.codes() == [76]
-    assert "the last 2 steps had no finite gradient" in running.text
-    assert newest(config).step == 6
+    assert "also after going back to the checkpoint of step 3" in running.text
+    again = chaos(config, 1)
+    assert again.codes() == [0], "a restart tries again from the newest checkpoint"
+
+
+def test_nothing_to_go_back_to(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=1)
+    running = chaos(config, 1, {"what": "nan", "rank": 0, "step": 1})
+    assert running.codes() == [76]
+    assert "there is no checkpoint to go back to" in running.text
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
+def test_a_spike_is_not_applied(tmp_path: Path, shards: str, stage: int, ranks: int) -> None:
+    """The step is refused although its gradient is finite, and the next one is as if it had not been."""
+    config = experiment(tmp_path, shards, zero__stage=stage, train__steps=20, data__micro_batch=2)
+    running = chaos(config, ranks, *({"what": "spike", "rank": rank, "step": 18} for rank in range(ranks)))
+    assert running.codes() == [0] * ranks, running.text
+    assert "step 18 was skipped: its loss" in running.text and "times the median" in running.text
+    lines = metrics(config)
+    assert lines[17]["grad_norm"] is None and lines[19]["skipped"] == 1
+    assert newest(config).meta["updates"] == 19
+    before, after = lines[16]["param_norm"], lines[17]["param_norm"]
+    assert before == after != lines[18]["param_norm"]
+
+
+def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards)
+    running = chaos(config, 2, {"what": "data", "rank": 1, "step": 5})
+    assert running.codes() == [2, 2]
+    assert "the shard is gone" in running.text and "Traceback" not in running.text
+    assert newest(config).step == 4
+    assert chaos(config, 2).codes() == [0, 0]
+    assert metrics(config)[-1]["position"] == STEPS * 8
+
+
+def test_validation_asks_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
+    results = []
+    for ranks, stage in ((1, 0), (2, 3)):
+        config = experiment(
+            tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
+            validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2, checkpoint__keep_last=1,
+            train__log_every=3,
+        )  # fmt: skip
+        (tmp_path / str(ranks)).mkdir()
+        running = forks.start(config, ranks)
+        assert running.codes() == [0] * ranks, running.text
+        lines = metrics(config)
+        assert [line["step"] for line in lines] == [2, 3, 4]
+        results.append([(line["validation_loss"], line["validation_loss_ema"]) for line in (lines[0], lines[2])])
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+    assert results[0][0][0] != results[0][0][1], "raw and averaged weights differ"
+
+
+def test_validation_without_held_out_data_is_refused(tmp_path: Path, shards: str) -> None:
+    running = forks.start(experiment(tmp_path, shards, zero__stage=0, validation__every=2))
+    assert running.codes() == [2]
+    assert "validation.shards" in running.text
+
+
+def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, zero__stage=0, train__steps=1, train__init_from=whole.run.dir)
+    config.optimizer.lr = 1e-12
+    running = forks.start(config)
+    assert running.codes() == [0], running.text
+    assert f"weights taken from {whole.run.dir}" in running.text
+    mine, theirs = newest(config), newest(whole)
+    name = "conv_out.weight"
+    assert torch.allclose(mine.read(f"param/{name}"), theirs.read(f"ema/0/{name}"), atol=1e-6)
+    other = experiment(tmp_path / "other", shards, zero__stage=0, train__init_from=whole.run.dir)
+    other.stage.model.overrides = {"widths": [32, 64]}
+    (tmp_path / "other").mkdir()
+    running = forks.start(other)
+    assert running.codes() == [2] and f"train.init_from={whole.run.dir}: weights of another network" in running.text
 
 
 def test_super_resolution(tmp_path: Path, shards: str) -> None:
