@@ -8,9 +8,10 @@ import logging
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,77 +19,15 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
+from data_pipeline.filters import keep_rows
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, read_index, store_index
+from data_pipeline.summaries import Summary, read_summaries, summarize, summary_url, write_summaries
 
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 384 << 20
 _THREADS = 16
-
-# setting -> (index column, reason for the counter, whether a value fails); a sample without the value fails as
-# unknown_*
-_Rule = tuple[str, str, Callable[[np.ndarray, float], np.ndarray]]
-_RULES: dict[str, _Rule] = {
-    "min_side": ("side", "too_small", lambda value, limit: value < limit),
-    "max_aspect": ("aspect", "aspect_ratio", lambda value, limit: value > limit),
-    "min_aesthetic": ("aesthetic", "low_aesthetic", lambda value, limit: value < limit),
-    "max_watermark": ("watermark", "watermark", lambda value, limit: value > limit),
-    "max_unsafe": ("unsafe", "unsafe", lambda value, limit: value > limit),
-    "min_similarity": ("similarity", "low_similarity", lambda value, limit: value < limit),
-    "min_caption": ("caption_length", "short_caption", lambda value, limit: value < limit),
-    "max_caption": ("caption_length", "long_caption", lambda value, limit: value > limit),
-}
-
-
-def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Counter[str]]:
-    """Which rows of a shard take part, and how many the first rule that they broke threw out, by reason.
-
-    Returns:
-        (rows, (k,) int64 ascending; reason -> count, which sums to len(index) - k)
-    """
-    keep = np.ones(len(index), bool)
-    dropped: Counter[str] = Counter()
-    problems = index.column("problem").to_pylist() if len(index) else []
-    for row, problem in enumerate(problems):
-        if problem:
-            keep[row] = False
-            dropped[problem] += 1
-    for setting, (column, reason, fails) in _RULES.items():
-        limit = getattr(rules, setting)
-        if limit is None:
-            continue
-        values = _values(index, column)
-        for failing, name in ((np.isnan(values), f"unknown_{column}"), (fails(values, limit), reason)):
-            out = keep & failing
-            if out.any():
-                dropped[name] += int(out.sum())
-                keep &= ~out
-    return np.flatnonzero(keep), dropped
-
-
-def _values(index: ShardIndex, name: str) -> np.ndarray:
-    """A column as float64, nan where unknown."""
-    if name in ("side", "aspect"):
-        width, height = _values(index, "width"), _values(index, "height")
-        short, long = np.minimum(width, height), np.maximum(width, height)
-        return short if name == "side" else long / np.maximum(short, 1)
-    return index.column(name).to_numpy().astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is kept of every shard in memory."""
-
-    entry: store.Entry
-    place: str
-    """Where its index lies."""
-    digest: str
-    samples: int
-    kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    problems: dict[str, int] = field(default_factory=dict)
-    compressed: bool = False
 
 
 class Dataset:
@@ -107,8 +46,10 @@ class Dataset:
         self.problems: Counter[str] = Counter()
         """Damage to shards found while indexing, by reason."""
         for summary in summaries:
-            self.dropped.update(summary.dropped)
-            self.problems.update(summary.problems)
+            for reason, count in summary.dropped.items():
+                self.dropped[reason] += count
+            for reason, count in summary.problems.items():
+                self.problems[reason] += count
         self._cache: OrderedDict[int, tuple[ShardIndex, np.ndarray]] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -116,10 +57,14 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Hash of what decides the order: shard names, contents and filters (not where the shards lie)."""
-        return self.describe()["fingerprint"]
+        return str(self._description["fingerprint"])
 
     def describe(self) -> dict[str, Any]:
         """The fingerprint and its ingredients, for comparing two data sets."""
+        return dict(self._description)
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
         names = [[store.basename(s.entry.url), s.samples, s.digest] for s in self.summaries]
         content = hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
         rules = {name: value for name, value in asdict(self.rules).items() if value is not None}
@@ -187,9 +132,10 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
     """
     patience = patience_of(config)
     entries = store.describe(urls, patience)
-    missing: list[int] = []
+    known_at = summary_url(entries, config.filter, config.index_dir)
+    known = read_summaries(known_at, entries)
     with ThreadPoolExecutor(_THREADS) as pool:
-        loaded = list(pool.map(lambda entry: _load(entry, config, patience), entries))
+        loaded = list(pool.map(lambda entry: known.get(entry.url) or _load(entry, config, patience), entries))
         missing = [number for number, summary in enumerate(loaded) if summary is None]
         if missing:
             logger.warning(
@@ -198,7 +144,10 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
             )  # fmt: skip
             for number, summary in _build_all(missing, entries, config, patience, pool):
                 loaded[number] = summary
-    dataset = Dataset([summary for summary in loaded if summary is not None], config.filter, patience)
+    summaries = [summary for summary in loaded if summary is not None]
+    if len(known) < len(summaries):
+        write_summaries(known_at, summaries)
+    dataset = Dataset(summaries, config.filter, patience)
     _report(dataset)
     return dataset
 
@@ -226,12 +175,6 @@ def _build_all(
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:
     index = load_index(entry.url, config.index_dir, entry, patience)
     return None if index is None else summarize(index, entry, index.place, config.filter)
-
-
-def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterConfig) -> Summary:
-    """What a run keeps in memory of a shard."""
-    rows, dropped = keep_rows(index, rules)
-    return Summary(entry, place, index.digest, len(index), len(rows), dict(dropped), index.problems, index.compressed)
 
 
 def _report(dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -127,3 +128,34 @@ def test_pickled_data_sets_read_the_same(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(data))
     assert [copy.key(1, row) for row in range(4)] == [data.key(1, row) for row in range(4)]
     assert copy.fingerprint == data.fingerprint
+
+
+def test_a_later_start_opens_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_pipeline import dataset, summaries
+
+    monkeypatch.setattr(summaries, "_WORTH_A_FILE", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path, [3, 4, 2])
+    first = load(tmp_path, min_aesthetic=4.0)
+    opened: list[str] = []
+    original = dataset.load_index
+
+    def watch(url: str, *rest: Any) -> Any:
+        opened.append(os.path.basename(url))
+        return original(url, *rest)
+
+    monkeypatch.setattr(dataset, "load_index", watch)
+    again = load(tmp_path, min_aesthetic=4.0)
+    assert opened == []
+    assert (again.fingerprint, again.counts.tolist(), again.dropped) == (
+        first.fingerprint,
+        first.counts.tolist(),
+        first.dropped,
+    )
+    (tmp_path / "more").mkdir()
+    os.replace(write_shards(tmp_path / "more", [6], seed=5)[0], tmp_path / "00001.tar")
+    changed = load(tmp_path, min_aesthetic=4.0)
+    assert "00001.tar" in opened and "00000.tar" not in opened
+    assert changed.total == 11
+    load(tmp_path)
+    assert "00000.tar" in opened  # other filters have other counts
