@@ -93,13 +93,17 @@ PRESETS: dict[str, UNetConfig] = {
         attention_every_block=False,
         low_res=True,
     ),
-    "demo_base": UNetConfig(widths=(64, 128), blocks=(2, 2), patch=2),
+    "demo_base": UNetConfig(widths=(64, 128), blocks=(2, 2), patch=2, text_width=128),
     "demo_sr": UNetConfig(
-        widths=(32, 64), blocks=(2, 2), self_attention=(False, False), patch=4, low_res=True, cond_dim=128
+        widths=(64, 128),
+        blocks=(1, 1),
+        self_attention=(False, False),
+        patch=4,
+        low_res=True,
+        cond_dim=128,
+        text_width=64,
     ),
-    "demo_long_base": UNetConfig(
-        widths=(64, 128, 128), blocks=(2, 2, 2), self_attention=(True,) * 3, cross_attention=(False,) * 3, patch=2
-    ),
+    "demo_long_base": UNetConfig(widths=(96, 192), blocks=(2, 2), patch=2, head_dim=32, text_width=128),
     # 2.007e9 parameters: the widths, blocks and attention of the paper's appendix F; text and time widths chosen to
     # reach its 2B.
     "base64": UNetConfig(
