@@ -1,4 +1,5 @@
-"""Every setting of every command, as typed dataclasses that refuse what cannot work. Imports neither torch nor deepspeed.
+"""Every setting of every command, as typed dataclasses that refuse what cannot work. Imports neither torch nor
+deepspeed.
 
 `conf/*.yaml` composes the values (Hydra), these classes own their validity: unknown keys and wrong types are refused by
 OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `Experiment.check`.
@@ -114,12 +115,21 @@ class OptimizerConfig:
 @dataclass
 class EmaConfig:
     decays: list[float] = field(default_factory=lambda: [0.9999])
-    """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n)."""
+    """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n). With `profile: power`
+    these are relative widths, for example [0.05, 0.1]."""
+    profile: str = "constant"
+    """`constant` decay, or `power`: averages from which, with checkpoint.keep_every, `cascade checkpoints action=export
+    sigma_rel=...` makes one of any other width afterwards."""
 
     def __post_init__(self) -> None:
         require(bool(self.decays), "ema.decays: give at least one decay")
         for decay in self.decays:
             require(0 <= decay < 1, f"ema.decays: {decay} is not in [0, 1)")
+            require(
+                self.profile != "power" or 0 < decay < 0.288,
+                f"ema.decays: {decay} is no relative width; ema.profile=power needs values between 0 and 0.288",
+            )
+        require(self.profile in ("constant", "power"), f"ema.profile={self.profile}: it must be constant or power")
 
 
 @dataclass
@@ -163,12 +173,13 @@ class TrainConfig:
     init_from: str | None = None
     """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
     max_skipped: int = 10
-    """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run goes back
-    to the weights of its last healthy checkpoint and steps past the data."""
+    """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run
+    goes back to the weights of its last healthy checkpoint and steps past the data."""
     max_rollbacks: int = 1
     """So often in a row; then it stops."""
     spike_factor: float = 20.0
-    """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one is."""
+    """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one
+    is."""
     stall_s: float = 120.0
     """A rank that stands still for so long is reported, with its stacks in its log file."""
     peak_tflops: float = 0.0
@@ -187,7 +198,8 @@ class TrainConfig:
 
 @dataclass
 class ValidationConfig:
-    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between runs."""
+    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between
+    runs."""
 
     every: int = 0
     """Steps between two measurements; 0: never."""
@@ -236,7 +248,8 @@ class WandbConfig:
 
 @dataclass
 class ClusterConfig:
-    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits to."""
+    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
+    to."""
 
     kind: str = "local"
     processes: int = 0
@@ -296,9 +309,7 @@ class EvaluationConfig:
     output: str = "runs/default/evaluation"
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures"
-        )
+        require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
         require(self.samples >= 2, f"evaluation.samples={self.samples}: it must be at least 2")
         require(self.batch >= 1, f"evaluation.batch={self.batch}: it must be at least 1")
 
@@ -373,8 +384,8 @@ class VerifyCommand(Experiment):
 @dataclass
 class LaunchCommand(Experiment):
     verb: Any = "train"
-    """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a chain, each
-    job after the success of the one before."""
+    """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a
+    chain, each job after the success of the one before."""
     overrides: list[str] = field(default_factory=list)
     """More key=value words for the submitted command."""
     dry_run: bool = False
@@ -398,7 +409,22 @@ class CheckpointsCommand(Experiment):
     action: str = "list"
     """`list`, `verify`, `diff` or `export`."""
     steps: list[int] = field(default_factory=list)
+    """Which ones; empty: all (verify), the newest (export), the two newest (diff)."""
     output: str | None = None
+    """`export`: the safetensors file to write."""
+    average: int = 0
+    """`export`: which of ema.decays; -1: the raw weights."""
+    sigma_rel: float | None = None
+    """`export`: the average of this relative width, made from the stored ones (ema.profile=power)."""
+
+    def __post_init__(self) -> None:
+        actions = ("list", "verify", "diff", "export")
+        require(self.action in actions, f"action={self.action}: it must be {', '.join(actions)}")
+        require(self.action != "export" or bool(self.output), "output: action=export needs the file to write")
+        require(
+            self.sigma_rel is None or 0 < self.sigma_rel < 0.288,
+            f"sigma_rel={self.sigma_rel}: it must lie between 0 and 0.288",
+        )
 
 
 @dataclass
@@ -407,7 +433,8 @@ class EmbedCommand(Experiment):
     """Directory or s3:// prefix of the sidecars; null: beside the shards. Training reads them by data.embeddings."""
     part: int = 0
     parts: int = 1
-    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by themselves."""
+    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
+    themselves."""
     dtype: str = "bf16"
     """`bf16` or `int8` (half the size)."""
     batch: int = 64
@@ -422,7 +449,11 @@ class EmbedCommand(Experiment):
 COMMANDS: dict[str, tuple[type[Experiment], str, str]] = {
     "prepare": (Experiment, "data_pipeline.prepare", "draw, import or repack data into WebDataset shards"),
     "index": (Experiment, "data_pipeline.index", "walk shards once and write their index"),
-    "verify": (VerifyCommand, "data_pipeline.verify", "read and decode every sample as training would; report what is broken"),
+    "verify": (
+        VerifyCommand,
+        "data_pipeline.verify",
+        "read and decode every sample as training would; report what is broken",
+    ),
     "order": (OrderCommand, "data_pipeline.order_command", "show which samples a run would read, batch by batch"),
     "embed": (EmbedCommand, "training.embed", "compute the text embeddings of all captions once, beside the shards"),
     "train": (Experiment, "training.train", "train one stage; the same command again resumes"),

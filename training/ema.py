@@ -7,15 +7,66 @@ not move the average either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+
+from training.config import EmaConfig
+
+WIDEST = 12**-0.5
+"""Relative width of the plain mean over all steps, the widest power profile (gamma = 0)."""
 
 
 def decay_at(decay: float, updates: int) -> float:
     """The decay of update number `updates` (0 for the first): ramped up as (1 + n) / (10 + n), so that early averages
     forget the random start."""
     return min(decay, (1 + updates) / (10 + updates))
+
+
+def power_decay_at(sigma_rel: float, updates: int) -> float:
+    """The decay (1 - 1/t)^(gamma + 1) of update t = updates + 1 for a power profile of relative width sigma_rel
+    (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", eq. 4)."""
+    return (1 - 1 / (updates + 1)) ** (gamma_of(sigma_rel) + 1)
+
+
+def decays_at(config: EmaConfig, updates: int) -> tuple[float, ...]:
+    """One decay per average."""
+    rule = power_decay_at if config.profile == "power" else decay_at
+    return tuple(rule(value, updates) for value in config.decays)
+
+
+@lru_cache
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a profile: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) solved for it (EDM2, eq.
+    126)."""
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def posthoc_weights(stored: Sequence[tuple[float, float]], updates: float, sigma_rel: float) -> np.ndarray:
+    """Weights with which stored averages add up to the one of another width (EDM2, appendix C.3): the least-squares
+    fit of the target's profile by the stored ones.
+
+    Args:
+        stored: (updates, sigma_rel) of each stored average, power profiles all.
+        updates: where the wanted average ends.
+        sigma_rel: its relative width.
+    """
+    t = np.array([at for at, _ in stored], dtype=np.float64)
+    gamma = np.array([gamma_of(width) for _, width in stored])
+    among = _overlap(t[:, None], gamma[:, None], t[None], gamma[None])
+    wanted = _overlap(t, gamma, np.array(float(updates)), np.array(gamma_of(sigma_rel)))
+    return np.linalg.lstsq(among, wanted, rcond=None)[0]
+
+
+def _overlap(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """Inner product of two power profiles (EDM2, eq. 151)."""
+    exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
+    longest = np.maximum(t_a, t_b)
+    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * longest)
 
 
 def state_name(index: int) -> str:

@@ -183,7 +183,7 @@ class Engine:
         """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
         `apply`."""
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
-        set_step(self._zero.optimizer, lr, self.config.ema.decays, self.updates)
+        set_step(self._zero.optimizer, lr, self.config.ema, self.updates)
         with nullcontext() if apply else self._refusing():
             self._engine.step()
         self._micro_batches = 0

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import ConfigError
-from training.config import Experiment
+from training.config import EmaConfig, Experiment
 from training.distributed import Ranks
-from training.ema import decay_at, state_name
+from training.ema import decays_at, state_name
 from training.optimizers import build_optimizer, learning_rate
 
 
@@ -72,7 +72,7 @@ class PlainEngine:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
         skipped = not (apply and math.isfinite(norm))
         if not skipped:
-            set_step(self.optimizer, lr, self.config.ema.decays, self.updates)
+            set_step(self.optimizer, lr, self.config.ema, self.updates)
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,8 +140,8 @@ def saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
 
 
-def set_step(optimizer: torch.optim.Optimizer, lr: float, decays: list[float], updates: int) -> None:
+def set_step(optimizer: torch.optim.Optimizer, lr: float, ema: EmaConfig, updates: int) -> None:
     """Learning rate and averaging decays of the step that comes."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.averaging = tuple(decay_at(decay, updates) for decay in decays)  # type: ignore[attr-defined]
+    optimizer.averaging = decays_at(ema, updates)  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ from training.optimizers import STATES, skip_compiler
 from training.resilience import LossGuard, NotFinite, Signals
 from training.run_dir import RunDir, check_same_run, code_version, to_dict
 from training.sample_grid import MOST, Inputs, draw, write
-from training.tracking import SILENT, Tracker, finite, start_logging
+from training.tracking import SILENT, Tracker, finite, start_logging, stop_logging
 from training.validation import Validation
 from training.watchdog import Watchdog
 from training.writer import CheckpointWriter
@@ -162,7 +162,8 @@ class Session:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         kinds = {kind: kind for kind in STATES[self.config.optimizer.name]}
-        saved = list(checkpoint.meta["config"]["ema"]["decays"])
+        before = checkpoint.meta["config"]["ema"]
+        saved = list(before["decays"]) if before.get("profile", "constant") == self.config.ema.profile else []
         for index, decay in enumerate(self.config.ema.decays):
             known = decay in saved and bool(checkpoint.names(f"{state_name(saved.index(decay))}/"))
             kinds[state_name(index)] = state_name(saved.index(decay)) if known else "param"
@@ -402,3 +403,4 @@ class Session:
         self.watchdog.close()
         self.loader.close()
         self.tracker.close(exit_code)
+        stop_logging()

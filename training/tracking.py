@@ -29,16 +29,13 @@ BAR = 20
 
 def start_logging(run: RunDir, ranks: Ranks) -> None:
     """Messages go to logs/rank-#.log of this rank; those of rank 0 to the terminal as well."""
+    stop_logging()
     root = logging.getLogger()
-    for handler in list(root.handlers):
-        if isinstance(handler, (_RankFile, _Terminal)):
-            root.removeHandler(handler)
-            handler.close()
     file = _RankFile(run.log_file(ranks.rank))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if ranks.is_main:
-        terminal = _Terminal(sys.stdout)
+        terminal = _Terminal()
         terminal.setLevel(logging.INFO)
         root.addHandler(terminal)
     root.setLevel(logging.WARNING)
@@ -46,17 +43,25 @@ def start_logging(run: RunDir, ranks: Ranks) -> None:
         logging.getLogger(name).setLevel(SILENT)
 
 
+def stop_logging() -> None:
+    """Closes what `start_logging` opened."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, (_RankFile, _Terminal)):
+            root.removeHandler(handler)
+            handler.close()
+
+
 class _RankFile(logging.FileHandler):
     """Told apart from other people's handlers by its type."""
 
 
-class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+class _Terminal(logging.Handler):
     """Plain sentences; clears a progress line first."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream.isatty():
-            self.stream.write("\r\033[K")
-        super().emit(record)
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        print(f"{clear}{self.format(record)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ the progress line

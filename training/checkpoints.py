@@ -1,0 +1,181 @@
+"""`cascade checkpoints run=DIR`: list, verify, compare and export checkpoints.
+
+action=list                                        step, size, health, validation loss
+action=verify  steps=[..]                          every byte against its checksum; exit code 2 when something is
+wrong action=diff    steps=[100,200]                     how far the weights moved, and which settings changed
+action=export  output=weights.safetensors          averaged weights in one file; average=-1: the raw ones;
+                                                   sigma_rel=0.08: an average of that width (ema.profile=power)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.errors import ConfigError, DataError
+from training.bundle import checkpoint_dir
+from training.checkpoint import Checkpoint, CheckpointStore
+from training.config import CheckpointsCommand
+from training.ema import posthoc_weights, state_name
+from training.folder import open_folder
+from training.run_dir import differences
+from training.safetensors_file import Digest, chunks
+
+SHOWN = 10
+"""Tensors that `diff` names."""
+
+
+def main(config: CheckpointsCommand) -> dict[str, Any]:
+    """Does `config.action` on the checkpoints of `run.dir`.
+
+    Raises:
+        DataError: no such run or checkpoint; `verify`: damage.
+    """
+    store = CheckpointStore(checkpoint_dir(config.run.dir))
+    if not store.steps():
+        raise DataError(f"{store.folder}: no checkpoints; name the run with run=DIR")
+    actions: dict[str, Callable[[CheckpointStore, CheckpointsCommand], dict[str, Any]]] = {
+        "list": list_all,
+        "verify": verify,
+        "diff": diff,
+        "export": export,
+    }
+    return actions[config.action](store, config)
+
+
+def list_all(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
+    """Newest first; sizes are checked, checksums are not."""
+    rows = []
+    print(f"{store.folder}\n{'step':>10} {'GB':>8} {'files':>6} {'tensors':>8}  {'validation':>10}  state")
+    for step in store.steps():
+        row = describe(store, step)
+        rows.append(row)
+        loss = "" if row["validation"] is None else f"{row['validation']:.5f}"
+        state = "; ".join(row["problems"]) or ("healthy" if row["healthy"] else "its last step was not applied")
+        print(f"{step:>10} {row['bytes'] / 1e9:>8.3f} {row['files']:>6} {row['tensors']:>8}  {loss:>10}  {state}")
+    return {"run": config.run.dir, "checkpoints": rows}
+
+
+def describe(store: CheckpointStore, step: int, checksums: bool = False) -> dict[str, Any]:
+    """One checkpoint as JSON values."""
+    row: dict[str, Any] = {"step": step, "bytes": 0, "files": 0, "tensors": 0, "healthy": False, "validation": None}
+    try:
+        checkpoint = store.open(step)
+    except DataError as error:
+        return {**row, "problems": [str(error)]}
+    return {
+        **row,
+        "bytes": checkpoint.bytes,
+        "files": len(checkpoint.manifest["files"]),
+        "tensors": len(checkpoint.names()),
+        "healthy": checkpoint.meta.get("healthy", True),
+        "validation": checkpoint.meta.get("validation"),
+        "attempt": checkpoint.manifest["attempt"],
+        "position": checkpoint.meta.get("position"),
+        "problems": checkpoint.problems(checksums=checksums),
+    }
+
+
+def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
+    """Reads every byte of the chosen checkpoints."""
+    rows = [describe(store, step, checksums=True) for step in config.steps or store.steps()]
+    for row in rows:
+        print(f"step {row['step']}: {'; '.join(row['problems']) or 'every byte as it was written'}")
+    damaged = [row["step"] for row in rows if row["problems"]]
+    if damaged:
+        names = ", ".join(str(step) for step in damaged)
+        raise DataError(
+            f"{store.folder}: damaged or unfinished: step {names}; `cascade train` passes over them, delete them at will"
+        )
+    return {"run": config.run.dir, "checkpoints": rows}
+
+
+def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
+    """How far the raw weights moved between two checkpoints, relative to their norm, the farthest first."""
+    if len(config.steps) not in (0, 2):
+        raise ConfigError(f"steps={config.steps}: action=diff compares two checkpoints")
+    steps = sorted(config.steps or [step for step in store.steps() if not describe(store, step)["problems"]][:2])
+    if len(steps) < 2:
+        raise ConfigError(f"steps: {store.folder} has only one checkpoint to compare")
+    first, second = (store.open(step) for step in steps)
+    names = sorted({*first.names("param/")} & {*second.names("param/")})
+    moved = {name.removeprefix("param/"): _distance(first.read(name), second.read(name)) for name in names}
+    others = sorted({*first.names()} ^ {*second.names()})
+    settings = differences(first.meta.get("config", {}), second.meta.get("config", {}))
+    far = sorted(moved, key=moved.__getitem__, reverse=True)
+    for name in far[:SHOWN]:
+        print(f"{moved[name]:>10.4%}  {name}")
+    for name in others[:SHOWN]:
+        print(f"only in one: {name}")
+    for key, old, new in settings:
+        print(f"{key}: {old} -> {new}")
+    return {
+        "steps": steps,
+        "moved": moved,
+        "only_in_one": others,
+        "settings": [{"key": key, "before": old, "after": new} for key, old, new in settings],
+    }
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((b.double() - a.double()).norm() / a.double().norm().clamp(min=1e-12))
+
+
+def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
+    """One safetensors file of fp32 weights by parameter name."""
+    checkpoint = store.open(config.steps[0]) if config.steps else store.newest()
+    assert checkpoint is not None and config.output is not None
+    problems = checkpoint.problems()
+    if problems:
+        raise DataError(f"{checkpoint.folder}: {'; '.join(problems)}")
+    if config.sigma_rel is not None:
+        tensors, what = posthoc(store, checkpoint, config.sigma_rel), f"average of relative width {config.sigma_rel}"
+    else:
+        kind = "param" if config.average < 0 else state_name(config.average)
+        tensors, what = _weights(checkpoint, kind), "raw weights" if config.average < 0 else f"average {config.average}"
+    output = Path(config.output)
+    digest = Digest(chunks(tensors))
+    open_folder(str(output.parent)).write(output.name, digest)
+    print(f"{output}: {what} of step {checkpoint.step}, {len(tensors)} tensors, {digest.size / 1e6:.1f} MB")
+    return {"output": str(output), "step": checkpoint.step, "bytes": digest.size, "sha256": digest.sha256, "what": what}
+
+
+def _weights(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
+    names = checkpoint.names(f"{kind}/")
+    if not names:
+        decays = checkpoint.meta["config"]["ema"]["decays"]
+        raise ConfigError(
+            f"average: {checkpoint.folder} has the averages 0 to {len(decays) - 1}, of ema.decays {decays}"
+        )
+    return {name.removeprefix(f"{kind}/"): checkpoint.read(name) for name in names}
+
+
+def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[str, torch.Tensor]:
+    """The average of another width that ends at `last`, from all power-profile averages stored up to then.
+
+    Raises:
+        ConfigError: the run has no power profiles.
+    """
+    stored: list[tuple[Checkpoint, str, float, float]] = []
+    for step in (s for s in store.steps() if s <= last.step):
+        try:
+            checkpoint = store.open(step)
+        except DataError:
+            continue
+        ema = checkpoint.meta["config"]["ema"]
+        if ema.get("profile") == "power" and checkpoint.meta["updates"] and not checkpoint.problems(checksums=False):
+            updates = float(checkpoint.meta["updates"])
+            stored += [(checkpoint, state_name(i), updates, width) for i, width in enumerate(ema["decays"])]
+    if not stored:
+        raise ConfigError("sigma_rel: the run was not trained with ema.profile=power")
+    weights = posthoc_weights([(t, width) for _, _, t, width in stored], last.meta["updates"], sigma_rel)
+    tensors = {}
+    for name in (name.removeprefix("param/") for name in last.names("param/")):
+        total = torch.zeros(last.shape(f"param/{name}"), dtype=torch.float64)
+        for (checkpoint, kind, _, _), weight in zip(stored, weights, strict=True):
+            total += float(weight) * checkpoint.read(f"{kind}/{name}").double()
+        tensors[name] = total.float()
+    return tensors
