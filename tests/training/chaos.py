@@ -1,10 +1,10 @@
 """`cascade train` in which something happens to one rank at one step. CASCADE_CHAOS: a list of {what, rank, step}.
 
-    kill                        SIGKILL at the end of the step
-    sigterm, sigusr1, sigint    the signal, to this rank alone, at the end of the step
-    nan, spike                  the loss of the step is NaN, or a thousand times as large
-    data                        the batch of the step cannot be read
-    write                       SIGKILL after half of a file of that step's checkpoint
+kill                        SIGKILL at the end of the step
+sigterm, sigusr1, sigint    the signal, to this rank alone, at the end of the step
+nan, spike                  the loss of the step is NaN, or a thousand times as large
+data                        the batch of the step cannot be read
+write                       SIGKILL after half of a file of that step's checkpoint
 """
 
 from __future__ import annotations

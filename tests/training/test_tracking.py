@@ -106,7 +106,8 @@ def test_a_full_disk_is_said_once(config: Experiment, caplog: pytest.LogCaptureF
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum, length, type)."""
+    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum, length,
+    type)."""
     data, at, parts = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
