@@ -21,8 +21,8 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.filters import keep_rows
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import ShardIndex, index_shard, load_index, read_index, store_index
-from data_pipeline.summaries import Summary, read_summaries, summarize, summary_url, write_summaries
+from data_pipeline.shard_index import ShardIndex, index_shard, load_index, load_meta, read_index, store_index
+from data_pipeline.summaries import Summary, read_summaries, summarize, summarize_meta, summary_url, write_summaries
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,10 @@ def _build_all(
 
 
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:
+    if not any(value is not None for value in vars(config.filter).values()):
+        found = load_meta(entry, config.index_dir, patience)
+        if found is not None:
+            return summarize_meta(found[0], entry, found[1])
     index = load_index(entry.url, config.index_dir, entry, patience)
     return None if index is None else summarize(index, entry, index.place, config.filter)
 

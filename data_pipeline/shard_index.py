@@ -40,6 +40,7 @@ __all__ = [
     "index_url",
     "key_hash",
     "load_index",
+    "load_meta",
     "read_index",
     "save_index",
     "store_index",
@@ -47,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -186,7 +187,8 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
     if expected is not None and expected != len(samples):
         problems.append(Problem("count_mismatch", 0, f"{len(samples)} samples where {expected} were written"))
     counts = Counter(problem.reason for problem in problems)
-    counts.update(row["problem"] for row in samples if row["problem"])
+    unusable = Counter(row["problem"] for row in samples if row["problem"])
+    counts.update(unusable)
     table = pa.Table.from_pylist(samples, schema=SCHEMA)
     meta = {
         "version": VERSION,
@@ -196,6 +198,7 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
         "samples": len(samples),
         "compressed": probe.head == b"\x1f\x8b",
         "problems": dict(sorted(counts.items())),
+        "unusable": dict(sorted(unusable.items())),
         "details": [f"{p.reason} at byte {p.offset}: {p.detail}" for p in problems[:20]],
         "digest": _digest(samples),
         "content": probe.digest.hexdigest(),
@@ -251,7 +254,7 @@ def save_index(index: ShardIndex, url: str, patience: Patience = DEFAULT) -> Non
 def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex | None:
     """The index at `url`, or None when there is none that this version can read."""
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(url, patience)))
+        table = pq.ParquetFile(io.BytesIO(store.read_bytes(url, patience))).read(use_threads=False)
         meta = json.loads(table.schema.metadata[b"cascade"])
         if meta["version"] != VERSION or not table.schema.remove_metadata().equals(SCHEMA):
             return None
@@ -260,6 +263,22 @@ def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex
     index = ShardIndex(shard, table.replace_schema_metadata(None), meta)
     index.place = url
     return index
+
+
+def load_meta(
+    entry: store.Entry, index_dir: str | None = None, patience: Patience = DEFAULT
+) -> tuple[dict[str, Any], str] | None:
+    """The facts about a whole shard from its stored index, and where that lies, without reading the rows (ten times
+    faster); None when there is none for exactly this size and etag."""
+    for where in (index_url(entry.url), cached_index_url(entry.url, index_dir)):
+        try:
+            metadata = pq.read_metadata(io.BytesIO(store.read_bytes(where, patience))).metadata
+            meta = json.loads(metadata[b"cascade"])
+            if (meta["version"], meta["size"], meta["etag"]) == (VERSION, entry.size, entry.etag):
+                return meta, where
+        except (DataError, pa.ArrowException, KeyError, TypeError, ValueError):
+            continue
+    return None
 
 
 def fits(index: ShardIndex, entry: store.Entry) -> bool:

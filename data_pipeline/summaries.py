@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,6 +53,15 @@ def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterCo
         dict(dropped) or _NONE,
         index.problems or _NONE,
         index.compressed,
+    )
+
+
+def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summary:
+    """The same where no filter asks for the rows."""
+    unusable, samples = meta["unusable"], meta["samples"]
+    kept = samples - sum(unusable.values())
+    return Summary(
+        entry, place, meta["digest"], samples, kept, unusable or _NONE, meta["problems"] or _NONE, meta["compressed"]
     )
 
 

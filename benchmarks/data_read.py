@@ -1,0 +1,202 @@
+"""Reading raw samples: ours against plain webdataset, turn by turn in the same process.
+
+    python benchmarks/data_read.py [--rounds 5] [--only local,s3,shards,start,memory]
+
+Prints one JSON line per comparison. `local`: samples per CPU-second from a local tar in the page cache, with our
+checksums verified. `s3`: MB/s over a server with 30 ms latency and 80 MB/s per connection. `shards`: samples per
+CPU-second with 1,000 and with 100,000 shards. `start`: seconds to the first batch at position 0 and at position 10^9.
+`memory`: growth while 100,000 samples are read. Pictures are the tests' photographs, enlarged, with sensor noise,
+encoded anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+
+from benchmarks.photographs import encoded_photographs
+from benchmarks.s3_like import running
+from data_pipeline import ShardStream
+from data_pipeline.shards import ShardWriter
+
+PARTS = ("local", "s3", "shards", "start", "memory")
+OPTIONS: dict[str, Any] = {"seed": 0, "global_batch": 64, "lanes": 8, "window": 64}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = name + "/cache"
+        for part in arguments.only.split(","):
+            globals()[f"measure_{part}"](Path(name) / part, arguments.rounds)
+
+
+def write(folder: Path, shards: int, each: int, longest: tuple[int, int]) -> float:
+    """Shards of photographs whose longer side lies between these; returns the mean bytes of a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = list(encoded_photographs(min(shards * each, 200), longest))
+    caption = b"a photograph of something or other on a fine day"
+    facts = json.dumps(
+        {"caption": caption.decode(), "url": "https://example.org/" + "x" * 60, "sha256": "0" * 64}
+    ).encode()
+    for shard in range(shards):
+        with ShardWriter(str(folder / f"{shard:05d}.tar")) as writer:
+            for i in range(each):
+                picture = photographs[(shard * each + i) % len(photographs)]
+                writer.write(f"{shard:05d}{i:04d}", {"jpg": picture, "json": facts, "txt": caption})
+    return statistics.mean(map(len, photographs))
+
+
+def measure_local(folder: Path, rounds: int) -> None:
+    for longest in ((256, 256), (384, 512), (512, 1024)):
+        here = folder / str(longest[1])
+        size = write(here, 4, 250, longest)
+        pattern = f"{here}/{{00000..00003}}.tar"
+        stream = ShardStream(str(here), **OPTIONS, stop=1000)
+        plain = wds.WebDataset(pattern, shardshuffle=False)
+        compare(f"local tar, {size / 1e3:.0f} kB pictures", lambda s=stream: count(s), lambda p=plain: count(p), rounds)
+
+
+def measure_s3(folder: Path, rounds: int) -> None:
+    import s3fs
+
+    size = write(folder / "bucket", 4, 250, (512, 1024))
+    megabytes = sum(path.stat().st_size for path in (folder / "bucket").glob("*.tar")) / 1e6
+    schemes = importlib.import_module("webdataset.gopen").gopen_schemes
+    ours = schemes["s3"]
+    with running(folder):
+        url, pattern = "s3://bucket/*.tar", "s3://bucket/{00000..00003}.tar"
+        plain_fs = s3fs.S3FileSystem()
+        openers = {"s3fs.open()": lambda url, mode="rb", *_, **__: plain_fs.open(url, mode), "our opener": ours}
+
+        def plain(opener: str) -> int:
+            schemes["s3"] = openers[opener]
+            return count(wds.WebDataset(pattern, shardshuffle=False))
+
+        windows = ShardStream(url, **OPTIONS, stop=1000)
+        single = ShardStream(url, **OPTIONS, stop=1000, prefetch_mb=16)
+        cached = ShardStream(url, **OPTIONS, stop=1000, cache_dir=str(folder / "cache"))
+        ways: dict[str, Callable[[], int]] = {
+            "webdataset, s3fs.open()": lambda: plain("s3fs.open()"),
+            "webdataset, our opener": lambda: plain("our opener"),
+            "ShardStream, whole windows in memory": lambda: count(windows),
+            "ShardStream, one request per sample": lambda: count(single),
+            "ShardStream, disk cache (filled in round 1)": lambda: count(cached),
+        }
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for _ in range(max(rounds // 2, 2)):
+            for name, way in ways.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                way()
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        schemes["s3"] = ours
+        base = statistics.median(wall for wall, _ in times["webdataset, s3fs.open()"])
+        for name, values in times.items():
+            wall = statistics.median(wall for wall, _ in values)
+            cpu = statistics.median(cpu for _, cpu in values)
+            show(
+                f"s3, {size / 1e3:.0f} kB: {name}",
+                MB_per_s=megabytes / wall,
+                ratio=base / wall,
+                cpu_s_per_GB=cpu / megabytes * 1e3,
+            )
+
+
+def many(folder: Path, shards: int) -> str:
+    """That many shards: hard links to the same few files (of which a file system allows some 65,000 each)."""
+    if not folder.exists():
+        write(folder / "seed", 2, 100, (256, 256))
+    here = folder / str(shards)
+    here.mkdir()
+    for number in range(shards):
+        for suffix in (".tar", ".index.parquet"):
+            os.link(folder / "seed" / f"{number // 60_000:05d}{suffix}", here / f"{number:06d}{suffix}")
+    return str(here)
+
+
+def measure_shards(folder: Path, rounds: int) -> None:
+    options = {**OPTIONS, "global_batch": 256, "lanes": 64}
+    streams = {n: ShardStream(many(folder, n), **options, stop=20_000) for n in (1_000, 100_000)}
+    rates: dict[int, list[float]] = {n: [] for n in streams}
+    for _ in range(rounds):
+        for n, stream in streams.items():
+            began = time.process_time()
+            rates[n].append(count(stream) / (time.process_time() - began))
+    medians = {n: statistics.median(values) for n, values in rates.items()}
+    show(
+        "samples per CPU-second",
+        **{f"shards_{n}": rate for n, rate in medians.items()},
+        ratio=medians[100_000] / medians[1_000],
+    )
+
+
+def measure_start(folder: Path, rounds: int) -> None:
+    shards = many(folder, 10_000)
+    ShardStream(shards, **OPTIONS)  # the summaries of all indexes are written once
+    times: dict[int, list[float]] = {0: [], 10**9: []}
+    for _ in range(rounds):
+        for position, values in times.items():
+            began = time.perf_counter()
+            list(islice(iter(ShardStream(shards, **OPTIONS, position=position)), 64))
+            values.append(time.perf_counter() - began)
+    first, late = (statistics.median(values) for values in times.values())
+    show("seconds to the first batch, 10,000 shards", position_0=first, position_1e9=late, ratio=late / first)
+
+
+def measure_memory(folder: Path, rounds: int) -> None:
+    stream = iter(ShardStream(many(folder, 2_000), **{**OPTIONS, "lanes": 64}))
+    count(islice(stream, 5_000))
+    before = resident()
+    count(islice(stream, 100_000))
+    show("memory over 100,000 samples", before_MB=before / 1e6, growth_MB=(resident() - before) / 1e6)
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def compare(name: str, ours: Callable[[], int], plain: Callable[[], int], rounds: int) -> None:
+    """Times both in turn and prints the ratio."""
+    samples = ours()
+    plain()
+    pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(rounds)]
+    ratios = sorted(theirs / own for own, theirs in pairs)
+    own, theirs = (samples / statistics.median(values) for values in zip(*pairs, strict=True))
+    show(name, ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1], ours=own, webdataset=theirs)
+
+
+def cpu_seconds(work: Callable[[], int]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def count(samples: Any) -> int:
+    return sum(1 for _ in samples)
+
+
+def show(name: str, **values: float) -> None:
+    print(json.dumps({"name": name, **{key: round(value, 3) for key, value in values.items()}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
