@@ -1,4 +1,4 @@
-"""Settings of the data pipeline, as plain typed dataclasses (no heavy imports: the command line validates with them)."""
+"""Settings of the data pipeline, as typed dataclasses (no heavy imports: the command line validates with them)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CaptionConfig:
     """Which caption a sample is trained with, and how it is cleaned."""
 
     sources: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
-    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a string or a list of strings in the .json member)."""
+    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a text or a list of texts in the .json member)."""
     clean: bool = True
     """Strip HTML, URLs and control characters, collapse white space."""
     max_characters: int = 1000
@@ -66,7 +66,7 @@ class DataConfig:
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     lanes: int = 0
-    """Fixed interleaved sub-streams; must divide `global_batch`; allowed world sizes divide it. 0: `global_batch` up to 64, else
+    """Fixed interleaved sub-streams; must divide `global_batch`; world sizes divide it. 0: `global_batch` up to 64, else
     its largest divisor not above 256."""
     window: int = 1024
     """Samples shuffled together inside a lane."""
@@ -108,7 +108,9 @@ class DataConfig:
         require(self.micro_batch >= 0, f"data.micro_batch={self.micro_batch}: it must be 0 (automatic) or positive")
         require(self.crop in ("random", "center"), f"data.crop={self.crop}: it must be random or center")
         require(0 <= self.flip <= 1, f"data.flip={self.flip}: it must be a probability from 0 to 1")
-        require(0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255")
+        require(
+            0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255"
+        )
         require(self.threads >= 1, f"data.threads={self.threads}: it must be at least 1")
         if self.lanes:
             require(
@@ -143,7 +145,7 @@ class DrawConfig:
 @dataclass
 class PrepareConfig:
     kind: str = "draw"
-    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv or parquet), `shards` (repack)."""
+    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv, parquet), `shards` (repack)."""
     source: str | None = None
     output: str = "data/demo"
     max_side: int | None = None

@@ -279,8 +279,8 @@ def test_validation_asks_the_same_on_any_number_of_ranks(tmp_path: Path, shards:
     for ranks, stage in ((1, 0), (2, 3)):
         config = experiment(
             tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
-            validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2, checkpoint__keep_last=1,
-            train__log_every=3,
+            validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
+            checkpoint__keep_last=1, train__log_every=3,
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
         running = forks.start(config, ranks)
