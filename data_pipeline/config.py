@@ -66,8 +66,8 @@ class DataConfig:
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     lanes: int = 0
-    """Fixed interleaved sub-streams; must divide `global_batch`; world sizes divide it. 0: `global_batch` up to 64, else
-    its largest divisor not above 256."""
+    """Fixed interleaved sub-streams; must divide `global_batch`; world sizes divide it. 0: `global_batch` up to 64,
+    else its largest divisor not above 256."""
     window: int = 1024
     """Samples shuffled together inside a lane."""
     micro_batch: int = 0
@@ -145,7 +145,8 @@ class DrawConfig:
 @dataclass
 class PrepareConfig:
     kind: str = "draw"
-    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv, parquet), `shards` (repack)."""
+    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv, parquet), `shards`
+    (repack)."""
     source: str | None = None
     output: str = "data/demo"
     max_side: int | None = None

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_pipeline import store
+
 
 class LocalFolder:
     """Files are on disk when `write` returns (fsync), and appear under their name only when complete (rename)."""
@@ -75,13 +77,9 @@ class RemoteFolder:
         return RemoteFolder(f"{self.url}/{name}")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        from data_pipeline import store
-
         store.write_bytes(f"{self.url}/{name}", b"".join(chunks))
 
     def read(self, name: str) -> bytes:
-        from data_pipeline import store
-
         if not store.exists(f"{self.url}/{name}"):
             raise FileNotFoundError(f"{self.url}/{name}")
         return store.read_bytes(f"{self.url}/{name}")
@@ -97,19 +95,13 @@ class RemoteFolder:
         return path
 
     def names(self) -> list[str]:
-        from data_pipeline import store
-
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.list_dir(self.url)})
 
     def size(self, name: str) -> int | None:
-        from data_pipeline import store
-
         url = f"{self.url}/{name}"
         return store.size(url) if store.exists(url) else None
 
     def remove(self, name: str) -> None:
-        from data_pipeline import store
-
         store.remove(f"{self.url}/{name}")
 
     def remove_all(self) -> None:

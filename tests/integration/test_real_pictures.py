@@ -1,4 +1,4 @@
-"""The command line on real img2dataset shards, from a directory and from S3 over HTTP, and what it says to wrong input."""
+"""The command line on real img2dataset shards, from a directory and from S3 over HTTP, and on wrong input."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ class Running:
     def kill(self, rank: int | None = None, number: int = signal.SIGKILL) -> None:
         """Sends a signal to one rank, or to all."""
         for process in self.processes if rank is None else [self.processes[rank]]:
-            os.kill(process.pid, number)
+            if process.exitcode is None:
+                os.kill(process.pid, number)
 
     def codes(self, grace_s: float = 60.0) -> list[int]:
         """Waits; when one process has failed the others are killed after a while, as a launcher does. Exit codes by

@@ -1,0 +1,96 @@
+"""What the loop costs over the bare forward, backward and optimizer: both in the same process, in turns, on the same
+batches.
+
+    python -m benchmarks.loop            # about a minute on 2 cores
+
+Prints one line of JSON: seconds per step of both, and `overhead` as a share (a median over the turns).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import prepare
+from training.config import Experiment
+from training.distributed import Ranks, free_port
+
+TURNS, STEPS = 7, 6
+
+
+def settings(scratch: str) -> Experiment:
+    """The demo's base U-Net under ZeRO 1 in one process."""
+    config = Experiment()
+    config.prepare.output = f"{scratch}/data"
+    config.prepare.draw.count, config.prepare.draw.heldout, config.prepare.draw.size = 512, 8, 64
+    prepare.main(config)
+    config.data.shards, config.data.global_batch = f"{scratch}/data/train", 32
+    config.run.dir, config.wandb.mode = f"{scratch}/run", "disabled"
+    config.train.steps, config.train.log_every, config.train.sample_every = 10_000, 20, 0
+    config.checkpoint.every, config.cluster.threads = 10_000, 1
+    return config
+
+
+def main() -> dict[str, Any]:
+    from training.engine import init_distributed
+    from training.session import Session
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    with tempfile.TemporaryDirectory() as scratch:
+        config = settings(scratch)
+        session = Session(config, init_distributed(Ranks(), config))
+        session.begin()
+        batches = [next(session.loader) for _ in range(STEPS)]
+        bare, looped, step = [], [], 0
+        for _ in range(TURNS + 1):
+            began = time.perf_counter()
+            for batch in batches:
+                for micro_batch in batch:
+                    session.engine.backward(session.loss(micro_batch))
+                session.engine.step(step)
+                step += 1
+            bare.append((time.perf_counter() - began) / STEPS)
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                one_step(session, step)
+                step += 1
+            looped.append((time.perf_counter() - began) / STEPS)
+        session.close(0)
+        ratios = [a / b for a, b in zip(looped[1:], bare[1:], strict=True)]  # the first turn warms up
+        return {
+            "benchmark": "loop",
+            "bare_s": round(statistics.median(bare[1:]), 4),
+            "loop_s": round(statistics.median(looped[1:]), 4),
+            "overhead": round(statistics.median(ratios) - 1, 4),
+            "spread": [round(min(ratios) - 1, 4), round(max(ratios) - 1, 4)],
+            "where": Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip(),
+        }
+
+
+def one_step(session: Any, step: int) -> None:
+    """What training/train.py does in a step, with its logging."""
+    with session.phase("data", step):
+        batches = session.next_batch()
+    share: Any = 0.0
+    for batch in batches:
+        with session.phase("forward", step):
+            mean = session.loss(batch)
+        with session.phase("backward", step):
+            session.engine.backward(mean)
+        share = share + mean.detach() / len(batches)
+    loss, _ = session.agree(float(share), 0)
+    problem = session.guard.problem(loss)
+    with session.phase("step", step):
+        info = session.engine.step(step, apply=not problem)
+    session.guard.accept(loss)
+    if (step + 1) % session.config.train.log_every == 0:
+        session.log(step + 1, {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr})
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
