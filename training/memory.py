@@ -1,0 +1,255 @@
+"""How much memory one training process needs, by part, found out before one is started.
+
+Activations are not estimated: one forward and one backward pass run on tensors without data, and every storage is
+followed from its creation to its end. That is done for two and for three pictures; each moment of the pass is linear in
+the micro-batch. What ZeRO keeps where is read in the source of DeepSpeed 0.19.
+
+    N parameters   b bytes of a weight in the network (4 fp32, 2 bf16)   W world size   D averages
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training.config import ZeroConfig
+from training.model.presets import UNetConfig
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed sends together (`reduce_bucket_size`), elements."""
+LIVE_WEIGHTS = 1_000_000_000
+"""Gathered weights that ZeRO 3 keeps at a time (`stage3_max_live_parameters`), elements."""
+GPU_OVERHEAD = 1_500_000_000
+"""CUDA context, NCCL, convolution workspaces, fragmentation; assumed."""
+CPU_OVERHEAD = 350_000_000
+"""Interpreter and libraries of a process on a CPU."""
+
+
+# --------------------------------------------------------------------------------------- one pass, without data
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Live bytes after each allocation of a forward and backward pass.
+
+    Fields:
+        activations: what is neither a weight nor a finished gradient.
+        gradients: finished gradients of weights, if all are kept.
+    """
+
+    activations: np.ndarray
+    gradients: np.ndarray
+
+    def peak(self, keep_gradients: bool) -> int:
+        """The most that is live at once."""
+        return int((self.activations + self.gradients if keep_gradients else self.activations).max())
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes for two and for three pictures (one picture takes other paths: some copies become views)."""
+
+    two: Pass
+    three: Pass
+
+    def at(self, batch: int) -> Pass:
+        """The pass for `batch` pictures."""
+        grown = self.two.activations + (batch - 2) * (self.three.activations - self.two.activations)
+        return Pass(grown, self.two.gradients)
+
+
+def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype) -> Passes:
+    """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
+    return Passes(*(follow_one(config, size, tokens, dtype, batch) for batch in (2, 3)))
+
+
+def follow_one(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, batch: int) -> Pass:
+    """The same for a given number of pictures."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from training.model.unet import UNet
+
+    default = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(dtype)
+        try:
+            model = UNet(config)
+        finally:
+            torch.set_default_dtype(default)
+        live = _live_bytes()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: live.to_gradient(p.grad))
+        x = torch.empty(batch, config.channels, size, size, dtype=dtype)
+        level = torch.empty(batch)
+        text = torch.empty(batch, tokens, config.text_dim, dtype=dtype)
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
+        with live:
+            model(x, level, text, mask, *low_res).float().square().mean().backward()
+    return Pass(np.array(live.activations), np.array(live.gradients))
+
+
+def _live_bytes() -> Any:
+    """A dispatch mode that records live bytes whenever a new storage appears."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+            self.finished: set[int] = set()
+            self.now = self.done = 0
+            self.activations: list[int] = []
+            self.gradients: list[int] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.add(leaf.untyped_storage())
+            return out
+
+        def add(self, storage: Any) -> None:
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.activations.append(self.now)
+                self.gradients.append(self.done)
+                weakref.finalize(storage, self.drop, key)
+
+        def to_gradient(self, gradient: Any) -> None:
+            key = gradient.untyped_storage()._cdata
+            if key in self.sizes and key not in self.finished:
+                self.finished.add(key)
+                self.now -= self.sizes[key]
+                self.done += self.sizes[key]
+
+        def drop(self, key: int) -> None:
+            size = self.sizes.pop(key)
+            if key in self.finished:
+                self.finished.discard(key)
+                self.done -= size
+            else:
+                self.now -= size
+
+    return Live()
+
+
+# ---------------------------------------------------------------------------------------------- what ZeRO keeps
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the size of the state depends on."""
+
+    shapes: Sequence[tuple[int, ...]]
+    zero: ZeroConfig
+    weight_bytes: int
+    world_size: int
+    averages: int
+    optimizer: str = "adamw"
+    on_gpu: bool = True
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def share(self) -> int:
+        """Parameters of this process's shard."""
+        return -(-self.parameters // self.world_size) if self.zero.stage else self.parameters
+
+
+def moments_bytes(setup: Setup) -> int:
+    """Adam's two moments of the shard, or Adafactor's row and column means of whole matrices (it factors the last two
+    dimensions)."""
+    if setup.optimizer == "adamw":
+        return 8 * setup.share
+    return 4 * sum(math.prod(s) // s[-1] + math.prod(s) // s[-2] if len(s) > 1 else math.prod(s) for s in setup.shapes)
+
+
+def kept(setup: Setup) -> dict[str, int]:
+    """Bytes that a process holds between two steps, on the device; what is offloaded is under `host`."""
+    share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
+    parts = {
+        "weights": b * (share if stage == 3 else setup.parameters),
+        "master_weights": 4 * share if stage else 0,
+        "moments": moments_bytes(setup),
+        "averages": 4 * share * setup.averages,
+        "gradients": b * share if stage == 3 else 0,
+    }
+    host = 0
+    if setup.zero.offload_optimizer:
+        host += sum(parts.pop(name) for name in ("master_weights", "moments", "averages")) + 4 * share
+    if setup.zero.offload_parameters:
+        host += parts.pop("weights")
+    return {**parts, "host": host}
+
+
+def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
+    """What comes on top of `kept` at the three moments of a step that can be the highest."""
+    n, share, b, stage = setup.parameters, setup.share, setup.weight_bytes, setup.zero.stage
+    if stage == 0:
+        first = 4 * n if setup.averages else 0
+        return {
+            "backward": _moment(b * n, 0, work.peak(True) - b * n),
+            "step": _moment(b * n, first, 0),  # an average begins as a copy of the weights
+        }
+    if setup.on_gpu:  # gradients leave in buckets while the backward pass goes on; two buckets take turns
+        bucket, keeps_all = BUCKET * b * (1 if stage == 3 else 2), False
+    else:
+        bucket, keeps_all = min(BUCKET, n) * b, True
+    gathered = min(n, LIVE_WEIGHTS) * b if stage == 3 else 0
+    collected = 0 if stage == 3 else b * share
+    widened = 4 * share if b != 4 else 0
+    if keeps_all:
+        backward = _moment(b * n, gathered, work.peak(True) - b * n)
+    else:
+        backward = _moment(collected, bucket + gathered, work.peak(False))
+    return {
+        "backward": backward,
+        "reduction": _moment(2 * collected, bucket + gathered + (b * n if stage == 3 and keeps_all else 0), 0),
+        "step": _moment(2 * collected + widened, 0, 0),
+    }
+
+
+def _moment(gradients: int, buffers: int, activations: int) -> dict[str, int]:
+    return {"gradients": gradients, "buffers": buffers, "activations": max(activations, 0)}
+
+
+def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0) -> dict[str, Any]:
+    """Bytes by part at the highest moment of a step; `total` is what the device must have."""
+    parts = kept(setup)
+    moments = phases(setup, passes.at(micro_batch))
+    highest = max(moments, key=lambda name: sum(moments[name].values()))
+    top = moments[highest]
+    overhead = GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD
+    host = parts.pop("host")
+    report = {**parts, "text_encoder": text_encoder, "overhead": overhead}
+    report["gradients"] += top["gradients"]
+    report |= {"buffers": top["buffers"], "activations": top["activations"]}
+    return {**report, "total": sum(report.values()), "host": host, "moment": highest}
+
+
+def largest_micro_batch(
+    setup: Setup, passes: Passes, available: float, text_encoder: int = 0, limit: int = 4096
+) -> int:
+    """The most pictures per forward pass that fit into `available` bytes; 0: not even one."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = memory(setup, passes, middle, text_encoder)["total"] <= available
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
