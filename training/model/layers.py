@@ -30,6 +30,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
+    """(x + h) scale, the product in place: neither operand is needed for the gradient."""
+    return (x + h).mul_(scale) if scale != 1.0 else x + h
+
+
 class LogSnrEmbedding(nn.Module):
     """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit, in fp32, then an MLP in the model's
     dtype."""
@@ -85,7 +90,7 @@ class ResBlock(nn.Module):
         scale, shift = self.cond(cond)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
         h = self.conv_out(self.dropout(F.silu(h)))
-        return (self.shortcut(self.resampled(x)) + h) * self.scale
+        return scaled_sum(self.shortcut(self.resampled(x)), h, self.scale)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -141,7 +146,7 @@ class Attention(nn.Module):
             self.maps.append(weights.transpose(1, 2).unflatten(-1, (height, width)).cpu())
         h = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         h = self.out(h.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(-1, (height, width))
-        x = (x + h) * self.scale
+        x = scaled_sum(x, h, self.scale)
         return x if self.feed_forward is None else self.feed_forward(x)
 
 
@@ -156,7 +161,7 @@ class FeedForward(nn.Module):
         self.narrow = zeroed(nn.Conv2d(mult * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.narrow(F.gelu(self.widen(self.norm(x))))) * self.scale
+        return scaled_sum(x, self.narrow(F.gelu(self.widen(self.norm(x)))), self.scale)
 
 
 class TextPool(nn.Module):
