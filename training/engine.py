@@ -210,7 +210,7 @@ class Engine:
 
     def norm(self) -> float:
         """Global norm of the weights (fp32 masters)."""
-        local = sum(float(flat.double().square().sum()) for flat in self._flats)
+        local = sum(float(flat.detach().double().square().sum()) for flat in self._flats)
         return math.sqrt(all_sum([local], self.ranks)[0])
 
     def set_timeout(self, seconds: float) -> None:
