@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 from data_pipeline.errors import ConfigError, UserError
 from training.commandline.compose import composed, validate
-from training.config import COMMANDS, Experiment, LaunchCommand
+from training.commands import COMMANDS, LaunchCommand
+from training.config import Experiment
 from training.resilience import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"

@@ -18,7 +18,7 @@ import torch
 from data_pipeline.errors import ConfigError, DataError
 from training.bundle import checkpoint_dir
 from training.checkpoint import Checkpoint, CheckpointStore
-from training.config import CheckpointsCommand
+from training.commands import CheckpointsCommand
 from training.ema import posthoc_weights, state_name
 from training.folder import open_folder
 from training.run_dir import differences

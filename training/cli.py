@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError
-from training.config import COMMANDS, Experiment
+from training.commands import COMMANDS
+from training.config import Experiment
 
 OUTPUTS = {"train": "run.dir", "sample": "sampling.output", "evaluate": "evaluation.output", "verify": "output"}
 """Where each job of a --multirun writes: the values that differ are appended to this path."""

@@ -20,7 +20,8 @@ from data_pipeline.part_reader import PartReader
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, store_index
 
 if TYPE_CHECKING:
-    from training.config import EmbedCommand, TextConfig
+    from training.commands import EmbedCommand
+    from training.config import TextConfig
     from training.model.text_encoder import TextEncoder
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",

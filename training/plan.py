@@ -14,7 +14,8 @@ from typing import Any
 
 from data_pipeline.errors import CascadeError, ConfigError, UserError
 from training.checks import planned_world_size
-from training.config import Experiment, PlanCommand
+from training.commands import PlanCommand
+from training.config import Experiment
 
 GPUS = {"a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141), "b200": ("B200", 180), "l40s": ("L40S", 48)}
 """Key of `gpu` -> (name in flops.PEAK_TFLOPS, memory in GB)."""

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from data_pipeline.errors import ConfigError, DataError
 from training.cascade import Cascade
-from training.config import Experiment, SampleCommand
+from training.commands import SampleCommand
+from training.config import Experiment
 from training.distributed import read_ranks
 from training.drawing import Drawing, number_drawings, plan_stages
 from training.evaluation.metrics.features import colour_grid, diversity

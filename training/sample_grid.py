@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from data_pipeline.loader import Loader
 from training import grid
-from training.config import Experiment
+from training.config import Experiment, StageConfig
 from training.diffusion.sampler import sample_stage
 from training.distributed import Ranks, all_gather
 
@@ -20,6 +22,17 @@ MOST = 8
 """Captions taken from the data when none are configured."""
 Inputs = tuple[list[str], torch.Tensor | None]
 """Captions, and for super-resolution the true low-res pictures (B, 3, h, w) uint8."""
+
+
+def choose(prompts: list[str], stage: StageConfig, open_loader: Callable[[], Loader]) -> Inputs:
+    """The configured prompts, else (and always for super-resolution, which needs true low-res pictures) the first
+    captions of the data."""
+    if prompts and not stage.is_super_resolution:
+        return list(prompts), None
+    with closing(open_loader()) as loader:
+        batch = next(loader)[0]
+    count = min(MOST, len(batch.captions))
+    return list(batch.captions[:count]), None if batch.low_res is None else batch.low_res[:count]
 
 
 def draw(

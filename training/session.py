@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from training.model.unet import UNet
 from training.optimizers import STATES, skip_compiler
 from training.resilience import LossGuard, NotFinite, Signals
 from training.run_dir import RunDir, check_same_run, code_version, to_dict
-from training.sample_grid import MOST, Inputs, draw, write
+from training.sample_grid import Inputs, choose, draw, write
 from training.tracking import SILENT, Tracker, finite, start_logging, stop_logging
 from training.validation import Validation
 from training.watchdog import Watchdog
@@ -378,26 +379,15 @@ class Session:
         """Draws the fixed prompts into samples/step-########.png. Collective."""
         with self.phase("samples", step):
             if self._grid is None:
-                self._grid = together(self._grid_inputs, self.ranks)
+                prompts = self.config.train.sample_prompts
+                open_loader = partial(self._open_loader, 0, rank=0, world_size=1)
+                self._grid = together(lambda: choose(prompts, self.config.stage, open_loader), self.ranks)
             with self.engine.averaged(0) as module:
                 pictures = draw(module, self._grid, self.text_encoder.encode, self.config, self.ranks)
             path = self.run.sample_file(step)
             title = f"{self.config.stage.name}, step {step}, guidance {self.config.stage.sampler.guidance:g}"
             if self.ranks.is_main and write(pictures, self._grid, path, title):
                 self.tracker.image(step, path)
-
-    def _grid_inputs(self) -> Inputs:
-        """Captions (and true low-res pictures): the configured prompts, else the first captions of the data."""
-        prompts = list(self.config.train.sample_prompts)
-        if prompts and not self.config.stage.is_super_resolution:
-            return prompts, None
-        loader = self._open_loader(0, rank=0, world_size=1)
-        try:
-            batch = next(loader)[0]
-        finally:
-            loader.close()
-        count = min(MOST, len(batch.captions))
-        return list(batch.captions[:count]), None if batch.low_res is None else batch.low_res[:count]
 
     def close(self, exit_code: int) -> None:
         self.watchdog.close()

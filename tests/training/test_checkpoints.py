@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from data_pipeline.errors import ConfigError, DataError
 from training.checkpoint import CheckpointStore
 from training.checkpoints import main
-from training.config import CheckpointsCommand, Experiment
+from training.commands import CheckpointsCommand
+from training.config import Experiment
 from training.distributed import Ranks
 from training.ema import power_decay_at
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training import cli
-from training.config import COMMANDS
+from training.commands import COMMANDS
 
 PROGRAM = """
 import sys

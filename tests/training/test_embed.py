@@ -16,7 +16,8 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shard_index import load_index
 from tests.data_pipeline.photos import copy_shards, samples
 from tests.training.model.test_text_encoder import tiny_t5
-from training.config import EmbedCommand, TextConfig
+from training.commands import EmbedCommand
+from training.config import TextConfig
 from training.embed import identity, main, share
 from training.model.text_encoder import build_text_encoder
 

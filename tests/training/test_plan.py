@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline import prepare
 from data_pipeline.errors import ConfigError, UserError
-from training.config import PlanCommand
+from training.commands import PlanCommand
 from training.plan import main, make_plan
 
 

@@ -13,7 +13,8 @@ from data_pipeline.errors import ConfigError, DataError
 from tests.training.tiny import tiny_cascade
 from training import sample
 from training.cascade import Cascade
-from training.config import SampleCommand, SamplingConfig
+from training.commands import SampleCommand
+from training.config import SamplingConfig
 from training.drawing import picture_seed
 
 PROMPTS = ["a red circle", "蓝天 ★ 白云"]

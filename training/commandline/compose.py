@@ -20,7 +20,8 @@ from data_pipeline.errors import ConfigError
 from training.checks import check
 from training.commandline.errors import explain
 from training.commandline.fields import keys_of
-from training.config import COMMANDS, Experiment
+from training.commands import COMMANDS
+from training.config import Experiment
 
 CONF_DIR = Path(conf.__file__).parent
 ALIASES = {"run": "run.dir", "init_from": "train.init_from"}

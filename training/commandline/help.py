@@ -11,7 +11,8 @@ from typing import Any
 
 from training.commandline.compose import CONF_DIR, groups, load_config
 from training.commandline.fields import keys_of
-from training.config import COMMANDS, Experiment
+from training.commands import COMMANDS
+from training.config import Experiment
 
 EXAMPLES: dict[str, list[str]] = {
     "prepare": [

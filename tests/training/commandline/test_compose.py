@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from training.commandline.compose import CONF_DIR, load_config
-from training.config import COMMANDS
+from training.commands import COMMANDS
 
 FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
 ROOTS = {f"{verb}.yaml" for verb in COMMANDS}
