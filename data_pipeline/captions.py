@@ -59,7 +59,7 @@ def _texts_by_source(
     found: list[tuple[float, list[str]]] = []
     problem: BadSample | None = None
     meta: dict[str, Any] | None = None
-    for source, weight in config.sources.items():
+    for source, weight in config.weights.items():
         if weight <= 0:
             continue
         try:

@@ -35,8 +35,9 @@ class FilterConfig:
 class CaptionConfig:
     """Which caption a sample is trained with, and how it is cleaned."""
 
-    sources: dict[str, float] = field(default_factory=lambda: {"txt": 1.0})
-    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a text or a list of texts in the .json member)."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a text or a list of texts in the .json member); those
+    not named are not used. Empty: the .txt alone."""
     clean: bool = True
     """Strip HTML, URLs and control characters, collapse white space."""
     max_characters: int = 1000
@@ -50,13 +51,18 @@ class CaptionConfig:
             )
             require(weight >= 0, f"data.captions.sources: the weight of {source} is {weight}; it must not be negative")
         require(
-            any(weight > 0 for weight in self.sources.values()),
+            any(weight > 0 for weight in self.weights.values()),
             "data.captions.sources: give at least one source a positive weight",
         )
         require(
             self.max_characters >= 1,
             f"data.captions.max_characters={self.max_characters}: it must be at least 1",
         )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The sources in force."""
+        return self.sources or {"txt": 1.0}
 
 
 @dataclass
@@ -92,7 +98,7 @@ class DataConfig:
     """Disk cache for remote shards, shared by the processes of a node."""
     cache_gb: float = 50.0
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the consumed samples (after the first 1,000) was broken."""
+    """The run stops when more than this share of the consumed samples was broken (of the first 1,000: clearly more)."""
     deadline_s: float = 600.0
     """How long a broken store is retried without a byte of progress."""
     stall_s: float = 20.0

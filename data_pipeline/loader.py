@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -21,27 +22,18 @@ from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import load_or_build
 from data_pipeline.embeddings import Embeddings
-from data_pipeline.errors import BadSample, ConfigError, DataError
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.fetch import RowReader, Sample, Taken, replace
 from data_pipeline.order import Order, check_world_size
 from data_pipeline.pool import DaemonPool
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.shard_index import IMAGE_EXTENSIONS
+from data_pipeline.state import check_state, state_of
 
 logger = logging.getLogger(__name__)
 
 GRACE = 1000
-"""Consumed samples before `data.max_bad_share` is judged."""
-_STATE_NAMES = {
-    "shards": "the number of shards",
-    "samples": "the number of samples after data.filter",
-    "content": "the content of the shards",
-    "filter": "data.filter",
-    "seed": "seed",
-    "global_batch": "data.global_batch",
-    "lanes": "data.lanes",
-    "window": "data.window",
-}
+"""Consumed samples from which `data.max_bad_share` holds as it stands; before, it has the room that chance needs."""
 
 
 @dataclass
@@ -183,7 +175,7 @@ class Loader:
                 file.writelines(json.dumps(failure) + "\n" for failure in taken.failures)
         logger.warning("%s: %s replaced: %s", *(taken.failures[0][name] for name in ("shard", "key", "reason")))
         seen, bad = self.counters["samples"], self.counters["bad"]
-        if seen >= GRACE and bad > self.config.max_bad_share * seen:
+        if bad > _allowed(seen, self.config.max_bad_share):
             worst = ", ".join(f"{shard} ({count})" for shard, count in self._bad_shards.most_common(3))
             raise DataError(
                 f"{bad} of {seen} samples were bad, more than data.max_bad_share={self.config.max_bad_share}; the "
@@ -265,14 +257,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the position, and what must be unchanged for it to mean the same samples."""
-        return {
-            **self.dataset.describe(),
-            "seed": self.seed,
-            "position": self.position,
-            "global_batch": self.config.global_batch,
-            "lanes": self.config.lane_count,
-            "window": self.config.window,
-        }
+        return state_of(self.dataset, self.config, self.seed, self.position)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuses to continue a run whose data or batch layout changed.
@@ -280,19 +265,18 @@ class Loader:
         Raises:
             ConfigError: it names what changed, from what to what.
         """
-        now = self.state()
-        changes = [
-            f"{name} from {state.get(field)} to {now[field]}"
-            for field, name in _STATE_NAMES.items()
-            if state.get(field) != now[field]
-        ]
-        if changes:
-            raise ConfigError(
-                f"data: the checkpoint at position {state.get('position')} was trained in another order: it changed "
-                f"{'; '.join(changes)}. Restore that, or start a new run (train.init_from takes over the weights)"
-            )
+        check_state(self.state(), state)
 
 
 def _stack(pictures: list[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, 3) pictures -> uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _allowed(seen: int, share: float) -> float:
+    """Bad samples among the first `seen` that do not stop a run.
+
+    Few samples say little about a share: up to `GRACE`, three standard deviations and two more samples are let pass.
+    """
+    expected = share * seen
+    return expected if seen >= GRACE or not share else expected + 3 * math.sqrt(expected) + 2

@@ -18,8 +18,9 @@ from data_pipeline.shard_index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
-GAP = 1 << 20
-"""Bytes between two wanted samples that are read through rather than skipped by a new request."""
+SMALL_GAP, GAP = 64 << 10, 1 << 20
+"""Bytes between two wanted samples that are read through rather than skipped by a new request: always, and where at
+least half of what is read is wanted (neighbours may belong to other workers, or be filtered out)."""
 RANGE = 4 << 20
 """Bytes per request where whole windows are read."""
 CONNECTIONS = 16
@@ -37,6 +38,16 @@ class _Unit:
     future: Future[dict[int, bytes]] | None = None
     """The bytes of each sample that has not been collected, by position."""
 
+    def is_near(self, begin: int) -> bool:
+        """Whether a sample that begins here is worth reading on to."""
+        gap = begin - self.end
+        if begin < self.begin or gap > GAP:
+            return False
+        if gap <= SMALL_GAP:
+            return True
+        wanted = sum(last - first for _, first, last in self.rows.values())
+        return begin - self.begin <= 2 * wanted
+
 
 class Prefetcher:
     """Walks positions in order and hands out, for each, how to get its sample; remote bytes are requested ahead.
@@ -47,7 +58,7 @@ class Prefetcher:
     Args:
         positions: the positions to deliver, ascending inside each lane.
         wanted: which of given positions this process will deliver, (n,) -> bool (n,); None: all of the lanes it meets.
-        lanes: number of lanes it meets, for the estimate of memory.
+        lanes: number of lanes whose windows it holds, for the estimate of memory; a part, where workers share a lane.
         budget: bytes of raw samples held.
     """
 
@@ -56,7 +67,7 @@ class Prefetcher:
         reader: RowReader,
         order: Order,
         positions: Iterable[np.ndarray],
-        lanes: int,
+        lanes: float,
         budget: int,
         wanted: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
@@ -72,7 +83,7 @@ class Prefetcher:
         self._pool: DaemonPool | None = None
         if window > budget and reader.cache is None and not all(map(reader.is_direct, range(len(reader.dataset.urls)))):
             logger.warning(
-                "%d lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
+                "%.0f lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
                 "by one; a smaller data.window, more processes or data.cache_dir make reading faster",
                 lanes, window / 1e9, budget / 1e9,
             )  # fmt: skip
@@ -141,7 +152,7 @@ class Prefetcher:
                 continue
             index, kept = self._reader.dataset.index(number)
             begin, end = _span(index, int(kept[row]))
-            near = unit is not None and unit.shard == number and begin >= unit.begin and begin - unit.end <= GAP
+            near = unit is not None and unit.shard == number and (compressed or unit.is_near(begin))
             if unit is None or not near or end - unit.begin > limit:
                 unit = _Unit(number, {}, begin, end)
             unit.rows[place] = row, begin, end

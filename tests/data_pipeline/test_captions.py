@@ -111,7 +111,11 @@ def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
 
 @pytest.mark.parametrize(
     ("sources", "words"),
-    [({}, "at least one"), ({"text": 1.0}, "neither txt nor json:FIELD"), ({"txt": -1.0}, "must not be negative")],
+    [
+        ({"txt": 0.0}, "at least one"),
+        ({"text": 1.0}, "neither txt nor json:FIELD"),
+        ({"txt": -1.0}, "must not be negative"),
+    ],
 )
 def test_impossible_sources_are_refused(sources: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):

@@ -140,11 +140,17 @@ def test_bad_samples_are_replaced_in_place_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     write_shards(tmp_path, [30, 30])
-    bad = {f"00001{i:04d}" for i in range(3)}
-    loader = Loader(replace(BASE, shards=str(tmp_path), global_batch=100, lanes=4), image_size=2, decode=fake(bad))
-    with pytest.raises(DataError, match=r"of 1\d\d\d samples were bad.*max_bad_share=0.01.*00001\.tar"):
-        steps(loader, 30)
-    assert loader.counters["samples"] >= 1000
+    config = replace(BASE, shards=str(tmp_path), global_batch=100)
+    half = {f"00001{i:04d}" for i in range(30)}
+    loader = Loader(config, image_size=2, decode=fake(half))
+    with pytest.raises(DataError, match=r"of \d\d? samples were bad.*max_bad_share=0.01.*00001\.tar"):
+        steps(loader, 1)
+    one = {"000010007"}
+    steps(Loader(replace(config, max_bad_share=0.02), image_size=2, decode=fake(one)), 12)  # one of 60 is 0.017
+    with pytest.raises(DataError, match=r"of 1\d\d\d samples were bad.*max_bad_share=0.015"):
+        steps(Loader(replace(config, max_bad_share=0.015), image_size=2, decode=fake(one)), 12)
+    with pytest.raises(DataError, match=r"1 of \d\d? samples were bad"):
+        steps(Loader(replace(config, max_bad_share=0.0), image_size=2, decode=fake(one)), 1)
 
 
 def test_a_data_set_of_bad_samples_is_an_error_not_a_hang(tmp_path: Path) -> None:

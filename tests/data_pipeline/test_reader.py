@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -93,6 +94,39 @@ def test_resume_anywhere_with_another_layout(
 ) -> None:
     resumed = keys(folder, world_size, workers, 4, position=steps_done * BATCH)
     assert resumed == reference[steps_done : steps_done + 4]
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5, 0])
+def test_workers_deal_as_their_pipeline_batches(folder: str, reference: list[list[str]], batch: int) -> None:
+    """Nobody tells the stream how large batches are, nor need they fit the rank's share of 8 samples."""
+    parts = []
+    for rank in range(2):
+        stages = [wds.map(_key), *([wds.batched(batch, collation_fn=None)] if batch else [])]
+        pipeline = wds.DataPipeline(stream(folder, rank=rank, world_size=2), *stages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = wds.WebLoader(pipeline, num_workers=3, batch_size=None)
+            items = islice(loader, 8 * 5 // max(batch, 1))
+            parts.append([key for item in items for key in (item if batch else [item])])
+    assert batches_of(parts, 2) == reference[:5]
+
+
+def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[list[str]], tmp_path: Path) -> None:
+    state = json.loads(json.dumps(stream(folder).state(2 * BATCH)))
+    resumed = stream(folder, state=state, stop=4 * BATCH)
+    assert [sample["__key__"] for sample in resumed] == reference[2] + reference[3]
+    write_shards(tmp_path, [*COUNTS, 3])
+    with pytest.raises(ConfigError, match="number of shards from 6 to 7"):
+        stream(str(tmp_path), state=state)
+    with pytest.raises(ConfigError, match=r"data\.window from 4 to 5"):
+        stream(folder, state=state, window=5)
+
+
+def test_misspelt_settings_are_named(folder: str) -> None:
+    with pytest.raises(ConfigError, match="filter: there is no min_sid; it knows min_side"):
+        stream(folder, filter={"min_sid": 64})
+    with pytest.raises(ConfigError, match="there is no prefetch; it knows .*prefetch_mb"):
+        stream(folder, prefetch=64)
 
 
 def test_samples_are_the_members_bytes(folder: str) -> None:
