@@ -246,13 +246,15 @@ class Session:
         measured = self.meter.record(step)
         if self.hours is not None:
             record = {**record, "device_hours": self.hours.total()}
+        bad = {name: count for name, count in self._all_data_counters().items() if name.startswith("bad")}
         record = {
             "position": self.position,
             **record,
             **measured,
             "param_norm": self.engine.norm(),
             **self.counters,
-            "bad": self._all_data_counters().get("bad", 0),
+            "bad": 0,
+            **bad,
         }
         self._name_slow_rank(step, record)
         rate = measured["images_per_second"] / self.config.data.global_batch

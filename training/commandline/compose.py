@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def _normalise_one(verb: str, word: str) -> str:
         if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
             value = f"'{value}'"
     known = keys_of(COMMANDS[verb][0])
-    if any(known[p].is_open for p in [key, *_parents(key)] if p in known):
-        prefix, value = "++", _mapping(value)
+    opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
+    if opened is not None:
+        prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
     fixed = f"{prefix}{key}={value}"
     return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
 
@@ -88,16 +90,29 @@ def _parents(key: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
-def _mapping(value: str) -> str:
-    """A YAML mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1}, {json\\:caption: 1}."""
-    if not re.fullmatch(r"\{.*: .*\}", value):
+def _mapping(value: str, numbers: bool) -> str:
+    """A YAML or JSON mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1} becomes
+    {json\\:caption: 1}.
+
+    Args:
+        numbers: its values are numbers, so that what follows the last colon is the value: {json:caption:1}.
+    """
+    if not re.fullmatch(r"\{.*:.*\}" if numbers else r"\{.*: .*\}", value):
         return value
     with contextlib.suppress(yaml.YAMLError):
         pairs = yaml.safe_load(value)
+        if numbers:
+            pairs = dict(_split_number(str(k), v) for k, v in pairs.items())
         if all(isinstance(v, (str, int, float)) for v in pairs.values()):
             escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in pairs.items()}
             return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
     return value
+
+
+def _split_number(key: str, value: object) -> tuple[str, object]:
+    """YAML takes `json:caption:1`, without a space, for a name without a value."""
+    name, colon, last = key.rpartition(":")
+    return (name, yaml.safe_load(last)) if value is None and colon else (key, value)
 
 
 def _is_expression(override: str) -> bool:

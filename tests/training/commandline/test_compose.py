@@ -118,11 +118,11 @@ def test_the_paper_experiment_is_literal() -> None:
         ("cluster.sbatch.qos=high", "cluster.sbatch", {"qos": "high"}),
         ("cluster.sbatch={qos: high, comment: night}", "cluster.sbatch", {"qos": "high", "comment": "night"}),
         ("stage.model.overrides.widths=[64,64]", "stage.model.overrides", {"widths": [64, 64]}),
-        (
-            "data.captions.sources={txt: 0.5, json:caption: 2}",
-            "data.captions.sources",
-            {"txt": 0.5, "json:caption": 2.0},
+        *(
+            (f"data.captions.sources={typed}", "data.captions.sources", {"json:caption": 2.0})
+            for typed in ('{"json:caption":2.0}', "{'json:caption': 2}", "{json:caption:2}", "{json:caption: 2}")
         ),
+        ("data.captions.sources={txt:0.5,json:a_b:2}", "data.captions.sources", {"txt": 0.5, "json:a_b": 2.0}),
         ("data.filter={min_side: 256, max_aspect: 2}", "data.filter.max_aspect", 2.0),
         ("train.sample_prompts=[a red circle,a blue one]", "train.sample_prompts", ["a red circle", "a blue one"]),
     ],
