@@ -8,16 +8,34 @@ from typing import Any
 
 import pytest
 
+from tests.ceph import Ceph, missing_programs
 from tests.s3 import S3Server, start_server
 
 
 @pytest.fixture(scope="session")
-def s3_process() -> Iterator[S3Server]:
+def moto_process() -> Iterator[S3Server]:
     """One S3 server for the whole session."""
     server, process = start_server()
     yield server
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def ceph_process() -> Iterator[S3Server]:
+    """Ceph's S3 server, where its packages are installed; one that is installed must start."""
+    lacking = missing_programs()
+    if lacking:
+        pytest.skip(f"Ceph is not installed ({', '.join(lacking)}; apt-get install radosgw ceph-mon ceph-osd)")
+    ceph = Ceph()
+    yield ceph.server
+    ceph.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_process(moto_process: S3Server) -> S3Server:
+    """The S3 server of most tests; those of faults run against both."""
+    return moto_process
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""A broken network between us and a real S3 server: what is read is whole, or the run ends with a sentence."""
+"""A broken network between us and a real S3 server: what is read is whole, or the run ends with a sentence.
+
+All of it against moto, and against Ceph's radosgw where its packages are installed.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,12 @@ from tests.s3 import S3Server
 
 QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
 DATA = bytes(range(251)) * 12_000  # 3 MB
+
+
+@pytest.fixture(scope="session", params=["moto", "ceph"])
+def s3_process(request: pytest.FixtureRequest) -> S3Server:
+    server: S3Server = request.getfixturevalue(f"{request.param}_process")
+    return server
 
 
 @pytest.fixture
