@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.adafactor import Adafactor
 from training.config import EmaConfig
 
 WIDEST = 12**-0.5
@@ -104,5 +105,5 @@ class AveragingAdamW(Averaging, torch.optim.AdamW):
     """AdamW with moving averages."""
 
 
-class AveragingAdafactor(Averaging, torch.optim.Adafactor):
-    """Adafactor with moving averages; it factors matrices, so it must see whole parameters."""
+class AveragingAdafactor(Averaging, Adafactor):
+    """Adafactor with moving averages."""

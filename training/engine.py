@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.errors import ConfigError
+from training.adafactor import Adafactor
 from training.config import Experiment
 from training.distributed import Ranks, all_gather, all_sum
 from training.ema import state_name
 from training.optimizers import STATES, build_optimizer, learning_rate
-from training.plain_engine import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step
+from training.plain_engine import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step, trained_parameters
 from training.sharding import Assembler, Layout, Piece, Shapes, scatter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,19 +139,15 @@ class Engine:
     """
 
     def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
-        if config.optimizer.name != "adamw":
-            raise ConfigError(
-                f"optimizer.name={config.optimizer.name}: it factors whole matrices, of which ZeRO leaves it slices; "
-                f"use optimizer.name=adamw, or zero.stage=0 on one device"
-            )
         self.config, self.ranks = config, ranks
         self.dtype = DTYPES[config.precision.dtype]
         self.updates = 0
         """Optimizer steps that were applied (not skipped)."""
         self._accumulate, self._micro_batches = accumulate, 0
-        shapes: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        trained = trained_parameters(model)
+        shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
         fused = ranks.device != "cpu" and not config.zero.offload_optimizer
-        optimizer = build_optimizer(model.parameters(), config.optimizer, fused=fused)
+        optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
         self._engine, *_ = import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
         )
@@ -160,7 +156,11 @@ class Engine:
         self._pieces = self._layout()
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
-        self._names = [*STATES["adamw"], *(state_name(i) for i in range(len(config.ema.decays)))]
+        self._factored = optimizer if isinstance(optimizer, Adafactor) else None
+        if self._factored is not None:
+            self._factored.shard(self._flats, layout, shapes, ranks.rank, self._add_up)
+        moments = () if self._factored else STATES[config.optimizer.name]
+        self._names = [*moments, *(state_name(i) for i in range(len(config.ema.decays)))]
         self._host: dict[str, list[torch.Tensor]] = {}
         self._allocate()
         self.set_timeout(config.train.timeout_first_s)
@@ -222,6 +222,11 @@ class Engine:
             if group is not self.ranks.background:
                 c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
+    def _add_up(self, sums: torch.Tensor) -> None:
+        """Sums a tensor over the ranks, in place."""
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(sums, group=None if sums.is_cuda else self.ranks.control)
+
     # ------------------------------------------------------------------------- DeepSpeed's flat tensors
 
     @property
@@ -232,7 +237,7 @@ class Engine:
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _layout(self) -> list[Piece]:
-        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        names = {parameter: name for name, parameter in trained_parameters(self.module).items()}
         pieces = []
         if self.config.zero.stage == 3:
             for parameter, name in names.items():
@@ -306,10 +311,12 @@ class Engine:
                 host.copy_(flat, non_blocking=True)
         if self.ranks.device != "cpu":
             torch.cuda.synchronize()
-        buffers = saved_buffers(self.module) if self.ranks.is_main else []
-        return ShardedSnapshot(
-            self._host, {f"buffer/{name}": b.cpu().clone() for name, b in buffers}, self._assembler, self.ranks
-        )
+        whole = {}
+        if self.ranks.is_main:
+            whole = {f"buffer/{name}": b.cpu().clone() for name, b in saved_buffers(self.module)}
+            for name, states in self._factored.statistics().items() if self._factored else ():
+                whole.update({f"{kind}/{name}": state.cpu().clone() for kind, state in states.items()})
+        return ShardedSnapshot(self._host, whole, self._assembler, self.ranks)
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
         """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
@@ -328,8 +335,11 @@ class Engine:
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
         scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
-        for kind, source in kinds.items():
-            scatter(lambda name, source=source: read(f"{source}/{name}"), self._pieces, self._states(kind))  # type: ignore[misc]
+        for kind in (kind for kind in kinds if kind in self._names):
+            scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, self._states(kind))  # type: ignore[misc]
+        for name, states in self._factored.statistics().items() if self._factored else ():
+            for kind, state in states.items():
+                state.copy_(read(f"{kinds[kind]}/{name}").view_as(state))
         for flat in self._flats:
             self._zero.optimizer.state[flat]["step"].fill_(float(updates))
         self.updates = updates

@@ -50,7 +50,8 @@ class PlainEngine:
             raise ConfigError("precision.dtype=bf16: it needs zero.stage=1, 2 or 3 (fp32 master weights), not 0")
         self.config, self.ranks = config, ranks
         self.module = model.to(ranks.device)
-        self.optimizer = build_optimizer(model.parameters(), config.optimizer, fused=ranks.device != "cpu")
+        self._trained = trained_parameters(model)
+        self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
         self.accumulate = accumulate
         self.updates = 0
 
@@ -64,7 +65,7 @@ class PlainEngine:
         """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
         `apply`."""
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
-        parameters = list(self.module.parameters())
+        parameters = list(self._trained.values())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -80,7 +81,7 @@ class PlainEngine:
 
     def norm(self) -> float:
         """Global norm of the weights."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.module.parameters()))
+        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self._trained.values()))
 
     def set_timeout(self, seconds: float) -> None:
         """One process waits for nobody."""
@@ -88,8 +89,8 @@ class PlainEngine:
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
         """The module with the averaged weights in place of the raw ones, in evaluation mode."""
-        states = [self.optimizer.state[p].get(state_name(index)) for p in self.module.parameters()]
-        raw = [p.detach().clone() for p in self.module.parameters()]
+        states = [self.optimizer.state[p].get(state_name(index)) for p in self._trained.values()]
+        raw = [p.detach().clone() for p in self._trained.values()]
         self._set_weights([s if s is not None else w for s, w in zip(states, raw, strict=True)])
         self.module.eval()
         try:
@@ -100,13 +101,13 @@ class PlainEngine:
 
     @torch.no_grad()
     def _set_weights(self, values: list[torch.Tensor]) -> None:
-        for p, value in zip(self.module.parameters(), values, strict=True):
+        for p, value in zip(self._trained.values(), values, strict=True):
             p.copy_(value)
 
     def snapshot(self) -> Snapshot:
         """Weights and optimizer states, copied to host memory."""
         tensors = {f"buffer/{name}": b.detach().cpu().clone() for name, b in saved_buffers(self.module)}
-        for name, p in self.module.named_parameters():
+        for name, p in self._trained.items():
             tensors[f"param/{name}"] = p.detach().cpu().clone()
             for kind, value in self.optimizer.state[p].items():
                 if kind != "step":
@@ -122,7 +123,7 @@ class PlainEngine:
         far."""
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
-        for name, p in self.module.named_parameters():
+        for name, p in self._trained.items():
             p.copy_(read(f"param/{name}"))
             state = self.optimizer.state[p]
             state["step"] = torch.tensor(float(updates), device=p.device if p.device.type == "cuda" else "cpu")
@@ -132,6 +133,11 @@ class PlainEngine:
                 except KeyError:
                     continue
         self.updates = updates
+
+
+def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the optimizer moves and a checkpoint holds: all but frozen ones (training/lora.py)."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

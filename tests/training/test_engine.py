@@ -21,6 +21,7 @@ from training.writer import CheckpointWriter
 BATCH, STEPS = 8, 4
 DECAYS = [0.9, 0.05]
 STATES = {kind: kind for kind in ("exp_avg", "exp_avg_sq", "ema/0", "ema/1")}
+FACTORED = {kind: kind for kind in ("row_var", "col_var", "variance", "ema/0", "ema/1")}
 
 
 class Net(torch.nn.Module):
@@ -39,9 +40,10 @@ class Net(torch.nn.Module):
         return self.last(torch.nn.functional.silu(hidden)) + self.offset.to(x.dtype)
 
 
-def experiment(stage: int, dtype: str = "fp32") -> Experiment:
+def experiment(stage: int, dtype: str = "fp32", optimizer: str = "adamw") -> Experiment:
     config = Experiment()
     config.zero.stage, config.precision.dtype, config.ema.decays = stage, dtype, DECAYS
+    config.optimizer.name = optimizer
     config.data.global_batch, config.train.steps = BATCH, 10
     config.optimizer.lr, config.optimizer.warmup_steps = 3e-3, 2
     return config
@@ -166,6 +168,23 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
         assert checkpoint is not None
         fresh.import_tensors(checkpoint.read, STATES, STEPS)
         found[f"bf16 repeats/{stage}"] = train(fresh, ranks, range(STEPS, STEPS + 2)) == go_on
+    # Adafactor's means are those of whole matrices, whoever holds which slice; its state goes from stage to stage
+    found["adafactor"] = {}
+    for stage, source in ((3, None), (2, None), (1, 3)):
+        engine = build_engine(Net(), experiment(stage, optimizer="adafactor"), ranks, 1)
+        losses = train(engine, ranks, range(STEPS))
+        if source is not None:
+            engine = build_engine(Net(), experiment(stage, optimizer="adafactor"), ranks, 1)
+            checkpoint = CheckpointStore(f"{directory}/adafactor-{source}").newest(ranks)
+            assert checkpoint is not None
+            engine.import_tensors(checkpoint.read, FACTORED, STEPS)
+        save(engine, ranks, f"{directory}/adafactor-{stage}", STEPS)
+        found["adafactor"][str(stage)] = losses + train(engine, ranks, range(STEPS, STEPS + 2))
+    # offloaded: optimizer states in host memory, which on a CPU is where they were
+    for stage in (2, 3):
+        config = experiment(stage)
+        config.zero.offload_optimizer, config.zero.offload_parameters = True, stage == 3
+        found["losses"][f"offload/{stage}"] = train(build_engine(Net(), config, ranks, 1), ranks, range(STEPS))
     return found
 
 
@@ -245,6 +264,24 @@ def test_two_ranks_to_one(found: list[dict[str, Any]], directory: Path) -> None:
     later = reference(STEPS + 2)["losses"][STEPS:]
     for key, losses in resumed.items():
         assert losses == pytest.approx(later, abs=1e-6), key
+
+
+def test_adafactor_at_every_stage(found: list[dict[str, Any]], directory: Path) -> None:
+    engine = build_engine(Net(), experiment(0, optimizer="adafactor"), Ranks(), 1)
+    wanted = train(engine, Ranks(), range(STEPS + 2))
+    assert wanted != pytest.approx(reference(STEPS + 2)["losses"], rel=1e-3), "it is another optimizer"
+    for stage, losses in found[0]["adafactor"].items():
+        assert losses == pytest.approx(wanted, abs=1e-6), stage
+    engine = build_engine(Net(), experiment(0, optimizer="adafactor"), Ranks(), 1)
+    checkpoint = CheckpointStore(str(directory / "adafactor-3")).newest()
+    assert checkpoint is not None
+    engine.import_tensors(checkpoint.read, FACTORED, STEPS)
+    assert train(engine, Ranks(), range(STEPS, STEPS + 2)) == pytest.approx(wanted[STEPS:], abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloading_changes_no_number(found: list[dict[str, Any]], stage: int) -> None:
+    assert found[0]["losses"][f"offload/{stage}"] == pytest.approx(reference(STEPS)["losses"], abs=1e-6)
 
 
 def test_bf16_needs_zero() -> None:
