@@ -2,9 +2,9 @@
 
     python benchmarks/data_order.py
 
-Prints JSON lines: the time and memory of finding a position; the time per batch with 1,000 and with 100,000 shards;
-and, for several lanes and windows, how mixed the batches are beside a perfect shuffle and beside webdataset's (shard
-order shuffled once, a buffer of 5,000 samples, eight workers):
+Prints JSON lines: the time and memory of finding a position (200,000 shards, 10^9 samples); the time to locate a sample
+with 1,000 to 100,000 shards; and, for several lanes and windows, how mixed the batches are beside a perfect shuffle and
+beside webdataset's (shard order shuffled once, a buffer of 5,000 samples, eight workers):
 
     distinct_shards   different shards in a global batch
     together          samples next to each other on disk that land in the same batch, as a multiple of chance
@@ -21,9 +21,14 @@ import tracemalloc
 
 import numpy as np
 
+from data_pipeline.config import FilterConfig
+from data_pipeline.dataset import Dataset
 from data_pipeline.order import Order
+from data_pipeline.retry import DEFAULT
+from data_pipeline.store import Entry
+from data_pipeline.summaries import Summary
 
-BATCH = 2048
+BATCH, ROUNDS = 2048, 7
 
 
 def main() -> None:
@@ -33,33 +38,51 @@ def main() -> None:
 
 
 def find() -> None:
-    """Time and memory of the first position after a start, with the synthetic index of 10^9 samples."""
+    """Time and memory of the first position after a start, with the synthetic index of 200,000 shards."""
     counts = np.random.default_rng(0).integers(1000, 9000, 200_000)
-    seconds = []
     for position in (0, 433_668_235, 5_000_000_007):
-        began = time.perf_counter()
-        Order(counts, 0, 256, 1024).locate(position)
-        seconds.append(time.perf_counter() - began)
+        seconds = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            Order(counts, 0, 256, 1024).locate(position)
+            seconds.append(time.perf_counter() - began)
+        show(f"seconds to find position {position:,}", samples=int(counts.sum()), **spread(seconds))
     tracemalloc.start()
-    Order(counts, 0, 256, 1024).locate_many(np.arange(BATCH) + 433_668_235)
+    dataset = Dataset(synthetic(counts.tolist()), FilterConfig(), DEFAULT)
+    held = tracemalloc.get_traced_memory()[0]
+    Order(dataset.counts, 0, 256, 1024).locate_many(np.arange(BATCH) + 433_668_235)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    show("find a position", shards=200_000, samples=int(counts.sum()), seconds=max(seconds), peak_MB=peak / 1e6)
+    show("memory with 200,000 shards", facts_of_all_shards_MB=held / 1e6, with_a_batch_located_MB=peak / 1e6)
+
+
+def synthetic(counts: list[int]) -> list[Summary]:
+    """What a run knows of shards with so many samples each, without any shard."""
+    none: dict[str, int] = {}
+    return [
+        Summary(
+            Entry(f"s3://bucket/data/{i:06d}.tar", 10**9 + i, f"{i:032x}"),
+            f"s3://bucket/data/{i:06d}.index.parquet", f"{i:016x}", count, count, none, none, False,
+        )
+        for i, count in enumerate(counts)
+    ]  # fmt: skip
 
 
 def flat() -> None:
     """Time per located batch does not grow with the number of shards."""
-    micro = {}
-    for shards in (1_000, 10_000, 100_000):
-        order = Order(np.full(shards, 5000), 0, 256, 1024)
+    orders = {shards: Order(np.full(shards, 5000), 0, 256, 1024) for shards in (1_000, 10_000, 100_000)}
+    times: dict[int, list[float]] = {shards: [] for shards in orders}
+    for order in orders.values():
         order.locate_many(np.arange(BATCH))
-        times = []
-        for batch in range(1, 41):
+    for batch in range(1, 41):
+        for shards, order in orders.items():
             began = time.process_time()
             order.locate_many(np.arange(BATCH) + batch * BATCH)
-            times.append(time.process_time() - began)
-        micro[shards] = statistics.median(times) / BATCH * 1e6
-    show("microseconds per sample", **{f"shards_{shards}": value for shards, value in micro.items()})
+            times[shards].append((time.process_time() - began) / BATCH * 1e6)
+    for shards, values in times.items():
+        show(f"microseconds to locate a sample, {shards:,} shards", **spread(values))
+    ratios = [many / few for many, few in zip(times[100_000], times[1_000], strict=True)]
+    show("100,000 shards / 1,000 shards", **spread(ratios))
 
 
 def shuffle() -> None:
@@ -112,8 +135,12 @@ def report(name: str, samples: np.ndarray, shards: int, each: int) -> None:
     show(f"shuffle: {name}", distinct_shards=distinct, together=same / chance, nearby=near)
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def show(name: str, **values: float) -> None:
-    print(json.dumps({"name": name, **{key: round(value, 4) for key, value in values.items()}}), flush=True)
+    print(json.dumps({"name": name, **{key: round(value, 5) for key, value in values.items()}}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Prints one JSON line per comparison. `local`: samples per CPU-second from a local tar in the page cache, with our
 checksums verified. `s3`: MB/s over a server with 30 ms latency and 80 MB/s per connection. `shards`: samples per
 CPU-second with 1,000 and with 100,000 shards. `start`: seconds to the first batch at position 0 and at position 10^9.
-`memory`: growth while 100,000 samples are read. Pictures are the tests' photographs, enlarged, with sensor noise,
-encoded anew.
+`memory`: growth of a worker process while it reads 100,000 samples. Pictures are the tests' photographs,
+enlarged, with sensor noise, encoded anew.
 """
 
 from __future__ import annotations
@@ -102,21 +102,21 @@ def measure_s3(folder: Path, rounds: int) -> None:
             "ShardStream, disk cache (filled in round 1)": lambda: count(cached),
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for _ in range(max(rounds // 2, 2)):
+        for _ in range(rounds):
             for name, way in ways.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 way()
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
         schemes["s3"] = ours
-        base = statistics.median(wall for wall, _ in times["webdataset, s3fs.open()"])
+        base = [wall for wall, _ in times["webdataset, s3fs.open()"]]
         for name, values in times.items():
-            wall = statistics.median(wall for wall, _ in values)
-            cpu = statistics.median(cpu for _, cpu in values)
+            walls, cpus = zip(*values, strict=True)
+            ratios = [theirs / own for theirs, own in zip(base, walls, strict=True)]
             show(
                 f"s3, {size / 1e3:.0f} kB: {name}",
-                MB_per_s=megabytes / wall,
-                ratio=base / wall,
-                cpu_s_per_GB=cpu / megabytes * 1e3,
+                **spread("ratio", ratios),
+                MB_per_s=megabytes / statistics.median(walls),
+                cpu_s_per_GB=statistics.median(cpus) / megabytes * 1e3,
             )
 
 
@@ -140,11 +140,11 @@ def measure_shards(folder: Path, rounds: int) -> None:
         for n, stream in streams.items():
             began = time.process_time()
             rates[n].append(count(stream) / (time.process_time() - began))
-    medians = {n: statistics.median(values) for n, values in rates.items()}
+    ratios = [many / few for many, few in zip(rates[100_000], rates[1_000], strict=True)]
     show(
-        "samples per CPU-second",
-        **{f"shards_{n}": rate for n, rate in medians.items()},
-        ratio=medians[100_000] / medians[1_000],
+        "samples per CPU-second, 100,000 shards / 1,000",
+        **spread("ratio", ratios),
+        **{f"shards_{n}": statistics.median(values) for n, values in rates.items()},
     )
 
 
@@ -157,19 +157,25 @@ def measure_start(folder: Path, rounds: int) -> None:
             began = time.perf_counter()
             list(islice(iter(ShardStream(shards, **OPTIONS, position=position)), 64))
             values.append(time.perf_counter() - began)
+    ratios = [late / first for first, late in zip(*times.values(), strict=True)]
     first, late = (statistics.median(values) for values in times.values())
-    show("seconds to the first batch, 10,000 shards", position_0=first, position_1e9=late, ratio=late / first)
+    show(
+        "seconds to the first batch, 10,000 shards, position 10^9 / 0",
+        **spread("ratio", ratios),
+        position_0=first,
+        position_1e9=late,
+    )
 
 
 def measure_memory(folder: Path, rounds: int) -> None:
-    stream = iter(ShardStream(many(folder, 2_000), **{**OPTIONS, "lanes": 64}))
-    count(islice(stream, 5_000))
-    before = resident()
-    count(islice(stream, 100_000))
-    show("memory over 100,000 samples", before_MB=before / 1e6, growth_MB=(resident() - before) / 1e6)
+    stream = ShardStream(many(folder, 2_000), **{**OPTIONS, "lanes": 64})
+    pipeline = wds.DataPipeline(stream, wds.map(resident), wds.batched(1000, collation_fn=None))
+    loader = iter(wds.WebLoader(pipeline, num_workers=1, batch_size=None))
+    sizes = [max(next(loader)) / 1e6 for _ in range(105)]
+    show("MB of a worker over 100,000 samples", after_5000=sizes[4], growth=sizes[-1] - sizes[4], peak=max(sizes))
 
 
-def resident() -> int:
+def resident(_: Any = None) -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -179,9 +185,12 @@ def compare(name: str, ours: Callable[[], int], plain: Callable[[], int], rounds
     samples = ours()
     plain()
     pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(rounds)]
-    ratios = sorted(theirs / own for own, theirs in pairs)
     own, theirs = (samples / statistics.median(values) for values in zip(*pairs, strict=True))
-    show(name, ratio=statistics.median(ratios), low=ratios[0], high=ratios[-1], ours=own, webdataset=theirs)
+    show(name, **spread("ratio", [theirs / own for own, theirs in pairs]), ours=own, webdataset=theirs)
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    return {name: statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def cpu_seconds(work: Callable[[], int]) -> float:

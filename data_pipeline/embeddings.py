@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import tempfile
 import threading
@@ -121,7 +122,10 @@ class SidecarWriter:
         )
         self._tokens.seek(0)
         if store.is_s3(self._url):
-            store.write_bytes(self._url, head + self._tokens.read())
+            with tempfile.TemporaryFile() as whole:
+                whole.write(head)
+                shutil.copyfileobj(self._tokens, whole, 1 << 22)
+                store.upload(self._url, whole)
         else:
             _write_local(store.local_path(self._url), head, self._tokens)
         self._tokens.close()

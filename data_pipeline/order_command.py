@@ -1,4 +1,4 @@
-"""`cascade order`: which samples a run would read, one JSON line per global batch."""
+"""`cascade order`: which samples a run would read, one JSON line per global batch, and how well they are mixed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset, load_or_build
 from data_pipeline.errors import ConfigError
+from data_pipeline.mixing import mixing
 from data_pipeline.order import Order, check_world_size
 
 
@@ -26,10 +27,13 @@ class Settings(Protocol):
     workers: int
     position: int
     batches: int
+    quality: bool
 
 
 def main(config: Settings) -> None:
     """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch.
+
+    With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`.
 
     Raises:
         ConfigError: the batch cannot be shared among `world_size` processes.
@@ -46,6 +50,9 @@ def main(config: Settings) -> None:
         keys = [_keys(dataset, order, next(steps)) for steps in ranks]
         line = {"position": config.position + batch * data.global_batch, "ranks": keys}
         print(json.dumps(line, ensure_ascii=False), flush=True)
+    if config.quality:
+        found = mixing(order, data.global_batch, config.position)
+        print(json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
 
 
 def _rank(config: Settings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:

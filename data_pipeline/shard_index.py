@@ -196,6 +196,7 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
         "size": entry.size,
         "etag": entry.etag,
         "samples": len(samples),
+        "expected": expected,
         "compressed": probe.head == b"\x1f\x8b",
         "problems": dict(sorted(counts.items())),
         "unusable": dict(sorted(unusable.items())),

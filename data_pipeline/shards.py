@@ -67,8 +67,7 @@ class ShardWriter:
         self._tar.close()
         self._file.flush()
         if store.is_s3(self.path):
-            with open(self._file.name, "rb") as file:
-                store.write_bytes(self.path, file.read())
+            store.upload(self.path, self._file)
             self.abort()
         else:
             os.fsync(self._file.fileno())

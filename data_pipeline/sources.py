@@ -6,17 +6,25 @@ import hashlib
 import json
 import math
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data_pipeline.captions import read_json
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import BadSample, DataError
-from data_pipeline.shard_index import IMAGE_EXTENSIONS
+from data_pipeline.shard_index import IMAGE_EXTENSIONS, ShardIndex
+
+if TYPE_CHECKING:
+    from data_pipeline.dataset import Dataset
+    from data_pipeline.fetch import RowReader
 
 PATH_COLUMNS = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image")
+_BLOCK, _COMPRESSED_BLOCK, _BLOCKS_KEPT = 8 << 20, 128 << 20, 4
 CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
 
 
@@ -126,6 +134,7 @@ class ShardSource:
 
         self.dataset = load_or_build(store.expand(shards), config)
         self.reader = RowReader(self.dataset, config)
+        self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
         self._ends = np.cumsum(self.dataset.counts)
 
@@ -141,12 +150,53 @@ class ShardSource:
         return f"{self.dataset.urls[shard]}#{self.dataset.key(shard, row)}"
 
     def read(self, number: int) -> Item:
-        sample = self.reader.read(*self._place(number))
+        shard, row = self._place(number)
+        if self.reader.is_direct(shard):
+            sample = self.reader.read(shard, row)
+        else:
+            sample = self.reader.sample_from(shard, row, *self._blocks.read(shard, row))
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
         if extension is None:
             raise BadSample("missing_image", "no member is a picture")
         key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
         return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), _json(sample.get("json")))
+
+
+class _Blocks:
+    """Bytes of remote or compressed shards, read in large blocks because neighbours are asked for one after another."""
+
+    def __init__(self, dataset: Dataset, reader: RowReader) -> None:
+        self._dataset, self._reader = dataset, reader
+        self._kept: OrderedDict[tuple[int, int], Future[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, row: int) -> tuple[int, bytes]:
+        """(first byte, bytes of the shard from there on) that hold a sample."""
+        index, rows = self._dataset.index(shard)
+        parts = index.parts(int(rows[row]))
+        begin, end = parts[0].offset, max(part.offset + part.size for part in parts)
+        # a compressed shard is unpacked from its first byte for every block
+        size = _COMPRESSED_BLOCK if index.compressed else _BLOCK
+        blocks = [self._block(shard, number, size, index) for number in range(begin // size, -(-end // size))]
+        return begin // size * size, b"".join(blocks)
+
+    def _block(self, shard: int, number: int, size: int, index: ShardIndex) -> bytes:
+        with self._lock:
+            future = self._kept.get((shard, number))
+            mine = future is None
+            if future is None:
+                future = self._kept[shard, number] = Future()
+                while len(self._kept) > _BLOCKS_KEPT:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end((shard, number))
+        if mine:
+            try:
+                end = int(index.spans()[1].max())
+                future.set_result(self._reader.read_range(shard, number * size, min((number + 1) * size, end)))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
 
 def open_source(kind: str, source: str, config: DataConfig) -> Source:

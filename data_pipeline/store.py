@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -78,6 +80,8 @@ class LocalStream:
 
     def __init__(self, path: str, start: int = 0, end: int | None = None) -> None:
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise DataError(f"{path}: this is not a regular file")
             self._file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise _local_error(path, error) from error
@@ -166,6 +170,13 @@ def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
+    """Writes an open, non-empty file as one object, which appears whole; memory holds a part of it at a time."""
+    file.flush()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+        s3.put(url, view, patience)
 
 
 def _umask() -> int:

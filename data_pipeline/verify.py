@@ -25,6 +25,7 @@ from data_pipeline.verify_report import Picture, Tally, write_page
 
 logger = logging.getLogger(__name__)
 
+# of `count_mismatch` the samples that are missing count as dropped
 LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
 """Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
 
@@ -88,8 +89,10 @@ def _verify_shard(
     rows, dropped = keep_rows(index, config.data.filter)
     problems = index.column("problem").to_pylist()
     row_problems = Counter(problem for problem in problems if problem)
+    missing = max((index.meta["expected"] or 0) - len(index), 0)
+    tally.dropped["count_mismatch"] += missing
     for reason, count in index.problems.items():
-        count -= row_problems[reason]
+        count -= row_problems[reason] + (reason == "count_mismatch" and missing > 0)
         if count > 0:
             (tally.dropped if reason in LOST else tally.warnings)[reason] += count
     tally.dropped.update(dropped)

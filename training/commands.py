@@ -40,6 +40,8 @@ class OrderCommand(Experiment):
     workers: int = 0
     position: int = 0
     batches: int = 1
+    quality: bool = False
+    """Also report, as a last line, how well the batches mix the data."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import training.config
+import training.commands
 from data_pipeline.errors import CascadeError, ConfigError
 from training.config import ClusterConfig, Experiment
 from training.resilience import STOP_CODES
@@ -209,7 +209,7 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     from omegaconf import OmegaConf
 
     rank = int(os.environ["RANK"])
-    schema = OmegaConf.structured(getattr(training.config, config_class))
+    schema = OmegaConf.structured(getattr(training.commands, config_class))
     config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(config_file)))
     assert isinstance(config, Experiment)
     try:

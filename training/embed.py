@@ -1,14 +1,19 @@
 """`cascade embed`: computes the text embeddings of a data set once, into one sidecar file per shard.
 
 Every caption that `data.captions` may choose is embedded. Finished sidecars stay, so a broken-off run continues. Shards
-are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the processes of a launcher.
+are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the processes of a launcher; without one, by
+`cluster.processes` on this machine (as many as it has GPUs).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import store
@@ -18,6 +23,7 @@ from data_pipeline.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.part_reader import PartReader
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, store_index
+from training.distributed import launch, process_count
 
 if TYPE_CHECKING:
     from training.commands import EmbedCommand
@@ -33,18 +39,44 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _PIECES, _PIECE = 64, 1 << 16
+_RESULTS = "CASCADE_EMBED_RESULTS"
+"""Directory in which the processes of one command leave what they did."""
 
 
 def main(config: EmbedCommand) -> dict[str, Any]:
-    """Runs `cascade embed`.
+    """Runs `cascade embed`, in as many processes as a launcher or `cluster.processes` says.
 
     Returns:
-        {"shards": this process's share, "captions": embedded, "kept": sidecars that were complete, "bytes": written}
+        {"shards": of this start, "captions": embedded, "kept": sidecars that were complete, "bytes": written}
 
     Raises:
         ConfigError: `part` is not below `parts`.
         DataError: a shard or the encoder cannot be read, or a sidecar of other settings is in the way.
     """
+    launched = "RANK" in os.environ or os.environ.get("CASCADE_SRUN") == "1"
+    if not launched and process_count(config.cluster) > 1:
+        return _in_processes(config)
+    done = _embed_share(config)
+    if _RESULTS in os.environ:
+        Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
+    return done
+
+
+def _in_processes(config: EmbedCommand) -> dict[str, Any]:
+    """The command in several processes of this machine, and the sum of what they did."""
+    with tempfile.TemporaryDirectory(prefix="cascade-embed-") as folder:
+        os.environ[_RESULTS] = folder
+        try:
+            launch("training.embed", config)
+        finally:
+            del os.environ[_RESULTS]
+        total: Counter[str] = Counter()
+        for file in Path(folder).iterdir():
+            total.update(json.loads(file.read_text()))
+        return dict(total)
+
+
+def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     import torch
 
     from training.model.text_encoder import build_text_encoder
@@ -68,7 +100,7 @@ def main(config: EmbedCommand) -> dict[str, Any]:
             _check_kept(place, made_of)
             done["kept"] += 1
             continue
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{_ranks(os.environ)[1]}" if torch.cuda.is_available() else "cpu"
         encoder = encoder or build_text_encoder(config.text, device)
         with PartReader(entry, index.compressed, patience) as reader:
             done["captions"] += _embed(_texts(index, reader, config), encoder, place, made_of, config)
@@ -89,8 +121,17 @@ def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, i
         step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
         part = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
         parts = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    rank, _, world = _ranks(environment)
     return part * world + rank, parts * world
+
+
+def _ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, rank on its machine, processes) by a launcher's variables, or by Slurm's in a job of `cascade launch`."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if "RANK" not in environment and environment.get("CASCADE_SRUN") == "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    rank, local_rank, world = (int(environment.get(name, default)) for name, default in zip(names, "001", strict=True))
+    return rank, local_rank, world
 
 
 def identity(config: TextConfig) -> dict[str, Any]:
@@ -208,4 +249,4 @@ def _refuse_equal_names(urls: list[str], output: str | None) -> None:
 def _progress(entries: list[store.Entry]) -> Any:
     from tqdm import tqdm
 
-    return tqdm(entries, desc="embed", unit="shard", mininterval=0.5)
+    return tqdm(entries, desc="embed", unit="shard", mininterval=0.5, disable=_ranks(os.environ)[0] > 0)

@@ -22,6 +22,7 @@ class Command:
     workers: int = 0
     position: int = 0
     batches: int = 1
+    quality: bool = False
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_shows_what_the_stream_reads(
             stop=56,
         )
         assert [sample["__key__"] for sample in stream] == [key for line in shown for key in line["ranks"][rank]]
+
+
+def test_quality_is_a_last_line(capsys: pytest.CaptureFixture[str], data: DataConfig) -> None:
+    *batches, quality = lines(capsys, Command(data, batches=2, quality=True))
+    assert [batch["position"] for batch in batches] == [0, 8]
+    assert 1 <= quality["distinct_shards"] <= 3 and 2 < quality["perfect_distinct_shards"] < 3
+    assert quality["neighbour_correlation"] >= 0
 
 
 def test_mistakes(data: DataConfig) -> None:

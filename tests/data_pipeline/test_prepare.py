@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -15,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipeline import store
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.errors import DataError
 from data_pipeline.images import decode
 from data_pipeline.prepare import main
 from data_pipeline.synthetic import caption, combinations, draw, parse
 from tests.data_pipeline.photos import SHARDS, copy_shards, jpegs, samples
+from tests.s3 import S3Server
 
 
 class Config:
@@ -35,7 +38,7 @@ def drawn(output: Path, seed: int = 0, **values: Any) -> dict[str, Any]:
     return main(Config(PrepareConfig(output=str(output), draw=shapes), seed))
 
 
-def imported(output: Path, kind: str, source: Path | str, **values: Any) -> dict[str, Any]:
+def imported(output: Path | str, kind: str, source: Path | str, **values: Any) -> dict[str, Any]:
     return main(Config(PrepareConfig(kind=kind, source=str(source), output=str(output), **values)))
 
 
@@ -226,6 +229,53 @@ def test_equal_keys_of_different_shards_stay_apart(tmp_path: Path) -> None:
     imported(tmp_path / "out", "shards", tmp_path / "in")
     keys = {name.split(".")[0] for name in members(tmp_path / "out" / "00000.tar")}
     assert len(keys) == 2 * len(samples(1))
+
+
+def objects(prefix: str, suffix: str = ".tar") -> dict[str, bytes]:
+    names = [name for name in store.list_dir(prefix) if name.endswith(suffix)]
+    return {name: store.read_bytes(f"{prefix}/{name}") for name in names}
+
+
+def modified(server: S3Server, bucket: str, key: str) -> Any:
+    return server.client().head_object(Bucket=bucket, Key=key)["LastModified"]
+
+
+def test_into_a_bucket_the_same_objects_come_and_broken_off_work_continues(
+    folder: Path, tmp_path: Path, bucket: str, s3_server: S3Server
+) -> None:
+    there = f"s3://{bucket}/deep/out"
+    result = imported(there, "folder", folder, samples_per_shard=3)
+    assert (result["shards"], result["samples"]) == (3, 6)
+    imported(tmp_path / "local", "folder", folder, samples_per_shard=3)
+    assert objects(there) == contents(tmp_path / "local")
+    assert len(objects(there, ".index.parquet")) == 3 and b"missing_caption" in store.read_bytes(
+        f"{there}/dropped.jsonl"
+    )
+    store.remove(f"{there}/00001.tar")
+    before = modified(s3_server, bucket, "deep/out/00000.tar")
+    assert imported(there, "folder", folder, samples_per_shard=3) == result
+    assert objects(there) == contents(tmp_path / "local")
+    assert modified(s3_server, bucket, "deep/out/00000.tar") == before, "what was done is not done again"
+    with pytest.raises(DataError, match=rf"{there}: it was prepared otherwise"):
+        imported(there, "folder", folder, quality=50)
+
+
+def test_repacking_from_bucket_to_bucket(tmp_path: Path, bucket: str) -> None:
+    for path in sorted(copy_shards(tmp_path / "in").glob("*.tar")):
+        store.write_bytes(f"s3://{bucket}/in/{path.name}", path.read_bytes())
+    options: dict[str, Any] = {"max_side": 100, "samples_per_shard": 5, "deduplicate": "perceptual"}
+    imported(f"s3://{bucket}/out", "shards", f"s3://{bucket}/in/{{00000..00001}}.tar", **options)
+    imported(tmp_path / "out", "shards", tmp_path / "in", **options)
+    assert objects(f"s3://{bucket}/out") == contents(tmp_path / "out")
+
+
+def test_compressed_shards_are_repacked_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar.gz").write_bytes(gzip.compress(SHARDS[0].read_bytes()))
+    imported(tmp_path / "out", "shards", tmp_path / "in")
+    assert members(tmp_path / "out" / "00000.tar").keys() == {
+        f"{key}.{name}" for key in samples() for name in ("jpg", "txt", "json")
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- duplicates

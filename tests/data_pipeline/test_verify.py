@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.shard_index import index_shard, store_index
@@ -83,6 +84,23 @@ def test_filters_count_but_do_not_fill_the_quarantine_file(folder: Path) -> None
     assert quarantine(folder) == []
 
 
+def test_samples_that_were_written_and_are_not_there_are_missed(folder: Path) -> None:
+    """A tar that ends at a member's header looks whole but for its end marks."""
+    data = tar([*good(), bad()])
+    (folder / "a.tar").write_bytes(data)
+    last = index_shard(str(folder / "a.tar")).parts(4)[0].offset - 512
+    (folder / "a.tar").write_bytes(data[:last])
+    (folder / "a_stats.json").write_text(json.dumps({"successes": 7}))
+    result = verify(folder)
+    assert (result["delivered"], result["dropped"]) == (4, {"count_mismatch": 3})
+    assert {line["reason"]: line["detail"] for line in quarantine(folder)}["count_mismatch"] == (
+        "4 samples where 7 were written"
+    )
+    (folder / "a_stats.json").write_text(json.dumps({"successes": 3}))
+    result = verify(folder)
+    assert result["dropped"] == {} and result["warnings"]["count_mismatch"] == 1
+
+
 def test_a_flipped_byte_is_caught_by_the_stored_index(folder: Path) -> None:
     shard = folder / "a.tar"
     shard.write_bytes(tar([*good(), bad()]))
@@ -138,6 +156,22 @@ def test_the_contact_sheet_and_the_memory_of_the_tally_stay_bounded(folder: Path
     result = verify(folder, report=True)
     assert result["delivered"] == 80
     assert Path(result["report"]).read_text().count("data:image/jpeg") == 48
+
+
+def test_from_and_into_a_bucket(folder: Path, bucket: str) -> None:
+    (folder / "a.tar").write_bytes(CASES["image_truncated"][0]())
+    local = verify(folder, report=True)
+    store.write_bytes(f"s3://{bucket}/in/a.tar", (folder / "a.tar").read_bytes())
+    config = Config(f"s3://{bucket}/in/*.tar", folder, report=True)
+    config.output = f"s3://{bucket}/out"
+    result = main(config)
+    assert {name: result[name] for name in ("delivered", "dropped")} == {
+        name: local[name] for name in ("delivered", "dropped")
+    }
+    (line,) = store.read_bytes(result["quarantine"]).splitlines()
+    assert json.loads(line)["shard"] == f"s3://{bucket}/in/a.tar"
+    assert store.read_bytes(f"s3://{bucket}/out/report.html").count(b"data:image/jpeg") == local["delivered"]
+    assert store.list_dir(f"s3://{bucket}") == ["in", "out"] and store.list_dir(f"s3://{bucket}/in") == ["a.tar"]
 
 
 def test_shards_that_are_not_there_are_one_sentence(folder: Path) -> None:

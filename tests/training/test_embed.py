@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_pipeline import store
 from data_pipeline.captions import candidates, choose
 from data_pipeline.config import CaptionConfig, DataConfig
 from data_pipeline.embeddings import Embeddings, pad
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.loader import Loader
 from data_pipeline.shard_index import load_index
 from tests.data_pipeline.photos import copy_shards, samples
 from tests.training.model.test_text_encoder import tiny_t5
@@ -86,6 +90,41 @@ def test_finished_sidecars_stay_and_missing_ones_are_made(shards: Path, tmp_path
     assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
 
 
+def test_over_s3_the_same_sidecars_come_and_are_joined(shards: Path, tmp_path: Path, bucket: str) -> None:
+    for path in sorted(shards.glob("*.tar")):
+        store.write_bytes(f"s3://{bucket}/in/{path.name}", path.read_bytes())
+    there, text = f"s3://{bucket}/in/{{00000..00001}}.tar", f"s3://{bucket}/text"
+    settings = config(shards, output=text)
+    settings.data.shards = there
+    done = main(settings)
+    assert main(settings) == {"shards": 2, "captions": 0, "kept": 2, "bytes": 0}
+    main(config(shards, output=str(tmp_path / "out")))
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name: store.read_bytes(f"{text}/{name}") for name in store.list_dir(text)} == local
+    assert done["bytes"] == sum(map(len, local.values()))
+    data = DataConfig(shards=there, global_batch=4, embeddings=text, captions=settings.data.captions)
+    loader = Loader(data, image_size=16)
+    assert loader.embeddings is not None
+    loader.embeddings.check(identity(WORDS))
+    (batch,) = next(loader)
+    loader.close()
+    assert batch.embeddings is not None
+    expected, mask = build_text_encoder(WORDS).encode(batch.captions)
+    for row, tokens in enumerate(batch.embeddings):
+        assert np.abs(tokens - expected[row][mask[row]].numpy()).max() < 0.01
+
+
+def test_processes_of_one_machine_share_the_shards(shards: Path, tmp_path: Path) -> None:
+    alone = main(config(shards, output=str(tmp_path / "alone")))
+    words = ["embed", f"data.shards={shards}", f"output={tmp_path}/two", "cluster.processes=2", "json=true"]
+    words += ["text.dim=32", "text.max_tokens=16", 'data.captions.sources={"txt":1.0,"json:captions":1.0}']
+    done = subprocess.run([sys.executable, "-m", "training.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_parts_share_the_shards(shards: Path) -> None:
     done = [main(config(shards, part=part, parts=3)) for part in range(3)]
     assert [one["shards"] for one in done] == [1, 1, 0]
@@ -126,6 +165,8 @@ def test_two_shards_of_one_name_cannot_share_an_output(shards: Path, tmp_path: P
             },
             (5, 6),
         ),
+        (0, 1, {"CASCADE_SRUN": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}, (3, 4)),
+        (0, 1, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
         (1, 2, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, (1, 2)),
     ],
 )
