@@ -13,12 +13,13 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.config import ZeroConfig
-from training.model.presets import UNetConfig
+from training.config import StageConfig, ZeroConfig
+from training.model.presets import UNetConfig, for_stage
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,9 @@ GPU_OVERHEAD = 1_500_000_000
 """CUDA context, NCCL, convolution workspaces, fragmentation; assumed."""
 CPU_OVERHEAD = 350_000_000
 """Interpreter and libraries of a process on a CPU."""
+CPU_WORKSPACE = 1.5
+"""What convolutions on a CPU take for their own layout of inputs and outputs, in sizes of the largest tensor
+(measured)."""
 
 
 # --------------------------------------------------------------------------------------- one pass, without data
@@ -43,10 +47,12 @@ class Pass:
     Fields:
         activations: what is neither a weight nor a finished gradient.
         gradients: finished gradients of weights, if all are kept.
+        largest: bytes of the largest single tensor.
     """
 
     activations: np.ndarray
     gradients: np.ndarray
+    largest: int
 
     def peak(self, keep_gradients: bool) -> int:
         """The most that is live at once."""
@@ -63,9 +69,11 @@ class Passes:
     def at(self, batch: int) -> Pass:
         """The pass for `batch` pictures."""
         grown = self.two.activations + (batch - 2) * (self.three.activations - self.two.activations)
-        return Pass(grown, self.two.gradients)
+        largest = self.two.largest + (batch - 2) * (self.three.largest - self.two.largest)
+        return Pass(grown, self.two.gradients, largest)
 
 
+@lru_cache
 def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype) -> Passes:
     """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
     return Passes(*(follow_one(config, size, tokens, dtype, batch) for batch in (2, 3)))
@@ -95,7 +103,7 @@ def follow_one(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, b
         low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
         with live:
             model(x, level, text, mask, *low_res).float().square().mean().backward()
-    return Pass(np.array(live.activations), np.array(live.gradients))
+    return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
 
 
 def _live_bytes() -> Any:
@@ -109,7 +117,7 @@ def _live_bytes() -> Any:
             super().__init__()
             self.sizes: dict[int, int] = {}
             self.finished: set[int] = set()
-            self.now = self.done = 0
+            self.now = self.done = self.largest = 0
             self.activations: list[int] = []
             self.gradients: list[int] = []
 
@@ -125,6 +133,7 @@ def _live_bytes() -> Any:
             if key not in self.sizes:
                 self.sizes[key] = storage.nbytes()
                 self.now += self.sizes[key]
+                self.largest = max(self.largest, self.sizes[key])
                 self.activations.append(self.now)
                 self.gradients.append(self.done)
                 weakref.finalize(storage, self.drop, key)
@@ -150,6 +159,21 @@ def _live_bytes() -> Any:
 # ---------------------------------------------------------------------------------------------- what ZeRO keeps
 
 
+def parameter_count(stage: StageConfig, text_dim: int) -> int:
+    """Of the stage's network, built without data."""
+    return sum(math.prod(shape) for shape in parameter_shapes(for_stage(stage, text_dim)))
+
+
+def parameter_shapes(unet: UNetConfig) -> list[tuple[int, ...]]:
+    """Shapes of all parameters, from a network without data."""
+    import torch
+
+    from training.model.unet import UNet
+
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in UNet(unet).parameters()]
+
+
 @dataclass(frozen=True)
 class Setup:
     """What the size of the state depends on."""
@@ -173,11 +197,11 @@ class Setup:
 
 
 def moments_bytes(setup: Setup) -> int:
-    """Adam's two moments of the shard, or Adafactor's row and column means of whole matrices (it factors the last two
-    dimensions)."""
-    if setup.optimizer == "adamw":
-        return 8 * setup.share
-    return 4 * sum(math.prod(s) // s[-1] + math.prod(s) // s[-2] if len(s) > 1 else math.prod(s) for s in setup.shapes)
+    """Adam's two moments of the shard (in 8 bits with a scale per 256), or Adafactor's row and column means of all
+    matrices (optimizers.py), which every process keeps."""
+    if setup.optimizer == "adafactor":
+        return 4 * sum(s[0] + math.prod(s[1:]) if len(s) > 1 else math.prod(s) for s in setup.shapes)
+    return setup.share * 8 if setup.optimizer == "adamw" else setup.share * 2 * 260 // 256
 
 
 def kept(setup: Setup) -> dict[str, int]:
@@ -187,12 +211,12 @@ def kept(setup: Setup) -> dict[str, int]:
         "weights": b * (share if stage == 3 else setup.parameters),
         "master_weights": 4 * share if stage else 0,
         "moments": moments_bytes(setup),
-        "averages": 4 * share * setup.averages,
+        "ema": 4 * share * setup.averages,
         "gradients": b * share if stage == 3 else 0,
     }
     host = 0
     if setup.zero.offload_optimizer:
-        host += sum(parts.pop(name) for name in ("master_weights", "moments", "averages")) + 4 * share
+        host += sum(parts.pop(name) for name in ("master_weights", "moments", "ema")) + 4 * share
     if setup.zero.offload_parameters:
         host += parts.pop("weights")
     return {**parts, "host": host}
@@ -201,10 +225,11 @@ def kept(setup: Setup) -> dict[str, int]:
 def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
     """What comes on top of `kept` at the three moments of a step that can be the highest."""
     n, share, b, stage = setup.parameters, setup.share, setup.weight_bytes, setup.zero.stage
+    workspace = 0 if setup.on_gpu else int(CPU_WORKSPACE * work.largest)
     if stage == 0:
         first = 4 * n if setup.averages else 0
         return {
-            "backward": _moment(b * n, 0, work.peak(True) - b * n),
+            "backward": _moment(b * n, workspace, work.peak(True) - b * n),
             "step": _moment(b * n, first, 0),  # an average begins as a copy of the weights
         }
     if setup.on_gpu:  # gradients leave in buckets while the backward pass goes on; two buckets take turns
@@ -215,7 +240,7 @@ def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
     collected = 0 if stage == 3 else b * share
     widened = 4 * share if b != 4 else 0
     if keeps_all:
-        backward = _moment(b * n, gathered, work.peak(True) - b * n)
+        backward = _moment(b * n, gathered + workspace, work.peak(True) - b * n)
     else:
         backward = _moment(collected, bucket + gathered, work.peak(False))
     return {

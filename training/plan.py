@@ -1,217 +1,287 @@
-"""`cascade plan`: parameters, memory, time and cost of a training, before an allocation is spent.
+"""`cascade plan`: memory, time and cost of a training, before an allocation is spent; `doctor=true` tries the real
+thing.
 
-Parameters, FLOPs and activations are counted on tensors without data. Speed is an assumption, not a forecast: `mfu` of
-the GPU's stated dense bf16 peak. `doctor=true` then tries the real things: shards, checkpoint store, text encoder, one
-loss.
+Parameters and FLOPs are counted, activations followed through a pass without data (memory.py). What is assumed
+(utilisation, bandwidth, price, bytes per sample before there is an index) is a setting, and the table says so.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from data_pipeline.errors import CascadeError, ConfigError, UserError
-from training.checks import planned_world_size
+from data_pipeline import store
+from data_pipeline.errors import CascadeError, ConfigError
+from training.checks import check_batch, planned_world_size
 from training.commands import PlanCommand
 from training.config import Experiment
+from training.flops import forward_flops
+from training.hardware import Device, planned_device
+from training.memory import Passes, Setup, follow, largest_micro_batch, memory, moments_bytes, parameter_shapes
+from training.model.presets import for_stage
+from training.plan_table import gib, table
+from training.text_cost import TextCost, text_cost
 
-GPUS = {"a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141), "b200": ("B200", 180), "l40s": ("L40S", 48)}
-"""Key of `gpu` -> (name in flops.PEAK_TFLOPS, memory in GB)."""
-USABLE = 0.92
-"""Share of a GPU's memory that a plan fills at most."""
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+DAY, HOUR = 86400.0, 3600.0
+ASSUMED_SAMPLE_BYTES = 60_000
+"""A JPEG with its caption, where no index says more."""
+FEW_SHARDS = 256
+"""So many indexes are opened where there is no summary of them."""
+COPY_BYTES_PER_SECOND = 10e9
+"""From a GPU to pinned host memory; assumed. (On a CPU: from memory to memory, 2 threads.)"""
+SHOWN_MICRO_BATCHES = 6
+"""Columns of memory by ZeRO stage and micro-batch."""
 
 
 def main(config: Experiment) -> dict[str, Any]:
-    """Prints one table and returns its numbers.
+    """Prints one table, and with `doctor=true` a line per check; returns the numbers: bytes, seconds, FLOPs, dollars.
 
     Raises:
-        ConfigError: an unknown GPU, or an MFU that is none.
+        ConfigError: an unknown GPU, or a stage that cannot be built.
         UserError: `doctor=true` found something that would stop the training.
     """
     assert isinstance(config, PlanCommand)
     plan = make_plan(config)
     print(table(plan), flush=True)
     if config.doctor:
+        from training.doctor import examine
+
         plan["doctor"] = examine(config)
-        failed = [name for name, said in plan["doctor"].items() if not said.startswith("ok")]
-        if failed:
-            raise UserError(f"doctor: {', '.join(failed)} would stop this training; see the lines above")
     return plan
 
 
 def make_plan(config: PlanCommand) -> dict[str, Any]:
-    """The numbers; bytes, seconds and FLOPs, without units hidden in them."""
+    """All numbers of the table, by names that JSON readers can rely on."""
     import torch
 
-    from training.flops import PEAK_TFLOPS, training_flops
-    from training.memory import Setup, follow, largest_micro_batch, memory
-    from training.model.presets import for_stage
-    from training.model.unet import UNet
-
-    if config.gpu not in GPUS:
-        raise ConfigError(f"gpu={config.gpu}: it must be one of {', '.join(GPUS)}")
-    if not 0 < config.mfu <= 1:
-        raise ConfigError(f"mfu={config.mfu}: it must lie above 0 and at most at 1")
-    name, gigabytes = GPUS[config.gpu]
-    world_size = planned_world_size(config.cluster)
     unet = for_stage(config.stage, config.text.dim)
-    with torch.device("meta"):
-        shapes = [tuple(p.shape) for p in UNet(unet).parameters()]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
     size, tokens = config.stage.train_size, config.text.max_tokens
+    device, world = planned_device(config), planned_world_size(config.cluster)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     setup = Setup(
-        shapes,
+        parameter_shapes(unet),
         config.zero,
-        WEIGHT_BYTES[config.precision.dtype],
-        world_size,
+        dtype.itemsize,
+        world,
         len(config.ema.decays),
         config.optimizer.name,
-        on_gpu=config.cluster.gpus,
+        device.on_gpu,
     )
     passes = follow(unet, size, tokens, dtype)
-    share = config.data.global_batch // world_size
-    micro_batch = config.data.micro_batch or share
-    parts = memory(setup, passes, micro_batch)
-    largest = largest_micro_batch(setup, passes, USABLE * gigabytes * 1e9)
-    flops = training_flops(unet, size, tokens)
-    images_per_second = config.mfu * PEAK_TFLOPS[name] * 1e12 * world_size / flops
-    images = config.train.steps * config.data.global_batch
-    seconds = images / images_per_second
-    return {
+    training = 3 * forward_flops(unet, size, tokens)
+    text = text_cost(config.text)
+    precomputed = bool(config.data.embeddings)
+    problems: list[str] = []
+    fits = {**batch_fits(config, world, problems), **data_fits(config, problems)}
+    data = fits.pop("data")
+    rates = speed(config, device, world, training + (0 if precomputed else text.flops_per_caption))
+    plan: dict[str, Any] = {
         "stage": config.stage.name,
+        "preset": config.stage.model.preset,
         "parameters": setup.parameters,
-        "flops_per_image": flops,
-        "gpu": config.gpu,
-        "world_size": world_size,
+        "flops_per_image": training,
+        "gpu": device.name,
+        "peak_flops": device.peak,
+        "peak_basis": device.basis,
+        "world_size": world,
+        "nodes": config.cluster.nodes if config.cluster.kind == "slurm" else 1,
         "zero_stage": config.zero.stage,
+        "optimizer": config.optimizer.name,
+        "precision": config.precision.dtype,
+        **memory_plan(config, setup, passes, device, 0 if precomputed else text.bytes, problems),
+        **rates,
+        **cost(config, device, world, rates["images_per_second"]),
+        "text_encoder": text_plan(config, text, training, data["samples"], device, world),
+        "data": data,
+    }
+    embedding_bytes = tokens * config.text.dim * 2 if precomputed else 0
+    plan["store_bytes_per_second"] = (data["bytes_per_sample"] + embedding_bytes) * rates["images_per_second"]
+    plan |= checkpoint_plan(config, setup, device, plan["nodes"], rates["seconds_per_step"])
+    plan["fits"] = {"memory": plan.pop("fits_memory"), **fits}
+    plan["problems"] = problems
+    plan["ok"] = not problems
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str, Any]:
+    """Whether `cascade train` would take the world size, lanes and micro-batch; its sentences go to `problems`."""
+    lanes, batch = config.data.lane_count, config.data.global_batch
+    share = batch // world
+    micro_batch = config.data.micro_batch or share
+    try:
+        check_batch(config, world)
+    except (ConfigError, ValueError) as error:
+        problems.append(str(error))
+    return {
+        "world_size": batch % world == 0,
+        "lanes": lanes % world == 0,
+        "micro_batch": bool(micro_batch) and share % micro_batch == 0,
+    }
+
+
+def memory_plan(
+    config: PlanCommand, setup: Setup, passes: Passes, device: Device, encoder: int, problems: list[str]
+) -> dict[str, Any]:
+    """Bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO stage and
+    micro-batch."""
+    share = max(1, config.data.global_batch // setup.world_size)
+    micro_batch = config.data.micro_batch or share
+    parts = memory(setup, passes, micro_batch, encoder)
+    largest = largest_micro_batch(setup, passes, device.memory, encoder)
+    usable = max((n for n in range(1, min(largest, share) + 1) if share % n == 0), default=0)
+    fits = parts["total"] <= device.memory
+    if not fits:
+        remedy = f"set data.micro_batch={usable}" if usable else "use a higher zero.stage, offloading or more devices"
+        problems.append(
+            f"data.micro_batch={micro_batch} needs {gib(parts['total'])} of {gib(device.memory)} per device: {remedy}"
+        )
+    sizes = sorted({*(n for n in range(1, share + 1) if share % n == 0), micro_batch})
+    near = sorted(sizes, key=lambda n: abs(sizes.index(n) - sizes.index(micro_batch)))[:SHOWN_MICRO_BATCHES]
+    stages = [s for s in (0, 1, 2, 3) if s or (setup.world_size == 1 and setup.weight_bytes == 4)]
+    setups = {s: replace(setup, zero=type(config.zero)(stage=s)) for s in stages}
+    return {
         "micro_batch": micro_batch,
         "memory": parts,
-        "fits": parts["total"] <= USABLE * gigabytes * 1e9,
+        "memory_available": int(device.memory),
+        "memory_by_zero_stage": {
+            str(s): {str(n): memory(setups[s], passes, n, encoder)["total"] for n in sorted(near)} for s in stages
+        },
         "largest_micro_batch": largest,
+        "largest_usable_micro_batch": usable,
+        "fits_memory": fits,
+    }
+
+
+def speed(config: PlanCommand, device: Device, world: int, flops: float) -> dict[str, float]:
+    """Images and steps per second at the stated utilisation of the stated peak."""
+    rate = config.mfu * device.peak * world / flops
+    return {
         "mfu": config.mfu,
-        "images_per_second": images_per_second,
+        "images_per_second": rate,
+        "images_per_second_per_gpu": rate / world,
+        "seconds_per_step": config.data.global_batch / rate,
+    }
+
+
+def cost(config: PlanCommand, device: Device, world: int, rate: float) -> dict[str, float]:
+    """The whole training; a device that is no GPU costs nothing."""
+    images = config.train.steps * config.data.global_batch
+    hours = images / rate * world / HOUR
+    price = config.price if device.on_gpu else 0.0
+    return {
+        "steps": config.train.steps,
         "images": images,
-        "days": seconds / 86400,
-        "gpu_hours": seconds / 3600 * world_size,
-        "cost": seconds / 3600 * world_size * config.price,
-        "checkpoint_bytes": 4 * setup.parameters * (3 + len(config.ema.decays)),
+        "days": images / rate / DAY,
+        "gpu_hours": hours,
+        "price": price,
+        "cost": hours * price,
     }
 
 
-def table(plan: dict[str, Any]) -> str:
-    """The plan for people."""
-    parts = plan["memory"]
-    rows = [
-        ("stage", plan["stage"]),
-        ("parameters", f"{plan['parameters'] / 1e6:,.1f} M"),
-        ("training FLOPs per picture", f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP (3 x forward, counted)"),
-        ("processes", f"{plan['world_size']} x {plan['gpu']}, ZeRO {plan['zero_stage']}"),
-        ("memory per process", f"{parts['total'] / 1e9:.2f} GB at micro-batch {plan['micro_batch']}"),
-        *((f"  {part}", f"{value / 1e9:.2f} GB") for part, value in parts.items() if part not in ("total", "moment")),
-        ("fits", "yes" if plan["fits"] else f"no: lower data.micro_batch to {plan['largest_micro_batch']} or less"),
-        ("largest micro-batch", f"{plan['largest_micro_batch']}"),
-        ("checkpoint", f"{plan['checkpoint_bytes'] / 1e9:.2f} GB"),
-        ("speed", f"{plan['images_per_second']:,.0f} images/s, assuming {plan['mfu']:.0%} MFU"),
-        ("pictures", f"{plan['images']:,}"),
-        ("time", f"{plan['days']:,.2f} days, {plan['gpu_hours']:,.0f} GPU hours"),
-        ("cost", f"{plan['cost']:,.0f} dollars"),
-    ]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+def text_plan(
+    config: PlanCommand, text: TextCost, training: float, samples: int | None, device: Device, world: int
+) -> dict[str, Any]:
+    """The text encoder run in every step against `cascade embed` once: device hours, dollars, memory, images/s, files.
 
+    Online, each device holds and runs the encoder for every picture of the training. Precomputed, each caption is
+    encoded once; what that costs is known as soon as the number of samples is.
+    """
+    flops, rate = text.flops_per_caption, config.mfu * device.peak
+    images = config.train.steps * config.data.global_batch
+    price = config.price if device.on_gpu else 0.0
 
-# ------------------------------------------------------------------------------------------------- the real things
+    def spent(captions: float) -> dict[str, float]:
+        hours = captions * flops / rate / HOUR
+        return {"gpu_hours": hours, "cost": hours * price}
 
-
-def examine(config: Experiment) -> dict[str, str]:
-    """Tries what the training will need; values begin with `ok` or say what is wrong."""
-    found: dict[str, str] = {}
-    checks: dict[str, Callable[[Experiment], str]] = {
-        "shards": _shards,
-        "checkpoint store": _checkpoint_store,
-        "text encoder": _text_encoder,
-        "one batch, one loss": _one_loss,
+    once: dict[str, Any] = {"gpu_hours": None, "cost": None, "bytes": None}
+    if samples is not None:
+        once = {**spent(samples), "bytes": samples * config.text.max_tokens * config.text.dim * 2}
+    return {
+        "kind": config.text.kind,
+        "mode": "precomputed" if config.data.embeddings else "online",
+        "parameters": text.parameters,
+        "basis": text.basis,
+        "flops_per_caption": flops,
+        "online": {
+            **spent(images),
+            "memory": text.bytes,
+            "images_per_second": speed(config, device, world, training + flops)["images_per_second"],
+        },
+        "precomputed": {
+            **once,
+            "memory": 0,
+            "images_per_second": speed(config, device, world, training)["images_per_second"],
+        },
     }
-    for name, attempt in checks.items():
-        try:
-            found[name] = "ok: " + attempt(config)
-        except (CascadeError, OSError) as error:
-            found[name] = str(error)
-        print(f"doctor: {name}: {found[name]}", flush=True)
-    return found
 
 
-def _shards(config: Experiment) -> str:
-    from data_pipeline import store
-    from data_pipeline.dataset import load_or_build
-
-    dataset = load_or_build(store.expand(config.data.shards), config.data)
-    return f"{len(dataset.counts)} shards, {int(sum(dataset.counts)):,} samples"
-
-
-def _checkpoint_store(config: Experiment) -> str:
-    from data_pipeline import store
-
-    folder = config.checkpoint.dir or f"{config.run.dir}/checkpoints"
-    url, written = store.join(folder, f".doctor-{os.getpid()}"), os.urandom(4096)
-    if not store.is_s3(folder):
-        os.makedirs(folder, exist_ok=True)
-    store.write_bytes(url, written)
-    read = store.read_bytes(url)
-    store.remove(url)
-    if read != written:
-        raise UserError(f"checkpoint.dir={folder}: what was written came back changed")
-    return f"wrote, read and deleted 4 kB in {folder}"
+def checkpoint_plan(
+    config: PlanCommand, setup: Setup, device: Device, nodes: int, seconds_per_step: float
+) -> dict[str, Any]:
+    """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
+    whole = replace(setup, world_size=1)
+    size = 4 * setup.parameters * (1 + setup.averages) + moments_bytes(whole)
+    settings = config.checkpoint
+    kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
+    return {
+        "checkpoint_bytes": size,
+        "checkpoint_seconds": size / (config.store_gb_s * 1e9 * nodes),
+        "checkpoint_blocked_seconds": size / setup.world_size / COPY_BYTES_PER_SECOND,
+        "checkpoint_every_seconds": settings.every * seconds_per_step,
+        "checkpoints_kept": kept,
+        "checkpoints_kept_bytes": kept * size,
+    }
 
 
-def _text_encoder(config: Experiment) -> str:
-    from training.model.text_encoder import build_text_encoder
+def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
+    """What is known of the shards without reading them: number, size, and from an existing index the samples.
 
-    encoder = build_text_encoder(config.text)
-    return f"{encoder.name}, width {encoder.dim}"
-
-
-def _one_loss(config: Experiment) -> str:
-    import torch
-
-    from data_pipeline.loader import Loader
-    from training.diffusion.objective import loss
-    from training.model.presets import for_stage
-    from training.model.text_encoder import build_text_encoder
-    from training.model.unet import UNet
-
-    stage = config.stage
-    world_size = config.data.lane_count  # the smallest share there is: one sample per lane's rank
-    loader = Loader(
-        config.data,
-        image_size=stage.image_size,
-        low_res_size=stage.low_res_size,
-        crop_size=stage.crop_size,
-        seed=config.seed,
-        rank=0,
-        world_size=world_size,
-    )
+    Returns:
+        shards: whether they are there and can feed the lanes (null where data.shards is not set); data: the facts.
+    """
+    facts: dict[str, Any] = {"shards": None, "bytes": None, "samples": None, "epochs": None}
+    facts |= {"bytes_per_sample": float(ASSUMED_SAMPLE_BYTES), "basis": "assumed", "lanes": config.data.lane_count}
+    if config.data.shards is None:
+        return {"shards": None, "data": facts}
     try:
-        batch = next(loader)[0]
-    finally:
-        loader.close()
-    model = UNet(for_stage(stage, config.text.dim))
-    text, mask = build_text_encoder(config.text).encode(batch.captions)
-    with torch.no_grad():
-        value, _ = loss(
-            model,
-            batch.images,
-            text,
-            mask,
-            config=stage.diffusion,
-            seed=config.seed,
-            positions=torch.as_tensor(batch.positions),
-            low_res=batch.low_res,
-            image_size=stage.image_size,
+        entries = store.describe(store.expand(config.data.shards))
+        samples, total = indexed_samples(config, entries)
+    except CascadeError as error:
+        problems.append(str(error))
+        return {"shards": False, "data": facts}
+    size = sum(entry.size for entry in entries)
+    facts |= {"shards": len(entries), "bytes": size}
+    if samples is None:
+        return {"shards": True, "data": facts}
+    images = config.train.steps * config.data.global_batch
+    facts |= {"samples": samples, "epochs": images / max(samples, 1)}
+    facts |= {"bytes_per_sample": size / max(total, 1), "basis": "index"}
+    enough = samples >= config.data.global_batch
+    if not enough:
+        problems.append(
+            f"data.shards: {samples} samples are fewer than one batch (data.global_batch={config.data.global_batch}), "
+            f"so every step would repeat pictures"
         )
-    if not math.isfinite(float(value)):
-        raise UserError("the loss of the first batch is not finite")
-    return f"{len(batch.captions)} pictures, loss {float(value):.3f}"
+    return {"shards": enough, "data": facts}
+
+
+def indexed_samples(config: PlanCommand, entries: list[store.Entry]) -> tuple[int | None, int]:
+    """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
+    from data_pipeline.shard_index import load_index
+    from data_pipeline.summaries import read_summaries, summarize, summary_url
+
+    data = config.data
+    known = read_summaries(summary_url(entries, data.filter, data.index_dir), entries)
+    for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
+        if entry.url not in known:
+            index = load_index(entry.url, data.index_dir, entry)
+            if index is None:
+                return None, 0
+            known[entry.url] = summarize(index, entry, "", data.filter)
+    if len(known) < len(entries):
+        return None, 0
+    return sum(s.kept for s in known.values()), sum(s.samples for s in known.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ import pytest
 
 from data_pipeline import prepare
 from data_pipeline.errors import ConfigError, UserError
+from training.commandline.compose import load_config
 from training.commands import PlanCommand
+from training.doctor import Trial
 from training.plan import main, make_plan
+from training.plan_table import table
 
 
 def plan_config(**changes: Any) -> PlanCommand:
@@ -37,7 +42,7 @@ def test_state_is_what_zero_says_it_is() -> None:
     assert first["memory"]["weights"] == 4 * n
     assert third["memory"]["weights"] == 4 * share
     assert first["memory"]["moments"] == 8 * share
-    assert first["memory"]["averages"] == 4 * share
+    assert first["memory"]["ema"] == 4 * share
     assert first["checkpoint_bytes"] == 16 * n
     assert first["memory"]["total"] == sum(
         value for part, value in first["memory"].items() if part not in ("total", "host", "moment")
@@ -48,35 +53,113 @@ def test_activations_grow_with_the_micro_batch_and_bound_it() -> None:
     small, large = (make_plan(plan_config(data__micro_batch=size))["memory"]["activations"] for size in (4, 16))
     assert 3 < large / small < 4.5
     roomy = make_plan(plan_config())
-    assert roomy["fits"]
+    assert roomy["fits"]["memory"]
     assert roomy["largest_micro_batch"] >= 16
 
 
 def test_time_and_cost_follow_from_flops_and_the_stated_peak() -> None:
-    plan = make_plan(plan_config(gpu="a100", mfu=0.5, price=3.0))
+    plan = make_plan(plan_config(gpu="a100", mfu=0.5, price=3.0, precision__dtype="bf16"))
     per_second = 0.5 * 312e12 * 4 / plan["flops_per_image"]
     assert plan["images"] == 6400
     assert plan["images_per_second"] == pytest.approx(per_second)
     assert plan["cost"] == pytest.approx(6400 / per_second / 3600 * 4 * 3.0)
 
 
-@pytest.mark.parametrize("wrong", [{"gpu": "abacus"}, {"mfu": 0.0}, {"mfu": 1.5}])
-def test_impossible_assumptions_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        make_plan(plan_config(**wrong))
+def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"gpu=abacus: it must be cpu or one of .*h100"):
+        make_plan(plan_config(gpu="abacus"))
 
 
-def test_the_doctor_tries_the_real_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = plan_config(doctor=True, run__dir=str(tmp_path / "run"), data__global_batch=4)
+@pytest.mark.parametrize("wrong", ["mfu=0", "mfu=1.5", "store_gb_s=0"])
+def test_impossible_assumptions_are_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+        load_config("plan", [wrong])
+
+
+def test_what_does_not_fit_is_listed_and_the_rest_is_still_answered() -> None:
+    plan = make_plan(plan_config(cluster__processes=3, memory_gib=1e-3))
+    assert plan["fits"] == {"memory": False, "world_size": False, "lanes": False, "micro_batch": True, "shards": None}
+    assert not plan["ok"] and any("3 processes" in problem for problem in plan["problems"])
+    assert any("data.micro_batch=21 needs" in problem and "per device" in problem for problem in plan["problems"])
+    assert plan["parameters"] > 0 and plan["days"] > 0
+    assert "problem: 3 processes" in table(plan)
+
+
+def test_memory_by_zero_stage_and_micro_batch() -> None:
+    plan = make_plan(plan_config(data__micro_batch=4, zero__stage=2))
+    by_stage = plan["memory_by_zero_stage"]
+    assert set(by_stage) == {"1", "2", "3"} and {"1", "2", "4", "8", "16"} <= set(by_stage["1"])
+    assert by_stage["2"]["4"] == plan["memory"]["total"]
+    assert by_stage["1"]["16"] > by_stage["1"]["1"]
+
+
+def test_the_text_encoder_online_against_precomputed() -> None:
+    """T5-XXL has 4.76 billion weights; all but the embedding table meet every token."""
+    config = plan_config(text__kind="t5", text__path="google/t5-v1_1-xxl", text__dim=4096, text__max_tokens=32)
+    plan = make_plan(config)
+    text = plan["text_encoder"]
+    assert text["parameters"] == pytest.approx(4.76e9, rel=0.01)
+    assert text["flops_per_caption"] == pytest.approx(2 * 4.63e9 * 32, rel=0.02)
+    assert text["mode"] == "online" and plan["memory"]["text_encoder"] == 4 * text["parameters"]
+    assert text["online"]["images_per_second"] < text["precomputed"]["images_per_second"]
+    assert plan["images_per_second"] == text["online"]["images_per_second"]
+    config.data.embeddings = "sidecars"
+    other = make_plan(config)
+    assert other["memory"]["text_encoder"] == 0 and other["text_encoder"]["mode"] == "precomputed"
+    assert other["images_per_second"] == text["precomputed"]["images_per_second"]
+
+
+def test_shards_say_what_the_store_must_deliver(drawn: PlanCommand) -> None:
+    plan = make_plan(drawn)
+    data = plan["data"]
+    assert (data["shards"], data["samples"], data["basis"]) == (1, 8, "index")
+    assert plan["store_bytes_per_second"] == pytest.approx(data["bytes_per_sample"] * plan["images_per_second"])
+    assert plan["fits"]["shards"] and data["epochs"] == pytest.approx(100 * 4 / 8)
+    assert plan["checkpoint_seconds"] == pytest.approx(plan["checkpoint_bytes"] / 1e9)
+    drawn.data.shards = str(Path(str(drawn.data.shards)) / "nowhere")
+    plan = make_plan(drawn)
+    assert plan["fits"]["shards"] is False and "nowhere" in plan["problems"][0]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> PlanCommand:
+    config = plan_config(run__dir=str(tmp_path / "run"), data__global_batch=4, gpu="cpu")
+    config.cluster = replace(config.cluster, kind="local", processes=1)
     config.prepare.output = str(tmp_path)
     config.prepare.draw = replace(config.prepare.draw, count=8, heldout=2, size=32, samples_per_shard=8)
     prepare.main(config)
     config.data.shards = str(tmp_path / "train")
-    found = main(config)["doctor"]
-    assert all(said.startswith("ok") for said in found.values())
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    return config
 
-    config.data.shards = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="shards"):
-        main(config)
-    assert "nowhere" in capsys.readouterr().out
+
+def test_this_machine_can_be_planned_for(drawn: PlanCommand) -> None:
+    plan = make_plan(drawn)
+    assert plan["gpu"] == "cpu" and plan["cost"] == 0 and plan["peak_flops"] > 1e9
+    assert "measured now" in plan["peak_basis"]
+
+
+def test_the_doctor_tries_the_real_things(drawn: PlanCommand, capfd: pytest.CaptureFixture[str]) -> None:
+    drawn.doctor, drawn.zero.stage = True, 0
+    found = main(drawn)["doctor"]
+    assert found["ok"]
+    names = ["software", "credentials", "weights", "checkpoint store", "batch", "step", "checkpoint round trip"]
+    assert [check["name"] for check in found["checks"]] == names
+    said = capfd.readouterr().out
+    assert "1 MiB there and back" in said and "resuming from step 1" in said and "4 pictures in" in said
+    assert not list(Path(drawn.run.dir).parent.glob("*doctor*")), "nothing is left behind"
+
+
+def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: pytest.CaptureFixture[str]) -> None:
+    drawn.doctor, drawn.json, drawn.zero.stage = True, True, 0
+    drawn.data.shards = str(Path(drawn.run.dir) / "nowhere")
+    drawn.wandb.mode = "online"
+    with pytest.raises(UserError, match=r"4 of 7 checks failed: credentials, batch, step, checkpoint round trip"):
+        main(drawn)
+    answer = json.loads(next(line for line in capfd.readouterr().out.splitlines() if line.startswith("{")))
+    assert not answer["doctor"]["ok"] and "nowhere" in answer["doctor"]["checks"][1]["detail"]
+
+
+def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:
+    drawn.stage.model.preset, drawn.stage.image_size = "base64", 64
+    with ExitStack() as scratch, pytest.raises(UserError, match=r"1,9\d\d M parameters are not tried without a GPU"):
+        Trial(drawn, scratch).step()

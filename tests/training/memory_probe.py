@@ -1,0 +1,71 @@
+"""The memory that two training steps really take on a CPU: peak resident memory above what the process had before the
+network existed, as the kernel counts it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import Experiment
+from training.distributed import Ranks
+from training.engine import build_engine
+from training.model.presets import for_stage
+from training.model.unet import UNet
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes; `VmHWM` is the peak since `reset_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def steps(config: Experiment, ranks: Ranks, count: int) -> None:
+    """A network, its engine and a few optimizer steps on random pictures of one micro-batch."""
+    torch.manual_seed(0)
+    unet, size = for_stage(config.stage, config.text.dim), config.stage.train_size
+    engine: Any = build_engine(UNet(unet), config, ranks, 1)
+    n = config.data.micro_batch
+    x, level = torch.randn(n, 3, size, size), torch.randn(n)
+    text = torch.randn(n, config.text.max_tokens, config.text.dim)
+    mask = torch.ones(n, config.text.max_tokens, dtype=torch.bool)
+    low_res = (x.clone(), level.clone()) if unet.low_res else (None, None)
+    for step in range(count):
+        engine.backward(engine(x, level, text, mask, *low_res).float().square().mean())
+        engine.step(step)
+
+
+def peaks(ranks: Ranks, cases: list[Any]) -> list[int]:
+    """Peak bytes above the baseline, for each (preset, overrides, picture size, micro-batch, ZeRO stage)."""
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"], "else freed memory stays with the process"
+    steps(experiment("tiny_base", {}, 8, 2, 1, ranks.world_size), ranks, 2)  # what every process loads once
+    found = []
+    for case in cases:
+        gc.collect()
+        before = resident()
+        reset_peak()
+        steps(experiment(*case, ranks.world_size), ranks, 2)
+        found.append(resident("VmHWM") - before)
+    return found
+
+
+def experiment(
+    preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, world_size: int
+) -> Experiment:
+    """What is measured, and what `training.memory` is asked about."""
+    config = Experiment()
+    config.stage.model.preset, config.stage.model.overrides = preset, overrides
+    config.stage.image_size = size
+    if "sr" in preset:
+        config.stage.low_res_size = size // 4
+    config.text.dim, config.text.max_tokens = 32, 12
+    config.data.micro_batch, config.data.global_batch = micro_batch, micro_batch * world_size
+    config.zero.stage = stage
+    return config

@@ -1,0 +1,110 @@
+"""The plan for people: one table from the numbers of plan.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PARTS = (
+    "weights",
+    "master_weights",
+    "gradients",
+    "moments",
+    "ema",
+    "activations",
+    "buffers",
+    "text_encoder",
+    "overhead",
+)
+LABEL = 24
+"""Width of the first column."""
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or MiB where that is small."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def table(plan: dict[str, Any]) -> str:
+    """One line per question, then the problems."""
+    groups = (_network(plan), _memory(plan), _time(plan), _input_output(plan), _fits(plan))
+    blocks = ["\n".join(f"{label:<{LABEL}}{value}".rstrip() for label, value in rows) for rows in groups]
+    problems = [f"problem: {problem}" for problem in plan["problems"]] or ["no problem found"]
+    return "\n\n".join([*blocks, "\n".join(problems)])
+
+
+def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
+        ("parameters", f"{plan['parameters'] / 1e6:,.1f} M"),
+        ("FLOPs per image", f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training (3 x forward, counted)"),
+        ("devices", f"{plan['world_size']} x {plan['gpu']} on {plan['nodes']} node(s), ZeRO {plan['zero_stage']}; peak "
+                    f"{plan['peak_flops'] / 1e12:,.1f} TFLOP/s ({plan['peak_basis']})"),
+    ]  # fmt: skip
+
+
+def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = plan["memory"]
+    rows = [
+        ("memory per GPU", f"{gib(parts['total'])} of {gib(plan['memory_available'])} at micro-batch "
+                           f"{plan['micro_batch']}; highest in the {parts['moment']}"),
+    ]  # fmt: skip
+    rows += [(f"  {name.replace('_', ' ')}", gib(parts[name])) for name in PARTS if parts.get(name)]
+    if parts["host"]:
+        rows.append(("  in host memory", gib(parts["host"])))
+    for stage, totals in plan["memory_by_zero_stage"].items():
+        cells = ", ".join(f"{count}: {gib(total)}" for count, total in totals.items())
+        rows.append((f"  ZeRO {stage}, micro-batch", cells))
+    usable = plan["largest_usable_micro_batch"]
+    rows.append(("largest micro-batch", f"{plan['largest_micro_batch']} fit ({usable} divides this global batch)"))
+    return rows
+
+
+def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("speed", f"{plan['images_per_second']:,.1f} images/s, {plan['seconds_per_step']:,.3f} s per step, assuming "
+                  f"{plan['mfu']:.0%} MFU"),
+        ("time", f"{plan['days']:,.2f} days for {plan['steps']:,} steps, {plan['images']:,} images"),
+        ("cost", f"{plan['cost']:,.0f} dollars, {plan['gpu_hours']:,.1f} GPU hours at {plan['price']:g}"),
+    ]  # fmt: skip
+
+
+def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        *_text(plan["text_encoder"]),
+        ("data", _data(plan["data"])),
+        ("store", f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read ({plan['data']['basis']} bytes each)"),
+        ("checkpoint", f"{gib(plan['checkpoint_bytes'])}, {plan['checkpoint_seconds']:,.1f} s in the background, "
+                       f"{plan['checkpoint_blocked_seconds']:,.2f} s of them blocking, every "
+                       f"{plan['checkpoint_every_seconds'] / 60:,.1f} min; {plan['checkpoints_kept']} kept: "
+                       f"{gib(plan['checkpoints_kept_bytes'])}"),
+    ]  # fmt: skip
+
+
+def _text(text: dict[str, Any]) -> list[tuple[str, str]]:
+    if not text["parameters"]:
+        return [("text encoder", f"{text['kind']}: {text['basis']}, costs nothing worth counting")]
+    online, once = text["online"], text["precomputed"]
+    price = "number of samples not known" if once["cost"] is None else (
+        f"{once['gpu_hours']:,.1f} GPU hours ({once['cost']:,.0f} dollars) once, at most {gib(once['bytes'])} of files"
+    )  # fmt: skip
+    return [
+        ("text encoder", f"{text['kind']}, {text['parameters'] / 1e6:,.0f} M parameters ({text['basis']}); this plan: "
+                         f"{text['mode']}"),
+        ("  online", f"{online['gpu_hours']:,.1f} GPU hours ({online['cost']:,.0f} dollars), {gib(online['memory'])} "
+                     f"per GPU, {online['images_per_second']:,.1f} images/s"),
+        ("  precomputed", f"{price}, {once['images_per_second']:,.1f} images/s (cascade embed)"),
+    ]  # fmt: skip
+
+
+def _data(data: dict[str, Any]) -> str:
+    if data["shards"] is None:
+        return "data.shards is not set or cannot be read"
+    row = f"{data['shards']:,} shards, {gib(data['bytes'])}"
+    if data["samples"] is None:
+        return f"{row}, no index yet (cascade index)"
+    return f"{row}, {data['samples']:,} samples, {data['epochs']:,.2f} epochs"
+
+
+def _fits(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    words = {True: "yes", False: "no", None: "not known"}
+    return [("fits", ", ".join(f"{name.replace('_', ' ')}: {words[fit]}" for name, fit in plan["fits"].items()))]
