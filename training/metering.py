@@ -20,6 +20,8 @@ BANDS = 5
 """Loss by noise level: this many equal bands of the time t, from clean (0) to noise (1)."""
 SLOW = 1.5
 """A rank is named as slow when its own work takes this many times the median's."""
+WORTH_SAYING = 0.1
+"""Share of an interval that a slow rank must cost the others before it is named."""
 ASIDE = ("samples", "validation", "checkpoint")
 """Phases that do not count in the rate."""
 
@@ -62,18 +64,18 @@ class Meter:
         now = time.monotonic()
         aside = sum(self._seconds[name] for name in ASIDE)
         seconds, steps = max(now - self._began - aside, 1e-9), step - self._step
-        own = (self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device))
+        own = (self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds)
         everyone = all_gather(own, self.ranks)
         rate = steps * self.global_batch / seconds
         record: dict[str, Any] = {
             "images_per_second": rate,
             "step_seconds": seconds / steps,
-            "data_wait": max(data for data, _, _ in everyone) / seconds,
-            "memory_gb": max(memory for _, _, memory in everyone),
+            "data_wait": min(1.0, max(data / spent for data, _, _, spent in everyone)),
+            "memory_gb": max(memory for _, _, memory, _ in everyone),
         }
         if self.flops and self.peak:
             record["mfu"] = rate * self.flops / (self.peak * self.ranks.world_size)
-        slow = slowest([data + forward for data, forward, _ in everyone])
+        slow = slowest([data + forward for data, forward, _, _ in everyone], seconds)
         if slow is not None:
             rank, factor = slow
             record.update(slow_rank=rank, slow_factor=factor)
@@ -87,11 +89,13 @@ class Meter:
         return record
 
 
-def slowest(own: list[float]) -> tuple[int, float] | None:
-    """The rank whose own work takes more than SLOW times the median's, and how many times; None when all are alike."""
+def slowest(own: list[float], seconds: float) -> tuple[int, float] | None:
+    """The rank whose own work takes more than SLOW times the median's, and how many times; None when all are alike, or
+    when what it costs the others is a small part of the `seconds` of the interval."""
     median = sorted(own)[(len(own) - 1) // 2]
     rank = max(range(len(own)), key=own.__getitem__)
-    return (rank, own[rank] / median) if median > 0 and own[rank] > SLOW * median else None
+    slow = own[rank] > SLOW * median and own[rank] - median > WORTH_SAYING * seconds
+    return (rank, own[rank] / median) if median > 0 and slow else None
 
 
 def memory_gb(device: str) -> float:

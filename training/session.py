@@ -92,7 +92,7 @@ class Session:
             self._load(checkpoint)
         self.store.claim(ranks)
         self.writer = CheckpointWriter(self.store, config.checkpoint, ranks)
-        self.writer.last_step = self.step if checkpoint else -1
+        self.writer.last_step = self._announced = self.step if checkpoint else -1
         together(self._record_start, ranks)
         self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id, self._code)
         self.hours = (
@@ -187,7 +187,8 @@ class Session:
         self.watchdog.phase(f"after {name}", step)
 
     def begin(self) -> None:
-        """The loop starts: clocks to zero."""
+        """The loop starts: clocks to zero, on all ranks at once (rank 0 has W&B to start)."""
+        all_gather(None, self.ranks)
         self.meter.start(self.step)
 
     def next_batch(self) -> list[Batch]:
@@ -323,7 +324,6 @@ class Session:
                     "code": self._code,
                 }
                 self.writer.start(step, self.engine.snapshot(), meta)
-                self.tracker.checkpoint(step, self.store.folder.sub(step_name(step)))
             if wait:
                 self.finish_saving()
 
@@ -332,6 +332,9 @@ class Session:
         error = self.writer.wait()
         if error is not None and self.ranks.is_main:
             log.warning("%s", error)
+        if self.writer.last_step > self._announced:  # W&B looks at the files, so they must be there
+            self._announced = self.writer.last_step
+            self.tracker.checkpoint(self._announced, self.store.folder.sub(step_name(self._announced)))
 
     def roll_back(self, step: int, skipped: int) -> None:
         """Sets weights, moments and averages back to the last healthy checkpoint; the position goes on. Collective.

@@ -157,7 +157,10 @@ class Tracker:
             artifact.add_reference(url, checksum=False)
             self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
 
-        self._to_wandb(add)
+        try:
+            add()
+        except Exception as error:  # only a reference: the metrics go on
+            log.warning("W&B took no reference to the checkpoint of step %d (%s)", step, error)
 
     def close(self, exit_code: int = 0) -> None:
         if not self.active:

@@ -55,10 +55,11 @@ def test_loss_by_noise_level(clock: list[float]) -> None:
 
 
 def test_the_slowest_rank() -> None:
-    assert slowest([1.0, 1.1, 0.9, 1.2]) is None
-    assert slowest([1.0, 1.0, 3.0, 1.0]) == (2, 3.0)
-    assert slowest([2.0, 1.0]) == (0, 2.0)
-    assert slowest([0.0]) is None
+    assert slowest([1.0, 1.1, 0.9, 1.2], 4.0) is None
+    assert slowest([1.0, 1.0, 3.0, 1.0], 4.0) == (2, 3.0)
+    assert slowest([2.0, 1.0], 4.0) == (0, 2.0)
+    assert slowest([0.02, 0.01], 4.0) is None, "it costs nobody anything"
+    assert slowest([0.0], 4.0) is None
 
 
 def test_device_hours_add_up_over_starts_that_died(tmp_path: Path, clock: list[float]) -> None:

@@ -167,6 +167,17 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     assert [(v["_step"], v["loss"]) for _, v in found if "loss" in v] == [(1, 0.5), (2, 0.25)]
 
 
+def test_a_checkpoint_that_wandb_cannot_refer_to_costs_no_metrics(config: Experiment, caplog: Any) -> None:
+    config.wandb.mode = "offline"
+    mine = tracker(config, out=io.StringIO())
+    with caplog.at_level(logging.WARNING):
+        mine.checkpoint(1, Path(config.run.dir) / "not-there")
+    mine.log(2, RECORD, 1)
+    mine.close()
+    assert "no reference to the checkpoint of step 1" in caplog.text
+    assert any(values.get("_step") == 2 for _, values in read_wandb(RunDir(config)))
+
+
 def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
