@@ -22,7 +22,7 @@ demo: setup  ## draw captioned shapes, train a two-stage cascade on them, sample
 
 demo-long: setup  ## the same with two objects and their relation (about 30 minutes)
 	$(BIN)/cascade prepare experiment=demo_long
-	$(BIN)/cascade train experiment=demo_long stage=demo_long_base
+	$(BIN)/cascade train experiment=demo_long stage=demo_base
 	$(BIN)/cascade train experiment=demo_long stage=demo_sr
 	$(BIN)/cascade bundle experiment=demo_long
 	$(BIN)/cascade sample experiment=demo_long

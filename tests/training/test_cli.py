@@ -198,7 +198,7 @@ def test_commands_inherit_no_variable_of_ours(fake_verb) -> None:
     ("line", "expected"),
     [
         ("cascade tr", {"train"}),
-        ("cascade train stage=demo_l", {"stage=demo_long_base"}),
+        ("cascade train stage=demo_s", {"stage=demo_sr"}),
         ("cascade train optimizer.l", {"optimizer.lr="}),
         ("cascade sample gu", {"guidance="}),
     ],

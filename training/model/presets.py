@@ -103,7 +103,6 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=128,
         text_width=64,
     ),
-    "demo_long_base": UNetConfig(widths=(96, 192), blocks=(2, 2), patch=2, head_dim=32, text_width=128),
     # 2.007e9 parameters: the widths, blocks and attention of the paper's appendix F; text and time widths chosen to
     # reach its 2B.
     "base64": UNetConfig(
