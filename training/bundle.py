@@ -25,6 +25,7 @@ from training.checkpoint import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore
 from training.config import Experiment, StageConfig, TextConfig
 from training.ema import state_name
 from training.folder import open_folder
+from training.lora import fingerprint, merged
 from training.model.presets import UNetConfig, for_stage
 from training.model.unet import UNet
 from training.run_dir import code_version
@@ -122,7 +123,12 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
     prefix = f"{state_name(0)}/"
     names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
     unet = for_stage(config, meta["config"]["text"]["dim"])
-    _check_names(unet, {short: checkpoint.shape(name) for short, name in names.items()}, where)
+    tensors: Callable[[], dict[str, Tensor]]
+    if base := meta.get("lora"):
+        tensors = _Merged(checkpoint, names, base, config.name)
+    else:
+        _check_names(unet, {short: checkpoint.shape(name) for short, name in names.items()}, where)
+        tensors = _Averages(checkpoint, names)
     origin = {
         "run": run,
         "checkpoint": where,
@@ -130,8 +136,55 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "position": meta.get("position"),
         "ema_decay": meta["config"]["ema"]["decays"][0],
         "code": meta.get("code", {}).get("commit"),
+        **({"lora": base} if base else {}),
     }
-    return StageWeights(config, unet, lambda: {short: checkpoint.read(name) for short, name in names.items()}, origin)
+    return StageWeights(config, unet, tensors, origin)
+
+
+@dataclass
+class _Averages:
+    """Tensors of a checkpoint under shorter names."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]
+
+    def __call__(self) -> dict[str, Tensor]:
+        return {short: self.checkpoint.read(name) for short, name in self.names.items()}
+
+
+@dataclass
+class _Merged(_Averages):
+    """The adapters of a checkpoint, added to the weights they were trained beside."""
+
+    base: dict[str, Any]
+    stage: str
+
+    def __call__(self) -> dict[str, Tensor]:
+        plain = stage_weights(self.base["path"], self.stage).tensors()
+        check_base(plain, self.base)
+        return merged(plain, super().__call__(), self.base["scale"])
+
+
+def stage_weights(path: str, stage: str) -> StageWeights:
+    """One stage of a bundle, of a run, or of one checkpoint.
+
+    Raises:
+        ConfigError: the bundle has no such stage.
+    """
+    opened = read(path) if open_folder(_in_cache(path)).size(INDEX) is not None else collect([path])
+    found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
+    if not found:
+        names = ", ".join(weights.config.name for weights in opened.stages)
+        raise ConfigError(f"train.init_from={path}: no stage {stage} in it; it has {names}")
+    return found[0]
+
+
+def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
+    """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
+    if fingerprint(plain) != base["sha256"]:
+        raise DataError(
+            f"{base['path']}: these are not the weights that the adapters were trained beside (lora); put those back"
+        )
 
 
 def _check_names(unet: UNetConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
@@ -309,7 +362,13 @@ def _is_run(path: str) -> bool:
 
 
 def _in_cache(path: str) -> str:
-    """The snapshot directory of `owner/name` in the Hugging Face cache, if there is one; else the path itself."""
+    """The snapshot directory of `owner/name` in the Hugging Face cache, or of a `models--owner--name` directory of such
+    a cache, if there is one; else the path itself."""
+    snapshots = Path(path) / "snapshots"
+    if snapshots.is_dir() and not (Path(path) / INDEX).exists():
+        named = Path(path) / "refs" / "main"
+        found = [snapshots / named.read_text().strip()] if named.is_file() else sorted(snapshots.iterdir())
+        return str(found[-1]) if found else path
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         return path
     from huggingface_hub import snapshot_download

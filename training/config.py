@@ -197,6 +197,30 @@ class TrainConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adaptation of the weights of train.init_from, which stay frozen; needs the `peft` package."""
+
+    rank: int = 0
+    """Inner width of the adapters; 0: off, all weights are trained."""
+    alpha: float = 0.0
+    """The adapters' sum is multiplied by alpha / rank; 0: alpha = rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["query", "key_value", "text_key_value", "out", "conv_in", "conv_out", "cond"]
+    )
+    """Layers that get an adapter, by the last part of their names: attention, residual blocks, their conditioning."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank}: it must be 0 (off) or positive")
+        require(self.alpha >= 0, f"lora.alpha={self.alpha}: it must be 0 (as lora.rank) or positive")
+        require(self.rank == 0 or bool(self.targets), "lora.targets: name at least one kind of layer")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' sum."""
+        return (self.alpha or self.rank) / self.rank if self.rank else 0.0
+
+
+@dataclass
 class ValidationConfig:
     """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between
     runs."""
@@ -330,6 +354,7 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -340,3 +365,9 @@ class Experiment:
     bundle: BundleConfig = field(default_factory=BundleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.lora.rank == 0 or bool(self.train.init_from),
+            f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",
+        )

@@ -1,28 +1,49 @@
-"""`train.init_from`: a fresh run that begins with the weights of another one."""
+"""`train.init_from`: a fresh run that begins with the weights of another one; under `lora` they stay as they are."""
 
 from __future__ import annotations
+
+import logging
+from typing import Any
 
 import torch
 
 from data_pipeline.errors import ConfigError
-from training.bundle import INDEX, collect, read
-from training.folder import open_folder
+from training.bundle import check_base, stage_weights
+from training.config import Experiment
+from training.lora import add_adapters, fingerprint
+
+log = logging.getLogger("cascade")
 
 
-def load_weights(model: torch.nn.Module, path: str, stage: str) -> None:
-    """The averaged weights of a bundle's stage, of a run, or of one checkpoint, into a fresh model.
+def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Puts the averaged weights of a bundle's stage, of a run, or of one checkpoint into a fresh model; adapters too.
+
+    Args:
+        base: what this function returned at the first start of the run; the weights must be those again.
+
+    Returns:
+        Under `lora`, what adapters are worth nothing without, for the run's checkpoints: `path` (of the one checkpoint,
+        where init_from is a run), `sha256` of the weights, and the `scale` of the adapters. Otherwise None.
 
     Raises:
-        ConfigError: the bundle has no such stage, or the weights are another network's.
+        ConfigError: no such stage, weights of another network, no layers to adapt.
+        DataError: the weights are not those of `base`.
     """
-    bundle = read(path) if open_folder(path).size(INDEX) is not None else collect([path])
-    found = [weights for weights in bundle.stages if len(bundle.stages) == 1 or weights.config.name == stage]
-    if not found:
-        names = ", ".join(weights.config.name for weights in bundle.stages)
-        raise ConfigError(f"train.init_from={path}: no stage {stage} in it; it has {names}")
+    lora, path = config.lora, base["path"] if base else str(config.train.init_from)
+    found = stage_weights(path, config.stage.name)
+    tensors = found.tensors()
+    if base:
+        check_base(tensors, base)
     try:
-        model.load_state_dict(found[0].tensors())
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(
             f"train.init_from={path}: weights of another network ({str(error).splitlines()[-1].strip()})"
         ) from error
+    log.info("weights taken from %s", path)
+    if not lora.rank:
+        return None
+    count = add_adapters(model, lora)
+    log.info("they stay as they are; adapters of rank %d hold %d numbers", lora.rank, count)
+    where = path if found.sha256 else found.origin["checkpoint"]
+    return base or {"path": where, "sha256": fingerprint(tensors), "scale": lora.scale}

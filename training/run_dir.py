@@ -30,6 +30,7 @@ FIXED = {
     "text.kind": "the weights belong to it",
     "text.path": "the weights belong to it",
     "text.dim": "the weights belong to it",
+    "lora": "the weights belong to it",
     "optimizer.name": "its saved moments would be lost",
     "data.global_batch": "the position in the data counts in it",
     "data.lanes": "the order of the data follows from it",
@@ -64,9 +65,10 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> l
     """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old ->
     new`."""
     changes = []
+    known = flatten(before)  # a key that the code did not have yet was at its default
     for key, old, new in differences(before, now):
         for fixed, reason in FIXED.items():
-            if key == fixed or key.startswith(f"{fixed}."):
+            if key in known and (key == fixed or key.startswith(f"{fixed}.")):
                 raise ConfigError(
                     f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "
                     f"set it back, or start a new run with another run.dir"

@@ -26,7 +26,7 @@ from training.ema import state_name
 from training.embed import identity
 from training.engine import build_engine
 from training.flops import peak_tflops, training_flops
-from training.init_from import load_weights
+from training.init_from import begin_with
 from training.metering import Hours, Meter
 from training.model.presets import UNetConfig, for_stage
 from training.model.text_encoder import build_text_encoder
@@ -86,6 +86,7 @@ class Session:
         if config.validation.every:
             self.validation = each(lambda: Validation(config, ranks, self._text), ranks)
         unet = for_stage(config.stage, self.text_encoder.dim)
+        self.lora: dict[str, Any] | None = meta.get("lora")
         model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
         self.engine = build_engine(model, config, ranks, self.accumulate)
         if checkpoint is not None:
@@ -141,9 +142,8 @@ class Session:
         torch.set_num_threads(thread_count(self.config.cluster))
         torch.manual_seed(self.config.seed)
         model = UNet(config)
-        if fresh and self.config.train.init_from:
-            load_weights(model, self.config.train.init_from, self.config.stage.name)
-            log.info("weights taken from %s", self.config.train.init_from)
+        if self.config.train.init_from and (fresh or self.lora):
+            self.lora = begin_with(model, self.config, self.lora)
         if self.config.precision.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.precision.compile:
@@ -315,12 +315,13 @@ class Session:
                     "ema_updates": self.engine.updates,
                     "config": self._config,
                     "data": {**self.loader.state(), "position": self.position},
-                    "counters": self.counters,
+                    "counters": dict(self.counters),  # it is written later, in the background
                     "data_counters": self._all_data_counters(),
                     "losses": self.guard.history,
                     "healthy": healthy,
                     "validation": self.validated if self.validated_step == step else None,
                     "wandb_id": self.wandb_id,
+                    "lora": self.lora,
                     "code": self._code,
                 }
                 self.writer.start(step, self.engine.snapshot(), meta)
