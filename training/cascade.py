@@ -28,6 +28,7 @@ from training import bundle
 from training.config import SamplerConfig, StageConfig, TextConfig
 from training.diffusion.sampler import sample_stage
 from training.drawing import (
+    SHRINK,
     Drawing,
     Heat,
     Pictures,
@@ -35,6 +36,7 @@ from training.drawing import (
     as_list,
     number_drawings,
     plan_stages,
+    plan_strengths,
     to_images,
     to_masks,
     to_pictures,
@@ -145,7 +147,8 @@ class Cascade:
         low_res: Pictures | None = None,
         image: Pictures | None = None,
         mask: Pictures | None = None,
-        strength: float = 1.0,
+        strength: Any = 1.0,
+        guidance_interval: Any = None,
         explain: bool = False,
         numbers: Sequence[int] | None = None,
         batch: int = 16,
@@ -153,16 +156,18 @@ class Cascade:
     ) -> list[Drawing]:
         """Pictures with what every stage drew on the way, in the order of `generate`.
 
-        `guidance`, `steps`, `aug_level` and `sampler` are one value, one per stage drawn, or a dict by stage name; None
-        takes the bundle's.
+        `guidance`, `steps`, `aug_level`, `sampler` and `guidance_interval` (two times) are one value, one per stage
+        drawn, or a dict by stage name; None takes the bundle's.
 
         Args:
             prompts: one caption or several; an empty one draws without text.
             negative_prompts: what to steer away from: one for all, or one per prompt.
             stages: how many of the first stages to draw, or names; None: all.
             low_res: one picture, or one per prompt, to start from where the first stage drawn is super-resolution.
-            image: one picture, or one per prompt, to redraw: the first stage drawn starts from it.
-            strength: how much of `image` is redrawn, in (0, 1]; 1 forgets it, except where `mask` keeps it.
+            image: one picture, or one per prompt, to redraw: the first stage drawn starts from it, others where
+                `strength` says so.
+            strength: how much of `image` is redrawn, in (0, 1]; 1 forgets it, except where `mask` keeps it. One value
+                is for the first stage drawn; a list or dict says it stage by stage.
             mask: light where `image` is drawn anew; every stage keeps it where the mask is dark.
             explain: also collect which words the pixels looked at.
             numbers: the n-th picture of each prompt instead of its first ones; 0 is the first.
@@ -176,10 +181,10 @@ class Cascade:
         negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "name": sampler}
+        settings["guidance_interval"] = guidance_interval
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config
-        if not 0 < strength <= 1:
-            raise ConfigError(f"strength={strength}: it must lie above 0 and at most at 1")
+        strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
         if batch < 1:
             raise ConfigError(f"batch={batch}: it must be at least 1")
         if mask is not None and image is None:
@@ -202,7 +207,7 @@ class Cascade:
                 name: None if given is None else [given[row // num_images] for row in rows]
                 for name, given in pictures.items()
             }
-            task = _Task(plan, [drawings[row] for row in rows], strength, explain, batch, places, meter, **own)
+            task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, **own)
             self._draw_chunk(task)
         return drawings
 
@@ -219,8 +224,8 @@ class Cascade:
             stage = self.stages[index]
             size, start = stage.config.image_size, stage.config.low_res_size
             if before is None and stage.config.is_super_resolution:
-                before = to_pictures(task.low_res or [], start)
-            init = task.image if turn == 0 or task.mask else None
+                before = to_pictures(task.low_res or [], start, SHRINK)
+            init = task.image if turn == 0 or task.mask or task.strengths[turn] < 1 else None
             inputs = _Inputs(
                 seeds,
                 text,
@@ -228,7 +233,7 @@ class Cascade:
                 low_res=before,
                 init=None if init is None else to_pictures(init, size),
                 mask=None if task.mask is None else to_masks(task.mask, size),
-                strength=task.strength if turn == 0 else 1.0,
+                strength=task.strengths[turn],
             )
             before, heats = self._draw_stage(stage, sampler, inputs, words, task)
             for row, image in enumerate(to_images(before)):
@@ -325,7 +330,7 @@ class _Task:
 
     plan: list[tuple[int, SamplerConfig]]
     drawings: list[Drawing]
-    strength: float
+    strengths: list[float]
     explain: bool
     batch: int
     places: list[torch.device]

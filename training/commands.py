@@ -27,6 +27,19 @@ class SampleCommand(Experiment):
     """One number, or one per stage; null: the bundle's."""
     steps: Any = None
     """Sampling steps, one number or one per stage; null: the bundle's."""
+    sampler: Any = None
+    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`, one or one per stage; null: the bundle's."""
+    aug_level: Any = None
+    """Noise put on the picture that super-resolution starts from, one number or one per stage; null: the bundle's."""
+    stages: Any = None
+    """How many of the first stages to draw, or names of stages; null: all."""
+    low_res: Any = None
+    """Picture file, or one per prompt, to start from when the first of `stages` is super-resolution."""
+    image: Any = None
+    """Picture file, or one per prompt, to redraw (by `strength`, or where `mask` is light)."""
+    mask: Any = None
+    strength: Any = 1.0
+    """How much of `image` is redrawn, above 0 to 1: one number for the first stage drawn, or one per stage."""
     batch: int = 16
     explain: bool = False
     """Heat maps of which words drew which pixels."""

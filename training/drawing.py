@@ -22,6 +22,8 @@ Words = list[tuple[str, list[int]]]
 """The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
 Heat = list[tuple[str, np.ndarray]]
 """(word, fp32 (H, W) attention that pixels gave it) in the caption's order."""
+SHRINK = Image.Resampling.BOX
+"""How pictures are made smaller for a super-resolution stage to start from: block means, as in training."""
 
 
 @dataclass
@@ -131,6 +133,8 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
             if name not in names:
                 raise ConfigError(f"{key}: {name} is no stage that is drawn; those are {', '.join(names)}")
         value = value.get(names[turn])
+    elif key == "guidance_interval" and _is_pair(value):
+        value = list(value)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != len(names):
             raise ConfigError(f"{key}={list(value)}: {len(value)} values for {len(names)} stages ({', '.join(names)})")
@@ -143,6 +147,30 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
     if key == "steps" and value is not None and not isinstance(value, int):
         raise ConfigError(f"{key}={value}: it must be a whole number")
     return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value)
+
+
+def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
+    """How much of its start picture each stage drawn redraws, in (0, 1]; 1: it draws from noise.
+
+    Args:
+        strength: one value, for the first stage; one per stage; or a dict by stage name.
+
+    Raises:
+        ConfigError: other values, or other stages.
+    """
+    if isinstance(strength, (int, float)):
+        values: list[Any] = [strength] + [1.0] * (len(names) - 1)
+    else:
+        given = [_of_stage("strength", strength, turn, names) for turn in range(len(names))]
+        values = [1.0 if value is None else value for value in given]
+    for value in values:
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ConfigError(f"strength={value}: it must lie above 0 and at most at 1")
+    return [float(value) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -171,9 +199,12 @@ def as_list(given: Pictures, count: int, name: str) -> list[Any]:
     return pictures * count if len(pictures) == 1 else pictures
 
 
-def to_pictures(pictures: Sequence[Any], size: int) -> Tensor:
-    """uint8 (N, 3, size, size): the middle square of each picture, resized (antialiased bicubic) unless it fits."""
-    arrays = [np.array(_fit(_image(picture).convert("RGB"), size)) for picture in pictures]
+def to_pictures(pictures: Sequence[Any], size: int, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+    """uint8 (N, 3, size, size): the middle square of each picture, resized unless it fits: antialiased bicubic, or
+    with `shrink` where it becomes smaller."""
+    images = [_image(picture).convert("RGB") for picture in pictures]
+    bicubic = Image.Resampling.BICUBIC
+    arrays = [np.array(_fit(image, size, shrink if min(image.size) > size else bicubic)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -9,10 +9,13 @@ OUTPUT/
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,13 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from data_pipeline import store
 from data_pipeline.errors import ConfigError, DataError
-from training.cascade import Cascade
+from training.cascade import Cascade, Stage
 from training.commands import SampleCommand
 from training.config import Experiment
 from training.distributed import read_ranks
-from training.drawing import Drawing, number_drawings, plan_stages
+from training.drawing import Drawing, as_list, number_drawings, plan_stages
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.evaluation.prompts import read_prompts
 from training.grid import Cell, heat_sheet, save, sheet
@@ -49,6 +53,8 @@ class Job:
     """How many pictures of the same prompt come before it."""
     seed: int
     """Of its noise."""
+    place: int
+    """Which of the prompts it is."""
 
 
 def main(config: SampleCommand) -> dict[str, Any]:
@@ -60,15 +66,16 @@ def main(config: SampleCommand) -> dict[str, Any]:
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
     output = Path(config.output or config.sampling.output)
+    starts = read_starts(config, len(prompts))
     cascade, devices = open_cascade(config, config.from_bundle)
     print(f"text encoder: {cascade.encoder.name}")
-    settings = _settings(config, cascade)
+    order = Order(config, cascade, starts)
     ranks = read_ranks()
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
-    missing = [job for job in share if not is_drawn(output, job, config, cascade, settings)]
+    missing = [job for job in share if not is_drawn(output, job, order)]
     if len(missing) < len(share):
         print(f"{len(share) - len(missing)} of {len(share)} pictures are in {output} already and are kept")
-    _draw(cascade, missing, config, output, settings, devices)
+    _draw(order, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),
         "images": [{"file": f"{job.name}.png", "prompt": job.prompt, "seed": job.seed} for job in share],
@@ -77,9 +84,9 @@ def main(config: SampleCommand) -> dict[str, Any]:
     }
     # of several processes the one that finishes last finds all pictures
     if all((output / f"{job.name}.png").exists() for job in jobs):
-        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], cascade, config.sampling.columns))
+        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], order.stages, config.sampling.columns))
         print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
-        if config.num_images > 1:
+        if len({job.prompt for job in jobs}) < len(jobs):
             result["diversity"] = measure_diversity(output, jobs)
             print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
     return result | {"seconds": round(time.monotonic() - began, 3)}
@@ -93,10 +100,11 @@ def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: i
     """
     jobs = []
     for index, drawing in enumerate(number_drawings(prompts, negatives, seed, num_images)):
+        place = index // num_images
         words = re.sub(r"\W+", "_", drawing.prompt).strip("_")[:50] or "empty"
         copy = f"-{index % num_images}" if num_images > 1 else ""
         name = f"{index // num_images:05d}-{words}{copy}"
-        jobs.append(Job(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed))
+        jobs.append(Job(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed, place))
     return jobs
 
 
@@ -117,54 +125,107 @@ def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, 
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-def _settings(config: SampleCommand, cascade: Cascade) -> dict[str, Any]:
-    """All that a picture depends on besides prompt and seed number."""
-    plan = plan_stages([s.config for s in cascade.stages], guidance=config.guidance, steps=config.steps)
-    stages = [{"name": s.config.name, "sha256": s.sha256, "step": s.origin.get("step")} for s in cascade.stages]
-    return {
-        "seed": config.seed,
-        "stages": [stage | {"sampler": asdict(sampler)} for stage, (_, sampler) in zip(stages, plan, strict=True)],
-        "text": cascade.encoder.name,
-        "dtype": str(next(cascade.stages[0].unet.parameters()).dtype).removeprefix("torch."),
-    }
+class Order:
+    """What is asked of a cascade: all that a picture depends on besides its prompt and number."""
+
+    def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
+        self.config, self.cascade, self.starts = config, cascade, starts
+        self.options = {key: getattr(config, key) for key in ("guidance", "steps", "aug_level", "sampler", "stages")}
+        names = {"name" if key == "sampler" else key: value for key, value in self.options.items() if key != "stages"}
+        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **names)
+        self.stages = [cascade.stages[index] for index, _ in plan]
+        self.samplers = [sampler for _, sampler in plan]
+        if starts:
+            self.options["strength"] = config.strength
+        self.settings = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        stages = [
+            {"name": s.config.name, "sha256": s.sha256, "step": s.origin.get("step"), "sampler": asdict(sampler)}
+            for s, sampler in zip(self.stages, self.samplers, strict=True)
+        ]
+        weights = next(self.stages[0].unet.parameters())
+        return {
+            "seed": self.config.seed,
+            "stages": stages,
+            "text": self.cascade.encoder.name,
+            "dtype": str(weights.dtype).removeprefix("torch."),
+        }
+
+    def metadata(self, job: Job) -> dict[str, str]:
+        """What stands in the PNG text of a picture."""
+        settings = dict(self.settings)
+        if self.starts:
+            settings["strength"] = self.config.strength
+            settings |= {
+                key: {"file": s[job.place].file, "sha256": s[job.place].sha256} for key, s in self.starts.items()
+            }
+        return {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
+            "seed": str(self.config.seed),
+            "number": str(job.number),
+            "settings": json.dumps(settings, ensure_ascii=False, sort_keys=True),
+        }
 
 
-def metadata(job: Job, config: Experiment, settings: dict[str, Any]) -> dict[str, str]:
-    """What stands in the PNG text of a picture."""
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "seed": str(config.seed),
-        "number": str(job.number),
-        "settings": json.dumps(settings, ensure_ascii=False, sort_keys=True),
-    }
+@dataclass(frozen=True)
+class Start:
+    """A picture to start from, or a mask."""
+
+    file: str
+    sha256: str
+    image: Image.Image
 
 
-def is_drawn(output: Path, job: Job, config: SampleCommand, cascade: Cascade, settings: dict[str, Any]) -> bool:
+def read_starts(config: SampleCommand, prompts: int) -> dict[str, list[Start]]:
+    """The pictures that `low_res`, `image` and `mask` name, one per prompt.
+
+    Raises:
+        ConfigError: as many files as neither 1 nor the prompts.
+        DataError: a file that is missing or no picture.
+    """
+    found = {}
+    for key in ("low_res", "image", "mask"):
+        given = getattr(config, key)
+        if given is None:
+            continue
+        files = [str(file) for file in (as_list(given, prompts, key))]
+        read = {file: _read_start(key, file) for file in set(files)}
+        found[key] = [read[file] for file in files]
+    return found
+
+
+def _read_start(key: str, file: str) -> Start:
+    if not store.exists(file):
+        raise DataError(f"{key}={file}: no such file")
+    data = store.read_bytes(file)
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{key}={file}: not a picture ({error})") from error
+    return Start(file, sha256(data).hexdigest(), image)
+
+
+def is_drawn(output: Path, job: Job, order: Order) -> bool:
     """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
-    files = [output / stage.config.name / f"{job.name}.png" for stage in cascade.stages[:-1]]
-    files += [output / "words" / f"{job.name}.png"] if config.explain else []
+    files = [output / stage.config.name / f"{job.name}.png" for stage in order.stages[:-1]]
+    files += [output / "words" / f"{job.name}.png"] if order.config.explain else []
     try:
         with Image.open(output / f"{job.name}.png") as image:
             image.load()
-            wanted = metadata(job, config, settings)
+            wanted = order.metadata(job)
             return {key: image.info.get(key) for key in wanted} == wanted and all(file.exists() for file in files)
     except (OSError, SyntaxError):  # Pillow's word for a damaged PNG
         return False
 
 
-def _draw(
-    cascade: Cascade,
-    jobs: list[Job],
-    config: SampleCommand,
-    output: Path,
-    settings: dict[str, Any],
-    devices: list[str],
-) -> None:
+def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> None:
+    config = order.config
     chunk = config.batch * SAVE_EVERY * len(devices)
     parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
-    plan = plan_stages([s.config for s in cascade.stages], guidance=config.guidance, steps=config.steps)
-    steps = sum(sampler.steps for _, sampler in plan)
+    steps = sum(sampler.steps for sampler in order.samplers)
     total = sum(steps * -(-len(part) // config.batch) for part in parts)
     with tqdm(total=total, unit="step", disable=not jobs) as bar:
 
@@ -173,20 +234,21 @@ def _draw(
             bar.update()
 
         for part in parts:
-            drawings = cascade.draw(
+            starts = {key: [some[job.place].image for job in part] for key, some in order.starts.items()}
+            drawings = order.cascade.draw(
                 [job.prompt for job in part],
                 [job.negative_prompt for job in part],
-                guidance=config.guidance,
-                steps=config.steps,
                 seed=config.seed,
                 numbers=[job.number for job in part],
                 batch=config.batch,
                 devices=devices,
                 explain=config.explain,
                 callback=advance,
+                **order.options,
+                **starts,
             )
             for job, drawing in zip(part, drawings, strict=True):
-                write_drawing(output, job, drawing, metadata(job, config, settings), config.explain)
+                write_drawing(output, job, drawing, order.metadata(job), config.explain)
 
 
 def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
@@ -207,10 +269,10 @@ def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str]
 # ----------------------------------------------------------------------------------------- all pictures together
 
 
-def write_grid(output: Path, jobs: list[Job], cascade: Cascade, columns: int) -> Path:
+def write_grid(output: Path, jobs: list[Job], stages: Sequence[Stage], columns: int) -> Path:
     """grid.png: every picture's stages side by side, base first."""
-    earlier = [stage.config.name for stage in cascade.stages[:-1]]
-    labels = [f"{stage.config.image_size} px" for stage in cascade.stages]
+    earlier = [stage.config.name for stage in stages[:-1]]
+    labels = [f"{stage.config.image_size} px" for stage in stages]
     cells = []
     for job in jobs:
         files = [*(output / stage / f"{job.name}.png" for stage in earlier), output / f"{job.name}.png"]

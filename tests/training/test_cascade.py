@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.images import box_average
 from tests.training.model.test_text_encoder import tiny_t5
 from tests.training.tiny import TEXT, tiny_cascade
 from training.cascade import Cascade
@@ -142,6 +143,46 @@ def test_img2img_and_inpainting(cascade: Cascade) -> None:
     assert np.abs(inpainted[:, :, :16] - np.array([250, 20, 20])).max() > 20
 
 
+def test_img2img_and_inpainting_of_every_stage(cascade: Cascade) -> None:
+    picture = Image.new("RGB", (32, 32), (250, 20, 20))
+    low = cascade.generate(PROMPTS, stages=1)
+    free = cascade.generate(PROMPTS, stages="sr", low_res=low)
+    assert same(free, cascade.generate(PROMPTS, stages="sr", low_res=low, image=picture))
+    near = cascade.generate(PROMPTS, stages="sr", low_res=low, image=picture, strength=0.1)
+    blue = Image.new("RGB", (32, 32), (20, 20, 250))
+    other = cascade.generate(PROMPTS, stages="sr", low_res=low, image=blue, strength=0.1)
+    assert not same(near, free) and not same(near, other)
+    # stage by stage within one cascade: the base draws freely, super-resolution starts from the picture
+    assert same(near, cascade.generate(PROMPTS, image=picture, strength={"sr": 0.1}))
+    assert same(near, cascade.generate(PROMPTS, image=picture, strength=[1.0, 0.1]))
+    half = Image.new("L", (32, 32), 0)
+    half.paste(255, (0, 0, 16, 32))
+    inpainted = pixels(cascade.generate(PROMPTS, stages="sr", low_res=low, image=picture, mask=half))
+    assert np.abs(inpainted[:, :, 16:] - np.array([250, 20, 20])).max() <= 1
+    assert np.abs(inpainted[:, :, :16] - np.array([250, 20, 20])).max() > 20
+
+
+def test_low_res_pictures_shrink_as_in_training(cascade: Cascade) -> None:
+    fine = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    shrunk = Image.fromarray(box_average(fine, 2))
+    ready = cascade.generate(PROMPTS[:1], stages="sr", low_res=shrunk)
+    assert same(ready, cascade.generate(PROMPTS[:1], stages="sr", low_res=Image.fromarray(fine)), tolerance=3)
+
+
+def test_a_stage_trained_on_crops_draws_whole_pictures(cascade: Cascade) -> None:
+    cascade = tiny_cascade()
+    cascade.stages[1].config.crop_size = 16
+    assert cascade.generate(PROMPTS[:1])[0].size == (32, 32)
+
+
+def test_guidance_within_an_interval(cascade: Cascade) -> None:
+    plain, free = cascade.generate(PROMPTS), cascade.generate(PROMPTS, guidance=1.0)
+    assert same(plain, cascade.generate(PROMPTS, guidance_interval=(0.0, 1.0)))
+    assert same(free, cascade.generate(PROMPTS, guidance_interval=[0.0, 0.0]))
+    one = cascade.generate(PROMPTS, guidance_interval={"base": [0.0, 0.0]})
+    assert not same(one, plain) and not same(one, free)
+
+
 def test_explain_gives_heat_per_word(cascade: Cascade) -> None:
     explained = cascade.draw(PROMPTS, explain=True, batch=2)
     assert same([d.image for d in explained], cascade.generate(PROMPTS, batch=2), tolerance=2)
@@ -168,6 +209,18 @@ def test_bundles_live_in_object_stores_too(cascade: Cascade, bucket: str) -> Non
         Cascade.from_pretrained(f"s3://{bucket}/models/other")
 
 
+def test_bundles_in_a_hugging_face_cache(cascade: Cascade, tmp_path: Path, monkeypatch) -> None:
+    """`owner/name`, and the directory that the cache keeps it in; nothing is downloaded."""
+    home = tmp_path / "models--someone--tiny"
+    cascade.save(str(home / "snapshots" / "abc123"))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("someone/tiny", str(home), str(home / "snapshots" / "abc123")):
+        loaded = Cascade.from_pretrained(name)
+        assert np.array_equal(pixels(loaded.generate(PROMPTS[:1])), pixels(cascade.generate(PROMPTS[:1]))), name
+
+
 def test_learned_null_text_is_saved(tmp_path: Path) -> None:
     cascade = tiny_cascade(null_text="learned")
     with torch.no_grad():
@@ -185,8 +238,9 @@ def test_to_bf16_draws_nearly_the_same(cascade: Cascade, tmp_path: Path) -> None
     assert 0 < difference.mean() < 12
 
 
-def test_chinese_prompts_through_byt5_end_to_end(tmp_path: Path) -> None:
-    text = TextConfig(kind="t5", path=tiny_t5(tmp_path / "byt5", byte_level=True), dim=16, max_tokens=32)
+@pytest.mark.parametrize("kind", ["byte_level", "multilingual"])
+def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: str) -> None:
+    text = TextConfig(kind="t5", path=tiny_t5(tmp_path / "encoder", **{kind: True}), dim=16, max_tokens=32)
     cascade = tiny_cascade(text=text)
     cascade.save(str(tmp_path / "bundle"))
     images = Cascade.from_pretrained(str(tmp_path / "bundle")).generate(["蓝天白云下的沙滩", "黑色的猫"], seed=0)
@@ -208,6 +262,9 @@ def test_chinese_prompts_through_byt5_end_to_end(tmp_path: Path) -> None:
         ({"guidance": {"sr9": 1}}, "sr9 is no stage that is drawn"),
         ({"negative_prompts": ["a", "b"]}, "2 for 3 prompts"),
         ({"strength": 0}, "strength=0"),
+        ({"strength": [0.5]}, "1 values for 2 stages"),
+        ({"strength": {"sr": 2}}, "strength=2"),
+        ({"guidance_interval": [0.5, 0.1]}, "guidance_interval=[0.5, 0.1]"),
         ({"mask": Image.new("L", (8, 8))}, "inpainting needs `image`"),
         ({"image": [Image.new("RGB", (8, 8))] * 2}, "2 pictures for 3 prompts"),
         ({"num_images": 0}, "num_images=0"),

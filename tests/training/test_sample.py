@@ -135,6 +135,40 @@ def test_processes_share_the_prompts(bundle: str, tmp_path: Path, monkeypatch) -
     assert "grid" not in results[0] and Path(results[1]["grid"]).exists()
 
 
+def test_a_picture_to_start_from(bundle: str, tmp_path: Path) -> None:
+    picture, mask = tmp_path / "red.png", tmp_path / "mask.png"
+    Image.new("RGB", (32, 32), (250, 20, 20)).save(picture)
+    half = Image.new("L", (32, 32), 0)
+    half.paste(255, (0, 0, 16, 32))
+    half.save(mask)
+    values = {"image": str(picture), "mask": [str(mask)] * 2, "strength": 0.6}
+    result = sample.main(command(bundle, tmp_path / "out", **values))
+    drawn = Image.open(tmp_path / "out" / result["images"][0]["file"])
+    assert np.abs(np.asarray(drawn)[:, 16:].astype(int) - (250, 20, 20)).max() <= 1
+    settings = json.loads(drawn.info["settings"])
+    assert settings["strength"] == 0.6 and settings["image"]["file"] == str(picture)
+    assert sample.main(command(bundle, tmp_path / "out", **values))["drawn"] == 0
+    Image.new("RGB", (32, 32), (20, 250, 20)).save(picture)  # another picture under the same name
+    assert sample.main(command(bundle, tmp_path / "out", **values))["drawn"] == 2
+
+
+def test_stages_samplers_and_low_res_pictures(bundle: str, tmp_path: Path) -> None:
+    base = sample.main(command(bundle, tmp_path / "base", stages=1, sampler="ddim"))
+    file = tmp_path / "base" / base["images"][0]["file"]
+    assert Image.open(file).size == (16, 16) and not (tmp_path / "base" / "base").exists()
+    stages = json.loads(Image.open(file).info["settings"])["stages"]
+    assert [(s["name"], s["sampler"]["name"]) for s in stages] == [("base", "ddim")]
+    result = sample.main(command(bundle, tmp_path / "sr", stages="sr", low_res=str(file), aug_level=0.3))
+    drawn = Image.open(tmp_path / "sr" / result["images"][0]["file"])
+    assert drawn.size == (32, 32)
+    assert json.loads(drawn.info["settings"])["stages"][0]["sampler"]["aug_level"] == 0.3
+
+
+def test_repeated_prompts_have_a_diversity(bundle: str, tmp_path: Path) -> None:
+    result = sample.main(command(bundle, tmp_path, prompts=["a red circle", "a cat", "a red circle"]))
+    assert result["diversity"]["prompts"]["a red circle"] > 0
+
+
 def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts: give a text file"):
         sample.main(command(bundle, tmp_path, prompts=None))
@@ -142,5 +176,12 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         sample.main(command(bundle, tmp_path, prompts="absent.txt"))
     with pytest.raises(ConfigError, match="3 for 2 prompts"):
         sample.main(command(bundle, tmp_path, negative_prompts=["a", "b", "c"]))
+    with pytest.raises(DataError, match=r"image=absent\.png: no such file"):
+        sample.main(command(bundle, tmp_path, image="absent.png"))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match="not a picture"):
+        sample.main(command(bundle, tmp_path, image=str(tmp_path / "text.png")))
+    with pytest.raises(ConfigError, match="stages=sr9: no such stage"):
+        sample.main(command(bundle, tmp_path, stages="sr9"))
     with pytest.raises(DataError, match="no bundle there"):
         sample.main(command(str(tmp_path / "absent"), tmp_path))
