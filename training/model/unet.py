@@ -216,11 +216,11 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.config.patch).to(torch.float32)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile each residual and attention block in place: parameter names stay free of wrappers."""
         for module in self.modules():
             if isinstance(module, (ResBlock, Attention)):
-                module.compile()
+                module.compile(backend=backend)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.diffusion.denoiser import Denoise
+from training.diffusion.denoiser import Denoise, guided
+from training.diffusion.objective import loss
 from training.diffusion.sampler import alpha_sigma, dpmpp_2m_step, grid, posterior, sample, sample_stage, threshold
 from training.diffusion.schedule import Schedule
 from training.diffusion.settings import SAMPLERS, DiffusionConfig, SamplerConfig
@@ -222,3 +223,68 @@ def test_solvers_and_ancestral_sampler_agree_in_distribution() -> None:
 
     spreads = [spread(gaussian, name) for name in SAMPLERS]
     assert max(spreads) / min(spreads) < 1.03
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_last_step_adds_no_noise(name: str) -> None:
+    seen: list[Tensor] = []
+
+    def remember(z: Tensor, log_snr: float) -> Tensor:
+        seen.append(gaussian(z, log_snr))
+        return seen[-1]
+
+    options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(name=name, steps=4, threshold="none")}
+    assert torch.equal(sample(remember, (2, 3, 4, 4), seeds=[1, 2], **options), seen[-1])
+
+
+def test_the_guided_estimate_is_thresholded_not_its_two_parts() -> None:
+    def model(z: Tensor, level: Tensor, text: Tensor, mask: Tensor, low: Any, aug: Any) -> Tensor:
+        return torch.where(mask.any(1), 0.9, -0.9).view(-1, 1, 1, 1).expand_as(z)
+
+    text, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    config = DiffusionConfig(parametrization="x0")
+    denoise = guided(model, text, mask, config=config, schedule=Schedule(), guidance=3.0)  # -0.9 + 3 x 1.8 = 4.5
+    for kind, wanted in (("none", 4.5), ("static", 1.0), ("dynamic", 1.0)):
+        drawn = sample(denoise, (1, 3, 4, 4), config=config, sampler=SamplerConfig(steps=2, threshold=kind), seeds=[0])
+        torch.testing.assert_close(drawn, torch.full_like(drawn, wanted))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "heun"])
+def test_the_noise_is_derived_anew_from_the_thresholded_estimate(name: str) -> None:
+    seen: list[Tensor] = []
+
+    def far(z: Tensor, log_snr: float) -> Tensor:
+        seen.append(z)
+        return torch.full_like(z, 3.0)
+
+    def near(z: Tensor, log_snr: float) -> Tensor:
+        seen.append(z)
+        return torch.full_like(z, 1.0)
+
+    sampler = SamplerConfig(name=name, steps=3, threshold="static")
+    for denoise in (far, near):
+        sample(denoise, (1, 3, 4, 4), config=CONFIG, sampler=sampler, seeds=[0])
+    half = len(seen) // 2
+    assert half >= 3 and all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_the_paper_says_99_and_a_half_percent() -> None:
+    assert (SamplerConfig().threshold, SamplerConfig().threshold_percentile) == ("dynamic", 0.995)
+
+
+def test_the_low_res_picture_is_prepared_alike_in_training_and_sampling() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def model(z: Tensor, level: Tensor, text: Tensor, mask: Tensor, low: Tensor, aug: Tensor) -> Tensor:
+        seen.append((low, aug))
+        return low
+
+    picture = torch.arange(3 * 16 * 16).view(1, 3, 16, 16).remainder(256).to(torch.uint8)
+    low = torch.arange(48).view(1, 3, 4, 4).mul(5).to(torch.uint8)
+    text, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    config = DiffusionConfig(parametrization="x0", aug_max=0.0)
+    loss(model, picture, text, mask, config=config, seed=0, positions=torch.tensor([0]), low_res=low)
+    sampler = SamplerConfig(steps=1, guidance=1.0, aug_level=0.0)
+    sample_stage(model, text, mask, config=config, sampler=sampler, image_size=16, seeds=[0], low_res=low)
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][0].shape == picture.shape and seen[0][0].abs().max() < 1.2  # normalised, then enlarged

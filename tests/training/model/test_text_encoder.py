@@ -22,25 +22,35 @@ def tokens(text: str) -> list[str]:
     return [text[start:end] for start, end in split_words(text)]
 
 
-def tiny_t5(path: Path, *, byte_level: bool = False, drop: str | None = None) -> str:
-    """A whole T5 v1.1 (encoder and decoder) of 16 channels with its tokenizer files, as the hub stores one."""
+def tiny_t5(path: Path, *, byte_level: bool = False, multilingual: bool = False, drop: str | None = None) -> str:
+    """A whole T5 v1.1, ByT5 or mT5 (encoder and decoder) of 16 channels with its tokenizer files, as the hub stores
+    one."""
     from safetensors.torch import load_file, save_file
-    from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration, T5TokenizerFast
+    from transformers import (
+        ByT5Tokenizer,
+        MT5Config,
+        MT5ForConditionalGeneration,
+        T5Config,
+        T5ForConditionalGeneration,
+        T5TokenizerFast,
+    )
 
     torch.manual_seed(0)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0)]
     pieces += [(f"▁{word}", -2.0) for word in ["a", "large", "red", "circle", "on", "white"]]
     pieces += [(char, -6.0) for char in "▁abcdefghijklmnopqrstuvwxyz"]
+    pieces += [(piece, -3.0) for piece in ["蓝天", "白云", "下", "的", "沙滩"] if multilingual]
     if byte_level:
         ByT5Tokenizer().save_pretrained(path)
     else:
         T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(path)
-    config = T5Config(
+    kind, whole = (MT5Config, MT5ForConditionalGeneration) if multilingual else (T5Config, T5ForConditionalGeneration)
+    config = kind(
         vocab_size=384 if byte_level else len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1,
         num_heads=2, feed_forward_proj="gated-gelu", decoder_start_token_id=0,
         tokenizer_class="ByT5Tokenizer" if byte_level else "T5Tokenizer",
     )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(path)
+    whole(config).save_pretrained(path)
     if drop:
         tensors = load_file(path / "model.safetensors")
         save_file({k: v for k, v in tensors.items() if drop not in k}, path / "model.safetensors", {"format": "pt"})
@@ -204,6 +214,14 @@ def test_byt5_takes_chinese(byt5_path: str) -> None:
     assert mask.sum(dim=1).tolist() == [25, 7]  # three bytes per character and </s>
     assert torch.isfinite(text).all() and text[0].abs().sum() > 0
     assert encoder.words("蓝天 at") == [("蓝", [0, 1, 2]), ("天", [3, 4, 5]), ("at", [7, 8])]
+
+
+def test_mt5_takes_chinese(tmp_path: Path) -> None:
+    encoder = T5Encoder(t5_config(tiny_t5(tmp_path / "mt5", multilingual=True)))
+    assert "(mt5, 16 wide" in encoder.name
+    text, mask = encoder.encode(["蓝天白云下的沙滩"])
+    assert torch.isfinite(text).all() and text[mask].abs().sum() > 0
+    assert mask.sum() in (6, 7)  # five pieces and </s>, perhaps the mark of a word's begin
 
 
 def test_t5_width_must_match(t5_path: str) -> None:

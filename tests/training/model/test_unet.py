@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.model.layers import Attention
+from training.model.layers import Attention, DownConv, ResBlock
 from training.model.presets import PRESETS, UNetConfig
 from training.model.unet import UNet, record_attention
 
@@ -167,3 +167,23 @@ def test_recording_attention_changes_no_picture() -> None:
     wanted = net(**given)
     with record_attention(net):
         assert torch.equal(net(**given), wanted)
+
+
+def test_compiled_blocks_keep_the_names_and_the_numbers() -> None:
+    net, given = build(SR), inputs(SR)
+    wanted, names = net(**given), list(net.state_dict())
+    net.compile_blocks(backend="eager")
+    torch.testing.assert_close(net(**given), wanted, atol=1e-5, rtol=1e-5)
+    assert list(net.state_dict()) == names and not any("_orig_mod" in name for name in names)
+    build(SR).load_state_dict(net.state_dict())
+
+
+def test_ends_and_strides_are_the_papers() -> None:
+    net = build(SR, trained=False)
+    assert [m.conv.kernel_size + m.conv.stride for m in net.modules() if isinstance(m, DownConv)] == [(3, 3, 2, 2)] * 2
+    assert isinstance(net.norm_out, nn.GroupNorm) and net.conv_out.kernel_size == (3, 3)  # not a bare 1x1 convolution
+    assert not any(p.any() for p in net.conv_out.parameters())
+    for block in (m for m in net.modules() if isinstance(m, ResBlock)):
+        assert not any(p.any() for p in block.conv_out.parameters()) and block.conv_in.weight.any()
+    for layer in (m for m in net.modules() if isinstance(m, Attention)):
+        assert not any(p.any() for p in layer.out.parameters())
