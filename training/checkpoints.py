@@ -75,7 +75,7 @@ def describe(store: CheckpointStore, step: int, checksums: bool = False) -> dict
         "validation": checkpoint.meta.get("validation"),
         "attempt": checkpoint.manifest["attempt"],
         "position": checkpoint.meta.get("position"),
-        "problems": checkpoint.problems(checksums=checksums),
+        "problems": checkpoint.problems(checksums=checksums, thorough=True),
     }
 
 

@@ -161,7 +161,8 @@ class Engine:
             self._factored.shard(self._flats, layout, shapes, ranks.rank, self._add_up)
         moments = () if self._factored else STATES[config.optimizer.name]
         self._names = [*moments, *(state_name(i) for i in range(len(config.ema.decays)))]
-        self._host: dict[str, list[torch.Tensor]] = {}
+        self._host: dict[str, torch.Tensor] = {}
+        self._snapshot: Snapshot | None = None
         self._allocate()
         self.set_timeout(config.train.timeout_first_s)
 
@@ -182,6 +183,7 @@ class Engine:
     def step(self, step: int, apply: bool = True) -> StepInfo:
         """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
         `apply`."""
+        self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         set_step(self._zero.optimizer, lr, self.config.ema, self.updates)
         with nullcontext() if apply else self._refusing():
@@ -284,6 +286,7 @@ class Engine:
     def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
         """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in
         step."""
+        self._settle()
         with torch.no_grad():
             raw = [flat.detach().clone() for flat in self._flats]
             for flat, average in zip(self._flats, self._states(state_name(index)), strict=True):
@@ -299,24 +302,24 @@ class Engine:
                     flat.copy_(value)
                 self._publish()
 
-    @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        """This rank's share of the state, copied to host memory that the next snapshot uses again. Not collective."""
-        for kind in ("param", *self._names):
-            flats = self._flats if kind == "param" else self._states(kind)
-            if kind not in self._host:
-                pin = self.ranks.device != "cpu"
-                self._host[kind] = [torch.empty_like(f, device="cpu", pin_memory=pin).detach() for f in flats]
-            for host, flat in zip(self._host[kind], flats, strict=True):
-                host.copy_(flat, non_blocking=True)
-        if self.ranks.device != "cpu":
-            torch.cuda.synchronize()
-        whole = {}
+        """This rank's share of the state. Not collective."""
+        self._settle()
+        kinds = ("param", *self._names)
+        flats = {kind: self._flats if kind == "param" else self._states(kind) for kind in kinds}
+        whole: dict[str, torch.Tensor] = {}
         if self.ranks.is_main:
-            whole = {f"buffer/{name}": b.cpu().clone() for name, b in saved_buffers(self.module)}
+            whole = {f"buffer/{name}": buffer for name, buffer in saved_buffers(self.module)}
             for name, states in self._factored.statistics().items() if self._factored else ():
-                whole.update({f"{kind}/{name}": state.cpu().clone() for kind, state in states.items()})
-        return ShardedSnapshot(self._host, whole, self._assembler, self.ranks)
+                whole.update({f"{kind}/{name}": state for kind, state in states.items()})
+        self._snapshot = ShardedSnapshot(flats, whole, self._host, self._assembler, self.ranks)
+        return self._snapshot
+
+    def _settle(self) -> None:
+        """The state may change from here on: a snapshot of it must have been copied."""
+        if self._snapshot is not None:
+            self._snapshot.copy()
+            self._snapshot = None
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
         """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
@@ -332,6 +335,7 @@ class Engine:
             kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
             updates: optimizer steps that were applied before.
         """
+        self._settle()
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
         scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
@@ -351,18 +355,22 @@ class ShardedSnapshot(Snapshot):
 
     def __init__(
         self,
-        host: dict[str, list[torch.Tensor]],
+        flats: dict[str, list[torch.Tensor]],
         whole: dict[str, torch.Tensor],
+        host: dict[str, torch.Tensor],
         assembler: Assembler,
         ranks: Ranks,
     ) -> None:
-        super().__init__(whole)
-        self._host, self._assembler, self._ranks = host, assembler, ranks
+        named = {f"flat {i} {kind}": flat.detach() for kind, tensors in flats.items() for i, flat in enumerate(tensors)}
+        super().__init__({**named, **whole}, host)
+        self._whole, self._assembler, self._ranks = list(whole), assembler, ranks
+        self._flats = {kind: [f"flat {i} {kind}" for i in range(len(tensors))] for kind, tensors in flats.items()}
 
     def assemble(self) -> dict[str, torch.Tensor]:
         """Collective over the background group; the tensors are valid until the next snapshot."""
-        tensors = dict(self._tensors)
-        for kind, flats in self._host.items():
-            whole = self._assembler.assemble(flats, self._ranks.background)
+        self.copy()
+        tensors = {name: self._host[name] for name in self._whole}
+        for kind, names in self._flats.items():
+            whole = self._assembler.assemble([self._host[name] for name in names], self._ranks.background)
             tensors.update((f"{kind}/{name}", tensor) for name, tensor in whole.items())
         return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,7 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._cache: Path | None = None
+        self._lock = threading.Lock()
 
     def __str__(self) -> str:
         return self.url
@@ -86,12 +88,15 @@ class RemoteFolder:
 
     def fetch(self, name: str) -> Path:
         """Downloads once; the copy lives as long as this object."""
-        if self._cache is None:
-            self._cache = Path(tempfile.mkdtemp(prefix="cascade-checkpoint-"))
-            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+        with self._lock:
+            if self._cache is None:
+                self._cache = Path(tempfile.mkdtemp(prefix="cascade-checkpoint-"))
+                weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
         path = self._cache / name
         if not path.exists():
-            path.write_bytes(self.read(name))
+            partial = path.with_name(f"{name}.partial-{threading.get_ident()}")
+            partial.write_bytes(self.read(name))
+            partial.replace(path)
         return path
 
     def names(self) -> list[str]:

@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +31,49 @@ class StepInfo:
 
 
 class Snapshot:
-    """The training state at one step, copied to host memory. `assemble` may run later, in another thread."""
+    """The training state at one step. It is copied to host memory by `copy`: in the thread that writes it, while the
+    next forward and backward passes go on, but before the next optimizer step changes it (the engine sees to that).
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    Args:
+        live: tensors by name.
+        host: memory of earlier snapshots, used again.
+    """
+
+    def __init__(self, live: dict[str, torch.Tensor], host: dict[str, torch.Tensor] | None = None) -> None:
+        self._live: dict[str, torch.Tensor] | None = live
+        self._host = {} if host is None else host
+        self._names = list(live)
+        self._lock = threading.Lock()
+        self._device = next((tensor.device for tensor in live.values() if tensor.is_cuda), None)
+        self._ready = torch.cuda.current_stream(self._device).record_event() if self._device else None
+
+    def copy(self) -> None:
+        """Returns when all is in host memory; only the first call has anything to do. Any thread."""
+        with self._lock, torch.no_grad():
+            if self._live is None:
+                return
+            for name, tensor in self._live.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).detach()
+            if self._device is None:
+                self._move(self._live)
+            else:
+                stream = torch.cuda.Stream(self._device)
+                stream.wait_event(self._ready)
+                with torch.cuda.stream(stream):
+                    self._move(self._live)
+                stream.synchronize()
+            self._live = None
+
+    def _move(self, live: dict[str, torch.Tensor]) -> None:
+        for name, tensor in live.items():
+            self._host[name].copy_(tensor, non_blocking=tensor.is_cuda)
 
     def assemble(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU."""
-        return self._tensors
+        """This rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU, valid
+        until the next snapshot."""
+        self.copy()
+        return {name: self._host[name] for name in self._names}
 
 
 class PlainEngine:
@@ -54,6 +90,8 @@ class PlainEngine:
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
         self.accumulate = accumulate
         self.updates = 0
+        self._host: dict[str, torch.Tensor] = {}
+        self._snapshot: Snapshot | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.module(*args, **kwargs)
@@ -64,6 +102,7 @@ class PlainEngine:
     def step(self, step: int, apply: bool = True) -> StepInfo:
         """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
         `apply`."""
+        self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         parameters = list(self._trained.values())
         for p in parameters:
@@ -89,6 +128,7 @@ class PlainEngine:
     @contextmanager
     def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
         """The module with the averaged weights in place of the raw ones, in evaluation mode."""
+        self._settle()
         states = [self.optimizer.state[p].get(state_name(index)) for p in self._trained.values()]
         raw = [p.detach().clone() for p in self._trained.values()]
         self._set_weights([s if s is not None else w for s, w in zip(states, raw, strict=True)])
@@ -105,14 +145,20 @@ class PlainEngine:
             p.copy_(value)
 
     def snapshot(self) -> Snapshot:
-        """Weights and optimizer states, copied to host memory."""
-        tensors = {f"buffer/{name}": b.detach().cpu().clone() for name, b in saved_buffers(self.module)}
+        """Weights and optimizer states."""
+        self._settle()
+        live = {f"buffer/{name}": b for name, b in saved_buffers(self.module)}
         for name, p in self._trained.items():
-            tensors[f"param/{name}"] = p.detach().cpu().clone()
-            for kind, value in self.optimizer.state[p].items():
-                if kind != "step":
-                    tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
-        return Snapshot(tensors)
+            live[f"param/{name}"] = p.detach()
+            live.update({f"{kind}/{name}": v for kind, v in self.optimizer.state[p].items() if kind != "step"})
+        self._snapshot = Snapshot(live, self._host)
+        return self._snapshot
+
+    def _settle(self) -> None:
+        """The state may change from here on: a snapshot of it must have been copied."""
+        if self._snapshot is not None:
+            self._snapshot.copy()
+            self._snapshot = None
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
         return self.snapshot().assemble()
@@ -121,6 +167,7 @@ class PlainEngine:
     def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
         """Sets weights and optimizer states; `kinds`: state -> the name it is read under, `updates`: steps done so
         far."""
+        self._settle()
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
         for name, p in self._trained.items():

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 import torch
+import xxhash
 
 CHUNK = 1 << 24
 NAMES = {
@@ -51,16 +52,22 @@ def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
 
 
 class Digest:
-    """Passes chunks on and keeps their SHA-256 and size."""
+    """Passes chunks on and keeps their size and two checksums: SHA-256, which names the content, and XXH3, which every
+    start can afford to check (15 times as fast)."""
 
     def __init__(self, source: Iterable[memoryview | bytes]) -> None:
-        self._source, self._hash, self.size = source, hashlib.sha256(), 0
+        self._source, self._hash, self._fast, self.size = source, hashlib.sha256(), xxhash.xxh3_128(), 0
 
     def __iter__(self) -> Iterator[memoryview | bytes]:
         for chunk in self._source:
             self._hash.update(chunk)
+            self._fast.update(chunk)
             self.size += len(chunk)
             yield chunk
+
+    @property
+    def xxh3(self) -> str:
+        return self._fast.hexdigest()
 
     @property
     def sha256(self) -> str:

@@ -149,6 +149,12 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
         train(engine, ranks, range(6, 7), poisoned=6)
         poisoned = engine.export_tensors()
         found[f"skips/{stage}"] = engine.updates == updates and all(torch.equal(before[n], poisoned[n]) for n in before)
+        # a snapshot is of the moment at which it was taken, also when it is put together after another step
+        moment = {name: tensor.clone() for name, tensor in engine.export_tensors().items()}
+        snapshot = engine.snapshot()
+        train(engine, ranks, range(STEPS + 2, STEPS + 3))
+        late = snapshot.assemble()
+        found[f"snapshot/{stage}"] = all(torch.equal(moment[name], late[name]) for name in moment)
     # any stage goes on from any other's checkpoint
     for source, target in (("3/1", 1), ("1/1", 3), ("2/2", 3)):
         engine = build_engine(Net(), experiment(target), ranks, 1)
@@ -225,7 +231,9 @@ def test_the_plain_engine_is_the_reference() -> None:
     for name, wanted in reference(STEPS)["tensors"].items():
         assert torch.allclose(tensors[name], wanted, atol=1e-6), name
     before = {name: tensor.clone() for name, tensor in tensors.items()}
+    snapshot = engine.snapshot()
     train(engine, Ranks(), range(5, 6), poisoned=5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot.assemble().items())
     assert all(torch.equal(before[name], tensor) for name, tensor in engine.export_tensors().items())
 
 
@@ -233,6 +241,7 @@ def test_the_plain_engine_is_the_reference() -> None:
 def test_state_out_and_in(found: list[dict[str, Any]], stage: int) -> None:
     for rank in found:
         assert rank[f"repeats/{stage}"], "going on from the imported state repeats bit for bit"
+        assert rank[f"snapshot/{stage}"], "a snapshot does not move with the next step"
         assert rank[f"comes back/{stage}"], "the raw weights come back after the averaged ones"
         assert rank[f"skips/{stage}"], "a gradient that is not finite changes nothing"
     net = Net()
