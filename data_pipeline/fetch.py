@@ -30,6 +30,7 @@ _REREADS = 2
 _SAME_SHARD, _ANYWHERE = 16, 64
 
 Sample = dict[str, Any]
+_digest = xxhash.xxh3_64_intdigest
 _Place = tuple[str, int, int, int]
 
 
@@ -67,7 +68,7 @@ class RowReader:
             DataError, StoreError: the shard is gone, changed or out of reach.
         """
         index, rows = self.dataset.index(shard)
-        physical = int(rows[row])
+        physical = rows.item(row)
         parts = index.places(physical)
         for attempt in range(1 + _REREADS):
             if self._direct[shard]:
@@ -109,6 +110,9 @@ class RowReader:
 
     def _read_direct(self, shard: int, index: ShardIndex, row: int, parts: list[_Place]) -> tuple[Sample, str]:
         """The sample by one system call for each large member and one for its small neighbours."""
+        begin, (_, last, size, _) = parts[0][1], parts[-1]
+        if last + size - begin <= _ONE_READ:
+            return _cut(index, row, parts, [(begin, self._pread(shard, index.url, begin, last + size))])
         blocks: list[tuple[int, bytes]] = []
         begin = end = -1
         for _, offset, size, _ in parts:
@@ -123,13 +127,15 @@ class RowReader:
         return _cut(index, row, parts, blocks)
 
     def _pread(self, shard: int, url: str, begin: int, end: int) -> bytes:
-        file = self._files.get(shard)
+        file = self._files.get(shard)  # held here, so that no other thread's opening closes it
         if file is None:
             file = self._files[shard] = _File(url)
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
         try:
             data = os.pread(file.descriptor, end - begin, begin)
+            if len(data) == end - begin:
+                return data
             while len(data) < end - begin:
                 more = os.pread(file.descriptor, end - begin - len(data), begin + len(data))
                 if not more:
@@ -151,13 +157,15 @@ def _cut(index: ShardIndex, row: int, parts: list[_Place], blocks: list[tuple[in
     sample: Sample = {"__key__": index.key(row), "__url__": index.url}
     wrong, number = "", 0
     begin, data = blocks[0]
+    held = len(data)
     for extension, offset, size, checksum in parts:
-        if offset - begin + size > len(data):
+        first = offset - begin
+        if first + size > held:
             number += 1
             begin, data = blocks[number]
-        first = offset - begin
-        member = data if not first and size == len(data) else data[first : first + size]
-        if xxhash.xxh3_64_intdigest(member) != checksum:
+            first, held = offset - begin, len(data)
+        member = data if size == held else data[first : first + size]
+        if _digest(member) != checksum:
             wrong = wrong or f"member .{extension} at byte {offset}"
         sample[extension] = member
     return sample, wrong
@@ -216,18 +224,6 @@ def replace(
         f"{failures[0]['shard']}: sample {failures[0]['key']!r} and all {_ANYWHERE} substitutes for it are bad "
         f"({reasons}); check the data with `cascade verify`"
     )
-
-
-@dataclass
-class Read:
-    """Reads one sample when it is called."""
-
-    reader: RowReader
-    shard: int
-    row: int
-
-    def __call__(self) -> Sample:
-        return self.reader.read(self.shard, self.row)
 
 
 def _record(dataset: Dataset, position: int, shard: int, row: int, bad: BadSample) -> dict[str, Any]:

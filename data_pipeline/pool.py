@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+CLOSE_S = 1.0
+"""How long closing waits for threads that are busy."""
 
 
 class DaemonPool:
@@ -42,7 +46,12 @@ class DaemonPool:
             del task, future, function, arguments
 
     def close(self) -> None:
-        """Cancels what has not begun and lets the threads end; does not wait for them."""
+        """Cancels what has not begun, and gives the threads a moment to end: one that is inside C++ code (decoding,
+        resizing) when the interpreter goes would abort the process."""
         self._closed = True
         for _ in self._threads:
             self._tasks.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))

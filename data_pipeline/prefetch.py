@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from data_pipeline.fetch import Read, RowReader, Sample
+from data_pipeline.fetch import RowReader, Sample
 from data_pipeline.order import Order
 from data_pipeline.pool import DaemonPool
 from data_pipeline.shard_index import ShardIndex
@@ -24,6 +25,8 @@ least half of what is read is wanted (neighbours may belong to other workers, or
 RANGE = 4 << 20
 """Bytes per request where whole windows are read."""
 CONNECTIONS = 16
+LOCATED = 512
+"""Positions located together: alone, each would cost several times as much."""
 
 
 @dataclass
@@ -81,7 +84,8 @@ class Prefetcher:
         window = order.window * reader.dataset.mean_bytes * lanes
         self.whole_windows = window <= budget and reader.cache is None  # the disk cache keeps neighbours, too
         self._pool: DaemonPool | None = None
-        if window > budget and reader.cache is None and not all(map(reader.is_direct, range(len(reader.dataset.urls)))):
+        self._all_direct = all(map(reader.is_direct, range(len(reader.dataset.urls))))
+        if window > budget and reader.cache is None and not self._all_direct:
             logger.warning(
                 "%.0f lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
                 "by one; a smaller data.window, more processes or data.cache_dir make reading faster",
@@ -91,11 +95,16 @@ class Prefetcher:
     def __iter__(self) -> Iterator[tuple[int, int, int, Callable[[], Sample]]]:
         """(position, shard, row, a function that waits for the sample and returns it)."""
         while self._fill(1):
+            if self._all_direct:
+                here, self._ahead = self._ahead, deque()
+                for position, shard, row in here:
+                    yield position, shard, row, partial(self._reader.read, shard, row)
+                continue
             position, shard, row = self._ahead[0]
             if self._reader.is_direct(shard):
                 self._ahead.popleft()
                 self._requested = max(self._requested - 1, 0)
-                yield position, shard, row, Read(self._reader, shard, row)
+                yield position, shard, row, partial(self._reader.read, shard, row)
                 continue
             self._pump()
             self._ahead.popleft()
@@ -106,11 +115,14 @@ class Prefetcher:
     def _fill(self, count: int) -> bool:
         """Locates positions until `count` are known ahead; whether any are."""
         while len(self._ahead) < count:
-            batch = next(self._batches, None)
-            if batch is None:
+            several: list[np.ndarray] = []
+            while sum(map(len, several)) < LOCATED and (batch := next(self._batches, None)) is not None:
+                several.append(batch)
+            if not several:
                 break
-            _, shards, rows = self._order.locate_many(batch)
-            self._ahead.extend(zip(batch.tolist(), shards.tolist(), rows.tolist(), strict=True))
+            positions = np.concatenate(several)
+            _, shards, rows = self._order.locate_many(positions)
+            self._ahead.extend(zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True))
         return bool(self._ahead)
 
     def _pump(self) -> None:

@@ -108,23 +108,26 @@ class ShardIndex:
         return self.table.column(name)
 
     @cached_property
-    def _lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _lists(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
+        """First part of each row, and every part's offset, size and checksum. Single items of a memoryview come several
+        times faster than a numpy array's."""
         offsets = self.table.column("offsets").combine_chunks()
         flat = [self.table.column(name).combine_chunks().flatten().to_numpy() for name in ("sizes", "checksums")]
-        return offsets.offsets.to_numpy(), offsets.flatten().to_numpy(), flat[0], flat[1]
+        arrays = offsets.offsets.to_numpy(), offsets.flatten().to_numpy(), flat[0], flat[1]
+        return arrays[0].data, arrays[1].data, arrays[2].data, arrays[3].data
 
     @cached_property
-    def _layouts(self) -> tuple[list[list[str]], np.ndarray]:
+    def _layouts(self) -> tuple[list[list[str]], memoryview]:
         column = self.table.column("layout").combine_chunks()
         names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
-        return names, column.indices.to_numpy(zero_copy_only=False)
+        return names, column.indices.to_numpy(zero_copy_only=False).data
 
     @cached_property
-    def _keys(self) -> tuple[np.ndarray, memoryview]:
+    def _keys(self) -> tuple[memoryview, memoryview]:
         column = self.table.column("key").combine_chunks()
         _, offsets, data = column.buffers()
         ends = np.frombuffer(offsets, np.int32)[column.offset :] if offsets else np.zeros(1, np.int32)
-        return ends, memoryview(data or b"")
+        return ends.data, memoryview(data or b"")
 
     def key(self, row: int) -> str:
         ends, data = self._keys
@@ -139,14 +142,13 @@ class ShardIndex:
         starts, offsets, sizes, checksums = self._lists
         names, which = self._layouts
         here = slice(starts[row], starts[row + 1])
-        columns = offsets[here].tolist(), sizes[here].tolist(), checksums[here].tolist()
-        return list(zip(names[which[row]], *columns, strict=True))
+        return list(zip(names[which[row]], offsets[here], sizes[here], checksums[here], strict=True))
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """First byte and end byte of every sample, (n,) int64 each."""
-        starts, offsets, sizes, _ = self._lists
         if not len(self):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        starts, offsets, sizes = (np.asarray(column) for column in self._lists[:3])
         return np.minimum.reduceat(offsets, starts[:-1]), np.maximum.reduceat(offsets + sizes, starts[:-1])
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
 
 from data_pipeline import captions, images, store
 from data_pipeline.config import DataConfig
@@ -21,7 +25,7 @@ from data_pipeline.parallel import ordered
 from data_pipeline.part_reader import PartReader
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import IMAGE_EXTENSIONS, ShardIndex, index_shard, index_url, read_index
-from data_pipeline.verify_report import Picture, Tally, write_page
+from data_pipeline.verify_report import THUMBNAIL, Tally, write_page
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +94,8 @@ def _verify_shard(
     problems = index.column("problem").to_pylist()
     row_problems = Counter(problem for problem in problems if problem)
     missing = max((index.meta["expected"] or 0) - len(index), 0)
-    tally.dropped["count_mismatch"] += missing
+    if missing:
+        tally.dropped["count_mismatch"] += missing
     for reason, count in index.problems.items():
         count -= row_problems[reason] + (reason == "count_mismatch" and missing > 0)
         if count > 0:
@@ -102,7 +107,7 @@ def _verify_shard(
             members = f"its members are {index.table['layout'][row].as_py()}"
             broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
 
-    def work(sample: dict[str, Any]) -> Picture | BadSample:
+    def work(sample: dict[str, Any]) -> str | BadSample:
         return _decode(sample, config)
 
     good = []
@@ -115,17 +120,17 @@ def _verify_shard(
         if isinstance(outcome, BadSample):
             broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
         else:
-            tally.deliver(outcome, sample)
+            tally.deliver(sample, outcome, partial(_whole, sample, config.data))
 
 
-def _decode(sample: dict[str, Any], config: Settings) -> Picture | BadSample:
-    """What training would make of the sample, or why it would not."""
+def _decode(sample: dict[str, Any], config: Settings) -> str | BadSample:
+    """The caption that training would use the sample with, or why it would not use it."""
     try:
         if "__error__" in sample:
             raise sample["__error__"]
         data, stage = config.data, config.stage
         text = captions.choose(sample, data.captions, config.seed, sample["__position__"])
-        picture, _ = images.training_pair(
+        images.training_pair(
             sample["__image__"],
             size=stage.image_size,
             low_res_size=stage.low_res_size,
@@ -139,11 +144,17 @@ def _decode(sample: dict[str, Any], config: Settings) -> Picture | BadSample:
             background=data.background,
             orientation=images.orientation_from_json(sample.get("json")),
         )
-        return Picture(picture, text)
+        return text
     except BadSample as bad:
         return bad
     except Exception as error:
         return BadSample("decode_error", f"{type(error).__name__}: {error}")
+
+
+def _whole(sample: dict[str, Any], data: DataConfig) -> np.ndarray:
+    """The whole picture, upright, at about the size of the contact sheet's."""
+    orientation = images.orientation_from_json(sample.get("json"))
+    return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation)
 
 
 def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
@@ -194,9 +205,8 @@ class _Quarantine:
 
     def __init__(self, url: str, tally: Tally) -> None:
         self._url, self._tally = url, tally
-        self._lines: list[str] = []
         store.write_bytes(url, b"")
-        self._file = None if store.is_s3(url) else open(store.local_path(url), "w", encoding="utf-8")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile() if store.is_s3(url) else open(store.local_path(url), "wb")  # noqa: SIM115
 
     def add(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
         """Counts one loss and writes it down; a loss of a whole shard is also told at once."""
@@ -208,20 +218,15 @@ class _Quarantine:
     def write(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
         line = {"shard": shard, "key": key, "offset": offset, "reason": reason, "detail": detail[:500]}
         self._tally.example(line)
-        text = json.dumps(line) + "\n"
-        if self._file is None:
-            self._lines.append(text)
-        else:
-            self._file.write(text)
+        self._file.write(json.dumps(line).encode() + b"\n")
 
     def __enter__(self) -> _Quarantine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is None:
-            store.write_bytes(self._url, "".join(self._lines).encode())
-        else:
-            self._file.close()
+        if store.is_s3(self._url) and self._file.tell():
+            store.upload(self._url, self._file)
+        self._file.close()
 
 
 def _progress(entries: list[store.Entry]) -> Any:

@@ -9,8 +9,7 @@ import html
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,12 @@ from data_pipeline import store
 from data_pipeline.shard_index import SCORES, ShardIndex
 
 _SHEET = 48
-_THUMBNAIL = 112
+THUMBNAIL = 112
 _EXAMPLES = 200
 
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 ASPECTS = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.5, 3, 5, 10)
 LENGTHS = (0, 1, 10, 20, 40, 60, 80, 120, 160, 240, 500, 1000, 2000)
-
-
-@dataclass
-class Picture:
-    """A sample as training gets it: pixels uint8 (H, W, 3) and its caption."""
-
-    image: np.ndarray
-    caption: str
 
 
 class Tally:
@@ -72,8 +63,8 @@ class Tally:
                 (np.floor(values[np.isfinite(values)].clip(-1e6, 1e6) / step + 1e-6) * step).round(4).tolist()
             )
 
-    def deliver(self, picture: Picture, sample: dict[str, Any]) -> None:
-        """Counts one good sample; a few, chosen by hash, are kept for the contact sheet."""
+    def deliver(self, sample: dict[str, Any], caption: str, whole: Callable[[], np.ndarray]) -> None:
+        """Counts one good sample; a few, chosen by hash, are kept for the contact sheet, which `whole` decodes."""
         self.delivered += 1
         self.formats[sample["__extension__"]] += 1
         name = f"{sample['__url__']}#{sample['__key__']}"
@@ -81,7 +72,7 @@ class Tally:
         rank = -int.from_bytes(digest, "big")
         if len(self._sheet) == _SHEET and rank <= self._sheet[0][0]:
             return
-        entry = (rank, self.delivered, str(sample["__key__"]), picture.caption[:300], _thumbnail(picture.image))
+        entry = (rank, self.delivered, str(sample["__key__"]), caption[:300], _thumbnail(whole()))
         (heapq.heappush if len(self._sheet) < _SHEET else heapq.heappushpop)(self._sheet, entry)
 
     def example(self, line: dict[str, Any]) -> None:
@@ -104,7 +95,7 @@ def _thumbnail(picture: np.ndarray) -> bytes:
     from PIL import Image
 
     image = Image.fromarray(picture)
-    scale = _THUMBNAIL / max(image.size)
+    scale = THUMBNAIL / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     encoded = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST).save(
@@ -156,7 +147,7 @@ def page(shards: Any, tally: Tally) -> str:
 <div class="row"><p><span class="big">{tally.delivered:,}</span><br>samples that training can use</p>
 <p><span class="big">{lost:,}</span><br>dropped</p></div>
 <div class="charts">{"".join(charts)}</div>
-<h2>Some of them, as training sees them</h2><div class="sheet">{"".join(map(_figure, tally.sheet()))}</div>
+<h2>Some of them</h2><div class="sheet">{"".join(map(_figure, tally.sheet()))}</div>
 {_table(tally.examples)}
 </body></html>
 """

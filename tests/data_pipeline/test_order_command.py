@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_pipeline import ShardStream
-from data_pipeline.config import DataConfig
+from data_pipeline import ShardStream, store
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.dataset import load_or_build
 from data_pipeline.errors import ConfigError
+from data_pipeline.order import rank_positions
 from data_pipeline.order_command import main
 from tests.data_pipeline.small_shards import write_shards
 
@@ -56,6 +63,48 @@ def test_shows_what_the_stream_reads(
             stop=56,
         )
         assert [sample["__key__"] for sample in stream] == [key for line in shown for key in line["ranks"][rank]]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("uneven")
+    write_shards(folder, [9, 0, 4, 21, 1, 12])
+    return str(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    window=st.integers(1, 20),
+    min_aesthetic=st.sampled_from([None, 4.0, 5.5]),
+    world_size=st.sampled_from([1, 2, 4, 8]),
+    workers=st.sampled_from([0, 1, 3]),
+    stop=st.integers(0, 9),
+)
+def test_ranks_workers_and_stops_change_nothing(
+    uneven: str, seed: int, window: int, min_aesthetic: float | None, world_size: int, workers: int, stop: int
+) -> None:
+    rules = FilterConfig(min_aesthetic=min_aesthetic)
+    data = DataConfig(shards=uneven, global_batch=16, lanes=8, window=window, filter=rules)
+
+    def shown(**layout: int) -> list[list[str]]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            main(Command(data, seed=seed, **layout))
+        return [list(itertools.chain(*json.loads(line)["ranks"])) for line in out.getvalue().splitlines()]
+
+    whole = shown(batches=12)
+    assert shown(world_size=world_size, workers=workers, position=16 * stop, batches=12 - stop) == whole[stop:]
+    samples = load_or_build(store.expand(uneven), data).samples
+    keys = [key for batch in whole for key in batch]
+    in_order = dict(zip(stream_positions(data, 12), keys, strict=True))
+    for epoch in range(len(keys) // samples):
+        assert len({in_order[p] for p in range(epoch * samples, (epoch + 1) * samples)}) == samples
+
+
+def stream_positions(data: DataConfig, steps: int) -> list[int]:
+    parts = [rank_positions(step, data.global_batch, data.lane_count, 0, 1) for step in range(steps)]
+    return [p for part in parts for p in part.tolist()]
 
 
 def test_quality_is_a_last_line(capsys: pytest.CaptureFixture[str], data: DataConfig) -> None:
