@@ -43,7 +43,10 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> int:
         known = ", ".join(sorted(layers))
         raise ConfigError(f"lora.targets={config.targets}: this U-Net has no such layers, only {known}")
     settings = PeftConfig(
-        r=config.rank, lora_alpha=config.scale * config.rank, target_modules=list(config.targets), bias="none"
+        r=config.rank,
+        lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]
+        target_modules=list(config.targets),
+        bias="none",
     )
     inject_adapter_in_model(settings, model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -74,5 +77,5 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()

@@ -234,7 +234,9 @@ def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> No
             bar.update()
 
         for part in parts:
-            starts = {key: [some[job.place].image for job in part] for key, some in order.starts.items()}
+            starts: dict[str, Any] = {
+                key: [some[job.place].image for job in part] for key, some in order.starts.items()
+            }
             drawings = order.cascade.draw(
                 [job.prompt for job in part],
                 [job.negative_prompt for job in part],
