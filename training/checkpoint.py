@@ -153,6 +153,10 @@ class CheckpointStore:
 
     def _claim(self) -> tuple[int, str]:
         attempt, token = self._owner()[0] + 1, uuid.uuid4().hex
+        self._write_claim(attempt, token)
+        return attempt, token
+
+    def _write_claim(self, attempt: int, token: str) -> None:
         record = {
             "attempt": attempt,
             "token": token,
@@ -161,7 +165,6 @@ class CheckpointStore:
             "time": time.time(),
         }
         self.folder.write(ATTEMPT, [json.dumps(record).encode()])
-        return attempt, token
 
     def _owner(self) -> tuple[int, str, str]:
         try:
@@ -171,9 +174,12 @@ class CheckpointStore:
             return 0, "", ""
 
     def check_owner(self) -> None:
-        """Raises `Superseded` when a later start of the same run has claimed the checkpoints."""
+        """Raises `Superseded` when a later start of the same run has claimed the checkpoints. Where the record is gone
+        (a directory that was deleted, another disk in its place) nobody has: it is written again."""
         attempt, token, host = self._owner()
-        if token != self._token:
+        if not token and self._token:
+            self._write_claim(self.attempt, self._token)
+        elif token != self._token:
             raise Superseded(
                 f"{self.folder}: attempt {attempt} of this run on {host} has taken over; attempt {self.attempt} on "
                 f"{socket.gethostname()} stops without touching its checkpoints"

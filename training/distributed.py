@@ -31,7 +31,7 @@ from typing import Any
 import training.commands
 from data_pipeline.errors import CascadeError, ConfigError
 from training.config import ClusterConfig, Experiment
-from training.resilience import STOP_CODES
+from training.resilience import EXIT_HUNG, STOP_CODES
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
@@ -133,16 +133,20 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
         config_file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         command = [sys.executable, "-m", "training.distributed", module, type(config).__name__]
         command += [str(config_file), str(result_file)]
-        code = run_processes(command, process_count(config.cluster), threads=thread_count(config.cluster))
+        threads = thread_count(config.cluster)
+        code = run_processes(command, process_count(config.cluster), threads=threads, hold_signals=True)
         if code:
             raise SystemExit(code)
         return json.loads(result_file.read_text())
 
 
-def run_processes(command: list[str], processes: int, threads: int = 1, grace_s: float = GRACE_S) -> int:
+def run_processes(
+    command: list[str], processes: int, threads: int = 1, grace_s: float = GRACE_S, hold_signals: bool = False
+) -> int:
     """Starts `command` once per rank and waits; returns 0 or the exit code of the first that failed.
 
     Once one has failed the others are killed after `grace_s`, or after AGREED_GRACE_S if they all decided to stop.
+    `hold_signals`: they start with FORWARDED blocked, and let them in when they can handle them.
     """
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
@@ -159,7 +163,8 @@ def run_processes(command: list[str], processes: int, threads: int = 1, grace_s:
         environ.setdefault("OMP_NUM_THREADS", str(threads))
         for rank in range(processes):
             own = dict(environ, RANK=str(rank), LOCAL_RANK=str(rank))
-            children.append(subprocess.Popen(command, env=own, preexec_fn=_die_with_parent))
+            before = _held_back if hold_signals else _die_with_parent
+            children.append(subprocess.Popen(command, env=own, preexec_fn=before))
             for number in received:
                 children[-1].send_signal(number)
         return _wait(children, grace_s)
@@ -196,6 +201,12 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _held_back() -> None:
+    """In the child: the same, and signals wait until the program asks for them."""
+    _die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+
+
 def free_port() -> int:
     """A TCP port that is free on the loopback interface now."""
     with socket.socket() as probe:
@@ -212,12 +223,15 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     schema = OmegaConf.structured(getattr(training.commands, config_class))
     config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(config_file)))
     assert isinstance(config, Experiment)
+    command = importlib.import_module(module)
+    if not getattr(command, "HANDLES_SIGNALS", False):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     try:
-        result = importlib.import_module(module).main(config)
+        result = command.main(config)
     except CascadeError as error:
         if rank == 0 and config.debug:
             traceback.print_exc()
-        elif rank == 0:
+        elif rank == 0 or error.exit_code == EXIT_HUNG:
             print(str(error), file=sys.stderr, flush=True)
         return error.exit_code
     if rank == 0:

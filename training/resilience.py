@@ -16,7 +16,7 @@ EXIT_NOT_FINITE = 76
 EXIT_SUPERSEDED = 77
 """A newer start of the same run owns the checkpoints now."""
 EXIT_HUNG = 78
-"""A rank made no progress for longer than the time-outs; the watchdog ended it."""
+"""A rank made no progress for longer than the time-outs (its watchdog ended it), or waited in vain for another one."""
 EXIT_INTERRUPTED = 130
 """Saved after SIGINT (Ctrl-C)."""
 STOP_CODES = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED)
@@ -47,10 +47,27 @@ class Superseded(CascadeError):
     exit_code = EXIT_SUPERSEDED
 
 
+class RankLost(CascadeError):
+    """Another process died, or did not answer within the time-outs; start the same command again."""
+
+    exit_code = EXIT_HUNG
+
+
+LOST = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused")
+"""What gloo, NCCL and the key-value store say when a peer is gone or silent."""
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process."""
+    said = str(error).lower()
+    return any(words in said for words in LOST)
+
+
 class Signals:
     """Remembers that a signal came; the loop asks at the step boundary. A second SIGINT ends the program at once.
 
-    Used as a context manager (the former handlers come back at its end).
+    Used as a context manager (the former handlers come back at its end). A launcher starts its processes with these
+    signals blocked, so that one that comes while Python starts is not lost and kills nothing: here they are let in.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -62,6 +79,7 @@ class Signals:
     def __enter__(self) -> Signals:
         for number in self.HANDLED:
             self._previous[number] = signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.HANDLED)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -199,6 +199,7 @@ class Session:
             batches = next(self.loader)
         except (CascadeError, OSError) as caught:
             error = caught
+        self.watchdog.phase("wait for data", self.position // self.config.data.global_batch)
         with self.meter.phase("wait"):
             failed = all_sum([float(error is not None)], self.ranks)[0]
         if failed:

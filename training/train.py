@@ -16,8 +16,11 @@ from data_pipeline.errors import CascadeError
 from training.checkpoint import CheckpointStore
 from training.config import Experiment
 from training.distributed import Ranks, free_port, launch, process_count, read_ranks
-from training.resilience import Signals, stop_error
+from training.resilience import EXIT_HUNG, RankLost, Signals, is_lost_rank, stop_error
 from training.run_dir import RunDir
+
+HANDLES_SIGNALS = True
+"""`main` lets in the signals that the launcher has held back."""
 
 
 def main(config: Experiment) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def main(config: Experiment) -> dict[str, Any]:
     Raises:
         Preempted, Interrupted: stopped by a signal; everything is saved.
         NotFinite: `train.max_skipped` steps in a row could not be applied, also after going back to a checkpoint.
+        RankLost: another process died, or did not answer within the time-outs.
     """
     ranks = read_ranks()
     if ranks is None:
@@ -90,12 +94,13 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
             # ------------------------------------------------------------------ log, validation, sample grid
             last = done == settings.steps
             measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
-            validating = config.validation.every and (done % config.validation.every == 0 or last)
+            hurry = bool(signal_number) and not last  # first of all the state must be saved
+            validating = config.validation.every and not hurry and (done % config.validation.every == 0 or last)
             if validating:
                 measured.update(session.validate(done))
             if done % settings.log_every == 0 or validating or last:
                 session.log(done, measured)
-            if settings.sample_every and (done % settings.sample_every == 0 or last):
+            if settings.sample_every and not hurry and (done % settings.sample_every == 0 or last):
                 session.sample_grid(done)
 
             # -------------------------------------------------------------------------------------- save, stop
@@ -112,6 +117,11 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     except CascadeError as error:  # decided together: a checkpoint under way can still be finished
         session.finish_saving()
         exit_code = error.exit_code
+        raise
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            exit_code = EXIT_HUNG
+            raise RankLost(session.watchdog.last_words(error)) from error
         raise
     finally:
         session.close(exit_code)

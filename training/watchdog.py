@@ -50,8 +50,18 @@ class Watchdog:
         """This rank begins to do `name` in step `step` (a plain assignment: costs nothing)."""
         self._now = (name, step, time.monotonic())
 
+    def last_words(self, error: Exception) -> str:
+        """One sentence for a collective that failed because of another rank."""
+        name, step, since = self._now
+        return (
+            f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, phase "
+            f"{name}, after {time.monotonic() - since:.0f} s{self._others()}): {str(error).splitlines()[0][:200]}; its "
+            f"own log says why, and the same command goes on from the newest checkpoint"
+        )
+
     def close(self) -> None:
         self._stop.set()
+        self._thread.join(timeout=2.0)
 
     def _watch(self) -> None:
         warned = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -14,6 +15,9 @@ from training.distributed import Ranks
 from training.plain_engine import Snapshot
 
 log = logging.getLogger(__name__)
+
+NICE = 10
+"""Priority of the writing thread: where cores are scarce, training goes first."""
 
 
 class CheckpointWriter:
@@ -47,6 +51,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
         began = time.monotonic()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self.store.save(step, snapshot.assemble(), meta, self.ranks, self.ranks.background)
             self.last_step = step

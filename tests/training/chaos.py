@@ -5,6 +5,10 @@ sigterm, sigusr1, sigint    the signal, to this rank alone, at the end of the st
 nan, spike                  the loss of the step is NaN, or a thousand times as large
 data                        the batch of the step cannot be read
 write                       SIGKILL after half of a file of that step's checkpoint
+sleep                       `seconds` inside `phase` of the step (step -1: of every step)
+stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
+small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
+gone, back                  at the end of the step a file takes the place of the checkpoints' directory; it is put back
 """
 
 from __future__ import annotations
@@ -12,12 +16,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import signal
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import training.session
 import training.train
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader
@@ -29,6 +38,8 @@ from training.session import Session
 def main(config: Experiment) -> dict[str, Any]:
     events = [e for e in json.loads(os.environ["CASCADE_CHAOS"]) if e["rank"] == int(os.environ["RANK"])]
     log, loss, write, load = Session.log, Session.loss, LocalFolder.write, Loader.__next__
+    phase, begin = Session.phase, Session.begin
+    checkpoints = Path(config.run.dir) / "checkpoints"
 
     def at(what: str, step: int) -> bool:
         return any(e["what"] == what and e["step"] == step for e in events)
@@ -38,10 +49,35 @@ def main(config: Experiment) -> dict[str, Any]:
         for name in ("kill", "sigterm", "sigusr1", "sigint"):
             if at(name, step):
                 os.kill(os.getpid(), getattr(signal, name.upper(), signal.SIGKILL))
+        for event in (e for e in events if e["step"] == step):
+            if event["what"] in ("small files", "room"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (event.get("bytes", resource.RLIM_INFINITY), -1))
+            elif event["what"] == "gone":
+                checkpoints.rename(checkpoints.with_name("away"))
+                checkpoints.touch()
+            elif event["what"] == "back":
+                checkpoints.unlink()
+                checkpoints.with_name("away").rename(checkpoints)
 
     def poisoned(self: Session, batch: Any) -> torch.Tensor:
         mean, step = loss(self, batch), self.position // self.config.data.global_batch
         return mean * (float("nan") if at("nan", step) else 1000.0 if at("spike", step) else 1.0)
+
+    @contextmanager
+    def in_phase(self: Session, name: str, step: int) -> Iterator[None]:
+        with phase(self, name, step):
+            strike(name, step)
+            yield
+
+    def before_the_first(self: Session) -> None:
+        strike("begin", 0)
+        begin(self)
+
+    def strike(name: str, step: int) -> None:
+        for event in (e for e in events if e.get("phase") == name and e["step"] in (step, -1)):
+            time.sleep(event.get("seconds", 0))
+            if event["what"] == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def broken(self: Loader) -> Any:
         if at("data", self.position // self.config.global_batch + 1):
@@ -55,6 +91,8 @@ def main(config: Experiment) -> dict[str, Any]:
 
     Session.log, Session.loss, LocalFolder.write = end_of_step, poisoned, interrupted  # type: ignore[method-assign]
     Loader.__next__ = broken  # type: ignore[method-assign]
+    Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
+    training.session.MARGIN_S = 2.0
     return training.train.main(config)
 
 

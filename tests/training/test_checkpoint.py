@@ -144,6 +144,15 @@ def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: 
     assert found is not None and found.manifest["attempt"] == 2 and found.problems() == []
 
 
+def test_a_record_that_is_gone_is_nobody_elses(store: CheckpointStore) -> None:
+    """A directory that was wiped is no other attempt: the run goes on and claims it again."""
+    store.claim(Ranks())
+    store.folder.remove("attempt.json")
+    store.save(1, tensors(1), {}, Ranks())
+    assert store.newest() is not None
+    store.check_owner()
+
+
 def test_pruning_keeps_what_it_should(store: CheckpointStore) -> None:
     save(store, 2, 4, 5, 6, 7, 8)
     store.folder.sub("step-00000003").write("a0001-r00000-p000.safetensors", [b"left behind by a crash"])

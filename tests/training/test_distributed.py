@@ -127,6 +127,29 @@ def test_signals_reach_every_process(number: signal.Signals) -> None:
     assert outer.returncode == 75
 
 
+STARTING = """
+import os, sys, time
+os.write(1, b"starting\\n")
+time.sleep(0.5)
+from training.resilience import Signals
+with Signals() as signals:
+    sys.exit(signals.received)
+"""
+
+
+def test_a_signal_while_a_process_starts_waits_for_it() -> None:
+    """It comes before the program can handle it, and is there once it can: nothing is killed, nothing is lost."""
+    outer = subprocess.Popen(
+        [sys.executable, "-c", OUTER.replace(", 2)", ", 2, hold_signals=True)"), STARTING],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert outer.stdout is not None and outer.stdout.readline() == "starting\n"
+    outer.send_signal(signal.SIGUSR1)
+    outer.communicate(timeout=60)
+    assert outer.returncode == signal.SIGUSR1
+
+
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"

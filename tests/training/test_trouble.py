@@ -1,0 +1,71 @@
+"""What a run does when a rank hangs or is slow, when it is asked to stop at an odd moment, and when a store fails."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_train import chaos, experiment, metrics, newest, shards, store
+
+__all__ = ["shards"]
+
+
+@pytest.mark.parametrize("phase", ["data", "forward"])
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str, phase: str) -> None:
+    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_s=5.0)
+    running = chaos(config, 2, {"what": "sleep", "rank": 1, "step": 4, "phase": phase, "seconds": 600})
+    began = time.monotonic()
+    codes = running.codes(grace_s=3)
+    assert codes[0] == 78 and codes[1] in (78, -9), running.text
+    assert time.monotonic() - began < 60, "not the minutes of the default time-outs"
+    assert f"rank 1 is in step 4, phase {phase}" in running.text, "rank 0 knows who it is"
+    assert "another rank died or did not answer within the time-outs (step 4" in running.text
+    stacks = (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
+    assert f"rank 1 has been in step 4, phase {phase}" in stacks and "in strike" in stacks
+    assert newest(config).step == 3
+    assert chaos(config, 2).codes() == [0, 0], "the same command goes on"
+
+
+def test_a_slow_rank_is_named(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=6)
+    running = chaos(config, 2, {"what": "sleep", "rank": 1, "step": -1, "phase": "forward", "seconds": 0.4})
+    assert running.codes() == [0, 0], running.text
+    assert "rank 1 is slow: its data and forward pass take" in running.text
+    assert metrics(config)[-1]["slow_rank"] == 1
+
+
+@pytest.mark.parametrize("phase", ["begin", "forward", "validation", "samples", "checkpoint"])
+def test_a_signal_at_an_odd_moment(tmp_path: Path, shards: str, phase: str) -> None:
+    """It saves at the next step boundary, by a decision of all ranks."""
+    config = experiment(
+        tmp_path, shards, validation__every=3, validation__samples=8, train__sample_every=3,
+        evaluation__reference=shards.replace("train", "heldout"),
+    )  # fmt: skip
+    at = {"begin": 0, "forward": 0}.get(phase, 3)
+    running = chaos(config, 2, {"what": "stop", "rank": 1, "step": at, "phase": phase})
+    assert running.codes() == [75, 75], running.text
+    assert f"stopped by SIGTERM after step {at + 1}" in running.text
+    assert newest(config).step == at + 1
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, shards: str) -> None:
+    """No file can grow beyond 100 kB from step 2 to step 5: the checkpoint of step 3 fails, later ones are there."""
+    config = experiment(tmp_path, shards)
+    events = [{"what": "small files", "rank": rank, "step": 2, "bytes": 100_000} for rank in (0, 1)]
+    events += [{"what": "room", "rank": rank, "step": 5} for rank in (0, 1)]
+    running = chaos(config, 2, *events)
+    assert running.codes() == [0, 0], running.text
+    assert "the checkpoint of step 3 was not written (rank 0" in running.text and "make room" in running.text
+    assert store(config).steps() == [10, 9]
+    assert [line["step"] for line in metrics(config)] == list(range(1, 11))
+
+
+def test_a_store_that_is_gone_and_comes_back(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, checkpoint__every=2, checkpoint__keep_last=5)
+    events = [{"what": what, "rank": 0, "step": step} for what, step in (("gone", 3), ("back", 5))]
+    running = chaos(config, 2, *events)
+    assert running.codes() == [0, 0], running.text
+    assert "the checkpoint of step 4 was not written" in running.text
+    assert store(config).steps() == [10, 8, 6, 2]
