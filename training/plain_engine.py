@@ -45,7 +45,8 @@ class Snapshot:
         self._names = list(live)
         self._lock = threading.Lock()
         self._device = next((tensor.device for tensor in live.values() if tensor.is_cuda), None)
-        self._ready = torch.cuda.current_stream(self._device).record_event() if self._device else None
+        if self._device is not None:
+            self._ready = torch.cuda.current_stream(self._device).record_event()
 
     def copy(self) -> None:
         """Returns when all is in host memory; only the first call has anything to do. Any thread."""
