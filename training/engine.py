@@ -170,8 +170,10 @@ class Engine:
         """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the
         weights' type."""
         mask, low_res, aug_log_snr = (*rest, None, None, None)[:3]
-        low_res = None if low_res is None else low_res.to(self.dtype)
-        return self._engine(x.to(self.dtype), log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
+        layout = torch.channels_last if self.config.precision.channels_last else torch.preserve_format
+        low_res = None if low_res is None else low_res.to(self.dtype, memory_format=layout)
+        x = x.to(self.dtype, memory_format=layout)  # DeepSpeed takes weights in no other layout; convolutions follow x
+        return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""

@@ -87,6 +87,8 @@ class PlainEngine:
             raise ConfigError("precision.dtype=bf16: it needs zero.stage=1, 2 or 3 (fp32 master weights), not 0")
         self.config, self.ranks = config, ranks
         self.module = model.to(ranks.device)
+        if config.precision.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._trained = trained_parameters(model)
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
         self.accumulate = accumulate

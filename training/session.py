@@ -144,8 +144,6 @@ class Session:
         model = UNet(config)
         if self.config.train.init_from and (fresh or self.lora):
             self.lora = begin_with(model, self.config, self.lora)
-        if self.config.precision.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.precision.compile:
             model.compile_blocks()
         else:
