@@ -91,13 +91,15 @@ def measure_s3(folder: Path, rounds: int) -> None:
             schemes["s3"] = openers[opener]
             return count(wds.WebDataset(pattern, shardshuffle=False))
 
+        defaults = ShardStream(url, seed=0, global_batch=64, stop=1000)
         windows = ShardStream(url, **OPTIONS, stop=1000)
         single = ShardStream(url, **OPTIONS, stop=1000, prefetch_mb=16)
         cached = ShardStream(url, **OPTIONS, stop=1000, cache_dir=str(folder / "cache"))
         ways: dict[str, Callable[[], int]] = {
             "webdataset, s3fs.open()": lambda: plain("s3fs.open()"),
             "webdataset, our opener": lambda: plain("our opener"),
-            "ShardStream, whole windows in memory": lambda: count(windows),
+            "ShardStream, defaults": lambda: count(defaults),
+            "ShardStream, 8 lanes of 64": lambda: count(windows),
             "ShardStream, one request per sample": lambda: count(single),
             "ShardStream, disk cache (filled in round 1)": lambda: count(cached),
         }

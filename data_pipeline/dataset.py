@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -20,14 +21,17 @@ from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.filters import keep_rows
+from data_pipeline.order import Order
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, load_meta, read_index, store_index
 from data_pipeline.summaries import Summary, read_summaries, summarize, summarize_meta, summary_url, write_summaries
 
 logger = logging.getLogger(__name__)
 
-_CACHE_BYTES = 384 << 20
+_CACHED = 64
+"""Indexes kept, unless `Dataset.expect` says otherwise."""
 _THREADS = 16
+_WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
 
 
 class Dataset:
@@ -51,7 +55,7 @@ class Dataset:
             for reason, count in summary.problems.items():
                 self.problems[reason] += count
         self._cache: OrderedDict[int, tuple[ShardIndex, np.ndarray]] = OrderedDict()
-        self._cached_bytes = 0
+        self._cached = _CACHED
         self._lock = threading.Lock()
 
     @property
@@ -82,6 +86,11 @@ class Dataset:
         """Bytes of shard per sample."""
         return sum(summary.entry.size for summary in self.summaries) / max(self.total, 1)
 
+    def expect(self, lanes: float, window: int) -> None:
+        """Keeps as many indexes as windows of so many lanes need: a lane is in one window and will be in the next."""
+        shards = window * len(self.urls) / max(self.samples, 1)
+        self._cached = math.ceil(lanes * (shards + 2)) + 8
+
     def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         """The index of a shard and its rows that take part."""
         known = self._cache.get(shard)
@@ -95,12 +104,9 @@ class Dataset:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
         found = index, keep_rows(index, self.rules)[0]
         with self._lock:
-            if shard not in self._cache:
-                self._cached_bytes += index.table.nbytes
             self._cache[shard] = found
-            while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 8:
-                _, (old, _) = self._cache.popitem(last=False)
-                self._cached_bytes -= old.table.nbytes
+            while len(self._cache) > self._cached:
+                self._cache.popitem(last=False)
         return found
 
     def key(self, shard: int, row: int) -> str:
@@ -110,13 +116,30 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_cache=OrderedDict(), _cached_bytes=0)
+        state.update(_cache=OrderedDict())
         del state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def window_of(dataset: Dataset, config: DataConfig) -> int:
+    """The window in force: `data.window`, or one whose samples memory can hold, so that over s3:// whole windows are
+    read. It depends on what the order depends on, and not on the number of processes."""
+    if config.window:
+        return config.window
+    room = _WINDOW_BYTES * max(config.global_batch / 256, 1) / config.lane_count
+    samples = min(max(room / max(dataset.mean_bytes, 1), _SMALLEST_WINDOW), 1024)
+    return 1 << int(math.log2(samples))
+
+
+def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order:
+    """The order of a run, of which a process will follow its share of the lanes."""
+    window = window_of(dataset, config)
+    dataset.expect(config.lane_count / world_size, window)
+    return Order(dataset.counts, seed, config.lane_count, window)
 
 
 def patience_of(config: DataConfig) -> Patience:

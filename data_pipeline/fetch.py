@@ -70,16 +70,21 @@ class RowReader:
         index, rows = self.dataset.index(shard)
         physical = rows.item(row)
         parts = index.places(physical)
-        for attempt in range(1 + _REREADS):
-            if self._direct[shard]:
-                sample, wrong = self._read_direct(shard, index, physical, parts)
-            else:
-                begin = parts[0][1]
-                data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts), attempt > 0)
-                sample, wrong = _cut(index, physical, parts, [(begin, data)])
+        sample, wrong = self._read(shard, index, physical, parts, fresh=False)
+        for _ in range(_REREADS):
             if not wrong:
-                return sample
-        raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
+                break
+            sample, wrong = self._read(shard, index, physical, parts, fresh=True)
+        if wrong:
+            raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
+        return sample
+
+    def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
+        if self._direct[shard]:
+            return self._read_direct(shard, index, row, parts)
+        begin = parts[0][1]
+        data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts), fresh)
+        return _cut(index, row, parts, [(begin, data)])
 
     def is_direct(self, shard: int) -> bool:
         """A plain local file, of which any sample is at hand for a system call or two."""

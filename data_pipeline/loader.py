@@ -20,11 +20,11 @@ import torch
 from data_pipeline import captions, images, store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import load_or_build
+from data_pipeline.dataset import load_or_build, order_of
 from data_pipeline.embeddings import Embeddings
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.fetch import RowReader, Sample, Taken, replace
-from data_pipeline.order import Order, check_world_size
+from data_pipeline.order import check_world_size
 from data_pipeline.pool import DaemonPool
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.shard_index import IMAGE_EXTENSIONS
@@ -192,7 +192,7 @@ class Loader:
         """Hands every position to the decoding threads, in order, no further ahead than the queue holds."""
         ahead: Prefetcher | None = None
         try:
-            order = Order(self.dataset.counts, self.seed, self.config.lane_count, self.config.window)
+            order = order_of(self.dataset, self.config, self.seed, self.world_size)
             chunks = Chunks(self.config, self.rank, self.world_size, self.position, self.micro_batch)
             budget = self.config.prefetch_mb * 2**18 * 3
             ahead = Prefetcher(self._reader, order, chunks, self.config.lane_count // self.world_size, budget)

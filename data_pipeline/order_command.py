@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, load_or_build
+from data_pipeline.dataset import Dataset, load_or_build, order_of
 from data_pipeline.errors import ConfigError
 from data_pipeline.mixing import mixing
 from data_pipeline.order import Order, check_world_size
@@ -44,7 +44,7 @@ def main(config: Settings) -> None:
     data = config.data
     micro_batch = check_world_size(config.world_size, data.global_batch, data.lane_count, data.micro_batch)
     dataset = load_or_build(store.expand(data.shards), data)
-    order = Order(dataset.counts, config.seed, data.lane_count, data.window)
+    order = order_of(dataset, data, config.seed)
     ranks = [_rank(config, rank, micro_batch) for rank in range(config.world_size)]
     for batch in range(config.batches):
         keys = [_keys(dataset, order, next(steps)) for steps in ranks]

@@ -88,7 +88,7 @@ class Prefetcher:
         if window > budget and reader.cache is None and not self._all_direct:
             logger.warning(
                 "%.0f lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
-                "by one; a smaller data.window, more processes or data.cache_dir make reading faster",
+                "by one, which is slow; give more data.prefetch_mb, a smaller data.window, or data.cache_dir",
                 lanes, window / 1e9, budget / 1e9,
             )  # fmt: skip
 

@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline import store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.dataset import Dataset, load_or_build
+from data_pipeline.dataset import Dataset, load_or_build, order_of
 from data_pipeline.errors import BadSample, ConfigError
 from data_pipeline.fetch import RowReader, Sample, replace
-from data_pipeline.order import Order, check_world_size
+from data_pipeline.order import check_world_size
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.state import check_state, state_of
 from data_pipeline.webdataset_opener import register_s3
@@ -50,7 +50,7 @@ class ShardStream(IterableDataset[Sample]):
         rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
         position: where to start.
         lanes: interleaved sub-streams; 0: chosen from `global_batch`. `world_size` must divide it.
-        window: samples shuffled together inside a lane.
+        window: samples shuffled together inside a lane; None: as many as fit into memory, see `DataConfig`.
         micro_batch: samples per chunk dealt to a worker; 0: as the pipeline batches them, or if there is none the
             rank's whole share of a global batch.
         state: what `state` of an earlier stream returned: begins at its position, with the same data only.
@@ -105,7 +105,7 @@ class ShardStream(IterableDataset[Sample]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         size = self.config.micro_batch or (info and _batch_size(info.dataset)) or self.micro_batch
-        order = Order(self.dataset.counts, self.seed, self.config.lane_count, self.config.window)
+        order = order_of(self.dataset, self.config, self.seed, self.world_size)
         chunks = Chunks(self.config, self.rank, self.world_size, self.position, size, worker, workers, self.stop)
         reader = RowReader(self.dataset, self.config)
         budget = self.config.prefetch_mb * 2**20 // workers

@@ -123,15 +123,15 @@ class ShardIndex:
         return names, column.indices.to_numpy(zero_copy_only=False).data
 
     @cached_property
-    def _keys(self) -> tuple[memoryview, memoryview]:
+    def _keys(self) -> tuple[memoryview, bytes]:
         column = self.table.column("key").combine_chunks()
         _, offsets, data = column.buffers()
         ends = np.frombuffer(offsets, np.int32)[column.offset :] if offsets else np.zeros(1, np.int32)
-        return ends.data, memoryview(data or b"")
+        return ends.data, data.to_pybytes() if data else b""
 
     def key(self, row: int) -> str:
         ends, data = self._keys
-        return str(data[ends[row] : ends[row + 1]], "utf-8")
+        return data[ends[row] : ends[row + 1]].decode()
 
     def parts(self, row: int) -> list[Part]:
         """The members of sample `row` (a row of the file, before filters), in archive order."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset
+from data_pipeline.dataset import Dataset, window_of
 from data_pipeline.errors import ConfigError
 
 _NAMES = {
@@ -29,7 +29,7 @@ def state_of(dataset: Dataset, config: DataConfig, seed: int, position: int) -> 
         "position": position,
         "global_batch": config.global_batch,
         "lanes": config.lane_count,
-        "window": config.window,
+        "window": window_of(dataset, config),
     }
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.dataset import Dataset, load_or_build
+from data_pipeline.dataset import Dataset, load_or_build, window_of
 from data_pipeline.errors import DataError
 from data_pipeline.shards import ShardWriter
 from data_pipeline.store import expand
@@ -159,3 +160,26 @@ def test_a_later_start_opens_no_index(tmp_path: Path, monkeypatch: pytest.Monkey
     assert changed.total == 11
     load(tmp_path, min_aesthetic=4.5)
     assert "00000.tar" in opened  # other filters have other counts
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "picture_bytes", "expected"),
+    [(64, 139_000, 64), (256, 139_000, 16), (2048, 139_000, 128), (64, 2_000, 1024), (256, 5_000_000, 8)],
+)
+def test_windows_fit_into_memory(tmp_path: Path, global_batch: int, picture_bytes: int, expected: int) -> None:
+    write_shards(tmp_path, [5, 5])
+    data = load(tmp_path)
+    data.summaries = [
+        replace(summary, entry=replace(summary.entry, size=5 * picture_bytes)) for summary in data.summaries
+    ]
+    assert window_of(data, DataConfig(global_batch=global_batch)) == expected
+    assert window_of(data, DataConfig(global_batch=global_batch, window=33)) == 33
+
+
+def test_no_more_indexes_are_kept_than_windows_need(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3] * 40)
+    data = load(tmp_path)
+    data.expect(4, 6)  # 2 shards in a window
+    for shard in range(40):
+        data.key(shard, 0)
+    assert len(data._cache) == 4 * (2 + 2) + 8
