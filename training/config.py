@@ -90,7 +90,7 @@ class TextConfig:
 @dataclass
 class OptimizerConfig:
     name: str = "adamw"
-    """`adamw` or `adafactor`."""
+    """`adamw`, `adamw8bit` (moments of 8 bits) or `adafactor`."""
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-8
@@ -103,7 +103,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.name in ("adamw", "adafactor"), f"optimizer.name={self.name}: it must be adamw or adafactor")
+        names = ("adamw", "adamw8bit", "adafactor")
+        require(self.name in names, f"optimizer.name={self.name}: it must be {', '.join(names[:-1])} or {names[-1]}")
         require(
             self.decay in ("constant", "cosine", "linear"),
             f"optimizer.decay={self.decay}: it must be constant, cosine or linear",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from training.adafactor import Adafactor
+from training.adam8bit import AdamW8bit
 from training.config import EmaConfig
 
 WIDEST = 12**-0.5
@@ -103,6 +104,10 @@ class Averaging(torch.optim.Optimizer):
 
 class AveragingAdamW(Averaging, torch.optim.AdamW):
     """AdamW with moving averages."""
+
+
+class AveragingAdamW8bit(Averaging, AdamW8bit):
+    """AdamW with moments of 8 bits, with moving averages in fp32."""
 
 
 class AveragingAdafactor(Averaging, Adafactor):

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from training.adafactor import Adafactor
+from training.adam8bit import KINDS, AdamW8bit
 from training.config import Experiment
 from training.distributed import Ranks, all_gather, all_sum
 from training.ema import state_name
@@ -157,6 +158,7 @@ class Engine:
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
         self._factored = optimizer if isinstance(optimizer, Adafactor) else None
+        self._packed = optimizer if isinstance(optimizer, AdamW8bit) else None
         if self._factored is not None:
             self._factored.shard(self._flats, layout, shapes, ranks.rank, self._add_up)
         moments = () if self._factored else STATES[config.optimizer.name]
@@ -264,10 +266,12 @@ class Engine:
         for flat in self._flats:
             state = self._zero.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
-            for name in self._names:
+            for name in self._names if self._packed is None else [n for n in self._names if n not in KINDS]:
                 state[name] = torch.zeros_like(flat) if name in STATES["adamw"] else flat.detach().clone()
 
     def _states(self, name: str) -> list[torch.Tensor]:
+        if self._packed is not None and name in KINDS:
+            return [self._packed.moment(flat, name) for flat in self._flats]
         return [self._zero.optimizer.state[flat][name] for flat in self._flats]
 
     def _publish(self) -> None:
@@ -342,7 +346,11 @@ class Engine:
             buffer.copy_(read(f"buffer/{name}"))
         scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
         for kind in (kind for kind in kinds if kind in self._names):
-            scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, self._states(kind))  # type: ignore[misc]
+            values = self._states(kind)
+            scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, values)  # type: ignore[misc]
+            if self._packed is not None and kind in KINDS:
+                for flat, value in zip(self._flats, values, strict=True):
+                    self._packed.set_moment(flat, kind, value)
         for name, states in self._factored.statistics().items() if self._factored else ():
             for kind, state in states.items():
                 state.copy_(read(f"{kinds[kind]}/{name}").view_as(state))

@@ -9,9 +9,13 @@ import torch
 import torch.utils.checkpoint
 
 from training.config import OptimizerConfig
-from training.ema import AveragingAdafactor, AveragingAdamW
+from training.ema import AveragingAdafactor, AveragingAdamW, AveragingAdamW8bit
 
-STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adafactor": ("row_var", "col_var", "variance")}
+STATES = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "adamw8bit": ("exp_avg", "exp_avg_sq"),
+    "adafactor": ("row_var", "col_var", "variance"),
+}
 """Optimizer -> its states per parameter, besides `step`; a parameter need not have all of them."""
 
 
@@ -54,6 +58,10 @@ def build_optimizer(
     if config.name == "adafactor":
         return AveragingAdafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
     beta1, beta2 = config.betas
+    if config.name == "adamw8bit":
+        return AveragingAdamW8bit(
+            parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
+        )
     return AveragingAdamW(
         parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=fused
     )

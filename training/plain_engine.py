@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import ConfigError
+from training.adam8bit import KINDS, AdamW8bit
 from training.config import EmaConfig, Experiment
 from training.distributed import Ranks
 from training.ema import decays_at, state_name
@@ -154,6 +155,8 @@ class PlainEngine:
         for name, p in self._trained.items():
             live[f"param/{name}"] = p.detach()
             live.update({f"{kind}/{name}": v for kind, v in self.optimizer.state[p].items() if kind != "step"})
+            if isinstance(self.optimizer, AdamW8bit):
+                live.update({f"{kind}/{name}": self.optimizer.moment(p, kind) for kind in KINDS})
         self._snapshot = Snapshot(live, self._host)
         return self._snapshot
 
@@ -179,9 +182,13 @@ class PlainEngine:
             state["step"] = torch.tensor(float(updates), device=p.device if p.device.type == "cuda" else "cpu")
             for kind, source in kinds.items():
                 try:
-                    state[kind] = read(f"{source}/{name}").to(p.device, copy=True)
+                    value = read(f"{source}/{name}").to(p.device, copy=True)
                 except KeyError:
                     continue
+                if isinstance(self.optimizer, AdamW8bit) and kind in KINDS:
+                    self.optimizer.set_moment(p, kind, value)
+                else:
+                    state[kind] = value
         self.updates = updates
 
 

@@ -223,7 +223,8 @@ def checkpoint_plan(
     config: PlanCommand, setup: Setup, device: Device, nodes: int, seconds_per_step: float
 ) -> dict[str, Any]:
     """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
-    whole = replace(setup, world_size=1)
+    written = "adafactor" if setup.optimizer == "adafactor" else "adamw"  # moments of 8 bits are written as fp32
+    whole = replace(setup, world_size=1, optimizer=written)
     size = 4 * setup.parameters * (1 + setup.averages) + moments_bytes(whole)
     settings = config.checkpoint
     kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)

@@ -186,6 +186,17 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
             engine.import_tensors(checkpoint.read, FACTORED, STEPS)
         save(engine, ranks, f"{directory}/adafactor-{stage}", STEPS)
         found["adafactor"][str(stage)] = losses + train(engine, ranks, range(STEPS, STEPS + 2))
+    # moments of 8 bits: the state goes out as fp32 and comes back bit for bit
+    for stage in (1, 3):
+        engine = build_engine(Net(), experiment(stage, optimizer="adamw8bit"), ranks, 1)
+        found[f"8 bit/{stage}"] = train(engine, ranks, range(STEPS))
+        store = save(engine, ranks, f"{directory}/8bit-{stage}", STEPS)
+        go_on = train(engine, ranks, range(STEPS, STEPS + 2))
+        fresh = build_engine(Net(), experiment(stage, optimizer="adamw8bit"), ranks, 1)
+        checkpoint = store.newest(ranks)
+        assert checkpoint is not None
+        fresh.import_tensors(checkpoint.read, STATES, STEPS)
+        found[f"8 bit repeats/{stage}"] = train(fresh, ranks, range(STEPS, STEPS + 2)) == go_on
     # offloaded: optimizer states in host memory, which on a CPU is where they were
     for stage in (2, 3):
         config = experiment(stage)
@@ -286,6 +297,15 @@ def test_adafactor_at_every_stage(found: list[dict[str, Any]], directory: Path) 
     assert checkpoint is not None
     engine.import_tensors(checkpoint.read, FACTORED, STEPS)
     assert train(engine, Ranks(), range(STEPS, STEPS + 2)) == pytest.approx(wanted[STEPS:], abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_of_8_bits(found: list[dict[str, Any]], stage: int) -> None:
+    assert found[0][f"8 bit/{stage}"] == pytest.approx(reference(STEPS)["losses"], rel=0.02)
+    assert found[0][f"8 bit/{stage}"] != pytest.approx(reference(STEPS)["losses"], rel=1e-6), "they were packed"
+    assert found[0][f"8 bit repeats/{stage}"]
+    engine = build_engine(Net(), experiment(0, optimizer="adamw8bit"), Ranks(), 1)
+    assert train(engine, Ranks(), range(STEPS)) == pytest.approx(reference(STEPS)["losses"], rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

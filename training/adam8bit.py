@@ -1,0 +1,116 @@
+"""AdamW whose moments take 8 bits each (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+
+Blocks of 256 values share a scale, their largest magnitude; a value is the nearest of 256 places that lie denser
+towards zero (the paper's dynamic tree). Two things are ours: the square root of the second moment is kept (one that
+rounds to zero would blow up a step; in the root that happens below 1e-13 of the block's largest, not 1e-7), and both
+ends of the table are exact, so that moments written to a checkpoint as fp32 and read again are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+CHUNK = 1 << 22
+"""Values that are unpacked at a time."""
+KINDS = ("exp_avg", "exp_avg_sq")
+
+
+@lru_cache
+def places(signed: bool) -> tuple[float, ...]:
+    """The 256 values that a code can mean, ascending, from -1 (signed) or 0 to 1."""
+    found = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (exponent + (not signed)) + 1, dtype=torch.float64)
+        middle = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
+        found += middle + [-value for value in middle] * signed
+    if signed:
+        found.remove(max(value for value in found if value < 0))  # the least negative makes room for the end
+        found.append(-1.0)
+    return tuple(sorted(found))
+
+
+class Packed:
+    """A flat fp32 tensor of n values in n bytes and a scale per block; zeros at first."""
+
+    def __init__(self, size: int, signed: bool, device: torch.device) -> None:
+        self.codes = torch.zeros(-(-size // BLOCK) * BLOCK, dtype=torch.uint8, device=device)
+        self.scale = torch.zeros(len(self.codes) // BLOCK, device=device)
+        self.size = size
+        self._places = torch.tensor(places(signed), device=device)
+        self._edges = (self._places[:-1] + self._places[1:]) / 2
+        self.codes.fill_(places(signed).index(0.0))
+
+    def get(self, start: int, stop: int) -> Tensor:
+        """Values [start, stop), `start` a multiple of BLOCK."""
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        values = self._places[self.codes[first * BLOCK : last * BLOCK].int()].view(-1, BLOCK)
+        return values.mul_(self.scale[first:last, None]).view(-1)[: stop - start]
+
+    def put(self, start: int, values: Tensor) -> None:
+        """Sets the values from `start` (a multiple of BLOCK) on."""
+        first, last = start // BLOCK, -(-(start + len(values)) // BLOCK)
+        whole = torch.zeros((last - first) * BLOCK, device=values.device)
+        whole[: len(values)] = values
+        blocks = whole.view(-1, BLOCK)
+        scale = blocks.abs().amax(1)
+        shares = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
+        self.codes[first * BLOCK : last * BLOCK] = torch.bucketize(shares.view(-1), self._edges, out_int32=True).byte()
+        self.scale[first:last] = scale
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK))
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) with packed moments; `moment` and `set_moment` give and take them as fp32."""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._packed: dict[Tensor, dict[str, Packed]] = {}
+
+    def _of(self, p: Tensor) -> dict[str, Packed]:
+        if p not in self._packed:
+            self._packed[p] = {kind: Packed(p.numel(), kind == "exp_avg", p.device) for kind in KINDS}
+        return self._packed[p]
+
+    def moment(self, p: Tensor, kind: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq` of p, fp32, in p's shape."""
+        packed = self._of(p)[kind]
+        values = packed.get(0, packed.size)
+        return (values if kind == "exp_avg" else values.square()).view(p.shape)
+
+    def set_moment(self, p: Tensor, kind: str, values: Tensor) -> None:
+        flat = values.reshape(-1)
+        self._of(p)[kind].put(0, flat if kind == "exp_avg" else flat.sqrt())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] = state.get("step", torch.zeros(())) + 1
+                step = float(state["step"])
+                rate, correction = group["lr"] / (1 - beta1**step), math.sqrt(1 - beta2**step)
+                mean, root = (self._of(p)[kind] for kind in KINDS)
+                weights, gradients = p.view(-1), p.grad.view(-1)
+                for start, stop in mean.chunks():
+                    weight, gradient = weights[start:stop], gradients[start:stop]
+                    average = mean.get(start, stop).lerp_(gradient, 1 - beta1)
+                    square = root.get(start, stop).square_().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                    square.sqrt_()
+                    mean.put(start, average)
+                    root.put(start, square)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.addcdiv_(average, square.div_(correction).add_(group["eps"]), value=-rate)
