@@ -216,7 +216,8 @@ class Engine:
 
     def norm(self) -> float:
         """Global norm of the weights (fp32 masters)."""
-        local = sum(float(flat.detach().double().square().sum()) for flat in self._flats)
+        norms = (torch.linalg.vector_norm(flat.detach(), dtype=torch.float64) for flat in self._flats)
+        local = sum(float(norm) ** 2 for norm in norms)
         return math.sqrt(all_sum([local], self.ranks)[0])
 
     def set_timeout(self, seconds: float) -> None:

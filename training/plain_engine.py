@@ -124,7 +124,8 @@ class PlainEngine:
 
     def norm(self) -> float:
         """Global norm of the weights."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self._trained.values()))
+        norms = (torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self._trained.values())
+        return math.sqrt(sum(float(norm) ** 2 for norm in norms))
 
     def set_timeout(self, seconds: float) -> None:
         """One process waits for nobody."""

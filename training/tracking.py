@@ -20,6 +20,8 @@ log = logging.getLogger("cascade")
 
 SILENT = logging.INFO - 1
 """Level of what belongs into the rank's log file but not on the terminal."""
+INIT_S = 60.0
+"""How long W&B may take to answer at the start."""
 BAR = 20
 """Characters of the progress bar."""
 
@@ -227,7 +229,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
             config={**to_dict(config), "code": code},
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_S),
         )
 
     began = time.monotonic()
@@ -244,4 +246,9 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             error,
             run.path,
         )
-        return begin("offline")
+        try:
+            wandb.teardown()  # its service still holds the run's id
+            return begin("offline")
+        except Exception as second:
+            log.warning("W&B is switched off: %s; metrics.jsonl has everything", second)
+            return None

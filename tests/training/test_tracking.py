@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from training import tracking
 from training.config import Experiment
 from training.distributed import Ranks
 from training.run_dir import RunDir
@@ -179,20 +180,15 @@ def test_a_checkpoint_that_wandb_cannot_refer_to_costs_no_metrics(config: Experi
 
 
 def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    begin = wandb.init
-
-    def init(**settings: Any) -> Any:
-        if settings["mode"] == "online":
-            raise wandb.errors.CommError("the network is down")
-        return begin(**settings)
-
-    monkeypatch.setattr(wandb, "init", init)
+    """The real client against a port where nobody listens."""
+    monkeypatch.setattr(tracking, "INIT_S", 3.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     config.wandb.mode = "online"
     with caplog.at_level(logging.WARNING):
         mine = tracker(config, out=io.StringIO(), name="def67890")
     mine.log(1, RECORD, 1)
     mine.close()
     assert "nothing is lost" in caplog.text and "wandb sync" in caplog.text
-    assert any("loss" in values for _, values in read_wandb(RunDir(config)))
+    found = read_wandb(RunDir(config))
+    assert any("loss" in values for _, values in found) and {run_id for run_id, _ in found} == {"def67890"}
