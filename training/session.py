@@ -25,7 +25,7 @@ from training.distributed import Ranks, all_gather, all_sum, each, thread_count,
 from training.ema import state_name
 from training.embed import identity
 from training.engine import build_engine
-from training.flops import peak_tflops, training_flops
+from training.flops import flops_and_peak
 from training.init_from import begin_with
 from training.metering import Hours, Meter
 from training.model.presets import UNetConfig, for_stage
@@ -99,7 +99,10 @@ class Session:
         self.hours = (
             Hours(self.run.path / "hours.json", self.store.attempt, ranks.world_size) if ranks.is_main else None
         )
-        self.meter = Meter(ranks, config.data.global_batch, *self._flops(unet))
+        work = flops_and_peak(
+            unet, config.stage.train_size, self.text_encoder.max_tokens, ranks.device, train.peak_tflops
+        )
+        self.meter = Meter(ranks, config.data.global_batch, *work)
         self.validated, self.validated_step = math.inf, -1
         self._grid: Inputs | None = None
         self._slow = 0
@@ -149,15 +152,6 @@ class Session:
         else:
             skip_compiler()
         return model
-
-    def _flops(self, unet: UNetConfig) -> tuple[float, float]:
-        """FLOPs of training on one picture, and the stated peak of a device per second; zeros where no peak is
-        known."""
-        on_gpu = self.ranks.device != "cpu"
-        peak = self.config.train.peak_tflops or (on_gpu and peak_tflops(torch.cuda.get_device_name())) or 0.0
-        if not peak:
-            return 0.0, 0.0
-        return float(training_flops(unet, self.config.stage.train_size, self.text_encoder.max_tokens)), peak * 1e12
 
     def _load(self, checkpoint: Checkpoint) -> None:
         kinds = {kind: kind for kind in STATES[self.config.optimizer.name]}
