@@ -205,7 +205,8 @@ def moments_bytes(setup: Setup) -> int:
 
 
 def kept(setup: Setup) -> dict[str, int]:
-    """Bytes that a process holds between two steps, on the device; what is offloaded is under `host`."""
+    """Bytes that a process holds between two steps, on the device; under `host` what is offloaded, and the copy from
+    which checkpoints are written."""
     share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
     parts = {
         "weights": b * (share if stage == 3 else setup.parameters),
@@ -214,7 +215,8 @@ def kept(setup: Setup) -> dict[str, int]:
         "ema": 4 * share * setup.averages,
         "gradients": b * share if stage == 3 else 0,
     }
-    host = 0
+    moments = moments_bytes(setup) if setup.optimizer == "adafactor" else 8 * share
+    host = 4 * share * (1 + setup.averages) + moments
     if setup.zero.offload_optimizer:
         host += sum(parts.pop(name) for name in ("master_weights", "moments", "ema")) + 4 * share
     if setup.zero.offload_parameters:

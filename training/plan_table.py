@@ -50,7 +50,7 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     rows += [(f"  {name.replace('_', ' ')}", gib(parts[name])) for name in PARTS if parts.get(name)]
     if parts["host"]:
-        rows.append(("  in host memory", gib(parts["host"])))
+        rows.append(("  in host memory", f"{gib(parts['host'])} (offloaded; copy for checkpoints)"))
     for stage, totals in plan["memory_by_zero_stage"].items():
         cells = ", ".join(f"{count}: {gib(total)}" for count, total in totals.items())
         rows.append((f"  ZeRO {stage}, micro-batch", cells))
