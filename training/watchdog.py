@@ -17,6 +17,8 @@ from training.resilience import EXIT_HUNG
 
 log = logging.getLogger("cascade")
 
+SILENT_S = 10.0
+"""A rank whose watchdog has said nothing for so long is frozen or gone (it speaks every 2 seconds)."""
 PATIENT = ("start", "checkpoint", "samples", "validation")
 """Phases that may take as long as the first step."""
 
@@ -103,10 +105,10 @@ class Watchdog:
                 continue
             name, step, silent, at = json.loads(self._store.get(f"beat/{rank}"))
             age = time.time() - at
-            if age > max(10.0, self.warn_s / 2):
+            if age > SILENT_S:
                 found.append(f"rank {rank} has not been heard of for {age:.0f} s (last in step {step}, phase {name})")
             elif (name, step) != self._now[:2]:
-                found.append(f"rank {rank} is in step {step}, phase {name}, for {silent:.0f} s")
+                found.append(f"rank {rank} is in step {step}, phase {name}, for {silent + age:.0f} s")
         return f" ({'; '.join(found[:8])})" if found else ""
 
 
