@@ -1,6 +1,6 @@
 """Images per CPU-second, ours against plain webdataset + Pillow, measured turn by turn in the same process.
 
-    python benchmarks/data_decode.py [--pictures SHARDS] [--count 160] [--rounds 5]
+    python -m benchmarks.data_decode [--pictures SHARDS] [--count 160] [--rounds 5]
 
 Prints one JSON line per comparison: the median ratio over the rounds with the smallest and largest one, the images per
 CPU-second of both, and the quality of ours against a full decode (dB). Without --pictures the twelve photographs of the

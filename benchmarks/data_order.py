@@ -1,6 +1,6 @@
 """What the order costs at 200,000 shards and 10^9 samples, and how well it shuffles.
 
-    python benchmarks/data_order.py
+    python -m benchmarks.data_order
 
 Prints JSON lines: the time and memory of finding a position (200,000 shards, 10^9 samples); the time to locate a sample
 with 1,000 to 100,000 shards; and, for several lanes and windows, how mixed the batches are beside a perfect shuffle and

@@ -1,6 +1,6 @@
 """Reading raw samples: ours against plain webdataset, turn by turn in the same process.
 
-    python benchmarks/data_read.py [--rounds 5] [--only local,s3,shards,start,memory]
+    python -m benchmarks.data_read [--rounds 5] [--only local,s3,shards,start,memory]
 
 Prints one JSON line per comparison. `local`: samples per CPU-second from a local tar in the page cache, with our
 checksums verified. `s3`: MB/s over a server with 30 ms latency and 80 MB/s per connection. `shards`: samples per

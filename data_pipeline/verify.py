@@ -24,7 +24,14 @@ from data_pipeline.errors import BadSample, CascadeError
 from data_pipeline.parallel import ordered
 from data_pipeline.part_reader import PartReader
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import IMAGE_EXTENSIONS, ShardIndex, index_shard, index_url, read_index
+from data_pipeline.shard_index import (
+    IMAGE_EXTENSIONS,
+    ShardIndex,
+    cached_index_url,
+    index_shard,
+    index_url,
+    read_index,
+)
 from data_pipeline.verify_report import THUMBNAIL, Tally, write_page
 
 logger = logging.getLogger(__name__)
@@ -89,7 +96,7 @@ def _verify_shard(
         reason, _, words = str(detail).partition(" at byte ")
         offset, _, words = words.partition(": ")
         broken.write(entry.url, None, int(offset), reason, words)
-    changed = _changed_rows(index, patience)
+    changed = _changed_rows(index, config.data.index_dir, patience)
     rows, dropped = keep_rows(index, config.data.filter)
     problems = index.column("problem").to_pylist()
     row_problems = Counter(problem for problem in problems if problem)
@@ -180,9 +187,10 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
             yield sample
 
 
-def _changed_rows(index: ShardIndex, patience: Patience) -> set[int]:
-    """Rows whose bytes are not those of the index that lies beside the shard, as a flipped bit on disk leaves them."""
-    stored = read_index(index.url, index_url(index.url), patience)
+def _changed_rows(index: ShardIndex, index_dir: str | None, patience: Patience) -> set[int]:
+    """Rows whose bytes are not those of the stored index, as a flipped bit on disk leaves them."""
+    places = index_url(index.url), cached_index_url(index.url, index_dir)
+    stored = next(filter(None, (read_index(index.url, place, patience) for place in places)), None)
     if stored is None or stored.digest == index.digest or stored.meta["size"] != index.meta["size"]:
         return set()
     names = ("key", "offsets", "sizes")

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
-from data_pipeline.shard_index import index_shard, store_index
+from data_pipeline.shard_index import cached_index_url, index_shard, index_url, save_index
 from data_pipeline.verify import main
 from tests.data_pipeline.damage import BAD, CASES, bad, good, tar
 
@@ -101,16 +101,17 @@ def test_samples_that_were_written_and_are_not_there_are_missed(folder: Path) ->
     assert result["dropped"] == {} and result["warnings"]["count_mismatch"] == 1
 
 
-def test_a_flipped_byte_is_caught_by_the_stored_index(folder: Path) -> None:
-    shard = folder / "a.tar"
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_flipped_byte_is_caught_by_the_stored_index(folder: Path, tmp_path: Path, beside: bool) -> None:
+    shard, index_dir = folder / "a.tar", tmp_path / "indexes"
     shard.write_bytes(tar([*good(), bad()]))
     index = index_shard(str(shard))
-    store_index(index)
+    save_index(index, index_url(str(shard)) if beside else cached_index_url(str(shard), str(index_dir)))
     picture = index.parts(2)[0]
     data = bytearray(shard.read_bytes())
     data[picture.offset + picture.size - 30] ^= 1
     shard.write_bytes(data)
-    result = verify(folder)
+    result = verify(folder, index_dir=str(index_dir))
     assert result["dropped"] == {"checksum": 1}
     assert quarantine(folder)[0]["key"] == good()[2][0]
 
