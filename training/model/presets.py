@@ -153,6 +153,21 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=512,
         text_pool_heads=8,
     ),
+    # 108e6, to go with base64_100m: half the widths, fewer blocks at the coarse levels.
+    "sr256_100m": UNetConfig(
+        widths=(64, 128, 256, 512),
+        blocks=(2, 4, 5, 5),
+        self_attention=(False, False, False, True),
+        cross_attention=(False,) * 4,
+        head_dim=64,
+        ff_mult=2,
+        efficient=True,
+        low_res=True,
+        text_dim=4096,
+        text_width=512,
+        cond_dim=512,
+        text_pool_heads=8,
+    ),
     # 402e6: cross-attention only; the printed list would have 468e6, so the last level has 6 blocks instead of 8.
     "sr1024": UNetConfig(
         widths=(128, 256, 512, 1024),
