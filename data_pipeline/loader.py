@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +171,10 @@ class Loader:
             self._bad_shards[failure["shard"]] += 1
         self.counters["bad"] += 1
         if self._quarantine:
-            os.makedirs(os.path.dirname(self._quarantine) or ".", exist_ok=True)
-            with open(self._quarantine, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(failure) + "\n" for failure in taken.failures)
+            with suppress(OSError):  # a full disk costs the note, not the run
+                os.makedirs(os.path.dirname(self._quarantine) or ".", exist_ok=True)
+                with open(self._quarantine, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(failure) + "\n" for failure in taken.failures)
         logger.warning("%s: %s replaced: %s", *(taken.failures[0][name] for name in ("shard", "key", "reason")))
         seen, bad = self.counters["samples"], self.counters["bad"]
         if bad > _allowed(seen, self.config.max_bad_share):

@@ -7,7 +7,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ class Hours:
     def total(self) -> float:
         """Device-hours up to now; writes them down."""
         self._starts[self._attempt] = (time.monotonic() - self._began) * self._world_size / 3600
-        replace_file(self._path, json.dumps(self._starts))
+        with suppress(OSError):  # a full disk: the next record brings it up to date
+            replace_file(self._path, json.dumps(self._starts))
         return sum(self._starts.values())
 
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,7 +56,10 @@ def stop_logging() -> None:
 
 
 class _RankFile(logging.FileHandler):
-    """Told apart from other people's handlers by its type."""
+    """Told apart from other people's handlers by its type. What a full disk does not take is not worth a word."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 class _Terminal(logging.Handler):
@@ -63,7 +67,8 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         clear = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{clear}{self.format(record)}", flush=True)
+        with suppress(OSError):  # output into a file on a full disk
+            print(f"{clear}{self.format(record)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ the progress line
@@ -131,13 +136,11 @@ class Tracker:
                 )
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
         line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left)
-        if self._out.isatty():
-            self._out.write(f"\r\033[K{line}")
-            if step == self.config.train.steps:
-                self._out.write("\n")
-        else:
-            self._out.write(line + "\n")
-        self._out.flush()
+        screen = self._out.isatty()
+        end = "\n" if not screen or step == self.config.train.steps else ""
+        with suppress(OSError):
+            self._out.write(f"\r\033[K{line}{end}" if screen else line + end)
+            self._out.flush()
 
     def image(self, step: int, path: Path) -> None:
         """A picture file, for W&B."""
@@ -167,7 +170,8 @@ class Tracker:
     def close(self, exit_code: int = 0) -> None:
         if not self.active:
             return
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
         self._wandb = None
 

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Watchdog:
                     "rank %d has been in step %d, phase %s, for %.0f s%s; the stacks of its threads are in %s",
                     self.ranks.rank, step, name, silent, self._others(), self._log_file,
                 )  # fmt: skip
-                with open(self._log_file, "a") as file:
+                with suppress(OSError), open(self._log_file, "a") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
             if silent > (self.patient_s if name in PATIENT else self.limit_s):
                 log.error(
