@@ -22,6 +22,7 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.filters import keep_rows
 from data_pipeline.order import Order
+from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, load_meta, read_index, store_index
 from data_pipeline.summaries import Summary, read_summaries, summarize, summarize_meta, summary_url, write_summaries
@@ -179,8 +180,6 @@ def _build_all(
     missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, Summary]]:
     """Indexes shards with a progress bar. Ranks begin at different places and take what others have finished."""
-    from tqdm import tqdm
-
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start = rank * len(missing) // max(world, 1)
     order = missing[start:] + missing[:start]
@@ -192,7 +191,7 @@ def _build_all(
             found = summarize(index, entries[number], store_index(index, config.index_dir, patience), config.filter)
         return number, found
 
-    yield from tqdm(pool.map(build, order), total=len(order), desc="index", unit="shard", disable=len(order) < 8)
+    yield from progress(pool.map(build, order), total=len(order), desc="index", unit="shard", disable=len(order) < 8)
 
 
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:

@@ -15,6 +15,7 @@ from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.dataset import keep_rows, patience_of
 from data_pipeline.errors import DataError
+from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import index_shard, load_index, store_index
 
@@ -74,10 +75,8 @@ def _index_all(
     entries: list[store.Entry], config: DataConfig, patience: Patience
 ) -> Iterator[tuple[store.Entry, bool, Result]]:
     """(shard, whether it was walked now, what was found) for every shard, with a progress bar."""
-    from tqdm import tqdm
-
     todo = []
-    with ThreadPoolExecutor(16) as pool, tqdm(total=len(entries), desc="index", unit="shard") as bar:
+    with ThreadPoolExecutor(16) as pool, progress(total=len(entries), desc="index", unit="shard") as bar:
         for entry, result in zip(entries, pool.map(_known(config, patience), entries), strict=True):
             if result is None:
                 todo.append(entry)

@@ -20,6 +20,7 @@ from data_pipeline.captions import decode_text
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.parallel import ordered
+from data_pipeline.progress import progress
 from data_pipeline.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _find_duplicates(source: Source, settings: PrepareConfig, threads: int) -> d
 
     prints: list[Print | None] = []
     with ThreadPoolExecutor(threads) as pool:
-        for numbers in _progress(_ranges(len(source), settings.samples_per_shard), "comparing", "shard"):
+        for numbers in progress(_ranges(len(source), settings.samples_per_shard), desc="comparing", unit="shard"):
             place = _record(settings.output, f"prints-{numbers.start // settings.samples_per_shard:05d}.json")
             if not store.exists(place):
                 found = [one.to_json() if one else None for _, one in ordered(pool, measure, numbers, _AHEAD)]
@@ -215,7 +216,7 @@ def _write_all(
 ) -> dict[str, Any]:
     """Writes the shards that are not there yet, and the list of what was dropped."""
     shards, samples, dropped = 0, 0, []
-    with ThreadPoolExecutor(threads) as pool, _progress_bar(count, label, "sample") as bar:
+    with ThreadPoolExecutor(threads) as pool, progress(total=count, desc=label, unit="sample") as bar:
         for numbers in _ranges(count, per_shard):
             shard = f"{prefix}{numbers.start // per_shard:05d}"
             done = _done(output, shard)
@@ -293,15 +294,3 @@ def _counted(items: Iterator[Any], bar: Any) -> Iterator[Any]:
     for _, item in items:
         yield item
         bar.update()
-
-
-def _progress(items: list[range], label: str, unit: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(items, desc=label, unit=unit)
-
-
-def _progress_bar(total: int, label: str, unit: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit=unit, mininterval=0.5)

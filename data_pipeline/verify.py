@@ -23,6 +23,7 @@ from data_pipeline.dataset import keep_rows, patience_of
 from data_pipeline.errors import BadSample, CascadeError
 from data_pipeline.parallel import ordered
 from data_pipeline.part_reader import PartReader
+from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
 from data_pipeline.shard_index import (
     IMAGE_EXTENSIONS,
@@ -67,7 +68,7 @@ def main(config: Settings) -> dict[str, Any]:
     tally = Tally()
     quarantine = store.join(config.output, "quarantine.jsonl")
     with _Quarantine(quarantine, tally) as broken, ThreadPoolExecutor(config.data.threads) as pool:
-        for entry in _progress(entries):
+        for entry in progress(entries, desc="verify", unit="shard"):
             try:
                 _verify_shard(entry, config, patience, pool, tally, broken)
             except CascadeError as error:
@@ -235,9 +236,3 @@ class _Quarantine:
         if store.is_s3(self._url) and self._file.tell():
             store.upload(self._url, self._file)
         self._file.close()
-
-
-def _progress(entries: list[store.Entry]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(entries, desc="verify", unit="shard", mininterval=0.5)

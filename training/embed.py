@@ -22,6 +22,7 @@ from data_pipeline.dataset import patience_of
 from data_pipeline.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.part_reader import PartReader
+from data_pipeline.progress import progress
 from data_pipeline.shard_index import ShardIndex, index_shard, load_index, store_index
 from training.distributed import launch, process_count
 
@@ -89,7 +90,8 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     facts = {"encoder": identity(config.text), "dtype": config.dtype}
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
-    for entry in _progress(store.describe(mine, patience)):
+    quiet = _ranks(os.environ)[0] > 0
+    for entry in progress(store.describe(mine, patience), desc="embed", unit="shard", disable=quiet):
         index = load_index(entry.url, config.data.index_dir, entry, patience)
         if index is None:
             index = index_shard(entry.url, patience, entry)
@@ -244,9 +246,3 @@ def _refuse_equal_names(urls: list[str], output: str | None) -> None:
         other = places.setdefault(sidecar_url(url, output), url)
         if other != url:
             raise DataError(f"{url} and {other} would share one sidecar; embed them into different outputs")
-
-
-def _progress(entries: list[store.Entry]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(entries, desc="embed", unit="shard", mininterval=0.5, disable=_ranks(os.environ)[0] > 0)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 from data_pipeline import store
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.progress import progress
 from training.cascade import Cascade, Stage
 from training.commands import SampleCommand
 from training.config import Experiment
@@ -227,7 +227,7 @@ def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> No
     parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
     steps = sum(sampler.steps for sampler in order.samplers)
     total = sum(steps * -(-len(part) // config.batch) for part in parts)
-    with tqdm(total=total, unit="step", disable=not jobs) as bar:
+    with progress(total=total, unit="step", disable=not jobs) as bar:
 
         def advance(stage: str, done: int, of: int) -> None:
             bar.set_description(f"sampling {stage}", refresh=False)

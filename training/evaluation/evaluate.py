@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.images import box_average
 from data_pipeline.loader import Loader
+from data_pipeline.progress import progress
 from data_pipeline.synthetic import ShapeSpec, caption, draw, example, parse
 from training import grid
 from training.cascade import Cascade
@@ -144,7 +144,7 @@ class Evaluator:
 
     def _sample(self, prompts: Sequence[str], title: str = "sampling", **options: Any) -> list[Drawing]:
         """Draws with a progress bar over sampler steps."""
-        with tqdm(unit="step", desc=title) as bar:
+        with progress(unit="step", desc=title) as bar:
             totals: dict[str, int] = {}
 
             def advance(stage: str, done: int, of: int) -> None:

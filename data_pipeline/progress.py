@@ -1,0 +1,29 @@
+"""Progress bars that read well in a terminal and, as a line now and then, in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+LOG_INTERVAL_S = 15.0
+
+
+class _Lines:
+    """stderr for a bar that nobody watches: each state on a line of its own instead of over the one before."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            sys.stderr.write(state + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(items: Iterable[Any] | None = None, **settings: Any) -> Any:
+    """A tqdm bar with tqdm's own `settings`, on stderr."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(items, mininterval=0.5, **settings)
+    return tqdm(items, mininterval=LOG_INTERVAL_S, file=_Lines(), **settings)
