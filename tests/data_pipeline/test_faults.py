@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import ShardStream, s3, store
+from data_pipeline import ShardStream, dataset, s3, store
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.retry import Patience
 from tests.data_pipeline.small_shards import write_shards
@@ -135,8 +135,10 @@ OPTIONS: dict[str, Any] = {"seed": 1, "global_batch": 16, "lanes": 4, "window": 
 
 
 @pytest.fixture
-def shards(tmp_path: Path, bucket: str) -> tuple[str, list[str]]:
+def shards(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
     """Where the shards lie in the bucket, and the keys in the order that an undisturbed local run reads."""
+    # shorter waits than a run's
+    monkeypatch.setattr(dataset, "patience_of", lambda config: Patience(config.stall_s, config.deadline_s, 0.02, 0.2))
     for path in write_shards(tmp_path, [20, 13, 31], longest=60_000):
         for name in (path, path.replace(".tar", ".index.parquet")):
             store.write_bytes(f"s3://{bucket}/{store.basename(name)}", Path(name).read_bytes())
