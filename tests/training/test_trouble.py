@@ -14,7 +14,7 @@ __all__ = ["shards"]
 
 @pytest.mark.parametrize("phase", ["data", "forward"])
 def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str, phase: str) -> None:
-    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_s=5.0)
+    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_s=8.0)
     running = chaos(config, 2, {"what": "sleep", "rank": 1, "step": 4, "phase": phase, "seconds": 600})
     began = time.monotonic()
     codes = running.codes(grace_s=3)
