@@ -1,19 +1,14 @@
-"""A training step of the U-Nets: milliseconds per counted GFLOP beside other implementations; MFU and what each trick
-brings.
+"""A training step of the U-Nets on a CPU (one thread, fp32): milliseconds per counted GFLOP beside other
+implementations.
 
-    python benchmarks/model_step.py                  # CPU, one thread, fp32; peers take part if they are installed:
-                                                     #   pip install diffusers; pip install --no-deps imagen-pytorch
-    python benchmarks/model_step.py cuda             # base64, sr256, sr1024 in bf16 on the GPU at hand
-    python benchmarks/model_step.py cuda base64 64   # one preset at another batch
-    python benchmarks/model_step.py dry              # the code of the GPU part on the CPU, with tiny networks
+    python -m benchmarks.model_step     # peers take part if they are installed:
+                                        #   pip install diffusers; pip install --no-deps imagen-pytorch
 
 Prints JSON lines and, last, a Markdown table for docs/benchmarks.md. Work is counted with torch's flop counter (1 MAC =
-2 FLOP) on one forward pass and taken three times; recomputation for activation checkpointing does not count, so MFU is
-of useful work.
+2 FLOP) on one forward pass and taken three times.
 
-CPU: forward, backward and AdamW on noise, equal pictures, text tokens and (to 2 %) parameters for all. Rounds are
-interleaved, so that all models see the same disturbances, and the median is reported.
-GPU: what training does: the objective (`training.diffusion.objective.loss`), bf16 weights, AdamW on fp32 masters.
+Forward, backward and AdamW on noise, equal pictures, text tokens and (to 2 %) parameters for all. Rounds are
+interleaved, so that all models see the same disturbances, and the median is reported. GPUs: benchmarks/model_gpu.py.
 """
 
 from __future__ import annotations
@@ -25,8 +20,8 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.diffusion.objective import loss
-from training.diffusion.settings import DiffusionConfig
-from training.flops import peak_tflops, training_flops
-from training.model.presets import PRESETS, UNetConfig
+from training.model.presets import UNetConfig
 from training.model.unet import UNet
 
 ROUNDS = 5
@@ -235,166 +227,5 @@ def on_cpu() -> None:
     table(rows)
 
 
-# ------------------------------------------------------------------------------------ GPU, one trick at a time
-
-GPU_JOBS = {"base64": (64, 32), "sr256": (256, 16), "sr1024": (256, 16)}
-"""Preset -> side of the training pictures (sr1024: crops), batch."""
-DRY_JOBS = {"tiny_base": (16, 4), "tiny_sr": (16, 4)}
-
-
-@dataclass(frozen=True)
-class Tricks:
-    fused_attention: bool = False
-    fused_optimizer: bool = False
-    channels_last: bool = False
-    compiled: bool = False
-    checkpointed: bool = False
-    """Activation checkpointing, and twice the batch."""
-
-
-LADDER = {
-    "bf16 alone": Tricks(),
-    "+ fused attention": Tricks(True),
-    "+ fused optimizer": Tricks(True, True),
-    "+ channels last": Tricks(True, True, True),
-    "+ compiled blocks": Tricks(True, True, True, True),
-    "+ checkpointing, twice the batch": Tricks(True, True, True, True, True),
-}
-
-
-class Masters:
-    """AdamW on fp32 copies of lower-precision weights, as ZeRO keeps them."""
-
-    def __init__(self, model: nn.Module, fused: bool) -> None:
-        self.weights = list(model.parameters())
-        self.masters = [p.detach().float().clone() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=fused, foreach=not fused)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            assert weight.grad is not None
-            master.grad = weight.grad.float()
-            weight.grad = None
-        self.optimizer.step()
-        torch._foreach_copy_(self.weights, self.masters)
-        for master in self.masters:
-            master.grad = None
-
-
-class Training:
-    """One network and one batch on a device, with some of the tricks."""
-
-    def __init__(self, preset: str, side: int, batch: int, tricks: Tricks, device: str) -> None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        config = replace(PRESETS[preset], checkpoint_blocks=tricks.checkpointed)
-        self.tricks, self.batch = tricks, batch
-        self.flops = batch * training_flops(config, side, TOKENS)
-        with torch.device(device):
-            self.model = UNet(config).to(dtype).train()
-            self.images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
-            self.low = torch.randint(0, 256, (batch, 3, side // 4, side // 4), dtype=torch.uint8)
-            self.text = torch.randn(batch, TOKENS, config.text_dim)
-            self.mask = torch.ones(batch, TOKENS, dtype=torch.bool)
-            self.positions = torch.arange(batch)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        if tricks.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if tricks.compiled:
-            self.model.compile_blocks("inductor" if device != "cpu" else "eager")
-        self.masters = Masters(self.model, tricks.fused_optimizer)
-        self.diffusion = DiffusionConfig(weighting="min_snr")
-
-    def step(self) -> None:
-        low = self.low if self.model.config.low_res else None
-        with nullcontext() if self.tricks.fused_attention else sdpa_kernel(SDPBackend.MATH):
-            mean, _ = loss(
-                self.model, self.images, self.text, self.mask,
-                config=self.diffusion, seed=0, positions=self.positions, low_res=low, global_batch=self.batch,
-            )  # fmt: skip
-            mean.backward()
-        self.masters.step()
-
-
-def host_syncs(training: Training) -> str:
-    """What in a step makes the host wait for the GPU; `none` is wanted."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        training.step()
-        return "none"
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def measure(preset: str, side: int, batch: int, trick: str, peak: float, device: str) -> dict[str, Any]:
-    """One row: the median of `ROUNDS` times some steps after a warm-up."""
-    steps = 10 if device != "cpu" else 1
-    training = Training(preset, side, batch, LADDER[trick], device)
-    for _ in range(3):
-        training.step()
-    syncs = host_syncs(training) if device != "cpu" else "not looked at"
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-
-    def some() -> None:
-        for _ in range(steps):
-            training.step()
-
-    median = statistics.median(seconds(some, device) for _ in range(ROUNDS)) / steps
-    return {
-        "preset": preset,
-        "trick": trick,
-        "side": side,
-        "batch": batch,
-        "parameters_M": round(training.parameters / 1e6),
-        "step_TFLOP": round(training.flops / 1e12, 3),
-        "ms_per_step": round(1e3 * median, 1),
-        "images_per_second": round(batch / median, 1),
-        "MFU": round(training.flops / median / peak, 3),
-        "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device != "cpu" else 0,
-        "host_syncs": syncs,
-    }
-
-
-def ladder(jobs: dict[str, tuple[int, int]], device: str) -> None:
-    """Every preset with one trick more each time; a batch that does not fit is halved."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
-    measured = matmul_rate(device, dtype, 8192 if device != "cpu" else 512)
-    stated = (peak_tflops(name) or 0.0) * 1e12
-    show(device=name, stated_dense_peak_TFLOPs=stated / 1e12, matmul_TFLOPs=round(measured / 1e12, 3))
-    rows = []
-    for preset, (side, batch) in jobs.items():
-        for trick, tricks in LADDER.items():
-            count = batch * 2 if tricks.checkpointed else batch
-            while count:
-                try:
-                    rows.append(measure(preset, side, count, trick, stated or measured, device))
-                    show(**rows[-1])
-                    break
-                except torch.cuda.OutOfMemoryError:
-                    show(preset=preset, trick=trick, batch=count, left_out="out of memory")
-                    count //= 2
-                finally:
-                    if device != "cpu":
-                        torch.cuda.empty_cache()
-            torch._dynamo.reset()
-    table(rows)
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    if words[:1] == ["cuda"]:
-        side, batch = GPU_JOBS[words[1]] if len(words) > 1 else (0, 0)
-        ladder({words[1]: (side, int(words[2]) if len(words) > 2 else batch)} if len(words) > 1 else GPU_JOBS, "cuda")
-    elif words[:1] == ["dry"]:
-        torch.set_num_threads(1)
-        ladder(DRY_JOBS, "cpu")
-    else:
-        on_cpu()
-
-
 if __name__ == "__main__":
-    main()
+    on_cpu()

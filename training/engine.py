@@ -51,6 +51,7 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
     device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for algorithms pays once
     if config.zero.stage == 0:
         return replace(ranks, device=device)
     timeout = timedelta(seconds=config.train.timeout_first_s)

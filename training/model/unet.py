@@ -33,6 +33,10 @@ from training.model.layers import (
 from training.model.presets import UNetConfig
 
 
+SHAPES = 64
+"""Shapes that one kind of block is compiled for: the distinct blocks of a U-Net, for some micro-batch sizes."""
+
+
 class Unit(nn.Module):
     """One step of the way through the U-Net: a residual block with its attentions, or a change of resolution.
 
@@ -217,10 +221,15 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.config.patch).to(torch.float32)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each residual and attention block in place: parameter names stay free of wrappers."""
+        """torch.compile each residual and attention block in place: parameter names stay free of wrappers.
+
+        Every shape gets code of its own (`dynamic=False`); blocks of equal shape share it. torch compiles a function
+        for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
         for module in self.modules():
             if isinstance(module, (ResBlock, Attention)):
-                module.compile(backend=backend)
+                module.compile(backend=backend, dynamic=False)
 
 
 @contextmanager
