@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError
 from training.commands import COMMANDS
 from training.config import Experiment
+from training.resilience import run_program
 
 OUTPUTS = {"train": "run.dir", "sample": "sampling.output", "evaluate": "evaluation.output", "verify": "output"}
 """Where each job of a --multirun writes: the values that differ are appended to this path."""
@@ -202,5 +203,10 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def program() -> NoReturn:
+    """The `cascade` program."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    main()
+    program()

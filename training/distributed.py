@@ -31,7 +31,7 @@ from typing import Any
 import training.commands
 from data_pipeline.errors import CascadeError, ConfigError
 from training.config import ClusterConfig, Experiment
-from training.resilience import EXIT_HUNG, STOP_CODES
+from training.resilience import EXIT_HUNG, STOP_CODES, run_program
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
@@ -305,4 +305,4 @@ def each(call: Any, ranks: Ranks) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(worker(*sys.argv[1:5]))
+    run_program(lambda: worker(*sys.argv[1:5]))

@@ -9,9 +9,8 @@ DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, un
     slices per parameter
 
 `_layout` turns both into `Piece`s (training/sharding.py); all else (checkpoints, averages, import) is written on those
-alone. Why not DeepSpeed's own ways: its checkpoint loads at no other world size or stage, its `latest` is written
-before the shards are complete, and its setters for full tensors fail under ZeRO 3 when a parameter's size is not
-divisible by the world size.
+alone. DeepSpeed's own checkpoint loads at no other world size or stage, its `latest` is written before the shards are
+complete, and its setters for full tensors fail under ZeRO 3 when the world size does not divide a parameter's size.
 """
 
 from __future__ import annotations
@@ -155,6 +154,9 @@ class Engine:
         )
         self._zero = self._engine.optimizer
         self.module: torch.nn.Module = self._engine.module
+        if config.zero.stage < 3 and not config.zero.offload_optimizer:
+            self._zero.check_overflow, self._zero.check_grad_overflow = lambda *_, **__: None, True
+            self._zero.scaled_global_norm = self._gradient_norm
         self._pieces = self._layout()
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
@@ -207,13 +209,23 @@ class Engine:
         name = "_overflow_check_and_loss_scale_update" if self.config.zero.stage == 3 else "check_overflow"
         if checked is not None:
             zero.check_grad_overflow = True
+        own = getattr(zero, name)
         setattr(zero, name, lambda *_, **__: setattr(zero, "overflow", True))
         try:
             yield
         finally:
-            delattr(zero, name)
+            setattr(zero, name, own)
             if checked is not None:
                 zero.check_grad_overflow = checked
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """For ZeRO 1 and 2, in place of DeepSpeed's, which takes a dozen kernels for each parameter and keeps the GPU
+        waiting for their launch. A norm that is not finite makes DeepSpeed drop the step."""
+        gradients = [g for group in self._zero.averaged_gradients.values() for g in group or () if g is not None]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        squares = torch.stack(norms).to(torch.float64).square().sum()
+        torch.distributed.all_reduce(squares, group=self._zero.dp_process_group)
+        return squares.sqrt().to(torch.float32)
 
     def norm(self) -> float:
         """Global norm of the weights (fp32 masters)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import NoReturn
 
 from data_pipeline.errors import CascadeError
 
@@ -21,6 +25,33 @@ EXIT_INTERRUPTED = 130
 """Saved after SIGINT (Ctrl-C)."""
 STOP_CODES = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED)
 """Exits that all ranks decided together."""
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a whole program and ends the process with its exit code.
+
+    The interpreter is not taken down: threads of the libraries (gloo, pyarrow, decoders) that ask for it meanwhile
+    now and then abort the process ("terminate called without an active exception"), and a training that was complete
+    would report 134.
+    """
+    code: object = 1
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        atexit._run_exitfuncs()
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                code = code or 1
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 class Preempted(CascadeError):

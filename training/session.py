@@ -9,7 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_pipeline.errors import CascadeError
 from data_pipeline.loader import Batch, Loader
 from training.checkpoint import Checkpoint, CheckpointStore, step_name
 from training.config import Experiment
+from training.diffusion import random
 from training.diffusion.objective import loss
 from training.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.ema import state_name
@@ -106,6 +107,9 @@ class Session:
         self.validated, self.validated_step = math.inf, -1
         self._grid: Inputs | None = None
         self._slow = 0
+        compiled = config.precision.compile
+        self._normal = torch.compile(random.normal, dynamic=False) if compiled else random.normal
+        self._stance = torch.compiler.set_stance if compiled else nullcontext  # rare shapes are not worth compiling
 
     # ------------------------------------------------------------------------------------------ putting together
 
@@ -217,6 +221,7 @@ class Session:
             low_res=low_res,
             image_size=config.stage.image_size,
             global_batch=config.data.global_batch,
+            normal=self._normal,
         )
         self.meter.losses(each_sample["t"], each_sample["loss"])
         return mean
@@ -365,7 +370,7 @@ class Session:
     def validate(self, step: int) -> dict[str, float]:
         """Validation loss of the raw and of the averaged weights. Collective."""
         assert self.validation is not None
-        with self.phase("validation", step):
+        with self.phase("validation", step), self._stance("force_eager"):
             self.engine.module.eval()
             raw = self.validation.measure(self.engine.module)
             self.engine.module.train()
@@ -376,7 +381,7 @@ class Session:
 
     def sample_grid(self, step: int) -> None:
         """Draws the fixed prompts into samples/step-########.png. Collective."""
-        with self.phase("samples", step):
+        with self.phase("samples", step), self._stance("force_eager"):
             if self._grid is None:
                 prompts = self.config.train.sample_prompts
                 open_loader = partial(self._open_loader, 0, rank=0, world_size=1)

@@ -16,7 +16,7 @@ from data_pipeline.errors import CascadeError
 from training.checkpoint import CheckpointStore
 from training.config import Experiment
 from training.distributed import Ranks, free_port, launch, process_count, read_ranks
-from training.resilience import EXIT_HUNG, RankLost, Signals, is_lost_rank, stop_error
+from training.resilience import EXIT_HUNG, RankLost, Signals, is_lost_rank, run_program, stop_error
 from training.run_dir import RunDir
 
 HANDLES_SIGNALS = True
@@ -131,4 +131,4 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
 if __name__ == "__main__":
     from training.cli import main as command_line
 
-    command_line(["train", *sys.argv[1:]])
+    run_program(lambda: command_line(["train", *sys.argv[1:]]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from training.config import Experiment
 from training.distributed import read_ranks, run_processes
+from training.resilience import run_program
 
 
 def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> list[Any]:
@@ -40,6 +40,4 @@ def main(where: str, scratch: str, arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # native threads of the libraries now and then abort an interpreter that ends by itself
+    run_program(lambda: main(*sys.argv[1:]))

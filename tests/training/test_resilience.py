@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from training.resilience import Interrupted, LossGuard, Preempted, Signals, stop_error
 
 NAN = float("nan")
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_signal_is_remembered_and_the_handlers_come_back() -> None:
@@ -78,3 +82,35 @@ def test_falling_losses_are_no_spikes() -> None:
 
 def test_switched_off() -> None:
     assert not any(feed(LossGuard(0.0), *[1.0] * 64, 1e12))
+
+
+PROGRAM = """
+import atexit, sys, threading, time
+from training.resilience import run_program
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(600,)).start()
+def main():
+    sys.stdout.write("said ")
+    {end}
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        ("return None", 0, ""),
+        ("return 78", 78, ""),
+        ("raise SystemExit(75)", 75, ""),
+        ("sys.exit('a sentence')", 1, "a sentence\n"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_program_ends_with_its_code_whatever_its_threads_do(end: str, code: int, says: str) -> None:
+    """What was said and what was registered for the end is not lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == code and done.stdout == "said registered\n"
+    assert says in done.stderr if says else not done.stderr

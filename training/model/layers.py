@@ -35,6 +35,18 @@ def scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
     return (x + h).mul_(scale) if scale != 1.0 else x + h
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Nearest up-sampling to twice the side, (B, C, H, W) -> (B, C, 2 H, 2 W).
+
+    Compiled, it is written as a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter that of
+    `interpolate` by atomic additions, slowly and in no fixed order.
+    """
+    if torch.compiler.is_compiling():
+        wide = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        return wide.flatten(4, 5).flatten(2, 3)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class LogSnrEmbedding(nn.Module):
     """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit, in fp32, then an MLP in the model's
     dtype."""
@@ -82,7 +94,7 @@ class ResBlock(nn.Module):
     def resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+        return doubled(x) if self.resample == "up" else x
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x (B, C, H, W), cond (B, E) -> (B, C', H', W')."""
@@ -210,4 +222,4 @@ class UpConv(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C', 2 H, 2 W); `cond` is not used."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x))

@@ -32,7 +32,6 @@ from training.model.layers import (
 )
 from training.model.presets import UNetConfig
 
-
 SHAPES = 64
 """Shapes that one kind of block is compiled for: the distinct blocks of a U-Net, for some micro-batch sizes."""
 
@@ -217,19 +216,23 @@ class UNet(nn.Module):
             h = self.run(unit, h, cond, words, mask)
         if self.config.efficient:
             h = torch.cat([h, first], dim=1)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.config.patch).to(torch.float32)
+        return self.head(h)
+
+    def head(self, h: Tensor) -> Tensor:
+        """(B, C, H / p, W / p) -> (B, 3, H, W) fp32."""
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch).to(torch.float32)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each residual and attention block in place: parameter names stay free of wrappers.
+        """torch.compile each block and the head in place: parameter names stay free of wrappers.
 
         Every shape gets code of its own (`dynamic=False`); blocks of equal shape share it. torch compiles a function
         for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
         for module in self.modules():
-            if isinstance(module, (ResBlock, Attention)):
+            if isinstance(module, (ResBlock, Attention, UpConv)):
                 module.compile(backend=backend, dynamic=False)
+        self.head = torch.compile(self.head, backend=backend, dynamic=False)  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -178,6 +178,40 @@ def test_compiled_blocks_keep_the_names_and_the_numbers() -> None:
     build(SR).load_state_dict(net.state_dict())
 
 
+def test_every_shape_of_block_is_compiled_for_itself() -> None:
+    """torch by itself gives up after 8 shapes of one function, and makes sizes variable after two."""
+    config = replace(
+        PRESETS["base64"],
+        widths=(16, 32, 48, 64),
+        text_dim=16,
+        text_width=16,
+        cond_dim=16,
+        text_pool_heads=2,
+        head_dim=8,
+    )
+    net, given = build(config), inputs(config)
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        sizes.extend(x.shape if isinstance(x, Tensor) else x for x in examples)
+        shapes.append(graph)
+        return graph
+
+    shapes: list[torch.fx.GraphModule] = []
+    net(**given).square().mean().backward()
+    wanted = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    torch._dynamo.reset()
+    net.compile_blocks(backend=backend)
+    net(**given).square().mean().backward()
+    assert len(shapes) == 17 + 3 + 1, "residual blocks, attentions, the head"
+    assert not any(
+        isinstance(n, torch.SymInt) for size in sizes for n in (size if isinstance(size, torch.Size) else [size])
+    )
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_ends_and_strides_are_the_papers() -> None:
     net = build(SR, trained=False)
     assert [m.conv.kernel_size + m.conv.stride for m in net.modules() if isinstance(m, DownConv)] == [(3, 3, 2, 2)] * 2
