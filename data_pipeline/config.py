@@ -81,6 +81,8 @@ class DataConfig:
     """Samples per forward pass and rank; 0: the whole share of the rank. Gradient accumulation follows from it."""
     threads: int = 2
     """Decoding threads per rank."""
+    own_process: bool = True
+    """They belong to a process of their own beside each rank, where they do not hold up the training's Python code."""
     prefetch_mb: int = 1024
     """Budget for raw and decoded samples held ahead of the trainer, per rank."""
     decode_margin: float = 2.0

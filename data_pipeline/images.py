@@ -14,7 +14,7 @@ import threading
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.chance import below, uniform
 from data_pipeline.errors import BadSample
@@ -239,6 +239,8 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSample("decode_error", f"not a picture in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""This rank's micro-batches: decoded by threads, delivered in order, resumable from a position alone."""
+"""This rank's micro-batches: decoded ahead, delivered in order, counted, resumable from a position alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import logging
 import math
 import os
-import queue
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline import captions, images, store
-from data_pipeline.chunks import Chunks
+from data_pipeline import store
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import load_or_build, order_of
-from data_pipeline.embeddings import Embeddings
-from data_pipeline.errors import BadSample, DataError
-from data_pipeline.fetch import RowReader, Sample, Taken, replace
+from data_pipeline.dataset import load_or_build
+from data_pipeline.decoding import Decoded, Decoding, MicroBatch, Work, embeddings_of
+from data_pipeline.decoding_process import DecodingProcess
+from data_pipeline.errors import DataError
+from data_pipeline.fetch import Sample
 from data_pipeline.order import check_world_size
-from data_pipeline.pool import DaemonPool
-from data_pipeline.prefetch import Prefetcher
-from data_pipeline.shard_index import IMAGE_EXTENSIONS
 from data_pipeline.state import check_state, state_of
 
 logger = logging.getLogger(__name__)
@@ -53,15 +47,6 @@ class Batch:
     """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
 
 
-@dataclass
-class Decoded:
-    key: str
-    image: np.ndarray
-    low_res: np.ndarray | None
-    caption: str
-    embedding: np.ndarray | None = None
-
-
 class Loader:
     """Batches of one rank, without end: `next(loader)` gives the micro-batches of one optimizer step.
 
@@ -72,7 +57,9 @@ class Loader:
         rank, world_size: this process; `world_size` must divide the number of lanes.
         position: samples consumed so far over all ranks.
         quarantine: file to which a line of JSON is added for every bad sample that was met; None: none is written.
-        decode: (raw sample, position) -> `Decoded`; the default decodes pictures and chooses captions.
+        own_process: read and decode in a process of its own, which starts now; else in threads of this one, which
+            start with the first batch.
+        decode: (raw sample, position) -> `Decoded`, in threads; the default decodes pictures and chooses captions.
 
     Raises:
         ConfigError: the batch cannot be shared so.
@@ -91,35 +78,23 @@ class Loader:
         world_size: int = 1,
         position: int = 0,
         quarantine: str | None = None,
+        own_process: bool = False,
         decode: Callable[[Sample, int], Decoded] | None = None,
     ) -> None:
         self.config, self.seed, self.position = config, seed, position
-        self.rank, self.world_size = rank, world_size
-        self._sizes = {"size": image_size, "low_res_size": low_res_size, "crop_size": crop_size}
-        self.micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
+        micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset = load_or_build(store.expand(config.shards), config)
-        self.embeddings: Embeddings | None = None
+        self._work = Work(
+            self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
+        )
+        self.embeddings = embeddings_of(self.dataset, config)
         """Precomputed ones; who trains with them calls their `check` first."""
-        if config.embeddings:
-            digests = {summary.entry.url: summary.digest for summary in self.dataset.summaries}
-            self.embeddings = Embeddings(config.embeddings, digests)
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
         """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
         self._bad_shards: Counter[str] = Counter()
         self._quarantine = quarantine
-        self._decode = decode or self._decode_pair
-        self._reader = RowReader(self.dataset, config)
-        side = crop_size or image_size
-        self._ahead = self._decoded_ahead(3 * (side**2 + (low_res_size and side**2)))
-        self._stop = threading.Event()
-        self._queue: queue.Queue[Future[Taken]] = queue.Queue(self._ahead)
-        self._pool: DaemonPool | None = None
-
-    def _decoded_ahead(self, sample_bytes: int) -> int:
-        """Samples decoded ahead: a quarter of the budget, but enough for the threads and at most four steps."""
-        share = self.config.global_batch // self.world_size
-        fits = self.config.prefetch_mb * 2**18 // max(sample_bytes, 1)
-        return max(2 * self.config.threads, min(fits, max(4 * share, 64)))
+        self._decode = decode
+        self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
 
     # ------------------------------------------------------------------------------------------------- delivery
 
@@ -132,40 +107,33 @@ class Loader:
         Raises:
             DataError: more than `data.max_bad_share` of the consumed samples were bad, or a shard is gone.
             StoreError: the object store stayed broken past `data.deadline_s`.
+            CascadeError: the process that decodes died.
         """
-        if self._pool is None:
-            self._start()
-        share = self.config.global_batch // self.world_size
-        batches = [self._collect(self.micro_batch) for _ in range(share // self.micro_batch)]
+        if self._decoding is None:
+            self._decoding = Decoding(self._work, self._decode)
+        batches = [self._deliver(next(self._decoding)) for _ in range(self._work.share // self._work.micro_batch)]
         self.position += self.config.global_batch
         return batches
 
-    def _collect(self, count: int) -> Batch:
-        taken = []
-        for _ in range(count):
-            one = self._queue.get().result()
-            self._count(one)
-            taken.append(one)
-        samples: list[Decoded] = [one.value for one in taken]
+    def _deliver(self, decoded: MicroBatch) -> Batch:
+        for failures in decoded.failures:
+            self._count(failures)
+        low_res = None if decoded.low_res is None else torch.from_numpy(decoded.low_res)
         return Batch(
-            positions=torch.tensor([one.position for one in taken], dtype=torch.int64),
-            keys=[sample.key for sample in samples],
-            images=_stack([sample.image for sample in samples]),
-            low_res=None
-            if samples[0].low_res is None
-            else _stack([s.low_res for s in samples if s.low_res is not None]),
-            captions=[sample.caption for sample in samples],
-            embeddings=None
-            if samples[0].embedding is None
-            else [s.embedding for s in samples if s.embedding is not None],
+            torch.from_numpy(decoded.positions),
+            decoded.keys,
+            torch.from_numpy(decoded.images),
+            low_res,
+            decoded.captions,
+            decoded.embeddings,
         )
 
-    def _count(self, taken: Taken) -> None:
+    def _count(self, failures: list[dict[str, Any]]) -> None:
         """Counts one consumed sample and the bad ones it replaces; stops the run when there are too many."""
         self.counters["samples"] += 1
-        if not taken.failures:
+        if not failures:
             return
-        for failure in taken.failures:
+        for failure in failures:
             reason = f"bad_{failure['reason']}"
             self.counters[reason] = self.counters.get(reason, 0) + 1
             self._bad_shards[failure["shard"]] += 1
@@ -174,8 +142,8 @@ class Loader:
             with suppress(OSError):  # a full disk costs the note, not the run
                 os.makedirs(os.path.dirname(self._quarantine) or ".", exist_ok=True)
                 with open(self._quarantine, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(failure) + "\n" for failure in taken.failures)
-        logger.warning("%s: %s replaced: %s", *(taken.failures[0][name] for name in ("shard", "key", "reason")))
+                    file.writelines(json.dumps(failure) + "\n" for failure in failures)
+        logger.warning("%s: %s replaced: %s", *(failures[0][name] for name in ("shard", "key", "reason")))
         seen, bad = self.counters["samples"], self.counters["bad"]
         if bad > _allowed(seen, self.config.max_bad_share):
             worst = ", ".join(f"{shard} ({count})" for shard, count in self._bad_shards.most_common(3))
@@ -184,76 +152,10 @@ class Loader:
                 f"worst shards are {worst}; look at them with `cascade verify`"
             )
 
-    # ------------------------------------------------------------------------------------------------ background
-
-    def _start(self) -> None:
-        self._pool = DaemonPool(self.config.threads, "decode")
-        threading.Thread(target=self._feed, args=(self._pool,), name="loader", daemon=True).start()
-
-    def _feed(self, pool: DaemonPool) -> None:
-        """Hands every position to the decoding threads, in order, no further ahead than the queue holds."""
-        ahead: Prefetcher | None = None
-        try:
-            order = order_of(self.dataset, self.config, self.seed, self.world_size)
-            chunks = Chunks(self.config, self.rank, self.world_size, self.position, self.micro_batch)
-            budget = self.config.prefetch_mb * 2**18 * 3
-            ahead = Prefetcher(self._reader, order, chunks, self.config.lane_count // self.world_size, budget)
-            for position, shard, row, get in ahead:
-                task = pool.submit(self._take, position, shard, row, get)
-                if not self._offer(task):
-                    return
-        except BaseException as error:  # it belongs to the trainer, who is waiting
-            failed: Future[Taken] = Future()
-            failed.set_exception(error)
-            self._offer(failed)
-        finally:
-            if ahead is not None:
-                ahead.close()
-
-    def _offer(self, task: Future[Taken]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(task, timeout=0.5)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _take(self, position: int, shard: int, row: int, get: Callable[[], Sample]) -> Taken:
-        try:
-            sample = get()
-            sample["__position__"] = position
-            return Taken(position, self._decode(sample, position))
-        except BadSample as bad:
-            return replace(self._reader, self.seed, position, shard, row, bad, lambda s: self._decode(s, position))
-
-    def _decode_pair(self, sample: Sample, position: int) -> Decoded:
-        data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
-        if data is None:
-            raise BadSample("missing_image", "no member is a picture")
-        caption = captions.choose(sample, self.config.captions, self.seed, position)
-        image, low_res = images.training_pair(
-            data,
-            **self._sizes,
-            crop=self.config.crop,
-            flip=self.config.flip,
-            seed=self.seed,
-            position=position,
-            margin=self.config.decode_margin,
-            max_pixels=self.config.max_pixels,
-            background=self.config.background,
-            orientation=images.orientation_from_json(sample.get("json")),
-        )
-        text = None
-        if self.embeddings is not None:
-            text = self.embeddings.lookup(sample["__url__"], sample["__key__"], caption)
-        return Decoded(sample["__key__"], image, low_res, caption, text)
-
     def close(self) -> None:
-        """Stops the threads; samples decoded ahead are dropped."""
-        self._stop.set()
-        if self._pool is not None:
-            self._pool.close()
+        """Stops the decoding; samples decoded ahead are dropped."""
+        if self._decoding is not None:
+            self._decoding.close()
 
     # ----------------------------------------------------------------------------------------------------- state
 
@@ -268,11 +170,6 @@ class Loader:
             ConfigError: it names what changed, from what to what.
         """
         check_state(self.state(), state)
-
-
-def _stack(pictures: list[np.ndarray]) -> torch.Tensor:
-    """uint8 (H, W, 3) pictures -> uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def _allowed(seen: int, share: float) -> float:

@@ -77,7 +77,8 @@ class Session:
         self.guard = LossGuard(train.spike_factor, meta.get("losses", ()))
         self.wandb_id: str = meta.get("wandb_id") or together(self.run.wandb_id, ranks)
 
-        self.loader = each(lambda: self._open_loader(self.position), ranks)
+        own = config.data.own_process
+        self.loader = each(lambda: self._open_loader(self.position, own_process=own), ranks)
         if checkpoint is not None:
             self.loader.check_state(meta["data"])
         if self.loader.embeddings is not None:
@@ -131,18 +132,17 @@ class Session:
         self.run.write_config(self.config)
         self.run.record_start(self._code, self.step, self.store.attempt, self.ranks.world_size)
 
-    def _open_loader(self, position: int, rank: int | None = None, world_size: int | None = None) -> Loader:
-        stage = self.config.stage
+    def _open_loader(self, position: int, **others: Any) -> Loader:
+        stage, ranks = self.config.stage, self.ranks
         return Loader(
             self.config.data,
             image_size=stage.image_size,
             low_res_size=stage.low_res_size,
             crop_size=stage.crop_size,
             seed=self.config.seed,
-            rank=self.ranks.rank if rank is None else rank,
-            world_size=self.ranks.world_size if world_size is None else world_size,
             position=position,
-            quarantine=str(self.run.path / "logs" / f"quarantine-{self.ranks.rank}.jsonl"),
+            quarantine=str(self.run.path / "logs" / f"quarantine-{ranks.rank}.jsonl"),
+            **{"rank": ranks.rank, "world_size": ranks.world_size, **others},
         )
 
     def _build_model(self, config: UNetConfig, fresh: bool) -> UNet:
