@@ -5,6 +5,8 @@ followed from its creation to its end. That is done for two and for three pictur
 the micro-batch. What ZeRO keeps where is read in the source of DeepSpeed 0.19.
 
     N parameters   b bytes of a weight in the network (4 fp32, 2 bf16)   W world size   D averages
+
+Under `lora` only the adapters have gradients, moments and averages.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.config import StageConfig, ZeroConfig
+from training.config import LoraConfig, StageConfig, ZeroConfig
 from training.model.presets import UNetConfig, for_stage
 
 if TYPE_CHECKING:
     import torch
+
+    from training.model.unet import UNet
 
 BUCKET = 500_000_000
 """Gradients that DeepSpeed sends together (`reduce_bucket_size`), elements."""
@@ -73,28 +76,28 @@ class Passes:
         return Pass(grown, self.two.gradients, largest)
 
 
-@lru_cache
-def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype) -> Passes:
+def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, lora: LoraConfig | None = None) -> Passes:
     """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
-    return Passes(*(follow_one(config, size, tokens, dtype, batch) for batch in (2, 3)))
+    return Passes(*(follow_one(config, size, tokens, dtype, batch, lora) for batch in (2, 3)))
 
 
-def follow_one(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, batch: int) -> Pass:
+def follow_one(
+    config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, batch: int, lora: LoraConfig | None
+) -> Pass:
     """The same for a given number of pictures."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from training.model.unet import UNet
-
     default = torch.get_default_dtype()
-    with FakeTensorMode():
-        torch.set_default_dtype(dtype)
-        try:
-            model = UNet(config)
-        finally:
-            torch.set_default_dtype(default)
+    torch.set_default_dtype(dtype)
+    try:
+        model = _network(config, lora)
+    finally:
+        torch.set_default_dtype(default)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         live = _live_bytes()
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: live.to_gradient(p.grad))
         x = torch.empty(batch, config.channels, size, size, dtype=dtype)
         level = torch.empty(batch)
@@ -104,6 +107,20 @@ def follow_one(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, b
         with live:
             model(x, level, text, mask, *low_res).float().square().mean().backward()
     return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
+
+
+def _network(config: UNetConfig, lora: LoraConfig | None) -> UNet:
+    """The network on the meta device."""
+    import torch
+
+    from training.lora import add_adapters
+    from training.model.unet import UNet
+
+    with torch.device("meta"):
+        model = UNet(config)
+        if lora is not None and lora.rank:
+            add_adapters(model, lora)
+    return model
 
 
 def _live_bytes() -> Any:
@@ -164,14 +181,9 @@ def parameter_count(stage: StageConfig, text_dim: int) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(for_stage(stage, text_dim)))
 
 
-def parameter_shapes(unet: UNetConfig) -> list[tuple[int, ...]]:
-    """Shapes of all parameters, from a network without data."""
-    import torch
-
-    from training.model.unet import UNet
-
-    with torch.device("meta"):
-        return [tuple(p.shape) for p in UNet(unet).parameters()]
+def parameter_shapes(unet: UNetConfig, lora: LoraConfig | None = None) -> list[tuple[int, ...]]:
+    """Shapes of all parameters that are trained (under `lora`: of the adapters), from a network without data."""
+    return [tuple(p.shape) for p in _network(unet, lora).parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -179,21 +191,28 @@ class Setup:
     """What the size of the state depends on."""
 
     shapes: Sequence[tuple[int, ...]]
+    """Of the parameters that are trained."""
     zero: ZeroConfig
     weight_bytes: int
     world_size: int
     averages: int
     optimizer: str = "adamw"
     on_gpu: bool = True
+    frozen: int = 0
+    """Parameters that are not."""
 
     @property
-    def parameters(self) -> int:
+    def trained(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+    @property
     def share(self) -> int:
-        """Parameters of this process's shard."""
-        return -(-self.parameters // self.world_size) if self.zero.stage else self.parameters
+        """Trained parameters of this process's shard."""
+        return -(-self.trained // self.world_size) if self.zero.stage else self.trained
 
 
 def moments_bytes(setup: Setup) -> int:
@@ -209,7 +228,7 @@ def kept(setup: Setup) -> dict[str, int]:
     which checkpoints are written."""
     share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
     parts = {
-        "weights": b * (share if stage == 3 else setup.parameters),
+        "weights": b * (-(-setup.parameters // setup.world_size) if stage == 3 else setup.parameters),
         "master_weights": 4 * share if stage else 0,
         "moments": moments_bytes(setup),
         "ema": 4 * share * setup.averages,
@@ -226,7 +245,7 @@ def kept(setup: Setup) -> dict[str, int]:
 
 def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
     """What comes on top of `kept` at the three moments of a step that can be the highest."""
-    n, share, b, stage = setup.parameters, setup.share, setup.weight_bytes, setup.zero.stage
+    n, share, b, stage = setup.trained, setup.share, setup.weight_bytes, setup.zero.stage
     workspace = 0 if setup.on_gpu else int(CPU_WORKSPACE * work.largest)
     if stage == 0:
         first = 4 * n if setup.averages else 0
@@ -238,7 +257,7 @@ def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
         bucket, keeps_all = BUCKET * b * (1 if stage == 3 else 2), False
     else:
         bucket, keeps_all = min(BUCKET, n) * b, True
-    gathered = min(n, LIVE_WEIGHTS) * b if stage == 3 else 0
+    gathered = min(setup.parameters, LIVE_WEIGHTS) * b if stage == 3 else 0
     collected = 0 if stage == 3 else b * share
     widened = 4 * share if b != 4 else 0
     if keeps_all:

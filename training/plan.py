@@ -15,9 +15,18 @@ from data_pipeline.errors import CascadeError, ConfigError
 from training.checks import check_batch, planned_world_size
 from training.commands import PlanCommand
 from training.config import Experiment
-from training.flops import forward_flops
+from training.flops import training_flops
 from training.hardware import Device, planned_device
-from training.memory import Passes, Setup, follow, largest_micro_batch, memory, moments_bytes, parameter_shapes
+from training.memory import (
+    Passes,
+    Setup,
+    follow,
+    largest_micro_batch,
+    memory,
+    moments_bytes,
+    parameter_count,
+    parameter_shapes,
+)
 from training.model.presets import for_stage
 from training.plan_table import gib, table
 from training.text_cost import TextCost, text_cost
@@ -59,16 +68,17 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
     device, world = planned_device(config), planned_world_size(config.cluster)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     setup = Setup(
-        parameter_shapes(unet),
+        parameter_shapes(unet, config.lora),
         config.zero,
         dtype.itemsize,
         world,
         len(config.ema.decays),
         config.optimizer.name,
         device.on_gpu,
+        parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
     )
-    passes = follow(unet, size, tokens, dtype)
-    training = 3 * forward_flops(unet, size, tokens)
+    passes = follow(unet, size, tokens, dtype, config.lora)
+    training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank))
     text = text_cost(config.text)
     precomputed = bool(config.data.embeddings)
     problems: list[str] = []
@@ -79,6 +89,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         "stage": config.stage.name,
         "preset": config.stage.model.preset,
         "parameters": setup.parameters,
+        "trained_parameters": setup.trained,
         "flops_per_image": training,
         "gpu": device.name,
         "peak_flops": device.peak,
@@ -225,7 +236,7 @@ def checkpoint_plan(
     """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
     written = "adafactor" if setup.optimizer == "adafactor" else "adamw"  # moments of 8 bits are written as fp32
     whole = replace(setup, world_size=1, optimizer=written)
-    size = 4 * setup.parameters * (1 + setup.averages) + moments_bytes(whole)
+    size = 4 * setup.trained * (1 + setup.averages) + moments_bytes(whole)
     settings = config.checkpoint
     kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
     return {

@@ -33,10 +33,13 @@ def table(plan: dict[str, Any]) -> str:
 
 
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    frozen = plan["trained_parameters"] < plan["parameters"]
+    trained = f", of which {plan['trained_parameters'] / 1e6:,.2f} M are trained (lora)" if frozen else ""
     return [
         ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
-        ("parameters", f"{plan['parameters'] / 1e6:,.1f} M"),
-        ("FLOPs per image", f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training (3 x forward, counted)"),
+        ("parameters", f"{plan['parameters'] / 1e6:,.1f} M{trained}"),
+        ("FLOPs per image", f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training ({3 - frozen} x forward, "
+                            "counted)"),
         ("devices", f"{plan['world_size']} x {plan['gpu']} on {plan['nodes']} node(s), ZeRO {plan['zero_stage']}; peak "
                     f"{plan['peak_flops'] / 1e12:,.1f} TFLOP/s ({plan['peak_basis']})"),
     ]  # fmt: skip

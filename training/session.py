@@ -101,9 +101,8 @@ class Session:
         self.hours = (
             Hours(self.run.path / "hours.json", self.store.attempt, ranks.world_size) if ranks.is_main else None
         )
-        work = flops_and_peak(
-            unet, config.stage.train_size, self.text_encoder.max_tokens, ranks.device, train.peak_tflops
-        )
+        size, tokens = config.stage.train_size, self.text_encoder.max_tokens
+        work = flops_and_peak(unet, size, tokens, ranks.device, train.peak_tflops, frozen=bool(self.lora))
         self.meter = Meter(ranks, config.data.global_batch, *work)
         self.validated, self.validated_step = math.inf, -1
         self._grid: Inputs | None = None

@@ -13,6 +13,7 @@ import torch
 from training.config import Experiment
 from training.distributed import Ranks
 from training.engine import build_engine
+from training.lora import add_adapters
 from training.model.presets import for_stage
 from training.model.unet import UNet
 
@@ -31,7 +32,10 @@ def steps(config: Experiment, ranks: Ranks, count: int) -> None:
     """A network, its engine and a few optimizer steps on random pictures of one micro-batch."""
     torch.manual_seed(0)
     unet, size = for_stage(config.stage, config.text.dim), config.stage.train_size
-    engine: Any = build_engine(UNet(unet), config, ranks, 1)
+    model = UNet(unet)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    engine: Any = build_engine(model, config, ranks, 1)
     n = config.data.micro_batch
     x, level = torch.randn(n, 3, size, size), torch.randn(n)
     text = torch.randn(n, config.text.max_tokens, config.text.dim)
@@ -43,9 +47,10 @@ def steps(config: Experiment, ranks: Ranks, count: int) -> None:
 
 
 def peaks(ranks: Ranks, cases: list[Any]) -> list[int]:
-    """Peak bytes above the baseline, for each (preset, overrides, picture size, micro-batch, ZeRO stage)."""
+    """Peak bytes above the baseline, for each (preset, overrides, picture size, micro-batch, ZeRO stage, rank of
+    adapters)."""
     assert os.environ["MALLOC_MMAP_THRESHOLD_"], "else freed memory stays with the process"
-    steps(experiment("tiny_base", {}, 8, 2, 1, ranks.world_size), ranks, 2)  # what every process loads once
+    steps(experiment("tiny_base", {}, 8, 2, 1, 2, ranks.world_size), ranks, 2)  # what every process loads once
     found = []
     for case in cases:
         gc.collect()
@@ -57,7 +62,7 @@ def peaks(ranks: Ranks, cases: list[Any]) -> list[int]:
 
 
 def experiment(
-    preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, world_size: int
+    preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, rank: int, world_size: int
 ) -> Experiment:
     """What is measured, and what `training.memory` is asked about."""
     config = Experiment()
@@ -67,5 +72,5 @@ def experiment(
         config.stage.low_res_size = size // 4
     config.text.dim, config.text.max_tokens = 32, 12
     config.data.micro_batch, config.data.global_batch = micro_batch, micro_batch * world_size
-    config.zero.stage = stage
+    config.zero.stage, config.lora.rank = stage, rank
     return config

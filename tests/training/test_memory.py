@@ -10,22 +10,31 @@ import torch
 
 from tests.training.memory_probe import experiment, peaks
 from tests.training.ranks import run_ranks
-from training.memory import Setup, follow, memory, parameter_shapes
+from training.memory import Setup, follow, memory, parameter_count, parameter_shapes
 from training.model.presets import for_stage
 
 WIDE = {"widths": [128, 256], "cond_dim": 512, "head_dim": 64}
 """13 M parameters on small pictures: the state dominates."""
 FINE = {"widths": [32, 64]}
 """Few parameters on large pictures: the activations dominate."""
-TWO_PROCESSES = [("tiny_base", WIDE, 16, 4, stage) for stage in (2, 3)]
-ONE_PROCESS = [("tiny_base", WIDE, 16, 4, 0), ("tiny_base", FINE, 96, 12, 1), ("tiny_sr", FINE, 128, 12, 0)]
+TWO_PROCESSES = [("tiny_base", WIDE, 16, 4, stage, 0) for stage in (2, 3)]
+ONE_PROCESS = [
+    ("tiny_base", WIDE, 16, 4, 0, 0),
+    ("tiny_base", FINE, 96, 12, 1, 0),
+    ("tiny_sr", FINE, 128, 12, 0, 0),
+    ("tiny_base", FINE, 96, 12, 1, 8),
+]
 
 
-def predicted(preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, world_size: int) -> int:
-    config = experiment(preset, overrides, size, micro_batch, stage, world_size)
-    unet = for_stage(config.stage, config.text.dim)
-    setup = Setup(parameter_shapes(unet), config.zero, 4, world_size, len(config.ema.decays), on_gpu=False)
-    parts = memory(setup, follow(unet, size, config.text.max_tokens, torch.float32), micro_batch)
+def predicted(
+    preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, rank: int, world_size: int
+) -> int:
+    config = experiment(preset, overrides, size, micro_batch, stage, rank, world_size)
+    unet, averages = for_stage(config.stage, config.text.dim), len(config.ema.decays)
+    frozen = parameter_count(config.stage, config.text.dim) if rank else 0
+    shapes = parameter_shapes(unet, config.lora)
+    setup = Setup(shapes, config.zero, 4, world_size, averages, on_gpu=False, frozen=frozen)
+    parts = memory(setup, follow(unet, size, config.text.max_tokens, torch.float32, config.lora), micro_batch)
     return parts["total"] - parts["overhead"]
 
 

@@ -49,6 +49,15 @@ def test_state_is_what_zero_says_it_is() -> None:
     )
 
 
+def test_adapters_leave_little_to_train() -> None:
+    whole, adapters = make_plan(plan_config()), make_plan(plan_config(lora__rank=2))
+    frozen, trained = whole["parameters"], adapters["trained_parameters"]
+    assert whole["trained_parameters"] == frozen and adapters["parameters"] == frozen + trained < 1.5 * frozen
+    assert adapters["memory"]["moments"] == pytest.approx(8 * trained / adapters["world_size"], rel=0.01)
+    assert adapters["checkpoint_bytes"] / whole["checkpoint_bytes"] == pytest.approx(trained / frozen)
+    assert adapters["flops_per_image"] == 2 / 3 * whole["flops_per_image"]
+
+
 def test_activations_grow_with_the_micro_batch_and_bound_it() -> None:
     small, large = (make_plan(plan_config(data__micro_batch=size))["memory"]["activations"] for size in (4, 16))
     assert 3 < large / small < 4.5
