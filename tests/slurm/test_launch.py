@@ -193,6 +193,14 @@ def test_refused_before_anything_is_written(here: Path, words: list[str], own: l
     assert list(here.iterdir()) == []
 
 
+def test_a_key_of_another_command_is_written_beside_its_name(here: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match="output: a key of verify, embed, sample, checkpoints alone; write it beside the name, verb='NAME",
+    ):
+        load_config("launch", ["verb=embed", "output=there"])
+
+
 def test_without_slurm_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(here))
     with pytest.raises(UserError, match=r"sbatch is not on this machine's PATH.*dry_run=true"):
@@ -226,6 +234,24 @@ def test_two_nodes_train_and_survive_a_preemption(slurm: Slurm, here: Path) -> N
     starts = json.loads((run / "code.json").read_text())["starts"]
     assert [s["world_size"] for s in starts] == [2, 2]
     assert (run / "checkpoints/step-00000120").is_dir()
+
+
+@pytest.mark.slurm
+def test_an_array_shares_out_the_shards_to_embed(slurm: Slurm, here: Path) -> None:
+    drawn = ["prepare.draw.count=30", "prepare.draw.heldout=8", "prepare.draw.samples_per_shard=10"]
+    cascade("prepare", "experiment=demo", *drawn, env=slurm.env, cwd=here)
+    words = ["experiment=demo", "cluster=slurm", "cluster.gpus=false", "cluster.cpus_per_task=1", "cluster.processes=1",
+             "cluster.sbatch.array=0-1", "data.shards=data/demo/train"]  # fmt: skip
+    answer = cascade("launch", "verb='embed output=embeddings'", *words, env=slurm.env, cwd=here)
+    until(lambda: slurm.run("squeue", "-h") == "", 120)
+    logs = [path.read_text() for path in sorted(here.glob("**/*.log")) + sorted(here.glob("**/*.out"))]
+    states = slurm.run("scontrol", "show", "job", str(answer["job_id"]))
+    assert states.count("JobState=COMPLETED") == 2, (states, logs)
+    written = sorted(path.name for path in (here / "embeddings").iterdir())
+    assert written == [f"train-{number:05d}.embeddings.safetensors" for number in range(3)]
+    again = cascade("embed", "experiment=demo", "data.shards=data/demo/train", "output=embeddings",
+                    env=slurm.env, cwd=here)  # fmt: skip
+    assert again["kept"] == 3 and again["captions"] == 0
 
 
 @pytest.mark.slurm

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator
 
 from training.commandline.fields import Key, keys_of, type_words
+from training.commands import COMMANDS, LaunchCommand
 
 
 def explain(error: BaseException, root: type) -> str:
@@ -57,6 +58,10 @@ def _unknown_key(text: str, root: type) -> str:
     keys, full = keys_of(root), _search(r"full_key: (\S+)", text)
     typed = _search(r"Could not override '(\S+)'", text)
     full = typed if typed.startswith(full + ".") else full
+    if root is LaunchCommand:
+        owners = [verb for verb, (schema, *_) in COMMANDS.items() if full in keys_of(schema)]
+        if owners:
+            return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
     near = suggest(full, keys)
     if near:
         return f"{full}: no such key; did you mean {' or '.join(near)}?"
