@@ -24,8 +24,9 @@ from data_pipeline.tar import Gunzip
 logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 512
-_ONE_READ = 48 << 10
-"""Members that lie within so many bytes are read together."""
+_ONE_READ = 24 << 10
+"""Members that end within so many bytes are read together: cutting them costs a copy, which for more is dearer than
+another system call."""
 _REREADS = 2
 _SAME_SHARD, _ANYWHERE = 16, 64
 
@@ -37,18 +38,31 @@ _Place = tuple[str, int, int, int]
 class _File:
     """An open file that closes when the last user lets go of it."""
 
-    __slots__ = ("descriptor",)
-
     def __init__(self, url: str) -> None:
-        self.descriptor = -1
+        self._url, self._descriptor = url, -1
         try:
-            self.descriptor = os.open(store.local_path(url), os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(store.local_path(url), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"{url}: {error.strerror or error}") from error
 
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end); where that is possible in one piece, without a copy."""
+        try:
+            data = os.pread(self._descriptor, end - begin, begin)
+            while len(data) < end - begin:
+                more = os.pread(self._descriptor, end - begin - len(data), begin + len(data))
+                if not more:
+                    raise DataError(
+                        f"{self._url}: it ends before byte {end}, where its index has a sample; run `cascade index`"
+                    )
+                data += more
+        except OSError as error:
+            raise DataError(f"{self._url}: {error.strerror or error}") from error
+        return data
+
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 class RowReader:
@@ -70,21 +84,25 @@ class RowReader:
         index, rows = self.dataset.index(shard)
         physical = rows.item(row)
         parts = index.places(physical)
-        sample, wrong = self._read(shard, index, physical, parts, fresh=False)
-        for _ in range(_REREADS):
+        for attempt in range(1 + _REREADS):
+            sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
-                break
-            sample, wrong = self._read(shard, index, physical, parts, fresh=True)
-        if wrong:
-            raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
-        return sample
+                return sample
+        raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
 
     def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
         if self._direct[shard]:
-            return self._read_direct(shard, index, row, parts)
+            # What is read with holds the file, so that no other thread's opening closes it.
+            return _cut(index, row, parts, (self._files.get(shard) or self._open(shard)).read)
         begin = parts[0][1]
         data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts), fresh)
-        return _cut(index, row, parts, [(begin, data)])
+        return _cut(index, row, parts, lambda first, end: data[first - begin : end - begin])
+
+    def _open(self, shard: int) -> _File:
+        file = self._files[shard] = _File(self.dataset.urls[shard])
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
 
     def is_direct(self, shard: int) -> bool:
         """A plain local file, of which any sample is at hand for a system call or two."""
@@ -107,69 +125,32 @@ class RowReader:
         """The sample out of bytes [begin, ...) of its shard; one that does not verify is read again by itself."""
         index, rows = self.dataset.index(shard)
         physical = int(rows[row])
-        sample, wrong = _cut(index, physical, index.places(physical), [(begin, data)])
+        sample, wrong = _cut(
+            index, physical, index.places(physical), lambda first, end: data[first - begin : end - begin]
+        )
         if wrong:
             logger.warning("%s: %s of %s does not verify; reading it again", index.url, wrong, sample["__key__"])
             return self.read(shard, row)
         return sample
-
-    def _read_direct(self, shard: int, index: ShardIndex, row: int, parts: list[_Place]) -> tuple[Sample, str]:
-        """The sample by one system call for each large member and one for its small neighbours."""
-        begin, (_, last, size, _) = parts[0][1], parts[-1]
-        if last + size - begin <= _ONE_READ:
-            return _cut(index, row, parts, [(begin, self._pread(shard, index.url, begin, last + size))])
-        blocks: list[tuple[int, bytes]] = []
-        begin = end = -1
-        for _, offset, size, _ in parts:
-            stop = offset + size
-            if begin < 0:
-                begin = offset
-            elif stop - begin > _ONE_READ:
-                blocks.append((begin, self._pread(shard, index.url, begin, end)))
-                begin = offset
-            end = stop
-        blocks.append((begin, self._pread(shard, index.url, begin, end)))
-        return _cut(index, row, parts, blocks)
-
-    def _pread(self, shard: int, url: str, begin: int, end: int) -> bytes:
-        file = self._files.get(shard)  # held here, so that no other thread's opening closes it
-        if file is None:
-            file = self._files[shard] = _File(url)
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        try:
-            data = os.pread(file.descriptor, end - begin, begin)
-            if len(data) == end - begin:
-                return data
-            while len(data) < end - begin:
-                more = os.pread(file.descriptor, end - begin - len(data), begin + len(data))
-                if not more:
-                    raise DataError(
-                        f"{url}: it ends before byte {end}, where its index has a sample; run `cascade index`"
-                    )
-                data += more
-        except OSError as error:
-            raise DataError(f"{url}: {error.strerror or error}") from error
-        return data
 
     def close(self) -> None:
         """Closes the files that no thread is reading."""
         self._files.clear()
 
 
-def _cut(index: ShardIndex, row: int, parts: list[_Place], blocks: list[tuple[int, bytes]]) -> tuple[Sample, str]:
-    """The sample out of blocks (first byte, bytes) in archive order, and the first member that does not verify."""
+def _cut(index: ShardIndex, row: int, parts: list[_Place], read: Callable[[int, int], bytes]) -> tuple[Sample, str]:
+    """The sample, and the first member that does not verify; `read` gives bytes [begin, end) of the shard."""
     sample: Sample = {"__key__": index.key(row), "__url__": index.url}
-    wrong, number = "", 0
-    begin, data = blocks[0]
-    held = len(data)
+    wrong, data = "", b""
+    begin = end = -1
+    _, last, size, _ = parts[-1]
+    last += size
     for extension, offset, size, checksum in parts:
-        first = offset - begin
-        if first + size > held:
-            number += 1
-            begin, data = blocks[number]
-            first, held = offset - begin, len(data)
-        member = data if size == held else data[first : first + size]
+        stop = offset + size
+        if stop > end:
+            begin, end = offset, last if last - offset <= _ONE_READ else stop
+            data = read(begin, end)
+        member = data[offset - begin : stop - begin]
         if _digest(member) != checksum:
             wrong = wrong or f"member .{extension} at byte {offset}"
         sample[extension] = member

@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import re
+import struct
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -109,7 +111,7 @@ class ShardIndex:
 
     @cached_property
     def _lists(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
-        """First part of each row, and every part's offset, size and checksum. Single items of a memoryview come several
+        """First part of each row, and every part's offset, size and checksum. A few items of a memoryview come several
         times faster than a numpy array's."""
         offsets = self.table.column("offsets").combine_chunks()
         flat = [self.table.column(name).combine_chunks().flatten().to_numpy() for name in ("sizes", "checksums")]
@@ -117,10 +119,12 @@ class ShardIndex:
         return arrays[0].data, arrays[1].data, arrays[2].data, arrays[3].data
 
     @cached_property
-    def _layouts(self) -> tuple[list[list[str]], memoryview]:
+    def _layouts(self) -> tuple[list[tuple[list[str], Callable[..., tuple[int, ...]]]], memoryview]:
+        """The extensions of each layout with what unpacks as many 64-bit numbers, and the layout of each row."""
         column = self.table.column("layout").combine_chunks()
         names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
-        return names, column.indices.to_numpy(zero_copy_only=False).data
+        layouts = [(extensions, struct.Struct(f"{len(extensions)}Q").unpack_from) for extensions in names]
+        return layouts, column.indices.to_numpy(zero_copy_only=False).data
 
     @cached_property
     def _keys(self) -> tuple[memoryview, bytes]:
@@ -140,9 +144,12 @@ class ShardIndex:
     def places(self, row: int) -> list[tuple[str, int, int, int]]:
         """The same as plain tuples, for the hot path."""
         starts, offsets, sizes, checksums = self._lists
-        names, which = self._layouts
-        here = slice(starts[row], starts[row + 1])
-        return list(zip(names[which[row]], offsets[here], sizes[here], checksums[here], strict=True))
+        layouts, which = self._layouts
+        extensions, unpack = layouts[which[row]]
+        first = 8 * starts[row]  # in bytes
+        return list(
+            zip(extensions, unpack(offsets, first), unpack(sizes, first), unpack(checksums, first), strict=True)
+        )
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """First byte and end byte of every sample, (n,) int64 each."""
