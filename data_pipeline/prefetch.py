@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Prefetcher:
         wanted: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._reader, self._order, self._wanted = reader, order, wanted
-        self._batches = iter(positions)
+        self._places = self._locate(iter(positions))
         self._ahead: deque[tuple[int, int, int]] = deque()  # located, not yet handed out
         self._requested = 0  # how many of those have had their unit requested
         self._units: dict[int, _Unit] = {}
@@ -94,12 +95,10 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Callable[[], Sample]]]:
         """(position, shard, row, a function that waits for the sample and returns it)."""
+        if self._all_direct:
+            for position, shard, row in self._places:
+                yield position, shard, row, partial(self._reader.read, shard, row)
         while self._fill(1):
-            if self._all_direct:
-                here, self._ahead = self._ahead, deque()
-                for position, shard, row in here:
-                    yield position, shard, row, partial(self._reader.read, shard, row)
-                continue
             position, shard, row = self._ahead[0]
             if self._reader.is_direct(shard):
                 self._ahead.popleft()
@@ -112,17 +111,21 @@ class Prefetcher:
             unit = self._units.pop(position)
             yield position, shard, row, _Wait(self, unit, position)
 
-    def _fill(self, count: int) -> bool:
-        """Locates positions until `count` are known ahead; whether any are."""
-        while len(self._ahead) < count:
+    def _locate(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, int, int]]:
+        """(position, shard, row) of every position in order."""
+        while True:
             several: list[np.ndarray] = []
-            while sum(map(len, several)) < LOCATED and (batch := next(self._batches, None)) is not None:
+            while sum(map(len, several)) < LOCATED and (batch := next(batches, None)) is not None:
                 several.append(batch)
             if not several:
-                break
+                return
             positions = np.concatenate(several)
             _, shards, rows = self._order.locate_many(positions)
-            self._ahead.extend(zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True))
+            yield from zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True)
+
+    def _fill(self, count: int) -> bool:
+        """Takes up located positions until `count` are ahead; whether any are."""
+        self._ahead.extend(islice(self._places, max(count - len(self._ahead), 0)))
         return bool(self._ahead)
 
     def _pump(self) -> None:

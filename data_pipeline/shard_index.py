@@ -51,6 +51,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 VERSION = 2
+_MEMBER_BYTES = 3 * 8
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -110,20 +111,19 @@ class ShardIndex:
         return self.table.column(name)
 
     @cached_property
-    def _lists(self) -> tuple[memoryview, memoryview, memoryview, memoryview]:
-        """First part of each row, and every part's offset, size and checksum. A few items of a memoryview come several
-        times faster than a numpy array's."""
+    def _members(self) -> tuple[memoryview, memoryview]:
+        """First part of each row; and of every part, side by side, its offset, size and checksum, uint64 (parts, 3)."""
         offsets = self.table.column("offsets").combine_chunks()
         flat = [self.table.column(name).combine_chunks().flatten().to_numpy() for name in ("sizes", "checksums")]
-        arrays = offsets.offsets.to_numpy(), offsets.flatten().to_numpy(), flat[0], flat[1]
-        return arrays[0].data, arrays[1].data, arrays[2].data, arrays[3].data
+        columns = [array.astype(np.uint64, copy=False) for array in (offsets.flatten().to_numpy(), *flat)]
+        return offsets.offsets.to_numpy().data, np.stack(columns, axis=1).data
 
     @cached_property
     def _layouts(self) -> tuple[list[tuple[list[str], Callable[..., tuple[int, ...]]]], memoryview]:
-        """The extensions of each layout with what unpacks as many 64-bit numbers, and the layout of each row."""
+        """The extensions of each layout with what unpacks as many members, and the layout of each row."""
         column = self.table.column("layout").combine_chunks()
         names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
-        layouts = [(extensions, struct.Struct(f"{len(extensions)}Q").unpack_from) for extensions in names]
+        layouts = [(extensions, struct.Struct(f"{3 * len(extensions)}Q").unpack_from) for extensions in names]
         return layouts, column.indices.to_numpy(zero_copy_only=False).data
 
     @cached_property
@@ -143,20 +143,20 @@ class ShardIndex:
 
     def places(self, row: int) -> list[tuple[str, int, int, int]]:
         """The same as plain tuples, for the hot path."""
-        starts, offsets, sizes, checksums = self._lists
+        starts, members = self._members
         layouts, which = self._layouts
         extensions, unpack = layouts[which[row]]
-        first = 8 * starts[row]  # in bytes
-        return list(
-            zip(extensions, unpack(offsets, first), unpack(sizes, first), unpack(checksums, first), strict=True)
-        )
+        numbers = iter(unpack(members, _MEMBER_BYTES * starts[row]))
+        return list(zip(extensions, numbers, numbers, numbers))  # noqa: B905 (they are one iterator)
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """First byte and end byte of every sample, (n,) int64 each."""
         if not len(self):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        starts, offsets, sizes = (np.asarray(column) for column in self._lists[:3])
-        return np.minimum.reduceat(offsets, starts[:-1]), np.maximum.reduceat(offsets + sizes, starts[:-1])
+        starts, members = self._members
+        offsets, sizes = np.asarray(members)[:, :2].astype(np.int64).T
+        rows = np.asarray(starts)[:-1]
+        return np.minimum.reduceat(offsets, rows), np.maximum.reduceat(offsets + sizes, rows)
 
 
 def index_url(shard: str) -> str:
