@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,19 @@ class Batch:
     captions: list[str]
     embeddings: list[np.ndarray] | None = None
     """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
+
+    def to(self, device: str) -> Batch:
+        """The batch with its tensors there. Nothing waits for a GPU: they go through pinned memory."""
+        if device == "cpu":
+            return self
+        low_res = None if self.low_res is None else _sent(self.low_res, device)
+        return replace(
+            self, positions=_sent(self.positions, device), images=_sent(self.images, device), low_res=low_res
+        )
+
+
+def _sent(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Loader:

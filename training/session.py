@@ -206,18 +206,17 @@ class Session:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of one micro-batch."""
-        config, device = self.config, self.ranks.device
+        config, batch = self.config, batch.to(self.ranks.device)
         text, mask = self._text(batch)
-        low_res = None if batch.low_res is None else batch.low_res.to(device, non_blocking=True)
         mean, each_sample = loss(
             self.engine,
-            batch.images.to(device, non_blocking=True),
-            text.to(device),
-            mask.to(device),
+            batch.images,
+            text.to(self.ranks.device, non_blocking=True),
+            mask.to(self.ranks.device, non_blocking=True),
             config=config.stage.diffusion,
             seed=config.seed,
             positions=batch.positions,
-            low_res=low_res,
+            low_res=batch.low_res,
             image_size=config.stage.image_size,
             global_batch=config.data.global_batch,
             normal=self._normal,

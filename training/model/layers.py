@@ -30,6 +30,17 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def folded(x: Tensor, patch: int) -> Tensor:
+    """Blocks of patch x patch pixels as channels, (B, C, H, W) -> (B, C patch^2, H / patch, W / patch), in x's memory
+    format (`pixel_unshuffle` forgets it, and the whole network follows the layout of its first tensor)."""
+    if patch == 1:
+        return x
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return F.pixel_unshuffle(x, patch).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
+
+
 def scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
     """(x + h) scale, the product in place: neither operand is needed for the gradient."""
     return (x + h).mul_(scale) if scale != 1.0 else x + h
@@ -39,11 +50,11 @@ def doubled(x: Tensor) -> Tensor:
     """Nearest up-sampling to twice the side, (B, C, H, W) -> (B, C, 2 H, 2 W).
 
     Compiled, it is written as a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter that of
-    `interpolate` by atomic additions, slowly and in no fixed order.
+    `interpolate` by atomic additions, slowly and in no fixed order. Channels stay last in memory.
     """
     if torch.compiler.is_compiling():
-        wide = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
-        return wide.flatten(4, 5).flatten(2, 3)
+        wide = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return wide.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -96,8 +107,9 @@ class ResBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return doubled(x) if self.resample == "up" else x
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x (B, C, H, W), cond (B, E) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, cond: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C1, H, W), cond (B, E), skip (B, C2, H, W) -> (B, C', H', W'); `skip` is concatenated to x."""
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         h = self.conv_in(self.resampled(F.silu(self.norm_in(x))))
         scale, shift = self.cond(cond)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm_out(h), 1 + scale)

@@ -65,7 +65,7 @@ class TextEncoder(ABC):
             if caption:
                 text[b, : lengths[b]] = rows[caption]
         mask = torch.arange(self.max_tokens)[None, :] < lengths[:, None]
-        return text, mask.to(self.device)
+        return text, mask.to(self.device, non_blocking=True)
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
         """The words of a caption, each with the places (0 to T - 1) of its tokens; for heat maps."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from training.model.layers import (
     ResBlock,
     TextPool,
     UpConv,
+    folded,
     group_norm,
     zeroed,
 )
@@ -48,9 +50,10 @@ class Unit(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.skip = skip
 
-    def forward(self, h: Tensor, cond: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T) -> (B, C', H', W')."""
-        h = self.main(h, cond)
+    def forward(self, h: Tensor, cond: Tensor, text: Tensor, text_mask: Tensor, *kept: Tensor) -> Tensor:
+        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T), perhaps a kept output ->
+        (B, C', H', W')."""
+        h = self.main(h, cond, *kept)
         for attention in self.attentions:
             h = attention(h, text, text_mask)
         return h
@@ -202,7 +205,7 @@ class UNet(nn.Module):
             x = torch.cat([x, low_res.to(x.dtype)], dim=1)
         cond = F.silu(cond)
 
-        h = first = self.stem(F.pixel_unshuffle(x.to(dtype), self.config.patch))  # (B, C, H / p, W / p)
+        h = first = self.stem(folded(x.to(dtype), self.config.patch))  # (B, C, H / p, W / p)
         skips: list[Tensor] = []
         for unit in self.down:
             h = self.run(unit, h, cond, words, mask)
@@ -211,28 +214,30 @@ class UNet(nn.Module):
         for unit in self.middle:
             h = self.run(unit, h, cond, words, mask)
         for unit in self.up:
-            if unit.skip:
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = self.run(unit, h, cond, words, mask)
-        if self.config.efficient:
-            h = torch.cat([h, first], dim=1)
-        return self.head(h)
+            kept = [skips.pop().view_as(h)] if unit.skip else []
+            h = self.run(unit, h, cond, words, mask, *kept)
+        return self.head(h, *([first] if self.config.efficient else []))
 
-    def head(self, h: Tensor) -> Tensor:
-        """(B, C, H / p, W / p) -> (B, 3, H, W) fp32."""
+    def head(self, *parts: Tensor) -> Tensor:
+        """Tensors (B, C, H / p, W / p), concatenated -> (B, 3, H, W) fp32."""
+        h = torch.cat(parts, dim=1)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch).to(torch.float32)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile each block and the head in place: parameter names stay free of wrappers.
 
         Every shape gets code of its own (`dynamic=False`); blocks of equal shape share it. torch compiles a function
-        for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled.
+        for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled. Left
+        to itself, inductor lays out blocks that narrow strongly as NCHW, for which convolutions convert back and forth.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+        options: dict[str, Any] = {"dynamic": False, "backend": backend}
+        if backend == "inductor":
+            options["options"] = {"force_layout_optimization": True}
         for module in self.modules():
             if isinstance(module, (ResBlock, Attention, UpConv)):
-                module.compile(backend=backend, dynamic=False)
-        self.head = torch.compile(self.head, backend=backend, dynamic=False)  # type: ignore[method-assign]
+                module.compile(**options)
+        self.head = torch.compile(self.head, **options)  # type: ignore[method-assign]
 
 
 @contextmanager

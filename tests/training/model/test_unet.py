@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.model.layers import Attention, DownConv, ResBlock
 from training.model.presets import PRESETS, UNetConfig
-from training.model.unet import UNet, record_attention
+from training.model.unet import UNet, Unit, record_attention
 
 BASE = replace(
     PRESETS["tiny_base"], text_width=24, self_attention=(True, True), cross_attention=(False, True), ff_mult=1
@@ -49,6 +49,13 @@ def inputs(config: UNetConfig, count: int = 3) -> dict[str, Any]:
     if config.low_res:
         given |= {"low_res": torch.randn(count, 3, side, side), "aug_log_snr": torch.linspace(-1, 9, count)}
     return given
+
+
+def channels_last(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        for name, tensor in given.items()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,7 +196,7 @@ def test_every_shape_of_block_is_compiled_for_itself() -> None:
         text_pool_heads=2,
         head_dim=8,
     )
-    net, given = build(config), inputs(config)
+    net, given = build(config), channels_last(inputs(config))
     sizes = []
 
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
@@ -221,3 +228,18 @@ def test_ends_and_strides_are_the_papers() -> None:
         assert not any(p.any() for p in block.conv_out.parameters()) and block.conv_in.weight.any()
     for layer in (m for m in net.modules() if isinstance(m, Attention)):
         assert not any(p.any() for p in layer.out.parameters())
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("kind", ["base", "sr"])
+def test_channels_stay_last(kind: str, patch: int) -> None:
+    """Every tensor on the way has the layout of the first; a GPU would convert others in each convolution."""
+    config = replace(KINDS[kind], patch=patch)
+    net, given = build(config), inputs(config)
+    found = {}
+    for name, module in net.named_modules():
+        if isinstance(module, (Unit, nn.Conv2d)):
+            module.register_forward_hook(lambda *args, name=name: found.setdefault(name, args[-1]))
+    net(**channels_last(given))
+    astray = [name for name, h in found.items() if not h.is_contiguous(memory_format=torch.channels_last)]
+    assert len(found) > 10 and not astray
