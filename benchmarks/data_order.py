@@ -131,8 +131,8 @@ def report(name: str, samples: np.ndarray, shards: int, each: int) -> None:
     apart = apart[(np.arange(1, shards * each) % each != 0) & (place[1:] >= 0) & (place[:-1] >= 0)]
     same = np.mean((place[1:] // BATCH == place[:-1] // BATCH) & (place[1:] >= 0))
     chance = (BATCH - 1) / (shards * each - 1)
-    near = np.mean(apart < 10 * BATCH) / (2 * 10 * BATCH / (shards * each))
-    show(f"shuffle: {name}", distinct_shards=distinct, together=same / chance, nearby=near)
+    near = float(np.mean(apart < 10 * BATCH)) / (2 * 10 * BATCH / (shards * each))
+    show(f"shuffle: {name}", distinct_shards=float(distinct), together=same / chance, nearby=near)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def measure_local(folder: Path, rounds: int) -> None:
         stream = ShardStream(str(here), **OPTIONS, stop=1000)
         plain = wds.WebDataset(pattern, shardshuffle=False)
         name = f"local tar, {size / 1e3:.0f} kB pictures"
-        compare(name, lambda s=stream: count(s), lambda p=plain: count(p), bare(stream), rounds)
+        compare(name, partial(count, stream), partial(count, plain), bare(stream), rounds)
 
 
 def bare(stream: ShardStream) -> Callable[[], int]:

@@ -43,7 +43,7 @@ from training.model.presets import PRESETS, UNetConfig
 from training.model.unet import UNet
 
 TOKENS, ROUNDS, STEPS = 128, 3, 5
-JOBS = {"base64": (64, 64), "sr256": (256, 64), "sr1024": (256, 64)}
+JOBS = {"base64": (64, 64), "sr256": (256, 96), "sr1024": (256, 96)}
 """Preset -> side of the training pictures (sr1024: crops), batch."""
 DRY_JOBS = {"tiny_base": (16, 4), "tiny_sr": (16, 4)}
 

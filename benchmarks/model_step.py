@@ -1,14 +1,19 @@
-"""A training step of the U-Nets on a CPU (one thread, fp32): milliseconds per counted GFLOP beside other
-implementations.
+"""A training step of the U-Nets: milliseconds per counted GFLOP beside other implementations.
 
-    python -m benchmarks.model_step     # peers take part if they are installed:
-                                        #   pip install diffusers; pip install --no-deps imagen-pytorch
+    python -m benchmarks.model_step          # one thread of a CPU, fp32, 12 M parameters
+    python -m benchmarks.model_step gpu      # a GPU, bf16, 190 M parameters, uncompiled and compiled
+    python -m benchmarks.model_step gpu dry  # its code on a CPU, with the small networks
+
+Peers take part if they are installed: `pip install diffusers einops beartype kornia einops-exts` and
+`pip install --no-deps imagen-pytorch`.
 
 Prints JSON lines and, last, a Markdown table for docs/benchmarks.md. Work is counted with torch's flop counter (1 MAC =
 2 FLOP) on one forward pass and taken three times.
 
-Forward, backward and AdamW on noise, equal pictures, text tokens and (to 2 %) parameters for all. Rounds are
-interleaved, so that all models see the same disturbances, and the median is reported. GPUs: benchmarks/model_gpu.py.
+Forward, backward and fused AdamW on noise, equal pictures, text tokens and (to 2 %) parameters for all. Rounds are
+interleaved, so that all models see the same disturbances, and the median is reported. On a GPU all have bf16 weights;
+compiled means `compile_blocks` for ours, `torch.compile` of the whole network for the others, channels last for all.
+The big U-Nets, and what each trick brings them: benchmarks/model_gpu.py.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,17 +39,24 @@ from training.model.presets import UNetConfig
 from training.model.unet import UNet
 
 ROUNDS = 5
-SIDE, BATCH, TOKENS, TEXT = 64, 4, 32, 512
-SMALL = UNetConfig(
-    widths=(64, 128, 192),
-    blocks=(2, 2, 2),
-    self_attention=(False, True, True),
-    cross_attention=(False, False, False),
-    head_dim=32,
-    text_dim=TEXT,
-    cond_dim=256,
-)
-"""64 px, three levels, attention at 32 and 16 px: 11.8e6 parameters, as the peers' networks below."""
+SIDE, TOKENS = 64, 32
+
+
+@dataclass(frozen=True)
+class Scale:
+    """64 px, three levels, attention at 32 and 16 px, for all networks."""
+
+    batch: int
+    width: int
+    """Channels of the first level."""
+    head_dim: int
+
+    @property
+    def text(self) -> int:
+        return 8 * self.width
+
+
+CPU, GPU = Scale(4, 64, 32), Scale(64, 256, 64)
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -91,10 +104,15 @@ class Job:
     forward: Callable[[], Tensor]
 
     def __post_init__(self) -> None:
+        self.step_seconds: list[float] = []
         self.parameters = sum(p.numel() for p in self.model.parameters())
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             self.forward()
         self.flops = 3 * counter.get_total_flops()
+        self.new_optimizer()
+
+    def new_optimizer(self) -> None:
+        """With moments in the layout that the parameters have now."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
@@ -103,16 +121,29 @@ class Job:
         self.forward().float().square().mean().backward()
         self.optimizer.step()
 
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
 
-def own_unet() -> Job:
+
+def own_unet(scale: Scale) -> Job:
     """The base U-Net of this project."""
-    model = UNet(SMALL)
-    x, text = torch.randn(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, TOKENS, TEXT)
-    mask, level = torch.ones(BATCH, TOKENS, dtype=torch.bool), torch.zeros(BATCH)
+    config = UNetConfig(
+        widths=(scale.width, 2 * scale.width, 3 * scale.width),
+        blocks=(2, 2, 2),
+        self_attention=(False, True, True),
+        cross_attention=(False, False, False),
+        head_dim=scale.head_dim,
+        text_dim=scale.text,
+        cond_dim=4 * scale.width,
+    )
+    model = UNet(config)
+    x, text = torch.randn(scale.batch, 3, SIDE, SIDE), torch.randn(scale.batch, TOKENS, scale.text)
+    mask, level = torch.ones(scale.batch, TOKENS, dtype=torch.bool), torch.zeros(scale.batch)
     return Job("cascade", model, lambda: model(x, level, text, mask))
 
 
-def diffusers_unet() -> Job:
+def diffusers_unet(scale: Scale) -> Job:
     """UNet2DConditionModel with the same kind of blocks: scale-shift norm, text keys and values appended."""
     from diffusers import UNet2DConditionModel
 
@@ -121,37 +152,38 @@ def diffusers_unet() -> Job:
         in_channels=3,
         out_channels=3,
         layers_per_block=2,
-        block_out_channels=(64, 112, 176),
+        block_out_channels=(scale.width, scale.width * 7 // 4, scale.width * 11 // 4),
         norm_num_groups=16,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        cross_attention_dim=TEXT,
-        attention_head_dim=16,
+        cross_attention_dim=scale.text,
+        attention_head_dim=scale.width // 4,
         resnet_time_scale_shift="scale_shift",
     )
-    x, text, t = torch.randn(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, TOKENS, TEXT), torch.zeros(BATCH).long()
+    x, text = torch.randn(scale.batch, 3, SIDE, SIDE), torch.randn(scale.batch, TOKENS, scale.text)
+    t = torch.zeros(scale.batch).long()
     return Job("diffusers", model, lambda: model(x, t, encoder_hidden_states=text).sample)
 
 
-def imagen_unet() -> Job:
+def imagen_unet(scale: Scale) -> Job:
     """imagen-pytorch's Unet; its attention sees the `TOKENS` text tokens themselves, not 256 padded or pooled ones."""
     model = imagen_class()(
-        dim=64,
+        dim=scale.width,
         dim_mults=(1, 2, 3),
         num_resnet_blocks=2,
         layer_attns=(False, True, True),
         layer_cross_attns=(False, True, True),
-        attn_heads=6,
-        attn_dim_head=32,
-        text_embed_dim=TEXT,
-        cond_dim=256,
+        attn_heads=3 * scale.width // scale.head_dim,
+        attn_dim_head=scale.head_dim,
+        text_embed_dim=scale.text,
+        cond_dim=4 * scale.width,
         max_text_len=TOKENS,
         attn_pool_text=False,
     )
-    x, text = torch.randn(BATCH, 3, SIDE, SIDE), torch.randn(BATCH, TOKENS, TEXT)
-    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
-    return Job("imagen-pytorch", model, lambda: model(x, torch.zeros(BATCH), text_embeds=text, text_mask=mask))
+    x, text = torch.randn(scale.batch, 3, SIDE, SIDE), torch.randn(scale.batch, TOKENS, scale.text)
+    mask, times = torch.ones(scale.batch, TOKENS, dtype=torch.bool), torch.zeros(scale.batch)
+    return Job("imagen-pytorch", model, lambda: model(x, times, text_embeds=text, text_mask=mask))
 
 
 def imagen_class() -> Any:
@@ -186,46 +218,95 @@ def _replaced_modules(modules: dict[str, types.ModuleType]) -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-def on_cpu() -> None:
-    torch.set_num_threads(1)
-    jobs = [own_unet()]
-    for package, build in (("diffusers", diffusers_unet), ("imagen_pytorch", imagen_unet)):
-        if importlib.util.find_spec(package):
-            jobs.append(build())
-        else:
+NETWORKS = {"cascade": own_unet, "diffusers": diffusers_unet, "imagen_pytorch": imagen_unet}
+"""By package; the first is what the others are compared with."""
+
+
+def built(scale: Scale) -> list[Job]:
+    """The networks that are there, after their first step."""
+    jobs = []
+    for package, build in NETWORKS.items():
+        if package != "cascade" and not importlib.util.find_spec(package):
             show(model=package, left_out="not installed")
-    times: dict[str, list[float]] = {job.name: [] for job in jobs}
+            continue
+        jobs.append(build(scale))
+        jobs[-1].step()
+    return jobs
+
+
+def compare(jobs: list[Job], peak: Callable[[], float], device: str, steps: int = 1) -> list[dict[str, Any]]:
+    """Interleaved rounds of `steps` steps; one row per network, in units of the first one's time per GFLOP."""
     peaks = []
     for job in jobs:
-        job.step()
+        job.step_seconds.clear()
     for _ in range(ROUNDS):
-        peaks.append(matmul_rate("cpu", torch.float32, 1536))
+        peaks.append(peak())
         for job in jobs:
-            times[job.name].append(seconds(job.step, "cpu"))
-    peak = statistics.median(peaks)
+            job.step_seconds.append(seconds(partial(job.steps, steps), device) / steps)
     rows = []
     for job in jobs:
         ratios = [
             (theirs / job.flops) / (ours / jobs[0].flops)
-            for theirs, ours in zip(times[job.name], times[jobs[0].name], strict=True)
+            for theirs, ours in zip(job.step_seconds, jobs[0].step_seconds, strict=True)
         ]
-        median = statistics.median(times[job.name])
+        median = statistics.median(job.step_seconds)
         rows.append(
             {
                 "model": job.name,
                 "parameters_M": round(job.parameters / 1e6, 2),
                 "step_GFLOP": round(job.flops / 1e9, 1),
-                "ms_per_step": round(1e3 * median),
-                "ms_per_GFLOP": round(1e12 * median / job.flops, 2),
-                "of_matmul_peak": round(job.flops / median / peak, 3),
+                "ms_per_step": round(1e3 * median, 1),
+                "ms_per_GFLOP": float(f"{1e12 * median / job.flops:.3g}"),
+                "of_matmul_peak": round(job.flops / median / statistics.median(peaks), 3),
                 "times_ours_median": round(statistics.median(ratios), 2),
                 "times_ours_range": f"{min(ratios):.2f}-{max(ratios):.2f}",
             }
         )
         show(**rows[-1])
-    show(matmul_peak_GFLOPs=round(peak / 1e9, 1), measured=[round(p / 1e9, 1) for p in peaks])
+    show(matmul_peak_GFLOPs=round(statistics.median(peaks) / 1e9, 1), measured=[round(p / 1e9, 1) for p in peaks])
+    return rows
+
+
+def on_cpu() -> None:
+    torch.set_num_threads(1)
+    table(compare(built(CPU), lambda: matmul_rate("cpu", torch.float32, 1536), "cpu"))
+
+
+def on_gpu(device: str = "cuda", scale: Scale = GPU) -> None:
+    """Both ways; peers that do not compile are left out of the second."""
+    backend = "inductor" if device == "cuda" else "eager"
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device(device)
+    torch.backends.cudnn.benchmark = True
+
+    def peak() -> float:
+        return matmul_rate(device, torch.bfloat16, 8192 if device == "cuda" else 512)
+
+    if device == "cuda":
+        show(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    jobs = built(scale)
+    rows = [row | {"compiled": "no"} for row in compare(jobs, peak, device, steps=5)]
+    for job in list(jobs):
+        job.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        job.new_optimizer()
+        if isinstance(job.model, UNet):
+            job.model.compile_blocks(backend)
+        else:
+            job.model.compile(dynamic=False, backend=backend)
+        try:
+            job.step()
+            job.step()
+        except Exception as error:  # whatever another package's code makes of the compiler
+            show(model=job.name, left_out=str(error).splitlines()[0])
+            jobs.remove(job)
+    rows += [row | {"compiled": "yes"} for row in compare(jobs, peak, device, steps=5)]
     table(rows)
 
 
 if __name__ == "__main__":
-    on_cpu()
+    if sys.argv[1:] == ["gpu"]:
+        on_gpu()
+    elif sys.argv[1:] == ["gpu", "dry"]:
+        on_gpu("cpu", CPU)
+    else:
+        on_cpu()

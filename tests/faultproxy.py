@@ -35,6 +35,7 @@ class FaultProxy:
     choose: Callable[[str, str, str], str] | None = None
     """(method, path, range) -> fault, instead of a plan."""
     log: list[tuple[str, str, str, str]] = field(default_factory=list)
+    _plan: list[str] = field(default_factory=list, init=False)
 
     def plan(self, faults: list[str], default: str = "ok") -> None:
         """Faults for the next requests, one each; then `default`."""
@@ -42,7 +43,7 @@ class FaultProxy:
         self.log.clear()
 
     def __enter__(self) -> FaultProxy:
-        self._plan: list[str] = []
+        self._plan.clear()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

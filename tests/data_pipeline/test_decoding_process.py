@@ -85,8 +85,8 @@ def test_embeddings_come_along(photos: str, tmp_path: Path) -> None:
     for path in Path(photos).glob("*.tar"):
         index = index_shard(str(path))
         writer = SidecarWriter(sidecar_url(str(path), str(tmp_path)), {"digest": index.digest}, 4)
-        for batch in read(replace(BASE, shards=str(path)), 8):
-            for key, caption in zip(batch[0].keys, batch[0].captions, strict=True):
+        for plain in read(replace(BASE, shards=str(path)), 8):
+            for key, caption in zip(plain[0].keys, plain[0].captions, strict=True):
                 writer.add(key, caption, np.full((len(caption.split()), 4), len(caption), np.float32))
         writer.close()
     (batch,) = read(replace(BASE, shards=photos, embeddings=str(tmp_path)), 1, own_process=True)[0]

@@ -46,9 +46,12 @@ def steps(config: Experiment, ranks: Ranks, count: int) -> None:
         engine.step(step)
 
 
-def peaks(ranks: Ranks, cases: list[Any]) -> list[int]:
-    """Peak bytes above the baseline, for each (preset, overrides, picture size, micro-batch, ZeRO stage, rank of
-    adapters)."""
+Case = tuple[str, dict[str, Any], int, int, int, int]
+"""Preset, overrides, picture size, micro-batch, ZeRO stage, rank of adapters."""
+
+
+def peaks(ranks: Ranks, cases: list[Case]) -> list[int]:
+    """Peak bytes above the baseline, for each case."""
     assert os.environ["MALLOC_MMAP_THRESHOLD_"], "else freed memory stays with the process"
     steps(experiment("tiny_base", {}, 8, 2, 1, 2, ranks.world_size), ranks, 2)  # what every process loads once
     found = []

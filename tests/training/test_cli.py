@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def fake_verb(monkeypatch: pytest.MonkeyPatch):
     """Lets `cascade train` call a function of the test's instead of training."""
 
     def install(main) -> None:
-        module = type(sys)("fake_training")
+        module: Any = type(sys)("fake_training")
         module.main = main
         monkeypatch.setitem(sys.modules, "fake_training", module)
         monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], "fake_training", "a test"))

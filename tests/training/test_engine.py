@@ -176,12 +176,13 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
         found[f"bf16 repeats/{stage}"] = train(fresh, ranks, range(STEPS, STEPS + 2)) == go_on
     # Adafactor's means are those of whole matrices, whoever holds which slice; its state goes from stage to stage
     found["adafactor"] = {}
-    for stage, source in ((3, None), (2, None), (1, 3)):
+    given: int | None
+    for stage, given in ((3, None), (2, None), (1, 3)):
         engine = build_engine(Net(), experiment(stage, optimizer="adafactor"), ranks, 1)
         losses = train(engine, ranks, range(STEPS))
-        if source is not None:
+        if given is not None:
             engine = build_engine(Net(), experiment(stage, optimizer="adafactor"), ranks, 1)
-            checkpoint = CheckpointStore(f"{directory}/adafactor-{source}").newest(ranks)
+            checkpoint = CheckpointStore(f"{directory}/adafactor-{given}").newest(ranks)
             assert checkpoint is not None
             engine.import_tensors(checkpoint.read, FACTORED, STEPS)
         save(engine, ranks, f"{directory}/adafactor-{stage}", STEPS)

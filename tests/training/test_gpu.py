@@ -38,7 +38,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def settings(stage: int, dtype: str = "bf16", **precision: bool) -> Experiment:
-    config = experiment("tiny_base", {"widths": [64, 128]}, 32, 8, stage, 1)
+    config = experiment("tiny_base", {"widths": [64, 128]}, 32, 8, stage, 0, 1)
     config.precision = replace(config.precision, dtype=dtype, **precision)
     return config
 
@@ -142,7 +142,7 @@ def test_a_gpu_draws_what_a_cpu_draws() -> None:
 def test_the_memory_model(ranks: Ranks, stage: int, checkpointed: bool) -> None:
     """Within a tenth of what the allocator counted, without the constant that the model adds for the CUDA context."""
     overrides = {"widths": [256, 512], "cond_dim": 512, "head_dim": 64, "checkpoint_blocks": checkpointed}
-    config = experiment("tiny_base", overrides, 64, 32, stage, 1)
+    config = experiment("tiny_base", overrides, 64, 32, stage, 0, 1)
     config.precision = replace(config.precision, dtype="bf16")
     unet = for_stage(config.stage, config.text.dim)
     setup = Setup(parameter_shapes(unet), config.zero, 2, 1, len(config.ema.decays))

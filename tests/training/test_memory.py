@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.memory_probe import experiment, peaks
+from tests.training.memory_probe import Case, experiment, peaks
 from tests.training.ranks import run_ranks
 from training.memory import Setup, follow, memory, parameter_count, parameter_shapes
 from training.model.presets import for_stage
@@ -17,8 +17,8 @@ WIDE = {"widths": [128, 256], "cond_dim": 512, "head_dim": 64}
 """13 M parameters on small pictures: the state dominates."""
 FINE = {"widths": [32, 64]}
 """Few parameters on large pictures: the activations dominate."""
-TWO_PROCESSES = [("tiny_base", WIDE, 16, 4, stage, 0) for stage in (2, 3)]
-ONE_PROCESS = [
+TWO_PROCESSES: list[Case] = [("tiny_base", WIDE, 16, 4, stage, 0) for stage in (2, 3)]
+ONE_PROCESS: list[Case] = [
     ("tiny_base", WIDE, 16, 4, 0, 0),
     ("tiny_base", FINE, 96, 12, 1, 0),
     ("tiny_sr", FINE, 128, 12, 0, 0),
@@ -39,10 +39,10 @@ def predicted(
 
 
 @pytest.mark.parametrize(("cases", "processes"), [(ONE_PROCESS, 1), (TWO_PROCESSES, 2)], ids=["one", "two"])
-def test_measured_peaks(cases: list[Any], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_peaks(cases: list[Case], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth of what the kernel counted."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     measured = run_ranks(peaks, processes, tmp_path, cases)
-    for case, *found in zip(cases, *measured, strict=True):
+    for case, found in zip(cases, zip(*measured, strict=True), strict=True):
         assert max(found) == pytest.approx(predicted(*case, processes), rel=0.1), case

@@ -10,8 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("checkpoint", "writer", "session", "tracking", "watchdog", "resilience", "run_dir", "validation", "train")
-FILES += ("plain_engine", "checkpoints", "doctor")
+FILES = (
+    "checkpoint",
+    "writer",
+    "session",
+    "tracking",
+    "watchdog",
+    "resilience",
+    "run_dir",
+    "validation",
+    "train",
+    "plain_engine",
+    "checkpoints",
+    "doctor",
+)
 ENDING = {"CheckpointError", "Superseded", "NotFinite", "RankLost", "DataError", "ConfigError", "UserError", "kind"}
 PLACE = re.compile(r"%[-\d.]*[sdgrf]|%\(\w+\)s")
 

@@ -126,14 +126,14 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
     """(run id, values) of every record in the offline files, decoded by W&B's own message classes."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for path in sorted(run.path.glob("wandb/offline-run-*/run-*.wandb")):
         run_id = ""
-        records = []
+        records: list[Any] = []
         while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
-            records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path)]
+            records = [Record.FromString(data) for data in wandb_records(path)]
             time.sleep(0.02)
         for record in records:
             if record.HasField("run"):

@@ -214,6 +214,7 @@ class UNet(nn.Module):
         for unit in self.middle:
             h = self.run(unit, h, cond, words, mask)
         for unit in self.up:
+            # Without a middle, h is the tensor that was kept: concatenated with itself it would lose channels-last.
             kept = [skips.pop().view_as(h)] if unit.skip else []
             h = self.run(unit, h, cond, words, mask, *kept)
         return self.head(h, *([first] if self.config.efficient else []))

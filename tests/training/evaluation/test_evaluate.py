@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,11 +83,13 @@ def test_without_shards_heldout_drawings_are_made(bundle: str, tmp_path: Path) -
 class Perfect(Cascade):
     """Draws what the caption says, or what another caption says for every fourth prompt; restores by the truth."""
 
+    truth: list[Any]
+
     def draw(self, prompts, *arguments, stages=None, low_res=None, **options):  # type: ignore[no-untyped-def]
         drawings = number_drawings(list(prompts), [], options.get("seed", 0), 1)
         for index, drawing in enumerate(drawings):
             words = "a small blue square on a black background" if index % 4 == 3 else drawing.prompt
-            picture = draw(parse(words), 64, seed=index) if low_res is None else self.truth[index]  # type: ignore[arg-type]
+            picture = draw(parse(words), 64, seed=index) if low_res is None else self.truth[index]
             drawing.stages = {"base": Image.fromarray(box_average(picture, 4)), "sr": Image.fromarray(picture)}
         return drawings
 

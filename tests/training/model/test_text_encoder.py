@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def tiny_t5(path: Path, *, byte_level: bool = False, multilingual: bool = False,
     """A whole T5 v1.1, ByT5 or mT5 (encoder and decoder) of 16 channels with its tokenizer files, as the hub stores
     one."""
     from safetensors.torch import load_file, save_file
-    from transformers import (
+    from transformers import (  # type: ignore[attr-defined]
         ByT5Tokenizer,
         MT5Config,
         MT5ForConditionalGeneration,
@@ -44,6 +45,7 @@ def tiny_t5(path: Path, *, byte_level: bool = False, multilingual: bool = False,
         ByT5Tokenizer().save_pretrained(path)
     else:
         T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(path)
+    kind: Any
     kind, whole = (MT5Config, MT5ForConditionalGeneration) if multilingual else (T5Config, T5ForConditionalGeneration)
     config = kind(
         vocab_size=384 if byte_level else len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1,

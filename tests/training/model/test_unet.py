@@ -197,7 +197,7 @@ def test_every_shape_of_block_is_compiled_for_itself() -> None:
         head_dim=8,
     )
     net, given = build(config), channels_last(inputs(config))
-    sizes = []
+    sizes: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         sizes.extend(x.shape if isinstance(x, Tensor) else x for x in examples)
@@ -236,7 +236,7 @@ def test_channels_stay_last(kind: str, patch: int) -> None:
     """Every tensor on the way has the layout of the first; a GPU would convert others in each convolution."""
     config = replace(KINDS[kind], patch=patch)
     net, given = build(config), inputs(config)
-    found = {}
+    found: dict[str, Any] = {}
     for name, module in net.named_modules():
         if isinstance(module, (Unit, nn.Conv2d)):
             module.register_forward_hook(lambda *args, name=name: found.setdefault(name, args[-1]))
