@@ -72,7 +72,7 @@ class StageConfig:
 @dataclass
 class TextConfig:
     kind: str = "words"
-    """`words` (deterministic vectors per word and character; knows no meaning, needs no download) or `t5`."""
+    """`words` (deterministic vectors per word, character and neighbour; no meaning, no download) or `t5`."""
     path: str | None = None
     """`t5`: a local directory or a name in the Hugging Face cache."""
     max_tokens: int = 32

@@ -146,9 +146,9 @@ def identity(config: TextConfig) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {"kind": config.kind, "dim": config.dim, "max_tokens": config.max_tokens}
     if config.kind == "words":
-        from training.model.words import word_vector
+        from training.model.words import token_vectors
 
-        probe = word_vector("red", config.dim).tobytes() + word_vector("東京", config.dim).tobytes()
+        probe = token_vectors(["red", "東京"], config.dim).tobytes()
         return {**facts, "weights": hashlib.blake2b(probe, digest_size=8).hexdigest(), "tokenizer": "words"}
     folder = _encoder_folder(str(config.path))
     weights = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from training.model.words import normalise, position_vectors, split_words, word_vector
+from training.model.words import normalise, split_words, token_vectors
 
 if TYPE_CHECKING:
     from training.config import TextConfig
@@ -110,7 +110,7 @@ class TextEncoder(ABC):
 
 
 class WordEncoder(TextEncoder):
-    """Fixed pseudo-random vectors per word, character trigram and place: any language, no download, no meaning.
+    """Fixed pseudo-random vectors per word, its trigrams, neighbours and place: any language, no download, no meaning.
 
     Two words are near each other only when they are spelled alike, so a model trained with it understands just the
     words of its training captions. It serves demos and tests, where captions come from a small set of words.
@@ -120,17 +120,13 @@ class WordEncoder(TextEncoder):
         super().__init__(config, device)
         self.dim = config.dim
         self.name = f"words-{config.dim} (hashed words and characters, knows no meaning)"
-        self._positions = position_vectors(self.max_tokens, self.dim)
 
     def _encode(self, captions: list[str]) -> list[Tensor]:
         return [torch.from_numpy(self._rows(caption)).to(self.device) for caption in captions]
 
     def _rows(self, caption: str) -> np.ndarray:
         words = [normalise(caption[start:end]) for start, end in split_words(caption)[: self.max_tokens]]
-        rows = np.zeros((len(words), self.dim), dtype=np.float32)
-        for place, word in enumerate(words):
-            rows[place] = word_vector(word, self.dim) + self._positions[place]
-        return rows
+        return token_vectors(words, self.dim)
 
     def _token_starts(self, caption: str) -> list[int]:
         return [start for start, _ in split_words(caption)]
