@@ -120,12 +120,17 @@ class DataConfig:
         require(
             0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255"
         )
-        require(self.threads >= 1, f"data.threads={self.threads}: it must be at least 1")
-        if self.lanes:
-            require(
-                self.global_batch % self.lanes == 0,
-                f"data.lanes={self.lanes}: it must divide data.global_batch={self.global_batch}",
-            )
+        for name, least in (("threads", 1), ("prefetch_mb", 0), ("max_pixels", 1), ("cache_gb", 0)):
+            require(getattr(self, name) >= least, f"data.{name}={getattr(self, name)}: it must be at least {least}")
+        for name in ("decode_margin", "deadline_s", "stall_s"):
+            require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)}: it must be positive")
+        require(
+            0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share}: it must be a share from 0 to 1"
+        )
+        require(
+            self.lanes >= 0 and (not self.lanes or self.global_batch % self.lanes == 0),
+            f"data.lanes={self.lanes}: it must be 0 (automatic) or divide data.global_batch={self.global_batch}",
+        )
 
     @property
     def lane_count(self) -> int:
@@ -149,6 +154,12 @@ class DrawConfig:
     objects: int = 1
     """Objects per picture: 1, or 2 with their relation."""
     samples_per_shard: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 0), ("heldout", 0), ("size", 8), ("samples_per_shard", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"prepare.draw.{name}={value}: it must be at least {least}")
+        require(self.objects in (1, 2), f"prepare.draw.objects={self.objects}: it must be 1 or 2")
 
 
 @dataclass
@@ -176,4 +187,12 @@ class PrepareConfig:
             self.deduplicate in ("none", "exact", "perceptual"),
             f"prepare.deduplicate={self.deduplicate}: it must be none, exact or perceptual",
         )
+        require(
+            self.samples_per_shard >= 1, f"prepare.samples_per_shard={self.samples_per_shard}: it must be at least 1"
+        )
+        require(
+            self.max_side is None or self.max_side >= 1,
+            f"prepare.max_side={self.max_side}: it must be positive, or null to keep the pictures as they are",
+        )
+        require(1 <= self.quality <= 100, f"prepare.quality={self.quality}: it must lie between 1 and 100")
         require(self.kind == "draw" or bool(self.source), f"prepare.source: prepare.kind={self.kind} needs one")

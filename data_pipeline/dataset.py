@@ -24,7 +24,7 @@ from data_pipeline.filters import keep_rows
 from data_pipeline.order import Order
 from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import ShardIndex, index_shard, load_index, load_meta, read_index, store_index
+from data_pipeline.shard_index import ShardIndex, build_index, index_shard, load_index, load_meta, read_index
 from data_pipeline.summaries import Summary, read_summaries, summarize, summarize_meta, summary_url, write_summaries
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
     patience = patience_of(config)
     entries = store.describe(urls, patience)
     known_at = summary_url(entries, config.filter, config.index_dir)
-    known = read_summaries(known_at, entries)
+    known = read_summaries(known_at, entries, patience)
     with ThreadPoolExecutor(_THREADS) as pool:
         loaded = list(pool.map(lambda entry: known.get(entry.url) or _load(entry, config, patience), entries))
         missing = [number for number, summary in enumerate(loaded) if summary is None]
@@ -170,7 +170,7 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
                 loaded[number] = summary
     summaries = [summary for summary in loaded if summary is not None]
     if len(known) < len(summaries):
-        write_summaries(known_at, summaries)
+        write_summaries(known_at, summaries, patience)
     dataset = Dataset(summaries, config.filter, patience)
     _report(dataset)
     return dataset
@@ -187,8 +187,8 @@ def _build_all(
     def build(number: int) -> tuple[int, Summary]:
         found = _load(entries[number], config, patience)
         if found is None:
-            index = index_shard(entries[number].url, patience, entries[number])
-            found = summarize(index, entries[number], store_index(index, config.index_dir, patience), config.filter)
+            index = build_index(entries[number], config.index_dir, patience)
+            found = summarize(index, entries[number], index.place, config.filter)
         return number, found
 
     yield from progress(pool.map(build, order), total=len(order), desc="index", unit="shard", disable=len(order) < 8)

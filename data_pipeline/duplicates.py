@@ -46,10 +46,10 @@ class Print:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """`of` is the number of the picture that is kept instead; `bits` how far the two are apart (0: the same bytes)."""
+    """`of` is the number of the picture that is kept instead; `bits` how far apart the two look (None: equal bytes)."""
 
     of: int
-    bits: int
+    bits: int | None
 
 
 def fingerprint(data: bytes, pixels: int, perceptual: bool) -> Print:
@@ -89,7 +89,7 @@ def find(prints: Sequence[Print | None], perceptual: bool) -> dict[int, Duplicat
         one = _known(prints[number])
         first = same_bytes.setdefault(one.exact, number)
         if first != number:
-            found[number] = found.get(first, Duplicate(first, 0))
+            found[number] = found.get(first, Duplicate(first, None))
             continue
         if not perceptual:
             continue
@@ -111,10 +111,11 @@ def _known(one: Print | None) -> Print:
 
 def _nearest(one: Print, number: int, others: Iterable[tuple[int, Print]]) -> Duplicate | None:
     best: Duplicate | None = None
+    fewest = MAX_BITS + 1
     for other, candidate in others:
         bits = (one.shape ^ candidate.shape).bit_count()
-        if bits <= MAX_BITS and (best is None or bits < best.bits) and _same_colours(one, candidate):
-            best = Duplicate(other, bits)
+        if bits < fewest and _same_colours(one, candidate):
+            best, fewest = Duplicate(other, bits), bits
     return best
 
 

@@ -7,9 +7,11 @@ A sidecar `00000.embeddings.safetensors` belongs to `00000.tar`. It is a plain s
     starts    int64 (captions + 1,)        where each caption's tokens begin
     keys      uint64 (captions,)           hash of the sample's key
     captions  uint64 (captions,)           hash of the caption's text
+    checksums uint64 (captions,)           xxh3-64 of its tokens and scales
 
 and, under `cascade` in its metadata, what it was made of: the digest of the shard and the identity of the encoder.
-Reading refuses whatever does not fit: another shard, another encoder, a key or a caption that is not there.
+Reading refuses whatever does not fit: another shard, another encoder, a key or a caption that is not there; a sample
+whose embedding is damaged counts as bad.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline import store
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.shard_index import key_hash
 
-VERSION = 1
+VERSION = 2
 DTYPES = ("bf16", "int8")
 _OPEN_SIDECARS = 64
+_ARRAYS = ("tokens", "starts", "keys", "captions", "checksums", "scales")
 _NAMES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "I8": np.dtype("i1"),
@@ -87,26 +91,28 @@ class SidecarWriter:
         self._tokens = tempfile.TemporaryFile()  # noqa: SIM115
         self._lengths: list[int] = []
         self._scales: list[np.ndarray] = []
-        self._hashes: list[tuple[int, int]] = []
+        self._hashes: list[tuple[int, int, int]] = []
 
     def add(self, key: str, caption: str, tokens: np.ndarray) -> None:
         """One caption of one sample; `tokens` is fp32 (T, D)."""
+        scales = np.zeros(0, "<f4")
         if self._dtype == "int8":
             data, scales = to_int8(tokens)
             self._scales.append(scales)
         else:
             data = to_bf16(tokens)
-        self._tokens.write(np.ascontiguousarray(data).tobytes())
+        content = np.ascontiguousarray(data).tobytes()
+        self._tokens.write(content)
         self._lengths.append(len(tokens))
-        self._hashes.append((key_hash(key), caption_hash(caption)))
+        self._hashes.append((key_hash(key), caption_hash(caption), _checksum(content, scales)))
 
     def close(self) -> None:
         starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<i8")
-        hashes = np.array(self._hashes, "<u8").reshape(-1, 2)
-        arrays = {"starts": starts, "keys": hashes[:, 0], "captions": hashes[:, 1]}
+        hashes = np.array(self._hashes, "<u8").reshape(-1, 3)
+        arrays = {"starts": starts, "keys": hashes[:, 0], "captions": hashes[:, 1], "checksums": hashes[:, 2]}
         if self._dtype == "int8":
             arrays["scales"] = np.concatenate([np.zeros(0, "<f4"), *self._scales]).astype("<f4")
-        kinds = {"starts": "I64", "keys": "U64", "captions": "U64", "scales": "F32"}
+        kinds = {"starts": "I64", "keys": "U64", "captions": "U64", "checksums": "U64", "scales": "F32"}
         header: dict[str, Any] = {"__metadata__": {"cascade": json.dumps(self._facts)}}
         end = 0
         for name, array in arrays.items():
@@ -129,6 +135,10 @@ class SidecarWriter:
         else:
             _write_local(store.local_path(self._url), head, self._tokens)
         self._tokens.close()
+
+
+def _checksum(content: bytes, scales: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(content + scales.astype("<f4").tobytes())
 
 
 def _write_local(path: str, head: bytes, tokens: Any) -> None:
@@ -163,20 +173,29 @@ class Sidecar:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            (size,) = struct.unpack("<Q", store.read_range(url, 0, 8))
-            header = json.loads(store.read_range(url, 8, 8 + min(size, 1 << 26)))
+            there = store.size(url)
+            (size,) = struct.unpack("<Q", store.read_range(url, 0, min(8, there)))
+            if 8 + size > there:
+                raise ValueError(f"it ends at byte {there}, inside its header")
+            header = json.loads(store.read_range(url, 8, 8 + size))
             self.facts: dict[str, Any] = json.loads(header["__metadata__"]["cascade"])
             if self.facts["version"] != VERSION:
                 raise ValueError(f"version {self.facts['version']}")
             self._base, self._header = 8 + size, header
-            small = {name: self._whole(name) for name in ("starts", "keys", "captions", "scales") if name in header}
+            whole = self._base + max(entry["data_offsets"][1] for name, entry in header.items() if name in _ARRAYS)
+            if there != whole:
+                raise ValueError(f"it has {there} bytes, its header says {whole}")
+            small = {name: self._whole(name) for name in _ARRAYS if name in header and name != "tokens"}
             self._kind = _NAMES[header["tokens"]["dtype"]]
             self._at, self._dim = header["tokens"]["data_offsets"][0], int(header["tokens"]["shape"][1])
         except (ValueError, KeyError, TypeError, struct.error, DataError) as error:
             if isinstance(error, DataError) and not store.exists(url):
                 raise
-            raise DataError(f"{url}: this is no file of embeddings ({error}); run `cascade embed` again") from error
-        self._starts, self._scales = small["starts"], small.get("scales")
+            raise DataError(
+                f"{url}: this is no whole file of embeddings of version {VERSION} ({error}); remove it and run "
+                "`cascade embed` again"
+            ) from error
+        self._starts, self._scales, self._checksums = small["starts"], small.get("scales"), small["checksums"]
         pairs = zip(small["keys"].tolist(), small["captions"].tolist(), strict=True)
         self._rows = {pair: row for row, pair in enumerate(pairs)}
         self._keys = set(small["keys"].tolist())
@@ -195,6 +214,7 @@ class Sidecar:
 
         Raises:
             DataError: the sample, or this caption of it, was not embedded.
+            BadSample: `checksum`, when its bytes are not those that were written.
         """
         row = self._rows.get((key_hash(key), caption_hash(caption)))
         if row is None:
@@ -207,10 +227,13 @@ class Sidecar:
         width = self._dim * self._kind.itemsize
         begin = self._base + self._at
         data = store.read_range(self.url, begin + first * width, begin + last * width) if last > first else b""
+        scales = np.zeros(0, "<f4") if self._scales is None else self._scales[first:last]
+        if _checksum(data, scales) != self._checksums[row]:
+            raise BadSample("checksum", f"its embedding in {self.url} is damaged; remove that and run `cascade embed`")
         values = np.frombuffer(data, self._kind).reshape(last - first, self._dim)
         if self._scales is None:
             return from_bf16(values)
-        return values.astype(np.float32) * self._scales[first:last, None]
+        return values.astype(np.float32) * scales[:, None]
 
 
 class Embeddings:
@@ -256,6 +279,7 @@ class Embeddings:
 
         Raises:
             DataError: it is not there, or the sidecar belongs to another shard.
+            BadSample: it is damaged.
             ConfigError: the sidecar was made by another encoder.
         """
         return self._sidecar(shard).tokens(key, caption)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ SCORES = {
     "similarity": ("similarity", "clip_similarity", "clip_score"),
 }
 """Index column -> names of it in a sample's .json, in any case."""
+_LARGEST_SIDE = 2**31 - 1
 _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
 
@@ -112,7 +114,8 @@ def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]
     for name, value in data.items():
         column = _SCORE_OF.get(name.lower())
         if column and isinstance(value, (int, float)) and not isinstance(value, bool):
-            facts[column] = float(value)
+            with suppress(OverflowError):  # an integer of hundreds of digits is no score
+                facts[column] = float(value)
     if isinstance(data.get("caption"), str):
         facts["length"] = len(data["caption"].strip())
     return facts
@@ -120,6 +123,11 @@ def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]
 
 def image_size(data: bytes) -> tuple[int | None, int | None]:
     """(width, height) in pixels from the header of an encoded picture; (None, None) if it cannot be read."""
+    width, height = _header_size(data)
+    return (width, height) if max(width or 0, height or 0) <= _LARGEST_SIDE else (None, None)
+
+
+def _header_size(data: bytes) -> tuple[int | None, int | None]:
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     try:

@@ -80,9 +80,15 @@ def training_pair(
 
     Raises:
         BadSample: see `decode`.
+        ValueError: sizes that do not fit together.
     """
-    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation, _scratch)
     factor = size // low_res_size if low_res_size else 1
+    if (low_res_size and size % low_res_size) or not 0 <= crop_size <= size or crop_size % factor:
+        raise ValueError(
+            f"size={size}, low_res_size={low_res_size}, crop_size={crop_size}: low_res_size must divide size, and "
+            "crop_size be a multiple of their quotient, up to size"
+        )
+    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation, _scratch)
     x, y, length = _square(extent, crop, seed, position)
     left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
     scale = length / size
@@ -224,8 +230,9 @@ def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int)
     image = _open(data)
     check_size(*image.size, max_pixels)
     try:
+        turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow turns these by itself
         image.load()
-        orientation = _exif_orientation(image, orientation)
+        orientation = 1 if turned else _exif_orientation(image, orientation)
         return _upright(np.asarray(_to_rgb(image, background)), orientation)
     except BadSample:
         raise

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.dataset import keep_rows, patience_of
-from data_pipeline.errors import DataError
+from data_pipeline.errors import CascadeError, DataError
 from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import index_shard, load_index, store_index
+from data_pipeline.shard_index import build_index, load_index
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def main(config: Settings) -> dict[str, Any]:
         StoreError: the store stayed broken; what is indexed stays, and the command goes on from there.
     """
     patience = patience_of(config.data)
-    entries = store.describe(store.expand(config.data.shards), patience)
+    entries = store.describe(store.expand(config.data.shards, patience), patience)
     problems: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     samples = built = 0
@@ -106,14 +106,22 @@ def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Re
 
 
 def _build(entry: store.Entry, index_dir: str | None, rules: FilterConfig, patience: Patience) -> Result:
-    """Walks one shard and stores its index; a shard that is no archive is a finding here, not the end."""
+    """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
     try:
-        index = index_shard(entry.url, patience, entry)
+        if not store.is_s3(entry.url):
+            store.open_stream(entry.url).close()
+    except DataError as error:
+        return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
+    try:
+        index = build_index(entry, index_dir, patience)
     except DataError as error:
         if "not a tar archive" not in str(error):
             raise
         return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
-    store_index(index, index_dir, patience)
+    except CascadeError:
+        raise
+    except Exception as error:  # unforeseen damage is still the shard's, and costs this one shard
+        return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}
     return len(index), index.problems, index.meta["details"], dict(keep_rows(index, rules)[1])
 
 

@@ -17,7 +17,7 @@ import torch
 
 from data_pipeline import store
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import load_or_build
+from data_pipeline.dataset import load_or_build, patience_of
 from data_pipeline.decoding import Decoded, Decoding, MicroBatch, Work, embeddings_of
 from data_pipeline.decoding_process import DecodingProcess
 from data_pipeline.errors import DataError
@@ -96,7 +96,7 @@ class Loader:
     ) -> None:
         self.config, self.seed, self.position = config, seed, position
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
-        self.dataset = load_or_build(store.expand(config.shards), config)
+        self.dataset = load_or_build(store.expand(config.shards, patience_of(config)), config)
         self._work = Work(
             self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
         )

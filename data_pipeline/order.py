@@ -147,6 +147,13 @@ class Order:
         return shard, walk - (ends[which] - self.counts[shard])
 
 
+def check_position(position: int) -> int:
+    """`position`, which must be a whole number of samples that 64 bits can count with. Raises `ConfigError`."""
+    if not isinstance(position, (int, np.integer)) or not 0 <= position < 2**62:
+        raise ConfigError(f"position={position}: it must be a whole number of samples, from 0 to 2**62")
+    return int(position)
+
+
 def check_world_size(world_size: int, global_batch: int, lanes: int, micro_batch: int = 0) -> int:
     """The micro-batch in force: `micro_batch`, or the whole share of a rank when it is 0.
 

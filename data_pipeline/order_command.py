@@ -12,10 +12,10 @@ import numpy as np
 from data_pipeline import store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig
-from data_pipeline.dataset import Dataset, load_or_build, order_of
+from data_pipeline.dataset import Dataset, load_or_build, order_of, patience_of
 from data_pipeline.errors import ConfigError
 from data_pipeline.mixing import mixing
-from data_pipeline.order import Order, check_world_size
+from data_pipeline.order import Order, check_position, check_world_size
 
 
 class Settings(Protocol):
@@ -39,11 +39,13 @@ def main(config: Settings) -> None:
         ConfigError: the batch cannot be shared among `world_size` processes.
         DataError: no shards match, or one is no archive.
     """
-    if config.position < 0 or config.workers < 0:
-        raise ConfigError(f"position={config.position}, workers={config.workers}: neither can be negative")
+    for name in ("workers", "batches"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: it cannot be negative")
+    check_position(config.position)
     data = config.data
     micro_batch = check_world_size(config.world_size, data.global_batch, data.lane_count, data.micro_batch)
-    dataset = load_or_build(store.expand(data.shards), data)
+    dataset = load_or_build(store.expand(data.shards, patience_of(data)), data)
     order = order_of(dataset, data, config.seed)
     ranks = [_rank(config, rank, micro_batch) for rank in range(config.world_size)]
     for batch in range(config.batches):

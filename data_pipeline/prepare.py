@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from data_pipeline.sources import Item, Source
 
 VERSION = 1
+DROPPED = "dropped.jsonl"
 _AHEAD = 16
 
 Made = tuple[str, dict[str, bytes]]
@@ -38,27 +39,35 @@ class Settings(Protocol):
     """The sections of an experiment that are read here."""
 
     seed: int
+    json: bool
     data: DataConfig
     prepare: PrepareConfig
 
 
 def main(config: Settings) -> dict[str, Any]:
-    """Runs `cascade prepare`.
+    """Runs `cascade prepare`; the last line on stdout is the result as JSON.
 
     Returns:
         {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings also "heldout" and
         "heldout_shards".
 
     Raises:
-        DataError: the source cannot be read, the output cannot be written or holds something else.
+        DataError: the source cannot be read, the output cannot be written or holds something else, or every sample was
+            dropped.
     """
     settings = config.prepare
     try:
         if settings.kind == "draw":
-            return _draw(settings.draw, settings.output, config.seed)
-        return _import(settings, config)
+            result = _draw(settings.draw, settings.output, config.seed)
+        else:
+            result = _import(settings, config)
     except OSError as error:
         raise DataError(f"prepare.output={settings.output}: {error.strerror or error}") from error
+    if not config.json:
+        print(json.dumps(result), flush=True)
+    if result["dropped"] and not result["samples"]:
+        raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there says why")
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ drawings
@@ -100,12 +109,12 @@ def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
                              "deduplicate": settings.deduplicate})  # fmt: skip
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
-        duplicates = _find_duplicates(source, settings, config.data.threads)
+        duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
 
     def make(number: int) -> Made:
         if number in duplicates:
             same = duplicates[number]
-            how = f"{same.bits} of 128 bits apart" if same.bits else "the same bytes"
+            how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits apart"
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
         return _finish(source.read(number), settings, config.data.max_pixels)
 
@@ -130,10 +139,15 @@ def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
         meta.pop("exif", None)  # its orientation is in the pixels now
     else:
         meta["width"], meta["height"] = width, height
-    text = decode_text(item.caption) if item.caption else meta.get("caption")
+    text = _caption(item)
+    return item.key, {extension: image, "txt": text.encode("utf-8", "ignore"), "json": dump_json(meta)}
+
+
+def _caption(item: Item) -> str:
+    text = decode_text(item.caption) if item.caption else item.meta.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise BadSample("missing_caption", "neither a .txt nor a caption in the .json")
-    return item.key, {extension: image, "txt": text.encode("utf-8", "ignore"), "json": dump_json(meta)}
+    return text
 
 
 def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
@@ -152,9 +166,9 @@ def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes
     return encoded.getvalue(), size
 
 
-def _find_duplicates(source: Source, settings: PrepareConfig, threads: int) -> dict[int, Duplicate]:
+def _find_duplicates(source: Source, settings: PrepareConfig, threads: int, max_pixels: int) -> dict[int, Duplicate]:
     from data_pipeline.duplicates import Print, find, fingerprint
-    from data_pipeline.images import dimensions
+    from data_pipeline.images import check_size, dimensions
 
     perceptual = settings.deduplicate == "perceptual"
 
@@ -162,9 +176,11 @@ def _find_duplicates(source: Source, settings: PrepareConfig, threads: int) -> d
         try:
             item = source.read(number)
             width, height = dimensions(item.image)
+            check_size(width, height, max_pixels)
+            _caption(item)
             return fingerprint(item.image, width * height, perceptual)
         except BadSample:
-            return None  # it is dropped, and reported, when its turn to be written comes
+            return None  # dropped, and reported, when its turn to be written comes: nothing may be dropped for its sake
 
     prints: list[Print | None] = []
     with ThreadPoolExecutor(threads) as pool:
@@ -202,6 +218,9 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
         raise DataError(
             f"{output}: it was prepared otherwise ({differences}); remove it or choose another prepare.output"
         )
+    for name in store.list_dir(output):
+        if name.startswith(".") and name.endswith(".tmp"):  # of a run that was killed
+            store.remove(store.join(output, name))
 
 
 def _write_all(
@@ -230,7 +249,7 @@ def _write_all(
             dropped += done["dropped"]
     if dropped:
         lines = "".join(json.dumps(line) + "\n" for line in dropped)
-        store.write_bytes(store.join(output, "dropped.jsonl"), lines.encode())
+        store.write_bytes(store.join(output, DROPPED), lines.encode())
     reasons = Counter(line["reason"] for line in dropped)
     return {"output": output, "shards": shards, "samples": samples, "dropped": dict(sorted(reasons.items()))}
 

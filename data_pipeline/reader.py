@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline import store
 from data_pipeline.chunks import Chunks
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.dataset import Dataset, load_or_build, order_of
+from data_pipeline.dataset import Dataset, load_or_build, order_of, patience_of
 from data_pipeline.errors import BadSample, ConfigError
 from data_pipeline.fetch import RowReader, Sample, replace
-from data_pipeline.order import check_world_size
+from data_pipeline.order import check_position, check_world_size
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.state import check_state, state_of
 from data_pipeline.webdataset_opener import register_s3
@@ -59,7 +59,8 @@ class ShardStream(IterableDataset[Sample]):
         settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
 
     Raises:
-        ConfigError: the batch cannot be shared so, or `state` belongs to other data or batches.
+        ConfigError: the batch cannot be shared so, `position` is no number of samples, or `state` belongs to other data
+            or batches.
         DataError: shards missing, denied or no tar archives.
     """
 
@@ -90,12 +91,12 @@ class ShardStream(IterableDataset[Sample]):
         self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
-        self.seed, self.position, self.stop = seed, position, stop
+        self.seed, self.position, self.stop = seed, check_position(position), stop
         self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
-        self.dataset: Dataset = load_or_build(store.expand(shards), self.config)
+        self.dataset: Dataset = load_or_build(store.expand(shards, patience_of(self.config)), self.config)
         if state is not None:
             check_state(self.state(position), state)
-            self.position = int(state["position"])
+            self.position = check_position(state["position"])
 
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint keeps at a position (samples consumed by all ranks together); JSON can hold it."""

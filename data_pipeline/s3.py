@@ -133,6 +133,8 @@ def permanent(error: BaseException, url: str) -> CascadeError | None:
         return DataError(f"{url}: {describe(error)}")
     if isinstance(error, exceptions.CredentialRetrievalError):
         return DataError(f"{url}: the credentials could not be renewed: {describe(error)}")
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return DataError(f"{url}: AWS_ENDPOINT_URL={endpoint()} is no address such as https://host:port")
     if not code or code in _TRANSIENT or status == 429 or status >= 500:
         return None
     if code in _DENIED or status == 403:

@@ -16,7 +16,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ __all__ = [
     "IMAGE_EXTENSIONS",
     "Part",
     "ShardIndex",
+    "build_index",
     "cached_index_url",
-    "fits",
     "image_size",
     "index_shard",
     "index_url",
@@ -50,8 +50,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 _MEMBER_BYTES = 3 * 8
+_PIECE = 1 << 22
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -224,11 +225,11 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
     stem = index_url(url).removesuffix(".index.parquet")
     try:
         return int(json.loads(store.read_bytes(f"{stem}_stats.json", patience))["successes"])
-    except (DataError, ValueError, KeyError, TypeError):
-        pass
+    except (DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        pass  # img2dataset may have written neither, or was stopped
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(f"{stem}.parquet", patience)), columns=["status"])
-    except (DataError, pa.ArrowException, OSError):
+    except (DataError, pa.ArrowException, KeyError, OSError):
         return None
     return table.column("status").to_pylist().count("success")
 
@@ -254,21 +255,41 @@ def _digest(samples: list[dict[str, Any]]) -> str:
 
 
 def save_index(index: ShardIndex, url: str, patience: Patience = DEFAULT) -> None:
-    """Writes the index as one Parquet file."""
-    table = index.table.replace_schema_metadata({b"cascade": json.dumps(index.meta).encode()})
+    """Writes the index as one Parquet file, its pages and its facts with checksums."""
+    facts = json.dumps(index.meta).encode()
+    table = index.table.replace_schema_metadata({b"cascade": facts, b"cascade_xxh3": _checksum(facts)})
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
+    pq.write_table(table, out, compression="zstd", write_page_checksum=True)
     store.write_bytes(url, out.getbuffer(), patience)
 
 
+def _checksum(facts: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(facts).encode()
+
+
+def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The facts about a shard in the file of its index. Raises `ValueError` where they are damaged or of another
+    version."""
+    facts = metadata[b"cascade"]
+    meta: dict[str, Any] = json.loads(facts)
+    if meta["version"] != VERSION or metadata[b"cascade_xxh3"] != _checksum(facts):
+        raise ValueError("another version, or damaged")
+    return meta
+
+
+_UNREADABLE = (DataError, pa.ArrowException, OSError, KeyError, TypeError, ValueError)
+"""What comes of a file that is missing, damaged or something else."""
+
+
 def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex | None:
-    """The index at `url`, or None when there is none that this version can read."""
+    """The index at `url`, or None when there is none that this version can read, or it is damaged."""
     try:
-        table = pq.ParquetFile(io.BytesIO(store.read_bytes(url, patience))).read(use_threads=False)
-        meta = json.loads(table.schema.metadata[b"cascade"])
-        if meta["version"] != VERSION or not table.schema.remove_metadata().equals(SCHEMA):
+        content = io.BytesIO(store.read_bytes(url, patience))
+        table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
+        meta = _facts(table.schema.metadata)
+        if not table.schema.remove_metadata().equals(SCHEMA) or len(table) != meta["samples"]:
             return None
-    except (DataError, pa.ArrowException, KeyError, TypeError, ValueError):
+    except _UNREADABLE:
         return None
     index = ShardIndex(shard, table.replace_schema_metadata(None), meta)
     index.place = url
@@ -282,32 +303,12 @@ def load_meta(
     faster); None when there is none for exactly this size and etag."""
     for where in (index_url(entry.url), cached_index_url(entry.url, index_dir)):
         try:
-            metadata = pq.read_metadata(io.BytesIO(store.read_bytes(where, patience))).metadata
-            meta = json.loads(metadata[b"cascade"])
-            if (meta["version"], meta["size"], meta["etag"]) == (VERSION, entry.size, entry.etag):
+            meta = _facts(pq.read_metadata(io.BytesIO(store.read_bytes(where, patience))).metadata)
+            if (meta["size"], meta["etag"]) == (entry.size, entry.etag):
                 return meta, where
-        except (DataError, pa.ArrowException, KeyError, TypeError, ValueError):
+        except _UNREADABLE:
             continue
     return None
-
-
-def fits(index: ShardIndex, entry: store.Entry) -> bool:
-    """Whether the index describes the shard as it is now.
-
-    A local file whose modification time alone differs (a copy of the data set) is judged by three of its samples.
-    """
-    if index.meta["size"] != entry.size:
-        return False
-    if index.meta["etag"] == entry.etag:
-        return True
-    if store.is_s3(entry.url) or index.compressed or not len(index):
-        return False
-    for row in {0, len(index) // 2, len(index) - 1}:
-        for part in index.parts(row):
-            data = store.read_range(entry.url, part.offset, part.offset + part.size)
-            if xxhash.xxh3_64_intdigest(data) != part.checksum:
-                return False
-    return True
 
 
 def load_index(
@@ -315,11 +316,39 @@ def load_index(
 ) -> ShardIndex | None:
     """The stored index of a shard, from beside it or from the cache; None when there is none that still fits."""
     entry = entry or store.describe([url], patience)[0]
-    for where in (index_url(url), cached_index_url(url, index_dir)):
-        index = read_index(url, where, patience)
-        if index is not None and fits(index, entry):
+    for index in _stored(url, index_dir, patience):
+        if (index.meta["size"], index.meta["etag"]) == (entry.size, entry.etag):
             return index
     return None
+
+
+def _stored(url: str, index_dir: str | None, patience: Patience) -> Iterator[ShardIndex]:
+    places = (index_url(url), cached_index_url(url, index_dir))
+    return (index for place in places if (index := read_index(url, place, patience)) is not None)
+
+
+def build_index(entry: store.Entry, index_dir: str | None = None, patience: Patience = DEFAULT) -> ShardIndex:
+    """Makes and stores the index of a shard that has none that fits. A copy of an indexed local file, of which only
+    the modification time is another, is read to see that its content is the same, but not walked again.
+
+    Raises:
+        DataError: not a tar archive, missing, denied.
+    """
+    old = None if store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience), None)
+    if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry.url, patience):
+        index = ShardIndex(entry.url, old.table, {**old.meta, "etag": entry.etag})
+    else:
+        index = index_shard(entry.url, patience, entry)
+    index.place = store_index(index, index_dir, patience)
+    return index
+
+
+def _content(url: str, patience: Patience) -> str:
+    with store.open_stream(url, patience=patience) as stream:
+        probe = _Probe(stream)
+        while probe.read(_PIECE):
+            pass
+    return probe.digest.hexdigest()
 
 
 def store_index(index: ShardIndex, index_dir: str | None = None, patience: Patience = DEFAULT) -> str:

@@ -107,18 +107,20 @@ class TableSource:
         return int(self.table.num_rows)
 
     def name(self, number: int) -> str:
-        return str(self.table.column(self.path_column)[number].as_py())
+        given = self.table.column(self.path_column)[number].as_py()
+        return os.fsdecode(given) if isinstance(given, bytes) else str(given)
 
     def read(self, number: int) -> Item:
-        row = {str(name): _plain(self.table.column(name)[number].as_py()) for name in self.table.column_names}
+        row = {str(name): self.table.column(name)[number].as_py() for name in self.table.column_names}
         given, caption = row.pop(str(self.path_column)), row.pop(str(self.caption_column))
+        given = os.fsdecode(given) if isinstance(given, bytes) else given
         if not given:
             raise BadSample("missing_image", "the row has no path")
         if "://" in str(given):
             raise BadSample("missing_image", "only local paths are read; download URLs with img2dataset first")
         path = self.path.parent / str(given)
-        meta = {"source": str(given), **row}
-        text = None if caption is None else str(caption).encode("utf-8", "ignore")
+        meta = {"source": str(given), **{name: _plain(value) for name, value in row.items()}}
+        text = caption if caption is None or isinstance(caption, bytes) else str(caption).encode("utf-8", "ignore")
         return Item(str(given), f"{number:09d}", path.suffix[1:].lower() or "jpg", _read(path), text, meta)
 
 
@@ -129,10 +131,10 @@ class ShardSource:
         import numpy as np
 
         from data_pipeline import store
-        from data_pipeline.dataset import load_or_build
+        from data_pipeline.dataset import load_or_build, patience_of
         from data_pipeline.fetch import RowReader
 
-        self.dataset = load_or_build(store.expand(shards), config)
+        self.dataset = load_or_build(store.expand(shards, patience_of(config)), config)
         self.reader = RowReader(self.dataset, config)
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
@@ -250,6 +252,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import mmap
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 from data_pipeline import s3
 from data_pipeline.errors import DataError
 from data_pipeline.retry import DEFAULT, Patience
+
+logger = logging.getLogger(__name__)
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAGIC = re.compile(r"[*?\[]")
@@ -109,7 +112,7 @@ class LocalStream:
 
 def _local_error(path: str, error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: no such file")
+        return DataError(f"{path}: {'it links to nothing' if os.path.islink(path) else 'no such file'}")
     return DataError(f"{path}: {error.strerror or error}")
 
 
@@ -279,10 +282,17 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
         return _expand_s3(pattern, patience)
     path = local_path(pattern)
     if _MAGIC.search(path) and not os.path.exists(path):
-        return sorted(found for found in glob.glob(path, recursive=True) if os.path.isfile(found))
+        return _no_directories(sorted(glob.glob(path, recursive=True)))
     if os.path.isdir(path):
-        return [os.path.join(path, name) for name in sorted(os.listdir(path)) if _is_shard_name(name)]
+        return _no_directories([os.path.join(path, name) for name in sorted(os.listdir(path)) if _is_shard_name(name)])
     return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
+
+
+def _no_directories(paths: list[str]) -> list[str]:
+    for path in paths:
+        if os.path.isdir(path) and _is_shard_name(path):
+            logger.warning("%s: this is a directory, no shard; it is left out", path)
+    return [path for path in paths if not os.path.isdir(path)]
 
 
 def _is_shard_name(name: str) -> bool:
@@ -348,6 +358,8 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
             try:
                 status = os.stat(local_path(url))
             except FileNotFoundError:
+                if os.path.islink(local_path(url)):
+                    listed[url] = Entry(url, 0, "")  # there, but unreadable: a finding about this one shard
                 continue
             except OSError as error:
                 raise _local_error(url, error) from error

@@ -17,6 +17,7 @@ from data_pipeline import store
 from data_pipeline.config import FilterConfig
 from data_pipeline.errors import CascadeError
 from data_pipeline.filters import keep_rows
+from data_pipeline.retry import DEFAULT, Patience
 from data_pipeline.shard_index import VERSION, ShardIndex, default_index_dir
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,13 @@ def summary_url(entries: Iterable[store.Entry], rules: FilterConfig, index_dir: 
     return store.join(index_dir or default_index_dir(), f"summary-{name}.parquet")
 
 
-def read_summaries(url: str, entries: list[store.Entry]) -> dict[str, Summary]:
+def read_summaries(url: str, entries: list[store.Entry], patience: Patience = DEFAULT) -> dict[str, Summary]:
     """Stored summaries of those shards that are still what they were, by shard URL."""
     if len(entries) < _WORTH_A_FILE:
         return {}
     try:
-        columns = pq.read_table(io.BytesIO(store.read_bytes(url))).to_pydict()
+        content = io.BytesIO(store.read_bytes(url, patience))
+        columns = pq.ParquetFile(content, page_checksum_verification=True).read().to_pydict()
         by_url = {shard: number for number, shard in enumerate(columns["url"])}
         found = {}
         for entry in entries:
@@ -95,11 +97,11 @@ def read_summaries(url: str, entries: list[store.Entry]) -> dict[str, Summary]:
                 columns["compressed"][number],
             )
         return found
-    except (CascadeError, pa.ArrowException, KeyError, ValueError, TypeError):
+    except (CascadeError, pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return {}
 
 
-def write_summaries(url: str, summaries: list[Summary]) -> None:
+def write_summaries(url: str, summaries: list[Summary], patience: Patience = DEFAULT) -> None:
     """Stores summaries for the next start; where that cannot be done, the next start only takes longer."""
     if len(summaries) < _WORTH_A_FILE:
         return
@@ -119,8 +121,8 @@ def write_summaries(url: str, summaries: list[Summary]) -> None:
         for s in summaries
     ]
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), out, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows), out, compression="zstd", write_page_checksum=True)
     try:
-        store.write_bytes(url, out.getbuffer())
+        store.write_bytes(url, out.getbuffer(), patience)
     except CascadeError as error:
         logger.info("%s: the next start reads every index again", error)

@@ -8,8 +8,10 @@ reports damage and goes on at the next good header. Formats: v7, ustar, GNU (lon
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,9 @@ BLOCK = 512
 _ZERO = bytes(BLOCK)
 _PIECE = 1 << 20
 _MAX_EXTENDED = 1 << 20
+_PAX_SIZE = re.compile("[0-9]{1,19}")
+_LONGEST_END = (64 << 10) // BLOCK
+"""Zero blocks up to which they are an end of archive: two, and what fills the last record (10 KiB, rarely more)."""
 MAX_MEMBER = 256 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
@@ -72,15 +77,25 @@ class Gunzip:
                 break
             if self._inflate.eof:
                 self._inflate = zlib.decompressobj(31)
+            before = self._inflate.copy()
             try:
                 piece = self._inflate.decompress(self._waiting, size)
             except zlib.error as error:
                 self.damage = f"the gzip data is damaged: {error}"
-                break
+                return _up_to_damage(before, self._waiting)
             self._waiting = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
             if piece:
                 return piece
         return b""
+
+
+def _up_to_damage(inflate: Any, data: bytes) -> bytes:
+    """What can be unpacked of damaged data: zlib drops all that a failing call has made, so bytes go in one by one."""
+    pieces = []
+    with suppress(zlib.error):
+        for at in range(len(data)):
+            pieces.append(inflate.decompress(data[at : at + 1]))
+    return b"".join(pieces)
 
 
 class _Prefixed:
@@ -154,7 +169,9 @@ def walk(
         block = source.read(BLOCK)
         first = first or block[:48]
         if len(block) < BLOCK:
-            if not first:
+            if source.damage and not started:
+                report("truncated_shard", "no member")
+            elif not first:
                 report("empty_shard", "zero bytes")
             elif not started and not zero_blocks:
                 raise _not_a_tar(name, first)
@@ -164,6 +181,10 @@ def walk(
                 report("truncated_shard" if source.damage else "missing_end_blocks", "no end-of-archive blocks")
             elif not started:
                 report("empty_shard", "no member")
+            elif source.damage and zero_blocks:
+                report("corrupt_shard", "")
+            elif zero_blocks > _LONGEST_END:
+                report("truncated_shard", f"nothing but zero bytes from byte {start - zero_blocks * BLOCK} on")
             return
         if block == _ZERO:
             zero_blocks += 1
@@ -176,7 +197,9 @@ def walk(
             unreported = silent if not in_damage else unreported
             in_damage, zero_blocks, long_name, pax = True, 0, "", {}
             continue
-        if in_damage and unreported:
+        if started and zero_blocks > _LONGEST_END:
+            report("corrupt_shard", f"{zero_blocks * BLOCK} zero bytes before the header at byte {start}")
+        elif in_damage and unreported:
             report("corrupt_shard", f"the bytes before the header at byte {start} belong to no member")
         started, in_damage, zero_blocks = True, False, 0
         if header.kind in b"xgXLK":
@@ -195,7 +218,7 @@ def walk(
             continue
         records = {**global_pax, **pax}
         member_name = records.get("path") or long_name or header.name
-        size = int(records["size"]) if records.get("size", "").isdigit() else header.size
+        size = int(records["size"]) if _PAX_SIZE.fullmatch(records.get("size", "")) else header.size
         long_name, pax = "", {}
         if header.kind in b"123456":
             continue

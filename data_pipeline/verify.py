@@ -64,7 +64,7 @@ def main(config: Settings) -> dict[str, Any]:
         DataError: no shards match, the store denies access, or `output` cannot be written.
     """
     patience = patience_of(config.data)
-    entries = store.describe(store.expand(config.data.shards), patience)
+    entries = store.describe(store.expand(config.data.shards, patience), patience)
     tally = Tally()
     quarantine = store.join(config.output, "quarantine.jsonl")
     with _Quarantine(quarantine, tally) as broken, ThreadPoolExecutor(config.data.threads) as pool:

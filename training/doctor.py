@@ -92,9 +92,12 @@ def software(config: PlanCommand) -> str:
 
 def credentials(config: PlanCommand) -> str:
     """Data, checkpoint store and W&B let us in."""
-    entries = store.describe(store.expand(config.data.shards))
+    from data_pipeline.dataset import patience_of
+
+    patience = patience_of(config.data)
+    entries = store.describe(store.expand(config.data.shards, patience), patience)
     where = checkpoint_place(config)
-    store.list_dir(where)
+    store.list_dir(where, patience)
     found = f"{len(entries):,} shards ({sum(e.size for e in entries) / 1e9:,.2f} GB) and {where} can be listed"
     if config.wandb.mode != "online":
         return found

@@ -23,7 +23,7 @@ from data_pipeline.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.part_reader import PartReader
 from data_pipeline.progress import progress
-from data_pipeline.shard_index import ShardIndex, index_shard, load_index, store_index
+from data_pipeline.shard_index import ShardIndex, build_index, load_index
 from training.distributed import launch, process_count
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     from training.model.text_encoder import build_text_encoder
 
     patience = patience_of(config.data)
-    urls = store.expand(config.data.shards)
+    urls = store.expand(config.data.shards, patience)
     _refuse_equal_names(urls, config.output)
     part, parts = share(config.part, config.parts, os.environ)
     mine = urls[part::parts]
@@ -94,8 +94,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     for entry in progress(store.describe(mine, patience), desc="embed", unit="shard", disable=quiet):
         index = load_index(entry.url, config.data.index_dir, entry, patience)
         if index is None:
-            index = index_shard(entry.url, patience, entry)
-            store_index(index, config.data.index_dir, patience)
+            index = build_index(entry, config.data.index_dir, patience)
         place = sidecar_url(entry.url, config.output)
         made_of = {**facts, "shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):

@@ -259,8 +259,11 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
     facts |= {"bytes_per_sample": float(ASSUMED_SAMPLE_BYTES), "basis": "assumed", "lanes": config.data.lane_count}
     if config.data.shards is None:
         return {"shards": None, "data": facts}
+    from data_pipeline.dataset import patience_of
+
+    patience = patience_of(config.data)
     try:
-        entries = store.describe(store.expand(config.data.shards))
+        entries = store.describe(store.expand(config.data.shards, patience), patience)
         samples, total = indexed_samples(config, entries)
     except CascadeError as error:
         problems.append(str(error))
@@ -283,14 +286,15 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
 
 def indexed_samples(config: PlanCommand, entries: list[store.Entry]) -> tuple[int | None, int]:
     """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
+    from data_pipeline.dataset import patience_of
     from data_pipeline.shard_index import load_index
     from data_pipeline.summaries import read_summaries, summarize, summary_url
 
-    data = config.data
-    known = read_summaries(summary_url(entries, data.filter, data.index_dir), entries)
+    data, patience = config.data, patience_of(config.data)
+    known = read_summaries(summary_url(entries, data.filter, data.index_dir), entries, patience)
     for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
         if entry.url not in known:
-            index = load_index(entry.url, data.index_dir, entry)
+            index = load_index(entry.url, data.index_dir, entry, patience)
             if index is None:
                 return None, 0
             known[entry.url] = summarize(index, entry, "", data.filter)

@@ -73,12 +73,48 @@ def text(data: bytes) -> Sample:
     return bad(txt=data)
 
 
-def oversized_png() -> bytes:
-    """A header that promises 10^10 pixels."""
+def promised(width: int, height: int) -> bytes:
+    """A PNG whose header says so."""
     data = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
-    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
+
+
+def pax_size(value: str) -> bytes:
+    """A last member whose pax header says that its size is `value`."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for key, members in [*good(), bad()]:
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size, info.pax_headers = len(data), {"size": value} if key == BAD else {}
+                archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def zero_tail() -> bytes:
+    """The last sample, and 100 kB after it, are zero bytes: a file that was made at full size and never finished."""
+    whole = tar([*good(), bad()])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        begin = archive.getmembers()[12].offset
+    return whole[: begin - begin % 512] + bytes(100_352)
+
+
+def zero_hole() -> bytes:
+    return tar(good()).rstrip(b"\0") + bytes(102_400 - len(tar(good()).rstrip(b"\0")) % 512) + tar([bad()])
+
+
+def gzip_of_wrong_checksum() -> bytes:
+    data = bytearray(gzip.compress(tar([*good(), bad()])))
+    data[-8] ^= 0xFF
+    return bytes(data)
+
+
+def gzip_of_wrong_block() -> bytes:
+    """Inside the last picture stands a block of a kind that does not exist."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(cut_inside_member()) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 2000
 
 
 def transparent() -> Image.Image:
@@ -159,12 +195,14 @@ CASES: dict[str, Case] = {
     "image_banner": (around(png(Image.new("RGB", (1200, 20)))), 4, {"aspect_ratio": 1}, {}),
     "image_dot": (around(png(Image.new("RGB", (1, 1)))), 4, {"too_small": 1}, {}),
     "image_progressive": (around(jpeg(encoded(photo(), "JPEG", progressive=True))), 5, {}, {}),
-    "image_bomb": (around((BAD, {"png": oversized_png(), "txt": b"boom"})), 4, {"too_large": 1}, {}),
+    "image_bomb": (around((BAD, {"png": promised(10**5, 10**5), "txt": b"boom"})), 4, {"too_large": 1}, {}),
+    "image_wider_than_32_bits": (around((BAD, {"png": promised(2**32 - 1, 8), "txt": b"x"})), 4, {"too_large": 1}, {}),
     "image_trailing_garbage": (around(jpeg(bad()[1]["jpg"] + b"\0junk" * 99)), 5, {}, {}),
     "image_missing": (around(bad(jpg=None)), 4, {"missing_image": 1}, {}),
     "json_missing": (around(bad(json=None)), 5, {}, {}),
     "json_invalid": (around(bad(json=b'{"caption": ')), 5, {}, {"bad_json": 1}),
     "json_deep": (around(bad(json=b"[" * 200_000)), 5, {}, {"bad_json": 1}),
+    "json_huge_score": (around(bad(json=b'{"punsafe": 1' + b"0" * 400 + b"}")), 5, {}, {}),
     "json_failed": (around(bad(json=json.dumps({"status": "failed_to_download"}).encode())), 5, {}, {}),
     "text_missing": (around(bad(txt=None)), 4, {"missing_caption": 1}, {}),
     "text_utf16": (around(text("ein Hügel".encode("utf-16"))), 5, {}, {}),
@@ -185,10 +223,16 @@ CASES: dict[str, Case] = {
     "tar_device": (lambda: with_member(tarfile.CHRTYPE), 4, {"missing_image": 1}, {}),
     "tar_broken_header": (broken_header, 4, {"corrupt_shard": 1, "missing_image": 1}, {}),
     "tar_cut_inside_member": (cut_inside_member, 3, {"truncated_shard": 1}, {}),
+    "tar_zero_tail": (zero_tail, 4, {"truncated_shard": 1}, {}),
+    "tar_zero_hole": (zero_hole, 5, {"corrupt_shard": 1}, {}),
+    "tar_pax_size_superscript": (lambda: pax_size("²"), 5, {}, {}),
+    "tar_pax_size_huge": (lambda: pax_size("9" * 5000), 5, {}, {}),
     "tar_no_end": (without_end, 5, {}, {"missing_end_blocks": 1}),
     "tar_concatenated": (concatenated, 5, {}, {}),
     "tar_gzip": (lambda: gzip.compress(tar([*good(), bad()])), 5, {}, {}),
     "tar_gzip_cut": (lambda: gzip.compress(tar([*good(), bad()]))[:-2000], 4, {"truncated_shard": 1}, {}),
+    "tar_gzip_wrong_checksum": (gzip_of_wrong_checksum, 5, {"corrupt_shard": 1}, {}),
+    "tar_gzip_wrong_block": (gzip_of_wrong_block, 3, {"truncated_shard": 1}, {}),
     "tar_zero_bytes": (lambda: b"", 0, {"empty_shard": 1}, {}),
     "tar_only_end": (lambda: bytes(10240), 0, {"empty_shard": 1}, {}),
     "tar_error_page": (lambda: b'<?xml version="1.0"?><Error>AccessDenied</Error>', 0, {"corrupt_shard": 1}, {}),

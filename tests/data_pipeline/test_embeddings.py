@@ -21,7 +21,7 @@ from data_pipeline.embeddings import (
     to_bf16,
     to_int8,
 )
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.loader import Loader
 from data_pipeline.shard_index import index_shard
 from tests.data_pipeline.photos import copy_shards, samples
@@ -69,13 +69,28 @@ def test_what_is_written_comes_back_ragged(tmp_path: Path, dtype: str, error: fl
         assert np.abs(tokens - values[number]).max() <= error * max(1, np.abs(values[number]).max())
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_flipped_byte_makes_its_sample_bad_and_a_cut_file_is_refused(tmp_path: Path, dtype: str) -> None:
+    place = tmp_path / "a.embeddings.safetensors"
+    write(place, rows(5), dtype)
+    whole = place.read_bytes()
+    place.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    sidecar = Sidecar(str(place))
+    assert len(sidecar.tokens("key3", "caption 3"))
+    with pytest.raises(BadSample, match="is damaged"):
+        sidecar.tokens("key4", "caption 4")
+    place.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"its header says .*; remove it and run `cascade embed` again"):
+        Sidecar(str(place))
+
+
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     values = rows(3)
     write(tmp_path / "a.safetensors", values)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert set(file.keys()) == {"tokens", "starts", "keys", "captions"}
+        assert set(file.keys()) == {"tokens", "starts", "keys", "captions", "checksums"}
         tokens = file.get_tensor("tokens").float().numpy()
         assert np.abs(tokens - np.concatenate(values)).max() < 0.02
         assert file.get_tensor("starts").tolist() == [0, *np.cumsum([len(v) for v in values]).tolist()]
@@ -97,14 +112,14 @@ def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(tmp_path: 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}", b"x" * 500, b"\xff" * 8 + b"{"])
 def test_other_files_are_refused_with_the_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match=r"no file of embeddings .* run `cascade embed` again"):
+    with pytest.raises(DataError, match=r"no whole file of embeddings .* run `cascade embed` again"):
         Sidecar(str(tmp_path / "a"))
 
 
 def test_a_sidecar_of_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", rows(2))
     data = (tmp_path / "a").read_bytes()
-    (tmp_path / "a").write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    (tmp_path / "a").write_bytes(data.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
     with pytest.raises(DataError, match="version 9"):
         Sidecar(str(tmp_path / "a"))
 

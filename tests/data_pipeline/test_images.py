@@ -89,6 +89,21 @@ def test_orientation_comes_from_the_file_or_from_outside(orientation: int) -> No
     assert np.array_equal(decode(jpeg, orientation=3), decode(jpeg)), "the file's own tag wins"
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP", "JPEG"])
+def test_every_format_is_turned_once_whoever_else_knows_the_orientation(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (30, 40)), kind, exif=exif)
+    assert decode(data).shape == decode(data, orientation=6).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("sizes", [(256, 100, 0), (64, 0, 65), (64, 16, 30), (64, 16, -4)])
+def test_sizes_that_do_not_fit_together_are_refused(sizes: tuple[int, int, int]) -> None:
+    size, low, window = sizes
+    with pytest.raises(ValueError, match=f"size={size}, low_res_size={low}, crop_size={window}"):
+        training_pair(jpegs()[0], size=size, low_res_size=low, crop_size=window)
+
+
 @pytest.mark.parametrize("as_text", [True, False])
 def test_orientation_of_img2dataset_json(as_text: bool) -> None:
     exif = {"Image Orientation": "Rotated 90 CW"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import store
+from data_pipeline import s3, store
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import DataError
 from data_pipeline.index import main
@@ -82,6 +82,30 @@ def test_shards_that_are_no_archives_are_counted_and_the_rest_indexed(tmp_path: 
     result = run(str(tmp_path))
     assert result["problems"] == {"empty_shard": 1, "not_a_tar": 1}
     assert (result["shards"], result["samples"]) == (3, 3)
+
+
+def test_unreadable_shards_are_counted_and_the_rest_indexed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shards(tmp_path, [3, 4])
+    remove_indexes(tmp_path)
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere.tar")
+    (tmp_path / "folder.tar").mkdir()
+    for pattern in (str(tmp_path), str(tmp_path / "*.tar")):
+        result = run(pattern)
+        assert result["problems"] == {"unreadable_shard": 1} and result["samples"] == 7
+    assert "links to nothing" in caplog.text and "this is a directory, no shard" in caplog.text
+
+
+def test_a_listing_is_held_to_the_runs_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def listing(url: str, delimiter: str = "", patience: Any = None) -> Any:
+        seen.append(patience.deadline_s)
+        return iter(())
+
+    monkeypatch.setattr(s3, "listing", listing)
+    with pytest.raises(DataError):
+        run("s3://bucket/shards", deadline_s=7.0)
+    assert set(seen) == {7.0}
 
 
 def test_filters_are_counted_per_reason(tmp_path: Path) -> None:

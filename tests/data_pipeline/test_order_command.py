@@ -117,5 +117,8 @@ def test_quality_is_a_last_line(capsys: pytest.CaptureFixture[str], data: DataCo
 def test_mistakes(data: DataConfig) -> None:
     with pytest.raises(ConfigError, match=r"world size 3: .* 1, 2, 4"):
         main(Command(data, world_size=3))
-    with pytest.raises(ConfigError, match="position=-1"):
-        main(Command(data, position=-1))
+    for key, value in {"position": -1, "workers": -1, "batches": -1}.items():
+        with pytest.raises(ConfigError, match=f"{key}={value}: it "):
+            main(Command(data, **{key: value}))
+    with pytest.raises(ConfigError, match="position=1000000000000000000000"):
+        main(Command(data, position=10**21))

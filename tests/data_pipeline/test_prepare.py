@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipeline import store
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.images import decode
 from data_pipeline.prepare import main
 from data_pipeline.synthetic import caption, combinations, draw, parse
@@ -30,7 +30,7 @@ class Config:
     """The sections of an experiment that `prepare` reads."""
 
     def __init__(self, prepare: PrepareConfig, seed: int = 0, data: DataConfig | None = None) -> None:
-        self.prepare, self.seed, self.data = prepare, seed, data or DataConfig()
+        self.prepare, self.seed, self.data, self.json = prepare, seed, data or DataConfig(), True
 
 
 def drawn(output: Path, seed: int = 0, **values: Any) -> dict[str, Any]:
@@ -316,6 +316,82 @@ def test_perceptual_duplicates_lose_to_the_largest_version(copies: Path, tmp_pat
     (tmp_path / "out" / "00001.tar").unlink()
     imported(tmp_path / "out", "folder", copies, deduplicate="perceptual", samples_per_shard=3)
     assert contents(tmp_path / "out") == before
+
+
+def test_nothing_is_dropped_for_the_sake_of_what_is_dropped_itself(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(jpegs()[0])  # the first of two equal ones, but it has no caption
+    (root / "b.jpg").write_bytes(jpegs()[0])
+    (root / "b.txt").write_text("kept")
+    for kind in ("exact", "perceptual"):
+        result = imported(tmp_path / kind, "folder", root, deduplicate=kind)
+        assert result["samples"] == 1 and result["dropped"] == {"missing_caption": 1}
+
+
+def test_equal_bytes_and_equal_looks_are_told_apart(copies: Path, tmp_path: Path) -> None:
+    image = Image.open(io.BytesIO(jpegs()[4]))
+    image.save(copies / "4-png.png")
+    (copies / "4-png.txt").write_text("x")
+    imported(tmp_path / "out", "folder", copies, deduplicate="perceptual")
+    lines = {line["sample"]: line["detail"] for line in dropped(tmp_path / "out")}
+    assert "the same bytes" in lines["1.jpg"]
+    assert "of 4-png.png (it shows the same: " in lines["4.jpg"]
+
+
+def test_captions_of_a_table_that_are_no_utf8_cost_their_row_alone(folder: Path, tmp_path: Path) -> None:
+    names = [path.name.encode() for path in sorted(folder.glob("*.jpg"))[:3]]
+    captions = [b"plain", "ein H\xfcgel".encode("latin-1"), "東京".encode()]
+    lines = [b"path,caption"] + [name + b"," + caption for name, caption in zip(names, captions, strict=True)]
+    (folder / "table.csv").write_bytes(b"\n".join(lines))
+    result = imported(tmp_path / "out", "table", folder / "table.csv")
+    assert result["dropped"] == {"bad_text": 1}
+    found = members(tmp_path / "out" / "00000.tar")
+    assert found["000000000.txt"] == b"plain" and found["000000002.txt"] == "東京".encode()
+
+
+def test_the_result_is_the_last_line_and_nothing_left_is_an_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(PrepareConfig(kind="folder", source=str(folder), output=str(tmp_path / "out")))
+    config.json = False
+    assert main(config) == json.loads(capsys.readouterr().out.splitlines()[-1])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="every sample was dropped"):
+        imported(tmp_path / "none", "folder", tmp_path / "bad")
+    assert dropped(tmp_path / "none")[0]["reason"] == "decode_error"
+
+
+def test_what_a_killed_run_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    imported(tmp_path / "out", "folder", folder)
+    (tmp_path / "out" / ".00000.tar.abcd.tmp").write_bytes(b"half")
+    imported(tmp_path / "out", "folder", folder)
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (PrepareConfig, {"samples_per_shard": 0}),
+        (PrepareConfig, {"max_side": -4}),
+        (PrepareConfig, {"quality": 500}),
+        (DrawConfig, {"samples_per_shard": 0}),
+        (DrawConfig, {"objects": 3}),
+        (DrawConfig, {"size": 0}),
+        (DataConfig, {"max_pixels": 0}),
+        (DataConfig, {"decode_margin": 0.0}),
+        (DataConfig, {"prefetch_mb": -1}),
+        (DataConfig, {"cache_gb": -1.0}),
+        (DataConfig, {"deadline_s": -1.0}),
+        (DataConfig, {"max_bad_share": 1.5}),
+        (DataConfig, {"lanes": -2}),
+    ],
+)
+def test_settings_that_cannot_work_are_named(section: type, values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ConfigError, match=rf"{name}={values[name]}: it must"):
+        section(**values)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -192,6 +193,9 @@ def test_impossible_layouts(folder: str) -> None:
         stream(folder, lanes=5)
     with pytest.raises(ConfigError, match="rank=2"):
         stream(folder, rank=2, world_size=2)
+    for position in (-3, 1.5, 2**70):
+        with pytest.raises(ConfigError, match=rf"position={position}: it must be a whole number"):
+            stream(folder, position=position)
 
 
 def test_rank_and_world_size_come_from_the_environment(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,11 +211,13 @@ def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: st
     source = stream(str(tmp_path), stop=64)
     index, _ = source.dataset.index(3)
     victim = index.key(4)
+    modified = os.stat(paths[3]).st_mtime_ns
     with open(paths[3], "r+b") as file:
         file.seek(index.parts(4)[0].offset)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
+    os.utime(paths[3], ns=(modified, modified))  # a bad disk leaves no trace
     read = {s["__position__"]: s for s in source}
     hit = [p for p, sample in read.items() if "__failures__" in sample]
     assert hit and all(clean[p] == victim and read[p]["__key__"] != victim for p in hit)

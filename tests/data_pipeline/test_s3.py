@@ -91,6 +91,13 @@ def test_mistakes_are_named_at_once(bucket: str) -> None:
             store.describe(store.expand(pattern))
 
 
+def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    s3.forget()
+    with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is no address"):
+        store.expand(f"s3://{bucket}/")
+
+
 def test_wrong_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store.write_bytes(f"s3://{bucket}/00000.tar", b"x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_pipeline import shard_index, store
 from data_pipeline.shard_index import (
     ShardIndex,
+    build_index,
     cached_index_url,
     image_size,
     index_shard,
     index_url,
     load_index,
+    load_meta,
+    read_index,
     store_index,
 )
 from data_pipeline.shards import ShardWriter
@@ -127,20 +131,53 @@ def test_saved_index_is_the_same_and_beside_the_shard(tmp_path: Path) -> None:
 def test_a_changed_shard_makes_its_index_stale(tmp_path: Path) -> None:
     path = write_shards(tmp_path, [5])[0]
     data = bytearray(Path(path).read_bytes())
-    os.utime(path, ns=(1, 1))
-    assert load_index(path) is not None  # a copy with another time stamp and the same samples
-    first = index_shard(path).parts(0)[0]
-    data[first.offset] ^= 1
+    second = index_shard(path).parts(1)[0]
+    data[second.offset] ^= 1
     Path(path).write_bytes(data)
     assert load_index(path) is None
+    rebuilt = build_index(store.describe([path])[0])
+    assert rebuilt.parts(1)[0].checksum != second.checksum
+    assert load_index(path) is not None
     Path(path).write_bytes(data + bytes(512))
     assert load_index(path) is None
 
 
-def test_a_broken_index_file_counts_as_none(tmp_path: Path) -> None:
-    path = write_shards(tmp_path, [3])[0]
-    Path(index_url(path)).write_bytes(b"PAR1 broken")
+def test_a_copy_of_an_indexed_shard_is_not_walked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shards(tmp_path, [5])[0]
+    before = load_index(path)
+    os.utime(path, ns=(1, 1))
     assert load_index(path) is None
+    monkeypatch.setattr(shard_index, "walk", None)
+    copy = build_index(store.describe([path])[0])
+    assert before is not None and copy.table.equals(before.table) and copy.digest == before.digest
+    assert load_index(path) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 broken", b"PAR1" + bytes(64) + b"PAR1"])
+def test_a_broken_index_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    path = write_shards(tmp_path, [3])[0]
+    Path(index_url(path)).write_bytes(content)
+    assert load_index(path) is None and load_meta(store.describe([path])[0]) is None
+
+
+def test_no_flipped_byte_of_an_index_file_changes_what_it_says(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [6])[0]
+    place = Path(index_url(path))
+    whole, index = place.read_bytes(), load_index(path)
+    assert index is not None
+    for at in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        place.write_bytes(damaged)
+        read = read_index(path, str(place))
+        assert read is None or (read.table.equals(index.table) and read.meta == index.meta), at
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"successes": 1e999}', b'{"successes": null}', b"\xff"])
+def test_a_broken_count_beside_the_shard_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    path = write_shards(tmp_path, [3])[0]
+    (tmp_path / "00000_stats.json").write_bytes(content)
+    assert index_shard(path).meta["expected"] is None
 
 
 def test_the_digest_does_not_depend_on_the_place(tmp_path: Path) -> None:
