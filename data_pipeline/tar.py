@@ -24,8 +24,9 @@ _ZERO = bytes(BLOCK)
 _PIECE = 1 << 20
 _MAX_EXTENDED = 1 << 20
 _PAX_SIZE = re.compile("[0-9]{1,19}")
-_LONGEST_END = (64 << 10) // BLOCK
-"""Zero blocks up to which they are an end of archive: two, and what fills the last record (10 KiB, rarely more)."""
+_LONGEST_END = 2 + 20
+"""Zero blocks up to which they are an end of archive: two, and what fills the last record of, as all tars have by
+default, 20 blocks."""
 MAX_MEMBER = 256 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
