@@ -200,9 +200,9 @@ def _check_names(unet: UNetConfig, shapes: dict[str, tuple[int, ...]], where: st
 
 def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
     for run, text in zip(runs, texts, strict=True):
-        for key in ("kind", "path", "dim", "max_tokens"):
+        for key in ("kind", "sha", "dim", "max_tokens"):
             here, first = getattr(text, key), getattr(texts[0], key)
-            if here != first:
+            if here != first and None not in (here, first):
                 raise ConfigError(f"bundle.runs: {run} was trained with text.{key}={here} but {runs[0]} with {first}")
 
 

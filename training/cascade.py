@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from training.drawing import (
     to_uint8,
 )
 from training.model.text_encoder import TextEncoder, build_text_encoder
+from training.model.text_identity import pinned
 from training.model.unet import UNet
 from training.word_maps import WordMaps
 
@@ -76,13 +77,16 @@ class Cascade:
     # ------------------------------------------------------------------------------------- loading and saving
 
     @classmethod
-    def from_pretrained(cls, path: str) -> Cascade:
+    def from_pretrained(cls, path: str, text_path: str | None = None) -> Cascade:
         """Loads a bundle: a directory, an s3:// prefix or a name in the Hugging Face cache. Reads only safetensors.
 
+        Args:
+            text_path: where the text encoder lies on this machine, if not where the bundle says.
+
         Raises:
-            DataError, ConfigError: one sentence naming the file and the remedy.
+            DataError, ConfigError: one sentence naming the file and the remedy; another text encoder is refused.
         """
-        return cls._from(bundle.read(str(path)))
+        return cls._from(bundle.read(str(path)), text_path)
 
     @classmethod
     def from_runs(cls, runs: Sequence[str]) -> Cascade:
@@ -90,14 +94,15 @@ class Cascade:
         return cls._from(bundle.collect(list(runs)))
 
     @classmethod
-    def _from(cls, opened: bundle.Bundle) -> Cascade:
+    def _from(cls, opened: bundle.Bundle, text_path: str | None = None) -> Cascade:
+        text = pinned(replace(opened.text, path=text_path or opened.text.path))
         stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
-        return cls(stages, build_text_encoder(opened.text), opened.text)
+        return cls(stages, build_text_encoder(text), text)
 
     def save(self, path: str) -> None:
         """Writes the bundle directory (or s3:// prefix); training/bundle.py says what it holds."""
         weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
-        bundle.write(str(path), bundle.Bundle(self.text, weights))
+        bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None, *, offload: bool = True) -> Cascade:
         """Chooses where and in which precision pictures are drawn; returns self.

@@ -80,6 +80,9 @@ class TextConfig:
     """Width of the embeddings; for `t5` it must equal the encoder's."""
     dtype: str = "fp32"
     """`fp32` or `bf16`, for the frozen encoder."""
+    sha: str | None = None
+    """Hash of the encoder's weights and tokenizer. Null: found out at the start; checkpoints and bundles keep it and
+    refuse another encoder."""
 
     def __post_init__(self) -> None:
         require(self.kind in ("words", "t5"), f"text.kind={self.kind}: it must be words or t5")
@@ -308,6 +311,8 @@ class BundleConfig:
     runs: list[str] = field(default_factory=list)
     """Run directories (or checkpoints) of the stages, base first."""
     dir: str = "runs/default/bundle"
+    text_path: str | None = None
+    """`sample` and `evaluate`: where the text encoder lies on this machine; null: where the bundle says."""
 
 
 @dataclass

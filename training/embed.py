@@ -7,7 +7,6 @@ are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -25,21 +24,12 @@ from data_pipeline.part_reader import PartReader
 from data_pipeline.progress import progress
 from data_pipeline.shard_index import ShardIndex, build_index, load_index
 from training.distributed import launch, process_count
+from training.model.text_identity import identity
 
 if TYPE_CHECKING:
     from training.commands import EmbedCommand
-    from training.config import TextConfig
     from training.model.text_encoder import TextEncoder
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json")  # fmt: skip
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_PIECES, _PIECE = 64, 1 << 16
 _RESULTS = "CASCADE_EMBED_RESULTS"
 """Directory in which the processes of one command leave what they did."""
 
@@ -133,58 +123,6 @@ def _ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     rank, local_rank, world = (int(environment.get(name, default)) for name, default in zip(names, "001", strict=True))
     return rank, local_rank, world
-
-
-def identity(config: TextConfig) -> dict[str, Any]:
-    """What decides an encoder's output: hashes of its weights and its tokenizer, its width and its length.
-
-    Weights are hashed by name, size and 64 pieces of each file, so that 20 GB take a moment. The path is no part of it.
-
-    Raises:
-        DataError: there is no encoder at text.path.
-    """
-    facts: dict[str, Any] = {"kind": config.kind, "dim": config.dim, "max_tokens": config.max_tokens}
-    if config.kind == "words":
-        from training.model.words import token_vectors
-
-        probe = token_vectors(["red", "東京"], config.dim).tobytes()
-        return {**facts, "weights": hashlib.blake2b(probe, digest_size=8).hexdigest(), "tokenizer": "words"}
-    folder = _encoder_folder(str(config.path))
-    weights = [
-        name for name in sorted(os.listdir(folder)) if name.endswith((".safetensors", ".bin")) or name == "config.json"
-    ]
-    tokenizer = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))]
-    return {**facts, "weights": _hash_files(folder, weights), "tokenizer": _hash_files(folder, tokenizer)}
-
-
-def _encoder_folder(path: str) -> str:
-    """The directory of an encoder: a local one, or the Hugging Face cache's."""
-    if os.path.isdir(path):
-        return path
-    from transformers.utils import cached_file
-
-    names = ("config.json", *WEIGHT_FILES)
-    found = [
-        cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False) for name in names
-    ]
-    if found[0] is None:
-        raise DataError(
-            f"text.path={path}: no encoder there nor in the Hugging Face cache; fetch it: hf download {path}"
-        )
-    return os.path.dirname(found[0])
-
-
-def _hash_files(folder: str, names: list[str]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name in names:
-        path = os.path.join(folder, name)
-        size = os.path.getsize(path)
-        digest.update(f"{name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for number in range(_PIECES if size > _PIECES * _PIECE else 1):
-                file.seek(number * (size - _PIECE) // (_PIECES - 1) if size > _PIECES * _PIECE else 0)
-                digest.update(file.read(_PIECE if size > _PIECES * _PIECE else size))
-    return digest.hexdigest()
 
 
 def _texts(index: ShardIndex, reader: PartReader, config: EmbedCommand) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ FIXED = {
     "stage.model": "the weights belong to it",
     "stage.diffusion": "the weights belong to it",
     "text.kind": "the weights belong to it",
-    "text.path": "the weights belong to it",
+    "text.sha": "the weights belong to the text encoder that they were trained with (see text.path)",
     "text.dim": "the weights belong to it",
     "lora": "the weights belong to it",
     "optimizer.name": "its saved moments would be lost",

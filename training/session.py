@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,13 +25,13 @@ from training.diffusion import random
 from training.diffusion.objective import loss
 from training.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.ema import state_name
-from training.embed import identity
 from training.engine import build_engine
 from training.flops import flops_and_peak
 from training.init_from import begin_with
 from training.metering import Hours, Meter
 from training.model.presets import UNetConfig, for_stage
 from training.model.text_encoder import build_text_encoder
+from training.model.text_identity import identity, pinned
 from training.model.unet import UNet
 from training.optimizers import STATES, skip_compiler
 from training.resilience import LossGuard, NotFinite, Signals
@@ -51,6 +52,7 @@ class Session:
     """One start of a run. `step` and `position` are where it begins."""
 
     def __init__(self, config: Experiment, ranks: Ranks) -> None:
+        config = replace(config, text=each(lambda: pinned(config.text), ranks))
         self.config, self.ranks = config, ranks
         self._config = to_dict(config)
         self._code = code_version() if ranks.is_main else {}

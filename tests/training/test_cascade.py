@@ -18,6 +18,7 @@ from training.config import TextConfig
 from training.diffusion.denoiser import to_unit
 from training.diffusion.sampler import sample_stage
 from training.drawing import picture_seed, to_uint8
+from training.model.text_identity import pinned
 
 PROMPTS = ["a red circle", "a blue square on grey", "蓝天白云"]
 
@@ -197,7 +198,7 @@ def test_save_and_load(cascade: Cascade, tmp_path: Path) -> None:
     cascade.save(str(tmp_path / "bundle"))
     loaded = Cascade.from_pretrained(str(tmp_path / "bundle"))
     assert np.array_equal(pixels(loaded.generate(PROMPTS)), pixels(cascade.generate(PROMPTS)))
-    assert [s.origin["step"] for s in loaded.stages] == [7, 7] and loaded.text == TEXT
+    assert [s.origin["step"] for s in loaded.stages] == [7, 7] and loaded.text == pinned(TEXT)
     assert not any(p.requires_grad for s in loaded.stages for p in s.unet.parameters())
 
 
@@ -236,6 +237,21 @@ def test_to_bf16_draws_nearly_the_same(cascade: Cascade, tmp_path: Path) -> None
     assert next(half.stages[0].unet.parameters()).dtype == torch.bfloat16
     difference = np.abs(pixels(half.generate(PROMPTS)) - pixels(cascade.generate(PROMPTS)))
     assert 0 < difference.mean() < 12
+
+
+def test_a_bundle_knows_its_text_encoder_wherever_it_lies(tmp_path: Path) -> None:
+    home = Path(tiny_t5(tmp_path / "encoder"))
+    tiny_cascade(text=TextConfig(kind="t5", path=str(home), dim=16, max_tokens=32)).save(str(tmp_path / "bundle"))
+    elsewhere = home.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"encoder: no encoder there"):
+        Cascade.from_pretrained(str(tmp_path / "bundle"))
+    cascade = Cascade.from_pretrained(str(tmp_path / "bundle"), text_path=str(elsewhere))
+    assert len(cascade.generate(["a red circle"])) == 1
+    weights = elsewhere / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=rf"text\.sha=.*another text encoder than the one at text\.path={elsewhere}"):
+        Cascade.from_pretrained(str(tmp_path / "bundle"), text_path=str(elsewhere))
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "multilingual"])

@@ -22,8 +22,9 @@ from tests.data_pipeline.photos import copy_shards, samples
 from tests.training.model.test_text_encoder import tiny_t5
 from training.commands import EmbedCommand
 from training.config import TextConfig
-from training.embed import identity, main, share
+from training.embed import main, share
 from training.model.text_encoder import build_text_encoder
+from training.model.text_identity import identity
 
 SOURCES = {"txt": 1.0, "json:captions": 1.0}
 WORDS = TextConfig(dim=32, max_tokens=16)

@@ -25,7 +25,15 @@ def changed(**settings: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "key",
-    ["seed", "stage__image_size", "stage__model__preset", "stage__diffusion__schedule", "text__dim", "data__window"],
+    [
+        "seed",
+        "stage__image_size",
+        "stage__model__preset",
+        "stage__diffusion__schedule",
+        "text__dim",
+        "text__sha",
+        "data__window",
+    ],
 )
 def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
     dotted = key.replace("__", ".")

@@ -127,6 +127,7 @@ def test_the_run_directory_explains_itself(whole: Experiment) -> None:
     assert store(whole).steps() == [10, 9], "keep_last=2"
     meta = newest(whole).meta
     assert (meta["step"], meta["position"], meta["updates"]) == (STEPS, STEPS * 8, STEPS)
+    assert meta["config"]["text"]["sha"].endswith("-words")
     assert meta["config"]["stage"]["model"]["preset"] == "tiny_base" and meta["data"]["position"] == STEPS * 8
 
 
@@ -202,7 +203,12 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Experiment, tmp_path: Path, 
 
 
 def test_a_change_that_breaks_resume_is_refused(whole: Experiment, shards: str) -> None:
-    for change in ({"seed": 1}, {"stage__model__preset": "demo_base"}, {"data__global_batch": 16}):
+    for change in (
+        {"seed": 1},
+        {"stage__model__preset": "demo_base"},
+        {"data__global_batch": 16},
+        {"text__sha": "abc"},
+    ):
         config = experiment(Path(whole.run.dir).parent, shards, train__steps=STEPS + 1, **change)
         running = forks.start(config)
         assert running.codes() == [2]
