@@ -23,6 +23,9 @@ from data_pipeline.pool import DaemonPool
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.shard_index import IMAGE_EXTENSIONS
 
+MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
+"""What training looks at."""
+
 
 @dataclass
 class Work:
@@ -89,7 +92,7 @@ class Decoding:
         self._work = work
         self._decode = decode or self._decode_pair
         self._embeddings = embeddings_of(work.dataset, work.config)
-        self._reader = RowReader(work.dataset, work.config)
+        self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
         self._stop = threading.Event()
         self._queue: queue.Queue[Future[Taken]] = queue.Queue(_decoded_ahead(work))
         self._pool = DaemonPool(work.config.threads, "decode")

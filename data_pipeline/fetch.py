@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +66,14 @@ class _File:
 
 
 class RowReader:
-    """Reads any sample of a data set, every member verified against the index. Safe to use from several threads."""
+    """Reads any sample of a data set, every member verified against the index. Safe to use from several threads.
 
-    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
-        self.dataset, self.config = dataset, config
+    Args:
+        extensions: members that are wanted; others, however large, are not looked at. None: all.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
+        self.dataset, self.config, self._extensions = dataset, config, extensions
         self._direct = [not s.compressed and not store.is_s3(s.entry.url) for s in dataset.summaries]
         self._files: OrderedDict[int, _File] = OrderedDict()
         self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
@@ -83,12 +87,19 @@ class RowReader:
         """
         index, rows = self.dataset.index(shard)
         physical = rows.item(row)
-        parts = index.places(physical)
+        parts = self.places(index, physical)
         for attempt in range(1 + _REREADS):
             sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
                 return sample
         raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
+
+    def places(self, index: ShardIndex, row: int) -> list[_Place]:
+        """Extension, first byte, size and checksum of each member that is wanted; `row` is one of the file."""
+        places = index.places(row)
+        if self._extensions is None:
+            return places
+        return [place for place in places if place[0] in self._extensions] or places
 
     def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
         if self._direct[shard]:
@@ -126,7 +137,7 @@ class RowReader:
         index, rows = self.dataset.index(shard)
         physical = int(rows[row])
         sample, wrong = _cut(
-            index, physical, index.places(physical), lambda first, end: data[first - begin : end - begin]
+            index, physical, self.places(index, physical), lambda first, end: data[first - begin : end - begin]
         )
         if wrong:
             logger.warning("%s: %s of %s does not verify; reading it again", index.url, wrong, sample["__key__"])

@@ -16,7 +16,6 @@ import numpy as np
 from data_pipeline.fetch import RowReader, Sample
 from data_pipeline.order import Order
 from data_pipeline.pool import DaemonPool
-from data_pipeline.shard_index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,8 @@ class Prefetcher:
             if self._reader.is_direct(number):
                 continue
             index, kept = self._reader.dataset.index(number)
-            begin, end = _span(index, int(kept[row]))
+            places = self._reader.places(index, int(kept[row]))
+            begin, end = places[0][1], max(offset + size for _, offset, size, _ in places)
             near = unit is not None and unit.shard == number and (compressed or unit.is_near(begin))
             if unit is None or not near or end - unit.begin > limit:
                 unit = _Unit(number, {}, begin, end)
@@ -206,8 +206,3 @@ class _Wait:
 
     def __call__(self) -> Sample:
         return self.prefetcher.collect(self.unit, self.position)
-
-
-def _span(index: ShardIndex, row: int) -> tuple[int, int]:
-    parts = index.parts(row)
-    return min(part.offset for part in parts), max(part.offset + part.size for part in parts)

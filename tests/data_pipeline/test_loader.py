@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.loader import Batch, Decoded, Loader
+from data_pipeline.shard_index import index_shard
+from data_pipeline.shards import ShardWriter
+from tests.data_pipeline.photos import samples
 from tests.data_pipeline.small_shards import PHOTOS, write_shards
 
 BASE = DataConfig(global_batch=8, lanes=4, window=3, threads=2)
@@ -181,3 +185,28 @@ def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
 def test_impossible_world_size(photos: str) -> None:
     with pytest.raises(ConfigError, match=r"world size 3.*1, 2, 4"):
         Loader(replace(BASE, shards=photos), image_size=32, world_size=3)
+
+
+def test_members_that_training_does_not_look_at_are_not_read(tmp_path: Path) -> None:
+    """Latents or masks beside the pictures cost no reading, and damage to them is none to the sample."""
+    for name in ("plain", "more"):
+        (tmp_path / name).mkdir()
+        with ShardWriter(str(tmp_path / name / "0.tar")) as shard:
+            for key, members in samples().items():
+                extra = {"npy": bytes(200_000)} if name == "more" else {}
+                shard.write(key, {"jpg": members["jpg"], **extra, "txt": members["txt"]})
+    path = tmp_path / "more" / "0.tar"
+    modified = path.stat().st_mtime_ns
+    data = bytearray(path.read_bytes())
+    for part in (part for row in range(4) for part in index_shard(str(path)).parts(row) if part.extension == "npy"):
+        data[part.offset] = 1
+    path.write_bytes(data)
+    os.utime(path, ns=(modified, modified))
+    batches = []
+    for name in ("plain", "more"):
+        loader = Loader(DataConfig(shards=str(tmp_path / name), global_batch=4), image_size=16)
+        (batch,) = next(loader)
+        assert loader.counters["bad"] == 0
+        batches.append(batch)
+        loader.close()
+    assert batches[0].keys == batches[1].keys and torch.equal(batches[0].images, batches[1].images)
