@@ -14,6 +14,20 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def at_least(settings: Any, section: str, **bounds: float) -> None:
+    """Raises `ConfigError` unless each named field is a number not below its bound."""
+    for name, bound in bounds.items():
+        value = getattr(settings, name)
+        require(value >= bound, f"{section}.{name}={value}: it must be at least {bound}")
+
+
+def positive(settings: Any, section: str, *names: str) -> None:
+    """Raises `ConfigError` unless each named field is a number above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value > 0, f"{section}.{name}={value}: it must be positive")
+
+
 @dataclass
 class FilterConfig:
     """Which samples take part, judged from the index before a byte is downloaded; null switches a rule off."""
@@ -54,10 +68,7 @@ class CaptionConfig:
             any(weight > 0 for weight in self.weights.values()),
             "data.captions.sources: give at least one source a positive weight",
         )
-        require(
-            self.max_characters >= 1,
-            f"data.captions.max_characters={self.max_characters}: it must be at least 1",
-        )
+        at_least(self, "data.captions", max_characters=1)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -112,18 +123,15 @@ class DataConfig:
     captions: CaptionConfig = field(default_factory=CaptionConfig)
 
     def __post_init__(self) -> None:
-        require(self.global_batch >= 1, f"data.global_batch={self.global_batch}: it must be at least 1")
-        require(self.window >= 0, f"data.window={self.window}: it must be 0 (automatic) or positive")
-        require(self.micro_batch >= 0, f"data.micro_batch={self.micro_batch}: it must be 0 (automatic) or positive")
+        at_least(
+            self, "data", global_batch=1, window=0, micro_batch=0, threads=1, prefetch_mb=0, max_pixels=1, cache_gb=0
+        )
+        positive(self, "data", "decode_margin", "deadline_s", "stall_s")
         require(self.crop in ("random", "center"), f"data.crop={self.crop}: it must be random or center")
         require(0 <= self.flip <= 1, f"data.flip={self.flip}: it must be a probability from 0 to 1")
         require(
             0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255"
         )
-        for name, least in (("threads", 1), ("prefetch_mb", 0), ("max_pixels", 1), ("cache_gb", 0)):
-            require(getattr(self, name) >= least, f"data.{name}={getattr(self, name)}: it must be at least {least}")
-        for name in ("decode_margin", "deadline_s", "stall_s"):
-            require(getattr(self, name) > 0, f"data.{name}={getattr(self, name)}: it must be positive")
         require(
             0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share}: it must be a share from 0 to 1"
         )
@@ -156,9 +164,7 @@ class DrawConfig:
     samples_per_shard: int = 1000
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 0), ("heldout", 0), ("size", 8), ("samples_per_shard", 1)):
-            value = getattr(self, name)
-            require(value >= least, f"prepare.draw.{name}={value}: it must be at least {least}")
+        at_least(self, "prepare.draw", count=0, heldout=0, size=8, samples_per_shard=1)
         require(self.objects in (1, 2), f"prepare.draw.objects={self.objects}: it must be 1 or 2")
 
 
@@ -187,9 +193,7 @@ class PrepareConfig:
             self.deduplicate in ("none", "exact", "perceptual"),
             f"prepare.deduplicate={self.deduplicate}: it must be none, exact or perceptual",
         )
-        require(
-            self.samples_per_shard >= 1, f"prepare.samples_per_shard={self.samples_per_shard}: it must be at least 1"
-        )
+        at_least(self, "prepare", samples_per_shard=1)
         require(
             self.max_side is None or self.max_side >= 1,
             f"prepare.max_side={self.max_side}: it must be positive, or null to keep the pictures as they are",

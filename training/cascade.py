@@ -35,6 +35,7 @@ from training.drawing import (
     Words,
     as_list,
     number_drawings,
+    plan_places,
     plan_stages,
     plan_strengths,
     to_images,
@@ -194,11 +195,15 @@ class Cascade:
             raise ConfigError(f"batch={batch}: it must be at least 1")
         if mask is not None and image is None:
             raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
+        if image is None and any(value < 1 for value in strengths):
+            raise ConfigError(f"strength={strength}: it says how much of `image` is redrawn, and there is none")
+        if low_res is not None and not first.is_super_resolution:
+            raise ConfigError(f"low_res: {first.name} draws from the text alone; to redraw a picture give `image`")
         start = image if low_res is None else low_res
         if first.is_super_resolution and start is None:
             raise ConfigError(f"low_res: {first.name} starts from {first.low_res_size} px pictures; give them")
 
-        places = [torch.device(place) for place in devices or [self.device]]
+        places = plan_places(devices or [self.device])
         batches = -(-len(drawings) // batch)
         meter = _Meter(callback, {self.stages[i].config.name: s.steps * batches for i, s in plan})
         pictures = {
@@ -287,8 +292,8 @@ class Cascade:
     @contextmanager
     def _visiting(module: nn.Module | TextEncoder, home: torch.device, place: torch.device) -> Iterator[None]:
         """Weights on `place` for a while."""
-        module.to(place)
         try:
+            module.to(place)
             yield
         finally:
             module.to(home)

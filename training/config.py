@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.config import DataConfig, PrepareConfig, require
+from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
 from training.diffusion.settings import DiffusionConfig, SamplerConfig
 
 
@@ -20,6 +20,9 @@ class RunConfig:
 
     name: str = "default"
     dir: str = "runs/default/stage"
+
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "run.dir: it is empty; name a directory")
 
 
 @dataclass
@@ -46,15 +49,22 @@ class StageConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name,
+            f"stage.name={self.name}: files are named by it, so it must be a word without a slash",
+        )
+        at_least(self, "stage", image_size=1, low_res_size=0, crop_size=0)
         if self.low_res_size:
             require(
-                self.image_size % self.low_res_size == 0,
-                f"stage.low_res_size={self.low_res_size}: it must divide stage.image_size={self.image_size}",
+                self.image_size % self.low_res_size == 0 and self.low_res_size < self.image_size,
+                f"stage.low_res_size={self.low_res_size}: it must divide stage.image_size={self.image_size} and be "
+                "smaller",
             )
             factor = self.image_size // self.low_res_size
             require(
-                self.crop_size % factor == 0,
-                f"stage.crop_size={self.crop_size}: it must be a multiple of the scale factor {factor}",
+                self.crop_size % factor == 0 and self.crop_size <= self.image_size,
+                f"stage.crop_size={self.crop_size}: it must be a multiple of the scale factor {factor}, up to "
+                f"stage.image_size={self.image_size}",
             )
         else:
             require(self.crop_size == 0, "stage.crop_size: only a super-resolution stage trains on crops")
@@ -87,6 +97,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         require(self.kind in ("words", "t5"), f"text.kind={self.kind}: it must be words or t5")
         require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
+        at_least(self, "text", max_tokens=1, dim=1)
         require(self.kind != "t5" or bool(self.path), "text.path: text=t5 needs a directory or a name in the HF cache")
 
 
@@ -104,6 +115,7 @@ class OptimizerConfig:
     decay_from: float = 0.7
     """Share of train.steps after which the decay starts."""
     clip_norm: float = 1.0
+    """Largest norm of the gradient of a step; 0: none."""
 
     def __post_init__(self) -> None:
         names = ("adamw", "adamw8bit", "adafactor")
@@ -112,7 +124,12 @@ class OptimizerConfig:
             self.decay in ("constant", "cosine", "linear"),
             f"optimizer.decay={self.decay}: it must be constant, cosine or linear",
         )
-        require(self.lr > 0, f"optimizer.lr={self.lr}: it must be positive")
+        positive(self, "optimizer", "lr", "eps")
+        at_least(self, "optimizer", weight_decay=0, warmup_steps=0, clip_norm=0)
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={self.betas}: it must be two numbers from 0 to below 1",
+        )
         require(0 <= self.decay_from <= 1, f"optimizer.decay_from={self.decay_from}: it must lie between 0 and 1")
 
 
@@ -194,10 +211,9 @@ class TrainConfig:
     """The same afterwards."""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"train.steps={self.steps}: it must be at least 1")
-        require(self.log_every >= 1, f"train.log_every={self.log_every}: it must be at least 1")
-        require(self.max_skipped >= 1, f"train.max_skipped={self.max_skipped}: it must be at least 1")
-        require(self.stall_s > 0, f"train.stall_s={self.stall_s}: it must be positive")
+        at_least(self, "train", steps=1, log_every=1, sample_every=0, max_skipped=1, max_rollbacks=0, spike_factor=0)
+        at_least(self, "train", peak_tflops=0)
+        positive(self, "train", "stall_s", "timeout_first_s", "timeout_s")
 
 
 @dataclass
@@ -214,8 +230,7 @@ class LoraConfig:
     """Layers that get an adapter, by the last part of their names: attention, residual blocks, their conditioning."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank={self.rank}: it must be 0 (off) or positive")
-        require(self.alpha >= 0, f"lora.alpha={self.alpha}: it must be 0 (as lora.rank) or positive")
+        at_least(self, "lora", rank=0, alpha=0)
         require(self.rank == 0 or bool(self.targets), "lora.targets: name at least one kind of layer")
 
     @property
@@ -237,8 +252,7 @@ class ValidationConfig:
     """Pictures; a multiple of the number of processes."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"validation.every={self.every}: it must be 0 (never) or positive")
-        require(self.samples >= 1, f"validation.samples={self.samples}: it must be at least 1")
+        at_least(self, "validation", every=0, samples=1)
 
 
 @dataclass
@@ -255,8 +269,7 @@ class CheckpointConfig:
     """Write in the background; the loop waits only for the copy to host memory."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, f"checkpoint.every={self.every}: it must be at least 1")
-        require(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last}: it must be at least 1")
+        at_least(self, "checkpoint", every=1, keep_last=1, keep_every=0)
 
 
 @dataclass
@@ -303,7 +316,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
-        require(self.nodes >= 1, f"cluster.nodes={self.nodes}: it must be at least 1")
+        at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0)
 
 
 @dataclass
@@ -314,6 +327,9 @@ class BundleConfig:
     text_path: str | None = None
     """`sample` and `evaluate`: where the text encoder lies on this machine; null: where the bundle says."""
 
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "bundle.dir: it is empty; name a directory or an s3:// prefix")
+
 
 @dataclass
 class SamplingConfig:
@@ -321,6 +337,9 @@ class SamplingConfig:
     """The experiment's own prompts, used when the command line gives none."""
     output: str = "runs/default/samples"
     columns: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, "sampling", columns=1)
 
 
 @dataclass
@@ -340,8 +359,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
-        require(self.samples >= 2, f"evaluation.samples={self.samples}: it must be at least 2")
-        require(self.batch >= 1, f"evaluation.batch={self.batch}: it must be at least 1")
+        at_least(self, "evaluation", samples=2, batch=1, reference_samples=0, psnr_samples=0)
 
 
 @dataclass
@@ -373,6 +391,7 @@ class Experiment:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
         require(
             self.lora.rank == 0 or bool(self.train.init_from),
             f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",

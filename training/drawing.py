@@ -63,8 +63,14 @@ def number_drawings(
     """`num_images` drawings per prompt, in order; with `numbers` one per prompt, of that number.
 
     Raises:
-        ConfigError: lengths that do not fit.
+        ConfigError: lengths that do not fit, or values of another kind.
     """
+    for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
+        if other := [text for text in texts if not isinstance(text, str)]:
+            raise ConfigError(f"{name}: {other[0]!r} is no text")
+    for name, value in (("seed", seed), ("num_images", num_images)):
+        if not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{name}={value}: it must be a whole number")
     if len(negatives) not in (0, 1, len(prompts)):
         raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
     if num_images < 1:
@@ -171,6 +177,18 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
         if not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise ConfigError(f"strength={value}: it must lie above 0 and at most at 1")
     return [float(value) for value in values]
+
+
+def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
+    """The devices to draw on. Raises `ConfigError` for one that this machine does not have."""
+    places = []
+    for name in devices:
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:  # torch says either
+            raise ConfigError(f"devices: there is no {name} here ({str(error).splitlines()[0]})") from error
+        places.append(torch.device(name))
+    return places
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

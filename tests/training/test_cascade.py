@@ -285,6 +285,13 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"image": [Image.new("RGB", (8, 8))] * 2}, "2 pictures for 3 prompts"),
         ({"num_images": 0}, "num_images=0"),
         ({"batch": 0}, "batch=0"),
+        ({"guidance": float("nan")}, "guidance=nan: it must be a finite number"),
+        ({"num_images": 1.5}, "num_images=1.5: it must be a whole number"),
+        ({"seed": "a"}, "seed=a: it must be a whole number"),
+        ({"negative_prompts": [None]}, "negative_prompts: None is no text"),
+        ({"strength": 0.5}, "strength=0.5: it says how much of `image` is redrawn, and there is none"),
+        ({"low_res": Image.new("RGB", (8, 8))}, "low_res: base draws from the text alone"),
+        ({"devices": ["abacus"]}, "devices: there is no abacus here"),
     ],
 )
 def test_impossible_arguments_are_one_sentence(cascade: Cascade, arguments: dict, message: str) -> None:

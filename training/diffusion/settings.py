@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 SCHEDULES = ("cosine", "linear", "edm")
@@ -90,6 +91,9 @@ class SamplerConfig:
         low_high = list(self.guidance_interval)
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
             raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times, 0 <= first <= second <= 1")
-        for key, value in (("aug_level", self.aug_level), ("threshold_percentile", self.threshold_percentile)):
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"stage.sampler.guidance={self.guidance}: it must be a finite number")
+        for key in ("aug_level", "threshold_percentile", "gamma"):
+            value = getattr(self, key)
             if not 0 <= value <= 1:
                 raise ValueError(f"stage.sampler.{key}={value}: it must lie between 0 and 1")

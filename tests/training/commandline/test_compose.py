@@ -190,3 +190,49 @@ def test_a_mistake_in_a_file_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
             cli._hydra("train", ["--config-dir", str(tmp_path), f"experiment={name}"])
         assert part in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stage.crop_size=128",
+        "stage.crop_size=-4",
+        "stage.image_size=0",
+        "stage.low_res_size=64",
+        "stage.name=a/b",
+        "stage.name=''",
+        "train.steps=0",
+        "train.sample_every=-1",
+        "train.timeout_s=0",
+        "train.spike_factor=-1",
+        "checkpoint.every=0",
+        "checkpoint.keep_every=-3",
+        "optimizer.lr=nan",
+        "optimizer.betas=[0.9]",
+        "optimizer.betas=[0.9,1.5]",
+        "optimizer.eps=0",
+        "optimizer.weight_decay=-1",
+        "optimizer.warmup_steps=-5",
+        "optimizer.clip_norm=-1",
+        "stage.sampler.guidance=nan",
+        "stage.sampler.gamma=2",
+        "text.max_tokens=0",
+        "text.dim=0",
+        "cluster.processes=-1",
+        "cluster.threads=-1",
+        "seed=-1",
+        "seed=99999999999999999999",
+        "run.dir=''",
+        "bundle.dir=''",
+        "sampling.columns=0",
+        "validation.every=-1",
+        "lora.rank=-1",
+        "evaluation.samples=1",
+        "data.threads=0",
+        "data.window=-1",
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_its_key(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("train", ["experiment=demo", "stage=demo_sr", override])
+    assert str(error.value).startswith(override.partition("=")[0]), error.value
