@@ -220,6 +220,9 @@ class CheckpointStore:
         except (OSError, CascadeError) as caught:
             error = caught
         reports = all_gather((files, error), ranks, group)
+        if any(report[1] for report in reports):
+            for entry in files:  # a part of a checkpoint is of no use to anyone, and the disk may be full
+                folder.remove(entry["name"])
         self._raise_first([report[1] for report in reports], step)
         if ranks.is_main:
             try:
@@ -321,7 +324,7 @@ class CheckpointStore:
         ranks = ranks or Ranks()
         damaged = []
         for step in together(self.steps, ranks):
-            checkpoint, problem = together(lambda step=step: self._try_open(step), ranks)
+            checkpoint, problem, committed = together(lambda step=step: self._try_open(step), ranks)
             if checkpoint is not None and not wanted(checkpoint.meta):
                 continue
             if checkpoint is not None:
@@ -330,6 +333,7 @@ class CheckpointStore:
                 if not found:
                     return checkpoint
                 problem = f"{checkpoint.folder}: {'; '.join(found)}"
+            if committed:
                 damaged.append(problem)
             if ranks.is_main:
                 log.warning("checkpoint passed over: %s", problem)
@@ -340,11 +344,12 @@ class CheckpointStore:
             )
         return None
 
-    def _try_open(self, step: int) -> tuple[Checkpoint | None, str]:
+    def _try_open(self, step: int) -> tuple[Checkpoint | None, str, bool]:
+        """The checkpoint, or what is wrong with it; and whether it was committed."""
         try:
-            return self.open(step), ""
+            return self.open(step), "", True
         except DataError as error:
-            return None, str(error)
+            return None, str(error), self._folder(step).size(MANIFEST) is not None
 
 
 def _manifest(step: int, attempt: int, files: list[list[dict[str, Any]]], meta: dict[str, Any]) -> bytes:

@@ -123,11 +123,21 @@ class Signals:
         self.received = self.received or number
 
 
-def stop_error(number: int, step: int) -> CascadeError:
-    """The error with which a run ends after signal `number`, once step `step` is saved."""
+def stop_error(number: int, step: int, saved: int) -> CascadeError:
+    """The error with which a run ends after signal `number` and step `step`; `saved` is its newest checkpoint's (-1:
+    none)."""
     name = signal.Signals(number).name
     kind = Interrupted if number == signal.SIGINT else Preempted
-    return kind(f"stopped by {name} after step {step}; everything is saved, the same command goes on from there")
+    if saved == step:
+        return kind(f"stopped by {name} after step {step}; everything is saved, the same command goes on from there")
+    return kind(
+        f"stopped by {name} after step {step}, which could not be saved; the same command goes on {from_where(saved)}"
+    )
+
+
+def from_where(saved: int) -> str:
+    """Where a run with a newest checkpoint of step `saved` (-1: none) goes on."""
+    return f"from step {saved}" if saved >= 0 else "from the beginning"
 
 
 class LossGuard:

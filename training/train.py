@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 from data_pipeline.errors import CascadeError
-from training.checkpoint import CheckpointStore
+from training.checkpoint import CheckpointError, CheckpointStore
 from training.config import Experiment
 from training.distributed import Ranks, free_port, launch, process_count, read_ranks
-from training.resilience import EXIT_HUNG, RankLost, Signals, is_lost_rank, run_program, stop_error
+from training.resilience import EXIT_HUNG, RankLost, Signals, from_where, is_lost_rank, run_program, stop_error
 from training.run_dir import RunDir
 
 HANDLES_SIGNALS = True
@@ -31,6 +31,7 @@ def main(config: Experiment) -> dict[str, Any]:
 
     Raises:
         Preempted, Interrupted: stopped by a signal; everything is saved.
+        CheckpointError: all steps are done, but the last checkpoint could not be written.
         NotFinite: `train.max_skipped` steps in a row could not be applied, also after going back to a checkpoint.
         RankLost: another process died, or did not answer within the time-outs.
     """
@@ -110,8 +111,13 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
             if done % config.checkpoint.every == 0 or last or signal_number:
                 session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
-                raise stop_error(signal_number, done)
+                raise stop_error(signal_number, done, session.writer.last_step)
         session.finish_saving()
+        if session.writer.last_step < settings.steps:
+            raise CheckpointError(
+                f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or mend the "
+                f"store; the same command goes on {from_where(session.writer.last_step)}"
+            )
         exit_code = 0
         return session.summary(loss)
     except CascadeError as error:  # decided together: a checkpoint under way can still be finished

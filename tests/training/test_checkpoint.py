@@ -112,6 +112,13 @@ def test_all_damaged_is_not_a_fresh_start(store: CheckpointStore) -> None:
         store.newest()
 
 
+def test_one_whose_manifest_is_damaged_is_not_a_fresh_start_either(store: CheckpointStore) -> None:
+    save(store, 1)
+    data_file(store, 1).with_name(MANIFEST).write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of its checkpoints is healthy .*manifest.json is damaged"):
+        store.newest()
+
+
 def test_a_later_start_fences_off_the_earlier(store: CheckpointStore) -> None:
     save(store, 1)
     later = CheckpointStore(str(store.folder))
@@ -188,12 +195,13 @@ def test_deleting_takes_the_manifest_first(store: CheckpointStore, monkeypatch: 
         store.open(1)
 
 
-def test_disk_full_loses_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_loses_nothing_and_leaves_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     save(store, 1)
     write = LocalFolder.write
+    monkeypatch.setattr("training.checkpoint.PART_BYTES", 1)
 
     def full(self: LocalFolder, name: str, chunks: Any) -> None:
-        if name.endswith(".safetensors"):
+        if name.endswith("p001.safetensors"):
             raise OSError(28, "No space left on device")
         write(self, name, chunks)
 
@@ -203,6 +211,7 @@ def test_disk_full_loses_nothing(store: CheckpointStore, monkeypatch: pytest.Mon
     error = writer.wait()
     assert isinstance(error, CheckpointError)
     assert "step 2 was not written" in str(error) and "No space left" in str(error) and "make room" in str(error)
+    assert not store.folder.sub("step-00000002").names()
     monkeypatch.setattr(LocalFolder, "write", write)
     writer.start(3, Snapshot(tensors(3)), {})
     assert writer.wait() is None

@@ -33,10 +33,10 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 
 def test_exit_codes() -> None:
-    error = stop_error(signal.SIGUSR2, 7)
+    error = stop_error(signal.SIGUSR2, 7, 7)
     assert isinstance(error, Preempted) and error.exit_code == 75
     assert "SIGUSR2 after step 7" in str(error)
-    error = stop_error(signal.SIGINT, 7)
+    error = stop_error(signal.SIGINT, 7, 5)
     assert isinstance(error, Interrupted) and error.exit_code == 130
 
 

@@ -64,6 +64,19 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, shards:
     assert "metrics.jsonl cannot be written" in running.text
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_disk_that_stays_full_is_no_success(tmp_path: Path, shards: str, stopped: bool) -> None:
+    config = experiment(tmp_path, shards)
+    events = [{"what": "small files", "rank": rank, "step": 4, "bytes": 100_000} for rank in (0, 1)]
+    running = chaos(config, 2, *events, *[{"what": "sigterm", "rank": 0, "step": 8}] * stopped)
+    assert running.codes() == ([75, 75] if stopped else [1, 1]), running.text
+    end = "which could not be saved" if stopped else "all 10 steps are done, but the last checkpoint was not written"
+    assert end in running.text and "the same command goes on from step 3" in running.text
+    assert newest(config).step == 3
+    unfinished = [path for path in (Path(config.run.dir) / "checkpoints").glob("step-*/*") if "00003" not in str(path)]
+    assert not unfinished, "what is of no use takes no room"
+
+
 def test_a_store_that_is_gone_and_comes_back(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, checkpoint__every=2, checkpoint__keep_last=5)
     events = [{"what": what, "rank": 0, "step": step} for what, step in (("gone", 3), ("back", 5))]
