@@ -27,6 +27,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 DISTRIBUTED = ("train",)
 """Commands that run as one process per task on every node; all others are one process on one node."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
+TIME_LIMIT = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 FROZEN = """\
 # {title}
 defaults:
@@ -70,7 +71,13 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     """
     if config.cluster.kind != "slurm":
         raise ConfigError(f"cluster.kind={config.cluster.kind}: `cascade launch` submits to Slurm, add cluster=slurm")
+    if not TIME_LIMIT.fullmatch(config.cluster.time):
+        raise ConfigError(
+            f"cluster.time={config.cluster.time}: it must be a time limit as Slurm has it, 24:00:00 or 2-12:00:00"
+        )
     chain = config.verb if isinstance(config.verb, list) else [config.verb]
+    if not chain:
+        raise ConfigError("verb=[]: name at least one command")
     if config.script and len(chain) > 1:
         raise ConfigError(
             f"script={config.script}: it names one file, but verb lists {len(chain)} commands; leave it out"

@@ -93,6 +93,10 @@ def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
     return Bundle(texts[0], stages)
 
 
+class NoCheckpoint(DataError):
+    """A run that has not saved anything yet, or no run at all."""
+
+
 def _open_run(run: str, experiment: str) -> Checkpoint:
     name = run.rstrip("/").rsplit("/", 1)[-1]
     if STEP_NAME.fullmatch(name):
@@ -100,7 +104,7 @@ def _open_run(run: str, experiment: str) -> Checkpoint:
     checkpoint = CheckpointStore(checkpoint_dir(run)).newest()
     if checkpoint is None:
         command = f"cascade train experiment={experiment} stage={name} run.dir={run}"
-        raise DataError(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
+        raise NoCheckpoint(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
     return checkpoint
 
 
@@ -136,6 +140,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "position": meta.get("position"),
         "ema_decay": meta["config"]["ema"]["decays"][0],
         "code": meta.get("code", {}).get("commit"),
+        "text": meta["config"]["text"].get("sha"),
         **({"lora": base} if base else {}),
     }
     return StageWeights(config, unet, tensors, origin)
@@ -170,8 +175,12 @@ def stage_weights(path: str, stage: str) -> StageWeights:
 
     Raises:
         ConfigError: the bundle has no such stage.
+        DataError: there is neither a bundle nor a checkpoint, or it is damaged.
     """
-    opened = read(path) if open_folder(_in_cache(path)).size(INDEX) is not None else collect([path])
+    try:
+        opened = read(path) if open_folder(_in_cache(path)).size(INDEX) is not None else collect([path])
+    except NoCheckpoint as error:
+        raise DataError(f"train.init_from={path}: neither a bundle nor a run with a checkpoint is there") from error
     found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
     if not found:
         names = ", ".join(weights.config.name for weights in opened.stages)

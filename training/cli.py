@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError
+from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError, UserError
 from training.commands import COMMANDS
 from training.config import Experiment
 from training.resilience import run_program
@@ -188,6 +188,10 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         _fail(f"cascade {verb}", error)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _fail(f"cascade {verb}", UserError(f"{error.filename}: {error.strerror} (debug=true shows where)"))
     except KeyboardInterrupt:
         print(f"cascade {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

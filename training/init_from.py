@@ -41,6 +41,8 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
             f"train.init_from={path}: weights of another network ({str(error).splitlines()[-1].strip()})"
         ) from error
     log.info("weights taken from %s", path)
+    if found.origin.get("text") not in (None, config.text.sha):
+        log.warning("they were trained with another text encoder (text.sha=%s) than this run's", found.origin["text"])
     if not lora.rank:
         return None
     count = add_adapters(model, lora)

@@ -204,7 +204,7 @@ def _read_start(key: str, file: str) -> Start:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError) as error:
-        raise DataError(f"{key}={file}: not a picture ({error})") from error
+        raise DataError(f"{key}={file}: not a picture that can be read") from error
     return Start(file, sha256(data).hexdigest(), image)
 
 

@@ -185,6 +185,8 @@ def test_the_command_line_hands_its_words_on(here: Path) -> None:
         (["cluster=slurm", "cluster.processes=0"], [], "cluster.processes=0"),
         (["cluster=slurm", "cluster.nodes=3"], [], "24 processes"),
         (["cluster=slurm"], ["verb=[train,bundle]", "script=x"], "script=x"),
+        (["cluster=slurm"], ["verb=[]"], "verb=[]: name at least one command"),
+        (["cluster=slurm", "cluster.time=soon"], [], "cluster.time=soon: it must be a time limit"),
     ],
 )
 def test_refused_before_anything_is_written(here: Path, words: list[str], own: list[str], part: str) -> None:

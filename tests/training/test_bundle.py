@@ -15,8 +15,9 @@ from tests.training.tiny import random_unet, stage_config
 from training import bundle
 from training.cascade import Cascade
 from training.checkpoint import CheckpointStore
-from training.config import BundleConfig, Experiment, RunConfig, StageConfig, TextConfig
+from training.config import BundleConfig, Experiment, RunConfig, StageConfig, TextConfig, TrainConfig
 from training.distributed import Ranks
+from training.init_from import begin_with
 from training.run_dir import RunDir, to_dict
 
 
@@ -69,7 +70,7 @@ def test_bundle_holds_the_averaged_weights_of_the_newest_checkpoints(runs: list[
     content = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert content["stages"][0]["origin"] == {
         "run": runs[0], "checkpoint": f"{runs[0]}/checkpoints/step-00000009", "step": 9, "position": 576,
-        "ema_decay": 0.99, "code": "abc",
+        "ema_decay": 0.99, "code": "abc", "text": None,
     }  # fmt: skip
     assert "step 9" in content["index"]["base.safetensors"] and "abc" in content["index"]["base.safetensors"]
     assert content["text"]["dim"] == 32 and content["stages"][1]["config"]["low_res_size"] == 16
@@ -128,6 +129,22 @@ def test_runs_with_other_text_are_refused(runs: list[str], tmp_path: Path) -> No
     manifest.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"text\.max_tokens=99 but .* with 10"):
         bundle.collect(runs)
+
+
+def test_weights_for_another_text_encoder_are_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = stage_config("base", 16)
+    run = make_run(tmp_path / "r", stage)
+    manifest = tmp_path / "r" / "checkpoints" / "step-00000005" / "manifest.json"
+    for sha, warned in (("theirs", True), ("mine", False)):
+        content = json.loads(manifest.read_text())
+        content["meta"]["config"]["text"]["sha"] = sha
+        manifest.write_text(json.dumps(content))
+        config = Experiment(stage=stage, text=TextConfig(dim=32, sha="mine"), train=TrainConfig(init_from=run))
+        caplog.clear()
+        begin_with(random_unet(stage, seed=1), config, None)
+        assert ("trained with another text encoder (text.sha=theirs)" in caplog.text) == warned
 
 
 def test_weights_of_another_structure_are_refused(tmp_path: Path) -> None:

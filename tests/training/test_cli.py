@@ -162,6 +162,17 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(fake_verb, capfd: pytest.CaptureFi
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    fake_verb(lambda config: Path("/proc/nowhere").mkdir())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    text = capfd.readouterr().err
+    assert ended.value.code == 2 and text.startswith("cascade train: /proc/nowhere: ") and text.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["train", "debug=true"])
+    assert "Traceback" in capfd.readouterr().err
+
+
 def test_other_ranks_leave_the_sentence_to_rank_0(
     fake_verb, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -321,6 +321,12 @@ def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: P
     assert running.codes() == [2] and f"train.init_from={whole.run.dir}: weights of another network" in running.text
 
 
+def test_weights_that_are_not_there(tmp_path: Path, shards: str) -> None:
+    running = forks.start(experiment(tmp_path, shards, zero__stage=0, train__init_from="/nowhere"))
+    assert running.codes() == [2]
+    assert "train.init_from=/nowhere: neither a bundle nor a run with a checkpoint is there" in running.text
+
+
 def test_super_resolution(tmp_path: Path, shards: str) -> None:
     config = experiment(
         tmp_path, shards, zero__stage=0, train__steps=2, train__sample_every=2, stage__model__preset="tiny_sr",
