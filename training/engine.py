@@ -1,12 +1,11 @@
-"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`, and the full state in and out
-by name.
+"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`; all state in and out by name.
 
 DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API
 (hence the exact pin):
 
     ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which
-    parameter ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position` and even
-    slices per parameter
+                parameter
+    ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position`, even slices
 
 `_layout` turns both into `Piece`s (training/sharding.py); all else (checkpoints, averages, import) is written on those
 alone. DeepSpeed's own checkpoint loads at no other world size or stage, its `latest` is written before the shards are

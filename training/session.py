@@ -168,9 +168,8 @@ class Session:
             if not known and self.ranks.is_main:
                 log.info(
                     "ema.decays: %s is not in the checkpoint; this average starts from the weights of step %d",
-                    decay,
-                    self.step,
-                )
+                    decay, self.step,
+                )  # fmt: skip
         self.engine.import_tensors(checkpoint.read, kinds, checkpoint.meta["updates"])
 
     # ---------------------------------------------------------------------------------------- what the loop calls
