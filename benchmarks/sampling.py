@@ -231,7 +231,8 @@ def main() -> None:
         rows += measure(output, part, seeds, size, count)
     (output / "sampling.json").write_text(json.dumps(rows, indent=1))
     (output / "sampling.md").write_text(table(rows))
-    plot(rows, next(iter(EXTRACTORS))).save(output / "sampling.png")
+    if any(row["part"] == "base" for row in rows):
+        plot(rows, next(iter(EXTRACTORS))).save(output / "sampling.png")
     print(table(rows))
 
 
