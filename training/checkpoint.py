@@ -3,8 +3,9 @@ written last.
 
     checkpoints/attempt.json                     who may write: every start of a run takes the next attempt number
     checkpoints/step-00000500/
-        a0001-r00000-p000.safetensors            attempt, rank, part; no two writers ever touch the same file
-        manifest.json                            sizes and checksums of the files, where each tensor lies, metadata
+        a0001-3f9c21-r00000-p000.safetensors     attempt and its token, rank, part; no two writers touch the same file
+        manifest.json                            sizes and checksums of the files, where each tensor lies, metadata, and
+                                                 a checksum of all that
 
 Importing this file does not import torch. A directory without `manifest.json` is no checkpoint. Deleting removes the
 manifest first. Nothing points at "the latest": the newest checkpoint that proves healthy is the one to resume from.
@@ -23,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,13 +115,16 @@ class Checkpoint:
 
     def _problem(self, entry: dict[str, Any], checksums: bool, thorough: bool) -> str:
         name, kind = entry["name"], "sha256" if thorough or "xxh3" not in entry else "xxh3"
-        size = self.folder.size(name)
-        if size is None:
-            return f"{name} is missing"
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if checksums and _checksum(self.folder.fetch(name), kind) != entry[kind]:
-            return f"{name} does not match its checksum"
+        try:
+            size = self.folder.size(name)
+            if size is None:
+                return f"{name} is missing"
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+            if checksums and _checksum(self.folder.fetch(name), kind) != entry[kind]:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         return ""
 
 
@@ -142,6 +147,8 @@ class CheckpointStore:
         self.folder = open_folder(path)
         self.attempt, self._token = attempt, token
         self._standings: dict[int, tuple[bool, float | None]] = {}
+        self._damaged: set[int] = set()
+        """Steps that `newest` has passed over: they do not count among those to keep."""
 
     # ------------------------------------------------------------------------------------------- who may write
 
@@ -170,7 +177,7 @@ class CheckpointStore:
         try:
             record = json.loads(self.folder.read(ATTEMPT))
             return int(record["attempt"]), str(record["token"]), str(record["host"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
             return 0, "", ""
 
     def check_owner(self) -> None:
@@ -210,8 +217,9 @@ class CheckpointStore:
                 self.check_owner()
                 self._standings.pop(step, None)
                 folder.remove(MANIFEST)
+                self._damaged.discard(step)
             for part, group_of_tensors in enumerate(split(tensors, PART_BYTES)):
-                name = f"a{self.attempt:04d}-r{ranks.rank:05d}-p{part:03d}.safetensors"
+                name = f"a{self.attempt:04d}-{self._token[:6]}-r{ranks.rank:05d}-p{part:03d}.safetensors"
                 digest = Digest(chunks(group_of_tensors))
                 folder.write(name, digest)
                 where = {n: {"shape": list(t.shape), "dtype": NAMES[t.dtype]} for n, t in group_of_tensors.items()}
@@ -222,7 +230,8 @@ class CheckpointStore:
         reports = all_gather((files, error), ranks, group)
         if any(report[1] for report in reports):
             for entry in files:  # a part of a checkpoint is of no use to anyone, and the disk may be full
-                folder.remove(entry["name"])
+                with suppress(OSError, CascadeError):
+                    folder.remove(entry["name"])
         self._raise_first([report[1] for report in reports], step)
         if ranks.is_main:
             try:
@@ -246,10 +255,11 @@ class CheckpointStore:
         """Deletes committed checkpoints, and what unfinished saves left behind below the newest one. Rank 0 only.
 
         Kept are the newest `keep_last`, multiples of `keep_every`, the newest healthy one (`meta["healthy"]`: a run
-        can go back to it) and, if `keep_best`, the one with the lowest validation loss. Returns the deleted steps.
+        can go back to it) and, if `keep_best`, the one with the lowest validation loss. Those that `newest` found
+        damaged count for nothing. Returns the deleted steps.
         """
         self.check_owner()
-        committed = [step for step in self.steps() if self._folder(step).size(MANIFEST) is not None]
+        committed = [step for step in self.steps() if step not in self._damaged and self._is_committed(step)]
         keep = {*committed[:keep_last], *(s for s in committed if keep_every and s % keep_every == 0)}
         keep.update([step for step in committed if self._standing(step)[0]][:1])
         measured = [(loss, step) for step in committed if (loss := self._standing(step)[1]) is not None]
@@ -282,9 +292,19 @@ class CheckpointStore:
         matches = (STEP_NAME.fullmatch(name) for name in self.folder.names())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def newest_committed(self) -> int:
-        """The newest step with a manifest, its files not looked at; -1: none."""
-        return next((step for step in self.steps() if self._folder(step).size(MANIFEST) is not None), -1)
+    def _is_committed(self, step: int) -> bool:
+        try:
+            return self._folder(step).size(MANIFEST) is not None
+        except OSError:  # something is there, and cannot be read
+            return True
+
+    def newest_whole(self) -> int:
+        """The newest step whose files are all there with their sizes, their checksums not looked at; -1: none."""
+        for step in self.steps():
+            with suppress(DataError):
+                if not self.open(step).problems(checksums=False):
+                    return step
+        return -1
 
     def open(self, step: int) -> Checkpoint:
         """The checkpoint of a step, its files not yet verified.
@@ -295,16 +315,25 @@ class CheckpointStore:
         folder = self._folder(step)
         try:
             manifest = json.loads(folder.read(MANIFEST))
+            if manifest["format"] != FORMAT:
+                raise DataError(f"{folder}: format {manifest['format']} is not {FORMAT}, the one this version reads")
+            if manifest["step"] != step:
+                raise ValueError(f"it is of step {manifest['step']}")
+            if manifest.pop("sha256", "") not in ("", _digest(manifest)):  # older ones have none
+                raise ValueError("it does not match its own checksum")
             tensors: dict[str, Any] = {}
             for entry in manifest["files"]:
                 tensors.update((n, {**where, "file": entry["name"]}) for n, where in entry["tensors"].items())
-            if manifest["format"] != FORMAT:
-                raise DataError(f"{folder}: format {manifest['format']} is not {FORMAT}, the one this version reads")
             manifest["tensors"] = tensors
-            return Checkpoint(folder, manifest)
+            checkpoint = Checkpoint(folder, manifest)
+            if not (checkpoint.bytes >= 0 and isinstance(checkpoint.meta, dict)):
+                raise ValueError("its values have other types")
+            return checkpoint
         except FileNotFoundError as error:
             raise DataError(f"{folder}: no {MANIFEST}, so the checkpoint was never finished") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise DataError(f"{folder}: its {MANIFEST} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder}: its {MANIFEST} is damaged ({error!r})") from error
 
     def newest(
@@ -335,6 +364,7 @@ class CheckpointStore:
                 problem = f"{checkpoint.folder}: {'; '.join(found)}"
             if committed:
                 damaged.append(problem)
+                self._damaged.add(step)
             if ranks.is_main:
                 log.warning("checkpoint passed over: %s", problem)
         if damaged:
@@ -349,9 +379,16 @@ class CheckpointStore:
         try:
             return self.open(step), "", True
         except DataError as error:
-            return None, str(error), self._folder(step).size(MANIFEST) is not None
+            return None, str(error), self._is_committed(step)
 
 
 def _manifest(step: int, attempt: int, files: list[list[dict[str, Any]]], meta: dict[str, Any]) -> bytes:
     flat = [entry for rank_files in files for entry in rank_files]
-    return json.dumps({"format": FORMAT, "step": step, "attempt": attempt, "files": flat, "meta": meta}).encode()
+    manifest = {"format": FORMAT, "step": step, "attempt": attempt, "files": flat, "meta": meta}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    return json.dumps({**manifest, "sha256": _digest(manifest)}).encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

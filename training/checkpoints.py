@@ -1,8 +1,8 @@
 """`cascade checkpoints run=DIR`: list, verify, compare and export checkpoints.
 
 action=list                                        step, size, health, validation loss
-action=verify  steps=[..]                          every byte against its checksum; exit code 2 when something is
-wrong action=diff    steps=[100,200]                     how far the weights moved, and which settings changed
+action=verify  steps=[..]                          every byte against its checksum; exit code 2 when one is wrong
+action=diff    steps=[100,200]                     how far the weights moved, and which settings changed
 action=export  output=weights.safetensors          averaged weights in one file; average=-1: the raw ones;
                                                    sigma_rel=0.08: an average of that width (ema.profile=power)
 """
@@ -10,7 +10,6 @@ action=export  output=weights.safetensors          averaged weights in one file;
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,9 @@ from training.safetensors_file import Digest, chunks
 
 SHOWN = 10
 """Tensors that `diff` names."""
+MOST_LEFT = 0.1
+"""How much of a profile the stored ones may leave unexplained (relative L2 norm)."""
+WIDTHS = [n / 200 for n in range(1, 58)]
 
 
 def main(config: CheckpointsCommand) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     steps = sorted(config.steps or [step for step in store.steps() if not describe(store, step)["problems"]][:2])
     if len(steps) < 2:
         raise ConfigError(f"steps: {store.folder} has only one checkpoint to compare")
-    first, second = (store.open(step) for step in steps)
+    first, second = (_whole(store.open(step)) for step in steps)
     names = sorted({*first.names("param/")} & {*second.names("param/")})
     moved = {name.removeprefix("param/"): _distance(first.read(name), second.read(name)) for name in names}
     others = sorted({*first.names()} ^ {*second.names()})
@@ -125,20 +127,28 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     """One safetensors file of fp32 weights by parameter name."""
     checkpoint = store.open(config.steps[0]) if config.steps else store.newest()
-    assert checkpoint is not None and config.output is not None
-    problems = checkpoint.problems()
-    if problems:
-        raise DataError(f"{checkpoint.folder}: {'; '.join(problems)}")
+    if checkpoint is None:
+        raise DataError(f"{store.folder}: no checkpoint was ever finished")
+    assert config.output is not None
+    _whole(checkpoint)
     if config.sigma_rel is not None:
         tensors, what = posthoc(store, checkpoint, config.sigma_rel), f"average of relative width {config.sigma_rel}"
     else:
         kind = "param" if config.average < 0 else state_name(config.average)
         tensors, what = _weights(checkpoint, kind), "raw weights" if config.average < 0 else f"average {config.average}"
-    output = Path(config.output)
-    digest = Digest(chunks(tensors))
-    open_folder(str(output.parent)).write(output.name, digest)
+    folder, slash, name = config.output.rpartition("/")
+    output, digest = config.output, Digest(chunks(tensors))
+    open_folder((folder or slash) or ".").write(name, digest)
     print(f"{output}: {what} of step {checkpoint.step}, {len(tensors)} tensors, {digest.size / 1e6:.1f} MB")
-    return {"output": str(output), "step": checkpoint.step, "bytes": digest.size, "sha256": digest.sha256, "what": what}
+    return {"output": output, "step": checkpoint.step, "bytes": digest.size, "sha256": digest.sha256, "what": what}
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    """The same; raises DataError when its files are not as they were written."""
+    problems = checkpoint.problems()
+    if problems:
+        raise DataError(f"{checkpoint.folder}: {'; '.join(problems)}")
+    return checkpoint
 
 
 def _weights(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
@@ -152,24 +162,35 @@ def _weights(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
 
 
 def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """The average of another width that ends at `last`, from all power-profile averages stored up to then.
+    """The average of another width that ends at `last`, from all power-profile averages stored up to then that began
+    with the run.
 
     Raises:
-        ConfigError: the run has no power profiles.
+        ConfigError: the run has no such averages, or too few to make this width.
     """
     stored: list[tuple[Checkpoint, str, float, float]] = []
     for step in (s for s in store.steps() if s <= last.step):
         try:
-            checkpoint = store.open(step)
-        except DataError:
+            checkpoint = _whole(store.open(step))
+        except DataError as error:
+            print(f"left out: {error}")
             continue
-        ema = checkpoint.meta["config"]["ema"]
-        if ema.get("profile") == "power" and checkpoint.meta["updates"] and not checkpoint.problems(checksums=False):
-            updates = float(checkpoint.meta["updates"])
-            stored += [(checkpoint, state_name(i), updates, width) for i, width in enumerate(ema["decays"])]
+        ema, updates = checkpoint.meta["config"]["ema"], float(checkpoint.meta["updates"])
+        since = checkpoint.meta.get("ema_since") or [0 for _ in ema["decays"]]
+        for index, width in enumerate(ema["decays"] if ema.get("profile") == "power" and updates else []):
+            if not since[index]:
+                stored.append((checkpoint, state_name(index), updates, width))
     if not stored:
-        raise ConfigError("sigma_rel: the run was not trained with ema.profile=power")
-    weights = posthoc_weights([(t, width) for _, _, t, width in stored], last.meta["updates"], sigma_rel)
+        raise ConfigError("sigma_rel: the run was not trained with ema.profile=power from its beginning")
+    profiles = [(t, width) for _, _, t, width in stored]
+    weights, left = posthoc_weights(profiles, last.meta["updates"], sigma_rel)
+    if left > MOST_LEFT:
+        fits = [s for s in WIDTHS if posthoc_weights(profiles, last.meta["updates"], s)[1] <= MOST_LEFT]
+        reach = f"{min(fits):g} to {max(fits):g}" if fits else "none"
+        raise ConfigError(
+            f"sigma_rel={sigma_rel}: the {len(stored)} averages stored up to step {last.step} do not add up to it "
+            f"(they reach {reach}); keep more checkpoints (checkpoint.keep_every), or more ema.decays"
+        )
     tensors = {}
     for name in (name.removeprefix("param/") for name in last.names("param/")):
         total = torch.zeros(last.shape(f"param/{name}"), dtype=torch.float64)

@@ -29,15 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import training.commands
-from data_pipeline.errors import CascadeError, ConfigError
+from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError
 from training.config import ClusterConfig, Experiment
-from training.resilience import EXIT_HUNG, STOP_CODES, run_program
+from training.resilience import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES, run_program
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
 """How long the other processes may live on after one has died; they hang in a collective with the dead one."""
 AGREED_GRACE_S = 600.0
-"""The same after an exit that all processes decided together: a checkpoint may still be on its way to the disk."""
+"""The same after an exit that all processes decided together: a checkpoint may still be on its way to the disk, or rank
+0, which says why, in W&B."""
+IMPATIENT_S = 2.0
+"""The same after a second Ctrl-C."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -134,18 +137,30 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
         command = [sys.executable, "-m", "training.distributed", module, type(config).__name__]
         command += [str(config_file), str(result_file)]
         threads = thread_count(config.cluster)
-        code = run_processes(command, process_count(config.cluster), threads=threads, hold_signals=True)
+        count, agreed = process_count(config.cluster), agreed_file(str(result_file))
+        code = run_processes(command, count, threads=threads, hold_signals=True, agreed=agreed)
         if code:
             raise SystemExit(code)
         return json.loads(result_file.read_text())
 
 
+def agreed_file(result_file: str) -> Path:
+    """A process makes it before it ends with an error that all share."""
+    return Path(f"{result_file}.agreed")
+
+
 def run_processes(
-    command: list[str], processes: int, threads: int = 1, grace_s: float = GRACE_S, hold_signals: bool = False
+    command: list[str],
+    processes: int,
+    threads: int = 1,
+    grace_s: float = GRACE_S,
+    hold_signals: bool = False,
+    agreed: Path | None = None,
 ) -> int:
     """Starts `command` once per rank and waits; returns 0 or the exit code of the first that failed.
 
-    Once one has failed the others are killed after `grace_s`, or after AGREED_GRACE_S if they all decided to stop.
+    Once one has failed the others are killed after `grace_s`, or after AGREED_GRACE_S if they all decided to stop
+    (STOP_CODES, or the file `agreed` is there), and IMPATIENT_S after a second SIGINT.
     `hold_signals`: they start with FORWARDED blocked, and let them in when they can handle them.
     """
     children: list[subprocess.Popen[bytes]] = []
@@ -167,7 +182,7 @@ def run_processes(
             children.append(subprocess.Popen(command, env=own, preexec_fn=before))
             for number in received:
                 children[-1].send_signal(number)
-        return _wait(children, grace_s)
+        return _wait(children, grace_s, agreed, received)
     finally:
         for child in children:
             if child.poll() is None:
@@ -177,14 +192,18 @@ def run_processes(
             signal.signal(number, handler)
 
 
-def _wait(children: list[subprocess.Popen[bytes]], grace_s: float) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path | None, received: list[int]) -> int:
     """Waits for all; after the first failure the others get a grace period, then SIGKILL."""
-    first, deadline = 0, float("inf")
+    first, impatient, deadline = 0, False, float("inf")
     while None in (codes := [child.poll() for child in children]):
         if not first:
             first = next((code for code in codes if code), 0)
             if first:
-                deadline = time.monotonic() + (AGREED_GRACE_S if first in STOP_CODES else grace_s)
+                together = first in STOP_CODES or (agreed is not None and agreed.exists())
+                deadline = min(deadline, time.monotonic() + (AGREED_GRACE_S if together else grace_s))
+        if not impatient and received.count(signal.SIGINT) > 1:
+            impatient, deadline = True, min(deadline, time.monotonic() + IMPATIENT_S)
+            first = first or EXIT_INTERRUPTED
         if time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
@@ -233,7 +252,16 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
             traceback.print_exc()
         elif rank == 0 or error.exit_code == EXIT_HUNG:
             print(str(error), file=sys.stderr, flush=True)
+        if error.exit_code != EXIT_HUNG:
+            agreed_file(result_file).touch()
         return error.exit_code
+    except OSError as error:
+        if config.debug or error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror} (debug=true shows where)", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:  # a second Ctrl-C
+        return EXIT_INTERRUPTED
     if rank == 0:
         Path(result_file).write_text(json.dumps(result))
     return 0

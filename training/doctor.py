@@ -1,6 +1,6 @@
 """`cascade plan doctor=true`: touches everything that a training will touch, once, on the machine where it is run.
 
-The training itself is the real one: `cascade train` for one step in a scratch run directory beside the real one, then
+The training itself is the real one: `cascade train` for one step in a scratch directory inside the real run's, then
 again, so that it resumes from its checkpoint for a second step. The scratch directories are removed afterwards.
 """
 
@@ -133,7 +133,7 @@ def weight_files(config: PlanCommand) -> list[Path]:
 def checkpoint_store(config: PlanCommand) -> str:
     """A file of random bytes written, read back and removed where the checkpoints will be."""
     where = checkpoint_place(config)
-    with scratch_beside(where) as path:
+    with scratch_in(where) as path:
         folder, content = open_folder(path), os.urandom(PROBE_BYTES)
         began = time.monotonic()
         folder.write("probe", [content])
@@ -171,10 +171,10 @@ class Trial:
 
     def __init__(self, config: PlanCommand, scratch: ExitStack) -> None:
         self.config = config
-        self.run = scratch.enter_context(scratch_beside(config.run.dir))
+        self.run = scratch.enter_context(scratch_in(config.run.dir))
         self.checkpoints = f"{self.run}/checkpoints"
         if config.checkpoint.dir:
-            self.checkpoints = scratch.enter_context(scratch_beside(config.checkpoint.dir))
+            self.checkpoints = scratch.enter_context(scratch_in(config.checkpoint.dir))
         self.done = 0
 
     def step(self) -> str:
@@ -260,10 +260,17 @@ def checkpoint_place(config: Experiment) -> str:
 
 
 @contextmanager
-def scratch_beside(place: str) -> Iterator[str]:
-    """A name for a directory beside the given one, removed with its content at the end."""
-    path = f"{place.rstrip('/')}-doctor-{uuid.uuid4().hex[:8]}"
+def scratch_in(place: str) -> Iterator[str]:
+    """A name for a directory in the given one (or in the nearest one above that is there already), removed with its
+    content at the end. Beside it is not the same: another disk, bucket or permission."""
+    home = place.rstrip("/")
+    while "://" not in home and not os.path.lexists(home):
+        home = os.path.dirname(home) or "."
+    path = f"{home}/.doctor-{uuid.uuid4().hex[:8]}"
     try:
         yield path
     finally:
-        store.remove(path)
+        try:
+            store.remove(path)
+        except (CascadeError, OSError) as error:
+            print(f"doctor: {path} was not removed ({error})", flush=True)

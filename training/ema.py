@@ -48,20 +48,30 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
-def posthoc_weights(stored: Sequence[tuple[float, float]], updates: float, sigma_rel: float) -> np.ndarray:
+def posthoc_weights(
+    stored: Sequence[tuple[float, float]], updates: float, sigma_rel: float
+) -> tuple[np.ndarray, float]:
     """Weights with which stored averages add up to the one of another width (EDM2, appendix C.3): the least-squares
-    fit of the target's profile by the stored ones.
+    fit of the target's profile by the stored ones, among weights that sum to one (an average of weights that do not
+    move is those weights).
 
     Args:
         stored: (updates, sigma_rel) of each stored average, power profiles all.
         updates: where the wanted average ends.
         sigma_rel: its relative width.
+
+    Returns:
+        The weights, and what the fit leaves over: the norm of the difference of the profiles relative to the target's.
     """
     t = np.array([at for at, _ in stored], dtype=np.float64)
     gamma = np.array([gamma_of(width) for _, width in stored])
     among = _overlap(t[:, None], gamma[:, None], t[None], gamma[None])
-    wanted = _overlap(t, gamma, np.array(float(updates)), np.array(gamma_of(sigma_rel)))
-    return np.linalg.lstsq(among, wanted, rcond=None)[0]
+    end, exponent = np.array(float(updates)), np.array(gamma_of(sigma_rel))
+    wanted, norm = _overlap(t, gamma, end, exponent), _overlap(end, exponent, end, exponent)
+    weights, unit = np.linalg.lstsq(among, np.stack([wanted, np.ones_like(wanted)], axis=1), rcond=None)[0].T
+    weights = weights + unit * (1 - weights.sum()) / unit.sum()
+    left = weights @ among @ weights - 2 * weights @ wanted + norm
+    return weights, float(np.sqrt(max(left, 0.0) / norm))
 
 
 def _overlap(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:

@@ -63,8 +63,7 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    control = torch.distributed.new_group(backend="gloo", timeout=timeout)
-    background = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    control, background = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return replace(ranks, device=device, control=control, background=background)
 
 
@@ -90,8 +89,7 @@ def import_deepspeed() -> Any:
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer whatever the optimizer, and that imports torch's compiler: 4 s at every
-    start. We do not use Muon, so its functions may stay as they are written."""
+    """DeepSpeed imports Muon whatever the optimizer, and that torch's compiler: 4 s at every start for nothing."""
     from deepspeed.runtime import compiler
 
     compile_function = compiler.compile
@@ -144,10 +142,9 @@ class Engine:
         self.updates = 0
         """Optimizer steps that were applied (not skipped)."""
         self._accumulate, self._micro_batches = accumulate, 0
-        trained = trained_parameters(model)
-        shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        shapes: Shapes = {name: tuple(p.shape) for name, p in trained_parameters(model).items()}
         fused = ranks.device != "cpu" and not config.zero.offload_optimizer
-        optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
+        optimizer = build_optimizer(trained_parameters(model).values(), config.optimizer, fused=fused)
         self._engine, *_ = import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
         )
@@ -350,9 +347,9 @@ class Engine:
         """Sets weights and optimizer states from whole tensors.
 
         Args:
-            read: the tensor of a name in a checkpoint; each rank asks only for what it holds a piece of.
+            read: the tensor of a name in a checkpoint; a rank asks only for what it holds a piece of.
             kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
-            updates: optimizer steps that were applied before.
+            updates: optimizer steps that were applied before; at 0 moments are zero, and need not be there to be read.
         """
         self._settle()
         for name, buffer in saved_buffers(self.module):
@@ -360,13 +357,16 @@ class Engine:
         scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
         for kind in (kind for kind in kinds if kind in self._names):
             values = self._states(kind)
-            scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, values)  # type: ignore[misc]
+            if updates or kinds[kind] == "param":
+                scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, values)  # type: ignore[misc]
+            else:
+                torch._foreach_zero_(values)
             if self._packed is not None and kind in KINDS:
                 for flat, value in zip(self._flats, values, strict=True):
                     self._packed.set_moment(flat, kind, value)
         for name, states in self._factored.statistics().items() if self._factored else ():
             for kind, state in states.items():
-                state.copy_(read(f"{kinds[kind]}/{name}").view_as(state))
+                state.copy_(read(f"{kinds[kind]}/{name}").view_as(state)) if updates else state.zero_()
         for flat in self._flats:
             self._zero.optimizer.state[flat]["step"].fill_(float(updates))
         self.updates = updates

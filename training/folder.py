@@ -54,7 +54,7 @@ class LocalFolder:
         """Bytes; None when it is not there."""
         try:
             return (self.path / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def remove(self, name: str) -> None:

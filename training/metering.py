@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from training.distributed import Ranks, all_gather, all_sum
-from training.run_dir import replace_file
+from training.run_dir import read_json, replace_file
 
 BANDS = 5
 """Loss by noise level: this many equal bands of the time t, from clean (0) to noise (1)."""
@@ -112,7 +112,7 @@ class Hours:
     def __init__(self, path: Path, attempt: int, world_size: int) -> None:
         self._path, self._attempt, self._world_size = path, str(attempt), world_size
         self._began = time.monotonic() - process_age()
-        self._starts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._starts: dict[str, float] = read_json(path)
 
     def total(self) -> float:
         """Device-hours up to now; writes them down."""

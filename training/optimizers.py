@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 
-from training.config import OptimizerConfig
-from training.ema import AveragingAdafactor, AveragingAdamW, AveragingAdamW8bit
+from training.config import EmaConfig, OptimizerConfig
+from training.ema import AveragingAdafactor, AveragingAdamW, AveragingAdamW8bit, state_name
 
 STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -17,6 +18,30 @@ STATES = {
     "adafactor": ("row_var", "col_var", "variance"),
 }
 """Optimizer -> its states per parameter, besides `step`; a parameter need not have all of them."""
+
+
+def states_to_load(
+    meta: dict[str, Any], names: Callable[[str], list[str]], optimizer: str, ema: EmaConfig
+) -> tuple[dict[str, str], list[int]]:
+    """Which optimizer states to read from a checkpoint.
+
+    Args:
+        meta: the checkpoint's.
+        names: its tensors that begin with a prefix.
+
+    Returns:
+        state -> the kind that it is read under (an average that the checkpoint lacks begins as its weights); and for
+        each average the number of updates after which it began.
+    """
+    kinds, began = {kind: kind for kind in STATES[optimizer]}, []
+    before, updates = meta["config"]["ema"], meta["updates"]
+    saved = list(before["decays"]) if before.get("profile", "constant") == ema.profile else []
+    since = meta.get("ema_since") or [0] * len(saved)
+    for index, decay in enumerate(ema.decays):
+        known = decay in saved and bool(names(f"{state_name(saved.index(decay))}/"))
+        kinds[state_name(index)] = state_name(saved.index(decay)) if known else "param"
+        began.append(since[saved.index(decay)] if known else updates)
+    return kinds, began
 
 
 def skip_compiler() -> None:

@@ -88,7 +88,7 @@ class PlainEngine:
             raise ConfigError("precision.dtype=bf16: it needs zero.stage=1, 2 or 3 (fp32 master weights), not 0")
         self.config, self.ranks = config, ranks
         self.module = model.to(ranks.device)
-        if config.precision.channels_last:
+        if config.precision.channels_last and config.optimizer.name == "adamw":  # the others cut weights as they lie
             self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._trained = trained_parameters(model)
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
@@ -97,8 +97,9 @@ class PlainEngine:
         self._host: dict[str, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.module(*args, **kwargs)
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layout = torch.channels_last if self.config.precision.channels_last else torch.preserve_format
+        return self.module(x.to(memory_format=layout), *args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self.accumulate).backward()
@@ -156,7 +157,7 @@ class PlainEngine:
         for name, p in self._trained.items():
             live[f"param/{name}"] = p.detach()
             live.update({f"{kind}/{name}": v for kind, v in self.optimizer.state[p].items() if kind != "step"})
-            if isinstance(self.optimizer, AdamW8bit):
+            if isinstance(self.optimizer, AdamW8bit) and self.optimizer.state[p]:
                 live.update({f"{kind}/{name}": self.optimizer.moment(p, kind) for kind in KINDS})
         self._snapshot = Snapshot(live, self._host)
         return self._snapshot
@@ -179,6 +180,9 @@ class PlainEngine:
             buffer.copy_(read(f"buffer/{name}"))
         for name, p in self._trained.items():
             p.copy_(read(f"param/{name}"))
+            if not updates:  # it has no states yet
+                self.optimizer.state.pop(p, None)
+                continue
             state = self.optimizer.state[p]
             state["step"] = torch.tensor(float(updates), device=p.device if p.device.type == "cuda" else "cpu")
             for kind, source in kinds.items():

@@ -94,6 +94,14 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return any(words in said for words in LOST)
 
 
+def lost_at_start(rank: int, error: RuntimeError) -> str:
+    """The sentence for a rank that was lost before there was a step."""
+    return (
+        f"rank {rank}: another rank died or did not answer during the start: {str(error).splitlines()[0][:200]}; its "
+        f"own log or output says why, and the same command starts again"
+    )
+
+
 class Signals:
     """Remembers that a signal came; the loop asks at the step boundary. A second SIGINT ends the program at once.
 
@@ -105,6 +113,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._interrupts = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -118,7 +127,8 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = self.received or number
 

@@ -7,6 +7,7 @@ config.yaml   code.json   metrics.jsonl   samples/   logs/rank-#.log   checkpoin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError
+from training.checkpoint import CheckpointStore
 from training.config import Experiment
+
+log = logging.getLogger(__name__)
 
 FIXED = {
     "seed": "all randomness follows from it",
@@ -37,6 +41,7 @@ FIXED = {
     "data.window": "the order of the data follows from it",
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
+PROBE_BYTES = 1 << 14
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "transformers", "webdataset", "wandb", "hydra-core")
 
 
@@ -45,8 +50,15 @@ def to_dict(config: Experiment) -> dict[str, Any]:
     return asdict(config)
 
 
+OPEN = {"stage.model.overrides": ("checkpoint_blocks",)}
+"""Mappings that may hold any keys: one value each, so that a key that comes or goes is a change of it (but for these,
+which change no number)."""
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value; lists are values."""
+    if prefix in OPEN and isinstance(tree, dict):
+        return {prefix: {key: value for key, value in tree.items() if key not in OPEN[prefix]}}
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
@@ -96,7 +108,7 @@ class RunDir:
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def create(self) -> None:
-        """Makes the directories.
+        """Makes the directories, and tries whether there is room for small files.
 
         Raises:
             DataError: it cannot be written.
@@ -104,15 +116,37 @@ class RunDir:
         try:
             for name in ("logs", "samples"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
+            replace_file(self.path / ".probe", " " * PROBE_BYTES)
+            (self.path / ".probe").unlink()
         except OSError as error:
             raise DataError(
                 f"run.dir={self.path}: cannot be written ({error.strerror}); choose another run.dir"
             ) from error
 
+    def check_not_moved(self) -> None:
+        """For a start that found no checkpoint: the run must not have any in another place.
+
+        Raises:
+            ConfigError: the start before kept them elsewhere.
+        """
+        import yaml
+
+        try:
+            before = yaml.safe_load((self.path / "config.yaml").read_text())["checkpoint"]["dir"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return
+        place = before or str(self.path / "checkpoints")
+        step = -1 if place == self.checkpoints else CheckpointStore(place).newest_whole()
+        if step >= 0:
+            raise ConfigError(
+                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has some in {place} (step "
+                f"{step}); copy them, set checkpoint.dir={before or 'null'}, or start a new run with another run.dir"
+            )
+
     def wandb_id(self) -> str:
         """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it."""
         path = self.path / "wandb_id"
-        if not path.exists():
+        if not (path.exists() and path.read_text().strip()):
             replace_file(path, uuid.uuid4().hex[:8])
         return path.read_text().strip()
 
@@ -124,7 +158,7 @@ class RunDir:
     def record_start(self, code: dict[str, Any], step: int, attempt: int, world_size: int) -> None:
         """Adds this start to code.json: which code ran when, where, and from which step."""
         path = self.path / "code.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        starts = read_json(path).get("starts", [])
         here = {"host": socket.gethostname(), "time": time.time(), "command": sys.argv, "commit": code["commit"]}
         starts.append({"attempt": attempt, "step": step, "world_size": world_size, **here})
         replace_file(path, json.dumps({**code, "starts": starts}, indent=1))
@@ -133,8 +167,27 @@ class RunDir:
 def replace_file(path: Path, text: str) -> None:
     """Writes a small file so that readers see the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object; empty where there is none. One that a crash has damaged is not worth a run: it is said, and
+    begun anew."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        pass
+    log.warning("%s is damaged; it is begun anew", path)
+    return {}
 
 
 def code_version() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ from training.model.presets import UNetConfig, for_stage
 from training.model.text_encoder import build_text_encoder
 from training.model.text_identity import identity, pinned
 from training.model.unet import UNet
-from training.optimizers import STATES, skip_compiler
+from training.optimizers import skip_compiler, states_to_load
 from training.resilience import LossGuard, NotFinite, Signals
 from training.run_dir import RunDir, check_same_run, code_version, to_dict
 from training.sample_grid import Inputs, choose, draw, write
@@ -60,17 +61,11 @@ class Session:
         together(self.run.create, ranks)
         start_logging(self.run, ranks)
         train = config.train
-        self.watchdog = Watchdog(
-            ranks,
-            self.run.log_file(ranks.rank),
-            train.stall_s,
-            train.timeout_s + MARGIN_S,
-            train.timeout_first_s + MARGIN_S,
-        )
+        limits = train.stall_s, train.timeout_s + MARGIN_S, train.timeout_first_s + MARGIN_S
+        self.watchdog = Watchdog(ranks, self.run.log_file(ranks.rank), *limits)
         self.store = CheckpointStore(self.run.checkpoints)
         checkpoint = self.store.newest(ranks)
-        if checkpoint is not None:
-            together(lambda: self._say_changes(checkpoint), ranks)
+        together(lambda: self._say_changes(checkpoint) if checkpoint else self.run.check_not_moved(), ranks)
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
         self.position: int = meta.get("position", 0)
@@ -93,6 +88,8 @@ class Session:
         self.lora: dict[str, Any] | None = meta.get("lora")
         model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
         self.engine = build_engine(model, config, ranks, self.accumulate)
+        self.ema_since = [0 for _ in config.ema.decays]
+        """Updates after which each average began."""
         if checkpoint is not None:
             self._load(checkpoint)
         self.store.claim(ranks)
@@ -159,18 +156,12 @@ class Session:
         return model
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        kinds = {kind: kind for kind in STATES[self.config.optimizer.name]}
-        before = checkpoint.meta["config"]["ema"]
-        saved = list(before["decays"]) if before.get("profile", "constant") == self.config.ema.profile else []
-        for index, decay in enumerate(self.config.ema.decays):
-            known = decay in saved and bool(checkpoint.names(f"{state_name(saved.index(decay))}/"))
-            kinds[state_name(index)] = state_name(saved.index(decay)) if known else "param"
-            if not known and self.ranks.is_main:
-                log.info(
-                    "ema.decays: %s is not in the checkpoint; this average starts from the weights of step %d",
-                    decay, self.step,
-                )  # fmt: skip
-        self.engine.import_tensors(checkpoint.read, kinds, checkpoint.meta["updates"])
+        config, updates = self.config, checkpoint.meta["updates"]
+        kinds, self.ema_since = states_to_load(checkpoint.meta, checkpoint.names, config.optimizer.name, config.ema)
+        new = [d for i, d in enumerate(config.ema.decays) if kinds[state_name(i)] == "param" and updates]
+        if new and self.ranks.is_main:
+            log.info("ema.decays: %s not in the checkpoint; begun from the weights of step %d", new, checkpoint.step)
+        self.engine.import_tensors(checkpoint.read, kinds, updates)
 
     # ---------------------------------------------------------------------------------------- what the loop calls
 
@@ -187,9 +178,9 @@ class Session:
         all_gather(None, self.ranks)
         self.meter.start(self.step)
 
-    def next_batch(self) -> list[Batch]:
+    def next_batch(self, healthy: bool) -> list[Batch]:
         """The micro-batches of the next step. What goes wrong on one rank is raised on all of them, after the state
-        before this step has been saved."""
+        before this step has been saved (`healthy`: that step was applied)."""
         batches, error = None, None
         try:
             batches = next(self.loader)
@@ -199,7 +190,7 @@ class Session:
         with self.meter.phase("wait"):
             failed = all_sum([float(error is not None)], self.ranks)[0]
         if failed:
-            self.save(self.position // self.config.data.global_batch, healthy=False, wait=True)
+            self.save(self.position // self.config.data.global_batch, healthy, wait=True)
             raise next(e for e in all_gather(error, self.ranks) if e is not None)
         assert batches is not None
         self.position += self.config.data.global_batch
@@ -241,6 +232,8 @@ class Session:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Metrics after `step` steps. Collective."""
+        if all_sum([float(self.writer.busy)], self.ranks)[0] == 0:
+            self.finish_saving()  # a failed one is not left unsaid until the next is due
         measured = self.meter.record(step)
         if self.hours is not None:
             record = {**record, "device_hours": self.hours.total()}
@@ -310,6 +303,7 @@ class Session:
                     "updates": self.engine.updates,
                     "adam_step": self.engine.updates,
                     "ema_updates": self.engine.updates,
+                    "ema_since": self.ema_since,
                     "config": self._config,
                     "data": {**self.loader.state(), "position": self.position},
                     "counters": dict(self.counters),  # it is written later, in the background
@@ -327,6 +321,7 @@ class Session:
 
     def finish_saving(self) -> None:
         """Waits until the checkpoint under way is committed; a failure is said and survived."""
+        self.watchdog.phase("checkpoint", self.position // self.config.data.global_batch)
         error = self.writer.wait()
         if error is not None and self.ranks.is_main:
             log.warning("%s", error)
@@ -393,6 +388,9 @@ class Session:
                 self.tracker.image(step, path)
 
     def close(self, exit_code: int) -> None:
+        """Ends everything; with an error under way, the rank's own log says which."""
+        if sys.exc_info()[0] is not None:
+            log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
         self.watchdog.close()
         self.loader.close()
         self.tracker.close(exit_code)

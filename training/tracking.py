@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from training.config import Experiment
 from training.distributed import Ranks
-from training.run_dir import RunDir, to_dict
+from training.run_dir import RunDir, replace_file, to_dict
 
 log = logging.getLogger("cascade")
 
@@ -194,10 +194,11 @@ def finite(value: Any) -> Any:
 
 def keep_lines(path: Path, step: int) -> int:
     """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run
-    again, with the same numbers, so that every step stands there once."""
+    again, with the same numbers, so that every step stands there once. The file is always a new one: an earlier start
+    that still lives writes into the old one."""
     if not path.exists():
         return 0
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     kept = []
     for line in lines:
         try:
@@ -205,10 +206,11 @@ def keep_lines(path: Path, step: int) -> int:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    if len(kept) < len(lines):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+    try:
+        replace_file(path, "".join(line + "\n" for line in kept))
+    except OSError:  # no room
+        if len(kept) < len(lines):
+            raise
     return len(lines) - len(kept)
 
 

@@ -16,7 +16,16 @@ from data_pipeline.errors import CascadeError
 from training.checkpoint import CheckpointError, CheckpointStore
 from training.config import Experiment
 from training.distributed import Ranks, free_port, launch, process_count, read_ranks
-from training.resilience import EXIT_HUNG, RankLost, Signals, from_where, is_lost_rank, run_program, stop_error
+from training.resilience import (
+    EXIT_HUNG,
+    RankLost,
+    Signals,
+    from_where,
+    is_lost_rank,
+    lost_at_start,
+    run_program,
+    stop_error,
+)
 from training.run_dir import RunDir
 
 HANDLES_SIGNALS = True
@@ -38,7 +47,7 @@ def main(config: Experiment) -> dict[str, Any]:
     ranks = read_ranks()
     if ranks is None:
         run = RunDir(config)
-        done = CheckpointStore(run.checkpoints).newest_committed()
+        done = CheckpointStore(run.checkpoints).newest_whole()
         if done >= config.train.steps:
             print(
                 f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on", flush=True
@@ -57,8 +66,11 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     from training.engine import init_distributed, shut_down
     from training.session import Session
 
-    ranks = init_distributed(ranks, config)
-    session = Session(config, ranks)
+    try:
+        ranks = init_distributed(ranks, config)
+        session = Session(config, ranks)
+    except RuntimeError as error:
+        raise (RankLost(lost_at_start(ranks.rank, error)) if is_lost_rank(error) else error) from error
     engine, guard, settings = session.engine, session.guard, config.train
     exit_code, loss, refused_in_a_row = 1, math.nan, 0
     try:
@@ -66,7 +78,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
         for step in range(session.step, settings.steps):
             # ------------------------------------------------------------------------------------- next batch
             with session.phase("data", step):
-                micro_batches = session.next_batch()
+                micro_batches = session.next_batch(healthy=not refused_in_a_row)
 
             # ------------------------------------------------------------------------------------------- loss
             share: Any = 0.0
@@ -91,6 +103,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
             refused_in_a_row = refused_in_a_row + 1 if info.skipped else 0
             if step == session.step:
                 engine.set_timeout(settings.timeout_s)
+                session.watchdog.patient = False
 
             # ------------------------------------------------------------------ log, validation, sample grid
             last = done == settings.steps

@@ -20,14 +20,14 @@ log = logging.getLogger("cascade")
 
 SILENT_S = 10.0
 """A rank whose watchdog has said nothing for so long is frozen or gone (it speaks every 2 seconds)."""
-PATIENT = ("start", "checkpoint", "samples", "validation")
-"""Phases that may take as long as the first step."""
+PATIENT = ("checkpoint", "samples", "validation")
+"""Phases that may always take as long as the first step."""
 
 
 class Watchdog:
     """The loop calls `phase` wherever it goes on to something else; silence of `warn_s` is reported once per phase,
-    with the stacks of all threads in this rank's log, and silence of `limit_s` ends the process (exit code EXIT_HUNG),
-    so that a scheduler can start afresh.
+    with the stacks of all threads in this rank's log, and silence of `limit_s` (of `patient_s` as long as `patient` is
+    set: until the first step is done) ends the process (exit code EXIT_HUNG), so that a scheduler can start afresh.
 
     Every rank puts what it does into the process group's store, so rank 0 can say which of the others stands still.
     """
@@ -43,6 +43,7 @@ class Watchdog:
     ) -> None:
         self.ranks, self.warn_s, self.limit_s, self.patient_s = ranks, warn_s, limit_s, patient_s
         self._log_file, self._leave = log_file, leave
+        self.patient = True
         self._now = ("start", 0, time.monotonic())
         self._store = _store()
         self._stop = threading.Event()
@@ -80,7 +81,7 @@ class Watchdog:
                 )  # fmt: skip
                 with suppress(OSError), open(self._log_file, "a") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-            if silent > (self.patient_s if name in PATIENT else self.limit_s):
+            if silent > (self.patient_s if self.patient or name in PATIENT else self.limit_s):
                 log.error(
                     "rank %d: no progress in step %d, phase %s, for %.0f s: it ends with code %d so that the job can "
                     "start again from the newest checkpoint", self.ranks.rank, step, name, silent, EXIT_HUNG,

@@ -31,7 +31,7 @@ def test_twenty_kills(tmp_path: Path, shards: str) -> None:
     chance = random.Random(7)
     log = Path(rough.run.dir) / "metrics.jsonl"
     kills = 0
-    while kills < KILLS and store(rough).newest_committed() < STEPS:
+    while kills < KILLS and store(rough).newest_whole() < STEPS:
         running = forks.start(rough, 2)
         if chance.random() < 0.8:  # else in the middle of starting
             goal = chance.randint(0, 6)

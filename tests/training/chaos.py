@@ -5,6 +5,8 @@ sigterm, sigusr1, sigint    the signal, to this rank alone, at the end of the st
 nan, spike                  the loss of the step is NaN, or a thousand times as large
 data                        the batch of the step cannot be read
 write                       SIGKILL after half of a file of that step's checkpoint
+start                       SIGKILL while the session is put together
+slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
@@ -38,7 +40,7 @@ from training.session import Session
 def main(config: Experiment) -> dict[str, Any]:
     events = [e for e in json.loads(os.environ["CASCADE_CHAOS"]) if e["rank"] == int(os.environ["RANK"])]
     log, loss, write, load = Session.log, Session.loss, LocalFolder.write, Loader.__next__
-    phase, begin = Session.phase, Session.begin
+    phase, begin, open_loader = Session.phase, Session.begin, Session._open_loader
     checkpoints = Path(config.run.dir) / "checkpoints"
 
     def at(what: str, step: int) -> bool:
@@ -71,6 +73,11 @@ def main(config: Experiment) -> dict[str, Any]:
             strike(name, step)
             yield
 
+    def at_the_start(self: Session, *args: Any, **kwargs: Any) -> Loader:
+        if any(e["what"] == "start" for e in events):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open_loader(self, *args, **kwargs)
+
     def before_the_first(self: Session) -> None:
         strike("begin", 0)
         begin(self)
@@ -89,11 +96,14 @@ def main(config: Experiment) -> dict[str, Any]:
     def interrupted(self: LocalFolder, name: str, chunks: Iterable[Any]) -> None:
         if name.endswith(".safetensors") and at("write", int(self.path.name.partition("-")[2])):
             chunks = itertools.chain(itertools.islice(chunks, 2), _die())
+        for event in (e for e in events if e["what"] == "slow write" and self.path.name.endswith(f"{e['step']:08d}")):
+            time.sleep(event["seconds"])
         write(self, name, chunks)
 
     Session.log, Session.loss, LocalFolder.write = end_of_step, poisoned, interrupted  # type: ignore[method-assign]
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
+    Session._open_loader = at_the_start  # type: ignore[method-assign]
     training.session.MARGIN_S = 2.0
     return training.train.main(config)
 

@@ -73,7 +73,7 @@ def test_files_open_with_the_safetensors_library(store: CheckpointStore) -> None
 def test_no_checkpoint_yet(store: CheckpointStore, tmp_path: Path) -> None:
     assert store.newest() is None
     assert CheckpointStore(str(tmp_path / "nothing")).newest() is None
-    assert store.newest_committed() == -1
+    assert store.newest_whole() == -1
 
 
 def flip_a_bit(path: Path) -> None:
@@ -183,6 +183,94 @@ def test_pruning_keeps_the_best_and_the_last_healthy(store: CheckpointStore) -> 
     assert store.prune(keep_last=1) == [2]
     found = store.newest(wanted=lambda meta: meta["healthy"])
     assert found is not None and found.step == 3
+
+
+def test_pruning_never_trades_a_healthy_one_for_a_damaged_one(store: CheckpointStore) -> None:
+    save(store, 6, 9)
+    data_file(store, 9).write_bytes(b"cut")
+    found = store.newest()
+    assert found is not None and found.step == 6
+    save(store, 8)
+    assert store.prune(keep_last=1) == [6]
+    found = CheckpointStore(str(store.folder)).newest()
+    assert found is not None and found.step == 8
+    save(store, 9)
+    assert store.prune(keep_last=1) == [8] and store.open(9).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: {**m, "meta": {**m["meta"], "position": 7}}, "its own checksum"),
+        (lambda m: {**m, "step": 4}, "of step 4"),
+        (lambda m: {**m, "meta": None, "sha256": ""}, "other types"),
+        (lambda m: {**m, "files": [{**f, "tensors": []} for f in m["files"]], "sha256": ""}, "damaged"),
+        (lambda m: {**m, "files": [{"name": f["name"], "tensors": {}} for f in m["files"]], "sha256": ""}, "bytes"),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_was_written_is_passed_over(
+    store: CheckpointStore, change: Any, words: str
+) -> None:
+    save(store, 3, 5)
+    manifest = Path(str(store.folder)) / "step-00000005/manifest.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    with pytest.raises(DataError, match=words):
+        store.open(5)
+    found = store.newest()
+    assert found is not None and found.step == 3 and store.newest_whole() == 3
+
+
+def test_what_cannot_be_read_at_all_is_passed_over(store: CheckpointStore) -> None:
+    save(store, 3)
+    place = Path(str(store.folder))
+    (place / "step-00000004").write_text("a file")
+    (place / "step-00000005").symlink_to(place / "step-00000005")
+    (place / "step-00000006/manifest.json").mkdir(parents=True)
+    assert store.steps() == [6, 5, 4, 3] and store.newest_whole() == 3
+    found = store.newest()
+    assert found is not None and found.step == 3
+    for step in (4, 5, 6):
+        with pytest.raises(DataError):
+            store.open(step)
+
+
+def test_two_starts_with_one_number_share_no_file(store: CheckpointStore) -> None:
+    """Both read the record before either wrote it."""
+    other = CheckpointStore(str(store.folder))
+    other.folder.remove("attempt.json")
+    other.claim(ONE)
+    assert other.attempt == store.attempt
+    save(other, 7)
+    with pytest.raises(Superseded):
+        save(store, 7)
+    assert other.open(7).problems() == []
+
+
+def test_a_damaged_record_of_attempts_stops_nobody(store: CheckpointStore) -> None:
+    store.folder.write("attempt.json", [b""])
+    assert CheckpointStore(str(store.folder)).claim(ONE) == 1
+
+
+def test_a_store_that_goes_away_during_a_save_costs_that_checkpoint_alone(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise NotADirectoryError("gone")
+
+    monkeypatch.setattr(checkpoint_module, "PART_BYTES", 100)
+    write, written = LocalFolder.write, []
+
+    def second_fails(self: LocalFolder, name: str, chunks: Any) -> None:
+        if name.endswith(".safetensors"):
+            written.append(name)
+            if len(written) == 2:
+                monkeypatch.setattr(LocalFolder, "remove", gone)
+                gone()
+        write(self, name, chunks)
+
+    monkeypatch.setattr(LocalFolder, "write", second_fails)
+    with pytest.raises(CheckpointError, match="was not written"):
+        save(store, 5)
 
 
 def test_deleting_takes_the_manifest_first(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,54 @@ def test_export_of_a_width_that_was_not_kept(made: Path, tmp_path: Path) -> None
     assert load_file(output)["w"].mean().item() == pytest.approx(wanted, rel=1e-3)
 
 
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+
+
+def test_a_width_that_the_stored_averages_do_not_make_is_refused(made: Path, tmp_path: Path) -> None:
+    few = tmp_path / "run"
+    for step in (360, 400):
+        shutil.copytree(made / f"checkpoints/step-{step:08d}", few / f"checkpoints/step-{step:08d}")
+    for width in (0.01, 0.25):
+        with pytest.raises(ConfigError, match=rf"sigma_rel={width}: the 4 averages .* .they reach 0\.0\d+ to 0\.1\d+"):
+            main(command(few, "export", output=str(tmp_path / "x"), sigma_rel=width))
+    main(command(few, "export", output=str(tmp_path / "x"), sigma_rel=0.07))
+
+
+def test_averages_that_are_damaged_or_began_later_are_left_out(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "x"
+    shutil.copytree(made, run)
+    main(command(run, "export", output=str(output), sigma_rel=0.07))
+    wanted = load_file(output)["w"].mean().item()
+    damage(next((run / "checkpoints/step-00000200").glob("*.safetensors")))
+    main(command(run, "export", output=str(output), sigma_rel=0.07))
+    assert "left out:" in capsys.readouterr().out
+    assert load_file(output)["w"].mean().item() == pytest.approx(wanted, rel=1e-3)
+
+    store = CheckpointStore(str(tmp_path / "later/checkpoints"))
+    store.claim(Ranks())
+    config = Experiment()
+    config.ema.decays, config.ema.profile = WIDTHS, "power"
+    meta = {"config": asdict(config), "updates": 40, "ema_since": [20, 20]}
+    store.save(40, {"param/w": torch.ones(2), "ema/0/w": torch.ones(2), "ema/1/w": torch.ones(2)}, meta, Ranks())
+    with pytest.raises(ConfigError, match="from its beginning"):
+        main(command(tmp_path / "later", "export", output=str(output), sigma_rel=0.07))
+
+
+def test_nothing_whole_to_export_or_compare(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    with pytest.raises(DataError, match="no checkpoint was ever finished"):
+        main(command(tmp_path / "run", "export", output=str(tmp_path / "x")))
+    shutil.copytree(made, tmp_path / "other")
+    damage(next((tmp_path / "other/checkpoints/step-00000200").glob("*.safetensors")))
+    with pytest.raises(DataError, match="does not match its checksum"):
+        main(command(tmp_path / "other", "diff", steps=[200, 400]))
+
+
 def test_what_is_not_there(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoints"):
         main(command(tmp_path / "nothing", "list"))

@@ -94,6 +94,16 @@ def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
     assert (tmp_path / "written").exists()
 
 
+def test_the_others_may_finish_after_an_error_that_all_share(tmp_path: Path) -> None:
+    """Rank 1 leaves with 2 and says that all know; rank 0, which says why, is still busy with W&B."""
+    body = f"""
+    if rank == 1: open('{tmp_path}/agreed', 'w'); sys.exit(2)
+    time.sleep(2); open('{tmp_path}/said', 'w'); sys.exit(2)
+    """
+    assert run_processes(program(body), 2, grace_s=0.5, agreed=tmp_path / "agreed") == 2
+    assert (tmp_path / "said").exists()
+
+
 OUTER = """
 import sys
 from training.distributed import run_processes
@@ -125,6 +135,27 @@ def test_signals_reach_every_process(number: signal.Signals) -> None:
     out, _ = outer.communicate(timeout=60)
     assert out.splitlines() == [f"got {number.name}"] * 2
     assert outer.returncode == 75
+
+
+DEAF = r"""
+import os, signal, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: os.write(1, b"heard\n"))
+os.write(1, f"ready {os.getpid()}\n".encode())
+while True:
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_processes_that_hang() -> None:
+    outer = subprocess.Popen([sys.executable, "-c", OUTER, DEAF], stdout=subprocess.PIPE, text=True)
+    assert outer.stdout is not None
+    pids = [int(outer.stdout.readline().split()[1]) for _ in range(2)]
+    for _ in range(2):
+        outer.send_signal(signal.SIGINT)
+        assert [outer.stdout.readline() for _ in range(2)] == ["heard\n"] * 2
+    outer.communicate(timeout=60)
+    assert outer.returncode == 130 and all(gone(pid) for pid in pids)
 
 
 STARTING = """

@@ -47,7 +47,8 @@ def test_gamma_of_a_known_width() -> None:
 def test_another_width_afterwards(sigma_rel: float) -> None:
     """Stored every 100 steps with two widths: the sum of profiles comes close to the wanted profile."""
     stored = [(t, width) for t in range(100, 2001, 100) for width in (0.05, 0.1)]
-    weights = posthoc_weights(stored, 2000, sigma_rel)
+    weights, left = posthoc_weights(stored, 2000, sigma_rel)
+    assert weights.sum() == pytest.approx(1) and left < 0.1
     made = np.zeros(2000)
     for weight, (t, width) in zip(weights, stored, strict=True):
         made[:t] += weight * profile(width, t)
@@ -58,7 +59,8 @@ def test_another_width_afterwards(sigma_rel: float) -> None:
 
 def test_a_stored_average_is_its_own_reconstruction() -> None:
     stored = [(500.0, 0.05), (1000.0, 0.05), (1000.0, 0.1)]
-    assert posthoc_weights(stored, 1000, 0.1) == pytest.approx([0, 0, 1], abs=1e-6)
+    weights, left = posthoc_weights(stored, 1000, 0.1)
+    assert weights == pytest.approx([0, 0, 1], abs=1e-6) and left == pytest.approx(0, abs=1e-6)
 
 
 def test_constant_decay_is_ramped_up() -> None:

@@ -28,7 +28,7 @@ def test_checkpoints_in_a_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -
     store.claim(ONE)
     for step in (1, 2, 3):
         store.save(step, tensors(step), {"position": step}, ONE)
-    assert store.steps() == [3, 2, 1] and store.newest_committed() == 3
+    assert store.steps() == [3, 2, 1] and store.newest_whole() == 3
     found = store.newest()
     assert found is not None and found.meta == {"position": 3}
     assert all(torch.equal(found.read(name), wanted) for name, wanted in tensors(3).items())

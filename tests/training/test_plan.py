@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import prepare
-from data_pipeline.errors import ConfigError, UserError
+from data_pipeline import prepare, store
+from data_pipeline.errors import ConfigError, StoreError, UserError
 from training.commandline.compose import load_config
 from training.commands import PlanCommand
-from training.doctor import Trial
+from training.doctor import Trial, checkpoint_store, scratch_in
 from training.plan import main, make_plan
 from training.plan_table import table
 
@@ -166,6 +166,20 @@ def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: py
         main(drawn)
     answer = json.loads(next(line for line in capfd.readouterr().out.splitlines() if line.startswith("{")))
     assert not answer["doctor"]["ok"] and "nowhere" in answer["doctor"]["checks"][1]["detail"]
+
+
+def test_the_doctor_tries_the_checkpoint_store_itself(drawn: PlanCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn.checkpoint.dir = str(Path(drawn.run.dir).parent / "a file")
+    Path(drawn.checkpoint.dir).write_text("not a directory")
+    with pytest.raises((OSError, UserError)):
+        checkpoint_store(drawn)
+    with scratch_in("s3://bucket/prefix/") as place:
+        assert place.startswith("s3://bucket/prefix/.doctor-")
+
+        def gone(_: str) -> None:
+            raise StoreError("the store is gone")
+
+        monkeypatch.setattr(store, "remove", gone)  # is said, and hides nothing
 
 
 def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError, DataError
 from training.config import Experiment
-from training.run_dir import RunDir, check_same_run, code_version, differences, to_dict
+from training.run_dir import RunDir, check_same_run, code_version, differences, read_json, to_dict
 
 
 def changed(**settings: object) -> dict[str, object]:
@@ -46,6 +46,38 @@ def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
 def test_other_changes_are_told() -> None:
     found = check_same_run(to_dict(Experiment()), changed(train__steps=7, zero__stage=3, data__shards="s3://b/x"), "x")
     assert found == ["data.shards: null -> s3://b/x", "train.steps: 1000 -> 7", "zero.stage: 1 -> 3"]
+
+
+def test_the_overrides_of_a_model_are_one_setting() -> None:
+    """A key that comes or goes changes the network, too."""
+    before = changed(stage__model__overrides={"skip_scale": True})
+    for now in ({}, {"skip_scale": True, "dropout": 0.5}, {"skip_scale": False}):
+        with pytest.raises(ConfigError, match=r"stage\.model\.overrides="):
+            check_same_run(before, changed(stage__model__overrides=now), "runs/x")
+    less_memory = {"skip_scale": True, "checkpoint_blocks": True}
+    assert check_same_run(before, changed(stage__model__overrides=less_memory), "runs/x") == []
+
+
+def test_damaged_small_files_are_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "hours.json"
+    assert read_json(file) == {}
+    for content in ("", "[1]", "{"):
+        file.write_text(content)
+        assert read_json(file) == {} and f"{file} is damaged" in caplog.text
+        caplog.clear()
+    file.write_text('{"1": 0.5}')
+    assert read_json(file) == {"1": 0.5}
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = Experiment()
+    config.run.dir = str(tmp_path / "run")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); choose another run\.dir"):
+        RunDir(config).create()
 
 
 def test_settings_that_one_side_does_not_know() -> None:

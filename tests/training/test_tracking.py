@@ -72,6 +72,20 @@ def test_a_restart_takes_out_what_runs_again(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert keep_lines(path, 2) == 0
     assert keep_lines(tmp_path / "none", 2) == 0
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    assert keep_lines(path, 2) == 1, "damage costs its line"
+
+
+def test_an_earlier_start_that_still_lives_writes_no_line_here(config: Experiment) -> None:
+    first = tracker(config)
+    first.log(1, RECORD, 1)
+    second = tracker(config, step=1)
+    first.log(2, RECORD, 1)
+    second.log(2, RECORD, 1)
+    first.close()
+    second.close()
+    lines = [json.loads(line)["step"] for line in RunDir(config).metrics.read_text().splitlines()]
+    assert lines == [1, 2]
 
 
 def test_words() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(
 ) -> None:
     config = experiment(tmp_path, shards)
     assert -signal.SIGKILL in chaos(config, 2, *events).codes(grace_s=2)
-    assert store(config).newest_committed() in (3, 6), "the last checkpoint before the crash is there"
+    assert store(config).newest_whole() in (3, 6), "the last checkpoint before the crash is there"
     again = forks.start(config, 2)
     assert again.codes() == [0, 0], again.text
     assert "resuming from step" in again.text
@@ -200,6 +201,59 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Experiment, tmp_path: Path, 
     assert again.codes() == [0], again.text
     assert "step-00000006" in again.text and "bytes instead of" in again.text and "resuming from step 3" in again.text
     assert [line["step"] for line in metrics(config)] == list(range(1, 8)), "every step stands there once"
+
+
+def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=6, zero__stage=0)
+    assert forks.start(config).codes() == [0]
+    wanted = curve(config)
+    file = next((Path(config.run.dir) / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    again = forks.start(config)
+    assert again.codes() == [0] and "resuming from step 3" in again.text
+    assert curve(config) == wanted and store(config).open(6).problems() == []
+
+
+def test_checkpoints_in_another_place_are_not_a_new_run(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=3, zero__stage=0)
+    assert forks.start(config).codes() == [0]
+    config.train.steps, config.checkpoint.dir = 5, str(tmp_path / "elsewhere")
+    moved = forks.start(config)
+    assert moved.codes() == [2] and "this run has some in" in moved.text and "set checkpoint.dir=null" in moved.text
+    assert len(metrics(config)) == 3, "nothing was lost"
+    shutil.copytree(f"{config.run.dir}/checkpoints", config.checkpoint.dir)
+    assert forks.start(config).codes() == [0]
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_from_before_the_first_step_is_read_by_any_stage(tmp_path: Path, shards: str) -> None:
+    for number, (first, then) in enumerate(((0, 1), (1, 0), (0, 0))):
+        for optimizer in ("adamw", "adafactor", "adamw8bit"):
+            home = tmp_path / f"{number}{optimizer}"
+            config = experiment(home, shards, train__steps=2, zero__stage=first, optimizer__name=optimizer)
+            home.mkdir()
+            assert chaos(config, 1, {"what": "data", "rank": 0, "step": 1}).codes() == [2]
+            assert store(config).steps() == [0]
+            config.zero.stage = then
+            again = forks.start(config)
+            assert again.codes() == [0], again.text
+
+
+def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards)
+    running = chaos(config, 2, {"what": "start", "rank": 1, "step": 0})
+    assert running.codes() == [78, -signal.SIGKILL]
+    assert "rank 0: another rank died or did not answer during the start" in running.text
+    assert "Traceback" not in running.text
+
+
+def test_the_first_step_and_the_last_checkpoint_may_take_long(tmp_path: Path, shards: str) -> None:
+    limits = {"train__timeout_s": 2.0, "train__timeout_first_s": 600.0, "train__steps": 3}
+    config = experiment(tmp_path, shards, zero__stage=0, **limits)
+    slow = [{"what": "sleep", "rank": 0, "step": 0, "phase": "forward", "seconds": 6}]
+    slow += [{"what": "slow write", "rank": 0, "step": 3, "seconds": 6}]
+    running = chaos(config, 1, *slow)
+    assert running.codes() == [0], running.text
 
 
 def test_a_change_that_breaks_resume_is_refused(whole: Experiment, shards: str) -> None:
@@ -275,7 +329,9 @@ def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, sha
     running = chaos(config, 2, {"what": "data", "rank": 1, "step": 5})
     assert running.codes() == [2, 2]
     assert "the shard is gone" in running.text and "Traceback" not in running.text
-    assert newest(config).step == 4
+    assert newest(config).step == 4 and newest(config).meta["healthy"]
+    log = (Path(config.run.dir) / "logs/rank-1.log").read_text()
+    assert "ends with code 2" in log and "DataError: the shard is gone" in log
     assert chaos(config, 2).codes() == [0, 0]
     assert metrics(config)[-1]["position"] == STEPS * 8
 
@@ -352,7 +408,7 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
     rest = started.stdout.read()
     assert started.wait() == 75, rest
     assert "stopped by SIGTERM after step" in rest
-    step = CheckpointStore(f"{tmp_path}/run/checkpoints").newest_committed()
+    step = CheckpointStore(f"{tmp_path}/run/checkpoints").newest_whole()
     command[-1] = f"train.steps={step + 2}"
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,9 @@ def watch(tmp_path: Path, ranks: Ranks = Ranks(), **seconds: float) -> tuple[Wat
         gone.set()
 
     limits = {"warn_s": 0.1, "limit_s": 0.3, "patient_s": 60.0, **seconds}
-    return Watchdog(ranks, tmp_path / "rank.log", leave=leave, **limits), left, gone
+    dog = Watchdog(ranks, tmp_path / "rank.log", leave=leave, **limits)
+    dog.patient = False
+    return dog, left, gone
 
 
 def test_a_rank_that_stands_still_says_where_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,6 +47,15 @@ def test_patience_where_it_is_due(tmp_path: Path) -> None:
     dog.phase("checkpoint", 3)
     assert not gone.wait(1.0) and left == []
     dog.close()
+
+
+def test_the_first_step_may_take_long(tmp_path: Path) -> None:
+    dog, left, gone = watch(tmp_path)
+    dog.patient = True
+    dog.phase("forward", 0)
+    assert not gone.wait(1.0) and left == []
+    dog.patient = False
+    assert gone.wait(30)
 
 
 def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
