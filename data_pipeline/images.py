@@ -233,7 +233,7 @@ def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int)
         turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow turns these by itself
         image.load()
         orientation = 1 if turned else _exif_orientation(image, orientation)
-        return _upright(np.asarray(_to_rgb(image, background)), orientation)
+        return _upright(np.asarray(to_rgb(image, background)), orientation)
     except BadSample:
         raise
     except Exception as error:  # Pillow's readers raise anything at all on damaged files
@@ -252,7 +252,12 @@ def _open(data: bytes) -> Image.Image:
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image, background: int) -> Image.Image:
+def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
+    """8 bits per colour: 16-bit grey scaled, transparency composed on a grey of `background`.
+
+    Raises:
+        BadSample: floating-point pixels.
+    """
     if image.mode.startswith("I"):
         return _grey_from_16_bit(image)
     if image.mode == "F":

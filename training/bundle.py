@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from training.checkpoint import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore
+from training.checkpoint import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config import Experiment, StageConfig, TextConfig
 from training.ema import state_name
-from training.folder import open_folder
+from training.folder import in_cache, open_folder
 from training.lora import fingerprint, merged
 from training.model.presets import UNetConfig, for_stage
 from training.model.unet import UNet
@@ -103,7 +102,8 @@ def _open_run(run: str, experiment: str) -> Checkpoint:
         return CheckpointStore(run.rstrip("/")[: -len(name)]).open(int(name.removeprefix("step-")))
     checkpoint = CheckpointStore(checkpoint_dir(run)).newest()
     if checkpoint is None:
-        command = f"cascade train experiment={experiment} stage={name} run.dir={run}"
+        known = "" if experiment == "default" else f" experiment={experiment} stage={name}"
+        command = f"cascade train{known} run.dir={run}"
         raise NoCheckpoint(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
     return checkpoint
 
@@ -165,7 +165,13 @@ class _Merged(_Averages):
     stage: str
 
     def __call__(self) -> dict[str, Tensor]:
-        plain = stage_weights(self.base["path"], self.stage).tensors()
+        try:
+            plain = stage_weights(self.base["path"], self.stage).tensors()
+        except (DataError, ConfigError) as error:
+            raise DataError(
+                f"{self.checkpoint.folder}: the weights that its adapters were trained beside (lora) are not in "
+                f"{self.base['path']} any more; put them back, or resume the run with train.init_from=PLACE ({error})"
+            ) from error
         check_base(plain, self.base)
         return merged(plain, super().__call__(), self.base["scale"])
 
@@ -178,7 +184,7 @@ def stage_weights(path: str, stage: str) -> StageWeights:
         DataError: there is neither a bundle nor a checkpoint, or it is damaged.
     """
     try:
-        opened = read(path) if open_folder(_in_cache(path)).size(INDEX) is not None else collect([path])
+        opened = read(path) if open_folder(in_cache(path, INDEX)).size(INDEX) is not None else collect([path])
     except NoCheckpoint as error:
         raise DataError(f"train.init_from={path}: neither a bundle nor a run with a checkpoint is there") from error
     found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
@@ -256,7 +262,7 @@ def write(path: str, bundle: Bundle) -> dict[str, Any]:
     for stage in bundle.stages:
         name = f"{stage.config.name}.safetensors"
         tensors = stage.tensors()
-        digest = Digest(chunks({key: tensor.detach().cpu() for key, tensor in tensors.items()}))
+        digest = Digest(chunks({key: tensor.detach().cpu().float() for key, tensor in tensors.items()}))
         folder.write(name, digest)
         stages.append(
             {
@@ -301,15 +307,19 @@ def read(path: str) -> Bundle:
     Raises:
         DataError: no bundle there, or a damaged one.
     """
-    folder = open_folder(_in_cache(path))
+    folder = open_folder(in_cache(path, INDEX))
     try:
         content = json.loads(folder.read(INDEX))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if (Path(path) / "bundle" / INDEX).is_file():
+            raise DataError(f"{path}: no bundle there (no {INDEX}); there is one in {path}/bundle") from error
         make = f"bundle.runs=[{path}] bundle.dir=NEW" if _is_run(path) else "experiment=demo"
         raise DataError(f"{path}: no bundle there (no {INDEX}); make one with: cascade bundle {make}") from error
     except ValueError as error:
         raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
     where = f"{path}/{INDEX}"
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: not what a bundle holds")
     if content.get("format") != FORMAT:
         raise DataError(f"{where}: format {content.get('format')} is not {FORMAT}, the one this version reads")
     stages = []
@@ -320,15 +330,18 @@ def read(path: str) -> Bundle:
                 found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
                 raise DataError(f"{path}/{entry['file']}: {found}; bundle or copy it again")
             structure: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["unet"].items()}
-            config = from_dict(StageConfig, entry["config"], where)
-            stages.append(
-                StageWeights(
-                    config, UNetConfig(**structure), _Reader(folder, entry["file"]), entry["origin"], entry["sha256"]
-                )
-            )
+            unet, config = UNetConfig(**structure), from_dict(StageConfig, entry["config"], where)
+            unet.check()
+            weights = _Reader(folder, entry["file"], entry["sha256"])
+            stages.append(StageWeights(config, unet, weights, entry["origin"], entry["sha256"]))
+        if not stages:
+            raise ValueError("it has no stages")
+        _check_chain(stages)
         return Bundle(from_dict(TextConfig, content["text"], where), stages)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: made by another version of this project ({error})") from error
+    except ConfigError as error:
+        raise DataError(f"{where}: {str(error).removeprefix('bundle.runs: ')}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: made by another version of this project, or changed ({error})") from error
 
 
 def load_unet(weights: StageWeights) -> UNet:
@@ -355,34 +368,21 @@ def load_unet(weights: StageWeights) -> UNet:
 class _Reader:
     folder: Any
     name: str
+    sha256: str
 
     def __call__(self) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        file = self.folder.fetch(self.name)
         try:
-            return load_file(self.folder.fetch(self.name))
+            if checksum(file, "sha256") != self.sha256:
+                raise DataError(f"{self.folder}/{self.name}: does not match its SHA-256; bundle or copy it again")
+            return load_file(file)
         except SafetensorError as error:
             raise DataError(f"{self.folder}/{self.name}: damaged ({error}); bundle or copy it again") from error
 
 
 def _is_run(path: str) -> bool:
-    return "://" not in path and any(Path(path).glob(f"**/step-*/{MANIFEST}"))
-
-
-def _in_cache(path: str) -> str:
-    """The snapshot directory of `owner/name` in the Hugging Face cache, or of a `models--owner--name` directory of such
-    a cache, if there is one; else the path itself."""
-    snapshots = Path(path) / "snapshots"
-    if snapshots.is_dir() and not (Path(path) / INDEX).exists():
-        named = Path(path) / "refs" / "main"
-        found = [snapshots / named.read_text().strip()] if named.is_file() else sorted(snapshots.iterdir())
-        return str(found[-1]) if found else path
-    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(path, local_files_only=True)
-    except Exception:  # not cached, or no such name: either way there is nothing to read, which `read` reports
-        return path
+    places = (f"step-*/{MANIFEST}", f"checkpoints/step-*/{MANIFEST}")
+    return "://" not in path and any(found for place in places for found in Path(path).glob(place))

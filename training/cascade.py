@@ -183,15 +183,17 @@ class Cascade:
         Raises:
             ConfigError: arguments that do not fit each other or the cascade.
         """
+        if not isinstance(prompts, Sequence):
+            raise ConfigError(f"prompts={prompts}: give a caption, or a list of captions")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
-        settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "name": sampler}
+        settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
         settings["guidance_interval"] = guidance_interval
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config
         strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
-        if batch < 1:
+        if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch={batch}: it must be at least 1")
         if mask is not None and image is None:
             raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
@@ -208,7 +210,7 @@ class Cascade:
         meter = _Meter(callback, {self.stages[i].config.name: s.steps * batches for i, s in plan})
         pictures = {
             name: None if given is None else as_list(given, len(texts), name)
-            for name, given in {"low_res": start, "image": image, "mask": mask}.items()
+            for name, given in {"image": image, "mask": mask, "low_res": start}.items()
         }
         chunk = batch * CHUNK_BATCHES * len(places)
         for at in range(0, len(drawings), chunk):

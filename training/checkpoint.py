@@ -121,14 +121,14 @@ class Checkpoint:
                 return f"{name} is missing"
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
-            if checksums and _checksum(self.folder.fetch(name), kind) != entry[kind]:
+            if checksums and checksum(self.folder.fetch(name), kind) != entry[kind]:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         return ""
 
 
-def _checksum(path: Path, kind: str) -> str:
+def checksum(path: Path, kind: str) -> str:
     """`sha256` or `xxh3` (128 bits) of a file."""
     import xxhash
 

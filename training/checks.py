@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from data_pipeline.config import require
 from training.config import ClusterConfig, Experiment, StageConfig
@@ -11,6 +12,14 @@ from training.distributed import process_count, read_ranks
 from training.model.presets import for_stage, resolve
 
 TRAINING_VERBS = ("train", "plan")
+LOCAL = {
+    "train": ("run.dir",),
+    "plan": ("run.dir",),
+    "launch": ("run.dir",),
+    "sample": ("output", "sampling.output"),
+    "evaluate": ("evaluation.output",),
+}
+"""Command -> keys that name local directories."""
 
 
 def check(verb: str, config: Experiment) -> None:
@@ -21,11 +30,22 @@ def check(verb: str, config: Experiment) -> None:
     Raises:
         ConfigError, ValueError: the sentence names the keys.
     """
+    check_local(verb, config)
     if verb not in TRAINING_VERBS:
         return
     check_model(config.stage, config.text.dim)
     if verb == "train":  # the plan lists it among its problems
         check_batch(config, planned_world_size(config.cluster))
+
+
+def check_local(verb: str, config: Experiment) -> None:
+    """What is written file by file, and read by people, lies on a disk."""
+    for key in LOCAL.get(verb, ()):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        more = "; checkpoints may go to checkpoint.dir=s3://..." if key == "run.dir" else ""
+        require("://" not in str(value), f"{key}={value}: it must be a local directory{more}")
 
 
 def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:

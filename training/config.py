@@ -50,8 +50,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         require(
-            bool(self.name) and "/" not in self.name,
-            f"stage.name={self.name}: files are named by it, so it must be a word without a slash",
+            bool(self.name) and "/" not in self.name and self.name not in (".", "..", "words"),
+            f"stage.name={self.name}: directories are named by it; it must be a word without a slash, and not `words`",
         )
         at_least(self, "stage", image_size=1, low_res_size=0, crop_size=0)
         if self.low_res_size:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import BadSample, ConfigError
+from data_pipeline.images import to_rgb
 from training.config import SamplerConfig, StageConfig
 
 Pictures = Any
@@ -22,6 +23,7 @@ Words = list[tuple[str, list[int]]]
 """The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
 Heat = list[tuple[str, np.ndarray]]
 """(word, fp32 (H, W) attention that pixels gave it) in the caption's order."""
+NUMBER = (int, float, np.integer, np.floating)
 SHRINK = Image.Resampling.BOX
 """How pictures are made smaller for a super-resolution stage to start from: block means, as in training."""
 
@@ -66,7 +68,7 @@ def number_drawings(
         ConfigError: lengths that do not fit, or values of another kind.
     """
     for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
-        if other := [text for text in texts if not isinstance(text, str)]:
+        if other := [text for text in texts if not _is_text(text)]:
             raise ConfigError(f"{name}: {other[0]!r} is no text")
     for name, value in (("seed", seed), ("num_images", num_images)):
         if not isinstance(value, (int, np.integer)):
@@ -88,6 +90,14 @@ def number_drawings(
     return drawings
 
 
+def _is_text(value: Any) -> bool:
+    """A string of whole characters: what a terminal of another encoding typed has halves of them."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
 # --------------------------------------------------------------------------------------------- settings per stage
 
 
@@ -96,8 +106,8 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
 
     Args:
         wanted: how many of the first stages, or a name, or names; None: all.
-        settings: fields of `SamplerConfig`, each one value, a list with one per stage drawn, or a dict by stage name;
-            None keeps the stage's own.
+        settings: fields of `SamplerConfig` (`sampler`: its name), each one value, a list with one per stage drawn, or a
+            dict by stage name; None keeps the stage's own.
 
     Raises:
         ConfigError: stages that are unknown or do not follow each other, or impossible settings.
@@ -109,10 +119,12 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     plan = []
     for turn, index in enumerate(chosen):
         given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
+        given["name"] = given.pop("sampler", None)
         try:
             sampler = replace(configs[index].sampler, **{k: v for k, v in given.items() if v is not None})
         except (ValueError, TypeError) as error:
-            raise ConfigError(str(error).replace("stage.sampler.", "")) from error
+            words = str(error).replace("stage.sampler.name", "sampler").replace("stage.sampler.", "")
+            raise ConfigError(words) from error
         plan.append((index, sampler))
     return plan
 
@@ -124,6 +136,8 @@ def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
         if not 1 <= wanted <= len(names):
             raise ConfigError(f"stages={wanted}: the cascade has {len(names)} ({', '.join(names)})")
         return list(range(wanted))
+    if not isinstance(wanted, (str, Sequence)):
+        raise ConfigError(f"stages={wanted}: give how many of the first, a name, or names ({', '.join(names)})")
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     for name in asked:
         if name not in names:
@@ -150,8 +164,12 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
             return float(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{key}={value}: it must be a number") from error
-    if key == "steps" and value is not None and not isinstance(value, int):
-        raise ConfigError(f"{key}={value}: it must be a whole number")
+    if key == "steps" and value is not None:
+        if not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{key}={value}: it must be a whole number")
+        return int(value)
+    if key == "guidance_interval" and value is not None and not _is_pair(value):
+        raise ConfigError(f"{key}={value}: give two times, 0 <= first <= second <= 1")
     return value
 
 
@@ -168,13 +186,13 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
     Raises:
         ConfigError: other values, or other stages.
     """
-    if isinstance(strength, (int, float)):
+    if isinstance(strength, NUMBER):
         values: list[Any] = [strength] + [1.0] * (len(names) - 1)
     else:
         given = [_of_stage("strength", strength, turn, names) for turn in range(len(names))]
         values = [1.0 if value is None else value for value in given]
     for value in values:
-        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+        if not isinstance(value, NUMBER) or not 0 < value <= 1:
             raise ConfigError(f"strength={value}: it must lie above 0 and at most at 1")
     return [float(value) for value in values]
 
@@ -220,7 +238,7 @@ def as_list(given: Pictures, count: int, name: str) -> list[Any]:
 def to_pictures(pictures: Sequence[Any], size: int, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
     """uint8 (N, 3, size, size): the middle square of each picture, resized unless it fits: antialiased bicubic, or
     with `shrink` where it becomes smaller."""
-    images = [_image(picture).convert("RGB") for picture in pictures]
+    images = [_image(picture) for picture in pictures]
     bicubic = Image.Resampling.BICUBIC
     arrays = [np.array(_fit(image, size, shrink if min(image.size) > size else bicubic)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
@@ -234,12 +252,21 @@ def to_masks(masks: Sequence[Any], size: int) -> Tensor:
 
 
 def _image(picture: Any) -> Image.Image:
+    """RGB and upright, read as the pictures of training are."""
     if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture)
+        try:
+            return to_rgb(ImageOps.exif_transpose(picture))
+        except BadSample as error:
+            raise ConfigError(f"a picture that cannot be used: {error.detail}") from error
     array = picture.permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8:
         raise ConfigError(f"a picture of {array.dtype} values: give PIL images, or uint8 values")
-    return Image.fromarray(array)
+    if array.ndim != 2 and array.shape[2:] not in ((3,), (4,)):
+        raise ConfigError(f"a picture of shape {array.shape}: give (H, W, 3), or a tensor (N, 3, H, W)")
+    return to_rgb(Image.fromarray(array))
 
 
 def _fit(image: Image.Image, size: int, kernel: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:

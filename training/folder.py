@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -120,3 +121,21 @@ Folder = LocalFolder | RemoteFolder
 def open_folder(path: str) -> Folder:
     """`s3://...` or a directory (created by the first write)."""
     return RemoteFolder(path) if "://" in path else LocalFolder(path)
+
+
+def in_cache(path: str, index: str) -> str:
+    """The snapshot directory of `owner/name` in the Hugging Face cache, or of a `models--owner--name` directory of such
+    a cache, if there is one (and the path itself holds no `index`); else the path itself."""
+    snapshots = Path(path) / "snapshots"
+    if snapshots.is_dir() and not (Path(path) / index).exists():
+        named = Path(path) / "refs" / "main"
+        found = [snapshots / named.read_text().strip()] if named.is_file() else sorted(snapshots.iterdir())
+        return str(found[-1]) if found else path
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, local_files_only=True)
+    except Exception:  # not cached, or no such name: either way there is nothing to read, which `read` reports
+        return path

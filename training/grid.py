@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -59,7 +61,7 @@ def save(image: Image.Image, path: str | Path, pnginfo: PngImagePlugin.PngInfo |
     """Writes a PNG whose directory may not exist yet; readers see the old or the whole new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     image.save(temporary, format="PNG", pnginfo=pnginfo)
     temporary.replace(path)
 

@@ -7,6 +7,7 @@ bundle holds plain weights with the product added, so drawing needs neither `pef
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from data_pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from training.config import LoraConfig
+
+log = logging.getLogger("cascade")
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 """Endings that `peft` gives the two factors of a layer."""
@@ -42,6 +45,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> int:
     if len(unknown) == len(config.targets):
         known = ", ".join(sorted(layers))
         raise ConfigError(f"lora.targets={config.targets}: this U-Net has no such layers, only {known}")
+    if unknown:
+        log.warning("lora.targets: this U-Net has no layers %s; those of the others are adapted", ", ".join(unknown))
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]

@@ -38,6 +38,8 @@ from training.grid import Cell, heat_sheet, save, sheet
 SAVE_EVERY = 4
 """Batches per device after which pictures are written: what an interruption can cost."""
 GRID_CELLS = 64
+DAMAGED = (OSError, SyntaxError, ValueError)
+"""What Pillow says of files that are no whole pictures."""
 DIVERSITY_FEATURES = "colour_grid_4x4"
 
 
@@ -60,15 +62,20 @@ class Job:
 def main(config: SampleCommand) -> dict[str, Any]:
     """Draws `prompts` (or the experiment's) and writes pictures and grid; keeps pictures that are already there."""
     began = time.monotonic()
+    if config.batch < 1:
+        raise ConfigError(f"batch={config.batch}: it must be at least 1")
+    output = Path(config.output or config.sampling.output)
     prompts = read_prompts(config.prompts) or read_prompts(list(config.sampling.prompts), "sampling.prompts")
     if not prompts:
         raise ConfigError("prompts: give a text file with one prompt per line, or a list: prompts=['a red circle']")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
-    output = Path(config.output or config.sampling.output)
     starts = read_starts(config, len(prompts))
     cascade, devices = open_cascade(config, config.from_bundle)
     print(f"text encoder: {cascade.encoder.name}")
+    if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
+        most = cascade.encoder.max_tokens
+        print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
     order = Order(config, cascade, starts)
     ranks = read_ranks()
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
@@ -131,12 +138,11 @@ class Order:
     def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
         self.config, self.cascade, self.starts = config, cascade, starts
         self.options = {key: getattr(config, key) for key in ("guidance", "steps", "aug_level", "sampler", "stages")}
-        names = {"name" if key == "sampler" else key: value for key, value in self.options.items() if key != "stages"}
-        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **names)
+        each = {key: value for key, value in self.options.items() if key != "stages"}
+        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **each)
         self.stages = [cascade.stages[index] for index, _ in plan]
         self.samplers = [sampler for _, sampler in plan]
-        if starts:
-            self.options["strength"] = config.strength
+        self.options["strength"] = config.strength
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Order:
         return {
             "seed": self.config.seed,
             "stages": stages,
-            "text": self.cascade.encoder.name,
+            "text": self.cascade.text.sha or self.cascade.encoder.name,
             "dtype": str(weights.dtype).removeprefix("torch."),
         }
 
@@ -203,8 +209,8 @@ def _read_start(key: str, file: str) -> Start:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{key}={file}: not a picture that can be read") from error
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise DataError(f"{key}={file}: not a picture that can be read ({error})") from error
     return Start(file, sha256(data).hexdigest(), image)
 
 
@@ -212,13 +218,16 @@ def is_drawn(output: Path, job: Job, order: Order) -> bool:
     """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
     files = [output / stage.config.name / f"{job.name}.png" for stage in order.stages[:-1]]
     files += [output / "words" / f"{job.name}.png"] if order.config.explain else []
+    wanted = order.metadata(job)
     try:
-        with Image.open(output / f"{job.name}.png") as image:
-            image.load()
-            wanted = order.metadata(job)
-            return {key: image.info.get(key) for key in wanted} == wanted and all(file.exists() for file in files)
-    except (OSError, SyntaxError):  # Pillow's word for a damaged PNG
+        for file in [*files, output / f"{job.name}.png"]:
+            with Image.open(file) as image:
+                image.load()
+                if {key: image.info.get(key) for key in wanted} != wanted:
+                    return False
+    except DAMAGED:
         return False
+    return True
 
 
 def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> None:
@@ -255,16 +264,16 @@ def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> No
 
 def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
     """The pictures of all stages; the final one last, because it says that the others are there."""
-    *earlier, final = drawing.stages
-    for stage in earlier:
-        save(drawing.stages[stage], output / stage / f"{job.name}.png")
-    if explain:
-        stage, heat = next(iter(drawing.words.items()), ("none", []))
-        title = f"{job.prompt}  (attention of stage: {stage})"
-        save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png")
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
+    *earlier, final = drawing.stages
+    for stage in earlier:
+        save(drawing.stages[stage], output / stage / f"{job.name}.png", pnginfo=info)
+    if explain:
+        stage, heat = next(iter(drawing.words.items()), ("none", []))
+        title = f"{job.prompt}  (attention of stage: {stage})"
+        save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png", pnginfo=info)
     save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info)
 
 
@@ -287,7 +296,7 @@ def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except DAMAGED as error:
         raise DataError(f"{file}: cannot be read ({error}); delete it and run the same command again") from error
 
 

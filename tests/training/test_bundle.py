@@ -126,7 +126,7 @@ def test_runs_with_other_text_are_refused(runs: list[str], tmp_path: Path) -> No
     manifest = Path(runs[1]) / "checkpoints" / "step-00000005" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["meta"]["config"]["text"]["max_tokens"] = 99
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps({**content, "sha256": ""}))
     with pytest.raises(ConfigError, match=r"text\.max_tokens=99 but .* with 10"):
         bundle.collect(runs)
 
@@ -140,7 +140,7 @@ def test_weights_for_another_text_encoder_are_taken_with_a_warning(
     for sha, warned in (("theirs", True), ("mine", False)):
         content = json.loads(manifest.read_text())
         content["meta"]["config"]["text"]["sha"] = sha
-        manifest.write_text(json.dumps(content))
+        manifest.write_text(json.dumps({**content, "sha256": ""}))
         config = Experiment(stage=stage, text=TextConfig(dim=32, sha="mine"), train=TrainConfig(init_from=run))
         caplog.clear()
         begin_with(random_unet(stage, seed=1), config, None)
@@ -152,7 +152,7 @@ def test_weights_of_another_structure_are_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "r" / "checkpoints" / "step-00000005" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["meta"]["config"]["stage"]["model"]["overrides"] = {"widths": [32, 64], "head_dim": 32}
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps({**content, "sha256": ""}))
     with pytest.raises(DataError, match="weights do not fit the U-Net"):
         bundle.collect([run])
 
@@ -169,8 +169,27 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
     (path / "bundle.json").write_text(json.dumps(json.loads(good) | {"format": 99}))
     with pytest.raises(DataError, match="format 99 is not 1"):
         bundle.read(str(path))
+    base, sr = content["stages"]
+    base["config"].pop("colour")
+    for changed, words in (
+        ([], "not what a bundle holds"),
+        ({**content, "stages": []}, "no stages"),
+        ({**content, "stages": ["a"]}, "or changed"),
+        ({**content, "stages": [sr, base]}, "starts from 0 px pictures but sr makes 32"),
+        ({**content, "stages": [{**base, "unet": {**base["unet"], "head_dim": 7}}, sr]}, "head_dim=7"),
+    ):
+        (path / "bundle.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=words):
+            bundle.read(str(path))
     (path / "bundle.json").write_text(good)
     weights = path / "sr.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100] + bytes(100))
+    with pytest.raises(DataError, match="does not match its SHA-256"):
+        bundle.load_unet(bundle.read(str(path)).stages[1])
+    weights.write_bytes(whole)
+    with pytest.raises(DataError, match=f"there is one in {path}"):
+        bundle.read(str(tmp_path))
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"sr\.safetensors: has \d+ bytes instead of \d+"):
         bundle.read(str(path))

@@ -17,7 +17,7 @@ from training.cascade import Cascade
 from training.config import TextConfig
 from training.diffusion.denoiser import to_unit
 from training.diffusion.sampler import sample_stage
-from training.drawing import picture_seed, to_uint8
+from training.drawing import picture_seed, to_masks, to_pictures, to_uint8
 from training.model.text_identity import pinned
 
 PROMPTS = ["a red circle", "a blue square on grey", "蓝天白云"]
@@ -274,7 +274,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"guidance": "much"}, "guidance=much: it must be a number"),
         ({"steps": 0}, "steps=0: it must be at least 1"),
         ({"steps": 2.5}, "steps=2.5: it must be a whole number"),
-        ({"sampler": "euler"}, "name=euler: it must be one of"),
+        ({"sampler": "euler"}, "sampler=euler: it must be one of"),
         ({"guidance": {"sr9": 1}}, "sr9 is no stage that is drawn"),
         ({"negative_prompts": ["a", "b"]}, "2 for 3 prompts"),
         ({"strength": 0}, "strength=0"),
@@ -282,7 +282,13 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"strength": {"sr": 2}}, "strength=2"),
         ({"guidance_interval": [0.5, 0.1]}, "guidance_interval=[0.5, 0.1]"),
         ({"mask": Image.new("L", (8, 8))}, "inpainting needs `image`"),
-        ({"image": [Image.new("RGB", (8, 8))] * 2}, "2 pictures for 3 prompts"),
+        ({"image": [Image.new("RGB", (8, 8))] * 2}, "image: 2 pictures for 3 prompts"),
+        ({"image": np.zeros((4, 8, 8, 2), np.uint8)[:1]}, "a picture of shape (8, 8, 2)"),
+        ({"image": Image.new("F", (8, 8))}, "a picture that cannot be used: floating-point pixels"),
+        ({"stages": 1.0}, "stages=1.0: give how many"),
+        ({"guidance_interval": "ab"}, "guidance_interval=ab: give two times"),
+        ({"batch": 2.5}, "batch=2.5"),
+        ({"negative_prompts": "caf\udce9"}, "negative_prompts: 'caf\\udce9' is no text"),
         ({"num_images": 0}, "num_images=0"),
         ({"batch": 0}, "batch=0"),
         ({"guidance": float("nan")}, "guidance=nan: it must be a finite number"),
@@ -298,6 +304,24 @@ def test_impossible_arguments_are_one_sentence(cascade: Cascade, arguments: dict
     with pytest.raises(ConfigError) as error:
         cascade.generate(PROMPTS, **arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prompts_that_are_none_and_numbers_of_numpy(cascade: Cascade) -> None:
+    with pytest.raises(ConfigError, match="prompts=None: give a caption"):
+        cascade.generate(None)  # type: ignore[arg-type]
+    picture = Image.new("RGB", (16, 16), "red")
+    numpy = cascade.generate("a", steps=np.int64(2), strength=np.float32(0.5), image=picture)
+    assert same(numpy, cascade.generate("a", steps=2, strength=0.5, image=picture))
+
+
+def test_pictures_mean_what_they_mean_in_training() -> None:
+    deep = Image.fromarray(np.full((8, 8), 0x8080, np.uint16))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    grey = torch.full((1, 8, 8), 128, dtype=torch.uint8)
+    assert to_pictures([deep], 8).unique().tolist() == [128]
+    assert to_pictures([clear], 8).unique().tolist() == [255], "on white"
+    assert to_pictures([grey, np.full((8, 8, 1), 128, np.uint8)], 8).unique().tolist() == [128]
+    assert to_masks([clear], 8).all() and to_masks([np.ones((8, 8), bool)], 8).all()
 
 
 def test_a_missing_bundle_is_one_sentence(tmp_path: Path) -> None:

@@ -48,6 +48,26 @@ def test_accepted(overrides: list[str]) -> None:
     load_config("train", overrides)
 
 
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("train", "run.dir"),
+        ("launch", "run.dir"),
+        ("sample", "output"),
+        ("evaluate", "evaluation.output"),
+    ],
+)
+def test_what_must_lie_on_a_disk(verb: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=s3://b/x: it must be a local directory"):
+        load_config(verb, ["experiment=demo", f"{key}=s3://b/x"])
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.timeout_s=(inf|nan): it must be (a finite number|positive)"):
+        load_config("train", ["experiment=demo", f"train.timeout_s={value}"])
+
+
 def test_commands_that_do_not_train_are_not_held_to_it() -> None:
     load_config("sample", ["cluster.processes=3"])
     load_config("launch", ["cluster.processes=3"])

@@ -107,6 +107,17 @@ def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
     assert forks.start(config).codes() == [0]
     assert all(torch.equal(newest(config).read(name), tensor) for name, tensor in whole.items())
 
+    moved = str(tmp_path / "moved")
+    shutil.move(copied, moved)
+    shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000006")
+    with pytest.raises(DataError, match=r"\(lora\) are not in .*resume the run with train\.init_from=PLACE"):
+        bundle.collect([config.run.dir]).stages[0].tensors()
+    config.train.init_from = moved
+    assert forks.start(config).codes() == [0]
+    assert bundle.collect([config.run.dir]).stages[0].tensors(), "it knows the new place"
+    shutil.move(moved, copied)
+    config.train.init_from = copied
+
     other = Cascade.from_pretrained(copied)
     other.stages[0].unet.conv_out.bias.add_(0.1)
     other.save(copied)

@@ -50,7 +50,7 @@ def test_one_png_per_prompt_with_everything_in_its_metadata(bundle: str, tmp_pat
         settings = json.loads(image.info["settings"])
         assert [s["sampler"]["guidance"] for s in settings["stages"]] == [3.0, 1.0]
         assert settings["stages"][0]["sha256"] and settings["stages"][0]["step"] == 7
-        assert "words-32" in settings["text"]
+        assert "words" in settings["text"], "the encoder's identity, wherever it lies"
         assert Image.open(tmp_path / "base" / name).size == (16, 16)
     expected = Cascade.from_pretrained(bundle).generate(PROMPTS, "blurry", guidance=[3, 1], seed=4)
     assert np.array_equal(np.asarray(Image.open(tmp_path / names[1])), np.asarray(expected[1]))
@@ -122,6 +122,21 @@ def test_explain_writes_words_and_diversity_is_printed(bundle: str, tmp_path: Pa
     assert sample.main(command(bundle, tmp_path, prompts=["a red circle"], explain=True, num_images=2))["drawn"] == 0
 
 
+def test_words_of_another_picture_are_drawn_again(bundle: str, tmp_path: Path) -> None:
+    """Heat maps from a run with another seed lie there still when the pictures have been drawn anew."""
+    for seed, explain, drawn in ((1, True, 1), (2, False, 1), (2, True, 1), (2, True, 0)):
+        found = sample.main(command(bundle, tmp_path, prompts=["a red circle"], seed=seed, explain=explain))
+        assert found["drawn"] == drawn
+    fresh = sample.main(command(bundle, tmp_path / "fresh", prompts=["a red circle"], seed=2, explain=True))
+    name = fresh["images"][0]["file"]
+    assert (tmp_path / "words" / name).read_bytes() == (tmp_path / "fresh" / "words" / name).read_bytes()
+
+
+def test_long_prompts_are_said_to_be_cut(bundle: str, tmp_path: Path, capsys) -> None:
+    sample.main(command(bundle, tmp_path, prompts=["a red circle", "a very " * 30 + "red circle"]))
+    assert "1 of 2 prompts are cut after" in capsys.readouterr().out
+
+
 def test_processes_share_the_prompts(bundle: str, tmp_path: Path, monkeypatch) -> None:
     prompts = [f"number {i}" for i in range(3)]
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
@@ -181,6 +196,13 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match="not a picture"):
         sample.main(command(bundle, tmp_path, image=str(tmp_path / "text.png")))
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    with pytest.raises(DataError, match="not a picture"):
+        sample.main(command(bundle, tmp_path, image=str(tmp_path / "cut.png")))
+    with pytest.raises(ConfigError, match="batch=0"):
+        sample.main(command(bundle, tmp_path, batch=0))
+    with pytest.raises(ConfigError, match=r"strength=0\.5: it says how much of `image`"):
+        sample.main(command(bundle, tmp_path, strength=0.5))
     with pytest.raises(ConfigError, match="stages=sr9: no such stage"):
         sample.main(command(bundle, tmp_path, stages="sr9"))
     with pytest.raises(DataError, match="no bundle there"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -149,12 +150,25 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
         plain = OmegaConf.to_container(cfg, resolve=True)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain))
         assert isinstance(config, Experiment)
+        _check_finite(plain)
         check(verb, config)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(explain(error, root)) from error
     return config
+
+
+def _check_finite(settings: object, key: str = "") -> None:
+    """Raises ConfigError for a number that is infinite or none."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            _check_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, list):
+        for value in settings:
+            _check_finite(value, key)
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise ConfigError(f"{key}={settings}: it must be a finite number")
 
 
 def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -80,8 +80,8 @@ def ddpm_step(z: Tensor, x0: Tensor, noise: Tensor, now: float, then: float, gam
 
 def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now: float, then: float) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated with the estimate `before`, made at
-    `past`."""
-    if before is not None:
+    `past`. Where the clamp of the schedule makes neighbours equal there is nothing to extrapolate."""
+    if before is not None and past < now < then:
         ratio = (now - past) / (then - now)
         x0 = x0 + (x0 - before) / (2 * ratio)
     return ddim_step(z, x0, now, then)

@@ -13,6 +13,13 @@ THRESHOLDS = ("none", "static", "dynamic")
 SPACINGS = ("auto", "time", "log_snr", "karras")
 
 
+MOST_LOG_SNR = 80.0
+"""Beyond this sigma or alpha is no normal fp32 number."""
+
+
+NUMBERS = {"min_snr_gamma": "above", "sigma_data": "above", "max_weight": "at least", "shift_from": "at least"}
+
+
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{key}={value}: it must be one of {', '.join(allowed)}")
@@ -53,10 +60,15 @@ class DiffusionConfig:
             raise ValueError(
                 f"stage.diffusion.residual=true: needs stage.diffusion.parametrization=x0, not {self.parametrization}"
             )
-        if self.log_snr_min >= self.log_snr_max:
+        if not -MOST_LOG_SNR <= self.log_snr_min < self.log_snr_max <= MOST_LOG_SNR:
             raise ValueError(
-                f"stage.diffusion.log_snr_min={self.log_snr_min}: it must be below log_snr_max={self.log_snr_max}"
+                f"stage.diffusion.log_snr_min={self.log_snr_min}: it must be below log_snr_max={self.log_snr_max}, "
+                f"both within +-{MOST_LOG_SNR:g}"
             )
+        for key, least in NUMBERS.items():
+            value = getattr(self, key)
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "at least"))):
+                raise ValueError(f"stage.diffusion.{key}={value}: it must be a number {least} 0")
         for key, value in (("text_drop", self.text_drop), ("aug_max", self.aug_max)):
             if not 0 <= value <= 1:
                 raise ValueError(f"stage.diffusion.{key}={value}: it must lie between 0 and 1")

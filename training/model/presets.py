@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "float": (lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), "a number"),
+    "str": (lambda value: isinstance(value, str), "a word"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,13 @@ class UNetConfig:
     def check(self) -> None:
         """Raises ValueError, naming the field, for a structure that cannot be built."""
         where = "stage.model.overrides"
+        for part in fields(self):
+            kind, value = str(part.type), getattr(self, part.name)
+            single, word = KINDS[kind.removeprefix("tuple[").partition(",")[0]]
+            values = value if kind.startswith("tuple") else (value,)
+            if not isinstance(values, tuple) or not all(single(item) for item in values):
+                many = "a list, for each level " if kind.startswith("tuple") else ""
+                raise ValueError(f"{where}.{part.name}={value}: it must be {many}{word}")
         for name in ("blocks", "self_attention", "cross_attention"):
             count = len(getattr(self, name))
             if count != len(self.widths):
@@ -64,6 +79,11 @@ class UNetConfig:
                 raise ValueError(
                     f"{where}.head_dim={self.head_dim}: it must divide widths[{level}]={width} (attention there)"
                 )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{where}.dropout={self.dropout}: it must lie between 0 and 1")
+        for name in ("ff_mult", "text_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{where}.{name}={getattr(self, name)}: it must be at least 0")
         if self.cond_dim % self.text_pool_heads:
             raise ValueError(
                 f"{where}.text_pool_heads={self.text_pool_heads}: it must divide {where}.cond_dim={self.cond_dim}"

@@ -68,15 +68,23 @@ class TextEncoder(ABC):
         return text, mask.to(self.device, non_blocking=True)
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
-        """The words of a caption, each with the places (0 to T - 1) of its tokens; for heat maps."""
+        """The words of a caption, each with the places (0 to T - 1) of its tokens; for heat maps. Words that share a
+        token (Chinese characters) are one."""
         caption = self._cut(caption)
-        starts = self._token_starts(caption)[: self.max_tokens]
-        found = []
+        spans = self._token_spans(caption)[: self.max_tokens]
+        found: list[tuple[int, int, list[int]]] = []
         for start, end in split_words(caption):
-            places = [place for place, at in enumerate(starts) if start <= at < end]
+            places = [place for place, (first, last) in enumerate(spans) if first < end and last > start]
+            if found and places and found[-1][2][-1] == places[0]:
+                start, _, before = found.pop()
+                places = before + places[1:]
             if places:
-                found.append((caption[start:end], places))
-        return found
+                found.append((start, end, places))
+        return [(caption[start:end], places) for start, end, places in found]
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether it is longer than the encoder reads."""
+        return len(self._token_spans(" ".join(caption.split()))) > self.max_tokens
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Moves weights and cache; returns self."""
@@ -105,8 +113,9 @@ class TextEncoder(ABC):
         """fp32 (tokens of the caption, D) for each of the cut, non-empty captions, on `self.device`."""
 
     @abstractmethod
-    def _token_starts(self, caption: str) -> list[int]:
-        """For each token of a cut caption, the place of its first character; -1 for a special token."""
+    def _token_spans(self, caption: str) -> list[tuple[int, int]]:
+        """For each token of a caption, the places of its first character and after its last; equal for a special
+        token."""
 
 
 class WordEncoder(TextEncoder):
@@ -128,8 +137,8 @@ class WordEncoder(TextEncoder):
         words = [normalise(caption[start:end]) for start, end in split_words(caption)[: self.max_tokens]]
         return token_vectors(words, self.dim)
 
-    def _token_starts(self, caption: str) -> list[int]:
-        return [start for start, _ in split_words(caption)]
+    def _token_spans(self, caption: str) -> list[tuple[int, int]]:
+        return split_words(caption)
 
 
 class T5Encoder(TextEncoder):
@@ -171,18 +180,10 @@ class T5Encoder(TextEncoder):
         ).last_hidden_state.float()
         return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
 
-    def _token_starts(self, caption: str) -> list[int]:
+    def _token_spans(self, caption: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:  # ByT5: one token per UTF-8 byte
-            return [i for i, char in enumerate(caption) for _ in char.encode()]
-        offsets = self._tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
-        return [_first_letter(caption, start, end) for start, end in offsets]
-
-
-def _first_letter(caption: str, start: int, end: int) -> int:
-    """A piece may begin with the space before its word."""
-    while start < end - 1 and caption[start].isspace():
-        start += 1
-    return start if end > start else -1
+            return [*((i, i + 1) for i, char in enumerate(caption) for _ in char.encode()), (0, 0)]
+        return [(start, end) for start, end in self._tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]]
 
 
 def _fetch_hint(path: str) -> str:

@@ -113,6 +113,16 @@ def test_two_points_are_found_and_dynamic_threshold_is_inactive() -> None:
     assert abs(plain.mean().item()) < 0.1
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "heun", "dpmpp_2m"])
+def test_neighbours_that_the_clamp_makes_equal(name: str) -> None:
+    """With narrow clamps several steps lie at the same log-SNR, at both ends."""
+    config = DiffusionConfig(log_snr_min=-4, log_snr_max=4)
+    sampler = SamplerConfig(name=name, steps=40, threshold="none")
+    drawn = sample(gaussian, (512, 1, 2, 2), config=config, sampler=sampler, seeds=list(range(512)))
+    assert drawn.isfinite().all()
+    assert drawn.mean() == pytest.approx(MEAN, abs=0.05)
+
+
 def test_thresholds() -> None:
     x0 = torch.linspace(-3, 3, 3 * 400).view(1, 3, 20, 20).repeat(2, 1, 1, 1)
     x0[1] /= 4

@@ -30,7 +30,20 @@ def test_parti_tables_keep_quotation_marks(tmp_path: Path) -> None:
     assert read_prompts(str(table)) == ["a cat, a dog"]
 
 
+def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
+    strange = "one \u2028 \x0b \x85 prompt"
+    file = tmp_path / "p.txt"
+    file.write_bytes(f"{strange}\r\nanother\rthird".encode())
+    assert read_prompts(str(file)) == [strange, "another", "third"]
+    table = tmp_path / "p.csv"
+    table.write_bytes(f'prompt\n{strange}\n"two\nlines"\n'.encode())
+    assert read_prompts(str(table)) == [strange, "two\nlines"]
+
+
 def test_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "prompts.md").write_text("a cat")
+    with pytest.raises(ConfigError, match=r"prompts\.md: a file of prompts must end in \.txt, \.tsv, \.csv"):
+        read_prompts(str(tmp_path / "prompts.md"))
     with pytest.raises(DataError, match=r"prompts=.*absent\.txt: no such file"):
         read_prompts(str(tmp_path / "absent.txt"))
     file = tmp_path / "latin.txt"

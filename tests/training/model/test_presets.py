@@ -49,6 +49,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"widths": [64, 0]}, "stage.model.overrides.widths"),
     ({"null_text": "maybe"}, "null_text=maybe"),
     ({"patch": 0}, "stage.model.overrides.patch=0"),
+    ({"widths": 64}, "stage.model.overrides.widths=64: it must be a list, for each level a whole number"),
+    ({"widths": [64, "a"]}, "stage.model.overrides.widths=.*a whole number"),
+    ({"blocks": [2, 1.5]}, "stage.model.overrides.blocks=.*a whole number"),
+    ({"head_dim": "a"}, "stage.model.overrides.head_dim=a: it must be a whole number"),
+    ({"efficient": "maybe"}, "stage.model.overrides.efficient=maybe: it must be true or false"),
+    ({"dropout": 2}, "stage.model.overrides.dropout=2"),
+    ({"ff_mult": -1}, "stage.model.overrides.ff_mult=-1"),
 ]
 
 

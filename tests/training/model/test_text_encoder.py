@@ -235,6 +235,10 @@ def test_mt5_takes_chinese(tmp_path: Path) -> None:
     text, mask = encoder.encode(["蓝天白云下的沙滩"])
     assert torch.isfinite(text).all() and text[mask].abs().sum() > 0
     assert mask.sum() in (6, 7)  # five pieces and </s>, perhaps the mark of a word's begin
+    words = encoder.words("蓝天白云下的沙滩")
+    assert [word for word, _ in words] == ["蓝天", "白云", "下", "的", "沙滩"], "characters of one piece are one word"
+    places = [place for _, some in words for place in some]
+    assert places == sorted(set(places)) and not encoder.is_cut("蓝天") and encoder.is_cut("蓝天白云" * 40)
 
 
 def test_t5_width_must_match(t5_path: str) -> None:
