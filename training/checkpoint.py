@@ -326,7 +326,7 @@ class CheckpointStore:
                 tensors.update((n, {**where, "file": entry["name"]}) for n, where in entry["tensors"].items())
             manifest["tensors"] = tensors
             checkpoint = Checkpoint(folder, manifest)
-            if not (checkpoint.bytes >= 0 and isinstance(checkpoint.meta, dict)):
+            if not (checkpoint.bytes >= 0 <= manifest["attempt"] and isinstance(checkpoint.meta, dict)):
                 raise ValueError("its values have other types")
             return checkpoint
         except FileNotFoundError as error:
