@@ -42,7 +42,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: str, limit: int, piece: int = PIECE) -> None:
-        self.folder, self.limit, self.piece = Path(folder), limit, piece
+        self.folder, self.limit, self.piece = Path(folder).expanduser(), limit, piece
         try:
             for name in ("pieces", "partial", "locks"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,7 @@ class DiskCache:
             if found is not None:
                 return found
             partial = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
+            reserved = False
             try:
                 reserved = self._reserve(high - low, partial)
                 data = fetch(low, high)
@@ -83,7 +84,8 @@ class DiskCache:
                     self._keep(data, partial, path)
                 return data
             except BaseException:
-                self._release(partial, high - low)
+                if reserved:
+                    self._release(partial, high - low)
                 raise
 
     def _keep(self, data: bytes, partial: Path, path: Path) -> None:
@@ -93,10 +95,13 @@ class DiskCache:
             partial.write_bytes(data)
             os.replace(partial, path)
         except OSError as error:
-            logger.warning("data.cache_dir=%s: %s; this piece is not kept", self.folder, error.strerror or error)
+            self._say(error)
             replaces = True
         if replaces:
             self._release(partial, len(data))
+
+    def _say(self, error: OSError) -> None:
+        logger.warning("data.cache_dir=%s: %s; this piece is not kept", self.folder, error.strerror or error)
 
     def _reserve(self, size: int, partial: Path) -> bool:
         """Takes `size` bytes of the limit for a file that it begins, emptying the cache as needed; False when others
@@ -106,9 +111,14 @@ class DiskCache:
             if taken is None or taken + size > self.limit:
                 taken = self._make_room(int(self.limit * _REFILL) - size)
             fits = taken + size <= self.limit
-            _write_count(total, taken + size * fits)
-            if fits:
-                partial.touch()
+            try:
+                if fits:
+                    partial.touch()
+                _write_count(total, taken + size * fits)
+            except OSError as error:
+                self._say(error)
+                partial.unlink(missing_ok=True)
+                return False
             return fits
 
     def _release(self, partial: Path, size: int) -> None:
@@ -151,6 +161,7 @@ class DiskCache:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the file open as well
             os.close(handle)
 
 

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -19,12 +20,20 @@ import numpy as np
 
 from data_pipeline import store
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import CascadeError, DataError
 from data_pipeline.filters import keep_rows
 from data_pipeline.order import Order
 from data_pipeline.progress import progress
 from data_pipeline.retry import Patience
-from data_pipeline.shard_index import ShardIndex, build_index, index_shard, load_index, load_meta, read_index
+from data_pipeline.shard_index import (
+    ShardIndex,
+    build_index,
+    index_shard,
+    load_index,
+    load_meta,
+    read_index,
+    save_index,
+)
 from data_pipeline.summaries import Summary, read_summaries, summarize, summarize_meta, summary_url, write_summaries
 
 logger = logging.getLogger(__name__)
@@ -103,6 +112,9 @@ class Dataset:
             index = index_shard(summary.entry.url, self.patience)
             if index.digest != summary.digest:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
+            logger.warning("%s: its index is gone or damaged; it is written again", summary.entry.url)
+            with suppress(CascadeError, OSError):
+                save_index(index, summary.place, self.patience)
         found = index, keep_rows(index, self.rules)[0]
         with self._lock:
             self._cache[shard] = found

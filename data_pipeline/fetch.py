@@ -24,6 +24,8 @@ from data_pipeline.tar import Gunzip
 logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 512
+FAR = 512 << 10
+"""Bytes between two members of a sample that are not read for their sake."""
 _ONE_READ = 24 << 10
 """Members that end within so many bytes are read together: cutting them costs a copy, which for more is dearer than
 another system call."""
@@ -105,9 +107,13 @@ class RowReader:
         if self._direct[shard]:
             # What is read with holds the file, so that no other thread's opening closes it.
             return _cut(index, row, parts, (self._files.get(shard) or self._open(shard)).read)
-        begin = parts[0][1]
-        data = self.read_range(shard, begin, max(offset + size for _, offset, size, _ in parts), fresh)
-        return _cut(index, row, parts, lambda first, end: data[first - begin : end - begin])
+        runs = [(begin, self.read_range(shard, begin, end, fresh)) for begin, end in runs_of(parts)]
+
+        def get(first: int, end: int) -> bytes:
+            begin, data = next(run for run in reversed(runs) if run[0] <= first)
+            return data[first - begin : end - begin]
+
+        return _cut(index, row, parts, get)
 
     def _open(self, shard: int) -> _File:
         file = self._files[shard] = _File(self.dataset.urls[shard])
@@ -147,6 +153,18 @@ class RowReader:
     def close(self) -> None:
         """Closes the files that no thread is reading."""
         self._files.clear()
+
+
+def runs_of(parts: list[_Place]) -> list[tuple[int, int]]:
+    """(first byte, end byte) of the stretches of a shard that hold a sample: one, unless its members lie far apart, as
+    in a tar that was packed kind by kind."""
+    runs: list[tuple[int, int]] = []
+    for _, offset, size, _ in parts:
+        if runs and offset - runs[-1][1] <= FAR:
+            runs[-1] = runs[-1][0], max(runs[-1][1], offset + size)
+        else:
+            runs.append((offset, offset + size))
+    return runs
 
 
 def _cut(index: ShardIndex, row: int, parts: list[_Place], read: Callable[[int, int], bytes]) -> tuple[Sample, str]:

@@ -8,7 +8,11 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipeline.config import FilterConfig
+from data_pipeline.grouping import SCORES
 from data_pipeline.shard_index import ShardIndex
+
+FILTERS_VERSION = 2
+"""Of the meaning of the rules: which rows the same index and settings keep."""
 
 # setting -> (index column, reason for the counter, whether a value fails); a sample without the value fails as
 # unknown_*
@@ -43,6 +47,8 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
         if limit is None:
             continue
         values = _values(index, column)
+        if column in SCORES:
+            limit = float(np.float32(limit))  # as scores are kept: 0.3 is not above 0.3
         for failing, name in ((np.isnan(values), f"unknown_{column}"), (fails(values, limit), reason)):
             out = keep & failing
             if out.any():

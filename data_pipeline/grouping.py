@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.captions import decode_text
+from data_pipeline.errors import BadSample
 from data_pipeline.tar import Member, Problem
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif")
@@ -100,7 +102,10 @@ def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]
         width, height = image_size(member.data)
         return {"width": width, "height": height}
     if kind == "txt":
-        return {"length": len(member.data.decode("utf-8", "replace").strip())}
+        try:
+            return {"length": len(decode_text(member.data).strip())}
+        except BadSample:
+            return {"length": len(member.data.decode("utf-8", "replace").strip())}
     if kind != "json":
         return {}
     try:

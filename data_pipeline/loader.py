@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +104,7 @@ class Loader:
         """Precomputed ones; who trains with them calls their `check` first."""
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
         """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
-        self._bad_shards: Counter[str] = Counter()
+        self.bad_shards: Counter[str] = Counter()
         self._quarantine = quarantine
         self._decode = decode
         self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
@@ -118,7 +118,7 @@ class Loader:
         """The micro-batches of one optimizer step, positions in the order of `rank_positions`.
 
         Raises:
-            DataError: more than `data.max_bad_share` of the consumed samples were bad, or a shard is gone.
+            DataError: a shard is gone, or, in one process, more than `data.max_bad_share` of the samples were bad.
             StoreError: the object store stayed broken past `data.deadline_s`.
             CascadeError: the process that decodes died.
         """
@@ -142,14 +142,14 @@ class Loader:
         )
 
     def _count(self, failures: list[dict[str, Any]]) -> None:
-        """Counts one consumed sample and the bad ones it replaces; stops the run when there are too many."""
+        """Counts one consumed sample and the bad ones it replaces."""
         self.counters["samples"] += 1
         if not failures:
             return
         for failure in failures:
             reason = f"bad_{failure['reason']}"
             self.counters[reason] = self.counters.get(reason, 0) + 1
-            self._bad_shards[failure["shard"]] += 1
+            self.bad_shards[failure["shard"]] += 1
         self.counters["bad"] += 1
         if self._quarantine:
             with suppress(OSError):  # a full disk costs the note, not the run
@@ -157,13 +157,21 @@ class Loader:
                 with open(self._quarantine, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(failure) + "\n" for failure in failures)
         logger.warning("%s: %s replaced: %s", *(failures[0][name] for name in ("shard", "key", "reason")))
-        seen, bad = self.counters["samples"], self.counters["bad"]
-        if bad > _allowed(seen, self.config.max_bad_share):
-            worst = ", ".join(f"{shard} ({count})" for shard, count in self._bad_shards.most_common(3))
-            raise DataError(
-                f"{bad} of {seen} samples were bad, more than data.max_bad_share={self.config.max_bad_share}; the "
-                f"worst shards are {worst}; look at them with `cascade verify`"
-            )
+        if self._work.world_size == 1 and self.too_many(self.counters["samples"], self.counters["bad"]):
+            raise self.too_many_error(self.counters["samples"], self.counters["bad"], [self.bad_shards])
+
+    def too_many(self, seen: int, bad: int) -> bool:
+        """Whether a run must stop of whose `seen` samples so many were bad. One of several processes sees a part of
+        them, which a single damaged shard may spoil: who trains with several asks this with the sums over all."""
+        return bad > _allowed(seen, self.config.max_bad_share)
+
+    def too_many_error(self, seen: int, bad: int, shards: Iterable[Counter[str]]) -> DataError:
+        """What then is to be said; `shards`: each process's `bad_shards`."""
+        worst = ", ".join(f"{shard} ({count})" for shard, count in sum(shards, Counter()).most_common(3))
+        return DataError(
+            f"{bad} of {seen} samples were bad, more than data.max_bad_share={self.config.max_bad_share}; the "
+            f"worst shards are {worst}; look at them with `cascade verify`"
+        )
 
     def close(self) -> None:
         """Stops the decoding; samples decoded ahead are dropped."""

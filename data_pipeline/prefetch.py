@@ -10,10 +10,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.fetch import RowReader, Sample
+from data_pipeline.fetch import RowReader, Sample, runs_of
 from data_pipeline.order import Order
 from data_pipeline.pool import DaemonPool
 
@@ -38,13 +39,20 @@ class _Unit:
     """Position -> (row, first byte, end byte)."""
     begin: int
     end: int
-    future: Future[dict[int, bytes]] | None = None
-    """The bytes of each sample that has not been collected, by position."""
+    scattered: int = 0
+    """Bytes of its one sample, whose members lie far apart: each stretch is requested by itself. 0: neighbours."""
+    future: Future[dict[int, Any]] | None = None
+    """The bytes of each sample that has not been collected, by position; of a scattered one the sample."""
+
+    @property
+    def size(self) -> int:
+        """Bytes to request."""
+        return self.scattered or self.end - self.begin
 
     def is_near(self, begin: int) -> bool:
         """Whether a sample that begins here is worth reading on to."""
         gap = begin - self.end
-        if begin < self.begin or gap > GAP:
+        if self.scattered or begin < self.begin or gap > GAP:
             return False
         if gap <= SMALL_GAP:
             return True
@@ -81,6 +89,7 @@ class Prefetcher:
         self._units: dict[int, _Unit] = {}
         self._budget, self._held = budget, 0
         self._lock = threading.Lock()
+        self._said_scattered = False
         window = order.window * reader.dataset.mean_bytes * lanes
         self.whole_windows = window <= budget and reader.cache is None  # the disk cache keeps neighbours, too
         self._pool: DaemonPool | None = None
@@ -138,7 +147,7 @@ class Prefetcher:
             if not self._reader.is_direct(shard):
                 unit = self._units.get(position) or self._plan(position, shard)
                 if unit.future is None:
-                    size = unit.end - unit.begin
+                    size = unit.size
                     with self._lock:
                         if self._requested > 0 and self._held + size > self._budget:
                             return
@@ -167,6 +176,12 @@ class Prefetcher:
             index, kept = self._reader.dataset.index(number)
             places = self._reader.places(index, int(kept[row]))
             begin, end = places[0][1], max(offset + size for _, offset, size, _ in places)
+            runs = runs_of(places)
+            if len(runs) > 1 and not compressed:
+                size = sum(last - first for first, last in runs)
+                self._units[place] = _Unit(number, {place: (row, begin, end)}, begin, end, scattered=size)
+                self._say_scattered(number)
+                continue
             near = unit is not None and unit.shard == number and (compressed or unit.is_near(begin))
             if unit is None or not near or end - unit.begin > limit:
                 unit = _Unit(number, {}, begin, end)
@@ -175,8 +190,18 @@ class Prefetcher:
             self._units[place] = unit
         return self._units[position]
 
-    def _bring(self, unit: _Unit) -> dict[int, bytes]:
+    def _say_scattered(self, shard: int) -> None:
+        if not self._said_scattered:
+            self._said_scattered = True
+            logger.warning(
+                "%s: the members of a sample lie far apart, so each is a request of its own, which is slow; `cascade "
+                "prepare prepare.kind=shards` packs samples together", self._reader.dataset.urls[shard],
+            )  # fmt: skip
+
+    def _bring(self, unit: _Unit) -> dict[int, Any]:
         """Requests a unit and cuts it up, so that each sample's memory is free once it is collected."""
+        if unit.scattered:
+            return {position: self._reader.read(unit.shard, row) for position, (row, _, _) in unit.rows.items()}
         data = self._reader.read_range(unit.shard, unit.begin, unit.end)
         wanted = {position: data[a - unit.begin : b - unit.begin] for position, (_, a, b) in unit.rows.items()}
         with self._lock:
@@ -186,6 +211,12 @@ class Prefetcher:
     def collect(self, unit: _Unit, position: int) -> Sample:
         """Waits for a unit and takes one sample out of it."""
         assert unit.future is not None
+        if unit.scattered:
+            try:
+                return unit.future.result().pop(position)
+            finally:
+                with self._lock:
+                    self._held -= unit.scattered
         data = unit.future.result().pop(position)
         with self._lock:
             self._held -= len(data)

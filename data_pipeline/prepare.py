@@ -106,7 +106,7 @@ def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
     source = open_source(settings.kind, str(settings.source), config.data)
     _begin(settings.output, {"kind": settings.kind, "content": source.identity, "max_side": settings.max_side,
                              "quality": settings.quality, "samples_per_shard": settings.samples_per_shard,
-                             "deduplicate": settings.deduplicate})  # fmt: skip
+                             "deduplicate": settings.deduplicate, "max_pixels": config.data.max_pixels})  # fmt: skip
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
         duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
@@ -212,6 +212,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
         store.write_bytes(place, json.dumps(settings).encode())
         return
     before = json.loads(store.read_bytes(place))
+    before.setdefault("max_pixels", settings.get("max_pixels"))  # older ones do not say
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         differences = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed)
@@ -275,7 +276,11 @@ def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]])
                 continue
             key, members = one
             used[key] += 1
-            writer.write(key if used[key] == 1 else f"{key}-{used[key]}", members)
+            while used[key] > 1 and used[(other := f"{key}-{used[key]}")]:
+                used[key] += 1
+            key = key if used[key] == 1 else other
+            used[key] = max(used[key], 1)
+            writer.write(key, members)
             done["samples"] += 1
     except BaseException:
         writer.abort()

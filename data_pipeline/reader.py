@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -41,7 +42,7 @@ class ShardStream(IterableDataset[Sample]):
 
     To resume, pass the position reached: the number of samples that all ranks together have consumed; or keep
     `stream.state(position)` and pass that, which also refuses data, filters or batches that changed. A sample that
-    does not verify is replaced by a deterministic substitute (`__failures__` then says why).
+    does not verify is replaced by a deterministic substitute (`__failures__`, else empty, then says why, as JSON).
 
     Args:
         shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these.
@@ -116,10 +117,10 @@ class ShardStream(IterableDataset[Sample]):
             for position, shard, row, get in ahead:
                 try:
                     sample = get()
-                    sample["__position__"] = position
+                    sample.update(__position__=position, __failures__="")
                 except BadSample as bad:
                     taken = replace(reader, self.seed, position, shard, row, bad, dict)
-                    sample = {**taken.value, "__failures__": taken.failures}
+                    sample = {**taken.value, "__failures__": json.dumps(taken.failures)}
                 yield sample
         finally:
             ahead.close()

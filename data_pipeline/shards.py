@@ -38,7 +38,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = str(path)
+        self.path = str(path) if store.is_s3(str(path)) else store.local_path(str(path))
         self.samples = 0
         folder = None if store.is_s3(self.path) else store.parent(self.path)
         if folder:

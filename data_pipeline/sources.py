@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from data_pipeline.captions import read_json
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import BadSample, DataError
+from data_pipeline.fetch import runs_of
 from data_pipeline.shard_index import IMAGE_EXTENSIONS, ShardIndex
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import Dataset
     from data_pipeline.fetch import RowReader
+
+logger = logging.getLogger(__name__)
 
 PATH_COLUMNS = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image")
 _BLOCK, _COMPRESSED_BLOCK, _BLOCKS_KEPT = 8 << 20, 128 << 20, 4
@@ -68,7 +72,7 @@ class FolderSource:
         )
         if not self.files:
             raise DataError(f"prepare.source={folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}) lie below it")
-        self.identity = _hash(f"{self.name(i)} {path.stat().st_size}" for i, path in enumerate(self.files))
+        self.identity = _hash(f"{self.name(i)} {_look(path)}" for i, path in enumerate(self.files))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -91,9 +95,7 @@ class TableSource:
         self.path = Path(os.path.expanduser(table))
         if not self.path.is_file():
             raise DataError(f"prepare.source={table}: there is no such file")
-        data = self.path.read_bytes()
-        self.identity = hashlib.blake2b(data, digest_size=8).hexdigest()
-        self.table = _read_table(self.path)
+        self.table = _read_table(self.path, (*PATH_COLUMNS, *CAPTION_COLUMNS))
         names = {str(name).lower(): str(name) for name in reversed(self.table.column_names)}
         self.path_column = next((names[name] for name in PATH_COLUMNS if name in names), None)
         self.caption_column = next((names[name] for name in CAPTION_COLUMNS if name in names), None)
@@ -102,6 +104,10 @@ class TableSource:
                 f"prepare.source={table}: it needs a column of paths ({', '.join(PATH_COLUMNS)}) and one of captions "
                 f"({', '.join(CAPTION_COLUMNS)}); it has {', '.join(map(str, self.table.column_names))}"
             )
+
+        whole = hashlib.blake2b(self.path.read_bytes(), digest_size=8).hexdigest()
+        places = (self.path.parent / self.name(number) for number in range(len(self)))
+        self.identity = _hash([whole, *(_size(place) for place in places)])
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -121,7 +127,9 @@ class TableSource:
         path = self.path.parent / str(given)
         meta = {"source": str(given), **{name: _plain(value) for name, value in row.items()}}
         text = caption if caption is None or isinstance(caption, bytes) else str(caption).encode("utf-8", "ignore")
-        return Item(str(given), f"{number:09d}", path.suffix[1:].lower() or "jpg", _read(path), text, meta)
+        extension = path.suffix[1:].lower()
+        extension = extension if extension in IMAGE_EXTENSIONS else "jpg"  # readers look at the content
+        return Item(str(given), f"{number:09d}", extension, _read(path), text, meta)
 
 
 class ShardSource:
@@ -138,6 +146,7 @@ class ShardSource:
         self.reader = RowReader(self.dataset, config)
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
+        self._left_out: set[str] = set()
         self._ends = np.cumsum(self.dataset.counts)
 
     def __len__(self) -> int:
@@ -153,13 +162,19 @@ class ShardSource:
 
     def read(self, number: int) -> Item:
         shard, row = self._place(number)
-        if self.reader.is_direct(shard):
+        index, rows = self.dataset.index(shard)
+        scattered = len(runs_of(self.reader.places(index, int(rows[row])))) > 1 and not index.compressed
+        if self.reader.is_direct(shard) or scattered:
             sample = self.reader.read(shard, row)
         else:
             sample = self.reader.sample_from(shard, row, *self._blocks.read(shard, row))
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
         if extension is None:
             raise BadSample("missing_image", "no member is a picture")
+        for other in {*sample} - {extension, "txt", "json"} - self._left_out:
+            if not other.startswith("__"):
+                self._left_out.add(other)
+                logger.warning("members .%s are left out: a picture, its caption and its .json are written", other)
         key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
         return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), _json(sample.get("json")))
 
@@ -226,11 +241,28 @@ def _read(path: Path) -> bytes:
         raise BadSample("missing_image", f"{path}: {error.strerror}") from error
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _look(picture: Path) -> str:
+    """What shows that a picture, its .txt or its .json is another one: a corrected caption may be as long as before."""
+    texts = (picture.with_suffix(ending) for ending in (".txt", ".json"))
+    return " ".join(
+        [str(_size(picture)), *(f"{_size(text)} {text.stat().st_mtime_ns}" for text in texts if text.is_file())]
+    )
+
+
 def _bytes_or_none(path: Path) -> bytes | None:
     return _read(path) if path.is_file() else None
 
 
-def _read_table(path: Path) -> Any:
+def _read_table(path: Path, texts: tuple[str, ...]) -> Any:
+    """The whole table; columns of a text file with these names (in any case) are text, whatever they look like."""
     import pyarrow as pa
 
     try:
@@ -238,7 +270,16 @@ def _read_table(path: Path) -> Any:
             from pyarrow import csv
 
             tabs = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-            return csv.read_csv(path, parse_options=tabs)
+            with csv.open_csv(path, parse_options=tabs) as opened:
+                names = opened.schema.names
+            plain = dict.fromkeys((name for name in names if name.lower() in texts), pa.binary())
+            try:
+                found = csv.ConvertOptions(column_types=plain)
+                return csv.read_csv(path, parse_options=tabs, convert_options=found)
+            except pa.ArrowInvalid:  # a column that begins otherwise than it goes on: all others as text
+                text = {**dict.fromkeys(names, pa.string()), **plain}
+                found = csv.ConvertOptions(column_types=text, strings_can_be_null=True)
+                return csv.read_csv(path, parse_options=tabs, convert_options=found)
         from pyarrow import parquet
 
         return parquet.read_table(path)

@@ -259,10 +259,11 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
     patterns = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
     urls: dict[str, None] = {}
     for pattern in patterns:
-        found = [url for one in _braces(pattern) for url in _expand_one(one, patience)]
-        if not found:
-            raise DataError(f"data.shards={pattern}: no .tar shard is there{_hint(pattern, patience)}")
-        urls.update(dict.fromkeys(found))
+        for one in _braces(pattern):
+            found = _expand_one(one, patience)
+            if not found:
+                raise DataError(f"data.shards={one}: no .tar shard is there{_hint(one, patience)}")
+            urls.update(dict.fromkeys(found))
     return list(urls)
 
 
@@ -282,10 +283,15 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
         return _expand_s3(pattern, patience)
     path = local_path(pattern)
     if _MAGIC.search(path) and not os.path.exists(path):
-        return _no_directories(sorted(glob.glob(path, recursive=True)))
+        return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
     if os.path.isdir(path):
         return _no_directories([os.path.join(path, name) for name in sorted(os.listdir(path)) if _is_shard_name(name)])
     return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
+
+
+def _shards_among(found: list[str]) -> list[str]:
+    """What a glob means: where it matches shards, the indexes and tables beside them are not meant."""
+    return [name for name in found if _is_shard_name(basename(name))] or found
 
 
 def _no_directories(paths: list[str]) -> list[str]:
@@ -302,10 +308,10 @@ def _is_shard_name(name: str) -> bool:
 def _expand_s3(pattern: str, patience: Patience) -> list[str]:
     bucket, key = s3.split(pattern)
     magic = _MAGIC.search(key)
-    if magic:
+    if magic and not (key.endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
         matches = re.compile(_glob_regex(key)).fullmatch
         found = s3.listing(f"s3://{bucket}/{key[: magic.start()]}", patience=patience)
-        return [f"s3://{bucket}/{name}" for name, _, _ in found if matches(name)]
+        return _shards_among([f"s3://{bucket}/{name}" for name, _, _ in found if matches(name)])
     if key.endswith(SHARD_SUFFIXES):
         return [pattern]
     prefix = key.rstrip("/") + "/" if key else ""

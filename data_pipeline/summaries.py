@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from data_pipeline import store
 from data_pipeline.config import FilterConfig
 from data_pipeline.errors import CascadeError
-from data_pipeline.filters import keep_rows
+from data_pipeline.filters import FILTERS_VERSION, keep_rows
 from data_pipeline.retry import DEFAULT, Patience
 from data_pipeline.shard_index import VERSION, ShardIndex, default_index_dir
 
@@ -69,7 +69,8 @@ def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summ
 def summary_url(entries: Iterable[store.Entry], rules: FilterConfig, index_dir: str | None) -> str:
     """Where the summaries of shards in these directories under these filters lie."""
     places = sorted({store.parent(entry.url) for entry in entries})
-    name = hashlib.blake2b(json.dumps([VERSION, places, asdict(rules)]).encode(), digest_size=8).hexdigest()
+    made_by = [VERSION, FILTERS_VERSION, places, asdict(rules)]
+    name = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=8).hexdigest()
     return store.join(index_dir or default_index_dir(), f"summary-{name}.parquet")
 
 

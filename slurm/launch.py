@@ -28,6 +28,12 @@ DISTRIBUTED = ("train",)
 """Commands that run as one process per task on every node; all others are one process on one node."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
 TIME_LIMIT = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
+FOLLOWED = {
+    **dict.fromkeys(("nodes", "N"), "cluster.nodes"),
+    **dict.fromkeys(("ntasks", "n", "ntasks-per-node"), "cluster.processes"),
+    **dict.fromkeys(("cpus-per-task", "c"), "cluster.cpus_per_task"),
+}
+"""Options of sbatch that the script's srun needs as well -> the key that sets both."""
 FROZEN = """\
 # {title}
 defaults:
@@ -83,7 +89,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
             f"script={config.script}: it names one file, but verb lists {len(chain)} commands; leave it out"
         )
     words = [*given_overrides(), *config.overrides]
-    jobs = [write(str(entry), words, config.script) for entry in chain]
+    jobs = [write(str(entry), words, config.script, config.separate) for entry in chain]
     for before, job in zip([None, *jobs], jobs, strict=False):
         if config.dry_run:
             print(job.script.read_text())
@@ -107,23 +113,35 @@ def given_overrides() -> list[str]:
     return [word for word in typed if word.partition("=")[0].lstrip("+~") not in OWN_KEYS]
 
 
-def write(entry: str, words: list[str], script: str | None) -> Job:
+def write(entry: str, words: list[str], script: str | None, separate: str = "") -> Job:
     """Composes and checks one command of the chain ("train stage=demo_sr"), and writes its script and settings."""
-    verb, *own = shlex.split(entry) or [""]
+    try:
+        verb, *own = shlex.split(entry) or [""]
+    except ValueError as error:
+        raise ConfigError(f"verb={entry}: a quotation mark is open ({error})") from error
     if verb not in COMMANDS or verb == "launch":
         others = ", ".join(v for v in COMMANDS if v != "launch")
         raise ConfigError(f"verb={entry}: it must be one of {others}")
     words = [*words, *own]
     cfg = composed(verb, words)
+    if separate:
+        words.append(f"run.dir={cfg.run.dir}/{separate}")
+        cfg = composed(verb, words)
     config = validate(verb, cfg)
     if config.cluster.processes < 1:
         raise ConfigError("cluster.processes=0: a Slurm job needs the number of processes per node (usually its GPUs)")
+    if script and Path(script).suffix == ".yaml":
+        raise ConfigError(
+            f"script={script}: the settings are written beside it under this name; give it another ending"
+        )
     path = Path(script) if script else next_script(Path(config.run.dir) / "launch", verb)
-    path.parent.mkdir(parents=True, exist_ok=True)
     job = Job(verb, words, config, path.absolute(), path.absolute().with_suffix(".yaml"))
     title = f"cascade {verb} {shlex.join(word.lstrip('+') for word in words)}".strip()
+    title = " ".join(title.split())  # it stands in comments
+    text = render(job, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
     job.settings.write_text(FROZEN.format(title=title, verb=verb, settings=OmegaConf.to_yaml(cfg)))
-    job.script.write_text(render(job, title))
+    job.script.write_text(text)
     log_file(config).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
     return job
 
@@ -205,8 +223,23 @@ def directives(job: Job) -> list[str]:
         "requeue" if cluster.requeue else "no-requeue": True,
         "signal": f"B:USR1@{cluster.signal_s}",
     }
+    for name in cluster.sbatch:
+        if key := FOLLOWED.get(str(name).lstrip("-")):
+            raise ConfigError(f"cluster.sbatch.{name}: srun would not follow it; set {key}")
     options |= {str(name).lstrip("-"): value for name, value in cluster.sbatch.items()}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if wanted(value)]
+    return [
+        f"--{name}" if value is True else f"--{name}={quoted(name, value)}"
+        for name, value in options.items()
+        if wanted(value)
+    ]
+
+
+def quoted(name: str, value: Any) -> str:
+    """A value as a directive has it: sbatch cuts at blanks, unless there are quotation marks."""
+    text = str(value)
+    if re.search(r"[\"\n\r]", text):
+        raise ConfigError(f"#SBATCH --{name}={text!r}: Slurm reads neither quotation marks nor line ends there")
+    return f'"{text}"' if re.search(r"[\s#'\\]", text) else text
 
 
 def wanted(value: Any) -> bool:

@@ -129,6 +129,8 @@ def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
     checkpoint = store.open(config.steps[0]) if config.steps else store.newest()
     if checkpoint is None:
         raise DataError(f"{store.folder}: no checkpoint was ever finished")
+    if len(config.steps) > 1:
+        raise ConfigError(f"steps={config.steps}: action=export writes one checkpoint; name one")
     assert config.output is not None
     _whole(checkpoint)
     if config.sigma_rel is not None:

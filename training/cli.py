@@ -21,8 +21,16 @@ from training.commands import COMMANDS
 from training.config import Experiment
 from training.resilience import run_program
 
-OUTPUTS = {"train": "run.dir", "sample": "sampling.output", "evaluate": "evaluation.output", "verify": "output"}
-"""Where each job of a --multirun writes: the values that differ are appended to this path."""
+OUTPUTS = {
+    "train": ("run.dir",),
+    "launch": ("separate",),
+    "sample": ("sampling.output", "output"),
+    "evaluate": ("evaluation.output",),
+    "verify": ("output",),
+    "embed": ("output",),
+}
+"""Where each job of a --multirun writes: the values that differ are appended to this path (launch: to that of the
+command that it submits)."""
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that already stand in the default paths."""
 
@@ -34,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with the exit code of a failure (2: wrong input; 75: saved and stopped on request, start again).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with _closed_pipe():
+        _main(words)
+
+
+def _main(words: list[str]) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         from training.commandline.help import overview
 
@@ -47,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("cascade", ConfigError(f"{verb}: no such command; {hint}the commands are {', '.join(COMMANDS)}"))
     with _errors(verb, debug="debug=true" in rest):
         if {"--help", "-h"} & set(rest):
+            from training.commandline.compose import searching
             from training.commandline.help import verb_help
 
-            return print(verb_help(verb, [w for w in rest if not w.startswith("-")]))
+            arguments = _parser().parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
+            with searching(arguments.config_dir):
+                return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
 
 
@@ -60,13 +76,11 @@ def run(verb: str, config: Experiment) -> None:
         SystemExit: the command failed; why stands on stderr.
     """
     try:
-        with _errors(verb, config.debug):
-            result = importlib.import_module(COMMANDS[verb][1]).main(config)
-        if config.json and result is not None:
-            print(json.dumps(result), flush=True)
-    except BrokenPipeError:  # `cascade order ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        with _closed_pipe():
+            with _errors(verb, config.debug):
+                result = importlib.import_module(COMMANDS[verb][1]).main(config)
+            if config.json and result is not None:
+                print(json.dumps(result), flush=True)
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
@@ -78,15 +92,14 @@ def run(verb: str, config: Experiment) -> None:
 def _hydra(verb: str, words: Sequence[str]) -> None:
     """Hydra's own command line over conf/VERB.yaml: runs the verb, or answers --cfg, --info, --multirun, -sc."""
     from hydra import version
-    from hydra._internal.utils import _run_hydra, get_args_parser
+    from hydra._internal.utils import _run_hydra
 
     from training.commandline.compose import CONF_DIR, normalise, register_schema
     from training.commandline.errors import explain
 
     register_schema(verb)
     version.setbase("1.3")
-    parser = get_args_parser()
-    parser.error = _bad_flag  # type: ignore[method-assign]
+    parser = _parser()
     arguments = parser.parse_intermixed_args(words)
     variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
     if arguments.shell_completion:
@@ -132,6 +145,15 @@ def _environment(**values: str | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _parser() -> Any:
+    """Hydra's, with errors of one sentence."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _bad_flag  # type: ignore[method-assign]
+    return parser
+
+
 def _bad_flag(message: str) -> NoReturn:
     raise ConfigError(f"{message}; settings are key=value, flags are listed by --help")
 
@@ -170,13 +192,27 @@ def _separate(verb: str, cfg: Any, swept: Sequence[str]) -> None:
 
     words = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
     suffix = ",".join(w.lstrip("+").replace("/", "-") for w in words if w.partition("=")[0] not in NAMING)
-    key = OUTPUTS.get(verb)
-    if key and suffix:
-        OmegaConf.update(cfg, key, f"{OmegaConf.select(cfg, key)}/{suffix}")
+    keys = OUTPUTS.get(verb, ())
+    for key in keys if suffix else ():
+        before = OmegaConf.select(cfg, key)
+        if before is not None:
+            OmegaConf.update(cfg, key, f"{before}/{suffix}".lstrip("/") if verb == "launch" else f"{before}/{suffix}")
+    if keys and suffix:
         print(f"==> {verb} {' '.join(words)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """Ends quietly where nobody reads on: `cascade order ... | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 @contextlib.contextmanager

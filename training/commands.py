@@ -76,6 +76,8 @@ class LaunchCommand(Experiment):
     """Print and write the script without submitting it."""
     script: str | None = None
     """Where the script is written; null: RUN_DIR/launch/."""
+    separate: str = ""
+    """Appended to run.dir; --multirun sets it, so that each job has its own."""
 
 
 @dataclass

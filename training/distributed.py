@@ -42,6 +42,8 @@ AGREED_GRACE_S = 600.0
 IMPATIENT_S = 2.0
 """The same after a second Ctrl-C."""
 PR_SET_PDEATHSIG = 1
+TYPED = "CASCADE_COMMAND"
+"""Environment variable in which the processes find what was typed, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,14 @@ def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.enviro
     return max(1, len(list(gpus.iterdir())) if gpus.is_dir() else 0)
 
 
+def is_sweep() -> bool:
+    """Whether this is one job of a --multirun, of which all run in one process, one after the other."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
     """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
     this process may use."""
@@ -137,6 +147,7 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
         command = [sys.executable, "-m", "training.distributed", module, type(config).__name__]
         command += [str(config_file), str(result_file)]
         threads = thread_count(config.cluster)
+        os.environ[TYPED] = json.dumps(sys.argv)
         count, agreed = process_count(config.cluster), agreed_file(str(result_file))
         code = run_processes(command, count, threads=threads, hold_signals=True, agreed=agreed)
         if code:
@@ -197,7 +208,9 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path 
     first, impatient, deadline = 0, False, float("inf")
     while None in (codes := [child.poll() for child in children]):
         if not first:
-            first = next((code for code in codes if code), 0)
+            rank, first = next(((rank, code) for rank, code in enumerate(codes) if code), (0, 0))
+            if first < 0 and -first not in received:
+                _say_killed(rank, -first)
             if first:
                 together = first in STOP_CODES or (agreed is not None and agreed.exists())
                 deadline = min(deadline, time.monotonic() + (AGREED_GRACE_S if together else grace_s))
@@ -211,6 +224,13 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path 
         time.sleep(0.05)
     first = first or next((code for code in codes if code), 0)
     return 128 - first if first < 0 else first
+
+
+def _say_killed(rank: int, number: int) -> None:
+    """It cannot say so itself."""
+    name = signal.Signals(number).name
+    memory = ", mostly because the machine ran out of memory: lower data.micro_batch" if name == "SIGKILL" else ""
+    print(f"rank {rank} was killed by signal {number} ({name}){memory}", file=sys.stderr, flush=True)
 
 
 def _die_with_parent() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline import store
 from data_pipeline.captions import candidates
+from data_pipeline.config import CaptionConfig
 from data_pipeline.dataset import patience_of
 from data_pipeline.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.errors import ConfigError, DataError
@@ -77,7 +78,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     _refuse_equal_names(urls, config.output)
     part, parts = share(config.part, config.parts, os.environ)
     mine = urls[part::parts]
-    facts = {"encoder": identity(config.text), "dtype": config.dtype}
+    facts = {"encoder": identity(config.text), "dtype": config.dtype, "captions": _of_captions(config.data.captions)}
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
     quiet = _ranks(os.environ)[0] > 0
@@ -168,9 +169,15 @@ def _groups(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
         yield group
 
 
+def _of_captions(config: CaptionConfig) -> dict[str, Any]:
+    """The settings that decide which texts there are."""
+    sources = sorted(source for source, weight in config.weights.items() if weight > 0)
+    return {"sources": sources, "clean": config.clean, "max_characters": config.max_characters}
+
+
 def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
-    facts = Sidecar(place).facts
-    differing = [name for name in ("digest", "encoder", "dtype") if facts.get(name) != made_of[name]]
+    facts = {"captions": made_of["captions"], **Sidecar(place).facts}  # older ones do not say
+    differing = [name for name in ("digest", "encoder", "dtype", "captions") if facts.get(name) != made_of[name]]
     if differing:
         raise DataError(
             f"{place}: it was made with another {' and '.join(differing)}; remove it or choose another output"

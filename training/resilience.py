@@ -35,6 +35,9 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     would report 134.
     """
     code: object = 1
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         code = main()
     except SystemExit as end:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from data_pipeline.errors import ConfigError, DataError
 from training.checkpoint import CheckpointStore
 from training.config import Experiment
+from training.distributed import TYPED
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +115,7 @@ class RunDir:
         Raises:
             DataError: it cannot be written.
         """
-        try:
-            for name in ("logs", "samples"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            replace_file(self.path / ".probe", " " * PROBE_BYTES)
-            (self.path / ".probe").unlink()
-        except OSError as error:
-            raise DataError(
-                f"run.dir={self.path}: cannot be written ({error.strerror}); choose another run.dir"
-            ) from error
+        try_to_write(self.path, "run.dir", ("logs", "samples"))
 
     def check_not_moved(self) -> None:
         """For a start that found no checkpoint: the run must not have any in another place.
@@ -159,9 +153,26 @@ class RunDir:
         """Adds this start to code.json: which code ran when, where, and from which step."""
         path = self.path / "code.json"
         starts = read_json(path).get("starts", [])
-        here = {"host": socket.gethostname(), "time": time.time(), "command": sys.argv, "commit": code["commit"]}
+        command = json.loads(os.environ.get(TYPED, "null")) or sys.argv
+        here = {"host": socket.gethostname(), "time": time.time(), "command": command, "commit": code["commit"]}
         starts.append({"attempt": attempt, "step": step, "world_size": world_size, **here})
         replace_file(path, json.dumps({**code, "starts": starts}, indent=1))
+
+
+def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
+    """Makes a directory (and some in it), and writes a small file there: before work whose result is to go there.
+
+    Raises:
+        DataError: it cannot be written; the sentence names `key`.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        for path in (folder, *(folder / name for name in inside)):
+            path.mkdir(parents=True, exist_ok=True)
+        replace_file(probe, " " * PROBE_BYTES)
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{key}={folder}: cannot be written ({error.strerror}); choose another {key}") from error
 
 
 def replace_file(path: Path, text: str) -> None:

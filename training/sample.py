@@ -34,6 +34,7 @@ from training.drawing import Drawing, as_list, number_drawings, plan_stages
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.evaluation.prompts import read_prompts
 from training.grid import Cell, heat_sheet, save, sheet
+from training.run_dir import try_to_write
 
 SAVE_EVERY = 4
 """Batches per device after which pictures are written: what an interruption can cost."""
@@ -65,9 +66,14 @@ def main(config: SampleCommand) -> dict[str, Any]:
     if config.batch < 1:
         raise ConfigError(f"batch={config.batch}: it must be at least 1")
     output = Path(config.output or config.sampling.output)
-    prompts = read_prompts(config.prompts) or read_prompts(list(config.sampling.prompts), "sampling.prompts")
+    own = config.prompts is None
+    prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
     if not prompts:
-        raise ConfigError("prompts: give a text file with one prompt per line, or a list: prompts=['a red circle']")
+        empty = "" if own else f"={config.prompts}"
+        raise ConfigError(
+            f"prompts{empty}: give a text file with one prompt per line, or a list: prompts=['a red circle']"
+        )
+    try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
     starts = read_starts(config, len(prompts))

@@ -97,9 +97,8 @@ class Session:
         self.writer.last_step = self._announced = self.step if checkpoint else -1
         together(self._record_start, ranks)
         self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id, self._code)
-        self.hours = (
-            Hours(self.run.path / "hours.json", self.store.attempt, ranks.world_size) if ranks.is_main else None
-        )
+        hours = self.run.path / "hours.json"
+        self.hours = Hours(hours, self.store.attempt, ranks.world_size) if ranks.is_main else None
         size, tokens = config.stage.train_size, self.text_encoder.max_tokens
         work = flops_and_peak(unet, size, tokens, ranks.device, train.peak_tflops, frozen=bool(self.lora))
         self.meter = Meter(ranks, config.data.global_batch, *work)
@@ -186,11 +185,16 @@ class Session:
             batches = next(self.loader)
         except (CascadeError, OSError) as caught:
             error = caught
-        self.watchdog.phase("wait for data", self.position // self.config.data.global_batch)
+        step, counts = self.position // self.config.data.global_batch, self.loader.counters
+        self.watchdog.phase("wait for data", step)
         with self.meter.phase("wait"):
-            failed = all_sum([float(error is not None)], self.ranks)[0]
+            own = [float(error is not None), counts["samples"], counts["bad"]]
+            failed, seen, bad = all_sum(own, self.ranks)
+        if not failed and self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)):
+            shards = all_gather(self.loader.bad_shards, self.ranks)
+            failed, error = 1.0, self.loader.too_many_error(int(seen), int(bad), shards)
         if failed:
-            self.save(self.position // self.config.data.global_batch, healthy, wait=True)
+            self.save(step, healthy, wait=True)
             raise next(e for e in all_gather(error, self.ranks) if e is not None)
         assert batches is not None
         self.position += self.config.data.global_batch
@@ -339,9 +343,7 @@ class Session:
             self.finish_saving()
             checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True))
         trouble = f"step {step}: the last {skipped} steps could not be applied (train.max_skipped)"
-        advice = (
-            f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or take the bad shards out"
-        )
+        advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or take bad shards out"
         if checkpoint is None:
             raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
         if self.counters["rollbacks"] >= self.config.train.max_rollbacks:

@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.errors import CascadeError
 from training.checkpoint import CheckpointError, CheckpointStore
 from training.config import Experiment
-from training.distributed import Ranks, free_port, launch, process_count, read_ranks
+from training.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
 from training.resilience import (
     EXIT_HUNG,
     RankLost,
@@ -53,7 +53,7 @@ def main(config: Experiment) -> dict[str, Any]:
                 f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on", flush=True
             )
             return {"step": done, "run_dir": str(run.path), "complete": True}
-        if process_count(config.cluster) > 1:
+        if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot begin twice in one process
             return launch("training.train", config)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         ranks = Ranks()

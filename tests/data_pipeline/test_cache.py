@@ -167,6 +167,36 @@ def test_processes_share_the_limit_and_a_kill_leaves_no_debt(tmp_path: Path) -> 
     assert used(tmp_path) <= limit
 
 
+def test_a_full_disk_only_means_that_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        origin.read(cache, "a", 0, 500)
+    assert used(tmp_path) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", full)
+        origin.read(cache, "a", 0, 500)
+    origin.read(cache, "a", 0, 500)
+    assert len(origin.asked) == 3 and used(tmp_path) == PIECE
+
+
+def test_a_process_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path), 100 * PIECE, PIECE)
+    with cache._locked("total"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    with cache._locked("total"):
+        pass  # pytest-timeout ends it if the child holds the lock
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file"):

@@ -66,6 +66,16 @@ def test_filters_count_each_reason_exactly(scored: Path) -> None:
     assert data.key(0, 0) == "0"
 
 
+def test_a_score_at_the_limit_is_within_it(tmp_path: Path) -> None:
+    """Scores are kept in 32 bits, where 0.3 is a little more and 5.1 a little less than what the settings say."""
+    facts = {"AESTHETIC_SCORE": 5.1, "pwatermark": 0.3, "punsafe": 0.1, "similarity": 0.7}
+    with ShardWriter(str(tmp_path / "0.tar")) as shard:
+        text = "\ufefffive".encode("utf-16-le")
+        shard.write("0", {"png": picture(9, 9), "json": json.dumps(facts).encode(), "txt": text})
+    rules = {"min_aesthetic": 5.1, "max_watermark": 0.3, "max_unsafe": 0.1, "min_similarity": 0.7, "max_caption": 5}
+    assert load(tmp_path, **rules).samples == 1
+
+
 def test_without_filters_only_impossible_samples_are_left_out(scored: Path) -> None:
     data = load(scored)
     assert data.samples == 7
@@ -101,6 +111,21 @@ def test_missing_indexes_are_built_and_announced(tmp_path: Path, caplog: pytest.
     caplog.clear()
     assert load(tmp_path).samples == 5
     assert caplog.text == ""
+
+
+def test_indexes_that_went_while_their_summaries_stayed_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from data_pipeline import summaries
+
+    monkeypatch.setattr(summaries, "_WORTH_A_FILE", 2)
+    write_shards(tmp_path, [2, 3])
+    assert load(tmp_path).samples == load(tmp_path).samples == 5
+    for index in tmp_path.glob("*.index.parquet"):
+        index.unlink()
+    data = load(tmp_path)
+    assert data.key(1, 2) and "its index is gone or damaged; it is written again" in caplog.text
+    assert [path.name for path in tmp_path.glob("*.index.parquet")] == ["00001.index.parquet"]
 
 
 def test_damage_is_announced_and_the_rest_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ All of it against moto, and against Ceph's radosgw where its packages are instal
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -21,7 +22,7 @@ from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 
-QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
+QUICK = Patience(stall_s=1.5, deadline_s=20, base_s=0.01, cap_s=0.1)
 DATA = bytes(range(251)) * 12_000  # 3 MB
 
 
@@ -167,7 +168,7 @@ def test_the_stream_of_keys_is_complete_and_unchanged(
     proxy.plan(faults)
     samples = list(stream)
     assert [sample["__key__"] for sample in samples] == expected
-    assert not any("__failures__" in sample for sample in samples)
+    assert not any(sample["__failures__"] for sample in samples)
 
 
 def test_a_stream_outlives_its_server_for_a_while(
@@ -192,7 +193,7 @@ def test_a_stream_outlives_its_server_for_a_while(
 def test_a_stream_that_cannot_go_on_says_why(
     shards: tuple[str, list[str]], proxy: FaultProxy, default: str, error: type[Exception], message: str
 ) -> None:
-    stream = ShardStream(shards[0], stall_s=0.5, deadline_s=1, prefetch_mb=0, **OPTIONS)
+    stream = ShardStream(shards[0], stall_s=1, deadline_s=3, prefetch_mb=0, **OPTIONS)
     began = time.monotonic()
     with pytest.raises(error, match=message):
         for number, _ in enumerate(stream):
@@ -208,8 +209,8 @@ def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str,
     victim, asked = index.key(3), f"bytes={index.parts(3)[0].offset}-"
     proxy.choose = lambda method, path, wanted: "flip:0" if "00001" in path and wanted.startswith(asked) else "ok"
     samples = list(stream)
-    hit = [sample for sample in samples if "__failures__" in sample]
+    hit = [sample for sample in samples if sample["__failures__"]]
     assert len(hit) == expected.count(victim) > 0
-    assert all(sample["__failures__"][0]["key"] == victim for sample in hit)
+    assert all(json.loads(sample["__failures__"])[0]["key"] == victim for sample in hit)
     for sample, key in zip(samples, expected, strict=True):
         assert (sample["__key__"] == key) == (key != victim)

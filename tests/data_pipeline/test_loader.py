@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,11 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     config = replace(BASE, shards=str(tmp_path), global_batch=100)
     half = {f"00001{i:04d}" for i in range(30)}
     loader = Loader(config, image_size=2, decode=fake(half))
+    alone = Loader(config, image_size=2, decode=fake(half), world_size=2)
+    steps(alone, 12)  # one of several processes does not judge
+    assert alone.too_many(60, 20) and not alone.too_many(6000, 20)
+    said = str(alone.too_many_error(60, 20, [Counter({"a.tar": 5}), Counter({"b.tar": 9, "a.tar": 6})]))
+    assert "20 of 60 samples were bad" in said and "a.tar (11), b.tar (9)" in said
     with pytest.raises(DataError, match=r"of \d\d? samples were bad.*max_bad_share=0.01.*00001\.tar"):
         steps(loader, 1)
     one = {"000010007"}

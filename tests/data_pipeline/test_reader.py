@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import webdataset as wds
 
-from data_pipeline import ShardStream
+from data_pipeline import ShardStream, store
 from data_pipeline.errors import ConfigError
 from data_pipeline.prefetch import Prefetcher
 from tests.data_pipeline.small_shards import members, write_shards
@@ -164,10 +166,38 @@ def test_over_s3_in_worker_processes_after_the_parent_has_used_it(
 
 
 def upload(folder: str, bucket: str) -> None:
-    from data_pipeline import store
-
     for path in sorted(Path(folder).iterdir()):
         store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
+
+
+def test_members_that_lie_far_apart_are_requested_by_themselves(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tar that was packed kind by kind: first all pictures, then all texts."""
+    samples = {f"{i:03d}": members(str(i), longest=200_000) for i in range(24)}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for extension in ("jpg", "txt"):
+            for key, sample in samples.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(sample[extension])
+                tar.addfile(info, io.BytesIO(sample[extension]))
+    url = f"s3://{bucket}/0.tar"
+    store.write_bytes(url, (tmp_path / "0.tar").read_bytes())
+    source = stream(url, global_batch=8, stop=24)
+    requested: list[int] = []
+    read_range = store.read_range
+
+    def counted(url: str, start: int, end: int, *args: Any) -> bytes:
+        requested.append(end - start)
+        return read_range(url, start, end, *args)
+
+    monkeypatch.setattr(store, "read_range", counted)
+    read = {sample["__key__"]: sample for sample in source}
+    assert read.keys() == samples.keys()
+    assert all(read[key][name] == sample[name] for key, sample in samples.items() for name in ("jpg", "txt"))
+    size = sum(len(sample["jpg"]) + len(sample["txt"]) for sample in samples.values())
+    assert sum(requested) < 3 * size, "samples near the seam are read through"
+    assert caplog.text.count("lie far apart") == 1
 
 
 def test_a_compressed_shard_is_read_in_the_same_order(tmp_path: Path, folder: str, reference: list[list[str]]) -> None:
@@ -219,11 +249,13 @@ def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: st
         file.write(bytes([byte[0] ^ 1]))
     os.utime(paths[3], ns=(modified, modified))  # a bad disk leaves no trace
     read = {s["__position__"]: s for s in source}
-    hit = [p for p, sample in read.items() if "__failures__" in sample]
+    hit = [p for p, sample in read.items() if sample["__failures__"]]
     assert hit and all(clean[p] == victim and read[p]["__key__"] != victim for p in hit)
-    assert all(read[p]["__failures__"][0]["reason"] == "checksum" for p in hit)
+    assert all(json.loads(read[p]["__failures__"])[0]["reason"] == "checksum" for p in hit)
     assert {p: s["__key__"] for p, s in read.items() if p not in hit} == {
         p: k for p, k in clean.items() if p not in hit
     }
+    batched = wds.DataPipeline(stream(str(tmp_path), stop=64), wds.batched(16))
+    assert [len(batch["__key__"]) for batch in batched] == [16] * 4, "a substitute has the keys of any other sample"
     halves = [s for rank in range(2) for s in stream(str(tmp_path), stop=64, rank=rank, world_size=2)]
     assert {s["__position__"]: s["__key__"] for s in halves} == {p: s["__key__"] for p, s in read.items()}

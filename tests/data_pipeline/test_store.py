@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
         ("{00001,00000}.tar", ["00001.tar", "00000.tar"]),
         ("**/*4.tar", ["sub/00004.tar"]),
         ("0000[12].t*", ["00001.tar", "00002.tgz"]),
+        ("0*", ["00000.tar", "00001.tar", "00002.tgz"]),
         ("{00000,0000?}.tar", ["00000.tar", "00001.tar"]),
     ],
 )
@@ -43,6 +44,7 @@ def test_expand_a_list_without_repetition(folder: Path) -> None:
     [
         ("", r"data\.shards: it is not set"),
         ("{folder}/*.zip", "no .tar shard is there"),
+        ("{folder}/{{0,9}}*.tar", r"9\*\.tar: no .tar shard is there"),
         ("{folder}/none/*.tar", "no .tar shard is there .*none' does not exist"),
         ("{folder}/{{0..1.tar", "no .tar shard|brace"),
         ("http://host/0.tar", "only file paths and s3://"),

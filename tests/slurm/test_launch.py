@@ -176,6 +176,31 @@ def test_the_command_line_hands_its_words_on(here: Path) -> None:
     )
 
 
+def test_blanks_and_line_ends(here: Path) -> None:
+    words = ["cluster=slurm", "run.dir=my runs/x", "cluster.sbatch={comment: two words}", "experiment=demo"]
+    answer = launch(*words, "cluster.setup=['module load\ncuda']", own=["dry_run=true"])
+    lines = Path(answer["script"]).read_text().splitlines()
+    assert '#SBATCH --comment="two words"' in lines
+    assert any(line.startswith('#SBATCH --output="') and "my runs/x/logs" in line for line in lines)
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") or not line for line in lines[:last]), "no command stands before a directive"
+    assert OmegaConf.load(answer["config"]).run.dir == "my runs/x"
+
+
+def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
+    words = ["launch", "cluster=slurm", "experiment=demo", "dry_run=true", "json=true", "--multirun"]
+    done = subprocess.run(
+        [sys.executable, "-m", "training.cli", *words, "optimizer.lr=1e-4,3e-4"],
+        capture_output=True, text=True, cwd=here, env=dict(os.environ), check=True,
+    )  # fmt: skip
+    scripts = [json.loads(line)["script"] for line in done.stdout.splitlines() if line.startswith('{"')]
+    runs = [Path(script).parent.parent for script in scripts]
+    assert [run.name for run in runs] == ["optimizer.lr=0.0001", "optimizer.lr=0.0003"]
+    for run in runs:
+        settings = OmegaConf.load(run / "launch/train-001.yaml")
+        assert (here / settings.run.dir).samefile(run) and str(settings.optimizer.lr) == run.name.partition("=")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "own", "part"),
     [
@@ -186,6 +211,14 @@ def test_the_command_line_hands_its_words_on(here: Path) -> None:
         (["cluster=slurm", "cluster.nodes=3"], [], "24 processes"),
         (["cluster=slurm"], ["verb=[train,bundle]", "script=x"], "script=x"),
         (["cluster=slurm"], ["verb=[]"], "verb=[]: name at least one command"),
+        (["cluster=slurm"], ["verb='open"], "verb='open: a quotation mark is open"),
+        (["cluster=slurm"], ["script=job.yaml"], "script=job.yaml: the settings are written beside it"),
+        (
+            ["cluster=slurm", "cluster.sbatch.nodes=4"],
+            [],
+            "cluster.sbatch.nodes: srun would not follow it; set cluster.",
+        ),
+        (["cluster=slurm", "cluster.account='a\"b'"], [], "Slurm reads neither quotation marks"),
         (["cluster=slurm", "cluster.time=soon"], [], "cluster.time=soon: it must be a time limit"),
     ],
 )

@@ -155,6 +155,8 @@ def test_what_is_not_there(made: Path, tmp_path: Path) -> None:
         main(command(made, "export", steps=[41], output=str(tmp_path / "x")))
     with pytest.raises(ConfigError, match="averages 0 to 1"):
         main(command(made, "export", average=5, output=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="writes one checkpoint; name one"):
+        main(command(made, "export", steps=[40, 80], output=str(tmp_path / "x")))
     with pytest.raises(ConfigError, match="action=show"):
         CheckpointsCommand(action="show")
     with pytest.raises(ConfigError, match="output"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from training import cli
+from training.commandline.compose import load_config
 from training.commands import COMMANDS
 
 PROGRAM = """
@@ -43,13 +44,13 @@ def mistake(*words: str, cwd: Path) -> str:
 
 @pytest.fixture()
 def fake_verb(monkeypatch: pytest.MonkeyPatch):
-    """Lets `cascade train` call a function of the test's instead of training."""
+    """Lets `cascade train` (or another) call a function of the test's instead of training."""
 
-    def install(main) -> None:
+    def install(main, verb: str = "train") -> None:
         module: Any = type(sys)("fake_training")
         module.main = main
         monkeypatch.setitem(sys.modules, "fake_training", module)
-        monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], "fake_training", "a test"))
+        monkeypatch.setitem(COMMANDS, verb, (COMMANDS[verb][0], "fake_training", "a test"))
 
     return install
 
@@ -195,6 +196,42 @@ def test_multirun_gives_each_job_its_own_directory(fake_verb, monkeypatch: pytes
         (2, "runs/default/demo_base/seed=2"),
         (2, "runs/default/demo_sr/seed=2"),
     ]
+
+
+def test_multirun_separates_an_output_that_is_given(fake_verb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+    fake_verb(lambda config: seen.append(config.output), "sample")
+    cli.main(["sample", "--multirun", "seed=1,2", "output=mine"])
+    assert seen == ["mine/seed=1", "mine/seed=2"]
+
+
+def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [demo]\ntrain:\n  steps: 77\n")
+    cli.main(["train", "--config-dir", str(tmp_path), "experiment=mine", "--help"])
+    assert "train.steps=77" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config-dir", str(tmp_path / "none"), "--help"])
+    assert stopped.value.code == 2 and "no such directory" in capsys.readouterr().err
+
+
+def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("train", ["run.dir=~/runs/a", "data.shards=[~/x,s3://b/~/y]"])
+    assert config.run.dir == "/home/me/runs/a" and config.data.shards == ["/home/me/x", "s3://b/~/y"]
+
+
+def test_output_that_is_closed(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m training.cli order data.shards={tmp_path}/none >&- 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"]
+
+
+def test_help_into_a_closed_pipe() -> None:
+    script = f"{sys.executable} -m training.cli train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[1] in ("0", "141")
 
 
 def test_commands_inherit_no_variable_of_ours(fake_verb) -> None:

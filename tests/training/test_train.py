@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from data_pipeline import prepare
+from data_pipeline.shards import ShardWriter
 from tests.training import forks
 from training.checkpoint import Checkpoint, CheckpointStore
 from training.config import Experiment
@@ -334,6 +337,24 @@ def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, sha
     assert "ends with code 2" in log and "DataError: the shard is gone" in log
     assert chaos(config, 2).codes() == [0, 0]
     assert metrics(config)[-1]["position"] == STEPS * 8
+
+
+def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
+    """Half of the pictures are damaged; the sums over the ranks decide, and both end alike, after saving."""
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        with ShardWriter(str(tmp_path / f"shards/{number}.tar")) as shard:
+            for index in range(20):
+                data = io.BytesIO()
+                Image.effect_noise((32, 32), 90).convert("RGB").save(data, "PNG")
+                broken = index % 2 == 0
+                picture = data.getvalue()[: len(data.getvalue()) // 2] if broken else data.getvalue()
+                shard.write(f"{number}-{index}", {"png": picture, "txt": b"a red circle"})
+    config = experiment(tmp_path, str(tmp_path / "shards"))
+    running = forks.start(config, 2)
+    assert running.codes() == [2, 2]
+    assert running.text.count("samples were bad, more than data.max_bad_share=0.01") == 1, running.text
+    assert store(config).newest() is not None
 
 
 def test_validation_asks_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:

@@ -11,8 +11,9 @@ import functools
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -147,7 +148,7 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
     """
     root = COMMANDS[verb][0]
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain = _at_home(OmegaConf.to_container(cfg, resolve=True))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain))
         assert isinstance(config, Experiment)
         _check_finite(plain)
@@ -157,6 +158,15 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
     except Exception as error:
         raise ConfigError(explain(error, root)) from error
     return config
+
+
+def _at_home(settings: Any) -> Any:
+    """With ~ spelled out: shells leave it as it is in key=~/path."""
+    if isinstance(settings, dict):
+        return {name: _at_home(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_at_home(value) for value in settings]
+    return str(Path(settings).expanduser()) if isinstance(settings, str) and settings.startswith("~/") else settings
 
 
 def _check_finite(settings: object, key: str = "") -> None:
@@ -169,6 +179,32 @@ def _check_finite(settings: object, key: str = "") -> None:
             _check_finite(value, key)
     elif isinstance(settings, float) and not math.isfinite(settings):
         raise ConfigError(f"{key}={settings}: it must be a finite number")
+
+
+@contextlib.contextmanager
+def searching(folder: str | None) -> Iterator[None]:
+    """`composed` also finds the files of this directory (--config-dir).
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    if folder is None:
+        yield
+        return
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir={folder}: there is no such directory")
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    path = create_config_search_path(str(CONF_DIR))
+    path.prepend("command-line", f"file://{Path(folder).absolute()}", SearchPathQuery(provider="schema", path=None))
+    Hydra.create_main_hydra2(task_name="cascade", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -118,4 +118,5 @@ def _wrong_type(text: str, root: type) -> str:
 def _interpolation(text: str, root: type) -> str:
     name = _search(r"Interpolation key '(.*?)' not found", text)
     key = _search(r"full_key: (\S+)", text)
-    return f"{key}: ${{{name}}} names a key that does not exist" if name else ""
+    where = f"{key}: " if key else ""
+    return f"{where}${{{name}}} names a key that does not exist" if name else ""

@@ -51,7 +51,8 @@ EXAMPLES: dict[str, list[str]] = {
     ],
     "launch": [
         "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
-        "cascade launch cluster=slurm experiment=demo stage=demo_base,demo_sr    # one job per stage, chained",
+        "cascade launch cluster=slurm experiment=demo verb=['train stage=demo_base','train stage=demo_sr',bundle]",
+        "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4    # a job and a run for each",
         "cascade launch cluster=slurm experiment=demo verb=evaluate",
     ],
 }

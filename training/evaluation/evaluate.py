@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.images import box_average
 from data_pipeline.loader import Loader
 from data_pipeline.progress import progress
@@ -36,7 +36,7 @@ from training.evaluation import oracle, report
 from training.evaluation.metrics.features import EXTRACTORS
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 from training.evaluation.metrics.psnr import psnr
-from training.run_dir import code_version, replace_file
+from training.run_dir import code_version, replace_file, try_to_write
 from training.sample import open_cascade
 
 REFERENCE_RULE = "middle square, one antialiased bicubic resize, 8 bits in memory (no file format in between)"
@@ -62,11 +62,12 @@ def main(config: Experiment) -> dict[str, Any]:
     if ranks is not None and ranks.rank > 0:
         return {"rank": ranks.rank, "skipped": "rank 0 evaluates, with all GPUs that it sees"}
     began = time.monotonic()
+    output = Path(config.evaluation.output)
+    try_to_write(output, "evaluation.output")
     cascade, devices = open_cascade(config)
     evaluator = Evaluator(config, cascade, devices)
     result = evaluator.shapes() if config.evaluation.kind == "shapes" else evaluator.pictures()
     result["seconds"] = round(time.monotonic() - began, 3)
-    output = Path(config.evaluation.output)
     replace_file(output / "result.json", json.dumps(result, indent=1, ensure_ascii=False))
     replace_file(output / "report.md", report.markdown(result))
     print(report.summary(result))
@@ -211,6 +212,10 @@ class Evaluator:
         loader = Loader(data, image_size=self.size, seed=self.config.seed)
         try:
             count = min(count, sum(loader.dataset.counts))
+            if count < 2:
+                raise DataError(
+                    f"evaluation.reference={self.settings.reference}: {count} picture; at least 2 are needed"
+                )
             for at in range(0, count, CHUNK):
                 batches = [next(loader)[0] for _ in range(min(CHUNK, count - at))]
                 pictures = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in batches])

@@ -6,7 +6,6 @@ Shapes: B captions, T = max_tokens (fixed, so that compiled networks see one sha
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
+from training.model.text_identity import fetch_hint
 from training.model.words import normalise, split_words, token_vectors
 
 if TYPE_CHECKING:
@@ -186,12 +186,6 @@ class T5Encoder(TextEncoder):
         return [(start, end) for start, end in self._tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]]
 
 
-def _fetch_hint(path: str) -> str:
-    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
-    command = f"hf download google/t5-v1_1-xxl --local-dir {path}" if looks_local else f"hf download {path}"
-    return f"fetch it on a machine with internet: {command}"
-
-
 def _t5_settings(path: str) -> Any:
     from transformers import AutoConfig
 
@@ -199,7 +193,7 @@ def _t5_settings(path: str) -> Any:
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"text.path={path}: no encoder there nor in the Hugging Face cache; {_fetch_hint(path)}"
+            f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}"
         ) from error
     if settings.model_type not in T5_TYPES:
         raise ConfigError(f"text.path={path}: a {settings.model_type} model; text.kind=t5 takes {', '.join(T5_TYPES)}")
@@ -211,7 +205,7 @@ def _load_t5(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    lacking = DataError(f"text.path={path}: its tokenizer files are missing or unreadable; {_fetch_hint(path)}")
+    lacking = DataError(f"text.path={path}: its tokenizer files are missing or unreadable; {fetch_hint(path)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -224,12 +218,10 @@ def _load_t5(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             path, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"text.path={path}: its weights are missing or unreadable; {_fetch_hint(path)}") from error
+        raise DataError(f"text.path={path}: its weights are missing or unreadable; {fetch_hint(path)}") from error
     # transformers fills absent weights with random numbers and only warns
     if report["missing_keys"]:
-        raise DataError(
-            f"text.path={path}: its weights lack {len(report['missing_keys'])} tensors; {_fetch_hint(path)}"
-        )
+        raise DataError(f"text.path={path}: its weights lack {len(report['missing_keys'])} tensors; {fetch_hint(path)}")
     return tokenizer, model
 
 

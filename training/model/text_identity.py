@@ -78,9 +78,7 @@ def _encoder_folder(path: str) -> str:
     except OSError:  # no name that the cache could hold
         found = [None]
     if found[0] is None:
-        raise DataError(
-            f"text.path={path}: no encoder there nor in the Hugging Face cache; fetch it: hf download {path}"
-        )
+        raise DataError(f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}")
     return os.path.dirname(found[0])
 
 
@@ -95,3 +93,10 @@ def _hash_files(folder: str, names: list[str]) -> str:
                 file.seek(number * (size - _PIECE) // (_PIECES - 1) if size > _PIECES * _PIECE else 0)
                 digest.update(file.read(_PIECE if size > _PIECES * _PIECE else size))
     return digest.hexdigest()
+
+
+def fetch_hint(path: str) -> str:
+    """How to get the weights of a text encoder."""
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
+    command = f"hf download google/t5-v1_1-xxl --local-dir {path}" if looks_local else f"hf download {path}"
+    return f"fetch it on a machine with internet: {command}"
