@@ -273,13 +273,7 @@ def _read_table(path: Path, texts: tuple[str, ...]) -> Any:
             with csv.open_csv(path, parse_options=tabs) as opened:
                 names = opened.schema.names
             plain = dict.fromkeys((name for name in names if name.lower() in texts), pa.binary())
-            try:
-                found = csv.ConvertOptions(column_types=plain)
-                return csv.read_csv(path, parse_options=tabs, convert_options=found)
-            except pa.ArrowInvalid:  # a column that begins otherwise than it goes on: all others as text
-                text = {**dict.fromkeys(names, pa.string()), **plain}
-                found = csv.ConvertOptions(column_types=text, strings_can_be_null=True)
-                return csv.read_csv(path, parse_options=tabs, convert_options=found)
+            return csv.read_csv(path, parse_options=tabs, convert_options=csv.ConvertOptions(column_types=plain))
         from pyarrow import parquet
 
         return parquet.read_table(path)

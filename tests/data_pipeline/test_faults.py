@@ -22,7 +22,7 @@ from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 
-QUICK = Patience(stall_s=1.5, deadline_s=20, base_s=0.01, cap_s=0.1)
+QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
 DATA = bytes(range(251)) * 12_000  # 3 MB
 
 

@@ -1,0 +1,86 @@
+# ruff: noqa: F811 (a fixture of another file)
+"""Whole runs that something happened to: what the next start makes of it, and what the ranks say."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import signal
+from pathlib import Path
+
+from PIL import Image
+
+from data_pipeline.shards import ShardWriter
+from tests.training import forks
+from tests.training.test_train import chaos, curve, experiment, metrics, shards, store  # noqa: F401 (a fixture)
+
+
+def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=6, zero__stage=0)
+    assert forks.start(config).codes() == [0]
+    wanted = curve(config)
+    file = next((Path(config.run.dir) / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    again = forks.start(config)
+    assert again.codes() == [0] and "resuming from step 3" in again.text
+    assert curve(config) == wanted and store(config).open(6).problems() == []
+
+
+def test_checkpoints_in_another_place_are_not_a_new_run(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=3, zero__stage=0)
+    assert forks.start(config).codes() == [0]
+    config.train.steps, config.checkpoint.dir = 5, str(tmp_path / "elsewhere")
+    moved = forks.start(config)
+    assert moved.codes() == [2] and "this run has some in" in moved.text and "set checkpoint.dir=null" in moved.text
+    assert len(metrics(config)) == 3, "nothing was lost"
+    shutil.copytree(f"{config.run.dir}/checkpoints", config.checkpoint.dir)
+    assert forks.start(config).codes() == [0]
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_from_before_the_first_step_is_read_by_any_stage(tmp_path: Path, shards: str) -> None:
+    for number, (first, then) in enumerate(((0, 1), (1, 0), (0, 0))):
+        for optimizer in ("adamw", "adafactor", "adamw8bit"):
+            home = tmp_path / f"{number}{optimizer}"
+            config = experiment(home, shards, train__steps=2, zero__stage=first, optimizer__name=optimizer)
+            home.mkdir()
+            assert chaos(config, 1, {"what": "data", "rank": 0, "step": 1}).codes() == [2]
+            assert store(config).steps() == [0]
+            config.zero.stage = then
+            again = forks.start(config)
+            assert again.codes() == [0], again.text
+
+
+def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards)
+    running = chaos(config, 2, {"what": "start", "rank": 1, "step": 0})
+    assert running.codes() == [78, -signal.SIGKILL]
+    assert "rank 0: another rank died or did not answer during the start" in running.text
+    assert "Traceback" not in running.text
+
+
+def test_the_first_step_and_the_last_checkpoint_may_take_long(tmp_path: Path, shards: str) -> None:
+    limits = {"train__timeout_s": 2.0, "train__timeout_first_s": 600.0, "train__steps": 3}
+    config = experiment(tmp_path, shards, zero__stage=0, **limits)
+    slow = [{"what": "sleep", "rank": 0, "step": 0, "phase": "forward", "seconds": 6}]
+    slow += [{"what": "slow write", "rank": 0, "step": 3, "seconds": 6}]
+    running = chaos(config, 1, *slow)
+    assert running.codes() == [0], running.text
+
+
+def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
+    """Half of the pictures are damaged; the sums over the ranks decide, and both end alike, after saving."""
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        with ShardWriter(str(tmp_path / f"shards/{number}.tar")) as shard:
+            for index in range(20):
+                data = io.BytesIO()
+                Image.effect_noise((32, 32), 90).convert("RGB").save(data, "PNG")
+                broken = index % 2 == 0
+                picture = data.getvalue()[: len(data.getvalue()) // 2] if broken else data.getvalue()
+                shard.write(f"{number}-{index}", {"png": picture, "txt": b"a red circle"})
+    config = experiment(tmp_path, str(tmp_path / "shards"))
+    running = forks.start(config, 2)
+    assert running.codes() == [2, 2]
+    assert running.text.count("samples were bad, more than data.max_bad_share=0.01") == 1, running.text
+    assert store(config).newest() is not None
