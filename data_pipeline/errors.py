@@ -25,6 +25,11 @@ class DataError(UserError):
     """Shards that are missing, unreadable or not what the run was told they are."""
 
 
+def of_file(error: OSError) -> UserError:
+    """The sentence for what the system refused, where `error.filename` says of which file."""
+    return UserError(f"{error.filename}: {error.strerror} (debug=true shows where)")
+
+
 class StoreError(CascadeError):
     """An object store that stayed broken past its deadline; the message names the object and the last cause."""
 

@@ -267,7 +267,7 @@ def _done(output: str, shard: str) -> dict[str, Any] | None:
 def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]]) -> dict[str, Any]:
     """Writes a shard, unless all its samples were dropped, and then the record that it is complete."""
     done: dict[str, Any] = {"samples": 0, "dropped": []}
-    used: Counter[str] = Counter()
+    used: set[str] = set()
     writer = ShardWriter(store.join(output, f"{shard}.tar"))
     try:
         for one in made:
@@ -275,12 +275,12 @@ def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]])
                 done["dropped"].append(one)
                 continue
             key, members = one
-            used[key] += 1
-            while used[key] > 1 and used[(other := f"{key}-{used[key]}")]:
-                used[key] += 1
-            key = key if used[key] == 1 else other
-            used[key] = max(used[key], 1)
-            writer.write(key, members)
+            name, number = key, 1
+            while name in used:
+                number += 1
+                name = f"{key}-{number}"
+            used.add(name)
+            writer.write(name, members)
             done["samples"] += 1
     except BaseException:
         writer.abort()

@@ -162,9 +162,7 @@ class ShardSource:
 
     def read(self, number: int) -> Item:
         shard, row = self._place(number)
-        index, rows = self.dataset.index(shard)
-        scattered = len(runs_of(self.reader.places(index, int(rows[row])))) > 1 and not index.compressed
-        if self.reader.is_direct(shard) or scattered:
+        if self.reader.is_direct(shard) or self._is_scattered(shard, row):
             sample = self.reader.read(shard, row)
         else:
             sample = self.reader.sample_from(shard, row, *self._blocks.read(shard, row))
@@ -177,6 +175,11 @@ class ShardSource:
                 logger.warning("members .%s are left out: a picture, its caption and its .json are written", other)
         key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
         return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), _json(sample.get("json")))
+
+    def _is_scattered(self, shard: int, row: int) -> bool:
+        """Whether blocks would bring far more than the sample; a compressed shard has no choice."""
+        index, rows = self.dataset.index(shard)
+        return not index.compressed and len(runs_of(self.reader.places(index, int(rows[row])))) > 1
 
 
 class _Blocks:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError, UserError
+from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
 from training.commands import COMMANDS
 from training.config import Experiment
 from training.resilience import run_program
@@ -196,7 +196,7 @@ def _separate(verb: str, cfg: Any, swept: Sequence[str]) -> None:
     for key in keys if suffix else ():
         before = OmegaConf.select(cfg, key)
         if before is not None:
-            OmegaConf.update(cfg, key, f"{before}/{suffix}".lstrip("/") if verb == "launch" else f"{before}/{suffix}")
+            OmegaConf.update(cfg, key, f"{before}/{suffix}" if before else suffix)
     if keys and suffix:
         print(f"==> {verb} {' '.join(words)}", flush=True)
 
@@ -227,7 +227,7 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
     except OSError as error:
         if debug or error.filename is None:
             raise
-        _fail(f"cascade {verb}", UserError(f"{error.filename}: {error.strerror} (debug=true shows where)"))
+        _fail(f"cascade {verb}", of_file(error))
     except KeyboardInterrupt:
         print(f"cascade {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import training.commands
-from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError
+from data_pipeline.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
 from training.config import ClusterConfig, Experiment
 from training.resilience import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES, run_program
 
@@ -278,7 +278,7 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     except OSError as error:
         if config.debug or error.filename is None:
             raise
-        print(f"{error.filename}: {error.strerror} (debug=true shows where)", file=sys.stderr, flush=True)
+        print(str(of_file(error)), file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:  # a second Ctrl-C
         return EXIT_INTERRUPTED

@@ -142,9 +142,9 @@ class Engine:
         self.updates = 0
         """Optimizer steps that were applied (not skipped)."""
         self._accumulate, self._micro_batches = accumulate, 0
-        shapes: Shapes = {name: tuple(p.shape) for name, p in trained_parameters(model).items()}
-        fused = ranks.device != "cpu" and not config.zero.offload_optimizer
-        optimizer = build_optimizer(trained_parameters(model).values(), config.optimizer, fused=fused)
+        trained, fused = trained_parameters(model), ranks.device != "cpu" and not config.zero.offload_optimizer
+        shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
         self._engine, *_ = import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
         )

@@ -70,7 +70,9 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
         ranks = init_distributed(ranks, config)
         session = Session(config, ranks)
     except RuntimeError as error:
-        raise (RankLost(lost_at_start(ranks.rank, error)) if is_lost_rank(error) else error) from error
+        if is_lost_rank(error):
+            raise RankLost(lost_at_start(ranks.rank, error)) from error
+        raise
     engine, guard, settings = session.engine, session.guard, config.train
     exit_code, loss, refused_in_a_row = 1, math.nan, 0
     try:
