@@ -1,6 +1,9 @@
-"""Errors that are the user's to mend: one sentence that names the key, the file and the remedy."""
+"""Errors that the user can fix: one sentence that names the key, the file and the remedy."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 
@@ -23,6 +26,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Shards that are missing, unreadable or not what the run was told they are."""
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """For shards that another key than `data.shards` names: what is wrong with them is said of that key."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(str(error).replace("data.shards", key)) from error
 
 
 def of_file(error: OSError) -> UserError:

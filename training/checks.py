@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config import require
+from data_pipeline.errors import ConfigError, about
 from training.config import ClusterConfig, Experiment, StageConfig
 from training.distributed import process_count, read_ranks
 from training.model.presets import for_stage, resolve
@@ -34,8 +35,23 @@ def check(verb: str, config: Experiment) -> None:
     if verb not in TRAINING_VERBS:
         return
     check_model(config.stage, config.text.dim)
-    if verb == "train":  # the plan lists it among its problems
-        check_batch(config, planned_world_size(config.cluster))
+    if verb == "train":  # plan and doctor list them all
+        for problem in training_problems(config, planned_world_size(config.cluster)):
+            raise ConfigError(problem)
+
+
+def training_problems(config: Experiment, world_size: int) -> list[str]:
+    """Everything that `cascade train` would refuse about these settings on `world_size` processes, one sentence each.
+
+    `train` stops at the first; `plan` and its doctor name them all. Nothing is read and nothing is imported for it.
+    """
+    problems = []
+    for rule in RULES:
+        try:
+            rule(config, world_size)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_local(verb: str, config: Experiment) -> None:
@@ -74,8 +90,8 @@ def check_model(stage: StageConfig, text_dim: int) -> None:
     for_stage(stage, text_dim)
 
 
-def check_batch(config: Experiment, world_size: int) -> None:
-    """Every rank gets the same number of samples, in equal micro-batches, and ZeRO fits the number of processes."""
+def check_lanes(config: Experiment, world_size: int) -> None:
+    """Every rank gets the same number of lanes."""
     data = config.data
     lanes = data.lane_count
     allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
@@ -88,20 +104,82 @@ def check_batch(config: Experiment, world_size: int) -> None:
         f"{world_size} processes (cluster.nodes x cluster.processes) cannot share the {lanes} lanes of "
         f"data.global_batch={data.global_batch}: use {_or(allowed)} processes, or set {other}",
     )
+
+
+def check_micro_batch(config: Experiment, world_size: int) -> None:
+    """The share of a rank divides into equal micro-batches (asked only where the ranks have equal shares)."""
+    data = config.data
+    if not data.micro_batch or data.global_batch % world_size:
+        return
     share = data.global_batch // world_size
-    if data.micro_batch:
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
-        require(
-            share % data.micro_batch == 0,
-            f"data.micro_batch={data.micro_batch}: it must divide the {share} samples that each of {world_size} "
-            f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors)}",
-        )
-    if config.zero.stage == 0:
-        require(world_size == 1, f"zero.stage=0: it is for one process, not {world_size}; use zero.stage=1, 2 or 3")
-        require(
-            config.precision.dtype == "fp32",
-            f"zero.stage=0 with precision.dtype={config.precision.dtype}: use zero.stage=1, or precision.dtype=fp32",
-        )
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    require(
+        share % data.micro_batch == 0,
+        f"data.micro_batch={data.micro_batch}: it must divide the {share} samples that each of {world_size} "
+        f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors)}",
+    )
+
+
+def check_zero(config: Experiment, world_size: int) -> None:
+    """ZeRO 0 is the plain engine: one process, fp32."""
+    if config.zero.stage:
+        return
+    require(world_size == 1, f"zero.stage=0: it is for one process, not {world_size}; use zero.stage=1, 2 or 3")
+    require(
+        config.precision.dtype == "fp32",
+        f"zero.stage=0 with precision.dtype={config.precision.dtype}: use zero.stage=1, or precision.dtype=fp32",
+    )
+
+
+def validation_shards(config: Experiment) -> tuple[str, Any]:
+    """The held-out shards of the validation, and the key that names them."""
+    if config.validation.shards or not config.evaluation.reference:
+        return "validation.shards", config.validation.shards
+    return "evaluation.reference", config.evaluation.reference
+
+
+def check_heldout(config: Experiment, training: Sequence[str]) -> list[str]:
+    """The shards of the validation, listed where they lie; empty without a validation.
+
+    Args:
+        training: URLs of the shards of data.shards.
+
+    Raises:
+        DataError: they are missing; ConfigError: training reads them as well, so the loss on them would fall while the
+            model learns by heart.
+    """
+    key, shards = validation_shards(config)
+    if not config.validation.every or not shards:
+        return []
+    from data_pipeline import store
+    from data_pipeline.dataset import patience_of
+
+    with about(key):
+        heldout = store.expand(shards, patience_of(config.data))
+    both = sorted({*training} & {*heldout})
+    named = f"{both[0]}{f' and {len(both) - 1} more' if len(both) > 1 else ''}" if both else ""
+    require(not both, f"{key}: data.shards names {named} as well; hold out shards that training does not read")
+    return heldout
+
+
+def check_validation(config: Experiment, world_size: int) -> None:
+    """Held-out shards are named, and every rank measures as many of the samples."""
+    settings = config.validation
+    if not settings.every:
+        return
+    require(
+        bool(validation_shards(config)[1]),
+        f"validation.shards: validation.every={settings.every}, but no held-out shards are named; set it, or "
+        "validation.every=0",
+    )
+    require(
+        settings.samples % world_size == 0,
+        f"validation.samples={settings.samples}: it must be a multiple of the {world_size} processes",
+    )
+
+
+RULES = (check_lanes, check_micro_batch, check_zero, check_validation)
+"""What settings and a number of processes must agree in."""
 
 
 def _or(numbers: list[int]) -> str:

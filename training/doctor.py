@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import store
-from data_pipeline.errors import CascadeError, UserError
+from data_pipeline.errors import CascadeError, ConfigError, UserError
+from training.checks import check_heldout, planned_world_size, training_problems
 from training.commands import PlanCommand
-from training.config import Experiment
+from training.config import Experiment, ValidationConfig
 from training.distributed import launch, process_count
 from training.folder import open_folder
 
@@ -43,6 +44,7 @@ def examine(config: PlanCommand) -> dict[str, Any]:
     with ExitStack() as scratch:
         trial = Trial(config, scratch)
         checks: dict[str, Callable[[], str]] = {
+            "settings": lambda: settings(config),
             "software": lambda: software(config),
             "credentials": lambda: credentials(config),
             "weights": lambda: weights(config),
@@ -74,6 +76,15 @@ def examine(config: PlanCommand) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ checks
 
 
+def settings(config: PlanCommand) -> str:
+    """What `cascade train` would refuse about these settings, before anything is tried with smaller ones."""
+    world_size = planned_world_size(config.cluster)
+    problems = training_problems(config, world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return f"cascade train takes them on {world_size} process(es)"
+
+
 def software(config: PlanCommand) -> str:
     """Versions, and the devices that a process here sees."""
     import torch
@@ -96,9 +107,11 @@ def credentials(config: PlanCommand) -> str:
 
     patience = patience_of(config.data)
     entries = store.describe(store.expand(config.data.shards, patience), patience)
+    heldout = check_heldout(config, [entry.url for entry in entries])
     where = checkpoint_place(config)
     store.list_dir(where, patience)
-    found = f"{len(entries):,} shards ({sum(e.size for e in entries) / 1e9:,.2f} GB) and {where} can be listed"
+    held = f", {len(heldout):,} held-out ones" if heldout else ""
+    found = f"{len(entries):,} shards ({sum(e.size for e in entries) / 1e9:,.2f} GB){held} and {where} can be listed"
     if config.wandb.mode != "online":
         return found
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -200,7 +213,7 @@ class Trial:
             part,
             run=replace(config.run, dir=self.run),
             train=replace(config.train, steps=steps, log_every=1, sample_every=0),
-            validation=replace(config.validation, every=0),
+            validation=self._validation(part.cluster.processes),
             checkpoint=replace(config.checkpoint, dir=self.checkpoints, every=1),
             wandb=replace(config.wandb, mode="disabled"),
         )
@@ -211,6 +224,11 @@ class Trial:
         self.done = steps
         last = (Path(self.run) / "metrics.jsonl").read_text().splitlines()[-1]
         return json.loads(last), time.monotonic() - began
+
+    def _validation(self, processes: int) -> ValidationConfig:
+        """The real one, on a batch of its pictures."""
+        settings = self.config.validation
+        return replace(settings, every=min(settings.every, 1), samples=min(settings.samples, MOST_PER_RANK) * processes)
 
     def _files(self) -> list[str]:
         place = store.join(self.checkpoints, "step-00000001")

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipeline import store
-from data_pipeline.errors import CascadeError, ConfigError
-from training.checks import check_batch, planned_world_size
+from data_pipeline.errors import CascadeError
+from training.checks import check_heldout, planned_world_size, training_problems
 from training.commands import PlanCommand
 from training.config import Experiment
 from training.flops import training_flops
@@ -118,14 +118,11 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
 
 
 def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str, Any]:
-    """Whether `cascade train` would take the world size, lanes and micro-batch; its sentences go to `problems`."""
+    """Whether `cascade train` would take the world size, lanes and micro-batch; all its sentences go to `problems`."""
     lanes, batch = config.data.lane_count, config.data.global_batch
     share = batch // world
     micro_batch = config.data.micro_batch or share
-    try:
-        check_batch(config, world)
-    except (ConfigError, ValueError) as error:
-        problems.append(str(error))
+    problems += training_problems(config, world)
     return {
         "world_size": batch % world == 0,
         "lanes": lanes % world == 0,
@@ -268,6 +265,10 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
     except CascadeError as error:
         problems.append(str(error))
         return {"shards": False, "data": facts}
+    try:
+        check_heldout(config, [entry.url for entry in entries])
+    except CascadeError as error:
+        problems.append(str(error))
     size = sum(entry.size for entry in entries)
     facts |= {"shards": len(entries), "bytes": size}
     if samples is None:

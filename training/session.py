@@ -21,6 +21,7 @@ from data_pipeline.embeddings import pad
 from data_pipeline.errors import CascadeError
 from data_pipeline.loader import Batch, Loader
 from training.checkpoint import Checkpoint, CheckpointStore, step_name
+from training.checks import check_heldout
 from training.config import Experiment
 from training.diffusion import random
 from training.diffusion.objective import loss
@@ -83,7 +84,7 @@ class Session:
         self.text_encoder = each(lambda: build_text_encoder(config.text, ranks.device), ranks)
         self.validation: Validation | None = None
         if config.validation.every:
-            self.validation = each(lambda: Validation(config, ranks, self._text), ranks)
+            self.validation = each(self._open_validation, ranks)
         unet = for_stage(config.stage, self.text_encoder.dim)
         self.lora: dict[str, Any] | None = meta.get("lora")
         model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
@@ -141,6 +142,10 @@ class Session:
             quarantine=str(self.run.path / "logs" / f"quarantine-{ranks.rank}.jsonl"),
             **{"rank": ranks.rank, "world_size": ranks.world_size, **others},
         )
+
+    def _open_validation(self) -> Validation:
+        check_heldout(self.config, self.loader.dataset.urls)
+        return Validation(self.config, self.ranks, self._text)
 
     def _build_model(self, config: UNetConfig, fresh: bool) -> UNet:
         torch.set_num_threads(thread_count(self.config.cluster))

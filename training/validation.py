@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import about
 from data_pipeline.loader import Batch, Loader
+from training.checks import check_validation, validation_shards
 from training.config import Experiment
 from training.diffusion.objective import loss
 from training.distributed import Ranks, all_sum
@@ -33,13 +34,8 @@ class Validation:
     def __init__(self, config: Experiment, ranks: Ranks, text: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]):
         self.config, self.ranks, self._text = config, ranks, text
         self.count = config.validation.samples
-        shards = config.validation.shards or config.evaluation.reference
-        if not shards:
-            raise ConfigError("validation.shards: validation.every is set, but no held-out shards are named")
-        if self.count % ranks.world_size:
-            raise ConfigError(
-                f"validation.samples={self.count}: it must be a multiple of the {ranks.world_size} processes"
-            )
+        key, shards = validation_shards(config)
+        check_validation(config, ranks.world_size)
         share = self.count // ranks.world_size
         most = min(share, config.data.micro_batch or config.data.global_batch // ranks.world_size)
         data = replace(
@@ -52,15 +48,16 @@ class Validation:
             embeddings=None,
         )
         stage = config.stage
-        loader = Loader(
-            data,
-            image_size=stage.image_size,
-            low_res_size=stage.low_res_size,
-            crop_size=stage.crop_size,
-            seed=SEED,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
+        with about(key):
+            loader = Loader(
+                data,
+                image_size=stage.image_size,
+                low_res_size=stage.low_res_size,
+                crop_size=stage.crop_size,
+                seed=SEED,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
         try:
             self._batches = next(loader)
         finally:

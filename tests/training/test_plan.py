@@ -12,9 +12,10 @@ import pytest
 
 from data_pipeline import prepare, store
 from data_pipeline.errors import ConfigError, StoreError, UserError
+from training.checks import check
 from training.commandline.compose import load_config
 from training.commands import PlanCommand
-from training.doctor import Trial, checkpoint_store, scratch_in
+from training.doctor import Trial, checkpoint_store, scratch_in, settings
 from training.plan import main, make_plan
 from training.plan_table import table
 
@@ -151,7 +152,16 @@ def test_the_doctor_tries_the_real_things(drawn: PlanCommand, capfd: pytest.Capt
     drawn.doctor, drawn.zero.stage = True, 0
     found = main(drawn)["doctor"]
     assert found["ok"]
-    names = ["software", "credentials", "weights", "checkpoint store", "batch", "step", "checkpoint round trip"]
+    names = [
+        "settings",
+        "software",
+        "credentials",
+        "weights",
+        "checkpoint store",
+        "batch",
+        "step",
+        "checkpoint round trip",
+    ]
     assert [check["name"] for check in found["checks"]] == names
     said = capfd.readouterr().out
     assert "1 MiB there and back" in said and "resuming from step 1" in said and "4 pictures in" in said
@@ -162,10 +172,46 @@ def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: py
     drawn.doctor, drawn.json, drawn.zero.stage = True, True, 0
     drawn.data.shards = str(Path(drawn.run.dir) / "nowhere")
     drawn.wandb.mode = "online"
-    with pytest.raises(UserError, match=r"4 of 7 checks failed: credentials, batch, step, checkpoint round trip"):
+    with pytest.raises(UserError, match=r"4 of 8 checks failed: credentials, batch, step, checkpoint round trip"):
         main(drawn)
     answer = json.loads(next(line for line in capfd.readouterr().out.splitlines() if line.startswith("{")))
-    assert not answer["doctor"]["ok"] and "nowhere" in answer["doctor"]["checks"][1]["detail"]
+    assert not answer["doctor"]["ok"] and "nowhere" in answer["doctor"]["checks"][2]["detail"]
+
+
+REFUSED = {
+    "zero.stage=0: it is for one process": {"zero__stage": 0},
+    "3 processes": {"cluster__processes": 3},
+    "data.micro_batch=3: it must divide": {"data__micro_batch": 3},
+    "validation.shards: validation.every=5, but no held-out": {"validation__every": 5},
+    "validation.samples=7: it must be a multiple": {
+        "validation__every": 5,
+        "validation__samples": 7,
+        "validation__shards": "held",
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_doctor_plan_and_train_refuse_the_same(sentence: str) -> None:
+    config = plan_config(cluster__processes=2, cluster__kind="local", gpu="a100")
+    for key, value in REFUSED[sentence].items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(ConfigError) as train:
+        check("train", config)
+    with pytest.raises(ConfigError) as doctor:
+        settings(config)
+    assert sentence in str(train.value) and sentence in str(doctor.value)
+    assert any(sentence in problem for problem in make_plan(config)["problems"])
+
+
+def test_held_out_shards_are_named_by_their_own_key_and_held_out(drawn: PlanCommand) -> None:
+    drawn.validation.every, drawn.validation.shards = 1, str(Path(str(drawn.data.shards)) / "nowhere")
+    assert any(problem.startswith("validation.shards=") for problem in make_plan(drawn)["problems"])
+    drawn.validation.shards = drawn.data.shards
+    assert any("data.shards names" in problem for problem in make_plan(drawn)["problems"])
+    drawn.validation.shards = str(Path(str(drawn.data.shards)).parent / "heldout")
+    assert not make_plan(drawn)["problems"]
 
 
 def test_the_doctor_tries_the_checkpoint_store_itself(drawn: PlanCommand, monkeypatch: pytest.MonkeyPatch) -> None:
