@@ -178,7 +178,7 @@ def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: py
     assert not answer["doctor"]["ok"] and "nowhere" in answer["doctor"]["checks"][2]["detail"]
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "zero.stage=0: it is for one process": {"zero__stage": 0},
     "3 processes": {"cluster__processes": 3},
     "data.micro_batch=3: it must divide": {"data__micro_batch": 3},
