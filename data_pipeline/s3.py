@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data_pipeline.errors import CascadeError, DataError
@@ -27,12 +28,17 @@ FIRST_CONTACT_S = 30.0
 _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}
 _answered = False
+_one_by_one: set[str] = set()
+"""Buckets whose store has refused a multi-object delete."""
 
 _DENIED = {
     "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
     "AllAccessDisabled", "AccountProblem", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidClientTokenId",
 }  # fmt: skip
 _REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_NEVER = (501, 505)
+"""Statuses of what a store cannot do at all: no outage, so no retry."""
+_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _TRANSIENT = {"SlowDown", "RequestTimeout", "429", "TooManyRequests", "Throttling", "ThrottlingException", "408"}
 
 
@@ -135,7 +141,7 @@ def permanent(error: BaseException, url: str) -> CascadeError | None:
         return DataError(f"{url}: the credentials could not be renewed: {describe(error)}")
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return DataError(f"{url}: AWS_ENDPOINT_URL={endpoint()} is no address such as https://host:port")
-    if not code or code in _TRANSIENT or status == 429 or status >= 500:
+    if not code or code in _TRANSIENT or status == 429 or (status >= 500 and status not in _NEVER):
         return None
     if code in _DENIED or status == 403:
         return Denied(
@@ -156,7 +162,9 @@ def permanent(error: BaseException, url: str) -> CascadeError | None:
         return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
     if code in _REGION or status in (301, 307):
         return DataError(f"{url}: bucket {bucket!r} lives in another region ({code}); set AWS_DEFAULT_REGION")
-    return DataError(f"{url}: {endpoint()} refuses the request: {describe(error)}") if 400 <= status < 500 else None
+    if 400 <= status < 500 or status in _NEVER:
+        return DataError(f"{url}: {endpoint()} refuses the request: {describe(error)}")
+    return None
 
 
 def _after_failure(error: Exception, url: str, backoff: Backoff) -> None:
@@ -338,12 +346,44 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
         raise
 
 
+def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
+    """Writes one small object unless its name is taken (`If-None-Match: *`); returns whether it was written.
+
+    A store that does not implement the condition overwrites what is there: read the object back to find out who won.
+    """
+    bucket, key = split(url)
+    target: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data}
+    try:
+        call(url, "put_object", patience, len(data), **target, IfNoneMatch="*")
+    except DataError as error:
+        if error_code(error) in _EXISTS:
+            return False
+        if _status(error) != 501:
+            raise
+        call(url, "put_object", patience, len(data), **target)
+    return True
+
+
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`; missing ones are no error."""
+    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes (Google
+    Cloud Storage, some that want a Content-MD5) get one request per object."""
     bucket, _ = split(url)
-    for start in range(0, len(keys), 1000):
-        batch = [{"Key": key} for key in keys[start : start + 1000]]
-        call(url, "delete_objects", patience, Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+    for start in range(0, len(keys), PAGE):
+        batch = keys[start : start + PAGE]
+        if len(batch) > 1 and bucket not in _one_by_one:
+            objects = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
+            try:
+                answer = call(url, "delete_objects", patience, Bucket=bucket, Delete=objects)
+            except Denied:
+                raise
+            except DataError:
+                _one_by_one.add(bucket)
+            else:
+                for kept in answer.get("Errors", []):
+                    raise DataError(f"s3://{bucket}/{kept['Key']}: {endpoint()} did not delete it ({kept['Code']})")
+                continue
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: call(url, "delete_object", patience, Bucket=bucket, Key=key), batch))
 
 
 def forget() -> None:
@@ -351,4 +391,5 @@ def forget() -> None:
     global _answered
     with _lock:
         _filesystems.clear()
+        _one_by_one.clear()
         _answered = False

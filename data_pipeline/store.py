@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import mmap
@@ -10,8 +11,9 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +174,42 @@ def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT
             os.unlink(temporary)
 
 
+def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
+    """Writes a small file or object unless its name is taken; returns whether it was written. Of several processes that
+    create one name, one succeeds (on s3: where the store knows `If-None-Match`)."""
+    if is_s3(url):
+        return s3.put_new(url, data, patience)
+    path = local_path(url)
+    temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        write_bytes(temporary, data, patience)
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            raise _local_error(path, error) from error
+        return _create_without_link(path, data)
+    return True
+
+
+def _create_without_link(path: str, data: bytes) -> bool:
+    """The same on file systems without hard links, where a reader may see the file before its content."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _local_error(path, error) from error
+    return True
+
+
 def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
     """Writes an open, non-empty file as one object, which appears whole; memory holds a part of it at a time."""
     file.flush()
@@ -218,6 +256,38 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
     _, key = s3.split(prefix)
     names = (name[len(key) :].rstrip("/") for name, _, _ in s3.listing(prefix, "/", patience))
     return sorted({name for name in names if name})
+
+
+def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
+    """Name -> bytes of the files right below `url`, -1 for a directory; empty when it does not exist."""
+    if not is_s3(url):
+        try:
+            with os.scandir(local_path(url)) as found:
+                return {e.name: e.stat().st_size if e.is_file() else -1 for e in found}
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise _local_error(url, error) from error
+    prefix = url.rstrip("/") + "/"
+    _, key = s3.split(prefix)
+    listed = ((name[len(key) :].rstrip("/"), length) for name, length, _ in s3.listing(prefix, "/", patience))
+    return {name: length for name, length in listed if name}
+
+
+def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT) -> None:
+    """Removes files or objects right below `folder`, without a listing; missing ones are no error."""
+    if is_s3(folder):
+        _, key = s3.split(folder.rstrip("/") + "/")
+        s3.delete(folder, [f"{key}{name}" for name in names], patience)
+        return
+    for name in names:
+        path = os.path.join(local_path(folder), name)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _local_error(path, error) from error
 
 
 def remove(url: str, patience: Patience = DEFAULT) -> None:

@@ -10,12 +10,13 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipeline import ShardStream, dataset, s3, store
+from data_pipeline import ShardStream, dataset, retry, s3, store
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.retry import Patience
 from tests.data_pipeline.small_shards import write_shards
@@ -214,3 +215,46 @@ def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str,
     assert all(json.loads(sample["__failures__"])[0]["key"] == victim for sample in hit)
     for sample, key in zip(samples, expected, strict=True):
         assert (sample["__key__"] == key) == (key != victim)
+
+
+def test_what_a_store_cannot_do_is_not_retried(url: str, proxy: FaultProxy) -> None:
+    proxy.plan([], default="status:501")
+    with pytest.raises(DataError, match="refuses the request"):
+        store.write_bytes(url, b"x", QUICK)
+    assert len(proxy.log) == 1
+
+
+def test_a_store_without_multi_object_delete(url: str, proxy: FaultProxy) -> None:
+    """Google Cloud Storage answers 501, others want a Content-MD5."""
+    folder = url.rpartition("/")[0]
+    for name in ("1", "2", "3"):
+        store.write_bytes(f"{folder}/d/{name}", b"x")
+    proxy.log.clear()
+    proxy.plan(["status:501"])
+    store.remove_files(f"{folder}/d", ["1", "2", "missing"], QUICK)
+    assert store.sizes(f"{folder}/d") == {"3": 1} and store.sizes(folder) == {"d": -1, "object": len(DATA)}
+    store.remove_files(f"{folder}/d", ["3", "2"], QUICK)
+    assert [entry[0] for entry in proxy.log].count("POST") == 1, "it has learned"
+
+
+def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) -> None:
+    assert store.create(f"{url}-new", b"1") and not store.create(f"{url}-new", b"2")
+    assert store.read_bytes(f"{url}-new") == b"1"
+    proxy.plan(["status:501"])
+    assert store.create(f"{url}-new", b"3") and store.read_bytes(f"{url}-new") == b"3"
+
+
+def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a request gives up soon; others keep their deadline."""
+    monkeypatch.setattr(retry, "HURRY_S", 0.2)
+    proxy.plan([], default="status:503")
+    retry.hurry_up()
+    try:
+        with pytest.raises(StoreError, match="gives up"):
+            store.write_bytes(url, b"x", replace(QUICK, hurry=True, deadline_s=1e9))
+        proxy.plan(["status:503"] * 60)
+        store.write_bytes(url, DATA, QUICK)
+    finally:
+        retry.hurry_up(now=False)

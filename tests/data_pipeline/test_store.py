@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,22 @@ def test_names() -> None:
     assert store.join("s3://bucket/a/", "b") == "s3://bucket/a/b"
     assert store.basename("s3://bucket/a/b/") == "b"
     assert store.parent("b.tar") == "."
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_that_create_one_name_one_succeeds(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    place = str(tmp_path / "deep/name")
+    with ThreadPoolExecutor(8) as pool:
+        os.makedirs(tmp_path / "deep")
+        won = list(pool.map(lambda i: store.create(place, str(i).encode()), range(8)))
+    assert won.count(True) == 1 and store.read_bytes(place) == str(won.index(True)).encode()
+    assert store.sizes(str(tmp_path)) == {"deep": -1} and store.sizes(str(tmp_path / "deep")) == {"name": 1}
+    store.remove_files(str(tmp_path / "deep"), ["name", "missing"])
+    assert store.sizes(str(tmp_path / "deep")) == {} == store.sizes(str(tmp_path / "none"))
