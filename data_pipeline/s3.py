@@ -365,8 +365,8 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
 
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes (Google
-    Cloud Storage, some that want a Content-MD5) get one request per object."""
+    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes
+    (Google Cloud Storage, some that want a Content-MD5) get one request per object."""
     bucket, _ = split(url)
     for start in range(0, len(keys), PAGE):
         batch = keys[start : start + PAGE]
