@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.config import Experiment
-from training.distributed import all_gather, read_ranks, run_processes
+from training.config.experiment import Experiment
+from training.processes.distributed import all_gather, read_ranks, run_processes
 
 TURNS = 3
 
@@ -27,9 +27,9 @@ TURNS = 3
 def worker(scratch: Path, millions: float) -> None:
     import torch
 
-    from training.checkpoint import CheckpointStore
-    from training.engine import build_engine, init_distributed, shut_down
-    from training.writer import CheckpointWriter
+    from training.checkpoint.store import CheckpointStore
+    from training.checkpoint.writer import CheckpointWriter
+    from training.engine.deepspeed import build_engine, init_distributed, shut_down
 
     torch.set_num_threads(1)
     config = Experiment()

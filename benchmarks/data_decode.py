@@ -28,9 +28,9 @@ import webdataset as wds
 from PIL import Image
 
 from data_pipeline.config import DataConfig
-from data_pipeline.images import training_pair
-from data_pipeline.loader import Loader
-from data_pipeline.shards import ShardWriter
+from data_pipeline.content.images import training_pair
+from data_pipeline.reading.loader import Loader
+from data_pipeline.shards.writer import ShardWriter
 
 PHOTOS = Path(__file__).parents[1] / "tests" / "fixtures" / "photos"
 
@@ -187,7 +187,7 @@ def make_shard(path: Path, count: int) -> str:
 
 
 def pictures(shards: str) -> Iterator[bytes]:
-    from data_pipeline import store
+    from data_pipeline.storage import store
 
     for path in store.expand(shards):
         with tarfile.open(path) as tar:

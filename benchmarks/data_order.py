@@ -22,11 +22,11 @@ import tracemalloc
 import numpy as np
 
 from data_pipeline.config import FilterConfig
-from data_pipeline.dataset import Dataset
-from data_pipeline.order import Order
-from data_pipeline.retry import DEFAULT
-from data_pipeline.store import Entry
-from data_pipeline.summaries import Summary
+from data_pipeline.order.order import Order
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.summaries import Summary
+from data_pipeline.storage.retry import DEFAULT
+from data_pipeline.storage.store import Entry
 
 BATCH, ROUNDS = 2048, 7
 

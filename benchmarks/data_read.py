@@ -33,8 +33,8 @@ import xxhash
 from benchmarks.photographs import encoded_photographs
 from benchmarks.s3_like import running
 from data_pipeline import ShardStream
-from data_pipeline.dataset import order_of
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards.dataset import order_of
+from data_pipeline.shards.writer import ShardWriter
 
 PARTS = ("local", "s3", "shards", "start", "memory")
 OPTIONS: dict[str, Any] = {"seed": 0, "global_batch": 64, "lanes": 8, "window": 64}

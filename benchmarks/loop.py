@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import prepare
-from training.config import Experiment
-from training.distributed import Ranks, free_port
+from data_pipeline.commands import prepare
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks, free_port
 
 TURNS, STEPS = 7, 6
 
@@ -39,8 +39,8 @@ def settings(scratch: str) -> Experiment:
 
 
 def main() -> dict[str, Any]:
-    from training.engine import init_distributed
-    from training.session import Session
+    from training.engine.deepspeed import init_distributed
+    from training.run.session import Session
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with tempfile.TemporaryDirectory() as scratch:

@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.model_step import matmul_rate, seconds, show, table
-from training.config import Experiment
+from training.config.diffusion import DiffusionConfig
+from training.config.experiment import Experiment
+from training.config.unet import PRESETS, UNetConfig
 from training.diffusion import random
 from training.diffusion.objective import loss
-from training.diffusion.settings import DiffusionConfig
-from training.distributed import Ranks, free_port
-from training.engine import build_engine, init_distributed
-from training.flops import peak_tflops, training_flops
-from training.model.presets import PRESETS, UNetConfig
+from training.engine.deepspeed import build_engine, init_distributed
 from training.model.unet import UNet
+from training.plan.flops import peak_tflops, training_flops
+from training.processes.distributed import Ranks, free_port
 
 TOKENS, ROUNDS, STEPS = 128, 3, 5
 JOBS = {"base64": (64, 64), "sr256": (256, 96), "sr1024": (256, 96)}

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.model.presets import UNetConfig
+from training.config.unet import UNetConfig
 from training.model.unet import UNet
 
 ROUNDS = 5

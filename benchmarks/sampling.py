@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.synthetic import caption, draw, spec_at
+from data_pipeline.content.synthetic import caption, draw, spec_at
 from training.cascade import Cascade
 from training.evaluation.metrics.features import EXTRACTORS
 from training.evaluation.metrics.frechet import Moments, frechet_distance

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import prepare
-from training.config import Experiment
+from data_pipeline.commands import prepare
+from training.config.experiment import Experiment
 
 TURNS, BATCH = 3, 64
 FAR = 10**9 // BATCH

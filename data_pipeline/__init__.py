@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.reader import ShardStream
-    from data_pipeline.webdataset_opener import register_s3
+    from data_pipeline.reading.stream import ShardStream
+    from data_pipeline.reading.webdataset import register_s3
 
 __all__ = ["ShardStream", "register_s3"]
 
-_HOMES = {"ShardStream": "data_pipeline.reader", "register_s3": "data_pipeline.webdataset_opener"}
+_HOMES = {"ShardStream": "data_pipeline.reading.stream", "register_s3": "data_pipeline.reading.webdataset"}
 
 
 def __getattr__(name: str) -> Any:

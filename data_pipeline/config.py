@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.common.errors import ConfigError
 
 
 def require(condition: bool, message: str) -> None:
@@ -151,7 +151,7 @@ class DataConfig:
 
 @dataclass
 class DrawConfig:
-    """The captioned shapes that `cascade prepare` draws (see data_pipeline/synthetic.py)."""
+    """The captioned shapes that `cascade prepare` draws (see data_pipeline/content/synthetic.py)."""
 
     count: int = 6000
     """Training pictures."""

@@ -17,11 +17,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data_pipeline.errors import ConfigError, UserError
-from training.commandline.compose import composed, validate
-from training.commands import COMMANDS, LaunchCommand
-from training.config import Experiment
-from training.resilience import EXIT_PREEMPTED
+from data_pipeline.common.errors import ConfigError, UserError
+from training.cli.compose import composed, validate
+from training.config.commands import COMMANDS, LaunchCommand
+from training.config.experiment import Experiment
+from training.processes.endings import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 DISTRIBUTED = ("train",)

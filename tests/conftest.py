@@ -41,7 +41,7 @@ def s3_process(moto_process: S3Server) -> S3Server:
 @pytest.fixture
 def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, with this process's environment pointing at it (`.endpoint`, `.env` for other processes)."""
-    from data_pipeline import s3
+    from data_pipeline.storage import s3
 
     for name, value in s3_process.env.items():
         monkeypatch.setenv(name, value)
@@ -58,3 +58,18 @@ def bucket(s3_server: S3Server) -> str:
     client: Any = s3_server.client()
     client.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few drawn training shards, with their index."""
+    from dataclasses import replace
+
+    from data_pipeline.commands import prepare
+    from training.config.experiment import Experiment
+
+    config = Experiment()
+    config.prepare.output = str(tmp_path_factory.mktemp("shards"))
+    config.prepare.draw = replace(config.prepare.draw, count=40, heldout=4, size=32, samples_per_shard=16)
+    prepare.main(config)
+    return f"{config.prepare.output}/train"

@@ -12,11 +12,11 @@ import os
 import sys
 from typing import Any
 
-from data_pipeline.errors import CascadeError
-from training.checkpoint import CheckpointError, CheckpointStore
-from training.config import Experiment
-from training.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
-from training.resilience import (
+from data_pipeline.common.errors import CascadeError
+from training.checkpoint.store import CheckpointError, CheckpointStore
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
+from training.processes.endings import (
     EXIT_HUNG,
     RankLost,
     Signals,
@@ -26,7 +26,7 @@ from training.resilience import (
     run_program,
     stop_error,
 )
-from training.run_dir import RunDir
+from training.run.directory import RunDir
 
 HANDLES_SIGNALS = True
 """`main` lets in the signals that the launcher has held back."""
@@ -63,8 +63,8 @@ def main(config: Experiment) -> dict[str, Any]:
 
 def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     """One process of a run."""
-    from training.engine import init_distributed, shut_down
-    from training.session import Session
+    from training.engine.deepspeed import init_distributed, shut_down
+    from training.run.session import Session
 
     try:
         ranks = init_distributed(ranks, config)
@@ -150,6 +150,6 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from training.cli import main as command_line
+    from training.cli.main import main as command_line
 
     run_program(lambda: command_line(["train", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards.writer import ShardWriter
 
 PHOTOS = Path(__file__).parents[1] / "fixtures" / "photos"
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from tests.training import forks
-from tests.training.test_train import curve, experiment, newest, shards, store
-
-__all__ = ["shards"]
+from tests.training.runs import curve, experiment, newest, store
 
 KILLS, STEPS = 20, 60
 

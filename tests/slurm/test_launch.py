@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.common.errors import ConfigError, UserError
 from slurm.launch import main
 from tests.slurm.conftest import Slurm, until
-from training.commandline.compose import load_config
+from training.cli.compose import load_config
 
 TINY = [
     "experiment=demo",

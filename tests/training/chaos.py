@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-import training.session
+import training.run.session
 import training.train
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from training.config import Experiment
-from training.folder import LocalFolder
-from training.session import Session
+from data_pipeline.common.errors import DataError
+from data_pipeline.reading.loader import Loader
+from data_pipeline.storage.folder import LocalFolder
+from training.config.experiment import Experiment
+from training.run.session import Session
 
 
 def main(config: Experiment) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def main(config: Experiment) -> dict[str, Any]:
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
     Session._open_loader = at_the_start  # type: ignore[method-assign]
-    training.session.MARGIN_S = 2.0
+    training.run.session.MARGIN_S = 2.0
     return training.train.main(config)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from training.config import Experiment
-from training.distributed import Ranks
-from training.engine import build_engine
-from training.lora import add_adapters
-from training.model.presets import for_stage
+from training.config.experiment import Experiment
+from training.config.unet import for_stage
+from training.engine.deepspeed import build_engine
+from training.model.lora import add_adapters
 from training.model.unet import UNet
+from training.processes.distributed import Ranks
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -67,7 +67,7 @@ def peaks(ranks: Ranks, cases: list[Case]) -> list[int]:
 def experiment(
     preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, rank: int, world_size: int
 ) -> Experiment:
-    """What is measured, and what `training.memory` is asked about."""
+    """What is measured, and what `training.plan.memory` is asked about."""
     config = Experiment()
     config.stage.model.preset, config.stage.model.overrides = preset, overrides
     config.stage.image_size = size

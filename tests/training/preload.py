@@ -2,9 +2,9 @@
 
 import torch
 
-import training.session
+import training.run.session
 import training.train
-from training.engine import import_deepspeed
+from training.engine.deepspeed import import_deepspeed
 
 torch.set_num_threads(1)
 import_deepspeed()

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.config import Experiment
-from training.distributed import read_ranks, run_processes
-from training.resilience import run_program
+from training.config.experiment import Experiment
+from training.processes.distributed import read_ranks, run_processes
+from training.processes.endings import run_program
 
 
 def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> list[Any]:
@@ -27,7 +27,7 @@ def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> 
 def main(where: str, scratch: str, arguments: str) -> None:
     import torch
 
-    from training.engine import init_distributed, shut_down
+    from training.engine.deepspeed import init_distributed, shut_down
 
     torch.set_num_threads(1)
     module, name = where.split(":")

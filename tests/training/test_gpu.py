@@ -12,17 +12,17 @@ import torch
 
 from tests.training.memory_probe import experiment
 from tests.training.tiny import tiny_cascade
-from training.checkpoint import CheckpointStore
-from training.config import Experiment
+from training.checkpoint.store import CheckpointStore
+from training.checkpoint.writer import CheckpointWriter
+from training.config.diffusion import DiffusionConfig
+from training.config.experiment import Experiment
+from training.config.unet import for_stage
 from training.diffusion import random
 from training.diffusion.objective import loss
-from training.diffusion.settings import DiffusionConfig
-from training.distributed import Ranks, free_port
-from training.engine import build_engine, init_distributed, shut_down
-from training.memory import Setup, follow, memory, parameter_shapes
-from training.model.presets import for_stage
+from training.engine.deepspeed import build_engine, init_distributed, shut_down
 from training.model.unet import UNet
-from training.writer import CheckpointWriter
+from training.plan.memory import Setup, follow, memory, parameter_shapes
+from training.processes.distributed import Ranks, free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

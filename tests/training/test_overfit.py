@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.images import training_pair
+from data_pipeline.content.images import training_pair
 from tests.data_pipeline.photos import samples
-from training.config import TextConfig
+from training.config.diffusion import DiffusionConfig, SamplerConfig
+from training.config.experiment import TextConfig
+from training.config.unet import UNetConfig
 from training.diffusion.denoiser import to_unit, upsample
 from training.diffusion.objective import loss
 from training.diffusion.sampler import sample_stage
-from training.diffusion.settings import DiffusionConfig, SamplerConfig
-from training.model.presets import UNetConfig
-from training.model.text_encoder import build_text_encoder
 from training.model.unet import UNet
+from training.text.encoder import build_text_encoder
 
 PHOTOS = [*samples(0).values(), *samples(1).values()][:8]
 

@@ -6,86 +6,17 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data_pipeline import prepare
 from tests.training import forks
-from training.checkpoint import Checkpoint, CheckpointStore
-from training.config import Experiment
+from tests.training.runs import STEPS, chaos, curve, experiment, metrics, newest, same_tensors, store
+from training.checkpoint.store import CheckpointStore
+from training.config.experiment import Experiment
 from training.train import main
-
-STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = Experiment()
-    config.prepare.output = str(tmp_path_factory.mktemp("shards"))
-    config.prepare.draw = replace(config.prepare.draw, count=40, heldout=4, size=32, samples_per_shard=16)
-    prepare.main(config)
-    return f"{config.prepare.output}/train"
-
-
-def experiment(directory: Path, shards: str, **changes: Any) -> Experiment:
-    """A run of seconds; `changes` by dotted key with __ for the dot."""
-    config = Experiment()
-    settings = {
-        "run__dir": str(directory / "run"),
-        "stage__model__preset": "tiny_base",
-        "text__dim": 32,
-        "text__max_tokens": 12,
-        "data__shards": shards,
-        "data__global_batch": 8,
-        "train__steps": STEPS,
-        "train__log_every": 1,
-        "train__sample_every": 0,
-        "checkpoint__every": 3,
-        "wandb__mode": "disabled",
-        "optimizer__warmup_steps": 2,
-        "ema__decays": [0.9],
-        **changes,
-    }
-    for key, value in settings.items():
-        *path, name = key.split("__")
-        section: Any = config
-        for part in path:
-            section = getattr(section, part)
-        setattr(section, name, value)
-    return config
-
-
-def metrics(config: Experiment) -> list[dict[str, Any]]:
-    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def curve(config: Experiment) -> list[tuple[Any, ...]]:
-    """What must repeat exactly."""
-    return [tuple(line[key] for key in ("step", "position", "loss", "grad_norm", "lr")) for line in metrics(config)]
-
-
-def store(config: Experiment) -> CheckpointStore:
-    return CheckpointStore(f"{config.run.dir}/checkpoints")
-
-
-def newest(config: Experiment) -> Checkpoint:
-    found = store(config).newest()
-    assert found is not None
-    return found
-
-
-def same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
-    assert sorted(a.names()) == sorted(b.names())
-    return all(torch.equal(a.read(name), b.read(name)) for name in a.names())
-
-
-def chaos(config: Experiment, ranks: int, *events: dict[str, Any]) -> forks.Running:
-    return forks.start(config, ranks, "tests.training.chaos", CASCADE_CHAOS=json.dumps(events))
 
 
 @pytest.fixture(scope="module")

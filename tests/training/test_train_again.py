@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (a fixture of another file)
 """Whole runs that something happened to: what the next start makes of it, and what the ranks say."""
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards.writer import ShardWriter
 from tests.training import forks
-from tests.training.test_train import chaos, curve, experiment, metrics, shards, store  # noqa: F401 (a fixture)
+from tests.training.runs import chaos, curve, experiment, metrics, store
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:

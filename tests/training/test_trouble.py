@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_train import chaos, experiment, metrics, newest, shards, store
-
-__all__ = ["shards"]
+from tests.training.runs import chaos, experiment, metrics, newest, store
 
 
 @pytest.mark.parametrize("phase", ["data", "forward"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from training.cascade import Cascade, Stage
-from training.config import ModelConfig, StageConfig, TextConfig
-from training.diffusion.settings import DiffusionConfig, SamplerConfig
-from training.model.presets import for_stage
-from training.model.text_encoder import build_text_encoder
+from training.cascade.cascade import Cascade, Stage
+from training.config.diffusion import DiffusionConfig, SamplerConfig
+from training.config.experiment import ModelConfig, StageConfig, TextConfig
+from training.config.unet import for_stage
 from training.model.unet import UNet
+from training.text.encoder import build_text_encoder
 
 TEXT = TextConfig(dim=32, max_tokens=10)
 

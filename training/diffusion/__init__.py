@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, losses, samplers, counter-based noise. Imports config."""

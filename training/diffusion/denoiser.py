@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.config.diffusion import DiffusionConfig
 from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
-from training.diffusion.settings import DiffusionConfig
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(z (B, 3, H, W), log-SNR) -> the estimate of x0."""

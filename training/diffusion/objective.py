@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from training.config.diffusion import DiffusionConfig
 from training.diffusion import random
 from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample
 from training.diffusion.random import Stream
 from training.diffusion.schedule import Schedule, add_noise, per_sample
-from training.diffusion.settings import DiffusionConfig
 
 
 def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:

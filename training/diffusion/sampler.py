@@ -14,11 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from training.config.diffusion import DiffusionConfig, SamplerConfig
 from training.diffusion import random
 from training.diffusion.denoiser import Denoise, augment, guided, to_unit, upsample
 from training.diffusion.random import Stream
 from training.diffusion.schedule import EDM_SIGMA_MAX, EDM_SIGMA_MIN, Schedule
-from training.diffusion.settings import DiffusionConfig, SamplerConfig
 
 RHO = 7.0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.diffusion.settings import DiffusionConfig
+from training.config.diffusion import DiffusionConfig
 
 EDM_MEAN, EDM_STD = -1.2, 1.2
 EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0

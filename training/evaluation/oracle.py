@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_pipeline.synthetic import (
+from data_pipeline.content.synthetic import (
     BACKGROUNDS,
     COLOURS,
     OUTLINE_SHADE,

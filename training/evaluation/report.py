@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipeline.synthetic import ShapeSpec
+from data_pipeline.content.synthetic import ShapeSpec
 from training.evaluation.oracle import Reading
-from training.grid import Cell, sheet
+from training.pictures.sheets import Cell, sheet
 
 FIELDS = ("background", "colour", "size", "shape", "relation", "all")
 SHEET_CELLS = 48

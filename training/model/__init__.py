@@ -1,0 +1,1 @@
+"""The U-Net and its layers, with LoRA adapters. Imports config."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.config.unet import UNetConfig
 from training.model.layers import (
     Attention,
     DownConv,
@@ -32,7 +33,6 @@ from training.model.layers import (
     group_norm,
     zeroed,
 )
-from training.model.presets import UNetConfig
 
 SHAPES = 64
 """Shapes that one kind of block is compiled for: the distinct blocks of a U-Net, for some micro-batch sizes."""
@@ -137,7 +137,7 @@ def efficient_units(config: UNetConfig) -> tuple[list[Unit], list[Unit], list[Un
 
 
 class UNet(nn.Module):
-    """The network of one stage; see `training/model/presets.py` for its structure."""
+    """The network of one stage; see `training/config/unet.py` for its structure."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.config.diffusion import PARAMETRIZATIONS, DiffusionConfig
 from training.diffusion.denoiser import augment, guided, predict_x0, scaling, target, to_unit, upsample
 from training.diffusion.schedule import Schedule, add_noise, per_sample
-from training.diffusion.settings import PARAMETRIZATIONS, DiffusionConfig
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.config.diffusion import PARAMETRIZATIONS, DiffusionConfig
 from training.diffusion.denoiser import scaling
 from training.diffusion.objective import drop_text, loss, times, x0_weight
 from training.diffusion.schedule import alpha_sigma, per_sample
-from training.diffusion.settings import PARAMETRIZATIONS, DiffusionConfig
 
 MEAN, SPREAD = 0.3, 0.5
 TEXT, MASK = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(2)), torch.ones(64, 5, dtype=torch.bool)

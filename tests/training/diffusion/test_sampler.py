@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.config.diffusion import SAMPLERS, DiffusionConfig, SamplerConfig
 from training.diffusion.denoiser import Denoise, guided
 from training.diffusion.objective import loss
 from training.diffusion.sampler import alpha_sigma, dpmpp_2m_step, grid, posterior, sample, sample_stage, threshold
 from training.diffusion.schedule import Schedule
-from training.diffusion.settings import SAMPLERS, DiffusionConfig, SamplerConfig
 
 MEAN, SPREAD = 0.3, 0.5
 CONFIG = DiffusionConfig()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from training.config.diffusion import SCHEDULES, DiffusionConfig
 from training.diffusion.schedule import (
     Schedule,
     add_noise,
@@ -18,7 +19,6 @@ from training.diffusion.schedule import (
     x0_from_eps,
     x0_from_v,
 )
-from training.diffusion.settings import SCHEDULES, DiffusionConfig
 
 COSINE = {
     0.10: (3.68546007, 0.91287135, -1.85971738),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import ShapeSpec, Thing, combinations, draw, example
+from data_pipeline.content.synthetic import ShapeSpec, Thing, combinations, draw, example
 from training.evaluation.oracle import read, score
 
 ONE = ShapeSpec("white", (Thing("red", "large", "circle"),))

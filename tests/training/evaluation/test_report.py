@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import ShapeSpec, Thing, draw
-from training.drawing import to_images
+from data_pipeline.content.synthetic import ShapeSpec, Thing, draw
+from training.cascade.requests import to_images
 from training.evaluation.oracle import read, score
 from training.evaluation.report import FIELDS, markdown, shares, shares_by_word, sheet_of_shapes, summary
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training.config.unet import PRESETS, UNetConfig
 from training.model.layers import Attention, DownConv, ResBlock
-from training.model.presets import PRESETS, UNetConfig
 from training.model.unet import UNet, Unit, record_attention
 
 BASE = replace(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training.model.words import hash_vector
+from training.text.words import hash_vector
 
 CELLS = 4
 FILTERS = 64

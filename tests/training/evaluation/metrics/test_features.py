@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import example
+from data_pipeline.content.synthetic import example
 from training.evaluation.metrics.features import EXTRACTORS, colour_grid, diversity, random_filters
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 

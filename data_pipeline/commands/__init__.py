@@ -1,0 +1,1 @@
+"""The data commands: prepare, index, verify, order. Imports any room; no room imports it."""

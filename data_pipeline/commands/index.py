@@ -1,0 +1,132 @@
+"""`cascade index`: walks every shard once, checks it, and writes its index. What is indexed already is left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from typing import Any, Protocol
+
+from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.common.progress import progress
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.shards.dataset import keep_rows, patience_of
+from data_pipeline.shards.index import build_index, load_index
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience
+
+logger = logging.getLogger(__name__)
+
+_WORTH_PROCESSES = 1 << 30
+"""Bytes to walk from which processes beat threads (a process takes about a second to start)."""
+
+Result = tuple[int, dict[str, int], list[str], dict[str, int]]
+"""Samples, problems by reason, their details, samples left out by the filters by reason."""
+
+
+class Settings(Protocol):
+    """The parts of the command's config that are read here."""
+
+    json: bool
+    data: DataConfig
+
+
+def main(config: Settings) -> dict[str, Any]:
+    """Runs `cascade index`; the last line on stdout is the result as JSON.
+
+    Returns:
+        {"shards": .., "samples": .., "problems": {reason: count}, "built": shards walked now, "remaining": samples that
+        pass data.filter, "dropped": {reason: count}}
+
+    Raises:
+        DataError: no shards match, or the store denies access.
+        StoreError: the store stayed broken; what is indexed stays, and the command goes on from there.
+    """
+    patience = patience_of(config.data)
+    entries = store.describe(store.expand(config.data.shards, patience), patience)
+    problems: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    samples = built = 0
+    for entry, fresh, (count, found, details, out) in _index_all(entries, config.data, patience):
+        samples += count
+        built += fresh
+        problems.update(found)
+        dropped.update(out)
+        for detail in details:
+            logger.warning("%s: %s", entry.url, detail)
+    result = {
+        "shards": len(entries),
+        "samples": samples,
+        "problems": dict(sorted(problems.items())),
+        "built": built,
+        "remaining": samples - dropped.total(),
+        "dropped": dict(sorted(dropped.items())),
+    }
+    if not config.json:
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def _index_all(
+    entries: list[store.Entry], config: DataConfig, patience: Patience
+) -> Iterator[tuple[store.Entry, bool, Result]]:
+    """(shard, whether it was walked now, what was found) for every shard, with a progress bar."""
+    todo = []
+    with ThreadPoolExecutor(16) as pool, progress(total=len(entries), desc="index", unit="shard") as bar:
+        for entry, result in zip(entries, pool.map(_known(config, patience), entries), strict=True):
+            if result is None:
+                todo.append(entry)
+                continue
+            bar.update()
+            yield entry, False, result
+        if not todo:
+            return
+        with _workers(todo) as executor:
+            jobs = {executor.submit(_build, entry, config.index_dir, config.filter, patience): entry for entry in todo}
+            try:
+                for job in as_completed(jobs):
+                    bar.update()
+                    yield jobs[job], True, job.result()
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Result | None]:
+    def load(entry: store.Entry) -> Result | None:
+        index = load_index(entry.url, config.index_dir, entry, patience)
+        if index is None:
+            return None
+        return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
+
+    return load
+
+
+def _build(entry: store.Entry, index_dir: str | None, rules: FilterConfig, patience: Patience) -> Result:
+    """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
+    try:
+        if not store.is_s3(entry.url):
+            store.open_stream(entry.url).close()
+    except DataError as error:
+        return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
+    try:
+        index = build_index(entry, index_dir, patience)
+    except DataError as error:
+        if "not a tar archive" not in str(error):
+            raise
+        return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
+    except CascadeError:
+        raise
+    except Exception as error:  # unforeseen damage is still the shard's, and costs this one shard
+        return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}
+    return len(index), index.problems, index.meta["details"], dict(keep_rows(index, rules)[1])
+
+
+def _workers(todo: list[store.Entry]) -> Executor:
+    count = min(len(todo), os.cpu_count() or 1, 32)
+    if count > 1 and sum(entry.size for entry in todo) >= _WORTH_PROCESSES:
+        return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    return ThreadPoolExecutor(max(count, 2))

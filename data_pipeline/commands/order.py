@@ -1,0 +1,75 @@
+"""`cascade order`: which samples a run would read, one JSON line per global batch, and how well they are mixed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.config import DataConfig
+from data_pipeline.order.mixing import mixing
+from data_pipeline.order.order import Order, check_position, check_world_size
+from data_pipeline.order.sharing import Chunks
+from data_pipeline.shards.dataset import Dataset, load_or_build, order_of, patience_of
+from data_pipeline.storage import store
+
+
+class Settings(Protocol):
+    """The parts of the command's config that are read here."""
+
+    seed: int
+    data: DataConfig
+    world_size: int
+    workers: int
+    position: int
+    batches: int
+    quality: bool
+
+
+def main(config: Settings) -> None:
+    """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch.
+
+    With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`.
+
+    Raises:
+        ConfigError: the batch cannot be shared among `world_size` processes.
+        DataError: no shards match, or one is no archive.
+    """
+    for name in ("workers", "batches"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: it cannot be negative")
+    check_position(config.position)
+    data = config.data
+    micro_batch = check_world_size(config.world_size, data.global_batch, data.lane_count, data.micro_batch)
+    dataset = load_or_build(store.expand(data.shards, patience_of(data)), data)
+    order = order_of(dataset, data, config.seed)
+    ranks = [_rank(config, rank, micro_batch) for rank in range(config.world_size)]
+    for batch in range(config.batches):
+        keys = [_keys(dataset, order, next(steps)) for steps in ranks]
+        line = {"position": config.position + batch * data.global_batch, "ranks": keys}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    if config.quality:
+        found = mixing(order, data.global_batch, config.position)
+        print(json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
+
+
+def _rank(config: Settings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:
+    """Positions of each step of one rank, collected from its workers in turn, as a DataLoader does."""
+    count = max(config.workers, 1)
+    workers = [
+        iter(Chunks(config.data, rank, config.world_size, config.position, micro_batch, worker, count))
+        for worker in range(count)
+    ]
+    chunks = (next(workers[number % count]) for number in itertools.count())
+    per_step = config.data.global_batch // config.world_size // micro_batch
+    while True:
+        yield np.concatenate(list(itertools.islice(chunks, per_step)))
+
+
+def _keys(dataset: Dataset, order: Order, positions: np.ndarray) -> list[str]:
+    _, shards, rows = order.locate_many(positions)
+    return [dataset.key(shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]

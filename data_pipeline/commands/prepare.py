@@ -1,0 +1,320 @@
+"""`cascade prepare`: draw, import or repack data into WebDataset shards with an index beside each.
+
+The output depends on the input and the settings alone: number i of the source goes to shard i // samples_per_shard,
+less what was dropped. So shards that exist are complete and stay, a broken-off run continues, and other settings than
+those an output was begun with are refused. Records of the work lie in OUTPUT/.prepare, what was dropped and why in
+OUTPUT/dropped.jsonl.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.ordered import ordered
+from data_pipeline.common.progress import progress
+from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
+from data_pipeline.content.captions import decode_text
+from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.storage import store
+
+if TYPE_CHECKING:
+    from data_pipeline.commands.prepare_duplicates import Duplicate, Print
+    from data_pipeline.commands.prepare_sources import Item, Source
+
+VERSION = 1
+DROPPED = "dropped.jsonl"
+_AHEAD = 16
+
+Made = tuple[str, dict[str, bytes]]
+"""Key and members of a finished sample."""
+
+
+class Settings(Protocol):
+    """The sections of an experiment that are read here."""
+
+    seed: int
+    json: bool
+    data: DataConfig
+    prepare: PrepareConfig
+
+
+def main(config: Settings) -> dict[str, Any]:
+    """Runs `cascade prepare`; the last line on stdout is the result as JSON.
+
+    Returns:
+        {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings also "heldout" and
+        "heldout_shards".
+
+    Raises:
+        DataError: the source cannot be read, the output cannot be written or holds something else, or every sample was
+            dropped.
+    """
+    settings = config.prepare
+    try:
+        if settings.kind == "draw":
+            result = _draw(settings.draw, settings.output, config.seed)
+        else:
+            result = _import(settings, config)
+    except OSError as error:
+        raise DataError(f"prepare.output={settings.output}: {error.strerror or error}") from error
+    if not config.json:
+        print(json.dumps(result), flush=True)
+    if result["dropped"] and not result["samples"]:
+        raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there says why")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ drawings
+
+
+def _draw(draw: DrawConfig, output: str, seed: int) -> dict[str, Any]:
+    train = _draw_split(draw, store.join(output, "train"), "train", draw.count, seed)
+    heldout = _draw_split(draw, store.join(output, "heldout"), "heldout", draw.heldout, seed)
+    return {**train, "output": output, "heldout": heldout["samples"], "heldout_shards": heldout["shards"]}
+
+
+def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int) -> dict[str, Any]:
+    from PIL import Image
+
+    from data_pipeline.content.synthetic import caption, example
+
+    def make(number: int) -> Made:
+        picture, spec = example(number, draw.size, seed, split == "heldout", draw.objects)
+        encoded = io.BytesIO()
+        Image.fromarray(picture).save(encoded, "PNG")
+        text = caption(spec)
+        facts = {"caption": text, "width": draw.size, "height": draw.size, **spec.to_json()}
+        return f"{number:09d}", {"png": encoded.getvalue(), "txt": text.encode(), "json": json.dumps(facts).encode()}
+
+    _begin(output, {"draw": split, "size": draw.size, "objects": draw.objects, "count": count, "seed": seed,
+                    "samples_per_shard": draw.samples_per_shard})  # fmt: skip
+    return _write_all(output, f"{split}-", count, draw.samples_per_shard, make, f"drawing {split}")
+
+
+# ------------------------------------------------------------------------------------------------------- imports
+
+
+def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
+    from data_pipeline.commands.prepare_sources import open_source
+
+    source = open_source(settings.kind, str(settings.source), config.data)
+    _begin(settings.output, {"kind": settings.kind, "content": source.identity, "max_side": settings.max_side,
+                             "quality": settings.quality, "samples_per_shard": settings.samples_per_shard,
+                             "deduplicate": settings.deduplicate, "max_pixels": config.data.max_pixels})  # fmt: skip
+    duplicates: dict[int, Duplicate] = {}
+    if settings.deduplicate != "none":
+        duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
+
+    def make(number: int) -> Made:
+        if number in duplicates:
+            same = duplicates[number]
+            how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits apart"
+            raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
+        return _finish(source.read(number), settings, config.data.max_pixels)
+
+    return _write_all(
+        settings.output, "", len(source), settings.samples_per_shard, make, "prepare", source.name, config.data.threads
+    )
+
+
+def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
+    """The members to write: the picture (smaller if it must be), its caption, and what is known about it."""
+    from data_pipeline.commands.prepare_sources import dump_json
+    from data_pipeline.content.images import check_size, dimensions
+
+    width, height = dimensions(item.image)
+    check_size(width, height, max_pixels)
+    meta, image, extension = dict(item.meta), item.image, item.extension
+    if settings.max_side and max(width, height) > settings.max_side:
+        image, (meta["width"], meta["height"]) = _shrink(item, settings, max_pixels)
+        extension = "jpg"
+        meta.setdefault("original_width", width)
+        meta.setdefault("original_height", height)
+        meta.pop("exif", None)  # its orientation is in the pixels now
+    else:
+        meta["width"], meta["height"] = width, height
+    text = _caption(item)
+    return item.key, {extension: image, "txt": text.encode("utf-8", "ignore"), "json": dump_json(meta)}
+
+
+def _caption(item: Item) -> str:
+    text = decode_text(item.caption) if item.caption else item.meta.get("caption")
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample("missing_caption", "neither a .txt nor a caption in the .json")
+    return text
+
+
+def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
+    """The picture upright, its longer side prepare.max_side, as JPEG; and its (width, height)."""
+    from PIL import Image
+
+    from data_pipeline.commands.prepare_sources import dump_json
+    from data_pipeline.content.images import decode, orientation_from_json
+
+    orientation = orientation_from_json(dump_json(item.meta))
+    picture = Image.fromarray(decode(item.image, max_pixels=max_pixels, orientation=orientation))
+    scale = (settings.max_side or 0) / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    encoded = io.BytesIO()
+    picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).save(encoded, "JPEG", quality=settings.quality)
+    return encoded.getvalue(), size
+
+
+def _find_duplicates(source: Source, settings: PrepareConfig, threads: int, max_pixels: int) -> dict[int, Duplicate]:
+    from data_pipeline.commands.prepare_duplicates import Print, find, fingerprint
+    from data_pipeline.content.images import check_size, dimensions
+
+    perceptual = settings.deduplicate == "perceptual"
+
+    def measure(number: int) -> Print | None:
+        try:
+            item = source.read(number)
+            width, height = dimensions(item.image)
+            check_size(width, height, max_pixels)
+            _caption(item)
+            return fingerprint(item.image, width * height, perceptual)
+        except BadSample:
+            return None  # dropped, and reported, when its turn to be written comes: nothing may be dropped for its sake
+
+    prints: list[Print | None] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for numbers in progress(_ranges(len(source), settings.samples_per_shard), desc="comparing", unit="shard"):
+            place = _record(settings.output, f"prints-{numbers.start // settings.samples_per_shard:05d}.json")
+            if not store.exists(place):
+                found = [one.to_json() if one else None for _, one in ordered(pool, measure, numbers, _AHEAD)]
+                store.write_bytes(place, json.dumps(found).encode())
+            prints += [Print.from_json(one) if one else None for one in json.loads(store.read_bytes(place))]
+    return find(prints, perceptual)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def _begin(output: str, settings: dict[str, Any]) -> None:
+    """Records the settings of a new output; checks that they are those of one that was begun before.
+
+    Raises:
+        DataError: they are not, or shards lie there that this command did not write.
+    """
+    settings = {"version": VERSION, **settings}
+    place = _record(output, "settings.json")
+    if not store.exists(place):
+        if any(name.endswith(".tar") for name in store.list_dir(output)):
+            raise DataError(
+                f"{output}: shards that `cascade prepare` did not write lie there; choose another prepare.output"
+            )
+        store.write_bytes(place, json.dumps(settings).encode())
+        return
+    before = json.loads(store.read_bytes(place))
+    before.setdefault("max_pixels", settings.get("max_pixels"))  # older ones do not say
+    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if changed:
+        differences = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed)
+        raise DataError(
+            f"{output}: it was prepared otherwise ({differences}); remove it or choose another prepare.output"
+        )
+    for name in store.list_dir(output):
+        if name.startswith(".") and name.endswith(".tmp"):  # of a run that was killed
+            store.remove(store.join(output, name))
+
+
+def _write_all(
+    output: str,
+    prefix: str,
+    count: int,
+    per_shard: int,
+    make: Callable[[int], Made],
+    label: str,
+    name: Callable[[int], str] = str,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Writes the shards that are not there yet, and the list of what was dropped."""
+    shards, samples, dropped = 0, 0, []
+    with ThreadPoolExecutor(threads) as pool, progress(total=count, desc=label, unit="sample") as bar:
+        for numbers in _ranges(count, per_shard):
+            shard = f"{prefix}{numbers.start // per_shard:05d}"
+            done = _done(output, shard)
+            if done is None:
+                made = ordered(pool, _Guarded(make, name), numbers, _AHEAD)
+                done = _write_shard(output, shard, _counted(made, bar))
+            else:
+                bar.update(len(numbers))
+            shards += done["samples"] > 0
+            samples += done["samples"]
+            dropped += done["dropped"]
+    if dropped:
+        lines = "".join(json.dumps(line) + "\n" for line in dropped)
+        store.write_bytes(store.join(output, DROPPED), lines.encode())
+    reasons = Counter(line["reason"] for line in dropped)
+    return {"output": output, "shards": shards, "samples": samples, "dropped": dict(sorted(reasons.items()))}
+
+
+def _done(output: str, shard: str) -> dict[str, Any] | None:
+    """The record of a shard that is complete."""
+    place = _record(output, f"{shard}.json")
+    if not store.exists(place):
+        return None
+    done: dict[str, Any] = json.loads(store.read_bytes(place))
+    return done if not done["samples"] or store.exists(store.join(output, f"{shard}.tar")) else None
+
+
+def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]]) -> dict[str, Any]:
+    """Writes a shard, unless all its samples were dropped, and then the record that it is complete."""
+    done: dict[str, Any] = {"samples": 0, "dropped": []}
+    used: set[str] = set()
+    writer = ShardWriter(store.join(output, f"{shard}.tar"))
+    try:
+        for one in made:
+            if isinstance(one, dict):
+                done["dropped"].append(one)
+                continue
+            key, members = one
+            name, number = key, 1
+            while name in used:
+                number += 1
+                name = f"{key}-{number}"
+            used.add(name)
+            writer.write(name, members)
+            done["samples"] += 1
+    except BaseException:
+        writer.abort()
+        raise
+    if done["samples"]:
+        writer.close()
+    else:
+        writer.abort()
+    store.write_bytes(_record(output, f"{shard}.json"), json.dumps(done).encode())
+    return done
+
+
+class _Guarded:
+    """Makes one sample; a bad one becomes the line of the report about it."""
+
+    def __init__(self, make: Callable[[int], Made], name: Callable[[int], str]) -> None:
+        self.make, self.name = make, name
+
+    def __call__(self, number: int) -> Made | dict[str, str]:
+        try:
+            return self.make(number)
+        except BadSample as bad:
+            return {"sample": self.name(number), "reason": bad.reason, "detail": bad.detail}
+
+
+def _record(output: str, name: str) -> str:
+    return store.join(store.join(output, ".prepare"), name)
+
+
+def _ranges(count: int, step: int) -> list[range]:
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _counted(items: Iterator[Any], bar: Any) -> Iterator[Any]:
+    for _, item in items:
+        yield item
+        bar.update()

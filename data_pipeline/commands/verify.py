@@ -1,0 +1,239 @@
+"""`cascade verify`: reads and decodes every sample as training would, and says what is broken, where and why.
+
+It never stops at damage, whatever it is: a shard or a sample that cannot be used becomes a counter and a line of the
+quarantine file. Nothing is written outside OUTPUT; memory is bounded by one shard's index and a few samples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
+from data_pipeline.common.errors import BadSample, CascadeError
+from data_pipeline.common.ordered import ordered
+from data_pipeline.common.progress import progress
+from data_pipeline.config import DataConfig
+from data_pipeline.content import captions, images
+from data_pipeline.reading.sequential import PartReader
+from data_pipeline.shards.dataset import keep_rows, patience_of
+from data_pipeline.shards.index import (
+    IMAGE_EXTENSIONS,
+    ShardIndex,
+    cached_index_url,
+    index_shard,
+    index_url,
+    read_index,
+)
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience
+
+logger = logging.getLogger(__name__)
+
+# of `count_mismatch` the samples that are missing count as dropped
+LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
+"""Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
+
+
+class Settings(Protocol):
+    """The parts of the command's config that are read here."""
+
+    seed: int
+    json: bool
+    data: DataConfig
+    stage: Any
+    report: bool
+    output: str
+
+
+def main(config: Settings) -> dict[str, Any]:
+    """Runs `cascade verify`; the last line on stdout is the result as JSON.
+
+    Returns:
+        {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count}, "shards": ..,
+        "quarantine": path, "report": path or None}
+
+    Raises:
+        DataError: no shards match, the store denies access, or `output` cannot be written.
+    """
+    patience = patience_of(config.data)
+    entries = store.describe(store.expand(config.data.shards, patience), patience)
+    tally = Tally()
+    quarantine = store.join(config.output, "quarantine.jsonl")
+    with _Quarantine(quarantine, tally) as broken, ThreadPoolExecutor(config.data.threads) as pool:
+        for entry in progress(entries, desc="verify", unit="shard"):
+            try:
+                _verify_shard(entry, config, patience, pool, tally, broken)
+            except CascadeError as error:
+                broken.add(entry.url, None, 0, _shard_reason(error), str(error))
+            except Exception as error:  # unforeseen damage is still the shard's, not the user's
+                broken.add(entry.url, None, 0, "corrupt_shard", f"{type(error).__name__}: {error}")
+    page = store.join(config.output, "report.html") if config.report else None
+    if page:
+        write_page(page, config.data.shards, tally)
+    result = {**tally.result(), "shards": len(entries), "quarantine": quarantine, "report": page}
+    if not config.json:
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def _verify_shard(
+    entry: store.Entry,
+    config: Settings,
+    patience: Patience,
+    pool: ThreadPoolExecutor,
+    tally: Tally,
+    broken: _Quarantine,
+) -> None:
+    index = index_shard(entry.url, patience, entry)
+    for detail in index.meta["details"]:
+        reason, _, words = str(detail).partition(" at byte ")
+        offset, _, words = words.partition(": ")
+        broken.write(entry.url, None, int(offset), reason, words)
+    changed = _changed_rows(index, config.data.index_dir, patience)
+    rows, dropped = keep_rows(index, config.data.filter)
+    problems = index.column("problem").to_pylist()
+    row_problems = Counter(problem for problem in problems if problem)
+    missing = max((index.meta["expected"] or 0) - len(index), 0)
+    if missing:
+        tally.dropped["count_mismatch"] += missing
+    for reason, count in index.problems.items():
+        count -= row_problems[reason] + (reason == "count_mismatch" and missing > 0)
+        if count > 0:
+            (tally.dropped if reason in LOST else tally.warnings)[reason] += count
+    tally.dropped.update(dropped)
+    tally.describe(index)
+    for row, problem in enumerate(problems):
+        if problem:
+            members = f"its members are {index.table['layout'][row].as_py()}"
+            broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
+
+    def work(sample: dict[str, Any]) -> str | BadSample:
+        return _decode(sample, config)
+
+    good = []
+    for row in rows.tolist():
+        if row in changed:
+            broken.add(entry.url, index.key(row), _offset(index, row), "checksum", "it differs from the stored index")
+        else:
+            good.append(row)
+    for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * config.data.threads):
+        if isinstance(outcome, BadSample):
+            broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
+        else:
+            tally.deliver(sample, outcome, partial(_whole, sample, config.data))
+
+
+def _decode(sample: dict[str, Any], config: Settings) -> str | BadSample:
+    """The caption that training would use the sample with, or why it would not use it."""
+    try:
+        if "__error__" in sample:
+            raise sample["__error__"]
+        data, stage = config.data, config.stage
+        text = captions.choose(sample, data.captions, config.seed, sample["__position__"])
+        images.training_pair(
+            sample["__image__"],
+            size=stage.image_size,
+            low_res_size=stage.low_res_size,
+            crop_size=stage.crop_size,
+            crop=data.crop,
+            flip=data.flip,
+            seed=config.seed,
+            position=sample["__position__"],
+            margin=data.decode_margin,
+            max_pixels=data.max_pixels,
+            background=data.background,
+            orientation=images.orientation_from_json(sample.get("json")),
+        )
+        return text
+    except BadSample as bad:
+        return bad
+    except Exception as error:
+        return BadSample("decode_error", f"{type(error).__name__}: {error}")
+
+
+def _whole(sample: dict[str, Any], data: DataConfig) -> np.ndarray:
+    """The whole picture, upright, at about the size of the contact sheet's."""
+    orientation = images.orientation_from_json(sample.get("json"))
+    return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation)
+
+
+def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
+    """The members that training looks at, sample by sample in archive order, from one pass over the shard."""
+    with PartReader(entry, index.compressed, patience) as reader:
+        for row in rows:
+            parts = {part.extension: part for part in index.parts(row)}
+            picture = next(name for name in IMAGE_EXTENSIONS if name in parts)
+            sample: dict[str, Any] = {
+                "__key__": index.key(row),
+                "__url__": index.url,
+                "__offset__": _offset(index, row),
+                "__position__": row,
+                "__extension__": picture,
+            }
+            wanted = [parts[name] for name in (picture, "txt", "json") if name in parts]
+            try:
+                for part in sorted(wanted, key=lambda part: part.offset):
+                    sample[part.extension] = reader.read(part)
+                sample["__image__"] = sample[picture]
+            except BadSample as bad:
+                sample["__error__"] = bad
+            yield sample
+
+
+def _changed_rows(index: ShardIndex, index_dir: str | None, patience: Patience) -> set[int]:
+    """Rows whose bytes are not those of the stored index, as a flipped bit on disk leaves them."""
+    places = index_url(index.url), cached_index_url(index.url, index_dir)
+    stored = next(filter(None, (read_index(index.url, place, patience) for place in places)), None)
+    if stored is None or stored.digest == index.digest or stored.meta["size"] != index.meta["size"]:
+        return set()
+    names = ("key", "offsets", "sizes")
+    if any(not stored.column(name).equals(index.column(name)) for name in names):
+        return set()  # another shard of the same size: training builds the index anew
+    pairs = zip(stored.column("checksums").to_pylist(), index.column("checksums").to_pylist(), strict=True)
+    return {row for row, (before, now) in enumerate(pairs) if before != now}
+
+
+def _offset(index: ShardIndex, row: int) -> int:
+    return min(part.offset for part in index.parts(row))
+
+
+def _shard_reason(error: CascadeError) -> str:
+    return "corrupt_shard" if "not a tar archive" in str(error) else "unreadable_shard"
+
+
+class _Quarantine:
+    """The file of what is broken, one JSON object per line."""
+
+    def __init__(self, url: str, tally: Tally) -> None:
+        self._url, self._tally = url, tally
+        store.write_bytes(url, b"")
+        self._file = tempfile.TemporaryFile() if store.is_s3(url) else open(store.local_path(url), "wb")  # noqa: SIM115
+
+    def add(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
+        """Counts one loss and writes it down; a loss of a whole shard is also told at once."""
+        self._tally.dropped[reason] += 1
+        self.write(shard, key, offset, reason, detail)
+        if key is None:
+            logger.warning("%s", detail if shard in detail else f"{shard}: {detail}")
+
+    def write(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
+        line = {"shard": shard, "key": key, "offset": offset, "reason": reason, "detail": detail[:500]}
+        self._tally.example(line)
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def __enter__(self) -> _Quarantine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if store.is_s3(self._url) and self._file.tell():
+            store.upload(self._url, self._file)
+        self._file.close()

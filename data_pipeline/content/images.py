@@ -1,0 +1,341 @@
+"""Encoded pictures -> uint8 arrays (H, W, 3), RGB. Strict on damage, careful with what other readers get wrong.
+
+JPEGs are decoded at the smallest DCT scale that still holds `margin` times the pixels needed: the discarded frequencies
+are never computed, which is where most of a plain reader's time goes. Everything else goes through Pillow.
+Every random choice is a function of (seed, position), see `chance.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from data_pipeline.common.errors import BadSample
+from data_pipeline.content.resize import box_average, resize_square
+from data_pipeline.order.chance import below, uniform
+
+__all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
+
+MIN_SIDE = 4
+"""Pictures with a side below this are counters and tracking pixels, never training data: `too_small`."""
+MAX_ASPECT = 20.0
+"""No square of a sliver longer than this shows anything: `aspect_ratio`."""
+Image.init()
+FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN
+)
+"""What Pillow may try; its other readers start programs (EPS) or read vectors."""
+_ORIENTATION_TAG = 0x0112
+_DCT_EIGHTHS = (1, 2, 4, 8)
+"""Scales of the DCT that libjpeg-turbo has vector code for; 3/8 costs more than 4/8, and 5/8 to 7/8 more than all."""
+_EXIF_WORDS = {
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+"""How exifread, and so img2dataset's json, spells the orientation tag."""
+
+
+def training_pair(
+    data: bytes,
+    *,
+    size: int,
+    low_res_size: int = 0,
+    crop_size: int = 0,
+    crop: str = "center",
+    flip: float = 0.0,
+    seed: int = 0,
+    position: int = 0,
+    margin: float = 2.0,
+    max_pixels: int = 64_000_000,
+    background: int = 255,
+    orientation: int = 1,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One decode for the picture a stage learns to make and the smaller one it starts from.
+
+    A square of the picture is resized to `size` (antialiased bicubic); a window of `crop_size` is cut from that, on
+    the grid of the low-res pixels; each low-res pixel is the mean of its block of high-res pixels.
+
+    Args:
+        size: side of the whole high-res picture, pixels.
+        low_res_size: side of the whole low-res picture; 0: no pair. It must divide `size`.
+        crop_size: side of the window, a multiple of size / low_res_size; 0: the whole picture.
+        crop: `random` or `center`, for the square and for the window.
+        flip: probability of a horizontal flip, 0 to 1.
+        margin, max_pixels, background, orientation: see `decode`.
+
+    Returns:
+        high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None.
+
+    Raises:
+        BadSample: see `decode`.
+        ValueError: sizes that do not fit together.
+    """
+    factor = size // low_res_size if low_res_size else 1
+    if (low_res_size and size % low_res_size) or not 0 <= crop_size <= size or crop_size % factor:
+        raise ValueError(
+            f"size={size}, low_res_size={low_res_size}, crop_size={crop_size}: low_res_size must divide size, and "
+            "crop_size be a multiple of their quotient, up to size"
+        )
+    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation, _scratch)
+    x, y, length = _square(extent, crop, seed, position)
+    left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
+    scale = length / size
+    high = resize_square(picture, x + left * scale, y + top * scale, side * scale, side)
+    if flip and uniform(seed, position, "flip") < flip:
+        high = np.ascontiguousarray(high[:, ::-1])
+    return high, box_average(high, factor) if low_res_size else None
+
+
+def decode(
+    data: bytes,
+    target: int = 0,
+    margin: float = 2.0,
+    max_pixels: int = 64_000_000,
+    background: int = 255,
+    orientation: int = 1,
+) -> np.ndarray:
+    """Decodes one picture upright, at full size or (JPEG) at a smaller scale that is enough for `target`.
+
+    Args:
+        target: the shorter side will be used at this many pixels; 0: full size.
+        margin: a JPEG's decoded shorter side is at least margin * target where the file holds as much. 2 costs no
+            visible quality (a median of 50 dB against a full decode); 1 is faster and softer.
+        max_pixels: larger pictures are refused from the header, before any memory is taken.
+        background: grey value, 0 to 255, behind transparent pixels.
+        orientation: EXIF orientation 1 to 8 known from elsewhere, used when the bytes themselves carry none.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio` or `decode_error`.
+    """
+    return _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None)[0]
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Stored (width, height) from the header alone. Raises `BadSample` (`empty_image`, `decode_error`, `too_large`)."""
+    if not data:
+        raise BadSample("empty_image", "the picture has no bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        try:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            return width, height
+        except ValueError:
+            pass  # subsampling that libjpeg-turbo's short cut does not know: Pillow may
+    return _open(data).size
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises `BadSample` (`too_large`, `too_small`, `aspect_ratio`) for a picture that no training could use."""
+    if width * height > max_pixels:
+        raise BadSample("too_large", f"{width} x {height} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise BadSample("too_small", f"{width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("aspect_ratio", f"{width} x {height} pixels")
+
+
+def orientation_from_json(member: bytes | None) -> int:
+    """The EXIF orientation (1 to 8) in img2dataset's json, which resizes without turning; 1 when it says nothing."""
+    if not member or b"Image Orientation" not in member:
+        return 1
+    try:
+        exif = json.loads(member).get("exif")
+        exif = json.loads(exif) if isinstance(exif, str) else exif
+        return _EXIF_WORDS.get(str(exif["Image Orientation"]), 1)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 1
+
+
+Extent = tuple[float, float, float, float]
+"""(left, top, right, bottom) of the picture in decoded pixels: of a scaled JPEG, the last ones may be part pixels."""
+
+
+class _Scratch(threading.local):
+    """Memory for one decoded picture per thread: fresh memory costs a third of a decode, spent in page faults."""
+
+    limit = 24 << 20
+    """Larger pictures get memory of their own, which is not kept."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray | None:
+        """`size` bytes whose content lasts until the thread's next call; None for more than the limit."""
+        if size > self.limit:
+            return None
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
+
+
+_scratch = _Scratch()
+
+
+def _decode(
+    data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None
+) -> tuple[np.ndarray, Extent]:
+    """The upright picture and its extent; a JPEG's shorter side is at least `least` pixels if the file has them.
+
+    With `scratch` the picture may lie in memory that the thread's next call overwrites.
+    """
+    if not data:
+        raise BadSample("empty_image", "the picture has no bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        jpeg = _decode_jpeg(data, least, max_pixels, orientation, scratch)
+        if jpeg is not None:
+            return jpeg
+    picture = _decode_any(data, max_pixels, background, orientation)
+    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0]))
+
+
+def _decode_jpeg(
+    data: bytes, least: int, max_pixels: int, orientation: int, scratch: _Scratch | None
+) -> tuple[np.ndarray, Extent] | None:
+    """The picture and its extent, or None where Pillow must do it (CMYK, rare subsampling)."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if space in ("CMYK", "YCCK"):
+        return None
+    check_size(width, height, max_pixels)
+    eighths = next(n for n in _DCT_EIGHTHS if n == 8 or (least and min(height, width) * n >= 8 * least))
+    rows, columns = -(-height * eighths // 8), -(-width * eighths // 8)
+    memory = scratch.take(rows * columns * 3) if scratch else None
+    try:
+        picture = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns, buffer=memory, strict=True)
+    except ValueError as error:
+        raise BadSample("decode_error", str(error)) from error
+    if _has_exif(data):
+        orientation = _exif_orientation(_open(data), orientation)
+    scale = eighths / 8  # the decoder rounds the sides up to whole pixels
+    return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation)
+
+
+def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int) -> np.ndarray:
+    image = _open(data)
+    check_size(*image.size, max_pixels)
+    try:
+        turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow turns these by itself
+        image.load()
+        orientation = 1 if turned else _exif_orientation(image, orientation)
+        return _upright(np.asarray(to_rgb(image, background)), orientation)
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow's readers raise anything at all on damaged files
+        raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSample("decode_error", f"not a picture in a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
+    """8 bits per colour: 16-bit grey scaled, transparency composed on a grey of `background`.
+
+    Raises:
+        BadSample: floating-point pixels.
+    """
+    if image.mode.startswith("I"):
+        return _grey_from_16_bit(image)
+    if image.mode == "F":
+        raise BadSample("decode_error", "floating-point pixels have no agreed range")
+    if image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, (background, background, background, 255))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    """Scales 0..65535 to 0..255; Pillow's own conversion clips, which turns most such pictures white."""
+    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether an EXIF block stands before the JPEG's image data; looks at the segments' headers only."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return False
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        fill = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8  # these have no length
+        at += (1 if marker == 0xFF else 2) if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _exif_orientation(image: Image.Image, default: int) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, default))
+    except Exception:  # a damaged EXIF block does not make the pixels bad
+        return default
+
+
+def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation (values outside 2..8 change nothing)."""
+    if orientation in (5, 6, 7, 8):
+        picture = picture.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        picture = picture[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
+
+
+def _upright_extent(stored: np.ndarray, width: float, height: float, orientation: int) -> Extent:
+    """Where the `width` x `height` upper left part of the stored array lies once `_upright` has turned it."""
+    rows, columns = stored.shape[:2]
+    if orientation in (5, 6, 7, 8):
+        rows, columns, width, height = columns, rows, height, width
+    left = columns - width if orientation in (2, 3, 6, 7) else 0.0
+    top = rows - height if orientation in (3, 4, 7, 8) else 0.0
+    return left, top, left + width, top + height
+
+
+def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float, float, float]:
+    """The square used: (left, top, side) in decoded pixels.
+
+    A random one begins at a whole pixel, where resizing is fastest; the central one lies exactly in the middle.
+    """
+    left, top, right, bottom = extent
+    side = min(right - left, bottom - top)
+    room = right - left - side, bottom - top - side
+    if crop == "center":
+        return left + room[0] / 2, top + room[1] / 2, side
+    share = uniform(seed, position, "crop")
+    x, y = (math.floor(share * (math.floor(free) + 1)) for free in room)
+    return left + x, top + y, side
+
+
+def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:
+    """(left, top, side) of the training window inside the resized picture, on multiples of `factor`."""
+    places = (size - window) // factor + 1
+    if crop == "random":
+        column, row = (below(places, seed, position, f"window {axis}") for axis in "xy")
+    else:
+        column = row = (places - 1) // 2
+    return column * factor, row * factor, window

@@ -1,0 +1,245 @@
+"""Captioned shapes, drawn: the data of the demo and of the tests. Pure functions of their arguments, no files.
+
+A picture shows one shape ("a large red circle on a white background") or two and their relation
+("a large red circle to the left of a small blue square on a white background"). Colours and backgrounds lie far apart
+in RGB, so that a program can read a picture back; each shape has crisp edges and a thin dark outline, which 64 pixels
+carry and 16 do not, so that a super-resolution stage has something to add.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data_pipeline.order.chance import bits, uniform
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250),
+    "grey": (128, 128, 128),
+    "black": (10, 10, 10),
+}
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 40),
+    "green": (30, 160, 50),
+    "blue": (40, 70, 225),
+    "yellow": (245, 205, 30),
+    "purple": (170, 45, 190),
+    "cyan": (40, 205, 220),
+}
+SIZES: dict[str, float] = {"large": 0.34, "small": 0.19}
+"""Half the width of a shape as a share of the picture's side, when it is alone."""
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+RELATIONS: dict[str, tuple[int, int]] = {
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+"""Relation of the first object to the second -> the direction (x to the right, y down) from the second to the first."""
+
+OUTLINE_WIDTH = 0.025
+OUTLINE_SHADE = 0.45
+PAIR_SCALE = 0.62
+"""Two objects are this much smaller than one alone, so that both fit."""
+PAIR_DISTANCE = 0.23
+"""Of each of two objects from the middle."""
+JITTER = {1: 0.05, 2: 0.02}
+"""Largest shift of an object from its place, by the number of objects."""
+HELDOUT_SHARE = 0.1
+_HELDOUT_SALT = 279
+"""Chosen so that the few held-out combinations hold every word several times."""
+_REFERENCE_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: words of `COLOURS`, `SIZES` and `SHAPES`."""
+
+    colour: str
+    size: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class ShapeSpec:
+    """What a picture shows: a background, one object, or two with the relation of the first to the second."""
+
+    background: str
+    objects: tuple[Thing, ...]
+    relation: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.objects) not in (1, 2) or (self.relation is not None) != (len(self.objects) == 2):
+            raise ValueError("a picture shows one object, or two and their relation")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for the .json member of a shard."""
+        things = [{"colour": o.colour, "size": o.size, "shape": o.shape} for o in self.objects]
+        return {"background": self.background, "objects": things, "relation": self.relation}
+
+
+def caption(spec: ShapeSpec) -> str:
+    """The one sentence that says exactly what the picture shows; `parse` reads it back."""
+    things = f" {spec.relation} ".join(str(thing) for thing in spec.objects)
+    return f"{things} on a {spec.background} background"
+
+
+def _thing_pattern(number: int) -> str:
+    words = [f"(?P<{name}{number}>{'|'.join(options)})" for name, options in _THING_WORDS.items()]
+    return "an? " + " ".join(words)
+
+
+_THING_WORDS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}
+_CAPTION = re.compile(
+    f"{_thing_pattern(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) {_thing_pattern(1)})?"
+    f" on a (?P<background>{'|'.join(BACKGROUNDS)}) background"
+)
+
+
+def parse(text: str) -> ShapeSpec | None:
+    """The spec whose caption this is, or None for any other text. White space and case do not matter."""
+    match = _CAPTION.fullmatch(" ".join(text.lower().split()))
+    if match is None:
+        return None
+    word = match.groupdict()
+    count = 2 if word["relation"] else 1
+    things = tuple(Thing(word[f"colour{i}"], word[f"size{i}"], word[f"shape{i}"]) for i in range(count))
+    return ShapeSpec(word["background"], things, word["relation"])
+
+
+@lru_cache(maxsize=1)
+def _heldout_singles() -> frozenset[tuple[str, Thing]]:
+    """The (background, object) pairs that no training picture holds: the lowest hashes, so the set never moves."""
+    singles = [(background, thing) for background in BACKGROUNDS for thing in _things()]
+    order = sorted(singles, key=lambda single: bits(_HELDOUT_SALT, 0, f"heldout {single[1]} on {single[0]}"))
+    return frozenset(order[: round(HELDOUT_SHARE * len(singles))])
+
+
+def _things() -> list[Thing]:
+    return [Thing(*words) for words in itertools.product(COLOURS, SIZES, SHAPES)]
+
+
+def is_heldout(spec: ShapeSpec) -> bool:
+    """Whether the picture holds an object that, on this background, training never sees (though it sees every word)."""
+    return any((spec.background, thing) in _heldout_singles() for thing in spec.objects)
+
+
+@lru_cache(maxsize=4)
+def combinations(heldout: bool, objects: int = 1) -> tuple[ShapeSpec, ...]:
+    """All pictures of one split that the vocabulary allows. Two objects always differ in colour."""
+    if objects == 1:
+        every = (ShapeSpec(background, (thing,)) for background in BACKGROUNDS for thing in _things())
+    elif objects == 2:
+        every = (
+            ShapeSpec(background, (first, second), relation)
+            for background, relation in itertools.product(BACKGROUNDS, RELATIONS)
+            for first, second in itertools.product(_things(), repeat=2)
+            if first.colour != second.colour
+        )
+    else:
+        raise ValueError(f"objects={objects}: a picture shows 1 or 2")
+    return tuple(spec for spec in every if is_heldout(spec) == heldout)
+
+
+def spec_at(index: int, seed: int, heldout: bool = False, objects: int = 1) -> ShapeSpec:
+    """What picture number `index` shows: every combination once, in a random order, then again in another order."""
+    specs = combinations(heldout, objects)
+    return specs[_permutation(len(specs), seed, index // len(specs))[index % len(specs)]]
+
+
+@lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
+    return tuple(sorted(range(count), key=lambda i: bits(seed, cycle * count + i, "synthetic order")))
+
+
+def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
+    """Picture number `index` of a split, uint8 (size, size, 3), and what it shows."""
+    spec = spec_at(index, seed, heldout, objects)
+    return draw(spec, size, bits(seed, index, f"synthetic place {heldout} {objects}")), spec
+
+
+def draw(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
+    """Draws the picture; pictures of the same spec and seed at several sizes show the same scene.
+
+    Sizes below 64 are box averages of the drawing at 64 or the next multiple, as a camera would see it.
+
+    Returns:
+        uint8 (size, size, 3).
+    """
+    factor = max(1, -(-_REFERENCE_SIDE // size))
+    fine = size * factor
+    axis = (np.arange(fine, dtype=np.float64) + 0.5) / fine
+    x, y = axis[None, :], axis[:, None]
+    canvas = np.empty((fine, fine, 3))
+    canvas[:] = BACKGROUNDS[spec.background]
+    for thing, (centre_x, centre_y), radius in _places(spec, seed):
+        distance = _DISTANCES[thing.shape](x - centre_x, y - centre_y, radius)
+        colour = np.array(COLOURS[thing.colour], dtype=np.float64)
+        _paint(canvas, distance, colour * OUTLINE_SHADE)
+        _paint(canvas, distance + OUTLINE_WIDTH, colour)
+    averaged = canvas.reshape(size, factor, size, factor, 3).mean(axis=(1, 3))
+    return np.rint(averaged).astype(np.uint8)
+
+
+def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float], float]]:
+    """Object, centre and radius, in units of the side."""
+    alone = len(spec.objects) == 1
+    direction = (0, 0) if spec.relation is None else RELATIONS[spec.relation]
+    reach = JITTER[len(spec.objects)]
+    places = []
+    for number, thing in enumerate(spec.objects):
+        sign = 1 - 2 * number
+        centre = [
+            0.5
+            + sign * direction[axis] * PAIR_DISTANCE
+            + reach * (2 * uniform(seed, number, f"synthetic jitter {axis}") - 1)
+            for axis in (0, 1)
+        ]
+        places.append((thing, (centre[0], centre[1]), SIZES[thing.size] * (1.0 if alone else PAIR_SCALE)))
+    return places
+
+
+def _paint(canvas: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> None:
+    """Lays `colour` where the signed distance is negative, with edges one fine pixel soft."""
+    coverage = np.clip(0.5 - distance * canvas.shape[0], 0, 1)[..., None]
+    canvas += coverage * (colour - canvas)
+
+
+def _circle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return np.hypot(x, y) - radius
+
+
+def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def _square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return _box(x, y, radius, radius)
+
+
+def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Nearly equilateral, its point up: corners (0, -1), (-1.1, 0.85), (1.1, 0.85) times the radius."""
+    slope = np.hypot(1.85, 1.1)
+    side = (1.85 * np.abs(x) - 1.1 * (y + radius)) / slope
+    return np.maximum(side, y - 0.85 * radius)
+
+
+def _cross(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return np.minimum(_box(x, y, radius, 0.34 * radius), _box(x, y, 0.34 * radius, radius))
+
+
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+}
+"""Signed distance to each shape's edge, negative inside, in units of the side (exact but for outer corners)."""

@@ -1,0 +1,1 @@
+"""Which sample comes at which position: arithmetic without I/O. Imports common."""

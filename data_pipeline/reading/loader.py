@@ -1,0 +1,202 @@
+"""This rank's micro-batches: decoded ahead, delivered in order, counted, resumable from a position alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.config import DataConfig
+from data_pipeline.order.order import check_world_size
+from data_pipeline.reading.micro_batches import Decoded, Decoding, MicroBatch, Work, embeddings_of
+from data_pipeline.reading.process import DecodingProcess
+from data_pipeline.reading.rows import Sample
+from data_pipeline.reading.state import check_state, state_of
+from data_pipeline.shards.dataset import load_or_build, patience_of
+from data_pipeline.storage import store
+
+logger = logging.getLogger(__name__)
+
+GRACE = 1000
+"""Consumed samples from which `data.max_bad_share` holds as it stands; before, it has the room that chance needs."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch of B samples."""
+
+    positions: torch.Tensor
+    """int64 (B,)."""
+    keys: list[str]
+    images: torch.Tensor
+    """uint8 (B, 3, H, W)."""
+    low_res: torch.Tensor | None
+    """uint8 (B, 3, h, w), aligned with `images`; None for a base stage."""
+    captions: list[str]
+    embeddings: list[np.ndarray] | None = None
+    """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
+
+    def to(self, device: str) -> Batch:
+        """The batch with its tensors there. Nothing waits for a GPU: they go through pinned memory."""
+        if device == "cpu":
+            return self
+        low_res = None if self.low_res is None else _sent(self.low_res, device)
+        return replace(
+            self, positions=_sent(self.positions, device), images=_sent(self.images, device), low_res=low_res
+        )
+
+
+def _sent(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Loader:
+    """Batches of one rank, without end: `next(loader)` gives the micro-batches of one optimizer step.
+
+    Args:
+        config: the `data` section.
+        image_size, low_res_size, crop_size: of the stage, pixels (0: none).
+        seed: of the run; with the data it decides order, crops and captions.
+        rank, world_size: this process; `world_size` must divide the number of lanes.
+        position: samples consumed so far over all ranks.
+        quarantine: file to which a line of JSON is added for every bad sample that was met; None: none is written.
+        own_process: read and decode in a process of its own, which starts now; else in threads of this one, which
+            start with the first batch.
+        decode: (raw sample, position) -> `Decoded`, in threads; the default decodes pictures and chooses captions.
+
+    Raises:
+        ConfigError: the batch cannot be shared so.
+        DataError: shards missing, denied or no tar archives.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        image_size: int,
+        low_res_size: int = 0,
+        crop_size: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+        quarantine: str | None = None,
+        own_process: bool = False,
+        decode: Callable[[Sample, int], Decoded] | None = None,
+    ) -> None:
+        self.config, self.seed, self.position = config, seed, position
+        micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
+        self.dataset = load_or_build(store.expand(config.shards, patience_of(config)), config)
+        self._work = Work(
+            self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
+        )
+        self.embeddings = embeddings_of(self.dataset, config)
+        """Precomputed ones; who trains with them calls their `check` first."""
+        self.counters: dict[str, int] = {"samples": 0, "bad": 0}
+        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
+        self.bad_shards: Counter[str] = Counter()
+        self._quarantine = quarantine
+        self._decode = decode
+        self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
+
+    # ------------------------------------------------------------------------------------------------- delivery
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The micro-batches of one optimizer step, positions in the order of `rank_positions`.
+
+        Raises:
+            DataError: a shard is gone, or, in one process, more than `data.max_bad_share` of the samples were bad.
+            StoreError: the object store stayed broken past `data.deadline_s`.
+            CascadeError: the process that decodes died.
+        """
+        if self._decoding is None:
+            self._decoding = Decoding(self._work, self._decode)
+        batches = [self._deliver(next(self._decoding)) for _ in range(self._work.share // self._work.micro_batch)]
+        self.position += self.config.global_batch
+        return batches
+
+    def _deliver(self, decoded: MicroBatch) -> Batch:
+        for failures in decoded.failures:
+            self._count(failures)
+        low_res = None if decoded.low_res is None else torch.from_numpy(decoded.low_res)
+        return Batch(
+            torch.from_numpy(decoded.positions),
+            decoded.keys,
+            torch.from_numpy(decoded.images),
+            low_res,
+            decoded.captions,
+            decoded.embeddings,
+        )
+
+    def _count(self, failures: list[dict[str, Any]]) -> None:
+        """Counts one consumed sample and the bad ones it replaces."""
+        self.counters["samples"] += 1
+        if not failures:
+            return
+        for failure in failures:
+            reason = f"bad_{failure['reason']}"
+            self.counters[reason] = self.counters.get(reason, 0) + 1
+            self.bad_shards[failure["shard"]] += 1
+        self.counters["bad"] += 1
+        if self._quarantine:
+            with suppress(OSError):  # a full disk costs the note, not the run
+                os.makedirs(os.path.dirname(self._quarantine) or ".", exist_ok=True)
+                with open(self._quarantine, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(failure) + "\n" for failure in failures)
+        logger.warning("%s: %s replaced: %s", *(failures[0][name] for name in ("shard", "key", "reason")))
+        if self._work.world_size == 1 and self.too_many(self.counters["samples"], self.counters["bad"]):
+            raise self.too_many_error(self.counters["samples"], self.counters["bad"], [self.bad_shards])
+
+    def too_many(self, seen: int, bad: int) -> bool:
+        """Whether a run must stop of whose `seen` samples so many were bad. One of several processes sees a part of
+        them, which a single damaged shard may spoil: who trains with several asks this with the sums over all."""
+        return bad > _allowed(seen, self.config.max_bad_share)
+
+    def too_many_error(self, seen: int, bad: int, shards: Iterable[Counter[str]]) -> DataError:
+        """What then is to be said; `shards`: each process's `bad_shards`."""
+        worst = ", ".join(f"{shard} ({count})" for shard, count in sum(shards, Counter()).most_common(3))
+        return DataError(
+            f"{bad} of {seen} samples were bad, more than data.max_bad_share={self.config.max_bad_share}; the "
+            f"worst shards are {worst}; look at them with `cascade verify`"
+        )
+
+    def close(self) -> None:
+        """Stops the decoding; samples decoded ahead are dropped."""
+        if self._decoding is not None:
+            self._decoding.close()
+
+    # ----------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the position, and what must be unchanged for it to mean the same samples."""
+        return state_of(self.dataset, self.config, self.seed, self.position)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuses to continue a run whose data or batch layout changed.
+
+        Raises:
+            ConfigError: it names what changed, from what to what.
+        """
+        check_state(self.state(), state)
+
+
+def _allowed(seen: int, share: float) -> float:
+    """Bad samples among the first `seen` that do not stop a run.
+
+    Few samples say little about a share: up to `GRACE`, three standard deviations and two more samples are let pass.
+    """
+    expected = share * seen
+    return expected if seen >= GRACE or not share else expected + 3 * math.sqrt(expected) + 2

@@ -1,0 +1,198 @@
+"""One rank's samples in order: read, decoded by threads, and stacked into micro-batches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.common.errors import BadSample
+from data_pipeline.common.pool import DaemonPool
+from data_pipeline.config import DataConfig
+from data_pipeline.content import captions, images
+from data_pipeline.order.sharing import Chunks
+from data_pipeline.reading.prefetch import Prefetcher
+from data_pipeline.reading.rows import RowReader, Sample, Taken, replace
+from data_pipeline.shards.dataset import Dataset, order_of
+from data_pipeline.shards.embeddings import Embeddings
+from data_pipeline.shards.index import IMAGE_EXTENSIONS
+
+MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
+"""What training looks at."""
+
+
+@dataclass
+class Work:
+    """What is to be decoded, without end. Picklable."""
+
+    dataset: Dataset
+    config: DataConfig
+    image_size: int
+    low_res_size: int
+    crop_size: int
+    """Of the stage, pixels (0: none)."""
+    seed: int
+    rank: int
+    world_size: int
+    position: int
+    """Samples consumed before, over all ranks."""
+    micro_batch: int
+
+    @property
+    def share(self) -> int:
+        """Samples per optimizer step and rank."""
+        return self.config.global_batch // self.world_size
+
+
+@dataclass
+class Decoded:
+    key: str
+    image: np.ndarray
+    """uint8 (H, W, 3)."""
+    low_res: np.ndarray | None
+    caption: str
+    embedding: np.ndarray | None = None
+
+
+@dataclass
+class MicroBatch:
+    """B samples, as arrays; the fields are those of `data_pipeline.reading.loader.Batch`."""
+
+    positions: np.ndarray
+    keys: list[str]
+    images: np.ndarray
+    low_res: np.ndarray | None
+    captions: list[str]
+    embeddings: list[np.ndarray] | None
+    failures: list[list[dict[str, Any]]]
+    """Per sample: the bad ones that it stands in for."""
+
+
+def embeddings_of(dataset: Dataset, config: DataConfig) -> Embeddings | None:
+    """The precomputed text embeddings of a data set; None unless `data.embeddings` is set."""
+    if not config.embeddings:
+        return None
+    return Embeddings(config.embeddings, {summary.entry.url: summary.digest for summary in dataset.summaries})
+
+
+class Decoding:
+    """An endless iterator of `MicroBatch`, decoded ahead by `data.threads` threads of this process.
+
+    Args:
+        decode: (raw sample, position) -> `Decoded`; the default decodes pictures and chooses captions.
+    """
+
+    def __init__(self, work: Work, decode: Callable[[Sample, int], Decoded] | None = None) -> None:
+        self._work = work
+        self._decode = decode or self._decode_pair
+        self._embeddings = embeddings_of(work.dataset, work.config)
+        self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
+        self._stop = threading.Event()
+        self._queue: queue.Queue[Future[Taken]] = queue.Queue(_decoded_ahead(work))
+        self._pool = DaemonPool(work.config.threads, "decode")
+        threading.Thread(target=self._feed, name="loader", daemon=True).start()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        taken = [self._queue.get().result() for _ in range(self._work.micro_batch)]
+        samples: list[Decoded] = [one.value for one in taken]
+        low_res = [sample.low_res for sample in samples if sample.low_res is not None]
+        embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
+        return MicroBatch(
+            positions=np.array([one.position for one in taken], np.int64),
+            keys=[sample.key for sample in samples],
+            images=_stack([sample.image for sample in samples]),
+            low_res=_stack(low_res) if low_res else None,
+            captions=[sample.caption for sample in samples],
+            embeddings=embeddings or None,
+            failures=[one.failures for one in taken],
+        )
+
+    def _feed(self) -> None:
+        """Hands every position to the decoding threads, in order, no further ahead than the queue holds."""
+        work, config = self._work, self._work.config
+        ahead: Prefetcher | None = None
+        try:
+            order = order_of(work.dataset, config, work.seed, work.world_size)
+            chunks = Chunks(config, work.rank, work.world_size, work.position, work.micro_batch)
+            budget = config.prefetch_mb * 2**18 * 3
+            ahead = Prefetcher(self._reader, order, chunks, config.lane_count // work.world_size, budget)
+            for position, shard, row, get in ahead:
+                task = self._pool.submit(self._take, position, shard, row, get)
+                if not self._offer(task):
+                    return
+        except BaseException as error:  # it belongs to the trainer, who is waiting
+            failed: Future[Taken] = Future()
+            failed.set_exception(error)
+            self._offer(failed)
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _offer(self, task: Future[Taken]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(task, timeout=0.5)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _take(self, position: int, shard: int, row: int, get: Callable[[], Sample]) -> Taken:
+        try:
+            sample = get()
+            sample["__position__"] = position
+            return Taken(position, self._decode(sample, position))
+        except BadSample as bad:
+            use = lambda other: self._decode(other, position)  # noqa: E731
+            return replace(self._reader, self._work.seed, position, shard, row, bad, use)
+
+    def _decode_pair(self, sample: Sample, position: int) -> Decoded:
+        work, config = self._work, self._work.config
+        data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
+        if data is None:
+            raise BadSample("missing_image", "no member is a picture")
+        caption = captions.choose(sample, config.captions, work.seed, position)
+        image, low_res = images.training_pair(
+            data,
+            size=work.image_size,
+            low_res_size=work.low_res_size,
+            crop_size=work.crop_size,
+            crop=config.crop,
+            flip=config.flip,
+            seed=work.seed,
+            position=position,
+            margin=config.decode_margin,
+            max_pixels=config.max_pixels,
+            background=config.background,
+            orientation=images.orientation_from_json(sample.get("json")),
+        )
+        text = None
+        if self._embeddings is not None:
+            text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption)
+        return Decoded(sample["__key__"], image, low_res, caption, text)
+
+    def close(self) -> None:
+        """Stops the threads; samples decoded ahead are dropped."""
+        self._stop.set()
+        self._pool.close()
+
+
+def _decoded_ahead(work: Work) -> int:
+    """Samples decoded ahead: a quarter of the budget, but enough for the threads and at most four steps."""
+    side = work.crop_size or work.image_size
+    fits = work.config.prefetch_mb * 2**18 // max(3 * (side**2 + (work.low_res_size and side**2)), 1)
+    return max(2 * work.config.threads, min(fits, max(4 * work.share, 64)))
+
+
+def _stack(pictures: list[np.ndarray]) -> np.ndarray:
+    """uint8 (H, W, 3) pictures -> uint8 (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().numpy()

@@ -1,0 +1,202 @@
+"""`Decoding` in a process of its own, so that neither its Python code nor its memory traffic holds up training.
+
+The child runs this module. Over one socket it is told its `Work`, and answers with micro-batches, with the records of
+its log, and at last with the error that ended it; the arrays go as they are, outside the pickle. When either side
+dies the other one sees the socket end.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from data_pipeline.common.errors import CascadeError
+from data_pipeline.reading.micro_batches import Decoding, MicroBatch, Work
+
+HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that mean the trainer, who may still need data before it stops."""
+CLOSE_S = 2.0
+
+
+class Wire:
+    """Python objects over a socket; several threads may send, one receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end, self._lock = end, threading.Lock()
+
+    def send(self, value: Any) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+        with self._lock:
+            self._end.sendall(struct.pack(f"<{1 + len(parts)}Q", len(parts), *map(len, parts)))
+            for part in parts:
+                self._end.sendall(part)
+
+    def receive(self) -> Any:
+        """The next object; its arrays may be written to.
+
+        Raises:
+            EOFError: the other side is gone.
+        """
+        (count,) = struct.unpack("<Q", self._exactly(8))
+        head, *buffers = [self._exactly(size) for size in struct.unpack(f"<{count}Q", self._exactly(8 * count))]
+        return pickle.loads(head, buffers=buffers)
+
+    def _exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            with suppress(ConnectionError):
+                count = self._end.recv_into(view, 0, socket.MSG_WAITALL)
+                if count:
+                    view = view[count:]
+                    continue
+            raise EOFError
+        return data
+
+    def close(self) -> None:
+        """Wakes whoever waits, on both sides."""
+        with suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
+
+
+class DecodingProcess:
+    """An endless iterator of the same `MicroBatch`es as `Decoding(work)` gives.
+
+    Raises (on `next`): what `Decoding` raises; `CascadeError` when the process died.
+    """
+
+    def __init__(self, work: Work) -> None:
+        ours, theirs = socket.socketpair()
+        self._rank, self._wire, self._closed = work.rank, Wire(ours), False
+        environ = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+        command = [sys.executable, "-m", "data_pipeline.reading.process", str(theirs.fileno())]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # what is blocked stays so in the child
+        try:
+            self._process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._received: queue.Queue[MicroBatch | BaseException] = queue.Queue(-(-work.share // work.micro_batch))
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._receive, args=(work,), name="loader", daemon=True).start()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        found = self._failure or self._received.get()
+        if isinstance(found, BaseException):
+            self._failure = found
+            raise found
+        return found
+
+    def _receive(self, work: Work) -> None:
+        try:
+            self._wire.send(work)
+            while not self._closed:
+                value = self._wire.receive()
+                if isinstance(value, logging.LogRecord):
+                    logger = logging.getLogger(value.name)
+                    if logger.isEnabledFor(value.levelno):
+                        logger.handle(value)
+                    continue
+                self._offer(value)
+        except (EOFError, OSError):
+            if not self._closed:
+                self._offer(CascadeError(self._last_words()))
+
+    def _offer(self, value: MicroBatch | BaseException) -> None:
+        while not self._closed:
+            with suppress(queue.Full):
+                return self._received.put(value, timeout=0.5)
+
+    def _last_words(self) -> str:
+        try:
+            code = self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        return (
+            f"rank {self._rank}: the process that reads and decodes its data {how}. Was the machine short of memory? "
+            "Then lower data.prefetch_mb or data.threads. Did a decoder crash? Its stack is in the output above. The "
+            "same command goes on from the last checkpoint"
+        )
+
+    def close(self) -> None:
+        """Ends the process; what it had decoded ahead is dropped."""
+        self._closed = True
+        self._wire.close()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class _Forward(logging.handlers.QueueHandler):
+    """Sends log records to the training process, which knows where they belong."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._wire = wire
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            self._wire.send(record)
+
+
+def _end_with_trainer(wire: Wire) -> None:
+    with suppress(EOFError):
+        wire.receive()  # it sends no more
+    os._exit(0)
+
+
+def main(descriptor: int) -> None:
+    """The child: decodes until the trainer is gone."""
+    import faulthandler
+
+    import torch
+
+    faulthandler.enable()
+    torch.set_num_threads(1)  # data.threads of them resize side by side
+    wire = Wire(socket.socket(fileno=descriptor))
+    work = wire.receive()
+    threading.Thread(target=_end_with_trainer, args=(wire,), daemon=True).start()
+    logging.basicConfig(level=logging.INFO, handlers=[_Forward(wire)])
+    with suppress(ConnectionError):
+        try:
+            for batch in Decoding(work):
+                wire.send(batch)
+        except Exception as error:
+            wire.send(_portable(error))
+    threading.Event().wait()  # the trainer has yet to read all this; it ends the process
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An error that can be sent, with its traceback as a note unless it explains itself."""
+    if isinstance(error, CascadeError):
+        return error
+    error.add_note("in the decoding process:\n" + traceback.format_exc())
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,254 @@
+"""Raw samples by their place in the data set, verified against the index; substitutes for those that are bad."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.config import DataConfig
+from data_pipeline.order.chance import below
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.tar import Gunzip
+from data_pipeline.storage import store
+from data_pipeline.storage.disk_cache import DiskCache
+
+logger = logging.getLogger(__name__)
+
+_OPEN_FILES = 512
+FAR = 512 << 10
+"""Bytes between two members of a sample that are not read for their sake."""
+_ONE_READ = 24 << 10
+"""Members that end within so many bytes are read together: cutting them costs a copy, which for more is dearer than
+another system call."""
+_REREADS = 2
+_SAME_SHARD, _ANYWHERE = 16, 64
+
+Sample = dict[str, Any]
+_digest = xxhash.xxh3_64_intdigest
+_Place = tuple[str, int, int, int]
+
+
+class _File:
+    """An open file that closes when the last user lets go of it."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._descriptor = url, -1
+        try:
+            self._descriptor = os.open(store.local_path(url), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"{url}: {error.strerror or error}") from error
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes [begin, end); where that is possible in one piece, without a copy."""
+        try:
+            data = os.pread(self._descriptor, end - begin, begin)
+            while len(data) < end - begin:
+                more = os.pread(self._descriptor, end - begin - len(data), begin + len(data))
+                if not more:
+                    raise DataError(
+                        f"{self._url}: it ends before byte {end}, where its index has a sample; run `cascade index`"
+                    )
+                data += more
+        except OSError as error:
+            raise DataError(f"{self._url}: {error.strerror or error}") from error
+        return data
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+class RowReader:
+    """Reads any sample of a data set, every member verified against the index. Safe to use from several threads.
+
+    Args:
+        extensions: members that are wanted; others, however large, are not looked at. None: all.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
+        self.dataset, self.config, self._extensions = dataset, config, extensions
+        self._direct = [not s.compressed and not store.is_s3(s.entry.url) for s in dataset.summaries]
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+
+    def read(self, shard: int, row: int) -> Sample:
+        """One sample: `__key__`, `__url__` and the bytes of each member by extension.
+
+        Raises:
+            BadSample: `checksum`, when the bytes differ from the index however often they are read.
+            DataError, StoreError: the shard is gone, changed or out of reach.
+        """
+        index, rows = self.dataset.index(shard)
+        physical = rows.item(row)
+        parts = self.places(index, physical)
+        for attempt in range(1 + _REREADS):
+            sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
+            if not wrong:
+                return sample
+        raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
+
+    def places(self, index: ShardIndex, row: int) -> list[_Place]:
+        """Extension, first byte, size and checksum of each member that is wanted; `row` is one of the file."""
+        places = index.places(row)
+        if self._extensions is None:
+            return places
+        return [place for place in places if place[0] in self._extensions] or places
+
+    def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
+        if self._direct[shard]:
+            # What is read with holds the file, so that no other thread's opening closes it.
+            return _cut(index, row, parts, (self._files.get(shard) or self._open(shard)).read)
+        runs = [(begin, self.read_range(shard, begin, end, fresh)) for begin, end in runs_of(parts)]
+
+        def get(first: int, end: int) -> bytes:
+            begin, data = next(run for run in reversed(runs) if run[0] <= first)
+            return data[first - begin : end - begin]
+
+        return _cut(index, row, parts, get)
+
+    def _open(self, shard: int) -> _File:
+        file = self._files[shard] = _File(self.dataset.urls[shard])
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
+
+    def is_direct(self, shard: int) -> bool:
+        """A plain local file, of which any sample is at hand for a system call or two."""
+        return self._direct[shard]
+
+    def read_range(self, shard: int, begin: int, end: int, fresh: bool = False) -> bytes:
+        """Bytes [begin, end) of a shard, after decompression; `fresh`: past the disk cache."""
+        summary = self.dataset.summaries[shard]
+        url, etag, patience = summary.entry.url, summary.entry.etag, self.dataset.patience
+        if not summary.compressed:
+            if self.cache is None or not store.is_s3(url):
+                return store.read_range(url, begin, end, etag, patience)
+            return self.cache.read(
+                etag, summary.entry.size, begin, end, lambda a, b: store.read_range(url, a, b, etag, patience), fresh
+            )
+        with store.open_stream(url, etag=etag if store.is_s3(url) else None, patience=patience) as stream:
+            return _skip_and_read(Gunzip(stream), begin, end, url)
+
+    def sample_from(self, shard: int, row: int, begin: int, data: bytes) -> Sample:
+        """The sample out of bytes [begin, ...) of its shard; one that does not verify is read again by itself."""
+        index, rows = self.dataset.index(shard)
+        physical = int(rows[row])
+        sample, wrong = _cut(
+            index, physical, self.places(index, physical), lambda first, end: data[first - begin : end - begin]
+        )
+        if wrong:
+            logger.warning("%s: %s of %s does not verify; reading it again", index.url, wrong, sample["__key__"])
+            return self.read(shard, row)
+        return sample
+
+    def close(self) -> None:
+        """Closes the files that no thread is reading."""
+        self._files.clear()
+
+
+def runs_of(parts: list[_Place]) -> list[tuple[int, int]]:
+    """(first byte, end byte) of the stretches of a shard that hold a sample: one, unless its members lie far apart, as
+    in a tar that was packed kind by kind."""
+    runs: list[tuple[int, int]] = []
+    for _, offset, size, _ in parts:
+        if runs and offset - runs[-1][1] <= FAR:
+            runs[-1] = runs[-1][0], max(runs[-1][1], offset + size)
+        else:
+            runs.append((offset, offset + size))
+    return runs
+
+
+def _cut(index: ShardIndex, row: int, parts: list[_Place], read: Callable[[int, int], bytes]) -> tuple[Sample, str]:
+    """The sample, and the first member that does not verify; `read` gives bytes [begin, end) of the shard."""
+    sample: Sample = {"__key__": index.key(row), "__url__": index.url}
+    wrong, data = "", b""
+    begin = end = -1
+    _, last, size, _ = parts[-1]
+    last += size
+    for extension, offset, size, checksum in parts:
+        stop = offset + size
+        if stop > end:
+            begin, end = offset, last if last - offset <= _ONE_READ else stop
+            data = read(begin, end)
+        member = data[offset - begin : stop - begin]
+        if _digest(member) != checksum:
+            wrong = wrong or f"member .{extension} at byte {offset}"
+        sample[extension] = member
+    return sample, wrong
+
+
+def _skip_and_read(stream: Gunzip, begin: int, end: int, url: str) -> bytes:
+    position, kept = 0, bytearray()
+    while position < end:
+        piece = stream.read(1 << 20)
+        if not piece:
+            raise DataError(f"{url}: the compressed shard ends at byte {position}, its index says {end}")
+        kept += piece[max(begin - position, 0) : end - position]
+        position += len(piece)
+    return bytes(kept)
+
+
+def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Iterator[tuple[int, int]]:
+    """Places to try instead of a bad sample, always the same: first in its own shard, then anywhere."""
+    for attempt in range(_ANYWHERE):
+        if attempt < _SAME_SHARD:
+            yield shard, below(int(dataset.counts[shard]), seed, position, f"substitute/{attempt}")
+        else:
+            ends = np.cumsum(dataset.counts)
+            place = below(dataset.samples, seed, position, f"substitute/{attempt}")
+            other = int(np.searchsorted(ends, place, side="right"))
+            yield other, int(place - (ends[other] - dataset.counts[other]))
+
+
+@dataclass
+class Taken:
+    """A sample that was delivered for a position, and the bad ones that it stands in for."""
+
+    position: int
+    value: Any
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def replace(
+    reader: RowReader, seed: int, position: int, shard: int, row: int, bad: BadSample, use: Callable[[Sample], Any]
+) -> Taken:
+    """`use` of a deterministic substitute for a sample that turned out to be bad.
+
+    Raises:
+        DataError: none of the substitutes can be used either.
+    """
+    failures = [_record(reader.dataset, position, shard, row, bad)]
+    for other, place in substitutes(reader.dataset, seed, position, shard):
+        try:
+            sample = reader.read(other, place)
+            sample["__position__"] = position
+            return Taken(position, use(sample), failures)
+        except BadSample as worse:
+            failures.append(_record(reader.dataset, position, other, place, worse))
+    reasons = ", ".join(sorted({failure["reason"] for failure in failures}))
+    raise DataError(
+        f"{failures[0]['shard']}: sample {failures[0]['key']!r} and all {_ANYWHERE} substitutes for it are bad "
+        f"({reasons}); check the data with `cascade verify`"
+    )
+
+
+def _record(dataset: Dataset, position: int, shard: int, row: int, bad: BadSample) -> dict[str, Any]:
+    index, rows = dataset.index(shard)
+    physical = int(rows[row])
+    return {
+        "shard": index.url,
+        "key": index.key(physical),
+        "offset": min(part.offset for part in index.parts(physical)),
+        "reason": bad.reason,
+        "detail": bad.detail,
+        "position": position,
+    }

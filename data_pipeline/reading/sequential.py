@@ -1,0 +1,69 @@
+"""Chosen members of one shard in about their order in the archive, through one stream where that is cheaper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.shards.index import Part
+from data_pipeline.shards.tar import MAX_MEMBER, Gunzip
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import DEFAULT, Patience
+
+_LOCAL_GAP, _REMOTE_GAP = 1 << 16, 1 << 22
+"""Bytes between two parts that are read through rather than skipped by opening the shard anew."""
+
+
+class PartReader:
+    """Reads parts that an index names, from plain and from compressed shards, local and remote. Not thread-safe."""
+
+    def __init__(self, entry: store.Entry, compressed: bool, patience: Patience = DEFAULT) -> None:
+        self._entry, self._compressed, self._patience = entry, compressed, patience
+        self._gap = _REMOTE_GAP if store.is_s3(entry.url) else _LOCAL_GAP
+        self._stream: Any = None
+        self._reader: Any = None
+        self._position = 0
+
+    def read(self, part: Part) -> bytes:
+        """The bytes of one member.
+
+        Raises:
+            BadSample: it is too large to hold.
+            DataError: the shard has become shorter since it was indexed.
+        """
+        if part.size > MAX_MEMBER:
+            raise BadSample("too_large", f"member .{part.extension} has {part.size} bytes")
+        far = part.offset - self._position > self._gap and not self._compressed
+        if self._reader is None or part.offset < self._position or far:
+            self._open(0 if self._compressed else part.offset)
+        self._take(part.offset - self._position, keep=False)
+        return self._take(part.size, keep=True)
+
+    def _open(self, start: int) -> None:
+        self.close()
+        etag = self._entry.etag if store.is_s3(self._entry.url) else None
+        self._stream = store.open_stream(self._entry.url, start, etag=etag, patience=self._patience)
+        self._reader = Gunzip(self._stream) if self._compressed else self._stream
+        self._position = start
+
+    def _take(self, count: int, keep: bool) -> bytes:
+        kept = bytearray()
+        while count:
+            piece = self._reader.read(min(count, 1 << 20))
+            if not piece:
+                raise DataError(f"{self._entry.url}: it became shorter while it was being read")
+            count -= len(piece)
+            self._position += len(piece)
+            if keep:
+                kept += piece
+        return bytes(kept)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def __enter__(self) -> PartReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,152 @@
+"""A source stage for any webdataset pipeline: every sample once per epoch, in an order that nothing disturbs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import webdataset as wds
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_pipeline.common.errors import BadSample, ConfigError
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.order.order import check_position, check_world_size
+from data_pipeline.order.sharing import Chunks
+from data_pipeline.reading.prefetch import Prefetcher
+from data_pipeline.reading.rows import RowReader, Sample, replace
+from data_pipeline.reading.state import check_state, state_of
+from data_pipeline.reading.webdataset import register_s3
+from data_pipeline.shards.dataset import Dataset, load_or_build, order_of, patience_of
+from data_pipeline.storage import store
+
+T = TypeVar("T")
+
+register_s3()
+
+
+class ShardStream(IterableDataset[Sample]):
+    """This rank's raw samples, from `position` on, without end.
+
+        stream = ShardStream("s3://bucket/{00000..00999}.tar", seed=0, global_batch=2048, rank=rank, world_size=8)
+        pipeline = wds.DataPipeline(stream, wds.map(decode), wds.batched(64))
+        loader = wds.WebLoader(pipeline, num_workers=8, batch_size=None)
+
+    Each sample is a dict with `__key__`, `__url__`, `__position__` (samples consumed before it, over all ranks) and
+    the bytes of each member by extension. Worker processes take turns in chunks of as many samples as their pipeline
+    puts into a batch (`wds.batched(n)`; none: single samples), so the loader's order is the same for any number of
+    workers. Where batches are made elsewhere (`DataLoader(stream, batch_size=n)`), say so by `micro_batch=n`.
+
+    To resume, pass the position reached: the number of samples that all ranks together have consumed; or keep
+    `stream.state(position)` and pass that, which also refuses data, filters or batches that changed. A sample that
+    does not verify is replaced by a deterministic substitute (`__failures__`, else empty, then says why, as JSON).
+
+    Args:
+        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these.
+        seed: decides the order, with the content of the shards, `filter`, `lanes` and `window`.
+        global_batch: samples per step over all ranks.
+        rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
+        position: where to start.
+        lanes: interleaved sub-streams; 0: chosen from `global_batch`. `world_size` must divide it.
+        window: samples shuffled together inside a lane; None: as many as fit into memory, see `DataConfig`.
+        micro_batch: samples per chunk dealt to a worker; 0: as the pipeline batches them, or if there is none the
+            rank's whole share of a global batch.
+        state: what `state` of an earlier stream returned: begins at its position, with the same data only.
+        filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`.
+        stop: position at which to end; None: never. (Several workers keep the exact order up to the last whole batch.)
+        settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
+
+    Raises:
+        ConfigError: the batch cannot be shared so, `position` is no number of samples, or `state` belongs to other data
+            or batches.
+        DataError: shards missing, denied or no tar archives.
+    """
+
+    def __init__(
+        self,
+        shards: Any,
+        *,
+        seed: int = 0,
+        global_batch: int = 64,
+        rank: int | None = None,
+        world_size: int | None = None,
+        position: int = 0,
+        lanes: int = 0,
+        window: int | None = None,
+        micro_batch: int = 0,
+        filter: FilterConfig | dict[str, Any] | None = None,
+        stop: int | None = None,
+        state: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        rules = filter if isinstance(filter, FilterConfig) else _settings(FilterConfig, "filter", filter or {})
+        if window is not None:
+            settings["window"] = window
+        settings |= {"global_batch": global_batch, "lanes": lanes, "micro_batch": micro_batch, "filter": rules}
+        self.config = _settings(DataConfig, "ShardStream", {"shards": shards, **settings})
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
+        self.seed, self.position, self.stop = seed, check_position(position), stop
+        self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
+        self.dataset: Dataset = load_or_build(store.expand(shards, patience_of(self.config)), self.config)
+        if state is not None:
+            check_state(self.state(position), state)
+            self.position = check_position(state["position"])
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What a checkpoint keeps at a position (samples consumed by all ranks together); JSON can hold it."""
+        return state_of(self.dataset, self.config, self.seed, position)
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        size = self.config.micro_batch or (info and _batch_size(info.dataset)) or self.micro_batch
+        order = order_of(self.dataset, self.config, self.seed, self.world_size)
+        chunks = Chunks(self.config, self.rank, self.world_size, self.position, size, worker, workers, self.stop)
+        reader = RowReader(self.dataset, self.config)
+        budget = self.config.prefetch_mb * 2**20 // workers
+        lanes = self.config.lane_count / self.world_size / workers
+        ahead = Prefetcher(reader, order, chunks, lanes, budget, chunks.mine)
+        try:
+            for position, shard, row, get in ahead:
+                try:
+                    sample = get()
+                    sample.update(__position__=position, __failures__="")
+                except BadSample as bad:
+                    taken = replace(reader, self.seed, position, shard, row, bad, dict)
+                    sample = {**taken.value, "__failures__": json.dumps(taken.failures)}
+                yield sample
+        finally:
+            ahead.close()
+            reader.close()
+
+    def __call__(self) -> Iterator[Sample]:
+        return iter(self)
+
+
+def _settings(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})  # type: ignore[arg-type]
+    if unknown:
+        known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
+        raise ConfigError(f"{name}: there is no {', '.join(unknown)}; it knows {known}")
+    return kind(**values)
+
+
+def _batch_size(pipeline: Any) -> int:
+    """Samples in each item that a webdataset pipeline delivers; 0 for anything else."""
+    if not isinstance(pipeline, wds.DataPipeline):
+        return 0
+    size = 1
+    for stage in pipeline.pipeline:
+        name = getattr(getattr(stage, "f", None), "__name__", "")
+        if name == "_batched":
+            size *= inspect.signature(stage.f).bind(None, *stage.args, **stage.kw).arguments.get("batchsize", 20)
+        elif name == "_unbatched":
+            size = 1
+    return size

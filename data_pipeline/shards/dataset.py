@@ -1,0 +1,241 @@
+"""All shards of a run together: how many samples each gives after the filters, and a fingerprint of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.common.progress import progress
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.order.order import Order
+from data_pipeline.shards.filters import keep_rows
+from data_pipeline.shards.index import (
+    ShardIndex,
+    build_index,
+    index_shard,
+    load_index,
+    load_meta,
+    read_index,
+    save_index,
+)
+from data_pipeline.shards.summaries import (
+    Summary,
+    read_summaries,
+    summarize,
+    summarize_meta,
+    summary_url,
+    write_summaries,
+)
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience
+
+logger = logging.getLogger(__name__)
+
+_CACHED = 64
+"""Indexes kept, unless `Dataset.expect` says otherwise."""
+_THREADS = 16
+_WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
+
+
+class Dataset:
+    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads."""
+
+    def __init__(self, summaries: list[Summary], rules: FilterConfig, patience: Patience) -> None:
+        self.summaries, self.rules, self.patience = summaries, rules, patience
+        self.urls = [summary.entry.url for summary in summaries]
+        self.counts = np.array([summary.kept for summary in summaries], np.int64)
+        self.samples = int(self.counts.sum())
+        """Samples that take part."""
+        self.total = sum(summary.samples for summary in summaries)
+        """Samples in the shards."""
+        self.dropped: Counter[str] = Counter()
+        """Samples that do not take part, by reason."""
+        self.problems: Counter[str] = Counter()
+        """Damage to shards found while indexing, by reason."""
+        for summary in summaries:
+            for reason, count in summary.dropped.items():
+                self.dropped[reason] += count
+            for reason, count in summary.problems.items():
+                self.problems[reason] += count
+        self._cache: OrderedDict[int, tuple[ShardIndex, np.ndarray]] = OrderedDict()
+        self._cached = _CACHED
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the order: shard names, contents and filters (not where the shards lie)."""
+        return str(self._description["fingerprint"])
+
+    def describe(self) -> dict[str, Any]:
+        """The fingerprint and its ingredients, for comparing two data sets."""
+        return dict(self._description)
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        names = [[store.basename(s.entry.url), s.samples, s.digest] for s in self.summaries]
+        content = hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
+        rules = {name: value for name, value in asdict(self.rules).items() if value is not None}
+        whole = hashlib.blake2b(json.dumps([content, rules, self.samples]).encode(), digest_size=8).hexdigest()
+        return {
+            "fingerprint": whole,
+            "shards": len(self.urls),
+            "samples": self.samples,
+            "content": content,
+            "filter": rules,
+        }
+
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes of shard per sample."""
+        return sum(summary.entry.size for summary in self.summaries) / max(self.total, 1)
+
+    def expect(self, lanes: float, window: int) -> None:
+        """Keeps as many indexes as windows of so many lanes need: a lane is in one window and will be in the next."""
+        shards = window * len(self.urls) / max(self.samples, 1)
+        self._cached = math.ceil(lanes * (shards + 2)) + 8
+
+    def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
+        """The index of a shard and its rows that take part."""
+        known = self._cache.get(shard)
+        if known is not None:
+            return known
+        summary = self.summaries[shard]
+        index = read_index(summary.entry.url, summary.place, self.patience)
+        if index is None or index.digest != summary.digest:
+            index = index_shard(summary.entry.url, self.patience)
+            if index.digest != summary.digest:
+                raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
+            logger.warning("%s: its index is gone or damaged; it is written again", summary.entry.url)
+            with suppress(CascadeError, OSError):
+                save_index(index, summary.place, self.patience)
+        found = index, keep_rows(index, self.rules)[0]
+        with self._lock:
+            self._cache[shard] = found
+            while len(self._cache) > self._cached:
+                self._cache.popitem(last=False)
+        return found
+
+    def key(self, shard: int, row: int) -> str:
+        """The key of a sample; `row` counts the samples that take part."""
+        index, rows = self.index(shard)
+        return index.key(int(rows[row]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(_cache=OrderedDict())
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+def window_of(dataset: Dataset, config: DataConfig) -> int:
+    """The window in force: `data.window`, or one whose samples memory can hold, so that over s3:// whole windows are
+    read. It depends on what the order depends on, and not on the number of processes."""
+    if config.window:
+        return config.window
+    room = _WINDOW_BYTES * max(config.global_batch / 256, 1) / config.lane_count
+    samples = min(max(room / max(dataset.mean_bytes, 1), _SMALLEST_WINDOW), 1024)
+    return 1 << int(math.log2(samples))
+
+
+def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order:
+    """The order of a run, of which a process will follow its share of the lanes."""
+    window = window_of(dataset, config)
+    dataset.expect(config.lane_count / world_size, window)
+    return Order(dataset.counts, seed, config.lane_count, window)
+
+
+def patience_of(config: DataConfig) -> Patience:
+    return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s)
+
+
+def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
+    """The data set of these shards; shards without a fitting index are indexed first, and the log says so.
+
+    Raises:
+        DataError: a shard is missing or no tar archive, or the filters leave nothing.
+        StoreError: the store stayed broken.
+    """
+    patience = patience_of(config)
+    entries = store.describe(urls, patience)
+    known_at = summary_url(entries, config.filter, config.index_dir)
+    known = read_summaries(known_at, entries, patience)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        loaded = list(pool.map(lambda entry: known.get(entry.url) or _load(entry, config, patience), entries))
+        missing = [number for number, summary in enumerate(loaded) if summary is None]
+        if missing:
+            logger.warning(
+                "no index for %d of %d shards: building it now, once (`cascade index` does it ahead)",
+                len(missing), len(urls),
+            )  # fmt: skip
+            for number, summary in _build_all(missing, entries, config, patience, pool):
+                loaded[number] = summary
+    summaries = [summary for summary in loaded if summary is not None]
+    if len(known) < len(summaries):
+        write_summaries(known_at, summaries, patience)
+    dataset = Dataset(summaries, config.filter, patience)
+    _report(dataset)
+    return dataset
+
+
+def _build_all(
+    missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience, pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, Summary]]:
+    """Indexes shards with a progress bar. Ranks begin at different places and take what others have finished."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    start = rank * len(missing) // max(world, 1)
+    order = missing[start:] + missing[:start]
+
+    def build(number: int) -> tuple[int, Summary]:
+        found = _load(entries[number], config, patience)
+        if found is None:
+            index = build_index(entries[number], config.index_dir, patience)
+            found = summarize(index, entries[number], index.place, config.filter)
+        return number, found
+
+    yield from progress(pool.map(build, order), total=len(order), desc="index", unit="shard", disable=len(order) < 8)
+
+
+def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:
+    if not any(value is not None for value in vars(config.filter).values()):
+        found = load_meta(entry, config.index_dir, patience)
+        if found is not None:
+            return summarize_meta(found[0], entry, found[1])
+    index = load_index(entry.url, config.index_dir, entry, patience)
+    return None if index is None else summarize(index, entry, index.place, config.filter)
+
+
+def _report(dataset: Dataset) -> None:
+    for summary in dataset.summaries:
+        damage = {name: n for name, n in summary.problems.items() if name not in summary.dropped and name != "bad_json"}
+        if damage:
+            logger.warning("%s: %s", summary.entry.url, ", ".join(f"{n} x {name}" for name, n in damage.items()))
+        if summary.compressed:
+            logger.warning("%s: it is compressed, so every read begins at its start; store it as plain tar",
+                           summary.entry.url)  # fmt: skip
+    if dataset.dropped:
+        reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())
+        logger.warning("%d of %d samples take part; left out: %s", dataset.samples, dataset.total, reasons)
+    if not dataset.samples:
+        reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped + dataset.problems).most_common())
+        raise DataError(
+            f"data.shards: no sample of {dataset.total} in {len(dataset.urls)} shards is left "
+            f"({reasons or 'all empty'}); loosen data.filter or give other shards"
+        )

@@ -1,0 +1,327 @@
+"""Text embeddings computed ahead: one sidecar file per shard, joined to its samples by key and caption.
+
+A sidecar `00000.embeddings.safetensors` belongs to `00000.tar`. It is a plain safetensors file with
+
+    tokens    bf16 or int8 (sum of T, D)   the tokens of all captions one after another, each at its true length T
+    scales    fp32 (sum of T,)             int8 only: what a token's integers are multiplied by
+    starts    int64 (captions + 1,)        where each caption's tokens begin
+    keys      uint64 (captions,)           hash of the sample's key
+    captions  uint64 (captions,)           hash of the caption's text
+    checksums uint64 (captions,)           xxh3-64 of its tokens and scales
+
+and, under `cascade` in its metadata, what it was made of: the digest of the shard and the identity of the encoder.
+Reading refuses whatever does not fit: another shard, another encoder, a key or a caption that is not there; a sample
+whose embedding is damaged counts as bad.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.common.errors import BadSample, ConfigError, DataError
+from data_pipeline.shards.index import key_hash
+from data_pipeline.storage import store
+
+VERSION = 2
+DTYPES = ("bf16", "int8")
+_OPEN_SIDECARS = 64
+_ARRAYS = ("tokens", "starts", "keys", "captions", "checksums", "scales")
+_NAMES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+}
+"""What safetensors calls a dtype -> how numpy reads it (bf16 as its 16 bits)."""
+
+
+def sidecar_url(shard: str, folder: str | None = None) -> str:
+    """Where the sidecar of a shard lies: in `folder`, or beside the shard."""
+    name = re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".embeddings.safetensors"
+    return store.join(folder or store.parent(shard) or ".", name)
+
+
+def caption_hash(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the upper 16 bits as uint16, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 (T, D) -> int8 (T, D) and the fp32 (T,) scale of each token; the error is at most half a scale."""
+    scales = np.abs(values).max(axis=1, initial=0.0).astype(np.float32) / 127
+    steps = values / np.where(scales > 0, scales, 1)[:, None]
+    return np.rint(steps).astype(np.int8), scales
+
+
+class SidecarWriter:
+    """Writes one sidecar; the file appears whole on `close`.
+
+    Args:
+        url: see `sidecar_url`.
+        facts: what it is made of, kept in its metadata.
+        dim: width D.
+        dtype: `bf16` (exact to 3 digits) or `int8` (half the size, exact to about 1 % of the largest value of a token).
+    """
+
+    def __init__(self, url: str, facts: Mapping[str, Any], dim: int, dtype: str = "bf16") -> None:
+        self._url, self._facts, self._dim, self._dtype = url, {**facts, "version": VERSION}, dim, dtype
+        self._tokens = tempfile.TemporaryFile()  # noqa: SIM115
+        self._lengths: list[int] = []
+        self._scales: list[np.ndarray] = []
+        self._hashes: list[tuple[int, int, int]] = []
+
+    def add(self, key: str, caption: str, tokens: np.ndarray) -> None:
+        """One caption of one sample; `tokens` is fp32 (T, D)."""
+        scales = np.zeros(0, "<f4")
+        if self._dtype == "int8":
+            data, scales = to_int8(tokens)
+            self._scales.append(scales)
+        else:
+            data = to_bf16(tokens)
+        content = np.ascontiguousarray(data).tobytes()
+        self._tokens.write(content)
+        self._lengths.append(len(tokens))
+        self._hashes.append((key_hash(key), caption_hash(caption), _checksum(content, scales)))
+
+    def close(self) -> None:
+        starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<i8")
+        hashes = np.array(self._hashes, "<u8").reshape(-1, 3)
+        arrays = {"starts": starts, "keys": hashes[:, 0], "captions": hashes[:, 1], "checksums": hashes[:, 2]}
+        if self._dtype == "int8":
+            arrays["scales"] = np.concatenate([np.zeros(0, "<f4"), *self._scales]).astype("<f4")
+        kinds = {"starts": "I64", "keys": "U64", "captions": "U64", "checksums": "U64", "scales": "F32"}
+        header: dict[str, Any] = {"__metadata__": {"cascade": json.dumps(self._facts)}}
+        end = 0
+        for name, array in arrays.items():
+            header[name] = {"dtype": kinds[name], "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+            end += array.nbytes
+        size = self._tokens.tell()
+        kind = "I8" if self._dtype == "int8" else "BF16"
+        header["tokens"] = {"dtype": kind, "shape": [int(starts[-1]), self._dim], "data_offsets": [end, end + size]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        head = (
+            struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
+        )
+        self._tokens.seek(0)
+        if store.is_s3(self._url):
+            with tempfile.TemporaryFile() as whole:
+                whole.write(head)
+                shutil.copyfileobj(self._tokens, whole, 1 << 22)
+                store.upload(self._url, whole)
+        else:
+            _write_local(store.local_path(self._url), head, self._tokens)
+        self._tokens.close()
+
+
+def _checksum(content: bytes, scales: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(content + scales.astype("<f4").tobytes())
+
+
+def _write_local(path: str, head: bytes, tokens: Any) -> None:
+    """Head and tokens into a file that appears whole."""
+    folder = os.path.dirname(path) or "."
+    temporary = ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{os.path.basename(path)}.", delete=False) as file:
+            temporary = file.name
+            file.write(head)
+            while piece := tokens.read(1 << 22):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+class Sidecar:
+    """One sidecar: its facts, and the tokens of any caption for one read. Memory: about 150 bytes per caption.
+
+    Raises:
+        DataError: the file is missing or is no such file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            there = store.size(url)
+            (size,) = struct.unpack("<Q", store.read_range(url, 0, min(8, there)))
+            if 8 + size > there:
+                raise ValueError(f"it ends at byte {there}, inside its header")
+            header = json.loads(store.read_range(url, 8, 8 + size))
+            self.facts: dict[str, Any] = json.loads(header["__metadata__"]["cascade"])
+            if self.facts["version"] != VERSION:
+                raise ValueError(f"version {self.facts['version']}")
+            self._base, self._header = 8 + size, header
+            whole = self._base + max(entry["data_offsets"][1] for name, entry in header.items() if name in _ARRAYS)
+            if there != whole:
+                raise ValueError(f"it has {there} bytes, its header says {whole}")
+            small = {name: self._whole(name) for name in _ARRAYS if name in header and name != "tokens"}
+            self._kind = _NAMES[header["tokens"]["dtype"]]
+            self._at, self._dim = header["tokens"]["data_offsets"][0], int(header["tokens"]["shape"][1])
+        except (ValueError, KeyError, TypeError, struct.error, DataError) as error:
+            if isinstance(error, DataError) and not store.exists(url):
+                raise
+            raise DataError(
+                f"{url}: this is no whole file of embeddings of version {VERSION} ({error}); remove it and run "
+                "`cascade embed` again"
+            ) from error
+        self._starts, self._scales, self._checksums = small["starts"], small.get("scales"), small["checksums"]
+        pairs = zip(small["keys"].tolist(), small["captions"].tolist(), strict=True)
+        self._rows = {pair: row for row, pair in enumerate(pairs)}
+        self._keys = set(small["keys"].tolist())
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def _whole(self, name: str) -> np.ndarray:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        data = store.read_range(self.url, self._base + begin, self._base + end) if end > begin else b""
+        return np.frombuffer(data, _NAMES[entry["dtype"]])
+
+    def tokens(self, key: str, caption: str) -> np.ndarray:
+        """fp32 (T, D).
+
+        Raises:
+            DataError: the sample, or this caption of it, was not embedded.
+            BadSample: `checksum`, when its bytes are not those that were written.
+        """
+        row = self._rows.get((key_hash(key), caption_hash(caption)))
+        if row is None:
+            lacking = f"caption {caption[:60]!r} of sample" if key_hash(key) in self._keys else "sample"
+            raise DataError(
+                f"{self.url}: it does not hold {lacking} {key!r}; run `cascade embed` again with this run's "
+                "data.captions, or set data.embeddings=null to encode while training"
+            )
+        first, last = int(self._starts[row]), int(self._starts[row + 1])
+        width = self._dim * self._kind.itemsize
+        begin = self._base + self._at
+        data = store.read_range(self.url, begin + first * width, begin + last * width) if last > first else b""
+        scales = np.zeros(0, "<f4") if self._scales is None else self._scales[first:last]
+        if _checksum(data, scales) != self._checksums[row]:
+            raise BadSample("checksum", f"its embedding in {self.url} is damaged; remove that and run `cascade embed`")
+        values = np.frombuffer(data, self._kind).reshape(last - first, self._dim)
+        if self._scales is None:
+            return from_bf16(values)
+        return values.astype(np.float32) * scales[:, None]
+
+
+class Embeddings:
+    """The sidecars of a data set, opened as they are needed. Safe to use from several threads.
+
+    Args:
+        folders: `data.embeddings`: a directory or s3:// prefix, or a list of them.
+        shards: URL -> digest of every shard of the data set.
+
+    Raises:
+        DataError: a shard has no sidecar.
+    """
+
+    def __init__(self, folders: Any, shards: Mapping[str, str]) -> None:
+        places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
+        self._digests = dict(shards)
+        there = {folder: set(store.list_dir(folder)) for folder in places}
+        self._urls: dict[str, list[str]] = {}
+        for shard in shards:
+            name = store.basename(sidecar_url(shard))
+            self._urls[shard] = [store.join(folder, name) for folder in places if name in there[folder]]
+            if not self._urls[shard]:
+                raise DataError(
+                    f"data.embeddings={', '.join(places)}: no {name} for {shard} lies there; run `cascade embed`"
+                )
+        self._open: OrderedDict[str, Sidecar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._identity: dict[str, Any] | None = None
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """From here on only sidecars of this encoder are read; the first one is looked at now.
+
+        Raises:
+            ConfigError: it was made by another encoder.
+        """
+        self._identity = dict(identity)
+        first = next(iter(self._urls), None)
+        if first is not None:
+            self._sidecar(first)
+
+    def lookup(self, shard: str, key: str, caption: str) -> np.ndarray:
+        """The embedding of one caption, fp32 (T, D).
+
+        Raises:
+            DataError: it is not there, or the sidecar belongs to another shard.
+            BadSample: it is damaged.
+            ConfigError: the sidecar was made by another encoder.
+        """
+        return self._sidecar(shard).tokens(key, caption)
+
+    def _sidecar(self, shard: str) -> Sidecar:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        found = [Sidecar(url) for url in self._urls[shard]]
+        fitting = [sidecar for sidecar in found if sidecar.facts.get("digest") == self._digests[shard]]
+        if not fitting:
+            raise DataError(
+                f"{found[0].url}: it was made from other content than {shard} has now; run `cascade embed` again"
+            )
+        if self._identity is not None:
+            _check_identity(fitting[0], self._identity)
+        with self._lock:
+            self._open[shard] = fitting[0]
+            while len(self._open) > _OPEN_SIDECARS:
+                self._open.popitem(last=False)
+        return fitting[0]
+
+
+def _check_identity(sidecar: Sidecar, wanted: Mapping[str, Any]) -> None:
+    made = sidecar.facts.get("encoder", {})
+    differing = [name for name in wanted if made.get(name) != wanted[name]]
+    if differing:
+        changes = ", ".join(f"{name} {made.get(name)}, the run's is {wanted[name]}" for name in differing)
+        raise ConfigError(
+            f"data.embeddings: {sidecar.url} was made by another text encoder ({changes}); give the run the same "
+            "`text`, run `cascade embed` again, or set data.embeddings=null"
+        )
+
+
+def pad(rows: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged embeddings -> text fp32 (B, T, D), zero where there is no token, and mask bool (B, T)."""
+    dim = rows[0].shape[1]
+    text = np.zeros((len(rows), max_tokens, dim), np.float32)
+    mask = np.zeros((len(rows), max_tokens), bool)
+    for number, row in enumerate(rows):
+        length = min(len(row), max_tokens)
+        text[number, :length] = row[:length]
+        mask[number, :length] = True
+    return text, mask

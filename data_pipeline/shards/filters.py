@@ -1,0 +1,66 @@
+"""Which samples take part, judged from the index alone, before a byte of them is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from data_pipeline.config import FilterConfig
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.samples import SCORES
+
+FILTERS_VERSION = 2
+"""Of the meaning of the rules: which rows the same index and settings keep."""
+
+# setting -> (index column, reason for the counter, whether a value fails); a sample without the value fails as
+# unknown_*
+_Rule = tuple[str, str, Callable[[np.ndarray, float], np.ndarray]]
+_RULES: dict[str, _Rule] = {
+    "min_side": ("side", "too_small", lambda value, limit: value < limit),
+    "max_aspect": ("aspect", "aspect_ratio", lambda value, limit: value > limit),
+    "min_aesthetic": ("aesthetic", "low_aesthetic", lambda value, limit: value < limit),
+    "max_watermark": ("watermark", "watermark", lambda value, limit: value > limit),
+    "max_unsafe": ("unsafe", "unsafe", lambda value, limit: value > limit),
+    "min_similarity": ("similarity", "low_similarity", lambda value, limit: value < limit),
+    "min_caption": ("caption_length", "short_caption", lambda value, limit: value < limit),
+    "max_caption": ("caption_length", "long_caption", lambda value, limit: value > limit),
+}
+
+
+def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Counter[str]]:
+    """Which rows of a shard take part, and how many the first rule that they broke threw out, by reason.
+
+    Returns:
+        (rows, (k,) int64 ascending; reason -> count, which sums to len(index) - k)
+    """
+    keep = np.ones(len(index), bool)
+    dropped: Counter[str] = Counter()
+    problems = index.column("problem").to_pylist() if len(index) else []
+    for row, problem in enumerate(problems):
+        if problem:
+            keep[row] = False
+            dropped[problem] += 1
+    for setting, (column, reason, fails) in _RULES.items():
+        limit = getattr(rules, setting)
+        if limit is None:
+            continue
+        values = _values(index, column)
+        if column in SCORES:
+            limit = float(np.float32(limit))  # as scores are kept: 0.3 is not above 0.3
+        for failing, name in ((np.isnan(values), f"unknown_{column}"), (fails(values, limit), reason)):
+            out = keep & failing
+            if out.any():
+                dropped[name] += int(out.sum())
+                keep &= ~out
+    return np.flatnonzero(keep), dropped
+
+
+def _values(index: ShardIndex, name: str) -> np.ndarray:
+    """A column as float64, nan where unknown."""
+    if name in ("side", "aspect"):
+        width, height = _values(index, "width"), _values(index, "height")
+        short, long = np.minimum(width, height), np.maximum(width, height)
+        return short if name == "side" else long / np.maximum(short, 1)
+    return index.column(name).to_numpy().astype(np.float64)

@@ -1,0 +1,94 @@
+"""A tar shard: walk it, index it, write it. The doors of `tar.py`, `shard_index.py` and `dataset.py` in one place."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.shards.dataset import Dataset, load_or_build
+from data_pipeline.shards.index import ShardIndex, index_shard, load_index, store_index
+from data_pipeline.shards.tar import Member, Problem, walk
+from data_pipeline.storage import store
+
+__all__ = [
+    "Dataset",
+    "Member",
+    "Problem",
+    "ShardIndex",
+    "ShardWriter",
+    "index_shard",
+    "load_index",
+    "load_or_build",
+    "store_index",
+    "walk",
+]
+
+
+class ShardWriter:
+    """Writes one shard: the same samples give the same bytes. The file appears whole, its index beside it, on `close`.
+
+        with ShardWriter("00000.tar") as shard:
+            shard.write("000000000", {"jpg": picture, "txt": caption, "json": facts})
+
+    Left by an exception it writes nothing. The path may be an s3:// URL.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = str(path) if store.is_s3(str(path)) else store.local_path(str(path))
+        self.samples = 0
+        folder = None if store.is_s3(self.path) else store.parent(self.path)
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            prefix=f".{store.basename(self.path)}.", suffix=".tmp", dir=folder, delete=False
+        )
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Adds a sample, its members in the order given.
+
+        Raises:
+            DataError: a key that readers would cut at its first dot, or an extension with a slash.
+        """
+        if not key or "." in key.rpartition("/")[2] or any("/" in name or not name for name in members):
+            raise DataError(f"{self.path}: key {key!r} with {list(members)}: readers cut a key at its first dot")
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode, info.mtime = len(data), 0o444, 0
+            self._tar.addfile(info, io.BytesIO(data))
+        self.samples += 1
+
+    def close(self) -> ShardIndex:
+        """Finishes the shard and writes its index."""
+        self._tar.close()
+        self._file.flush()
+        if store.is_s3(self.path):
+            store.upload(self.path, self._file)
+            self.abort()
+        else:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.chmod(self._file.name, 0o644)
+            os.replace(self._file.name, self.path)
+        index = index_shard(self.path)
+        store_index(index)
+        return index
+
+    def abort(self) -> None:
+        """Forgets what was written."""
+        self._file.close()
+        if os.path.exists(self._file.name):
+            os.unlink(self._file.name)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()

@@ -1,0 +1,469 @@
+"""One door to bytes: file paths and s3:// URLs. Every other module reads and writes through here."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import logging
+import mmap
+import os
+import re
+import shutil
+import stat
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage import s3
+from data_pipeline.storage.retry import DEFAULT, Patience
+
+logger = logging.getLogger(__name__)
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_MAGIC = re.compile(r"[*?\[]")
+
+
+class Stream(Protocol):
+    """Bytes in order."""
+
+    def read(self, size: int = -1) -> bytes: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Stream: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or object as the store lists it. `etag` is the store's; for a local file its modification time in ns."""
+
+    url: str
+    size: int
+    etag: str
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith("s3://")
+
+
+def local_path(url: str) -> str:
+    """The file path behind a URL that is not s3://.
+
+    Raises:
+        DataError: another scheme, which this project does not read.
+    """
+    if "://" not in url:
+        return os.path.expanduser(url)
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    raise DataError(f"{url}: only file paths and s3:// URLs can be read")
+
+
+def join(parent: str, name: str) -> str:
+    return f"{parent.rstrip('/')}/{name}" if is_s3(parent) else os.path.join(parent, name)
+
+
+def parent(url: str) -> str:
+    """The directory of a file, or the prefix of an object (without the last slash)."""
+    return url.rpartition("/")[0] if is_s3(url) else os.path.dirname(local_path(url)) or "."
+
+
+def basename(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2]
+
+
+class LocalStream:
+    """Bytes [start, end) of a file."""
+
+    def __init__(self, path: str, start: int = 0, end: int | None = None) -> None:
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise DataError(f"{path}: this is not a regular file")
+            self._file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise _local_error(path, error) from error
+        self._file.seek(start)
+        self._left = None if end is None else max(end - start, 0)
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly `size` bytes, fewer only at the end; -1: all that is left."""
+        if self._left is not None:
+            size = self._left if size < 0 else min(size, self._left)
+        piece = self._file.read(size)
+        if self._left is not None:
+            self._left -= len(piece)
+        return piece
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> LocalStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _local_error(path: str, error: OSError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: {'it links to nothing' if os.path.islink(path) else 'no such file'}")
+    return DataError(f"{path}: {error.strerror or error}")
+
+
+def open_stream(
+    url: str, start: int = 0, end: int | None = None, etag: str | None = None, patience: Patience = DEFAULT
+) -> Stream:
+    """Opens bytes [start, end) for reading in order; over s3:// a break continues at the broken byte.
+
+    Args:
+        etag: s3 only: refuse an object that is no longer this one.
+
+    Raises:
+        DataError: missing, denied, changed or shorter than asked (here, or from `read`).
+        StoreError: from `read`, when nothing arrives for `patience.deadline_s`.
+    """
+    if is_s3(url):
+        return s3.S3Stream(url, start, end, etag, patience)
+    return LocalStream(local_path(url), start, end)
+
+
+def read_range(url: str, start: int, end: int, etag: str | None = None, patience: Patience = DEFAULT) -> bytes:
+    """Bytes [start, end), all of them.
+
+    Raises:
+        DataError: the file or object is shorter.
+    """
+    with open_stream(url, start, end, etag, patience) as stream:
+        data = stream.read()
+    if len(data) != end - start:
+        raise DataError(f"{url}: it ends at byte {start + len(data)}, its index says {end}; run `cascade index` again")
+    return data
+
+
+def read_bytes(url: str, patience: Patience = DEFAULT) -> bytes:
+    """The whole content."""
+    with open_stream(url, patience=patience) as stream:
+        return stream.read()
+
+
+def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
+    """Writes a file or object that appears whole or not at all; directories are made."""
+    if is_s3(url):
+        s3.put(url, data, patience)
+        return
+    path = Path(local_path(url))
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _local_error(str(path), error) from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
+    """Writes a small file or object unless its name is taken; returns whether it was written. Of several processes that
+    create one name, one succeeds (on s3: where the store knows `If-None-Match`)."""
+    if is_s3(url):
+        return s3.put_new(url, data, patience)
+    path = local_path(url)
+    temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        write_bytes(temporary, data, patience)
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            raise _local_error(path, error) from error
+        return _create_without_link(path, data)
+    return True
+
+
+def _create_without_link(path: str, data: bytes) -> bool:
+    """The same on file systems without hard links, where a reader may see the file before its content."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _local_error(path, error) from error
+    return True
+
+
+def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
+    """Writes an open, non-empty file as one object, which appears whole; memory holds a part of it at a time."""
+    file.flush()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+        s3.put(url, view, patience)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def exists(url: str, patience: Patience = DEFAULT) -> bool:
+    """Whether a file, directory, object or prefix with something below it is there."""
+    if not is_s3(url):
+        return os.path.exists(local_path(url))
+    _, key = s3.split(url)
+    below = key.rstrip("/") + "/" if key else ""
+    found = s3.listing(url.rstrip("/"), delimiter="/", patience=patience)
+    return any(name in (key, below) or (not key) for name, _, _ in found)
+
+
+def size(url: str, patience: Patience = DEFAULT) -> int:
+    """Bytes of a file or object."""
+    if is_s3(url):
+        return s3.head(url, patience)[0]
+    try:
+        return os.stat(local_path(url)).st_size
+    except OSError as error:
+        raise _local_error(url, error) from error
+
+
+def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
+    """Names of the files and directories right below `url`, sorted; empty when it does not exist."""
+    if not is_s3(url):
+        try:
+            return sorted(os.listdir(local_path(url)))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _local_error(url, error) from error
+    prefix = url.rstrip("/") + "/"
+    _, key = s3.split(prefix)
+    names = (name[len(key) :].rstrip("/") for name, _, _ in s3.listing(prefix, "/", patience))
+    return sorted({name for name in names if name})
+
+
+def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
+    """Name -> bytes of the files right below `url`, -1 for a directory; empty when it does not exist."""
+    if not is_s3(url):
+        try:
+            with os.scandir(local_path(url)) as found:
+                return {e.name: e.stat().st_size if e.is_file() else -1 for e in found}
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise _local_error(url, error) from error
+    prefix = url.rstrip("/") + "/"
+    _, key = s3.split(prefix)
+    listed = ((name[len(key) :].rstrip("/"), length) for name, length, _ in s3.listing(prefix, "/", patience))
+    return {name: length for name, length in listed if name}
+
+
+def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT) -> None:
+    """Removes files or objects right below `folder`, without a listing; missing ones are no error."""
+    if is_s3(folder):
+        _, key = s3.split(folder.rstrip("/") + "/")
+        s3.delete(folder, [f"{key}{name}" for name in names], patience)
+        return
+    for name in names:
+        path = os.path.join(local_path(folder), name)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _local_error(path, error) from error
+
+
+def remove(url: str, patience: Patience = DEFAULT) -> None:
+    """Removes a file or object, or a directory or prefix with all below it; nothing there is no error."""
+    if is_s3(url):
+        _, key = s3.split(url)
+        if not key.strip("/"):
+            raise DataError(f"{url}: refusing to remove a whole bucket")
+        below = s3.listing(url.rstrip("/") + "/", patience=patience)
+        s3.delete(url, [key.rstrip("/"), *(name for name, _, _ in below)], patience)
+        return
+    path = local_path(url)
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+    except FileNotFoundError:
+        return  # another process removed it first
+    except OSError as error:
+        raise _local_error(path, error) from error
+
+
+def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
+    """The shards that a pattern names, in order and without repetition.
+
+    Args:
+        shards: a path, a glob (`*`, `?`, `[..]`, `**`), a brace pattern (`{00000..00099}`, `{a,b}`), a directory (all
+            its *.tar), the same under s3://, or a list of these.
+
+    Raises:
+        DataError: nothing matches, no access, no such bucket; the sentence names which.
+    """
+    if not shards:
+        raise DataError("data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
+    patterns = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
+    urls: dict[str, None] = {}
+    for pattern in patterns:
+        for one in _braces(pattern):
+            found = _expand_one(one, patience)
+            if not found:
+                raise DataError(f"data.shards={one}: no .tar shard is there{_hint(one, patience)}")
+            urls.update(dict.fromkeys(found))
+    return list(urls)
+
+
+def _braces(pattern: str) -> Iterable[str]:
+    if "{" not in pattern or (not is_s3(pattern) and os.path.exists(local_path(pattern))):
+        return [pattern]
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"data.shards={pattern}: a brace is open or closed once too often") from error
+
+
+def _expand_one(pattern: str, patience: Patience) -> list[str]:
+    if is_s3(pattern):
+        return _expand_s3(pattern, patience)
+    path = local_path(pattern)
+    if _MAGIC.search(path) and not os.path.exists(path):
+        return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
+    if os.path.isdir(path):
+        return _no_directories([os.path.join(path, name) for name in sorted(os.listdir(path)) if _is_shard_name(name)])
+    return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
+
+
+def _shards_among(found: list[str]) -> list[str]:
+    """What a glob means: where it matches shards, the indexes and tables beside them are not meant."""
+    return [name for name in found if _is_shard_name(basename(name))] or found
+
+
+def _no_directories(paths: list[str]) -> list[str]:
+    for path in paths:
+        if os.path.isdir(path) and _is_shard_name(path):
+            logger.warning("%s: this is a directory, no shard; it is left out", path)
+    return [path for path in paths if not os.path.isdir(path)]
+
+
+def _is_shard_name(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIXES) and not name.startswith(".")
+
+
+def _expand_s3(pattern: str, patience: Patience) -> list[str]:
+    bucket, key = s3.split(pattern)
+    magic = _MAGIC.search(key)
+    if magic and not (key.endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
+        matches = re.compile(_glob_regex(key)).fullmatch
+        found = s3.listing(f"s3://{bucket}/{key[: magic.start()]}", patience=patience)
+        return _shards_among([f"s3://{bucket}/{name}" for name, _, _ in found if matches(name)])
+    if key.endswith(SHARD_SUFFIXES):
+        return [pattern]
+    prefix = key.rstrip("/") + "/" if key else ""
+    found = s3.listing(f"s3://{bucket}/{prefix}", "/", patience)
+    return [f"s3://{bucket}/{name}" for name, length, _ in found if length >= 0 and _is_shard_name(basename(name))]
+
+
+def _glob_regex(pattern: str) -> str:
+    """A shell glob as a regular expression in which only `**` crosses a slash."""
+    out = ""
+    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
+        special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        if token in special:
+            out += special[token]
+        elif token.startswith("[") and token.endswith("]"):
+            out += "[" + token[1:-1].replace("!", "^", 1) + "]"
+        else:
+            out += re.escape(token)
+    return out
+
+
+def _hint(pattern: str, patience: Patience) -> str:
+    """What is there instead, for the error of an empty pattern."""
+    if not is_s3(pattern):
+        where = parent(pattern)
+        return "" if os.path.isdir(where) else f" (the directory {where!r} does not exist)"
+    bucket, key = s3.split(pattern)
+    prefix = re.split(r"[*?\[{]", key)[0].rpartition("/")[0]
+    other = next(iter(s3.listing(f"s3://{bucket}/{prefix}", patience=patience)), None)
+    if other is None:
+        return f" (bucket {bucket!r} at {s3.endpoint()} is empty below {prefix!r})"
+    return f" (bucket {bucket!r} holds for instance {other[0]!r})"
+
+
+def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
+    """Size and etag of every shard; objects are looked up by listing their prefixes, 1,000 per request.
+
+    Raises:
+        DataError: some do not exist; the first is named, the others counted.
+    """
+    by_prefix: dict[str, list[str]] = defaultdict(list)
+    for url in urls:
+        if is_s3(url):
+            by_prefix[parent(url)].append(url)
+    listed: dict[str, Entry] = {}
+    for prefix, wanted in by_prefix.items():
+        listed.update(_describe_prefix(prefix, wanted, patience))
+    for url in urls:
+        if not is_s3(url):
+            try:
+                status = os.stat(local_path(url))
+            except FileNotFoundError:
+                if os.path.islink(local_path(url)):
+                    listed[url] = Entry(url, 0, "")  # there, but unreadable: a finding about this one shard
+                continue
+            except OSError as error:
+                raise _local_error(url, error) from error
+            listed[url] = Entry(url, status.st_size, str(status.st_mtime_ns))
+    missing = [url for url in urls if url not in listed]
+    if missing:
+        more = f" and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else ""
+        raise DataError(f"data.shards: {missing[0]}{more}: no such {'object' if is_s3(missing[0]) else 'file'}")
+    return [listed[url] for url in urls]
+
+
+def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict[str, Entry]:
+    bucket, _ = s3.split(prefix)
+    if len(wanted) > 4:
+        try:
+            found = s3.listing(prefix + "/", "/", patience)
+            return {
+                url: Entry(url, length, etag)
+                for url, length, etag in ((f"s3://{bucket}/{name}", length, etag) for name, length, etag in found)
+            }
+        except s3.Denied:
+            pass  # reading may be allowed where listing is not
+    with ThreadPoolExecutor(16) as pool:
+        found_heads = list(pool.map(lambda url: _head_or_none(url, patience), wanted))
+    if not any(found_heads):
+        list_dir(prefix, patience)  # a HEAD cannot tell a missing bucket from a missing object, a listing can
+    return {url: Entry(url, *found) for url, found in zip(wanted, found_heads, strict=True) if found}
+
+
+def _head_or_none(url: str, patience: Patience) -> tuple[int, str] | None:
+    try:
+        return s3.head(url, patience)
+    except s3.Missing:
+        return None

@@ -1,0 +1,122 @@
+"""Choosing and cleaning captions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.common.errors import BadSample, ConfigError
+from data_pipeline.config import CaptionConfig
+from data_pipeline.content.captions import choose, clean, decode_text
+
+PLAIN = CaptionConfig()
+
+
+def sample(text: bytes | None = None, **fields: Any) -> dict[str, bytes]:
+    members = {"json": json.dumps(fields).encode()} if fields else {}
+    return members if text is None else members | {"txt": text}
+
+
+def test_sources_are_drawn_by_weight_and_the_same_at_the_same_position() -> None:
+    config = CaptionConfig(sources={"txt": 3.0, "json:captions": 1.0})
+    members = sample(b"own", captions=["a", "b"])
+    chosen = [choose(members, config, 1, position) for position in range(4000)]
+    assert chosen == [choose(members, config, 1, position) for position in range(4000)]
+    count = Counter(chosen)
+    assert 0.72 < count["own"] / 4000 < 0.78
+    assert set(count) == {"own", "a", "b"} and abs(count["a"] - count["b"]) < 150
+    assert chosen != [choose(members, config, 2, position) for position in range(4000)]
+
+
+@pytest.mark.parametrize(
+    "members", [sample(b" ", caption="spare"), sample(caption="spare"), sample(b"\xff", caption="spare")]
+)
+def test_a_source_without_text_leaves_its_weight_to_the_others(members: dict[str, bytes]) -> None:
+    config = CaptionConfig(sources={"txt": 1000.0, "json:caption": 1.0})
+    assert choose(members, config, 0, 0) == "spare"
+
+
+def test_invalid_json_does_not_cost_a_sample_that_has_its_text() -> None:
+    config = CaptionConfig(sources={"txt": 1.0, "json:caption": 1000.0})
+    assert choose({"txt": b"text", "json": b"{not json"}, config, 0, 0) == "text"
+
+
+@pytest.mark.parametrize(
+    ("members", "sources", "reason"),
+    [
+        ({}, {"txt": 1.0}, "missing_caption"),
+        (sample(b""), {"txt": 1.0}, "missing_caption"),
+        (sample(b" \n\t "), {"txt": 1.0}, "missing_caption"),
+        (sample(b"\x00\x01"), {"txt": 1.0}, "missing_caption"),
+        (sample("café".encode("latin-1")), {"txt": 1.0}, "bad_text"),
+        ({"json": b"{"}, {"json:caption": 1.0}, "bad_json"),
+        ({"json": b"[" * 100_000}, {"json:caption": 1.0}, "bad_json"),
+        (sample(caption=None), {"json:caption": 1.0}, "missing_caption"),
+        (sample(caption=7), {"json:caption": 1.0}, "missing_caption"),
+        ({"json": b"[1]"}, {"json:caption": 1.0}, "missing_caption"),
+        (sample(b"text", caption="x"), {"txt": 0.0, "json:other": 1.0}, "missing_caption"),
+    ],
+)
+def test_samples_without_a_usable_caption(members: dict[str, bytes], sources: dict[str, float], reason: str) -> None:
+    with pytest.raises(BadSample) as caught:
+        choose(members, CaptionConfig(sources=sources), 0, 0)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("  a   dog\n on\ta mat ", "a dog on a mat"),
+        ("a&nbsp;cat &amp; a &lt;hat&gt;", "a cat & a <hat>"),
+        ("<p>a <b>red</b> kite</p><br/>", "a red kite"),
+        ("i <3 you, 2 < 3 > 1", "i <3 you, 2 < 3 > 1"),
+        ("see https://example.org/x?y=1 now www.example.org", "see now"),
+        ("nul\x00 bell\x07 mark\ufeff half\ud800", "nul bell mark half"),
+        ("&#0;&#7;a", "\ufffda"),
+        ("eine Straße in 東京 🎈", "eine Straße in 東京 🎈"),
+    ],
+)
+def test_cleaning(raw: str, cleaned: str) -> None:
+    assert clean(raw, PLAIN) == cleaned
+
+
+def test_without_cleaning_only_control_characters_go() -> None:
+    assert clean("<b>two\n lines</b>\x00", CaptionConfig(clean=False)) == "<b>two\n lines</b>"
+
+
+def test_long_texts_are_cut_before_and_after_cleaning() -> None:
+    assert clean("x" * 100_000, CaptionConfig(max_characters=77)) == "x" * 77
+    assert clean("<" * 1_000_000, PLAIN) == "<" * 1000
+
+
+@given(st.text(max_size=300), st.booleans(), st.integers(1, 50))
+def test_cleaned_texts_are_short_encodable_and_free_of_controls(text: str, full: bool, limit: int) -> None:
+    cleaned = clean(text, CaptionConfig(clean=full, max_characters=limit))
+    assert len(cleaned) <= limit
+    assert cleaned.encode("utf-8").decode("utf-8") == cleaned
+    assert not any(ord(character) < 32 and character not in "\t\n\v\f\r" for character in cleaned)
+    if full:
+        assert cleaned == " ".join(cleaned.split())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
+    assert decode_text("ein Hügel".encode(encoding)) == "ein Hügel"
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ({"txt": 0.0}, "at least one"),
+        ({"text": 1.0}, "neither txt nor json:FIELD"),
+        ({"txt": -1.0}, "must not be negative"),
+    ],
+)
+def test_impossible_sources_are_refused(sources: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CaptionConfig(sources=sources)

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+
+from data_pipeline import ShardStream
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.reading.prefetch import Prefetcher
+from data_pipeline.storage import store
+from tests.data_pipeline.small_shards import members, write_shards
+
+COUNTS = [13, 7, 0, 19, 5, 16]  # 60 samples, uneven
+BATCH, LANES, WINDOW = 16, 8, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("shards")
+    write_shards(path, COUNTS)
+    return str(path)
+
+
+def stream(shards: Any, **options: Any) -> ShardStream:
+    return ShardStream(shards, **{"seed": 3, "global_batch": BATCH, "lanes": LANES, "window": WINDOW, **options})
+
+
+def batches_of(parts: list[list[str]], world_size: int) -> list[list[str]]:
+    """The ranks' key lists -> the keys of each global batch."""
+    share = BATCH // world_size
+    steps = len(parts[0]) // share
+    return [[key for part in parts for key in part[step * share : (step + 1) * share]] for step in range(steps)]
+
+
+def keys(shards: Any, world_size: int, workers: int, steps: int, **options: Any) -> list[list[str]]:
+    """Keys per global batch as `world_size` ranks with that many worker processes read them."""
+    parts = []
+    for rank in range(world_size):
+        start = options.get("position", 0)
+        source = stream(shards, rank=rank, world_size=world_size, stop=start + steps * BATCH, **options)
+        pipeline = wds.DataPipeline(source, wds.map(_key), wds.batched(source.micro_batch, collation_fn=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more workers than cores
+            loader = wds.WebLoader(pipeline, num_workers=workers, batch_size=None)
+            parts.append([key for batch in loader for key in batch])
+    return batches_of(parts, world_size)
+
+
+def _key(sample: dict[str, Any]) -> str:
+    return sample["__key__"]
+
+
+@pytest.fixture(scope="module")
+def reference(folder: str) -> list[list[str]]:
+    return keys(folder, 1, 0, 15)
+
+
+def test_every_sample_once_per_epoch_and_batches_straddle_epochs(reference: list[list[str]]) -> None:
+    read = [key for batch in reference for key in batch]
+    n = sum(COUNTS)
+    by_position = {}
+    order = stream_positions(15 * BATCH)
+    for position, key in zip(order, read, strict=True):
+        by_position[position] = key
+    for epoch in range(4):
+        counted = Counter(by_position[p] for p in range(epoch * n, (epoch + 1) * n))
+        assert len(counted) == n and set(counted.values()) == {1}
+
+
+def stream_positions(count: int) -> list[int]:
+    from data_pipeline.order.order import rank_positions
+
+    return [p for step in range(count // BATCH) for p in rank_positions(step, BATCH, LANES, 0, 1).tolist()]
+
+
+@pytest.mark.parametrize(
+    "world_size, workers, micro_batch", [(1, 1, 0), (1, 3, 0), (2, 0, 0), (2, 3, 4), (4, 0, 2), (4, 1, 0), (8, 0, 0)]
+)
+def test_same_batches_on_any_number_of_ranks_and_workers(
+    folder: str, reference: list[list[str]], world_size: int, workers: int, micro_batch: int
+) -> None:
+    assert keys(folder, world_size, workers, 5, micro_batch=micro_batch) == reference[:5]
+
+
+@pytest.mark.parametrize("world_size, workers, steps_done", [(1, 0, 1), (2, 1, 4), (4, 0, 7), (1, 3, 9)])
+def test_resume_anywhere_with_another_layout(
+    folder: str, reference: list[list[str]], world_size: int, workers: int, steps_done: int
+) -> None:
+    resumed = keys(folder, world_size, workers, 4, position=steps_done * BATCH)
+    assert resumed == reference[steps_done : steps_done + 4]
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5, 0])
+def test_workers_deal_as_their_pipeline_batches(folder: str, reference: list[list[str]], batch: int) -> None:
+    """Nobody tells the stream how large batches are, nor need they fit the rank's share of 8 samples."""
+    parts = []
+    for rank in range(2):
+        stages = [wds.map(_key), *([wds.batched(batch, collation_fn=None)] if batch else [])]
+        pipeline = wds.DataPipeline(stream(folder, rank=rank, world_size=2), *stages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = wds.WebLoader(pipeline, num_workers=3, batch_size=None)
+            items = islice(loader, 8 * 5 // max(batch, 1))
+            parts.append([key for item in items for key in (item if batch else [item])])
+    assert batches_of(parts, 2) == reference[:5]
+
+
+def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[list[str]], tmp_path: Path) -> None:
+    state = json.loads(json.dumps(stream(folder).state(2 * BATCH)))
+    resumed = stream(folder, state=state, stop=4 * BATCH)
+    assert [sample["__key__"] for sample in resumed] == reference[2] + reference[3]
+    write_shards(tmp_path, [*COUNTS, 3])
+    with pytest.raises(ConfigError, match="number of shards from 6 to 7"):
+        stream(str(tmp_path), state=state)
+    with pytest.raises(ConfigError, match=r"data\.window from 4 to 5"):
+        stream(folder, state=state, window=5)
+
+
+def test_misspelt_settings_are_named(folder: str) -> None:
+    with pytest.raises(ConfigError, match="filter: there is no min_sid; it knows min_side"):
+        stream(folder, filter={"min_sid": 64})
+    with pytest.raises(ConfigError, match=r"there is no prefetch; it knows .*prefetch_mb"):
+        stream(folder, prefetch=64)
+
+
+def test_samples_are_the_members_bytes(folder: str) -> None:
+    for sample in islice(stream(folder), 20):
+        number, i = int(sample["__key__"][:5]), int(sample["__key__"][5:])
+        content = {name: value for name, value in sample.items() if not name.startswith("__")}
+        assert content == members(f"0/{number}/{i}")
+        assert sample["__url__"].endswith(f"{number:05d}.tar")
+    assert [sample["__position__"] for sample in islice(stream(folder), 20)] == stream_positions(48)[:20]
+
+
+@pytest.mark.parametrize("budget_mb, whole", [(64, True), (0, False)])
+def test_over_s3_the_order_is_the_same(
+    folder: str, reference: list[list[str]], bucket: str, monkeypatch: pytest.MonkeyPatch, budget_mb: int, whole: bool
+) -> None:
+    upload(folder, bucket)
+    seen: list[bool] = []
+
+    def watch(self: Prefetcher) -> Iterator[Any]:
+        seen.append(self.whole_windows)
+        return iterate(self)
+
+    iterate = Prefetcher.__iter__
+    monkeypatch.setattr(Prefetcher, "__iter__", watch)
+    assert keys(f"s3://{bucket}/*.tar", 2, 0, 5, prefetch_mb=budget_mb) == reference[:5]
+    assert seen == [whole, whole]
+
+
+def test_over_s3_in_worker_processes_after_the_parent_has_used_it(
+    folder: str, reference: list[list[str]], bucket: str
+) -> None:
+    upload(folder, bucket)
+    assert keys(f"s3://{bucket}/", 1, 2, 3, position=2 * BATCH) == reference[2:5]
+
+
+def upload(folder: str, bucket: str) -> None:
+    for path in sorted(Path(folder).iterdir()):
+        store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
+
+
+def test_members_that_lie_far_apart_are_requested_by_themselves(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tar that was packed kind by kind: first all pictures, then all texts."""
+    samples = {f"{i:03d}": members(str(i), longest=200_000) for i in range(24)}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for extension in ("jpg", "txt"):
+            for key, sample in samples.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(sample[extension])
+                tar.addfile(info, io.BytesIO(sample[extension]))
+    url = f"s3://{bucket}/0.tar"
+    store.write_bytes(url, (tmp_path / "0.tar").read_bytes())
+    source = stream(url, global_batch=8, stop=24)
+    requested: list[int] = []
+    read_range = store.read_range
+
+    def counted(url: str, start: int, end: int, *args: Any) -> bytes:
+        requested.append(end - start)
+        return read_range(url, start, end, *args)
+
+    monkeypatch.setattr(store, "read_range", counted)
+    read = {sample["__key__"]: sample for sample in source}
+    assert read.keys() == samples.keys()
+    assert all(read[key][name] == sample[name] for key, sample in samples.items() for name in ("jpg", "txt"))
+    size = sum(len(sample["jpg"]) + len(sample["txt"]) for sample in samples.values())
+    assert sum(requested) < 3 * size, "samples near the seam are read through"
+    assert caplog.text.count("lie far apart") == 1
+
+
+def test_a_compressed_shard_is_read_in_the_same_order(tmp_path: Path, folder: str, reference: list[list[str]]) -> None:
+    import gzip
+
+    for path in Path(folder).glob("*.tar"):
+        (tmp_path / path.name).write_bytes(gzip.compress(path.read_bytes()))
+    assert keys(str(tmp_path), 1, 0, 3) == reference[:3]
+
+
+def test_filters_and_stop(folder: str) -> None:
+    source = stream(folder, filter={"min_aesthetic": 5.0}, stop=40)
+    read = list(source)
+    assert len(read) == 40
+    assert source.dataset.samples < 60
+    assert all(float(s["json"].split(b'SCORE": ')[1].rstrip(b"}")) >= 5.0 for s in read)
+
+
+def test_impossible_layouts(folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"world size 3.*1, 2, 4, 8"):
+        stream(folder, rank=0, world_size=3)
+    with pytest.raises(ConfigError, match=r"data\.lanes=5"):
+        stream(folder, lanes=5)
+    with pytest.raises(ConfigError, match="rank=2"):
+        stream(folder, rank=2, world_size=2)
+    for position in (-3, 1.5, 2**70):
+        with pytest.raises(ConfigError, match=rf"position={position}: it must be a whole number"):
+            stream(folder, position=position)
+
+
+def test_rank_and_world_size_come_from_the_environment(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = stream(folder)
+    assert (source.rank, source.world_size) == (1, 2)
+
+
+def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: str, tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, COUNTS)
+    clean = {s["__position__"]: s["__key__"] for s in stream(str(tmp_path), stop=64)}
+    source = stream(str(tmp_path), stop=64)
+    index, _ = source.dataset.index(3)
+    victim = index.key(4)
+    modified = os.stat(paths[3]).st_mtime_ns
+    with open(paths[3], "r+b") as file:
+        file.seek(index.parts(4)[0].offset)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(paths[3], ns=(modified, modified))  # a bad disk leaves no trace
+    read = {s["__position__"]: s for s in source}
+    hit = [p for p, sample in read.items() if sample["__failures__"]]
+    assert hit and all(clean[p] == victim and read[p]["__key__"] != victim for p in hit)
+    assert all(json.loads(read[p]["__failures__"])[0]["reason"] == "checksum" for p in hit)
+    assert {p: s["__key__"] for p, s in read.items() if p not in hit} == {
+        p: k for p, k in clean.items() if p not in hit
+    }
+    batched = wds.DataPipeline(stream(str(tmp_path), stop=64), wds.batched(16))
+    assert [len(batch["__key__"]) for batch in batched] == [16] * 4, "a substitute has the keys of any other sample"
+    halves = [s for rank in range(2) for s in stream(str(tmp_path), stop=64, rank=rank, world_size=2)]
+    assert {s["__position__"]: s["__key__"] for s in halves} == {p: s["__key__"] for p, s in read.items()}

@@ -1,0 +1,262 @@
+"""A broken network between us and a real S3 server: what is read is whole, or the run ends with a sentence.
+
+All of it against moto, and against Ceph's radosgw where its packages are installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import ShardStream
+from data_pipeline.common.errors import DataError, StoreError
+from data_pipeline.shards import dataset
+from data_pipeline.storage import retry, s3, store
+from data_pipeline.storage.retry import Patience
+from tests.data_pipeline.small_shards import write_shards
+from tests.faultproxy import FaultProxy
+from tests.s3 import S3Server
+
+QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
+DATA = bytes(range(251)) * 12_000  # 3 MB
+
+
+@pytest.fixture(scope="session", params=["moto", "ceph"])
+def s3_process(request: pytest.FixtureRequest) -> S3Server:
+    server: S3Server = request.getfixturevalue(f"{request.param}_process")
+    return server
+
+
+@pytest.fixture
+def url(bucket: str) -> str:
+    store.write_bytes(f"s3://{bucket}/object", DATA)
+    return f"s3://{bucket}/object"
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3.forget()
+        yield proxy
+
+
+def ranges(proxy: FaultProxy) -> list[str]:
+    return [wanted for _, _, wanted, _ in proxy.log]
+
+
+@pytest.mark.parametrize("fault", ["reset", "fin", "stall"])
+def test_a_break_is_continued_at_the_broken_byte(url: str, proxy: FaultProxy, fault: str) -> None:
+    proxy.plan([f"{fault}:1500000"])
+    assert store.read_bytes(url, QUICK) == DATA
+    assert ranges(proxy)[0] == ""
+    first = int(ranges(proxy)[1].removeprefix("bytes=").split("-")[0])
+    assert 1_000_000 < first <= 1_500_000  # a reset may drop what lay in the socket's buffers
+    assert len(proxy.log) == 2
+
+
+def test_connections_that_all_die_early_still_bring_the_whole(url: str, proxy: FaultProxy) -> None:
+    proxy.plan([], default="fin:200000")
+    assert store.read_bytes(url, QUICK) == DATA
+    assert len(proxy.log) == -(-len(DATA) // 200_000)
+
+
+@pytest.mark.parametrize("fault", ["status:503", "status:500", "status:429", "reset-head", "delay:1"])
+def test_a_store_that_is_ill_for_a_while(url: str, proxy: FaultProxy, fault: str) -> None:
+    proxy.plan([fault] * 3)
+    assert store.read_range(url, 10, 100, patience=QUICK) == DATA[10:100]
+    assert len(proxy.log) == 4  # one loop: s3fs and botocore retry nothing of their own
+
+
+@pytest.mark.parametrize(
+    "fault, cause",
+    [("status:503", "SlowDown"), ("status:500", "InternalError"), ("stall:0", "Timeout"), ("fin:0", "Payload|ended")],
+)
+def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
+    url: str, proxy: FaultProxy, fault: str, cause: str
+) -> None:
+    proxy.plan([], default=fault)
+    sentence = rf"{url}: nothing arrived for \d+ s in (\d+) attempts.*last cause.*({cause})"
+    with pytest.raises(StoreError, match=sentence) as raised:
+        store.read_range(url, 0, 100, patience=Patience(stall_s=1, deadline_s=3, base_s=0.05, cap_s=0.1))
+    found = re.search(sentence, str(raised.value), re.DOTALL)
+    assert found and int(found[1]) == len(proxy.log)  # nothing beneath repeats a request on its own account
+
+
+def test_requests_other_than_reads_are_repeated_too(url: str, proxy: FaultProxy) -> None:
+    proxy.plan(["status:503", "reset-head", "ok"])
+    assert store.size(url, QUICK) == len(DATA)
+    proxy.plan(["status:500", "ok"])
+    store.write_bytes(url + "2", b"new", QUICK)
+    proxy.plan(["status:503"])
+    assert store.list_dir(url.rpartition("/")[0], QUICK) == ["object", "object2"]
+
+
+def test_an_object_that_changes_during_a_read_is_noticed(url: str, proxy: FaultProxy, s3_server: S3Server) -> None:
+    proxy.plan(["fin:1500000"])
+    with store.open_stream(url, patience=QUICK) as stream:
+        assert stream.read(1_000_000) == DATA[:1_000_000]
+        bucket, key = s3.split(url)
+        s3_server.client().put_object(Bucket=bucket, Key=key, Body=DATA[::-1])
+        with pytest.raises(DataError, match=rf"{url}: the object changed"):
+            stream.read()
+
+
+def test_credentials_revoked_during_a_read(url: str, proxy: FaultProxy) -> None:
+    proxy.plan(["fin:1000000"], default="status:403")
+    with pytest.raises(DataError, match=r"denies access.*AWS_ACCESS_KEY_ID"):
+        store.read_bytes(url, QUICK)
+    assert len(proxy.log) == 2  # a refusal is not tried again
+
+
+def test_a_server_that_comes_back(url: str, proxy: FaultProxy) -> None:
+    proxy.plan(["fin:1000000"])
+    with store.open_stream(url, patience=Patience(stall_s=1, deadline_s=30, cap_s=0.3)) as stream:
+        first = stream.read(100_000)
+        proxy.down()
+        back = threading.Timer(1.0, proxy.up)
+        back.start()
+        assert first + stream.read() == DATA
+        back.join()
+
+
+def test_a_wrong_endpoint_is_found_soon(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(s3, "FIRST_CONTACT_S", 0.5)
+    s3.forget()
+    with pytest.raises(StoreError, match=r"at http://127\.0\.0\.1:1: nothing arrived.*Could not connect"):
+        store.expand(f"s3://{bucket}/*.tar")
+
+
+# ------------------------------------------------------------------------------------------------- a whole stream
+
+OPTIONS: dict[str, Any] = {"seed": 1, "global_batch": 16, "lanes": 4, "window": 8, "stop": 96}
+
+
+@pytest.fixture
+def shards(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+    """Where the shards lie in the bucket, and the keys in the order that an undisturbed local run reads."""
+    # shorter waits than a run's
+    monkeypatch.setattr(dataset, "patience_of", lambda config: Patience(config.stall_s, config.deadline_s, 0.02, 0.2))
+    for path in write_shards(tmp_path, [20, 13, 31], longest=60_000):
+        for name in (path, path.replace(".tar", ".index.parquet")):
+            store.write_bytes(f"s3://{bucket}/{store.basename(name)}", Path(name).read_bytes())
+    return f"s3://{bucket}/*.tar", [sample["__key__"] for sample in ShardStream(str(tmp_path), **OPTIONS)]
+
+
+@pytest.mark.parametrize("budget_mb", [64, 0])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["reset:20000", "fin:5000", "status:503", "ok", "stall:30000", "status:500", "reset-head"] * 3,
+        ["flip:1000", "ok", "flip:9000", "ok", "flip:40000"],
+        ["status:503"] * 4,
+    ],
+    ids=["mixture", "flipped bytes", "503 storm"],
+)
+def test_the_stream_of_keys_is_complete_and_unchanged(
+    shards: tuple[str, list[str]], proxy: FaultProxy, faults: list[str], budget_mb: int
+) -> None:
+    url, expected = shards
+    stream = ShardStream(url, stall_s=0.5, prefetch_mb=budget_mb, **OPTIONS)
+    proxy.only = lambda method, path: path.endswith(".tar")
+    proxy.plan(faults)
+    samples = list(stream)
+    assert [sample["__key__"] for sample in samples] == expected
+    assert not any(sample["__failures__"] for sample in samples)
+
+
+def test_a_stream_outlives_its_server_for_a_while(
+    shards: tuple[str, list[str]], proxy: FaultProxy, request: pytest.FixtureRequest
+) -> None:
+    url, expected = shards
+    gone_s = {"moto": 1.0, "ceph": 20.0}[request.node.callspec.params["s3_process"]]
+    read = []
+    for sample in ShardStream(url, stall_s=1, prefetch_mb=0, **OPTIONS):
+        read.append(sample["__key__"])
+        if len(read) == 5:
+            proxy.down()
+            back = threading.Timer(gone_s, proxy.up)
+            back.start()
+    assert read == expected
+    back.join()
+
+
+@pytest.mark.parametrize(
+    "default, error, message", [("status:403", DataError, "denies access"), ("status:503", StoreError, "SlowDown")]
+)
+def test_a_stream_that_cannot_go_on_says_why(
+    shards: tuple[str, list[str]], proxy: FaultProxy, default: str, error: type[Exception], message: str
+) -> None:
+    stream = ShardStream(shards[0], stall_s=1, deadline_s=3, prefetch_mb=0, **OPTIONS)
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        for number, _ in enumerate(stream):
+            if number == 5:
+                proxy.plan([], default=default)
+    assert time.monotonic() - began < 60  # it ends; how fast is not the point
+
+
+def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str, list[str]], proxy: FaultProxy) -> None:
+    url, expected = shards
+    stream = ShardStream(url, prefetch_mb=0, **OPTIONS)
+    index, _ = stream.dataset.index(1)
+    victim, asked = index.key(3), f"bytes={index.parts(3)[0].offset}-"
+    proxy.choose = lambda method, path, wanted: "flip:0" if "00001" in path and wanted.startswith(asked) else "ok"
+    samples = list(stream)
+    hit = [sample for sample in samples if sample["__failures__"]]
+    assert len(hit) == expected.count(victim) > 0
+    assert all(json.loads(sample["__failures__"])[0]["key"] == victim for sample in hit)
+    for sample, key in zip(samples, expected, strict=True):
+        assert (sample["__key__"] == key) == (key != victim)
+
+
+def test_what_a_store_cannot_do_is_not_retried(url: str, proxy: FaultProxy) -> None:
+    proxy.plan([], default="status:501")
+    with pytest.raises(DataError, match="refuses the request"):
+        store.write_bytes(url, b"x", QUICK)
+    assert len(proxy.log) == 1
+
+
+def test_a_store_without_multi_object_delete(url: str, proxy: FaultProxy) -> None:
+    """Google Cloud Storage answers 501, others want a Content-MD5."""
+    folder = url.rpartition("/")[0]
+    for name in ("1", "2", "3"):
+        store.write_bytes(f"{folder}/d/{name}", b"x")
+    proxy.log.clear()
+    proxy.plan(["status:501"])
+    store.remove_files(f"{folder}/d", ["1", "2", "missing"], QUICK)
+    assert store.sizes(f"{folder}/d") == {"3": 1} and store.sizes(folder) == {"d": -1, "object": len(DATA)}
+    store.remove_files(f"{folder}/d", ["3", "2"], QUICK)
+    assert [entry[0] for entry in proxy.log].count("POST") == 1, "it has learned"
+
+
+def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) -> None:
+    assert store.create(f"{url}-new", b"1") and not store.create(f"{url}-new", b"2")
+    assert store.read_bytes(f"{url}-new") == b"1"
+    proxy.plan(["status:501"])
+    assert store.create(f"{url}-new", b"3") and store.read_bytes(f"{url}-new") == b"3"
+
+
+def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a request gives up soon; others keep their deadline."""
+    monkeypatch.setattr(retry, "HURRY_S", 0.2)
+    proxy.plan([], default="status:503")
+    retry.hurry_up()
+    try:
+        with pytest.raises(StoreError, match="gives up"):
+            store.write_bytes(url, b"x", replace(QUICK, hurry=True, deadline_s=1e9))
+        proxy.plan(["status:503"] * 60)
+        store.write_bytes(url, DATA, QUICK)
+    finally:
+        retry.hurry_up(now=False)

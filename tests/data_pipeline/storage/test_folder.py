@@ -1,0 +1,66 @@
+"""Checkpoints in an object store over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.storage.folder import LocalFolder, RemoteFolder, open_folder
+from training.checkpoint import store as checkpoint_module
+from training.checkpoint.store import MANIFEST, CheckpointStore
+from training.processes.distributed import Ranks
+from training.processes.endings import Superseded
+
+ONE = Ranks()
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {f"param/{i}": torch.randn(20, 10, generator=generator) for i in range(4)}
+
+
+def test_checkpoints_in_a_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "PART_BYTES", 1000)
+    store = CheckpointStore(f"s3://{bucket}/runs/a/checkpoints")
+    assert store.newest() is None
+    store.claim(ONE)
+    for step in (1, 2, 3):
+        store.save(step, tensors(step), {"position": step}, ONE)
+    assert store.steps() == [3, 2, 1] and store.newest_whole() == 3
+    found = store.newest()
+    assert found is not None and found.meta == {"position": 3}
+    assert all(torch.equal(found.read(name), wanted) for name, wanted in tensors(3).items())
+    assert store.prune(keep_last=2) == [1]
+    assert store.steps() == [3, 2]
+
+    name = found.manifest["files"][1]["name"]
+    folder = RemoteFolder(f"s3://{bucket}/runs/a/checkpoints/step-00000003")
+    folder.write(name, [folder.read(name)[:-1]])
+    found = store.newest()
+    assert found is not None and found.step == 2
+
+    later = CheckpointStore(f"s3://{bucket}/runs/a/checkpoints")
+    assert later.claim(ONE) == 2
+    with pytest.raises(Superseded):
+        store.save(4, tensors(4), {}, ONE)
+    assert 4 not in later.steps() or later.folder.sub("step-00000004").size(MANIFEST) is None
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_both_kinds_of_folder_alike(remote: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    where = f"s3://{request.getfixturevalue('bucket')}/x" if remote else str(tmp_path / "x")
+    folder = open_folder(where)
+    assert isinstance(folder, RemoteFolder if remote else LocalFolder) and str(folder) == where
+    assert folder.names() == [] and folder.size("a") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read("a")
+    folder.write("a", [b"12", memoryview(b"345")])
+    folder.sub("deeper").write("b", [b""])
+    assert folder.names() == ["a", "deeper"]
+    assert folder.size("a") == 5 and folder.read("a") == b"12345" and folder.fetch("a").read_bytes() == b"12345"
+    folder.remove("a")
+    folder.remove("a")
+    folder.sub("deeper").remove_all()
+    assert folder.sub("deeper").names() == []

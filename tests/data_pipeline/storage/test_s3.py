@@ -1,0 +1,129 @@
+"""The S3 door against a real server over HTTP. Broken servers are in test_faults.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage import s3, store
+from data_pipeline.storage.retry import Patience
+from tests.s3 import S3Server
+
+QUICK = Patience(stall_s=2, deadline_s=5)
+
+
+def test_read_and_write(bucket: str) -> None:
+    url = f"s3://{bucket}/deep/odd name +&é.bin"
+    data = bytes(range(256)) * 12_000
+    store.write_bytes(url, data)
+    assert store.read_bytes(url) == data
+    assert store.read_range(url, 1_000_000, 2_500_001) == data[1_000_000:2_500_001]
+    assert store.size(url) == len(data)
+    with store.open_stream(url, 5) as stream:
+        assert stream.read(7) == data[5:12]
+        assert stream.read() == data[12:]
+        assert stream.read(1) == b""
+
+
+def test_empty_object(bucket: str) -> None:
+    store.write_bytes(f"s3://{bucket}/empty", b"")
+    assert store.read_bytes(f"s3://{bucket}/empty") == b""
+
+
+def test_multipart_upload(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+    data = bytes(range(256)) * (11 << 12)
+    store.write_bytes(f"s3://{bucket}/large", data)
+    assert store.read_bytes(f"s3://{bucket}/large") == data
+
+
+def test_exists_list_and_remove(bucket: str) -> None:
+    for name in ("a/1", "a/2", "a/b/3", "ab", "a"):
+        store.write_bytes(f"s3://{bucket}/{name}", b"x")
+    assert store.list_dir(f"s3://{bucket}") == ["a", "ab"]
+    assert store.list_dir(f"s3://{bucket}/a") == ["1", "2", "b"]
+    assert store.list_dir(f"s3://{bucket}/none") == []
+    assert store.exists(f"s3://{bucket}/a/b") and not store.exists(f"s3://{bucket}/a/c")
+    store.remove(f"s3://{bucket}/a")
+    assert store.list_dir(f"s3://{bucket}") == ["ab"]
+    with pytest.raises(DataError, match="whole bucket"):
+        store.remove(f"s3://{bucket}/")
+
+
+def test_expand_and_describe(bucket: str, s3_server: S3Server) -> None:
+    client = s3_server.client()
+    for number in range(7):
+        client.put_object(Bucket=bucket, Key=f"set/part-{number % 2}/{number:05d}.tar", Body=b"x" * number)
+        client.put_object(Bucket=bucket, Key=f"set/part-{number % 2}/{number:05d}.json", Body=b"x")
+    base = f"s3://{bucket}/set"
+    assert store.expand(f"{base}/part-0") == [f"{base}/part-0/{n:05d}.tar" for n in (0, 2, 4, 6)]
+    assert store.expand(f"{base}/part-*/*.tar") == [f"{base}/part-{n % 2}/{n:05d}.tar" for n in (0, 2, 4, 6, 1, 3, 5)]
+    assert store.expand(f"{base}/**/0000[12].tar") == [f"{base}/part-0/00002.tar", f"{base}/part-1/00001.tar"]
+    assert store.expand(f"{base}/part-1/{{00001,00003}}.tar") == [f"{base}/part-1/{n:05d}.tar" for n in (1, 3)]
+    entries = store.describe(store.expand(f"{base}/part-*/*.tar"))
+    assert [entry.size for entry in entries] == [0, 2, 4, 6, 1, 3, 5]
+    assert entries[1].etag == client.head_object(Bucket=bucket, Key="set/part-0/00002.tar")["ETag"].strip('"')
+    with pytest.raises(DataError, match=r"00000\.tar and 2 more of 6: no such object"):
+        store.describe(store.expand(f"{base}/part-1/{{00000..00005}}.tar"))
+
+
+def test_more_than_a_page_of_objects(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PAGE", 3)
+    urls = [f"s3://{bucket}/{number:05d}.tar" for number in range(8)]
+    for url in urls:
+        store.write_bytes(url, b"")
+    assert store.expand(f"s3://{bucket}/") == urls
+
+
+def mistakes(bucket: str) -> dict[str, str]:
+    return {
+        f"s3://{bucket}/*.tar": f"no .tar shard is there .*{bucket}' .* is empty",
+        f"s3://{bucket}/00000.tar": "no such object",
+        f"s3://{bucket}/{{00000..00009}}.tar": r"00000\.tar and 9 more of 10: no such object",
+        "s3://no-such-bucket/x/": "the bucket 'no-such-bucket' does not exist .*AWS_ENDPOINT_URL",
+        "s3://no-such-bucket/00000.tar": "the bucket 'no-such-bucket' does not exist",
+    }
+
+
+def test_mistakes_are_named_at_once(bucket: str) -> None:
+    for pattern, message in mistakes(bucket).items():
+        with pytest.raises(DataError, match=message):
+            store.describe(store.expand(pattern))
+
+
+def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    s3.forget()
+    with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is no address"):
+        store.expand(f"s3://{bucket}/")
+
+
+def test_wrong_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_bytes(f"s3://{bucket}/00000.tar", b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3.forget()
+    for pattern in (f"s3://{bucket}/", f"s3://{bucket}/00000.tar", f"s3://{bucket}/{{00000..00009}}.tar"):
+        with pytest.raises(DataError, match=f"denies access to bucket '{bucket}'.*403.*AWS_SECRET_ACCESS_KEY"):
+            store.describe(store.expand(pattern))
+
+
+def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    s3.forget()
+    with pytest.raises(DataError, match=r"no credentials .*AWS_ACCESS_KEY_ID"):
+        store.read_bytes(f"s3://{bucket}/x")
+
+
+def test_a_changed_or_shorter_object_is_noticed(bucket: str) -> None:
+    url = f"s3://{bucket}/x"
+    store.write_bytes(url, b"0123456789")
+    etag = store.describe([url])[0].etag
+    store.write_bytes(url, b"9876543210")
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        store.read_range(url, 2, 5, etag)
+    for start in (8, 20):
+        with pytest.raises(DataError, match="index"):
+            store.read_range(url, start, 30)

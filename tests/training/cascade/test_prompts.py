@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError, DataError
+from training.cascade.prompts import read_prompts
+
+
+def test_lists_and_single_prompts() -> None:
+    assert read_prompts(None) == []
+    assert read_prompts(" a cat ") == ["a cat"]
+    assert read_prompts(["a cat", "", " a dog ", 7]) == ["a cat", "a dog", "7"]
+    assert read_prompts(["a", "", "b"], keep_blank=True) == ["a", "", "b"]
+
+
+def test_text_files(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffa cat\r\n\r\n 蓝天 \r\na cat".encode())
+    assert read_prompts(str(file)) == ["a cat", "蓝天", "a cat"]
+
+
+def test_parti_tables_keep_quotation_marks(tmp_path: Path) -> None:
+    file = tmp_path / "parti.tsv"
+    file.write_text('Prompt\tCategory\n"a sign that says "hello"\tArts\n a cat \tAnimals\n', encoding="utf-8")
+    assert read_prompts(str(file)) == ['"a sign that says "hello"', "a cat"]
+    table = tmp_path / "p.csv"
+    table.write_text('id,prompt\n1,"a cat, a dog"\n', encoding="utf-8")
+    assert read_prompts(str(table)) == ["a cat, a dog"]
+
+
+def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
+    strange = "one \u2028 \x0b \x85 prompt"
+    file = tmp_path / "p.txt"
+    file.write_bytes(f"{strange}\r\nanother\rthird".encode())
+    assert read_prompts(str(file)) == [strange, "another", "third"]
+    table = tmp_path / "p.csv"
+    table.write_bytes(f'prompt\n{strange}\n"two\nlines"\n'.encode())
+    assert read_prompts(str(table)) == [strange, "two\nlines"]
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "prompts.md").write_text("a cat")
+    with pytest.raises(ConfigError, match=r"prompts\.md: a file of prompts must end in \.txt, \.tsv, \.csv"):
+        read_prompts(str(tmp_path / "prompts.md"))
+    with pytest.raises(DataError, match=r"prompts=.*absent\.txt: no such file"):
+        read_prompts(str(tmp_path / "absent.txt"))
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_prompts(str(file))
+    file = tmp_path / "t.tsv"
+    file.write_text("a\tb\n")
+    with pytest.raises(DataError, match="no column `Prompt`"):
+        read_prompts(str(file))
+    with pytest.raises(ConfigError, match="negative_prompts="):
+        read_prompts({"a": 1}, "negative_prompts")

@@ -1,0 +1,345 @@
+"""Checkpoints without a process group: commit, damage, fencing, pruning, places."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage.folder import LocalFolder
+from training.checkpoint import store as checkpoint_module
+from training.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore
+from training.checkpoint.writer import CheckpointWriter
+from training.config.experiment import CheckpointConfig
+from training.engine.plain import Snapshot
+from training.processes.distributed import Ranks
+from training.processes.endings import Superseded
+
+ONE = Ranks()
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    shapes = {"param/a.weight": (7, 5), "exp_avg/a.weight": (7, 5), "param/scalar": (), "param/empty": (0, 3)}
+    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**made, "buffer/b": torch.arange(5), "ema/0/half": torch.randn(3).to(torch.bfloat16)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store.claim(ONE)
+    return store
+
+
+def save(store: CheckpointStore, *steps: int) -> None:
+    for step in steps:
+        store.save(step, tensors(step), {"position": step * 8}, ONE)
+
+
+def data_file(store: CheckpointStore, step: int) -> Path:
+    return next((Path(str(store.folder)) / f"step-{step:08d}").glob("*.safetensors"))
+
+
+def test_what_was_saved_is_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "PART_BYTES", 100)
+    save(store, 5)
+    found = store.newest()
+    assert found is not None
+    assert (found.step, found.meta) == (5, {"position": 40})
+    assert len(found.manifest["files"]) > 1, "cut into parts"
+    assert found.names("param/") == ["param/a.weight", "param/scalar", "param/empty"]
+    for name, wanted in tensors(5).items():
+        if name != "ema/0/half":
+            assert torch.equal(found.read(name), wanted), name
+    assert found.read("ema/0/half").dtype == torch.bfloat16
+    assert found.shape("param/a.weight") == (7, 5)
+    with pytest.raises(KeyError):
+        found.read("param/b")
+
+
+def test_files_open_with_the_safetensors_library(store: CheckpointStore) -> None:
+    from safetensors.torch import load_file
+
+    save(store, 5)
+    assert torch.equal(load_file(data_file(store, 5))["param/a.weight"], tensors(5)["param/a.weight"])
+
+
+def test_no_checkpoint_yet(store: CheckpointStore, tmp_path: Path) -> None:
+    assert store.newest() is None
+    assert CheckpointStore(str(tmp_path / "nothing")).newest() is None
+    assert store.newest_whole() == -1
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda s: flip_a_bit(data_file(s, 3)), "does not match its checksum"),
+        (lambda s: data_file(s, 3).write_bytes(data_file(s, 3).read_bytes()[:-1]), "bytes instead of"),
+        (lambda s: data_file(s, 3).unlink(), "is missing"),
+        (lambda s: data_file(s, 3).with_name(MANIFEST).unlink(), "was never finished"),
+        (lambda s: data_file(s, 3).with_name(MANIFEST).write_text('{"step": 3, "fi'), "manifest.json is damaged"),
+        (lambda s: data_file(s, 3).with_name(MANIFEST).write_text("[]"), "manifest.json is damaged"),
+    ],
+)
+def test_damage_falls_back_and_is_named(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, damage: Any, sentence: str
+) -> None:
+    save(store, 1, 2, 3)
+    damage(store)
+    with caplog.at_level(logging.WARNING):
+        found = store.newest()
+    assert found is not None and found.step == 2
+    assert sentence in caplog.text and "step-00000003" in caplog.text
+
+
+def test_all_damaged_is_not_a_fresh_start(store: CheckpointStore) -> None:
+    save(store, 1, 2)
+    flip_a_bit(data_file(store, 1))
+    data_file(store, 2).unlink()
+    with pytest.raises(DataError, match=r"none of its checkpoints is healthy .*is missing"):
+        store.newest()
+
+
+def test_one_whose_manifest_is_damaged_is_not_a_fresh_start_either(store: CheckpointStore) -> None:
+    save(store, 1)
+    data_file(store, 1).with_name(MANIFEST).write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of its checkpoints is healthy .*manifest.json is damaged"):
+        store.newest()
+
+
+def test_a_later_start_fences_off_the_earlier(store: CheckpointStore) -> None:
+    save(store, 1)
+    later = CheckpointStore(str(store.folder))
+    assert later.claim(ONE) == store.attempt + 1
+    with pytest.raises(Superseded, match=r"attempt 2 of this run on .* has taken over"):
+        save(store, 2)
+    with pytest.raises(Superseded):
+        store.prune(1)
+    save(later, 2)
+    found = later.newest()
+    assert found is not None and found.step == 2
+
+
+def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has written its files when another start takes over and saves the same step: that one's checkpoint is
+    untouched."""
+    later = CheckpointStore(str(store.folder))
+    write = LocalFolder.write
+
+    def overtaken(self: LocalFolder, name: str, chunks: Any) -> None:
+        write(self, name, chunks)
+        if name.startswith("a0001"):
+            later.claim(ONE)
+            save(later, 7)
+
+    monkeypatch.setattr(LocalFolder, "write", overtaken)
+    with pytest.raises(Superseded):
+        save(store, 7)
+    found = later.newest()
+    assert found is not None and found.manifest["attempt"] == 2 and found.problems() == []
+
+
+def test_a_record_that_is_gone_is_nobody_elses(store: CheckpointStore) -> None:
+    """A directory that was wiped is no other attempt: the run goes on and claims it again."""
+    store.claim(Ranks())
+    store.folder.remove("attempt.json")
+    store.save(1, tensors(1), {}, Ranks())
+    assert store.newest() is not None
+    store.check_owner()
+
+
+def test_pruning_keeps_what_it_should(store: CheckpointStore) -> None:
+    save(store, 2, 4, 5, 6, 7, 8)
+    store.folder.sub("step-00000003").write("a0001-r00000-p000.safetensors", [b"left behind by a crash"])
+    store.folder.sub("step-00000009").write("a0001-r00000-p000.safetensors", [b"being written"])
+    assert sorted(store.prune(keep_last=2, keep_every=4)) == [2, 3, 5, 6]
+    assert store.steps() == [9, 8, 7, 4]
+    assert all(store.open(step).problems() == [] for step in (4, 7, 8))
+
+
+def test_pruning_keeps_the_best_and_the_last_healthy(store: CheckpointStore) -> None:
+    for step, healthy, validation in (
+        (1, True, 0.5),
+        (2, True, 0.3),
+        (3, True, None),
+        (4, False, 0.4),
+        (5, False, None),
+    ):
+        store.save(step, tensors(step), {"healthy": healthy, "validation": validation}, ONE)
+    assert store.prune(keep_last=1, keep_best=True) == [4, 1]
+    assert store.steps() == [5, 3, 2], "newest, last healthy, best"
+    assert store.prune(keep_last=1) == [2]
+    found = store.newest(wanted=lambda meta: meta["healthy"])
+    assert found is not None and found.step == 3
+
+
+def test_pruning_never_trades_a_healthy_one_for_a_damaged_one(store: CheckpointStore) -> None:
+    save(store, 6, 9)
+    data_file(store, 9).write_bytes(b"cut")
+    found = store.newest()
+    assert found is not None and found.step == 6
+    save(store, 8)
+    assert store.prune(keep_last=1) == [6]
+    found = CheckpointStore(str(store.folder)).newest()
+    assert found is not None and found.step == 8
+    save(store, 9)
+    assert store.prune(keep_last=1) == [8] and store.open(9).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: {**m, "meta": {**m["meta"], "position": 7}}, "its own checksum"),
+        (lambda m: {**m, "step": 4}, "of step 4"),
+        (lambda m: {**m, "meta": None, "sha256": ""}, "other types"),
+        (lambda m: {**m, "files": [{**f, "tensors": []} for f in m["files"]], "sha256": ""}, "damaged"),
+        (lambda m: {**m, "files": [{"name": f["name"], "tensors": {}} for f in m["files"]], "sha256": ""}, "bytes"),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_was_written_is_passed_over(
+    store: CheckpointStore, change: Any, words: str
+) -> None:
+    save(store, 3, 5)
+    manifest = Path(str(store.folder)) / "step-00000005/manifest.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    with pytest.raises(DataError, match=words):
+        store.open(5)
+    found = store.newest()
+    assert found is not None and found.step == 3 and store.newest_whole() == 3
+
+
+def test_what_cannot_be_read_at_all_is_passed_over(store: CheckpointStore) -> None:
+    save(store, 3)
+    place = Path(str(store.folder))
+    (place / "step-00000004").write_text("a file")
+    (place / "step-00000005").symlink_to(place / "step-00000005")
+    (place / "step-00000006/manifest.json").mkdir(parents=True)
+    assert store.steps() == [6, 5, 4, 3] and store.newest_whole() == 3
+    found = store.newest()
+    assert found is not None and found.step == 3
+    for step in (4, 5, 6):
+        with pytest.raises(DataError):
+            store.open(step)
+
+
+def test_two_starts_with_one_number_share_no_file(store: CheckpointStore) -> None:
+    """Both read the record before either wrote it."""
+    other = CheckpointStore(str(store.folder))
+    other.folder.remove("attempt.json")
+    other.claim(ONE)
+    assert other.attempt == store.attempt
+    save(other, 7)
+    with pytest.raises(Superseded):
+        save(store, 7)
+    assert other.open(7).problems() == []
+
+
+def test_a_damaged_record_of_attempts_stops_nobody(store: CheckpointStore) -> None:
+    store.folder.write("attempt.json", [b""])
+    assert CheckpointStore(str(store.folder)).claim(ONE) == 1
+
+
+def test_a_store_that_goes_away_during_a_save_costs_that_checkpoint_alone(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise NotADirectoryError("gone")
+
+    monkeypatch.setattr(checkpoint_module, "PART_BYTES", 100)
+    write, written = LocalFolder.write, []
+
+    def second_fails(self: LocalFolder, name: str, chunks: Any) -> None:
+        if name.endswith(".safetensors"):
+            written.append(name)
+            if len(written) == 2:
+                monkeypatch.setattr(LocalFolder, "remove", gone)
+                gone()
+        write(self, name, chunks)
+
+    monkeypatch.setattr(LocalFolder, "write", second_fails)
+    with pytest.raises(CheckpointError, match="was not written"):
+        save(store, 5)
+
+
+def test_deleting_takes_the_manifest_first(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, 1, 2)
+    monkeypatch.setattr(LocalFolder, "remove_all", lambda self: (_ for _ in ()).throw(OSError("died here")))
+    with pytest.raises(OSError):
+        store.prune(keep_last=1)
+    assert store.steps() == [2, 1]
+    with pytest.raises(DataError, match="never finished"):
+        store.open(1)
+
+
+def test_disk_full_loses_nothing_and_leaves_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, 1)
+    write = LocalFolder.write
+    monkeypatch.setattr("training.checkpoint.store.PART_BYTES", 1)
+
+    def full(self: LocalFolder, name: str, chunks: Any) -> None:
+        if name.endswith("p001.safetensors"):
+            raise OSError(28, "No space left on device")
+        write(self, name, chunks)
+
+    monkeypatch.setattr(LocalFolder, "write", full)
+    writer = CheckpointWriter(store, CheckpointConfig(), ONE)
+    writer.start(2, Snapshot(tensors(2)), {})
+    error = writer.wait()
+    assert isinstance(error, CheckpointError)
+    assert "step 2 was not written" in str(error) and "No space left" in str(error) and "make room" in str(error)
+    assert not store.folder.sub("step-00000002").names()
+    monkeypatch.setattr(LocalFolder, "write", write)
+    writer.start(3, Snapshot(tensors(3)), {})
+    assert writer.wait() is None
+    found = store.newest()
+    assert found is not None and found.step == 3
+
+
+def test_a_crash_while_writing_leaves_no_half_file(store: CheckpointStore) -> None:
+    def dies() -> Any:
+        yield b"first"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.folder.write("file", dies())
+    assert store.folder.names() == ["attempt.json"]
+
+
+def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
+    writer = CheckpointWriter(store, CheckpointConfig(keep_last=2), ONE)
+    for step in (1, 2, 3):
+        writer.start(step, Snapshot(tensors(step)), {})
+        assert writer.wait() is None
+    assert store.steps() == [3, 2]
+    assert writer.last_step == 3
+
+
+def test_an_unexpected_error_in_the_background_is_raised(store: CheckpointStore) -> None:
+    class Broken(Snapshot):
+        def assemble(self) -> dict[str, torch.Tensor]:
+            raise RuntimeError("Connection reset by peer")
+
+    writer = CheckpointWriter(store, CheckpointConfig(), ONE)
+    writer.start(1, Broken({}), {})
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        writer.wait()
+
+
+def test_another_format_is_refused(store: CheckpointStore) -> None:
+    save(store, 1)
+    path = data_file(store, 1).with_name(MANIFEST)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(DataError, match="format 99"):
+        store.open(1)

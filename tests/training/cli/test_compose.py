@@ -1,0 +1,238 @@
+"""Every YAML file under conf/ becomes a valid config, and every kind of override arrives as its user meant it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from training.cli.compose import CONF_DIR, load_config
+from training.config.commands import COMMANDS
+
+FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
+ROOTS = {f"{verb}.yaml" for verb in COMMANDS}
+
+
+def overrides_for(path: str) -> tuple[str, list[str]]:
+    """A command line that uses a file of conf/."""
+    parts = Path(path).with_suffix("").parts
+    if path in ROOTS:
+        return parts[0], []
+    if path in ("base.yaml", "quiet.yaml"):
+        return "train", []
+    if parts[0] == "recipe":
+        return "train", [f"experiment={parts[1]}", f"stage={parts[2]}"]
+    return "train", [f"{parts[0]}={parts[1]}"]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_every_file_is_a_valid_config(path: str) -> None:
+    verb, overrides = overrides_for(path)
+    config = load_config(verb, overrides)
+    assert type(config) is COMMANDS[verb][0]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_every_file_says_what_it_is(path: str) -> None:
+    text = (CONF_DIR / path).read_text()
+    if path.startswith(("experiment/", "debug/")):
+        assert text.startswith("# @package _global_\n# "), (
+            "a file that sets several sections says so, and what it is for"
+        )
+    if path.startswith("experiment/"):
+        for word in ("cascade ", "Cost:", "Result"):
+            assert word in text, "an experiment states its command, its cost and the expected result"
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_an_experiment_serves_every_command(verb: str) -> None:
+    assert load_config(verb, ["experiment=demo"]).run.name == "demo"
+
+
+def test_composing_needs_nothing_heavy() -> None:
+    import subprocess
+
+    program = "import sys; from training.cli.compose import load_config as load; load('train'); "
+    program += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_demo_experiment() -> None:
+    base, sr = (load_config("train", ["experiment=demo", *stage]) for stage in ([], ["stage=demo_sr"]))
+    assert (base.run.dir, sr.run.dir) == ("runs/demo/demo_base", "runs/demo/demo_sr")
+    assert base.bundle.runs == [base.run.dir, sr.run.dir]
+    assert base.data.shards == f"{base.prepare.output}/train"
+    assert base.cluster.processes == 2
+    assert base.wandb.mode == "offline"
+    assert not base.stage.is_super_resolution
+    assert sr.stage.image_size == 4 * sr.stage.low_res_size == 4 * base.stage.image_size
+
+
+def test_the_paper_experiment_is_literal() -> None:
+    base, sr, last = (load_config("train", ["experiment=paper", f"stage={s}"]) for s in ("base64", "sr256", "sr1024"))
+    for config in (base, sr, last):
+        assert (config.data.global_batch, config.train.steps, config.optimizer.warmup_steps) == (
+            2048,
+            2_500_000,
+            10_000,
+        )
+        assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-4, 0.0)
+        assert (config.stage.diffusion.parametrization, config.stage.diffusion.weighting) == ("eps", "paper")
+        assert (config.stage.diffusion.text_drop, config.stage.diffusion.null_text) == (0.1, "zero")
+    assert [c.optimizer.name for c in (base, sr, last)] == ["adafactor", "adamw", "adamw"]
+    assert [c.optimizer.decay for c in (base, sr, last)] == ["cosine", "cosine", "constant"]
+    assert [c.stage.diffusion.schedule for c in (base, sr, last)] == ["cosine", "cosine", "linear"]
+    assert [c.stage.sampler.guidance for c in (base, sr)] == [1.35, 8.0]
+    assert sr.optimizer.betas == [0.9, 0.999]
+    assert (last.stage.image_size, last.stage.low_res_size, last.stage.crop_size) == (1024, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.shards=s3://bucket/a/{00000..00099}.tar", "data.shards", "s3://bucket/a/{00000..00099}.tar"),
+        ("data.shards={a,b}/[0-9]*.tar", "data.shards", "{a,b}/[0-9]*.tar"),
+        ("data.shards=[a.tar,b.tar]", "data.shards", ["a.tar", "b.tar"]),
+        ("data.shards=[a/{0,1}.tar, s3://b/{0..3}.tar]", "data.shards", ["a/{0,1}.tar", "s3://b/{0..3}.tar"]),
+        (
+            "cluster.setup=[module load cuda,'export A=\"b, c\"']",
+            "cluster.setup",
+            ["module load cuda", 'export A="b, c"'],
+        ),
+        ("run.dir=/tmp/My Pictures (1)/it's=here", "run.dir", "/tmp/My Pictures (1)/it's=here"),
+        ("run=runs/x", "run.dir", "runs/x"),
+        ("run.name=2024", "run.name", "2024"),
+        ("init_from=runs/demo/bundle", "train.init_from", "runs/demo/bundle"),
+        ("debug=true", "debug", True),
+        ("debug=false", "debug", False),
+        ("zero=zero3", "zero.stage", 3),
+        ("zero.stage=2", "zero.stage", 2),
+        ("zero=offload", "zero.offload_parameters", True),
+        ("text=t5", "text.kind", "t5"),
+        ("optimizer=adafactor", "optimizer.name", "adafactor"),
+        ("tracking=disabled", "wandb.mode", "disabled"),
+        ("cluster=slurm", "cluster.kind", "slurm"),
+        ("cluster.sbatch.qos=high", "cluster.sbatch", {"qos": "high"}),
+        ("cluster.sbatch={qos: high, comment: night}", "cluster.sbatch", {"qos": "high", "comment": "night"}),
+        ("stage.model.overrides.widths=[64,64]", "stage.model.overrides", {"widths": [64, 64]}),
+        *(
+            (f"data.captions.sources={typed}", "data.captions.sources", {"json:caption": 2.0})
+            for typed in ('{"json:caption":2.0}', "{'json:caption': 2}", "{json:caption:2}", "{json:caption: 2}")
+        ),
+        ("data.captions.sources={txt:0.5,json:a_b:2}", "data.captions.sources", {"txt": 0.5, "json:a_b": 2.0}),
+        ("data.filter={min_side: 256, max_aspect: 2}", "data.filter.max_aspect", 2.0),
+        ("train.sample_prompts=[a red circle,a blue one]", "train.sample_prompts", ["a red circle", "a blue one"]),
+    ],
+)
+def test_overrides_mean_what_they_say(override: str, key: str, value: object) -> None:
+    found: object = load_config("train", [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    if isinstance(found, dict):  # a mapping keeps the other names that a file gave
+        assert isinstance(value, dict)
+        found = {name: found[name] for name in value}
+    assert found == value
+
+
+def test_the_command_line_beats_group_and_experiment() -> None:
+    config = load_config("train", ["zero.stage=2", "experiment=demo", "zero=zero3", "train.steps=9", "run.dir=here"])
+    assert (config.zero.stage, config.train.steps, config.run.dir) == (2, 9, "here")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("trian.steps=5", "trian.steps: no such key; did you mean train.steps?"),
+        ("train.stps=5", "train.stps: no such key; did you mean train.steps?"),
+        ("+train.steps_more=5", "train.steps_more: no such key; "),
+        ("steps=5", "steps: no such key; did you mean stage.sampler.steps or train.steps?"),
+        ("qwertz=5", "qwertz: no such key; the top level has seed, json, debug, run"),
+        ("data.filter={min_sid: 3}", "data.filter.min_sid: no such key; did you mean data.filter.min_side?"),
+        ("train.steps=1.5", "train.steps=1.5: it must be an integer"),
+        ("train.steps=null", "train.steps=null: it must be an integer"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: it must be a number"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9: it must be a list"),
+        ("optimizer.betas=[a,b]", "optimizer.betas[0]=[a,b]: it must be a list, each element a number"),
+        ("json=maybe", "json=maybe: it must be true or false"),
+        ("train=5", "train=5: it must be a section; its keys are steps,"),
+        ("data.captions.sources={txt: much}", "data.captions.sources.txt={txt:much}: it must be a number"),
+        ("seed=1,2", "seed=1,2: several values; write seed=[1,2] for a list, or add --multirun"),
+        ("seed=${sed}", "seed: ${sed} names a key that does not exist"),
+        ("demo", "'demo': a setting is key=value"),
+        ("=5", "'=5': a setting is key=value"),
+        ("stage=foo", "stage=foo: no such option; the options are base64, "),
+        ("zero=2", "zero=2: no such option; did you mean zero2?"),
+        ("experiment=null", "experiment=null: the options of experiment are demo, "),
+        ("debug=maybe", "debug=maybe: no such option; "),
+        ("wandb.mode=of", "wandb.mode=of: it must be online, offline or disabled"),
+        ("stage.diffusion.schedule=square", "stage.diffusion.schedule=square: it must be one of cosine, linear, edm"),
+        ("stage.model.preset=huge", "stage.model.preset=huge: it must be one of "),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", [override])
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_file_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.cli import main as cli
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrain:\n  stps: 3\n")
+    (tmp_path / "experiment/broken.yaml").write_text("# @package _global_\ntrain: [\n")
+    for name, part in (("mine", "train.stps: no such key; did you mean train.steps?"), ("broken", "broken.yaml")):
+        with pytest.raises(ConfigError) as caught:
+            cli._hydra("train", ["--config-dir", str(tmp_path), f"experiment={name}"])
+        assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stage.crop_size=128",
+        "stage.crop_size=-4",
+        "stage.image_size=0",
+        "stage.low_res_size=64",
+        "stage.name=a/b",
+        "stage.name=''",
+        "train.steps=0",
+        "train.sample_every=-1",
+        "train.timeout_s=0",
+        "train.spike_factor=-1",
+        "checkpoint.every=0",
+        "checkpoint.keep_every=-3",
+        "optimizer.lr=nan",
+        "optimizer.betas=[0.9]",
+        "optimizer.betas=[0.9,1.5]",
+        "optimizer.eps=0",
+        "optimizer.weight_decay=-1",
+        "optimizer.warmup_steps=-5",
+        "optimizer.clip_norm=-1",
+        "stage.sampler.guidance=nan",
+        "stage.sampler.gamma=2",
+        "text.max_tokens=0",
+        "text.dim=0",
+        "cluster.processes=-1",
+        "cluster.threads=-1",
+        "seed=-1",
+        "seed=99999999999999999999",
+        "run.dir=''",
+        "bundle.dir=''",
+        "sampling.columns=0",
+        "validation.every=-1",
+        "lora.rank=-1",
+        "evaluation.samples=1",
+        "data.threads=0",
+        "data.window=-1",
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_its_key(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("train", ["experiment=demo", "stage=demo_sr", override])
+    assert str(error.value).startswith(override.partition("=")[0]), error.value

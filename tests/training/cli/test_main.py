@@ -1,0 +1,264 @@
+"""The command line as a user types it: help, mistakes in one sentence, exit codes, and nothing heavy imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.cli import main as cli
+from training.cli.compose import load_config
+from training.config.commands import COMMANDS
+
+PROGRAM = """
+import sys
+from training.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    heavy = {"torch", "deepspeed", "transformers", "s3fs", "wandb"} & set(sys.modules)
+    print("heavy:", sorted(heavy), file=sys.stderr)
+"""
+
+
+def cascade(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`cascade WORDS...` in a process of its own; its last line on stderr tells which heavy packages were imported."""
+    return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def mistake(*words: str, cwd: Path) -> str:
+    """Runs a command that must fail as a user error; returns its sentence."""
+    done = cascade(*words, cwd=cwd)
+    *sentence, heavy = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert heavy == "heavy: []"
+    assert len(sentence) == 1, done.stderr
+    assert done.stdout == ""
+    assert list(cwd.iterdir()) == []
+    return sentence[0]
+
+
+@pytest.fixture()
+def fake_verb(monkeypatch: pytest.MonkeyPatch):
+    """Lets `cascade train` (or another) call a function of the test's instead of training."""
+
+    def install(main, verb: str = "train") -> None:
+        module: Any = type(sys)("fake_training")
+        module.main = main
+        monkeypatch.setitem(sys.modules, "fake_training", module)
+        monkeypatch.setitem(COMMANDS, verb, (COMMANDS[verb][0], "fake_training", "a test"))
+
+    return install
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_overview_lists_every_command(words: list[str], tmp_path: Path) -> None:
+    done = cascade(*words, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["heavy: []"]
+    for verb, (_, _, line) in COMMANDS.items():
+        assert f"  {verb} " in done.stdout
+        assert line in done.stdout
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_of_a_command(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"cascade {verb}: ")
+    assert f"cascade {verb} " in text.split("\n", 1)[1], "an example of the command itself"
+    for group in ("stage", "experiment", "zero", "text"):
+        assert f"\n  {group} " in text
+    assert "--cfg job" in text and "--multirun" in text
+
+
+def test_help_shows_the_values_that_overrides_give(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "experiment=demo", "train.steps=7", "--help"])
+    text = capsys.readouterr().out
+    assert "train.steps=7" in text
+    assert "data.shards=data/demo/train" in text
+    assert "Samples per optimizer step over all ranks." in text
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = cascade("train", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["heavy: []"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tran"], ["tran", "did you mean train?", "evaluate"]),
+        (["train", "train.stps=5"], ["train.stps: no such key", "did you mean train.steps?"]),
+        (["train", "train.steps=many"], ["train.steps=many: it must be an integer"]),
+        (["train", "stage=demo_bas"], ["stage=demo_bas: no such option", "did you mean demo_base?", "sr1024"]),
+        (["train", "zero.stage=7"], ["zero.stage=7: it must be 0, 1, 2 or 3"]),
+        (["train", "cluster.processes=3"], ["3 processes", "data.global_batch", "cluster.processes", "1, 2, 4"]),
+        (["train", "--frobnicate"], ["--frobnicate", "--help"]),
+        (["sample", "guidanc=3"], ["guidanc: no such key", "did you mean guidance?"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    sentence = mistake(*words, cwd=tmp_path)
+    assert sentence.startswith("cascade")
+    for part in expected:
+        assert part in sentence
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = cascade("train", "train.stps=5", "debug=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "train.stps: no such key" in done.stderr
+
+
+def test_cfg_job_shows_every_key_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = cascade("train", "experiment=demo", "--cfg", "job", "stage=demo_sr", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "shards: data/demo/train" in done.stdout
+    assert "log_every:" in done.stdout, "a key that no YAML file sets"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_the_last_line(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    fake_verb(lambda config: print("progress") or {"seed": config.seed, "dir": config.run.dir})
+    cli.main(["train", "json=true", "seed=3", "run=runs/here"])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "progress"
+    assert json.loads(lines[-1]) == {"seed": 3, "dir": "runs/here"}
+
+
+def test_without_json_only_the_command_prints(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    fake_verb(lambda config: {"seed": config.seed})
+    cli.main(["train"])
+    assert capfd.readouterr().out == ""
+
+
+def test_errors_of_the_command_keep_their_exit_code(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    from data_pipeline.common.errors import CascadeError
+
+    class Full(CascadeError):
+        exit_code = 75
+
+    def main(config: object) -> None:
+        raise Full("saved at step 12")
+
+    fake_verb(main)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 75
+    assert capfd.readouterr().err == "cascade train: saved at step 12\n"
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    fake_verb(lambda config: 1 / 0)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+    fake_verb(lambda config: Path("/proc/nowhere").mkdir())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    text = capfd.readouterr().err
+    assert ended.value.code == 2 and text.startswith("cascade train: /proc/nowhere: ") and text.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["train", "debug=true"])
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_other_ranks_leave_the_sentence_to_rank_0(
+    fake_verb, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "train.steps=0"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_multirun_gives_each_job_its_own_directory(fake_verb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[tuple[int, str]] = []
+    fake_verb(lambda config: seen.append((config.seed, config.run.dir)))
+    cli.main(["train", "--multirun", "seed=1,2", "stage=demo_base,demo_sr"])
+    assert seen == [
+        (1, "runs/default/demo_base/seed=1"),
+        (1, "runs/default/demo_sr/seed=1"),
+        (2, "runs/default/demo_base/seed=2"),
+        (2, "runs/default/demo_sr/seed=2"),
+    ]
+
+
+def test_multirun_separates_an_output_that_is_given(fake_verb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+    fake_verb(lambda config: seen.append(config.output), "sample")
+    cli.main(["sample", "--multirun", "seed=1,2", "output=mine"])
+    assert seen == ["mine/seed=1", "mine/seed=2"]
+
+
+def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [demo]\ntrain:\n  steps: 77\n")
+    cli.main(["train", "--config-dir", str(tmp_path), "experiment=mine", "--help"])
+    assert "train.steps=77" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config-dir", str(tmp_path / "none"), "--help"])
+    assert stopped.value.code == 2 and "no such directory" in capsys.readouterr().err
+
+
+def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("train", ["run.dir=~/runs/a", "data.shards=[~/x,s3://b/~/y]"])
+    assert config.run.dir == "/home/me/runs/a" and config.data.shards == ["/home/me/x", "s3://b/~/y"]
+
+
+def test_output_that_is_closed(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m training.cli order data.shards={tmp_path}/none >&- 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["2"]
+
+
+def test_help_into_a_closed_pipe() -> None:
+    script = f"{sys.executable} -m training.cli train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[1] in ("0", "141")
+
+
+def test_commands_inherit_no_variable_of_ours(fake_verb) -> None:
+    import os
+
+    seen: list[str | None] = []
+    fake_verb(lambda config: seen.append(os.environ.get("HYDRA_FULL_ERROR")))
+    cli.main(["train"])
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cascade tr", {"train"}),
+        ("cascade train stage=demo_s", {"stage=demo_sr"}),
+        ("cascade train optimizer.l", {"optimizer.lr="}),
+        ("cascade sample gu", {"guidance="}),
+    ],
+)
+def test_shell_completion(line: str, expected: set[str], monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    cli.main(["-sc", "query=bash"])
+    assert set(capsys.readouterr().out.split()) == expected
+
+
+def test_shell_completion_can_be_installed(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cascade", "-sc", "install=bash"])
+    cli.main()
+    assert capsys.readouterr().out.rstrip().endswith("-F hydra_bash_completion cascade")

@@ -1,0 +1,205 @@
+"""`cascade embed`: what it writes is what encoding while training gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.config import CaptionConfig, DataConfig
+from data_pipeline.content.captions import candidates, choose
+from data_pipeline.reading.loader import Loader
+from data_pipeline.shards.embeddings import Embeddings, pad
+from data_pipeline.shards.index import load_index
+from data_pipeline.storage import store
+from tests.data_pipeline.photos import copy_shards, samples
+from tests.training.text.tiny_t5 import tiny_t5
+from training.commands.embed import main, share
+from training.config.commands import EmbedCommand
+from training.config.experiment import TextConfig
+from training.text.encoder import build_text_encoder
+from training.text.identity import identity
+
+SOURCES = {"txt": 1.0, "json:captions": 1.0}
+WORDS = TextConfig(dim=32, max_tokens=16)
+
+
+def config(shards: Path, text: TextConfig = WORDS, **values: Any) -> EmbedCommand:
+    data = DataConfig(shards=str(shards), captions=CaptionConfig(sources=SOURCES))
+    return EmbedCommand(data=data, text=text, **values)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> TextConfig:
+    path = tiny_t5(tmp_path_factory.mktemp("t5"))
+    width = json.loads((Path(path) / "config.json").read_text())["d_model"]
+    return TextConfig(kind="t5", path=path, dim=width, max_tokens=16)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return copy_shards(tmp_path / "shards")
+
+
+def joined(folder: Path, shards: Path) -> Embeddings:
+    digests = {}
+    for path in sorted(shards.glob("*.tar")):
+        index = load_index(str(path))
+        assert index is not None
+        digests[str(path)] = index.digest
+    return Embeddings(str(folder), digests)
+
+
+@pytest.mark.parametrize("kind", ["words", "t5"])
+@pytest.mark.parametrize(("dtype", "error"), [("bf16", 0.01), ("int8", 0.02)])
+def test_embeddings_are_those_of_encoding_while_training(
+    kind: str, dtype: str, error: float, shards: Path, t5: TextConfig
+) -> None:
+    text = WORDS if kind == "words" else t5
+    settings = config(shards, text, dtype=dtype, batch=3)
+    done = main(settings)
+    assert done["shards"] == 2 and done["captions"] == sum(
+        len(candidates(s, settings.data.captions)) for n in (0, 1) for s in samples(n).values()
+    )
+    embeddings = joined(shards, shards)
+    embeddings.check(identity(text))
+    encoder = build_text_encoder(text)
+    for number, path in enumerate(sorted(shards.glob("*.tar"))):
+        for position, (key, sample) in enumerate(samples(number).items()):
+            caption = choose(sample, settings.data.captions, 0, position)
+            stored, mask = pad([embeddings.lookup(str(path), key, caption)], text.max_tokens)
+            expected, expected_mask = encoder.encode([caption])
+            assert np.array_equal(mask, expected_mask.numpy())
+            assert np.abs(stored - expected.numpy()).max() <= error * expected.abs().max().item()
+
+
+def test_finished_sidecars_stay_and_missing_ones_are_made(shards: Path, tmp_path: Path) -> None:
+    settings = config(shards, output=str(tmp_path / "out"))
+    first = main(settings)
+    assert first["kept"] == 0
+    kept, lost = sorted((tmp_path / "out").glob("*"))
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    again = main(settings)
+    assert again["kept"] == 1 and again["captions"] < first["captions"]
+    assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
+
+
+def test_over_s3_the_same_sidecars_come_and_are_joined(shards: Path, tmp_path: Path, bucket: str) -> None:
+    for path in sorted(shards.glob("*.tar")):
+        store.write_bytes(f"s3://{bucket}/in/{path.name}", path.read_bytes())
+    there, text = f"s3://{bucket}/in/{{00000..00001}}.tar", f"s3://{bucket}/text"
+    settings = config(shards, output=text)
+    settings.data.shards = there
+    done = main(settings)
+    assert main(settings) == {"shards": 2, "captions": 0, "kept": 2, "bytes": 0}
+    main(config(shards, output=str(tmp_path / "out")))
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name: store.read_bytes(f"{text}/{name}") for name in store.list_dir(text)} == local
+    assert done["bytes"] == sum(map(len, local.values()))
+    data = DataConfig(shards=there, global_batch=4, embeddings=text, captions=settings.data.captions)
+    loader = Loader(data, image_size=16)
+    assert loader.embeddings is not None
+    loader.embeddings.check(identity(WORDS))
+    (batch,) = next(loader)
+    loader.close()
+    assert batch.embeddings is not None
+    expected, mask = build_text_encoder(WORDS).encode(batch.captions)
+    for row, tokens in enumerate(batch.embeddings):
+        assert np.abs(tokens - expected[row][mask[row]].numpy()).max() < 0.01
+
+
+def test_processes_of_one_machine_share_the_shards(shards: Path, tmp_path: Path) -> None:
+    alone = main(config(shards, output=str(tmp_path / "alone")))
+    words = ["embed", f"data.shards={shards}", f"output={tmp_path}/two", "cluster.processes=2", "json=true"]
+    words += ["text.dim=32", "text.max_tokens=16", 'data.captions.sources={"txt":1.0,"json:captions":1.0}']
+    done = subprocess.run([sys.executable, "-m", "training.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_parts_share_the_shards(shards: Path) -> None:
+    done = [main(config(shards, part=part, parts=3)) for part in range(3)]
+    assert [one["shards"] for one in done] == [1, 1, 0]
+    joined(shards, shards)
+
+
+def test_other_captions_are_not_kept_silently(shards: Path) -> None:
+    main(config(shards))
+    settings = config(shards)
+    settings.data.captions = CaptionConfig(sources={"txt": 1.0})
+    with pytest.raises(DataError, match="made with another captions; remove it"):
+        main(settings)
+
+
+def test_sidecars_of_other_settings_are_never_overwritten(shards: Path) -> None:
+    main(config(shards))
+    with pytest.raises(DataError, match="another encoder and dtype"):
+        main(config(shards, TextConfig(dim=16, max_tokens=16), dtype="int8"))
+
+
+def test_two_shards_of_one_name_cannot_share_an_output(shards: Path, tmp_path: Path) -> None:
+    copy_shards(tmp_path / "more")
+    settings = config(shards, output=str(tmp_path / "out"))
+    settings.data.shards = [str(shards), str(tmp_path / "more")]
+    with pytest.raises(DataError, match="share one sidecar"):
+        main(settings)
+
+
+@pytest.mark.parametrize(
+    ("part", "parts", "environment", "expected"),
+    [
+        (0, 1, {}, (0, 1)),
+        (2, 5, {}, (2, 5)),
+        (0, 1, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (0, 1, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        (
+            0,
+            1,
+            {
+                "SLURM_ARRAY_TASK_ID": "4",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+            },
+            (5, 6),
+        ),
+        (0, 1, {"CASCADE_SRUN": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}, (3, 4)),
+        (0, 1, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+        (1, 2, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, (1, 2)),
+    ],
+)
+def test_processes_and_array_tasks_divide_the_shards(
+    part: int, parts: int, environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    assert share(part, parts, environment) == expected
+
+
+def test_a_part_beyond_the_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="part=3"):
+        EmbedCommand(part=3, parts=3)
+
+
+def test_an_encoder_is_known_by_its_files_not_by_its_path(t5: TextConfig, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(str(t5.path), tmp_path / "elsewhere"))
+    there = TextConfig(kind="t5", path=str(copy), dim=t5.dim, max_tokens=16)
+    assert identity(there) == identity(t5)
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = identity(there)
+    assert changed["weights"] != identity(t5)["weights"] and changed["tokenizer"] == identity(t5)["tokenizer"]
+    assert identity(TextConfig(kind="t5", path=t5.path, dim=t5.dim, max_tokens=8)) != identity(t5)

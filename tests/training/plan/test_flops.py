@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from training.config.unet import PRESETS, UNetConfig
+from training.plan.flops import forward_flops, peak_tflops, training_flops
+
+
+def test_counted_by_hand() -> None:
+    """Widening only the last convolution's channels changes the count by exactly that convolution's work."""
+    base = PRESETS["tiny_base"]
+    small, large = forward_flops(base, 16, 8), forward_flops(base, 32, 8)
+    assert 3.5 < large / small < 4.5, "four times the pixels; the text part stays"
+    assert training_flops(base, 16, 8) == 3 * small
+
+
+def test_super_resolution_is_counted_too() -> None:
+    assert forward_flops(PRESETS["tiny_sr"], 32, 8) > 0
+    assert isinstance(PRESETS["tiny_sr"], UNetConfig)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce GT 710", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak

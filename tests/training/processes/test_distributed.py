@@ -1,0 +1,202 @@
+"""The launcher and the ranks (no torch in these processes, so they start fast)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from training.config.experiment import ClusterConfig
+from training.processes.distributed import Ranks, process_count, read_ranks, run_processes, thread_count, together
+
+LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def test_ranks_from_a_launcher() -> None:
+    assert read_ranks({}) is None
+    assert read_ranks({**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Ranks(3, 1, 4)
+
+
+def test_ranks_from_srun_only_when_asked() -> None:
+    slurm = {**LAUNCHER, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    assert read_ranks(slurm) is None
+    assert read_ranks({**slurm, "CASCADE_SRUN": "1"}) == Ranks(2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although RANK is"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"RANK": "four"}, "must be numbers"),
+        ({"RANK": "4"}, "must lie between 0 and WORLD_SIZE - 1 = 3"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sentence: str) -> None:
+    environ: dict[str, str | None] = {**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **change}
+    with pytest.raises(ConfigError, match=sentence):
+        read_ranks({name: value for name, value in environ.items() if value is not None})
+
+
+def test_counts() -> None:
+    assert process_count(ClusterConfig(processes=3)) == 3
+    assert thread_count(ClusterConfig(threads=5), {"OMP_NUM_THREADS": "3"}) == 5
+    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "4"}) == 3
+    assert thread_count(ClusterConfig(), {"SLURM_CPUS_PER_TASK": "4"}) == 4
+    assert thread_count(ClusterConfig(processes=10_000), {}) == 1
+
+
+def test_together_raises_what_rank_0_raises() -> None:
+    assert together(lambda: 7, Ranks()) == 7
+    with pytest.raises(ValueError, match="no"):
+        together(lambda: (_ for _ in ()).throw(ValueError("no")), Ranks())
+
+
+def program(body: str) -> list[str]:
+    header = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+    return [sys.executable, "-c", header + textwrap.dedent(body)]
+
+
+def test_all_end_well(tmp_path: Path) -> None:
+    body = f"open(f'{tmp_path}/{{rank}}', 'w').write(os.environ['WORLD_SIZE'] + os.environ['OMP_NUM_THREADS'])"
+    environ = os.environ.pop("OMP_NUM_THREADS", None)
+    try:
+        assert run_processes(program(body), 3, threads=2) == 0
+    finally:
+        if environ is not None:
+            os.environ["OMP_NUM_THREADS"] = environ
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["32"] * 3
+
+
+def test_one_dies_and_takes_the_others_along() -> None:
+    assert run_processes(program("sys.exit(3) if rank == 1 else time.sleep(600)"), 2, grace_s=0.5) == 3
+
+
+def test_a_killed_process_is_128_plus_its_signal() -> None:
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)"
+    assert run_processes(program(body), 2, grace_s=0.5) == 128 + signal.SIGKILL
+
+
+def test_a_process_that_was_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)"
+    assert run_processes(program(body), 2, grace_s=0.5) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err.startswith("rank 1 was killed by signal 9 (SIGKILL), mostly because the machine ran")
+
+
+def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
+    """Rank 1 leaves with 75 (saved, start again); rank 0 still writes for longer than a crash would leave it."""
+    body = f"""
+    if rank == 1: sys.exit(75)
+    time.sleep(2); open('{tmp_path}/written', 'w'); sys.exit(75)
+    """
+    assert run_processes(program(body), 2, grace_s=0.5) == 75
+    assert (tmp_path / "written").exists()
+
+
+def test_the_others_may_finish_after_an_error_that_all_share(tmp_path: Path) -> None:
+    """Rank 1 leaves with 2 and says that all know; rank 0, which says why, is still busy with W&B."""
+    body = f"""
+    if rank == 1: open('{tmp_path}/agreed', 'w'); sys.exit(2)
+    time.sleep(2); open('{tmp_path}/said', 'w'); sys.exit(2)
+    """
+    assert run_processes(program(body), 2, grace_s=0.5, agreed=tmp_path / "agreed") == 2
+    assert (tmp_path / "said").exists()
+
+
+OUTER = """
+import sys
+from training.processes.distributed import run_processes
+assert "torch" not in sys.modules
+sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], 2))
+"""
+INNER = r"""
+import os, signal, sys, time
+def got(number, frame):
+    os.write(1, f"got {signal.Signals(number).name}\n".encode())
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, got)
+os.write(1, f"ready {os.getpid()}\n".encode())
+time.sleep(600)
+"""
+
+
+def start_pair() -> tuple[subprocess.Popen[str], list[int]]:
+    outer = subprocess.Popen([sys.executable, "-c", OUTER, INNER], stdout=subprocess.PIPE, text=True)
+    assert outer.stdout is not None
+    return outer, [int(outer.stdout.readline().split()[1]) for _ in range(2)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_reach_every_process(number: signal.Signals) -> None:
+    outer, _ = start_pair()
+    outer.send_signal(number)
+    out, _ = outer.communicate(timeout=60)
+    assert out.splitlines() == [f"got {number.name}"] * 2
+    assert outer.returncode == 75
+
+
+DEAF = r"""
+import os, signal, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: os.write(1, b"heard\n"))
+os.write(1, f"ready {os.getpid()}\n".encode())
+while True:
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_processes_that_hang() -> None:
+    outer = subprocess.Popen([sys.executable, "-c", OUTER, DEAF], stdout=subprocess.PIPE, text=True)
+    assert outer.stdout is not None
+    pids = [int(outer.stdout.readline().split()[1]) for _ in range(2)]
+    for _ in range(2):
+        outer.send_signal(signal.SIGINT)
+        assert [outer.stdout.readline() for _ in range(2)] == ["heard\n"] * 2
+    outer.communicate(timeout=60)
+    assert outer.returncode == 130 and all(gone(pid) for pid in pids)
+
+
+STARTING = """
+import os, sys, time
+os.write(1, b"starting\\n")
+time.sleep(0.5)
+from training.processes.endings import Signals
+with Signals() as signals:
+    sys.exit(signals.received)
+"""
+
+
+def test_a_signal_while_a_process_starts_waits_for_it() -> None:
+    """It comes before the program can handle it, and is there once it can: nothing is killed, nothing is lost."""
+    outer = subprocess.Popen(
+        [sys.executable, "-c", OUTER.replace(", 2)", ", 2, hold_signals=True)"), STARTING],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert outer.stdout is not None and outer.stdout.readline() == "starting\n"
+    outer.send_signal(signal.SIGUSR1)
+    outer.communicate(timeout=60)
+    assert outer.returncode == signal.SIGUSR1
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_no_orphan_outlives_the_launcher() -> None:
+    outer, pids = start_pair()
+    outer.kill()
+    outer.communicate(timeout=60)  # returns when the last holder of the pipe is gone
+    while not all(gone(pid) for pid in pids):  # pytest-timeout ends it if they stay
+        time.sleep(0.02)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, stop_error
+
+NAN = float("nan")
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_signal_is_remembered_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Signals() as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGUSR1, "the first one counts"
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_exit_codes() -> None:
+    error = stop_error(signal.SIGUSR2, 7, 7)
+    assert isinstance(error, Preempted) and error.exit_code == 75
+    assert "SIGUSR2 after step 7" in str(error)
+    error = stop_error(signal.SIGINT, 7, 5)
+    assert isinstance(error, Interrupted) and error.exit_code == 130
+
+
+def feed(guard: LossGuard, *losses: float) -> list[str]:
+    problems = []
+    for loss in losses:
+        problems.append(guard.problem(loss))
+        if not problems[-1]:
+            guard.accept(loss)
+    return problems
+
+
+def test_not_finite_is_never_applied() -> None:
+    assert feed(LossGuard(0.0), NAN, float("inf"), 1.0) == ["its loss is not finite"] * 2 + [""]
+
+
+def test_a_spike_needs_a_history() -> None:
+    guard = LossGuard(10.0)
+    assert not any(feed(guard, *[0.001] * (LossGuard.NEEDED - 1), 5.0)), "too early to tell"
+    assert "more" in guard.problem(1e9) or "above" in guard.problem(1e9)
+
+
+def test_what_was_refused_never_enters_the_history() -> None:
+    """A run of spikes and NaNs does not become the new normal, and does not blind the guard."""
+    guard = LossGuard(10.0)
+    feed(guard, *[1.0] * 64)
+    assert all(feed(guard, *[50.0, NAN] * 200))
+    assert guard.history == [1.0] * 64
+    assert feed(guard, 9.9) == [""]
+
+
+def test_it_goes_on_where_a_checkpoint_left_it() -> None:
+    guard = LossGuard(10.0)
+    feed(guard, *[1.0] * 80)
+    again = LossGuard(10.0, guard.history)
+    assert again.problem(11.0) == guard.problem(11.0) != ""
+    assert len(again.history) == LossGuard.WINDOW
+
+
+def test_falling_losses_are_no_spikes() -> None:
+    assert not any(feed(LossGuard(20.0), *[2.0 * 0.98**step for step in range(500)]))
+
+
+def test_switched_off() -> None:
+    assert not any(feed(LossGuard(0.0), *[1.0] * 64, 1e12))
+
+
+PROGRAM = """
+import atexit, sys, threading, time
+from training.processes.endings import run_program
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(600,)).start()
+def main():
+    sys.stdout.write("said ")
+    {end}
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [
+        ("return None", 0, ""),
+        ("return 78", 78, ""),
+        ("raise SystemExit(75)", 75, ""),
+        ("sys.exit('a sentence')", 1, "a sentence\n"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_program_ends_with_its_code_whatever_its_threads_do(end: str, code: int, says: str) -> None:
+    """What was said and what was registered for the end is not lost."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == code and done.stdout == "said registered\n"
+    assert says in done.stderr if says else not done.stderr

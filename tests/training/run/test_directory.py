@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.common.errors import ConfigError, DataError
+from training.checkpoint.provenance import code_version
+from training.config.experiment import Experiment
+from training.run.directory import RunDir, check_same_run, differences, read_json, to_dict
+
+
+def changed(**settings: object) -> dict[str, object]:
+    config = to_dict(Experiment())
+    for key, value in settings.items():
+        section = config
+        *path, name = key.split("__")
+        for part in path:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "stage__image_size",
+        "stage__model__preset",
+        "stage__diffusion__schedule",
+        "text__dim",
+        "text__sha",
+        "data__window",
+    ],
+)
+def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
+    dotted = key.replace("__", ".")
+    with pytest.raises(
+        ConfigError, match=rf"{dotted}=7: runs/x was made with {dotted}=.*set it back, or start a new run"
+    ):
+        check_same_run(to_dict(Experiment()), changed(**{key: 7}), "runs/x")
+
+
+def test_other_changes_are_told() -> None:
+    found = check_same_run(to_dict(Experiment()), changed(train__steps=7, zero__stage=3, data__shards="s3://b/x"), "x")
+    assert found == ["data.shards: null -> s3://b/x", "train.steps: 1000 -> 7", "zero.stage: 1 -> 3"]
+
+
+def test_the_overrides_of_a_model_are_one_setting() -> None:
+    """A key that comes or goes changes the network, too."""
+    before = changed(stage__model__overrides={"skip_scale": True})
+    for now in ({}, {"skip_scale": True, "dropout": 0.5}, {"skip_scale": False}):
+        with pytest.raises(ConfigError, match=r"stage\.model\.overrides="):
+            check_same_run(before, changed(stage__model__overrides=now), "runs/x")
+    less_memory = {"skip_scale": True, "checkpoint_blocks": True}
+    assert check_same_run(before, changed(stage__model__overrides=less_memory), "runs/x") == []
+
+
+def test_damaged_small_files_are_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "hours.json"
+    assert read_json(file) == {}
+    for content in ("", "[1]", "{"):
+        file.write_text(content)
+        assert read_json(file) == {} and f"{file} is damaged" in caplog.text
+        caplog.clear()
+    file.write_text('{"1": 0.5}')
+    assert read_json(file) == {"1": 0.5}
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = Experiment()
+    config.run.dir = str(tmp_path / "run")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); choose another run\.dir"):
+        RunDir(config).create()
+
+
+def test_settings_that_one_side_does_not_know() -> None:
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == [("a.c", None, 2)]
+
+
+def test_small_files(tmp_path: Path) -> None:
+    config = Experiment()
+    config.run.dir = str(tmp_path / "run")
+    run = RunDir(config)
+    run.create()
+    run.write_config(config)
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == to_dict(config)
+    code = code_version()
+    run.record_start(code, step=0, attempt=1, world_size=2)
+    run.record_start(code, step=5, attempt=2, world_size=1)
+    content = json.loads((run.path / "code.json").read_text())
+    assert [(start["step"], start["attempt"]) for start in content["starts"]] == [(0, 1), (5, 2)]
+    assert content["versions"]["deepspeed"] and "commit" in content
+    assert run.wandb_id() == run.wandb_id() and len(run.wandb_id()) == 8
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = Experiment()
+    config.run.dir = str(tmp_path / "file" / "run")
+    with pytest.raises(DataError, match=r"run\.dir=.*cannot be written"):
+        RunDir(config).create()
+    assert os.listdir(tmp_path) == ["file"]

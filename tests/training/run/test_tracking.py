@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks
+from training.run import tracking
+from training.run.directory import RunDir
+from training.run.tracking import SILENT, Tracker, duration, keep_lines, progress_line, start_logging, stop_logging
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Experiment:
+    config = Experiment()
+    config.run.dir, config.wandb.mode, config.train.steps = str(tmp_path / "run"), "disabled", 20
+    RunDir(config).create()
+    return config
+
+
+def tracker(config: Experiment, step: int = 0, rank: int = 0, out: Any = None, name: str = "abc12345") -> Tracker:
+    return Tracker(RunDir(config), config, Ranks(rank, rank, 2), step, name, {"commit": "c0ffee"}, out)
+
+
+RECORD = {"loss": 0.5, "grad_norm": float("inf"), "images_per_second": 12.34}
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_for_programs_and_people(config: Experiment) -> None:
+    out = io.StringIO()
+    mine = tracker(config, out=out)
+    mine.log(10, RECORD, seconds_left=3723)
+    mine.close()
+    (line,) = RunDir(config).metrics.read_text().splitlines()
+    assert json.loads(line) == {"step": 10, "loss": 0.5, "grad_norm": None, "images_per_second": 12.34}
+    text = "demo_base  step 10/20 [##########----------]  50%  loss 0.5000  12.3 images/s  1:02:03 left\n"
+    assert out.getvalue() == text
+
+
+def test_on_a_screen_one_line_is_written_over(config: Experiment) -> None:
+    out = Screen()
+    mine = tracker(config, out=out)
+    mine.log(10, RECORD, 1)
+    mine.log(20, RECORD, 0)
+    assert out.getvalue().count("\r\033[K") == 2 and out.getvalue().count("\n") == 1
+
+
+def test_only_rank_0_writes(config: Experiment) -> None:
+    mine = tracker(config, rank=1)
+    mine.log(1, RECORD, 1)
+    mine.image(1, Path("x.png"))
+    mine.checkpoint(1, "x")
+    mine.close()
+    assert not RunDir(config).metrics.exists()
+
+
+def test_a_restart_takes_out_what_runs_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert keep_lines(path, 2) == 2
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert keep_lines(path, 2) == 0
+    assert keep_lines(tmp_path / "none", 2) == 0
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    assert keep_lines(path, 2) == 1, "damage costs its line"
+
+
+def test_an_earlier_start_that_still_lives_writes_no_line_here(config: Experiment) -> None:
+    first = tracker(config)
+    first.log(1, RECORD, 1)
+    second = tracker(config, step=1)
+    first.log(2, RECORD, 1)
+    second.log(2, RECORD, 1)
+    first.close()
+    second.close()
+    lines = [json.loads(line)["step"] for line in RunDir(config).metrics.read_text().splitlines()]
+    assert lines == [1, 2]
+
+
+def test_words() -> None:
+    assert duration(59.9) == "0:59" and duration(3600) == "1:00:00" and duration(-1) == "0:00"
+    assert "loss not finite" in progress_line("base", 1, 2, {"loss": None, "images_per_second": 1.0}, 1)
+
+
+def test_every_rank_has_a_log_and_rank_0_a_terminal(config: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    run, log = RunDir(config), logging.getLogger("cascade")
+    for rank in (1, 0):
+        start_logging(run, Ranks(rank, rank, 2))
+        log.info("hello from %d", rank)
+        log.log(SILENT, "only for the file of %d", rank)
+    stop_logging()
+    log.info("nobody listens")
+    assert capsys.readouterr().out == "hello from 0\n"
+    for rank in (0, 1):
+        text = run.log_file(rank).read_text()
+        assert f"hello from {rank}" in text and f"only for the file of {rank}" in text
+
+
+def test_a_full_disk_is_said_once(config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    mine = tracker(config, out=io.StringIO())
+
+    def full(_: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mine, "_file", type("Full", (), {"write": staticmethod(full), "close": lambda self: None})())
+    with caplog.at_level(logging.WARNING):
+        mine.log(1, RECORD, 1)
+        mine.log(2, RECORD, 1)
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum, length,
+    type)."""
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
+    """(run id, values) of every record in the offline files, decoded by W&B's own message classes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    found: list[tuple[str, dict[str, Any]]] = []
+    for path in sorted(run.path.glob("wandb/offline-run-*/run-*.wandb")):
+        run_id = ""
+        records: list[Any] = []
+        while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
+            records = [Record.FromString(data) for data in wandb_records(path)]
+            time.sleep(0.02)
+        for record in records:
+            if record.HasField("run"):
+                run_id = record.run.run_id
+                items = {i.key: json.loads(i.value_json) for i in record.run.config.update}
+                found.append((run_id, {"config": items}))
+            if record.HasField("history"):
+                names = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+                found.append((run_id, {key: json.loads(value) for key, value in names.items()}))
+            if record.HasField("artifact"):
+                places = [entry.ref for entry in record.artifact.manifest.contents]
+                found.append((run_id, {"artifact": record.artifact.name, "places": places}))
+    return found
+
+
+def test_wandb_offline_over_a_restart(config: Experiment) -> None:
+    config.wandb.mode = "offline"
+    place = Path(config.run.dir) / "checkpoints" / "step-00000001"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    for start in (0, 1):
+        mine = tracker(config, step=start, out=io.StringIO())
+        mine.log(start + 1, {"loss": 0.5 / (start + 1), "images_per_second": 1.0}, 1)
+        mine.checkpoint(start + 1, place)
+        mine.close()
+    found = read_wandb(RunDir(config))
+    assert {run_id for run_id, _ in found} == {"abc12345"}, "one run over both starts"
+    settings = next(values["config"] for _, values in found if "config" in values)
+    assert settings["train"]["steps"] == 20 and settings["code"] == {"commit": "c0ffee"}
+    artifact = next(values for _, values in found if "artifact" in values)
+    assert artifact["places"] == [f"file://{place}/manifest.json"], "by reference, no copy"
+    assert [(v["_step"], v["loss"]) for _, v in found if "loss" in v] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_checkpoint_that_wandb_cannot_refer_to_costs_no_metrics(config: Experiment, caplog: Any) -> None:
+    config.wandb.mode = "offline"
+    mine = tracker(config, out=io.StringIO())
+    with caplog.at_level(logging.WARNING):
+        mine.checkpoint(1, Path(config.run.dir) / "not-there")
+    mine.log(2, RECORD, 1)
+    mine.close()
+    assert "no reference to the checkpoint of step 1" in caplog.text
+    assert any(values.get("_step") == 2 for _, values in read_wandb(RunDir(config)))
+
+
+def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client against a port where nobody listens."""
+    monkeypatch.setattr(tracking, "INIT_S", 3.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    config.wandb.mode = "online"
+    with caplog.at_level(logging.WARNING):
+        mine = tracker(config, out=io.StringIO(), name="def67890")
+    mine.log(1, RECORD, 1)
+    mine.close()
+    assert "nothing is lost" in caplog.text and "wandb sync" in caplog.text
+    found = read_wandb(RunDir(config))
+    assert any("loss" in values for _, values in found) and {run_id for run_id, _ in found} == {"def67890"}

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from training.processes.distributed import Ranks
+from training.processes.endings import EXIT_HUNG
+from training.run import watchdog as module
+from training.run.watchdog import Watchdog
+
+
+def watch(tmp_path: Path, ranks: Ranks = Ranks(), **seconds: float) -> tuple[Watchdog, list[int], threading.Event]:  # noqa: B008
+    left: list[int] = []
+    gone = threading.Event()
+
+    def leave(code: int) -> None:
+        left.append(code)
+        gone.set()
+
+    limits = {"warn_s": 0.1, "limit_s": 0.3, "patient_s": 60.0, **seconds}
+    dog = Watchdog(ranks, tmp_path / "rank.log", leave=leave, **limits)
+    dog.patient = False
+    return dog, left, gone
+
+
+def test_a_rank_that_stands_still_says_where_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dog, left, gone = watch(tmp_path)
+    with caplog.at_level(logging.WARNING, "cascade"):
+        dog.phase("backward", 12)
+        assert gone.wait(30)
+    assert left == [EXIT_HUNG]
+    assert "rank 0 has been in step 12, phase backward, for" in caplog.text
+    assert "no progress in step 12, phase backward" in caplog.text
+    stacks = (tmp_path / "rank.log").read_text()
+    assert "test_watchdog.py" in stacks and stacks.count("Current thread") == 1, "reported once"
+
+
+def test_patience_where_it_is_due(tmp_path: Path) -> None:
+    dog, left, gone = watch(tmp_path)
+    dog.phase("checkpoint", 3)
+    assert not gone.wait(1.0) and left == []
+    dog.close()
+
+
+def test_the_first_step_may_take_long(tmp_path: Path) -> None:
+    dog, left, gone = watch(tmp_path)
+    dog.patient = True
+    dog.phase("forward", 0)
+    assert not gone.wait(1.0) and left == []
+    dog.patient = False
+    assert gone.wait(30)
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+    dog, left, gone = watch(tmp_path, warn_s=30.0, limit_s=0.4)
+    for step in range(20):
+        dog.phase("data", step)
+        assert not gone.wait(0.05)
+    dog.close()
+    assert left == [] and not (tmp_path / "rank.log").exists()
+
+
+def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
+    monkeypatch.setattr(module, "_store", lambda: store)
+    now = module.time.time()
+    store.set("beat/1", json.dumps(["data", 12, 33.0, now]))
+    store.set("beat/2", json.dumps(["step", 11, 1.0, now - 1000]))
+    store.set("beat/3", json.dumps(["backward", 12, 30.0, now]))
+    dog, _, gone = watch(tmp_path, Ranks(0, 0, 5))
+    with caplog.at_level(logging.WARNING, "cascade"):
+        dog.phase("backward", 12)
+        assert gone.wait(30)
+    assert "rank 1 is in step 12, phase data, for 33 s" in caplog.text
+    assert "rank 2 has not been heard of for 100" in caplog.text and "last in step 11, phase step" in caplog.text
+    assert "rank 3" not in caplog.text, "it is where rank 0 is"

@@ -1,0 +1,388 @@
+"""`cascade bundle`: collects the stages' averaged weights into one directory; and the format of that directory.
+
+    BUNDLE/
+        bundle.json              the stages in order with their settings, the text encoder, where every weight came from
+        STAGE.safetensors        fp32 weights of one U-Net by parameter name
+
+`bundle.json` is removed first and written last: a directory without it is no bundle. It may be an s3:// prefix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.folder import in_cache, open_folder
+from training.checkpoint.provenance import code_version
+from training.checkpoint.safetensors import Digest, chunks
+from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
+from training.config.experiment import Experiment, StageConfig, TextConfig
+from training.config.unet import UNetConfig, for_stage
+from training.model.lora import fingerprint, merged
+from training.model.unet import UNet
+from training.optim.averages import state_name
+
+INDEX = "bundle.json"
+FORMAT = 1
+HOW_TO = (
+    'from training.cascade import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
+)
+T = TypeVar("T")
+
+
+@dataclass
+class StageWeights:
+    """One stage: what it is, where it came from, and its weights, read when asked for."""
+
+    config: StageConfig
+    unet: UNetConfig
+    tensors: Callable[[], dict[str, Tensor]]
+    origin: dict[str, Any] = field(default_factory=dict)
+    """`run`, `checkpoint`, `step`, `position`, `ema_decay`, `code`: JSON values."""
+    sha256: str = ""
+    """Of the weights' file in a bundle."""
+
+
+@dataclass
+class Bundle:
+    text: TextConfig
+    stages: list[StageWeights]
+
+
+def main(config: Experiment) -> dict[str, Any]:
+    """Bundles the newest valid checkpoint of every run in `bundle.runs`, base first."""
+    bundle = collect(config.bundle.runs, experiment=config.run.name)
+    written = write(config.bundle.dir, bundle)
+    for stage in written["stages"]:
+        print(f"{stage['name']}: {stage['parameters'] / 1e6:.1f}M parameters of step {stage['origin']['step']}")
+    print(f"{config.bundle.dir}: bundle of {len(bundle.stages)} stages")
+    brief = ("name", "file", "bytes", "sha256", "parameters", "origin")
+    return {"bundle": config.bundle.dir, "stages": [{key: stage[key] for key in brief} for stage in written["stages"]]}
+
+
+# ------------------------------------------------------------------------------------------------ from runs
+
+
+def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
+    """The averaged weights (first EMA) of the newest valid checkpoint of each run, base first.
+
+    Args:
+        runs: run directories, directories (or s3:// prefixes) of checkpoints, or single checkpoints.
+        experiment: named in the advice when a run has no checkpoint.
+
+    Raises:
+        ConfigError: the stages do not fit each other.
+        DataError: a run without a valid checkpoint.
+    """
+    if not runs:
+        raise ConfigError("bundle.runs: name the run directories of the stages, base first")
+    found = [_open_run(run, experiment) for run in runs]
+    texts = [from_dict(TextConfig, checkpoint.meta["config"]["text"], str(checkpoint.folder)) for checkpoint in found]
+    stages = [_stage_of(run, checkpoint) for run, checkpoint in zip(runs, found, strict=True)]
+    _check_texts(runs, texts)
+    _check_chain(stages)
+    return Bundle(texts[0], stages)
+
+
+class NoCheckpoint(DataError):
+    """A run that has not saved anything yet, or no run at all."""
+
+
+def _open_run(run: str, experiment: str) -> Checkpoint:
+    name = run.rstrip("/").rsplit("/", 1)[-1]
+    if STEP_NAME.fullmatch(name):
+        return CheckpointStore(run.rstrip("/")[: -len(name)]).open(int(name.removeprefix("step-")))
+    checkpoint = CheckpointStore(checkpoint_dir(run)).newest()
+    if checkpoint is None:
+        known = "" if experiment == "default" else f" experiment={experiment} stage={name}"
+        command = f"cascade train{known} run.dir={run}"
+        raise NoCheckpoint(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
+    return checkpoint
+
+
+def checkpoint_dir(run: str) -> str:
+    """Where the checkpoints of a run lie; a directory that is no run's is taken for that of checkpoints itself."""
+    from omegaconf import OmegaConf
+
+    if "://" in run:
+        return run
+    settings = Path(run) / "config.yaml"
+    if not settings.exists():
+        inside = Path(run) / "checkpoints"
+        return str(inside) if inside.is_dir() or not Path(run).is_dir() else run
+    return OmegaConf.select(OmegaConf.load(settings), "checkpoint.dir") or str(Path(run) / "checkpoints")
+
+
+def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
+    meta, where = checkpoint.meta, str(checkpoint.folder)
+    config = from_dict(StageConfig, meta["config"]["stage"], where)
+    prefix = f"{state_name(0)}/"
+    names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
+    unet = for_stage(config, meta["config"]["text"]["dim"])
+    tensors: Callable[[], dict[str, Tensor]]
+    if base := meta.get("lora"):
+        tensors = _Merged(checkpoint, names, base, config.name)
+    else:
+        _check_names(unet, {short: checkpoint.shape(name) for short, name in names.items()}, where)
+        tensors = _Averages(checkpoint, names)
+    origin = {
+        "run": run,
+        "checkpoint": where,
+        "step": checkpoint.step,
+        "position": meta.get("position"),
+        "ema_decay": meta["config"]["ema"]["decays"][0],
+        "code": meta.get("code", {}).get("commit"),
+        "text": meta["config"]["text"].get("sha"),
+        **({"lora": base} if base else {}),
+    }
+    return StageWeights(config, unet, tensors, origin)
+
+
+@dataclass
+class _Averages:
+    """Tensors of a checkpoint under shorter names."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]
+
+    def __call__(self) -> dict[str, Tensor]:
+        return {short: self.checkpoint.read(name) for short, name in self.names.items()}
+
+
+@dataclass
+class _Merged(_Averages):
+    """The adapters of a checkpoint, added to the weights they were trained beside."""
+
+    base: dict[str, Any]
+    stage: str
+
+    def __call__(self) -> dict[str, Tensor]:
+        try:
+            plain = stage_weights(self.base["path"], self.stage).tensors()
+        except (DataError, ConfigError) as error:
+            raise DataError(
+                f"{self.checkpoint.folder}: the weights that its adapters were trained beside (lora) are not in "
+                f"{self.base['path']} any more; put them back, or resume the run with train.init_from=PLACE ({error})"
+            ) from error
+        check_base(plain, self.base)
+        return merged(plain, super().__call__(), self.base["scale"])
+
+
+def stage_weights(path: str, stage: str) -> StageWeights:
+    """One stage of a bundle, of a run, or of one checkpoint.
+
+    Raises:
+        ConfigError: the bundle has no such stage.
+        DataError: there is neither a bundle nor a checkpoint, or it is damaged.
+    """
+    try:
+        opened = read(path) if open_folder(in_cache(path, INDEX)).size(INDEX) is not None else collect([path])
+    except NoCheckpoint as error:
+        raise DataError(f"train.init_from={path}: neither a bundle nor a run with a checkpoint is there") from error
+    found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
+    if not found:
+        names = ", ".join(weights.config.name for weights in opened.stages)
+        raise ConfigError(f"train.init_from={path}: no stage {stage} in it; it has {names}")
+    return found[0]
+
+
+def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
+    """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
+    if fingerprint(plain) != base["sha256"]:
+        raise DataError(
+            f"{base['path']}: these are not the weights that the adapters were trained beside (lora); put those back"
+        )
+
+
+def _check_names(unet: UNetConfig, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in UNet(unet).state_dict().items()}
+    wrong = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise DataError(
+            f"{where}: {len(wrong)} weights do not fit the U-Net of this version of the code (first: {wrong[0]}); "
+            f"bundle it with the version it was trained with"
+        )
+
+
+def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
+    for run, text in zip(runs, texts, strict=True):
+        for key in ("kind", "sha", "dim", "max_tokens"):
+            here, first = getattr(text, key), getattr(texts[0], key)
+            if here != first and None not in (here, first):
+                raise ConfigError(f"bundle.runs: {run} was trained with text.{key}={here} but {runs[0]} with {first}")
+
+
+def _check_chain(stages: Sequence[StageWeights]) -> None:
+    names = [stage.config.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"bundle.runs: two stages have the same name ({', '.join(names)})")
+    for before, after in pairwise(stages):
+        if after.config.low_res_size != before.config.image_size:
+            raise ConfigError(
+                f"bundle.runs: {after.config.name} starts from {after.config.low_res_size} px pictures but "
+                f"{before.config.name} makes {before.config.image_size} px; name the runs base first"
+            )
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A settings dataclass from its JSON form.
+
+    Raises:
+        DataError: keys or values that this version does not know; `where` names the file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}: made by another version of this project ({reason})") from error
+    assert isinstance(made, kind)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- on disk
+
+
+def write(path: str, bundle: Bundle) -> dict[str, Any]:
+    """Writes a bundle directory or s3:// prefix, and returns the content of its `bundle.json`."""
+    folder = open_folder(path)
+    folder.remove(INDEX)
+    stages = []
+    for stage in bundle.stages:
+        name = f"{stage.config.name}.safetensors"
+        tensors = stage.tensors()
+        digest = Digest(chunks({key: tensor.detach().cpu().float() for key, tensor in tensors.items()}))
+        folder.write(name, digest)
+        stages.append(
+            {
+                "name": stage.config.name,
+                "file": name,
+                "bytes": digest.size,
+                "sha256": digest.sha256,
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "config": asdict(stage.config),
+                "unet": asdict(stage.unet),
+                "origin": stage.origin,
+            }
+        )
+    content = {
+        "format": FORMAT,
+        "index": _readme(path, stages),
+        "text": asdict(bundle.text),
+        "stages": stages,
+        "code": code_version(),
+    }
+    folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
+    return content
+
+
+def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """For a person who opens bundle.json: file -> what it is."""
+    lines = {"use": HOW_TO.format(path=path)}
+    for stage in stages:
+        size, origin = stage["config"]["image_size"], stage["origin"]
+        start = stage["config"]["low_res_size"]
+        kind = f"{start} -> {size} px" if start else f"{size} px from text"
+        lines[stage["file"]] = (
+            f"{kind}, {stage['parameters']:,} weights, averaged with decay {origin.get('ema_decay')}, "
+            f"step {origin.get('step')} of {origin.get('run')}, code {origin.get('code')}"
+        )
+    return lines
+
+
+def read(path: str) -> Bundle:
+    """Opens a bundle: a directory, an s3:// prefix, or a name in the Hugging Face cache. Weights are read on demand.
+
+    Raises:
+        DataError: no bundle there, or a damaged one.
+    """
+    folder = open_folder(in_cache(path, INDEX))
+    try:
+        content = json.loads(folder.read(INDEX))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if (Path(path) / "bundle" / INDEX).is_file():
+            raise DataError(f"{path}: no bundle there (no {INDEX}); there is one in {path}/bundle") from error
+        make = f"bundle.runs=[{path}] bundle.dir=NEW" if _is_run(path) else "experiment=demo"
+        raise DataError(f"{path}: no bundle there (no {INDEX}); make one with: cascade bundle {make}") from error
+    except ValueError as error:
+        raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
+    where = f"{path}/{INDEX}"
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: not what a bundle holds")
+    if content.get("format") != FORMAT:
+        raise DataError(f"{where}: format {content.get('format')} is not {FORMAT}, the one this version reads")
+    stages = []
+    try:
+        for entry in content["stages"]:
+            size = folder.size(entry["file"])
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                raise DataError(f"{path}/{entry['file']}: {found}; bundle or copy it again")
+            structure: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["unet"].items()}
+            unet, config = UNetConfig(**structure), from_dict(StageConfig, entry["config"], where)
+            unet.check()
+            weights = _Reader(folder, entry["file"], entry["sha256"])
+            stages.append(StageWeights(config, unet, weights, entry["origin"], entry["sha256"]))
+        if not stages:
+            raise ValueError("it has no stages")
+        _check_chain(stages)
+        return Bundle(from_dict(TextConfig, content["text"], where), stages)
+    except ConfigError as error:
+        raise DataError(f"{where}: {str(error).removeprefix('bundle.runs: ')}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: made by another version of this project, or changed ({error})") from error
+
+
+def load_unet(weights: StageWeights) -> UNet:
+    """The network of a stage with its weights, frozen, in eval mode, on the CPU.
+
+    Raises:
+        DataError: weights that are not the network's.
+    """
+    with torch.device("meta"):
+        unet = UNet(weights.unet)
+    try:
+        unet.load_state_dict(weights.tensors(), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{weights.config.name}: the weights are not those of its U-Net ({reason[:200]})") from error
+    for module in unet.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # not saved: the constant zero token that stands for no text
+                module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
+    return unet.eval().requires_grad_(False)
+
+
+@dataclass
+class _Reader:
+    folder: Any
+    name: str
+    sha256: str
+
+    def __call__(self) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self.folder.fetch(self.name)
+        try:
+            if checksum(file, "sha256") != self.sha256:
+                raise DataError(f"{self.folder}/{self.name}: does not match its SHA-256; bundle or copy it again")
+            return load_file(file)
+        except SafetensorError as error:
+            raise DataError(f"{self.folder}/{self.name}: damaged ({error}); bundle or copy it again") from error
+
+
+def _is_run(path: str) -> bool:
+    places = (f"step-*/{MANIFEST}", f"checkpoints/step-*/{MANIFEST}")
+    return "://" not in path and any(found for place in places for found in Path(path).glob(place))

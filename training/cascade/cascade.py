@@ -1,0 +1,390 @@
+"""A finished cascade: from captions to pictures, in three lines.
+
+    from training.cascade import Cascade
+    cascade = Cascade.from_pretrained("runs/demo/bundle")
+    images = cascade.generate(["a small red circle on a white background"], seed=0)
+
+A picture is a function of (seed, prompt, how often the prompt stood before it, settings): neither the other prompts nor
+the batch nor the number of devices changes it, beyond rounding. Between stages a picture is rounded to 8 bits, as the
+low-res pictures of training are; `sample_stage` then enlarges and noises it exactly as training does.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import ConfigError
+from training.cascade import bundle
+from training.cascade.requests import (
+    SHRINK,
+    Drawing,
+    Heat,
+    Pictures,
+    Words,
+    as_list,
+    number_drawings,
+    plan_places,
+    plan_stages,
+    plan_strengths,
+    to_images,
+    to_masks,
+    to_pictures,
+    to_uint8,
+)
+from training.cascade.word_maps import WordMaps
+from training.config.experiment import SamplerConfig, StageConfig, TextConfig
+from training.diffusion.sampler import sample_stage
+from training.model.unet import UNet
+from training.text.encoder import TextEncoder, build_text_encoder
+from training.text.identity import pinned
+
+CHUNK_BATCHES = 16
+"""Batches that go through all stages together: weights move between devices rarely, and memory stays bounded."""
+Progress = Callable[[str, int, int], None]
+"""Called as (stage name, sampler steps done, sampler steps in all), counting the steps of every batch."""
+
+
+@dataclass
+class Stage:
+    """One U-Net with its settings, and where its weights came from."""
+
+    config: StageConfig
+    unet: UNet
+    origin: dict[str, Any]
+    sha256: str = ""
+    """Of the file the weights were read from; empty for weights that come from elsewhere."""
+
+
+class Cascade:
+    """The stages of a bundle, base first, and their text encoder; fp32 on the CPU until `to` says otherwise."""
+
+    def __init__(self, stages: Sequence[Stage], encoder: TextEncoder, text: TextConfig) -> None:
+        self.stages = list(stages)
+        self.encoder = encoder
+        self.text = text
+        self.device = torch.device("cpu")
+        self.offload = True
+
+    # ------------------------------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(cls, path: str, text_path: str | None = None) -> Cascade:
+        """Loads a bundle: a directory, an s3:// prefix or a name in the Hugging Face cache. Reads only safetensors.
+
+        Args:
+            text_path: where the text encoder lies on this machine, if not where the bundle says.
+
+        Raises:
+            DataError, ConfigError: one sentence naming the file and the remedy; another text encoder is refused.
+        """
+        return cls._from(bundle.read(str(path)), text_path)
+
+    @classmethod
+    def from_runs(cls, runs: Sequence[str]) -> Cascade:
+        """The averaged weights of the newest checkpoints of training runs, base first, without a bundle on disk."""
+        return cls._from(bundle.collect(list(runs)))
+
+    @classmethod
+    def _from(cls, opened: bundle.Bundle, text_path: str | None = None) -> Cascade:
+        text = pinned(replace(opened.text, path=text_path or opened.text.path))
+        stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
+        return cls(stages, build_text_encoder(text), text)
+
+    def save(self, path: str) -> None:
+        """Writes the bundle directory (or s3:// prefix); training/cascade/bundle.py says what it holds."""
+        weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
+        bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None, *, offload: bool = True) -> Cascade:
+        """Chooses where and in which precision pictures are drawn; returns self.
+
+        Args:
+            dtype: of the U-Nets' weights, for example torch.bfloat16; None leaves it.
+            offload: weights rest in host memory and visit the device one stage at a time; False keeps them there.
+        """
+        self.device, self.offload = torch.device(device), offload
+        home = torch.device("cpu") if offload else self.device
+        for stage in self.stages:
+            stage.unet.to(device=home, dtype=dtype)
+        self.encoder.to(home)
+        return self
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompts: str | Sequence[str] | None = None,
+        guidance: Any = None,
+        steps: Any = None,
+        seed: int = 0,
+        num_images: int = 1,
+        stages: Any = None,
+        callback: Progress | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """The final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`."""
+        drawn = self.draw(prompts, negative_prompts, guidance, steps, seed, num_images, stages, callback, **options)
+        return [drawing.image for drawing in drawn]
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompts: str | Sequence[str] | None = None,
+        guidance: Any = None,
+        steps: Any = None,
+        seed: int = 0,
+        num_images: int = 1,
+        stages: Any = None,
+        callback: Progress | None = None,
+        *,
+        aug_level: Any = None,
+        sampler: Any = None,
+        low_res: Pictures | None = None,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
+        strength: Any = 1.0,
+        guidance_interval: Any = None,
+        explain: bool = False,
+        numbers: Sequence[int] | None = None,
+        batch: int = 16,
+        devices: Sequence[str | torch.device] | None = None,
+    ) -> list[Drawing]:
+        """Pictures with what every stage drew on the way, in the order of `generate`.
+
+        `guidance`, `steps`, `aug_level`, `sampler` and `guidance_interval` (two times) are one value, one per stage
+        drawn, or a dict by stage name; None takes the bundle's.
+
+        Args:
+            prompts: one caption or several; an empty one draws without text.
+            negative_prompts: what to steer away from: one for all, or one per prompt.
+            stages: how many of the first stages to draw, or names; None: all.
+            low_res: one picture, or one per prompt, to start from where the first stage drawn is super-resolution.
+            image: one picture, or one per prompt, to redraw: the first stage drawn starts from it, others where
+                `strength` says so.
+            strength: how much of `image` is redrawn, in (0, 1]; 1 forgets it, except where `mask` keeps it. One value
+                is for the first stage drawn; a list or dict says it stage by stage.
+            mask: light where `image` is drawn anew; every stage keeps it where the mask is dark.
+            explain: also collect which words the pixels looked at.
+            numbers: the n-th picture of each prompt instead of its first ones; 0 is the first.
+            batch: pictures per forward pass.
+            devices: share the pictures among these, for example ["cuda:0", "cuda:1"]; None: the device of `to`.
+
+        Raises:
+            ConfigError: arguments that do not fit each other or the cascade.
+        """
+        if not isinstance(prompts, Sequence):
+            raise ConfigError(f"prompts={prompts}: give a caption, or a list of captions")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
+        drawings = number_drawings(texts, negatives, seed, num_images, numbers)
+        settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
+        settings["guidance_interval"] = guidance_interval
+        plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
+        first = self.stages[plan[0][0]].config
+        strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
+        if not isinstance(batch, int) or batch < 1:
+            raise ConfigError(f"batch={batch}: it must be at least 1")
+        if mask is not None and image is None:
+            raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
+        if image is None and any(value < 1 for value in strengths):
+            raise ConfigError(f"strength={strength}: it says how much of `image` is redrawn, and there is none")
+        if low_res is not None and not first.is_super_resolution:
+            raise ConfigError(f"low_res: {first.name} draws from the text alone; to redraw a picture give `image`")
+        start = image if low_res is None else low_res
+        if first.is_super_resolution and start is None:
+            raise ConfigError(f"low_res: {first.name} starts from {first.low_res_size} px pictures; give them")
+
+        places = plan_places(devices or [self.device])
+        batches = -(-len(drawings) // batch)
+        meter = _Meter(callback, {self.stages[i].config.name: s.steps * batches for i, s in plan})
+        pictures = {
+            name: None if given is None else as_list(given, len(texts), name)
+            for name, given in {"image": image, "mask": mask, "low_res": start}.items()
+        }
+        chunk = batch * CHUNK_BATCHES * len(places)
+        for at in range(0, len(drawings), chunk):
+            rows = range(at, min(at + chunk, len(drawings)))
+            own = {
+                name: None if given is None else [given[row // num_images] for row in rows]
+                for name, given in pictures.items()
+            }
+            task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, **own)
+            self._draw_chunk(task)
+        return drawings
+
+    def _draw_chunk(self, task: _Task) -> None:
+        """Takes some drawings through all stages, one stage after the other, and puts the pictures into them."""
+        prompts = [drawing.prompt for drawing in task.drawings]
+        negatives = [drawing.negative_prompt for drawing in task.drawings]
+        text = self._encode(prompts, task.places[0])
+        negative = self._encode(negatives, task.places[0]) if any(negatives) else None
+        words = [self.encoder.words(prompt) for prompt in prompts] if task.explain else []
+        seeds = torch.tensor([drawing.seed for drawing in task.drawings], dtype=torch.int64)
+        before: Tensor | None = None
+        for turn, (index, sampler) in enumerate(task.plan):
+            stage = self.stages[index]
+            size, start = stage.config.image_size, stage.config.low_res_size
+            if before is None and stage.config.is_super_resolution:
+                before = to_pictures(task.low_res or [], start, SHRINK)
+            init = task.image if turn == 0 or task.mask or task.strengths[turn] < 1 else None
+            inputs = _Inputs(
+                seeds,
+                text,
+                negative,
+                low_res=before,
+                init=None if init is None else to_pictures(init, size),
+                mask=None if task.mask is None else to_masks(task.mask, size),
+                strength=task.strengths[turn],
+            )
+            before, heats = self._draw_stage(stage, sampler, inputs, words, task)
+            for row, image in enumerate(to_images(before)):
+                task.drawings[row].stages[stage.config.name] = image
+                if heats and heats[row]:
+                    task.drawings[row].words[stage.config.name] = heats[row]
+
+    def _encode(self, captions: list[str], place: torch.device) -> tuple[Tensor, Tensor]:
+        with self._visiting(self.encoder, self.encoder.device, place):
+            text, mask = self.encoder.encode(captions)
+        return text.cpu(), mask.cpu()
+
+    def _draw_stage(
+        self, stage: Stage, sampler: SamplerConfig, inputs: _Inputs, words: list[Words], task: _Task
+    ) -> tuple[Tensor, list[Heat]]:
+        """uint8 (N, 3, H, W) on the CPU, and with `words` what each picture looked at; the batches are shared by the
+        devices, each of which has a copy of the weights."""
+        parts = [slice(at, at + task.batch) for at in range(0, len(inputs.seeds), task.batch)]
+        copies = [stage.unet, *(copy.deepcopy(stage.unet) for _ in task.places[1:])]
+        home = next(stage.unet.parameters()).device
+
+        def work(number: int) -> list[tuple[Tensor, list[Heat]]]:
+            place = task.places[number]
+            with self._visiting(copies[number], home, place):
+                return [
+                    draw_batch(
+                        copies[number],
+                        stage.config,
+                        sampler,
+                        inputs.part(part, place),
+                        words[part],
+                        lambda: task.meter.step(stage.config.name),
+                    )
+                    for part in parts[number :: len(task.places)]
+                ]
+
+        if len(task.places) == 1:
+            results = [work(0)]
+        else:
+            with ThreadPoolExecutor(len(task.places)) as pool:
+                results = list(pool.map(work, range(len(task.places))))
+        ordered = [results[i % len(results)][i // len(results)] for i in range(len(parts))]
+        return torch.cat([drawn for drawn, _ in ordered]), [heat for _, heats in ordered for heat in heats]
+
+    @staticmethod
+    @contextmanager
+    def _visiting(module: nn.Module | TextEncoder, home: torch.device, place: torch.device) -> Iterator[None]:
+        """Weights on `place` for a while."""
+        try:
+            module.to(place)
+            yield
+        finally:
+            module.to(home)
+
+
+def draw_batch(
+    unet: UNet,
+    config: StageConfig,
+    sampler: SamplerConfig,
+    inputs: _Inputs,
+    words: list[Words],
+    on_step: Callable[[], None],
+) -> tuple[Tensor, list[Heat]]:
+    """One batch through one stage: uint8 (B, 3, H, W) on the CPU, and with `words` what each picture looked at."""
+    maps = WordMaps(unet, len(inputs.seeds)) if words else None
+
+    def after_step(done: int, steps: int) -> None:
+        if maps is not None:
+            maps.add()
+        on_step()
+
+    with maps or nullcontext():
+        drawn = sample_stage(
+            unet,
+            *inputs.text,
+            config=config.diffusion,
+            sampler=sampler,
+            image_size=config.image_size,
+            seeds=inputs.seeds,
+            low_res=inputs.low_res,
+            negative=inputs.negative,
+            init=inputs.init,
+            strength=inputs.strength,
+            mask=inputs.mask,
+            callback=after_step,
+        )
+    heats = [] if maps is None else [maps.of(row, found) for row, found in enumerate(words)]
+    return to_uint8(drawn).cpu(), heats
+
+
+@dataclass
+class _Task:
+    """Some drawings that go through the stages together; pictures are one per drawing."""
+
+    plan: list[tuple[int, SamplerConfig]]
+    drawings: list[Drawing]
+    strengths: list[float]
+    explain: bool
+    batch: int
+    places: list[torch.device]
+    meter: _Meter
+    low_res: list[Any] | None = None
+    image: list[Any] | None = None
+    mask: list[Any] | None = None
+
+
+@dataclass
+class _Inputs:
+    """What a stage draws from, row by row: seeds (N,), text (N, T, D) and mask (N, T), pictures (N, 3, H, W)."""
+
+    seeds: Tensor
+    text: tuple[Tensor, Tensor]
+    negative: tuple[Tensor, Tensor] | None
+    low_res: Tensor | None
+    init: Tensor | None
+    mask: Tensor | None
+    strength: float
+
+    def part(self, rows: slice, place: torch.device) -> _Inputs:
+        """Some rows, on a device."""
+
+        def here(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(here(item) for item in value)
+            return value[rows].to(place) if isinstance(value, Tensor) else value
+
+        return _Inputs(**{f.name: here(getattr(self, f.name)) for f in fields(self)})
+
+
+class _Meter:
+    """Counts sampler steps of all devices for a progress callback."""
+
+    def __init__(self, callback: Progress | None, totals: dict[str, int]) -> None:
+        self._callback, self._totals = callback, totals
+        self._done = dict.fromkeys(totals, 0)
+        self._lock = threading.Lock()
+
+    def step(self, stage: str) -> None:
+        with self._lock:
+            self._done[stage] += 1
+            if self._callback is not None:
+                self._callback(stage, self._done[stage], self._totals[stage])

@@ -1,0 +1,63 @@
+"""Prompt lists: a text file with a prompt per line, a table with a column `Prompt` (PartiPrompts), or a plain list."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage import store
+
+TABLES = (".tsv", ".csv")
+FILES = (".txt", *TABLES)
+
+
+def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> list[str]:
+    """The prompts that a config value means, stripped, in order, repetitions kept, blank ones left out or kept.
+
+    A string that ends in .txt, .tsv or .csv is a file (or s3:// URL); any other string is one prompt.
+
+    Raises:
+        ConfigError: neither text nor a list of it, or the name of a file with another ending; `key` is named.
+        DataError: the file is missing, is not UTF-8, or a table without a `Prompt` column.
+    """
+    if given is None:
+        return []
+    if isinstance(given, str):
+        if os.path.isfile(given) and not given.lower().endswith(FILES):
+            raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; rename it")
+        found = _from_file(given, key) if given.lower().endswith(FILES) else [given]
+    elif isinstance(given, Sequence) and all(isinstance(item, (str, int, float)) for item in given):
+        found = [str(item) for item in given]
+    else:
+        raise ConfigError(f"{key}={given}: give a text file with one prompt per line, or a list of prompts")
+    return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
+
+
+def _from_file(path: str, key: str) -> list[str]:
+    if not store.exists(path):
+        raise DataError(f"{key}={path}: no such file; it should hold one prompt per line")
+    try:
+        text = store.read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}={path}: not UTF-8 text ({error})") from error
+    if not path.lower().endswith(TABLES):
+        return re.split(r"\r\n|\r|\n", text)
+    return _column(text, path, key)
+
+
+def _column(text: str, path: str, key: str) -> list[str]:
+    import csv
+
+    lines = io.StringIO(text, newline="")
+    tabs = path.lower().endswith(".tsv")
+    # quotation marks in a .tsv belong to the prompt
+    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
+    header = [name.strip().lower() for name in next(rows, [])]
+    if "prompt" not in header:
+        raise DataError(f"{key}={path}: the table has no column `Prompt` (columns: {', '.join(header) or 'none'})")
+    place = header.index("prompt")
+    return [row[place] for row in rows if len(row) > place]

@@ -1,0 +1,273 @@
+"""What goes into and comes out of a cascade: pictures in any form to tensors, settings per stage, numbered drawings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from data_pipeline.common.errors import BadSample, ConfigError
+from data_pipeline.content.images import to_rgb
+from training.config.experiment import SamplerConfig, StageConfig
+
+Pictures = Any
+"""One picture or a sequence of them: PIL images, uint8 arrays (H, W, 3), or a uint8 tensor (N, 3, H, W)."""
+Words = list[tuple[str, list[int]]]
+"""The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
+Heat = list[tuple[str, np.ndarray]]
+"""(word, fp32 (H, W) attention that pixels gave it) in the caption's order."""
+NUMBER = (int, float, np.integer, np.floating)
+SHRINK = Image.Resampling.BOX
+"""How pictures are made smaller for a super-resolution stage to start from: block means, as in training."""
+
+
+@dataclass
+class Drawing:
+    """One picture with its history."""
+
+    prompt: str
+    negative_prompt: str
+    number: int
+    """How many pictures of the same prompt came before it in this call."""
+    seed: int
+    """The 63-bit seed of its noise."""
+    stages: dict[str, Image.Image] = field(default_factory=dict)
+    """Stage name -> the picture that stage drew, in the order of drawing."""
+    words: dict[str, Heat] = field(default_factory=dict)
+    """`explain`: stage name -> what the pixels looked at; stages without attention are absent."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The final picture."""
+        return list(self.stages.values())[-1]
+
+
+def picture_seed(seed: int, prompt: str, number: int) -> int:
+    """The noise seed, 63 bits, of the `number`-th picture of a prompt: the same whatever stands around it."""
+    digest = blake2b(f"{seed}/{number}/{prompt}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def number_drawings(
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seed: int,
+    num_images: int,
+    numbers: Sequence[int] | None = None,
+) -> list[Drawing]:
+    """`num_images` drawings per prompt, in order; with `numbers` one per prompt, of that number.
+
+    Raises:
+        ConfigError: lengths that do not fit, or values of another kind.
+    """
+    for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
+        if other := [text for text in texts if not _is_text(text)]:
+            raise ConfigError(f"{name}: {other[0]!r} is no text")
+    for name, value in (("seed", seed), ("num_images", num_images)):
+        if not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{name}={value}: it must be a whole number")
+    if len(negatives) not in (0, 1, len(prompts)):
+        raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
+    if num_images < 1:
+        raise ConfigError(f"num_images={num_images}: it must be at least 1")
+    if numbers is not None and (num_images != 1 or len(numbers) != len(prompts)):
+        raise ConfigError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one per prompt, and num_images=1")
+    each = list(negatives) if len(negatives) == len(prompts) else list(negatives or [""]) * len(prompts)
+    counts: Counter[str] = Counter()
+    drawings = []
+    for index, (prompt, negative) in enumerate(zip(prompts, each, strict=True)):
+        for _ in range(num_images):
+            number = counts[prompt] if numbers is None else numbers[index]
+            drawings.append(Drawing(prompt, negative, number, picture_seed(seed, prompt, number)))
+            counts[prompt] += 1
+    return drawings
+
+
+def _is_text(value: Any) -> bool:
+    """A string of whole characters: what a terminal of another encoding typed has halves of them."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------- settings per stage
+
+
+def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: Any) -> list[tuple[int, SamplerConfig]]:
+    """(number of the stage, its sampler) for each stage to draw.
+
+    Args:
+        wanted: how many of the first stages, or a name, or names; None: all.
+        settings: fields of `SamplerConfig` (`sampler`: its name), each one value, a list with one per stage drawn, or a
+            dict by stage name; None keeps the stage's own.
+
+    Raises:
+        ConfigError: stages that are unknown or do not follow each other, or impossible settings.
+    """
+    names = [config.name for config in configs]
+    chosen = _chosen(names, wanted)
+    if chosen != list(range(chosen[0], chosen[0] + len(chosen))):
+        raise ConfigError(f"stages={wanted}: they must follow each other as in {', '.join(names)}")
+    plan = []
+    for turn, index in enumerate(chosen):
+        given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
+        given["name"] = given.pop("sampler", None)
+        try:
+            sampler = replace(configs[index].sampler, **{k: v for k, v in given.items() if v is not None})
+        except (ValueError, TypeError) as error:
+            words = str(error).replace("stage.sampler.name", "sampler").replace("stage.sampler.", "")
+            raise ConfigError(words) from error
+        plan.append((index, sampler))
+    return plan
+
+
+def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
+    if wanted is None:
+        return list(range(len(names)))
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= len(names):
+            raise ConfigError(f"stages={wanted}: the cascade has {len(names)} ({', '.join(names)})")
+        return list(range(wanted))
+    if not isinstance(wanted, (str, Sequence)):
+        raise ConfigError(f"stages={wanted}: give how many of the first, a name, or names ({', '.join(names)})")
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in asked:
+        if name not in names:
+            raise ConfigError(f"stages={name}: no such stage; the cascade has {', '.join(names)}")
+    if not asked:
+        raise ConfigError("stages: name at least one")
+    return [names.index(name) for name in asked]
+
+
+def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        for name in value:
+            if name not in names:
+                raise ConfigError(f"{key}: {name} is no stage that is drawn; those are {', '.join(names)}")
+        value = value.get(names[turn])
+    elif key == "guidance_interval" and _is_pair(value):
+        value = list(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != len(names):
+            raise ConfigError(f"{key}={list(value)}: {len(value)} values for {len(names)} stages ({', '.join(names)})")
+        value = value[turn]
+    if key in ("guidance", "aug_level") and value is not None:
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{key}={value}: it must be a number") from error
+    if key == "steps" and value is not None:
+        if not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{key}={value}: it must be a whole number")
+        return int(value)
+    if key == "guidance_interval" and value is not None and not _is_pair(value):
+        raise ConfigError(f"{key}={value}: give two times, 0 <= first <= second <= 1")
+    return value
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value)
+
+
+def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
+    """How much of its start picture each stage drawn redraws, in (0, 1]; 1: it draws from noise.
+
+    Args:
+        strength: one value, for the first stage; one per stage; or a dict by stage name.
+
+    Raises:
+        ConfigError: other values, or other stages.
+    """
+    if isinstance(strength, NUMBER):
+        values: list[Any] = [strength] + [1.0] * (len(names) - 1)
+    else:
+        given = [_of_stage("strength", strength, turn, names) for turn in range(len(names))]
+        values = [1.0 if value is None else value for value in given]
+    for value in values:
+        if not isinstance(value, NUMBER) or not 0 < value <= 1:
+            raise ConfigError(f"strength={value}: it must lie above 0 and at most at 1")
+    return [float(value) for value in values]
+
+
+def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
+    """The devices to draw on. Raises `ConfigError` for one that this machine does not have."""
+    places = []
+    for name in devices:
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:  # torch says either
+            raise ConfigError(f"devices: there is no {name} here ({str(error).splitlines()[0]})") from error
+        places.append(torch.device(name))
+    return places
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """[-1, 1] to 8 bits, rounded; the inverse of `denoiser.to_unit` on 8-bit values."""
+    return ((pictures.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """uint8 (N, 3, H, W) to PIL."""
+    return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def as_list(given: Pictures, count: int, name: str) -> list[Any]:
+    """One picture per prompt: a single one is repeated.
+
+    Raises:
+        ConfigError: neither one picture nor `count`; `name` is the argument's.
+    """
+    several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 4
+    pictures = list(given) if several else [given]
+    if len(pictures) not in (1, count):
+        raise ConfigError(f"{name}: {len(pictures)} pictures for {count} prompts; give one, or one per prompt")
+    return pictures * count if len(pictures) == 1 else pictures
+
+
+def to_pictures(pictures: Sequence[Any], size: int, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+    """uint8 (N, 3, size, size): the middle square of each picture, resized unless it fits: antialiased bicubic, or
+    with `shrink` where it becomes smaller."""
+    images = [_image(picture) for picture in pictures]
+    bicubic = Image.Resampling.BICUBIC
+    arrays = [np.array(_fit(image, size, shrink if min(image.size) > size else bicubic)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_masks(masks: Sequence[Any], size: int) -> Tensor:
+    """bool (N, 1, size, size): True where any part of the pixel is light (128 or more), so is to be drawn anew."""
+    light = [_image(mask).convert("L").point(lambda value: 255 if value >= 128 else 0) for mask in masks]
+    fitted = [np.array(_fit(mask, size, Image.Resampling.BOX)) > 0 for mask in light]
+    return torch.from_numpy(np.stack(fitted))[:, None]
+
+
+def _image(picture: Any) -> Image.Image:
+    """RGB and upright, read as the pictures of training are."""
+    if isinstance(picture, Image.Image):
+        try:
+            return to_rgb(ImageOps.exif_transpose(picture))
+        except BadSample as error:
+            raise ConfigError(f"a picture that cannot be used: {error.detail}") from error
+    array = picture.permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.dtype != np.uint8:
+        raise ConfigError(f"a picture of {array.dtype} values: give PIL images, or uint8 values")
+    if array.ndim != 2 and array.shape[2:] not in ((3,), (4,)):
+        raise ConfigError(f"a picture of shape {array.shape}: give (H, W, 3), or a tensor (N, 3, H, W)")
+    return to_rgb(Image.fromarray(array))
+
+
+def _fit(image: Image.Image, size: int, kernel: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), kernel)

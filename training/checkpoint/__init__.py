@@ -1,0 +1,1 @@
+"""Checkpoints: written in the background, committed by a manifest, verified before use. Imports engine and below."""

@@ -1,0 +1,32 @@
+"""Which code wrote a checkpoint, a run or a bundle: the commit and the versions of the packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "transformers", "webdataset", "wandb", "hydra-core")
+
+
+def code_version() -> dict[str, Any]:
+    """The commit of this code (None outside a git checkout), whether it had changes on top, and package versions."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}

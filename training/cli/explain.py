@@ -1,0 +1,122 @@
+"""Turns what Hydra and OmegaConf say about a wrong setting into one sentence: the key, and what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator
+
+from training.cli.fields import Key, keys_of, type_words
+from training.config.commands import COMMANDS, LaunchCommand
+
+
+def explain(error: BaseException, root: type) -> str:
+    """One sentence about a composition or validation error; `root` is the verb's config class."""
+    text = "\n".join(_messages(error))
+    for rule in (_ambiguous, _unknown_option, _unknown_key, _not_optional, _wrong_type, _interpolation):
+        sentence = rule(text, root)
+        if sentence:
+            return sentence
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _messages(error: BaseException) -> Iterator[str]:
+    """The messages of an error and its causes; messages alone, so that OmegaConf's `full_key` lines stay whole."""
+    current: BaseException | None = error
+    while current is not None:
+        yield str(current)
+        current = current.__cause__ or current.__context__
+
+
+def _search(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""
+
+
+def _ambiguous(text: str, root: type) -> str:
+    word = _search(r"Ambiguous value for argument '(.*?)'\n", text)
+    if not word:
+        return ""
+    key, _, value = word.partition("=")
+    return f"{word}: several values; write {key}=[{value}] for a list, or add --multirun for one run per value"
+
+
+def _unknown_option(text: str, root: type) -> str:
+    group, _, option = _search(r"Could not find '([^']+)'", text).rpartition("/")
+    if not group:
+        return ""
+    options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    near = difflib.get_close_matches(option, options, n=1) or [o for o in options if o.endswith(option)][:1]
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{group}={option}: no such option; {hint}the options are {', '.join(options)}"
+
+
+def _unknown_key(text: str, root: type) -> str:
+    if not re.search(r"Key '.*' (is )?not in ", text):
+        return ""
+    keys, full = keys_of(root), _search(r"full_key: (\S+)", text)
+    typed = _search(r"Could not override '(\S+)'", text)
+    full = typed if typed.startswith(full + ".") else full
+    if root is LaunchCommand:
+        owners = [verb for verb, (schema, *_) in COMMANDS.items() if full in keys_of(schema)]
+        if owners:
+            return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
+    near = suggest(full, keys)
+    if near:
+        return f"{full}: no such key; did you mean {' or '.join(near)}?"
+    section = full.rpartition(".")[0]
+    while section and section not in keys:
+        section = section.rpartition(".")[0]
+    inside = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
+    return f"{full}: no such key; {section or 'the top level'} has {', '.join(inside)}"
+
+
+def suggest(full: str, keys: dict[str, Key]) -> list[str]:
+    """Up to two known keys that a mistyped one may have meant: alike as a whole, or with the same last part."""
+    last = full.rpartition(".")[2]
+    same = [k for k in keys if k.rpartition(".")[2] == last]
+    if same:
+        closest = difflib.get_close_matches(full, same, n=1, cutoff=0.85)
+        return closest or same[:2]
+    section = full.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(full, siblings, n=1, cutoff=0.75)
+    others = [k for k in keys if not full.startswith(k + ".")]
+    return near or difflib.get_close_matches(full, others, n=1, cutoff=0.7)
+
+
+def _expected(key: str, root: type) -> str:
+    keys, name = keys_of(root), re.sub(r"\[\d+\]$", "", key)
+    if name in keys:
+        return type_words(keys[name].type)
+    mapping = keys[name.rpartition(".")[0]]
+    return type_words(typing.get_args(mapping.type)[1])
+
+
+def _not_optional(text: str, root: type) -> str:
+    key = _search(r"field '(\S+)' is not Optional", text)
+    return f"{key}=null: it must be {_expected(key, root)}" if key else ""
+
+
+def _wrong_type(text: str, root: type) -> str:
+    marks = (
+        "could not be converted",
+        "is not a valid",
+        "Invalid type assigned",
+        "Invalid value assigned",
+        "Cannot merge",
+    )
+    if not any(mark in text for mark in marks):
+        return ""
+    key = _search(r"full_key: (\S+)", text)
+    value = _search(r"Error merging override [^=\n]*=(.*)", text) or _search(r"Value '(.*?)' ", text)
+    stated = f"{key}={value}" if value else key
+    return f"{stated}: it must be {_expected(key, root)}"
+
+
+def _interpolation(text: str, root: type) -> str:
+    name = _search(r"Interpolation key '(.*?)' not found", text)
+    key = _search(r"full_key: (\S+)", text)
+    where = f"{key}: " if key else ""
+    return f"{where}${{{name}}} names a key that does not exist" if name else ""

@@ -1,0 +1,179 @@
+"""What `cascade --help` and `cascade VERB --help` print."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from training.cli.compose import CONF_DIR, groups, load_config
+from training.cli.fields import keys_of
+from training.config.commands import COMMANDS
+from training.config.experiment import Experiment
+
+EXAMPLES: dict[str, list[str]] = {
+    "prepare": [
+        "cascade prepare experiment=demo",
+        "cascade prepare prepare.kind=folder prepare.source=pictures/ prepare.output=data/mine prepare.max_side=512",
+    ],
+    "index": ["cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'"],
+    "verify": ["cascade verify data.shards=data/mine report=true output=verify"],
+    "order": ["cascade order data.shards=data/mine data.global_batch=64 world_size=4 position=0 batches=2"],
+    "embed": ["cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5"],
+    "train": [
+        "cascade train experiment=demo stage=demo_sr",
+        "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
+        "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
+        "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4    # one run per value",
+    ],
+    "bundle": [
+        "cascade bundle experiment=demo",
+        "cascade bundle bundle.runs=[runs/a/base64,runs/a/sr256] bundle.dir=runs/a/bundle",
+    ],
+    "sample": [
+        "cascade sample experiment=demo",
+        "cascade sample from_bundle=runs/demo/bundle prompts=prompts.txt output=pictures guidance=4 num_images=2",
+    ],
+    "evaluate": [
+        "cascade evaluate experiment=demo",
+        "cascade evaluate experiment=demo evaluation.samples=512 json=true",
+    ],
+    "checkpoints": [
+        "cascade checkpoints run=runs/demo/demo_base",
+        "cascade checkpoints run=runs/demo/demo_base action=verify",
+    ],
+    "plan": [
+        "cascade plan experiment=modern stage=base64 cluster=slurm cluster.nodes=8",
+        "cascade plan experiment=demo doctor=true",
+    ],
+    "launch": [
+        "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
+        "cascade launch cluster=slurm experiment=demo verb=['train stage=demo_base','train stage=demo_sr',bundle]",
+        "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4    # a job and a run for each",
+        "cascade launch cluster=slurm experiment=demo verb=evaluate",
+    ],
+}
+SECTIONS: dict[str, list[str]] = {
+    "prepare": ["prepare", "seed"],
+    "index": ["data"],
+    "verify": ["data", "stage"],
+    "order": ["data", "seed"],
+    "embed": ["data", "text"],
+    "train": [
+        "run",
+        "train",
+        "data",
+        "stage",
+        "text",
+        "optimizer",
+        "ema",
+        "zero",
+        "precision",
+        "checkpoint",
+        "wandb",
+        "cluster",
+    ],
+    "bundle": ["bundle"],
+    "sample": ["sampling", "bundle", "seed"],
+    "evaluate": ["evaluation", "bundle", "seed"],
+    "checkpoints": ["run", "checkpoint"],
+    "plan": ["cluster", "data", "stage", "zero", "precision"],
+    "launch": ["cluster", "run"],
+}
+"""The sections whose keys the help of a verb lists; the others exist too, and --cfg job shows them all."""
+FLAGS = """\
+  --cfg job              show the composed settings instead of running (--resolve: with references filled in)
+  --multirun, -m         run once per combination of comma-separated values: seed=1,2,3
+  --info                 how the settings came about (all, config, defaults, searchpath, ...)
+  --config-dir DIR       look for config files there too; --config-name NAME starts from another file
+  -sc install=bash       shell completion: eval "$(cascade -sc install=bash)"  (also fish, zsh)
+  --hydra-help           everything else that Hydra, which reads this command line, can do"""
+COMMON = {"json": "the last line on stdout is one JSON object", "debug": "show tracebacks"}
+
+
+def overview() -> str:
+    """The list of commands."""
+    rows = "\n".join(f"  {verb:<12} {line}" for verb, (_, _, line) in COMMANDS.items())
+    return f"""\
+cascade: train an Imagen-style cascade of diffusion models on your own machines, and use it.
+
+usage: cascade COMMAND key=value ...
+
+{rows}
+
+A small cascade from nothing, in minutes, on a CPU:
+  cascade prepare  experiment=demo
+  cascade train    experiment=demo stage=demo_base
+  cascade train    experiment=demo stage=demo_sr
+  cascade bundle   experiment=demo
+  cascade sample   experiment=demo
+  cascade evaluate experiment=demo
+
+Any setting can be given on the command line: cascade train experiment=demo train.steps=50 zero.stage=2
+  json=true            {COMMON["json"]}
+  debug=true           {COMMON["debug"]}
+  cascade COMMAND --help     its settings with their defaults
+  cascade COMMAND --cfg job  all settings as they would be used
+
+experiments: {", ".join(groups().get("experiment", []))}"""
+
+
+def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
+    """Examples, groups and the main keys of a verb with the values that `overrides` give them.
+
+    Raises:
+        ConfigError: an override that is wrong.
+    """
+    config = load_config(verb, overrides)
+    config_class, _, line = COMMANDS[verb]
+    blocks = [f"cascade {verb}: {line}", "examples:", *(f"  {e}" for e in EXAMPLES.get(verb, [])), ""]
+    blocks += ["groups (GROUP=OPTION takes a file of conf/GROUP/):"]
+    defaults = group_defaults()
+    for group, options in groups().items():
+        named = ", ".join(f"[{o}]" if o == defaults.get(group) else o for o in options)
+        blocks += _wrapped(f"  {group:<12} ", named)
+    own = [f.name for f in fields(config_class) if f.name not in {f.name for f in fields(Experiment)}]
+    blocks += ["", "keys (with the values in force):"]
+    for section in [*own, *SECTIONS.get(verb, [])]:
+        blocks += _key_lines(config_class, config, section)
+    blocks += ["", "  json=false  " + COMMON["json"], "  debug=false  " + COMMON["debug"], "", "flags:", FLAGS]
+    return "\n".join(blocks)
+
+
+def group_defaults() -> dict[str, str]:
+    """The option of each group that is in force when the command line names none."""
+    text = (CONF_DIR / "base.yaml").read_text()
+    return dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
+
+
+def _key_lines(root: type, config: Any, name: str) -> Iterator[str]:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _key_lines(root, config, f"{name}.{field.name}")
+    else:
+        yield from _wrapped(f"  {name}={_shown(value)}  ", keys_of(root)[name].doc)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(_shown(v) for v in value) + "]" if len(str(value)) < 60 else f"[... {len(value)} values]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    """`head` and `text` on lines no wider than the terminal; the text keeps to the right of a margin."""
+    width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
+    margin = " " * min(len(head), 16)
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=margin, break_long_words=False) or [
+        head.rstrip()
+    ]

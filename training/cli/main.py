@@ -1,0 +1,252 @@
+"""The command line: `cascade VERB key=value ...`. Every verb is a Hydra app over conf/VERB.yaml.
+
+Composition and validation happen here, without torch; then the verb's module is imported and its `main(config)` called.
+An error of class `CascadeError` ends the program with its sentence and its exit code; debug=true adds the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
+from training.config.commands import COMMANDS
+from training.config.experiment import Experiment
+from training.processes.endings import run_program
+
+OUTPUTS = {
+    "train": ("run.dir",),
+    "launch": ("separate",),
+    "sample": ("sampling.output", "output"),
+    "evaluate": ("evaluation.output",),
+    "verify": ("output",),
+    "embed": ("output",),
+}
+"""Where each job of a --multirun writes: the values that differ are appended to this path (launch: to that of the
+command that it submits)."""
+NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
+"""Keys that already stand in the default paths."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; returns when it succeeded.
+
+    Raises:
+        SystemExit: with the exit code of a failure (2: wrong input; 75: saved and stopped on request, start again).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with _closed_pipe():
+        _main(words)
+
+
+def _main(words: list[str]) -> None:
+    if not words or words[0] in ("--help", "-h", "help"):
+        from training.cli.help import overview
+
+        return print(overview())
+    if words[0] in ("-sc", "--shell-completion"):
+        return _complete(words)
+    verb, rest = words[0], words[1:]
+    if verb not in COMMANDS:
+        near = difflib.get_close_matches(verb, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        _fail("cascade", ConfigError(f"{verb}: no such command; {hint}the commands are {', '.join(COMMANDS)}"))
+    with _errors(verb, debug="debug=true" in rest):
+        if {"--help", "-h"} & set(rest):
+            from training.cli.compose import searching
+            from training.cli.help import verb_help
+
+            arguments = _parser().parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
+            with searching(arguments.config_dir):
+                return print(verb_help(verb, arguments.overrides))
+        _hydra(verb, rest)
+
+
+def run(verb: str, config: Experiment) -> None:
+    """Imports the verb's module, calls its `main(config)`, and prints what it returns as one JSON line when json=true.
+
+    Raises:
+        SystemExit: the command failed; why stands on stderr.
+    """
+    try:
+        with _closed_pipe():
+            with _errors(verb, config.debug):
+                result = importlib.import_module(COMMANDS[verb][1]).main(config)
+            if config.json and result is not None:
+                print(json.dumps(result), flush=True)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+# ------------------------------------------------------------------------------------------------------ Hydra
+
+
+def _hydra(verb: str, words: Sequence[str]) -> None:
+    """Hydra's own command line over conf/VERB.yaml: runs the verb, or answers --cfg, --info, --multirun, -sc."""
+    from hydra import version
+    from hydra._internal.utils import _run_hydra
+
+    from training.cli.compose import CONF_DIR, normalise, register_schema
+    from training.cli.explain import explain
+
+    register_schema(verb)
+    version.setbase("1.3")
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(words)
+    variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
+    if arguments.shell_completion:
+        variables["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb} ", " ", 1)  # Hydra knows no verbs
+    else:
+        arguments.overrides = normalise(verb, arguments.overrides)
+    swept = _swept_keys(arguments.overrides) if arguments.multirun else []
+    try:
+        with _environment(**variables):
+            _run_hydra(arguments, parser, _task(verb, swept), config_path=str(CONF_DIR), config_name=verb)
+    except CascadeError:
+        raise
+    except Exception as error:
+        raise ConfigError(explain(error, COMMANDS[verb][0])) from error
+
+
+def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:
+    """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit."""
+
+    def task(cfg: Any) -> None:
+        from training.cli.compose import validate
+
+        with _environment(HYDRA_FULL_ERROR=None):
+            with _errors(verb, cfg.debug):
+                _separate(verb, cfg, swept)
+                config = validate(verb, cfg)
+            run(verb, config)
+
+    return task
+
+
+@contextlib.contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables set (or unset, for None) for a while."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _parser() -> Any:
+    """Hydra's, with errors of one sentence."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _bad_flag  # type: ignore[method-assign]
+    return parser
+
+
+def _bad_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; settings are key=value, flags are listed by --help")
+
+
+def _complete(words: Sequence[str]) -> None:
+    """Answers the shell: the verb first, then whatever Hydra knows about that verb's keys and groups.
+
+    `cascade -sc install=bash` prints the script; the shell then calls `cascade -sc query=bash` with COMP_LINE.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split(" ")[1:]
+    verb = typed[0] if typed else ""
+    if verb in COMMANDS and len(typed) > 1:
+        return _hydra(verb, words)
+    if any(w.startswith("query=") for w in words):
+        return print(" ".join(v for v in COMMANDS if v.startswith(verb)))
+    _hydra("train", words)
+
+
+# ------------------------------------------------------------------------------------------------- --multirun
+
+
+def _swept_keys(overrides: Sequence[str]) -> list[str]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [o.key_or_group for o in parsed if o.is_sweep_override()]
+
+
+def _separate(verb: str, cfg: Any, swept: Sequence[str]) -> None:
+    """Gives each job of a --multirun its own output: RUN_DIR/seed=1, RUN_DIR/seed=2 ..."""
+    if not swept:
+        return
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    words = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
+    suffix = ",".join(w.lstrip("+").replace("/", "-") for w in words if w.partition("=")[0] not in NAMING)
+    keys = OUTPUTS.get(verb, ())
+    for key in keys if suffix else ():
+        before = OmegaConf.select(cfg, key)
+        if before is not None:
+            OmegaConf.update(cfg, key, f"{before}/{suffix}" if before else suffix)
+    if keys and suffix:
+        print(f"==> {verb} {' '.join(words)}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[None]:
+    """Ends quietly where nobody reads on: `cascade order ... | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+@contextlib.contextmanager
+def _errors(verb: str, debug: bool) -> Iterator[None]:
+    """Ends the program with the sentence and the exit code of a `CascadeError`."""
+    try:
+        yield
+    except CascadeError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(f"cascade {verb}", error)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _fail(f"cascade {verb}", of_file(error))
+    except KeyboardInterrupt:
+        print(f"cascade {verb}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(who: str, error: CascadeError) -> NoReturn:
+    """Prints the sentence (a mistake of the user's is the same on all ranks: rank 0 alone says it) and exits."""
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if os.environ.get("CASCADE_SRUN") == "1" else None)
+    if rank in (None, "0"):
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
+    elif error.exit_code != EXIT_USER_ERROR:
+        print(f"{who} (rank {rank}): {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.exit_code)
+
+
+def program() -> NoReturn:
+    """The `cascade` program."""
+    run_program(main)
+
+
+if __name__ == "__main__":
+    program()

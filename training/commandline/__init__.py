@@ -1,1 +1,0 @@
-"""What stands between a typed command line and a checked config: composing, explaining mistakes, help. No torch."""

@@ -1,0 +1,319 @@
+"""`cascade sample`: draws prompts with a bundle. The same command again draws only what is missing.
+
+OUTPUT/
+    00000-a_red_circle.png          the final picture; prompt, seed and settings stand in its PNG text
+    STAGE/00000-a_red_circle.png    what an earlier stage drew
+    words/00000-a_red_circle.png    explain=true: which words drew which pixels
+    grid.png                        the first pictures with their captions, all stages side by side
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.progress import progress
+from data_pipeline.storage import store
+from training.cascade.cascade import Cascade, Stage
+from training.cascade.prompts import read_prompts
+from training.cascade.requests import Drawing, as_list, number_drawings, plan_stages
+from training.config.commands import SampleCommand
+from training.config.experiment import Experiment
+from training.evaluation.metrics.features import colour_grid, diversity
+from training.pictures.sheets import Cell, heat_sheet, save, sheet
+from training.processes.distributed import read_ranks
+from training.run.directory import try_to_write
+
+SAVE_EVERY = 4
+"""Batches per device after which pictures are written: what an interruption can cost."""
+GRID_CELLS = 64
+DAMAGED = (OSError, SyntaxError, ValueError)
+"""What Pillow says of files that are no whole pictures."""
+DIVERSITY_FEATURES = "colour_grid_4x4"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw."""
+
+    name: str
+    """Of its files, without ending."""
+    prompt: str
+    negative_prompt: str
+    number: int
+    """How many pictures of the same prompt come before it."""
+    seed: int
+    """Of its noise."""
+    place: int
+    """Which of the prompts it is."""
+
+
+def main(config: SampleCommand) -> dict[str, Any]:
+    """Draws `prompts` (or the experiment's) and writes pictures and grid; keeps pictures that are already there."""
+    began = time.monotonic()
+    if config.batch < 1:
+        raise ConfigError(f"batch={config.batch}: it must be at least 1")
+    output = Path(config.output or config.sampling.output)
+    own = config.prompts is None
+    prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
+    if not prompts:
+        empty = "" if own else f"={config.prompts}"
+        raise ConfigError(
+            f"prompts{empty}: give a text file with one prompt per line, or a list: prompts=['a red circle']"
+        )
+    try_to_write(output, "output")
+    negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
+    jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
+    starts = read_starts(config, len(prompts))
+    cascade, devices = open_cascade(config, config.from_bundle)
+    print(f"text encoder: {cascade.encoder.name}")
+    if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
+        most = cascade.encoder.max_tokens
+        print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
+    order = Order(config, cascade, starts)
+    ranks = read_ranks()
+    share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
+    missing = [job for job in share if not is_drawn(output, job, order)]
+    if len(missing) < len(share):
+        print(f"{len(share) - len(missing)} of {len(share)} pictures are in {output} already and are kept")
+    _draw(order, missing, output, devices)
+    result: dict[str, Any] = {
+        "output": str(output),
+        "images": [{"file": f"{job.name}.png", "prompt": job.prompt, "seed": job.seed} for job in share],
+        "drawn": len(missing),
+        "kept": len(share) - len(missing),
+    }
+    # of several processes the one that finishes last finds all pictures
+    if all((output / f"{job.name}.png").exists() for job in jobs):
+        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], order.stages, config.sampling.columns))
+        print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
+        if len({job.prompt for job in jobs}) < len(jobs):
+            result["diversity"] = measure_diversity(output, jobs)
+            print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
+    return result | {"seconds": round(time.monotonic() - began, 3)}
+
+
+def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[Job]:
+    """`num_images` pictures of each prompt, named by place and words.
+
+    Raises:
+        ConfigError: as many negative prompts as neither 0, 1 nor the prompts.
+    """
+    jobs = []
+    for index, drawing in enumerate(number_drawings(prompts, negatives, seed, num_images)):
+        place = index // num_images
+        words = re.sub(r"\W+", "_", drawing.prompt).strip("_")[:50] or "empty"
+        copy = f"-{index % num_images}" if num_images > 1 else ""
+        name = f"{index // num_images:05d}-{words}{copy}"
+        jobs.append(Job(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed, place))
+    return jobs
+
+
+def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, list[str]]:
+    """The bundle of an experiment, and the devices to draw on: all GPUs, this process's among several, or the CPU."""
+    cascade = Cascade.from_pretrained(path or config.bundle.dir, config.bundle.text_path)
+    ranks = read_ranks()
+    if not (config.cluster.gpus and torch.cuda.is_available()):
+        if config.cluster.threads:
+            torch.set_num_threads(config.cluster.threads)
+        return cascade, ["cpu"]
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    count = torch.cuda.device_count()
+    devices = [f"cuda:{ranks.local_rank % count}"] if ranks else [f"cuda:{i}" for i in range(count)]
+    return cascade.to(devices[0], dtype), devices
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+class Order:
+    """What is asked of a cascade: all that a picture depends on besides its prompt and number."""
+
+    def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
+        self.config, self.cascade, self.starts = config, cascade, starts
+        self.options = {key: getattr(config, key) for key in ("guidance", "steps", "aug_level", "sampler", "stages")}
+        each = {key: value for key, value in self.options.items() if key != "stages"}
+        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **each)
+        self.stages = [cascade.stages[index] for index, _ in plan]
+        self.samplers = [sampler for _, sampler in plan]
+        self.options["strength"] = config.strength
+        self.settings = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        stages = [
+            {"name": s.config.name, "sha256": s.sha256, "step": s.origin.get("step"), "sampler": asdict(sampler)}
+            for s, sampler in zip(self.stages, self.samplers, strict=True)
+        ]
+        weights = next(self.stages[0].unet.parameters())
+        return {
+            "seed": self.config.seed,
+            "stages": stages,
+            "text": self.cascade.text.sha or self.cascade.encoder.name,
+            "dtype": str(weights.dtype).removeprefix("torch."),
+        }
+
+    def metadata(self, job: Job) -> dict[str, str]:
+        """What stands in the PNG text of a picture."""
+        settings = dict(self.settings)
+        if self.starts:
+            settings["strength"] = self.config.strength
+            settings |= {
+                key: {"file": s[job.place].file, "sha256": s[job.place].sha256} for key, s in self.starts.items()
+            }
+        return {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
+            "seed": str(self.config.seed),
+            "number": str(job.number),
+            "settings": json.dumps(settings, ensure_ascii=False, sort_keys=True),
+        }
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to start from, or a mask."""
+
+    file: str
+    sha256: str
+    image: Image.Image
+
+
+def read_starts(config: SampleCommand, prompts: int) -> dict[str, list[Start]]:
+    """The pictures that `low_res`, `image` and `mask` name, one per prompt.
+
+    Raises:
+        ConfigError: as many files as neither 1 nor the prompts.
+        DataError: a file that is missing or no picture.
+    """
+    found = {}
+    for key in ("low_res", "image", "mask"):
+        given = getattr(config, key)
+        if given is None:
+            continue
+        files = [str(file) for file in (as_list(given, prompts, key))]
+        read = {file: _read_start(key, file) for file in set(files)}
+        found[key] = [read[file] for file in files]
+    return found
+
+
+def _read_start(key: str, file: str) -> Start:
+    if not store.exists(file):
+        raise DataError(f"{key}={file}: no such file")
+    data = store.read_bytes(file)
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise DataError(f"{key}={file}: not a picture that can be read ({error})") from error
+    return Start(file, sha256(data).hexdigest(), image)
+
+
+def is_drawn(output: Path, job: Job, order: Order) -> bool:
+    """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
+    files = [output / stage.config.name / f"{job.name}.png" for stage in order.stages[:-1]]
+    files += [output / "words" / f"{job.name}.png"] if order.config.explain else []
+    wanted = order.metadata(job)
+    try:
+        for file in [*files, output / f"{job.name}.png"]:
+            with Image.open(file) as image:
+                image.load()
+                if {key: image.info.get(key) for key in wanted} != wanted:
+                    return False
+    except DAMAGED:
+        return False
+    return True
+
+
+def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> None:
+    config = order.config
+    chunk = config.batch * SAVE_EVERY * len(devices)
+    parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
+    steps = sum(sampler.steps for sampler in order.samplers)
+    total = sum(steps * -(-len(part) // config.batch) for part in parts)
+    with progress(total=total, unit="step", disable=not jobs) as bar:
+
+        def advance(stage: str, done: int, of: int) -> None:
+            bar.set_description(f"sampling {stage}", refresh=False)
+            bar.update()
+
+        for part in parts:
+            starts: dict[str, Any] = {
+                key: [some[job.place].image for job in part] for key, some in order.starts.items()
+            }
+            drawings = order.cascade.draw(
+                [job.prompt for job in part],
+                [job.negative_prompt for job in part],
+                seed=config.seed,
+                numbers=[job.number for job in part],
+                batch=config.batch,
+                devices=devices,
+                explain=config.explain,
+                callback=advance,
+                **order.options,
+                **starts,
+            )
+            for job, drawing in zip(part, drawings, strict=True):
+                write_drawing(output, job, drawing, order.metadata(job), config.explain)
+
+
+def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
+    """The pictures of all stages; the final one last, because it says that the others are there."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    *earlier, final = drawing.stages
+    for stage in earlier:
+        save(drawing.stages[stage], output / stage / f"{job.name}.png", pnginfo=info)
+    if explain:
+        stage, heat = next(iter(drawing.words.items()), ("none", []))
+        title = f"{job.prompt}  (attention of stage: {stage})"
+        save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png", pnginfo=info)
+    save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info)
+
+
+# ----------------------------------------------------------------------------------------- all pictures together
+
+
+def write_grid(output: Path, jobs: list[Job], stages: Sequence[Stage], columns: int) -> Path:
+    """grid.png: every picture's stages side by side, base first."""
+    earlier = [stage.config.name for stage in stages[:-1]]
+    labels = [f"{stage.config.image_size} px" for stage in stages]
+    cells = []
+    for job in jobs:
+        files = [*(output / stage / f"{job.name}.png" for stage in earlier), output / f"{job.name}.png"]
+        cells.append(Cell([_open(file) for file in files], job.prompt, labels))
+    save(sheet(cells, columns), output / "grid.png")
+    return output / "grid.png"
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except DAMAGED as error:
+        raise DataError(f"{file}: cannot be read ({error}); delete it and run the same command again") from error
+
+
+def measure_diversity(output: Path, jobs: list[Job]) -> dict[str, Any]:
+    """Mean pairwise distance between the pictures of each prompt, and the mean of that over prompts."""
+    by_prompt: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_prompt.setdefault(job.prompt, []).append(job)
+    found = {}
+    for prompt, some in by_prompt.items():
+        pictures = np.stack([np.asarray(_open(output / f"{job.name}.png")) for job in some])
+        found[prompt] = round(diversity(colour_grid(pictures)), 6)
+    mean = sum(found.values()) / max(len(found), 1)
+    return {"features": DIVERSITY_FEATURES, "mean": round(mean, 6), "prompts": found}

@@ -1,0 +1,398 @@
+"""Every setting that an experiment composes, as typed dataclasses that refuse what cannot work. Imports neither torch
+nor deepspeed. What single commands add, and the list of commands, is in commands.py.
+
+`conf/*.yaml` composes the values (Hydra), these classes own their validity: unknown keys and wrong types are refused by
+OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `Experiment.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
+from training.config.diffusion import DiffusionConfig, SamplerConfig
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. One run = one stage's training, in one directory, over any number of restarts."""
+
+    name: str = "default"
+    dir: str = "runs/default/stage"
+
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "run.dir: it is empty; name a directory")
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "demo_base"
+    """A row of training/config/unet.py."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of `UNetConfig` that differ from the preset."""
+
+
+@dataclass
+class StageConfig:
+    """One U-Net of the cascade."""
+
+    name: str = "demo_base"
+    image_size: int = 16
+    """Side of the pictures this stage makes, pixels."""
+    low_res_size: int = 0
+    """Side of the pictures it starts from; 0 for a base stage."""
+    crop_size: int = 0
+    """Super-resolution only: train on crops of this side (output pixels); 0: whole pictures."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", "..", "words"),
+            f"stage.name={self.name}: directories are named by it; it must be a word without a slash, and not `words`",
+        )
+        at_least(self, "stage", image_size=1, low_res_size=0, crop_size=0)
+        if self.low_res_size:
+            require(
+                self.image_size % self.low_res_size == 0 and self.low_res_size < self.image_size,
+                f"stage.low_res_size={self.low_res_size}: it must divide stage.image_size={self.image_size} and be "
+                "smaller",
+            )
+            factor = self.image_size // self.low_res_size
+            require(
+                self.crop_size % factor == 0 and self.crop_size <= self.image_size,
+                f"stage.crop_size={self.crop_size}: it must be a multiple of the scale factor {factor}, up to "
+                f"stage.image_size={self.image_size}",
+            )
+        else:
+            require(self.crop_size == 0, "stage.crop_size: only a super-resolution stage trains on crops")
+
+    @property
+    def is_super_resolution(self) -> bool:
+        return self.low_res_size > 0
+
+    @property
+    def train_size(self) -> int:
+        """Side of the training pictures: the crop, or the whole image."""
+        return self.crop_size or self.image_size
+
+
+@dataclass
+class TextConfig:
+    kind: str = "words"
+    """`words` (deterministic vectors per word, character and neighbour; no meaning, no download) or `t5`."""
+    path: str | None = None
+    """`t5`: a local directory or a name in the Hugging Face cache."""
+    max_tokens: int = 32
+    dim: int = 384
+    """Width of the embeddings; for `t5` it must equal the encoder's."""
+    dtype: str = "fp32"
+    """`fp32` or `bf16`, for the frozen encoder."""
+    sha: str | None = None
+    """Hash of the encoder's weights and tokenizer. Null: found out at the start; checkpoints and bundles keep it and
+    refuse another encoder."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("words", "t5"), f"text.kind={self.kind}: it must be words or t5")
+        require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
+        at_least(self, "text", max_tokens=1, dim=1)
+        require(self.kind != "t5" or bool(self.path), "text.path: text=t5 needs a directory or a name in the HF cache")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    """`adamw`, `adamw8bit` (moments of 8 bits) or `adafactor`."""
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    decay: str = "linear"
+    """`constant`, `cosine` or `linear`, after the warm-up, to zero at train.steps."""
+    decay_from: float = 0.7
+    """Share of train.steps after which the decay starts."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of a step; 0: none."""
+
+    def __post_init__(self) -> None:
+        names = ("adamw", "adamw8bit", "adafactor")
+        require(self.name in names, f"optimizer.name={self.name}: it must be {', '.join(names[:-1])} or {names[-1]}")
+        require(
+            self.decay in ("constant", "cosine", "linear"),
+            f"optimizer.decay={self.decay}: it must be constant, cosine or linear",
+        )
+        positive(self, "optimizer", "lr", "eps")
+        at_least(self, "optimizer", weight_decay=0, warmup_steps=0, clip_norm=0)
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas={self.betas}: it must be two numbers from 0 to below 1",
+        )
+        require(0 <= self.decay_from <= 1, f"optimizer.decay_from={self.decay_from}: it must lie between 0 and 1")
+
+
+@dataclass
+class EmaConfig:
+    decays: list[float] = field(default_factory=lambda: [0.9999])
+    """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n). With `profile: power`
+    these are relative widths, for example [0.05, 0.1]."""
+    profile: str = "constant"
+    """`constant` decay, or `power`: averages from which, with checkpoint.keep_every, `cascade checkpoints action=export
+    sigma_rel=...` makes one of any other width afterwards."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.decays), "ema.decays: give at least one decay")
+        for decay in self.decays:
+            require(0 <= decay < 1, f"ema.decays: {decay} is not in [0, 1)")
+            require(
+                self.profile != "power" or 0 < decay < 0.288,
+                f"ema.decays: {decay} is no relative width; ema.profile=power needs values between 0 and 0.288",
+            )
+        require(self.profile in ("constant", "power"), f"ema.profile={self.profile}: it must be constant or power")
+
+
+@dataclass
+class ZeroConfig:
+    stage: int = 1
+    """DeepSpeed ZeRO stage: 0 (one device only), 1, 2 or 3."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.stage in (0, 1, 2, 3), f"zero.stage={self.stage}: it must be 0, 1, 2 or 3")
+        require(
+            not self.offload_parameters or self.stage == 3,
+            f"zero.offload_parameters=true: it needs zero.stage=3, not {self.stage}",
+        )
+        require(
+            not self.offload_optimizer or self.stage >= 2,
+            f"zero.offload_optimizer=true: it needs zero.stage=2 or 3, not {self.stage}",
+        )
+
+
+@dataclass
+class PrecisionConfig:
+    dtype: str = "fp32"
+    """`fp32`, or `bf16` with fp32 master weights."""
+    channels_last: bool = False
+    compile: bool = False
+    """torch.compile per block (GPU)."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("fp32", "bf16"), f"precision.dtype={self.dtype}: it must be fp32 or bf16")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    log_every: int = 20
+    sample_every: int = 500
+    """A grid of fixed prompts with fixed seeds every so many steps; 0: never."""
+    sample_prompts: list[str] = field(default_factory=list)
+    init_from: str | None = None
+    """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
+    max_skipped: int = 10
+    """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run
+    goes back to the weights of its last healthy checkpoint and steps past the data."""
+    max_rollbacks: int = 1
+    """So often in a row; then it stops."""
+    spike_factor: float = 20.0
+    """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one
+    is."""
+    stall_s: float = 120.0
+    """A rank that stands still for so long is reported, with its stacks in its log file."""
+    peak_tflops: float = 0.0
+    """Stated peak of one device, for MFU; 0: the data sheet's figure for a known GPU, else no MFU."""
+    timeout_first_s: float = 1800.0
+    """Time-out of the process groups up to the first step (compilation, warm-up)."""
+    timeout_s: float = 600.0
+    """The same afterwards."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "train", steps=1, log_every=1, sample_every=0, max_skipped=1, max_rollbacks=0, spike_factor=0)
+        at_least(self, "train", peak_tflops=0)
+        positive(self, "train", "stall_s", "timeout_first_s", "timeout_s")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation of the weights of train.init_from, which stay frozen; needs the `peft` package."""
+
+    rank: int = 0
+    """Inner width of the adapters; 0: off, all weights are trained."""
+    alpha: float = 0.0
+    """The adapters' sum is multiplied by alpha / rank; 0: alpha = rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["query", "key_value", "text_key_value", "out", "conv_in", "conv_out", "cond"]
+    )
+    """Layers that get an adapter, by the last part of their names: attention, residual blocks, their conditioning."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "lora", rank=0, alpha=0)
+        require(self.rank == 0 or bool(self.targets), "lora.targets: name at least one kind of layer")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' sum."""
+        return (self.alpha or self.rank) / self.rank if self.rank else 0.0
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between
+    runs."""
+
+    every: int = 0
+    """Steps between two measurements; 0: never."""
+    shards: Any = None
+    """Held-out shards; null: evaluation.reference."""
+    samples: int = 64
+    """Pictures; a multiple of the number of processes."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "validation", every=0, samples=1)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    """Keep each checkpoint whose step is a multiple of this for ever; 0: none."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss (averaged weights)."""
+    dir: str | None = None
+    """Where checkpoints go (a directory or s3://bucket/prefix); null: RUN_DIR/checkpoints."""
+    background: bool = True
+    """Write in the background; the loop waits only for the copy to host memory."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "checkpoint", every=1, keep_last=1, keep_every=0)
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"
+    """`online`, `offline` or `disabled`."""
+    project: str = "cascade"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(
+            self.mode in ("online", "offline", "disabled"),
+            f"wandb.mode={self.mode}: it must be online, offline or disabled",
+        )
+
+
+@dataclass
+class ClusterConfig:
+    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
+    to."""
+
+    kind: str = "local"
+    processes: int = 0
+    """Processes per node; 0: one per GPU, or 1 without GPUs."""
+    threads: int = 0
+    """CPU threads per process for torch; 0: cores / processes."""
+    nodes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    cpus_per_task: int = 0
+    """CPU cores per process; 0: Slurm's default."""
+    mem: str | None = None
+    gpus: bool = True
+    """Ask for one GPU per process."""
+    requeue: bool = True
+    signal_s: int = 120
+    """Seconds before the time limit at which the job saves and requeues itself."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More #SBATCH options, as `option: value`."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the program (modules, exports)."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
+        at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0)
+
+
+@dataclass
+class BundleConfig:
+    runs: list[str] = field(default_factory=list)
+    """Run directories (or checkpoints) of the stages, base first."""
+    dir: str = "runs/default/bundle"
+    text_path: str | None = None
+    """`sample` and `evaluate`: where the text encoder lies on this machine; null: where the bundle says."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.dir), "bundle.dir: it is empty; name a directory or an s3:// prefix")
+
+
+@dataclass
+class SamplingConfig:
+    prompts: list[str] = field(default_factory=list)
+    """The experiment's own prompts, used when the command line gives none."""
+    output: str = "runs/default/samples"
+    columns: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, "sampling", columns=1)
+
+
+@dataclass
+class EvaluationConfig:
+    kind: str = "shapes"
+    """`shapes`: the oracle that reads captioned shapes; `pictures`: distances on features only."""
+    reference: Any = None
+    """Held-out shards."""
+    samples: int = 96
+    """Captions to sample; fewer where the reference holds fewer pictures."""
+    reference_samples: int = 0
+    """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
+    psnr_samples: int = 32
+    """`shapes`: pictures that each super-resolution stage restores from their true low-res version; 0: none."""
+    batch: int = 32
+    output: str = "runs/default/evaluation"
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
+        at_least(self, "evaluation", samples=2, batch=1, reference_samples=0, psnr_samples=0)
+
+
+@dataclass
+class Experiment:
+    """All sections that an experiment composes; the base of every command's config."""
+
+    seed: int = 0
+    json: bool = False
+    """The last line on stdout is one JSON object."""
+    debug: bool = False
+    """Show tracebacks."""
+    run: RunConfig = field(default_factory=RunConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
+        require(
+            self.lora.rank == 0 or bool(self.train.init_from),
+            f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",
+        )

@@ -1,0 +1,399 @@
+"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`; all state in and out by name.
+
+DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API
+(hence the exact pin):
+
+    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which
+                parameter
+    ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position`, even slices
+
+`_layout` turns both into `Piece`s (training/optim/pieces.py); all else (checkpoints, averages, import) works on those
+alone. DeepSpeed's own checkpoint loads at no other world size or stage, its `latest` is written before the shards are
+complete, and its setters for full tensors fail under ZeRO 3 when the world size does not divide a parameter's size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from training.config.experiment import Experiment
+from training.engine.plain import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step, trained_parameters
+from training.optim.adafactor import Adafactor
+from training.optim.adamw8bit import KINDS, AdamW8bit
+from training.optim.averages import state_name
+from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
+from training.optim.registry import STATES, build_optimizer, learning_rate
+from training.processes.distributed import Ranks, all_gather, all_sum
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------ process groups
+
+
+def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
+    """Joins the process group and returns the ranks with their device and groups; nothing to join at `zero.stage=0`.
+
+    Every group gets `train.timeout_first_s`; after the first step `set_timeout` lowers it.
+    """
+    device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for algorithms pays once
+    if config.zero.stage == 0:
+        return replace(ranks, device=device)
+    timeout = timedelta(seconds=config.train.timeout_first_s)
+    deepspeed = import_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it; srun sets none
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    control, background = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return replace(ranks, device=device, control=control, background=background)
+
+
+def shut_down() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the compilation of `deepspeed_shm_comm` (minutes of g++ at first use, for nothing
+    we need)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+    return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports Muon whatever the optimizer, and that torch's compiler: 4 s at every start for nothing."""
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_function
+
+
+def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` wants."""
+    on_gpu = ranks.device != "cpu"
+    zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": on_gpu}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_batch_size": config.data.global_batch,
+        "train_micro_batch_size_per_gpu": config.data.global_batch // (ranks.world_size * accumulate),
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.precision.dtype == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def build_engine(model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> Engine | PlainEngine:
+    """The engine that `zero.stage` asks for. `accumulate`: micro-batches per optimizer step."""
+    kind = PlainEngine if config.zero.stage == 0 else Engine
+    return kind(model, config, ranks, accumulate)
+
+
+# ---------------------------------------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """One U-Net under ZeRO 1, 2 or 3. All methods are collective unless they say otherwise.
+
+    Call it like the module; the result is fp32 whatever the precision. `micro-batches x (call, backward)`, then `step`.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
+        self.config, self.ranks = config, ranks
+        self.dtype = DTYPES[config.precision.dtype]
+        self.updates = 0
+        """Optimizer steps that were applied (not skipped)."""
+        self._accumulate, self._micro_batches = accumulate, 0
+        trained, fused = trained_parameters(model), ranks.device != "cpu" and not config.zero.offload_optimizer
+        shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
+        )
+        self._zero = self._engine.optimizer
+        self.module: torch.nn.Module = self._engine.module
+        if config.zero.stage < 3 and not config.zero.offload_optimizer:
+            self._zero.check_overflow, self._zero.check_grad_overflow = lambda *_, **__: None, True
+            self._zero.scaled_global_norm = self._gradient_norm
+        self._pieces = self._layout()
+        layout: Layout = all_gather(self._pieces, ranks)
+        self._assembler = Assembler(layout, shapes, ranks.rank)
+        self._factored = optimizer if isinstance(optimizer, Adafactor) else None
+        self._packed = optimizer if isinstance(optimizer, AdamW8bit) else None
+        if self._factored is not None:
+            self._factored.shard(self._flats, layout, shapes, ranks.rank, self._add_up)
+        moments = () if self._factored else STATES[config.optimizer.name]
+        self._names = [*moments, *(state_name(i) for i in range(len(config.ema.decays)))]
+        self._host: dict[str, torch.Tensor] = {}
+        self._snapshot: Snapshot | None = None
+        self._allocate()
+        self.set_timeout(config.train.timeout_first_s)
+
+    def __call__(self, x: torch.Tensor, log_snr: torch.Tensor, text: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the
+        weights' type."""
+        mask, low_res, aug_log_snr = (*rest, None, None, None)[:3]
+        layout = torch.channels_last if self.config.precision.channels_last else torch.preserve_format
+        low_res = None if low_res is None else low_res.to(self.dtype, memory_format=layout)
+        x = x.to(self.dtype, memory_format=layout)  # DeepSpeed takes weights in no other layout; convolutions follow x
+        return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        self._engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self._accumulate:
+            self._engine.step()  # only counts: it steps when all micro-batches are in
+
+    def step(self, step: int, apply: bool = True) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
+        `apply`."""
+        self._settle()
+        lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
+        set_step(self._zero.optimizer, lr, self.config.ema, self.updates)
+        with nullcontext() if apply else self._refusing():
+            self._engine.step()
+        self._micro_batches = 0
+        norm = float(self._engine.get_global_grad_norm())
+        skipped = not self._engine.was_step_applied()
+        self.updates += not skipped
+        return StepInfo(float("inf") if skipped else norm, skipped, lr)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """A step inside takes DeepSpeed's way for gradients that are not finite: it drops them, and nothing else
+        changes."""
+        zero, checked = self._zero, self._zero.check_grad_overflow if self.config.zero.stage < 3 else None
+        name = "_overflow_check_and_loss_scale_update" if self.config.zero.stage == 3 else "check_overflow"
+        if checked is not None:
+            zero.check_grad_overflow = True
+        own = getattr(zero, name)
+        setattr(zero, name, lambda *_, **__: setattr(zero, "overflow", True))
+        try:
+            yield
+        finally:
+            setattr(zero, name, own)
+            if checked is not None:
+                zero.check_grad_overflow = checked
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """For ZeRO 1 and 2, in place of DeepSpeed's, which takes a dozen kernels for each parameter and keeps the GPU
+        waiting for their launch. A norm that is not finite makes DeepSpeed drop the step."""
+        gradients = [g for group in self._zero.averaged_gradients.values() for g in group or () if g is not None]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        squares = torch.stack(norms).to(torch.float64).square().sum()
+        torch.distributed.all_reduce(squares, group=self._zero.dp_process_group)
+        return squares.sqrt().to(torch.float32)
+
+    def norm(self) -> float:
+        """Global norm of the weights (fp32 masters)."""
+        norms = (torch.linalg.vector_norm(flat.detach(), dtype=torch.float64) for flat in self._flats)
+        local = sum(float(norm) ** 2 for norm in norms)
+        return math.sqrt(all_sum([local], self.ranks)[0])
+
+    def set_timeout(self, seconds: float) -> None:
+        """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own
+        groups, which would otherwise wait 10 to 30 minutes for a rank that hangs."""
+        import torch.distributed.distributed_c10d as c10d
+
+        for group in list(c10d._world.pg_map):
+            if group is not self.ranks.background:
+                c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def _add_up(self, sums: torch.Tensor) -> None:
+        """Sums a tensor over the ranks, in place."""
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(sums, group=None if sums.is_cuda else self.ranks.control)
+
+    # ------------------------------------------------------------------------- DeepSpeed's flat tensors
+
+    @property
+    def _flats(self) -> list[torch.Tensor]:
+        """This rank's fp32 weights."""
+        if self.config.zero.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _layout(self) -> list[Piece]:
+        names = {parameter: name for name, parameter in trained_parameters(self.module).items()}
+        pieces = []
+        if self.config.zero.stage == 3:
+            for parameter, name in names.items():
+                flat, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = self.ranks.rank * size
+                stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]
+                if stop > start:
+                    pieces.append(Piece(name, start, stop, flat, offset))
+            return pieces
+        for flat, group in enumerate(self._zero.bit16_groups):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    pieces.append(Piece(names[parameter], own.start, own.start + own.numel, flat, there.start))
+        return pieces
+
+    def _allocate(self) -> None:
+        """Optimizer states from the start: moments zero, averages equal to the weights."""
+        for flat in self._flats:
+            state = self._zero.optimizer.state[flat]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
+            for name in self._names if self._packed is None else [n for n in self._names if n not in KINDS]:
+                state[name] = torch.zeros_like(flat) if name in STATES["adamw"] else flat.detach().clone()
+
+    def _states(self, name: str) -> list[torch.Tensor]:
+        if self._packed is not None and name in KINDS:
+            return [self._packed.moment(flat, name) for flat in self._flats]
+        return [self._zero.optimizer.state[flat][name] for flat in self._flats]
+
+    def _publish(self) -> None:
+        """Makes the weights of the module what the fp32 flat tensors say."""
+        if self.config.zero.stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    # ------------------------------------------------------------------------------- averages, checkpoints
+
+    @contextmanager
+    def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
+        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in
+        step."""
+        self._settle()
+        with torch.no_grad():
+            raw = [flat.detach().clone() for flat in self._flats]
+            for flat, average in zip(self._flats, self._states(state_name(index)), strict=True):
+                flat.copy_(average)
+            self._publish()
+        self.module.eval()
+        try:
+            yield self.module
+        finally:
+            self.module.train()
+            with torch.no_grad():
+                for flat, value in zip(self._flats, raw, strict=True):
+                    flat.copy_(value)
+                self._publish()
+
+    def snapshot(self) -> Snapshot:
+        """This rank's share of the state. Not collective."""
+        self._settle()
+        kinds = ("param", *self._names)
+        flats = {kind: self._flats if kind == "param" else self._states(kind) for kind in kinds}
+        whole: dict[str, torch.Tensor] = {}
+        if self.ranks.is_main:
+            whole = {f"buffer/{name}": buffer for name, buffer in saved_buffers(self.module)}
+            for name, states in self._factored.statistics().items() if self._factored else ():
+                whole.update({f"{kind}/{name}": state for kind, state in states.items()})
+        self._snapshot = ShardedSnapshot(flats, whole, self._host, self._assembler, self.ranks)
+        return self._snapshot
+
+    def _settle(self) -> None:
+        """The state may change from here on: a snapshot of it must have been copied."""
+        if self._snapshot is not None:
+            self._snapshot.copy()
+            self._snapshot = None
+
+    def export_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
+        on the CPU."""
+        return self.snapshot().assemble()
+
+    @torch.no_grad()
+    def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
+        """Sets weights and optimizer states from whole tensors.
+
+        Args:
+            read: the tensor of a name in a checkpoint; a rank asks only for what it holds a piece of.
+            kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
+            updates: optimizer steps that were applied before; at 0 moments are zero, and need not be there to be read.
+        """
+        self._settle()
+        for name, buffer in saved_buffers(self.module):
+            buffer.copy_(read(f"buffer/{name}"))
+        scatter(lambda name: read(f"param/{name}"), self._pieces, self._flats)
+        for kind in (kind for kind in kinds if kind in self._names):
+            values = self._states(kind)
+            if updates or kinds[kind] == "param":
+                scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, values)  # type: ignore[misc]
+            else:
+                torch._foreach_zero_(values)
+            if self._packed is not None and kind in KINDS:
+                for flat, value in zip(self._flats, values, strict=True):
+                    self._packed.set_moment(flat, kind, value)
+        for name, states in self._factored.statistics().items() if self._factored else ():
+            for kind, state in states.items():
+                state.copy_(read(f"{kinds[kind]}/{name}").view_as(state)) if updates else state.zero_()
+        for flat in self._flats:
+            self._zero.optimizer.state[flat]["step"].fill_(float(updates))
+        self.updates = updates
+        self._publish()
+
+
+class ShardedSnapshot(Snapshot):
+    """A snapshot of which each rank holds its pieces."""
+
+    def __init__(
+        self,
+        flats: dict[str, list[torch.Tensor]],
+        whole: dict[str, torch.Tensor],
+        host: dict[str, torch.Tensor],
+        assembler: Assembler,
+        ranks: Ranks,
+    ) -> None:
+        named = {f"flat {i} {kind}": flat.detach() for kind, tensors in flats.items() for i, flat in enumerate(tensors)}
+        super().__init__({**named, **whole}, host)
+        self._whole, self._assembler, self._ranks = list(whole), assembler, ranks
+        self._flats = {kind: [f"flat {i} {kind}" for i in range(len(tensors))] for kind, tensors in flats.items()}
+
+    def assemble(self) -> dict[str, torch.Tensor]:
+        """Collective over the background group; the tensors are valid until the next snapshot."""
+        self.copy()
+        tensors = {name: self._host[name] for name in self._whole}
+        for kind, names in self._flats.items():
+            whole = self._assembler.assemble([self._host[name] for name in names], self._ranks.background)
+            tensors.update((f"{kind}/{name}", tensor) for name, tensor in whole.items())
+        return tensors

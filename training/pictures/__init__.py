@@ -1,0 +1,1 @@
+"""Sheets of labelled pictures as PNG. Imports no other room."""

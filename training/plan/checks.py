@@ -1,0 +1,190 @@
+"""Combinations of settings that cannot work together, refused before torch is imported (one sentence each)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError, about
+from data_pipeline.config import require
+from training.config.experiment import ClusterConfig, Experiment, StageConfig
+from training.config.unet import for_stage, resolve
+from training.processes.distributed import process_count, read_ranks
+
+TRAINING_VERBS = ("train", "plan")
+LOCAL = {
+    "train": ("run.dir",),
+    "plan": ("run.dir",),
+    "launch": ("run.dir",),
+    "sample": ("output", "sampling.output"),
+    "evaluate": ("evaluation.output",),
+}
+"""Command -> keys that name local directories."""
+
+
+def check(verb: str, config: Experiment) -> None:
+    """Refuses what cannot be trained.
+
+    Only the commands that build a model for training are held to it: `cascade prepare` does not care about processes.
+
+    Raises:
+        ConfigError, ValueError: the sentence names the keys.
+    """
+    check_local(verb, config)
+    if verb not in TRAINING_VERBS:
+        return
+    check_model(config.stage, config.text.dim)
+    if verb == "train":  # plan and doctor list them all
+        for problem in training_problems(config, planned_world_size(config.cluster)):
+            raise ConfigError(problem)
+
+
+def training_problems(config: Experiment, world_size: int) -> list[str]:
+    """Everything that `cascade train` would refuse about these settings on `world_size` processes, one sentence each.
+
+    `train` stops at the first; `plan` and its doctor name them all. Nothing is read and nothing is imported for it.
+    """
+    problems = []
+    for rule in RULES:
+        try:
+            rule(config, world_size)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_local(verb: str, config: Experiment) -> None:
+    """What is written file by file, and read by people, lies on a disk."""
+    for key in LOCAL.get(verb, ()):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        more = "; checkpoints may go to checkpoint.dir=s3://..." if key == "run.dir" else ""
+        require("://" not in str(value), f"{key}={value}: it must be a local directory{more}")
+
+
+def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """Processes that will train: those a launcher has started, else the Slurm job's, else those of this machine."""
+    ranks = read_ranks(environ)
+    if ranks is not None:
+        return ranks.world_size
+    if cluster.kind == "slurm":
+        return cluster.nodes * max(1, cluster.processes)
+    return process_count(cluster, environ)
+
+
+def check_model(stage: StageConfig, text_dim: int) -> None:
+    """The U-Net fits the stage: its kind, its text width, and the picture sizes it can halve."""
+    preset = resolve(stage.model.preset, dict(stage.model.overrides))
+    require(
+        stage.is_super_resolution or not preset.low_res,
+        f"stage.model.preset={stage.model.preset} is for super-resolution but stage.low_res_size=0: choose the preset "
+        "of a base stage, or set stage.low_res_size to the side of the picture it starts from",
+    )
+    given = stage.model.overrides.get("text_dim", text_dim)
+    require(
+        given == text_dim,
+        f"stage.model.overrides.text_dim={given}: the U-Net reads text of width text.dim={text_dim}; leave it out",
+    )
+    for_stage(stage, text_dim)
+
+
+def check_lanes(config: Experiment, world_size: int) -> None:
+    """Every rank gets the same number of lanes."""
+    data = config.data
+    lanes = data.lane_count
+    allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    if data.global_batch % world_size:
+        other = f"data.global_batch to a multiple of {world_size}"
+    else:
+        other = f"data.lanes to a multiple of {world_size}"
+    require(
+        lanes % world_size == 0,
+        f"{world_size} processes (cluster.nodes x cluster.processes) cannot share the {lanes} lanes of "
+        f"data.global_batch={data.global_batch}: use {_or(allowed)} processes, or set {other}",
+    )
+
+
+def check_micro_batch(config: Experiment, world_size: int) -> None:
+    """The share of a rank divides into equal micro-batches (asked only where the ranks have equal shares)."""
+    data = config.data
+    if not data.micro_batch or data.global_batch % world_size:
+        return
+    share = data.global_batch // world_size
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    require(
+        share % data.micro_batch == 0,
+        f"data.micro_batch={data.micro_batch}: it must divide the {share} samples that each of {world_size} "
+        f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors)}",
+    )
+
+
+def check_zero(config: Experiment, world_size: int) -> None:
+    """ZeRO 0 is the plain engine: one process, fp32."""
+    if config.zero.stage:
+        return
+    require(world_size == 1, f"zero.stage=0: it is for one process, not {world_size}; use zero.stage=1, 2 or 3")
+    require(
+        config.precision.dtype == "fp32",
+        f"zero.stage=0 with precision.dtype={config.precision.dtype}: use zero.stage=1, or precision.dtype=fp32",
+    )
+
+
+def validation_shards(config: Experiment) -> tuple[str, Any]:
+    """The held-out shards of the validation, and the key that names them."""
+    if config.validation.shards or not config.evaluation.reference:
+        return "validation.shards", config.validation.shards
+    return "evaluation.reference", config.evaluation.reference
+
+
+def check_heldout(config: Experiment, training: Sequence[str]) -> list[str]:
+    """The shards of the validation, listed where they lie; empty without a validation.
+
+    Args:
+        training: URLs of the shards of data.shards.
+
+    Raises:
+        DataError: they are missing; ConfigError: training reads them as well, so the loss on them would fall while the
+            model learns by heart.
+    """
+    key, shards = validation_shards(config)
+    if not config.validation.every or not shards:
+        return []
+    from data_pipeline.shards.dataset import patience_of
+    from data_pipeline.storage import store
+
+    with about(key):
+        heldout = store.expand(shards, patience_of(config.data))
+    both = sorted({*training} & {*heldout})
+    named = f"{both[0]}{f' and {len(both) - 1} more' if len(both) > 1 else ''}" if both else ""
+    require(not both, f"{key}: data.shards names {named} as well; hold out shards that training does not read")
+    return heldout
+
+
+def check_validation(config: Experiment, world_size: int) -> None:
+    """Held-out shards are named, and every rank measures as many of the samples."""
+    settings = config.validation
+    if not settings.every:
+        return
+    require(
+        bool(validation_shards(config)[1]),
+        f"validation.shards: validation.every={settings.every}, but no held-out shards are named; set it, or "
+        "validation.every=0",
+    )
+    require(
+        settings.samples % world_size == 0,
+        f"validation.samples={settings.samples}: it must be a multiple of the {world_size} processes",
+    )
+
+
+RULES = (check_lanes, check_micro_batch, check_zero, check_validation)
+"""What settings and a number of processes must agree in."""
+
+
+def _or(numbers: list[int]) -> str:
+    """1, 2, 4 or 8 (the middle left out when there are many)."""
+    words = [str(n) for n in numbers]
+    if len(words) > 8:
+        words = [*words[:4], "...", *words[-2:]]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

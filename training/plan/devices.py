@@ -1,0 +1,97 @@
+"""Devices a training may run on: their memory and their stated peak."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from data_pipeline.common.errors import ConfigError
+from training.config.commands import PlanCommand
+from training.plan.flops import PEAK_TFLOPS
+from training.processes.distributed import process_count, thread_count
+
+GIB = 2**30
+GPUS: dict[str, tuple[str, int]] = {
+    "a10": ("A10", 24),
+    "a100": ("A100", 80),
+    "a100-40gb": ("A100", 40),
+    "a40": ("A40", 48),
+    "b200": ("B200", 180),
+    "gb200": ("GB200", 186),
+    "gh200": ("GH200", 96),
+    "h100": ("H100", 80),
+    "h100-nvl": ("H100 NVL", 94),
+    "h100-pcie": ("H100 PCIe", 80),
+    "h200": ("H200", 141),
+    "l4": ("L4", 24),
+    "l40s": ("L40S", 48),
+    "mi250x": ("MI250X", 64),
+    "mi300x": ("MI300X", 192),
+    "rtx3090": ("RTX 3090", 24),
+    "rtx4090": ("RTX 4090", 24),
+}
+"""Name on the command line -> (row of `PEAK_TFLOPS`, memory in GiB)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One process's device. `peak` is the dense peak in FLOP/s at the precision of the plan, `memory` in bytes."""
+
+    name: str
+    memory: float
+    peak: float
+    on_gpu: bool
+    basis: str
+    """Where `peak` comes from."""
+
+
+def planned_device(config: PlanCommand) -> Device:
+    """The device of the plan: `gpu=NAME`, or this machine's cores for gpu=cpu and where cluster.gpus=false.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    name = config.gpu or ("h100" if config.cluster.gpus else "cpu")
+    if name == "cpu":
+        return this_machine(config)
+    if name not in GPUS:
+        raise ConfigError(f"gpu={name}: it must be cpu or one of {', '.join(GPUS)}")
+    row, gigabytes = GPUS[name]
+    peak, basis = PEAK_TFLOPS[row] * 1e12, "data sheet, dense bf16"
+    if config.precision.dtype == "fp32":
+        peak, basis = peak / 2, "data sheet, dense TF32 (half of bf16)"
+    if config.train.peak_tflops:
+        peak, basis = config.train.peak_tflops * 1e12, "train.peak_tflops"
+    return Device(name, (config.memory_gib or gigabytes) * GIB, peak, True, basis)
+
+
+def this_machine(config: PlanCommand) -> Device:
+    """A process's share of this machine's memory, and the matrix product rate of its threads, measured now."""
+    processes = process_count(config.cluster)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+    if config.memory_gib:
+        memory = config.memory_gib * GIB
+    peak, basis = config.train.peak_tflops * 1e12, "train.peak_tflops"
+    if not peak:
+        threads = thread_count(config.cluster)
+        peak, basis = measured_peak(threads), f"fp32 matrix product of {threads} thread(s), measured now"
+    return Device("cpu", memory, peak, False, basis)
+
+
+def measured_peak(threads: int, side: int = 1024, rounds: int = 5) -> float:
+    """FLOP/s of the fastest of a few fp32 matrix products."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.randn(side, side)
+        best = float("inf")
+        for _ in range(rounds):
+            began = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * side**3 / best

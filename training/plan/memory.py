@@ -1,0 +1,301 @@
+"""How much memory one training process needs, by part, found out before one is started.
+
+Activations are not estimated: one forward and one backward pass run on tensors without data, and every storage is
+followed from its creation to its end. That is done for two and for three pictures; each moment of the pass is linear in
+the micro-batch. What ZeRO keeps where is read in the source of DeepSpeed 0.19.
+
+    N parameters   b bytes of a weight in the network (4 fp32, 2 bf16)   W world size   D averages
+
+Under `lora` only the adapters have gradients, moments and averages.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training.config.experiment import LoraConfig, StageConfig, ZeroConfig
+from training.config.unet import UNetConfig, for_stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.model.unet import UNet
+
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed sends together (`reduce_bucket_size`), elements."""
+LIVE_WEIGHTS = 1_000_000_000
+"""Gathered weights that ZeRO 3 keeps at a time (`stage3_max_live_parameters`), elements."""
+GPU_OVERHEAD = 1_500_000_000
+"""CUDA context, NCCL, convolution workspaces, fragmentation; assumed."""
+CPU_OVERHEAD = 350_000_000
+"""Interpreter and libraries of a process on a CPU."""
+CPU_WORKSPACE = 1.5
+"""What convolutions on a CPU take for their own layout of inputs and outputs, in sizes of the largest tensor
+(measured)."""
+
+
+# --------------------------------------------------------------------------------------- one pass, without data
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Live bytes after each allocation of a forward and backward pass.
+
+    Fields:
+        activations: what is neither a weight nor a finished gradient.
+        gradients: finished gradients of weights, if all are kept.
+        largest: bytes of the largest single tensor.
+    """
+
+    activations: np.ndarray
+    gradients: np.ndarray
+    largest: int
+
+    def peak(self, keep_gradients: bool) -> int:
+        """The most that is live at once."""
+        return int((self.activations + self.gradients if keep_gradients else self.activations).max())
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes for two and for three pictures (one picture takes other paths: some copies become views)."""
+
+    two: Pass
+    three: Pass
+
+    def at(self, batch: int) -> Pass:
+        """The pass for `batch` pictures."""
+        grown = self.two.activations + (batch - 2) * (self.three.activations - self.two.activations)
+        largest = self.two.largest + (batch - 2) * (self.three.largest - self.two.largest)
+        return Pass(grown, self.two.gradients, largest)
+
+
+def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, lora: LoraConfig | None = None) -> Passes:
+    """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
+    return Passes(*(follow_one(config, size, tokens, dtype, batch, lora) for batch in (2, 3)))
+
+
+def follow_one(
+    config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, batch: int, lora: LoraConfig | None
+) -> Pass:
+    """The same for a given number of pictures."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = _network(config, lora)
+    finally:
+        torch.set_default_dtype(default)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        live = _live_bytes()
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(lambda p: live.to_gradient(p.grad))
+        x = torch.empty(batch, config.channels, size, size, dtype=dtype)
+        level = torch.empty(batch)
+        text = torch.empty(batch, tokens, config.text_dim, dtype=dtype)
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
+        with live:
+            model(x, level, text, mask, *low_res).float().square().mean().backward()
+    return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
+
+
+def _network(config: UNetConfig, lora: LoraConfig | None) -> UNet:
+    """The network on the meta device."""
+    import torch
+
+    from training.model.lora import add_adapters
+    from training.model.unet import UNet
+
+    with torch.device("meta"):
+        model = UNet(config)
+        if lora is not None and lora.rank:
+            add_adapters(model, lora)
+    return model
+
+
+def _live_bytes() -> Any:
+    """A dispatch mode that records live bytes whenever a new storage appears."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+            self.finished: set[int] = set()
+            self.now = self.done = self.largest = 0
+            self.activations: list[int] = []
+            self.gradients: list[int] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self.add(leaf.untyped_storage())
+            return out
+
+        def add(self, storage: Any) -> None:
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.largest = max(self.largest, self.sizes[key])
+                self.activations.append(self.now)
+                self.gradients.append(self.done)
+                weakref.finalize(storage, self.drop, key)
+
+        def to_gradient(self, gradient: Any) -> None:
+            key = gradient.untyped_storage()._cdata
+            if key in self.sizes and key not in self.finished:
+                self.finished.add(key)
+                self.now -= self.sizes[key]
+                self.done += self.sizes[key]
+
+        def drop(self, key: int) -> None:
+            size = self.sizes.pop(key)
+            if key in self.finished:
+                self.finished.discard(key)
+                self.done -= size
+            else:
+                self.now -= size
+
+    return Live()
+
+
+# ---------------------------------------------------------------------------------------------- what ZeRO keeps
+
+
+def parameter_count(stage: StageConfig, text_dim: int) -> int:
+    """Of the stage's network, built without data."""
+    return sum(math.prod(shape) for shape in parameter_shapes(for_stage(stage, text_dim)))
+
+
+def parameter_shapes(unet: UNetConfig, lora: LoraConfig | None = None) -> list[tuple[int, ...]]:
+    """Shapes of all parameters that are trained (under `lora`: of the adapters), from a network without data."""
+    return [tuple(p.shape) for p in _network(unet, lora).parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the size of the state depends on."""
+
+    shapes: Sequence[tuple[int, ...]]
+    """Of the parameters that are trained."""
+    zero: ZeroConfig
+    weight_bytes: int
+    world_size: int
+    averages: int
+    optimizer: str = "adamw"
+    on_gpu: bool = True
+    frozen: int = 0
+    """Parameters that are not."""
+
+    @property
+    def trained(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+    @property
+    def share(self) -> int:
+        """Trained parameters of this process's shard."""
+        return -(-self.trained // self.world_size) if self.zero.stage else self.trained
+
+
+def moments_bytes(setup: Setup) -> int:
+    """Adam's two moments of the shard (in 8 bits with a scale per 256), or Adafactor's row and column means of all
+    matrices (optimizers.py), which every process keeps."""
+    if setup.optimizer == "adafactor":
+        return 4 * sum(s[0] + math.prod(s[1:]) if len(s) > 1 else math.prod(s) for s in setup.shapes)
+    return setup.share * 8 if setup.optimizer == "adamw" else setup.share * 2 * 260 // 256
+
+
+def kept(setup: Setup) -> dict[str, int]:
+    """Bytes that a process holds between two steps, on the device; under `host` what is offloaded, and the copy from
+    which checkpoints are written."""
+    share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
+    parts = {
+        "weights": b * (-(-setup.parameters // setup.world_size) if stage == 3 else setup.parameters),
+        "master_weights": 4 * share if stage else 0,
+        "moments": moments_bytes(setup),
+        "ema": 4 * share * setup.averages,
+        "gradients": b * share if stage == 3 else 0,
+    }
+    moments = moments_bytes(setup) if setup.optimizer == "adafactor" else 8 * share
+    host = 4 * share * (1 + setup.averages) + moments
+    if setup.zero.offload_optimizer:
+        host += sum(parts.pop(name) for name in ("master_weights", "moments", "ema")) + 4 * share
+    if setup.zero.offload_parameters:
+        host += parts.pop("weights")
+    return {**parts, "host": host}
+
+
+def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
+    """What comes on top of `kept` at the three moments of a step that can be the highest."""
+    n, share, b, stage = setup.trained, setup.share, setup.weight_bytes, setup.zero.stage
+    workspace = 0 if setup.on_gpu else int(CPU_WORKSPACE * work.largest)
+    if stage == 0:
+        first = 4 * n if setup.averages else 0
+        return {
+            "backward": _moment(b * n, workspace, work.peak(True) - b * n),
+            "step": _moment(b * n, first, 0),  # an average begins as a copy of the weights
+        }
+    if setup.on_gpu:  # gradients leave in buckets while the backward pass goes on; two buckets take turns
+        bucket, keeps_all = BUCKET * b * (1 if stage == 3 else 2), False
+    else:
+        bucket, keeps_all = min(BUCKET, n) * b, True
+    gathered = min(setup.parameters, LIVE_WEIGHTS) * b if stage == 3 else 0
+    collected = 0 if stage == 3 else b * share
+    widened = 4 * share if b != 4 else 0
+    if keeps_all:
+        backward = _moment(b * n, gathered + workspace, work.peak(True) - b * n)
+    else:
+        backward = _moment(collected, bucket + gathered, work.peak(False))
+    return {
+        "backward": backward,
+        "reduction": _moment(2 * collected, bucket + gathered + (b * n if stage == 3 and keeps_all else 0), 0),
+        "step": _moment(2 * collected + widened, 0, 0),
+    }
+
+
+def _moment(gradients: int, buffers: int, activations: int) -> dict[str, int]:
+    return {"gradients": gradients, "buffers": buffers, "activations": max(activations, 0)}
+
+
+def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0) -> dict[str, Any]:
+    """Bytes by part at the highest moment of a step; `total` is what the device must have."""
+    parts = kept(setup)
+    moments = phases(setup, passes.at(micro_batch))
+    highest = max(moments, key=lambda name: sum(moments[name].values()))
+    top = moments[highest]
+    overhead = GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD
+    host = parts.pop("host")
+    report = {**parts, "text_encoder": text_encoder, "overhead": overhead}
+    report["gradients"] += top["gradients"]
+    report |= {"buffers": top["buffers"], "activations": top["activations"]}
+    return {**report, "total": sum(report.values()), "host": host, "moment": highest}
+
+
+def largest_micro_batch(
+    setup: Setup, passes: Passes, available: float, text_encoder: int = 0, limit: int = 4096
+) -> int:
+    """The most pictures per forward pass that fit into `available` bytes; 0: not even one."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = memory(setup, passes, middle, text_encoder)["total"] <= available
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

@@ -1,0 +1,304 @@
+"""`cascade plan`: memory, time and cost of a training, before an allocation is spent; `doctor=true` tries the real
+thing.
+
+Parameters and FLOPs are counted, activations followed through a pass without data (memory.py). What is assumed
+(utilisation, bandwidth, price, bytes per sample before there is an index) is a setting, and the table says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from data_pipeline.common.errors import CascadeError
+from data_pipeline.storage import store
+from training.config.commands import PlanCommand
+from training.config.experiment import Experiment
+from training.config.unet import for_stage
+from training.plan.checks import check_heldout, planned_world_size, training_problems
+from training.plan.devices import Device, planned_device
+from training.plan.flops import training_flops
+from training.plan.memory import (
+    Passes,
+    Setup,
+    follow,
+    largest_micro_batch,
+    memory,
+    moments_bytes,
+    parameter_count,
+    parameter_shapes,
+)
+from training.plan.table import gib, table
+from training.text.cost import TextCost, text_cost
+
+DAY, HOUR = 86400.0, 3600.0
+ASSUMED_SAMPLE_BYTES = 60_000
+"""A JPEG with its caption, where no index says more."""
+FEW_SHARDS = 256
+"""So many indexes are opened where there is no summary of them."""
+COPY_BYTES_PER_SECOND = 10e9
+"""From a GPU to pinned host memory; assumed. (On a CPU: from memory to memory, 2 threads.)"""
+SHOWN_MICRO_BATCHES = 6
+"""Columns of memory by ZeRO stage and micro-batch."""
+
+
+def main(config: Experiment) -> dict[str, Any]:
+    """Prints one table, and with `doctor=true` a line per check; returns the numbers: bytes, seconds, FLOPs, dollars.
+
+    Raises:
+        ConfigError: an unknown GPU, or a stage that cannot be built.
+        UserError: `doctor=true` found something that would stop the training.
+    """
+    assert isinstance(config, PlanCommand)
+    plan = make_plan(config)
+    print(table(plan), flush=True)
+    if config.doctor:
+        from training.plan.doctor import examine
+
+        plan["doctor"] = examine(config)
+    return plan
+
+
+def make_plan(config: PlanCommand) -> dict[str, Any]:
+    """All numbers of the table, by names that JSON readers can rely on."""
+    import torch
+
+    unet = for_stage(config.stage, config.text.dim)
+    size, tokens = config.stage.train_size, config.text.max_tokens
+    device, world = planned_device(config), planned_world_size(config.cluster)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    setup = Setup(
+        parameter_shapes(unet, config.lora),
+        config.zero,
+        dtype.itemsize,
+        world,
+        len(config.ema.decays),
+        config.optimizer.name,
+        device.on_gpu,
+        parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
+    )
+    passes = follow(unet, size, tokens, dtype, config.lora)
+    training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank))
+    text = text_cost(config.text)
+    precomputed = bool(config.data.embeddings)
+    problems: list[str] = []
+    fits = {**batch_fits(config, world, problems), **data_fits(config, problems)}
+    data = fits.pop("data")
+    rates = speed(config, device, world, training + (0 if precomputed else text.flops_per_caption))
+    plan: dict[str, Any] = {
+        "stage": config.stage.name,
+        "preset": config.stage.model.preset,
+        "parameters": setup.parameters,
+        "trained_parameters": setup.trained,
+        "flops_per_image": training,
+        "gpu": device.name,
+        "peak_flops": device.peak,
+        "peak_basis": device.basis,
+        "world_size": world,
+        "nodes": config.cluster.nodes if config.cluster.kind == "slurm" else 1,
+        "zero_stage": config.zero.stage,
+        "optimizer": config.optimizer.name,
+        "precision": config.precision.dtype,
+        **memory_plan(config, setup, passes, device, 0 if precomputed else text.bytes, problems),
+        **rates,
+        **cost(config, device, world, rates["images_per_second"]),
+        "text_encoder": text_plan(config, text, training, data["samples"], device, world),
+        "data": data,
+    }
+    embedding_bytes = tokens * config.text.dim * 2 if precomputed else 0
+    plan["store_bytes_per_second"] = (data["bytes_per_sample"] + embedding_bytes) * rates["images_per_second"]
+    plan |= checkpoint_plan(config, setup, device, plan["nodes"], rates["seconds_per_step"])
+    plan["fits"] = {"memory": plan.pop("fits_memory"), **fits}
+    plan["problems"] = problems
+    plan["ok"] = not problems
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str, Any]:
+    """Whether `cascade train` would take the world size, lanes and micro-batch; all its sentences go to `problems`."""
+    lanes, batch = config.data.lane_count, config.data.global_batch
+    share = batch // world
+    micro_batch = config.data.micro_batch or share
+    problems += training_problems(config, world)
+    return {
+        "world_size": batch % world == 0,
+        "lanes": lanes % world == 0,
+        "micro_batch": bool(micro_batch) and share % micro_batch == 0,
+    }
+
+
+def memory_plan(
+    config: PlanCommand, setup: Setup, passes: Passes, device: Device, encoder: int, problems: list[str]
+) -> dict[str, Any]:
+    """Bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO stage and
+    micro-batch."""
+    share = max(1, config.data.global_batch // setup.world_size)
+    micro_batch = config.data.micro_batch or share
+    parts = memory(setup, passes, micro_batch, encoder)
+    largest = largest_micro_batch(setup, passes, device.memory, encoder)
+    usable = max((n for n in range(1, min(largest, share) + 1) if share % n == 0), default=0)
+    fits = parts["total"] <= device.memory
+    if not fits:
+        remedy = f"set data.micro_batch={usable}" if usable else "use a higher zero.stage, offloading or more devices"
+        problems.append(
+            f"data.micro_batch={micro_batch} needs {gib(parts['total'])} of {gib(device.memory)} per device: {remedy}"
+        )
+    sizes = sorted({*(n for n in range(1, share + 1) if share % n == 0), micro_batch})
+    near = sorted(sizes, key=lambda n: abs(sizes.index(n) - sizes.index(micro_batch)))[:SHOWN_MICRO_BATCHES]
+    stages = [s for s in (0, 1, 2, 3) if s or (setup.world_size == 1 and setup.weight_bytes == 4)]
+    setups = {s: replace(setup, zero=type(config.zero)(stage=s)) for s in stages}
+    return {
+        "micro_batch": micro_batch,
+        "memory": parts,
+        "memory_available": int(device.memory),
+        "memory_by_zero_stage": {
+            str(s): {str(n): memory(setups[s], passes, n, encoder)["total"] for n in sorted(near)} for s in stages
+        },
+        "largest_micro_batch": largest,
+        "largest_usable_micro_batch": usable,
+        "fits_memory": fits,
+    }
+
+
+def speed(config: PlanCommand, device: Device, world: int, flops: float) -> dict[str, float]:
+    """Images and steps per second at the stated utilisation of the stated peak."""
+    rate = config.mfu * device.peak * world / flops
+    return {
+        "mfu": config.mfu,
+        "images_per_second": rate,
+        "images_per_second_per_gpu": rate / world,
+        "seconds_per_step": config.data.global_batch / rate,
+    }
+
+
+def cost(config: PlanCommand, device: Device, world: int, rate: float) -> dict[str, float]:
+    """The whole training; a device that is no GPU costs nothing."""
+    images = config.train.steps * config.data.global_batch
+    hours = images / rate * world / HOUR
+    price = config.price if device.on_gpu else 0.0
+    return {
+        "steps": config.train.steps,
+        "images": images,
+        "days": images / rate / DAY,
+        "gpu_hours": hours,
+        "price": price,
+        "cost": hours * price,
+    }
+
+
+def text_plan(
+    config: PlanCommand, text: TextCost, training: float, samples: int | None, device: Device, world: int
+) -> dict[str, Any]:
+    """The text encoder run in every step against `cascade embed` once: device hours, dollars, memory, images/s, files.
+
+    Online, each device holds and runs the encoder for every picture of the training. Precomputed, each caption is
+    encoded once; what that costs is known as soon as the number of samples is.
+    """
+    flops, rate = text.flops_per_caption, config.mfu * device.peak
+    images = config.train.steps * config.data.global_batch
+    price = config.price if device.on_gpu else 0.0
+
+    def spent(captions: float) -> dict[str, float]:
+        hours = captions * flops / rate / HOUR
+        return {"gpu_hours": hours, "cost": hours * price}
+
+    once: dict[str, Any] = {"gpu_hours": None, "cost": None, "bytes": None}
+    if samples is not None:
+        once = {**spent(samples), "bytes": samples * config.text.max_tokens * config.text.dim * 2}
+    return {
+        "kind": config.text.kind,
+        "mode": "precomputed" if config.data.embeddings else "online",
+        "parameters": text.parameters,
+        "basis": text.basis,
+        "flops_per_caption": flops,
+        "online": {
+            **spent(images),
+            "memory": text.bytes,
+            "images_per_second": speed(config, device, world, training + flops)["images_per_second"],
+        },
+        "precomputed": {
+            **once,
+            "memory": 0,
+            "images_per_second": speed(config, device, world, training)["images_per_second"],
+        },
+    }
+
+
+def checkpoint_plan(
+    config: PlanCommand, setup: Setup, device: Device, nodes: int, seconds_per_step: float
+) -> dict[str, Any]:
+    """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
+    written = "adafactor" if setup.optimizer == "adafactor" else "adamw"  # moments of 8 bits are written as fp32
+    whole = replace(setup, world_size=1, optimizer=written)
+    size = 4 * setup.trained * (1 + setup.averages) + moments_bytes(whole)
+    settings = config.checkpoint
+    kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
+    return {
+        "checkpoint_bytes": size,
+        "checkpoint_seconds": size / (config.store_gb_s * 1e9 * nodes),
+        "checkpoint_blocked_seconds": size / setup.world_size / COPY_BYTES_PER_SECOND,
+        "checkpoint_every_seconds": settings.every * seconds_per_step,
+        "checkpoints_kept": kept,
+        "checkpoints_kept_bytes": kept * size,
+    }
+
+
+def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
+    """What is known of the shards without reading them: number, size, and from an existing index the samples.
+
+    Returns:
+        shards: whether they are there and can feed the lanes (null where data.shards is not set); data: the facts.
+    """
+    facts: dict[str, Any] = {"shards": None, "bytes": None, "samples": None, "epochs": None}
+    facts |= {"bytes_per_sample": float(ASSUMED_SAMPLE_BYTES), "basis": "assumed", "lanes": config.data.lane_count}
+    if config.data.shards is None:
+        return {"shards": None, "data": facts}
+    from data_pipeline.shards.dataset import patience_of
+
+    patience = patience_of(config.data)
+    try:
+        entries = store.describe(store.expand(config.data.shards, patience), patience)
+        samples, total = indexed_samples(config, entries)
+    except CascadeError as error:
+        problems.append(str(error))
+        return {"shards": False, "data": facts}
+    try:
+        check_heldout(config, [entry.url for entry in entries])
+    except CascadeError as error:
+        problems.append(str(error))
+    size = sum(entry.size for entry in entries)
+    facts |= {"shards": len(entries), "bytes": size}
+    if samples is None:
+        return {"shards": True, "data": facts}
+    images = config.train.steps * config.data.global_batch
+    facts |= {"samples": samples, "epochs": images / max(samples, 1)}
+    facts |= {"bytes_per_sample": size / max(total, 1), "basis": "index"}
+    enough = samples >= config.data.global_batch
+    if not enough:
+        problems.append(
+            f"data.shards: {samples} samples are fewer than one batch (data.global_batch={config.data.global_batch}), "
+            f"so every step would repeat pictures"
+        )
+    return {"shards": enough, "data": facts}
+
+
+def indexed_samples(config: PlanCommand, entries: list[store.Entry]) -> tuple[int | None, int]:
+    """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
+    from data_pipeline.shards.dataset import patience_of
+    from data_pipeline.shards.index import load_index
+    from data_pipeline.shards.summaries import read_summaries, summarize, summary_url
+
+    data, patience = config.data, patience_of(config.data)
+    known = read_summaries(summary_url(entries, data.filter, data.index_dir), entries, patience)
+    for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
+        if entry.url not in known:
+            index = load_index(entry.url, data.index_dir, entry, patience)
+            if index is None:
+                return None, 0
+            known[entry.url] = summarize(index, entry, "", data.filter)
+    if len(known) < len(entries):
+        return None, 0
+    return sum(s.kept for s in known.values()), sum(s.samples for s in known.values())

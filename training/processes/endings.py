@@ -1,0 +1,186 @@
+"""What a run does when something happens to it: signals, exit codes, and the judgement of losses."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import NoReturn
+
+from data_pipeline.common.errors import CascadeError
+
+EXIT_PREEMPTED = 75
+"""Saved after SIGTERM, SIGUSR1 or SIGUSR2: start the same command again (job scripts requeue on this code)."""
+EXIT_NOT_FINITE = 76
+"""Too many steps in a row could not be applied, also after going back to an earlier checkpoint."""
+EXIT_SUPERSEDED = 77
+"""A newer start of the same run owns the checkpoints now."""
+EXIT_HUNG = 78
+"""A rank made no progress for longer than the time-outs (its watchdog ended it), or waited in vain for another one."""
+EXIT_INTERRUPTED = 130
+"""Saved after SIGINT (Ctrl-C)."""
+STOP_CODES = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED)
+"""Exits that all ranks decided together."""
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a whole program and ends the process with its exit code.
+
+    The interpreter is not taken down: threads of the libraries (gloo, pyarrow, decoders) that ask for it meanwhile
+    now and then abort the process ("terminate called without an active exception"), and a training that was complete
+    would report 134.
+    """
+    code: object = 1
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        atexit._run_exitfuncs()
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                code = code or 1
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+class Preempted(CascadeError):
+    """The run was asked to stop, and saved."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class Interrupted(CascadeError):
+    """Ctrl-C: the run saved and stopped."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+class NotFinite(CascadeError):
+    """Training cannot go on: its numbers are not finite."""
+
+    exit_code = EXIT_NOT_FINITE
+
+
+class Superseded(CascadeError):
+    """Another process continues this run; this one must not write any more."""
+
+    exit_code = EXIT_SUPERSEDED
+
+
+class RankLost(CascadeError):
+    """Another process died, or did not answer within the time-outs; start the same command again."""
+
+    exit_code = EXIT_HUNG
+
+
+LOST = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused")
+"""What gloo, NCCL and the key-value store say when a peer is gone or silent."""
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process."""
+    said = str(error).lower()
+    return any(words in said for words in LOST)
+
+
+def lost_at_start(rank: int, error: RuntimeError) -> str:
+    """The sentence for a rank that was lost before there was a step."""
+    return (
+        f"rank {rank}: another rank died or did not answer during the start: {str(error).splitlines()[0][:200]}; its "
+        f"own log or output says why, and the same command starts again"
+    )
+
+
+class Signals:
+    """Remembers that a signal came; the loop asks at the step boundary. A second SIGINT ends the program at once.
+
+    Used as a context manager (the former handlers come back at its end). A launcher starts its processes with these
+    signals blocked, so that one that comes while Python starts is not lost and kills nothing: here they are let in.
+    """
+
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._interrupts = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        for number in self.HANDLED:
+            self._previous[number] = signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.HANDLED)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+
+def stop_error(number: int, step: int, saved: int) -> CascadeError:
+    """The error with which a run ends after signal `number` and step `step`; `saved` is its newest checkpoint's (-1:
+    none)."""
+    name = signal.Signals(number).name
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    if saved == step:
+        return kind(f"stopped by {name} after step {step}; everything is saved, the same command goes on from there")
+    return kind(
+        f"stopped by {name} after step {step}, which could not be saved; the same command goes on {from_where(saved)}"
+    )
+
+
+def from_where(saved: int) -> str:
+    """Where a run with a newest checkpoint of step `saved` (-1: none) goes on."""
+    return f"from step {saved}" if saved >= 0 else "from the beginning"
+
+
+class LossGuard:
+    """Judges the loss of a step before the step is applied.
+
+    A loss above `factor` times the median of the last WINDOW accepted ones is a spike. Losses that were not accepted
+    never enter the window, and the window is part of the checkpoint, so a restart judges as the run that was not
+    interrupted would have.
+    """
+
+    WINDOW = 64
+    NEEDED = 16
+    """Before this many losses are known nothing counts as a spike (the first ones fall quickly)."""
+
+    def __init__(self, factor: float, history: Iterable[float] = ()) -> None:
+        self.factor = factor
+        self.history = list(history)[-self.WINDOW :]
+
+    def problem(self, loss: float) -> str:
+        """Why the step must not be applied; empty when it may be."""
+        if not math.isfinite(loss):
+            return "its loss is not finite"
+        if self.factor and len(self.history) >= self.NEEDED:
+            median = sorted(self.history)[len(self.history) // 2]
+            if loss > self.factor * median:
+                return (
+                    f"its loss {loss:.4g} is above {self.factor:g} times the median {median:.4g} (train.spike_factor)"
+                )
+        return ""
+
+    def accept(self, loss: float) -> None:
+        """The step was applied."""
+        self.history = [*self.history, loss][-self.WINDOW :]

@@ -1,0 +1,198 @@
+"""The directory of a run: where its files lie, which configuration it was made with, and whether another one may go on
+in it.
+
+config.yaml   code.json   metrics.jsonl   samples/   logs/rank-#.log   checkpoints/   wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError, DataError
+from training.checkpoint.store import CheckpointStore
+from training.config.experiment import Experiment
+from training.processes.distributed import TYPED
+
+log = logging.getLogger(__name__)
+
+FIXED = {
+    "seed": "all randomness follows from it",
+    "stage.image_size": "the weights belong to it",
+    "stage.low_res_size": "the weights belong to it",
+    "stage.model": "the weights belong to it",
+    "stage.diffusion": "the weights belong to it",
+    "text.kind": "the weights belong to it",
+    "text.sha": "the weights belong to the text encoder that they were trained with (see text.path)",
+    "text.dim": "the weights belong to it",
+    "lora": "the weights belong to it",
+    "optimizer.name": "its saved moments would be lost",
+    "data.global_batch": "the position in the data counts in it",
+    "data.lanes": "the order of the data follows from it",
+    "data.window": "the order of the data follows from it",
+}
+"""Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
+PROBE_BYTES = 1 << 14
+
+
+def to_dict(config: Experiment) -> dict[str, Any]:
+    """The resolved configuration as plain values."""
+    return asdict(config)
+
+
+OPEN = {"stage.model.overrides": ("checkpoint_blocks",)}
+"""Mappings that may hold any keys: one value each, so that a key that comes or goes is a change of it (but for these,
+which change no number)."""
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists are values."""
+    if prefix in OPEN and isinstance(tree, dict):
+        return {prefix: {key: value for key, value in tree.items() if key not in OPEN[prefix]}}
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return leaves
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of the settings that differ."""
+    old, new = flatten(before), flatten(now)
+    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+    """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old ->
+    new`."""
+    changes = []
+    known = flatten(before)  # a key that the code did not have yet was at its default
+    for key, old, new in differences(before, now):
+        for fixed, reason in FIXED.items():
+            if key in known and (key == fixed or key.startswith(f"{fixed}.")):
+                raise ConfigError(
+                    f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "
+                    f"set it back, or start a new run with another run.dir"
+                )
+        changes.append(f"{key}: {_yaml(old)} -> {_yaml(new)}")
+    return changes
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class RunDir:
+    """Paths and small files of one run."""
+
+    def __init__(self, config: Experiment) -> None:
+        self.path = Path(config.run.dir)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = config.checkpoint.dir or str(self.path / "checkpoints")
+
+    def log_file(self, rank: int) -> Path:
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def sample_file(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def create(self) -> None:
+        """Makes the directories, and tries whether there is room for small files.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try_to_write(self.path, "run.dir", ("logs", "samples"))
+
+    def check_not_moved(self) -> None:
+        """For a start that found no checkpoint: the run must not have any in another place.
+
+        Raises:
+            ConfigError: the start before kept them elsewhere.
+        """
+        import yaml
+
+        try:
+            before = yaml.safe_load((self.path / "config.yaml").read_text())["checkpoint"]["dir"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return
+        place = before or str(self.path / "checkpoints")
+        step = -1 if place == self.checkpoints else CheckpointStore(place).newest_whole()
+        if step >= 0:
+            raise ConfigError(
+                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has some in {place} (step "
+                f"{step}); copy them, set checkpoint.dir={before or 'null'}, or start a new run with another run.dir"
+            )
+
+    def wandb_id(self) -> str:
+        """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it."""
+        path = self.path / "wandb_id"
+        if not (path.exists() and path.read_text().strip()):
+            replace_file(path, uuid.uuid4().hex[:8])
+        return path.read_text().strip()
+
+    def write_config(self, config: Experiment) -> None:
+        import yaml
+
+        replace_file(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+    def record_start(self, code: dict[str, Any], step: int, attempt: int, world_size: int) -> None:
+        """Adds this start to code.json: which code ran when, where, and from which step."""
+        path = self.path / "code.json"
+        starts = read_json(path).get("starts", [])
+        command = json.loads(os.environ.get(TYPED, "null")) or sys.argv
+        here = {"host": socket.gethostname(), "time": time.time(), "command": command, "commit": code["commit"]}
+        starts.append({"attempt": attempt, "step": step, "world_size": world_size, **here})
+        replace_file(path, json.dumps({**code, "starts": starts}, indent=1))
+
+
+def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
+    """Makes a directory (and some in it), and writes a small file there: before work whose result is to go there.
+
+    Raises:
+        DataError: it cannot be written; the sentence names `key`.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        for path in (folder, *(folder / name for name in inside)):
+            path.mkdir(parents=True, exist_ok=True)
+        replace_file(probe, " " * PROBE_BYTES)
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{key}={folder}: cannot be written ({error.strerror}); choose another {key}") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object; empty where there is none. One that a crash has damaged is not worth a run: it is said, and
+    begun anew."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        pass
+    log.warning("%s is damaged; it is begun anew", path)
+    return {}

@@ -1,0 +1,131 @@
+"""Times, rates and losses between two lines of the log."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.processes.distributed import Ranks, all_gather, all_sum
+from training.run.directory import read_json, replace_file
+
+BANDS = 5
+"""Loss by noise level: this many equal bands of the time t, from clean (0) to noise (1)."""
+SLOW = 1.5
+"""A rank is named as slow when its own work takes this many times the median's."""
+WORTH_SAYING = 0.1
+"""Share of an interval that a slow rank must cost the others before it is named."""
+ASIDE = ("samples", "validation", "checkpoint")
+"""Phases that do not count in the rate."""
+
+
+class Meter:
+    """Where the time goes. `own` work is what a rank does before it waits for others: data and the forward pass (under
+    ZeRO 3 the forward pass gathers weights, so a slow rank shows less clearly there)."""
+
+    def __init__(self, ranks: Ranks, global_batch: int, flops_per_image: float = 0.0, peak_flops: float = 0.0) -> None:
+        self.ranks, self.global_batch = ranks, global_batch
+        self.flops, self.peak = flops_per_image, peak_flops
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._bands = torch.zeros(2, BANDS, dtype=torch.float64)
+        self._began = time.monotonic()
+        self._step: int | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.monotonic() - began
+
+    def losses(self, t: torch.Tensor, loss: torch.Tensor) -> None:
+        """Per-sample times (B,) in [0, 1] and losses (B,), added to their bands."""
+        band = (t.detach().double().cpu() * BANDS).long().clamp(0, BANDS - 1)
+        values = loss.detach().double().cpu()
+        self._bands[0].index_add_(0, band, values.nan_to_num(0.0))
+        self._bands[1].index_add_(0, band, values.isfinite().double())
+
+    def start(self, step: int) -> None:
+        """The first step of this start is about to run."""
+        self._step, self._began = step, time.monotonic()
+        self._seconds.clear()
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What happened since the last record. Collective."""
+        assert self._step is not None, "start() first"
+        now = time.monotonic()
+        aside = sum(self._seconds[name] for name in ASIDE)
+        seconds, steps = max(now - self._began - aside, 1e-9), step - self._step
+        own = (self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds)
+        everyone = all_gather(own, self.ranks)
+        rate = steps * self.global_batch / seconds
+        record: dict[str, Any] = {
+            "images_per_second": rate,
+            "step_seconds": seconds / steps,
+            "data_wait": min(1.0, max(data / spent for data, _, _, spent in everyone)),
+            "memory_gb": max(memory for _, _, memory, _ in everyone),
+        }
+        if self.flops and self.peak:
+            record["mfu"] = rate * self.flops / (self.peak * self.ranks.world_size)
+        slow = slowest([data + forward for data, forward, _, _ in everyone], seconds)
+        if slow is not None:
+            rank, factor = slow
+            record.update(slow_rank=rank, slow_factor=factor)
+        sums = all_sum(self._bands.flatten().tolist(), self.ranks)
+        for band in range(BANDS):
+            if sums[BANDS + band]:
+                low, high = band / BANDS, (band + 1) / BANDS
+                record[f"loss_t/{low:.1f}-{high:.1f}"] = sums[band] / sums[BANDS + band]
+        self._bands.zero_()
+        self.start(step)
+        return record
+
+
+def slowest(own: list[float], seconds: float) -> tuple[int, float] | None:
+    """The rank whose own work takes more than SLOW times the median's, and how many times; None when all are alike, or
+    when what it costs the others is a small part of the `seconds` of the interval."""
+    median = sorted(own)[(len(own) - 1) // 2]
+    rank = max(range(len(own)), key=own.__getitem__)
+    slow = own[rank] > SLOW * median and own[rank] - median > WORTH_SAYING * seconds
+    return (rank, own[rank] / median) if median > 0 and slow else None
+
+
+def memory_gb(device: str) -> float:
+    """Peak memory so far in GB: the GPU's, or this process's resident memory on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Hours:
+    """Device-hours over all starts of a run, kept in a small file, so that also the time of starts that crashed
+    counts."""
+
+    def __init__(self, path: Path, attempt: int, world_size: int) -> None:
+        self._path, self._attempt, self._world_size = path, str(attempt), world_size
+        self._began = time.monotonic() - process_age()
+        self._starts: dict[str, float] = read_json(path)
+
+    def total(self) -> float:
+        """Device-hours up to now; writes them down."""
+        self._starts[self._attempt] = (time.monotonic() - self._began) * self._world_size / 3600
+        with suppress(OSError):  # a full disk: the next record brings it up to date
+            replace_file(self._path, json.dumps(self._starts))
+        return sum(self._starts.values())
+
+
+def process_age() -> float:
+    """Seconds since this process began (imports count as well)."""
+    import os
+
+    ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))

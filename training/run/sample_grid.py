@@ -1,0 +1,87 @@
+"""Pictures on the way: fixed prompts with fixed seeds from the averaged weights, every so many steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_pipeline.reading.loader import Loader
+from training.config.experiment import Experiment, StageConfig
+from training.diffusion.sampler import sample_stage
+from training.pictures import sheets as grid
+from training.processes.distributed import Ranks, all_gather
+
+log = logging.getLogger("cascade")
+
+MOST = 8
+"""Captions taken from the data when none are configured."""
+Inputs = tuple[list[str], torch.Tensor | None]
+"""Captions, and for super-resolution the true low-res pictures (B, 3, h, w) uint8."""
+
+
+def choose(prompts: list[str], stage: StageConfig, open_loader: Callable[[], Loader]) -> Inputs:
+    """The configured prompts, else (and always for super-resolution, which needs true low-res pictures) the first
+    captions of the data."""
+    if prompts and not stage.is_super_resolution:
+        return list(prompts), None
+    with closing(open_loader()) as loader:
+        batch = next(loader)[0]
+    count = min(MOST, len(batch.captions))
+    return list(batch.captions[:count]), None if batch.low_res is None else batch.low_res[:count]
+
+
+def draw(
+    module: torch.nn.Module,
+    inputs: Inputs,
+    encode: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
+    config: Experiment,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """All pictures, uint8 (B, 3, H, W). Collective: the ranks share them in equal numbers, because ZeRO 3 wants every
+    rank to call the module equally often."""
+    captions, low_res = inputs
+    each = -(-len(captions) // ranks.world_size)
+    mine = [min(ranks.rank * each + i, len(captions) - 1) for i in range(each)]
+    text, mask = encode([captions[i] for i in mine])
+    with torch.no_grad():
+        pictures = sample_stage(
+            module,
+            text.to(ranks.device),
+            mask.to(ranks.device),
+            config=config.stage.diffusion,
+            sampler=config.stage.sampler,
+            image_size=config.stage.image_size,
+            seeds=mine,
+            low_res=None if low_res is None else low_res[mine].to(ranks.device),
+        )
+    drawn = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return torch.cat(all_gather(drawn, ranks))[: len(captions)]
+
+
+def write(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:
+    """A PNG with the captions below the pictures (super-resolution: the input beside the output); False when the disk
+    says no."""
+    captions, low_res = inputs
+    cells = []
+    for i, caption in enumerate(captions):
+        shown, labels = [to_image(pictures[i])], []
+        if low_res is not None:
+            shown.insert(0, to_image(low_res[i]))
+            labels = [f"{picture.width} px" for picture in shown]
+        cells.append(grid.Cell(shown, caption, labels))
+    try:
+        grid.save(grid.sheet(cells, columns=4, title=title), path)
+    except OSError as error:
+        log.warning("%s: the samples were not written (%s); training goes on", path, error)
+        return False
+    return True
+
+
+def to_image(picture: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W)."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())

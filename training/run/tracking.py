@@ -1,0 +1,260 @@
+"""What a run says about itself: metrics.jsonl first, then W&B, and a line for people. Only rank 0 speaks; every rank
+keeps a log file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks
+from training.run.directory import RunDir, replace_file, to_dict
+
+log = logging.getLogger("cascade")
+
+SILENT = logging.INFO - 1
+"""Level of what belongs into the rank's log file but not on the terminal."""
+INIT_S = 60.0
+"""How long W&B may take to answer at the start."""
+BAR = 20
+"""Characters of the progress bar."""
+
+
+# ----------------------------------------------------------------------------------------------- messages
+
+
+def start_logging(run: RunDir, ranks: Ranks) -> None:
+    """Messages go to logs/rank-#.log of this rank; those of rank 0 to the terminal as well."""
+    stop_logging()
+    root = logging.getLogger()
+    file = _RankFile(run.log_file(ranks.rank))
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.addHandler(file)
+    if ranks.is_main:
+        terminal = _Terminal()
+        terminal.setLevel(logging.INFO)
+        root.addHandler(terminal)
+    root.setLevel(logging.WARNING)
+    for name in ("cascade", "training", "data_pipeline"):
+        logging.getLogger(name).setLevel(SILENT)
+
+
+def stop_logging() -> None:
+    """Closes what `start_logging` opened."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, (_RankFile, _Terminal)):
+            root.removeHandler(handler)
+            handler.close()
+
+
+class _RankFile(logging.FileHandler):
+    """Told apart from other people's handlers by its type. What a full disk does not take is not worth a word."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class _Terminal(logging.Handler):
+    """Plain sentences; clears a progress line first."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        with suppress(OSError):  # output into a file on a full disk
+            print(f"{clear}{self.format(record)}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------ the progress line
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    whole = int(max(0.0, seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress_line(stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float) -> str:
+    """`demo_base  240/1200 [####----] 20%  loss 0.0831  312 images/s  2:41 left`."""
+    done = step / steps
+    bar = "#" * round(done * BAR) + "-" * (BAR - round(done * BAR))
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    return (
+        f"{stage}  step {step:>{len(str(steps))}}/{steps} [{bar}] {done:4.0%}  loss {loss}  "
+        f"{record['images_per_second']:.1f} images/s  {duration(seconds_left)} left"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the tracker
+
+
+class Tracker:
+    """Rank 0 writes; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: Experiment,
+        ranks: Ranks,
+        step: int,
+        wandb_id: str,
+        code: dict[str, Any],
+        out: TextIO | None = None,
+    ) -> None:
+        self.run, self.config, self.active = run, config, ranks.is_main
+        self._out = out or sys.stdout
+        self._wandb: Any = None
+        self._lost: str | None = None
+        if not self.active:
+            return
+        kept = keep_lines(run.metrics, step)
+        self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        if kept:
+            log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
+        self._wandb = start_wandb(run, config, wandb_id, code)
+
+    def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
+        """One line of metrics after `step` steps."""
+        if not self.active:
+            return
+        record = {"step": step, **{key: finite(value) for key, value in record.items()}}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            if self._lost is None:
+                self._lost = str(error)
+                log.warning(
+                    "metrics.jsonl cannot be written (%s): training goes on, its lines are lost until there is room",
+                    error,
+                )
+        self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
+        line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left)
+        screen = self._out.isatty()
+        end = "\n" if not screen or step == self.config.train.steps else ""
+        with suppress(OSError):
+            self._out.write(f"\r\033[K{line}{end}" if screen else line + end)
+            self._out.flush()
+
+    def image(self, step: int, path: Path) -> None:
+        """A picture file, for W&B."""
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=step))
+
+    def checkpoint(self, step: int, place: object) -> None:
+        """A checkpoint as an artifact by reference: W&B keeps where it lies, not a copy."""
+        if self._wandb is None:
+            return
+        url = str(place) if "://" in str(place) else Path(str(place)).resolve().as_uri()
+
+        def add() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="checkpoint", metadata={"step": step})
+            artifact.add_reference(url, checksum=False)
+            self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
+
+        try:
+            add()
+        except Exception as error:  # only a reference: the metrics go on
+            log.warning("W&B took no reference to the checkpoint of step %d (%s)", step, error)
+
+    def close(self, exit_code: int = 0) -> None:
+        if not self.active:
+            return
+        with suppress(OSError):
+            self._file.close()
+        self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
+        self._wandb = None
+
+    def _to_wandb(self, call: Callable[[], None]) -> None:
+        """W&B comes second: when it fails, training goes on without it. (Slurm's signals reach every process of a step,
+        so a job that is asked to stop loses W&B's own process before it has saved.)"""
+        if self._wandb is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            log.warning("W&B failed (%r): training goes on, metrics.jsonl has everything", error)
+            self._wandb = None
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_lines(path: Path, step: int) -> int:
+    """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run
+    again, with the same numbers, so that every step stands there once. The file is always a new one: an earlier start
+    that still lives writes into the old one."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(errors="replace").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    try:
+        replace_file(path, "".join(line + "\n" for line in kept))
+    except OSError:  # no room
+        if len(kept) < len(lines):
+            raise
+    return len(lines) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------------------- W&B
+
+
+def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
+    """The W&B run (the same id after a restart), or None when it is disabled. Unreachable: offline, and said so."""
+    settings = config.wandb
+    if settings.mode == "disabled":
+        return None
+    import wandb
+
+    def begin(mode: str) -> Any:
+        return wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=settings.project,
+            entity=settings.entity,
+            tags=list(settings.tags),
+            name=f"{config.run.name}/{config.stage.name}",
+            id=wandb_id,
+            resume="allow" if mode == "online" else None,
+            dir=str(run.path),
+            config={**to_dict(config), "code": code},
+            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_S),
+        )
+
+    began = time.monotonic()
+    try:
+        return begin(settings.mode)
+    except Exception as error:  # whatever W&B raises must not end a training run
+        if settings.mode == "offline":
+            log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
+            return None
+        log.warning(
+            "W&B was not reached in %.0f s (%s): its files are written offline, nothing is lost; "
+            "later: wandb sync %s/wandb/offline-run-*",
+            time.monotonic() - began,
+            error,
+            run.path,
+        )
+        try:
+            wandb.teardown()  # its service still holds the run's id
+            return begin("offline")
+        except Exception as second:
+            log.warning("W&B is switched off: %s; metrics.jsonl has everything", second)
+            return None

@@ -1,0 +1,86 @@
+"""The loss on held-out pictures at fixed noise levels with fixed noise: the same question at every step and in every
+run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from data_pipeline.common.errors import about
+from data_pipeline.reading.loader import Batch, Loader
+from training.config.experiment import Experiment
+from training.diffusion.objective import loss
+from training.plan.checks import check_validation, validation_shards
+from training.processes.distributed import Ranks, all_sum
+
+SEED = 20_220_523
+"""Fixed for ever, so that runs with different seeds are asked the same."""
+
+
+class Validation:
+    """Holds this rank's share of the held-out samples in host memory.
+
+    Args:
+        text: captions of a batch -> embeddings (B, T, D) and mask (B, T).
+
+    Raises:
+        ConfigError: no held-out shards are named, or the samples cannot be shared.
+        DataError: the shards are missing.
+    """
+
+    def __init__(self, config: Experiment, ranks: Ranks, text: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]):
+        self.config, self.ranks, self._text = config, ranks, text
+        self.count = config.validation.samples
+        key, shards = validation_shards(config)
+        check_validation(config, ranks.world_size)
+        share = self.count // ranks.world_size
+        most = min(share, config.data.micro_batch or config.data.global_batch // ranks.world_size)
+        data = replace(
+            config.data,
+            shards=shards,
+            global_batch=self.count,
+            lanes=self.count,
+            window=1,
+            micro_batch=next(size for size in range(most, 0, -1) if share % size == 0),
+            embeddings=None,
+        )
+        stage = config.stage
+        with about(key):
+            loader = Loader(
+                data,
+                image_size=stage.image_size,
+                low_res_size=stage.low_res_size,
+                crop_size=stage.crop_size,
+                seed=SEED,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        try:
+            self._batches = next(loader)
+        finally:
+            loader.close()
+
+    @torch.no_grad()
+    def measure(self, model: Callable[..., Any]) -> float:
+        """Mean loss; the times of the samples are spread evenly over (0, 1). Collective."""
+        diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
+        total, device = 0.0, self.ranks.device
+        for batch in self._batches:
+            text, mask = self._text(batch)
+            _, each = loss(
+                model,
+                batch.images.to(device),
+                text.to(device),
+                mask.to(device),
+                config=diffusion,
+                seed=SEED,
+                positions=batch.positions,
+                low_res=None if batch.low_res is None else batch.low_res.to(device),
+                image_size=self.config.stage.image_size,
+                t=((batch.positions + 0.5) / self.count).to(device),
+            )
+            total += float(each["loss"].double().sum())
+        return all_sum([total], self.ranks)[0] / self.count

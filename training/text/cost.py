@@ -1,0 +1,95 @@
+"""What encoding a caption costs: parameters, memory and FLOPs of a T5 encoder, from its settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipeline.common.errors import DataError
+from training.config.experiment import TextConfig
+
+
+@dataclass(frozen=True)
+class T5Shape:
+    """Structure of a T5 encoder."""
+
+    width: int
+    inner: int
+    """Width of all attention heads together."""
+    feed_forward: int
+    heads: int
+    layers: int
+    vocabulary: int = 32128
+    gated: bool = True
+    buckets: int = 32
+
+    @property
+    def matrices(self) -> int:
+        """Weights of one layer that are multiplied with every token."""
+        return 4 * self.width * self.inner + (3 if self.gated else 2) * self.width * self.feed_forward
+
+    @property
+    def parameters(self) -> int:
+        """Embedding, layers with two norms each, position biases of the first layer, last norm."""
+        layer = self.matrices + 2 * self.width
+        return self.vocabulary * self.width + self.layers * layer + self.buckets * self.heads + self.width
+
+    def flops(self, tokens: int) -> int:
+        """Of one caption (2 per multiply-add; looking up the embedding is none)."""
+        attention = 4 * tokens * tokens * self.inner
+        return self.layers * (2 * tokens * self.matrices + attention)
+
+
+V1_1 = {
+    "small": T5Shape(512, 384, 1024, 6, 8),
+    "base": T5Shape(768, 768, 2048, 12, 12),
+    "large": T5Shape(1024, 1024, 2816, 16, 24),
+    "xl": T5Shape(2048, 2048, 5120, 32, 24),
+    "xxl": T5Shape(4096, 4096, 10240, 64, 24),
+}
+"""T5 v1.1 by the last part of its name, for plans on machines that do not have the files."""
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Of one encoder; zeros for `words`, which has no network, and for one of which nothing is known."""
+
+    parameters: int
+    basis: str
+    """How it is known."""
+    bytes: int
+    """Weights in memory."""
+    flops_per_caption: float
+    """At text.max_tokens tokens (shorter captions cost less)."""
+
+
+def text_cost(text: TextConfig) -> TextCost:
+    """Counted from the encoder's settings, or by its name where they are not on this machine."""
+    if text.kind == "words":
+        return TextCost(0, "no network", 0, 0.0)
+    shape, basis = t5_shape(str(text.path))
+    if shape is None:
+        return TextCost(0, basis, 0, 0.0)
+    width = 2 if text.dtype == "bf16" else 4
+    return TextCost(shape.parameters, basis, shape.parameters * width, float(shape.flops(text.max_tokens)))
+
+
+def t5_shape(path: str) -> tuple[T5Shape | None, str]:
+    """The encoder's structure, and how it is known."""
+    from training.text.encoder import _t5_settings
+
+    try:
+        settings = _t5_settings(path)
+    except DataError:
+        known = V1_1.get(path.rstrip("/").rpartition("-")[2].lower())
+        return known, "T5 v1.1 by its name" if known else "not on this machine, and its name says no size"
+    shape = T5Shape(
+        settings.d_model,
+        settings.num_heads * settings.d_kv,
+        settings.d_ff,
+        settings.num_heads,
+        settings.num_layers,
+        settings.vocab_size,
+        settings.is_gated_act,
+        settings.relative_attention_num_buckets,
+    )
+    return shape, "counted"

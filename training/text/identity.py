@@ -1,0 +1,102 @@
+"""Which text encoder it is: hashes of its files, so that weights only meet the encoder that they were trained with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.common.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from training.config.experiment import TextConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json")  # fmt: skip
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PIECES, _PIECE = 64, 1 << 16
+
+
+def pinned(config: TextConfig) -> TextConfig:
+    """The same encoder with `sha` filled in: the hash of its weights and its tokenizer, wherever it lies.
+
+    Raises:
+        ConfigError: `text.sha` names another encoder.
+        DataError: there is no encoder at text.path.
+    """
+    facts = identity(config)
+    found = f"{facts['weights']}-{facts['tokenizer']}"
+    if config.sha not in (None, found):
+        where = f"the one at text.path={config.path}" if config.path else "the `words` encoder of this version"
+        raise ConfigError(
+            f"text.sha={config.sha}: this is another text encoder than {where}, which is {found}; weights belong to "
+            "the encoder that they were trained with"
+        )
+    return replace(config, sha=found)
+
+
+def identity(config: TextConfig) -> dict[str, Any]:
+    """What decides an encoder's output: hashes of its weights and its tokenizer, its width and its length.
+
+    Weights are hashed by name, size and 64 pieces of each file, so that 20 GB take a moment. The path is no part of it.
+
+    Raises:
+        DataError: there is no encoder at text.path.
+    """
+    facts: dict[str, Any] = {"kind": config.kind, "dim": config.dim, "max_tokens": config.max_tokens}
+    if config.kind == "words":
+        from training.text.words import token_vectors
+
+        probe = token_vectors(["red", "東京"], config.dim).tobytes()
+        return {**facts, "weights": hashlib.blake2b(probe, digest_size=8).hexdigest(), "tokenizer": "words"}
+    folder = _encoder_folder(str(config.path))
+    there = sorted(os.listdir(folder))
+    weights = [name for name in there if name.endswith(".safetensors")] or [n for n in there if n.endswith(".bin")]
+    weights.append("config.json")
+    tokenizer = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))]
+    return {**facts, "weights": _hash_files(folder, weights), "tokenizer": _hash_files(folder, tokenizer)}
+
+
+def _encoder_folder(path: str) -> str:
+    """The directory of an encoder: a local one, or the Hugging Face cache's."""
+    if os.path.isdir(path):
+        return path
+    from transformers.utils import cached_file
+
+    names = ("config.json", *WEIGHT_FILES)
+    try:
+        found = [
+            cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+            for name in names
+        ]
+    except OSError:  # no name that the cache could hold
+        found = [None]
+    if found[0] is None:
+        raise DataError(f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}")
+    return os.path.dirname(found[0])
+
+
+def _hash_files(folder: str, names: list[str]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        path = os.path.join(folder, name)
+        size = os.path.getsize(path)
+        digest.update(f"{name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for number in range(_PIECES if size > _PIECES * _PIECE else 1):
+                file.seek(number * (size - _PIECE) // (_PIECES - 1) if size > _PIECES * _PIECE else 0)
+                digest.update(file.read(_PIECE if size > _PIECES * _PIECE else size))
+    return digest.hexdigest()
+
+
+def fetch_hint(path: str) -> str:
+    """How to get the weights of a text encoder."""
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
+    command = f"hf download google/t5-v1_1-xxl --local-dir {path}" if looks_local else f"hf download {path}"
+    return f"fetch it on a machine with internet: {command}"
