@@ -16,7 +16,7 @@ from training.config.commands import COMMANDS
 
 PROGRAM = """
 import sys
-from training.cli import main
+from training.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
