@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +53,7 @@ class CaptionConfig:
 
     sources: dict[str, float] = field(default_factory=dict)
     """Weight per source: `txt` (the .txt member) or `json:FIELD` (a text or a list of texts in the .json member); those
-    not named are not used. Empty: the .txt alone."""
+    not named are not used. Empty: the .txt, and where that is missing or empty the .json's caption, text or prompt."""
     clean: bool = True
     """Strip HTML, URLs and control characters, collapse white space."""
     max_characters: int = 1000
@@ -74,6 +76,36 @@ class CaptionConfig:
     def weights(self) -> dict[str, float]:
         """The sources in force."""
         return self.sources or {"txt": 1.0}
+
+
+@dataclass
+class MembersConfig:
+    """Which file of a sample is what, where the names do not say: `data.members={image: [input.jpg], caption: [cap]}`.
+
+    A name is what follows the key: all of it (`image.jpg`), without its ending (`image`), its ending (`jpg`), or a glob
+    (`*.jpg`); of several names the first that a sample has counts.
+    """
+
+    image: list[str] = field(default_factory=list)
+    """Names of the picture. Empty: a known ending (jpg, png, ...); of named pictures image, img, picture or photo."""
+    caption: list[str] = field(default_factory=list)
+    """Names of the caption. Empty: txt, caption, captions, text, cap, prompt, tags, the first with text."""
+    json: list[str] = field(default_factory=list)
+    """Names of the JSON facts. Empty: json."""
+
+    def __post_init__(self) -> None:
+        for name in ("image", "caption", "json"):
+            names = [str(one).removeprefix(".").lower() for one in getattr(self, name)]
+            require(all(names), f"data.members.{name}: a name is empty")
+            setattr(self, name, names)
+
+    @property
+    def tag(self) -> str:
+        """Distinguishes indexes that were made with other names; empty for the default."""
+        if not (self.image or self.caption or self.json):
+            return ""
+        names = json.dumps([self.image, self.caption, self.json])
+        return hashlib.blake2b(names.encode(), digest_size=4).hexdigest()
 
 
 @dataclass
@@ -119,6 +151,7 @@ class DataConfig:
     """A read without a byte for this long is broken off and continued by a new connection."""
     embeddings: Any = None
     """Sidecar shards of precomputed text embeddings; null: encode online."""
+    members: MembersConfig = field(default_factory=MembersConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.shards.dataset import keep_rows, patience_of
 from data_pipeline.shards.index import build_index, load_index
 from data_pipeline.storage import store
@@ -86,7 +86,7 @@ def _index_all(
         if not todo:
             return
         with _workers(todo) as executor:
-            jobs = {executor.submit(_build, entry, config.index_dir, config.filter, patience): entry for entry in todo}
+            jobs = {executor.submit(_build, entry, config, patience): entry for entry in todo}
             try:
                 for job in as_completed(jobs):
                     bar.update()
@@ -97,7 +97,7 @@ def _index_all(
 
 def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Result | None]:
     def load(entry: store.Entry) -> Result | None:
-        index = load_index(entry.url, config.index_dir, entry, patience)
+        index = load_index(entry.url, config.index_dir, entry, patience, config.members)
         if index is None:
             return None
         return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
@@ -105,7 +105,7 @@ def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Re
     return load
 
 
-def _build(entry: store.Entry, index_dir: str | None, rules: FilterConfig, patience: Patience) -> Result:
+def _build(entry: store.Entry, config: DataConfig, patience: Patience) -> Result:
     """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
     try:
         if not store.is_s3(entry.url):
@@ -113,7 +113,7 @@ def _build(entry: store.Entry, index_dir: str | None, rules: FilterConfig, patie
     except DataError as error:
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
     try:
-        index = build_index(entry, index_dir, patience)
+        index = build_index(entry, config.index_dir, patience, config.members)
     except DataError as error:
         if "not a tar archive" not in str(error):
             raise
@@ -122,7 +122,7 @@ def _build(entry: store.Entry, index_dir: str | None, rules: FilterConfig, patie
         raise
     except Exception as error:  # unforeseen damage is still the shard's, and costs this one shard
         return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}
-    return len(index), index.problems, index.meta["details"], dict(keep_rows(index, rules)[1])
+    return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
 
 
 def _workers(todo: list[store.Entry]) -> Executor:

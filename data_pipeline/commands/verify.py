@@ -23,6 +23,7 @@ from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.content import captions, images
+from data_pipeline.content.captions import Caption
 from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.dataset import keep_rows, patience_of
 from data_pipeline.shards.index import (
@@ -58,8 +59,9 @@ def main(config: Settings) -> dict[str, Any]:
     """Runs `cascade verify`; the last line on stdout is the result as JSON.
 
     Returns:
-        {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count}, "shards": ..,
-        "quarantine": path, "report": path or None}
+        {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count},
+        "captions.sources": {source: how many captions came from it}, "shards": .., "quarantine": path, "report": path
+        or None}
 
     Raises:
         DataError: no shards match, the store denies access, or `output` cannot be written.
@@ -79,6 +81,9 @@ def main(config: Settings) -> dict[str, Any]:
     page = store.join(config.output, "report.html") if config.report else None
     if page:
         write_page(page, config.data.shards, tally)
+    hint = tally.hint()
+    if hint:
+        logger.warning("%s", hint)
     result = {**tally.result(), "shards": len(entries), "quarantine": quarantine, "report": page}
     if not config.json:
         print(json.dumps(result), flush=True)
@@ -93,12 +98,13 @@ def _verify_shard(
     tally: Tally,
     broken: _Quarantine,
 ) -> None:
-    index = index_shard(entry.url, patience, entry)
+    names = config.data.members
+    index = index_shard(entry.url, patience, entry, names)
     for detail in index.meta["details"]:
         reason, _, words = str(detail).partition(" at byte ")
         offset, _, words = words.partition(": ")
         broken.write(entry.url, None, int(offset), reason, words)
-    changed = _changed_rows(index, config.data.index_dir, patience)
+    changed = _changed_rows(index, config.data, patience)
     rows, dropped = keep_rows(index, config.data.filter)
     problems = index.column("problem").to_pylist()
     row_problems = Counter(problem for problem in problems if problem)
@@ -111,12 +117,14 @@ def _verify_shard(
             (tally.dropped if reason in LOST else tally.warnings)[reason] += count
     tally.dropped.update(dropped)
     tally.describe(index)
+    for problem in row_problems:
+        tally.layouts[problem].update(index.layouts_of(problem))
     for row, problem in enumerate(problems):
         if problem:
             members = f"its members are {index.table['layout'][row].as_py()}"
             broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
 
-    def work(sample: dict[str, Any]) -> str | BadSample:
+    def work(sample: dict[str, Any]) -> Caption | BadSample:
         return _decode(sample, config)
 
     good = []
@@ -132,13 +140,13 @@ def _verify_shard(
             tally.deliver(sample, outcome, partial(_whole, sample, config.data))
 
 
-def _decode(sample: dict[str, Any], config: Settings) -> str | BadSample:
+def _decode(sample: dict[str, Any], config: Settings) -> Caption | BadSample:
     """The caption that training would use the sample with, or why it would not use it."""
     try:
         if "__error__" in sample:
             raise sample["__error__"]
         data, stage = config.data, config.stage
-        text = captions.choose(sample, data.captions, config.seed, sample["__position__"])
+        caption = captions.choose_from(sample, data.captions, config.seed, sample["__position__"])
         images.training_pair(
             sample["__image__"],
             size=stage.image_size,
@@ -153,7 +161,7 @@ def _decode(sample: dict[str, Any], config: Settings) -> str | BadSample:
             background=data.background,
             orientation=images.orientation_from_json(sample.get("json")),
         )
-        return text
+        return caption
     except BadSample as bad:
         return bad
     except Exception as error:
@@ -189,9 +197,9 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
             yield sample
 
 
-def _changed_rows(index: ShardIndex, index_dir: str | None, patience: Patience) -> set[int]:
+def _changed_rows(index: ShardIndex, data: DataConfig, patience: Patience) -> set[int]:
     """Rows whose bytes are not those of the stored index, as a flipped bit on disk leaves them."""
-    places = index_url(index.url), cached_index_url(index.url, index_dir)
+    places = index_url(index.url, data.members), cached_index_url(index.url, data.index_dir, data.members)
     stored = next(filter(None, (read_index(index.url, place, patience) for place in places)), None)
     if stored is None or stored.digest == index.digest or stored.meta["size"] != index.meta["size"]:
         return set()

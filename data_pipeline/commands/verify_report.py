@@ -8,12 +8,14 @@ import heapq
 import html
 import io
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.content.captions import Caption
+from data_pipeline.content.members import advice
 from data_pipeline.shards.index import SCORES, ShardIndex
 from data_pipeline.storage import store
 
@@ -34,6 +36,12 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        """Where the captions of what was delivered came from."""
+        self.layouts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """Of the samples left out for each problem."""
+        self.details: dict[str, str] = {}
+        """The first detail of each reason."""
         self.histograms: dict[str, Counter[int]] = {"shorter side": Counter(), "aspect ratio": Counter()}
         self.histograms["caption length"] = Counter()
         self.scores: dict[str, Counter[float]] = {name: Counter() for name in SCORES}
@@ -46,7 +54,16 @@ class Tally:
             "delivered": self.delivered,
             "dropped": dict(sorted((name, count) for name, count in self.dropped.items() if count)),
             "warnings": dict(sorted((name, count) for name, count in self.warnings.items() if count)),
+            "captions.sources": dict(sorted(self.sources.items())),
         }
+
+    def hint(self) -> str:
+        """What would help where most samples were left out for one reason; empty otherwise."""
+        reason, count = self.dropped.most_common(1)[0] if self.dropped else ("", 0)
+        if 2 * count <= self.delivered + self.dropped.total():
+            return ""
+        words = advice(reason, self.layouts[reason]) or self.details.get(reason, "")
+        return f"{count} samples were left out as {reason}{f': {words}' if words else ''}"
 
     def describe(self, index: ShardIndex) -> None:
         """Adds what a shard's index knows: sizes, aspects, caption lengths, scores."""
@@ -63,20 +80,22 @@ class Tally:
                 (np.floor(values[np.isfinite(values)].clip(-1e6, 1e6) / step + 1e-6) * step).round(4).tolist()
             )
 
-    def deliver(self, sample: dict[str, Any], caption: str, whole: Callable[[], np.ndarray]) -> None:
+    def deliver(self, sample: dict[str, Any], caption: Caption, whole: Callable[[], np.ndarray]) -> None:
         """Counts one good sample; a few, chosen by hash, are kept for the contact sheet, which `whole` decodes."""
         self.delivered += 1
         self.formats[sample["__extension__"]] += 1
+        self.sources[caption.source] += 1
         name = f"{sample['__url__']}#{sample['__key__']}"
         digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=6).digest()
         rank = -int.from_bytes(digest, "big")
         if len(self._sheet) == _SHEET and rank <= self._sheet[0][0]:
             return
-        entry = (rank, self.delivered, str(sample["__key__"]), caption[:300], _thumbnail(whole()))
+        entry = (rank, self.delivered, str(sample["__key__"]), caption.text[:300], _thumbnail(whole()))
         (heapq.heappush if len(self._sheet) < _SHEET else heapq.heappushpop)(self._sheet, entry)
 
     def example(self, line: dict[str, Any]) -> None:
         """Keeps the first lines of the quarantine file for the page."""
+        self.details.setdefault(line["reason"], line["detail"])
         if len(self.examples) < _EXAMPLES:
             self.examples.append(line)
 
@@ -138,6 +157,7 @@ def page(shards: Any, tally: Tally) -> str:
         _chart("Longer side / shorter side", _binned(tally.histograms["aspect ratio"], ASPECTS)),
         _chart("Caption length (characters)", _binned(tally.histograms["caption length"], LENGTHS)),
         _chart("Format of what was delivered", tally.formats.most_common()),
+        _chart("Source of the captions", tally.sources.most_common()),
         *(_chart(f"Score: {name}", sorted(counts.items())) for name, counts in tally.scores.items()),
     ]
     return f"""<!doctype html>

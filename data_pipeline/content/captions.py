@@ -7,6 +7,8 @@ import json
 import re
 from bisect import bisect
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,16 +20,32 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>|<!--[^<>]{0,500}-->")
 _URL = re.compile(r"(?:https?://|www\.)\S+")
 _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
+"""Fields of a .json that hold a sample's caption, a text or a list of texts, the preferred first."""
 _ROOM_TO_CLEAN = 20
 """Texts are cut to this many times `max_characters` before cleaning, so that one huge text costs no more than that."""
 
 
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A caption as training uses it, and the source it came from: `txt` or `json:FIELD`."""
+
+    text: str
+    source: str
+
+
 def choose(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> str:
+    """The text of `choose_from`."""
+    return choose_from(sample, config, seed, position).text
+
+
+def choose_from(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> Caption:
     """The caption of this sample at this position: a source with text, by weight, then one of its texts.
 
     Args:
         sample: the members' bytes by extension; `txt` and `json` are looked at.
-        config: sources and their weights, cleaning, length.
+        config: sources and their weights, cleaning, length. Without sources: the .txt, where that has no text the
+            caption in the .json.
         seed, position: see `chance.py`; the same pair always gives the same caption.
 
     Returns:
@@ -39,27 +57,27 @@ def choose(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position
     """
     found, problem = _texts_by_source(sample, config)
     if not found:
-        raise problem or BadSample("missing_caption", "no source has any text")
-    bounds = list(accumulate(weight for weight, _ in found))
-    source = bisect(bounds, uniform(seed, position, "caption source") * bounds[-1])
-    texts = found[min(source, len(found) - 1)][1]
-    return texts[below(len(texts), seed, position, "caption text")]
+        raise problem or BadSample("missing_caption", _what_lies_beside(sample, config))
+    bounds = list(accumulate(weight for weight, *_ in found))
+    number = bisect(bounds, uniform(seed, position, "caption source") * bounds[-1])
+    _, source, texts = found[min(number, len(found) - 1)]
+    return Caption(texts[below(len(texts), seed, position, "caption text")], source)
 
 
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
     """Every caption that `choose` may give for this sample, each once; empty where it would raise `BadSample`."""
     found, _ = _texts_by_source(sample, config)
-    return list(dict.fromkeys(text for _, texts in found for text in texts))
+    return list(dict.fromkeys(text for *_, texts in found for text in texts))
 
 
 def _texts_by_source(
     sample: Mapping[str, Any], config: CaptionConfig
-) -> tuple[list[tuple[float, list[str]]], BadSample | None]:
-    """(weight, cleaned texts) of each source that has any, and the last thing that went wrong with one."""
-    found: list[tuple[float, list[str]]] = []
+) -> tuple[list[tuple[float, str, list[str]]], BadSample | None]:
+    """(weight, source, cleaned texts) of each source that has any, and the last thing that went wrong with one."""
+    found: list[tuple[float, str, list[str]]] = []
     problem: BadSample | None = None
     meta: dict[str, Any] | None = None
-    for source, weight in config.weights.items():
+    for source, weight in (config.sources or {"txt": 1.0}).items():
         if weight <= 0:
             continue
         try:
@@ -71,10 +89,43 @@ def _texts_by_source(
         except BadSample as error:
             problem = error
             continue
-        cleaned = [text for text in (clean(text, config) for text in texts) if text]
+        cleaned = _cleaned(texts, config)
         if cleaned:
-            found.append((float(weight), cleaned))
+            found.append((float(weight), source, cleaned))
+    if not found and problem is None and not config.sources:
+        with suppress(BadSample):  # a .json that cannot be parsed has no caption
+            other = json_caption(read_json(sample.get("json")))
+            cleaned = _cleaned(other[1], config) if other else []
+            if other and cleaned:
+                found.append((1.0, f"json:{other[0]}", cleaned))
     return found, problem
+
+
+def _cleaned(texts: list[str], config: CaptionConfig) -> list[str]:
+    return [text for text in (clean(text, config) for text in texts) if text]
+
+
+def json_caption(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """The first field of a .json that holds captions, and its texts; None when none does."""
+    for name in JSON_CAPTIONS:
+        texts = [text for text in _strings(meta.get(name)) if text.strip()]
+        if texts:
+            return name, texts
+    return None
+
+
+def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
+    """Why no caption was found: what was asked, what is there, and the setting that would use it."""
+    asked = ", ".join(config.sources) or "the .txt and the .json"
+    there = ", ".join(f".{name}" for name in sample if not name.startswith("__")) or "nothing"
+    words = f"no text in {asked} (data.captions.sources, data.members.caption); the members are {there}"
+    if (sample.get("txt") or b"").strip() and "txt" not in config.sources:
+        return f"{words}; the .txt has text"
+    with suppress(BadSample):
+        texts = [name for name, value in read_json(sample.get("json")).items() if any(map(str.strip, _strings(value)))]
+        if texts:
+            return f"{words}; fields of the .json with text: {', '.join(sorted(texts)[:8])}"
+    return words
 
 
 def clean(text: str, config: CaptionConfig) -> str:

@@ -105,6 +105,8 @@ class Loader:
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
         """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
         self.bad_shards: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        """Where the captions came from: `txt`, `json:FIELD`."""
         self._quarantine = quarantine
         self._decode = decode
         self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
@@ -129,6 +131,7 @@ class Loader:
         return batches
 
     def _deliver(self, decoded: MicroBatch) -> Batch:
+        self.sources.update(decoded.sources)
         for failures in decoded.failures:
             self._count(failures)
         low_res = None if decoded.low_res is None else torch.from_numpy(decoded.low_res)
@@ -177,6 +180,10 @@ class Loader:
         """Stops the decoding; samples decoded ahead are dropped."""
         if self._decoding is not None:
             self._decoding.close()
+        others = {source: count for source, count in self.sources.items() if source != "txt"}
+        if others and not self.config.captions.sources:
+            said = ", ".join(f"{count} of {self.sources.total()} from {source}" for source, count in others.items())
+            logger.warning("captions without a .txt: %s; data.captions.sources names what is wanted", said)
 
     # ----------------------------------------------------------------------------------------------------- state
 

@@ -58,6 +58,8 @@ class Decoded:
     low_res: np.ndarray | None
     caption: str
     embedding: np.ndarray | None = None
+    source: str = "txt"
+    """Of the caption, see `captions.Caption`."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class MicroBatch:
     embeddings: list[np.ndarray] | None
     failures: list[list[dict[str, Any]]]
     """Per sample: the bad ones that it stands in for."""
+    sources: list[str]
+    """Per sample: where its caption came from."""
 
 
 def embeddings_of(dataset: Dataset, config: DataConfig) -> Embeddings | None:
@@ -114,6 +118,7 @@ class Decoding:
             captions=[sample.caption for sample in samples],
             embeddings=embeddings or None,
             failures=[one.failures for one in taken],
+            sources=[sample.source for sample in samples],
         )
 
     def _feed(self) -> None:
@@ -160,7 +165,7 @@ class Decoding:
         data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
         if data is None:
             raise BadSample("missing_image", "no member is a picture")
-        caption = captions.choose(sample, config.captions, work.seed, position)
+        caption = captions.choose_from(sample, config.captions, work.seed, position)
         image, low_res = images.training_pair(
             data,
             size=work.image_size,
@@ -177,8 +182,8 @@ class Decoding:
         )
         text = None
         if self._embeddings is not None:
-            text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption)
-        return Decoded(sample["__key__"], image, low_res, caption, text)
+            text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption.text)
+        return Decoded(sample["__key__"], image, low_res, caption.text, text, caption.source)
 
     def close(self) -> None:
         """Stops the threads; samples decoded ahead are dropped."""

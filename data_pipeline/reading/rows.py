@@ -237,7 +237,7 @@ def replace(
     reasons = ", ".join(sorted({failure["reason"] for failure in failures}))
     raise DataError(
         f"{failures[0]['shard']}: sample {failures[0]['key']!r} and all {_ANYWHERE} substitutes for it are bad "
-        f"({reasons}); check the data with `cascade verify`"
+        f"({reasons}: {failures[0]['detail'][:300]}); check the data with `cascade verify`"
     )
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import DataConfig, FilterConfig, MembersConfig
+from data_pipeline.content.members import advice
 from data_pipeline.order.order import Order
 from data_pipeline.shards.filters import keep_rows
 from data_pipeline.shards.index import (
@@ -45,6 +46,8 @@ from data_pipeline.storage.retry import Patience
 
 logger = logging.getLogger(__name__)
 
+HARMLESS = ("bad_json", "unused_image")
+"""Findings that are not told at every start: they cost no sample."""
 _CACHED = 64
 """Indexes kept, unless `Dataset.expect` says otherwise."""
 _THREADS = 16
@@ -54,8 +57,11 @@ _WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
 class Dataset:
     """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads."""
 
-    def __init__(self, summaries: list[Summary], rules: FilterConfig, patience: Patience) -> None:
+    def __init__(
+        self, summaries: list[Summary], rules: FilterConfig, patience: Patience, names: MembersConfig | None = None
+    ) -> None:
         self.summaries, self.rules, self.patience = summaries, rules, patience
+        self.names = names or MembersConfig()
         self.urls = [summary.entry.url for summary in summaries]
         self.counts = np.array([summary.kept for summary in summaries], np.int64)
         self.samples = int(self.counts.sum())
@@ -116,7 +122,7 @@ class Dataset:
         summary = self.summaries[shard]
         index = read_index(summary.entry.url, summary.place, self.patience)
         if index is None or index.digest != summary.digest:
-            index = index_shard(summary.entry.url, self.patience)
+            index = index_shard(summary.entry.url, self.patience, names=self.names)
             if index.digest != summary.digest:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
             logger.warning("%s: its index is gone or damaged; it is written again", summary.entry.url)
@@ -175,7 +181,7 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
     """
     patience = patience_of(config)
     entries = store.describe(urls, patience)
-    known_at = summary_url(entries, config.filter, config.index_dir)
+    known_at = summary_url(entries, config.filter, config.index_dir, config.members)
     known = read_summaries(known_at, entries, patience)
     with ThreadPoolExecutor(_THREADS) as pool:
         loaded = list(pool.map(lambda entry: known.get(entry.url) or _load(entry, config, patience), entries))
@@ -190,7 +196,7 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
     summaries = [summary for summary in loaded if summary is not None]
     if len(known) < len(summaries):
         write_summaries(known_at, summaries, patience)
-    dataset = Dataset(summaries, config.filter, patience)
+    dataset = Dataset(summaries, config.filter, patience, config.members)
     _report(dataset)
     return dataset
 
@@ -206,7 +212,7 @@ def _build_all(
     def build(number: int) -> tuple[int, Summary]:
         found = _load(entries[number], config, patience)
         if found is None:
-            index = build_index(entries[number], config.index_dir, patience)
+            index = build_index(entries[number], config.index_dir, patience, config.members)
             found = summarize(index, entries[number], index.place, config.filter)
         return number, found
 
@@ -215,27 +221,41 @@ def _build_all(
 
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:
     if not any(value is not None for value in vars(config.filter).values()):
-        found = load_meta(entry, config.index_dir, patience)
+        found = load_meta(entry, config.index_dir, patience, config.members)
         if found is not None:
             return summarize_meta(found[0], entry, found[1])
-    index = load_index(entry.url, config.index_dir, entry, patience)
+    index = load_index(entry.url, config.index_dir, entry, patience, config.members)
     return None if index is None else summarize(index, entry, index.place, config.filter)
 
 
 def _report(dataset: Dataset) -> None:
     for summary in dataset.summaries:
-        damage = {name: n for name, n in summary.problems.items() if name not in summary.dropped and name != "bad_json"}
+        damage = {
+            name: n for name, n in summary.problems.items() if name not in summary.dropped and name not in HARMLESS
+        }
         if damage:
             logger.warning("%s: %s", summary.entry.url, ", ".join(f"{n} x {name}" for name, n in damage.items()))
         if summary.compressed:
             logger.warning("%s: it is compressed, so every read begins at its start; store it as plain tar",
                            summary.entry.url)  # fmt: skip
+    hint = _hint(dataset)
     if dataset.dropped:
         reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())
-        logger.warning("%d of %d samples take part; left out: %s", dataset.samples, dataset.total, reasons)
+        logger.warning("%d of %d samples take part; left out: %s%s", dataset.samples, dataset.total, reasons, hint)
     if not dataset.samples:
-        reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped + dataset.problems).most_common())
+        reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped | dataset.problems).most_common())
         raise DataError(
             f"data.shards: no sample of {dataset.total} in {len(dataset.urls)} shards is left "
-            f"({reasons or 'all empty'}); loosen data.filter or give other shards"
+            f"({reasons or 'all empty'}{hint}); loosen data.filter, set data.members or give other shards"
         )
+
+
+def _hint(dataset: Dataset) -> str:
+    """What would help where most samples were left out for one reason, judged by the first shard that has it."""
+    reason, count = dataset.dropped.most_common(1)[0] if dataset.dropped else ("", 0)
+    if 2 * count <= dataset.total:
+        return ""
+    summary = next(summary for summary in dataset.summaries if reason in summary.dropped)
+    index = read_index(summary.entry.url, summary.place, dataset.patience)
+    words = advice(reason, index.layouts_of(reason)) if index is not None else ""
+    return f" ({words})" if words else ""

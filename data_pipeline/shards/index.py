@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.config import MembersConfig
 from data_pipeline.shards.samples import IMAGE_EXTENSIONS, SCORES, image_size, key_hash, rows_of
 from data_pipeline.shards.tar import Problem, walk
 from data_pipeline.storage import store
@@ -50,7 +51,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+_DEFAULT_NAMES = MembersConfig()
+VERSION = 4
+_READ_AS_WELL = 3
+"""The version before: it knew fewer layouts, so it counts where every sample could be used."""
+_MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
 SCHEMA = pa.schema(
@@ -111,6 +116,11 @@ class ShardIndex:
     def column(self, name: str) -> pa.ChunkedArray:
         return self.table.column(name)
 
+    def layouts_of(self, problem: str) -> Counter[str]:
+        """How often each layout occurs among the samples with this problem."""
+        rows = zip(self.column("problem").to_pylist(), self.column("layout").to_pylist(), strict=True)
+        return Counter(layout for found, layout in rows if found == problem)
+
     @cached_property
     def _members(self) -> tuple[memoryview, memoryview]:
         """First part of each row; and of every part, side by side, its offset, size and checksum, uint64 (parts, 3)."""
@@ -160,16 +170,22 @@ class ShardIndex:
         return np.minimum.reduceat(offsets, rows), np.maximum.reduceat(offsets + sizes, rows)
 
 
-def index_url(shard: str) -> str:
-    """Where the index of a shard lies: `00000.tar` -> `00000.index.parquet` beside it."""
-    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", shard) + ".index.parquet"
+def index_url(shard: str, names: MembersConfig = _DEFAULT_NAMES) -> str:
+    """Where the index of a shard lies: `00000.tar` -> `00000.index.parquet` beside it; under `data.members`, which
+    decides what an index says, it has a name of its own."""
+    tag = f".{names.tag}" if names.tag else ""
+    return f"{_stem(shard)}{tag}.index.parquet"
 
 
-def cached_index_url(shard: str, index_dir: str | None) -> str:
+def _stem(shard: str) -> str:
+    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", shard)
+
+
+def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _DEFAULT_NAMES) -> str:
     """The same for shards whose own directory cannot be written."""
     where = store.parent(shard) if store.is_s3(shard) else os.path.abspath(store.parent(shard))
     folder = f"{store.basename(where)}-{hashlib.blake2b(where.encode(), digest_size=6).hexdigest()}"
-    return store.join(store.join(index_dir or default_index_dir(), folder), store.basename(index_url(shard)))
+    return store.join(store.join(index_dir or default_index_dir(), folder), store.basename(index_url(shard, names)))
 
 
 def default_index_dir() -> str:
@@ -177,12 +193,17 @@ def default_index_dir() -> str:
     return os.path.join(base, "cascade", "index")
 
 
-def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | None = None) -> ShardIndex:
+def index_shard(
+    url: str, patience: Patience = DEFAULT, entry: store.Entry | None = None, names: MembersConfig = _DEFAULT_NAMES
+) -> ShardIndex:
     """Walks a shard once and describes every sample of it; nothing is written.
 
     Members may come in any order and need not be adjacent. The key is the name up to the first dot after the last
-    slash, as in webdataset; where none of a key's members has a plain extension (`photo.v2.jpg`, `photo.v2.txt`) up
-    to the last dot.
+    slash, as in webdataset; where names have dots of their own (`photo.v2.jpg`, `photo.v2.txt`) up to the last dot, see
+    `members.split_samples`.
+
+    Args:
+        names: `data.members`.
 
     Raises:
         DataError: not a tar archive, missing, denied.
@@ -192,7 +213,7 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
     etag = entry.etag if store.is_s3(url) else None
     with store.open_stream(url, etag=etag, patience=patience) as stream:
         probe = _Probe(stream)
-        samples = rows_of(walk(probe, problems, name=url), problems)
+        samples = rows_of(walk(probe, problems, name=url), problems, names)
     expected = expected_count(url, patience)
     if expected is not None and expected != len(samples):
         problems.append(Problem("count_mismatch", 0, f"{len(samples)} samples where {expected} were written"))
@@ -210,8 +231,8 @@ def index_shard(url: str, patience: Patience = DEFAULT, entry: store.Entry | Non
         "compressed": probe.head == b"\x1f\x8b",
         "problems": dict(sorted(counts.items())),
         "unusable": dict(sorted(unusable.items())),
-        "details": [f"{p.reason} at byte {p.offset}: {p.detail}" for p in problems[:20]],
-        "digest": _digest(samples),
+        "details": _details(problems),
+        "digest": _digest(samples, names),
         "content": probe.digest.hexdigest(),
     }
     return ShardIndex(url, table, meta)
@@ -222,7 +243,7 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
 
     A tar that was cut at a member's header cannot be told from a whole one in any other way.
     """
-    stem = index_url(url).removesuffix(".index.parquet")
+    stem = _stem(url)
     try:
         return int(json.loads(store.read_bytes(f"{stem}_stats.json", patience))["successes"])
     except (DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -247,10 +268,21 @@ class _Probe:
         return data
 
 
-def _digest(samples: list[dict[str, Any]]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def _details(problems: list[Problem]) -> list[str]:
+    """The first of each kind, so that a harmless one does not hide the others."""
+    shown: list[str] = []
+    seen: Counter[str] = Counter()
+    for problem in problems:
+        seen[problem.reason] += 1
+        if seen[problem.reason] <= _DETAILS_OF_A_KIND and len(shown) < _MOST_DETAILS:
+            shown.append(f"{problem.reason} at byte {problem.offset}: {problem.detail}")
+    return shown
+
+
+def _digest(samples: list[dict[str, Any]], names: MembersConfig) -> str:
+    digest = hashlib.blake2b(names.tag.encode(), digest_size=8)
     for sample in samples:
-        digest.update(json.dumps([sample["key"], sample["layout"], sample["sizes"], sample["checksums"]]).encode())
+        digest.update(json.dumps([sample["key"], sample["names"], sample["sizes"], sample["checksums"]]).encode())
     return digest.hexdigest()
 
 
@@ -272,7 +304,8 @@ def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     version."""
     facts = metadata[b"cascade"]
     meta: dict[str, Any] = json.loads(facts)
-    if meta["version"] != VERSION or metadata[b"cascade_xxh3"] != _checksum(facts):
+    known = meta["version"] == VERSION or (meta["version"] == _READ_AS_WELL and not meta["unusable"])
+    if not known or metadata[b"cascade_xxh3"] != _checksum(facts):
         raise ValueError("another version, or damaged")
     return meta
 
@@ -297,11 +330,14 @@ def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex
 
 
 def load_meta(
-    entry: store.Entry, index_dir: str | None = None, patience: Patience = DEFAULT
+    entry: store.Entry,
+    index_dir: str | None = None,
+    patience: Patience = DEFAULT,
+    names: MembersConfig = _DEFAULT_NAMES,
 ) -> tuple[dict[str, Any], str] | None:
     """The facts about a whole shard from its stored index, and where that lies, without reading the rows (ten times
     faster); None when there is none for exactly this size and etag."""
-    for where in (index_url(entry.url), cached_index_url(entry.url, index_dir)):
+    for where in (index_url(entry.url, names), cached_index_url(entry.url, index_dir, names)):
         try:
             meta = _facts(pq.read_metadata(io.BytesIO(store.read_bytes(where, patience))).metadata)
             if (meta["size"], meta["etag"]) == (entry.size, entry.etag):
@@ -312,34 +348,43 @@ def load_meta(
 
 
 def load_index(
-    url: str, index_dir: str | None = None, entry: store.Entry | None = None, patience: Patience = DEFAULT
+    url: str,
+    index_dir: str | None = None,
+    entry: store.Entry | None = None,
+    patience: Patience = DEFAULT,
+    names: MembersConfig = _DEFAULT_NAMES,
 ) -> ShardIndex | None:
     """The stored index of a shard, from beside it or from the cache; None when there is none that still fits."""
     entry = entry or store.describe([url], patience)[0]
-    for index in _stored(url, index_dir, patience):
+    for index in _stored(url, index_dir, patience, names):
         if (index.meta["size"], index.meta["etag"]) == (entry.size, entry.etag):
             return index
     return None
 
 
-def _stored(url: str, index_dir: str | None, patience: Patience) -> Iterator[ShardIndex]:
-    places = (index_url(url), cached_index_url(url, index_dir))
+def _stored(url: str, index_dir: str | None, patience: Patience, names: MembersConfig) -> Iterator[ShardIndex]:
+    places = (index_url(url, names), cached_index_url(url, index_dir, names))
     return (index for place in places if (index := read_index(url, place, patience)) is not None)
 
 
-def build_index(entry: store.Entry, index_dir: str | None = None, patience: Patience = DEFAULT) -> ShardIndex:
+def build_index(
+    entry: store.Entry,
+    index_dir: str | None = None,
+    patience: Patience = DEFAULT,
+    names: MembersConfig = _DEFAULT_NAMES,
+) -> ShardIndex:
     """Makes and stores the index of a shard that has none that fits. A copy of an indexed local file, of which only
     the modification time is another, is read to see that its content is the same, but not walked again.
 
     Raises:
         DataError: not a tar archive, missing, denied.
     """
-    old = None if store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience), None)
+    old = None if store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
     if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry.url, patience):
         index = ShardIndex(entry.url, old.table, {**old.meta, "etag": entry.etag})
     else:
-        index = index_shard(entry.url, patience, entry)
-    index.place = store_index(index, index_dir, patience)
+        index = index_shard(entry.url, patience, entry, names)
+    index.place = store_index(index, index_dir, patience, names)
     return index
 
 
@@ -351,13 +396,18 @@ def _content(url: str, patience: Patience) -> str:
     return probe.digest.hexdigest()
 
 
-def store_index(index: ShardIndex, index_dir: str | None = None, patience: Patience = DEFAULT) -> str:
+def store_index(
+    index: ShardIndex,
+    index_dir: str | None = None,
+    patience: Patience = DEFAULT,
+    names: MembersConfig = _DEFAULT_NAMES,
+) -> str:
     """Writes the index beside its shard, or where that cannot be written into the cache; returns the place."""
     try:
-        save_index(index, index_url(index.url), patience)
-        return index_url(index.url)
+        save_index(index, index_url(index.url, names), patience)
+        return index_url(index.url, names)
     except CascadeError as error:
-        where = cached_index_url(index.url, index_dir)
+        where = cached_index_url(index.url, index_dir, names)
         logger.info("%s; the index goes to %s", error, where)
         save_index(index, where, patience)
         return where

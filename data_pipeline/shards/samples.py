@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.common.errors import BadSample
-from data_pipeline.content.captions import decode_text
+from data_pipeline.config import MembersConfig
+from data_pipeline.content.captions import decode_text, json_caption
+from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, kind_of, picture_kind, roles, split_samples
 from data_pipeline.shards.tar import Member, Problem
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif")
-"""Members that are pictures, the preferred first."""
 SCORES = {
     "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetic_score_laion_v2"),
     "watermark": ("pwatermark", "watermark", "p_watermark"),
@@ -35,73 +35,105 @@ def key_hash(key: str) -> int:
 class _Found:
     """What the index keeps of one member."""
 
-    extension: str
-    stem: str
+    name: str
+    """As the archive has it."""
     part: tuple[int, int, int]
+    kind: str | None
+    content: str | None
     facts: dict[str, Any]
 
 
-def rows_of(members: Iterable[Member], problems: list[Problem]) -> list[dict[str, Any]]:
-    """Members -> rows of the index (see `shard_index.SCHEMA`), by key; damage to single samples goes to `problems`."""
-    groups: list[tuple[str, list[_Found]]] = []
-    open_group: dict[str, list[_Found]] = {}
+def rows_of(
+    members: Iterable[Member], problems: list[Problem], names: MembersConfig | None = None
+) -> list[dict[str, Any]]:
+    """Members -> rows of the index (see `shard_index.SCHEMA`), by key; damage to single samples goes to `problems`.
+
+    In the rows the members that are used have the names of their kind: an ending of `IMAGE_EXTENSIONS`, `txt`, `json`.
+    """
+    names = names or MembersConfig()
+    groups: list[tuple[str, dict[str, _Found]]] = []
+    newest: dict[str, dict[str, _Found]] = {}
     for member in members:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
-        if not dot or not stem:
-            continue  # no extension, or a hidden file such as macOS' ._x.jpg
+        content = picture_kind(member.data)
+        if not stem:
+            if content:  # macOS' ._x.jpg are none
+                problems.append(Problem("hidden_image", member.offset, f"{member.name!r} is hidden by its name"))
+            continue
+        if not dot and not content:
+            continue  # a README, a LICENSE
         key, extension = folder + slash + stem, extension.lower()
-        kind = extension.rpartition(".")[2]
+        kind = kind_of(extension, content, names)
         facts = _facts(kind, member, problems)
-        dotted = folder + slash + base.rpartition(".")[0]
-        found = _Found(extension, dotted, (member.offset, member.size, member.checksum), facts)
-        group = open_group.get(key)
-        if group is None or any(other.extension == extension for other in group):
+        found = _Found(member.name, (member.offset, member.size, member.checksum), kind, content, facts)
+        group = newest.get(key)
+        if group is None or extension in group:
             if group is not None:
                 problems.append(Problem("duplicate_key", member.offset, f"{member.name!r} comes again"))
-            group = open_group[key] = []
+            group = newest[key] = {}
             groups.append((key, group))
-        group.append(found)
+        group[extension] = found
     rows = []
     for key, group in groups:
-        if all("." in found.extension for found in group):
-            for dotted in dict.fromkeys(found.stem for found in group):
-                part = [found for found in group if found.stem == dotted]
-                for found in part:
-                    found.extension = found.extension.rpartition(".")[2]
-                rows.append(_row(dotted, part))
-        else:
-            rows.append(_row(key, group))
+        kinds = {name: found.kind for name, found in group.items()}
+        for sample_key, parts in split_samples(key, kinds, names):
+            rows.append(_row(sample_key, {name: group[whole] for name, whole in parts.items()}, names, problems))
     return rows
 
 
-def _row(key: str, group: list[_Found]) -> dict[str, Any]:
-    by_extension = {found.extension: found for found in group}
-    image = next((by_extension[name] for name in IMAGE_EXTENSIONS if name in by_extension), None)
-    data = by_extension["json"].facts if "json" in by_extension else {}
-    text = by_extension["txt"].facts if "txt" in by_extension else {}
+def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: list[Problem]) -> dict[str, Any]:
+    used = roles({name: found.kind for name, found in group.items()}, names)
+    image = group[used.image] if used.image is not None else None
+    caption = next((name for name in used.captions if group[name].facts.get("length")), None)
+    caption = caption or (used.captions[0] if used.captions else None)
+    for name in used.unused_images:
+        words = f"{group[name].name!r} is a picture beside {image.name if image else ''!r}; data.members.image chooses"
+        problems.append(Problem("unused_image", group[name].part[0], words))
+    called = _called(group, used.image, caption, used.json)
+    data = group[used.json].facts if used.json else {}
+    text = group[caption].facts if caption else {}
     size = image.facts if image else {}
     return {
         "key": key,
         "key_hash": key_hash(key),
-        "layout": "/".join(found.extension for found in group),
-        "offsets": [found.part[0] for found in group],
-        "sizes": [found.part[1] for found in group],
-        "checksums": [found.part[2] for found in group],
+        "layout": "/".join(called.values()),
+        "names": "/".join(group),
+        "offsets": [found.part[0] for found in group.values()],
+        "sizes": [found.part[1] for found in group.values()],
+        "checksums": [found.part[2] for found in group.values()],
         "width": size.get("width"),
         "height": size.get("height"),
-        "caption_length": text.get("length", data.get("length")),
+        "caption_length": text.get("length") or data.get("length", text.get("length")),
         **{name: data.get(name) for name in SCORES},
-        "problem": "missing_image" if image is None else "empty_image" if image.part[1] == 0 else None,
+        "problem": used.problem if image is None else "empty_image" if image.part[1] == 0 else None,
     }
 
 
-def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]:
+def _called(group: dict[str, _Found], image: str | None, caption: str | None, facts: str | None) -> dict[str, str]:
+    """What each member of a sample is called in the index: those in use by their kind, others never so."""
+    used = {}
+    if image is not None:
+        known = ending(image) if ending(image) in IMAGE_EXTENSIONS else group[image].content
+        used[image] = known or IMAGE_EXTENSIONS[0]  # no picture, but named as one: the reader will say so
+    if caption is not None:
+        used[caption] = "txt"
+    if facts is not None:
+        used[facts] = "json"
+    rank = IMAGE_EXTENSIONS.index(used[image]) if image is not None else -1
+    better = {*IMAGE_EXTENSIONS[: rank + 1], *used.values()}
+    called: dict[str, str] = {}
+    for name in group:
+        called[name] = used.get(name, f"unused.{name}" if name in better else name or "unused")
+    return called
+
+
+def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[str, Any]:
     """What filters will ask about this member."""
-    if kind in IMAGE_EXTENSIONS:
+    if kind == "image":
         width, height = image_size(member.data)
         return {"width": width, "height": height}
-    if kind == "txt":
+    if kind == "text":
         try:
             return {"length": len(decode_text(member.data).strip())}
         except BadSample:
@@ -121,8 +153,9 @@ def _facts(kind: str, member: Member, problems: list[Problem]) -> dict[str, Any]
         if column and isinstance(value, (int, float)) and not isinstance(value, bool):
             with suppress(OverflowError):  # an integer of hundreds of digits is no score
                 facts[column] = float(value)
-    if isinstance(data.get("caption"), str):
-        facts["length"] = len(data["caption"].strip())
+    caption = json_caption(data)
+    if caption is not None:
+        facts["length"] = len(caption[1][0].strip())
     return facts
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.common.errors import CascadeError
-from data_pipeline.config import FilterConfig
+from data_pipeline.config import FilterConfig, MembersConfig
 from data_pipeline.shards.filters import FILTERS_VERSION, keep_rows
 from data_pipeline.shards.index import VERSION, ShardIndex, default_index_dir
 from data_pipeline.storage import store
@@ -66,10 +66,12 @@ def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summ
     )
 
 
-def summary_url(entries: Iterable[store.Entry], rules: FilterConfig, index_dir: str | None) -> str:
+def summary_url(
+    entries: Iterable[store.Entry], rules: FilterConfig, index_dir: str | None, names: MembersConfig
+) -> str:
     """Where the summaries of shards in these directories under these filters lie."""
     places = sorted({store.parent(entry.url) for entry in entries})
-    made_by = [VERSION, FILTERS_VERSION, places, asdict(rules)]
+    made_by = [VERSION, FILTERS_VERSION, places, asdict(rules), names.tag]
     name = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=8).hexdigest()
     return store.join(index_dir or default_index_dir(), f"summary-{name}.parquet")
 

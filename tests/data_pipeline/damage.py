@@ -32,6 +32,15 @@ def bad(**changes: bytes | None) -> Sample:
     return BAD, {name: data for name, data in members.items() if data is not None}
 
 
+def archive(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar of members by their whole names."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for name, data in members:
+            add(file, name, data)
+    return buffer.getvalue()
+
+
 def tar(entries: Iterable[Sample], kind: int = tarfile.PAX_FORMAT) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
@@ -204,12 +213,13 @@ CASES: dict[str, Case] = {
     "json_deep": (around(bad(json=b"[" * 200_000)), 5, {}, {"bad_json": 1}),
     "json_huge_score": (around(bad(json=b'{"punsafe": 1' + b"0" * 400 + b"}")), 5, {}, {}),
     "json_failed": (around(bad(json=json.dumps({"status": "failed_to_download"}).encode())), 5, {}, {}),
-    "text_missing": (around(bad(txt=None)), 4, {"missing_caption": 1}, {}),
+    "text_missing": (around(bad(txt=None)), 5, {}, {}),
+    "text_nowhere": (around(bad(txt=None, json=b'{"caption": " "}')), 4, {"missing_caption": 1}, {}),
     "text_utf16": (around(text("ein Hügel".encode("utf-16"))), 5, {}, {}),
     "text_latin1": (around(text("ein Hügel".encode("latin-1"))), 4, {"bad_text": 1}, {}),
     "text_nul": (around(text(b"a\0cat\0")), 5, {}, {}),
     "text_100k": (around(text(b"x" * 100_000)), 5, {}, {}),
-    "text_white_space": (around(text(b" \n\t ")), 4, {"missing_caption": 1}, {}),
+    "text_white_space": (around(text(b" \n\t ")), 5, {}, {}),
     "text_html": (around(text(b"<p>two\nlines</p>")), 5, {}, {}),
     "key_again": (lambda: tar([*good(), bad(), (good()[0][0], bad()[1])]), 6, {}, {"duplicate_key": 1}),
     "key_dots": (around(("photo.v1.2", bad()[1])), 5, {}, {}),

@@ -83,9 +83,9 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     encoder: TextEncoder | None = None
     quiet = _ranks(os.environ)[0] > 0
     for entry in progress(store.describe(mine, patience), desc="embed", unit="shard", disable=quiet):
-        index = load_index(entry.url, config.data.index_dir, entry, patience)
+        index = load_index(entry.url, config.data.index_dir, entry, patience, config.data.members)
         if index is None:
-            index = build_index(entry, config.data.index_dir, patience)
+            index = build_index(entry, config.data.index_dir, patience, config.data.members)
         place = sidecar_url(entry.url, config.output)
         made_of = {**facts, "shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):

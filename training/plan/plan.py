@@ -292,10 +292,10 @@ def indexed_samples(config: PlanCommand, entries: list[store.Entry]) -> tuple[in
     from data_pipeline.shards.summaries import read_summaries, summarize, summary_url
 
     data, patience = config.data, patience_of(config.data)
-    known = read_summaries(summary_url(entries, data.filter, data.index_dir), entries, patience)
+    known = read_summaries(summary_url(entries, data.filter, data.index_dir, data.members), entries, patience)
     for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
         if entry.url not in known:
-            index = load_index(entry.url, data.index_dir, entry, patience)
+            index = load_index(entry.url, data.index_dir, entry, patience, data.members)
             if index is None:
                 return None, 0
             known[entry.url] = summarize(index, entry, "", data.filter)

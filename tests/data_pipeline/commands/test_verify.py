@@ -16,19 +16,7 @@ from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.shards.index import cached_index_url, index_shard, index_url, save_index
 from data_pipeline.storage import store
 from tests.data_pipeline.damage import BAD, CASES, bad, good, tar
-
-
-class Stage:
-    image_size, low_res_size, crop_size = 32, 16, 16
-
-
-class Config:
-    """The parts of the command's config that `verify` reads."""
-
-    seed, json, stage = 0, True, Stage
-
-    def __init__(self, shards: Any, output: Path, report: bool = False, **data: Any) -> None:
-        self.data, self.output, self.report = DataConfig(shards=str(shards), **data), str(output), report
+from tests.data_pipeline.verifying import Config
 
 
 def verify(folder: Path, **options: Any) -> dict[str, Any]:

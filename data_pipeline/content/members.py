@@ -1,0 +1,249 @@
+"""Which file of a sample is the picture, which the caption, which the facts: by name, and where that says nothing by
+content. Pure functions that folders, shards and tables share."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from data_pipeline.config import MembersConfig
+
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif"),
+    *("apng", "dib", "jp2", "j2k", "jpx", "jpf", "j2c", "jpc", "mpo", "ppm", "pgm", "pbm", "pnm", "qoi"),
+)
+"""Members that are pictures, the preferred first."""
+CAPTION_ENDINGS = ("txt", "caption", "captions", "text", "cap", "prompt", "tags")
+"""Members that are captions, the preferred first."""
+_NAMED_IMAGES = ("image", "img", "picture", "photo", "pic")
+"""`K.image.jpg`: which of several named pictures is the one to learn."""
+_NAMED_CAPTIONS = ("caption", "captions", "text", "prompt", "txt", "label")
+_MOST_NAMED_IMAGES = 8
+"""Pictures up to which one key's files may be the named members of one sample."""
+
+_HINTS = {
+    "heic": "install the package pillow-heif, or convert with `heif-convert`",
+    "jxl": "install the package pillow-jxl-plugin, or convert with `djxl`",
+    "svg": "draw it as pixels first, for instance with `rsvg-convert`",
+    "raw": "develop it first, for instance with `darktable-cli`",
+    "psd": "export it as PNG first",
+    "video": "take frames out of it first, for instance with `ffmpeg`",
+}
+"""Kinds of picture that are not read -> what helps."""
+UNSUPPORTED = {
+    **dict.fromkeys(("heic", "heif", "hif"), "heic"),
+    "jxl": "jxl",
+    **dict.fromkeys(("svg", "svgz"), "svg"),
+    **dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"), "raw"),
+    **dict.fromkeys(("psd", "xcf"), "psd"),
+    **dict.fromkeys(("mp4", "mov", "webm", "avi", "mkv"), "video"),
+}
+"""Endings of pictures that are not read -> their kind."""
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+    (b"\0\0\0\x0cjP  ", "jp2"),
+    (b"\xff\x4f\xff\x51", "j2k"),
+    (b"qoif", "qoi"),
+    (b"\xff\x0a", "jxl"),
+    (b"\0\0\0\x0cJXL ", "jxl"),
+    (b"8BPS", "psd"),
+)
+_NETPBM = re.compile(rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d+\s+\d+")
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg)[\s\S]{0,2000}?<svg|\s*<svg")
+
+
+def picture_kind(data: bytes) -> str | None:
+    """What encoded bytes are, as an ending: one of `IMAGE_EXTENSIONS` or a kind of `UNSUPPORTED`; None: no picture."""
+    for signature, ending in _SIGNATURES:
+        if data.startswith(signature):
+            return ending
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
+        return "bmp"
+    if data[4:8] == b"ftyp":
+        brands = data[8:12] + data[16:64]
+        if b"avif" in brands or b"avis" in brands:
+            return "avif"
+        return "heic" if data[8:12] in _HEIC_BRANDS else "video"
+    if _NETPBM.match(data[:1024]):
+        return "ppm"
+    return "svg" if _SVG.match(data[:4096]) else None
+
+
+def unsupported_hint(kind: str) -> str:
+    """What helps with a picture of an ending or kind that is not read."""
+    return _HINTS[UNSUPPORTED.get(kind, kind)]
+
+
+def is_unsupported(kind: str | None) -> bool:
+    return kind in _HINTS or kind in UNSUPPORTED
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Names of the members that are used, each as the sample has it; None where there is none."""
+
+    image: str | None = None
+    captions: tuple[str, ...] = ()
+    """The preferred first; the first one with text counts."""
+    json: str | None = None
+    unused_images: tuple[str, ...] = ()
+    problem: str | None = None
+    """Why the sample has no picture: `missing_image`, `ambiguous_image`, `unsupported_image`."""
+
+
+def ending(name: str) -> str:
+    """What stands after the last dot."""
+    return name.rpartition(".")[2]
+
+
+def roles(kinds: Mapping[str, str | None], config: MembersConfig) -> Roles:
+    """Which members of one sample are used.
+
+    Args:
+        kinds: name of each member (what follows the key, lower case) -> see `kind_of`.
+        config: names that come first. Without them a plain ending beats a named member (`K.jpg`, `K.image.jpg`), and of
+            several named pictures the one called image, img, picture or photo is taken.
+    """
+    pictures = [name for name, kind in kinds.items() if kind == "image"]
+    texts = [name for name, kind in kinds.items() if kind == "text"]
+    facts = [name for name, kind in kinds.items() if kind == "json"]
+    image, problem = _image(pictures, list(kinds), config)
+    if problem and any(kind == "unsupported" for kind in kinds.values()):
+        problem = "unsupported_image"
+    captions = _chosen(kinds, config.caption) or tuple(sorted(texts, key=_caption_rank))
+    found = _chosen(kinds, config.json) or tuple(sorted(facts, key=lambda name: ("." in name, "meta" not in name)))
+    return Roles(
+        image,
+        tuple(name for name in captions if name != image),
+        found[0] if found else None,
+        tuple(name for name in pictures if name != image) if image else (),
+        problem,
+    )
+
+
+def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None:
+    """`image`, `text`, `json`, `unsupported` (a picture that is not read) or None, for a member's name.
+
+    Args:
+        content: `picture_kind` of its first bytes, which speaks where the ending is not known.
+    """
+    last = ending(name)
+    if last in IMAGE_EXTENSIONS:
+        return "image"
+    if last == "json":
+        return "json"
+    if matches(name, config.caption) or last in CAPTION_ENDINGS:
+        return "text"
+    if last in UNSUPPORTED or is_unsupported(content):
+        return "unsupported"
+    return "image" if content else None
+
+
+def matches(name: str, wanted: Iterable[str]) -> bool:
+    """Whether a member's name (`image.jpg`) is one of those named: whole, without its ending, its ending, a glob."""
+    return any(
+        name == one or one in (name.rpartition(".")[0], ending(name)) or fnmatchcase(name, one) for one in wanted
+    )
+
+
+def _chosen(names: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
+    names = list(names)
+    return tuple(dict.fromkeys(name for one in wanted for name in names if matches(name, (one,))))
+
+
+def _image(pictures: list[str], names: list[str], config: MembersConfig) -> tuple[str | None, str | None]:
+    """(the picture, why there is none)."""
+    if config.image:
+        found = _chosen(names, config.image)
+        return (found[0], None) if found else (None, "missing_image")
+    pictures = [name for name in pictures if ending(name) in IMAGE_EXTENSIONS] or pictures
+    plain = [name for name in pictures if "." not in name]
+    if plain:
+        known = [name for name in IMAGE_EXTENSIONS if name in plain]
+        return (known or plain)[0], None
+    named = [name for word in _NAMED_IMAGES for name in pictures if name.split(".")[-2] == word]
+    if named or len(pictures) == 1:
+        return (named or pictures)[0], None
+    return None, "ambiguous_image" if pictures else "missing_image"
+
+
+def _caption_rank(name: str) -> tuple[bool, int, int]:
+    """Plain endings first, then `K.caption.txt`; what lies beside one picture (`K.jpg.txt`) between the two."""
+    stem, _, last = name.rpartition(".")
+    word = stem.rpartition(".")[2]
+    order = CAPTION_ENDINGS.index(last) if last in CAPTION_ENDINGS else 0
+    names = (*IMAGE_EXTENSIONS, *_NAMED_CAPTIONS)
+    return bool(stem), names.index(word) if word in names else len(names), order
+
+
+def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConfig) -> list[tuple[str, dict[str, str]]]:
+    """The samples among the files whose name is `key` up to its first dot.
+
+    webdataset's rule makes one sample of them. Names with dots of their own (`photo.v2.jpg`, `photo.v2.txt`) part at
+    the last dot instead, where that alone gives a picture and its caption.
+
+    Args:
+        kinds: what follows the key -> see `kind_of`.
+
+    Returns:
+        (key, {name within the sample: name in `kinds`}) of each.
+    """
+    whole = {name: name for name in kinds}
+    if not any("." in name for name in kinds) or any("." in name for name in (*config.image, *config.caption)):
+        return [(key, whole)]
+    by_stem: dict[str, dict[str, str]] = {}
+    for name in kinds:
+        stem, _, last = name.rpartition(".")
+        if kinds[name] != "image" and kinds.get(stem) == "image":  # photo.jpg.txt belongs to photo.jpg
+            stem, last = stem.rpartition(".")[0], f"{ending(stem)}.{last}"
+        by_stem.setdefault(stem, {})[last] = name
+    texts_apart = any(_has(kinds, part, "text") and not _has(kinds, part, "image") for part in by_stem.values())
+    own: dict[str, dict[str, str]] = {}
+    for stem, part in by_stem.items():
+        described = _has(kinds, part, "text") or (_has(kinds, part, "json") and not texts_apart)
+        if stem and described and _has(kinds, part, "image"):
+            own[stem] = part
+            whole = {name: name for name in whole if name not in part.values()}
+    pictures = sum(kinds[name] == "image" for name in whole)
+    described = any(kinds[name] in ("text", "json") for name in whole)
+    if "" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES):
+        return [(key, whole), *((f"{key}.{stem}", part) for stem, part in own.items())]
+    return [(f"{key}.{stem}", part) for stem, part in by_stem.items()]
+
+
+def _has(kinds: Mapping[str, str | None], part: Mapping[str, str], kind: str) -> bool:
+    return any(kinds[name] == kind for name in part.values())
+
+
+def advice(reason: str, layouts: Mapping[str, int]) -> str:
+    """What would let samples take part that were left out for `reason`; empty for reasons that names do not decide.
+
+    Args:
+        layouts: member names joined by "/", as in an index -> how many of those samples have them.
+    """
+    seen: Counter[str] = Counter()
+    for layout, count in layouts.items():
+        for name in layout.split("/"):
+            seen[name] += count
+    members = ", ".join(f".{name}" for name, _ in seen.most_common(8))
+    if reason == "unsupported_image":
+        kinds = [name for name in seen if is_unsupported(ending(name))]
+        hints = (f"{seen[name]} x .{name}: {unsupported_hint(ending(name))}" for name in kinds[:4])
+        return "; ".join(hints) or f"the members are {members}"
+    if reason not in ("missing_image", "ambiguous_image"):
+        return ""
+    example = next((name for name in seen if ending(name) in IMAGE_EXTENSIONS), next(iter(seen), "image.jpg"))
+    return f"their members are {members}; name the picture with 'data.members={{image: [{example}]}}'"
