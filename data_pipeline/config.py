@@ -110,6 +110,8 @@ class MembersConfig:
 
 @dataclass
 class DataConfig:
+    """Where the samples come from, how they are decoded, and how a batch is made of them."""
+
     shards: Any = None
     """A glob, brace pattern, directory, s3:// URL pattern, or a list of these."""
     global_batch: int = 64
@@ -203,6 +205,8 @@ class DrawConfig:
 
 @dataclass
 class PrepareConfig:
+    """`cascade prepare`: what to draw, import or repack, and where to."""
+
     kind: str = "draw"
     """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv, parquet), `shards`
     (repack)."""

@@ -37,10 +37,12 @@ class Print:
     thumbnail: bytes = b""
 
     def to_json(self) -> list[Any]:
+        """Plain values for the record of what was compared."""
         return [self.pixels, self.exact, f"{self.shape:x}", self.thumbnail.hex()]
 
     @staticmethod
     def from_json(values: Sequence[Any]) -> Print:
+        """The inverse of `to_json`."""
         return Print(int(values[0]), str(values[1]), int(values[2], 16), bytes.fromhex(values[3]))
 
 

@@ -52,6 +52,8 @@ class Work:
 
 @dataclass
 class Decoded:
+    """One sample, decoded: position, key, picture uint8 (H, W, 3), low-res picture or None, caption."""
+
     key: str
     image: np.ndarray
     """uint8 (H, W, 3)."""

@@ -38,6 +38,7 @@ class Wire:
         self._end, self._lock = end, threading.Lock()
 
     def send(self, value: Any) -> None:
+        """Sends one object; its arrays travel without a copy."""
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]

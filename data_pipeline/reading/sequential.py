@@ -59,6 +59,7 @@ class PartReader:
         return bytes(kept)
 
     def close(self) -> None:
+        """Closes the stream."""
         if self._stream is not None:
             self._stream.close()
 

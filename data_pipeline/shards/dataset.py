@@ -169,6 +169,7 @@ def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 
 
 
 def patience_of(config: DataConfig) -> Patience:
+    """The stall and deadline limits of the data settings."""
     return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s)
 
 

@@ -56,6 +56,7 @@ def sidecar_url(shard: str, folder: str | None = None) -> str:
 
 
 def caption_hash(caption: str) -> int:
+    """64 bits of BLAKE2b of the UTF-8 caption: what tells that an embedding belongs to it."""
     return int.from_bytes(hashlib.blake2b(caption.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
@@ -66,6 +67,7 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns -> fp32 of the same shape."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -107,6 +109,7 @@ class SidecarWriter:
         self._hashes.append((key_hash(key), caption_hash(caption), _checksum(content, scales)))
 
     def close(self) -> None:
+        """Writes the sidecar; it appears whole."""
         starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<i8")
         hashes = np.array(self._hashes, "<u8").reshape(-1, 3)
         arrays = {"starts": starts, "keys": hashes[:, 0], "captions": hashes[:, 1], "checksums": hashes[:, 2]}

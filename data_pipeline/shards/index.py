@@ -102,10 +102,12 @@ class ShardIndex:
 
     @property
     def problems(self) -> dict[str, int]:
+        """Reason -> how many samples it makes unusable."""
         return dict(self.meta["problems"])
 
     @property
     def compressed(self) -> bool:
+        """Whether the shard is gzip, so that it can only be read from its beginning."""
         return bool(self.meta["compressed"])
 
     @property
@@ -114,6 +116,7 @@ class ShardIndex:
         return self.meta["etag"] if store.is_s3(self.url) else None
 
     def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the table, a value per sample."""
         return self.table.column(name)
 
     def layouts_of(self, problem: str) -> Counter[str]:
@@ -145,6 +148,7 @@ class ShardIndex:
         return ends.data, data.to_pybytes() if data else b""
 
     def key(self, row: int) -> str:
+        """The key of sample `row`."""
         ends, data = self._keys
         return data[ends[row] : ends[row + 1]].decode()
 
@@ -189,6 +193,7 @@ def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _
 
 
 def default_index_dir() -> str:
+    """Where indexes are cached when they cannot lie beside their shards."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "cascade", "index")
 

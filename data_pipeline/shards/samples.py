@@ -28,6 +28,7 @@ _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
 
 def key_hash(key: str) -> int:
+    """64 bits of BLAKE2b of a key."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 

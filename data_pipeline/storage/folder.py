@@ -24,9 +24,11 @@ class LocalFolder:
         return str(self.path)
 
     def sub(self, name: str) -> LocalFolder:
+        """The folder `name` below this one; nothing is created."""
         return LocalFolder(str(self.path / name))
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Writes a file; it appears under its name only when complete."""
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
         try:
@@ -49,6 +51,7 @@ class LocalFolder:
         return self.path / name
 
     def names(self) -> list[str]:
+        """Names of what lies directly below, sorted; empty when the folder does not exist."""
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
     def size(self, name: str) -> int | None:
@@ -59,9 +62,11 @@ class LocalFolder:
             return None
 
     def remove(self, name: str) -> None:
+        """Removes a file; no error when it is not there."""
         (self.path / name).unlink(missing_ok=True)
 
     def remove_all(self) -> None:
+        """Removes everything below."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -77,12 +82,15 @@ class RemoteFolder:
         return self.url
 
     def sub(self, name: str) -> RemoteFolder:
+        """The folder `name` below this one; nothing is created."""
         return RemoteFolder(f"{self.url}/{name}")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Writes a file; it appears under its name only when complete."""
         store.write_bytes(f"{self.url}/{name}", b"".join(chunks))
 
     def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError when it is not there."""
         if not store.exists(f"{self.url}/{name}"):
             raise FileNotFoundError(f"{self.url}/{name}")
         return store.read_bytes(f"{self.url}/{name}")
@@ -101,16 +109,20 @@ class RemoteFolder:
         return path
 
     def names(self) -> list[str]:
+        """Names of what lies directly below, sorted; empty when the folder does not exist."""
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.list_dir(self.url)})
 
     def size(self, name: str) -> int | None:
+        """Bytes; None when it is not there."""
         url = f"{self.url}/{name}"
         return store.size(url) if store.exists(url) else None
 
     def remove(self, name: str) -> None:
+        """Removes a file; no error when it is not there."""
         store.remove(f"{self.url}/{name}")
 
     def remove_all(self) -> None:
+        """Removes everything below."""
         for name in self.names():
             self.remove(name)
 

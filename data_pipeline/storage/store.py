@@ -32,8 +32,12 @@ _MAGIC = re.compile(r"[*?\[]")
 class Stream(Protocol):
     """Bytes in order."""
 
-    def read(self, size: int = -1) -> bytes: ...
-    def close(self) -> None: ...
+    def read(self, size: int = -1) -> bytes:
+        """Exactly `size` bytes, fewer only at the end; -1: all that is left."""
+
+    def close(self) -> None:
+        """Gives the file or connection back."""
+
     def __enter__(self) -> Stream: ...
     def __exit__(self, *_: object) -> None: ...
 
@@ -48,6 +52,7 @@ class Entry:
 
 
 def is_s3(url: str) -> bool:
+    """Whether a URL names an object in an S3 store."""
     return url.startswith("s3://")
 
 
@@ -65,6 +70,7 @@ def local_path(url: str) -> str:
 
 
 def join(parent: str, name: str) -> str:
+    """The URL of `name` below `parent`."""
     return f"{parent.rstrip('/')}/{name}" if is_s3(parent) else os.path.join(parent, name)
 
 
@@ -74,6 +80,7 @@ def parent(url: str) -> str:
 
 
 def basename(url: str) -> str:
+    """The last part of a path or URL."""
     return url.rstrip("/").rpartition("/")[2]
 
 
@@ -100,6 +107,7 @@ class LocalStream:
         return piece
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> LocalStream:

@@ -53,6 +53,8 @@ class StageWeights:
 
 @dataclass
 class Bundle:
+    """A finished cascade: its text encoder and its stages, base first."""
+
     text: TextConfig
     stages: list[StageWeights]
 

@@ -67,10 +67,12 @@ class Digest:
 
     @property
     def xxh3(self) -> str:
+        """XXH3, 128 bits, of what has passed, as hex."""
         return self._fast.hexdigest()
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of what has passed, as hex."""
         return self._hash.hexdigest()
 
 

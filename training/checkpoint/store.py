@@ -55,6 +55,7 @@ class CheckpointError(CascadeError):
 
 
 def step_name(step: int) -> str:
+    """The name of the directory of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 
@@ -69,14 +70,17 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps done when it was taken."""
         return int(self.manifest["step"])
 
     @property
     def meta(self) -> dict[str, Any]:
+        """What else the run needs to resume; JSON values."""
         return self.manifest["meta"]
 
     @property
     def bytes(self) -> int:
+        """Size of all its files together."""
         return sum(file["bytes"] for file in self.manifest["files"])
 
     def names(self, prefix: str = "") -> list[str]:
@@ -84,6 +88,7 @@ class Checkpoint:
         return [name for name in self.manifest["tensors"] if name.startswith(prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor `name`."""
         return tuple(self.manifest["tensors"][name]["shape"])
 
     def read(self, name: str) -> torch.Tensor:

@@ -38,6 +38,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
+        """Whether a checkpoint is being written right now."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Key:
 
     @property
     def is_section(self) -> bool:
+        """A group of settings rather than one."""
         return is_dataclass(self.type)
 
     @property

@@ -59,6 +59,8 @@ class OrderCommand(Experiment):
 
 @dataclass
 class VerifyCommand(Experiment):
+    """`cascade verify`: an experiment, and where its report goes."""
+
     report: bool = False
     """Also write one HTML page about the data."""
     output: str = "verify"
@@ -67,6 +69,8 @@ class VerifyCommand(Experiment):
 
 @dataclass
 class LaunchCommand(Experiment):
+    """`cascade launch`: which command to submit, and how."""
+
     verb: Any = "train"
     """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a
     chain, each job after the success of the one before."""
@@ -82,6 +86,8 @@ class LaunchCommand(Experiment):
 
 @dataclass
 class PlanCommand(Experiment):
+    """`cascade plan`: an experiment, and the hardware to plan it for."""
+
     doctor: bool = False
     """Also try the real thing: credentials, stores, weights, one batch, one step, one checkpoint there and back."""
     mfu: float = 0.4
@@ -104,6 +110,8 @@ class PlanCommand(Experiment):
 
 @dataclass
 class CheckpointsCommand(Experiment):
+    """`cascade checkpoints`: what to do with which checkpoints of a run."""
+
     action: str = "list"
     """`list`, `verify`, `diff` or `export`."""
     steps: list[int] = field(default_factory=list)
@@ -127,6 +135,8 @@ class CheckpointsCommand(Experiment):
 
 @dataclass
 class EmbedCommand(Experiment):
+    """`cascade embed`: where the embeddings go, and which share of the shards this process does."""
+
     output: str | None = None
     """Directory or s3:// prefix of the sidecars; null: beside the shards. Training reads them by data.embeddings."""
     part: int = 0

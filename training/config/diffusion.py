@@ -27,6 +27,8 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class DiffusionConfig:
+    """The diffusion process of a stage: noise schedule, what the network predicts, how errors are weighted."""
+
     schedule: str = "cosine"
     parametrization: str = "v"
     """What the network puts out: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
@@ -76,6 +78,8 @@ class DiffusionConfig:
 
 @dataclass
 class SamplerConfig:
+    """How a stage is sampled: method, steps, guidance, thresholding."""
+
     name: str = "dpmpp_2m"
     steps: int = 20
     guidance: float = 3.0

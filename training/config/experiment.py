@@ -27,6 +27,8 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
+    """The U-Net of a stage: a preset, and what differs from it."""
+
     preset: str = "demo_base"
     """A row of training/config/unet.py."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class StageConfig:
 
     @property
     def is_super_resolution(self) -> bool:
+        """Whether the stage enlarges a smaller picture."""
         return self.low_res_size > 0
 
     @property
@@ -81,6 +84,8 @@ class StageConfig:
 
 @dataclass
 class TextConfig:
+    """The frozen text encoder."""
+
     kind: str = "words"
     """`words` (deterministic vectors per word, character and neighbour; no meaning, no download) or `t5`."""
     path: str | None = None
@@ -103,6 +108,8 @@ class TextConfig:
 
 @dataclass
 class OptimizerConfig:
+    """Optimizer, learning rate and its schedule, clipping."""
+
     name: str = "adamw"
     """`adamw`, `adamw8bit` (moments of 8 bits) or `adafactor`."""
     lr: float = 1e-4
@@ -135,6 +142,8 @@ class OptimizerConfig:
 
 @dataclass
 class EmaConfig:
+    """Moving averages of the weights."""
+
     decays: list[float] = field(default_factory=lambda: [0.9999])
     """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n). With `profile: power`
     these are relative widths, for example [0.05, 0.1]."""
@@ -155,6 +164,8 @@ class EmaConfig:
 
 @dataclass
 class ZeroConfig:
+    """How DeepSpeed shards optimizer states, gradients and weights over the ranks."""
+
     stage: int = 1
     """DeepSpeed ZeRO stage: 0 (one device only), 1, 2 or 3."""
     offload_optimizer: bool = False
@@ -174,6 +185,8 @@ class ZeroConfig:
 
 @dataclass
 class PrecisionConfig:
+    """Number formats, compilation and memory layout."""
+
     dtype: str = "fp32"
     """`fp32`, or `bf16` with fp32 master weights."""
     channels_last: bool = False
@@ -186,6 +199,8 @@ class PrecisionConfig:
 
 @dataclass
 class TrainConfig:
+    """The training loop: steps, logging, what to do about trouble."""
+
     steps: int = 1000
     log_every: int = 20
     sample_every: int = 500
@@ -257,6 +272,8 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Where checkpoints go, how often, and which are kept."""
+
     every: int = 1000
     keep_last: int = 2
     keep_every: int = 0
@@ -274,6 +291,8 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases."""
+
     mode: str = "offline"
     """`online`, `offline` or `disabled`."""
     project: str = "cascade"
@@ -321,6 +340,8 @@ class ClusterConfig:
 
 @dataclass
 class BundleConfig:
+    """`cascade bundle`: which runs, and where the bundle goes."""
+
     runs: list[str] = field(default_factory=list)
     """Run directories (or checkpoints) of the stages, base first."""
     dir: str = "runs/default/bundle"
@@ -333,6 +354,8 @@ class BundleConfig:
 
 @dataclass
 class SamplingConfig:
+    """The prompts that `cascade sample` draws by default, and where to."""
+
     prompts: list[str] = field(default_factory=list)
     """The experiment's own prompts, used when the command line gives none."""
     output: str = "runs/default/samples"
@@ -344,6 +367,8 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
+    """`cascade evaluate`: what is measured on how many samples."""
+
     kind: str = "shapes"
     """`shapes`: the oracle that reads captioned shapes; `pictures`: distances on features only."""
     reference: Any = None

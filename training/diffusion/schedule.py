@@ -91,10 +91,12 @@ def add_noise(x0: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
 
 
 def x0_from_eps(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = (z - sigma eps) / alpha."""
     return (z - sigma * eps) / alpha
 
 
 def eps_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """eps = (z - alpha x0) / sigma."""
     return (z - alpha * x0) / sigma
 
 
@@ -104,8 +106,10 @@ def v_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def x0_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = alpha z - sigma v (Salimans & Ho 2022, appendix D)."""
     return alpha * z - sigma * v
 
 
 def eps_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """eps = sigma z + alpha v (Salimans & Ho 2022, appendix D)."""
     return sigma * z + alpha * v

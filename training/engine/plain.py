@@ -102,6 +102,8 @@ class PlainEngine:
         return self.module(x.to(memory_format=layout), *args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss` (a scalar: the mean over a micro-batch), divided by the number of
+        micro-batches."""
         (loss / self.accumulate).backward()
 
     def step(self, step: int, apply: bool = True) -> StepInfo:
@@ -169,6 +171,7 @@ class PlainEngine:
             self._snapshot = None
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of weights, moments and averages as fp32 CPU tensors by name."""
         return self.snapshot().assemble()
 
     @torch.no_grad()

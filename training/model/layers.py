@@ -68,6 +68,7 @@ class LogSnrEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * sinusoids, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
+        """log_snr (B,) fp32 -> (B, E) in `dtype`."""
         share = torch.arange(self.sinusoids, device=log_snr.device, dtype=torch.float32) / (self.sinusoids - 1)
         angle = log_snr.to(torch.float32)[:, None] * (10.0 * (0.05 / 10.0) ** share)
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype))
@@ -103,6 +104,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def resampled(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) at the resolution of the block's output."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         return doubled(x) if self.resample == "up" else x
@@ -185,6 +187,7 @@ class FeedForward(nn.Module):
         self.narrow = zeroed(nn.Conv2d(mult * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         return scaled_sum(x, self.narrow(F.gelu(self.widen(self.norm(x)))), self.scale)
 
 

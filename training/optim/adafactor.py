@@ -36,6 +36,7 @@ class Unit:
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return prod(self.shape)
 
     @property

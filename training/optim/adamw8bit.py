@@ -65,6 +65,7 @@ class Packed:
         self.scale[first:last] = scale
 
     def chunks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of stretches that fit into a small buffer as fp32."""
         return ((start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK))
 
 
@@ -89,11 +90,13 @@ class AdamW8bit(torch.optim.Optimizer):
         return (values if kind == "exp_avg" else values.square()).view(p.shape)
 
     def set_moment(self, p: Tensor, kind: str, values: Tensor) -> None:
+        """Packs `values` (fp32, p's shape) as the moment `kind` of p."""
         flat = values.reshape(-1)
         self._of(p)[kind].put(0, flat if kind == "exp_avg" else flat.sqrt())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One AdamW update of every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:

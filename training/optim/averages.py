@@ -97,6 +97,7 @@ class Averaging(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """The optimizer's step, then every average moves towards the new weights."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         names = [state_name(index) for index in range(len(self.averaging))]
         fresh = {p: p.detach().clone() for p in parameters if any(name not in self.state[p] for name in names)}

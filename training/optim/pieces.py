@@ -29,6 +29,7 @@ class Piece:
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return self.stop - self.start
 
     def of(self, flats: list[torch.Tensor]) -> torch.Tensor:

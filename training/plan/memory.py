@@ -203,10 +203,12 @@ class Setup:
 
     @property
     def trained(self) -> int:
+        """Number of trained values."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def parameters(self) -> int:
+        """Number of values, frozen ones included."""
         return self.trained + self.frozen
 
     @property

@@ -61,6 +61,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Rank 0: the one that writes shared files."""
         return self.rank == 0
 
 

@@ -101,9 +101,11 @@ class RunDir:
         self.checkpoints = config.checkpoint.dir or str(self.path / "checkpoints")
 
     def log_file(self, rank: int) -> Path:
+        """Where rank `rank` logs."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def sample_file(self, step: int) -> Path:
+        """The sample grid of `step`."""
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def create(self) -> None:
@@ -142,6 +144,7 @@ class RunDir:
         return path.read_text().strip()
 
     def write_config(self, config: Experiment) -> None:
+        """Writes the resolved configuration to config.yaml."""
         import yaml
 
         replace_file(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -40,6 +40,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to what is reported for `name`."""
         began = time.monotonic()
         try:
             yield

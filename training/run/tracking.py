@@ -168,6 +168,7 @@ class Tracker:
             log.warning("W&B took no reference to the checkpoint of step %d (%s)", step, error)
 
     def close(self, exit_code: int = 0) -> None:
+        """Ends the files and the W&B run."""
         if not self.active:
             return
         with suppress(OSError):

@@ -64,6 +64,7 @@ class Watchdog:
         )
 
     def close(self) -> None:
+        """Stops watching."""
         self._stop.set()
         self._thread.join(timeout=2.0)
 

@@ -166,6 +166,7 @@ class T5Encoder(TextEncoder):
         self._model.eval().requires_grad_(False).to(self.device)
 
     def to(self, device: torch.device | str) -> TextEncoder:
+        """Moves the encoder to a device; returns itself."""
         self._model.to(device)
         return super().to(device)
 

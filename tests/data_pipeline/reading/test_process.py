@@ -195,7 +195,7 @@ def test_a_bug_arrives_with_its_traceback(error: Exception, kind: type[Exception
     except Exception as caught:
         found = _portable(caught)
     assert type(found) is kind
-    assert "test_decoding_process.py" in "".join([str(found), *getattr(found, "__notes__", [])])
+    assert "test_process.py" in "".join([str(found), *getattr(found, "__notes__", [])])
 
 
 def test_arrays_of_any_size_cross_the_wire() -> None:

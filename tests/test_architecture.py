@@ -1,0 +1,102 @@
+"""The rules of the house: who may import whom, and how full a folder may be."""
+
+from __future__ import annotations
+
+import ast
+import collections
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("data_pipeline", "training", "slurm")
+ROOMS = {
+    "data_pipeline": ["common", "config", "storage", "order", "content", "shards", "reading", "commands"],
+    "training": [
+        "config",
+        "pictures",
+        "processes",
+        "text",
+        "diffusion",
+        "model",
+        "optim",
+        "engine",
+        "plan",
+        "evaluation",
+        "checkpoint",
+        "cli",
+        "cascade",
+        "run",
+        "train",
+        "commands",
+    ],
+}
+"""From the lowest room to the highest: a room imports only what stands before it."""
+ONE_ROOM_KNOWS = {"deepspeed": ["training/engine"], "s3fs": ["data_pipeline/storage"], "wandb": ["training/run"]}
+"""Packages that only these rooms import."""
+MOST_FILES = 12
+
+
+def sources() -> list[Path]:
+    return [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(package: str) -> None:
+    order = {room: place for place, room in enumerate(ROOMS[package])}
+    upward = []
+    for path in sources():
+        if path.parts[0] != package or len(path.parts) < 2:
+            continue
+        room = path.with_suffix("").parts[1]
+        if room == "__init__":
+            continue
+        assert room in order, f"{path}: give {room} its place in ROOMS"
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == package and len(parts) > 1 and parts[1] in order and order[parts[1]] > order[room]:
+                if path == Path("training/train.py") and parts[1] == "cli":
+                    continue  # under `if __name__ == "__main__"`
+                upward.append(f"{path} imports {name}")
+    assert not upward
+
+
+def test_data_flows_one_way() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for path in sources()
+        for name in imports(path)
+        if path.parts[0] == "data_pipeline" and name.split(".")[0] in ("training", "slurm")
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ONE_ROOM_KNOWS)
+def test_one_room_knows_the_package(package: str) -> None:
+    users = {path.parent.as_posix() for path in sources() if any(n.split(".")[0] == package for n in imports(path))}
+    assert users <= {*ONE_ROOM_KNOWS[package]}
+
+
+def test_no_folder_holds_more_files_than_one_can_survey() -> None:
+    count = collections.Counter(path.parent for path in sources() if path.name != "__init__.py")
+    assert not {str(folder): files for folder, files in count.items() if files > MOST_FILES}
+
+
+def test_every_folder_says_what_belongs_there() -> None:
+    silent = [str(path) for path in sources() if path.name == "__init__.py" and not ast.get_docstring(_parsed(path))]
+    assert not silent
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
