@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.config.experiment import LoraConfig, StageConfig, ZeroConfig
+from training.config.experiment import Experiment, LoraConfig, StageConfig, ZeroConfig
 from training.config.unet import UNetConfig, for_stage
 
 if TYPE_CHECKING:
@@ -33,8 +33,22 @@ LIVE_WEIGHTS = 1_000_000_000
 """Gathered weights that ZeRO 3 keeps at a time (`stage3_max_live_parameters`), elements."""
 GPU_OVERHEAD = 1_500_000_000
 """CUDA context, NCCL, convolution workspaces, fragmentation; assumed."""
-CPU_OVERHEAD = 350_000_000
-"""Interpreter and libraries of a process on a CPU."""
+CPU_FLOOR = {
+    "process": 327_000_000,
+    "deepspeed": 29_000_000,
+    "zero3": 77_000_000,
+    "wandb": 34_000_000,
+    "transformers": 166_000_000,
+    "peft": 175_000_000,
+}
+"""Resident bytes of a training process on a CPU that holds next to nothing (a network of 0.3 M parameters), and what it
+has more by what it imports; peft imports transformers. Measured with torch 2.13 for CPUs."""
+DECODER_FLOOR = 307_000_000
+"""The process beside it that decodes (data.own_process=true), without what it holds ahead."""
+MMAP = 32 << 20
+"""glibc gives blocks from this size on back to the system when they are freed; smaller ones stay with the process."""
+UNUSED_HEAP = 0.35
+"""Freed blocks that fit no new tensor, as a share of the activations below that size (measured: 0.2 to 0.4)."""
 CPU_WORKSPACE = 1.5
 """What convolutions on a CPU take for their own layout of inputs and outputs, in sizes of the largest tensor
 (measured)."""
@@ -200,6 +214,8 @@ class Setup:
     on_gpu: bool = True
     frozen: int = 0
     """Parameters that are not."""
+    floor: int = 0
+    """Bytes of the process without any tensor (`process_floor`)."""
 
     @property
     def trained(self) -> int:
@@ -215,6 +231,22 @@ class Setup:
     def share(self) -> int:
         """Trained parameters of this process's shard."""
         return -(-self.trained // self.world_size) if self.zero.stage else self.trained
+
+
+def process_floor(config: Experiment, on_gpu: bool) -> int:
+    """Bytes that a process takes before it holds a tensor: a constant on a GPU; on a CPU by what it imports."""
+    if on_gpu:
+        return GPU_OVERHEAD
+    peft = config.lora.rank > 0
+    parts = {
+        "process": True,
+        "deepspeed": config.zero.stage > 0,
+        "zero3": config.zero.stage == 3,
+        "wandb": config.wandb.mode != "disabled",
+        "transformers": config.text.kind == "t5" and not config.data.embeddings and not peft,
+        "peft": peft,
+    }
+    return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)
 
 
 def moments_bytes(setup: Setup) -> int:
@@ -278,17 +310,37 @@ def _moment(gradients: int, buffers: int, activations: int) -> dict[str, int]:
 
 
 def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0) -> dict[str, Any]:
-    """Bytes by part at the highest moment of a step; `total` is what the device must have."""
+    """Bytes by part at the highest moment of a step; `total` is what the device must have.
+
+    On a CPU that moment may be a checkpoint: its copy lies in the same memory, beside what the allocator has kept of
+    the tensors of the step.
+    """
     parts = kept(setup)
-    moments = phases(setup, passes.at(micro_batch))
+    work = passes.at(micro_batch)
+    moments = phases(setup, work)
+    host = parts.pop("host")
+    if not setup.on_gpu:
+        moments["checkpoint"] = {"gradients": 0, "activations": 0, "buffers": unreturned(setup, work, moments) + host}
     highest = max(moments, key=lambda name: sum(moments[name].values()))
     top = moments[highest]
-    overhead = GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD
-    host = parts.pop("host")
-    report = {**parts, "text_encoder": text_encoder, "overhead": overhead}
+    report = {**parts, "text_encoder": text_encoder, "overhead": setup.floor}
     report["gradients"] += top["gradients"]
     report |= {"buffers": top["buffers"], "activations": top["activations"]}
     return {**report, "total": sum(report.values()), "host": host, "moment": highest}
+
+
+def unreturned(setup: Setup, work: Pass, moments: dict[str, dict[str, int]]) -> int:
+    """Bytes that glibc keeps of what a step on a CPU has freed: of each moment, the tensors too small to be returned,
+    because the next moment needs other sizes."""
+    b, flat = setup.weight_bytes, setup.weight_bytes * min(setup.trained, BUCKET)
+    activations = moments["backward"]["activations"] if work.largest < MMAP else 0
+    single = b * max((math.prod(shape) for shape in setup.shapes), default=0)
+    gradients = b * setup.trained if single < MMAP else 0
+    kept_back = activations * (1 + UNUSED_HEAP) + gradients
+    if setup.zero.stage and flat < MMAP:
+        kept_back += sum(moments["reduction"].values()) + (flat if setup.world_size > 1 else 0)  # gloo copies a bucket
+        kept_back += flat * (setup.world_size > 1) if setup.zero.stage == 3 else 0
+    return int(kept_back)
 
 
 def largest_micro_batch(

@@ -19,6 +19,7 @@ from training.plan.checks import check_heldout, planned_world_size, training_pro
 from training.plan.devices import Device, planned_device
 from training.plan.flops import training_flops
 from training.plan.memory import (
+    DECODER_FLOOR,
     Passes,
     Setup,
     follow,
@@ -27,6 +28,7 @@ from training.plan.memory import (
     moments_bytes,
     parameter_count,
     parameter_shapes,
+    process_floor,
 )
 from training.plan.table import gib, table
 from training.text.cost import TextCost, text_cost
@@ -76,6 +78,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         config.optimizer.name,
         device.on_gpu,
         parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
+        process_floor(config, device.on_gpu),
     )
     passes = follow(unet, size, tokens, dtype, config.lora)
     training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank))
@@ -138,13 +141,15 @@ def memory_plan(
     share = max(1, config.data.global_batch // setup.world_size)
     micro_batch = config.data.micro_batch or share
     parts = memory(setup, passes, micro_batch, encoder)
-    largest = largest_micro_batch(setup, passes, device.memory, encoder)
+    beside = DECODER_FLOOR if config.data.own_process and not device.on_gpu else 0
+    available = device.memory - beside
+    largest = largest_micro_batch(setup, passes, available, encoder)
     usable = max((n for n in range(1, min(largest, share) + 1) if share % n == 0), default=0)
-    fits = parts["total"] <= device.memory
+    fits = parts["total"] <= available
     if not fits:
         remedy = f"set data.micro_batch={usable}" if usable else "use a higher zero.stage, offloading or more devices"
         problems.append(
-            f"data.micro_batch={micro_batch} needs {gib(parts['total'])} of {gib(device.memory)} per device: {remedy}"
+            f"data.micro_batch={micro_batch} needs {gib(parts['total'])} of {gib(available)} per device: {remedy}"
         )
     sizes = sorted({*(n for n in range(1, share + 1) if share % n == 0), micro_batch})
     near = sorted(sizes, key=lambda n: abs(sizes.index(n) - sizes.index(micro_batch)))[:SHOWN_MICRO_BATCHES]
@@ -153,7 +158,8 @@ def memory_plan(
     return {
         "micro_batch": micro_batch,
         "memory": parts,
-        "memory_available": int(device.memory),
+        "memory_available": int(available),
+        "memory_beside": beside,
         "memory_by_zero_stage": {
             str(s): {str(n): memory(setups[s], passes, n, encoder)["total"] for n in sorted(near)} for s in stages
         },

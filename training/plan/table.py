@@ -52,6 +52,8 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
                            f"{plan['micro_batch']}; highest in the {parts['moment']}"),
     ]  # fmt: skip
     rows += [(f"  {name.replace('_', ' ')}", gib(parts[name])) for name in PARTS if parts.get(name)]
+    if plan["memory_beside"]:
+        rows.append(("  decoding process", f"{gib(plan['memory_beside'])} beside it, already taken off what there is"))
     if parts["host"]:
         rows.append(("  in host memory", f"{gib(parts['host'])} (offloaded; copy for checkpoints)"))
     for stage, totals in plan["memory_by_zero_stage"].items():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_pipeline.commands import prepare
 from tests.training.memory_probe import Case, experiment, peaks
 from tests.training.ranks import run_ranks
+from training.cli.compose import load_config
+from training.config.commands import PlanCommand
 from training.config.unet import for_stage
-from training.plan.memory import Setup, follow, memory, parameter_count, parameter_shapes
+from training.plan.memory import Setup, follow, kept, parameter_count, parameter_shapes, phases
+from training.plan.plan import make_plan
 
 WIDE = {"widths": [128, 256], "cond_dim": 512, "head_dim": 64}
 """13 M parameters on small pictures: the state dominates."""
@@ -34,8 +40,9 @@ def predicted(
     frozen = parameter_count(config.stage, config.text.dim) if rank else 0
     shapes = parameter_shapes(unet, config.lora)
     setup = Setup(shapes, config.zero, 4, world_size, averages, on_gpu=False, frozen=frozen)
-    parts = memory(setup, follow(unet, size, config.text.max_tokens, torch.float32, config.lora), micro_batch)
-    return parts["total"] - parts["overhead"]
+    passes = follow(unet, size, config.text.max_tokens, torch.float32, config.lora)
+    resting = sum(size for name, size in kept(setup).items() if name != "host")
+    return resting + max(sum(parts.values()) for parts in phases(setup, passes.at(micro_batch)).values())
 
 
 @pytest.mark.parametrize(("cases", "processes"), [(ONE_PROCESS, 1), (TWO_PROCESSES, 2)], ids=["one", "two"])
@@ -46,3 +53,34 @@ def test_measured_peaks(cases: list[Case], processes: int, tmp_path: Path, monke
     measured = run_ranks(peaks, processes, tmp_path, cases)
     for case, found in zip(cases, zip(*measured, strict=True), strict=True):
         assert max(found) == pytest.approx(predicted(*case, processes), rel=0.1), case
+
+
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen([sys.executable, "-m", "training.cli", "train", *sys.argv[1:]], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss * 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A small process in between: the figure would include the process that forks."""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["zero.stage=1", "data.global_batch=32"],
+        ["zero.stage=3", "data.global_batch=16", "stage.model.preset=tiny_base"],
+    ],
+    ids=["small", "tiny"],
+)
+def test_a_whole_training_with_its_checkpoint(overrides: list[str], tmp_path: Path) -> None:
+    """Interpreter, libraries, text encoder, allocator and the copy for the checkpoint included."""
+    draw = ["count=16", "heldout=0", "size=16", "samples_per_shard=16"]
+    prepare.main(load_config("prepare", [f"prepare.output={tmp_path}", *(f"prepare.draw.{word}" for word in draw)]))
+    words = [f"data.shards={tmp_path}/train", f"run.dir={tmp_path}/run", "train.steps=4", "tracking=disabled"]
+    words += ["text.dim=32", "cluster.processes=1", "cluster.threads=1", "train.sample_every=0", *overrides]
+    plan = load_config("plan", ["gpu=cpu", *words])
+    assert isinstance(plan, PlanCommand)
+    done = subprocess.run([sys.executable, "-c", MEASURE, *words], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert int(done.stdout) == pytest.approx(make_plan(plan)["memory"]["total"], rel=0.1)
