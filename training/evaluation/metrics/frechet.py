@@ -9,8 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.evaluation.metrics.figure import Figure
+
 SMALLEST = -1e-3
 """Rounding may take a distance of zero this far below it, relative to the traces; anything lower is an error."""
+SINGULAR = 1e-10
+"""Eigenvalues below this share of the largest are rounding."""
+BLOCK = 1024
+"""Rows whose influences are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +52,76 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    The root of the symmetric product by two `eigh` calls: unlike `sqrtm` it never turns complex, also for N < d.
+    With S_a = L L^T the product has the eigenvalues of L^T S_b L, which is symmetric: a Cholesky factor and `eigvalsh`,
+    and where S_a is singular its root by `eigh`. Unlike `sqrtm` neither ever turns complex, also for N < d.
     Biased upwards by about 1/N: compare only values of equal N.
 
     Raises:
         ValueError: different widths, fewer than 2 samples, or moments that are not finite.
     """
+    first, second = _covariances(a, b)
+    try:
+        factor = np.linalg.cholesky(first)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(first)
+        factor = vectors * np.sqrt(np.clip(values, 0, None))
+    return _distance(a, b, np.linalg.eigvalsh(factor.T @ second @ factor))
+
+
+def frechet_figure(samples: np.ndarray, reference: np.ndarray) -> Figure:
+    """The distance of two sets of features, (N, d) and (M, d), with its uncertainty.
+
+    A picture x changes it by 2 (m_a - m_b)(x - m_a) + (x - m_a)^T (1 - T)(x - m_a), less the mean of that, where T is
+    the linear map that carries the one Gaussian into the other (the gradient of the distance by S_a). Singular
+    directions of S_a are left out of T. The bias of about 1/N is not in the interval.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    a, b = Moments.of(samples), Moments.of(reference)
+    first, second = _covariances(a, b)
+    values, vectors = np.linalg.eigh(first)
+    values = np.clip(values, 0, None)
+    solid = values > SINGULAR * max(float(values[-1]), 1e-300)
+    inverse = np.where(solid, 1 / np.sqrt(np.where(solid, values, 1)), 0)
+    root, back = (vectors * np.sqrt(values)) @ vectors.T, (vectors * inverse) @ vectors.T
+    cross, axes = np.linalg.eigh(root @ second @ root)
+    cross = np.clip(cross, 0, None)
+    solid = cross > SINGULAR * max(float(cross[-1]), 1e-300)
+    there = back @ (axes * np.sqrt(cross)) @ axes.T @ back
+    again = root @ (axes * np.where(solid, 1 / np.sqrt(np.where(solid, cross, 1)), 0)) @ axes.T @ root
+    shift = a.mean - b.mean
+    return Figure(
+        _distance(a, b, cross),
+        _influences(samples, a, shift, there),
+        _influences(reference, b, -shift, again),
+    )
+
+
+def _influences(features: np.ndarray, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
+    """(N,), of mean 0, a block of rows at a time."""
+    found = []
+    for at in range(0, len(features), BLOCK):
+        x = np.asarray(features[at : at + BLOCK], dtype=np.float64) - moments.mean
+        found.append(2 * (x @ shift) + np.square(x).sum(axis=1) - ((x @ carried) * x).sum(axis=1))
+    values = np.concatenate(found)
+    return np.asarray(values - values.mean())
+
+
+def _covariances(a: Moments, b: Moments) -> tuple[np.ndarray, np.ndarray]:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of different width: {a.mean.shape[0]} and {b.mean.shape[0]}")
     first, second = a.covariance, b.covariance
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("the features are not finite")
-    values, vectors = np.linalg.eigh(first)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ second @ root)
-    traces = float(np.trace(first) + np.trace(second))
+    return first, second
+
+
+def _distance(a: Moments, b: Moments, cross: np.ndarray) -> float:
+    """From the eigenvalues of the covariances' product."""
+    traces = float(np.trace(a.covariance) + np.trace(b.covariance))
     shift = a.mean - b.mean
     distance = float(shift @ shift) + traces - 2 * float(np.sqrt(np.clip(cross, 0, None)).sum())
     if distance < SMALLEST * max(traces, 1.0):

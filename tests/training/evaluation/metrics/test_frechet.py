@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from training.evaluation.metrics.frechet import Moments, frechet_distance
+from training.evaluation.metrics.frechet import Moments, frechet_distance, frechet_figure
 
 
 def moments(mean: np.ndarray, covariance: np.ndarray, count: int = 1001) -> Moments:
@@ -81,3 +81,32 @@ def test_impossible_inputs_are_refused() -> None:
         frechet_distance(good, Moments.of(features(1, 4, 0)))
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(good, Moments(10, good.mean, good.scatter * np.nan))
+
+
+def test_influences_are_what_leaving_a_picture_out_changes() -> None:
+    x, y = features(400, 5, 7), features(500, 5, 8)
+    figure = frechet_figure(x, y)
+    assert figure.value == pytest.approx(frechet_distance(Moments.of(x), Moments.of(y)), rel=1e-9)
+    for side, influences in ((0, figure.samples), (1, figure.reference)):
+        for place in (0, 17):
+            sets = [x, y]
+            sets[side] = np.delete(sets[side], place, axis=0)
+            change = figure.value - frechet_distance(*(Moments.of(s) for s in sets))
+            assert influences[place] / len((x, y)[side]) == pytest.approx(change, rel=0.05, abs=2e-4 * figure.value)
+
+
+def test_the_interval_is_as_wide_as_repeated_draws_spread() -> None:
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(8, 8))
+    figures = [
+        frechet_figure(rng.normal(size=(300, 8)) @ mix, rng.normal(size=(300, 8)) @ mix * 1.2 + 0.5) for _ in range(60)
+    ]
+    spread = np.std([figure.value for figure in figures], ddof=1)
+    assert np.mean([figure.standard_error() for figure in figures]) == pytest.approx(spread, rel=0.3)
+
+
+def test_a_singular_covariance_has_finite_influences() -> None:
+    figure = frechet_figure(features(20, 64, 4), features(20, 64, 5))
+    assert np.isfinite(figure.samples).all() and np.isfinite(figure.reference).all() and figure.value > 1
+    constant = frechet_figure(np.ones((5, 3)), features(20, 3, 5))
+    assert np.isfinite(constant.samples).all()

@@ -1,0 +1,61 @@
+"""Precision, recall, density and coverage on clouds whose answers are known, and against double loops; copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.evaluation.metrics import neighbours
+from training.evaluation.metrics.neighbours import COPY, closeness, density_coverage, nearest, precision_recall
+
+
+def cloud(count: int, seed: int, width: int = 3, shift: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width)) + shift
+
+
+def test_disjoint_clouds_score_0_and_equal_ones_1() -> None:
+    a = cloud(50, 0)
+    for other, expected in ((cloud(50, 1, shift=100), 0.0), (a.copy(), 1.0)):
+        found = precision_recall(a, other) | density_coverage(a, other)
+        assert [found[name].value for name in ("precision", "recall", "coverage")] == [expected] * 3
+        assert found["density"].value == pytest.approx(expected, abs=0.3)
+
+
+def test_samples_of_one_mode_are_precise_but_recall_half() -> None:
+    reference = np.concatenate([cloud(200, 0), cloud(200, 1, shift=50)])
+    found = precision_recall(cloud(200, 2), reference)
+    assert found["precision"].value > 0.9 and found["recall"].value < 0.51
+    assert found["recall"].n == 400 and found["precision"].interval()[1] <= 1
+
+
+def test_against_double_loops(monkeypatch) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    x, y = cloud(30, 0), cloud(25, 1, shift=0.5)
+    between = np.linalg.norm(x[:, None] - y[None], axis=-1)
+    radius_x = np.sort(np.linalg.norm(x[:, None] - x[None], axis=-1), axis=1)
+    radius_y = np.sort(np.linalg.norm(y[:, None] - y[None], axis=-1), axis=1)
+    found = precision_recall(x, y, 3) | density_coverage(x, y, 5)
+    assert found["precision"].value == np.mean((between <= radius_y[:, 3]).any(axis=1))
+    assert found["recall"].value == np.mean((radius_x[:, 3] >= between.T).any(axis=1))
+    assert found["density"].value == pytest.approx(np.mean((between <= radius_y[:, 5]).sum(axis=1) / 5))
+    assert found["coverage"].value == np.mean(between.min(axis=0) <= radius_y[:, 5])
+    places, distances = nearest(x, y, 2)
+    assert (places == np.argsort(between, axis=1)[:, :2]).all()
+    assert distances == pytest.approx(np.sort(between, axis=1)[:, :2])
+
+
+def test_a_planted_copy_is_found_and_its_absence_not_reported() -> None:
+    training, samples = cloud(400, 0, width=8), cloud(100, 1, width=8)
+    found, _ = closeness(samples, training)
+    assert found.min() > COPY and np.mean(found > 1) > 0.9
+    samples[17] = training[42] + 1e-4
+    training[7] = training[8]  # duplicates in the training data do not blind it
+    found, places = closeness(samples, training)
+    assert found[17] < 0.01 and places[17] == 42 and np.sort(found)[1] > COPY
+
+
+def test_too_few_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 pictures: the 3\. neighbour needs at least 4"):
+        precision_recall(cloud(9, 0), cloud(3, 1))
+    with pytest.raises(ValueError, match="not finite"):
+        nearest(cloud(3, 0) * np.nan, cloud(3, 0))
