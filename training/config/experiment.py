@@ -365,6 +365,32 @@ class SamplingConfig:
         at_least(self, "sampling", columns=1)
 
 
+EXTRACTORS = ("inception", "clip", "dinov2")
+
+
+@dataclass
+class ExtractorConfig:
+    """A network that turns pictures into features: `extractor=[inception,clip]` chooses from conf/extractor."""
+
+    kind: str = "inception"
+    """`inception`, `clip` or `dinov2`."""
+    path: str = ""
+    """Local file (inception) or directory (the others); nothing is downloaded."""
+    sha256: str = ""
+    """Of the weights' file; required, so that figures of other weights are never compared."""
+    source: str = ""
+    """Where the weights can be fetched; for the message when they are missing."""
+    batch: int = 32
+    """Pictures per forward pass."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in EXTRACTORS,
+            f"evaluation.extractors: kind={self.kind}: it must be {', '.join(EXTRACTORS[:-1])} or {EXTRACTORS[-1]}",
+        )
+        at_least(self, "evaluation.extractors", batch=1)
+
+
 @dataclass
 class EvaluationConfig:
     """`cascade evaluate`: what is measured on how many samples."""
@@ -379,6 +405,8 @@ class EvaluationConfig:
     """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
     psnr_samples: int = 32
     """`shapes`: pictures that each super-resolution stage restores from their true low-res version; 0: none."""
+    extractors: dict[str, ExtractorConfig] = field(default_factory=dict)
+    """Networks with local weights, by the name of their features; those without weights always stand beside them."""
     batch: int = 32
     output: str = "runs/default/evaluation"
 

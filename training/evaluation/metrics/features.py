@@ -49,6 +49,10 @@ EXTRACTORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """Name, as it stands beside a result -> function."""
 
 
+WIDTHS = {"colour_grid_4x4": 3 * CELLS**2, "random_filters_64": FILTERS}
+"""Name -> d."""
+
+
 def diversity(features: np.ndarray) -> float:
     """Mean Euclidean distance over all pairs of rows of (N, d); 0 for fewer than two."""
     if len(features) < 2:
