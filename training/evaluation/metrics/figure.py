@@ -12,7 +12,7 @@ Shapes: N samples, M reference pictures.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,8 @@ class Figure:
         """
         x = np.asarray(values, dtype=np.float64)
         value = float(x.mean())
-        return cls(value, **{of: x - value}, is_share=is_share)
+        made = cls(value, is_share=is_share)
+        return replace(made, samples=x - value) if of == "samples" else replace(made, reference=x - value)
 
     @property
     def n(self) -> int:

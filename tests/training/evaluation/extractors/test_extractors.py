@@ -92,6 +92,7 @@ def test_clip_and_dinov2_are_transformers_own_towers(tmp_path: Path) -> None:
         whole = Dinov2Model.from_pretrained(tmp_path / "dino")
     assert clip.pictures(PICTURES) == pytest.approx(expected, abs=1e-5)
     assert dino.pictures(PICTURES).shape == (6, whole.config.hidden_size)
+    assert clip.texts is not None and dino.texts is None
     words = clip.texts(["a cat", "a" * 500, ""])  # too long for the tower: cut, not refused
     assert words.shape == (3, 24) and np.abs(words[0] - words[2]).max() > 1e-3
 

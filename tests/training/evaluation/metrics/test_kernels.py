@@ -36,7 +36,7 @@ def test_cmmd_is_the_double_loop_over_all_pairs_of_normalised_rows() -> None:
     unit_x, unit_y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
-        return np.mean([math.exp(-float(np.square(p - q).sum()) / 200) for p in a for q in b])
+        return float(np.mean([math.exp(-float(np.square(p - q).sum()) / 200) for p in a for q in b]))
 
     expected = 1000 * (mean(unit_x, unit_x) + mean(unit_y, unit_y) - 2 * mean(unit_x, unit_y))
     assert cmmd(x, y).value == pytest.approx(expected, rel=1e-9)
