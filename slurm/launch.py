@@ -24,8 +24,6 @@ from training.config.experiment import Experiment
 from training.processes.endings import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
-DISTRIBUTED = ("train",)
-"""Commands that run as one process per task on every node; all others are one process on one node."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
 TIME_LIMIT = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 FOLLOWED = {
@@ -196,7 +194,7 @@ echo "==> not finished: requeue, $(date '+%F %T')"
 
 def is_distributed(job: Job) -> bool:
     """Whether srun starts one process per rank, on every node."""
-    return job.verb in DISTRIBUTED
+    return COMMANDS[job.verb].distributed
 
 
 def cpus_per_task(job: Job) -> int:

@@ -1,7 +1,7 @@
-"""Hydra composes conf/VERB.yaml and the overrides; this file turns the result into the checked dataclass of the verb.
+"""Hydra composes conf/base.yaml and the overrides; this file turns the result into the checked dataclass of the verb.
 
-Each verb's dataclass is registered with Hydra as `schema_VERB`, the first entry of conf/VERB.yaml's defaults list. So
-every key exists with its type before a value is set, and `--cfg job` and shell completion know all of them.
+Each verb's dataclass is registered with Hydra as `schema_VERB`, and a config named VERB that lists it before base.yaml.
+So every key exists with its type before a value is set, and `--cfg job` and shell completion know all of them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value
 
 @functools.cache
 def register_schema(verb: str) -> None:
-    """Makes the verb's dataclass known to Hydra."""
+    """Makes the verb known to Hydra: its dataclass, and the config that the command starts from."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=f"schema_{verb}", node=COMMANDS[verb][0])
+    configs = ConfigStore.instance()
+    configs.store(name=f"schema_{verb}", node=COMMANDS[verb].config)
+    configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"]})
 
 
 def groups() -> dict[str, list[str]]:
@@ -75,7 +77,7 @@ def _normalise_one(verb: str, word: str) -> str:
             raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
         if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
             value = f"'{value}'"
-    known = keys_of(COMMANDS[verb][0])
+    known = keys_of(COMMANDS[verb].config)
     opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
     if opened is not None:
         prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
@@ -146,7 +148,7 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
     Raises:
         ConfigError: one sentence that names the key and what would be valid.
     """
-    root = COMMANDS[verb][0]
+    root = COMMANDS[verb].config
     try:
         plain = _at_home(OmegaConf.to_container(cfg, resolve=True))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain))
@@ -217,7 +219,7 @@ def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """What Hydra makes of conf/VERB.yaml and the overrides, references not yet filled in.
+    """What Hydra makes of conf/base.yaml and the overrides, references not yet filled in.
 
     Inside a running command, its search path (--config-dir) is used.
 
@@ -235,4 +237,4 @@ def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose(verb, overrides=words)
     except Exception as error:
-        raise ConfigError(explain(error, COMMANDS[verb][0])) from error
+        raise ConfigError(explain(error, COMMANDS[verb].config)) from error

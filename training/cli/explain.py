@@ -59,7 +59,7 @@ def _unknown_key(text: str, root: type) -> str:
     typed = _search(r"Could not override '(\S+)'", text)
     full = typed if typed.startswith(full + ".") else full
     if root is LaunchCommand:
-        owners = [verb for verb, (schema, *_) in COMMANDS.items() if full in keys_of(schema)]
+        owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
         if owners:
             return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
     near = suggest(full, keys)

@@ -14,76 +14,6 @@ from training.cli.fields import keys_of
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
-EXAMPLES: dict[str, list[str]] = {
-    "prepare": [
-        "cascade prepare experiment=demo",
-        "cascade prepare prepare.kind=folder prepare.source=pictures/ prepare.output=data/mine prepare.max_side=512",
-    ],
-    "index": ["cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'"],
-    "verify": ["cascade verify data.shards=data/mine report=true output=verify"],
-    "order": ["cascade order data.shards=data/mine data.global_batch=64 world_size=4 position=0 batches=2"],
-    "embed": ["cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5"],
-    "train": [
-        "cascade train experiment=demo stage=demo_sr",
-        "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
-        "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
-        "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4    # one run per value",
-    ],
-    "bundle": [
-        "cascade bundle experiment=demo",
-        "cascade bundle bundle.runs=[runs/a/base64,runs/a/sr256] bundle.dir=runs/a/bundle",
-    ],
-    "sample": [
-        "cascade sample experiment=demo",
-        "cascade sample from_bundle=runs/demo/bundle prompts=prompts.txt output=pictures guidance=4 num_images=2",
-    ],
-    "evaluate": [
-        "cascade evaluate experiment=demo",
-        "cascade evaluate experiment=demo evaluation.samples=512 json=true",
-    ],
-    "checkpoints": [
-        "cascade checkpoints run=runs/demo/demo_base",
-        "cascade checkpoints run=runs/demo/demo_base action=verify",
-    ],
-    "plan": [
-        "cascade plan experiment=modern stage=base64 cluster=slurm cluster.nodes=8",
-        "cascade plan experiment=demo doctor=true",
-    ],
-    "launch": [
-        "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
-        "cascade launch cluster=slurm experiment=demo verb=['train stage=demo_base','train stage=demo_sr',bundle]",
-        "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4    # a job and a run for each",
-        "cascade launch cluster=slurm experiment=demo verb=evaluate",
-    ],
-}
-SECTIONS: dict[str, list[str]] = {
-    "prepare": ["prepare", "seed"],
-    "index": ["data"],
-    "verify": ["data", "stage"],
-    "order": ["data", "seed"],
-    "embed": ["data", "text"],
-    "train": [
-        "run",
-        "train",
-        "data",
-        "stage",
-        "text",
-        "optimizer",
-        "ema",
-        "zero",
-        "precision",
-        "checkpoint",
-        "wandb",
-        "cluster",
-    ],
-    "bundle": ["bundle"],
-    "sample": ["sampling", "bundle", "seed"],
-    "evaluate": ["evaluation", "bundle", "seed"],
-    "checkpoints": ["run", "checkpoint"],
-    "plan": ["cluster", "data", "stage", "zero", "precision"],
-    "launch": ["cluster", "run"],
-}
-"""The sections whose keys the help of a verb lists; the others exist too, and --cfg job shows them all."""
 FLAGS = """\
   --cfg job              show the composed settings instead of running (--resolve: with references filled in)
   --multirun, -m         run once per combination of comma-separated values: seed=1,2,3
@@ -96,7 +26,7 @@ COMMON = {"json": "the last line on stdout is one JSON object", "debug": "show t
 
 def overview() -> str:
     """The list of commands."""
-    rows = "\n".join(f"  {verb:<12} {line}" for verb, (_, _, line) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12} {verb.line}" for name, verb in COMMANDS.items())
     return f"""\
 cascade: train an Imagen-style cascade of diffusion models on your own machines, and use it.
 
@@ -128,17 +58,17 @@ def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
         ConfigError: an override that is wrong.
     """
     config = load_config(verb, overrides)
-    config_class, _, line = COMMANDS[verb]
-    blocks = [f"cascade {verb}: {line}", "examples:", *(f"  {e}" for e in EXAMPLES.get(verb, [])), ""]
+    known = COMMANDS[verb]
+    blocks = [f"cascade {verb}: {known.line}", "examples:", *(f"  {example}" for example in known.examples), ""]
     blocks += ["groups (GROUP=OPTION takes a file of conf/GROUP/):"]
     defaults = group_defaults()
     for group, options in groups().items():
         named = ", ".join(f"[{o}]" if o == defaults.get(group) else o for o in options)
         blocks += _wrapped(f"  {group:<12} ", named)
-    own = [f.name for f in fields(config_class) if f.name not in {f.name for f in fields(Experiment)}]
+    own = [f.name for f in fields(known.config) if f.name not in {f.name for f in fields(Experiment)}]
     blocks += ["", "keys (with the values in force):"]
-    for section in [*own, *SECTIONS.get(verb, [])]:
-        blocks += _key_lines(config_class, config, section)
+    for section in [*own, *known.sections]:
+        blocks += _key_lines(known.config, config, section)
     blocks += ["", "  json=false  " + COMMON["json"], "  debug=false  " + COMMON["debug"], "", "flags:", FLAGS]
     return "\n".join(blocks)
 

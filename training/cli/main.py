@@ -1,4 +1,4 @@
-"""The command line: `cascade VERB key=value ...`. Every verb is a Hydra app over conf/VERB.yaml.
+"""The command line: `cascade VERB key=value ...`. Every verb is a Hydra app over conf/base.yaml.
 
 Composition and validation happen here, without torch; then the verb's module is imported and its `main(config)` called.
 An error of class `CascadeError` ends the program with its sentence and its exit code; debug=true adds the traceback.
@@ -21,16 +21,6 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.processes.endings import run_program
 
-OUTPUTS = {
-    "train": ("run.dir",),
-    "launch": ("separate",),
-    "sample": ("sampling.output", "output"),
-    "evaluate": ("evaluation.output",),
-    "verify": ("output",),
-    "embed": ("output",),
-}
-"""Where each job of a --multirun writes: the values that differ are appended to this path (launch: to that of the
-command that it submits)."""
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that already stand in the default paths."""
 
@@ -78,7 +68,7 @@ def run(verb: str, config: Experiment) -> None:
     try:
         with _closed_pipe():
             with _errors(verb, config.debug):
-                result = importlib.import_module(COMMANDS[verb][1]).main(config)
+                result = importlib.import_module(COMMANDS[verb].module).main(config)
             if config.json and result is not None:
                 print(json.dumps(result), flush=True)
     except Exception:
@@ -90,7 +80,7 @@ def run(verb: str, config: Experiment) -> None:
 
 
 def _hydra(verb: str, words: Sequence[str]) -> None:
-    """Hydra's own command line over conf/VERB.yaml: runs the verb, or answers --cfg, --info, --multirun, -sc."""
+    """Hydra's own command line: runs the verb, or answers --cfg, --info, --multirun, -sc."""
     from hydra import version
     from hydra._internal.utils import _run_hydra
 
@@ -113,7 +103,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     except CascadeError:
         raise
     except Exception as error:
-        raise ConfigError(explain(error, COMMANDS[verb][0])) from error
+        raise ConfigError(explain(error, COMMANDS[verb].config)) from error
 
 
 def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:
@@ -192,7 +182,7 @@ def _separate(verb: str, cfg: Any, swept: Sequence[str]) -> None:
 
     words = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
     suffix = ",".join(w.lstrip("+").replace("/", "-") for w in words if w.partition("=")[0] not in NAMING)
-    keys = OUTPUTS.get(verb, ())
+    keys = COMMANDS[verb].outputs
     for key in keys if suffix else ():
         before = OmegaConf.select(cfg, key)
         if before is not None:

@@ -1,4 +1,4 @@
-"""The commands: what each one takes besides an experiment's sections, which module does it, and its line in the help.
+"""The commands: what each one takes besides an experiment's sections, and the one table of what is known about them.
 Imports neither torch nor deepspeed.
 """
 
@@ -154,30 +154,160 @@ class EmbedCommand(Experiment):
         require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
 
 
-COMMANDS: dict[str, tuple[type[Experiment], str, str]] = {
-    "prepare": (Experiment, "data_pipeline.commands.prepare", "draw, import or repack data into WebDataset shards"),
-    "index": (Experiment, "data_pipeline.commands.index", "walk shards once and write their index"),
-    "verify": (
+@dataclass(frozen=True)
+class Verb:
+    """One command: everything that the program knows about it."""
+
+    config: type[Experiment]
+    """Its settings."""
+    module: str
+    """Whose `main(config)` does it."""
+    line: str
+    """What it does, in the list of commands."""
+    examples: tuple[str, ...]
+    sections: tuple[str, ...]
+    """Whose keys its help lists beside its own; all others exist too."""
+    outputs: tuple[str, ...] = ()
+    """Keys of the paths to which it writes; each job of a --multirun appends the values that differ."""
+    local: tuple[str, ...] = ()
+    """Keys that must name local directories: what is written file by file, and read by people, lies on a disk."""
+    trains: bool = False
+    """It builds a model for training: its stage, batch and processes must fit each other."""
+    distributed: bool = False
+    """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
+
+
+EVERYTHING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
+              "checkpoint", "wandb", "cluster", "seed")  # fmt: skip
+COMMANDS: dict[str, Verb] = {
+    "prepare": Verb(
+        Experiment,
+        "data_pipeline.commands.prepare",
+        "draw, import or repack data into WebDataset shards",
+        (
+            "cascade prepare experiment=demo",
+            "cascade prepare prepare.kind=folder prepare.source=pictures/ prepare.output=data/mine "
+            "prepare.max_side=512",
+        ),
+        ("prepare", "seed"),
+    ),
+    "index": Verb(
+        Experiment,
+        "data_pipeline.commands.index",
+        "walk shards once and write their index",
+        ("cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'",),
+        ("data",),
+    ),
+    "verify": Verb(
         VerifyCommand,
         "data_pipeline.commands.verify",
         "read and decode every sample as training would; report what is broken",
+        ("cascade verify data.shards=data/mine report=true output=verify",),
+        ("data", "stage"),
+        outputs=("output",),
     ),
-    "order": (OrderCommand, "data_pipeline.commands.order", "show which samples a run would read, batch by batch"),
-    "embed": (
+    "order": Verb(
+        OrderCommand,
+        "data_pipeline.commands.order",
+        "show which samples a run would read, batch by batch",
+        ("cascade order data.shards=data/mine data.global_batch=64 world_size=4 position=0 batches=2",),
+        ("data", "seed"),
+    ),
+    "embed": Verb(
         EmbedCommand,
         "training.commands.embed",
         "compute the text embeddings of all captions once, beside the shards",
+        ("cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5",),
+        ("data", "text"),
+        outputs=("output",),
     ),
-    "train": (Experiment, "training.train", "train one stage; the same command again resumes"),
-    "bundle": (Experiment, "training.cascade.bundle", "collect the stages' averaged weights into one directory"),
-    "sample": (SampleCommand, "training.commands.sample", "draw pictures from a bundle"),
-    "evaluate": (Experiment, "training.commands.evaluate", "measure a bundle on held-out captions"),
-    "checkpoints": (
+    "train": Verb(
+        Experiment,
+        "training.train",
+        "train one stage; the same command again resumes",
+        (
+            "cascade train experiment=demo stage=demo_sr",
+            "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
+            "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
+            "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4    # one run per value",
+        ),
+        EVERYTHING,
+        outputs=("run.dir",),
+        local=("run.dir",),
+        trains=True,
+        distributed=True,
+    ),
+    "bundle": Verb(
+        Experiment,
+        "training.cascade.bundle",
+        "collect the stages' averaged weights into one directory",
+        (
+            "cascade bundle experiment=demo",
+            "cascade bundle 'bundle.runs=[runs/a/base64,runs/a/sr256]' bundle.dir=runs/a/bundle",
+        ),
+        ("bundle",),
+    ),
+    "sample": Verb(
+        SampleCommand,
+        "training.commands.sample",
+        "draw pictures from a bundle",
+        (
+            "cascade sample experiment=demo",
+            "cascade sample from_bundle=runs/demo/bundle prompts='a red circle, on a white background'",
+            "cascade sample from_bundle=runs/demo/bundle prompts=prompts.txt output=pictures guidance=4 num_images=2",
+        ),
+        ("sampling", "bundle", "seed"),
+        outputs=("sampling.output", "output"),
+        local=("output", "sampling.output"),
+    ),
+    "evaluate": Verb(
+        Experiment,
+        "training.commands.evaluate",
+        "measure a bundle on held-out captions",
+        (
+            "cascade evaluate experiment=demo",
+            "cascade evaluate experiment=demo evaluation.samples=512 json=true",
+        ),
+        ("evaluation", "bundle", "seed"),
+        outputs=("evaluation.output",),
+        local=("evaluation.output",),
+    ),
+    "checkpoints": Verb(
         CheckpointsCommand,
         "training.commands.checkpoints",
         "list, verify, compare and export checkpoints",
+        (
+            "cascade checkpoints run=runs/demo/demo_base",
+            "cascade checkpoints run=runs/demo/demo_base action=verify",
+        ),
+        ("run", "checkpoint"),
     ),
-    "plan": (PlanCommand, "training.plan.plan", "memory, time and cost before an allocation is spent"),
-    "launch": (LaunchCommand, "slurm.launch", "write and submit the Slurm script of a command"),
+    "plan": Verb(
+        PlanCommand,
+        "training.plan.plan",
+        "memory, time and cost before an allocation is spent",
+        (
+            "cascade plan experiment=modern stage=base64 cluster=slurm cluster.nodes=8",
+            "cascade plan experiment=demo doctor=true",
+        ),
+        EVERYTHING,
+        local=("run.dir",),
+        trains=True,
+    ),
+    "launch": Verb(
+        LaunchCommand,
+        "slurm.launch",
+        "write and submit the Slurm script of a command",
+        (
+            "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
+            "cascade launch cluster=slurm experiment=demo "
+            "verb=\"['train stage=demo_base','train stage=demo_sr',bundle]\"",
+            "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4    # a job and a run each",
+            "cascade launch cluster=slurm experiment=demo verb=evaluate",
+        ),
+        ("cluster", "run"),
+        outputs=("separate",),
+        local=("run.dir",),
+    ),
 }
-"""Verb -> (its config class, the module whose `main(config)` does it, one line for the help)."""
+"""All commands by name; whatever else lists them is derived from here."""

@@ -8,19 +8,10 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError, about
 from data_pipeline.config import require
+from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
 from training.config.unet import for_stage, resolve
 from training.processes.distributed import process_count, read_ranks
-
-TRAINING_VERBS = ("train", "plan")
-LOCAL = {
-    "train": ("run.dir",),
-    "plan": ("run.dir",),
-    "launch": ("run.dir",),
-    "sample": ("output", "sampling.output"),
-    "evaluate": ("evaluation.output",),
-}
-"""Command -> keys that name local directories."""
 
 
 def check(verb: str, config: Experiment) -> None:
@@ -32,7 +23,7 @@ def check(verb: str, config: Experiment) -> None:
         ConfigError, ValueError: the sentence names the keys.
     """
     check_local(verb, config)
-    if verb not in TRAINING_VERBS:
+    if not COMMANDS[verb].trains:
         return
     check_model(config.stage, config.text.dim)
     if verb == "train":  # plan and doctor list them all
@@ -56,7 +47,7 @@ def training_problems(config: Experiment, world_size: int) -> list[str]:
 
 def check_local(verb: str, config: Experiment) -> None:
     """What is written file by file, and read by people, lies on a disk."""
-    for key in LOCAL.get(verb, ()):
+    for key in COMMANDS[verb].local:
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def fake_verb(monkeypatch: pytest.MonkeyPatch):
         module: Any = type(sys)("fake_training")
         module.main = main
         monkeypatch.setitem(sys.modules, "fake_training", module)
-        monkeypatch.setitem(COMMANDS, verb, (COMMANDS[verb][0], "fake_training", "a test"))
+        monkeypatch.setitem(COMMANDS, verb, replace(COMMANDS[verb], module="fake_training"))
 
     return install
 
@@ -60,9 +61,9 @@ def test_overview_lists_every_command(words: list[str], tmp_path: Path) -> None:
     done = cascade(*words, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["heavy: []"]
-    for verb, (_, _, line) in COMMANDS.items():
-        assert f"  {verb} " in done.stdout
-        assert line in done.stdout
+    for name, verb in COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert verb.line in done.stdout
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
