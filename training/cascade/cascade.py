@@ -150,6 +150,8 @@ class Cascade:
         *,
         aug_level: Any = None,
         sampler: Any = None,
+        spacing: Any = None,
+        threshold: Any = None,
         low_res: Pictures | None = None,
         image: Pictures | None = None,
         mask: Pictures | None = None,
@@ -162,8 +164,8 @@ class Cascade:
     ) -> list[Drawing]:
         """Pictures with what every stage drew on the way, in the order of `generate`.
 
-        `guidance`, `steps`, `aug_level`, `sampler` and `guidance_interval` (two times) are one value, one per stage
-        drawn, or a dict by stage name; None takes the bundle's.
+        `guidance`, `steps`, `aug_level`, `sampler`, `spacing`, `threshold` and `guidance_interval` (two times) are one
+        value, one per stage drawn, or a dict by stage name; None takes the bundle's.
 
         Args:
             prompts: one caption or several; an empty one draws without text.
@@ -189,7 +191,7 @@ class Cascade:
         negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
-        settings["guidance_interval"] = guidance_interval
+        settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config
         strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])

@@ -1,148 +1,297 @@
 """`cascade evaluate`: samples held-out captions with a bundle and measures what came out.
 
-    OUTPUT/result.json   every figure with its protocol
-    OUTPUT/report.md     the same as tables
-    OUTPUT/samples.png   samples with their captions; with evaluation.kind=shapes wrong ones are marked
+    OUTPUT/result.json      every figure with its interval, and the protocol
+    OUTPUT/influences.npz   what each picture contributed, for `action=compare`
+    OUTPUT/report.md        the same as tables
+    OUTPUT/report.html      one page with figures, pictures and protocol; needs no server and no network
+    OUTPUT/samples.png      samples with their captions; with evaluation.kind=shapes wrong ones are marked
+    OUTPUT/parts/           features of what has been drawn: the same command again continues there
 
 shapes    an oracle reads background, colour, size, shape (and relation) from the samples, and from the real drawings,
-          where it must be right; PSNR of each super-resolution stage against bicubic; Frechet distances
-pictures  Frechet distances only, for data that no oracle can read
+          where it must be right; PSNR of each super-resolution stage against bicubic; figures on features
+pictures  figures on features only, for data that no oracle can read
+
+The processes of a job share the parts; whichever finishes last writes the result.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.progress import progress
-from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.content.images import box_average
 from data_pipeline.content.synthetic import ShapeSpec, caption, draw, example, parse
-from data_pipeline.reading.loader import Loader
-from training.cascade import Cascade
-from training.cascade.requests import Drawing
+from training.cascade.cascade import Cascade
+from training.cascade.prompts import read_prompts
+from training.cascade.requests import Drawing, plan_stages
 from training.checkpoint.provenance import code_version
 from training.commands.sample import open_cascade
-from training.config.experiment import Experiment
-from training.evaluation import oracle, report
-from training.evaluation.metrics.features import EXTRACTORS
+from training.config.commands import EvaluateCommand
+from training.evaluation import compare, measure, oracle, report
+from training.evaluation.extractors.base import Extractor, open_extractors
+from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 from training.evaluation.metrics.psnr import psnr
-from training.pictures import sheets as grid
+from training.evaluation.parts import Parts, fingerprint
+from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
+from training.pictures import sheets
 from training.processes.distributed import read_ranks
 from training.run.directory import replace_file, try_to_write
 
-REFERENCE_RULE = "middle square, one antialiased bicubic resize, 8 bits in memory (no file format in between)"
 AGAIN = 1 << 32
 """Seeds of the second set of real drawings."""
 HIGHEST_DB = 100.0
 """What an exact picture counts as in a mean of PSNRs."""
-CHUNK = 1024
-"""Pictures held at a time with evaluation.kind=pictures."""
+PART = 256
+"""Captions drawn, and reference pictures read, between two files of results."""
+REFERENCE_FILE = f"reference{SUFFIX}"
 
 
-@dataclass
-class Real:
-    """Held-out pictures: uint8 (N, H, W, 3) and their captions."""
+def main(config: EvaluateCommand) -> dict[str, Any]:
+    """Evaluates the bundle `bundle.dir`, or does another `action`; returns what result.json holds."""
+    if config.action == "compare":
+        comparison = compare.compare(config.results)
+        print(compare.as_text(comparison))
+        return comparison
+    if config.action == "pareto":
+        from training.evaluation.pareto import draw_curve
 
-    pictures: np.ndarray
-    captions: list[str]
-
-
-def main(config: Experiment) -> dict[str, Any]:
-    """Evaluates the bundle `bundle.dir`; returns what result.json holds."""
-    ranks = read_ranks()
-    if ranks is not None and ranks.rank > 0:
-        return {"rank": ranks.rank, "skipped": "rank 0 evaluates, with all GPUs that it sees"}
+        return draw_curve(config.results, Path(config.evaluation.output))
     began = time.monotonic()
     output = Path(config.evaluation.output)
     try_to_write(output, "evaluation.output")
+    if config.action == "reference":
+        return make_reference(config, output)
+    device = _device(config)
+    extractors = open_extractors(config.evaluation.extractors, device)
     cascade, devices = open_cascade(config)
-    evaluator = Evaluator(config, cascade, devices)
-    result = evaluator.shapes() if config.evaluation.kind == "shapes" else evaluator.pictures()
+    evaluation = Evaluation(config, cascade, devices, extractors)
+    ranks = read_ranks()
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    evaluation.draw(rank, world_size)
+    if not evaluation.parts.all_done():
+        return {"rank": rank, "waits": "the process that finishes last writes the result"}
+    result = evaluation.result()
     result["seconds"] = round(time.monotonic() - began, 3)
-    replace_file(output / "result.json", json.dumps(result, indent=1, ensure_ascii=False))
+    replace_file(output / compare.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     replace_file(output / "report.md", report.markdown(result))
+    evaluation.parts.forget_others()
     print(report.summary(result))
     print(f"{output / 'report.md'}: the report; samples in {output / 'samples.png'}")
     return result
 
 
-class Evaluator:
-    """One evaluation of one bundle."""
+def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:
+    """Features of `evaluation.reference` in a file that names the rule they were made by."""
+    settings = config.evaluation
+    if not settings.reference:
+        raise ConfigError("evaluation.reference: name held-out shards, for example data/heldout")
+    extractors = open_extractors(settings.extractors, _device(config))
+    size = _last_size(config)
+    references = References(settings.reference, config.data, size, config.seed)
+    most = settings.reference_samples or references.count
+    features: dict[str, list[np.ndarray]] = {extractor.name: [] for extractor in extractors}
+    captions: list[str] = []
+    with progress(unit="picture", desc="reference", total=min(most, references.count)) as bar:
+        for real in references.chunks(PART, most):
+            for extractor in extractors:
+                features[extractor.name].append(extractor.pictures(real.pictures))
+            captions += real.captions
+            bar.update(len(real.captions))
+    facts = {
+        "rule": RULE,
+        "size": size,
+        "extractors": {extractor.name: extractor.describe() for extractor in extractors},
+        "fingerprint": f"{references.fingerprint}:{len(captions)}:{config.seed}",
+        "shards": str(settings.reference),
+        "broken": references.broken,
+    }
+    file = output / REFERENCE_FILE
+    ReferenceFile({name: np.concatenate(parts) for name, parts in features.items()}, captions, facts).write(file)
+    print(
+        f"{file}: {len(captions)} pictures at {size} px, {references.broken} left out; use evaluation.reference={file}"
+    )
+    return {"reference": str(file), "n": len(captions), **facts}
 
-    def __init__(self, config: Experiment, cascade: Cascade, devices: list[str]) -> None:
-        self.config, self.cascade, self.devices = config, cascade, devices
+
+def _last_size(config: EvaluateCommand) -> int:
+    """Of the pictures that the bundle draws."""
+    from training.cascade import bundle
+
+    return bundle.read(config.bundle.dir).stages[-1].config.image_size
+
+
+def _device(config: EvaluateCommand) -> str:
+    """Where extractors run: this process's first GPU, or the CPU."""
+    import torch
+
+    if not (config.cluster.gpus and torch.cuda.is_available()):
+        return "cpu"
+    ranks = read_ranks()
+    return f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if ranks else "cuda:0"
+
+
+@dataclass
+class Drawn:
+    """Held-out drawings, made here; the interface of `References`."""
+
+    count: int
+    size: int
+    seed: int
+    objects: int
+    broken: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides them."""
+        return f"drawn:{self.count}:{self.size}:{self.seed}:{self.objects}"
+
+    def chunks(self, size: int, most: int) -> Iterator[Real]:
+        """Up to `most` pictures, `size` at a time."""
+        for at in range(0, min(self.count, most), size):
+            rows = range(at, min(at + size, self.count, most))
+            made = [example(i, self.size, self.seed, heldout=True, objects=self.objects) for i in rows]
+            yield Real(np.stack([picture for picture, _ in made]), [caption(spec) for _, spec in made])
+
+
+class Evaluation:
+    """One evaluation of one bundle.
+
+    Raises:
+        ConfigError, DataError: what is asked cannot be measured; nothing has been drawn then.
+    """
+
+    def __init__(
+        self, config: EvaluateCommand, cascade: Cascade, devices: list[str], extractors: Sequence[Extractor]
+    ) -> None:
+        self.config, self.cascade, self.devices, self.extractors = config, cascade, devices, extractors
         self.settings = config.evaluation
         self.size = cascade.stages[-1].config.image_size
+        self.clip = next((e.name for e in extractors if e.texts is not None), "")
+        self.samplers = [
+            sampler for _, sampler in plan_stages([s.config for s in cascade.stages], None, **config.sampler_settings)
+        ]
+        self.prompts = read_prompts(self.settings.prompts, "evaluation.prompts")
+        if self.settings.prompts and len(self.prompts) < 2:
+            raise ConfigError(
+                f"evaluation.prompts={self.settings.prompts}: {len(self.prompts)} prompts; give two or more"
+            )
+        self.source: References | Drawn | None = None
+        self.file: ReferenceFile | None = None
+        self._open_reference()
+        self.protocol = self._protocol()
+        self.parts = Parts(self._output, self._decides(), self._part_count())
 
-    # ---------------------------------------------------------------------------------------------- two kinds
-
-    def shapes(self) -> dict[str, Any]:
-        """Oracle, PSNR and Frechet distances on captioned shapes."""
-        count = self.settings.samples
-        real = self._first(count) if self.settings.reference else self._drawn(count)
-        specs = [_spec(text) for text in real.captions]
-        drawings = self._sample(real.captions)
-        pictures = np.stack([np.asarray(drawing.image) for drawing in drawings])
-        base = [np.asarray(_enlarged(next(iter(d.stages.values())), self.size)) for d in drawings]
-
-        readings, scores = _read_all(pictures, specs)
-        images = [list(drawing.stages.values()) for drawing in drawings]
-        grid.save(report.sheet_of_shapes(images, real.captions, readings, scores), self._output / "samples.png")
-        # the same captions drawn again: what a perfect cascade would score
-        again = np.stack([draw(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
-        return {
-            "kind": "shapes",
-            "samples": report.shares(scores),
-            "base": report.shares(_read_all(base, specs)[1]),
-            "real": report.shares(_read_all(real.pictures, specs)[1]),
-            "by_word": report.shares_by_word(scores, specs),
-            "psnr": self._psnr(real),
-            "frechet": _frechet(*(_add({}, some) for some in (pictures, real.pictures, again))),
-            "n": {"samples": len(drawings), "reference": len(real.captions)},
-            "protocol": self._protocol(),
-        }
-
-    def pictures(self) -> dict[str, Any]:
-        """Frechet distances between samples and reference pictures, a chunk at a time."""
-        if not self.settings.reference:
+    def _open_reference(self) -> None:
+        reference, shapes = self.settings.reference, self.settings.kind == "shapes"
+        if isinstance(reference, str) and reference.endswith(SUFFIX):
+            if shapes:
+                raise ConfigError(
+                    f"evaluation.reference={reference}: the oracle needs pictures; say evaluation=pictures"
+                )
+            self.file = ReferenceFile.read(reference)
+            self.file.check(self.size, self.extractors, reference)
+            self.prompts = self.prompts or list(self.file.captions)
+        elif reference:
+            self.source = References(reference, self.config.data, self.size, self.config.seed)
+        elif shapes:
+            objects = self.config.prepare.draw.objects
+            self.source = Drawn(self.settings.samples, self.size, self.config.seed, objects)
+        elif not self.prompts:
             raise ConfigError("evaluation.reference: name held-out shards, for example data/heldout")
-        wanted = max(self.settings.samples, self.settings.reference_samples or self.settings.samples)
-        drawn: dict[str, Moments] = {}
-        reference: dict[str, Moments] = {}
-        shown: list[tuple[list[Image.Image], str]] = []
-        sampled = compared = 0
-        for real in self._chunks(wanted):
-            _add(reference, real.pictures)
-            compared += len(real.captions)
-            prompts = real.captions[: self.settings.samples - sampled]
-            if prompts:
-                drawings = self._sample(prompts)
-                _add(drawn, np.stack([np.asarray(drawing.image) for drawing in drawings]))
-                sampled += len(prompts)
-                shown += [(list(d.stages.values()), d.prompt) for d in drawings[: report.SHEET_CELLS - len(shown)]]
-        grid.save(report.sheet_of_pictures(*zip(*shown, strict=True)), self._output / "samples.png")
-        return {
-            "kind": "pictures",
-            "frechet": _frechet(drawn, reference),
-            "n": {"samples": sampled, "reference": compared},
-            "protocol": self._protocol(),
-        }
-
-    # ------------------------------------------------------------------------------------------------ sampling
 
     @property
     def _output(self) -> Path:
         return Path(self.settings.output)
+
+    @property
+    def _reference_count(self) -> int:
+        """Reference pictures to read."""
+        if self.source is None:
+            return 0
+        wanted = self.settings.reference_samples or self.settings.samples
+        return min(self.source.count, wanted if self.settings.kind == "pictures" else self.settings.samples)
+
+    def _part_count(self) -> int:
+        drawn = min(self.settings.samples, len(self.prompts)) if self.prompts else 0
+        read = max(self._reference_count, 0 if self.prompts or self.source is None else self._most_read())
+        return -(-max(drawn, read) // PART)
+
+    def _most_read(self) -> int:
+        assert self.source is not None
+        return min(self.source.count, max(self.settings.samples, self._reference_count))
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def draw(self, rank: int = 0, world_size: int = 1) -> None:
+        """Makes this rank's share of the parts that are not there yet."""
+        counts: Counter[str] = Counter()
+        sampled = seen = 0
+        for number, real in enumerate(self._chunks()):
+            given = self.prompts[number * PART :] if self.prompts else real.captions
+            prompts = given[: min(PART, self.settings.samples - sampled)]
+            numbers = []
+            for prompt in prompts:
+                if self.settings.kind == "shapes":
+                    _spec(prompt)
+                numbers.append(counts[prompt])
+                counts[prompt] += self.settings.images_per_prompt
+            if number % world_size == rank and not self.parts.done(number):
+                left = max(0, self._reference_count - number * PART)
+                self.parts.write(number, self._part(prompts, numbers, sampled, real.pictures[:left]))
+            sampled += len(prompts)
+            seen = number + 1
+        self.parts.count = seen
+
+    def _chunks(self) -> Iterator[Real]:
+        """Reference pictures beside which prompts are drawn; empty ones where there are more prompts."""
+        given = 0
+        empty = Real(np.zeros((0, self.size, self.size, 3), np.uint8), [])
+        if self.source is not None:
+            for real in self.source.chunks(PART, self._reference_count if self.prompts else self._most_read()):
+                given += 1
+                yield real
+        drawn = min(self.settings.samples, len(self.prompts)) if self.prompts else 0
+        for _ in range(given, -(-drawn // PART)):
+            yield empty
+
+    def _part(
+        self, prompts: Sequence[str], numbers: Sequence[int], before: int, real: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The arrays of one part: `x/EXTRACTOR` of samples, `y/EXTRACTOR` of the reference, `text`, `place`, `prompt`,
+        and the pictures that the report shows as `shown/STAGE`."""
+        several = self.settings.images_per_prompt
+        arrays: dict[str, np.ndarray] = {"prompt": np.array(prompts, dtype=str)}
+        for extractor in self.extractors:
+            none = np.zeros((0, extractor.width), np.float32)
+            arrays[f"y/{extractor.name}"] = extractor.pictures(real) if len(real) else none
+        if not prompts:
+            return arrays
+        drawings = self._sample(
+            [prompt for prompt in prompts for _ in range(several)],
+            numbers=[number + i for number in numbers for i in range(several)],
+            **self.config.sampler_settings,
+        )
+        pictures = np.stack([np.asarray(drawing.image) for drawing in drawings])
+        arrays["place"] = before + np.repeat(np.arange(len(prompts)), several)
+        for extractor in self.extractors:
+            arrays[f"x/{extractor.name}"] = extractor.pictures(pictures)
+            if extractor.name == self.clip and extractor.texts is not None:
+                arrays["text"] = extractor.texts([drawing.prompt for drawing in drawings])
+        shown = len(drawings) if self.settings.kind == "shapes" else max(0, report.SHEET_CELLS - before * several)
+        for stage in drawings[0].stages if shown else ():
+            arrays[f"shown/{stage}"] = np.stack([np.asarray(drawing.stages[stage]) for drawing in drawings[:shown]])
+        return arrays
 
     def _sample(self, prompts: Sequence[str], title: str = "sampling", **options: Any) -> list[Drawing]:
         """Draws with a progress bar over sampler steps."""
@@ -164,65 +313,140 @@ class Evaluator:
                 **options,
             )
 
-    def _psnr(self, real: Real) -> dict[str, Any]:
+    # ------------------------------------------------------------------------------------------------- figures
+
+    def result(self) -> dict[str, Any]:
+        """What result.json holds, from all parts; writes samples.png and influences.npz."""
+        arrays = self.parts.read()
+        samples = {name.removeprefix("x/"): value for name, value in arrays.items() if name.startswith("x/")}
+        places = arrays["place"]
+        figures = measure.of_samples(samples, places, arrays.get("text"), self.clip)
+        reference = self._reference_features(arrays)
+        count = len(next(iter(reference.values()))) if reference else 0
+        if count:
+            figures |= measure.against_reference(samples, reference, self.clip)
+        shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
+        captions = [str(prompt) for prompt in arrays["prompt"]]
+        each = [captions[place] for place in places]
+        result: dict[str, Any] = {"format": compare.FORMAT, "kind": self.settings.kind}
+        kept = {f"{metric}.{name}": figure for metric, group in figures.items() for name, figure in group.items()}
+        if self.settings.kind == "shapes":
+            result |= self._shapes(shown, each, kept, reference)
+        else:
+            images = _images(shown)
+            sheets.save(report.sheet_of_pictures(images, each[: len(images)]), self._output / "samples.png")
+        floors = result.pop("floors", {})
+        for metric, group in figures.items():
+            result[metric] = {name: figure.as_dict(places) for name, figure in group.items()}
+        for name, entry in result.get("frechet", {}).items():
+            entry |= {"floor": floors.get(name), "width": samples[name].shape[1]}
+        result["n"] = {
+            "samples": len(places),
+            "reference": count,
+            "prompts": len(captions),
+            "broken": self.file.facts["broken"] if self.file else self.source.broken if self.source else 0,
+        }
+        result["remarks"] = self._remarks(result["n"], {name: value.shape[1] for name, value in samples.items()})
+        result["protocol"] = self.protocol | {"prompts": fingerprint(captions)}
+        compare.write_influences(self._output, kept, places)
+        return result
+
+    def _reference_features(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.file is not None:
+            most = self.settings.reference_samples or len(self.file.captions)
+            return {e.name: self.file.features[e.name][:most] for e in self.extractors}
+        return {e.name: arrays[f"y/{e.name}"] for e in self.extractors} if self.source is not None else {}
+
+    def _shapes(
+        self,
+        shown: Mapping[str, np.ndarray],
+        captions: Sequence[str],
+        kept: dict[str, Figure],
+        reference: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """What the oracle reads, PSNR, and the distances of real drawings of the same captions (`floors`)."""
+        specs = [_spec(text) for text in captions]
+        stages = list(shown.values())
+        first, final = stages[0], stages[-1]
+        real = self._real()
+        base = [np.asarray(_enlarged(Image.fromarray(picture), self.size)) for picture in first]
+        readings, scores = _read_all(final, specs)
+        sheets.save(report.sheet_of_shapes(_images(shown), captions, readings, scores), self._output / "samples.png")
+        # the same captions drawn again: what a perfect cascade would score
+        again = np.stack([draw(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
+        floors = {
+            e.name: frechet_distance(Moments.of(e.pictures(again)), Moments.of(reference[e.name]))
+            for e in self.extractors
+        }
+        shares = report.shares(scores)
+        kept |= {f"samples.{field}": figure for field, figure in shares.items()}
+        restored = self._psnr(real)
+        kept |= {f"psnr.stages.{s}.{k}": f for s, found in restored.items() for k, f in found.items()}
+        psnrs = {s: {k: f.as_dict() for k, f in found.items()} for s, found in restored.items()}
+        return {
+            "samples": {field: figure.as_dict() for field, figure in shares.items()},
+            "base": {field: f.as_dict() for field, f in report.shares(_read_all(base, specs)[1]).items()},
+            "real": {
+                field: f.as_dict()
+                for field, f in report.shares(_read_all(real.pictures, [_spec(t) for t in real.captions])[1]).items()
+            },
+            "by_word": {
+                field: {word: figure.as_dict() for word, figure in words.items()}
+                for field, words in report.shares_by_word(scores, specs).items()
+            },
+            "psnr": {**list(psnrs.values())[-1], "n": self._psnr_count(real), "stages": psnrs} if psnrs else {},
+            "floors": floors,
+        }
+
+    def _real(self) -> Real:
+        assert self.source is not None
+        parts = list(self.source.chunks(PART, self._reference_count))
+        return Real(np.concatenate([part.pictures for part in parts]), [c for part in parts for c in part.captions])
+
+    def _psnr_count(self, real: Real) -> int:
+        return min(self.settings.psnr_samples, len(real.captions))
+
+    def _psnr(self, real: Real) -> dict[str, dict[str, Figure]]:
         """How well each super-resolution stage restores true pictures from their box-averaged low-res version (dB,
         mean over pictures), without and with the noise that sampling puts on it, and Pillow's bicubic instead."""
-        count = min(self.settings.psnr_samples, len(real.captions))
-        stages: dict[str, dict[str, float]] = {}
+        count = self._psnr_count(real)
+        stages: dict[str, dict[str, Figure]] = {}
+        own = {s.config.name: sampler for s, sampler in zip(self.cascade.stages, self.samplers, strict=True)}
         for stage in (s.config for s in self.cascade.stages if s.config.is_super_resolution and count):
             truth = [box_average(picture, self.size // stage.image_size) for picture in real.pictures[:count]]
             low = [box_average(picture, stage.image_size // stage.low_res_size) for picture in truth]
             found = {"bicubic": [np.asarray(_enlarged(Image.fromarray(p), stage.image_size)) for p in low]}
-            for name, level in (("sr", 0.0), ("sr_noised", None)):
+            sampler = own[stage.name]
+            options = {key: getattr(sampler, key) for key in ("guidance", "steps", "spacing", "threshold")}
+            for name, level in (("sr", 0.0), ("sr_noised", sampler.aug_level)):
                 drawings = self._sample(
-                    real.captions[:count], "restoring with", stages=stage.name, low_res=low, aug_level=level
+                    real.captions[:count],
+                    "restoring with",
+                    stages=stage.name,
+                    low_res=low,
+                    aug_level=level,
+                    sampler=sampler.name,
+                    **options,
                 )
                 found[name] = [np.asarray(drawing.image) for drawing in drawings]
             stages[stage.name] = {
-                name: float(psnr(np.stack(pictures), np.stack(truth)).clip(max=HIGHEST_DB).mean())
+                name: Figure.mean(psnr(np.stack(pictures), np.stack(truth)).clip(max=HIGHEST_DB))
                 for name, pictures in found.items()
             }
-        last = list(stages.values())[-1] if stages else {}
-        return {**last, "n": count, "stages": stages} if stages else {}
+        return stages
 
-    # ------------------------------------------------------------------------------------------------ reference
+    # ------------------------------------------------------------------------------------------------ protocol
 
-    def _drawn(self, count: int) -> Real:
-        """Held-out drawings, made here."""
-        objects = self.config.prepare.draw.objects
-        made = [example(i, self.size, self.config.seed, heldout=True, objects=objects) for i in range(count)]
-        return Real(np.stack([picture for picture, _ in made]), [caption(spec) for _, spec in made])
-
-    def _first(self, count: int) -> Real:
-        parts = list(self._chunks(count))
-        return Real(np.concatenate([part.pictures for part in parts]), [c for part in parts for c in part.captions])
-
-    def _chunks(self, count: int) -> Iterator[Real]:
-        """Up to `count` reference pictures in a fixed shuffled order, each once."""
-        data: DataConfig = replace(
-            self.config.data,
-            shards=self.settings.reference,
-            global_batch=1,
-            lanes=1,
-            micro_batch=1,
-            crop="center",
-            flip=0.0,
-            filter=FilterConfig(),
-            embeddings=None,
-        )
-        loader = Loader(data, image_size=self.size, seed=self.config.seed)
-        try:
-            count = min(count, sum(loader.dataset.counts))
-            if count < 2:
-                raise DataError(
-                    f"evaluation.reference={self.settings.reference}: {count} picture; at least 2 are needed"
-                )
-            for at in range(0, count, CHUNK):
-                batches = [next(loader)[0] for _ in range(min(CHUNK, count - at))]
-                pictures = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in batches])
-                yield Real(pictures, [text for batch in batches for text in batch.captions])
-        finally:
-            loader.close()
+    def _remarks(self, n: Mapping[str, int], widths: Mapping[str, int]) -> list[str]:
+        found = []
+        if n["prompts"] < self.settings.samples:
+            found.append(f"evaluation.samples={self.settings.samples}: there are only {n['prompts']} captions")
+        wanted = self.settings.reference_samples
+        if self.settings.kind == "pictures" and wanted > n["reference"]:
+            found.append(f"evaluation.reference_samples={wanted}: there are only {n['reference']} pictures")
+        if n["broken"]:
+            found.append(f"{n['broken']} reference pictures cannot be read and are left out")
+        return found + (measure.remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
 
     def _protocol(self) -> dict[str, Any]:
         stages = [
@@ -231,21 +455,44 @@ class Evaluator:
                 "step": s.origin.get("step"),
                 "ema_decay": s.origin.get("ema_decay"),
                 "sha256": s.sha256,
-                "sampler": asdict(s.config.sampler),
+                "sampler": asdict(sampler),
             }
-            for s in self.cascade.stages
+            for s, sampler in zip(self.cascade.stages, self.samplers, strict=True)
         ]
         code = code_version()
+        weights = next(self.cascade.stages[0].unet.parameters())
+        source = self.file.facts["fingerprint"] if self.file else self.source.fingerprint if self.source else None
+        rule = "drawn at this size" if isinstance(self.source, Drawn) else RULE
         return {
             "bundle": self.config.bundle.dir,
+            "size": self.size,
             "seed": self.config.seed,
-            "reference": self.settings.reference or "held-out drawings made for this evaluation",
-            "reference_rule": REFERENCE_RULE,
-            "features": list(EXTRACTORS),
+            "images_per_prompt": self.settings.images_per_prompt,
+            "reference": self.settings.reference or (source and "held-out drawings made for this evaluation"),
+            "reference_fingerprint": source and fingerprint([source, self.settings.reference_samples]),
+            "reference_rule": rule if source else None,
+            "sample_format": "8 bits in memory (no file format in between)",
+            "extractors": {extractor.name: extractor.describe() for extractor in self.extractors},
             "text": self.cascade.encoder.name,
+            "text_sha": self.cascade.text.sha,
+            "precision": str(weights.dtype).removeprefix("torch."),
+            "device": self.devices[0].partition(":")[0],
             "commit": code["commit"],
+            "dirty": code["dirty"],
             "versions": code["versions"],
             "stages": stages,
+        }
+
+    def _decides(self) -> dict[str, Any]:
+        """What the pictures and features of a part depend on."""
+        left_out = ("bundle", "reference", "dirty")
+        return {
+            **{key: value for key, value in self.protocol.items() if key not in left_out},
+            "samples": self.settings.samples,
+            "reference_samples": self._reference_count,
+            "prompts": fingerprint(self.prompts),
+            "part": PART,
+            "kind": self.settings.kind,
         }
 
 
@@ -268,27 +515,10 @@ def _read_all(
     return readings, [oracle.score(reading, spec) for reading, spec in zip(readings, specs, strict=True)]
 
 
+def _images(shown: Mapping[str, np.ndarray]) -> list[list[Image.Image]]:
+    """Per picture that of every stage."""
+    return [[Image.fromarray(picture) for picture in pictures] for pictures in zip(*shown.values(), strict=True)]
+
+
 def _enlarged(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _add(moments: dict[str, Moments], pictures: np.ndarray) -> dict[str, Moments]:
-    """Takes more pictures into the moments of every kind of features; returns them."""
-    for name, extract in EXTRACTORS.items():
-        new = Moments.of(extract(pictures))
-        moments[name] = moments[name].merged(new) if name in moments else new
-    return moments
-
-
-def _frechet(
-    drawn: dict[str, Moments], reference: dict[str, Moments], again: dict[str, Moments] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Per kind of features the samples' distance from the reference, and that of real pictures of the same captions."""
-    return {
-        name: {
-            "value": frechet_distance(drawn[name], reference[name]),
-            "floor": frechet_distance(again[name], reference[name]) if again else None,
-            "width": len(reference[name].mean),
-        }
-        for name in reference
-    }

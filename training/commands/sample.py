@@ -143,9 +143,8 @@ class Order:
 
     def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
         self.config, self.cascade, self.starts = config, cascade, starts
-        self.options = {key: getattr(config, key) for key in ("guidance", "steps", "aug_level", "sampler", "stages")}
-        each = {key: value for key, value in self.options.items() if key != "stages"}
-        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **each)
+        self.options = config.sampler_settings | {"stages": config.stages}
+        plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **config.sampler_settings)
         self.stages = [cascade.stages[index] for index, _ in plan]
         self.samplers = [sampler for _, sampler in plan]
         self.options["strength"] = config.strength

@@ -12,7 +12,53 @@ from training.config.experiment import Experiment
 
 
 @dataclass
-class SampleCommand(Experiment):
+class SamplerKeys(Experiment):
+    """What `sample` and `evaluate` may change of a bundle's own sampler settings: one value, one per stage drawn, or a
+    mapping by stage name."""
+
+    guidance: Any = None
+    """One number, or one per stage; null: the bundle's."""
+    steps: Any = None
+    """Sampling steps, one number or one per stage; null: the bundle's."""
+    sampler: Any = None
+    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`, one or one per stage; null: the bundle's."""
+    aug_level: Any = None
+    """Noise put on the picture that super-resolution starts from, one number or one per stage; null: the bundle's."""
+    spacing: Any = None
+    """Where the steps lie: `time`, `log_snr`, `karras` or `auto`, one or one per stage; null: the bundle's."""
+    threshold: Any = None
+    """`none`, `static` or `dynamic`, one or one per stage; null: the bundle's."""
+
+    @property
+    def sampler_settings(self) -> dict[str, Any]:
+        """Of `Cascade.draw`."""
+        return {key: getattr(self, key) for key in SAMPLER_KEYS}
+
+
+SAMPLER_KEYS = ("guidance", "steps", "sampler", "aug_level", "spacing", "threshold")
+ACTIONS = ("evaluate", "reference", "compare", "pareto")
+
+
+@dataclass
+class EvaluateCommand(SamplerKeys):
+    """`cascade evaluate`: its own keys stand at the top level."""
+
+    action: str = "evaluate"
+    """`evaluate` a bundle; make `reference` statistics; `compare` results picture by picture; `pareto`: the curve of
+    distance against CLIP score over results of a sweep."""
+    results: list[str] = field(default_factory=list)
+    """`compare`, `pareto`: result.json files or their directories."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.action in ACTIONS, f"action={self.action}: it must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}")
+        needs = self.action in ("compare", "pareto")
+        require(needs or not self.results, f"results: action={self.action} reads none; say action=compare or pareto")
+        require(not needs or len(self.results) > 1, f"results: action={self.action} needs at least two: results=[A,B]")
+
+
+@dataclass
+class SampleCommand(SamplerKeys):
     """`cascade sample`: its own keys stand at the top level."""
 
     prompts: Any = None
@@ -23,14 +69,6 @@ class SampleCommand(Experiment):
     output: str | None = None
     num_images: int = 1
     """Pictures per prompt."""
-    guidance: Any = None
-    """One number, or one per stage; null: the bundle's."""
-    steps: Any = None
-    """Sampling steps, one number or one per stage; null: the bundle's."""
-    sampler: Any = None
-    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`, one or one per stage; null: the bundle's."""
-    aug_level: Any = None
-    """Noise put on the picture that super-resolution starts from, one number or one per stage; null: the bundle's."""
     stages: Any = None
     """How many of the first stages to draw, or names of stages; null: all."""
     low_res: Any = None
@@ -261,12 +299,13 @@ COMMANDS: dict[str, Verb] = {
         local=("output", "sampling.output"),
     ),
     "evaluate": Verb(
-        Experiment,
+        EvaluateCommand,
         "training.commands.evaluate",
-        "measure a bundle on held-out captions",
+        "measure a bundle on held-out captions, or compare measured ones",
         (
             "cascade evaluate experiment=demo",
-            "cascade evaluate experiment=demo evaluation.samples=512 json=true",
+            "cascade evaluate experiment=demo guidance=1.5 evaluation.output=runs/demo/guided",
+            "cascade evaluate action=compare results=[runs/demo/evaluation,runs/demo/guided]",
         ),
         ("evaluation", "bundle", "seed"),
         outputs=("evaluation.output",),

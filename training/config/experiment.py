@@ -396,11 +396,16 @@ class EvaluationConfig:
     """`cascade evaluate`: what is measured on how many samples."""
 
     kind: str = "shapes"
-    """`shapes`: the oracle that reads captioned shapes; `pictures`: distances on features only."""
+    """`shapes`: the oracle that reads captioned shapes; `pictures`: figures on features only."""
     reference: Any = None
-    """Held-out shards."""
+    """Held-out shards, or the file that `action=reference` made of them."""
+    prompts: Any = None
+    """`pictures`: a text file with one prompt per line, or a table with a column `Prompt`; null: the reference's
+    captions. With prompts no reference is needed."""
     samples: int = 96
-    """Captions to sample; fewer where the reference holds fewer pictures."""
+    """Captions to sample; fewer where there are fewer."""
+    images_per_prompt: int = 1
+    """Pictures of each caption; from 2 on their diversity is measured."""
     reference_samples: int = 0
     """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
     psnr_samples: int = 32
@@ -412,7 +417,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
-        at_least(self, "evaluation", samples=2, batch=1, reference_samples=0, psnr_samples=0)
+        at_least(self, "evaluation", samples=2, images_per_prompt=1, batch=1, reference_samples=0, psnr_samples=0)
+        require(
+            self.kind == "pictures" or not self.prompts,
+            "evaluation.prompts: evaluation=shapes reads captions of drawn shapes; say evaluation=pictures",
+        )
 
 
 @dataclass

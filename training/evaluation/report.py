@@ -5,23 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data_pipeline.content.synthetic import ShapeSpec
+from training.evaluation.metrics.figure import Figure
 from training.evaluation.oracle import Reading
 from training.pictures.sheets import Cell, sheet
 
 FIELDS = ("background", "colour", "size", "shape", "relation", "all")
 SHEET_CELLS = 48
 Scores = Sequence[dict[str, bool]]
+METRICS = {
+    "frechet": "Frechet distance",
+    "kid": "KID",
+    "cmmd": "CMMD",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "clip_score": "CLIP score (cosine)",
+    "diversity": "diversity within a prompt",
+}
+"""Figures on features: key in result.json -> its name for people."""
 
 
-def shares(scores: Scores) -> dict[str, float]:
-    """Share of pictures in which each part of the caption is right, 0 to 1."""
-    return {field: sum(s[field] for s in scores) / len(scores) for field in FIELDS if scores and field in scores[0]}
+def shares(scores: Scores) -> dict[str, Figure]:
+    """Share of pictures in which each part of the caption is right."""
+    fields = [field for field in FIELDS if scores and field in scores[0]]
+    return {field: Figure.mean(np.array([score[field] for score in scores]), is_share=True) for field in fields}
 
 
-def shares_by_word(scores: Scores, specs: Sequence[ShapeSpec]) -> dict[str, dict[str, float]]:
+def shares_by_word(scores: Scores, specs: Sequence[ShapeSpec]) -> dict[str, dict[str, Figure]]:
     """Field -> word -> share of the pictures whose caption has the word in which that field is right."""
     found: dict[str, dict[str, list[bool]]] = {}
     for score, spec in zip(scores, specs, strict=True):
@@ -31,7 +46,7 @@ def shares_by_word(scores: Scores, specs: Sequence[ShapeSpec]) -> dict[str, dict
         for field, word in words:
             found.setdefault(field, {}).setdefault(word, []).append(score[field])
     return {
-        field: {word: sum(right) / len(right) for word, right in sorted(found[field].items())}
+        field: {word: Figure.mean(np.array(right), is_share=True) for word, right in sorted(found[field].items())}
         for field in FIELDS
         if field in found
     }
@@ -62,23 +77,16 @@ def sheet_of_pictures(images: Sequence[Sequence[Image.Image]], captions: Sequenc
 
 def markdown(result: dict[str, Any]) -> str:
     """The report: what was measured, in which protocol, with the command's own words for every figure."""
-    protocol = result["protocol"]
-    lines = [
-        "# Evaluation",
-        "",
-        f"Bundle `{protocol['bundle']}`, seed {protocol['seed']}, {result['n']['samples']} samples.",
-        "",
-    ]
+    protocol, n = result["protocol"], result["n"]
+    lines = ["# Evaluation", "", f"Bundle `{protocol['bundle']}`, seed {protocol['seed']}, {n['samples']} samples.", ""]
+    lines += [f"* {remark}" for remark in result["remarks"]] + [""] * bool(result["remarks"])
     if "samples" in result:
         lines += _shape_table(result)
     if result.get("psnr"):
         lines += _psnr_table(result["psnr"])
-    lines += _frechet_table(result)
+    lines += _feature_table(result)
     lines += ["## Protocol", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {_cell(value)} |" for key, value in protocol.items() if key != "stages"]
-    for stage in protocol["stages"]:
-        sampler = ", ".join(f"{key} {value}" for key, value in stage["sampler"].items())
-        lines.append(f"| stage {stage['name']} | step {stage['step']}, sha256 {stage['sha256'][:12]}, {sampler} |")
+    lines += [f"| {key} | {_cell(value)} |" for key, value in protocol_rows(protocol)]
     return "\n".join(lines) + "\n"
 
 
@@ -87,14 +95,35 @@ def summary(result: dict[str, Any]) -> str:
     lines = []
     if "samples" in result:
         for row, title in (("samples", "samples right"), ("real", "held-out drawings read right")):
-            parts = ", ".join(f"{field} {share:.1%}" for field, share in result[row].items())
+            parts = ", ".join(f"{field} {entry['value']:.1%}" for field, entry in result[row].items())
             lines.append(f"{title}: {parts}")
     for name, stage in result.get("psnr", {}).get("stages", {}).items():
-        lines.append(f"PSNR of {name} on true low-res input: {stage['sr']:.2f} dB, bicubic {stage['bicubic']:.2f} dB")
-    for name, entry in result["frechet"].items():
-        floor = "" if entry["floor"] is None else f" (real drawings of the same captions: {entry['floor']:.4f})"
-        lines.append(f"Frechet distance on {name}: {entry['value']:.4f}{floor}")
+        sr, bicubic = stage["sr"]["value"], stage["bicubic"]["value"]
+        lines.append(f"PSNR of {name} on true low-res input: {sr:.2f} dB, bicubic {bicubic:.2f} dB")
+    for metric, title in METRICS.items():
+        for name, entry in result.get(metric, {}).items():
+            floor = entry.get("floor")
+            more = "" if floor is None else f" (real drawings of the same captions: {floor:.4g})"
+            lines.append(f"{title} on {name}: {with_interval(entry)}{more}")
+    lines += [f"note: {remark}" for remark in result["remarks"]]
     return "\n".join(lines)
+
+
+def with_interval(entry: dict[str, Any]) -> str:
+    """0.01234 [0.01, 0.015]: enough digits for what is small."""
+    low, high = entry["interval"]
+    return f"{entry['value']:.4g} [{low:.3g}, {high:.3g}]"
+
+
+def protocol_rows(protocol: dict[str, Any]) -> list[tuple[str, str]]:
+    """The protocol as a table of two columns."""
+    rows = [(key, str(value)) for key, value in protocol.items() if key not in ("stages", "extractors")]
+    for name, facts in protocol["extractors"].items():
+        rows.append((f"features {name}", ", ".join(f"{key} {value}" for key, value in facts.items() if value)))
+    for stage in protocol["stages"]:
+        sampler = ", ".join(f"{key} {value}" for key, value in stage["sampler"].items())
+        rows.append((f"stage {stage['name']}", f"step {stage['step']}, sha256 {stage['sha256'][:12]}, {sampler}"))
+    return rows
 
 
 def _shape_table(result: dict[str, Any]) -> list[str]:
@@ -108,11 +137,17 @@ def _shape_table(result: dict[str, Any]) -> list[str]:
     ]
     for key, title in rows.items():
         if key in result:
-            lines.append(f"| {title} | " + " | ".join(f"{result[key][field]:.1%}" for field in fields) + " |")
+            lines.append(f"| {title} | " + " | ".join(_share(result[key][field]) for field in fields) + " |")
     lines += ["", "![samples](samples.png)", "", "By word:", ""]
     for field, words in result["by_word"].items():
-        lines.append(f"* {field}: " + ", ".join(f"{word} {share:.0%}" for word, share in words.items()))
+        shown = ", ".join(f"{word} {entry['value']:.0%} of {entry['n']}" for word, entry in words.items())
+        lines.append(f"* {field}: {shown}")
     return [*lines, ""]
+
+
+def _share(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _psnr_table(psnr: dict[str, Any]) -> list[str]:
@@ -123,23 +158,32 @@ def _psnr_table(psnr: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for name, stage in psnr["stages"].items():
-        lines.append(f"| {name} | {stage['sr']:.2f} | {stage['sr_noised']:.2f} | {stage['bicubic']:.2f} |")
+        lines.append(f"| {name} | " + " | ".join(_decibel(stage[key]) for key in ("sr", "sr_noised", "bicubic")) + " |")
     return [*lines, ""]
 
 
-def _frechet_table(result: dict[str, Any]) -> list[str]:
+def _decibel(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _feature_table(result: dict[str, Any]) -> list[str]:
     count = result["n"]
     lines = [
-        f"## Frechet distance ({count['samples']} samples, {count['reference']} reference pictures)",
+        f"## On features ({count['samples']} samples, {count['reference']} reference pictures)",
         "",
-        "| features | width | samples | real drawings of the same captions |",
-        "|---|---|---|---|",
+        "| figure | features | width | value and 95 % interval | detectable | real drawings instead |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, entry in result["frechet"].items():
-        floor = "-" if entry["floor"] is None else f"{entry['floor']:.4f}"
-        lines.append(f"| {name} | {entry['width']} | {entry['value']:.4f} | {floor} |")
-    note = "Biased upwards by about 1/N: compare only figures of equal N. The features have no trained weights."
-    return [*lines, "", note, ""]
+    widths = {name: facts["width"] for name, facts in result["protocol"]["extractors"].items()}
+    for metric, title in METRICS.items():
+        for name, entry in result.get(metric, {}).items():
+            floor = entry.get("floor")
+            lines.append(
+                f"| {title} | {name} | {widths[name]} | {with_interval(entry)} | {entry['detectable']:.3g} | "
+                f"{'-' if floor is None else f'{floor:.4g}'} |"
+            )
+    return [*lines, ""]
 
 
 def _cell(value: Any) -> str:

@@ -12,15 +12,24 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.config import DataConfig
 from data_pipeline.content.images import box_average
+from data_pipeline.content.resize import resize_square
 from data_pipeline.content.synthetic import caption, draw, example, parse
 from data_pipeline.shards.writer import ShardWriter
+from tests.training.evaluation.extractors import tiny_weights
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
 from training.cascade.requests import number_drawings
 from training.commands import evaluate
-from training.commands.evaluate import Evaluator
-from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig, Experiment
+from training.commands.evaluate import Evaluation
+from training.config.commands import EvaluateCommand
+from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
+from training.evaluation.compare import compare
+from training.evaluation.extractors.base import open_extractors
+from training.evaluation.measure import flattened
+from training.evaluation.parts import Parts
+from training.evaluation.references import ReferenceFile, References
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +51,40 @@ def heldout(tmp_path_factory) -> str:
     return str(folder)
 
 
-def command(bundle: str, output: Path, **settings) -> Experiment:
-    return Experiment(
+def command(bundle: str, output: Path, keys: dict[str, Any] | None = None, **settings) -> EvaluateCommand:
+    return EvaluateCommand(
         bundle=BundleConfig(dir=bundle),
         cluster=ClusterConfig(gpus=False),
         evaluation=EvaluationConfig(**{"samples": 8, "psnr_samples": 3, "batch": 4, "output": str(output)} | settings),
+        **(keys or {}),
     )
+
+
+def values(group: dict[str, Any]) -> dict[str, float]:
+    return {name: entry["value"] for name, entry in group.items()}
 
 
 def test_shapes_end_to_end(bundle: str, heldout: str, tmp_path: Path, capsys) -> None:
     config = command(bundle, tmp_path / "out", reference=heldout)
     result = evaluate.main(config)
     assert set(result["samples"]) == set(result["real"]) == {"background", "colour", "size", "shape", "all"}
-    assert result["real"]["all"] == 1.0
-    assert result["samples"]["all"] == 0.0  # random weights
-    assert result["n"] == {"samples": 8, "reference": 8}
+    assert result["real"]["all"]["value"] == 1.0 and result["real"]["all"]["interval"][0] < 0.7
+    assert result["samples"]["all"]["value"] == 0.0  # random weights
+    assert result["n"] == {"samples": 8, "reference": 8, "prompts": 8, "broken": 0}
     assert set(result["psnr"]) == {"sr", "sr_noised", "bicubic", "n", "stages"} and result["psnr"]["n"] == 3
     for entry in result["frechet"].values():
         assert 0 < entry["floor"] < entry["value"]
+    for name, entry in flattened(result):
+        assert entry["interval"][0] <= entry["value"] <= entry["interval"][1] and entry["n"] > 0, name
+    assert {"frechet", "kid", "precision", "recall", "density", "coverage"} < set(result)
     assert result["protocol"]["stages"][1]["name"] == "sr" and result["protocol"]["stages"][1]["sha256"]
+    assert result["protocol"]["precision"] == "float32" and result["protocol"]["text_sha"]
     assert json.loads((tmp_path / "out" / "result.json").read_text())["real"] == result["real"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| real held-out drawings | 100.0%" in text and "bicubic" in text and "colour_grid_4x4" in text
     assert Image.open(tmp_path / "out" / "samples.png").width > 800
-    assert "held-out drawings read right: background 100.0%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held-out drawings read right: background 100.0%" in printed and "compare only figures of equal N" in printed
 
 
 def test_an_evaluation_is_repeatable(bundle: str, heldout: str, tmp_path: Path) -> None:
@@ -95,70 +114,248 @@ class Perfect(Cascade):
 
 
 @pytest.fixture
-def evaluator(tmp_path: Path) -> Evaluator:
+def evaluation(tmp_path: Path) -> Evaluation:
     small = tiny_cascade(16, 4)
     perfect = Perfect(small.stages, small.encoder, small.text)
-    return Evaluator(command("unused", tmp_path, samples=16, psnr_samples=4), perfect, ["cpu"])
+    return Evaluation(command("unused", tmp_path, samples=16, psnr_samples=4), perfect, ["cpu"], open_extractors({}))
 
 
-def test_a_perfect_cascade_scores_as_it_should(evaluator: Evaluator) -> None:
-    real = evaluator._drawn(32)
+def test_a_perfect_cascade_scores_as_it_should(evaluation: Evaluation) -> None:
+    real = evaluation._real()
     noise = np.random.default_rng(0).integers(-2, 3, real.pictures.shape)
-    evaluator.cascade.truth = np.clip(real.pictures + noise, 0, 255).astype(np.uint8)  # type: ignore[attr-defined]
-    result = evaluator.shapes()
-    assert result["samples"]["all"] == 12 / 16 and result["samples"]["shape"] >= 12 / 16
-    assert result["base"]["background"] == result["samples"]["background"]
-    assert 40 < result["psnr"]["sr"] < 50 and 20 < result["psnr"]["bicubic"] < 35
+    evaluation.cascade.truth = np.clip(real.pictures + noise, 0, 255).astype(np.uint8)  # type: ignore[attr-defined]
+    evaluation.draw()
+    result = evaluation.result()
+    shares, base = values(result["samples"]), values(result["base"])
+    assert shares["all"] == 12 / 16 and shares["shape"] >= 12 / 16
+    assert base["background"] == shares["background"]
+    assert 40 < result["psnr"]["sr"]["value"] < 50 and 20 < result["psnr"]["bicubic"]["value"] < 35
     assert sum(len(words) for words in result["by_word"].values()) > 8
-    shapes = result["by_word"]["shape"]
+    shapes = values(result["by_word"]["shape"])
     assert min(shapes.values()) >= 0 and max(shapes.values()) == 1.0
 
 
-def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluator: Evaluator) -> None:
-    real = evaluator._drawn(4)
-    evaluator.cascade.truth = real.pictures  # type: ignore[attr-defined]
-    low = [Image.fromarray(box_average(p, 4)).resize((64, 64), Image.Resampling.BICUBIC) for p in real.pictures]
-    errors = [np.square(np.asarray(a).astype(float) - b).mean() for a, b in zip(low, real.pictures, strict=True)]
+def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: Evaluation) -> None:
+    real = evaluation._real()
+    evaluation.cascade.truth = real.pictures  # type: ignore[attr-defined]
+    four = real.pictures[:4]
+    low = [Image.fromarray(box_average(p, 4)).resize((64, 64), Image.Resampling.BICUBIC) for p in four]
+    errors = [np.square(np.asarray(a).astype(float) - b).mean() for a, b in zip(low, four, strict=True)]
     expected = np.mean([10 * np.log10(255**2 / error) for error in errors])
-    measured = evaluator._psnr(real)
-    assert measured["bicubic"] == pytest.approx(expected) and measured["sr"] == 100
+    measured = evaluation._psnr(real)["sr"]
+    assert measured["bicubic"].value == pytest.approx(expected) and measured["sr"].value == 100
+
+
+def photographs(folder: Path, count: int, captions: str = "a street in the rain", broken: int = 0) -> str:
+    rng = np.random.default_rng(0)
+    with ShardWriter(str(folder / "0.tar")) as writer:
+        for index in range(count):
+            data = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(data, "PNG")
+            png = b"no picture" if index < broken else data.getvalue()
+            writer.write(str(index), {"png": png, "txt": captions.format(index % 3).encode()})
+    return str(folder)
 
 
 def test_pictures_only_needs_no_captions_that_an_oracle_reads(bundle: str, tmp_path: Path, monkeypatch) -> None:
-    folder = tmp_path / "shards"
-    rng = np.random.default_rng(0)
-    with ShardWriter(str(folder / "0.tar")) as writer:
-        for index in range(12):
-            data = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(data, "PNG")
-            writer.write(str(index), {"png": data.getvalue(), "txt": b"a street in the rain"})
-    monkeypatch.setattr(evaluate, "CHUNK", 5)
-    config = command(bundle, tmp_path / "out", kind="pictures", reference=str(folder), samples=6, reference_samples=12)
+    folder = photographs(tmp_path / "shards", 12)
+    monkeypatch.setattr(evaluate, "PART", 5)
+    config = command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=6, reference_samples=12)
     result = evaluate.main(config)
-    assert result["n"] == {"samples": 6, "reference": 12} and "samples" not in result
+    assert result["n"] == {"samples": 6, "reference": 12, "prompts": 6, "broken": 0} and "samples" not in result
     assert all(entry["value"] > 0 and entry["floor"] is None for entry in result["frechet"].values())
     assert "| colour_grid_4x4 | 48 |" in (tmp_path / "out" / "report.md").read_text()
-    whole = evaluate.main(command(bundle, tmp_path / "o2", kind="pictures", reference=str(folder), samples=12))
-    assert whole["n"] == {"samples": 12, "reference": 12}
+    whole = evaluate.main(command(bundle, tmp_path / "o2", kind="pictures", reference=folder, samples=12))
+    assert whole["n"]["samples"] == whole["n"]["reference"] == 12
     with pytest.raises(ConfigError, match=r"street in the rain.* needs evaluation=pictures"):
-        evaluate.main(command(bundle, tmp_path / "out", reference=str(folder)))
+        evaluate.main(command(bundle, tmp_path / "out", reference=folder))
 
 
-def test_chunks_give_the_same_moments(bundle: str, heldout: str, tmp_path: Path, monkeypatch) -> None:
-    settings = {"kind": "pictures", "reference": heldout, "samples": 4, "reference_samples": 20}
-    whole = evaluate.main(command(bundle, tmp_path / "a", **settings))
-    monkeypatch.setattr(evaluate, "CHUNK", 3)
-    parts = evaluate.main(command(bundle, tmp_path / "b", **settings))
-    for name, entry in whole["frechet"].items():
-        assert parts["frechet"][name]["value"] == pytest.approx(entry["value"], rel=1e-2)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_gives_the_same_pictures_and_figures(
+    ranks: int, bundle: str, tmp_path_factory, monkeypatch
+) -> None:
+    """Repeated captions are numbered over the whole evaluation: no two samples are alike."""
+    folder = tmp_path_factory.mktemp("shared")
+    monkeypatch.setattr(evaluate, "PART", 3)
+    reference = photographs(folder / "shards", 14, "caption {}")
+    config = command(bundle, folder / "out", kind="pictures", reference=reference, samples=11, reference_samples=14)
+    results = []
+    for rank in range(ranks):
+        for name, value in {
+            "RANK": rank,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "x",
+            "MASTER_PORT": 1,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        results.append(evaluate.main(config))
+    assert all("waits" in result for result in results[:-1])
+    result = results[-1]
+    parts = Parts(Path(config.evaluation.output), {}, 0)
+    pictures = [
+        np.load(file)["shown/sr"] for file in sorted(parts.root.glob("*/0*.npz")) if "shown/sr" in np.load(file)
+    ]
+    drawn = np.concatenate(pictures)
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn) == 11
+    seen = {name: entry["value"] for name, entry in flattened(result)}
+    assert (
+        KNOWN.setdefault("figures", seen) == seen and KNOWN.setdefault("pictures", drawn.tobytes()) == drawn.tobytes()
+    )
 
 
-def test_other_processes_leave_it_to_the_first(bundle: str, tmp_path: Path, monkeypatch) -> None:
-    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert evaluate.main(command(bundle, tmp_path))["rank"] == 1
-    assert not list(tmp_path.iterdir())
+KNOWN: dict[str, Any] = {}
+
+
+def test_a_preempted_evaluation_draws_only_what_is_missing(
+    bundle: str, heldout: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(evaluate, "PART", 3)
+    config = command(bundle, tmp_path, kind="pictures", reference=heldout)
+    whole = evaluate.main(config)
+    drawn = []
+    real_draw = Cascade.draw
+    monkeypatch.setattr(
+        Cascade, "draw", lambda self, prompts, **o: drawn.extend(prompts) or real_draw(self, prompts, **o)
+    )
+    next(iter((tmp_path / "parts").glob("*/00001.npz"))).unlink()
+    again = evaluate.main(config)
+    assert len(drawn) == 3 and again["frechet"] == whole["frechet"]
+    other = evaluate.main(command(bundle, tmp_path, keys={"guidance": 5}, kind="pictures", reference=heldout))
+    assert len(drawn) == 11 and other["frechet"] != whole["frechet"]
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+
+
+def test_the_keys_of_sample_change_the_figures_and_stand_in_the_protocol(
+    bundle: str, heldout: str, tmp_path: Path
+) -> None:
+    settings = {"kind": "pictures", "reference": heldout, "samples": 4}
+    own = evaluate.main(command(bundle, tmp_path / "own", **settings))
+    keys = {
+        "guidance": [9, 1],
+        "steps": 2,
+        "sampler": "ddim",
+        "aug_level": 0.5,
+        "spacing": "karras",
+        "threshold": "static",
+    }
+    changed = evaluate.main(command(bundle, tmp_path / "changed", keys, **settings))
+    assert changed["frechet"] != own["frechet"]
+    base, sr = (stage["sampler"] for stage in changed["protocol"]["stages"])
+    assert (base["guidance"], sr["guidance"], sr["aug_level"]) == (9, 1, 0.5)
+    assert (base["steps"], base["name"], base["spacing"], base["threshold"]) == (2, "ddim", "karras", "static")
+    with pytest.raises(ConfigError, match="guidance"):
+        evaluate.main(command(bundle, tmp_path, {"guidance": [1, 2, 3]}, **settings))
+
+
+def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "shards", 8, broken=4)
+    result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder))
+    assert result["n"] == {"samples": 4, "reference": 4, "prompts": 4, "broken": 4}
+    assert any("4 reference pictures cannot be read" in remark for remark in result["remarks"])
+    with pytest.raises(
+        DataError, match=r"evaluation\.reference=.*which leaves fewer than 2|evaluation\.reference|substitutes"
+    ):
+        evaluate.main(
+            command(bundle, tmp_path / "o", kind="pictures", reference=photographs(tmp_path / "b", 4, broken=3))
+        )
+
+
+def test_more_samples_than_captions_is_said(bundle: str, tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "shards", 2)
+    result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=100_000_000))
+    said = " ".join(result["remarks"])
+    assert "there are only 2 captions" in said and "covariance is singular" in said
+    assert "precision" not in result
+
+
+def test_references_are_decoded_at_full_scale(tmp_path: Path) -> None:
+    """The stated rule, made by hand from the JPEG's full decode, to the bit."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
+    data = io.BytesIO()
+    noise.save(data, "JPEG", quality=90)
+    with ShardWriter(str(tmp_path / "0.tar")) as writer:
+        for key in "ab":
+            writer.write(key, {"jpg": data.getvalue(), "txt": b"x"})
+    real = next(References(str(tmp_path), DataConfig(), 32, 0).chunks(8, 8))
+    import simplejpeg
+
+    whole = simplejpeg.decode_jpeg(data.getvalue())
+    assert (real.pictures[0] == resize_square(whole, 80, 0, 480, 32)).all()
+
+
+def test_reference_statistics_are_made_once(bundle: str, heldout: str, tmp_path: Path) -> None:
+    direct = evaluate.main(
+        command(bundle, tmp_path / "direct", kind="pictures", reference=heldout, reference_samples=20)
+    )
+    made = evaluate.main(
+        command(bundle, tmp_path / "stats", {"action": "reference"}, kind="pictures", reference=heldout)
+    )
+    assert made["n"] == 20 and made["broken"] == 0
+    again = evaluate.main(command(bundle, tmp_path / "again", kind="pictures", reference=made["reference"]))
+    assert again["frechet"] == direct["frechet"] and again["n"] == direct["n"]
+    with pytest.raises(ConfigError, match="the oracle needs pictures"):
+        evaluate.main(command(bundle, tmp_path / "x", reference=made["reference"]))
+    stored = ReferenceFile.read(made["reference"])
+    stored.facts["rule"] = "another"
+    stored.write(tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match="its rule is another, this evaluation's is middle square"):
+        evaluate.main(command(bundle, tmp_path / "x", kind="pictures", reference=str(tmp_path / "other.safetensors")))
+    (tmp_path / "no.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="not reference statistics"):
+        evaluate.main(command(bundle, tmp_path / "x", kind="pictures", reference=str(tmp_path / "no.safetensors")))
+
+
+def test_prompts_need_no_reference_and_several_pictures_have_a_diversity(bundle: str, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    clip = tiny_weights.clip_folder(tmp_path / "clip")
+    settings = {
+        "kind": "pictures",
+        "prompts": ["a cat", "a dog", "a cat"],
+        "images_per_prompt": 2,
+        "extractors": {"clip": clip},
+    }
+    result = evaluate.main(command(bundle, tmp_path / "out", **settings))
+    assert result["n"] == {"samples": 6, "reference": 0, "prompts": 3, "broken": 0}
+    assert -1 <= result["clip_score"]["clip"]["value"] <= 1 and set(result["diversity"]) > {"clip"}
+    assert "frechet" not in result and result["protocol"]["reference"] is None
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts=.*1 prompts"):
+        evaluate.main(command(bundle, tmp_path / "x", kind="pictures", prompts=["one"]))
+
+
+def test_two_evaluations_are_compared_and_other_questions_refused(
+    bundle: str, heldout: str, tmp_path: Path, capsys
+) -> None:
+    settings = {"kind": "pictures", "reference": heldout, "samples": 16}
+    for name, guidance in (("a", 2), ("b", 30)):
+        evaluate.main(command(bundle, tmp_path / name, {"guidance": guidance}, **settings))
+    question = {"action": "compare", "results": [str(tmp_path / "a"), str(tmp_path / "b" / "result.json")]}
+    found = evaluate.main(command(bundle, tmp_path, question))
+    figures = found["others"][0]["figures"]
+    entry = figures["frechet.colour_grid_4x4"]
+    assert entry["value"] == pytest.approx(entry["other"] - entry["baseline"])
+    assert {entry["verdict"] for entry in figures.values()} <= {"better", "worse", "undecided"}
+    same = evaluate.main(command(bundle, tmp_path, {"action": "compare", "results": [str(tmp_path / "a")] * 2}))
+    assert all(e["value"] == 0 and e["verdict"] == "undecided" for e in same["others"][0]["figures"].values())
+    assert "paired, 95 % intervals" in capsys.readouterr().out
+    for name, change, field in (
+        ("n", {"samples": 12}, r"n\.samples is 16 in the one and 12"),
+        ("ref", {"reference_samples": 18}, r"n\.reference is 16 in the one and 18"),
+    ):
+        evaluate.main(command(bundle, tmp_path / name, **(settings | change)))
+        with pytest.raises(ConfigError, match=f"cannot be compared: {field}"):
+            compare(results=[str(tmp_path / "a"), str(tmp_path / name)])
+    stored = json.loads((tmp_path / "b" / "result.json").read_text())
+    stored["protocol"]["extractors"]["colour_grid_4x4"]["rule"] = "another"
+    (tmp_path / "b" / "result.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"protocol\.extractors\.colour_grid_4x4"):
+        compare(results=question["results"])
+    with pytest.raises(DataError, match=r"there is no result\.json"):
+        compare(results=[str(tmp_path / "a"), str(tmp_path / "absent")])
 
 
 def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
@@ -168,3 +365,11 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         evaluate.main(command(str(tmp_path / "absent"), tmp_path))
     with pytest.raises(ConfigError, match=r"evaluation\.samples=1"):
         EvaluationConfig(samples=1)
+    with pytest.raises(ConfigError, match="action=guess: it must be evaluate"):
+        EvaluateCommand(action="guess")
+    with pytest.raises(ConfigError, match="action=compare needs at least two"):
+        EvaluateCommand(action="compare", results=["a"])
+    with pytest.raises(ConfigError, match="action=evaluate reads none"):
+        EvaluateCommand(results=["a"])
+    with pytest.raises(DataError, match=r"evaluation\.reference"):
+        evaluate.main(command(bundle, tmp_path, kind="pictures", reference=str(tmp_path / "absent")))

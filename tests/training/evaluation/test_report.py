@@ -21,8 +21,12 @@ SCORES = [
 
 
 def test_shares() -> None:
-    assert shares(SCORES) == pytest.approx({"background": 1, "colour": 2 / 3, "size": 1, "shape": 2 / 3, "all": 2 / 3})
-    by_word = shares_by_word(SCORES, SPECS)
+    found = {field: figure.value for field, figure in shares(SCORES).items()}
+    assert found == pytest.approx({"background": 1, "colour": 2 / 3, "size": 1, "shape": 2 / 3, "all": 2 / 3})
+    by_word = {
+        field: {word: figure.value for word, figure in words.items()}
+        for field, words in shares_by_word(SCORES, SPECS).items()
+    }
     assert by_word["colour"] == {"red": 1.0, "blue": 0.5} and by_word["shape"] == {"circle": 0.5, "cross": 1.0}
     assert by_word["background"] == {"white": 1.0, "black": 1.0} and "relation" not in by_word
 
@@ -44,22 +48,41 @@ def to_images_of(picture: np.ndarray):
     return to_images(torch.from_numpy(picture).permute(2, 0, 1)[None])
 
 
+def entry(value: float, n: int = 8) -> dict:
+    return {"value": value, "interval": [value - 0.1, value + 0.1], "n": n, "detectable": 0.0456}
+
+
+RESULT = {
+    "kind": "shapes",
+    "samples": {field: entry(0.5) for field in FIELDS},
+    "real": {field: entry(1.0) for field in FIELDS},
+    "by_word": {"shape": {"circle": entry(0.25)}},
+    "psnr": {"n": 3, "stages": {"sr": {"sr": entry(31.234), "sr_noised": entry(30.1), "bicubic": entry(29.876)}}},
+    "frechet": {"colour_grid_4x4": entry(0.1234) | {"floor": 1.3e-6, "width": 48}},
+    "kid": {"colour_grid_4x4": entry(-0.00012)},
+    "n": {"samples": 8, "reference": 8, "prompts": 8, "broken": 0},
+    "remarks": ["a remark"],
+    "protocol": {
+        "bundle": "b",
+        "seed": 3,
+        "extractors": {"colour_grid_4x4": {"width": 48, "sha256": "", "rule": "none"}},
+        "stages": [{"name": "sr", "step": 9, "sha256": "a" * 64, "sampler": {"steps": 20}}],
+    },
+}
+
+
 def test_markdown_and_summary_state_every_figure() -> None:
-    result = {
-        "kind": "shapes",
-        "samples": {field: 0.5 for field in FIELDS},
-        "real": {field: 1.0 for field in FIELDS},
-        "by_word": {"shape": {"circle": 0.25}},
-        "psnr": {"n": 3, "stages": {"sr": {"sr": 31.234, "sr_noised": 30.1, "bicubic": 29.876}}},
-        "frechet": {"colour_grid_4x4": {"value": 0.1234, "floor": 0.0123, "width": 48}},
-        "n": {"samples": 8, "reference": 8},
-        "protocol": {
-            "bundle": "b",
-            "seed": 3,
-            "stages": [{"name": "sr", "step": 9, "sha256": "a" * 64, "sampler": {"steps": 20}}],
-        },
-    }
-    for text in (markdown(result), summary(result)):
-        for figure in ("50.0%", "100.0%", "31.23", "29.88", "0.1234", "0.0123"):
+    for text in (markdown(RESULT), summary(RESULT)):
+        for figure in (
+            "50.0%",
+            "100.0%",
+            "31.23",
+            "29.88",
+            "0.1234",
+            "[0.0234, 0.223]",
+            "1.3e-06",
+            "-0.00012",
+            "a remark",
+        ):
             assert figure in text
-    assert "step 9" in markdown(result) and "circle 25%" in markdown(result)
+    assert "step 9" in markdown(RESULT) and "circle 25% of 8" in markdown(RESULT) and "0.0456" in markdown(RESULT)

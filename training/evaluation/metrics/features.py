@@ -53,10 +53,13 @@ WIDTHS = {"colour_grid_4x4": 3 * CELLS**2, "random_filters_64": FILTERS}
 """Name -> d."""
 
 
+def pair_distances(features: np.ndarray) -> np.ndarray:
+    """Euclidean distances over all pairs of different rows of (N, d): (N (N - 1) / 2,)."""
+    x = np.asarray(features, dtype=np.float64)
+    first, second = np.triu_indices(len(x), 1)
+    return np.asarray(np.linalg.norm(x[first] - x[second], axis=-1))
+
+
 def diversity(features: np.ndarray) -> float:
     """Mean Euclidean distance over all pairs of rows of (N, d); 0 for fewer than two."""
-    if len(features) < 2:
-        return 0.0
-    x = np.asarray(features, dtype=np.float64)
-    distances = np.linalg.norm(x[:, None, :] - x[None, :, :], axis=-1)
-    return float(distances.sum() / (len(x) * (len(x) - 1)))
+    return float(pair_distances(features).mean()) if len(features) > 1 else 0.0

@@ -1,0 +1,177 @@
+"""`cascade evaluate action=compare results=[A,B,...]`: paired differences of evaluations that asked the same question.
+
+Two results are compared picture by picture: the same prompts with the same noise against the same reference. What may
+differ is what is being compared (weights, sampler, guidance); what must not is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common.errors import ConfigError, DataError
+from training.evaluation.measure import LOWER_IS_BETTER, flattened
+from training.evaluation.metrics.figure import Figure
+
+RESULT, INFLUENCES = "result.json", "influences.npz"
+FORMAT = 2
+SAME = (
+    "kind",
+    "n.samples",
+    "n.reference",
+    "protocol.size",
+    "protocol.seed",
+    "protocol.prompts",
+    "protocol.images_per_prompt",
+    "protocol.reference_fingerprint",
+    "protocol.reference_rule",
+    "protocol.extractors",
+)
+"""Fields in which results must be equal to be compared."""
+SAID = ("protocol.text", "protocol.precision", "protocol.device", "protocol.commit")
+"""Fields whose differences are said."""
+
+
+@dataclass
+class Evaluated:
+    """One result.json, and every figure with its influences."""
+
+    path: str
+    result: dict[str, Any]
+    figures: dict[str, Figure]
+    prompts: np.ndarray
+    """int (N,): which prompt each sample belongs to."""
+
+
+def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.ndarray) -> None:
+    """Beside result.json: what each picture contributed to each figure, in fp64."""
+    arrays = {f"{name}/samples": figure.samples for name, figure in figures.items()}
+    arrays |= {f"{name}/reference": figure.reference for name, figure in figures.items()}
+    temporary = folder / f".{INFLUENCES}.tmp.npz"
+    np.savez(temporary, prompts=prompts, **arrays)  # type: ignore[arg-type]
+    temporary.replace(folder / INFLUENCES)
+
+
+def read(path: str) -> Evaluated:
+    """A result.json, or its directory.
+
+    Raises:
+        DataError: there is none, or one of another version.
+    """
+    file = Path(path)
+    file = file / RESULT if file.is_dir() else file
+    try:
+        result = json.loads(file.read_text())
+    except OSError as error:
+        raise DataError(f"results: {path}: there is no {RESULT} to read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"results: {file}: not valid JSON ({error})") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise DataError(f"results: {file}: written by another version of this project; evaluate again")
+    try:
+        with np.load(file.parent / INFLUENCES) as stored:
+            figures = {
+                name: Figure(entry["value"], stored[f"{name}/samples"], stored[f"{name}/reference"])
+                for name, entry in flattened(result)
+                if f"{name}/samples" in stored
+            }
+            return Evaluated(path, result, figures, stored["prompts"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"results: {file.parent / INFLUENCES}: missing or damaged; evaluate again ({error})") from error
+
+
+def field_of(result: Mapping[str, Any], name: str) -> Any:
+    """A value by its dotted name; None where it is absent."""
+    value: Any = result
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def check_same_question(first: Evaluated, other: Evaluated) -> None:
+    """Refuses a comparison of different things.
+
+    Raises:
+        ConfigError: it names the first field that differs, and both values.
+    """
+    for name in SAME:
+        here, there = field_of(first.result, name), field_of(other.result, name)
+        if here == there:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            key = next(key for key in {**here, **there} if here.get(key) != there.get(key))
+            name, here, there = f"{name}.{key}", here.get(key), there.get(key)
+        raise ConfigError(
+            f"results: {first.path} and {other.path} cannot be compared: {name} is {here} in the one and {there} in "
+            "the other"
+        )
+
+
+def compare(results: Sequence[str]) -> dict[str, Any]:
+    """Differences of each result from the first one, figure by figure.
+
+    Returns:
+        `baseline`, and `others`: per result `path`, `said` (protocol fields that differ although they may), and
+        `figures`: name -> `value`, `interval`, `n` and `detectable` of the difference, `baseline`, `other`, and a
+        `verdict`: `better`, `worse`, or `undecided` where the interval holds 0.
+
+    Raises:
+        ConfigError: fewer than two results, or results of different questions.
+        DataError: a result that cannot be read.
+    """
+    if len(results) < 2:
+        raise ConfigError("results: name at least two evaluations: results=[A,B]")
+    first, *others = [read(str(path)) for path in results]
+    for other in others:
+        check_same_question(first, other)
+    return {"baseline": first.path, "others": [_difference(first, other) for other in others]}
+
+
+def _difference(first: Evaluated, other: Evaluated) -> dict[str, Any]:
+    figures = {}
+    for name, figure in other.figures.items():
+        if name in first.figures:
+            prompts = other.prompts if len(figure.samples) == len(other.prompts) else None
+            difference = figure.minus(first.figures[name]).as_dict(prompts)
+            verdict = _verdict(name, difference["interval"])
+            figures[name] = difference | {
+                "baseline": first.figures[name].value,
+                "other": figure.value,
+                "verdict": verdict,
+            }
+    said = {
+        name: [field_of(first.result, name), field_of(other.result, name)]
+        for name in SAID
+        if field_of(first.result, name) != field_of(other.result, name)
+    }
+    return {"path": other.path, "said": said, "figures": figures}
+
+
+def _verdict(name: str, interval: Sequence[float]) -> str:
+    low, high = interval
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (high < 0) == (name.split(".")[0] in LOWER_IS_BETTER) else "worse"
+
+
+def as_text(comparison: Mapping[str, Any]) -> str:
+    """A table per result, for the terminal."""
+    lines = []
+    for other in comparison["others"]:
+        lines.append(f"{other['path']} against {comparison['baseline']} (paired, 95 % intervals):")
+        for name, values in other["said"].items():
+            lines.append(f"  note: {name} differs: {values[0]} and {values[1]}")
+        width = max(map(len, other["figures"]), default=0)
+        for name, entry in other["figures"].items():
+            low, high = entry["interval"]
+            lines.append(
+                f"  {name:{width}}  {entry['baseline']:>10.5g} -> {entry['other']:<10.5g} "
+                f"{entry['value']:+.3g} [{low:+.3g}, {high:+.3g}]  {entry['verdict']}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""From features to figures: which metrics are computed in which feature space.
+
+Shapes: N samples, M reference pictures, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from training.evaluation.metrics.features import pair_distances
+from training.evaluation.metrics.figure import Figure
+from training.evaluation.metrics.frechet import frechet_figure
+from training.evaluation.metrics.kernels import cmmd, kid
+from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, density_coverage, precision_recall
+
+LOWER_IS_BETTER = ("frechet", "kid", "cmmd")
+LEAST_FRECHET = 10_000
+"""Pictures below which the bias of the Frechet distance, about 1/N, is large beside differences of interest."""
+Figures = dict[str, dict[str, Figure]]
+"""Metric -> feature space -> figure."""
+
+
+def against_reference(
+    samples: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], clip: str = ""
+) -> Figures:
+    """Every distance and share, in every feature space.
+
+    Args:
+        samples, reference: extractor -> (N, d) and (M, d).
+        clip: the extractor whose features are CLIP embeddings, for CMMD.
+    """
+    figures: Figures = {}
+    for name in samples:
+        x, y = samples[name], reference[name]
+        figures.setdefault("frechet", {})[name] = frechet_figure(x, y)
+        figures.setdefault("kid", {})[name] = kid(x, y)
+        if min(len(x), len(y)) > DENSITY_NEIGHBOURS:
+            for metric, figure in (precision_recall(x, y) | density_coverage(x, y)).items():
+                figures.setdefault(metric, {})[name] = figure
+    if clip:
+        figures["cmmd"] = {clip: cmmd(samples[clip], reference[clip])}
+    return figures
+
+
+def of_samples(
+    samples: Mapping[str, np.ndarray], prompts: np.ndarray, texts: np.ndarray | None = None, clip: str = ""
+) -> Figures:
+    """What needs no reference: how well pictures fit their captions, and how much those of one prompt differ.
+
+    Args:
+        prompts: int (N,): which prompt each sample belongs to.
+        texts: (N, d): the caption's embedding of each sample, in the space of `clip`.
+    """
+    figures: Figures = {}
+    if texts is not None and clip:
+        figures["clip_score"] = {clip: Figure.mean(cosines(samples[clip], texts))}
+    if len(np.unique(prompts)) < len(prompts):
+        figures["diversity"] = {name: diversity_figure(x, prompts) for name, x in samples.items()}
+    return figures
+
+
+def cosines(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """(N,): cosine of each picture's embedding with its caption's, -1 to 1 (Hessel et al. 2021, without the factor)."""
+    x, y = (np.asarray(v, dtype=np.float64) for v in (pictures, texts))
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return np.asarray((x * y).sum(axis=1) / norms.clip(min=1e-12))
+
+
+def diversity_figure(features: np.ndarray, prompts: np.ndarray) -> Figure:
+    """Mean distance between two pictures of one prompt, over prompts with at least two."""
+    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    several = [group for group in groups if len(group) > 1]
+    per_prompt = np.array([pair_distances(features[group]).mean() for group in several])
+    influences = np.zeros(len(features))
+    for group, value in zip(several, per_prompt, strict=True):
+        influences[group] = (value - per_prompt.mean()) * len(features) / (len(per_prompt) * len(group))
+    return Figure(float(per_prompt.mean()), influences)
+
+
+def flattened(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(dotted name, figure as a dict) of every figure in a result."""
+    for name, value in result.items():
+        if isinstance(value, dict) and "interval" in value:
+            yield above + name, value
+        elif isinstance(value, dict) and name != "protocol":
+            yield from flattened(value, f"{above}{name}.")
+
+
+def remarks(samples: int, reference: int, widths: Mapping[str, int]) -> list[str]:
+    """What a reader must know before believing a Frechet distance."""
+    found = []
+    least = min(samples, reference)
+    if wide := [f"{name} ({width})" for name, width in widths.items() if width >= least]:
+        found.append(
+            f"{least} pictures are not more than the features of {', '.join(wide)}: their covariance is singular; "
+            "trust KID instead of the Frechet distance"
+        )
+    if least < LEAST_FRECHET:
+        found.append(
+            f"a Frechet distance of {least} pictures is biased upwards by about 1/N: compare only figures of equal N"
+        )
+    return found

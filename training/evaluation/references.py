@@ -1,0 +1,166 @@
+"""Reference pictures: held-out shards read at full quality, or a file of their features made once.
+
+Shapes: M pictures of H x W pixels, d features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common.errors import DataError, about
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.reading.loader import Loader
+from training.evaluation.extractors.base import Extractor
+
+KEY = "evaluation.reference"
+RULE = "middle square of the picture decoded at full scale, one antialiased bicubic resize, 8 bits in memory"
+FULL_SCALE = 1e6
+"""Decode margin at which no JPEG is decoded at a reduced scale."""
+SUFFIX = ".safetensors"
+
+
+@dataclass
+class Real:
+    """Held-out pictures: uint8 (M, H, W, 3) and their captions."""
+
+    pictures: np.ndarray
+    captions: list[str]
+
+
+class References:
+    """The pictures of held-out shards in a fixed shuffled order, each at most once.
+
+    A picture that cannot be read is left out (training would put another one in its place) and counted.
+
+    Raises:
+        DataError: no shards there, or fewer than two pictures in them.
+    """
+
+    def __init__(self, shards: Any, data: DataConfig, size: int, seed: int) -> None:
+        self.data = replace(
+            data,
+            shards=shards,
+            global_batch=1,
+            lanes=1,
+            micro_batch=1,
+            crop="center",
+            flip=0.0,
+            decode_margin=FULL_SCALE,
+            max_bad_share=1.0,
+            filter=FilterConfig(),
+            embeddings=None,
+        )
+        self.size, self.seed = size, seed
+        self.broken = 0
+        """Pictures left out so far by `chunks`."""
+        with about(KEY):
+            loader = self._open()
+        self.count = int(sum(loader.dataset.counts))
+        self.fingerprint = loader.dataset.fingerprint
+        loader.close()
+        if self.count < 2:
+            raise DataError(f"{KEY}={shards}: {self.count} picture; at least 2 are needed")
+
+    def _open(self) -> Loader:
+        return Loader(self.data, image_size=self.size, seed=self.seed)
+
+    def chunks(self, size: int, most: int) -> Iterator[Real]:
+        """Up to `most` pictures, `size` at a time.
+
+        Raises:
+            DataError: fewer than two of them can be read.
+        """
+        self.broken, given = 0, 0
+        pictures: list[np.ndarray] = []
+        captions: list[str] = []
+        loader = self._open()
+        try:
+            for _ in range(self.count):
+                if given + len(captions) == most:
+                    break
+                with about(KEY):
+                    batch = next(loader)[0]
+                if loader.counters["bad"] > self.broken:  # this is another one, put in its place
+                    self.broken = loader.counters["bad"]
+                    continue
+                pictures.append(batch.images[0].permute(1, 2, 0).numpy())
+                captions += batch.captions
+                if len(captions) == size:
+                    yield Real(np.stack(pictures), captions)
+                    given, pictures, captions = given + size, [], []
+        finally:
+            loader.close()
+        if captions:
+            yield Real(np.stack(pictures), captions)
+        if given + len(captions) < 2:
+            raise DataError(
+                f"{KEY}={self.data.shards}: {self.broken} of {self.count} pictures cannot be read, which leaves fewer "
+                "than 2; look at them with `cascade verify`"
+            )
+
+
+@dataclass
+class ReferenceFile:
+    """Features of reference pictures with the rule that they were made by, in one safetensors file."""
+
+    features: dict[str, np.ndarray]
+    """Extractor -> float32 (M, d)."""
+    captions: list[str]
+    facts: dict[str, Any]
+    """`rule`, `size`, `extractors` (as `Extractor.describe`), `fingerprint`, `shards`, `broken`."""
+
+    def write(self, path: Path) -> None:
+        """Readers see the old or the whole new file."""
+        from safetensors.numpy import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(self.features, temporary, {"captions": json.dumps(self.captions), "facts": json.dumps(self.facts)})
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: str) -> ReferenceFile:
+        """Opens what `write` wrote. Raises `DataError` for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                meta = file.metadata() or {}
+                features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return cls(features, json.loads(meta["captions"]), json.loads(meta["facts"]))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{KEY}={path}: no such file; make it once with: cascade evaluate action=reference"
+            ) from error
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise DataError(f"{KEY}={path}: not reference statistics of this project ({error})") from error
+
+    def check(self, size: int, extractors: Sequence[Extractor], path: str) -> None:
+        """Refuses features that were made by another rule.
+
+        Raises:
+            DataError: the sentence names what differs.
+        """
+        here = {"rule": RULE, "size": size}
+        for name, value in here.items():
+            if self.facts.get(name) != value:
+                raise DataError(f"{KEY}={path}: its {name} is {self.facts.get(name)}, this evaluation's is {value}")
+        for extractor in extractors:
+            there, wanted = self.facts["extractors"].get(extractor.name), extractor.describe()
+            if there is None:
+                raise DataError(
+                    f"{KEY}={path}: it holds no features of {extractor.name}, only of "
+                    f"{', '.join(self.facts['extractors'])}; make it again with: cascade evaluate action=reference"
+                )
+            for field, value in wanted.items():
+                if there[field] != value:
+                    raise DataError(
+                        f"{KEY}={path}: {field} of {extractor.name} is {there[field]} there and {value} here; figures "
+                        "of two kinds of features cannot be compared"
+                    )
