@@ -208,9 +208,11 @@ class PrepareConfig:
     """`cascade prepare`: what to draw, import or repack, and where to."""
 
     kind: str = "draw"
-    """`draw` (captioned shapes), `folder` (pictures with .txt/.json beside them), `table` (csv, parquet), `shards`
-    (repack)."""
+    """`draw` (captioned shapes), `folder` (pictures with captions beside them), `table` (csv, tsv, json, jsonl or
+    parquet, with paths or the pictures themselves), `shards` (repack)."""
     source: str | None = None
+    images: str | None = None
+    """Folder that the paths of a table are relative to; null: the table's own folder, and the folders below it."""
     output: str = "data/demo"
     max_side: int | None = None
     """Larger pictures are shrunk to this longer side; null keeps the bytes as they are."""
@@ -237,3 +239,7 @@ class PrepareConfig:
         )
         require(1 <= self.quality <= 100, f"prepare.quality={self.quality}: it must lie between 1 and 100")
         require(self.kind == "draw" or bool(self.source), f"prepare.source: prepare.kind={self.kind} needs one")
+        require(
+            self.images is None or self.kind == "table",
+            f"prepare.images={self.images}: only prepare.kind=table reads it",
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +20,22 @@ from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
-from data_pipeline.content.captions import decode_text
+from data_pipeline.content.captions import decode_text, json_caption
+from data_pipeline.content.members import CAPTION_ENDINGS
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import store
 
 if TYPE_CHECKING:
     from data_pipeline.commands.prepare_duplicates import Duplicate, Print
-    from data_pipeline.commands.prepare_sources import Item, Source
+    from data_pipeline.commands.prepare_item import Item, Source
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 DROPPED = "dropped.jsonl"
 _AHEAD = 16
+_LONGEST = 500
+"""Characters of a name or detail in the report."""
 
 Made = tuple[str, dict[str, bytes]]
 """Key and members of a finished sample."""
@@ -103,10 +109,17 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
 def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
     from data_pipeline.commands.prepare_sources import open_source
 
-    source = open_source(settings.kind, str(settings.source), config.data)
-    _begin(settings.output, {"kind": settings.kind, "content": source.identity, "max_side": settings.max_side,
-                             "quality": settings.quality, "samples_per_shard": settings.samples_per_shard,
-                             "deduplicate": settings.deduplicate, "max_pixels": config.data.max_pixels})  # fmt: skip
+    source = open_source(settings.kind, str(settings.source), config.data, settings.images)
+    begun = {
+        "kind": settings.kind,
+        "content": source.identity,
+        "max_side": settings.max_side,
+        "quality": settings.quality,
+        "samples_per_shard": settings.samples_per_shard,
+        "deduplicate": settings.deduplicate,
+        "max_pixels": config.data.max_pixels,
+    }
+    _begin(settings.output, {**begun, "members": config.data.members.tag} if config.data.members.tag else begun)
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
         duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
@@ -118,14 +131,28 @@ def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
         return _finish(source.read(number), settings, config.data.max_pixels)
 
-    return _write_all(
+    result = _write_all(
         settings.output, "", len(source), settings.samples_per_shard, make, "prepare", source.name, config.data.threads
     )
+    for remark in [*source.remarks(), _dropped_remark(source, result)]:
+        if remark:
+            logger.warning("%s", remark)
+    return result
+
+
+def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
+    """What would help where most samples were dropped for one reason; empty otherwise."""
+    reason = max(result["dropped"], key=result["dropped"].get, default="")
+    count = result["dropped"].get(reason, 0)
+    if 2 * count <= result["samples"] + sum(result["dropped"].values()):
+        return ""
+    words = source.advice(reason)
+    return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
 
 
 def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
     """The members to write: the picture (smaller if it must be), its caption, and what is known about it."""
-    from data_pipeline.commands.prepare_sources import dump_json
+    from data_pipeline.commands.prepare_item import dump_json
     from data_pipeline.content.images import check_size, dimensions
 
     width, height = dimensions(item.image)
@@ -144,17 +171,21 @@ def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
 
 
 def _caption(item: Item) -> str:
-    text = decode_text(item.caption) if item.caption else item.meta.get("caption")
-    if not isinstance(text, str) or not text.strip():
-        raise BadSample("missing_caption", "neither a .txt nor a caption in the .json")
-    return text
+    text = decode_text(item.caption) if item.caption else ""
+    if text.strip():
+        return text
+    found = json_caption(item.meta)
+    if found is None:
+        looked = ", ".join(f".{ending}" for ending in CAPTION_ENDINGS)
+        raise BadSample("missing_caption", f"no text beside it ({looked}) and no caption in its .json or row")
+    return found[1][0]
 
 
 def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
     """The picture upright, its longer side prepare.max_side, as JPEG; and its (width, height)."""
     from PIL import Image
 
-    from data_pipeline.commands.prepare_sources import dump_json
+    from data_pipeline.commands.prepare_item import dump_json
     from data_pipeline.content.images import decode, orientation_from_json
 
     orientation = orientation_from_json(dump_json(item.meta))
@@ -303,7 +334,7 @@ class _Guarded:
         try:
             return self.make(number)
         except BadSample as bad:
-            return {"sample": self.name(number), "reason": bad.reason, "detail": bad.detail}
+            return {"sample": self.name(number)[:_LONGEST], "reason": bad.reason, "detail": bad.detail[:_LONGEST]}
 
 
 def _record(output: str, name: str) -> str:

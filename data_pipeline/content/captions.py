@@ -158,6 +158,14 @@ def read_json(member: bytes | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_json_or_nothing(member: bytes | None) -> dict[str, Any]:
+    """The .json member; {} also where it cannot be parsed: the picture and its .txt are good without it."""
+    try:
+        return read_json(member)
+    except BadSample:
+        return {}
+
+
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]

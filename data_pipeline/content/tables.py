@@ -1,0 +1,593 @@
+"""The rows of a table, whatever it is: Parquet, text with any separator, JSON, JSON lines; compressed or not.
+
+What a file is is told by its content. Rows are read by number, from several threads, and memory does not grow with the
+table: of Parquet some batches of one row group are held, of text the places of the rows. JSON that is one value (COCO's
+captions, an array) is held whole.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import tempfile
+import threading
+import zipfile
+from array import array
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.content.members import IMAGE_EXTENSIONS
+
+_HEAD = 1 << 16
+_LONGEST_QUOTED = 200
+"""Lines up to which a quoted cell may go on; a quote that is left open longer is a character like any other."""
+_BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
+WIDE = {"caption", "captions", "text", "txt", "prompt", "description", "comment", "sentence", "title"}
+"""Columns whose cells may hold separators that nobody quoted."""
+_SEPARATORS = (",", "\t", ";", "|")
+_PICTURE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(#\d+)?$", re.IGNORECASE)
+_PICTURE_CELL = re.compile(rf'"?[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?"?\s*'.encode(), re.IGNORECASE)
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
+_OTHERS = (
+    (b"SQLite format 3", "it is a SQLite database: export the table as .csv"),
+    (b"\xd0\xcf\x11\xe0", "it is an Excel file: save it as .csv"),
+    (b"<", "it is HTML or XML, perhaps an error page: fetch or export the table again"),
+)
+
+
+class Rows(Protocol):
+    columns: list[str]
+
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The cells by column. Raises `BadSample("bad_row")`, which names the line, where it cannot be parsed."""
+        ...
+
+
+def open_table(path: Path, known: Collection[str] = ()) -> Rows:
+    """The rows of a file.
+
+    Args:
+        known: names of columns, as `plain_name` has them, by which a header and its separator are recognized.
+
+    Raises:
+        DataError: it is no table that can be read.
+    """
+    import pyarrow as pa
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if head[:4] == b"PAR1":
+            return ParquetRows(path)
+        if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            return _arrow_rows(path, head)
+        return _text_rows(_plain(path), path, known)
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
+        raise _no_table(path, str(error) or type(error).__name__) from error
+
+
+def plain_name(column: str) -> str:
+    """A column's name as it is compared: lower case, without blanks and quotes, `-` and blanks as `_`."""
+    return re.sub(r"[\s\-.]+", "_", column.strip().strip("\"'").strip().lower())
+
+
+def looks_like_picture(value: Any) -> bool:
+    """Whether a cell names a picture file."""
+    return isinstance(value, str) and _PICTURE_NAME.search(value.strip()) is not None
+
+
+def _no_table(path: Path, why: str) -> DataError:
+    return DataError(f"prepare.source={path}: it is no table that can be read ({why})")
+
+
+# ----------------------------------------------------------------------------------------------------------- bytes
+
+
+def _plain(path: Path) -> IO[bytes]:
+    """The content, uncompressed, as UTF-8 or in an encoding that contains ASCII, its lines ended by line feeds."""
+    file: IO[bytes] = open(path, "rb")  # noqa: SIM115
+    head = file.read(_HEAD)
+    file.seek(0)
+    if head[:4] == b"PK\x03\x04":
+        file = _unpacked(_only_member(file, path))
+    else:
+        for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
+            if head.startswith(magic):
+                file = _unpacked(opener(file))
+    head = file.read(_HEAD)
+    file.seek(0)
+    encoding = _wide_encoding(head)
+    if encoding or (b"\r" in head and b"\n" not in head):
+        text = io.TextIOWrapper(file, encoding or "latin-1", newline=None)
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        for piece in iter(lambda: text.read(1 << 20), ""):
+            file.write(piece.removeprefix("\ufeff").encode("utf-8" if encoding else "latin-1"))
+        file.seek(0)
+    return file
+
+
+def _unpacked(packed: IO[bytes] | Any) -> IO[bytes]:
+    out = tempfile.TemporaryFile()  # noqa: SIM115
+    with packed:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    out.seek(0)
+    return out
+
+
+def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+    if any(name.startswith("xl/") for name in names):
+        raise _no_table(path, "it is an Excel file: save it as .csv")
+    if len(names) != 1:
+        raise _no_table(path, f"the archive holds {len(names)} files: unpack it and name the table")
+    return archive.open(names[0])
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if 5 * max(even, odd) > len(head):
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
+    head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    file.seek(0)
+    start = head.lstrip()[:1]
+    if not start:
+        raise _no_table(path, "it is empty")
+    if start in (b"{", b"["):
+        return _json_rows(file, path)
+    for signature, words in _OTHERS:
+        if head.startswith(signature):
+            raise _no_table(path, words)
+    if path.suffix.lower() == ".parquet" or b"\0" in head:
+        raise _no_table(path, "it is neither Parquet nor text")
+    return DelimitedRows(file, known)
+
+
+class _Lines:
+    """Pieces of a file by number, read from several threads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.starts, self.sizes, self.lines = array("q"), array("q"), array("q")
+
+    def add(self, start: int, size: int, line: int) -> None:
+        self.starts.append(start)
+        self.sizes.append(size)
+        self.lines.append(line)
+
+    def read(self, number: int) -> bytes:
+        return os.pread(self._file.fileno(), self.sizes[number], self.starts[number])
+
+
+class DelimitedRows:
+    """Text with a separator, a header or none; cells may be quoted and then hold separators and line ends.
+
+    A caption that holds the separator and is not quoted is put together again, where the header says how many cells
+    there are. Cells of other columns that are numbers become numbers.
+    """
+
+    def __init__(self, file: IO[bytes], known: Collection[str]) -> None:
+        self._lines, self._literal = _Lines(file), set[int]()
+        self.columns, self._separator, self._headless = _header(*_first_line(file), known)
+        self._wide = next((i for i, name in enumerate(self.columns) if plain_name(name) in WIDE), len(self.columns) - 1)
+        self.joined = 0
+        """Rows whose caption held the separator without being quoted, of those read so far."""
+        self._encoding = "utf-8"
+        self._find_rows(file, skip=0 if self._headless else 1)
+
+    def __len__(self) -> int:
+        return len(self._lines.starts)
+
+    def _find_rows(self, file: IO[bytes], skip: int) -> None:
+        """Notes where each row lies, and in which encoding the file is."""
+        wide_good = wide_bad = False
+        file.seek(0)
+        separator = self._separator.encode()
+        for start, line, content, literal in _records(file, separator, len(self.columns)):
+            if line == 1 and content.lower().startswith(b"sep="):
+                continue
+            if not content.strip():
+                continue
+            if skip:
+                skip -= 1
+                continue
+            if not content.isascii():
+                try:
+                    content.decode()
+                    wide_good = True
+                except UnicodeDecodeError:
+                    wide_bad = True
+            if literal:
+                self._literal.add(len(self))
+            self._lines.add(start, len(content), line)
+        if wide_bad and not wide_good:
+            self._encoding = "cp1252"
+
+    @property
+    def encoding(self) -> str:
+        """`utf-8`, or `cp1252` for a file of which no row is UTF-8 beyond ASCII."""
+        return self._encoding
+
+    def row(self, number: int) -> dict[str, Any]:
+        raw = self._lines.read(number)
+        errors = "surrogateescape" if self._encoding == "utf-8" else "replace"
+        text = raw.decode(self._encoding, errors).lstrip("\ufeff")
+        literal = number in self._literal or (self._headless and '"' in text and not text.rstrip().endswith('"'))
+        cells = _cells(text, self._separator, literal, len(self.columns) if self._headless else 0)
+        extra = len(cells) - len(self.columns)
+        if extra < 0:
+            words = f"it has {len(cells)} cells, the table {len(self.columns)} columns ({', '.join(self.columns)})"
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: {words}")
+        if extra and any(cells[len(self.columns) :]):
+            end = self._wide + extra + 1
+            cells[self._wide : end] = [_between(text, cells, self._separator, self._wide, extra, literal)]
+            self.joined += 1
+        return dict(zip(self.columns, cells, strict=False))
+
+
+def typed(cell: Any) -> Any:
+    """A cell of a text table as JSON has it: a number, true, false, null, or the text as it stands."""
+    if not isinstance(cell, str):
+        return cell
+    text = cell.strip()
+    if not text:
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return cell
+    return float(text) if match[2] or match[3] else int(text)
+
+
+def _cells(text: str, separator: str, literal: bool, most: int) -> list[str]:
+    line = text.rstrip("\r\n")
+    if most:  # without a header there are two cells: the name of the picture, and the rest
+        parts = line.split(separator, most - 1) if separator != " " else line.split(None, most - 1)
+        return [_unquoted(part.strip()) for part in parts]
+    limit = csv.field_size_limit(1 << 27)
+    try:
+        source = io.StringIO(line, newline="")
+        if literal:
+            return next(csv.reader(source, delimiter=separator, skipinitialspace=True, quoting=csv.QUOTE_NONE), [])
+        return next(csv.reader(source, delimiter=separator, skipinitialspace=True), [])
+    except csv.Error:
+        return line.split(separator)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
+def _between(text: str, cells: Sequence[str], separator: str, wide: int, extra: int, literal: bool) -> str:
+    """The cells that an unquoted separator has parted, with their separators and blanks as they were."""
+    if literal or '"' not in text:
+        raw = text.rstrip("\r\n").split(separator)
+        if len(raw) == len(cells):
+            return separator.join(raw[wide : wide + extra + 1]).strip()
+    return f"{separator} ".join(cells[wide : wide + extra + 1])
+
+
+def _first_line(file: IO[bytes]) -> tuple[bytes, str]:
+    """The first line with something in it, and the separator where Excel's `sep=;` gives one."""
+    separator = ""
+    file.seek(0)
+    for line in iter(lambda: file.readline(1 << 20), b""):
+        line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+        if re.fullmatch(rb"(?i)sep=.", line):
+            separator = line[-1:].decode()
+        elif line.strip():
+            return line, separator
+    return b"", separator
+
+
+def _header(first: bytes, separator: str, known: Collection[str]) -> tuple[list[str], str, bool]:
+    """(columns, separator, whether the table has no header)."""
+    text = first.decode("utf-8", "replace")
+    best: tuple[tuple[int, int], list[str], str] | None = None
+    for one in [separator] if separator else _SEPARATORS:
+        names = [name.strip() for name in _cells(text, one, False, 0)]
+        score = sum(plain_name(name) in known for name in names), len(names)
+        if best is None or score > best[0]:
+            best = score, names, one
+    assert best is not None
+    if best[0][0] == 0:
+        for one in [separator] if separator else ("\t", "|", ",", ";", " "):
+            cells = _cells(text, one, False, 2)
+            if len(cells) == 2 and looks_like_picture(cells[0]):
+                return ["image", "caption"], one, True
+    names = [name or f"column {i + 1}" for i, name in enumerate(best[1])]
+    while len(names) > 1 and best[1][len(names) - 1] == "" and len(names) > best[0][0] + 1:
+        names.pop()  # separators at the end of the header
+    return names, best[2], False
+
+
+def _records(file: IO[bytes], separator: bytes, columns: int) -> Iterator[tuple[int, int, bytes, bool]]:
+    """(first byte, line number, content, whether its quotes are characters like any other) of each row."""
+    position, number = 0, 0
+    waiting: list[bytes] = []
+
+    def next_line() -> bytes:
+        return waiting.pop(0) if waiting else file.readline()
+
+    first = file.read(3)
+    position = 3 if first == b"\xef\xbb\xbf" else 0
+    file.seek(position)
+    while line := next_line():
+        number += 1
+        start, literal, content = position, False, line
+        if b'"' in line and _is_open(line, separator):
+            ahead: list[bytes] = []
+            while True:
+                more = next_line()
+                if more:
+                    ahead.append(more)
+                first_cell = more.split(separator, 1)[0]
+                begins_a_row = more.count(separator) >= max(columns - 1, 1) and _PICTURE_CELL.fullmatch(first_cell)
+                if not more or begins_a_row or len(ahead) > _LONGEST_QUOTED:
+                    waiting[:0] = ahead
+                    literal = True
+                    break
+                if b'"' in more and not _is_open(line + b"".join(ahead), separator):
+                    content = line + b"".join(ahead)
+                    break
+        yield start, number, content, literal
+        number += content.count(b"\n") - 1 if content.endswith(b"\n") else content.count(b"\n")
+        position += len(content)
+
+
+def _is_open(row: bytes, separator: bytes) -> bool:
+    """Whether a quoted cell has not ended."""
+    at = 0
+    while at < len(row):
+        while row[at : at + 1] == b" ":
+            at += 1
+        if row[at : at + 1] == b'"':
+            at += 1
+            while True:
+                end = row.find(b'"', at)
+                if end < 0:
+                    return True
+                if row[end + 1 : end + 2] != b'"':
+                    break
+                at = end + 2
+            at = end + 1
+        following = row.find(separator, at)
+        if following < 0:
+            return False
+        at = following + 1
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON
+
+
+class ListRows:
+    """Rows in memory."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+        self.columns = _columns(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int) -> dict[str, Any]:
+        found = self._rows[number]
+        if not isinstance(found, dict):
+            raise BadSample("bad_row", f"entry {number + 1}: it is no object")
+        return found
+
+
+class JsonLineRows:
+    """One JSON object per line."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._lines = _Lines(file)
+        file.seek(0)
+        start = 0
+        for number, line in enumerate(iter(file.readline, b""), 1):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                self._lines.add(start, len(line), number)
+            start += len(line)
+        some = []
+        for number in range(min(len(self), 100)):
+            try:
+                some.append(self.row(number))
+            except BadSample:
+                continue
+        self.columns = _columns(some)
+
+    def __len__(self) -> int:
+        return len(self._lines.starts)
+
+    def row(self, number: int) -> dict[str, Any]:
+        raw = self._lines.read(number).removeprefix(b"\xef\xbb\xbf")
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: {error}") from error
+        if not isinstance(value, dict):
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: it is no JSON object")
+        return value
+
+
+def _columns(rows: list[Any]) -> list[str]:
+    return list(dict.fromkeys(str(name) for row in rows[:100] if isinstance(row, dict) for name in row))
+
+
+def _json_rows(file: IO[bytes], path: Path) -> Rows:
+    first = b""
+    for line in iter(file.readline, b""):
+        first = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if first:
+            break
+    second = next((line for line in iter(file.readline, b"") if line.strip()), b"")
+    try:
+        if isinstance(json.loads(first), dict) and second.lstrip()[:1] == b"{":
+            return JsonLineRows(file)
+    except (ValueError, RecursionError):
+        if first.startswith(b"{") and first.endswith(b"}") and second.lstrip()[:1] == b"{":
+            return JsonLineRows(file)  # only its first line is broken
+    file.seek(0)
+    text = file.read()
+    try:
+        return _rows_of_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        values = _values(text.decode("utf-8-sig", "replace"))
+        if len(values) > 1:
+            return ListRows(values)
+        raise _no_table(path, f"JSON: {error}") from error
+
+
+def _values(text: str) -> list[Any]:
+    """JSON values one after the other, over any number of lines; those before the first that cannot be parsed."""
+    decoder, at = json.JSONDecoder(), 0
+    values: list[Any] = []
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return values
+        values.append(value)
+
+
+def _rows_of_json(value: Any) -> Rows:
+    """Rows of one JSON value: a list of objects, COCO's captions, columns, or captions by the names of pictures."""
+    if isinstance(value, list):
+        return ListRows(value)
+    images, captions = value.get("images"), value.get("annotations")
+    if isinstance(images, list) and isinstance(captions, list):
+        return ListRows(_coco(images, captions))
+    lists = {name: one for name, one in value.items() if isinstance(one, list)}
+    objects = [one for one in lists.values() if one and all(isinstance(item, dict) for item in one)]
+    if objects:
+        return ListRows(max(objects, key=len))
+    if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
+        return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
+    if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
+        facts = ({"image": name, **(one if isinstance(one, dict) else {"caption": one})} for name, one in value.items())
+        return ListRows(list(facts))
+    return ListRows([value])
+
+
+def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
+    """One row per picture, with its captions in their order."""
+    captions: defaultdict[Any, list[str]] = defaultdict(list)
+    for one in annotations:
+        if isinstance(one, dict) and isinstance(one.get("caption"), str):
+            captions[str(one.get("image_id"))].append(one["caption"])
+    return [{**one, "captions": captions[str(one.get("id"))]} for one in images if isinstance(one, dict)]
+
+
+# ----------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _arrow_rows(path: Path, head: bytes) -> Rows:
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    table = (pa.ipc.open_file if head[:6] == b"ARROW1" else pa.ipc.open_stream)(source).read_all()
+    return ArrowRows(table)
+
+
+class ArrowRows:
+    """A table that is mapped, as `datasets` saves them."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self.columns = table, list(table.column_names)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def row(self, number: int) -> dict[str, Any]:
+        return {name: self._table.column(name)[number].as_py() for name in self.columns}
+
+
+class ParquetRows:
+    """Rows of a Parquet file, read in batches of about 16 MB; asked for roughly in order, it goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow import parquet
+
+        self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        self.columns = [str(name) for name in self._file.schema_arrow.names]
+        self._wanted: list[str] | None = None
+        groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
+        self._starts = [0]
+        for group in groups:
+            self._starts.append(self._starts[-1] + group.num_rows)
+        self._row_bytes = [max(group.total_byte_size // max(group.num_rows, 1), 1) for group in groups]
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        """First row of each batch -> the batch."""
+        self._batches: Iterator[Any] = iter(())
+        self._next = -1
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def use(self, columns: Collection[str]) -> None:
+        """Reads no others from now on."""
+        self._wanted = [name for name in self.columns if name in columns]
+
+    def row(self, number: int) -> dict[str, Any]:
+        with self._lock:
+            start, batch = self._batch(number)
+        try:
+            return {name: batch.column(name)[number - start].as_py() for name in self._wanted or self.columns}
+        except UnicodeDecodeError as error:
+            raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+
+    def _batch(self, number: int) -> tuple[int, Any]:
+        while True:
+            for start, batch in self._kept.items():
+                if start <= number < start + len(batch):
+                    return start, batch
+            if not self._next <= number or self._next < 0 or self._is_far(number):
+                group = next(i for i in range(len(self._row_bytes)) if number < self._starts[i + 1])
+                self._open(group)
+            batch = next(self._batches, None)
+            if batch is None:
+                self._open(next(i for i, start in enumerate(self._starts) if start >= self._next))
+                continue
+            self._kept[self._next] = batch
+            self._next += len(batch)
+            while len(self._kept) > _BATCHES_KEPT:
+                self._kept.popitem(last=False)
+
+    def _is_far(self, number: int) -> bool:
+        """Whether a later row group holds the row, so that what lies between need not be read."""
+        return any(self._next < start <= number for start in self._starts)
+
+    def _open(self, group: int) -> None:
+        rows = min(max(_BATCH_BYTES // self._row_bytes[group], _LEAST_ROWS), 1 << 14)
+        self._next = self._starts[group]
+        self._batches = self._file.iter_batches(rows, row_groups=[group], columns=self._wanted, use_threads=False)

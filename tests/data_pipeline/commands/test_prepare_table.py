@@ -1,0 +1,278 @@
+"""Tables as people have them: separators, headers, quotes, encodings, JSON, Parquet with pictures; damage by line."""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import gzip
+import io
+import json
+import logging
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.commands.prepare_sources import TableSource
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.config import MembersConfig
+from tests.data_pipeline.commands.importing import dropped, imported, members
+from tests.data_pipeline.photos import jpegs
+
+ONE, TWO = jpegs()[:2]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "1.jpg").write_bytes(ONE)
+    (tmp_path / "2.jpg").write_bytes(TWO)
+    return tmp_path
+
+
+def captions(source: TableSource) -> list[str]:
+    found = []
+    for number in range(len(source)):
+        item = source.read(number)
+        assert item.image in (ONE, TWO)
+        found.append((item.caption or b"").decode())
+    return found
+
+
+def zipped(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("list.csv", data)
+    return out.getvalue()
+
+
+CSV = b"file_name,text\n1.jpg,one\n2.jpg,two\n"
+COCO = {
+    "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
+    "annotations": [{"image_id": 8, "caption": "two"}, {"image_id": 7, "caption": "one"}],
+}
+KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} for i, text in ((1, "one"), (2, "two"))]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"image, caption\n1.jpg, A dragon flying\n2.jpg, A cat\n", ["A dragon flying", "A cat"]),
+        ("a.csv", b"image,caption\n1.jpg,A cat, asleep, at home\n2.jpg,two\n", ["A cat, asleep, at home", "two"]),
+        ("a.csv", b"caption,image\nA cat, asleep,1.jpg\ntwo,2.jpg\n", ["A cat, asleep", "two"]),
+        ("a.csv", b"image;caption\n1.jpg;A dragon\n2.jpg;A cat, asleep\n", ["A dragon", "A cat, asleep"]),
+        ("a.csv", b"sep=;\r\nimage;caption\r\n1.jpg;one\r\n2.jpg;two\r\n", ["one", "two"]),
+        ("a.txt", b"image,caption\n1.jpg,one\n2.jpg,two\n", ["one", "two"]),
+        ("a.txt", b"1.jpg#0\tone\n2.jpg#0\ttwo\n", ["one", "two"]),
+        ("a.txt", b"1.jpg A child in pink\n2.jpg A girl, asleep\n", ["A child in pink", "A girl, asleep"]),
+        (
+            "a.csv",
+            b"image_name| comment_number| comment\n1.jpg| 0| one\n2.jpg| 1| two | three\n",
+            ["one", "two | three"],
+        ),
+        (
+            "a.csv",
+            b'"image","caption"\n"1.jpg","say ""hi"", please"\n"2.jpg","two\nlines"\n',
+            ['say "hi", please', "two\nlines"],
+        ),
+        ("a.csv", b'image,caption\n1.jpg,"A 5 inch pipe\n2.jpg,two\n', ['"A 5 inch pipe', "two"]),
+        ("a.csv", b'image,caption\n1.jpg,A 5" pipe\n2.jpg,two\n', ['A 5" pipe', "two"]),
+        ("a.csv", b'image,caption\n1.jpg,one\n2.jpg,"never closed\n', ["one", '"never closed']),
+        ("a.csv", b"\xef\xbb\xbfimage,caption\r\n1.jpg,one\r\n2.jpg,two", ["one", "two"]),
+        ("a.csv", b"image,caption\r1.jpg,one\r2.jpg,two\r", ["one", "two"]),
+        ("a.csv", b"\n\nImage Path,Image-Caption\n1.jpg,one\n\n2.jpg,two\n\n", ["one", "two"]),
+        ("a.csv", "image,caption\n1.jpg,ein Hügel\n2.jpg,two\n".encode("cp1252"), ["ein Hügel", "two"]),
+        ("a.csv", "image,caption\n1.jpg,東京\n2.jpg,two\n".encode("utf-16"), ["東京", "two"]),
+        ("a.csv", "image,caption\n1.jpg,one\n2.jpg,two\n".encode("utf-16-le"), ["one", "two"]),
+        ("a.tsv", b"caption\tpath\none\t1.jpg\ntwo\t2.jpg\n", ["one", "two"]),
+        ("a.csv", b"image,caption,,\n1.jpg,one,,\n2.jpg,two,,\n", ["one", "two"]),
+        ("a.csv", b"image,caption\n1.jpg,one,,\n2.jpg,two\n", ["one", "two"]),
+        ("a.csv", b"image,caption\n1.jpg,\"['one', 'other']\"\n2.jpg,two\n", ["one", "two"]),
+        ("a.csv", b"image,caption\nC:\\photos\\1.jpg,one\n.\\2.jpg,two\n", ["one", "two"]),
+        ("a.csv.gz", gzip.compress(CSV), ["one", "two"]),
+        ("a.csv.bz2", bz2.compress(CSV), ["one", "two"]),
+        ("a.csv.xz", lzma.compress(CSV), ["one", "two"]),
+        ("a.zip", zipped(CSV), ["one", "two"]),
+        ("a.jsonl", b'{"file_name": "1.jpg", "text": "one"}\r\n{"file_name": "2.jpg", "text": "two"}', ["one", "two"]),
+        ("a.json", b'[{"image": "1.jpg", "caption": "one"}, {"image": "2.jpg", "caption": "two"}]', ["one", "two"]),
+        ("a.json", json.dumps(COCO, indent=1).encode(), ["one", "two"]),
+        ("a.json", json.dumps(KARPATHY).encode(), ["one", "two"]),
+        ("a.json", b'{"1.jpg": "one", "2.jpg": ["two", "zwei"]}', ["one", "two"]),
+        ("a.json", b'{"1.jpg": {"caption": "one"}, "2.jpg": {"caption": "two", "x": 1}}', ["one", "two"]),
+        ("a.json", b'{"image": ["1.jpg", "2.jpg"], "prompt": ["one", "two"]}', ["one", "two"]),
+        (
+            "a.json",
+            b'{"info": {}, "data": [{"path": "1.jpg", "text": "one"}, {"path": "2.jpg", "text": "two"}]}',
+            ["one", "two"],
+        ),
+        ("a.json", b'{"path": "1.jpg",\n "text": "one"}\n{"path": "2.jpg",\n "text": "two"}\n', ["one", "two"]),
+    ],
+)
+def test_what_a_table_is_is_told_by_its_content(place: Path, name: str, content: bytes, expected: list[str]) -> None:
+    (place / name).write_bytes(content)
+    assert captions(TableSource(str(place / name))) == expected
+
+
+def embedded(column: str) -> pa.Array:
+    rows: dict[str, list[Any]] = {
+        "struct": [{"bytes": ONE, "path": "a.jpg"}, {"bytes": TWO, "path": None}],
+        "list of structs": [[{"bytes": ONE, "path": None}], [{"bytes": TWO, "path": None}]],
+        "binary": [ONE, TWO],
+        "list of binary": [[ONE], [TWO]],
+        "struct with paths": [{"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}],
+        "base64": [base64.b64encode(ONE).decode(), "data:image/jpeg;base64," + base64.b64encode(TWO).decode()],
+        "paths": ["1.jpg", "2.jpg"],
+    }
+    return pa.array(rows[column])
+
+
+@pytest.mark.parametrize("name", ["image", "images", "jpg", "foto"])
+@pytest.mark.parametrize(
+    "column", ["struct", "list of structs", "binary", "list of binary", "struct with paths", "base64", "paths"]
+)
+def test_pictures_in_parquet_are_used(place: Path, column: str, name: str) -> None:
+    table = pa.table({"text": ["one", "two"], name: embedded(column), "embedding": [b"\0" * 99, b"\1\0"]})
+    pq.write_table(table, place / "a.parquet", row_group_size=1)
+    result = imported(place / "out", "table", place / "a.parquet")
+    assert result["samples"] == 2 and not result["dropped"]
+    found = members(place / "out" / "00000.tar")
+    assert [found["000000000.jpg"], found["000000001.jpg"]] == [ONE, TWO]
+    facts = json.loads(found["000000000.json"])
+    assert set(facts) == {"source", "width", "height"}, "binary data does not go into the .json"
+
+
+def test_a_table_of_pictures_alone_says_what_is_missing(place: Path) -> None:
+    pq.write_table(pa.table({"image": embedded("struct")}), place / "a.parquet")
+    with pytest.raises(DataError, match=r"one of captions.* it has image; name them with 'data.members"):
+        TableSource(str(place / "a.parquet"))
+
+
+def test_several_tables_are_one(place: Path) -> None:
+    (place / "data").mkdir()
+    for number, (picture, text) in enumerate(((ONE, "one"), (TWO, "two"))):
+        part = place / "data" / f"train-{number:05d}-of-00002.parquet"
+        pq.write_table(pa.table({"image": [{"bytes": picture, "path": None}], "text": [text]}), part)
+    assert captions(TableSource(str(place / "data"))) == ["one", "two"]
+    assert captions(TableSource(str(place / "data" / "*.parquet"))) == ["one", "two"]
+
+
+def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.content.tables._BATCH_BYTES", 1 << 14)
+    rows = [{"image": {"bytes": ONE, "path": f"{n}.jpg"}, "text": f"number {n}"} for n in range(400)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=150, use_dictionary=False)
+    source = TableSource(str(tmp_path / "a.parquet"))
+    order = [*range(400), 0, 399, 149, 150, 151, 10]
+    assert [source.read(number).caption for number in order] == [f"number {number}".encode() for number in order]
+    (part,) = source.parts
+    assert len(part._kept) <= 3 and max(map(len, part._kept.values())) <= 32  # type: ignore[attr-defined]
+
+
+def test_lists_of_captions_are_alternatives(place: Path, caplog: Any) -> None:
+    pq.write_table(
+        pa.table({"path": ["1.jpg", "2.jpg"], "caption": [["a dog", "a small dog"], ["a cat"]]}), place / "a.parquet"
+    )
+    assert imported(place / "out", "table", place / "a.parquet")["samples"] == 2
+    found = members(place / "out" / "00000.tar")
+    assert (found["000000000.txt"], found["000000001.txt"]) == (b"a dog", b"a cat")
+    assert json.loads(found["000000000.json"])["captions"] == ["a dog", "a small dog"]
+    assert "data.captions.sources={json:captions: 1}" in caplog.text
+
+
+def test_rows_that_cannot_be_parsed_are_named_by_their_line(place: Path) -> None:
+    (place / "a.csv").write_text('score,image,caption\n1,1.jpg,one\n2.jpg\n\n3,2.jpg,"two\nlines"\n4\n')
+    result = imported(place / "out", "table", place / "a.csv")
+    assert result["samples"] == 2 and result["dropped"] == {"bad_row": 2}
+    assert [line["detail"][:8] for line in dropped(place / "out")] == ["line 3: ", "line 7: "]
+    (place / "b.jsonl").write_text('{"image": "1.jpg", "text": "one"}\n{"image": broken\n\n[1]\n')
+    result = imported(place / "out2", "table", place / "b.jsonl")
+    assert result["samples"] == 1 and result["dropped"] == {"bad_row": 2}
+    assert [line["detail"][:8] for line in dropped(place / "out2")] == ["line 2: ", "line 4: "]
+
+
+def test_broken_pictures_in_a_table_do_not_fill_the_report(place: Path) -> None:
+    rows = [
+        {"image": {"bytes": b"\xff\xd8\xff" + bytes(200_000), "path": None}, "text": "x"},
+        {"image": None, "text": "y"},
+    ]
+    pq.write_table(
+        pa.Table.from_pylist([*rows, {"image": {"bytes": ONE, "path": None}, "text": "z"}]), place / "a.parquet"
+    )
+    result = imported(place / "out", "table", place / "a.parquet")
+    assert result["samples"] == 1 and sum(result["dropped"].values()) == 2
+    assert (place / "out" / "dropped.jsonl").stat().st_size < 1000
+    assert dropped(place / "out")[0]["sample"] == "a.parquet#1"
+
+
+def coco(place: Path) -> Path:
+    """annotations/captions_val2017.json, its pictures in val2017."""
+    for name in ("annotations", "val2017"):
+        (place / name).mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (place / name).rename(place / "val2017" / name)
+    (place / "annotations" / "captions_val2017.json").write_text(json.dumps(COCO))
+    return place / "annotations" / "captions_val2017.json"
+
+
+def flickr(place: Path) -> Path:
+    """captions.txt, its pictures in Images."""
+    (place / "Images").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (place / name).rename(place / "Images" / name)
+    (place / "captions.txt").write_text("image,caption\n1.jpg,one\n2.jpg,two\n")
+    return place / "captions.txt"
+
+
+@pytest.mark.parametrize("layout", [coco, flickr])
+def test_pictures_in_another_folder_are_found(place: Path, layout: Callable[[Path], Path]) -> None:
+    assert captions(TableSource(str(layout(place)))) == ["one", "two"]
+
+
+def test_a_folder_of_pictures_can_be_named_and_equal_names_are_not_guessed(place: Path) -> None:
+    (place / "a").mkdir()
+    (place / "b").mkdir()
+    for folder, picture in (("a", ONE), ("b", TWO)):
+        (place / folder / "x.jpg").write_bytes(picture)
+    (place / "list.csv").write_text("image,caption\nx.jpg,one\n")
+    with pytest.raises(BadSample, match=r"several files have this name.*prepare\.images"):
+        TableSource(str(place / "list.csv")).read(0)
+    assert TableSource(str(place / "list.csv"), images=str(place / "b")).read(0).image == TWO
+    with pytest.raises(DataError, match=r"prepare\.images=nowhere"):
+        TableSource(str(place / "list.csv"), images="nowhere")
+
+
+def test_columns_are_named_by_the_settings(place: Path) -> None:
+    (place / "a.csv").write_text("Foto,Bildtext,text\n1.jpg,one,no\n2.jpg,two,no\n")
+    assert captions(TableSource(str(place / "a.csv"), MembersConfig(image=["foto"], caption=["bildtext"]))) == [
+        "one",
+        "two",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"", "it is empty"),
+        ("a.csv", b"<!doctype html>", "error page"),
+        ("a.db", b"SQLite format 3\0", "SQLite"),
+        ("a.xlsx", b"PK\x03\x04junk", "no table that can be read"),
+        ("a.csv.gz", gzip.compress(CSV)[:20], "no table that can be read"),
+        ("a.json", b'{"a": [1, 2', "JSON"),
+        ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "addresses; fetch the pictures with img2dataset"),
+        ("a.csv", b"image,caption\n", "it has no rows"),
+    ],
+)
+def test_what_is_no_table_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        TableSource(str(tmp_path / name))
+
+
+def test_what_helps_is_said_when_most_is_dropped(place: Path, caplog: Any) -> None:
+    caplog.set_level(logging.WARNING)
+    (place / "a.csv").write_text("image,caption\nx.jpg,one\ny.jpg,two\n1.jpg,three\n")
+    imported(place / "out", "table", place / "a.csv")
+    assert "2 samples were dropped as missing_image" in caplog.text and "prepare.images" in caplog.text
