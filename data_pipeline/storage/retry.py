@@ -1,4 +1,4 @@
-"""The one retry loop of the project: full-jitter backoff that any progress resets, and a deadline without progress."""
+"""The one retry loop of the project: full-jitter backoff that progress resets, and a deadline without progress."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from data_pipeline.common.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
+FLOOR = 64 << 10
+"""Bytes per second below which a stream that keeps breaking counts as silent: each byte buys a FLOORth of a second."""
 HURRY_S = 15.0
 """Seconds that a failing store may still take once the process has been asked to stop (see `Patience.hurry`)."""
 NAP_S = 0.25
@@ -27,7 +29,7 @@ def hurry_up(now: bool = True) -> None:
 class Patience:
     """How long to tolerate a failing store.
 
-    `stall_s`: seconds without a byte after which a request is broken off. `deadline_s`: seconds without a byte, over
+    `stall_s`: seconds without a byte after which a request is cancelled. `deadline_s`: seconds without progress, over
     all attempts, after which `StoreError` ends the run. Waits are uniform in [0, min(cap_s, base_s 2^attempt)]
     seconds. `hurry`: once a signal has asked the process to stop (`hurry_up`), give up after HURRY_S seconds, so that
     the process ends while whoever asked still waits.
@@ -50,27 +52,43 @@ class Backoff:
         self.what = what
         self.patience = patience
         self.attempts = 0
-        self._last_progress = time.monotonic()
+        self.renewals = 0
+        """How often the credentials were read again since the last progress."""
+        self._silent, self._since = 0.0, time.monotonic()
 
-    def progress(self) -> None:
-        """A byte arrived: the next failure starts a new series."""
-        self.attempts = 0
-        self._last_progress = time.monotonic()
+    @property
+    def silent_s(self) -> float:
+        """Seconds of work without progress; pauses between two reads do not count."""
+        return self._silent + time.monotonic() - self._since
 
-    def wait(self, cause: BaseException, deadline_s: float | None = None) -> None:
+    def resume(self) -> None:
+        """Work goes on after a pause of the caller's."""
+        self._since = time.monotonic()
+
+    def progress(self, count: int) -> None:
+        """`count` bytes arrived. When they make up for the silence, the next failure starts a new series."""
+        self._silent = max(self.silent_s - count / FLOOR, 0.0)
+        self.resume()
+        if not self._silent:
+            self.attempts = self.renewals = 0
+
+    def wait(self, cause: BaseException, deadline_s: float | None = None, advice: str = "") -> None:
         """Sleeps before another attempt.
 
+        Args:
+            advice: what to look at, for the end of the error.
+
         Raises:
-            StoreError: nothing arrived for the deadline; it names the object, the attempts and the last cause.
+            StoreError: too little arrived for the deadline; it names the object, the attempts and the last cause.
         """
         deadline = self.patience.deadline_s if deadline_s is None else min(deadline_s, self.patience.deadline_s)
-        silent = time.monotonic() - self._last_progress
+        silent = self.silent_s
         self.attempts += 1
         if silent >= deadline or self._too_late():
             attempts = f"{self.attempts} attempt{'s' * (self.attempts > 1)}"
             raise StoreError(
-                f"{self.what}: nothing arrived for {silent:.0f} s in {attempts}, so the run gives up; "
-                f"the last cause was {describe(cause)}"
+                f"{self.what}: no progress for {silent:.0f} s in {attempts}, so the run gives up; "
+                f"the last cause was {describe(cause)}{advice}"
             ) from cause
         longest = min(self.patience.cap_s, self.patience.base_s * 2.0 ** min(self.attempts - 1, 20))
         delay = min(random.uniform(0.0, longest), max(deadline - silent, 0.0))

@@ -13,8 +13,27 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.retry import DEFAULT, Backoff, Patience, describe
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage import s3_errors
+from data_pipeline.storage.retry import DEFAULT, Backoff, Patience
+from data_pipeline.storage.s3_errors import Changed, Denied, Missing, endpoint
+
+__all__ = [
+    "Changed",
+    "Denied",
+    "Missing",
+    "S3Stream",
+    "call",
+    "delete",
+    "endpoint",
+    "filesystem",
+    "forget",
+    "head",
+    "listing",
+    "put",
+    "put_new",
+    "split",
+]
 
 PIECE = 1 << 20
 """Bytes per read of a body: the fastest way s3fs offers (2 to 4 times `S3FileSystem.open`)."""
@@ -22,32 +41,16 @@ PART = 64 << 20
 """Bytes per part of a multipart upload, and the size from which one is used."""
 PAGE = 1000
 """Objects per page of a listing."""
+DELETIONS = 16
+"""Objects removed at a time."""
+_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+_RENEWALS = 2
 FIRST_CONTACT_S = 30.0
 """Deadline for an endpoint that has never answered in this process: rather a wrong address than an outage."""
 
 _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}
 _answered = False
-_one_by_one: set[str] = set()
-"""Buckets whose store has refused a multi-object delete."""
-
-_DENIED = {
-    "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
-    "AllAccessDisabled", "AccountProblem", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidClientTokenId",
-}  # fmt: skip
-_REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_NEVER = (501, 505)
-"""Statuses of what a store cannot do at all: no outage, so no retry."""
-_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
-_TRANSIENT = {"SlowDown", "RequestTimeout", "429", "TooManyRequests", "Throttling", "ThrottlingException", "408"}
-
-
-class Denied(DataError):
-    """The store refuses these credentials."""
-
-
-class Missing(DataError):
-    """The object is not there."""
 
 
 def split(url: str) -> tuple[str, str]:
@@ -58,11 +61,6 @@ def split(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def endpoint() -> str:
-    """Where s3:// goes, for messages."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-
-
 def filesystem() -> Any:
     """This process's s3fs filesystem (one per process: its event loop does not survive a fork)."""
     with _lock:
@@ -70,6 +68,7 @@ def filesystem() -> Any:
         if fs is None:
             import s3fs
 
+            s3_errors.check_settings()
             fs = s3fs.S3FileSystem(
                 skip_instance_cache=True,
                 use_listings_cache=False,
@@ -101,80 +100,56 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop).result()
 
 
-def _client_error(error: BaseException | None) -> Any:
-    """The store's own answer behind an error that s3fs translated (and lost the code of), or None."""
-    while error is not None and not isinstance(getattr(error, "response", None), dict):
-        error = error.__cause__
-    return error
+async def _request(fs: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        await fs.set_session()
+    except ValueError as error:
+        raise DataError(f"no S3 client can be made from the environment and AWS_CONFIG_FILE: {error}") from error
+    answer: dict[str, Any] = await fs._call_s3(method, **arguments)
+    return answer
 
 
-def _response(error: BaseException) -> dict[str, Any]:
-    client_error = _client_error(error)
-    return client_error.response if client_error is not None else {}
-
-
-def error_code(error: BaseException) -> str:
-    """`NoSuchKey`, `403`, ...; empty for an error that is no answer of the store."""
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _status(error: BaseException) -> int:
-    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
-
-
-def permanent(error: BaseException, url: str) -> CascadeError | None:
-    """The user's error behind `error`, or None when another attempt may succeed."""
-    from botocore import exceptions
-
-    if isinstance(error, CascadeError):
-        return error
-    bucket, _ = split(url)
-    code, status = error_code(error), _status(error)
-    if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
-        return DataError(
-            f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
-            "(FSSPEC_S3_ANON=true reads a public bucket)"
-        )
-    if isinstance(error, (exceptions.ProfileNotFound, exceptions.ParamValidationError, exceptions.InvalidRegionError)):
-        return DataError(f"{url}: {describe(error)}")
-    if isinstance(error, exceptions.CredentialRetrievalError):
-        return DataError(f"{url}: the credentials could not be renewed: {describe(error)}")
-    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
-        return DataError(f"{url}: AWS_ENDPOINT_URL={endpoint()} is no address such as https://host:port")
-    if not code or code in _TRANSIENT or status == 429 or (status >= 500 and status not in _NEVER):
-        return None
-    if code in _DENIED or status == 403:
-        return Denied(
-            f"{url}: {endpoint()} denies access to bucket {bucket!r} ({code}, HTTP 403); check AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and that they may list and read it"
-        )
-    if code == "NoSuchBucket":
-        return DataError(
-            f"{url}: the bucket {bucket!r} does not exist at {endpoint()}; check the name and AWS_ENDPOINT_URL"
-        )
-    if code in ("NoSuchKey", "404", "NotFound"):
-        return Missing(f"{url}: no such object in bucket {bucket!r} at {endpoint()}")
-    if code in ("PreconditionFailed", "412"):
-        return DataError(
-            f"{url}: the object changed since it was indexed (its ETag differs); run `cascade index` again"
-        )
-    if code in ("InvalidRange", "416"):
-        return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
-    if code in _REGION or status in (301, 307):
-        return DataError(f"{url}: bucket {bucket!r} lives in another region ({code}); set AWS_DEFAULT_REGION")
-    if 400 <= status < 500 or status in _NEVER:
-        return DataError(f"{url}: {endpoint()} refuses the request: {describe(error)}")
-    return None
-
-
-def _after_failure(error: Exception, url: str, backoff: Backoff) -> None:
+def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> None:
     """Sleeps before the next attempt, or raises what the user must know."""
-    fatal = permanent(error, url)
+    fatal = s3_errors.permanent(error, url, split(url)[0], _answered)
     if fatal is not None:
+        refused = isinstance(fatal, Denied) or (s3_errors.is_wordless(error) and s3_errors.status_of(error) == 400)
+        if refused and backoff.renewals < _RENEWALS and _renew(fs):
+            backoff.renewals += 1
+            return
         raise fatal from error
     if isinstance(error, (ValueError, TypeError, AttributeError)):
         raise error  # a bug, not an outage
-    backoff.wait(_client_error(error) or error, None if _answered or error_code(error) else FIRST_CONTACT_S)
+    known = _answered or s3_errors.error_code(error)
+    cause = s3_errors.client_error(error) or error
+    backoff.wait(cause, None if known else FIRST_CONTACT_S, s3_errors.advice(error))
+
+
+def _renew(used: Any) -> bool:
+    """Whether there are other credentials now than those of `used`, as when a helper writes a new token into the file
+    every hour; the next request takes them."""
+    with _lock:
+        current = _filesystems.get(os.getpid())
+    if current is not used:
+        return True  # another thread found them
+    try:
+        changed = asyncio.run_coroutine_threadsafe(_have_changed(used), used.loop).result()
+    except Exception:  # none at all any more: what the store said remains the answer
+        return False
+    if changed:
+        with _lock:
+            if _filesystems.get(os.getpid()) is used:
+                _filesystems.clear()
+    return bool(changed)
+
+
+async def _have_changed(fs: Any) -> bool:
+    from aiobotocore.session import AioSession
+
+    before, now = await fs.session.get_credentials(), await AioSession(**fs.kwargs).get_credentials()
+    if before is None or now is None:
+        return now is not None
+    return bool(await before.get_frozen_credentials() != await now.get_frozen_credentials())
 
 
 def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, **arguments: Any) -> dict[str, Any]:
@@ -191,12 +166,13 @@ def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, *
     backoff = Backoff(url if _answered else f"{url} at {endpoint()}", patience)
     limit = patience.stall_s + upload / 1e6
     while True:
+        fs = filesystem()
         try:
-            answer = _run(asyncio.wait_for(filesystem()._call_s3(method, **arguments), limit))
+            answer: dict[str, Any] = _run(asyncio.wait_for(_request(fs, method, arguments), limit))
             _answered = True
             return answer
         except Exception as error:
-            _after_failure(error, url, backoff)
+            _after_failure(error, url, backoff, fs)
 
 
 class S3Stream:
@@ -219,25 +195,27 @@ class S3Stream:
 
     def read(self, size: int = -1) -> bytes:
         """Exactly `size` bytes, fewer only at the end of the range; -1: all that is left."""
+        self._backoff.resume()
         while size < 0 or len(self._buffer) < size:
             if self._end is not None and self._fetched >= self._end:
                 break
             want = len(self._buffer) + PIECE if size < 0 else size
+            fs = filesystem()
             try:
-                _run(self._fill(want))
+                _run(self._fill(want, fs))
             except Exception as error:
                 self.close()
-                _after_failure(error, self.url, self._backoff)
+                _after_failure(error, self.url, self._backoff, fs)
         size = len(self._buffer) if size < 0 else size
         piece = bytes(memoryview(self._buffer)[:size])
         del self._buffer[:size]
         return piece
 
-    async def _fill(self, want: int) -> None:
+    async def _fill(self, want: int, fs: Any) -> None:
         """Reads until the buffer holds `want` bytes or the range ends; what has arrived survives an error."""
         stall = self._patience.stall_s
         if self._body is None:
-            await asyncio.wait_for(self._open(), stall)
+            await asyncio.wait_for(self._open(fs), stall)
         while len(self._buffer) < want and (self._end is None or self._fetched < self._end):
             try:
                 piece = await asyncio.wait_for(self._body.read(min(PIECE, want - len(self._buffer))), stall)
@@ -252,9 +230,9 @@ class S3Stream:
         if piece:
             self._buffer += piece
             self._fetched += len(piece)
-            self._backoff.progress()
+            self._backoff.progress(len(piece))
 
-    async def _open(self) -> None:
+    async def _open(self, fs: Any) -> None:
         global _answered
         bucket, key = split(self.url)
         arguments: dict[str, Any] = {"Bucket": bucket, "Key": key}
@@ -262,7 +240,7 @@ class S3Stream:
             arguments["Range"] = f"bytes={self._fetched}-{'' if self._end is None else self._end - 1}"
         if self.etag:
             arguments["IfMatch"] = f'"{self.etag}"'
-        answer = await filesystem()._call_s3("get_object", **arguments)
+        answer = await _request(fs, "get_object", arguments)
         _answered = True
         self._body = answer["Body"]
         self.etag = answer.get("ETag", "").strip('"') or None
@@ -319,7 +297,15 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
 def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
     """(size in bytes, etag) of one object."""
     bucket, key = split(url)
-    answer = call(url, "head_object", patience, Bucket=bucket, Key=key)
+    try:
+        answer = call(url, "head_object", patience, Bucket=bucket, Key=key)
+    except DataError as error:
+        if isinstance(error, Missing) or not s3_errors.is_wordless(error):
+            raise
+        # An answer to HEAD has no words; one to GET says why, or, where only HEAD is refused, has the same facts.
+        answer = call(url, "get_object", patience, Bucket=bucket, Key=key, Range="bytes=0-0")
+        filesystem().loop.call_soon_threadsafe(answer["Body"].close)
+        return int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"].strip('"')
     return int(answer["ContentLength"]), answer["ETag"].strip('"')
 
 
@@ -342,7 +328,8 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
         call(url, "complete_multipart_upload", patience, **target, UploadId=upload, MultipartUpload={"Parts": parts})
     except BaseException:
         with contextlib.suppress(Exception):
-            _run(filesystem()._call_s3("abort_multipart_upload", **target, UploadId=upload))
+            abort = filesystem()._call_s3("abort_multipart_upload", **target, UploadId=upload)
+            _run(asyncio.wait_for(abort, patience.stall_s))
         raise
 
 
@@ -356,34 +343,28 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     try:
         call(url, "put_object", patience, len(data), **target, IfNoneMatch="*")
     except DataError as error:
-        if error_code(error) in _EXISTS:
+        if s3_errors.error_code(error) in _EXISTS:
             return False
-        if _status(error) != 501:
+        if s3_errors.status_of(error) != 501:
             raise
         call(url, "put_object", patience, len(data), **target)
     return True
 
 
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes
-    (Google Cloud Storage, some that want a Content-MD5) get one request per object."""
+    """Removes objects of the bucket of `url`, each by a request of its own, since not all stores can remove several at
+    once; missing ones are no error."""
     bucket, _ = split(url)
-    for start in range(0, len(keys), PAGE):
-        batch = keys[start : start + PAGE]
-        if len(batch) > 1 and bucket not in _one_by_one:
-            objects = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
-            try:
-                answer = call(url, "delete_objects", patience, Bucket=bucket, Delete=objects)
-            except Denied:
-                raise
-            except DataError:
-                _one_by_one.add(bucket)
-            else:
-                for kept in answer.get("Errors", []):
-                    raise DataError(f"s3://{bucket}/{kept['Key']}: {endpoint()} did not delete it ({kept['Code']})")
-                continue
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda key: call(url, "delete_object", patience, Bucket=bucket, Key=key), batch))
+
+    def one(key: str) -> None:
+        with contextlib.suppress(Missing):
+            call(url, "delete_object", patience, Bucket=bucket, Key=key)
+
+    if len(keys) == 1:
+        return one(keys[0])
+    with ThreadPoolExecutor(DELETIONS) as pool:
+        for _ in pool.map(one, keys):
+            pass
 
 
 def forget() -> None:
@@ -391,5 +372,4 @@ def forget() -> None:
     global _answered
     with _lock:
         _filesystems.clear()
-        _one_by_one.clear()
         _answered = False

@@ -84,7 +84,7 @@ def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
     url: str, proxy: FaultProxy, fault: str, cause: str
 ) -> None:
     proxy.plan([], default=fault)
-    sentence = rf"{url}: nothing arrived for \d+ s in (\d+) attempts.*last cause.*({cause})"
+    sentence = rf"{url}: no progress for \d+ s in (\d+) attempts.*last cause.*({cause})"
     with pytest.raises(StoreError, match=sentence) as raised:
         store.read_range(url, 0, 100, patience=Patience(stall_s=1, deadline_s=3, base_s=0.05, cap_s=0.1))
     found = re.search(sentence, str(raised.value), re.DOTALL)
@@ -132,7 +132,7 @@ def test_a_wrong_endpoint_is_found_soon(bucket: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr(s3, "FIRST_CONTACT_S", 0.5)
     s3.forget()
-    with pytest.raises(StoreError, match=r"at http://127\.0\.0\.1:1: nothing arrived.*Could not connect"):
+    with pytest.raises(StoreError, match=r"at http://127\.0\.0\.1:1: no progress.*Could not connect"):
         store.expand(f"s3://{bucket}/*.tar")
 
 

@@ -1,0 +1,240 @@
+"""What an error of S3 means: the user's to fix, told in one sentence, or an outage that another attempt may survive."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from data_pipeline.errors import CascadeError, DataError
+from data_pipeline.retry import describe
+
+DENIED = {
+    "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
+    "ExpiredTokenException", "RequestExpired", "AllAccessDisabled", "AccountProblem", "TokenRefreshRequired",
+    "RequestTimeTooSkewed", "InvalidClientTokenId", "401", "Unauthorized",
+}  # fmt: skip
+PATH_STYLE = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess", "PathStyleAccessDenied"}
+"""What stores say that want the bucket in the host name."""
+REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+TRANSIENT = {
+    "SlowDown", "RequestTimeout", "429", "TooManyRequests", "Throttling", "ThrottlingException", "408",
+    "OperationAborted",
+}  # fmt: skip
+_PASSING_STATUS = {408, 425, 429}
+_LASTING_STATUS = {501, 505}
+_NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"}
+_SETTINGS = (
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION",
+)  # fmt: skip
+
+
+class Denied(DataError):
+    """The store refuses these credentials."""
+
+
+class Missing(DataError):
+    """The object is not there."""
+
+
+class Changed(DataError):
+    """The object is not the one that was asked for (its ETag differs)."""
+
+
+def endpoint_variable() -> str:
+    """Which variable names the store's address, for messages."""
+    names = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    return next((name for name in names if os.environ.get(name)), "AWS_ENDPOINT_URL")
+
+
+def endpoint() -> str:
+    """Where s3:// goes as far as the environment says, for messages."""
+    return os.environ.get(endpoint_variable()) or "AWS"
+
+
+def check_settings() -> None:
+    """Refuses what no request could be made with.
+
+    Raises:
+        DataError: a variable with a blank or line break at its ends, an address that is none, or a file of certificates
+            that cannot be read.
+    """
+    for name in _SETTINGS:
+        value = os.environ.get(name, "")
+        if value != value.strip() or any(ord(letter) < 32 for letter in value):
+            raise DataError(f"{name} begins or ends with a blank, or contains a line break: set it again without")
+    if endpoint() != "AWS" and not _is_address(endpoint()):
+        raise DataError(f"{endpoint_variable()}={endpoint()} is no address such as https://host:port")
+    bundle = os.environ.get("AWS_CA_BUNDLE", "")
+    if bundle and not os.access(bundle, os.R_OK):
+        raise DataError(f"AWS_CA_BUNDLE={bundle}: no such file, or it cannot be read")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or an open bracket
+        return False
+
+
+def client_error(error: BaseException | None) -> Any:
+    """The store's own answer behind an error that s3fs translated (and lost the code of), or None."""
+    while error is not None and not isinstance(getattr(error, "response", None), dict):
+        error = error.__cause__
+    return error
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    answer = client_error(error)
+    return answer.response if answer is not None else {}
+
+
+def error_code(error: BaseException) -> str:
+    """`NoSuchKey`, `403`, ...; empty for an error that is no answer of the store."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status of the store's answer; 0 for an error that is none."""
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
+
+
+def is_wordless(error: BaseException) -> bool:
+    """An answer without a body, as those to HEAD are: its code is only the status."""
+    return error_code(error).isdigit()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it; botocore keeps the one below among its arguments."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        below = getattr(error, "kwargs", None)
+        inner = below.get("error") if isinstance(below, dict) else None
+        inner = inner or getattr(error, "os_error", None) or error.__cause__ or error.__context__
+        error = inner if isinstance(inner, BaseException) else None
+
+
+def permanent(error: BaseException, url: str, bucket: str, answered: bool) -> CascadeError | None:
+    """The user's error behind `error`, or None when another attempt may succeed.
+
+    Args:
+        answered: the store has answered this process before, so its address is right.
+    """
+    if isinstance(error, CascadeError):
+        return error
+    if client_error(error) is not None:
+        return _of_answer(error, url, bucket)
+    return _of_connection(error, url, answered)
+
+
+def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeError | None:
+    """The same for an error before there was an answer."""
+    import aiohttp
+    from botocore import exceptions, parsers
+
+    where = f"{endpoint_variable()}={endpoint()}" if endpoint() != "AWS" else "AWS"
+    chain = list(_chain(error))
+    if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+        return DataError(
+            f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
+            "(FSSPEC_S3_ANON=true reads a public bucket)"
+        )
+    if isinstance(error, exceptions.CredentialRetrievalError):
+        return DataError(f"{url}: the credentials could not be renewed: {describe(error)}")
+    for cause in chain:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            why = getattr(cause, "verify_message", "") or describe(cause)
+            return DataError(
+                f"{url}: the certificate of {where} is not trusted ({why}); set AWS_CA_BUNDLE to the "
+                f"file with your authority's certificates{_value_of('AWS_CA_BUNDLE')}"
+            )
+        reason = getattr(cause, "reason", None)  # aiohttp's own kinds of these errors have none
+        if isinstance(cause, ssl.SSLError) and reason in _NOT_TLS:
+            return DataError(f"{url}: {where} does not speak TLS ({reason}); does it begin with http://?")
+        if isinstance(cause, aiohttp.ClientHttpProxyError):
+            return DataError(
+                f"{url}: the proxy refuses ({cause.status} {cause.message}); check HTTPS_PROXY and HTTP_PROXY"
+            )
+        unknown = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
+        if unknown and not answered:
+            proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
+            name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
+            return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror})")
+    if isinstance(error, parsers.ResponseParserError):
+        return None if answered else DataError(f"{url}: {where} does not answer as S3 does ({describe(error)[:200]})")
+    if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
+        if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
+            return None
+        return DataError(f"{url}: no request can be made: {describe(error)}{_value_of('AWS_CA_BUNDLE')}")
+    if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
+        return DataError(f"{url}: {describe(error)}; {where}")
+    return None
+
+
+def _passing_errors() -> tuple[type[Exception], ...]:
+    from botocore import exceptions
+
+    return (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        exceptions.ChecksumError,
+        exceptions.ReadTimeoutError,
+        exceptions.ResponseStreamingError,
+    )
+
+
+def _value_of(name: str) -> str:
+    return f" ({name}={os.environ[name]})" if os.environ.get(name) else ""
+
+
+def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | None:
+    """The same for an answer of the store, whose own words are repeated."""
+    code, status = error_code(error), status_of(error)
+    words = " ".join(str(_response(error).get("Error", {}).get("Message", "")).split())
+    said = f"{code}: {words}" if words else code
+    path = urlsplit(endpoint()).path.strip("/")
+    hint = f" (its path {path!r} stands before the bucket)" if path else ""
+    if code in TRANSIENT or status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS):
+        return None
+    if code in PATH_STYLE:
+        return Denied(
+            f"{url}: {endpoint()} wants the bucket in the host name ({said}): write `s3 =` and below it, indented, "
+            "`addressing_style = virtual` into the profile of AWS_CONFIG_FILE (by default ~/.aws/config)"
+        )
+    if code in DENIED or status in (401, 403):
+        return Denied(
+            f"{url}: {endpoint()} denies access to bucket {bucket!r} (HTTP {status}, {said}); check "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and what they may do there"
+        )
+    if code == "NoSuchBucket":
+        return DataError(
+            f"{url}: the bucket {bucket!r} does not exist at {endpoint()}; check the name and "
+            f"{endpoint_variable()}{hint}"
+        )
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return Missing(f"{url}: no such object in bucket {bucket!r} at {endpoint()}{hint}")
+    if code in ("PreconditionFailed", "412"):
+        return Changed(f"{url}: the object changed since it was indexed (its ETag differs); run `cascade index` again")
+    if code in ("InvalidRange", "416"):
+        return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
+    if code in REGION or status in (301, 307):
+        return DataError(f"{url}: bucket {bucket!r} lives in another region ({said}); set AWS_DEFAULT_REGION")
+    return DataError(f"{url}: {endpoint()} refuses the request: {describe(client_error(error))}")
+
+
+def advice(error: BaseException) -> str:
+    """What to look at when this outage lasts; empty where nothing can be said."""
+    from botocore import exceptions
+
+    if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in _chain(error)):
+        return "; check HTTPS_PROXY and HTTP_PROXY, or name the store's host in NO_PROXY"
+    return ""
