@@ -34,6 +34,8 @@ class FaultProxy:
     """Which requests (method, path) faults apply to; the others pass."""
     choose: Callable[[str, str, str], str] | None = None
     """(method, path, range) -> fault, instead of a plan."""
+    words: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Status -> the code and message of such an error answer."""
     log: list[tuple[str, str, str, str]] = field(default_factory=list)
     _plan: list[str] = field(default_factory=list, init=False)
 
@@ -114,7 +116,7 @@ class FaultProxy:
         if kind == "status":
             async for _ in _body(reader, head, method):
                 pass
-            writer.write(_error(int(argument), method))
+            writer.write(_error(int(argument), method, self.words))
             await writer.drain()
             return True
         behind, to_server = await asyncio.open_connection(self.host, self.port_behind, limit=1 << 20)
@@ -196,8 +198,9 @@ async def _body(
             yield data
 
 
-def _error(code: int, method: str) -> bytes:
-    body = f"<Error><Code>{CODES.get(code, 'Injected')}</Code><Message>injected</Message></Error>".encode()
+def _error(code: int, method: str, words: dict[int, tuple[str, str]]) -> bytes:
+    name, message = words.get(code, (CODES.get(code, "Injected"), "injected"))
+    body = f"<Error><Code>{name}</Code><Message>{message}</Message></Error>".encode()
     head = f"HTTP/1.1 {code} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)
 

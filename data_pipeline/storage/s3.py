@@ -41,8 +41,6 @@ PART = 64 << 20
 """Bytes per part of a multipart upload, and the size from which one is used."""
 PAGE = 1000
 """Objects per page of a listing."""
-DELETIONS = 16
-"""Objects removed at a time."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
 FIRST_CONTACT_S = 30.0
@@ -51,6 +49,8 @@ FIRST_CONTACT_S = 30.0
 _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}
 _answered = False
+_one_by_one: set[str] = set()
+"""Buckets whose store has refused a multi-object delete."""
 
 
 def split(url: str) -> tuple[str, str]:
@@ -352,19 +352,25 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
 
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`, each by a request of its own, since not all stores can remove several at
-    once; missing ones are no error."""
+    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes
+    (Google Cloud Storage, some that want a Content-MD5) get one request per object."""
     bucket, _ = split(url)
-
-    def one(key: str) -> None:
-        with contextlib.suppress(Missing):
-            call(url, "delete_object", patience, Bucket=bucket, Key=key)
-
-    if len(keys) == 1:
-        return one(keys[0])
-    with ThreadPoolExecutor(DELETIONS) as pool:
-        for _ in pool.map(one, keys):
-            pass
+    for start in range(0, len(keys), PAGE):
+        batch = keys[start : start + PAGE]
+        if len(batch) > 1 and bucket not in _one_by_one:
+            objects = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
+            try:
+                answer = call(url, "delete_objects", patience, Bucket=bucket, Delete=objects)
+            except Denied:
+                raise
+            except DataError:
+                _one_by_one.add(bucket)
+            else:
+                for kept in answer.get("Errors", []):
+                    raise DataError(f"s3://{bucket}/{kept['Key']}: {endpoint()} did not delete it ({kept['Code']})")
+                continue
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: call(url, "delete_object", patience, Bucket=bucket, Key=key), batch))
 
 
 def forget() -> None:
@@ -372,4 +378,5 @@ def forget() -> None:
     global _answered
     with _lock:
         _filesystems.clear()
+        _one_by_one.clear()
         _answered = False

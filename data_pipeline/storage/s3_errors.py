@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_pipeline.errors import CascadeError, DataError
-from data_pipeline.retry import describe
+from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.storage.retry import describe
 
 DENIED = {
     "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",

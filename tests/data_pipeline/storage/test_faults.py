@@ -6,6 +6,7 @@ All of it against moto, and against Ceph's radosgw where its packages are instal
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -237,6 +238,55 @@ def test_a_store_without_multi_object_delete(url: str, proxy: FaultProxy) -> Non
     assert store.sizes(f"{folder}/d") == {"3": 1} and store.sizes(folder) == {"d": -1, "object": len(DATA)}
     store.remove_files(f"{folder}/d", ["3", "2"], QUICK)
     assert [entry[0] for entry in proxy.log].count("POST") == 1, "it has learned"
+
+
+DRIP = Patience(stall_s=0.3, deadline_s=3, base_s=0.01, cap_s=0.02)
+
+
+def test_a_few_bytes_before_each_silence_do_not_put_off_the_deadline(url: str, proxy: FaultProxy) -> None:
+    proxy.plan([], default="stall:100")
+    with pytest.raises(StoreError, match=r"no progress for .* Timeout"):
+        store.read_range(url, 0, len(DATA), patience=DRIP)
+    assert 5 < len(proxy.log) < 30
+
+
+def test_a_pause_of_the_reader_is_no_silence_of_the_store(url: str, proxy: FaultProxy) -> None:
+    with store.open_stream(url, patience=Patience(stall_s=5, deadline_s=0.3, base_s=0.01, cap_s=0.01)) as stream:
+        first = stream.read(1000)
+        proxy.plan(["reset-head", "ok"])
+        stream.close()
+        time.sleep(0.5)
+        assert first + stream.read() == DATA
+
+
+def test_credentials_that_a_helper_renews_are_read_again(
+    url: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "credentials"
+    good = "[default]\n"
+    for name in ("access_key_id", "secret_access_key"):
+        good += f"aws_{name} = {os.environ[f'AWS_{name.upper()}']}\n"
+        monkeypatch.delenv(f"AWS_{name.upper()}")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    file.write_text(re.sub("secret_access_key = .*", "secret_access_key = outdated", good))
+    s3.forget()
+    with pytest.raises(DataError, match="HTTP 403"):
+        store.read_range(url, 0, 10, patience=QUICK)
+    assert len(proxy.log) == 1, "the same credentials are not tried twice"
+    with store.open_stream(url, patience=QUICK) as stream:
+        file.write_text(good)
+        assert stream.read() == DATA
+    monkeypatch.setattr(proxy, "words", {403: ("ExpiredToken", "The provided token has expired.")})
+    proxy.plan([], default="status:403")
+    with pytest.raises(DataError, match=r"ExpiredToken: The provided token has expired\."):
+        store.size(url, QUICK)  # an answer to HEAD has no words, one to GET has
+
+
+def test_a_store_for_virtual_hosts_says_so(url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "words", {403: ("SecondLevelDomainForbidden", "use virtual hosted style")})
+    proxy.plan([], default="status:403")
+    with pytest.raises(DataError, match=r"use virtual hosted style.*addressing_style = virtual"):
+        store.size(url, QUICK)
 
 
 def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) -> None:
