@@ -130,10 +130,10 @@ def _renew(used: Any) -> bool:
     every hour; the next request takes them."""
     with _lock:
         current = _filesystems.get(os.getpid())
-    if current is not used:
+    if current is None or current is not used:
         return True  # another thread found them
     try:
-        changed = asyncio.run_coroutine_threadsafe(_have_changed(used), used.loop).result()
+        changed = asyncio.run_coroutine_threadsafe(_have_changed(used), current.loop).result()
     except Exception:  # none at all any more: what the store said remains the answer
         return False
     if changed:

@@ -163,8 +163,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             return DataError(
                 f"{url}: the proxy refuses ({cause.status} {cause.message}); check HTTPS_PROXY and HTTP_PROXY"
             )
-        unknown = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
-        if unknown and not answered:
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME and not answered:
             proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
             name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
             return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror})")
