@@ -11,18 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
-    "checkpoint",
-    "writer",
-    "session",
-    "tracking",
-    "watchdog",
-    "resilience",
-    "run_dir",
-    "validation",
     "train",
-    "plain_engine",
-    "checkpoints",
-    "doctor",
+    "checkpoint/store",
+    "checkpoint/writer",
+    "engine/plain",
+    "processes/endings",
+    "run/directory",
+    "run/session",
+    "run/tracking",
+    "run/validation",
+    "run/watchdog",
+    "commands/checkpoints",
+    "plan/doctor",
 )
 ENDING = {"CheckpointError", "Superseded", "NotFinite", "RankLost", "DataError", "ConfigError", "UserError", "kind"}
 PLACE = re.compile(r"%[-\d.]*[sdgrf]|%\(\w+\)s")
