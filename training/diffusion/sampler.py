@@ -23,7 +23,7 @@ from training.diffusion.schedule import EDM_SIGMA_MAX, EDM_SIGMA_MIN, Schedule
 RHO = 7.0
 
 
-def alpha_sigma(log_snr: float) -> tuple[float, float]:
+def alpha_sigma_at(log_snr: float) -> tuple[float, float]:
     """alpha and sigma of one log-SNR as Python floats."""
     return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
@@ -55,8 +55,8 @@ def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
 
 def ddim_step(z: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
     """alpha_s x0 + sigma_s eps with eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0)."""
-    alpha, sigma = alpha_sigma(now)
-    alpha_s, sigma_s = alpha_sigma(then)
+    alpha, sigma = alpha_sigma_at(now)
+    alpha_s, sigma_s = alpha_sigma_at(then)
     return sigma_s / sigma * z + (alpha_s - alpha * sigma_s / sigma) * x0
 
 
@@ -65,8 +65,8 @@ def posterior(now: float, then: float) -> tuple[float, float, float, float]:
 
     Imagen, appendix A; Kingma et al. 2021, equations 2-5.
     """
-    alpha, sigma = alpha_sigma(now)
-    alpha_s, sigma_s = alpha_sigma(then)
+    alpha, sigma = alpha_sigma_at(now)
+    alpha_s, sigma_s = alpha_sigma_at(then)
     fresh = -math.expm1(now - then)
     keep = math.exp(now - then) * alpha_s / alpha
     return keep, fresh * alpha_s, fresh * sigma_s**2, fresh * sigma**2
@@ -90,8 +90,8 @@ def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now
 def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) -> Tensor:
     """Heun's rule (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays
     bounded."""
-    alpha, sigma = alpha_sigma(now)
-    alpha_s, sigma_s = alpha_sigma(then)
+    alpha, sigma = alpha_sigma_at(now)
+    alpha_s, sigma_s = alpha_sigma_at(then)
     width = math.atan2(sigma_s, alpha_s) - math.atan2(sigma, alpha)
     slope = (alpha * z - x0) / sigma
     ahead = z + width * slope
@@ -147,7 +147,7 @@ def sample(
         return x0 if mask is None or init is None else torch.where(mask, x0, init)
 
     noise = random.normal(key, rows, Stream.SAMPLE_START, inner) if start_noise is None else start_noise
-    alpha, sigma = alpha_sigma(levels[0])
+    alpha, sigma = alpha_sigma_at(levels[0])
     whole = init is None or (mask is None and strength == 1.0)
     z = noise if whole else alpha * init + sigma * noise  # type: ignore[operator]
     before, past = None, levels[0]

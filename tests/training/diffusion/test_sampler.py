@@ -13,7 +13,7 @@ from torch import Tensor
 from training.config.diffusion import SAMPLERS, DiffusionConfig, SamplerConfig
 from training.diffusion.denoiser import Denoise, guided
 from training.diffusion.objective import loss
-from training.diffusion.sampler import alpha_sigma, dpmpp_2m_step, grid, posterior, sample, sample_stage, threshold
+from training.diffusion.sampler import alpha_sigma_at, dpmpp_2m_step, grid, posterior, sample, sample_stage, threshold
 from training.diffusion.schedule import Schedule
 
 MEAN, SPREAD = 0.3, 0.5
@@ -23,20 +23,20 @@ EXACT = [-0.7016268921, -0.2008874620, 0.2998519681, 0.8005913982, 1.3013308283]
 
 def gaussian(z: Tensor, log_snr: float) -> Tensor:
     """E[x0 | z] for x0 ~ N(MEAN, SPREAD^2)."""
-    alpha, sigma = alpha_sigma(log_snr)
+    alpha, sigma = alpha_sigma_at(log_snr)
     return (MEAN * sigma**2 + alpha * SPREAD**2 * z) / (alpha**2 * SPREAD**2 + sigma**2)
 
 
 def flow(t: float) -> Tensor:
     """Exact solutions of the probability-flow equation at time t, for z in -2 ... 2."""
-    alpha, sigma = alpha_sigma(Schedule().log_snr_at(t))
+    alpha, sigma = alpha_sigma_at(Schedule().log_snr_at(t))
     z = torch.tensor([-2.0, -1, 0, 1, 2], dtype=torch.float64)
     return alpha * MEAN + math.sqrt((alpha * SPREAD) ** 2 + sigma**2) * z
 
 
 def integrate(name: str, steps: int, spacing: str = "time") -> Tensor:
     """The flow's solutions carried from t = .98 to t = .02."""
-    _, sigma = alpha_sigma(Schedule().log_snr_at(0.98))
+    _, sigma = alpha_sigma_at(Schedule().log_snr_at(0.98))
     return sample(
         gaussian, (1, 1, 1, 5), config=CONFIG,
         sampler=SamplerConfig(name=name, steps=steps, spacing=spacing, threshold="none"), seeds=[0],
@@ -99,7 +99,7 @@ def test_posterior_of_six_tenths_to_five_tenths() -> None:
 
 def test_two_points_are_found_and_dynamic_threshold_is_inactive() -> None:
     def two_points(z: Tensor, log_snr: float) -> Tensor:
-        alpha, sigma = alpha_sigma(log_snr)
+        alpha, sigma = alpha_sigma_at(log_snr)
         return torch.tanh(alpha * z / sigma**2)
 
     assert two_points(torch.tensor(0.3), 0.0).item() == pytest.approx(0.4005165892, abs=1e-6)
