@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import CaptionConfig
-from data_pipeline.order.chance import below, uniform
+from data_pipeline.order.chance import hash_below, hash_uniform
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>|<!--[^<>]{0,500}-->")
 _URL = re.compile(r"(?:https?://|www\.)\S+")
@@ -59,9 +59,9 @@ def choose_from(sample: Mapping[str, Any], config: CaptionConfig, seed: int, pos
     if not found:
         raise problem or BadSample("missing_caption", _what_lies_beside(sample, config))
     bounds = list(accumulate(weight for weight, *_ in found))
-    number = bisect(bounds, uniform(seed, position, "caption source") * bounds[-1])
+    number = bisect(bounds, hash_uniform(seed, position, "caption source") * bounds[-1])
     _, source, texts = found[min(number, len(found) - 1)]
-    return Caption(texts[below(len(texts), seed, position, "caption text")], source)
+    return Caption(texts[hash_below(len(texts), seed, position, "caption text")], source)
 
 
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:

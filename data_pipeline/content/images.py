@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.resize import box_average, resize_square
-from data_pipeline.order.chance import below, uniform
+from data_pipeline.order.chance import hash_below, hash_uniform
 
 __all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
 
@@ -93,7 +93,7 @@ def training_pair(
     left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
     scale = length / size
     high = resize_square(picture, x + left * scale, y + top * scale, side * scale, side)
-    if flip and uniform(seed, position, "flip") < flip:
+    if flip and hash_uniform(seed, position, "flip") < flip:
         high = np.ascontiguousarray(high[:, ::-1])
     return high, box_average(high, factor) if low_res_size else None
 
@@ -326,7 +326,7 @@ def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float,
     room = right - left - side, bottom - top - side
     if crop == "center":
         return left + room[0] / 2, top + room[1] / 2, side
-    share = uniform(seed, position, "crop")
+    share = hash_uniform(seed, position, "crop")
     x, y = (math.floor(share * (math.floor(free) + 1)) for free in room)
     return left + x, top + y, side
 
@@ -335,7 +335,7 @@ def _window(size: int, window: int, factor: int, crop: str, seed: int, position:
     """(left, top, side) of the training window inside the resized picture, on multiples of `factor`."""
     places = (size - window) // factor + 1
     if crop == "random":
-        column, row = (below(places, seed, position, f"window {axis}") for axis in "xy")
+        column, row = (hash_below(places, seed, position, f"window {axis}") for axis in "xy")
     else:
         column = row = (places - 1) // 2
     return column * factor, row * factor, window

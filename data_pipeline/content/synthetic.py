@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_pipeline.order.chance import bits, uniform
+from data_pipeline.order.chance import hash_bits, hash_uniform
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
@@ -119,7 +119,7 @@ def parse(text: str) -> ShapeSpec | None:
 def _heldout_singles() -> frozenset[tuple[str, Thing]]:
     """The (background, object) pairs that no training picture holds: the lowest hashes, so the set never moves."""
     singles = [(background, thing) for background in BACKGROUNDS for thing in _things()]
-    order = sorted(singles, key=lambda single: bits(_HELDOUT_SALT, 0, f"heldout {single[1]} on {single[0]}"))
+    order = sorted(singles, key=lambda single: hash_bits(_HELDOUT_SALT, 0, f"heldout {single[1]} on {single[0]}"))
     return frozenset(order[: round(HELDOUT_SHARE * len(singles))])
 
 
@@ -157,13 +157,13 @@ def spec_at(index: int, seed: int, heldout: bool = False, objects: int = 1) -> S
 
 @lru_cache(maxsize=8)
 def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
-    return tuple(sorted(range(count), key=lambda i: bits(seed, cycle * count + i, "synthetic order")))
+    return tuple(sorted(range(count), key=lambda i: hash_bits(seed, cycle * count + i, "synthetic order")))
 
 
 def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
     """Picture number `index` of a split, uint8 (size, size, 3), and what it shows."""
     spec = spec_at(index, seed, heldout, objects)
-    return draw(spec, size, bits(seed, index, f"synthetic place {heldout} {objects}")), spec
+    return draw(spec, size, hash_bits(seed, index, f"synthetic place {heldout} {objects}")), spec
 
 
 def draw(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
@@ -200,7 +200,7 @@ def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float]
         centre = [
             0.5
             + sign * direction[axis] * PAIR_DISTANCE
-            + reach * (2 * uniform(seed, number, f"synthetic jitter {axis}") - 1)
+            + reach * (2 * hash_uniform(seed, number, f"synthetic jitter {axis}") - 1)
             for axis in (0, 1)
         ]
         places.append((thing, (centre[0], centre[1]), SIZES[thing.size] * (1.0 if alone else PAIR_SCALE)))

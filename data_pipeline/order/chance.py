@@ -1,12 +1,12 @@
-"""Random numbers as pure functions of (seed, position, stream): no state, so nothing to save, nothing to share."""
+"""Random numbers as pure functions of (seed, position, stream): there is no state to save or share."""
 
 from __future__ import annotations
 
 import hashlib
 
 
-def bits(seed: int, position: int, stream: str) -> int:
-    """64 hashed bits, the same on every machine and in every process.
+def hash_bits(seed: int, position: int, stream: str) -> int:
+    """64 random bits (BLAKE2b), the same on every machine and in every process.
 
     Args:
         seed: the run's seed, any integer.
@@ -17,11 +17,11 @@ def bits(seed: int, position: int, stream: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def uniform(seed: int, position: int, stream: str) -> float:
-    """A number in [0, 1) with 53 random bits."""
-    return (bits(seed, position, stream) >> 11) * 2.0**-53
+def hash_uniform(seed: int, position: int, stream: str) -> float:
+    """A number in [0, 1) with 53 random bits. Arguments as for `hash_bits`."""
+    return (hash_bits(seed, position, stream) >> 11) * 2.0**-53
 
 
-def below(limit: int, seed: int, position: int, stream: str) -> int:
-    """An integer in [0, limit); the bias is below limit / 2^64."""
-    return bits(seed, position, stream) % limit
+def hash_below(limit: int, seed: int, position: int, stream: str) -> int:
+    """An integer in [0, limit); the bias is below limit / 2^64. Other arguments as for `hash_bits`."""
+    return hash_bits(seed, position, stream) % limit
