@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
 from training.text.identity import fetch_hint
-from training.text.words import normalise, split_words, token_vectors
+from training.text.words import normalise_word, split_words, token_vectors
 
 if TYPE_CHECKING:
     from training.config.experiment import TextConfig
@@ -134,7 +134,7 @@ class WordEncoder(TextEncoder):
         return [torch.from_numpy(self._rows(caption)).to(self.device) for caption in captions]
 
     def _rows(self, caption: str) -> np.ndarray:
-        words = [normalise(caption[start:end]) for start, end in split_words(caption)[: self.max_tokens]]
+        words = [normalise_word(caption[start:end]) for start, end in split_words(caption)[: self.max_tokens]]
         return token_vectors(words, self.dim)
 
     def _token_spans(self, caption: str) -> list[tuple[int, int]]:

@@ -62,7 +62,7 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return [(start, start + len(text[start:end].rstrip(_JOINERS))) for start, end in spans]
 
 
-def normalise(word: str) -> str:
+def normalise_word(word: str) -> str:
     """One spelling per word: compatibility forms folded (NFKC), case removed."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
 

@@ -15,7 +15,7 @@ from training.config.experiment import TextConfig
 from training.text import encoder as text_encoder
 from training.text import words
 from training.text.encoder import T5Encoder, WordEncoder, build_text_encoder
-from training.text.words import hash_vector, normalise, split_words, token_vectors, word_vector
+from training.text.words import hash_vector, normalise_word, split_words, token_vectors, word_vector
 
 CAPTION = "a large red circle on a white background"
 
@@ -57,8 +57,8 @@ def test_split_words(text: str, expected: list[str]) -> None:
 
 
 def test_normalise_gives_one_spelling() -> None:
-    assert normalise("ＲＥＤ") == normalise("Red") == "red"
-    assert normalise("cafe\u0301") == normalise("CAFÉ")
+    assert normalise_word("ＲＥＤ") == normalise_word("Red") == "red"
+    assert normalise_word("cafe\u0301") == normalise_word("CAFÉ")
 
 
 def test_hash_vector_is_fixed_for_ever() -> None:
