@@ -14,7 +14,7 @@ import xxhash
 
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import DataConfig
-from data_pipeline.order.chance import below
+from data_pipeline.order.chance import hash_below
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.tar import Gunzip
@@ -201,10 +201,10 @@ def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Itera
     """Places to try instead of a bad sample, always the same: first in its own shard, then anywhere."""
     for attempt in range(_ANYWHERE):
         if attempt < _SAME_SHARD:
-            yield shard, below(int(dataset.counts[shard]), seed, position, f"substitute/{attempt}")
+            yield shard, hash_below(int(dataset.counts[shard]), seed, position, f"substitute/{attempt}")
         else:
             ends = np.cumsum(dataset.counts)
-            place = below(dataset.samples, seed, position, f"substitute/{attempt}")
+            place = hash_below(dataset.samples, seed, position, f"substitute/{attempt}")
             other = int(np.searchsorted(ends, place, side="right"))
             yield other, int(place - (ends[other] - dataset.counts[other]))
 
