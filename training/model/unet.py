@@ -34,14 +34,14 @@ from training.model.layers import (
     zeroed,
 )
 
-SHAPES = 64
-"""Shapes that one kind of block is compiled for: the distinct blocks of a U-Net, for some micro-batch sizes."""
+RECOMPILE_LIMIT = 64
+"""Shapes that torch.compile specialises one kind of block for: the distinct blocks of a U-Net at a few batch sizes."""
 
 
-class Unit(nn.Module):
-    """One step of the way through the U-Net: a residual block with its attentions, or a change of resolution.
+class UNetBlock(nn.Module):
+    """One step through the U-Net: a residual block with its attention layers, or a change of resolution.
 
-    `skip`: on the way down, the output is kept; on the way up, a kept one is concatenated to the input.
+    `skip`: on the way down the output is kept; on the way up a kept output is concatenated to the input.
     """
 
     def __init__(self, main: ResBlock | DownConv | UpConv, attentions: Sequence[Attention] = (), *, skip: bool = False):
@@ -51,7 +51,7 @@ class Unit(nn.Module):
         self.skip = skip
 
     def forward(self, h: Tensor, cond: Tensor, text: Tensor, text_mask: Tensor, *kept: Tensor) -> Tensor:
-        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T), perhaps a kept output ->
+        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T), optionally a kept output ->
         (B, C', H', W')."""
         h = self.main(h, cond, *kept)
         for attention in self.attentions:
@@ -87,52 +87,52 @@ def residual(config: UNetConfig, channels: int, out_channels: int, resample: str
     )
 
 
-def level_units(config: UNetConfig, level: int, channels: int, skips: Sequence[int]) -> list[Unit]:
-    """The residual blocks of one level; `skips[j]`: channels concatenated before block j (0: none)."""
-    width, units = config.widths[level], []
+def level_blocks(config: UNetConfig, level: int, channels: int, skips: Sequence[int]) -> list[UNetBlock]:
+    """The residual blocks of one level; `skips[j]` channels are concatenated before block j (0: none)."""
+    width, blocks = config.widths[level], []
     for j, extra in enumerate(skips):
         attend = config.attention_every_block or j == len(skips) - 1
-        block = residual(config, (channels if j == 0 else width) + extra, width)
-        units.append(Unit(block, attentions(config, level) if attend else (), skip=extra > 0))
-    return units
+        main = residual(config, (channels if j == 0 else width) + extra, width)
+        blocks.append(UNetBlock(main, attentions(config, level) if attend else (), skip=extra > 0))
+    return blocks
 
 
-def base_units(config: UNetConfig) -> tuple[list[Unit], list[Unit], list[Unit]]:
+def base_blocks(config: UNetConfig) -> tuple[list[UNetBlock], list[UNetBlock], list[UNetBlock]]:
     """Way down, middle and way up of the base U-Net."""
     widths, depth = config.widths, len(config.widths)
-    down: list[Unit] = []
-    up: list[Unit] = []
+    down: list[UNetBlock] = []
+    up: list[UNetBlock] = []
     for i, width in enumerate(widths):
-        level = level_units(config, i, widths[max(i - 1, 0)], [0] * config.blocks[i])
-        for unit in level:
-            unit.skip = True
+        level = level_blocks(config, i, widths[max(i - 1, 0)], [0] * config.blocks[i])
+        for block in level:
+            block.skip = True
         down += level
         if i < depth - 1:
-            down.append(Unit(residual(config, width, width, "down")))
+            down.append(UNetBlock(residual(config, width, width, "down")))
     last = widths[-1]
     middle = [
-        Unit(residual(config, last, last), attentions(config, depth - 1)),
-        Unit(residual(config, last, last)),
+        UNetBlock(residual(config, last, last), attentions(config, depth - 1)),
+        UNetBlock(residual(config, last, last)),
     ]
     for i in reversed(range(depth)):
-        up += level_units(config, i, widths[i], [widths[i]] * config.blocks[i])
+        up += level_blocks(config, i, widths[i], [widths[i]] * config.blocks[i])
         if i > 0:
-            up.append(Unit(residual(config, widths[i], widths[i - 1], "up")))
+            up.append(UNetBlock(residual(config, widths[i], widths[i - 1], "up")))
     return down, middle, up
 
 
-def efficient_units(config: UNetConfig) -> tuple[list[Unit], list[Unit], list[Unit]]:
+def efficient_blocks(config: UNetConfig) -> tuple[list[UNetBlock], list[UNetBlock], list[UNetBlock]]:
     """Way down, (empty) middle and way up of the Efficient U-Net."""
     widths = config.widths
-    down: list[Unit] = []
-    up: list[Unit] = []
+    down: list[UNetBlock] = []
+    up: list[UNetBlock] = []
     for i, width in enumerate(widths):
-        down.append(Unit(DownConv(widths[max(i - 1, 0)], width)))
-        down += level_units(config, i, width, [0] * config.blocks[i])
+        down.append(UNetBlock(DownConv(widths[max(i - 1, 0)], width)))
+        down += level_blocks(config, i, width, [0] * config.blocks[i])
         down[-1].skip = True
     for i in reversed(range(len(widths))):
-        up += level_units(config, i, widths[i], [widths[i]] + [0] * (config.blocks[i] - 1))
-        up.append(Unit(UpConv(widths[i], widths[max(i - 1, 0)])))
+        up += level_blocks(config, i, widths[i], [widths[i]] + [0] * (config.blocks[i] - 1))
+        up.append(UNetBlock(UpConv(widths[i], widths[max(i - 1, 0)])))
     return down, [], up
 
 
@@ -157,7 +157,7 @@ class UNet(nn.Module):
         self.text_pool = TextPool(width, config.cond_dim, config.text_pool_heads)
 
         self.stem = nn.Conv2d(pixels * (2 if config.low_res else 1), top, 3, padding=1)
-        down, middle, up = efficient_units(config) if config.efficient else base_units(config)
+        down, middle, up = efficient_blocks(config) if config.efficient else base_blocks(config)
         self.down, self.middle, self.up = nn.ModuleList(down), nn.ModuleList(middle), nn.ModuleList(up)
         end = 2 * top if config.efficient else top
         self.norm_out = group_norm(end)
@@ -169,11 +169,11 @@ class UNet(nn.Module):
         null = self.null_text.to(text.dtype).expand(len(text), 1, -1)
         return torch.cat([null, text], dim=1), F.pad(text_mask, (1, 0), value=True)
 
-    def run(self, unit: nn.Module, *inputs: Tensor) -> Tensor:
-        """One unit, recomputed in the backward pass if the config says so."""
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """One block, recomputed in the backward pass if the config says so."""
         if self.config.checkpoint_blocks and self.training and torch.is_grad_enabled():
-            return checkpoint(unit, *inputs, use_reentrant=False)
-        return unit(*inputs)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def forward(
         self,
@@ -207,16 +207,16 @@ class UNet(nn.Module):
 
         h = first = self.stem(folded(x.to(dtype), self.config.patch))  # (B, C, H / p, W / p)
         skips: list[Tensor] = []
-        for unit in self.down:
-            h = self.run(unit, h, cond, words, mask)
-            if unit.skip:
+        for block in self.down:
+            h = self.run(block, h, cond, words, mask)
+            if block.skip:
                 skips.append(h)
-        for unit in self.middle:
-            h = self.run(unit, h, cond, words, mask)
-        for unit in self.up:
+        for block in self.middle:
+            h = self.run(block, h, cond, words, mask)
+        for block in self.up:
             # Without a middle, h is the tensor that was kept: concatenated with itself it would lose channels-last.
-            kept = [skips.pop().view_as(h)] if unit.skip else []
-            h = self.run(unit, h, cond, words, mask, *kept)
+            kept = [skips.pop().view_as(h)] if block.skip else []
+            h = self.run(block, h, cond, words, mask, *kept)
         return self.head(h, *([first] if self.config.efficient else []))
 
     def head(self, *parts: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class UNet(nn.Module):
         for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled. Left
         to itself, inductor lays out blocks that narrow strongly as NCHW, for which convolutions convert back and forth.
         """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         options: dict[str, Any] = {"dynamic": False, "backend": backend}
         if backend == "inductor":
             options["options"] = {"force_layout_optimization": True}

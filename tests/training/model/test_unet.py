@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.config.unet import PRESETS, UNetConfig
 from training.model.layers import Attention, DownConv, ResBlock
-from training.model.unet import UNet, Unit, record_attention
+from training.model.unet import UNet, UNetBlock, record_attention
 
 BASE = replace(
     PRESETS["tiny_base"], text_width=24, self_attention=(True, True), cross_attention=(False, True), ff_mult=1
@@ -238,7 +238,7 @@ def test_channels_stay_last(kind: str, patch: int) -> None:
     net, given = build(config), inputs(config)
     found: dict[str, Any] = {}
     for name, module in net.named_modules():
-        if isinstance(module, (Unit, nn.Conv2d)):
+        if isinstance(module, (UNetBlock, nn.Conv2d)):
             module.register_forward_hook(lambda *args, name=name: found.setdefault(name, args[-1]))
     net(**channels_last(given))
     astray = [name for name, h in found.items() if not h.is_contiguous(memory_format=torch.channels_last)]
