@@ -10,17 +10,18 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from data_pipeline.common import python
 from data_pipeline.common.errors import ConfigError, UserError
 from training.cli.compose import composed, validate
 from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
+from training.plan.checks import check_named
 from training.processes.endings import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
@@ -126,6 +127,7 @@ def write(entry: str, words: list[str], script: str | None, separate: str = "") 
         words.append(f"run.dir={cfg.run.dir}/{separate}")
         cfg = composed(verb, words)
     config = validate(verb, cfg)
+    check_named(verb, config)
     if config.cluster.processes < 1:
         raise ConfigError("cluster.processes=0: a Slurm job needs the number of processes per node (usually its GPUs)")
     if script and Path(script).suffix == ".yaml":
@@ -167,7 +169,7 @@ def render(job: Job, title: str) -> str:
         else "--nodes=1 --ntasks=1"
     )
     cpus = f" --cpus-per-task={cpus_per_task(job)}" if cluster.cpus_per_task else ""
-    command = [sys.executable, "-m", "training.cli", job.verb]
+    command = [*python.module("training.cli"), job.verb]
     command += ["--config-dir", str(job.settings.parent), "--config-name", job.settings.stem]
     values = {
         "title": title,
@@ -250,6 +252,8 @@ def environment(job: Job) -> list[str]:
     cluster = job.config.cluster
     threads = cluster.threads or cluster.cpus_per_task
     lines = [f"export OMP_NUM_THREADS={threads}"] if threads else []
+    if path := python.environment().get("PYTHONPATH"):  # a checkout that is not installed
+        lines.append(f"export PYTHONPATH={shlex.quote(path)}")
     if is_distributed(job):
         lines += [
             "export CASCADE_SRUN=1  # rank, local rank and world size are Slurm's",

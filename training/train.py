@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
+from training.plan.checks import check_named
 from training.processes.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
 from training.processes.endings import (
     EXIT_HUNG,
@@ -44,6 +45,7 @@ def main(config: Experiment) -> dict[str, Any]:
         NotFinite: `train.max_skipped` steps in a row could not be applied, also after going back to a checkpoint.
         RankLost: another process died, or did not answer within the time-outs.
     """
+    check_named("train", config)
     ranks = read_ranks()
     if ranks is None:
         run = RunDir(config)

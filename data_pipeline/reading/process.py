@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from data_pipeline.common import python
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.reading.micro_batches import Decoding, MicroBatch, Work
 
@@ -84,8 +85,13 @@ class DecodingProcess:
     def __init__(self, work: Work) -> None:
         ours, theirs = socket.socketpair()
         self._rank, self._wire, self._closed = work.rank, Wire(ours), False
-        environ = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-        command = [sys.executable, "-m", "data_pipeline.reading.process", str(theirs.fileno())]
+        environ = dict(
+            os.environ,
+            CUDA_VISIBLE_DEVICES="",
+            OMP_NUM_THREADS="1",
+            PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+        )
+        command = [*python.module("data_pipeline.reading.process"), str(theirs.fileno())]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # what is blocked stays so in the child
         try:
             self._process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)

@@ -9,27 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
-import conf
 from data_pipeline.common.errors import ConfigError
 from training.cli.explain import explain
-from training.cli.fields import keys_of
+from training.cli.overrides import CONF_DIR, normalise
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
+from training.config.plain import from_plain
 from training.plan.checks import check
-
-CONF_DIR = Path(conf.__file__).parent
-ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
-"""Short names that read well on the command line."""
-OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
 
 
 @functools.cache
@@ -42,106 +34,6 @@ def register_schema(verb: str) -> None:
     configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"]})
 
 
-def groups() -> dict[str, list[str]]:
-    """Config groups and their options: the directories of conf/ (without recipe, whose files Hydra chooses)."""
-    found = {}
-    for folder in sorted(p for p in CONF_DIR.iterdir() if p.is_dir() and p.name not in ("__pycache__", "recipe")):
-        found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
-    return found
-
-
-def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra's grammar wants them.
-
-    * short names: `run=DIR`, `init_from=PATH`
-    * `debug=true`: the option `true` of the group `debug` (Hydra would read a truth value and refuse)
-    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], odd paths
-    * keys of free mappings (cluster.sbatch.qos=high) need no `+`
-
-    Raises:
-        ConfigError: a word that is not `key=value`.
-    """
-    return [_normalise_one(verb, word) for word in overrides]
-
-
-def _normalise_one(verb: str, word: str) -> str:
-    if word.startswith("~"):
-        return word
-    match = OVERRIDE.fullmatch(word)
-    if match is None:
-        raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
-    prefix, key, value = match["prefix"], match["key"], match["value"]
-    key = ALIASES.get(key, key)
-    if key in groups():
-        if value in ("", "null", "none", "None"):
-            raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
-        if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
-            value = f"'{value}'"
-    known = keys_of(COMMANDS[verb].config)
-    opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
-    if opened is not None:
-        prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
-    fixed = f"{prefix}{key}={value}"
-    return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
-
-
-def _options(group: str) -> str:
-    return f"the options of {group} are {', '.join(groups()[group])}"
-
-
-def _parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts))]
-
-
-def _mapping(value: str, numbers: bool) -> str:
-    """A YAML or JSON mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1} becomes
-    {json\\:caption: 1}.
-
-    Args:
-        numbers: its values are numbers, so that what follows the last colon is the value: {json:caption:1}.
-    """
-    if not re.fullmatch(r"\{.*:.*\}" if numbers else r"\{.*: .*\}", value):
-        return value
-    with contextlib.suppress(yaml.YAMLError):
-        pairs = yaml.safe_load(value)
-        if numbers:
-            pairs = dict(_split_number(str(k), v) for k, v in pairs.items())
-        if all(isinstance(v, (str, int, float)) for v in pairs.values()):
-            escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in pairs.items()}
-            return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
-    return value
-
-
-def _split_number(key: str, value: object) -> tuple[str, object]:
-    """YAML takes `json:caption:1`, without a space, for a name without a value."""
-    name, colon, last = key.rpartition(":")
-    return (name, yaml.safe_load(last)) if value is None and colon else (key, value)
-
-
-def _is_expression(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
-
-
-def _as_text(value: str) -> str:
-    """A value that Hydra cannot read, quoted; of [a=1,{0..9}.tar], each element."""
-    if value.startswith("[") and value.endswith("]"):
-        elements = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\{[^}]*\}|[^,])+", value[1:-1])
-        return "[" + ",".join(e if e[:1] in "'\"" else _quote(e.strip()) for e in elements) + "]"
-    return _quote(value)
-
-
-def _quote(value: str) -> str:
-    return "'" + value.replace("'", "\\'") + "'"
-
-
 def validate(verb: str, cfg: DictConfig) -> Experiment:
     """The composed config as the verb's dataclass, checked.
 
@@ -151,8 +43,7 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
     root = COMMANDS[verb].config
     try:
         plain = _at_home(OmegaConf.to_container(cfg, resolve=True))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(root), plain))
-        assert isinstance(config, Experiment)
+        config = from_plain(root, plain)
         _check_finite(plain)
         check(verb, config)
     except ConfigError:

@@ -8,7 +8,48 @@ import typing
 from collections.abc import Iterator
 
 from training.cli.fields import Key, keys_of, type_words
+from training.cli.overrides import groups
 from training.config.commands import COMMANDS, LaunchCommand
+
+SYNONYMS = {
+    "batch_size": "data.global_batch",
+    "train_batch_size": "data.global_batch",
+    "per_device_train_batch_size": "data.micro_batch",
+    "micro_batch_size": "data.micro_batch",
+    "learning_rate": "optimizer.lr",
+    "max_steps": "train.steps",
+    "max_train_steps": "train.steps",
+    "num_steps": "train.steps",
+    "epochs": "train.steps (epochs x samples / data.global_batch)",
+    "num_epochs": "train.steps (epochs x samples / data.global_batch)",
+    "num_train_epochs": "train.steps (epochs x samples / data.global_batch)",
+    "gradient_accumulation_steps": "data.micro_batch (the rest of a rank's share is accumulated)",
+    "mixed_precision": "precision=bf16",
+    "resolution": "stage (stage=base64; the size is stage.image_size)",
+    "image_size": "stage.image_size",
+    "output_dir": "run.dir",
+    "train_data_dir": "data.shards (cascade prepare makes shards of a folder)",
+    "dataset": "data.shards",
+    "workers": "data.threads",
+    "num_workers": "data.threads",
+    "gpus": "cluster.processes",
+    "num_gpus": "cluster.processes",
+    "nproc_per_node": "cluster.processes",
+    "nnodes": "cluster.nodes",
+    "resume": "the same command again, which resumes by itself",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "cfg": "guidance",
+    "negative_prompt": "negative_prompts",
+    "num_images_per_prompt": "num_images",
+    "checkpoint_every": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "logging_steps": "train.log_every",
+    "ema_decay": "ema.decays",
+    "model": "stage",
+    "config": "experiment",
+}
+"""Names that other programs have for a setting -> ours (with a word where it is not the same)."""
 
 
 def explain(error: BaseException, root: type) -> str:
@@ -39,6 +80,10 @@ def _ambiguous(text: str, root: type) -> str:
     if not word:
         return ""
     key, _, value = word.partition("=")
+    known = keys_of(root).get(key.lstrip("+"))
+    if known is not None and known.is_text:
+        one = f"'{key}=\"{value}\"'"
+        return f"{word}: several values; write {one} for a text with a comma, or add --multirun for one run per value"
     return f"{word}: several values; write {key}=[{value}] for a list, or add --multirun for one run per value"
 
 
@@ -62,6 +107,8 @@ def _unknown_key(text: str, root: type) -> str:
         owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
         if owners:
             return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
+    if near := meant(full, keys):
+        return f"{full}: no such key; did you mean {near}?"
     near = suggest(full, keys)
     if near:
         return f"{full}: no such key; did you mean {' or '.join(near)}?"
@@ -70,6 +117,28 @@ def _unknown_key(text: str, root: type) -> str:
         section = section.rpartition(".")[0]
     inside = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
     return f"{full}: no such key; {section or 'the top level'} has {', '.join(inside)}"
+
+
+def meant(full: str, keys: dict[str, Key]) -> str:
+    """What other programs call so, if the command has it, or a group that is alike; empty: neither."""
+    name = SYNONYMS.get(full.rpartition(".")[2].replace("-", "_"), "")
+    if name and (re.split(r"[\s=]", name)[0] in {*keys, *groups(), "the"}):
+        return name
+    return "" if "." in full else next(iter(difflib.get_close_matches(full, groups(), n=1, cutoff=0.75)), "")
+
+
+def flag(words: str, root: type) -> str:
+    """The sentence for options with dashes, such as `--experiment demo`, that are settings here."""
+    first, _, rest = words.partition(" ")
+    name, equals, value = first.lstrip("-").partition("=")
+    value = value if equals else ("" if rest.startswith("-") else rest.partition(" ")[0])
+    key = name if name in groups() or name in keys_of(root) else name.replace("-", "_")
+    candidates = [key]
+    if key not in groups() and key not in keys_of(root):
+        near = re.split(r"[\s=]", meant(key, keys_of(root)))[0]
+        candidates = [near] if near else suggest(key, keys_of(root))
+    how = "; write " + " or ".join(f"{key}={value or '...'}" for key in candidates) if candidates else ""
+    return f"{first}: no such option{how}; settings are key=value, options are listed by --help"
 
 
 def suggest(full: str, keys: dict[str, Key]) -> list[str]:

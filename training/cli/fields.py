@@ -21,11 +21,18 @@ class Key:
     name: str
     type: Any
     doc: str
+    is_sentence: bool = False
+    """Free text: whatever is typed is one text."""
 
     @property
     def is_section(self) -> bool:
         """A group of settings rather than one."""
         return is_dataclass(self.type)
+
+    @property
+    def is_text(self) -> bool:
+        """A name or path: numbers and truth values are no types of it."""
+        return self.type is str or set(typing.get_args(self.type)) == {str, type(None)}
 
     @property
     def is_open(self) -> bool:
@@ -42,7 +49,7 @@ def _walk(root: type, prefix: str) -> Iterator[Key]:
     hints, docs = typing.get_type_hints(root), field_docs(root)
     for item in fields(root):
         kind = hints[item.name]
-        yield Key(prefix + item.name, kind, docs.get(item.name, ""))
+        yield Key(prefix + item.name, kind, docs.get(item.name, ""), item.metadata.get("sentences", False))
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{item.name}.")
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from training.cli.compose import CONF_DIR, groups, load_config
+from training.cli.compose import load_config
 from training.cli.fields import keys_of
+from training.cli.overrides import CONF_DIR, groups
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from data_pipeline.common import python
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
@@ -53,7 +54,7 @@ def _main(words: list[str]) -> None:
             from training.cli.compose import searching
             from training.cli.help import verb_help
 
-            arguments = _parser().parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
+            arguments = _parser(verb).parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
             with searching(arguments.config_dir):
                 return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
@@ -84,12 +85,13 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     from hydra import version
     from hydra._internal.utils import _run_hydra
 
-    from training.cli.compose import CONF_DIR, normalise, register_schema
+    from training.cli.compose import register_schema
     from training.cli.explain import explain
+    from training.cli.overrides import CONF_DIR, normalise
 
     register_schema(verb)
     version.setbase("1.3")
-    parser = _parser()
+    parser = _parser(verb)
     arguments = parser.parse_intermixed_args(words)
     variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
     if arguments.shell_completion:
@@ -135,17 +137,22 @@ def _environment(**values: str | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _parser() -> Any:
-    """Hydra's, with errors of one sentence."""
+def _parser(verb: str) -> Any:
+    """Hydra's, with errors of one sentence, and without guesses at shortened options (--experiment is one of them)."""
     from hydra._internal.utils import get_args_parser
 
+    def wrong(message: str) -> NoReturn:
+        from training.cli.explain import flag
+
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            raise ConfigError(flag(unknown, COMMANDS[verb].config))
+        raise ConfigError(f"{message}; settings are key=value, options are listed by --help")
+
     parser = get_args_parser()
-    parser.error = _bad_flag  # type: ignore[method-assign]
+    parser.allow_abbrev = False
+    parser.error = wrong  # type: ignore[method-assign]
     return parser
-
-
-def _bad_flag(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; settings are key=value, flags are listed by --help")
 
 
 def _complete(words: Sequence[str]) -> None:
@@ -235,6 +242,8 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
 
 def program() -> NoReturn:
     """The `cascade` program."""
+    if sys.argv[1:2] != ["launch"]:  # the lines of cluster.setup keep their own Python
+        os.environ.update(python.environment())
     run_program(main)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.config import require
-from training.config.experiment import Experiment
+from training.config.experiment import SENTENCES, Experiment
 
 
 @dataclass
@@ -61,9 +61,11 @@ class EvaluateCommand(SamplerKeys):
 class SampleCommand(SamplerKeys):
     """`cascade sample`: its own keys stand at the top level."""
 
-    prompts: Any = None
-    """A text file with one prompt per line, or a list; null: the experiment's."""
-    negative_prompts: Any = None
+    prompts: Any = field(default=None, metadata=SENTENCES)
+    """One prompt, a text file with one per line, or a list: '["a red circle, on white","a blue square"]'; null: the
+    experiment's."""
+    negative_prompts: Any = field(default=None, metadata=SENTENCES)
+    """One for all prompts, or a list or file with one for each."""
     from_bundle: str | None = None
     """Bundle directory; null: bundle.dir."""
     output: str | None = None

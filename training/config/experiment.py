@@ -13,6 +13,9 @@ from typing import Any
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
 from training.config.diffusion import DiffusionConfig, SamplerConfig
 
+SENTENCES = {"sentences": True}
+"""Marks a field of free text: on the command line `a red circle, on white` is one text (training/cli/overrides.py)."""
+
 
 @dataclass
 class RunConfig:
@@ -205,7 +208,7 @@ class TrainConfig:
     log_every: int = 20
     sample_every: int = 500
     """A grid of fixed prompts with fixed seeds every so many steps; 0: never."""
-    sample_prompts: list[str] = field(default_factory=list)
+    sample_prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
     init_from: str | None = None
     """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
     max_skipped: int = 10
@@ -356,7 +359,7 @@ class BundleConfig:
 class SamplingConfig:
     """The prompts that `cascade sample` draws by default, and where to."""
 
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
     """The experiment's own prompts, used when the command line gives none."""
     output: str = "runs/default/samples"
     columns: int = 4

@@ -45,6 +45,14 @@ def training_problems(config: Experiment, world_size: int) -> list[str]:
     return problems
 
 
+def check_named(verb: str, config: Experiment) -> None:
+    """Refuses a training that names no data, before a process is started or a job submitted for it."""
+    require(
+        verb != "train" or bool(config.data.shards),
+        "data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards",
+    )
+
+
 def check_local(verb: str, config: Experiment) -> None:
     """What is written file by file, and read by people, lies on a disk."""
     for key in COMMANDS[verb].local:

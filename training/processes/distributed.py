@@ -23,14 +23,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import training.config.commands
+from data_pipeline.common import python
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
 from training.config.experiment import ClusterConfig, Experiment
+from training.config.plain import from_plain
 from training.processes.endings import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES, run_program
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -140,12 +142,10 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
     Raises:
         SystemExit: a process failed; it has printed why.
     """
-    from omegaconf import OmegaConf
-
     with tempfile.TemporaryDirectory(prefix="cascade-launch-") as scratch:
-        config_file, result_file = Path(scratch, "config.yaml"), Path(scratch, "result.json")
-        config_file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        command = [sys.executable, "-m", "training.processes.distributed", module, type(config).__name__]
+        config_file, result_file = Path(scratch, "config.json"), Path(scratch, "result.json")
+        config_file.write_text(json.dumps(asdict(config)))
+        command = [*python.module("training.processes.distributed"), module, type(config).__name__]
         command += [str(config_file), str(result_file)]
         threads = thread_count(config.cluster)
         os.environ[TYPED] = json.dumps(sys.argv)
@@ -186,7 +186,12 @@ def run_processes(
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        environ = dict(os.environ, WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        environ = dict(
+            os.environ | python.environment(),
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
         environ.setdefault("OMP_NUM_THREADS", str(threads))
         for rank in range(processes):
             own = dict(environ, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -257,12 +262,8 @@ def free_port() -> int:
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:
     """One rank of `launch`: `module.main(config)`; only rank 0 explains an error that all share. Returns the exit
     code."""
-    from omegaconf import OmegaConf
-
     rank = int(os.environ["RANK"])
-    schema = OmegaConf.structured(getattr(training.config.commands, config_class))
-    config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(config_file)))
-    assert isinstance(config, Experiment)
+    config = from_plain(getattr(training.config.commands, config_class), json.loads(Path(config_file).read_text()))
     command = importlib.import_module(module)
     if not getattr(command, "HANDLES_SIGNALS", False):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.common.errors import ConfigError
-from training.cli.compose import CONF_DIR, load_config
-from training.config.commands import COMMANDS
+from training.cli.compose import load_config
+from training.cli.explain import SYNONYMS
+from training.cli.fields import keys_of
+from training.cli.overrides import CONF_DIR, groups
+from training.config.commands import COMMANDS, SampleCommand
+from training.config.plain import from_plain
 
 FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
 
@@ -233,3 +240,90 @@ def test_a_value_that_cannot_work_is_refused_by_its_key(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("train", ["experiment=demo", "stage=demo_sr", override])
     assert str(error.value).startswith(override.partition("=")[0]), error.value
+
+
+SENTENCES = [
+    "a red circle, on a white background",
+    "[a cat, on a mat]",
+    "choice(a,b)",
+    "1e3",
+    "true",
+    "007",
+    "price ${x}, or ${y",
+    "it's \\ a {blue, green} one",
+    "a, b, \"c\" and 'd'",
+    "x=1, y=[2]",
+    "~/home",
+]
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_free_text_is_one_text(text: str) -> None:
+    sample = load_config("sample", [f"prompts={text}", f"negative_prompts={text}", f"sampling.prompts={text}"])
+    assert isinstance(sample, SampleCommand)
+    home = str(Path(text).expanduser()) if text.startswith("~/") else text
+    assert sample.prompts == sample.negative_prompts == home
+    assert sample.sampling.prompts == [home]
+    assert load_config("train", [f"train.sample_prompts={text}"]).train.sample_prompts == [home]
+
+
+@pytest.mark.parametrize(
+    ("typed", "prompts"),
+    [
+        ("[a red circle,a blue one]", ["a red circle", "a blue one"]),
+        ("['a cat, on a mat','b']", ["a cat, on a mat", "b"]),
+        ('["it\'s, here", "b"]', ["it's, here", "b"]),
+        ("[]", []),
+        ("null", None),
+        ("'quoted, once'", "quoted, once"),
+    ],
+)
+def test_lists_of_prompts(typed: str, prompts: object) -> None:
+    sample = load_config("sample", [f"prompts={typed}"])
+    assert isinstance(sample, SampleCommand)
+    assert sample.prompts == prompts
+
+
+def test_texts_reach_other_processes_as_they_are() -> None:
+    config = load_config("sample", [f"sampling.prompts={SENTENCES[6]}", r"run.name=\${x}"])
+    assert from_plain(SampleCommand, json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["007", "true", "1e3", "1_0", "nan", "2024-06-01"])
+def test_names_keep_their_spelling(name: str) -> None:
+    assert load_config("train", [f"run.name={name}"]).run.name == name
+
+
+@pytest.mark.parametrize(
+    ("verb", "typed", "key"),
+    [
+        ("train", "expermient=demo", "experiment"),
+        ("train", "batch_size=4", "data.global_batch"),
+        ("train", "learning_rate=1", "optimizer.lr"),
+        ("train", "optimizer.learning_rate=1", "optimizer.lr"),
+        ("train", "epochs=3", "train.steps (epochs x samples / data.global_batch)"),
+        ("sample", "num_inference_steps=3", "steps"),
+        ("sample", "guidance_scale=3", "guidance"),
+    ],
+)
+def test_what_other_programs_call_it(verb: str, typed: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(verb, [typed])
+    assert f"did you mean {key}?" in str(caught.value)
+
+
+def test_other_names_lead_to_keys_that_exist() -> None:
+    keys = {key for verb in COMMANDS.values() for key in keys_of(verb.config)} | set(groups())
+    assert {re.split(r"[\s=]", name)[0] for name in SYNONYMS.values()} - {"the"} <= keys
+
+
+def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
+    """Brackets, braces and stars of settings stand in quotation marks."""
+    root = Path(__file__).parents[3]
+    lines = [line for page in [root / "README.md", *root.glob("docs/*.md")] for line in page.read_text().splitlines()]
+    commands = [line for verb in COMMANDS.values() for line in verb.examples]
+    commands += [line.strip() for line in lines if line.startswith("    cascade ")]
+    commands += [found for line in lines for found in re.findall(r"`(cascade [^`]+)`", line)]
+    assert len(commands) > 40
+    bare = [re.sub(r"'[^']*'|\"(\\.|[^\"])*\"", "", command.partition("  #")[0]) for command in commands]
+    assert [command for command in bare if re.search(r"=[^ ]*[\[{*]", command)] == []

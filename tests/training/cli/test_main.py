@@ -101,6 +101,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "zero.stage=7"], ["zero.stage=7: it must be 0, 1, 2 or 3"]),
         (["train", "cluster.processes=3"], ["3 processes", "data.global_batch", "cluster.processes", "1, 2, 4"]),
         (["train", "--frobnicate"], ["--frobnicate", "--help"]),
+        (["train", "--experiment", "demo"], ["--experiment: no such option; write experiment=..."]),
+        (["train", "--batch-size=4"], ["--batch-size=4: no such option; write data.global_batch=4"]),
+        (["train", "experiment=null"], ["experiment=null: the options of experiment are"]),
+        (["train"], ["data.shards: it is not set"]),
+        (["launch", "cluster=slurm", "dry_run=true"], ["data.shards: it is not set"]),
         (["sample", "guidanc=3"], ["guidanc: no such key", "did you mean guidance?"]),
     ],
 )
@@ -221,6 +226,19 @@ def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config("train", ["run.dir=~/runs/a", "data.shards=[~/x,s3://b/~/y]"])
     assert config.run.dir == "/home/me/runs/a" and config.data.shards == ["/home/me/x", "s3://b/~/y"]
+
+
+def test_files_of_the_working_directory_shadow_nothing(tmp_path: Path) -> None:
+    """The command, the processes that it starts, and those that decode for them; a Slurm script has the same -P."""
+    for name in ("training.py", "queue.py", "conf.py", "data_pipeline.py", "slurm.py"):
+        (tmp_path / name).write_text(f"raise SystemExit('shadowed by {name}')\n")
+    program = [sys.executable, "-P", "-c", "from training.cli.main import program; program()"]
+    draw = ["prepare.output=data", "prepare.draw.count=8", "prepare.draw.heldout=0", "prepare.draw.size=16"]
+    words = ["data.shards=data/train", "data.global_batch=2", "cluster.processes=2", "stage.model.preset=tiny_base"]
+    words += ["train.steps=1", "train.sample_every=0", "tracking=disabled", "text.dim=32"]
+    for command in (["prepare", *draw], ["train", *words]):
+        done = subprocess.run([*program, *command], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "shadowed" not in done.stdout + done.stderr, done.stderr
 
 
 def test_output_that_is_closed(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""Words as people type them, made into what Hydra's grammar wants: texts stay texts, odd paths stay whole.
+
+A key is free text when its field is marked `metadata=SENTENCES` (prompts): whatever is typed is one text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+import conf
+from data_pipeline.common.errors import ConfigError
+from training.cli.fields import Key, keys_of
+from training.config.commands import COMMANDS
+from training.config.plain import escaped
+
+CONF_DIR = Path(conf.__file__).parent
+ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
+"""Short names that read well on the command line."""
+OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options: the directories of conf/ (without recipe, whose files Hydra chooses)."""
+    found = {}
+    for folder in sorted(p for p in CONF_DIR.iterdir() if p.is_dir() and p.name not in ("__pycache__", "recipe")):
+        found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
+    return found
+
+
+def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra's grammar wants them.
+
+    * short names: `run=DIR`, `init_from=PATH`
+    * `debug=true`: the option `true` of the group `debug` (Hydra would read a truth value and refuse)
+    * prompts and notes are one text, commas, brackets and `${` included; a list is written with quotation marks,
+      or with elements that have no blank beside their commas
+    * values of other text keys are texts too: run.name=007
+    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], odd paths
+    * keys of free mappings (cluster.sbatch.qos=high) need no `+`
+
+    Raises:
+        ConfigError: a word that is not `key=value`.
+    """
+    return [_normalise_one(verb, word) for word in overrides]
+
+
+def _normalise_one(verb: str, word: str) -> str:
+    if word.startswith("~"):
+        return word
+    match = OVERRIDE.fullmatch(word)
+    if match is None:
+        raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
+    prefix, key, value = match["prefix"], match["key"], match["value"]
+    key = ALIASES.get(key, key)
+    if key in groups():
+        if value in ("", "null", "none", "None"):
+            raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
+        if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
+            value = f"'{value}'"
+    known = keys_of(COMMANDS[verb].config)
+    if key in known and known[key].is_sentence:
+        return f"{prefix}{key}={_sentence(value, known[key])}"
+    opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
+    if opened is not None:
+        prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
+    if key in known and known[key].is_text and re.fullmatch(NUMBER_OR_TRUTH, value, re.IGNORECASE):
+        value = _quote(value)
+    fixed = f"{prefix}{key}={value}"
+    return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
+
+
+def _options(group: str) -> str:
+    return f"the options of {group} are {', '.join(groups()[group])}"
+
+
+def _parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _mapping(value: str, numbers: bool) -> str:
+    """A YAML or JSON mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1} becomes
+    {json\\:caption: 1}.
+
+    Args:
+        numbers: its values are numbers, so that what follows the last colon is the value: {json:caption:1}.
+    """
+    if not re.fullmatch(r"\{.*:.*\}" if numbers else r"\{.*: .*\}", value):
+        return value
+    with contextlib.suppress(yaml.YAMLError):
+        pairs = yaml.safe_load(value)
+        if numbers:
+            pairs = dict(_split_number(str(k), v) for k, v in pairs.items())
+        if all(isinstance(v, (str, int, float)) for v in pairs.values()):
+            plain = re.compile(r"[\w./:@-]+")
+            values = {k: v if not isinstance(v, str) or plain.fullmatch(v) else _quote(v) for k, v in pairs.items()}
+            escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in values.items()}
+            return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
+    return value
+
+
+def _split_number(key: str, value: object) -> tuple[str, object]:
+    """YAML takes `json:caption:1`, without a space, for a name without a value."""
+    name, colon, last = key.rpartition(":")
+    return (name, yaml.safe_load(last)) if value is None and colon else (key, value)
+
+
+def _is_expression(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+"""A text in quotation marks, as Hydra has it."""
+NUMBER_OR_TRUTH = r"[+-]?(\d[\d_]*)?\.?\d+(e[+-]?\d+)?|true|false|nan|[+-]?inf"
+
+
+def _sentence(value: str, key: Key) -> str:
+    """A value of free text: one text, unless it is a list that can be nothing else (or null)."""
+    if value in ("null", "None"):
+        return "null"
+    elements: list[str] | None = None
+    if re.fullmatch(rf"({QUOTED})(\s*,\s*({QUOTED}))*", value):
+        return value  # several: one run for each, with --multirun
+    if value.startswith("[") and value.endswith("]"):
+        inside = value[1:-1].strip()
+        if re.fullmatch(rf"(({QUOTED})(\s*,\s*({QUOTED}))*)?", inside):
+            elements = [e[0] for e in re.finditer(QUOTED, inside)]
+        elif not re.search(r"\s,|,\s|[\[\]'\"]", inside):
+            elements = [_quote(escaped(e)) for e in inside.split(",")]
+    if elements is not None:
+        return "[" + ",".join(elements) + "]"
+    text = _quote(escaped(value))
+    return f"[{text}]" if typing.get_origin(key.type) is list else text
+
+
+def _as_text(value: str) -> str:
+    """A value that Hydra cannot read, quoted; of [a=1,{0..9}.tar], each element."""
+    if value.startswith("[") and value.endswith("]"):
+        elements = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\{[^}]*\}|[^,])+", value[1:-1])
+        return "[" + ",".join(e if e[:1] in "'\"" else _quote(e.strip()) for e in elements) + "]"
+    return _quote(value)
+
+
+def _quote(value: str) -> str:
+    """In quotation marks for Hydra, where a backslash counts only before one."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value) + "'"
