@@ -107,11 +107,8 @@ def _unknown_key(text: str, root: type) -> str:
         owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
         if owners:
             return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
-    if near := meant(full, keys):
+    if near := meant(full, keys) or " or ".join(suggest(full, keys)):
         return f"{full}: no such key; did you mean {near}?"
-    near = suggest(full, keys)
-    if near:
-        return f"{full}: no such key; did you mean {' or '.join(near)}?"
     section = full.rpartition(".")[0]
     while section and section not in keys:
         section = section.rpartition(".")[0]
