@@ -153,11 +153,18 @@ def test_without_requeue_nothing_is_requeued(here: Path) -> None:
 
 
 def test_other_commands_are_one_task_on_one_node(here: Path) -> None:
-    answer = launch("cluster=slurm", "cluster.nodes=4", own=["verb=evaluate", "dry_run=true"])
+    answer = launch("cluster=slurm", "cluster.nodes=4", own=["verb=verify", "dry_run=true"])
     text = Path(answer["script"]).read_text()
     assert "#SBATCH --nodes=1" in text and "#SBATCH --ntasks-per-node=1" in text
     assert "#SBATCH --cpus-per-task=64" in text
     assert "CASCADE_SRUN" not in text
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_drawing_is_shared_by_all_tasks(here: Path, verb: str) -> None:
+    answer = launch("cluster=slurm", "cluster.nodes=4", own=[f"verb={verb}", "dry_run=true"])
+    text = Path(answer["script"]).read_text()
+    assert "#SBATCH --nodes=4" in text and "CASCADE_SRUN=1" in text
 
 
 def test_a_later_launch_leaves_the_files_of_a_queued_job_alone(here: Path) -> None:

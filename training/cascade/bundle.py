@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -32,6 +33,8 @@ from training.optim.averages import state_name
 
 INDEX = "bundle.json"
 FORMAT = 1
+PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+"""Of a weights' file: one in the bundle's own directory."""
 HOW_TO = (
     'from training.cascade import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
 )
@@ -327,6 +330,8 @@ def read(path: str) -> Bundle:
     stages = []
     try:
         for entry in content["stages"]:
+            if not PLAIN_NAME.fullmatch(entry["file"]):
+                raise DataError(f"{where}: {entry['file']!r} is no file of this directory; bundle or copy it again")
             size = folder.size(entry["file"])
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"

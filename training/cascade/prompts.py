@@ -21,17 +21,24 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
     A string that ends in .txt, .tsv or .csv is a file (or s3:// URL); any other string is one prompt.
 
     Raises:
-        ConfigError: neither text nor a list of it, or the name of a file with another ending; `key` is named.
+        ConfigError: neither text nor a list of it, a directory, or a file with another ending; `key` is named.
         DataError: the file is missing, is not UTF-8, or a table without a `Prompt` column.
     """
     if given is None:
         return []
     if isinstance(given, str):
+        if os.path.isdir(given):
+            raise ConfigError(
+                f"{key}={given}: a directory; name a file of prompts, or draw the word: {key}=['{given}']"
+            )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
             raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; rename it")
         found = _from_file(given, key) if given.lower().endswith(FILES) else [given]
     elif isinstance(given, Sequence) and all(isinstance(item, (str, int, float)) for item in given):
         found = [str(item) for item in given]
+        blank = 0 if keep_blank else sum(not item.strip() for item in found)
+        if blank:
+            print(f"{key}: {blank} of {len(found)} are blank and skipped; from Python an empty one draws without text")
     else:
         raise ConfigError(f"{key}={given}: give a text file with one prompt per line, or a list of prompts")
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]

@@ -37,7 +37,7 @@ from training.cascade.requests import Drawing, plan_stages
 from training.checkpoint.provenance import code_version
 from training.commands.sample import open_cascade
 from training.config.commands import EvaluateCommand
-from training.evaluation import compare, measure, oracle, report
+from training.evaluation import compare, measure, oracle, page, report
 from training.evaluation.extractors.base import Extractor, open_extractors
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
@@ -54,6 +54,8 @@ HIGHEST_DB = 100.0
 """What an exact picture counts as in a mean of PSNRs."""
 PART = 256
 """Captions drawn, and reference pictures read, between two files of results."""
+MOST_ORIGINALS = 256 << 20
+"""Bytes of reference pictures that are kept for the page."""
 REFERENCE_FILE = f"reference{SUFFIX}"
 
 
@@ -85,9 +87,10 @@ def main(config: EvaluateCommand) -> dict[str, Any]:
     result["seconds"] = round(time.monotonic() - began, 3)
     replace_file(output / compare.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     replace_file(output / "report.md", report.markdown(result))
+    replace_file(output / "report.html", page.html(result, evaluation.sections))
     evaluation.parts.forget_others()
     print(report.summary(result))
-    print(f"{output / 'report.md'}: the report; samples in {output / 'samples.png'}")
+    print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")
     return result
 
 
@@ -189,6 +192,8 @@ class Evaluation:
         self.source: References | Drawn | None = None
         self.file: ReferenceFile | None = None
         self._open_reference()
+        self.sections: list[page.Section] = []
+        """Pictures of the page, once there is a result."""
         self.protocol = self._protocol()
         self.parts = Parts(self._output, self._decides(), self._part_count())
 
@@ -275,6 +280,8 @@ class Evaluation:
         for extractor in self.extractors:
             none = np.zeros((0, extractor.width), np.float32)
             arrays[f"y/{extractor.name}"] = extractor.pictures(real) if len(real) else none
+        if len(real) and self._reference_count * self.size**2 * 3 <= MOST_ORIGINALS:
+            arrays["original"] = real
         if not prompts:
             return arrays
         drawings = self._sample(
@@ -335,6 +342,7 @@ class Evaluation:
         else:
             images = _images(shown)
             sheets.save(report.sheet_of_pictures(images, each[: len(images)]), self._output / "samples.png")
+        self.sections = self._sections(list(shown.values())[-1], each, samples, kept, arrays)
         floors = result.pop("floors", {})
         for metric, group in figures.items():
             result[metric] = {name: figure.as_dict(places) for name, figure in group.items()}
@@ -350,6 +358,31 @@ class Evaluation:
         result["protocol"] = self.protocol | {"prompts": fingerprint(captions)}
         compare.write_influences(self._output, kept, places)
         return result
+
+    def _sections(
+        self,
+        pictures: np.ndarray,
+        captions: Sequence[str],
+        samples: Mapping[str, np.ndarray],
+        kept: Mapping[str, Figure],
+        arrays: Mapping[str, np.ndarray],
+    ) -> list[page.Section]:
+        """The pictures of the page: samples, best and worst by CLIP score, and each beside its nearest reference."""
+        pictures = pictures[: report.SHEET_CELLS]
+        captions = captions[: len(pictures)]
+        sections = [page.samples_section(pictures, captions)]
+        score = kept.get(f"clip_score.{self.clip}")
+        if score is not None:
+            fits = score.samples[: len(pictures)] + score.value
+            sections += page.extremes(pictures, captions, fits, "CLIP score")
+        name = self.extractors[-1].name
+        known = self._reference_features(arrays).get(name, np.zeros((0, 1)))
+        shown = arrays.get("original", np.zeros((0,)))
+        originals = dict(enumerate(shown))
+        sections.append(
+            page.nearest_section(pictures, captions, samples[name][: len(pictures)], known, originals, name)
+        )
+        return sections
 
     def _reference_features(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.file is not None:

@@ -5,6 +5,7 @@ OUTPUT/
     STAGE/00000-a_red_circle.png    what an earlier stage drew
     words/00000-a_red_circle.png    explain=true: which words drew which pixels
     grid.png                        the first pictures with their captions, all stages side by side
+    earlier/                        pictures of prompts that are no longer on the list
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from training.run.directory import try_to_write
 SAVE_EVERY = 4
 """Batches per device after which pictures are written: what an interruption can cost."""
 GRID_CELLS = 64
+EARLIER = "earlier"
+"""Directory for pictures of prompts that are no longer on the list."""
 DAMAGED = (OSError, SyntaxError, ValueError)
 """What Pillow says of files that are no whole pictures."""
 DIVERSITY_FEATURES = "colour_grid_4x4"
@@ -84,6 +87,8 @@ def main(config: SampleCommand) -> dict[str, Any]:
         print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
     order = Order(config, cascade, starts)
     ranks = read_ranks()
+    if ranks is None or ranks.is_main:
+        set_aside(output, {job.name for job in jobs})
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
     missing = [job for job in share if not is_drawn(output, job, order)]
     if len(missing) < len(share):
@@ -103,6 +108,30 @@ def main(config: SampleCommand) -> dict[str, Any]:
             result["diversity"] = measure_diversity(output, jobs)
             print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
     return result | {"seconds": round(time.monotonic() - began, 3)}
+
+
+def set_aside(output: Path, names: set[str]) -> None:
+    """Moves what an earlier list of prompts has drawn to OUTPUT/earlier, so that another tool reads this list's samples
+    only. Pictures that this command has not made stay where they are."""
+    moved = 0
+    for file in sorted([*output.glob("*.png"), *output.glob("*/*.png")]):
+        inside = file.relative_to(output)
+        if file.stem in names or inside.parts[0] == EARLIER or not _is_ours(file):
+            continue
+        target = output / EARLIER / inside
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+        moved += inside.parent == Path()
+    if moved:
+        print(f"{moved} pictures of other prompts are moved from {output} to {output / EARLIER}")
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return {"prompt", "number", "settings"} <= set(image.info)
+    except DAMAGED:
+        return False
 
 
 def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[Job]:

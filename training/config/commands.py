@@ -299,6 +299,7 @@ COMMANDS: dict[str, Verb] = {
         ("sampling", "bundle", "seed"),
         outputs=("sampling.output", "output"),
         local=("output", "sampling.output"),
+        distributed=True,
     ),
     "evaluate": Verb(
         EvaluateCommand,
@@ -312,6 +313,7 @@ COMMANDS: dict[str, Verb] = {
         ("evaluation", "bundle", "seed"),
         outputs=("evaluation.output",),
         local=("evaluation.output",),
+        distributed=True,
     ),
     "checkpoints": Verb(
         CheckpointsCommand,

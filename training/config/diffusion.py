@@ -88,7 +88,7 @@ class SamplerConfig:
     """Times t between which guidance is on."""
     spacing: str = "auto"
     """Where the steps lie: even in `time` or in `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else
-    time."""
+    time. Few steps of dpmpp_2m want `log_snr`: in time they flatten fine detail."""
     threshold: str = "dynamic"
     """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
     2.3)."""

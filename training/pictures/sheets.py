@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+log = logging.getLogger("cascade")
 
 SHOWN = 192
 """Pictures smaller than this are enlarged by whole factors, pixel by pixel; those above `LARGEST` are shrunk."""
@@ -138,13 +141,29 @@ def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     return pieces
 
 
+def default_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, at the size of captions."""
+    return ImageFont.load_default(FONT_SIZE)
+
+
 @lru_cache(maxsize=4096)
 def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font if it has all letters of `text`, else the first installed one that has; boxes if none has."""
-    own = ImageFont.load_default(FONT_SIZE)
-    if not isinstance(own, ImageFont.FreeTypeFont) or _writes(own, text):
+    """Pillow's own font if it has all letters of `text`, else the installed one that has most of them."""
+    own = default_font()
+    if not isinstance(own, ImageFont.FreeTypeFont) or not _missing(own, text):
         return own
-    return next((font for name in FONTS if (font := _installed(name)) and _writes(font, text)), own)
+    fonts = [own, *(font for name in FONTS if (font := _installed(name)))]
+    best = min(fonts, key=lambda font: len(_missing(font, text)))
+    if missing := _missing(best, text):
+        _say_boxes("".join(sorted(missing))[:1])
+    return best
+
+
+@lru_cache(maxsize=1)
+def _say_boxes(letter: str) -> None:
+    """Once."""
+    remedy = "no installed font has them (on Debian: apt-get install fonts-noto-cjk)"
+    log.warning("letters such as %s are boxes in the sheets of pictures: %s", letter, remedy)
 
 
 @lru_cache(maxsize=len(FONTS))
@@ -155,6 +174,7 @@ def _installed(name: str) -> ImageFont.FreeTypeFont | None:
         return None
 
 
-def _writes(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    missing = bytes(font.getmask("\uffff"))
-    return all(bytes(font.getmask(char)) != missing for char in set(text) if not char.isspace())
+def _missing(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+    """Letters that it would write as a box."""
+    box = bytes(font.getmask("\uffff"))
+    return {char for char in set(text) if not char.isspace() and bytes(font.getmask(char)) == box}

@@ -174,6 +174,7 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
         ([], "not what a bundle holds"),
         ({**content, "stages": []}, "no stages"),
         ({**content, "stages": ["a"]}, "or changed"),
+        ({**content, "stages": [{**base, "file": "../other/base.safetensors"}, sr]}, "is no file of this directory"),
         ({**content, "stages": [sr, base]}, "starts from 0 px pictures but sr makes 32"),
         ({**content, "stages": [{**base, "unet": {**base["unet"], "head_dim": 7}}, sr]}, "head_dim=7"),
     ):

@@ -40,7 +40,14 @@ def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
     assert read_prompts(str(table)) == [strange, "two\nlines"]
 
 
+def test_skipped_blanks_are_said(capsys) -> None:
+    assert read_prompts(["", "a", " "]) == ["a"]
+    assert "prompts: 2 of 3 are blank and skipped" in capsys.readouterr().out
+
+
 def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prompts=.*: a directory; name a file of prompts"):
+        read_prompts(str(tmp_path))
     (tmp_path / "prompts.md").write_text("a cat")
     with pytest.raises(ConfigError, match=r"prompts\.md: a file of prompts must end in \.txt, \.tsv, \.csv"):
         read_prompts(str(tmp_path / "prompts.md"))

@@ -212,3 +212,16 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         sample.main(command(bundle, tmp_path, stages="sr9"))
     with pytest.raises(DataError, match="no bundle there"):
         sample.main(command(str(tmp_path / "absent"), tmp_path))
+
+
+def test_pictures_of_other_prompts_are_set_aside(bundle: str, tmp_path: Path, capsys) -> None:
+    sample.main(command(bundle, tmp_path, prompts=["a red circle", "a cat"]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")  # not drawn by this command: left alone
+    sample.main(command(bundle, tmp_path, prompts=["a red circle", "a dog"]))
+    assert "1 pictures of other prompts are moved" in capsys.readouterr().out
+    found = {file.name for file in tmp_path.glob("*.png")}
+    assert found == {"00000-a_red_circle.png", "00001-a_dog.png", "mine.png", "grid.png"}
+    assert {str(file.relative_to(tmp_path / "earlier")) for file in (tmp_path / "earlier").rglob("*.png")} == {
+        "00001-a_cat.png",
+        "base/00001-a_cat.png",
+    }

@@ -90,6 +90,24 @@ def test_ancestral_sampling_to_one_percent_at_250_steps() -> None:
     assert drawn.std().item() == pytest.approx(SPREAD, rel=0.01)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_few_steps_keep_fine_detail_where_they_lie_evenly_in_log_snr(schedule: str) -> None:
+    """Exact Gaussian data of deviation s: 20 steps even in time lose up to 70 % of it, the presets' spacing 5 %."""
+
+    def lost(s: float, spacing: str) -> float:
+        def exact(z: Tensor, log_snr: float) -> Tensor:
+            alpha, sigma = alpha_sigma(log_snr)
+            return z * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
+
+        settings = SamplerConfig(steps=20, threshold="none", spacing=spacing)
+        config = DiffusionConfig(schedule=schedule)
+        drawn = sample(exact, (32, 3, 16, 16), config=config, sampler=settings, seeds=range(32), image_size=64)
+        return 1 - float(drawn.std()) / s
+
+    assert max(abs(lost(s, "log_snr")) for s in (0.05, 0.17, 0.5, 1.0)) < 0.055
+    assert lost(0.17, "time") > 0.08 and lost(0.05, "time") > 0.4
+
+
 def test_posterior_of_six_tenths_to_five_tenths() -> None:
     schedule = Schedule()
     keep, add, lower, upper = posterior(schedule.log_snr_at(0.6), schedule.log_snr_at(0.5))

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.content.synthetic import ShapeSpec, Thing, draw
+from tests.training.evaluation.example_result import RESULT
 from training.cascade.requests import to_images
 from training.evaluation.oracle import read, score
-from training.evaluation.report import FIELDS, markdown, shares, shares_by_word, sheet_of_shapes, summary
+from training.evaluation.report import markdown, shares, shares_by_word, sheet_of_shapes, summary
 
 SPECS = [
     ShapeSpec("white", (Thing("red", "large", "circle"),)),
@@ -46,29 +47,6 @@ def to_images_of(picture: np.ndarray):
     import torch
 
     return to_images(torch.from_numpy(picture).permute(2, 0, 1)[None])
-
-
-def entry(value: float, n: int = 8) -> dict:
-    return {"value": value, "interval": [value - 0.1, value + 0.1], "n": n, "detectable": 0.0456}
-
-
-RESULT = {
-    "kind": "shapes",
-    "samples": {field: entry(0.5) for field in FIELDS},
-    "real": {field: entry(1.0) for field in FIELDS},
-    "by_word": {"shape": {"circle": entry(0.25)}},
-    "psnr": {"n": 3, "stages": {"sr": {"sr": entry(31.234), "sr_noised": entry(30.1), "bicubic": entry(29.876)}}},
-    "frechet": {"colour_grid_4x4": entry(0.1234) | {"floor": 1.3e-6, "width": 48}},
-    "kid": {"colour_grid_4x4": entry(-0.00012)},
-    "n": {"samples": 8, "reference": 8, "prompts": 8, "broken": 0},
-    "remarks": ["a remark"],
-    "protocol": {
-        "bundle": "b",
-        "seed": 3,
-        "extractors": {"colour_grid_4x4": {"width": 48, "sha256": "", "rule": "none"}},
-        "stages": [{"name": "sr", "step": 9, "sha256": "a" * 64, "sampler": {"steps": 20}}],
-    },
-}
 
 
 def test_markdown_and_summary_state_every_figure() -> None:

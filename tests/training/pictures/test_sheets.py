@@ -66,3 +66,13 @@ def test_an_empty_sheet_is_refused() -> None:
 def test_save_makes_directories_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     save(RED, tmp_path / "a" / "b.png")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.png"]
+
+
+def test_letters_that_no_font_has_are_said_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(grid, "FONTS", ())
+    grid._font.cache_clear()
+    grid._say_boxes.cache_clear()
+    for _ in range(2):
+        grid.sheet([Cell([Image.new("RGB", (16, 16))], "a 蓝天 sky")])
+    assert len(caplog.records) == 1 and "no installed font has them" in caplog.text
+    grid._font.cache_clear()
