@@ -96,7 +96,7 @@ def test_few_steps_keep_fine_detail_where_they_lie_evenly_in_log_snr(schedule: s
 
     def lost(s: float, spacing: str) -> float:
         def exact(z: Tensor, log_snr: float) -> Tensor:
-            alpha, sigma = alpha_sigma(log_snr)
+            alpha, sigma = alpha_sigma_at(log_snr)
             return z * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
 
         settings = SamplerConfig(steps=20, threshold="none", spacing=spacing)

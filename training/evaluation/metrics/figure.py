@@ -78,13 +78,17 @@ class Figure:
         return wilson(self.value, spread / error**2 if error else clusters)
 
     def as_dict(self, prompts: np.ndarray | None = None) -> dict[str, Any]:
-        """What stands in result.json: value, interval, n, and the smallest difference between two checkpoints that
-        this many samples show (of independent noise, 80 % power; with the same noise `compare` sees less)."""
+        """What stands in result.json: value, interval, n, and `detectable`: the smallest difference between two
+        checkpoints that this many samples show (independent noise, 80 % power; with the same noise `compare` sees
+        smaller ones)."""
+        low, high = self.interval(prompts)
+        by_samples = len(self.samples) and not self.is_share
+        error = math.sqrt(variance(self.samples, prompts)) if by_samples else (high - low) / (2 * Z)
         return {
             "value": self.value,
-            "interval": list(self.interval(prompts)),
+            "interval": [low, high],
             "n": self.n,
-            "detectable": POWER_Z * math.sqrt(2 * variance(self.samples, prompts)),
+            "detectable": POWER_Z * math.sqrt(2) * error,
         }
 
     def minus(self, other: Figure) -> Figure:
