@@ -15,6 +15,8 @@ from PIL import Image
 from training.evaluation.metrics.neighbours import COPY, closeness
 from training.evaluation.report import METRICS, protocol_rows
 
+Pictures = Sequence[np.ndarray] | np.ndarray
+"""uint8 (N, H, W, 3), as one array or several."""
 LARGEST = 256
 """Pictures are embedded at most so wide, pixels."""
 EXTREMES = 8
@@ -93,12 +95,12 @@ def embedded(picture: np.ndarray | Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def samples_section(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Section:
+def samples_section(pictures: Pictures, captions: Sequence[str]) -> Section:
     """The first samples with their captions."""
     return Section("Samples", [Shown(embedded(p), c) for p, c in zip(pictures, captions, strict=True)])
 
 
-def extremes(pictures: Sequence[np.ndarray], captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
+def extremes(pictures: Pictures, captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
     """Those of the shown samples that fit their captions best and worst.
 
     Args:
@@ -117,7 +119,7 @@ def extremes(pictures: Sequence[np.ndarray], captions: Sequence[str], scores: np
 
 
 def nearest_section(
-    pictures: Sequence[np.ndarray],
+    pictures: Pictures,
     captions: Sequence[str],
     features: np.ndarray,
     known: np.ndarray,
