@@ -132,7 +132,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
         session.finish_saving()
         if session.writer.last_step < settings.steps:
             raise CheckpointError(
-                f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or mend the "
+                f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or fix the "
                 f"store; the same command goes on {from_where(session.writer.last_step)}"
             )
         exit_code = 0

@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience
+from data_pipeline.storage.s3 import Missing
+
+PATIENCE = Patience(hurry=True)
+"""Once a signal has come, a failing store does not keep the process for long."""
+PREFIX = "cascade-checkpoint-"
+"""Of directories for copies, below TMPDIR."""
+PIECE = 1 << 22
+POLL_S = 0.02
+
+
+class NoRoom(UserError):
+    """The directory of temporary files is full or cannot be written; says nothing about the checkpoint."""
+
+
+_shared: Path | None = None
+"""Where the processes of this machine keep their copies together, while they do."""
+
+
+def share_copies(directory: Path | None) -> None:
+    """From now on `fetch` downloads into this directory, each file once for all processes that name it; None: each
+    process for itself again."""
+    global _shared
+    _shared = directory
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process and thread at a time; a holder that dies lets go."""
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_S)
+        yield
 
 
 class LocalFolder:
@@ -24,7 +67,6 @@ class LocalFolder:
         return str(self.path)
 
     def sub(self, name: str) -> LocalFolder:
-        """The folder `name` below this one; nothing is created."""
         return LocalFolder(str(self.path / name))
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
@@ -42,6 +84,11 @@ class LocalFolder:
             temporary.unlink(missing_ok=True)
             raise
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a small file unless its name is taken; returns whether it did."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return store.create(str(self.path / name), data)
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError when it is not there."""
         return (self.path / name).read_bytes()
@@ -54,6 +101,17 @@ class LocalFolder:
         """Names of what lies directly below, sorted; empty when the folder does not exist."""
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes, -1 for a directory; empty when it does not exist."""
+        found = {}
+        try:
+            for entry in os.scandir(self.path):
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    found[entry.name] = entry.stat().st_size if entry.is_file() else -1
+        except FileNotFoundError:
+            return {}
+        return found
+
     def size(self, name: str) -> int | None:
         """Bytes; None when it is not there."""
         try:
@@ -65,9 +123,12 @@ class LocalFolder:
         """Removes a file; no error when it is not there."""
         (self.path / name).unlink(missing_ok=True)
 
-    def remove_all(self) -> None:
-        """Removes everything below."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def remove_files(self, names: Sequence[str]) -> None:
+        """Missing ones are no error; the folder goes with its last file."""
+        for name in names:
+            self.remove(name)
+        with suppress(OSError):
+            self.path.rmdir()
 
 
 class RemoteFolder:
@@ -82,49 +143,88 @@ class RemoteFolder:
         return self.url
 
     def sub(self, name: str) -> RemoteFolder:
-        """The folder `name` below this one; nothing is created."""
         return RemoteFolder(f"{self.url}/{name}")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Writes a file; it appears under its name only when complete."""
-        store.write_bytes(f"{self.url}/{name}", b"".join(chunks))
+        store.write_bytes(f"{self.url}/{name}", b"".join(chunks), PATIENCE)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a small file unless its name is taken; returns whether it did."""
+        return store.create(f"{self.url}/{name}", data, PATIENCE)
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError when it is not there."""
-        if not store.exists(f"{self.url}/{name}"):
-            raise FileNotFoundError(f"{self.url}/{name}")
-        return store.read_bytes(f"{self.url}/{name}")
+        try:
+            return store.read_bytes(f"{self.url}/{name}", PATIENCE)
+        except Missing as error:
+            raise FileNotFoundError(f"{self.url}/{name}") from error
 
     def fetch(self, name: str) -> Path:
-        """Downloads once; the copy lives as long as this object."""
-        with self._lock:
-            if self._cache is None:
-                self._cache = Path(tempfile.mkdtemp(prefix="cascade-checkpoint-"))
-                weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
-        path = self._cache / name
+        """Downloads once: for all processes that share their copies, else for this object. The copy lives as long.
+
+        Raises:
+            NoRoom: the directory of temporary files cannot take it.
+        """
+        path = self._place() / name
         if not path.exists():
-            partial = path.with_name(f"{name}.partial-{threading.get_ident()}")
-            partial.write_bytes(self.read(name))
-            partial.replace(path)
+            try:
+                with _locked(path.with_name(f"{name}.lock")):
+                    if not path.exists():
+                        self._download(name, path)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) or error.errno is None:
+                    raise
+                raise NoRoom(
+                    f"TMPDIR={tempfile.gettempdir()}: it cannot take a copy of {self.url}/{name} ({error.strerror}); "
+                    f"point TMPDIR at a disk with room for a whole checkpoint"
+                ) from error
         return path
+
+    def _place(self) -> Path:
+        """Where copies go."""
+        with self._lock:
+            if _shared is not None:
+                place = _shared / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+                place.mkdir(exist_ok=True)
+                return place
+            if self._cache is None:
+                self._cache = Path(tempfile.mkdtemp(prefix=PREFIX))
+                weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+            return self._cache
+
+    def _download(self, name: str, path: Path) -> None:
+        partial = path.with_name(f"{name}.partial")
+        try:
+            with store.open_stream(f"{self.url}/{name}", patience=PATIENCE) as stream, open(partial, "wb") as file:
+                while piece := stream.read(PIECE):
+                    file.write(piece)
+            partial.replace(path)
+        except Missing as error:
+            raise FileNotFoundError(errno.ENOENT, "it is missing", f"{self.url}/{name}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Names of what lies directly below, sorted; empty when the folder does not exist."""
-        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.list_dir(self.url)})
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes, -1 for a directory; empty when it does not exist."""
+        return store.sizes(self.url, PATIENCE)
 
     def size(self, name: str) -> int | None:
         """Bytes; None when it is not there."""
         url = f"{self.url}/{name}"
-        return store.size(url) if store.exists(url) else None
+        return store.size(url, PATIENCE) if store.exists(url, PATIENCE) else None
 
     def remove(self, name: str) -> None:
         """Removes a file; no error when it is not there."""
-        store.remove(f"{self.url}/{name}")
+        self.remove_files([name])
 
-    def remove_all(self) -> None:
-        """Removes everything below."""
-        for name in self.names():
-            self.remove(name)
+    def remove_files(self, names: Sequence[str]) -> None:
+        """Missing ones are no error."""
+        store.remove_files(self.url, names, PATIENCE)
 
 
 Folder = LocalFolder | RemoteFolder

@@ -68,5 +68,5 @@ def same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
     return all(torch.equal(a.read(name), b.read(name)) for name in a.names())
 
 
-def chaos(config: Experiment, ranks: int, *events: dict[str, Any]) -> forks.Running:
-    return forks.start(config, ranks, "tests.training.chaos", CASCADE_CHAOS=json.dumps(events))
+def chaos(config: Experiment, ranks: int, *events: dict[str, Any], **variables: str) -> forks.Running:
+    return forks.start(config, ranks, "tests.training.chaos", CASCADE_CHAOS=json.dumps(events), **variables)

@@ -90,7 +90,7 @@ def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
     if not runs:
         raise ConfigError("bundle.runs: name the run directories of the stages, base first")
     found = [_open_run(run, experiment) for run in runs]
-    texts = [from_dict(TextConfig, checkpoint.meta["config"]["text"], str(checkpoint.folder)) for checkpoint in found]
+    texts = [from_dict(TextConfig, _settings(checkpoint, "text"), str(checkpoint.folder)) for checkpoint in found]
     stages = [_stage_of(run, checkpoint) for run, checkpoint in zip(runs, found, strict=True)]
     _check_texts(runs, texts)
     _check_chain(stages)
@@ -126,12 +126,25 @@ def checkpoint_dir(run: str) -> str:
     return OmegaConf.select(OmegaConf.load(settings), "checkpoint.dir") or str(Path(run) / "checkpoints")
 
 
+def _settings(checkpoint: Checkpoint, section: str) -> dict[str, Any]:
+    """A section of the settings that the run was trained with.
+
+    Raises:
+        DataError: the checkpoint does not hold it.
+    """
+    config = checkpoint.recorded("config")
+    if not (isinstance(config, dict) and isinstance(config.get(section), dict)):
+        raise DataError(f"{checkpoint.folder}: it does not hold the settings ({section}) that it was trained with")
+    return config[section]
+
+
 def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
     meta, where = checkpoint.meta, str(checkpoint.folder)
-    config = from_dict(StageConfig, meta["config"]["stage"], where)
+    config = from_dict(StageConfig, _settings(checkpoint, "stage"), where)
+    text, decays = _settings(checkpoint, "text"), _settings(checkpoint, "ema").get("decays") or [None]
     prefix = f"{state_name(0)}/"
     names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
-    unet = for_stage(config, meta["config"]["text"]["dim"])
+    unet = for_stage(config, text.get("dim", 0))
     tensors: Callable[[], dict[str, Tensor]]
     if base := meta.get("lora"):
         tensors = _Merged(checkpoint, names, base, config.name)
@@ -143,9 +156,9 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "checkpoint": where,
         "step": checkpoint.step,
         "position": meta.get("position"),
-        "ema_decay": meta["config"]["ema"]["decays"][0],
+        "ema_decay": decays[0],
         "code": meta.get("code", {}).get("commit"),
-        "text": meta["config"]["text"].get("sha"),
+        "text": text.get("sha"),
         **({"lora": base} if base else {}),
     }
     return StageWeights(config, unet, tensors, origin)

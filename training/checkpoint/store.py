@@ -1,15 +1,23 @@
 """Checkpoints that always come back: whole fp32 tensors by name in safetensors files, committed by a manifest that is
 written last.
 
-    checkpoints/attempt.json                     who may write: every start of a run takes the next attempt number
+    checkpoints/attempt-0001.json                who may write: every start takes the next number (attempts.py)
     checkpoints/step-00000500/
-        a0001-3f9c21-r00000-p000.safetensors     attempt and its token, rank, part; no two writers touch the same file
-        manifest.json                            sizes and checksums of the files, where each tensor lies, metadata, and
-                                                 a checksum of all that
+        a0001-3f9c21-r00000-p000.safetensors     attempt, save, rank, part; a name is written once and by nobody else
+        manifest.json                            sizes and checksums of the files, where each tensor lies, metadata, who
+                                                 wrote it, and a checksum of all that
 
-Importing this file does not import torch. A directory without `manifest.json` is no checkpoint. Deleting removes the
-manifest first. Nothing points at "the latest": the newest checkpoint that proves healthy is the one to resume from.
-Any world size and any ZeRO stage reads what any other has written.
+A directory without a manifest is no checkpoint. Deleting removes the manifest first (retention.py). Nothing points at
+"the latest": the newest checkpoint that proves healthy is the one to resume from. Any world size and any ZeRO stage
+reads what any other has written.
+
+Two starts of a run may be alive at once, and a request of the earlier one may arrive at any time later. It harms
+nothing, because the later start never uses a name that the earlier one may still write or delete: where the earlier
+one has left files in a step's directory, or has committed that step or a later one, the later start's manifest is
+called `manifest-a0002-7be01c.json`, and counts before `manifest.json`. A manifest says from which step its start began
+(`owner.from`): what an earlier start has committed beyond that is not part of the run any more.
+
+Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -17,20 +25,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import socket
-import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.folder import Folder, open_folder
+from training.checkpoint.attempts import Attempts
+from training.checkpoint.downloads import Share
+from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
 from training.processes.distributed import Ranks, all_gather, broadcast, together
 from training.processes.endings import Superseded
 
@@ -41,13 +50,16 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-ATTEMPT = "attempt.json"
 READ_BYTES = 1 << 22
 READERS = 4
 """Files that a process verifies (and fetches from an object store) at a time."""
 PART_BYTES = 1 << 28
 """Tensors are cut into files of about this size, so that a part can be sent to an object store in one request."""
 STEP_NAME = re.compile(r"step-(\d{8,})")
+LATER_MANIFEST = re.compile(r"manifest-a(\d{4,})-\w+\.json")
+LOOK_BACK = 4
+"""Checkpoints below one that are asked whether it still belongs to the run; an earlier start commits one at most after
+a later one has begun."""
 
 
 class CheckpointError(CascadeError):
@@ -65,6 +77,8 @@ class Checkpoint:
 
     folder: Folder
     manifest: dict[str, Any]
+    sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Bytes of the files in its directory, as listed when it was opened."""
     _files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Open files by name."""
 
@@ -82,6 +96,16 @@ class Checkpoint:
     def bytes(self) -> int:
         """Size of all its files together."""
         return sum(file["bytes"] for file in self.manifest["files"])
+
+    def recorded(self, key: str) -> Any:
+        """`meta[key]`, without which no run can go on from it.
+
+        Raises:
+            DataError: it is not there: another program's checkpoint, or a manifest changed by hand.
+        """
+        if key not in self.meta:
+            raise DataError(f"{self.folder}: its {MANIFEST} does not say {key}, so no training run has written it")
+        return self.meta[key]
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors that begin with `prefix` (`param/`, `ema/0/`, ...)."""
@@ -120,17 +144,31 @@ class Checkpoint:
 
     def _problem(self, entry: dict[str, Any], checksums: bool, thorough: bool) -> str:
         name, kind = entry["name"], "sha256" if thorough or "xxh3" not in entry else "xxh3"
+        size = self.sizes.get(name)
+        if size is None:
+            return f"{name} is missing"
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
         try:
-            size = self.folder.size(name)
-            if size is None:
-                return f"{name} is missing"
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes instead of {entry['bytes']}"
             if checksums and checksum(self.folder.fetch(name), kind) != entry[kind]:
                 return f"{name} does not match its checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         return ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A manifest in a step's directory and the sizes of the files beside it, or what is wrong with it. Plain
+    data, which other ranks can be sent."""
+
+    manifest: dict[str, Any] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+    committed: bool = False
+    """Some manifest is there, or may be."""
 
 
 def checksum(path: Path, kind: str) -> str:
@@ -148,54 +186,71 @@ def checksum(path: Path, kind: str) -> str:
 class CheckpointStore:
     """All checkpoints of one run."""
 
-    def __init__(self, path: str, attempt: int = 0, token: str = "") -> None:
+    def __init__(self, path: str) -> None:
         self.folder = open_folder(path)
-        self.attempt, self._token = attempt, token
-        self._standings: dict[int, tuple[bool, float | None]] = {}
+        self.attempts = Attempts(self.folder)
+        self._saves = 0
+        self._began: int | None = None
+        """The step from which this start goes on (-1: from none), once it has claimed the checkpoints."""
+        self._saved = -1
+        """The newest step that this start has committed."""
+        self._taken = -1
+        """The newest step that was committed when this start claimed them."""
+        self._standings: dict[int, Standing] = {}
+        self._swept: set[int] = set()
+        """Kept steps whose directories hold nothing else any more."""
         self._damaged: set[int] = set()
         """Steps that `newest` has passed over: they do not count among those to keep."""
 
     # ------------------------------------------------------------------------------------------- who may write
 
+    @property
+    def attempt(self) -> int:
+        return self.attempts.number
+
     def claim(self, ranks: Ranks) -> int:
         """Takes the next attempt number; from now on earlier attempts of this run can commit and delete nothing.
         Collective."""
-        self.attempt, self._token = together(self._claim, ranks)
+        claimed = together(lambda: (*self.attempts.claim(), self._newest_committed()), ranks)
+        self.attempts.number, self.attempts.token, self._taken = claimed
         return self.attempt
 
-    def _claim(self) -> tuple[int, str]:
-        attempt, token = self._owner()[0] + 1, uuid.uuid4().hex
-        self._write_claim(attempt, token)
-        return attempt, token
+    def resume(
+        self, ranks: Ranks, check: Callable[[Checkpoint | None], None], share: Share | None = None
+    ) -> Checkpoint | None:
+        """The newest undamaged checkpoint, after this start has claimed them all. Collective.
 
-    def _write_claim(self, attempt: int, token: str) -> None:
-        record = {
-            "attempt": attempt,
-            "token": token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-        }
-        self.folder.write(ATTEMPT, [json.dumps(record).encode()])
+        Args:
+            check: may refuse it, on rank 0, before anything is claimed.
+            share: see `newest`.
+        """
+        seen, checkpoint = self._newest_now(ranks, share)
+        together(lambda: check(checkpoint), ranks)
+        self.claim(ranks)
+        if self._taken != seen:  # an earlier start was still alive, and saved meanwhile
+            _, checkpoint = self._newest_now(ranks, share)
+            together(lambda: check(checkpoint), ranks)
+        self._began = checkpoint.step if checkpoint else -1
+        return checkpoint
 
-    def _owner(self) -> tuple[int, str, str]:
-        try:
-            record = json.loads(self.folder.read(ATTEMPT))
-            return int(record["attempt"]), str(record["token"]), str(record["host"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return 0, "", ""
+    def _newest_now(self, ranks: Ranks, share: Share | None) -> tuple[int, Checkpoint | None]:
+        """The newest step that is committed, and the newest undamaged checkpoint. Looks again where an earlier start
+        that is still alive has saved one and deleted those before it meanwhile."""
+        while True:
+            seen, checkpoint, problem = together(self._newest_committed, ranks), None, None
+            try:
+                checkpoint = self.newest(ranks, share=share)
+            except DataError as error:
+                problem = error
+            if checkpoint is not None or together(self._newest_committed, ranks) == seen:
+                break
+        if problem is not None:
+            raise problem
+        return seen, checkpoint
 
     def check_owner(self) -> None:
-        """Raises `Superseded` when a later start of the same run has claimed the checkpoints. Where the record is gone
-        (a directory that was deleted, another disk in its place) nobody has: it is written again."""
-        attempt, token, host = self._owner()
-        if not token and self._token:
-            self._write_claim(self.attempt, self._token)
-        elif token != self._token:
-            raise Superseded(
-                f"{self.folder}: attempt {attempt} of this run on {host} has taken over; attempt {self.attempt} on "
-                f"{socket.gethostname()} stops without touching its checkpoints"
-            )
+        """Raises `Superseded` when a later start of the same run has claimed the checkpoints."""
+        self.attempts.check()
 
     # ----------------------------------------------------------------------------------------------- writing
 
@@ -214,17 +269,16 @@ class CheckpointStore:
         """
         from training.checkpoint.safetensors import NAMES, Digest, chunks, split
 
-        folder = self.folder.sub(step_name(step))
+        self._saves += 1
+        own = f"a{self.attempt:04d}-{_digest([self.attempts.token, self._saves])[:6]}"
+        folder = self._folder(step)
         files: list[dict[str, Any]] = []
         error: Exception | None = None
         try:
             if ranks.is_main:
                 self.check_owner()
-                self._standings.pop(step, None)
-                folder.remove(MANIFEST)
-                self._damaged.discard(step)
             for part, group_of_tensors in enumerate(split(tensors, PART_BYTES)):
-                name = f"a{self.attempt:04d}-{self._token[:6]}-r{ranks.rank:05d}-p{part:03d}.safetensors"
+                name = f"{own}-r{ranks.rank:05d}-p{part:03d}.safetensors"
                 digest = Digest(chunks(group_of_tensors))
                 folder.write(name, digest)
                 where = {n: {"shape": list(t.shape), "dtype": NAMES[t.dtype]} for n, t in group_of_tensors.items()}
@@ -234,17 +288,26 @@ class CheckpointStore:
             error = caught
         reports = all_gather((files, error), ranks, group)
         if any(report[1] for report in reports):
-            for entry in files:  # a part of a checkpoint is of no use to anyone, and the disk may be full
-                with suppress(OSError, CascadeError):
-                    folder.remove(entry["name"])
+            with suppress(OSError, CascadeError):  # a part of a checkpoint is of no use, and the disk may be full
+                folder.remove_files([entry["name"] for entry in files])
         self._raise_first([report[1] for report in reports], step)
         if ranks.is_main:
             try:
                 self.check_owner()
-                folder.write(MANIFEST, [_manifest(step, self.attempt, [report[0] for report in reports], meta)])
+                owner = {"token": self.attempts.token, "host": socket.gethostname(), "from": self._began}
+                content = _manifest(step, self.attempt, owner, [report[0] for report in reports], meta)
+                folder.write(self._manifest_name(step, own), [content])
+                self._standings.pop(step, None)
+                self._damaged.discard(step)
+                self._saved = max(self._saved, step)
             except (OSError, CascadeError) as caught:
                 error = caught
         self._raise_first([broadcast(error, ranks, group)], step)
+
+    def _manifest_name(self, step: int, own: str) -> str:
+        """One that no earlier attempt may still write or delete (see the top of this file)."""
+        plain = step > self._taken and all(name.startswith(own) for name in self._folder(step).names())
+        return MANIFEST if plain else f"manifest-{own}.json"
 
     def _raise_first(self, errors: list[Exception | None], step: int) -> None:
         for rank, error in enumerate(errors):
@@ -253,38 +316,40 @@ class CheckpointStore:
             if error is not None:
                 raise CheckpointError(
                     f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier "
-                    f"checkpoints are untouched, and training goes on: make room or mend the store before the next one"
+                    f"checkpoints are untouched, and training goes on: make room or fix the store before the next one"
                 ) from error
 
     def prune(self, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[int]:
-        """Deletes committed checkpoints, and what unfinished saves left behind below the newest one. Rank 0 only.
-
-        Kept are the newest `keep_last`, multiples of `keep_every`, the newest healthy one (`meta["healthy"]`: a run
-        can go back to it) and, if `keep_best`, the one with the lowest validation loss. Those that `newest` found
-        damaged count for nothing. Returns the deleted steps.
-        """
+        """Deletes what need not be kept (retention.py), and what unfinished saves left behind up to the newest
+        checkpoint. Rank 0 only. Returns the deleted steps."""
         self.check_owner()
-        committed = [step for step in self.steps() if step not in self._damaged and self._is_committed(step)]
-        keep = {*committed[:keep_last], *(s for s in committed if keep_every and s % keep_every == 0)}
-        keep.update([step for step in committed if self._standing(step)[0]][:1])
-        measured = [(loss, step) for step in committed if (loss := self._standing(step)[1]) is not None]
-        if keep_best and measured:
-            keep.add(min(measured)[1])
-        newest = committed[0] if committed else -1
-        doomed = [step for step in self.steps() if step not in keep and step < newest]
-        for step in doomed:
-            self._folder(step).remove(MANIFEST)
-            self._folder(step).remove_all()
-        return doomed
+        steps = self.steps()
+        standings = {step: found for step in steps if step not in self._damaged and (found := self._standing(step))}
+        gone = doomed(steps, standings, self._saved, keep_last, keep_every, keep_best)
+        for step in gone:
+            limit = self.attempt - (step > self._saved)  # beyond our newest one we may be writing ourselves
+            self._remove(step, leftovers(self._folder(step).names(), (), limit, unknown=True))
+            self._standings.pop(step, None)
+        for step in [s for s in standings if s not in gone and s < self._saved and s not in self._swept]:
+            ours, names = standings[step].files, self._folder(step).names()
+            replaced = [MANIFEST] if MANIFEST in names and MANIFEST not in ours else []
+            self._remove(step, replaced + leftovers(names, ours, self.attempt))
+            self._swept.add(step)
+        return gone
 
-    def _standing(self, step: int) -> tuple[bool, float | None]:
-        """(healthy, validation loss) of a committed checkpoint; read once."""
+    def _remove(self, step: int, names: list[str]) -> None:
+        first = manifests(names)
+        self._folder(step).remove_files(first)
+        self._folder(step).remove_files([name for name in names if name not in first])
+
+    def _standing(self, step: int) -> Standing | None:
+        """What retention must know of a committed checkpoint, read once; None where there is none."""
         if step not in self._standings:
-            try:
-                meta = self.open(step).meta
-                self._standings[step] = bool(meta.get("healthy", True)), meta.get("validation")
-            except DataError:
-                self._standings[step] = False, None
+            read = self._read(step)
+            whole = next((found.manifest for found in read if found.manifest is not None), None)
+            if not read[0].committed:
+                return None
+            self._standings[step] = Standing.of(whole) if whole is not None else DAMAGED
         return self._standings[step]
 
     # ----------------------------------------------------------------------------------------------- reading
@@ -299,9 +364,12 @@ class CheckpointStore:
 
     def _is_committed(self, step: int) -> bool:
         try:
-            return self._folder(step).size(MANIFEST) is not None
-        except OSError:  # something is there, and cannot be read
+            return bool(manifests(self._folder(step).sizes()))
+        except (OSError, DataError):  # something is there, and cannot be read
             return True
+
+    def _newest_committed(self) -> int:
+        return next((step for step in self.steps() if self._is_committed(step)), -1)
 
     def newest_whole(self) -> int:
         """The newest step whose files are all there with their sizes, their checksums not looked at; -1: none."""
@@ -317,83 +385,143 @@ class CheckpointStore:
         Raises:
             DataError: not committed, or its manifest is damaged.
         """
+        read = self._read(step)
+        for found in read:
+            if found.manifest is not None:
+                return Checkpoint(self._folder(step), found.manifest, found.sizes)
+        raise DataError(read[0].problem)
+
+    def _read(self, step: int) -> list[Found]:
+        """The manifests of a step, the one that counts first; never empty."""
         folder = self._folder(step)
         try:
-            manifest = json.loads(folder.read(MANIFEST))
-            if manifest["format"] != FORMAT:
-                raise DataError(f"{folder}: format {manifest['format']} is not {FORMAT}, the one this version reads")
-            if manifest["step"] != step:
-                raise ValueError(f"it is of step {manifest['step']}")
-            if manifest.pop("sha256", "") not in ("", _digest(manifest)):  # older ones have none
-                raise ValueError("it does not match its own checksum")
-            tensors: dict[str, Any] = {}
-            for entry in manifest["files"]:
-                tensors.update((n, {**where, "file": entry["name"]}) for n, where in entry["tensors"].items())
-            manifest["tensors"] = tensors
-            checkpoint = Checkpoint(folder, manifest)
-            if not (checkpoint.bytes >= 0 <= manifest["attempt"] and isinstance(checkpoint.meta, dict)):
-                raise ValueError("its values have other types")
-            return checkpoint
-        except FileNotFoundError as error:
-            raise DataError(f"{folder}: no {MANIFEST}, so the checkpoint was never finished") from error
-        except OSError as error:
-            raise DataError(f"{folder}: its {MANIFEST} cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder}: its {MANIFEST} is damaged ({error!r})") from error
+            sizes = folder.sizes()
+        except (OSError, DataError) as error:
+            reason = getattr(error, "strerror", error)
+            return [Found(problem=f"{folder}: its {MANIFEST} cannot be read ({reason})", committed=True)]
+        found = []
+        for name in manifests(sizes):
+            try:
+                found.append(Found({**parse(folder.read(name), step), "name": name}, sizes, committed=True))
+            except OSError as error:
+                problem = f"{folder}: its {name} cannot be read ({error.strerror or 'it is gone'})"
+                found.append(Found(problem=problem, committed=True))
+            except DataError as error:
+                problem = f"{folder}: {str(error).replace(MANIFEST, name)}"
+                found.append(Found(problem=problem, committed=True))
+        return found or [Found(problem=f"{folder}: no {MANIFEST}, so the checkpoint was never finished")]
 
     def newest(
         self,
         ranks: Ranks | None = None,
         checksums: bool = True,
         wanted: Callable[[dict[str, Any]], bool] = lambda meta: True,
+        share: Share | None = None,
     ) -> Checkpoint | None:
         """The newest undamaged checkpoint (whose metadata is `wanted`), or None when there never was one. Collective;
-        the ranks share the checksum work.
+        the ranks share the checksum work. Each one that is skipped is logged with what is wrong with it.
 
-        Each checkpoint that is passed over is logged with what is wrong with it.
+        Args:
+            share: this process's part of the downloads of its machine (shared_downloads), where there are any: each
+                machine looks at its own copies.
 
         Raises:
             DataError: there are committed checkpoints, but all are damaged.
         """
         ranks = ranks or Ranks()
         damaged = []
-        for step in together(self.steps, ranks):
-            checkpoint, problem, committed = together(lambda step=step: self._try_open(step), ranks)
-            if checkpoint is not None and not wanted(checkpoint.meta):
-                continue
-            if checkpoint is not None:
-                mine = checkpoint.problems(ranks.rank, ranks.world_size, checksums)
-                found = [p for problems in all_gather(mine, ranks) for p in problems]
-                if not found:
-                    return checkpoint
-                problem = f"{checkpoint.folder}: {'; '.join(found)}"
-            if committed:
-                damaged.append(problem)
-                self._damaged.add(step)
-            if ranks.is_main:
-                log.warning("checkpoint passed over: %s", problem)
+        steps = together(self.steps, ranks)
+        for step in steps:
+            for read in together(lambda step=step: self._read(step), ranks):
+                problem = read.problem
+                if read.manifest is not None:
+                    checkpoint = Checkpoint(self._folder(step), read.manifest, read.sizes)
+                    if not wanted(checkpoint.meta) or together(lambda c=checkpoint: self._left_behind(c, steps), ranks):
+                        continue
+                    found = self._problems(checkpoint, ranks, checksums, share)
+                    if not found:
+                        return checkpoint
+                    problem = f"{checkpoint.folder}: {'; '.join(found)}"
+                if read.committed:
+                    damaged.append(problem)
+                    self._damaged.add(step)
+                if ranks.is_main:
+                    log.warning("checkpoint skipped: %s", problem)
         if damaged:
             raise DataError(
-                f"{self.folder}: none of its checkpoints is healthy ({damaged[0]}); "
-                f"restore one, or move the directory away to start from step 0"
+                f"{self.folder}: none of its checkpoints is healthy ({damaged[0]}); restore one from a copy, or "
+                f"start a new run with another run.dir"
             )
         return None
 
-    def _try_open(self, step: int) -> tuple[Checkpoint | None, str, bool]:
-        """The checkpoint, or what is wrong with it; and whether it was committed."""
+    def _problems(self, checkpoint: Checkpoint, ranks: Ranks, checksums: bool, share: Share | None) -> list[str]:
+        """What is wrong with its files, found by all ranks together."""
+        part, parts = (share.index, share.count) if share is not None else (ranks.rank, ranks.world_size)
+        mine: list[str] = []
+        error: CascadeError | None = None
         try:
-            return self.open(step), "", True
-        except DataError as error:
-            return None, str(error), self._is_committed(step)
+            mine = checkpoint.problems(part, parts, checksums)
+        except CascadeError as caught:
+            error = caught
+        reports = all_gather((mine, error), ranks)
+        for _, failure in reports:
+            if failure is not None:
+                raise failure
+        return list(dict.fromkeys(problem for problems, _ in reports for problem in problems))
+
+    def _left_behind(self, checkpoint: Checkpoint, steps: list[int]) -> bool:
+        """Whether an earlier start committed it after a later one had begun from a step before."""
+        mine, step = Standing.of(checkpoint.manifest), checkpoint.step
+        if self._began is not None and mine.attempt < self.attempt and step > self._began:
+            return True
+        below = (self._standing(lower) for lower in steps if lower < step)
+        known = islice((standing for standing in below if standing), LOOK_BACK)
+        return any(mine.left_behind_by(standing, step) for standing in known)
 
 
-def _manifest(step: int, attempt: int, files: list[list[dict[str, Any]]], meta: dict[str, Any]) -> bytes:
+def manifests(names: Iterable[str]) -> list[str]:
+    """The manifests among the names in a step's directory, the one that counts first."""
+    later = [(int(match[1]), name) for name in names if (match := LATER_MANIFEST.fullmatch(name))]
+    return [name for _, name in sorted(later, reverse=True)] + [name for name in names if name == MANIFEST]
+
+
+def parse(content: bytes, step: int) -> dict[str, Any]:
+    """A manifest, with the tensors of all files under `tensors`.
+
+    Raises:
+        DataError: it is damaged, of another step or format.
+    """
+    try:
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT:
+            raise DataError(f"format {manifest['format']} is not {FORMAT}, the one this version reads")
+        if manifest["step"] != step:
+            raise ValueError(f"it is of step {manifest['step']}")
+        if manifest.pop("sha256", "") not in ("", _digest(manifest)):  # older ones have none
+            raise ValueError("it does not match its own checksum")
+        tensors: dict[str, Any] = {}
+        for entry in manifest["files"]:
+            if not (entry["bytes"] >= 0 and "/" not in entry["name"] and ("sha256" in entry or "xxh3" in entry)):
+                raise ValueError(f"it does not describe the file {entry['name']}")
+            for name, where in entry["tensors"].items():
+                tensors[name] = {**where, "file": entry["name"], "shape": [int(n) for n in where["shape"]]}
+        manifest["tensors"] = tensors
+        if not (manifest["attempt"] >= 0 and isinstance(manifest["meta"], dict)):
+            raise ValueError("its values have other types")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"its {MANIFEST} is damaged ({error!r})") from error
+
+
+def _manifest(
+    step: int, attempt: int, owner: dict[str, Any], files: list[list[dict[str, Any]]], meta: dict[str, Any]
+) -> bytes:
     flat = [entry for rank_files in files for entry in rank_files]
-    manifest = {"format": FORMAT, "step": step, "attempt": attempt, "files": flat, "meta": meta}
+    manifest = {"format": FORMAT, "step": step, "attempt": attempt, "owner": owner, "files": flat, "meta": meta}
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     return json.dumps({**manifest, "sha256": _digest(manifest)}).encode()
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest(values: Any) -> str:
+    """SHA-256 of JSON values (of a manifest: without its own)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -89,7 +89,7 @@ def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
     damaged = [row["step"] for row in rows if row["problems"]]
     if damaged:
         names = ", ".join(str(step) for step in damaged)
-        raise DataError(f"{store.folder}: damaged or unfinished: step {names}; `cascade train` passes over them")
+        raise DataError(f"{store.folder}: damaged or unfinished: step {names}; `cascade train` skips them")
     return {"run": config.run.dir, "checkpoints": rows}
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from data_pipeline.common.errors import CascadeError
+from data_pipeline.storage.retry import hurry_up
 
 EXIT_PREEMPTED = 75
 """Saved after SIGTERM, SIGUSR1 or SIGUSR2: start the same command again (job scripts requeue on this code)."""
@@ -128,12 +129,14 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        hurry_up(now=False)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = self.received or number
+        hurry_up()
 
 
 def stop_error(number: int, step: int, saved: int) -> CascadeError:

@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ FIXED = {
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
 PROBE_BYTES = 1 << 14
+SAVED = "saved.json"
+"""The last step that was saved, and where. Beside the metrics and not beside the checkpoints, which may get lost."""
 
 
 def to_dict(config: Experiment) -> dict[str, Any]:
@@ -116,25 +119,49 @@ class RunDir:
         """
         try_to_write(self.path, "run.dir", ("logs", "samples"))
 
-    def check_not_moved(self) -> None:
-        """For a start that found no checkpoint: the run must not have any in another place.
+    def check_nothing_lost(self) -> None:
+        """For a start that found no checkpoint: the run must not have had any.
 
         Raises:
-            ConfigError: the start before kept them elsewhere.
+            ConfigError: it has saved some, which are in another place now, or gone.
         """
+        place = self._last_place()
+        step = -1 if place in ("", self.checkpoints) else CheckpointStore(place).newest_whole()
+        if step >= 0:
+            inside = place == str(self.path / "checkpoints")
+            raise ConfigError(
+                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has some in {place} (step "
+                f"{step}); copy them, set checkpoint.dir={'null' if inside else place}, or start a new run with "
+                f"another run.dir"
+            )
+        step = self._last_saved()
+        if step >= 0:
+            raise ConfigError(
+                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has saved some, the last of "
+                f"step {step}; mount or restore {place or self.checkpoints}. To start from step 0 on purpose, choose "
+                f"another run.dir, or move {self.path} away"
+            )
+
+    def _last_place(self) -> str:
+        """Where the start before kept its checkpoints; empty where there was none."""
         import yaml
 
         try:
             before = yaml.safe_load((self.path / "config.yaml").read_text())["checkpoint"]["dir"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            return
-        place = before or str(self.path / "checkpoints")
-        step = -1 if place == self.checkpoints else CheckpointStore(place).newest_whole()
-        if step >= 0:
-            raise ConfigError(
-                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has some in {place} (step "
-                f"{step}); copy them, set checkpoint.dir={before or 'null'}, or start a new run with another run.dir"
-            )
+            return ""
+        return before or str(self.path / "checkpoints")
+
+    def _last_saved(self) -> int:
+        """The last step that any start of this run has saved or gone on from; -1: none."""
+        starts = read_json(self.path / "code.json").get("starts", [])
+        steps = [start.get("step", 0) or -1 for start in starts if isinstance(start, dict)]
+        return max([read_json(self.path / SAVED).get("step", -1), *steps])
+
+    def record_saved(self, step: int) -> None:
+        """A checkpoint of this step is committed: from now on the run never starts over by itself."""
+        with suppress(OSError):  # no room for it; the next one says it again
+            replace_file(self.path / SAVED, json.dumps({"step": step, "checkpoints": self.checkpoints}))
 
     def wandb_id(self) -> str:
         """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it."""
@@ -187,8 +214,8 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where there is none. One that a crash has damaged is not worth a run: it is said, and
-    begun anew."""
+    """A small JSON object; empty where there is none. One that a crash has damaged is not worth a run: a warning,
+    and it is recreated."""
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict):
@@ -197,5 +224,5 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         pass
-    log.warning("%s is damaged; it is begun anew", path)
+    log.warning("%s is damaged; it is recreated", path)
     return {}

@@ -10,7 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
+from training.checkpoint.downloads import Share, shared_downloads
 from training.checkpoint.provenance import code_version
 from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
@@ -66,8 +67,9 @@ class Session:
         limits = train.stall_s, train.timeout_s + MARGIN_S, train.timeout_first_s + MARGIN_S
         self.watchdog = Watchdog(ranks, self.run.log_file(ranks.rank), *limits)
         self.store = CheckpointStore(self.run.checkpoints)
-        checkpoint = self.store.newest(ranks)
-        together(lambda: self._say_changes(checkpoint) if checkpoint else self.run.check_not_moved(), ranks)
+        downloads = ExitStack()
+        share = downloads.enter_context(self._downloads(train.init_from))
+        checkpoint = self.store.resume(ranks, self._check_checkpoint, share)
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
         self.position: int = meta.get("position", 0)
@@ -94,8 +96,8 @@ class Session:
         """Updates after which each average began."""
         if checkpoint is not None:
             self._load(checkpoint)
-        self.store.claim(ranks)
-        self.writer = CheckpointWriter(self.store, config.checkpoint, ranks)
+        downloads.close()
+        self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, self.run.record_saved)
         self.writer.last_step = self._announced = self.step if checkpoint else -1
         together(self._record_start, ranks)
         self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id, self._code)
@@ -119,11 +121,22 @@ class Session:
         share = self.config.data.global_batch // self.ranks.world_size
         return share // (self.config.data.micro_batch or share)
 
-    def _say_changes(self, checkpoint: Checkpoint) -> None:
-        changes = check_same_run(checkpoint.meta["config"], self._config, str(checkpoint.folder))
+    def _check_checkpoint(self, checkpoint: Checkpoint | None) -> None:
+        """Refuses to go on with another run's settings, or without the checkpoints that this run has had."""
+        if checkpoint is None:
+            self.run.check_nothing_lost()
+            return
+        for key in ("position", "data", "updates"):
+            checkpoint.recorded(key)
+        changes = check_same_run(checkpoint.recorded("config"), self._config, str(checkpoint.folder))
         log.info("resuming from step %d (%s)", checkpoint.step, checkpoint.folder)
         for change in changes:
             log.info("changed since: %s", change)
+
+    def _downloads(self, also: str | None = None) -> AbstractContextManager[Share | None]:
+        """While checkpoints (and `also`) are read: what comes from an object store is fetched once per machine."""
+        remote = "://" in self.run.checkpoints or "://" in (also or "")
+        return shared_downloads(self.ranks) if remote else nullcontext()
 
     def _record_start(self) -> None:
         if self.step == 0:
@@ -345,20 +358,20 @@ class Session:
         Raises:
             NotFinite: that has been tried already, or there is nothing to go back to.
         """
-        with self.phase("checkpoint", step):
+        with self.phase("checkpoint", step), self._downloads() as share:
             self.finish_saving()
-            checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True))
-        trouble = f"step {step}: the last {skipped} steps could not be applied (train.max_skipped)"
-        advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or take bad shards out"
-        if checkpoint is None:
-            raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
-        if self.counters["rollbacks"] >= self.config.train.max_rollbacks:
-            raise NotFinite(
-                f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} (train.max_rollbacks); "
-                f"{advice}"
-            )
-        self.counters["rollbacks"] += 1
-        self._load(checkpoint)
+            checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True), share=share)
+            trouble = f"step {step}: the last {skipped} steps could not be applied (train.max_skipped)"
+            advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
+            if checkpoint is None:
+                raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
+            if self.counters["rollbacks"] >= self.config.train.max_rollbacks:
+                raise NotFinite(
+                    f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} "
+                    f"(train.max_rollbacks); {advice}"
+                )
+            self.counters["rollbacks"] += 1
+            self._load(checkpoint)
         self.guard.history = list(checkpoint.meta.get("losses", ()))
         if self.ranks.is_main:
             log.warning(
@@ -401,5 +414,6 @@ class Session:
             log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
         self.watchdog.close()
         self.loader.close()
+        self.writer.close(hurry=exit_code != 0)
         self.tracker.close(exit_code)
         stop_logging()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -196,7 +197,7 @@ def finite(value: Any) -> Any:
 def keep_lines(path: Path, step: int) -> int:
     """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run
     again, with the same numbers, so that every step stands there once. The file is always a new one: an earlier start
-    that still lives writes into the old one."""
+    that still lives writes into the old one. One of which no line would stay is moved aside instead."""
     if not path.exists():
         return 0
     lines = path.read_text(errors="replace").splitlines()
@@ -207,6 +208,11 @@ def keep_lines(path: Path, step: int) -> int:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
+    if lines and not kept:
+        aside = next(p for n in count(1) if not (p := path.with_name(f"{path.stem}-{n}.jsonl")).exists())
+        path.rename(aside)
+        log.info("metrics.jsonl of an earlier start is now %s", aside.name)
+        return 0
     try:
         replace_file(path, "".join(line + "\n" for line in kept))
     except OSError:  # no room

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from data_pipeline.storage.folder import LocalFolder, RemoteFolder, open_folder
+from data_pipeline.storage import s3
+from data_pipeline.storage.folder import LocalFolder, NoRoom, RemoteFolder, open_folder
+from tests.faultproxy import FaultProxy
+from tests.s3 import S3Server
 from training.checkpoint import store as checkpoint_module
 from training.checkpoint.store import MANIFEST, CheckpointStore
 from training.processes.distributed import Ranks
@@ -62,5 +67,33 @@ def test_both_kinds_of_folder_alike(remote: bool, request: pytest.FixtureRequest
     assert folder.size("a") == 5 and folder.read("a") == b"12345" and folder.fetch("a").read_bytes() == b"12345"
     folder.remove("a")
     folder.remove("a")
-    folder.sub("deeper").remove_all()
+    folder.sub("deeper").remove_files(["b", "missing"])
     assert folder.sub("deeper").names() == []
+
+
+def test_a_full_directory_for_temporary_files_is_not_called_damage(
+    bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(f"s3://{bucket}/ck")
+    store.claim(ONE)
+    store.save(1, tensors(1), {}, ONE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(NoRoom, match=r"TMPDIR=.*cannot take a copy of s3://.*point TMPDIR at a disk with room"):
+            store.newest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "skipped" not in caplog.text and store.newest() is not None
+
+
+def test_threads_fetch_a_file_once(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_folder(f"s3://{bucket}/x")
+    folder.write("a", [b"1" * 100_000])
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3.forget()
+        proxy.plan([], default="delay:0.2")
+        with ThreadPoolExecutor(8) as pool:
+            assert len({path.read_bytes() for path in pool.map(folder.fetch, ["a"] * 8)}) == 1
+        assert len(proxy.log) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,8 @@ def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: 
 def test_a_record_that_is_gone_is_nobody_elses(store: CheckpointStore) -> None:
     """A directory that was wiped is no other attempt: the run goes on and claims it again."""
     store.claim(Ranks())
-    store.folder.remove("attempt.json")
+    for name in store.folder.names():
+        store.folder.remove(name)
     store.save(1, tensors(1), {}, Ranks())
     assert store.newest() is not None
     store.check_owner()
@@ -220,6 +223,110 @@ def test_a_manifest_that_is_not_as_it_was_written_is_passed_over(
     assert found is not None and found.step == 3 and store.newest_whole() == 3
 
 
+def test_crafted_manifests_are_damage(store: CheckpointStore) -> None:
+    """Also such as have no checksum of themselves."""
+    save(store, 3, 5)
+    path = data_file(store, 5).with_name(MANIFEST)
+    good = json.loads(path.read_text())
+    without_sums = [{k: v for k, v in file.items() if k not in ("sha256", "xxh3")} for file in good["files"]]
+    outside = [{**file, "name": f"../{file['name']}"} for file in good["files"]]
+    shapeless = [{**file, "tensors": {"param/a": {}}} for file in good["files"]]
+    for text in (
+        "[" * 100_000,
+        *(json.dumps({**good, "files": f, "sha256": ""}) for f in (without_sums, outside, shapeless)),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+            store.open(5)
+        found = store.newest()
+        assert found is not None and found.step == 3
+    with pytest.raises(DataError, match="does not say config, so no training run has written it"):
+        store.open(3).recorded("config")
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_the_best(store: CheckpointStore) -> None:
+    for step, loss in ((10, 0.2), (20, 0.1), (30, float("nan")), (40, float("-inf")), (50, "low"), (60, 0.3)):
+        store.save(step, tensors(1), {"validation": loss}, ONE)
+    assert sorted(store.prune(keep_last=1, keep_best=True)) == [10, 30, 40, 50]
+
+
+def test_kept_checkpoints_hold_nothing_of_killed_attempts(store: CheckpointStore) -> None:
+    save(store, 10)
+    own = data_file(store, 10)
+    place = own.parent
+    for name in ("a0001-aaaaaa-r00001-p000.safetensors", ".a0001-bbbbbb-r00000-p001.safetensors.123.tmp"):
+        (place / name).write_bytes(b"killed while it was written")
+    (place / "a0009-aaaaaa-r00000-p000.safetensors").write_bytes(b"of a later attempt")
+    (place / "notes.txt").write_text("somebody's own")
+    later = CheckpointStore(str(store.folder))
+    later.claim(ONE)
+    save(later, 20)
+    assert later.prune(keep_last=1, keep_every=10) == []
+    kept = {path.name for path in place.iterdir()}
+    assert kept == {MANIFEST, own.name, "notes.txt", "a0009-aaaaaa-r00000-p000.safetensors"}
+    assert later.open(10).problems() == []
+
+
+def test_a_step_that_an_earlier_attempt_has_left_gets_another_manifest(store: CheckpointStore) -> None:
+    save(store, 10)
+    store.folder.sub("step-00000020").write("a0001-aaaaaa-r00000-p000.safetensors", [b"killed while it was written"])
+    later = CheckpointStore(str(store.folder))
+    assert later.resume(ONE, lambda checkpoint: None).step == 10  # type: ignore[union-attr]
+    save(later, 20)
+    assert later.open(20).manifest["name"].startswith("manifest-a0002-") and later.open(20).problems() == []
+    save(later, 30)
+    assert later.open(30).manifest["name"] == MANIFEST
+    assert later.prune(keep_last=1) == [20, 10] and later.steps() == [30]
+
+
+def test_what_an_earlier_attempt_commits_late_is_no_part_of_the_run(store: CheckpointStore) -> None:
+    save(store, 10)
+    later = CheckpointStore(str(store.folder))
+    later.resume(ONE, lambda checkpoint: None)
+    store.attempts.check = lambda: None  # type: ignore[method-assign]
+    save(store, 30)  # its request was on its way when the other one looked
+    found = CheckpointStore(str(store.folder)).newest()
+    assert found is not None and found.step == 30, "nothing else was saved"
+    save(later, 20)
+    for place in (later, CheckpointStore(str(store.folder))):
+        found = place.newest()
+        assert found is not None and found.step == 20
+    assert later.prune(keep_last=5) == [30]
+
+
+def test_a_start_that_meets_a_living_one_goes_on_from_what_that_one_saves(store: CheckpointStore) -> None:
+    save(store, 10)
+
+    def meanwhile(checkpoint: Any) -> None:
+        if checkpoint.step == 10:
+            save(store, 20)
+            store.prune(keep_last=1)
+
+    later = CheckpointStore(str(store.folder))
+    found = later.resume(ONE, meanwhile)
+    assert found is not None and found.step == 20 and later.attempt == 2
+
+
+def test_slow_deletions_hold_up_neither_steps_nor_saves(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, go = LocalFolder.remove_files, threading.Event()
+
+    def slow(self: LocalFolder, names: Any) -> None:
+        assert go.wait(60)
+        remove(self, names)
+
+    monkeypatch.setattr(LocalFolder, "remove_files", slow)
+    writer = CheckpointWriter(store, CheckpointConfig(keep_last=1), ONE)
+    for step in (1, 2, 3, 4):
+        writer.start(step, Snapshot(tensors(step)), {})
+        assert writer.wait() is None and writer.last_step == step
+    assert store.steps() == [4, 3, 2, 1]
+    go.set()
+    writer.close()
+    assert store.steps() == [4]
+
+
 def test_what_cannot_be_read_at_all_is_passed_over(store: CheckpointStore) -> None:
     save(store, 3)
     place = Path(str(store.folder))
@@ -234,11 +341,19 @@ def test_what_cannot_be_read_at_all_is_passed_over(store: CheckpointStore) -> No
             store.open(step)
 
 
-def test_two_starts_with_one_number_share_no_file(store: CheckpointStore) -> None:
-    """Both read the record before either wrote it."""
+def test_starts_at_the_same_moment_take_different_numbers(store: CheckpointStore) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        taken = list(pool.map(lambda _: CheckpointStore(str(store.folder)).claim(ONE), range(6)))
+    assert sorted(taken) == [2, 3, 4, 5, 6, 7]
+
+
+def test_two_starts_with_one_number_share_no_file(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store that ignores the condition both may take one number; the earlier one stops."""
     other = CheckpointStore(str(store.folder))
-    other.folder.remove("attempt.json")
+    monkeypatch.setattr(LocalFolder, "create", lambda self, name, data: self.write(name, [data]) is None)
+    monkeypatch.setattr(LocalFolder, "names", lambda self: [])
     other.claim(ONE)
+    monkeypatch.undo()
     assert other.attempt == store.attempt
     save(other, 7)
     with pytest.raises(Superseded):
@@ -247,8 +362,18 @@ def test_two_starts_with_one_number_share_no_file(store: CheckpointStore) -> Non
 
 
 def test_a_damaged_record_of_attempts_stops_nobody(store: CheckpointStore) -> None:
-    store.folder.write("attempt.json", [b""])
-    assert CheckpointStore(str(store.folder)).claim(ONE) == 1
+    store.folder.write("attempt-0001.json", [b""])
+    save(store, 1)
+    assert CheckpointStore(str(store.folder)).claim(ONE) == 2
+
+
+def test_a_start_of_an_earlier_version_is_fenced_off_as_well(store: CheckpointStore) -> None:
+    """It looks for its token in attempt.json."""
+    store.folder.write("attempt.json", [b'{"attempt": 6, "token": "old", "host": "x"}'])
+    later = CheckpointStore(str(store.folder))
+    assert later.claim(ONE) == 7
+    record = json.loads(store.folder.read("attempt.json"))
+    assert record["attempt"] == 7 and record["token"] == later.attempts.token
 
 
 def test_a_store_that_goes_away_during_a_save_costs_that_checkpoint_alone(
@@ -275,8 +400,15 @@ def test_a_store_that_goes_away_during_a_save_costs_that_checkpoint_alone(
 
 def test_deleting_takes_the_manifest_first(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     save(store, 1, 2)
-    monkeypatch.setattr(LocalFolder, "remove_all", lambda self: (_ for _ in ()).throw(OSError("died here")))
-    with pytest.raises(OSError):
+    remove = LocalFolder.remove
+
+    def dies(self: LocalFolder, name: str) -> None:
+        if name != MANIFEST:
+            raise OSError("died here")
+        remove(self, name)
+
+    monkeypatch.setattr(LocalFolder, "remove", dies)
+    with pytest.raises(OSError, match="died here"):
         store.prune(keep_last=1)
     assert store.steps() == [2, 1]
     with pytest.raises(DataError, match="never finished"):
@@ -314,7 +446,7 @@ def test_a_crash_while_writing_leaves_no_half_file(store: CheckpointStore) -> No
 
     with pytest.raises(KeyboardInterrupt):
         store.folder.write("file", dies())
-    assert store.folder.names() == ["attempt.json"]
+    assert store.folder.names() == ["attempt-0001.json"]
 
 
 def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
@@ -322,6 +454,7 @@ def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
     for step in (1, 2, 3):
         writer.start(step, Snapshot(tensors(step)), {})
         assert writer.wait() is None
+    writer.close()
     assert store.steps() == [3, 2]
     assert writer.last_step == 3
 

@@ -1,0 +1,127 @@
+"""The same runs with their checkpoints on disk and in an object store: what ranks tell each other and fetch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.faultproxy import FaultProxy
+from tests.s3 import S3Server
+from tests.training import forks
+from tests.training.runs import chaos, curve, experiment, metrics
+from training.cascade import bundle
+from training.checkpoint.store import CheckpointStore
+from training.commands.checkpoints import main as checkpoints
+from training.config.commands import CheckpointsCommand
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks
+
+
+def exported(config: Experiment, directory: Path) -> dict[str, torch.Tensor]:
+    command = CheckpointsCommand(action="export", output=str(directory / "weights.safetensors"))
+    command.run.dir = config.run.dir
+    checkpoints(command)
+    return load_file(directory / "weights.safetensors")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_way_between_ranks_on_disk_and_in_a_bucket(
+    tmp_path: Path, shards: str, bucket: str, s3_server: S3Server, stage: int
+) -> None:
+    """Skip, roll back, validate, draw, prune, stop, resume, prune again, export, bundle, begin with the weights."""
+    outcomes: list[Any] = []
+    for place in ("disk", "bucket"):
+        home = tmp_path / place
+        home.mkdir()
+        where = f"s3://{bucket}/ck" if place == "bucket" else str(home / "with a blank")
+        config = experiment(
+            home, shards, checkpoint__dir=where, zero__stage=stage, checkpoint__keep_last=1, train__max_skipped=2,
+            validation__every=4, validation__samples=8, train__sample_every=4,
+            evaluation__reference=shards.replace("train", "heldout"),
+        )  # fmt: skip
+        events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (5, 6)]
+        first = chaos(config, 2, *events, {"what": "sigterm", "rank": 1, "step": 7}, **s3_server.env)
+        assert first.codes() == [75, 75], first.text
+        assert "the weights are set back to the checkpoint of step 3; training goes on with step 7" in first.text
+        assert (home / "run/samples/step-00000004.png").exists() and "validation_loss" in metrics(config)[3]
+        second = forks.start(config, 2, **s3_server.env)
+        assert second.codes() == [0, 0], second.text
+        assert "resuming from step 8" in second.text
+        store = CheckpointStore(where)
+        assert set(store.steps()) <= {10, 8}, "the newest, and the best"
+        weights = exported(config, home)
+        stages = bundle.collect([config.run.dir]).stages[0].tensors()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in stages.items())
+        outcomes.append((curve(config), weights))
+
+        other = experiment(home, shards, run__dir=str(home / "other"), zero__stage=stage, train__init_from=where)
+        other.train.steps = 1
+        begun = forks.start(other, 2, **s3_server.env)
+        assert begun.codes() == [0, 0] and f"weights taken from {where}" in begun.text, begun.text
+    (disk, disk_weights), (remote, remote_weights) = outcomes
+    assert disk == remote
+    assert all(torch.equal(remote_weights[name], tensor) for name, tensor in disk_weights.items())
+
+
+def test_a_run_never_starts_over_by_itself(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=4, zero__stage=0)
+    assert forks.start(config).codes() == [0]
+    config.train.steps, place = 6, Path(config.run.dir) / "checkpoints"
+    place.rename(tmp_path / "away")
+    lost = forks.start(config)
+    assert lost.codes() == [2], lost.text
+    assert "no checkpoint is there, but this run has saved some, the last of step 4" in lost.text
+    assert "choose another run.dir, or move" in lost.text and len(metrics(config)) == 4
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(tmp_path / "away", place)
+    for manifest in place.glob("*/manifest.json"):
+        manifest.unlink()
+    lost = forks.start(config)
+    assert lost.codes() == [2] and "this run has saved some" in lost.text and len(metrics(config)) == 4
+    shutil.rmtree(place)
+    (tmp_path / "away").rename(place)
+    assert forks.start(config).codes() == [0]
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path, shards: str) -> None:
+    """What it has measured is moved aside."""
+    config = experiment(tmp_path, shards, train__steps=3, zero__stage=0, checkpoint__every=100)
+    assert chaos(config, 1, {"what": "kill", "rank": 0, "step": 2}).codes() == [-9]
+    again = forks.start(config)
+    assert again.codes() == [0] and "metrics.jsonl of an earlier start is now metrics-1.jsonl" in again.text
+    assert len((tmp_path / "run/metrics-1.jsonl").read_text().splitlines()) == 2 and len(metrics(config)) == 3
+
+
+def test_each_byte_is_fetched_once_however_many_ranks_resume(
+    tmp_path: Path, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the processes of one machine; the number of requests does not depend on theirs."""
+    monkeypatch.setattr("training.checkpoint.store.PART_BYTES", 4000)
+    store = CheckpointStore(f"s3://{bucket}/ck")
+    store.claim(Ranks())
+    tensors = {f"param/{i}": torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(6)}
+    store.save(5, tensors, {}, Ranks())
+    counts, scratch = [], tmp_path / "temporary"
+    scratch.mkdir()
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        for ranks in (2, 4, 8):
+            proxy.log.clear()
+            config = Experiment()
+            config.run.dir, config.checkpoint.dir = str(tmp_path / "run"), f"s3://{bucket}/ck"
+            variables = {**s3_server.env, "TMPDIR": str(scratch), "AWS_ENDPOINT_URL": proxy.endpoint}
+            running = forks.start(config, ranks, "tests.training.reading", **variables)
+            assert running.codes() == [0] * ranks, running.text
+            total = sum(float(tensor.sum()) for tensor in tensors.values())
+            assert json.loads(running.result.read_text()) == {"step": 5, "sum": pytest.approx(total)}
+            fetched = [path for method, path, _, _ in proxy.log if method == "GET" and "safetensors" in path]
+            assert len(fetched) == len(set(fetched)) == 6
+            counts.append(len(proxy.log))
+    assert counts[0] == counts[1] == counts[2] < 20, counts
+    assert not list(scratch.iterdir()), "no copy is left"
