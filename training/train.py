@@ -109,14 +109,17 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
                 engine.set_timeout(settings.timeout_s)
                 session.watchdog.patient = False
 
-            # ------------------------------------------------------------------ log, validation, sample grid
+            # ------------------------------------------------------ validation, evaluation, log, sample grid
             last = done == settings.steps
             measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
             hurry = bool(signal_number) and not last  # first of all the state must be saved
             validating = config.validation.every and not hurry and (done % config.validation.every == 0 or last)
             if validating:
                 measured.update(session.validate(done))
-            if done % settings.log_every == 0 or validating or last:
+            evaluating = config.evaluation.every and not hurry and (done % config.evaluation.every == 0 or last)
+            if evaluating:
+                measured.update(session.evaluate(done))
+            if done % settings.log_every == 0 or validating or evaluating or last:
                 session.log(done, measured)
             if settings.sample_every and not hurry and (done % settings.sample_every == 0 or last):
                 session.sample_grid(done)

@@ -213,13 +213,14 @@ def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, sha
     assert metrics(config)[-1]["position"] == STEPS * 8
 
 
-def test_validation_asks_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
-    results = []
+def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
+    results, figures = [], []
     for ranks, stage in ((1, 0), (2, 3)):
         config = experiment(
             tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
             validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
-            checkpoint__keep_last=1, train__log_every=3,
+            checkpoint__keep_last=1, train__log_every=3, evaluation__every=2, evaluation__samples=7,
+            evaluation__batch=3,
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
         running = forks.start(config, ranks)
@@ -227,9 +228,13 @@ def test_validation_asks_the_same_on_any_number_of_ranks(tmp_path: Path, shards:
         lines = metrics(config)
         assert [line["step"] for line in lines] == [2, 3, 4]
         results.append([(line["validation_loss"], line["validation_loss_ema"]) for line in (lines[0], lines[2])])
+        figures.append({key: value for key, value in lines[2].items() if key.startswith("evaluation/")})
+        assert lines[0]["evaluation/kid/colour_grid_4x4"] != lines[2]["evaluation/kid/colour_grid_4x4"]
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
     assert results[0][0][0] != results[0][0][1], "raw and averaged weights differ"
+    assert figures[0] == pytest.approx(figures[1], rel=0.02, abs=1e-3)
+    assert {"evaluation/frechet/random_filters_64", "evaluation/kid/colour_grid_4x4/plus_minus"} < set(figures[0])
 
 
 def test_validation_without_held_out_data_is_refused(tmp_path: Path, shards: str) -> None:

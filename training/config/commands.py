@@ -218,7 +218,7 @@ class Verb:
 
 
 EVERYTHING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
-              "checkpoint", "wandb", "cluster", "seed")  # fmt: skip
+              "evaluation", "checkpoint", "wandb", "cluster", "seed")  # fmt: skip
 COMMANDS: dict[str, Verb] = {
     "prepare": Verb(
         Experiment,

@@ -398,6 +398,9 @@ class ExtractorConfig:
 class EvaluationConfig:
     """`cascade evaluate`: what is measured on how many samples."""
 
+    every: int = 0
+    """`train`: steps between two measurements of figures on features, with the averaged weights on all ranks; 0:
+    never."""
     kind: str = "shapes"
     """`shapes`: the oracle that reads captioned shapes; `pictures`: figures on features only."""
     reference: Any = None
@@ -420,6 +423,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
+        at_least(self, "evaluation", every=0)
+        require(
+            not self.every or bool(self.reference),
+            f"evaluation.every={self.every}: name held-out shards in evaluation.reference to compare with",
+        )
         at_least(self, "evaluation", samples=2, images_per_prompt=1, batch=1, reference_samples=0, psnr_samples=0)
         require(
             self.kind == "pictures" or not self.prompts,

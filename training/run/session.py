@@ -38,6 +38,7 @@ from training.processes.distributed import Ranks, all_gather, all_sum, each, thr
 from training.processes.endings import LossGuard, NotFinite, Signals
 from training.run.directory import RunDir, check_same_run, to_dict
 from training.run.metering import Hours, Meter
+from training.run.quick_evaluation import QuickEvaluation
 from training.run.sample_grid import Inputs, choose, draw, write
 from training.run.starting_weights import begin_with
 from training.run.tracking import SILENT, Tracker, finite, start_logging, stop_logging
@@ -88,6 +89,10 @@ class Session:
         self.validation: Validation | None = None
         if config.validation.every:
             self.validation = each(self._open_validation, ranks)
+        self.evaluation: QuickEvaluation | None = None
+        if config.evaluation.every:
+            encode = self.text_encoder.encode
+            self.evaluation = each(lambda: QuickEvaluation(config, ranks, encode), ranks)
         unet = for_stage(config.stage, self.text_encoder.dim)
         self.lora: dict[str, Any] | None = meta.get("lora")
         model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
@@ -393,6 +398,12 @@ class Session:
                 averaged = self.validation.measure(module)
         self.validated, self.validated_step = averaged, step
         return {"validation_loss": raw, "validation_loss_ema": averaged}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Figures on features of pictures that the averaged weights draw. Collective."""
+        assert self.evaluation is not None
+        with self.phase("evaluation", step), self._stance("force_eager"), self.engine.averaged(0) as module:
+            return self.evaluation.measure(module, beat=lambda: self.watchdog.phase("evaluation", step))
 
     def sample_grid(self, step: int) -> None:
         """Draws the fixed prompts into samples/step-########.png. Collective."""
