@@ -6,13 +6,14 @@ They are what `training.processes.distributed.launch` starts, with the same entr
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,8 @@ class Running:
 
 def start(config: Experiment, ranks: int = 1, module: str = "training.train", **variables: str) -> Running:
     """`module.main(config)` in `ranks` processes, with more environment variables."""
-    from omegaconf import OmegaConf
-
     scratch = Path(tempfile.mkdtemp(prefix="forks-", dir=str(Path(config.run.dir).parent)))
-    (scratch / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (scratch / "config.json").write_text(json.dumps(asdict(config)))
     processes = []
     environ = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
@@ -80,4 +79,4 @@ def _child(environ: dict[str, str], scratch: str, module: str, config_class: str
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.exit(worker(module, config_class, f"{scratch}/config.yaml", f"{scratch}/result.json"))
+    sys.exit(worker(module, config_class, f"{scratch}/config.json", f"{scratch}/result.json"))
