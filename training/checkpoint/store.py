@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PINNED = "pinned.json"
+"""Beside the checkpoints: steps that pruning leaves alone."""
 READ_BYTES = 1 << 22
 READERS = 4
 """Files that a process verifies (and fetches from an object store) at a time."""
@@ -325,7 +327,8 @@ class CheckpointStore:
         self.check_owner()
         steps = self.steps()
         standings = {step: found for step in steps if step not in self._damaged and (found := self._standing(step))}
-        gone = doomed(steps, standings, self._saved, keep_last, keep_every, keep_best)
+        pinned = self.pinned()
+        gone = [s for s in doomed(steps, standings, self._saved, keep_last, keep_every, keep_best) if s not in pinned]
         for step in gone:
             limit = self.attempt - (step > self._saved)  # beyond our newest one we may be writing ourselves
             self._remove(step, leftovers(self._folder(step).names(), (), limit, unknown=True))
@@ -336,6 +339,17 @@ class CheckpointStore:
             self._remove(step, replaced + leftovers(names, ours, self.attempt))
             self._swept.add(step)
         return gone
+
+    def pin(self, steps: Iterable[int]) -> None:
+        """Names the checkpoints that `prune` must leave alone, instead of those named before."""
+        self.folder.write(PINNED, [json.dumps(sorted(steps)).encode()])
+
+    def pinned(self) -> set[int]:
+        """Steps named by `pin`; none where the file is missing or damaged."""
+        try:
+            return {int(step) for step in json.loads(self.folder.read(PINNED))}
+        except (OSError, ValueError, TypeError, DataError):
+            return set()
 
     def _remove(self, step: int, names: list[str]) -> None:
         first = manifests(names)
@@ -362,14 +376,15 @@ class CheckpointStore:
         matches = (STEP_NAME.fullmatch(name) for name in self.folder.names())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _is_committed(self, step: int) -> bool:
+    def is_committed(self, step: int) -> bool:
+        """Whether a checkpoint of this step was committed: a manifest is there."""
         try:
             return bool(manifests(self._folder(step).sizes()))
         except (OSError, DataError):  # something is there, and cannot be read
             return True
 
     def _newest_committed(self) -> int:
-        return next((step for step in self.steps() if self._is_committed(step)), -1)
+        return next((step for step in self.steps() if self.is_committed(step)), -1)
 
     def newest_whole(self) -> int:
         """The newest step whose files are all there with their sizes, their checksums not looked at; -1: none."""

@@ -35,7 +35,7 @@ from training.cascade.cascade import Cascade
 from training.cascade.prompts import read_prompts
 from training.cascade.requests import Drawing, plan_stages
 from training.checkpoint.provenance import code_version
-from training.commands.sample import open_cascade
+from training.commands.sample import open_cascade, place_cascade
 from training.config.commands import EvaluateCommand
 from training.evaluation import compare, measure, oracle, page, report
 from training.evaluation.extractors.base import Extractor, open_extractors
@@ -69,14 +69,32 @@ def main(config: EvaluateCommand) -> dict[str, Any]:
         from training.evaluation.pareto import draw_curve
 
         return draw_curve(config.results, Path(config.evaluation.output))
+    if config.watch:
+        from training.commands.watch import one_checkpoint, watch
+
+        return watch(
+            config,
+            lambda given, runs, output: evaluate_cascade(
+                one_checkpoint(given, output), place_cascade(given, Cascade.from_runs(runs))
+            ),
+        )
+    if config.action == "reference":
+        try_to_write(Path(config.evaluation.output), "evaluation.output")
+        return make_reference(config, Path(config.evaluation.output))
+    return evaluate_cascade(config)
+
+
+def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] | None = None) -> dict[str, Any]:
+    """Evaluates one cascade into `evaluation.output`.
+
+    Args:
+        opened: a cascade and the devices to draw on; None: the bundle `bundle.dir`.
+    """
     began = time.monotonic()
     output = Path(config.evaluation.output)
     try_to_write(output, "evaluation.output")
-    if config.action == "reference":
-        return make_reference(config, output)
-    device = _device(config)
-    extractors = open_extractors(config.evaluation.extractors, device)
-    cascade, devices = open_cascade(config)
+    extractors = open_extractors(config.evaluation.extractors, _device(config))
+    cascade, devices = opened or open_cascade(config)
     evaluation = Evaluation(config, cascade, devices, extractors)
     ranks = read_ranks()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
@@ -85,9 +103,9 @@ def main(config: EvaluateCommand) -> dict[str, Any]:
         return {"rank": rank, "waits": "the process that finishes last writes the result"}
     result = evaluation.result()
     result["seconds"] = round(time.monotonic() - began, 3)
-    replace_file(output / compare.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     replace_file(output / "report.md", report.markdown(result))
     replace_file(output / "report.html", page.html(result, evaluation.sections))
+    replace_file(output / compare.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     evaluation.parts.forget_others()
     print(report.summary(result))
     print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")

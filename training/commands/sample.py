@@ -152,7 +152,11 @@ def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: i
 
 def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, list[str]]:
     """The bundle of an experiment, and the devices to draw on: all GPUs, this process's among several, or the CPU."""
-    cascade = Cascade.from_pretrained(path or config.bundle.dir, config.bundle.text_path)
+    return place_cascade(config, Cascade.from_pretrained(path or config.bundle.dir, config.bundle.text_path))
+
+
+def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[str]]:
+    """A cascade in the precision of `precision.dtype`, and the devices to draw on."""
     ranks = read_ranks()
     if not (config.cluster.gpus and torch.cuda.is_available()):
         if config.cluster.threads:

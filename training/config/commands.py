@@ -48,10 +48,21 @@ class EvaluateCommand(SamplerKeys):
     distance against CLIP score over results of a sweep."""
     results: list[str] = field(default_factory=list)
     """`compare`, `pareto`: result.json files or their directories."""
+    watch: bool = False
+    """Evaluate each committed checkpoint of the run `run.dir` once, newest first, until the run is complete."""
+    figure: str = ""
+    """`watch`: the figure that decides which checkpoint is best, for example kid.inception; empty: KID by the last
+    features."""
+    wait_s: float = 3600.0
+    """`watch`: give up after so long without a new checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.action in ACTIONS, f"action={self.action}: it must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}")
+        require(
+            not self.watch or self.action == "evaluate", f"watch=true: it belongs to action=evaluate, not {self.action}"
+        )
+        require(self.wait_s > 0, f"wait_s={self.wait_s}: it must be positive")
         needs = self.action in ("compare", "pareto")
         require(needs or not self.results, f"results: action={self.action} reads none; say action=compare or pareto")
         require(not needs or len(self.results) > 1, f"results: action={self.action} needs at least two: results=[A,B]")

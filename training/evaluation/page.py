@@ -44,17 +44,65 @@ class Section:
 
 def html(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """The page. Captions and settings are escaped."""
-    import jinja2
-
-    template = resources.files("training.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return _rendered(
+        "report.html.j2",
         title=f"Evaluation of {result['protocol']['bundle']}",
         result=result,
         groups=list(_groups(result)),
         pictures=[section for section in sections if section.pictures],
         protocol=protocol_rows(result["protocol"]),
     )
+
+
+def series_html(run: str, series: Mapping[str, Any]) -> str:
+    """The page of a run's evaluations: each figure over the steps, with its interval as a band.
+
+    Args:
+        series: `figure`, `best` and `steps` (step -> name -> `value`, `interval`).
+    """
+    steps = {int(step): figures for step, figures in series["steps"].items()}
+    names = list(dict.fromkeys(name for figures in steps.values() for name in figures))
+    return _rendered(
+        "series.html.j2",
+        title=f"Checkpoints of {run}",
+        steps=len(steps),
+        figure=series["figure"],
+        best=series["best"],
+        curves=[_curve(name, {s: f[name] for s, f in sorted(steps.items()) if name in f}) for name in names],
+    )
+
+
+def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Places of one figure's points in a picture of 320 x 180."""
+    steps = list(entries)
+    ends = [end for entry in entries.values() for end in entry["interval"]]
+    low, high = min(ends), max(ends)
+
+    def place(step: int, value: float) -> str:
+        x = 50 + 260 * (step - steps[0]) / ((steps[-1] - steps[0]) or 1)
+        return f"{x:.1f},{150 - 140 * (value - low) / ((high - low) or 1):.1f}"
+
+    line = [place(step, entry["value"]) for step, entry in entries.items()]
+    band = [place(step, entry["interval"][1]) for step, entry in entries.items()]
+    band += [place(step, entry["interval"][0]) for step, entry in reversed(entries.items())]
+    return {
+        "name": name,
+        "line": " ".join(line),
+        "band": " ".join(band),
+        "dots": [point.split(",") for point in line],
+        "low": f"{low:.4g}",
+        "high": f"{high:.4g}",
+        "first": steps[0],
+        "last": steps[-1],
+    }
+
+
+def _rendered(name: str, **values: Any) -> str:
+    import jinja2
+
+    template = resources.files("training.evaluation").joinpath(f"templates/{name}").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(**values)
 
 
 def _groups(result: Mapping[str, Any]) -> list[dict[str, Any]]:
