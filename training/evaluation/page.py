@@ -84,7 +84,7 @@ def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
 
     line = [place(step, entry["value"]) for step, entry in entries.items()]
     band = [place(step, entry["interval"][1]) for step, entry in entries.items()]
-    band += [place(step, entry["interval"][0]) for step, entry in reversed(entries.items())]
+    band += [place(step, entry["interval"][0]) for step, entry in reversed(list(entries.items()))]
     return {
         "name": name,
         "line": " ".join(line),
