@@ -140,6 +140,8 @@ class DataConfig:
     """Probability of a horizontal flip. Off by default: captions may say left and right."""
     background: int = 255
     """Grey value that transparent pixels are composited over."""
+    srgb: bool = True
+    """Convert the colours of pictures with an ICC profile (Adobe RGB, Display P3) to sRGB; false: pixels as stored."""
     index_dir: str | None = None
     """Where indexes are kept when the shards' own directory cannot be written."""
     cache_dir: str | None = None

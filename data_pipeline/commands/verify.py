@@ -159,6 +159,7 @@ def _decode(sample: dict[str, Any], config: Settings) -> Caption | BadSample:
             margin=data.decode_margin,
             max_pixels=data.max_pixels,
             background=data.background,
+            srgb=data.srgb,
             orientation=images.orientation_from_json(sample.get("json")),
         )
         return caption
@@ -171,7 +172,7 @@ def _decode(sample: dict[str, Any], config: Settings) -> Caption | BadSample:
 def _whole(sample: dict[str, Any], data: DataConfig) -> np.ndarray:
     """The whole picture, upright, at about the size of the contact sheet's."""
     orientation = images.orientation_from_json(sample.get("json"))
-    return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation)
+    return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation, data.srgb)
 
 
 def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.common.errors import BadSample
+from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
+from data_pipeline.content.members import is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.content.resize import box_average, resize_square
 from data_pipeline.order.chance import hash_below, hash_uniform
 
@@ -28,10 +30,13 @@ MAX_ASPECT = 20.0
 """No square of a sliver longer than this shows anything: `aspect_ratio`."""
 Image.init()
 FORMATS = tuple(
-    name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if name in Image.OPEN
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
+    if name in Image.OPEN
 )
 """What Pillow may try; its other readers start programs (EPS) or read vectors."""
 _ORIENTATION_TAG = 0x0112
+_PNG = b"\x89PNG\r\n\x1a\n"
 _DCT_EIGHTHS = (1, 2, 4, 8)
 """Scales of the DCT that libjpeg-turbo has vector code for; 3/8 costs more than 4/8, and 5/8 to 7/8 more than all."""
 _EXIF_WORDS = {
@@ -61,6 +66,7 @@ def training_pair(
     max_pixels: int = 64_000_000,
     background: int = 255,
     orientation: int = 1,
+    srgb: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """One decode for the picture a stage learns to make and the smaller one it starts from.
 
@@ -73,7 +79,7 @@ def training_pair(
         crop_size: side of the window, a multiple of size / low_res_size; 0: the whole picture.
         crop: `random` or `center`, for the square and for the window.
         flip: probability of a horizontal flip, 0 to 1.
-        margin, max_pixels, background, orientation: see `decode`.
+        margin, max_pixels, background, orientation, srgb: see `decode`.
 
     Returns:
         high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None.
@@ -88,11 +94,13 @@ def training_pair(
             f"size={size}, low_res_size={low_res_size}, crop_size={crop_size}: low_res_size must divide size, and "
             "crop_size be a multiple of their quotient, up to size"
         )
-    picture, extent = _decode(data, math.ceil(size * margin), max_pixels, background, orientation, _scratch)
+    picture, extent, profile = _decode(
+        data, math.ceil(size * margin), max_pixels, background, orientation, _scratch, srgb
+    )
     x, y, length = _square(extent, crop, seed, position)
     left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
     scale = length / size
-    high = resize_square(picture, x + left * scale, y + top * scale, side * scale, side)
+    high = to_srgb(resize_square(picture, x + left * scale, y + top * scale, side * scale, side), profile)
     if flip and hash_uniform(seed, position, "flip") < flip:
         high = np.ascontiguousarray(high[:, ::-1])
     return high, box_average(high, factor) if low_res_size else None
@@ -105,6 +113,7 @@ def decode(
     max_pixels: int = 64_000_000,
     background: int = 255,
     orientation: int = 1,
+    srgb: bool = True,
 ) -> np.ndarray:
     """Decodes one picture upright, at full size or (JPEG) at a smaller scale that is enough for `target`.
 
@@ -115,14 +124,16 @@ def decode(
         max_pixels: larger pictures are refused from the header, before any memory is taken.
         background: grey value, 0 to 255, behind transparent pixels.
         orientation: EXIF orientation 1 to 8 known from elsewhere, used when the bytes themselves carry none.
+        srgb: convert the colours of an embedded ICC profile (Adobe RGB, Display P3) to sRGB.
 
     Returns:
         uint8 (H, W, 3).
 
     Raises:
-        BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio` or `decode_error`.
+        BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio`, `unsupported_image` or `decode_error`.
     """
-    return _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None)[0]
+    picture, _, profile = _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None, srgb)
+    return to_srgb(picture, profile)
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -186,9 +197,10 @@ _scratch = _Scratch()
 
 
 def _decode(
-    data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None
-) -> tuple[np.ndarray, Extent]:
-    """The upright picture and its extent; a JPEG's shorter side is at least `least` pixels if the file has them.
+    data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None, srgb: bool
+) -> tuple[np.ndarray, Extent, bytes | None]:
+    """The upright picture, its extent and the ICC profile that its colours still have; a JPEG's shorter side is at
+    least `least` pixels if the file has them.
 
     With `scratch` the picture may lie in memory that the thread's next call overwrites.
     """
@@ -197,9 +209,9 @@ def _decode(
     if data.startswith(b"\xff\xd8\xff"):
         jpeg = _decode_jpeg(data, least, max_pixels, orientation, scratch)
         if jpeg is not None:
-            return jpeg
-    picture = _decode_any(data, max_pixels, background, orientation)
-    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0]))
+            return *jpeg, icc_of_jpeg(data) if srgb else None
+    picture = _decode_any(data, max_pixels, background, orientation, srgb)
+    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0])), None
 
 
 def _decode_jpeg(
@@ -226,14 +238,23 @@ def _decode_jpeg(
     return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation)
 
 
-def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int) -> np.ndarray:
+def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int, srgb: bool) -> np.ndarray:
     image = _open(data)
     check_size(*image.size, max_pixels)
     try:
         turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow turns these by itself
-        image.load()
+        try:
+            image.load()
+        except ValueError:
+            lean = without_text(data)  # Pillow refuses text of more than a megabyte, which may follow the pixels
+            if len(lean) == len(data):
+                raise
+            image = _open(lean)
+            image.load()
         orientation = 1 if turned else _exif_orientation(image, orientation)
-        return _upright(np.asarray(to_rgb(image, background)), orientation)
+        rgb = to_rgb(image, background, srgb)
+        del image  # with its decoder it holds several times the memory of the pixels
+        return _upright(np.asarray(rgb), orientation)
     except BadSample:
         raise
     except Exception as error:  # Pillow's readers raise anything at all on damaged files
@@ -247,25 +268,51 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from error
     except UnidentifiedImageError as error:
+        kind = picture_kind(data)
+        if is_unsupported(kind):
+            raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}") from error
         raise BadSample("decode_error", f"not a picture in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:
+        lean = without_text(data) if isinstance(error, ValueError) else data
+        if len(lean) < len(data):
+            return _open(lean)
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
-    """8 bits per colour: 16-bit grey scaled, transparency composed on a grey of `background`.
+def without_text(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, which may unpack to more than Pillow accepts; others as they are."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def to_rgb(image: Image.Image, background: int = 255, srgb: bool = True) -> Image.Image:
+    """8 bits per colour: 16-bit grey scaled, transparency composed on a grey of `background`, colours in sRGB.
+
+    Args:
+        srgb: convert the colours of an embedded ICC profile.
 
     Raises:
         BadSample: floating-point pixels.
     """
+    profile = image.info.get("icc_profile") if srgb else None
     if image.mode.startswith("I"):
         return _grey_from_16_bit(image)
     if image.mode == "F":
         raise BadSample("decode_error", "floating-point pixels have no agreed range")
     if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        above = convert_profile(layers.convert("RGB"), profile)
+        above.putalpha(layers.getchannel("A"))
         behind = Image.new("RGBA", image.size, (background, background, background, 255))
-        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(behind, above).convert("RGB")
+    return convert_profile(image, profile)
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:

@@ -25,8 +25,8 @@ _MOST_NAMED_IMAGES = 8
 """Pictures up to which one key's files may be the named members of one sample."""
 
 _HINTS = {
-    "heic": "install the package pillow-heif, or convert with `heif-convert`",
-    "jxl": "install the package pillow-jxl-plugin, or convert with `djxl`",
+    "heic": "convert it to JPEG first, with `heif-convert` or Python's pillow-heif",
+    "jxl": "convert it to PNG first, with `djxl` or Python's pillow-jxl-plugin",
     "svg": "draw it as pixels first, for instance with `rsvg-convert`",
     "raw": "develop it first, for instance with `darktable-cli`",
     "psd": "export it as PNG first",

@@ -180,6 +180,7 @@ class Decoding:
             margin=config.decode_margin,
             max_pixels=config.max_pixels,
             background=config.background,
+            srgb=config.srgb,
             orientation=images.orientation_from_json(sample.get("json")),
         )
         text = None

@@ -1,0 +1,104 @@
+"""Colour profiles: pictures in Adobe RGB, Display P3 and other spaces -> sRGB, in which models are trained."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_NEAR = 3
+"""Steps of 255 up to which a profile counts as sRGB, and its pixels stay as they are."""
+_KEPT = 16
+
+
+class _Transforms(threading.local):
+    """What converts from each profile seen lately; each thread has its own, since they hold state."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[tuple[bytes, str], Any] = OrderedDict()
+
+    def get(self, profile: bytes, mode: str) -> Any:
+        key = profile, mode
+        if key not in self.known:
+            self.known[key] = _transform(profile, mode)
+            while len(self.known) > _KEPT:
+                self.known.popitem(last=False)
+        return self.known[key]
+
+
+_transforms = _Transforms()
+
+
+def convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image as RGB, its colours converted from an ICC profile to sRGB. Profiles that are damaged, of another kind of
+    pixels, or as good as sRGB change nothing; without a profile colours are taken for sRGB."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    transform = _transforms.get(profile, image.mode) if profile else None
+    if transform is None:
+        return image.convert("RGB")
+    return ImageCms.applyTransform(image, transform) or image
+
+
+def to_srgb(picture: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """The same for uint8 (H, W, 3) in RGB, of which grey pictures have three equal channels."""
+    if not profile:
+        return picture
+    transform = _transforms.get(profile, "RGB")
+    if transform is not None:
+        return np.asarray(ImageCms.applyTransform(Image.fromarray(picture), transform))
+    transform = _transforms.get(profile, "L")
+    if transform is not None:
+        return np.asarray(ImageCms.applyTransform(Image.fromarray(picture[:, :, 0]), transform))
+    return picture
+
+
+def icc_of_jpeg(data: bytes) -> bytes | None:
+    """The ICC profile of a JPEG, from its segments before the image data; None when there is none that is whole."""
+    parts: dict[int, bytes] = {}
+    total, at = 0, 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xDA:
+            break
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
+            at += 1 if marker == 0xFF else 2
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xE2 and data[at + 4 : at + 16] == b"ICC_PROFILE\0" and end - at >= 18:
+            total = data[at + 17]
+            parts[data[at + 16]] = data[at + 18 : end]
+        at = end
+    if not parts or sorted(parts) != list(range(1, total + 1)):
+        return None
+    return b"".join(parts[number] for number in sorted(parts))
+
+
+def _transform(profile: bytes, mode: str) -> Any:
+    """What converts pixels of `mode` to sRGB; None where nothing is to be done or nothing can be."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) != mode:
+            return None
+        made = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return made
+        probe = _probe(mode)
+        shown = np.asarray(ImageCms.applyTransform(probe, made), np.int16)
+        return None if np.abs(shown - np.asarray(probe.convert("RGB"), np.int16)).max() <= _NEAR else made
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # a damaged profile does not make the pixels bad
+
+
+def _probe(mode: str) -> Image.Image:
+    """Colours all over the space."""
+    if mode == "L":
+        return Image.fromarray(np.arange(0, 256, 5, dtype=np.uint8)[None])
+    steps = np.linspace(0, 255, 6).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    return Image.fromarray(np.ascontiguousarray(grid))
