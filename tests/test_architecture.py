@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data_pipeline", "training", "slurm")
 ROOMS = {
-    "data_pipeline": ["common", "config", "storage", "order", "content", "shards", "reading", "commands"],
+    "data_pipeline": ["common", "config", "storage", "order", "content", "images", "shards", "reading", "commands"],
     "training": [
         "config",
         "pictures",

@@ -28,10 +28,7 @@ from data_pipeline.commands.prepare_item import (
     read_file,
     refuse_unsupported,
 )
-from data_pipeline.common.errors import BadSample, DataError
-from data_pipeline.config import MembersConfig
-from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
-from data_pipeline.content.tables import (
+from data_pipeline.commands.prepare_rows import (
     DelimitedRows,
     ParquetRows,
     Rows,
@@ -40,6 +37,9 @@ from data_pipeline.content.tables import (
     plain_name,
     typed,
 )
+from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.config import MembersConfig
+from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from data_pipeline.common import python
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
+from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.processes.endings import run_program
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with the exit code of a failure (2: wrong input; 75: saved and stopped on request, start again).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    guard_messages()
     with _closed_pipe():
         _main(words)
 
@@ -234,9 +236,9 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
     """Prints the sentence (a mistake of the user's is the same on all ranks: rank 0 alone says it) and exits."""
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if os.environ.get("CASCADE_SRUN") == "1" else None)
     if rank in (None, "0"):
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        print(visible(f"{who}: {error}"), file=sys.stderr, flush=True)
     elif error.exit_code != EXIT_USER_ERROR:
-        print(f"{who} (rank {rank}): {error}", file=sys.stderr, flush=True)
+        print(visible(f"{who} (rank {rank}): {error}"), file=sys.stderr, flush=True)
     raise SystemExit(error.exit_code)
 
 

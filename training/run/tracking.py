@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment
 from training.processes.distributed import Ranks
 from training.run.directory import RunDir, replace_file, to_dict
@@ -36,10 +37,11 @@ def start_logging(run: RunDir, ranks: Ranks) -> None:
     stop_logging()
     root = logging.getLogger()
     file = _RankFile(run.log_file(ranks.rank))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if ranks.is_main:
         terminal = _Terminal()
+        terminal.setFormatter(VisibleFormatter())
         terminal.setLevel(logging.INFO)
         root.addHandler(terminal)
     root.setLevel(logging.WARNING)
