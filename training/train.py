@@ -51,9 +51,10 @@ def main(config: Experiment) -> dict[str, Any]:
         run = RunDir(config)
         done = CheckpointStore(run.checkpoints).newest_whole()
         if done >= config.train.steps:
-            print(
-                f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on", flush=True
-            )
+            changes = run.changes(config)
+            print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on")
+            for change in changes:
+                print(f"changed since, without effect on what is trained: {change}")
             return {"step": done, "run_dir": str(run.path), "complete": True}
         if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot begin twice in one process
             return launch("training.train", config)

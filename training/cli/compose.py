@@ -45,12 +45,28 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
         plain = _at_home(OmegaConf.to_container(cfg, resolve=True))
         config = from_plain(root, plain)
         _check_finite(plain)
+        beside_bundle(config)
         check(verb, config)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(explain(error, root)) from error
     return config
+
+
+def beside_bundle(config: Experiment) -> None:
+    """Pictures and figures of a bundle that is not the run's go beside that bundle, unless a place is named: not into
+    runs/default, where those of the next bundle would follow."""
+    run = f"runs/{config.run.name}"
+    bundle = getattr(config, "from_bundle", None) or config.bundle.dir
+    if bundle == f"{run}/bundle":
+        return
+    home, _, name = bundle.rstrip("/").rpartition("/")
+    if "://" in bundle:
+        home = f"runs/{home.rpartition('/')[2] if name == 'bundle' else name}"
+    for section, default in ((config.sampling, f"{run}/samples"), (config.evaluation, f"{run}/evaluation")):
+        if section.output == default or section.output.startswith(f"{default}/"):
+            section.output = f"{home or '.'}/{section.output.removeprefix(run + '/')}"
 
 
 def _at_home(settings: Any) -> Any:

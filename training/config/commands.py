@@ -319,7 +319,7 @@ COMMANDS: dict[str, Verb] = {
         (
             "cascade evaluate experiment=demo",
             "cascade evaluate experiment=demo guidance=1.5 evaluation.output=runs/demo/guided",
-            "cascade evaluate action=compare results=[runs/demo/evaluation,runs/demo/guided]",
+            "cascade evaluate action=compare 'results=[runs/demo/evaluation,runs/demo/guided]'",
         ),
         ("evaluation", "bundle", "seed"),
         outputs=("evaluation.output",),

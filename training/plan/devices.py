@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline.common.errors import ConfigError
 from training.config.commands import PlanCommand
@@ -77,6 +79,28 @@ def this_machine(config: PlanCommand) -> Device:
         threads = thread_count(config.cluster)
         peak, basis = measured_peak(threads), f"fp32 matrix product of {threads} thread(s), measured now"
     return Device("cpu", memory, peak, False, basis)
+
+
+def has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 itself; without, PyTorch emulates it (25 times slower)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def free_memory() -> int:
+    """Bytes that processes here may still take: of the machine, or of the control group (a job, a container)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free
 
 
 def measured_peak(threads: int, side: int = 1024, rounds: int = 5) -> float:

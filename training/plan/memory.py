@@ -277,6 +277,12 @@ def kept(setup: Setup) -> dict[str, int]:
     return {**parts, "host": host}
 
 
+def least(setup: Setup) -> int:
+    """Bytes of weights, moments, averages and gradients on the device: less does not do, whatever the micro-batch."""
+    gradients = 0 if setup.zero.stage == 3 else setup.weight_bytes * setup.trained
+    return gradients + sum(size for name, size in kept(setup).items() if name != "host" or not setup.on_gpu)
+
+
 def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
     """What comes on top of `kept` at the three moments of a step that can be the highest."""
     n, share, b, stage = setup.trained, setup.share, setup.weight_bytes, setup.zero.stage

@@ -17,6 +17,7 @@ from training.config.experiment import Experiment
 from training.config.unet import for_stage
 from training.plan.checks import check_heldout, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
+from training.plan.fits import remarks
 from training.plan.flops import training_flops
 from training.plan.memory import (
     DECODER_FLOOR,
@@ -113,6 +114,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
     plan |= checkpoint_plan(config, setup, device, plan["nodes"], rates["seconds_per_step"])
     plan["fits"] = {"memory": plan.pop("fits_memory"), **fits}
     plan["problems"] = problems
+    plan["remarks"] = remarks(config, "cuda" if device.on_gpu else "cpu")
     plan["ok"] = not problems
     return plan
 

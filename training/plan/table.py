@@ -29,7 +29,7 @@ def table(plan: dict[str, Any]) -> str:
     groups = (_network(plan), _memory(plan), _time(plan), _input_output(plan), _fits(plan))
     blocks = ["\n".join(f"{label:<{LABEL}}{value}".rstrip() for label, value in rows) for rows in groups]
     problems = [f"problem: {problem}" for problem in plan["problems"]] or ["no problem found"]
-    return "\n\n".join([*blocks, "\n".join(problems)])
+    return "\n\n".join([*blocks, "\n".join([*problems, *(f"note: {remark}" for remark in plan["remarks"])])])
 
 
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:

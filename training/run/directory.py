@@ -119,6 +119,23 @@ class RunDir:
         """
         try_to_write(self.path, "run.dir", ("logs", "samples"))
 
+    def changes(self, config: Experiment) -> list[str]:
+        """How the settings differ from those of the last start, as `key: old -> new`; empty where none is recorded.
+
+        Raises:
+            ConfigError: a setting with which the run cannot go on.
+        """
+        import yaml
+
+        try:
+            before = yaml.safe_load((self.path / "config.yaml").read_text())
+            known = {**before, "text": {**before["text"]}}
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return []
+        if config.text.sha is None:  # found out at a start
+            known["text"]["sha"] = None
+        return check_same_run(known, to_dict(config), str(self.path))
+
     def check_nothing_lost(self) -> None:
         """For a start that found no checkpoint: the run must not have had any.
 
@@ -163,12 +180,27 @@ class RunDir:
         with suppress(OSError):  # no room for it; the next one says it again
             replace_file(self.path / SAVED, json.dumps({"step": step, "checkpoints": self.checkpoints}))
 
-    def wandb_id(self) -> str:
-        """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it."""
+    def wandb_id(self, saved: str | None = None) -> str:
+        """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it. A copy
+        of a run that is still there gets one of its own.
+
+        Args:
+            saved: the one in the checkpoint, for a run directory that has none.
+        """
         path = self.path / "wandb_id"
-        if not (path.exists() and path.read_text().strip()):
-            replace_file(path, uuid.uuid4().hex[:8])
-        return path.read_text().strip()
+        known = path.read_text().strip() if path.exists() else saved
+        starts = read_json(self.path / "code.json").get("starts") or [{}]
+        home = starts[-1].get("run_dir")
+        if known and home and Path(home) != self.path.resolve():
+            with suppress(OSError):
+                if (Path(home) / "wandb_id").read_text().strip() == known:
+                    log.warning("%s is a copy of %s: it gets a W&B run of its own", self.path, home)
+                    known = None
+        if not known:
+            known = uuid.uuid4().hex[:8]
+        if not path.exists() or path.read_text().strip() != known:
+            replace_file(path, known)
+        return known
 
     def write_config(self, config: Experiment) -> None:
         """Writes the resolved configuration to config.yaml."""
@@ -182,7 +214,9 @@ class RunDir:
         starts = read_json(path).get("starts", [])
         command = json.loads(os.environ.get(TYPED, "null")) or sys.argv
         here = {"host": socket.gethostname(), "time": time.time(), "command": command, "commit": code["commit"]}
-        starts.append({"attempt": attempt, "step": step, "world_size": world_size, **here})
+        starts.append(
+            {"attempt": attempt, "step": step, "world_size": world_size, "run_dir": str(self.path.resolve()), **here}
+        )
         replace_file(path, json.dumps({**code, "starts": starts}, indent=1))
 
 

@@ -33,6 +33,7 @@ from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.registry import skip_compiler, states_to_load
 from training.plan.checks import check_heldout
+from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
 from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.processes.endings import LossGuard, NotFinite, Signals
@@ -77,9 +78,12 @@ class Session:
         self.counters: dict[str, int] = {"skipped": 0, "rollbacks": 0, **meta.get("counters", {})}
         self._data_counters: dict[str, int] = meta.get("data_counters", {})
         self.guard = LossGuard(train.spike_factor, meta.get("losses", ()))
-        self.wandb_id: str = meta.get("wandb_id") or together(self.run.wandb_id, ranks)
+        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
 
         own = config.data.own_process
+        each(lambda: check_memory(config, ranks), ranks)
+        for remark in remarks(config, ranks.device) if ranks.is_main else ():
+            log.warning("%s", remark)
         self.loader = each(lambda: self._open_loader(self.position, own_process=own), ranks)
         if checkpoint is not None:
             self.loader.check_state(meta["data"])

@@ -327,3 +327,19 @@ def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
     assert len(commands) > 40
     bare = [re.sub(r"'[^']*'|\"(\\.|[^\"])*\"", "", command.partition("  #")[0]) for command in commands]
     assert [command for command in bare if re.search(r"=[^ ]*[\[{*]", command)] == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "samples", "evaluation"),
+    [
+        ("sample", [], "runs/default/samples", "runs/default/evaluation"),
+        ("sample", ["experiment=demo"], "runs/demo/samples", "runs/demo/evaluation"),
+        ("sample", ["from_bundle=runs/x/bundle"], "runs/x/samples", "runs/x/evaluation"),
+        ("evaluate", ["bundle.dir=/models/mine/"], "/models/samples", "/models/evaluation"),
+        ("evaluate", ["bundle.dir=s3://b/runs/x/bundle"], "runs/x/samples", "runs/x/evaluation"),
+        ("evaluate", ["bundle.dir=b", "evaluation.output=here"], "./samples", "here"),
+    ],
+)
+def test_what_a_bundle_draws_lies_beside_it(verb: str, words: list[str], samples: str, evaluation: str) -> None:
+    config = load_config(verb, words)
+    assert (config.sampling.output, config.evaluation.output) == (samples, evaluation)

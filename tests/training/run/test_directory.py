@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,40 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run\.dir=.*cannot be written"):
         RunDir(config).create()
     assert os.listdir(tmp_path) == ["file"]
+
+
+def run_at(path: Path, **settings: object) -> RunDir:
+    config = Experiment()
+    config.run.dir = str(path)
+    return RunDir(config)
+
+
+def test_a_copied_run_gets_a_wandb_run_of_its_own_and_a_moved_one_keeps_it(tmp_path: Path) -> None:
+    first = run_at(tmp_path / "a")
+    first.create()
+    name = first.wandb_id()
+    first.record_start(code_version(), step=0, attempt=1, world_size=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copy = run_at(tmp_path / "b")
+    other = copy.wandb_id(saved=name)
+    assert other != name and copy.wandb_id(saved=name) == other and first.wandb_id(saved=name) == name
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert run_at(tmp_path / "c").wandb_id(saved=name) == name
+    fresh = run_at(tmp_path / "d")
+    fresh.create()
+    assert fresh.wandb_id(saved=name) == name, "a run directory that is lost, with its checkpoints elsewhere"
+
+
+def test_changes_since_the_last_start(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    config = Experiment()
+    assert run.changes(config) == [], "nothing is recorded"
+    config.run.dir = str(tmp_path)
+    config.text.sha = "found out"
+    run.write_config(config)
+    config.text.sha = None
+    config.optimizer.lr = 5.0
+    assert run.changes(config) == ["optimizer.lr: 0.0001 -> 5.0"]
+    config.seed = 3
+    with pytest.raises(ConfigError, match=r"seed=3: .* was made with seed=0"):
+        run.changes(config)

@@ -1,0 +1,31 @@
+"""What a start refuses or says about this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from training.cli.compose import load_config
+from training.plan.devices import free_memory
+from training.plan.fits import check_memory, remarks
+from training.processes.distributed import Ranks
+
+
+def test_a_stage_that_cannot_fit_is_refused_before_it_is_made() -> None:
+    check_memory(load_config("train", ["stage.model.preset=tiny_base"]), Ranks())
+    giant = load_config("train", ["stage.model.overrides={widths: [16384, 32768]}"])
+    with pytest.raises(ConfigError, match=r"stage demo_base with [\d,]+ M parameters needs at least .* GiB per"):
+        check_memory(giant, Ranks())
+
+
+def test_processes_of_a_machine_share_its_memory() -> None:
+    assert 0 < free_memory() < 1 << 60
+    small = ["stage.model.preset=tiny_base", "data.global_batch=1048576", "data.lanes=1048576"]
+    with pytest.raises(ConfigError, match="each process here has"):
+        check_memory(load_config("train", [*small, "cluster.processes=1048576", "zero.stage=1"]), Ranks())
+
+
+def test_a_base_stages_preset_for_super_resolution_is_said() -> None:
+    assert remarks(load_config("train", ["stage=demo_sr"]), "cuda") == []
+    found = remarks(load_config("train", ["stage=demo_sr", "stage.model.preset=demo_base"]), "cuda")
+    assert len(found) == 1 and "stage.model.preset=demo_base is a base stage's" in found[0]

@@ -1,0 +1,62 @@
+"""What a start says or refuses about this machine, before anything heavy is made on it."""
+
+from __future__ import annotations
+
+from data_pipeline.config import require
+from training.config.experiment import Experiment
+from training.config.unet import PRESETS, for_stage
+from training.plan.devices import free_memory, has_bf16
+from training.plan.memory import Setup, least, parameter_count, parameter_shapes
+from training.plan.table import gib
+from training.processes.distributed import Ranks, process_count
+
+
+def remarks(config: Experiment, device: str) -> list[str]:
+    """Settings that work, but hardly as they were meant; one sentence each."""
+    found = []
+    if config.precision.dtype == "bf16" and device == "cpu" and not has_bf16():
+        found.append(
+            "precision.dtype=bf16: this CPU has no bf16 arithmetic, so it is emulated, up to 25 times slower; use "
+            "precision=fp32"
+        )
+    stage = config.stage
+    preset = PRESETS.get(stage.model.preset)
+    if stage.is_super_resolution and preset is not None and not preset.low_res:
+        found.append(
+            f"stage.model.preset={stage.model.preset} is a base stage's, and {stage.name} is super-resolution: it gets "
+            "three more input channels; presets for super-resolution train faster at this size"
+        )
+    return found
+
+
+def check_memory(config: Experiment, ranks: Ranks) -> None:
+    """Refuses a stage whose state alone does not fit: Linux would kill it minutes later without a word.
+
+    Raises:
+        ConfigError: with what it needs and what there is.
+    """
+    unet = for_stage(config.stage, config.text.dim)
+    on_gpu = ranks.device != "cpu"
+    setup = Setup(
+        parameter_shapes(unet, config.lora),
+        config.zero,
+        2 if config.precision.dtype == "bf16" else 4,
+        ranks.world_size,
+        len(config.ema.decays),
+        config.optimizer.name,
+        on_gpu,
+        parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
+    )
+    needed = least(setup)
+    if on_gpu:
+        import torch
+
+        available = torch.cuda.get_device_properties(torch.device(ranks.device)).total_memory
+    else:
+        available = free_memory() // process_count(config.cluster)
+    require(
+        needed <= available,
+        f"stage {config.stage.name} with {setup.parameters / 1e6:,.0f} M parameters needs at least {gib(needed)} per "
+        f"process for weights, moments, averages and gradients, and each process here has {gib(available)}: use more "
+        "devices, a higher zero.stage, zero=offload or a smaller stage (cascade plan shows what fits)",
+    )
