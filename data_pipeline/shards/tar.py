@@ -8,8 +8,10 @@ reports damage and goes on at the next good header. Formats: v7, ustar, GNU (lon
 
 from __future__ import annotations
 
+import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,25 +21,34 @@ import xxhash
 
 from data_pipeline.common.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 512
 _ZERO = bytes(BLOCK)
 _PIECE = 1 << 20
 _MAX_EXTENDED = 1 << 20
 _PAX_SIZE = re.compile("[0-9]{1,19}")
-_LONGEST_END = 2 + 20
-"""Zero blocks up to which they are an end of archive: two, and what fills the last record of, as all tars have by
-default, 20 blocks."""
+_RECORD = 20
+"""Blocks to a multiple of which tars fill their last record with zeros, unless told another number."""
+_LONGEST_END = 2 + _RECORD
+"""Zero blocks up to which they are an end of archive."""
+_LARGEST_PLAIN = 8 << 30
+"""Bytes that a plain header can name; only from there on does a pax record of the size say more than it."""
+_PASSED_OVER = b"123456VD"
+"""Links, devices, directories and pipes; labels of volumes and lists of directories, as in GNU tar's backups."""
 MAX_MEMBER = 256 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Damage to a shard: `reason` is the counter, `offset` the byte where it was found."""
+    """Damage to a shard: `reason` is the counter, `offset` the byte where it begins."""
 
     reason: str
     offset: int
     detail: str
+    size: int = 0
+    """Bytes that cannot be used because of it."""
 
 
 @dataclass(slots=True)
@@ -143,99 +154,191 @@ class _Source:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+@dataclass(slots=True)
+class _Gap:
+    """Blocks that are no header."""
+
+    begin: int
+    junk_end: int = 0
+    """Where its last block that is not zero ends; 0: all are zero."""
+    why: str = ""
+    zeros_first: int = 0
+    """Zero blocks before its first block that is not zero."""
+    zeros: int = 0
+    """Zero blocks at its end."""
+
+    def add(self, block: bytes, end: int) -> None:
+        if block.strip(b"\0"):
+            self.zeros_first = self.zeros_first if self.junk_end else self.zeros
+            self.junk_end, self.zeros = end, 0
+        else:
+            self.zeros += 1
+
+
 def walk(
-    stream: Any, problems: list[Problem] | None = None, *, name: str = "shard", max_member: int = MAX_MEMBER
+    stream: Any,
+    problems: list[Problem] | None = None,
+    *,
+    name: str = "shard",
+    max_member: int = MAX_MEMBER,
+    account: Counter[str] | None = None,
 ) -> Iterator[Member]:
     """Every complete regular member, in archive order. Links, directories and devices are skipped, never followed.
 
     Args:
         stream: has `.read(n)`; memory stays bounded by the largest kept member.
-        problems: collects the damage found: `empty_shard`, `truncated_shard`, `corrupt_shard` (a header that does not
-            verify; the walk goes on at the next one that does), `unsupported_member`, `missing_end_blocks`.
+        problems: collects the damage found: `empty_shard`, `truncated_shard`, `corrupt_shard` (bytes that belong to no
+            member; the walk goes on at the next header that verifies), `unsupported_member`, `end_blocks_inside`,
+            `missing_end_blocks`.
         name: what to call the archive in errors.
+        account: counts the bytes of `members` (with their headers), `skipped` ones, the `end` and `problems`; together
+            they are the whole archive.
 
     Raises:
         DataError: this is no tar archive at all (an error page saved as a shard, for instance).
     """
     source = _Source(stream)
     found: list[Problem] = [] if problems is None else problems
-    first, started, in_damage, unreported, zero_blocks = b"", False, False, False, 0
+    count: Counter[str] = Counter() if account is None else account
+    first, started = b"", False
+    begin: int | None = None  # of the extended headers before a member
+    gap: _Gap | None = None
     long_name, pax, global_pax = "", {}, {}  # type: str, dict[str, str], dict[str, str]
 
-    def report(reason: str, detail: str) -> None:
-        found.append(Problem(reason, source.position, source.damage or detail))
+    def report(reason: str, start: int, detail: str) -> None:
+        found.append(Problem(reason, start, source.damage or detail, source.position - start))
+        count["problems"] += source.position - start
 
     while True:
         start = source.position
         block = source.read(BLOCK)
         first = first or block[:48]
         if len(block) < BLOCK:
-            if source.damage and not started:
-                report("truncated_shard", "no member")
-            elif not first:
-                report("empty_shard", "zero bytes")
-            elif not started and not zero_blocks:
-                raise _not_a_tar(name, first)
-            elif block and not zero_blocks and not in_damage:
-                report("truncated_shard", f"the archive ends inside the header at byte {start}")
-            elif not zero_blocks and not in_damage:
-                report("truncated_shard" if source.damage else "missing_end_blocks", "no end-of-archive blocks")
-            elif not started:
-                report("empty_shard", "no member")
-            elif source.damage and zero_blocks:
-                report("corrupt_shard", "")
-            elif zero_blocks > _LONGEST_END:
-                report("truncated_shard", f"nothing but zero bytes from byte {start - zero_blocks * BLOCK} on")
-            return
-        if block == _ZERO:
-            zero_blocks += 1
-            continue
-        header = _parse(block, strict=in_damage or not started)
+            break
+        header = None if block == _ZERO else _parse(block, strict=gap is not None or not started)
         if header is None:
-            silent = not started or zero_blocks >= 2  # junk after the end marks is no loss, unless members follow it
-            if not in_damage and not silent:
-                report("corrupt_shard", f"the header at byte {start} does not verify")
-            unreported = silent if not in_damage else unreported
-            in_damage, zero_blocks, long_name, pax = True, 0, "", {}
+            if begin is not None and gap is None:
+                gap, begin = _Gap(begin, start, "the member after its extended header is missing"), None
+            gap = gap or _Gap(start)
+            gap.add(block, source.position)
+            long_name, pax = "", {}
             continue
-        if started and zero_blocks > _LONGEST_END:
-            report("corrupt_shard", f"{zero_blocks * BLOCK} zero bytes before the header at byte {start}")
-        elif in_damage and unreported:
-            report("corrupt_shard", f"the bytes before the header at byte {start} belong to no member")
-        started, in_damage, zero_blocks = True, False, 0
+        if gap is not None:
+            _close_gap(gap, start, found, count, started)
+        started, gap = True, None
+        begin = start if begin is None else begin
         if header.kind in b"xgXLK":
             if header.size > _MAX_EXTENDED:
-                report("corrupt_shard", f"an extended header of {header.size} bytes at byte {start}")
-                in_damage = True
+                gap, begin = _Gap(begin, source.position, f"an extended header of {header.size} bytes"), None
                 continue
-            data = source.read(_padded(header.size))[: header.size]
-            if len(data) < header.size:
-                report("truncated_shard", f"the archive ends inside the extended header at byte {start}")
+            data = source.read(_padded(header.size))
+            if len(data) < _padded(header.size):
+                report("truncated_shard", begin, f"the archive ends inside the extended header at byte {start}")
                 return
+            data = data[: header.size]
             if header.kind == b"L":
                 long_name = _text(data.rstrip(b"\0"))
             elif header.kind != b"K":
                 (global_pax if header.kind == b"g" else pax).update(_parse_pax(data))
+                if header.kind == b"g":
+                    count["skipped"] += source.position - start
+                    begin = None if begin == start else begin
             continue
         records = {**global_pax, **pax}
         member_name = records.get("path") or long_name or header.name
         size = int(records["size"]) if _PAX_SIZE.fullmatch(records.get("size", "")) else header.size
-        long_name, pax = "", {}
-        if header.kind in b"123456":
+        size = header.size if size < _LARGEST_PLAIN and header.size else size  # which its checksum vouches for
+        long_name, pax, since, begin = "", {}, begin, None
+        if header.kind in _PASSED_OVER:
+            if header.kind in b"VD":
+                source.read(_padded(size))
+            count["skipped"] += source.position - since
             continue
         member = _read_data(source, member_name, size, max_member)
         if member is None:
-            report("truncated_shard", f"the archive ends inside {member_name!r}, which begins at byte {start}")
+            report("truncated_shard", since, f"the archive ends inside {member_name!r}, which begins at byte {start}")
             return
+        padding = _padded(size) - size
+        whole = len(source.read(padding)) == padding
         sparse = header.kind not in b"0\x007" or any(key.startswith("GNU.sparse") for key in records)
         if sparse:
-            report("unsupported_member", f"{member_name!r} is of type {header.kind!r}")
-        elif not member_name.endswith("/"):
-            yield member
-        padding = _padded(size) - size
-        if len(source.read(padding)) < padding:
-            report("truncated_shard", f"the archive ends in the padding after {member_name!r}")
+            report("unsupported_member", since, f"{member_name!r} is of type {header.kind!r}")
+        else:
+            count["skipped" if member_name.endswith("/") else "members"] += source.position - since
+            if not member_name.endswith("/"):
+                yield member
+        if not whole:
+            found.append(Problem("truncated_shard", source.position, f"it ends in the padding after {member_name!r}"))
             return
+    if begin is not None:
+        report("truncated_shard", begin, "the archive ends after an extended header")
+        return
+    if source.damage and not started:
+        report("truncated_shard", 0, "no member")
+    elif not first:
+        report("empty_shard", 0, "zero bytes")
+    elif not started and not (gap is not None and not gap.junk_end and not block.strip(b"\0")):
+        raise _not_a_tar(name, first)
+    elif not started:
+        report("empty_shard", 0, "no member")
+    elif gap is not None:
+        if block:
+            gap.add(block, source.position)
+        _close_end(gap, source, found, count, name)
+    elif block:
+        report("truncated_shard", start, f"the archive ends inside the header at byte {start}")
+    else:
+        report("truncated_shard" if source.damage else "missing_end_blocks", start, "no end-of-archive blocks")
+
+
+def _close_gap(gap: _Gap, end: int, found: list[Problem], count: Counter[str], started: bool) -> None:
+    """A header follows at byte `end`: only whole end marks between two archives in a row are no damage."""
+    size = end - gap.begin
+    if not gap.junk_end and 2 <= gap.zeros <= _LONGEST_END and end % (_RECORD * BLOCK) == 0:
+        count["end"] += size
+        return
+    count["problems"] += size
+    if not gap.junk_end and gap.zeros == 2 and started:
+        detail = f"end marks before the header at byte {end}: two archives in a row, or a small member was lost"
+        found.append(Problem("end_blocks_inside", gap.begin, detail, size))
+        return
+    if gap.junk_end:
+        detail = f"{size} bytes before the header at byte {end} belong to no member"
+    else:
+        detail = f"{size} zero bytes before the header at byte {end}"
+    found.append(Problem("corrupt_shard", gap.begin, gap.why or detail, size))
+
+
+def _close_end(gap: _Gap, source: _Source, found: list[Problem], count: Counter[str], name: str) -> None:
+    """The archive ends with blocks that are no header: its end marks, or something that was lost."""
+    end, record = source.position, _RECORD * BLOCK
+    if gap.junk_end:
+        begin = gap.begin + gap.zeros_first * BLOCK
+        if gap.zeros_first >= 2 and begin % record == 0 and end % record and not source.damage and not gap.why:
+            # The end marks fill their record, and what follows is no part of an archive, which is whole records.
+            logger.warning("%s: %d bytes follow the end of the archive", name, end - begin)
+            count["end"] += end - gap.begin
+            return
+        lost = gap.junk_end - gap.begin
+        detail = gap.why or f"the last {lost} bytes before byte {gap.junk_end} belong to no member"
+        found.append(Problem("corrupt_shard", gap.begin, source.damage or detail, lost))
+        count["problems"] += lost
+        count["end"] += end - gap.junk_end
+        return
+    if source.damage:
+        found.append(Problem("corrupt_shard", end, source.damage))
+    elif gap.zeros > _LONGEST_END and not _is_record(end // BLOCK, gap.zeros):
+        detail = f"nothing but zero bytes from byte {gap.begin} on"
+        found.append(Problem("truncated_shard", gap.begin, detail, end - gap.begin))
+        count["problems"] += end - gap.begin
+        return
+    count["end"] += end - gap.begin
+
+
+def _is_record(blocks: int, zeros: int) -> bool:
+    """Whether so many zero blocks fill a record of `tar -b 2**n`. In a file of usual records they are a loss."""
+    sizes = (1 << n for n in range(5, 17))
+    return blocks % _RECORD != 0 and any(blocks % size == 0 and zeros <= size + 1 for size in sizes)
 
 
 def _not_a_tar(name: str, first: bytes) -> DataError:
@@ -292,8 +395,15 @@ def _parse(block: bytes, strict: bool) -> _Header | None:
 
 
 def _plausible_v7(block: bytes) -> bool:
-    """A header older than ustar: a printable name and nothing after the link name."""
-    return not any(block[257:]) and block[:1].isascii() and block[:1] > b" "
+    """A header older than ustar: a printable name, numbers where they belong, and no text after the link name."""
+    numbers = (block[at : at + 8] for at in (100, 108, 116))
+    return (
+        block[:1].isascii()
+        and block[:1] > b" "
+        and block[156:157] in b"\0" + b"01234567V"
+        and all(_number(field) is not None for field in numbers)
+        and not block[257:].strip(b"\0 0")
+    )
 
 
 def _number(field: bytes) -> int | None:

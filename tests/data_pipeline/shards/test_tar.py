@@ -3,7 +3,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import shutil
+import subprocess
 import tarfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -168,6 +172,108 @@ def test_cut_gzip_gives_what_is_whole() -> None:
     members, problems = read(zipped[: len(zipped) // 2])
     assert 0 < len(members) < len(SAMPLES)
     assert problems == ["truncated_shard"]
+
+
+def hole(size: int, fill: bytes, at: int, data: bytes) -> bytes:
+    return data[:at] + (fill * size)[:size] + data[at + size :]
+
+
+@pytest.mark.parametrize("form", FORMATS.values())
+@pytest.mark.parametrize("zeros", [1, 2, 3, 20, 22, 40, 64])
+def test_a_hole_of_zeros_with_junk_to_the_end_is_reported(form: int, zeros: int) -> None:
+    """Also where so many zero blocks could be end marks."""
+    whole = archive([(f"{i}.jpg", b"x" * 5000) for i in range(12)], form)
+    begin = next(m.offset for m in walk(io.BytesIO(whole)) if m.name == "2.jpg") - 512
+    data = whole[:begin] + bytes(512 * zeros) + b"\xa5" * (len(whole) - begin - 512 * zeros)
+    members, problems = read(data)
+    assert [name for name, _ in members] == ["0.jpg", "1.jpg"]
+    assert problems == ["corrupt_shard"]
+
+
+EDITS = st.tuples(
+    st.sampled_from(["zero", "junk", "flip", "cut", "remove", "insert", "zero to the end"]),
+    st.integers(0, 40_000),
+    st.integers(1, 6000),
+    st.booleans(),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    edits=st.lists(EDITS, min_size=1, max_size=3), form=st.sampled_from(list(FORMATS.values())), zipped=st.booleans()
+)
+def test_every_byte_is_accounted_for(edits: list[tuple[str, int, int, bool]], form: int, zipped: bool) -> None:
+    """Whatever happens to an archive: delivered, skipped, ending and reported bytes are all of it, and no member is
+    missing without a report."""
+    members = [(f"{i:03d}.{ext}", bytes([65 + i]) * (300 + 700 * i)) for i in range(6) for ext in ("jpg", "txt")]
+    data = archive(members, form)
+    for kind, at, size, aligned in edits:
+        at = min(at, len(data)) // 512 * 512 if aligned else min(at, len(data))
+        size = size // 512 * 512 if aligned else size
+        size = min(size, len(data) - at)
+        if kind == "zero":
+            data = hole(size, b"\0", at, data)
+        elif kind == "junk":
+            data = hole(size, b"\xa5jpg", at, data)
+        elif kind == "flip" and at < len(data):
+            data = data[:at] + bytes([data[at] ^ 1 << size % 8]) + data[at + 1 :]
+        elif kind == "cut":
+            data = data[:at]
+        elif kind == "remove":
+            data = data[:at] + data[at + size :]
+        elif kind == "insert":
+            data = data[:at] + b"\xa5" * size + data[at:]
+        elif kind == "zero to the end":
+            data = data[:at] + bytes(len(data) - at)
+    account: Counter[str] = Counter()
+    problems: list[Problem] = []
+    stream = io.BytesIO(gzip.compress(data, 1) if zipped else data)
+    try:
+        found = list(walk(stream, problems, account=account))
+    except DataError:
+        return
+    assert account.total() == len(data), (account, problems)
+    assert account["problems"] == sum(problem.size for problem in problems)
+    lost = len(members) - len(found)
+    if lost > 0 and not problems:  # then the bytes are those of a whole archive: nobody could know
+        end = found[-1].offset + -(-found[-1].size // 512) * 512
+        zeros = (len(data) - len(data[end:].lstrip(b"\0")) - end) // 512
+        assert zeros >= 2 and (not data[end:].strip(b"\0") or (end + 512 * zeros) % 10240 == 0), lost
+
+
+GNU_TAR = pytest.mark.skipif(
+    shutil.which("tar") is None or b"GNU tar" not in subprocess.run(["tar", "--version"], capture_output=True).stdout,
+    reason="needs GNU tar",
+)
+
+
+@GNU_TAR
+@pytest.mark.parametrize(
+    "options",
+    ["--format=v7", "--format=oldgnu", "--format=ustar", "--format=posix", "-b 2048", "-b 64", "-b 1", "--label=L",
+     "--format=posix --label=L", "-g snapshot", "--format=posix -g snapshot", "-b 512 -g snapshot --label=L", "-z"],
+)  # fmt: skip
+def test_what_gnu_tar_writes_is_whole(tmp_path: Path, options: str) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, data in SAMPLES:
+        (folder / name).write_bytes(data)
+    words = [word.replace("snapshot", str(tmp_path / "snapshot")) for word in options.split()]
+    subprocess.run(["tar", *words, "-cf", tmp_path / "x.tar", "pictures"], cwd=tmp_path, check=True)
+    members, problems = read((tmp_path / "x.tar").read_bytes())
+    assert sorted(members) == [(f"pictures/{name}", data) for name, data in sorted(SAMPLES)]
+    assert problems == []
+
+
+def test_a_flipped_digit_in_a_pax_size_costs_nothing() -> None:
+    """The plain header's size has a checksum; the record's has none."""
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 1000
+    info.pax_headers = {"size": "1000"}
+    data = info.tobuf(tarfile.PAX_FORMAT) + bytes(b"x" * 1000).ljust(1024, b"\0") + archive([("b.jpg", b"y")])
+    assert b"size=1000" in data
+    assert read(data.replace(b"size=1000", b"size=5000")) == read(data)
+    assert [name for name, _ in read(data)[0]] == ["a.jpg", "b.jpg"]
 
 
 @settings(max_examples=100, deadline=None)
