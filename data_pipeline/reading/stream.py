@@ -38,7 +38,8 @@ class ShardStream(IterableDataset[Sample]):
     Each sample is a dict with `__key__`, `__url__`, `__position__` (samples consumed before it, over all ranks) and
     the bytes of each member by extension. Worker processes take turns in chunks of as many samples as their pipeline
     puts into a batch (`wds.batched(n)`; none: single samples), so the loader's order is the same for any number of
-    workers. Where batches are made elsewhere (`DataLoader(stream, batch_size=n)`), say so by `micro_batch=n`.
+    workers. Where batches are made elsewhere (`DataLoader(stream, batch_size=n)`), say so by `micro_batch=n`, and by
+    `micro_batch=1` where none are (`batch_size=None`): several workers are refused without.
 
     To resume, pass the position reached: the number of samples that all ranks together have consumed; or keep
     `stream.state(position)` and pass that, which also refuses data, filters or batches that changed. A sample that
@@ -106,7 +107,14 @@ class ShardStream(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        size = self.config.micro_batch or (info and _batch_size(info.dataset)) or self.micro_batch
+        size = self.config.micro_batch or (_batch_size(info.dataset) if info else 0)
+        if not size and workers > 1:
+            raise ConfigError(
+                f"ShardStream: a worker process cannot see how a DataLoader with num_workers={workers} makes batches, on "
+                "which the order depends; give the stream micro_batch=n for batch_size=n, micro_batch=1 for "
+                "batch_size=None, or batch in the pipeline with wds.batched(n)"
+            )
+        size = size or self.micro_batch
         order = order_of(self.dataset, self.config, self.seed, self.world_size)
         chunks = Chunks(self.config, self.rank, self.world_size, self.position, size, worker, workers, self.stop)
         reader = RowReader(self.dataset, self.config)

@@ -271,7 +271,7 @@ def walk(
             found.append(Problem("truncated_shard", source.position, f"it ends in the padding after {member_name!r}"))
             return
     if begin is not None:
-        report("truncated_shard", begin, "the archive ends after an extended header")
+        report("missing_end_blocks", begin, "the archive ends after an extended header, whose member is missing")
         return
     if source.damage and not started:
         report("truncated_shard", 0, "no member")
