@@ -51,7 +51,8 @@ def main(config: Settings) -> dict[str, Any]:
     problems: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     samples = built = 0
-    for entry, fresh, (count, found, details, out) in _index_all(entries, config.data, patience):
+    rebuild = getattr(config, "rebuild", False)  # other commands' settings do not have it
+    for entry, fresh, (count, found, details, out) in _index_all(entries, config.data, patience, rebuild):
         samples += count
         built += fresh
         problems.update(found)
@@ -72,12 +73,13 @@ def main(config: Settings) -> dict[str, Any]:
 
 
 def _index_all(
-    entries: list[store.Entry], config: DataConfig, patience: Patience
+    entries: list[store.Entry], config: DataConfig, patience: Patience, rebuild: bool
 ) -> Iterator[tuple[store.Entry, bool, Result]]:
     """(shard, whether it was walked now, what was found) for every shard, with a progress bar."""
-    todo = []
+    todo: list[store.Entry] = []
+    known = (lambda _: None) if rebuild else _known(config, patience)
     with ThreadPoolExecutor(16) as pool, progress(total=len(entries), desc="index", unit="shard") as bar:
-        for entry, result in zip(entries, pool.map(_known(config, patience), entries), strict=True):
+        for entry, result in zip(entries, pool.map(known, entries), strict=True):
             if result is None:
                 todo.append(entry)
                 continue
@@ -86,7 +88,7 @@ def _index_all(
         if not todo:
             return
         with _workers(todo) as executor:
-            jobs = {executor.submit(_build, entry, config, patience): entry for entry in todo}
+            jobs = {executor.submit(_build, entry, config, patience, rebuild): entry for entry in todo}
             try:
                 for job in as_completed(jobs):
                     bar.update()
@@ -105,7 +107,7 @@ def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Re
     return load
 
 
-def _build(entry: store.Entry, config: DataConfig, patience: Patience) -> Result:
+def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: bool = False) -> Result:
     """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
     try:
         if not store.is_s3(entry.url):
@@ -113,7 +115,7 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience) -> Result
     except DataError as error:
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
     try:
-        index = build_index(entry, config.index_dir, patience, config.members)
+        index = build_index(entry, config.index_dir, patience, config.members, rebuild)
     except DataError as error:
         if "not a tar archive" not in str(error):
             raise

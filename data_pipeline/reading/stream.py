@@ -110,8 +110,8 @@ class ShardStream(IterableDataset[Sample]):
         size = self.config.micro_batch or (_batch_size(info.dataset) if info else 0)
         if not size and workers > 1:
             raise ConfigError(
-                f"ShardStream: a worker process cannot see how a DataLoader with num_workers={workers} makes batches, on "
-                "which the order depends; give the stream micro_batch=n for batch_size=n, micro_batch=1 for "
+                f"ShardStream: a worker cannot see how a DataLoader with num_workers={workers} makes batches, on which "
+                "the order depends; give the stream micro_batch=n for batch_size=n, micro_batch=1 for "
                 "batch_size=None, or batch in the pipeline with wds.batched(n)"
             )
         size = size or self.micro_batch

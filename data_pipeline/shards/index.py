@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -30,6 +31,7 @@ from data_pipeline.config import MembersConfig
 from data_pipeline.shards.samples import IMAGE_EXTENSIONS, SCORES, image_size, key_hash, rows_of
 from data_pipeline.shards.tar import Problem, walk
 from data_pipeline.storage import store
+from data_pipeline.storage.etag import EtagCheck
 from data_pipeline.storage.retry import DEFAULT, Patience
 
 __all__ = [
@@ -58,6 +60,8 @@ _READ_AS_WELL = 3
 _MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
+_READS = 3
+"""Times that a remote shard is walked until two reads agree."""
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -207,18 +211,31 @@ def index_shard(
     slash, as in webdataset; where names have dots of their own (`photo.v2.jpg`, `photo.v2.txt`) up to the last dot, see
     `members.split_samples`.
 
+    What came over a network is believed when its MD5s make up the object's ETag, or when a second read is the same.
+
     Args:
         names: `data.members`.
 
     Raises:
-        DataError: not a tar archive, missing, denied.
+        DataError: not a tar archive, missing, denied, or every read brings other bytes.
     """
     entry = entry or store.describe([url], patience)[0]
+    for _ in range(_READS):
+        index, confirmed = _walk(entry, patience, names)
+        if confirmed or index.meta["content"] == _content(entry, patience):
+            return index
+        logger.warning("%s: a second read brought other bytes; it is indexed again", url)
+    raise DataError(f"{url}: {_READS} times, two reads brought different bytes: the network or the store damages them")
+
+
+def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple[ShardIndex, bool]:
+    """The index of a shard, and whether its ETag confirms what was read (of a local file nothing is doubted)."""
+    url, remote = entry.url, store.is_s3(entry.url)
     problems: list[Problem] = []
-    etag = entry.etag if store.is_s3(url) else None
-    with store.open_stream(url, etag=etag, patience=patience) as stream:
-        probe = _Probe(stream)
+    with store.open_stream(url, etag=entry.etag if remote else None, patience=patience) as stream:
+        probe = _Probe(stream, EtagCheck(entry.etag, entry.size) if remote else None)
         samples = rows_of(walk(probe, problems, name=url), problems, names)
+        probe.drain()
     expected = expected_count(url, patience)
     if expected is not None and expected != len(samples):
         problems.append(Problem("count_mismatch", 0, f"{len(samples)} samples where {expected} were written"))
@@ -240,7 +257,7 @@ def index_shard(
         "digest": _digest(samples, names),
         "content": probe.digest.hexdigest(),
     }
-    return ShardIndex(url, table, meta)
+    return ShardIndex(url, table, meta), probe.check is None or probe.check.confirmed()
 
 
 def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
@@ -263,14 +280,21 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
 class _Probe:
     """Passes a stream on, remembering its first two bytes and the checksum of all of it."""
 
-    def __init__(self, stream: store.Stream) -> None:
-        self._stream, self.head, self.digest = stream, b"", xxhash.xxh3_64()
+    def __init__(self, stream: store.Stream, check: EtagCheck | None = None) -> None:
+        self._stream, self.head, self.digest, self.check = stream, b"", xxhash.xxh3_64(), check
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self.head = self.head or data[:2]
         self.digest.update(data)
+        if self.check is not None:
+            self.check.update(data)
         return data
+
+    def drain(self) -> None:
+        """Reads what is left, so that the checksum is of all of it."""
+        while self.read(_PIECE):
+            pass
 
 
 def _details(problems: list[Problem]) -> list[str]:
@@ -327,11 +351,22 @@ def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex
         meta = _facts(table.schema.metadata)
         if not table.schema.remove_metadata().equals(SCHEMA) or len(table) != meta["samples"]:
             return None
+        table.validate(full=True)
+        _check_rows(table)
     except _UNREADABLE:
         return None
     index = ShardIndex(shard, table.replace_schema_metadata(None), meta)
     index.place = url
     return index
+
+
+def _check_rows(table: pa.Table) -> None:
+    """Raises `ValueError` unless every sample has as many places as its layout names."""
+    layouts = pc.count_substring(table.column("layout").cast(pa.string()), "/")
+    for name in ("offsets", "sizes", "checksums"):
+        counts = pc.list_value_length(table.column(name))
+        if not pc.all(pc.equal(counts, pc.add(layouts, 1)), skip_nulls=False).as_py() and len(table):
+            raise ValueError(f"{name} do not fit the layouts")
 
 
 def load_meta(
@@ -377,15 +412,19 @@ def build_index(
     index_dir: str | None = None,
     patience: Patience = DEFAULT,
     names: MembersConfig = _DEFAULT_NAMES,
+    rebuild: bool = False,
 ) -> ShardIndex:
     """Makes and stores the index of a shard that has none that fits. A copy of an indexed local file, of which only
     the modification time is another, is read to see that its content is the same, but not walked again.
 
+    Args:
+        rebuild: walk it in any case, and write the index in the place of the one that is there.
+
     Raises:
         DataError: not a tar archive, missing, denied.
     """
-    old = None if store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
-    if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry.url, patience):
+    old = None if rebuild or store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
+    if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry, patience):
         index = ShardIndex(entry.url, old.table, {**old.meta, "etag": entry.etag})
     else:
         index = index_shard(entry.url, patience, entry, names)
@@ -393,11 +432,12 @@ def build_index(
     return index
 
 
-def _content(url: str, patience: Patience) -> str:
-    with store.open_stream(url, patience=patience) as stream:
+def _content(entry: store.Entry, patience: Patience) -> str:
+    """The checksum of a whole shard."""
+    etag = entry.etag if store.is_s3(entry.url) else None
+    with store.open_stream(entry.url, etag=etag, patience=patience) as stream:
         probe = _Probe(stream)
-        while probe.read(_PIECE):
-            pass
+        probe.drain()
     return probe.digest.hexdigest()
 
 

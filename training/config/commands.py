@@ -109,6 +109,14 @@ class OrderCommand(Experiment):
 
 
 @dataclass
+class IndexCommand(Experiment):
+    """`cascade index`: which shards, and whether to do them again."""
+
+    rebuild: bool = False
+    """Walk also shards that have an index, and write it anew."""
+
+
+@dataclass
 class VerifyCommand(Experiment):
     """`cascade verify`: an experiment, and where its report goes."""
 
@@ -243,7 +251,7 @@ COMMANDS: dict[str, Verb] = {
         ("prepare", "seed"),
     ),
     "index": Verb(
-        Experiment,
+        IndexCommand,
         "data_pipeline.commands.index",
         "walk shards once and write their index",
         ("cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'",),

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.commands.index import main
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.shards.index import index_shard
+from data_pipeline.shards.index import ShardIndex, index_shard, index_url, save_index
 from data_pipeline.storage import s3, store
 from tests.data_pipeline.small_shards import write_shards
 
@@ -21,6 +21,7 @@ from tests.data_pipeline.small_shards import write_shards
 class Command:
     data: DataConfig
     json: bool = False
+    rebuild: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +51,19 @@ def test_only_what_is_new_or_changed_is_walked(tmp_path: Path, capsys: pytest.Ca
     os.rename(extra, tmp_path / "00002.tar")
     result = run(str(tmp_path))
     assert (result["shards"], result["samples"], result["built"]) == (3, 12, 1)
+
+
+def test_rebuild_walks_what_is_indexed(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [3, 4])[0]
+    good = index_shard(path)
+    wrong = good.table.slice(0, 2)
+    save_index(ShardIndex(path, wrong, {**good.meta, "samples": 2}), index_url(path))
+    command = Command(DataConfig(shards=str(tmp_path)))
+    assert main(command)["samples"] == 6
+    command.rebuild = True
+    result = main(command)
+    assert (result["samples"], result["built"]) == (7, 2)
+    assert run(str(tmp_path))["samples"] == 7
 
 
 def test_a_cut_shard_is_told_by_the_count_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

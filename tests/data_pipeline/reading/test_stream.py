@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import webdataset as wds
+from torch.utils.data import DataLoader
 
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import ConfigError
@@ -113,6 +114,26 @@ def test_workers_deal_as_their_pipeline_batches(folder: str, reference: list[lis
             items = islice(loader, 8 * 5 // max(batch, 1))
             parts.append([key for item in items for key in (item if batch else [item])])
     assert batches_of(parts, 2) == reference[:5]
+
+
+def _as_it_is(items: Any) -> Any:
+    return items
+
+
+def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str) -> None:
+    def positions(workers: int, batch: int | None, **options: Any) -> list[int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = DataLoader(stream(folder, **options), batch_size=batch, num_workers=workers, collate_fn=_as_it_is)
+            items = list(islice(loader, 12))
+        return [int(sample["__position__"]) for item in items for sample in (item if batch else [item])]
+
+    for workers in (0, 1, 3):
+        assert positions(workers, None, micro_batch=1) == list(range(12))
+        assert positions(workers, 4, micro_batch=4) == list(range(48))
+    for batch in (None, 4):
+        with pytest.raises(ConfigError, match="micro_batch=1 for batch_size=None"):
+            positions(2, batch)
 
 
 def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[list[str]], tmp_path: Path) -> None:

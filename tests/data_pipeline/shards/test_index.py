@@ -6,6 +6,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -20,6 +21,7 @@ from data_pipeline.shards.index import (
     load_index,
     load_meta,
     read_index,
+    save_index,
     store_index,
 )
 from data_pipeline.shards.writer import ShardWriter
@@ -172,6 +174,17 @@ def test_no_flipped_byte_of_an_index_file_changes_what_it_says(tmp_path: Path) -
         place.write_bytes(damaged)
         read = read_index(path, str(place))
         assert read is None or (read.table.equals(index.table) and read.meta == index.meta), at
+
+
+def test_an_index_whose_rows_contradict_each_other_counts_as_none(tmp_path: Path) -> None:
+    """Such as a flipped bit leaves that no checksum of Parquet covers."""
+    path = write_shards(tmp_path, [6])[0]
+    index = load_index(path)
+    assert index is not None
+    at = index.table.schema.get_field_index("offsets")
+    table = index.table.set_column(at, index.table.schema.field(at), pa.array([[1]] * 6, pa.list_(pa.int64())))
+    save_index(ShardIndex(path, table, index.meta), index_url(path))
+    assert read_index(path, index_url(path)) is None
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"successes": 1e999}', b'{"successes": null}', b"\xff"])

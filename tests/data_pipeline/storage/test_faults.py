@@ -20,6 +20,7 @@ import pytest
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import DataError, StoreError
 from data_pipeline.shards import dataset
+from data_pipeline.shards.index import index_shard
 from data_pipeline.storage import retry, s3, store
 from data_pipeline.storage.retry import Patience
 from tests.data_pipeline.small_shards import write_shards
@@ -280,6 +281,38 @@ def test_credentials_that_a_helper_renews_are_read_again(
     proxy.plan([], default="status:403")
     with pytest.raises(DataError, match=r"ExpiredToken: The provided token has expired\."):
         store.size(url, QUICK)  # an answer to HEAD has no words, one to GET has
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_byte_that_flips_while_a_shard_is_indexed_is_noticed(
+    bucket: str, s3_server: S3Server, proxy: FaultProxy, tmp_path: Path, parts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Path(write_shards(tmp_path, [6])[0]).read_bytes()
+    whole = index_shard(str(tmp_path / "00000.tar"))
+    client = s3_server.client()
+    if parts:  # an ETag of parts of an unusual size, which cannot be computed: two reads must agree
+        upload = client.create_multipart_upload(Bucket=bucket, Key="x.tar")["UploadId"]
+        pieces = [data + bytes((5 << 20) + 512 * 7 - len(data)), b"\0" * 512]
+        tags = [
+            client.upload_part(Bucket=bucket, Key="x.tar", UploadId=upload, PartNumber=n, Body=piece)["ETag"]
+            for n, piece in enumerate(pieces, 1)
+        ]
+        done = {"Parts": [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]}
+        client.complete_multipart_upload(Bucket=bucket, Key="x.tar", UploadId=upload, MultipartUpload=done)
+    else:
+        client.put_object(Bucket=bucket, Key="x.tar", Body=data)
+    flips = iter(["flip:3000", *["ok"] * 100])
+    proxy.choose = lambda method, path, wanted: next(flips) if method == "GET" and path.endswith("x.tar") else "ok"
+    index = index_shard(f"s3://{bucket}/x.tar", QUICK)
+    assert index.digest == whole.digest
+    assert "a second read brought other bytes" in caplog.text
+    flips = iter(f"flip:{n}" for n in range(3000, 4000))
+    with pytest.raises(DataError, match="the network or the store damages them"):
+        index_shard(f"s3://{bucket}/x.tar", QUICK)
+    flips = iter(["ok"] * 100)
+    index_shard(f"s3://{bucket}/x.tar", QUICK)
+    reads = [entry for entry in proxy.log if entry[0] == "GET" and entry[1].endswith("x.tar")]
+    assert len(reads) == (4 + 6 + 2 if parts else 3 + 6 + 1), "an ETag that is the MD5 spares the second read"
 
 
 def test_a_store_for_virtual_hosts_says_so(url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:

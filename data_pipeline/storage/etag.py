@@ -1,0 +1,63 @@
+"""Whether bytes that came over the network are those that were once uploaded, as far as an ETag can tell."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+_MIB = 1 << 20
+PARTS = (5, 6, 7, 8, 10, 12, 15, 16, 20, 24, 25, 32, 48, 50, 64, 96, 100, 128, 200, 250, 256, 500, 512, 1000, 1024)
+"""Part sizes in MiB that uploaders use."""
+
+
+class EtagCheck:
+    """Computes what the ETag of an object is that was uploaded whole (its MD5) or in parts of a usual size.
+
+    Args:
+        etag: the store's; one of another form, as encrypted objects may have, confirms nothing.
+        size: bytes of the object.
+    """
+
+    def __init__(self, etag: str, size: int) -> None:
+        form = re.fullmatch(r"([0-9a-f]{32})(?:-([0-9]{1,5}))?", etag)
+        count = int(form[2] or 0) if form else -1
+        sizes = [max(size, 1)] if count == 0 else [part * _MIB for part in PARTS if -(-size // (part * _MIB)) == count]
+        self._etag, self._in_parts = etag, count > 0
+        self._tries = [_Parts(part) for part in sizes] if form else []
+
+    def update(self, data: bytes) -> None:
+        """The next bytes of the object."""
+        for one in self._tries:
+            one.update(data)
+
+    def confirmed(self) -> bool:
+        """Whether the ETag says that these are the object's bytes; False: they are not, or it does not tell."""
+        return any(one.etag(self._in_parts) == self._etag for one in self._tries)
+
+
+class _Parts:
+    """MD5s of the parts of one size."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._left = size, size
+        self._part = hashlib.md5(usedforsecurity=False)
+        self._done: list[bytes] = []
+
+    def update(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            if not self._left:
+                self._next()
+            piece, view = view[: self._left], view[self._left :]
+            self._part.update(piece)
+            self._left -= len(piece)
+
+    def _next(self) -> None:
+        self._done.append(self._part.digest())
+        self._part, self._left = hashlib.md5(usedforsecurity=False), self._size
+
+    def etag(self, in_parts: bool) -> str:
+        if not in_parts:
+            return self._part.hexdigest()
+        parts = [*self._done, self._part.digest()]
+        return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
