@@ -16,7 +16,7 @@ import yaml
 import conf
 from data_pipeline.common.errors import ConfigError
 from training.cli.fields import Key, keys_of
-from training.config.commands import COMMANDS
+from training.config.commands import COMMANDS, SAMPLER_KEYS
 from training.config.plain import escaped
 
 CONF_DIR = Path(conf.__file__).parent
@@ -45,7 +45,7 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
     * keys of free mappings (cluster.sbatch.qos=high) need no `+`
 
     Raises:
-        ConfigError: a word that is not `key=value`.
+        ConfigError: a word that is not `key=value`, or a key of a stage for a command that draws with a bundle.
     """
     return [_normalise_one(verb, word) for word in overrides]
 
@@ -58,6 +58,13 @@ def _normalise_one(verb: str, word: str) -> str:
         raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
     prefix, key, value = match["prefix"], match["key"], match["value"]
     key = ALIASES.get(key, key)
+    if key.startswith("stage.") and COMMANDS[verb].draws:
+        own = key.removeprefix("stage.sampler.")
+        own = {"name": "sampler"}.get(own, own)
+        instead = f"{own}={value}" if own in SAMPLER_KEYS else "another bundle"
+        raise ConfigError(
+            f"{word}: cascade {verb} draws with the settings that the bundle holds and would not use it; give {instead}"
+        )
     if key in groups():
         if value in ("", "null", "none", "None"):
             raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")

@@ -37,7 +37,7 @@ from training.cascade.requests import Drawing, plan_stages
 from training.checkpoint.provenance import code_version
 from training.commands.sample import open_cascade, place_cascade
 from training.config.commands import EvaluateCommand
-from training.evaluation import compare, measure, oracle, page, report
+from training.evaluation import comparison, measure, oracle, page, report
 from training.evaluation.extractors.base import Extractor, open_extractors
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
@@ -62,9 +62,9 @@ REFERENCE_FILE = f"reference{SUFFIX}"
 def main(config: EvaluateCommand) -> dict[str, Any]:
     """Evaluates the bundle `bundle.dir`, or does another `action`; returns what result.json holds."""
     if config.action == "compare":
-        comparison = compare.compare(config.results)
-        print(compare.as_text(comparison))
-        return comparison
+        differences = comparison.compare(config.results)
+        print(comparison.as_text(differences))
+        return differences
     if config.action == "pareto":
         from training.evaluation.pareto import draw_curve
 
@@ -105,7 +105,7 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     result["seconds"] = round(time.monotonic() - began, 3)
     replace_file(output / "report.md", report.markdown(result))
     replace_file(output / "report.html", page.html(result, evaluation.sections))
-    replace_file(output / compare.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
+    replace_file(output / comparison.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     evaluation.parts.forget_others()
     print(report.summary(result))
     print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")
@@ -353,7 +353,7 @@ class Evaluation:
         shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
         captions = [str(prompt) for prompt in arrays["prompt"]]
         each = [captions[place] for place in places]
-        result: dict[str, Any] = {"format": compare.FORMAT, "kind": self.settings.kind}
+        result: dict[str, Any] = {"format": comparison.FORMAT, "kind": self.settings.kind}
         kept = {f"{metric}.{name}": figure for metric, group in figures.items() for name, figure in group.items()}
         if self.settings.kind == "shapes":
             result |= self._shapes(shown, each, kept, reference)
@@ -374,7 +374,7 @@ class Evaluation:
         }
         result["remarks"] = self._remarks(result["n"], {name: value.shape[1] for name, value in samples.items()})
         result["protocol"] = self.protocol | {"prompts": fingerprint(captions)}
-        compare.write_influences(self._output, kept, places)
+        comparison.write_influences(self._output, kept, places)
         return result
 
     def _sections(

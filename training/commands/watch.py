@@ -23,7 +23,7 @@ from training.cascade.bundle import checkpoint_dir
 from training.checkpoint.store import CheckpointError, CheckpointStore, step_name
 from training.config.commands import EvaluateCommand
 from training.evaluation import page
-from training.evaluation.compare import RESULT
+from training.evaluation.comparison import RESULT
 from training.evaluation.measure import LOWER_IS_BETTER, flattened
 from training.run.directory import replace_file
 

@@ -230,6 +230,8 @@ class Verb:
     """Keys of the paths to which it writes; each job of a --multirun appends the values that differ."""
     local: tuple[str, ...] = ()
     """Keys that must name local directories: what is written file by file, and read by people, lies on a disk."""
+    draws: bool = False
+    """It draws with the stages and settings of a bundle: `stage.*` would change nothing, and is refused."""
     trains: bool = False
     """It builds a model for training: its stage, batch and processes must fit each other."""
     distributed: bool = False
@@ -317,6 +319,7 @@ COMMANDS: dict[str, Verb] = {
         ),
         ("sampling", "bundle", "seed"),
         outputs=("sampling.output", "output"),
+        draws=True,
         local=("output", "sampling.output"),
         distributed=True,
     ),
@@ -331,6 +334,7 @@ COMMANDS: dict[str, Verb] = {
         ),
         ("evaluation", "bundle", "seed"),
         outputs=("evaluation.output",),
+        draws=True,
         local=("evaluation.output",),
         distributed=True,
     ),

@@ -1,1 +1,47 @@
-"""Figures about pictures: features, metrics, the oracle for drawn scenes, the report. Imports pictures and text."""
+"""Figures about pictures: features, metrics, the oracle for drawn scenes, the report. Imports pictures and text.
+
+from training.evaluation import compare, evaluate
+a = evaluate("runs/demo/bundle", reference="data/demo/heldout", samples=512, output="runs/a")
+b = evaluate("runs/demo/bundle", reference="data/demo/heldout", samples=512, output="runs/b", guidance=2)
+print(a["kid"]["random_filters_64"])
+compare(["runs/a", "runs/b"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["compare", "evaluate"]
+
+
+def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **settings: Any) -> dict[str, Any]:
+    """What `cascade evaluate` does; returns the content of result.json.
+
+    Args:
+        bundle: directory or s3:// prefix.
+        output: directory for the results.
+        gpus: draw on GPUs where there are any.
+        settings: keys of the section `evaluation` (reference, samples, prompts, extractors, ...; `kind` is `pictures`
+            here unless it is given), and guidance, steps, sampler, aug_level, spacing, threshold.
+
+    Raises:
+        ConfigError, DataError: one sentence that names the key and the remedy.
+    """
+    from training.config.commands import COMMANDS, SAMPLER_KEYS, EvaluateCommand
+    from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
+
+    own = {key: settings.pop(key) for key in SAMPLER_KEYS if key in settings}
+    section = EvaluationConfig(**{"kind": "pictures", **settings}, output=str(output))
+    places = {"bundle": BundleConfig(dir=str(bundle)), "cluster": ClusterConfig(gpus=gpus)}
+    command = EvaluateCommand(seed=seed, evaluation=section, **places, **own)
+    found: dict[str, Any] = importlib.import_module(COMMANDS["evaluate"].module).main(command)
+    return found
+
+
+def compare(results: Sequence[str]) -> dict[str, Any]:
+    """Paired differences of evaluations, see `comparison.compare`."""
+    from training.evaluation import comparison
+
+    return comparison.compare(results)

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.errors import ConfigError
-from training.evaluation.compare import Evaluated, check_same_question, read
+from training.evaluation.comparison import Evaluated, check_same_question, read
 from training.pictures.sheets import FAINT, GOOD, INK, PAPER, default_font, save
 
 WIDTH, HEIGHT, EDGE = 900, 600, 70

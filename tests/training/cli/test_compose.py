@@ -55,6 +55,21 @@ def test_an_experiment_serves_every_command(verb: str) -> None:
     assert load_config(verb, ["experiment=demo"]).run.name == "demo"
 
 
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("stage.sampler.guidance=9", "guidance=9"),
+        ("stage.sampler.name=ddim", "sampler=ddim"),
+        ("stage.image_size=32", "another bundle"),
+    ],
+)
+def test_keys_that_a_bundle_decides_are_refused(word: str, instead: str) -> None:
+    for verb in ("sample", "evaluate"):
+        with pytest.raises(ConfigError, match=f"cascade {verb} draws with the settings .* give {instead}$"):
+            load_config(verb, [word])
+    assert load_config("evaluate", ["stage=demo_sr", "guidance=9"]).guidance == 9
+
+
 def test_composing_needs_nothing_heavy() -> None:
     import subprocess
 

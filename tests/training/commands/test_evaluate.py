@@ -25,7 +25,8 @@ from training.commands import evaluate
 from training.commands.evaluate import Evaluation
 from training.config.commands import EvaluateCommand
 from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
-from training.evaluation.compare import compare
+from training.evaluation import compare
+from training.evaluation import evaluate as evaluate_bundle
 from training.evaluation.extractors.base import open_extractors
 from training.evaluation.measure import flattened
 from training.evaluation.parts import Parts
@@ -356,6 +357,14 @@ def test_two_evaluations_are_compared_and_other_questions_refused(
         compare(results=question["results"])
     with pytest.raises(DataError, match=r"there is no result\.json"):
         compare(results=[str(tmp_path / "a"), str(tmp_path / "absent")])
+
+
+def test_from_python_in_five_lines(bundle: str, heldout: str, tmp_path: Path) -> None:
+    settings = {"reference": heldout, "samples": 6, "gpus": False}
+    a = evaluate_bundle(bundle, output=str(tmp_path / "a"), **settings)
+    evaluate_bundle(bundle, output=str(tmp_path / "b"), guidance=9, **settings)
+    figures = compare([str(tmp_path / "a"), str(tmp_path / "b")])["others"][0]["figures"]
+    assert figures["kid.colour_grid_4x4"]["baseline"] == a["kid"]["colour_grid_4x4"]["value"]
 
 
 def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError
-from training.evaluation.compare import FORMAT, write_influences
+from training.evaluation.comparison import FORMAT, write_influences
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.pareto import draw_curve, on_front
 
