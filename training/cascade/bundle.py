@@ -3,6 +3,7 @@
     BUNDLE/
         bundle.json              the stages in order with their settings, the text encoder, where every weight came from
         STAGE.safetensors        fp32 weights of one U-Net by parameter name
+        README.md                the model card
 
 `bundle.json` is removed first and written last: a directory without it is no bundle. It may be an s3:// prefix.
 """
@@ -31,7 +32,7 @@ from training.model.lora import fingerprint, merged
 from training.model.unet import UNet
 from training.optim.averages import state_name
 
-INDEX = "bundle.json"
+INDEX, CARD = "bundle.json", "README.md"
 FORMAT = 1
 PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """Of a weights' file: one in the bundle's own directory."""
@@ -160,6 +161,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "code": meta.get("code", {}).get("commit"),
         "text": text.get("sha"),
         **({"lora": base} if base else {}),
+        **({"data": data["fingerprint"]} if (data := meta.get("data") or {}).get("fingerprint") else {}),
     }
     return StageWeights(config, unet, tensors, origin)
 
@@ -301,8 +303,47 @@ def write(path: str, bundle: Bundle) -> dict[str, Any]:
         "stages": stages,
         "code": code_version(),
     }
+    folder.write(CARD, [model_card(path, content).encode()])
     folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
     return content
+
+
+def model_card(path: str, content: dict[str, Any]) -> str:
+    """README.md of a bundle in Markdown, with the header that the Hugging Face Hub reads."""
+    code, text = content["code"], content["text"]
+    lines = [
+        "---",
+        "pipeline_tag: text-to-image",
+        "library_name: cascade-t2i",
+        "tags: [text-to-image, diffusion, cascade]",
+        "---",
+        "",
+        "# Text-to-image cascade",
+        "",
+        "```python",
+        *HOW_TO.format(path=path).split("; "),
+        "```",
+        "",
+        f"Text encoder: {text['kind']} {text.get('path') or ''} ({text['dim']} wide, SHA {text.get('sha')}).",
+        "",
+        "| stage | pictures | weights | step | trained in | data | code |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in content["stages"]:
+        config, origin = stage["config"], stage["origin"]
+        start = f"{config['low_res_size']} -> " if config["low_res_size"] else ""
+        lines.append(
+            f"| {stage['name']} | {start}{config['image_size']} px | {stage['parameters']:,} | {origin.get('step')} "
+            f"| {origin.get('run')} | {origin.get('data', 'not recorded')} | {origin.get('code')} |"
+        )
+    lines += [
+        "",
+        "Data are named by the fingerprint of their index. Licences of the pictures are not known to this tool: state "
+        "them here before you publish the weights.",
+        "",
+        f"Bundled by commit {code['commit']}. Figures: `cascade evaluate` writes them with their protocol.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -12,6 +12,8 @@ low-res pictures of training are; `sample_stage` then enlarges and noises it exa
 from __future__ import annotations
 
 import copy
+import inspect
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +22,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, DataError
 from training.cascade import bundle
 from training.cascade.requests import (
     SHRINK,
     Drawing,
     Heat,
+    Images,
     Pictures,
     Words,
     as_list,
@@ -36,6 +38,7 @@ from training.cascade.requests import (
     plan_places,
     plan_stages,
     plan_strengths,
+    seed_of,
     to_images,
     to_masks,
     to_pictures,
@@ -105,6 +108,28 @@ class Cascade:
         weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
         bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, message: str = "") -> str:
+        """Uploads the bundle with its model card to the Hugging Face Hub; returns the address.
+
+        Raises:
+            DataError: the Hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            try:
+                hub.create_repo(repo_id, private=private, exist_ok=True)
+                done = hub.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=message or "cascade bundle"
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    f"push_to_hub: {repo_id} was not uploaded ({' '.join(str(error).split())[:200]})"
+                ) from error
+        return str(done)
+
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None, *, offload: bool = True) -> Cascade:
         """Chooses where and in which precision pictures are drawn; returns self.
 
@@ -132,10 +157,54 @@ class Cascade:
         stages: Any = None,
         callback: Progress | None = None,
         **options: Any,
-    ) -> list[Image.Image]:
+    ) -> Images:
         """The final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`."""
         drawn = self.draw(prompts, negative_prompts, guidance, steps, seed, num_images, stages, callback, **options)
-        return [drawing.image for drawing in drawn]
+        return Images(drawing.image for drawing in drawn)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        num_inference_steps: Any = None,
+        guidance_scale: Any = None,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: Any = None,
+        **options: Any,
+    ) -> Images:
+        """`generate` under the names that users of diffusers type: `cascade("a cat", guidance_scale=4).images[0]`.
+
+        Args:
+            num_inference_steps, guidance_scale: one value, one per stage, or a dict by stage name.
+            generator: a `torch.Generator`, whose seed counts, or a seed.
+            strength: of `image`; 0.8 unless it is given or there is a mask.
+            options: of `draw`.
+
+        Raises:
+            ConfigError: as `draw`, and for options that it does not have.
+        """
+        known = inspect.signature(self.draw).parameters
+        if unknown := [name for name in options if name not in known]:
+            size = self.stages[-1].config.image_size
+            near = f"pictures are {size} px" if {"height", "width"} & set(unknown) else f"those are {', '.join(known)}"
+            raise ConfigError(f"{unknown[0]}: no option of a cascade; {near}")
+        whole = image is None or mask_image is not None
+        return self.generate(
+            prompt,
+            negative_prompt,
+            guidance_scale,
+            num_inference_steps,
+            seed_of(generator) if "seed" not in options else options.pop("seed"),
+            num_images_per_prompt,
+            image=image,
+            mask=mask_image,
+            strength=(1.0 if whole else 0.8) if strength is None else strength,
+            **options,
+        )
 
     def draw(
         self,

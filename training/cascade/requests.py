@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_pipeline.common.errors import BadSample, ConfigError
+from data_pipeline.common.errors import BadSample, ConfigError, DataError
 from data_pipeline.content.images import to_rgb
+from data_pipeline.storage import store
 from training.config.experiment import SamplerConfig, StageConfig
+from training.pictures.sheets import Cell, sheet
 
 Pictures = Any
-"""One picture or a sequence of them: PIL images, uint8 arrays (H, W, 3), or a uint8 tensor (N, 3, H, W)."""
+"""One picture or a sequence of them: paths, PIL images, uint8 arrays (H, W, 3), or a uint8 tensor (N, 3, H, W)."""
 Words = list[tuple[str, list[int]]]
 """The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
 Heat = list[tuple[str, np.ndarray]]
@@ -251,8 +255,55 @@ def to_masks(masks: Sequence[Any], size: int) -> Tensor:
     return torch.from_numpy(np.stack(fitted))[:, None]
 
 
+class Images(list[Image.Image]):
+    """Pictures in order; a notebook shows them side by side."""
+
+    @property
+    def images(self) -> Images:
+        """Themselves: where the results of diffusers keep their pictures."""
+        return self
+
+    def _repr_png_(self) -> bytes | None:
+        if not self:
+            return None
+        data = io.BytesIO()
+        sheet([Cell([picture], "") for picture in self], columns=4).save(data, "PNG")
+        return data.getvalue()
+
+
+def read_picture(file: str | os.PathLike[str]) -> Image.Image:
+    """A picture from a file or s3:// URL. Raises `DataError` for a file that is missing or no picture."""
+    name = os.fspath(file)
+    if not store.exists(name):
+        raise DataError(f"{name}: there is no such picture")
+    try:
+        image = Image.open(io.BytesIO(store.read_bytes(name)))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: not a picture that can be read ({error})") from error
+    return image
+
+
+def seed_of(generator: Any) -> int:
+    """The seed that a `torch.Generator` was given; a number is one itself. Where the generator stands does not matter:
+    noise here is a function of the seed.
+
+    Raises:
+        ConfigError: anything else, such as one generator per picture.
+    """
+    if generator is None:
+        return 0
+    if isinstance(generator, torch.Generator):
+        return int(generator.initial_seed()) % 2**63
+    if isinstance(generator, (int, np.integer)):
+        return int(generator)
+    raise ConfigError(f"generator={type(generator).__name__}: give one torch.Generator or a seed for the whole call")
+
+
 def _image(picture: Any) -> Image.Image:
     """RGB and upright, read as the pictures of training are."""
+    if isinstance(picture, (str, os.PathLike)):
+        picture = read_picture(picture)
     if isinstance(picture, Image.Image):
         try:
             return to_rgb(ImageOps.exif_transpose(picture))

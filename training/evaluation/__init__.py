@@ -33,9 +33,13 @@ def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **se
     from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
 
     own = {key: settings.pop(key) for key in SAMPLER_KEYS if key in settings}
-    section = EvaluationConfig(**{"kind": "pictures", **settings}, output=str(output))
-    places = {"bundle": BundleConfig(dir=str(bundle)), "cluster": ClusterConfig(gpus=gpus)}
-    command = EvaluateCommand(seed=seed, evaluation=section, **places, **own)
+    command = EvaluateCommand(
+        seed=seed,
+        bundle=BundleConfig(dir=str(bundle)),
+        cluster=ClusterConfig(gpus=gpus),
+        evaluation=EvaluationConfig(**{"kind": "pictures", **settings}, output=str(output)),
+        **own,
+    )
     found: dict[str, Any] = importlib.import_module(COMMANDS["evaluate"].module).main(command)
     return found
 

@@ -35,6 +35,7 @@ def test_bundle_holds_the_averaged_weights_of_the_newest_checkpoints(runs: list[
     assert answer["bundle"] == str(tmp_path / "bundle")
     assert [(s["name"], s["origin"]["step"]) for s in answer["stages"]] == [("base", 9), ("sr", 5)]
     assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == [
+        "README.md",
         "base.safetensors",
         "bundle.json",
         "sr.safetensors",
@@ -49,6 +50,8 @@ def test_bundle_holds_the_averaged_weights_of_the_newest_checkpoints(runs: list[
     }  # fmt: skip
     assert "step 9" in content["index"]["base.safetensors"] and "abc" in content["index"]["base.safetensors"]
     assert content["text"]["dim"] == 32 and content["stages"][1]["config"]["low_res_size"] == 16
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "| sr | 16 -> 32 px |" in card and "Cascade.from_pretrained" in card and "pipeline_tag" in card
     assert "bundle of 2 stages" in capsys.readouterr().out
     json.dumps(answer)
 

@@ -67,7 +67,7 @@ def test_keys_that_a_bundle_decides_are_refused(word: str, instead: str) -> None
     for verb in ("sample", "evaluate"):
         with pytest.raises(ConfigError, match=f"cascade {verb} draws with the settings .* give {instead}$"):
             load_config(verb, [word])
-    assert load_config("evaluate", ["stage=demo_sr", "guidance=9"]).guidance == 9
+    assert vars(load_config("evaluate", ["stage=demo_sr", "guidance=9"]))["guidance"] == 9
 
 
 def test_composing_needs_nothing_heavy() -> None:
