@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import struct
@@ -34,6 +33,8 @@ import xxhash
 from data_pipeline.common.errors import BadSample, ConfigError, DataError
 from data_pipeline.shards.index import key_hash
 from data_pipeline.storage import store
+from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.safetensors import header
 
 VERSION = 2
 DTYPES = ("bf16", "int8")
@@ -116,19 +117,13 @@ class SidecarWriter:
         if self._dtype == "int8":
             arrays["scales"] = np.concatenate([np.zeros(0, "<f4"), *self._scales]).astype("<f4")
         kinds = {"starts": "I64", "keys": "U64", "captions": "U64", "checksums": "U64", "scales": "F32"}
-        header: dict[str, Any] = {"__metadata__": {"cascade": json.dumps(self._facts)}}
-        end = 0
-        for name, array in arrays.items():
-            header[name] = {"dtype": kinds[name], "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-            end += array.nbytes
-        size = self._tokens.tell()
+        entries: dict[str, tuple[str, Sequence[int], int]] = {
+            name: (kinds[name], array.shape, array.nbytes) for name, array in arrays.items()
+        }
         kind = "I8" if self._dtype == "int8" else "BF16"
-        header["tokens"] = {"dtype": kind, "shape": [int(starts[-1]), self._dim], "data_offsets": [end, end + size]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        head = (
-            struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
-        )
+        entries["tokens"] = (kind, (int(starts[-1]), self._dim), self._tokens.tell())
+        head = header(entries, {"cascade": json.dumps(self._facts)})
+        head += b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
         self._tokens.seek(0)
         if store.is_s3(self._url):
             with tempfile.TemporaryFile() as whole:
@@ -146,24 +141,12 @@ def _checksum(content: bytes, scales: np.ndarray) -> int:
 
 def _write_local(path: str, head: bytes, tokens: Any) -> None:
     """Head and tokens into a file that appears whole."""
-    folder = os.path.dirname(path) or "."
-    temporary = ""
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{os.path.basename(path)}.", delete=False) as file:
-            temporary = file.name
+        with replacing(path) as file:
             file.write(head)
-            while piece := tokens.read(1 << 22):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            shutil.copyfileobj(tokens, file, 1 << 22)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 class Sidecar:

@@ -10,17 +10,16 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.storage import s3
+from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
 
 logger = logging.getLogger(__name__)
@@ -164,22 +163,12 @@ def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT
     if is_s3(url):
         s3.put(url, data, patience)
         return
-    path = Path(local_path(url))
-    temporary = ""
+    path = local_path(url)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
     except OSError as error:
-        raise _local_error(str(path), error) from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        raise _local_error(path, error) from error
 
 
 def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
@@ -223,12 +212,6 @@ def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
     file.flush()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
         s3.put(url, view, patience)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def exists(url: str, patience: Patience = DEFAULT) -> bool:

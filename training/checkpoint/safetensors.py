@@ -1,18 +1,14 @@
-"""Writes safetensors files as a stream, with the SHA-256 on the way
-(https://github.com/huggingface/safetensors#format).
-
-The library's own writer wants a second look at the bytes for a checksum, and for an object store a second copy in
-memory.
-"""
+"""Streams tensors into safetensors files, with both checksums on the way."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 
 import torch
 import xxhash
+
+from data_pipeline.storage.safetensors import header
 
 CHUNK = 1 << 24
 NAMES = {
@@ -29,21 +25,9 @@ NAMES = {
 }
 
 
-def header(tensors: dict[str, torch.Tensor]) -> bytes:
-    """The length-prefixed JSON header."""
-    entries, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
     """The file's bytes, without a copy of the tensors (CPU)."""
-    yield header(tensors)
+    yield header({name: (NAMES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
     for tensor in tensors.values():
         flat = tensor.detach().contiguous().view(-1)
         if flat.numel():

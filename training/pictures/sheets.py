@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from data_pipeline.storage.atomic import replacing
+
 log = logging.getLogger("cascade")
 
 SHOWN = 192
@@ -62,11 +64,8 @@ def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Ima
 
 def save(image: Image.Image, path: str | Path, pnginfo: PngImagePlugin.PngInfo | None = None) -> None:
     """Writes a PNG whose directory may not exist yet; readers see the old or the whole new file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    image.save(temporary, format="PNG", pnginfo=pnginfo)
-    temporary.replace(path)
+    with replacing(path, durable=False) as file:
+        image.save(file, format="PNG", pnginfo=pnginfo)
 
 
 def to_side(picture: Image.Image, side: int) -> Image.Image:

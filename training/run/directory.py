@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.atomic import replacing
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment
 from training.processes.distributed import TYPED
@@ -238,13 +239,8 @@ def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Writes a small file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, durable=False) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     config = Experiment()
     config.run.dir = str(tmp_path / "run")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); choose another run\.dir"):
         RunDir(config).create()
 

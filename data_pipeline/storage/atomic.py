@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+LONGEST_NAME = 180
+"""Bytes of the name that the temporary file repeats; file systems allow 255 in all."""
+
+
+@contextmanager
+def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends; its directory is created.
+
+    Readers see the old content or the whole new one. Left by an exception, nothing changes and no temporary file stays.
+
+    Args:
+        durable: the bytes are on disk (fsync) before the file gets its name.
+
+    Raises:
+        OSError: the disk is full, the directory cannot be written, ...
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])
+    temporary = path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
