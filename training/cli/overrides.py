@@ -6,9 +6,10 @@ A key is free text when its field is marked `metadata=SENTENCES` (prompts): what
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -47,7 +48,39 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a word that is not `key=value`, or a key of a stage for a command that draws with a bundle.
     """
-    return [_normalise_one(verb, word) for word in overrides]
+    return [_normalise_one(verb, word) for word in [*from_environment(verb, overrides), *overrides]]
+
+
+ENVIRONMENT = {
+    "WANDB_MODE": "wandb.mode",
+    "WANDB_PROJECT": "wandb.project",
+    "WANDB_ENTITY": "wandb.entity",
+    "WANDB_NAME": "wandb.name",
+    "WANDB_RUN_GROUP": "wandb.group",
+    "WANDB_NOTES": "wandb.notes",
+    "WANDB_TAGS": "wandb.tags",
+}
+"""Variables that people set for W&B -> the keys that they stand for, on commands that train."""
+MODES = {"dryrun": "offline", "run": "online"}
+"""Older words of W&B's."""
+
+
+def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What W&B's variables say, as settings, where the command line does not say it itself."""
+    if not (COMMANDS[verb].trains or verb == "launch"):
+        return []
+    typed = {word.partition("=")[0].lstrip("+~") for word in words}
+    found = []
+    for variable, key in ENVIRONMENT.items():
+        value = environ.get(variable)
+        if not value or key in typed or (key == "wandb.mode" and "tracking" in typed):
+            continue
+        if key == "wandb.mode":
+            value = MODES.get(value, value)
+        if key == "wandb.tags":
+            value = "[" + ",".join(_quote(tag.strip()) for tag in value.split(",")) + "]"
+        found.append(f"{key}={value if key in ('wandb.tags', 'wandb.notes') else _quote(value)}")
+    return found
 
 
 def _normalise_one(verb: str, word: str) -> str:

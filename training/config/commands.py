@@ -239,7 +239,7 @@ class Verb:
 
 
 EVERYTHING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
-              "evaluation", "checkpoint", "wandb", "cluster", "seed")  # fmt: skip
+              "evaluation", "checkpoint", "wandb", "trackers", "cluster", "seed")  # fmt: skip
 COMMANDS: dict[str, Verb] = {
     "prepare": Verb(
         Experiment,

@@ -294,12 +294,19 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases."""
+    """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP, WANDB_NOTES and
+    WANDB_TAGS hold for what the command line does not give."""
 
     mode: str = "offline"
     """`online`, `offline` or `disabled`."""
     project: str = "cascade"
     entity: str | None = None
+    name: str | None = None
+    """Of the run; null: RUN_NAME/STAGE_NAME."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    notes: str | None = field(default=None, metadata=SENTENCES)
+    """Free text about the run."""
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -307,6 +314,26 @@ class WandbConfig:
             self.mode in ("online", "offline", "disabled"),
             f"wandb.mode={self.mode}: it must be online, offline or disabled",
         )
+        wrong = sorted(set(self.project) & set("/\\#?%:"))
+        require(
+            not wrong and 0 < len(self.project) <= 128,
+            f"wandb.project={self.project}: W&B takes 1 to 128 characters, and none of / \\ # ? % :",
+        )
+        for name in ("name", "group"):
+            value = getattr(self, name)
+            require(value is None or 0 < len(value) <= 128, f"wandb.{name}={value}: W&B takes 1 to 128 characters")
+        for tag in self.tags:
+            require(0 < len(tag) <= 64, f"wandb.tags: W&B takes tags of 1 to 64 characters, not {tag!r}")
+
+
+@dataclass
+class TrackersConfig:
+    """Where metrics go besides metrics.jsonl and W&B; any of them together."""
+
+    tensorboard: bool = False
+    """Event files in RUN_DIR/tensorboard; needs the `tensorboardX` package."""
+    csv: bool = False
+    """RUN_DIR/metrics.csv, brought up to date at each checkpoint and at the end."""
 
 
 @dataclass
@@ -457,6 +484,7 @@ class Experiment:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
@@ -465,6 +493,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
+        require(
+            self.wandb.mode == "disabled" or bool(self.wandb.name) or len(self.run.name + self.stage.name) < 128,
+            f"run.name={self.run.name}: W&B takes run names of at most 128 characters; set wandb.name",
+        )
         require(
             self.lora.rank == 0 or bool(self.train.init_from),
             f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +24,30 @@ WORTH_SAYING = 0.1
 """Share of an interval that a slow rank must cost the others before it is named."""
 ASIDE = ("samples", "validation", "checkpoint")
 """Phases that do not count in the rate."""
+
+
+class TimeLeft:
+    """The time to the end, from the wall time of the last records: validation, samples and checkpoints between them
+    count as often as they came."""
+
+    WINDOW = 50
+    """Records; the first of a start is not among them (compilation, warm-up)."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._records: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
+
+    def seconds(self, step: int, rate: float, now: float) -> float:
+        """Seconds left after `step`.
+
+        Args:
+            rate: steps per second without pauses, for as long as there are too few records.
+            now: seconds of any steady clock.
+        """
+        self._records.append((step, now))
+        first, began = self._records[0]
+        whole = (step - first) / (now - began) if step > first and now > began else rate
+        return (self.steps - step) / whole if whole > 0 else 0.0
 
 
 class Meter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from training.plan.flops import flops_and_peak
 from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.processes.endings import LossGuard, NotFinite, Signals
 from training.run.directory import RunDir, check_same_run, to_dict
-from training.run.metering import Hours, Meter
+from training.run.metering import Hours, Meter, TimeLeft
 from training.run.quick_evaluation import QuickEvaluation
 from training.run.sample_grid import Inputs, choose, draw, write
 from training.run.starting_weights import begin_with
@@ -116,6 +117,7 @@ class Session:
         work = flops_and_peak(unet, size, tokens, ranks.device, train.peak_tflops, frozen=bool(self.lora))
         self.meter = Meter(ranks, config.data.global_batch, *work)
         self.validated, self.validated_step = math.inf, -1
+        self._left = TimeLeft(train.steps)
         self._grid: Inputs | None = None
         self._slow = 0
         compiled = config.precision.compile
@@ -281,7 +283,7 @@ class Session:
         }
         self._name_slow_rank(step, record)
         rate = measured["images_per_second"] / self.config.data.global_batch
-        self.tracker.log(step, record, (self.config.train.steps - step) / rate)
+        self.tracker.log(step, record, self._left.seconds(step, rate, time.monotonic()))
 
     def _name_slow_rank(self, step: int, record: dict[str, Any]) -> None:
         """One line when the same rank was slow in three records running."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment
 from training.processes.distributed import Ranks
 from training.run.directory import RunDir, replace_file, to_dict
+from training.run.trackers import Sinks
 
 log = logging.getLogger("cascade")
 
@@ -84,15 +88,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def progress_line(stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float) -> str:
-    """`demo_base  240/1200 [####----] 20%  loss 0.0831  312 images/s  2:41 left`."""
+def progress_line(
+    stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float, width: int = 0
+) -> str:
+    """`demo_base  240/1200 [####----] 20%  loss 0.0831  312 images/s  2:41 left`, the bar shortened or left out and the
+    rest cut where the terminal has only `width` columns (0: no limit)."""
     done = step / steps
-    bar = "#" * round(done * BAR) + "-" * (BAR - round(done * BAR))
     loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-    return (
-        f"{stage}  step {step:>{len(str(steps))}}/{steps} [{bar}] {done:4.0%}  loss {loss}  "
-        f"{record['images_per_second']:.1f} images/s  {duration(seconds_left)} left"
-    )
+    head = f"{stage}  step {step:>{len(str(steps))}}/{steps} "
+    tail = f"{done:4.0%}  loss {loss}  {record['images_per_second']:.1f} images/s  {duration(seconds_left)} left"
+    cells = min(BAR, width - len(head) - len(tail) - 3) if width else BAR
+    filled = round(done * cells)
+    bar = f"[{'#' * filled}{'-' * (cells - filled)}] " if cells >= 4 else ""
+    line = head + bar + tail
+    return line[:width] if width else line
 
 
 # ------------------------------------------------------------------------------------------------ the tracker
@@ -121,6 +130,7 @@ class Tracker:
         self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if kept:
             log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
+        self._sinks = Sinks(config.trackers, run.path, run.metrics, step)
         self._wandb = start_wandb(run, config, wandb_id, code)
 
     def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
@@ -138,15 +148,20 @@ class Tracker:
                     error,
                 )
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
-        line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left)
+        self._sinks.each(lambda sink: sink.log(step, record))
         screen = self._out.isatty()
+        width = shutil.get_terminal_size().columns - 1 if screen else 0
+        line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left, width)
         end = "\n" if not screen or step == self.config.train.steps else ""
         with suppress(OSError):
             self._out.write(f"\r\033[K{line}{end}" if screen else line + end)
             self._out.flush()
 
     def image(self, step: int, path: Path) -> None:
-        """A picture file, for W&B."""
+        """A picture file."""
+        if not self.active:
+            return
+        self._sinks.each(lambda sink: sink.image(step, path))
         if self._wandb is not None:
             import wandb
 
@@ -154,6 +169,9 @@ class Tracker:
 
     def checkpoint(self, step: int, place: object) -> None:
         """A checkpoint as an artifact by reference: W&B keeps where it lies, not a copy."""
+        if not self.active:
+            return
+        self._sinks.each(lambda sink: sink.checkpoint(step, place))
         if self._wandb is None:
             return
         url = str(place) if "://" in str(place) else Path(str(place)).resolve().as_uri()
@@ -176,7 +194,13 @@ class Tracker:
             return
         with suppress(OSError):
             self._file.close()
+        self._sinks.each(lambda sink: sink.close())
+        offline = self._wandb is not None and self._wandb.settings._offline
         self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
+        if offline:
+            log.info(
+                "W&B: kept offline; wandb sync %s sends it", shlex.quote(f"{self.run.path}/wandb") + "/offline-run-*"
+            )
         self._wandb = None
 
     def _to_wandb(self, call: Callable[[], None]) -> None:
@@ -239,8 +263,10 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             project=settings.project,
             entity=settings.entity,
             tags=list(settings.tags),
-            name=f"{config.run.name}/{config.stage.name}",
-            id=wandb_id,
+            name=settings.name or f"{config.run.name}/{config.stage.name}",
+            group=settings.group,
+            notes=settings.notes,
+            id=os.environ.get("WANDB_RUN_ID", wandb_id) if "WANDB_SWEEP_ID" in os.environ else wandb_id,
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
             config={**to_dict(config), "code": code},

@@ -358,3 +358,29 @@ def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
 def test_what_a_bundle_draws_lies_beside_it(verb: str, words: list[str], samples: str, evaluation: str) -> None:
     config = load_config(verb, words)
     assert (config.sampling.output, config.evaluation.output) == (samples, evaluation)
+
+
+def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"MODE": "disabled", "PROJECT": "theirs", "NAME": "a, b", "TAGS": "x, 1", "RUN_GROUP": "g", "NOTES": "n, m"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb = load_config("train", []).wandb
+    assert (wandb.mode, wandb.project, wandb.name, wandb.group) == ("disabled", "theirs", "a, b", "g")
+    assert wandb.tags == ["x", "1"] and wandb.notes == "n, m"
+    typed = load_config("train", ["tracking=online", "wandb.project=mine", "wandb.tags=[z]"]).wandb
+    assert (typed.mode, typed.project, typed.tags, typed.name) == ("online", "mine", ["z"], "a, b")
+    assert load_config("sample", []).wandb.project == "cascade", "only what trains tracks"
+    monkeypatch.setenv("WANDB_MODE", "somehow")
+    with pytest.raises(ConfigError, match=r"wandb\.mode=somehow: it must be online, offline or disabled"):
+        load_config("train", [])
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["wandb.project=a/b", "wandb.project=''", f"wandb.tags=[{'x' * 65}]", "wandb.tags=['']", f"wandb.name={'n' * 129}"],
+)
+def test_what_wandb_would_refuse_is_refused_at_the_start(word: str) -> None:
+    with pytest.raises(ConfigError, match="W&B takes"):
+        load_config("train", [word])

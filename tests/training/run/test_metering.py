@@ -7,7 +7,7 @@ import torch
 
 from training.processes.distributed import Ranks
 from training.run import metering
-from training.run.metering import Hours, Meter, process_age, slowest
+from training.run.metering import Hours, Meter, TimeLeft, process_age, slowest
 
 
 @pytest.fixture
@@ -72,3 +72,12 @@ def test_device_hours_add_up_over_starts_that_died(tmp_path: Path, clock: list[f
     clock[0] += 3600
     assert second.total() == pytest.approx(4 * 0.5 + 2 * 1.0, abs=0.01 + 6 * (metering_age + 60) / 3600)
     assert second.total() > 4.0
+
+
+def test_the_time_left_knows_pauses() -> None:
+    """Ten steps a second, and a validation of 9 s after every 10 steps: 100 steps take 100 s, not 10."""
+    left = TimeLeft(200)
+    assert left.seconds(10, 10.0, 0.0) == 19.0, "one record says nothing about pauses"
+    for record in range(1, 10):
+        seconds = left.seconds(10 + 10 * record, 10.0, 10.0 * record)
+    assert seconds == pytest.approx(100.0)

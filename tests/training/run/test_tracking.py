@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.distributed import Ranks
 from training.run import tracking
 from training.run.directory import RunDir
@@ -138,18 +139,23 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
-    """(run id, values) of every record in the offline files, decoded by W&B's own message classes."""
+def whole_wandb(path: Path) -> list[Any]:
+    """All records, decoded by W&B's own message classes."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
+    records: list[Any] = []
+    while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
+        records = [Record.FromString(data) for data in wandb_records(path)]
+        time.sleep(0.02)
+    return records
+
+
+def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
+    """(run id, values) of every record in the offline files."""
     found: list[tuple[str, dict[str, Any]]] = []
     for path in sorted(run.path.glob("wandb/offline-run-*/run-*.wandb")):
         run_id = ""
-        records: list[Any] = []
-        while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
-            records = [Record.FromString(data) for data in wandb_records(path)]
-            time.sleep(0.02)
-        for record in records:
+        for record in whole_wandb(path):
             if record.HasField("run"):
                 run_id = record.run.run_id
                 items = {i.key: json.loads(i.value_json) for i in record.run.config.update}
@@ -180,6 +186,61 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     artifact = next(values for _, values in found if "artifact" in values)
     assert artifact["places"] == [f"file://{place}/manifest.json"], "by reference, no copy"
     assert [(v["_step"], v["loss"]) for _, v in found if "loss" in v] == [(1, 0.5), (2, 0.25)]
+
+
+def test_names_groups_notes_and_tags_reach_wandb(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    config.wandb = WandbConfig("offline", "mine", None, "first try", "sweep 3", "lr, doubled", ["a", "b c"])
+    with caplog.at_level(logging.INFO):
+        mine = tracker(config, out=io.StringIO())
+        mine.log(1, RECORD, 1)
+        mine.close()
+    assert "kept offline; wandb sync" in caplog.text
+    (path,) = RunDir(config).path.glob("wandb/offline-run-*/run-*.wandb")
+    run = next(record.run for record in whole_wandb(path) if record.HasField("run"))
+    assert (run.project, run.display_name, run.run_group) == ("mine", "first try", "sweep 3")
+    assert run.notes == "lr, doubled" and list(run.tags) == ["a", "b c"]
+
+
+def test_tensorboard_and_a_table_beside_it_over_a_restart(config: Experiment) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    config.trackers = TrackersConfig(tensorboard=True, csv=True)
+    picture = Path(config.run.dir) / "picture.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    for start in (0, 1):
+        mine = tracker(config, step=start, out=io.StringIO())
+        mine.log(start + 1, {**RECORD, **({"validation_loss": 0.25} if start else {})}, 1)
+        mine.image(start + 1, picture)
+        mine.checkpoint(start + 1, picture)
+        mine.close()
+    lines = (Path(config.run.dir) / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,grad_norm,images_per_second,validation_loss"
+    assert lines[1:] == ["1,0.5,,12.34,", "2,0.5,,12.34,0.25"]
+    found = []
+    for file in sorted((Path(config.run.dir) / "tensorboard").glob("events.*")):
+        data = file.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            found += [(event.step, value.tag) for value in event.summary.value]
+    assert {(1, "loss"), (2, "loss"), (1, "samples"), (2, "samples"), (2, "validation_loss")} <= set(found)
+
+
+def test_a_tracker_that_fails_costs_itself_alone(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    config.trackers = TrackersConfig(csv=True)
+    mine = tracker(config, out=io.StringIO())
+    RunDir(config).metrics.unlink()
+    mine.checkpoint(1, "x")
+    mine.log(1, RECORD, 1)
+    mine.close()
+    assert caplog.text.count("metrics.csv failed") == 1
+
+
+@pytest.mark.parametrize("width", [30, 60, 79, 100])
+def test_the_progress_line_fits_the_terminal(width: int) -> None:
+    line = progress_line("a_long_name", 240, 12000, {"loss": 0.0831, "images_per_second": 1312.3}, 4000, width)
+    assert len(line) <= width and line.startswith("a_long_name  step   240/12000")
+    assert ("[" in line) == (width >= 100)
 
 
 def test_a_checkpoint_that_wandb_cannot_refer_to_costs_no_metrics(config: Experiment, caplog: Any) -> None:
