@@ -216,7 +216,8 @@ def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConf
         described = _has(kinds, part, "text") or (_has(kinds, part, "json") and not texts_apart)
         if stem and described and _has(kinds, part, "image"):
             own[stem] = part
-            whole = {name: name for name in whole if name not in part.values()}
+    owned = {name for part in own.values() for name in part.values()}
+    whole = {name: name for name in kinds if name not in owned}
     pictures = sum(kinds[name] == "image" for name in whole)
     described = any(kinds[name] in ("text", "json") for name in whole)
     if "" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES):

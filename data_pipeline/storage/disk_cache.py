@@ -44,11 +44,14 @@ class DiskCache:
     def __init__(self, folder: str, limit: int, piece: int = PIECE) -> None:
         self.folder, self.limit, self.piece = Path(folder).expanduser(), limit, piece
         try:
-            for name in ("pieces", "partial", "locks"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            (self.folder / "total").touch()
+            self._make_folders()
         except OSError as error:
             raise ConfigError(f"data.cache_dir={folder}: {error.strerror or error}") from error
+
+    def _make_folders(self) -> None:
+        for name in ("pieces", "partial", "locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "total").touch()
 
     def read(self, etag: str, size: int, begin: int, end: int, fetch: Fetch, fresh: bool = False) -> bytes:
         """Bytes [begin, end) of the object with this etag and size, from disk where they are there.
@@ -65,9 +68,21 @@ class DiskCache:
             path = self.folder / "pieces" / f"{name}-{number:06d}"
             part = None if fresh else _read(path, first - low, last - low, high - low)
             if part is None:
-                part = self._bring(path, low, high, fetch, fresh)[first - low : last - low]
+                part = self._bring_or_pass(path, low, high, fetch, fresh)[first - low : last - low]
             parts.append(part)
         return b"".join(parts)
+
+    def _bring_or_pass(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
+        """The same as `_bring`; a folder that was deleted meanwhile is made again, and one that cannot be used any more
+        costs speed, not the run."""
+        for _ in range(2):
+            try:
+                return self._bring(path, low, high, fetch, fresh)
+            except OSError as error:  # the cache's own: a store fails with other kinds
+                self._say(error)
+                with contextlib.suppress(OSError):
+                    self._make_folders()
+        return fetch(low, high)
 
     def _bring(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
         """A piece that is not there; of several that want the same one, one fetches and the others wait for it."""
@@ -169,7 +184,7 @@ def _read(path: Path, begin: int, end: int, size: int) -> bytes | None:
     """Bytes [begin, end) of a cached piece, which counts as used now; None when it is not there whole."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:  # not there, or the disk is broken
         return None
     try:
         if os.fstat(handle).st_size != size:

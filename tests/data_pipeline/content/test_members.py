@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.commands.verify import main as verify
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import CaptionConfig, DataConfig, MembersConfig
-from data_pipeline.content.members import picture_kind
+from data_pipeline.content.members import picture_kind, split_samples
 from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.dataset import load_or_build
 from data_pipeline.shards.index import index_shard, load_index
@@ -177,3 +177,24 @@ def test_missing_captions_are_told_with_what_lies_beside(tmp_path: Path) -> None
 def test_an_empty_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.members\.image"):
         MembersConfig(image=["."])
+
+
+class _Counted(str):
+    """A name that counts how often names are compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        _Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_many_names_with_one_beginning_are_split_in_linear_time() -> None:
+    names = [f"{number:06d}.{kind}" for number in range(1000) for kind in ("jpg", "txt")]
+    kinds = {_Counted(name): "image" if name.endswith("jpg") else "text" for name in names}
+    _Counted.compared = 0
+    samples = split_samples("img", kinds, MembersConfig())
+    assert [key for key, _ in samples if key != "img"] == [f"img.{number:06d}" for number in range(1000)]
+    assert _Counted.compared < 20 * len(names)

