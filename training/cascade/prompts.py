@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,17 +13,18 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage import store
 
 TABLES = (".tsv", ".csv")
-FILES = (".txt", *TABLES)
+LINES = ".jsonl"
+FILES = (".txt", *TABLES, LINES)
 
 
 def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> list[str]:
     """The prompts that a config value means, stripped, in order, repetitions kept, blank ones left out or kept.
 
-    A string that ends in .txt, .tsv or .csv is a file (or s3:// URL); any other string is one prompt.
+    A string that ends in .txt, .tsv, .csv or .jsonl is a file (or s3:// URL); any other string is one prompt.
 
     Raises:
         ConfigError: neither text nor a list of it, a directory, or a file with another ending; `key` is named.
-        DataError: the file is missing, is not UTF-8, or a table without a `Prompt` column.
+        DataError: the file is missing, is not UTF-8, a table without a `Prompt` column, or lines without a `prompt`.
     """
     if given is None:
         return []
@@ -44,16 +46,44 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
 
 
-def _from_file(path: str, key: str) -> list[str]:
+def _text(path: str, key: str) -> str:
     if not store.exists(path):
         raise DataError(f"{key}={path}: no such file; it should hold one prompt per line")
     try:
-        text = store.read_bytes(path).decode("utf-8-sig")
+        return store.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{key}={path}: not UTF-8 text ({error})") from error
+
+
+def _from_file(path: str, key: str) -> list[str]:
+    text = _text(path, key)
+    if path.lower().endswith(LINES):
+        return [line["prompt"] for line in _objects(text, path, key)]
     if not path.lower().endswith(TABLES):
         return re.split(r"\r\n|\r|\n", text)
     return _column(text, path, key)
+
+
+def read_lines(given: Any, key: str = "prompts") -> list[dict[str, Any]]:
+    """What a .jsonl file of prompts says of each; empty for anything else. Raises `DataError` as `read_prompts`."""
+    if not isinstance(given, str) or not given.lower().endswith(LINES):
+        return []
+    return [line for line in _objects(_text(given, key), given, key) if line["prompt"].strip()]
+
+
+def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
+    found = []
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{key}={path}: line {number} is not JSON ({error})") from error
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            raise DataError(f"{key}={path}: line {number} has no text in a field `prompt`")
+        found.append(value)
+    return found
 
 
 def _column(text: str, path: str, key: str) -> list[str]:

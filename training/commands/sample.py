@@ -6,6 +6,7 @@ OUTPUT/
     words/00000-a_red_circle.png    explain=true: which words drew which pixels
     grid.png                        the first pictures with their captions, all stages side by side
     earlier/                        pictures of prompts that are no longer on the list
+    LAYOUT/                         layout=geneval and others: the pictures as another tool reads them
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
 from training.cascade.cascade import Cascade, Stage
-from training.cascade.prompts import read_prompts
+from training.cascade.prompts import read_lines, read_prompts
 from training.cascade.requests import Drawing, as_list, number_drawings, plan_stages
+from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
 from training.evaluation.metrics.features import colour_grid, diversity
@@ -79,6 +81,9 @@ def main(config: SampleCommand) -> dict[str, Any]:
     try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
+    lines = read_lines(config.prompts)
+    if config.layout:
+        layouts.check(config.layout, prompts, config.num_images, lines)
     starts = read_starts(config, len(prompts))
     cascade, devices = open_cascade(config, config.from_bundle)
     print(f"text encoder: {cascade.encoder.name}")
@@ -107,6 +112,11 @@ def main(config: SampleCommand) -> dict[str, Any]:
         if len({job.prompt for job in jobs}) < len(jobs):
             result["diversity"] = measure_diversity(output, jobs)
             print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
+        if config.layout:
+            files = [output / f"{job.name}.png" for job in jobs]
+            each = [files[at : at + config.num_images] for at in range(0, len(files), config.num_images)]
+            result["layout"] = str(layouts.arrange(config.layout, output, each, prompts, lines))
+            print(f"{result['layout']}: the pictures as {config.layout} reads them")
     return result | {"seconds": round(time.monotonic() - began, 3)}
 
 
@@ -116,7 +126,7 @@ def set_aside(output: Path, names: set[str]) -> None:
     moved = 0
     for file in sorted([*output.glob("*.png"), *output.glob("*/*.png")]):
         inside = file.relative_to(output)
-        if file.stem in names or inside.parts[0] == EARLIER or not _is_ours(file):
+        if file.stem in names or inside.parts[0] in (EARLIER, *layouts.LAYOUTS) or not _is_ours(file):
             continue
         target = output / EARLIER / inside
         target.parent.mkdir(parents=True, exist_ok=True)

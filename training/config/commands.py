@@ -82,6 +82,9 @@ class SampleCommand(SamplerKeys):
     output: str | None = None
     num_images: int = 1
     """Pictures per prompt."""
+    layout: str | None = None
+    """Also arrange the pictures as another tool reads them: `flat`, `geneval`, `geneval2`, `dpg` or
+    `t2i_compbench`."""
     stages: Any = None
     """How many of the first stages to draw, or names of stages; null: all."""
     low_res: Any = None

@@ -1,0 +1,88 @@
+"""Drawn pictures in the layouts that other tools read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.common.errors import ConfigError, DataError
+from tests.training.tiny import tiny_cascade
+from training.cascade.prompts import read_prompts
+from training.commands import layouts, sample
+from training.config.commands import SampleCommand
+from training.config.experiment import BundleConfig, ClusterConfig
+
+LINES = [
+    {"tag": "colors", "item_id": "p1", "prompt": "a red/blue cat", "include": [1]},
+    {"tag": "counting", "item_id": "p2", "prompt": "two dogs"},
+]
+
+
+@pytest.fixture
+def command(tmp_path: Path):
+    tiny_cascade().save(str(tmp_path / "bundle"))
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in LINES))
+
+    def run(layout: str, num_images: int, **keys):
+        values = {"prompts": str(tmp_path / "list.jsonl"), "output": str(tmp_path / "out")} | keys
+        return sample.main(
+            SampleCommand(
+                bundle=BundleConfig(dir=str(tmp_path / "bundle")), cluster=ClusterConfig(gpus=False),
+                layout=layout, num_images=num_images, **values,
+            )
+        )  # fmt: skip
+
+    return run
+
+
+def files(folder: str) -> set[str]:
+    return {str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def test_each_tool_finds_what_it_reads(command) -> None:
+    found = command("geneval", 4)["layout"]
+    expected = {f"{i:05d}/samples/{k:04d}.png" for i in range(2) for k in range(4)}
+    assert files(found) == expected | {"00000/metadata.jsonl", "00001/metadata.jsonl"}
+    assert json.loads((Path(found) / "00000/metadata.jsonl").read_text()) == LINES[0]
+    found = command("dpg", 4)["layout"]
+    assert files(found) == {"p1.png", "p2.png"}
+    square = Image.open(Path(found) / "p2.png")
+    assert square.size == (64, 64)
+    last = Image.open(Path(found).parent / "00001-two_dogs-3.png").convert("RGB")
+    assert square.crop((32, 32, 64, 64)).tobytes() == last.tobytes()
+    found = command("geneval2", 1)["layout"]
+    paths = json.loads((Path(found) / "image_paths.json").read_text())
+    assert set(paths) == {line["prompt"] for line in LINES} and all(Path(p).is_file() for p in paths.values())
+    found = command("t2i_compbench", 2)["layout"]
+    assert files(found) == {f"samples/{n}.png" for n in (
+        "a red blue cat_000000", "a red blue cat_000001", "two dogs_000002", "two dogs_000003")}  # fmt: skip
+    assert files(command("flat", 1)["layout"]) == {"00000-0.png", "00001-0.png"}
+
+
+def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layout=oneig: it must be flat"):
+        command("oneig", 1)
+    with pytest.raises(ConfigError, match="it reads 4 pictures of each prompt; say num_images=4"):
+        command("geneval", 1)
+    with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, whose lines have the field item_id"):
+        command("dpg", 4, prompts=["a cat"])
+    with pytest.raises(ConfigError, match="some prompts are repeated"):
+        layouts.check("geneval2", ["a", "a"], 1, [])
+    with pytest.raises(ConfigError, match="too long"):
+        layouts.check("t2i_compbench", ["a" * 250], 1, [])
+    assert not (tmp_path / "out" / "00000-a_cat-0.png").exists()
+
+
+def test_lines_of_json_are_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": " a cat "}\n\n{"prompt": "b"}\n')
+    assert read_prompts(str(file)) == ["a cat", "b"]
+    file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(DataError, match="line 2 has no text in a field `prompt`"):
+        read_prompts(str(file))
+    file.write_text("{")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        read_prompts(str(file))
