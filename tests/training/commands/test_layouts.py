@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from training.commands import layouts, sample
 from training.config.commands import SampleCommand
 from training.config.experiment import BundleConfig, ClusterConfig
 
-LINES = [
+LINES: list[dict[str, Any]] = [
     {"tag": "colors", "item_id": "p1", "prompt": "a red/blue cat", "include": [1]},
     {"tag": "counting", "item_id": "p2", "prompt": "two dogs"},
 ]
