@@ -221,6 +221,9 @@ class PrepareConfig:
     quality: int = 92
     """JPEG quality of re-encoded pictures."""
     samples_per_shard: int = 1000
+    heldout: int = 0
+    """Samples kept apart for evaluation, spread over the source: they go to OUTPUT/heldout and the others to
+    OUTPUT/train; 0: all go to OUTPUT. (Drawings have prepare.draw.heldout.)"""
     deduplicate: str = "none"
     """`none`, `exact` (bytes) or `perceptual`."""
     draw: DrawConfig = field(default_factory=DrawConfig)
@@ -234,7 +237,11 @@ class PrepareConfig:
             self.deduplicate in ("none", "exact", "perceptual"),
             f"prepare.deduplicate={self.deduplicate}: it must be none, exact or perceptual",
         )
-        at_least(self, "prepare", samples_per_shard=1)
+        at_least(self, "prepare", samples_per_shard=1, heldout=0)
+        require(
+            self.heldout == 0 or self.kind != "draw",
+            f"prepare.heldout={self.heldout}: for drawings set prepare.draw.heldout",
+        )
         require(
             self.max_side is None or self.max_side >= 1,
             f"prepare.max_side={self.max_side}: it must be positive, or null to keep the pictures as they are",

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,8 +54,8 @@ def main(config: Settings) -> dict[str, Any]:
     """Runs `cascade prepare`; the last line on stdout is the result as JSON.
 
     Returns:
-        {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings also "heldout" and
-        "heldout_shards".
+        {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings and with prepare.heldout
+        also "heldout" and "heldout_shards".
 
     Raises:
         DataError: the source cannot be read, the output cannot be written or holds something else, or every sample was
@@ -100,7 +100,7 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
 
     _begin(output, {"draw": split, "size": draw.size, "objects": draw.objects, "count": count, "seed": seed,
                     "samples_per_shard": draw.samples_per_shard})  # fmt: skip
-    return _write_all(output, f"{split}-", count, draw.samples_per_shard, make, f"drawing {split}")
+    return _write_all(output, f"{split}-", range(count), draw.samples_per_shard, make, f"drawing {split}")
 
 
 # ------------------------------------------------------------------------------------------------------- imports
@@ -119,7 +119,11 @@ def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
         "deduplicate": settings.deduplicate,
         "max_pixels": config.data.max_pixels,
     }
-    _begin(settings.output, {**begun, "members": config.data.members.tag} if config.data.members.tag else begun)
+    if config.data.members.tag:
+        begun["members"] = config.data.members.tag
+    if settings.heldout:
+        begun["heldout"] = settings.heldout
+    _begin(settings.output, begun)
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
         duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
@@ -131,13 +135,37 @@ def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
         return _finish(source.read(number), settings, config.data.max_pixels)
 
-    result = _write_all(
-        settings.output, "", len(source), settings.samples_per_shard, make, "prepare", source.name, config.data.threads
-    )
+    result = _write_splits(settings, begun, source, make, config.data.threads)
     for remark in [*source.remarks(), _dropped_remark(source, result)]:
         if remark:
             logger.warning("%s", remark)
     return result
+
+
+def _write_splits(
+    settings: PrepareConfig, begun: dict[str, Any], source: Source, make: Callable[[int], Made], threads: int
+) -> dict[str, Any]:
+    """Writes everything to one place, or what is held out and the rest to two."""
+    numbers, per_shard = range(len(source)), settings.samples_per_shard
+    if not settings.heldout:
+        return _write_all(settings.output, "", numbers, per_shard, make, "prepare", source.name, threads)
+    if settings.heldout >= len(numbers):
+        raise DataError(f"prepare.heldout={settings.heldout}: the source has {len(numbers)} samples")
+    apart = {(2 * i + 1) * len(numbers) // (2 * settings.heldout) for i in range(settings.heldout)}
+    found = []
+    for split, chosen in (("train", [n for n in numbers if n not in apart]), ("heldout", sorted(apart))):
+        place = store.join(settings.output, split)
+        _begin(place, {**begun, "split": split})
+        found.append(_write_all(place, "", chosen, per_shard, make, f"prepare {split}", source.name, threads))
+    train, heldout = found
+    dropped = Counter(train["dropped"]) + Counter(heldout["dropped"])
+    return {
+        **train,
+        "output": settings.output,
+        "heldout": heldout["samples"],
+        "heldout_shards": heldout["shards"],
+        "dropped": dict(sorted(dropped.items())),
+    }
 
 
 def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
@@ -258,7 +286,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
 def _write_all(
     output: str,
     prefix: str,
-    count: int,
+    numbers: Sequence[int],
     per_shard: int,
     make: Callable[[int], Made],
     label: str,
@@ -267,15 +295,15 @@ def _write_all(
 ) -> dict[str, Any]:
     """Writes the shards that are not there yet, and the list of what was dropped."""
     shards, samples, dropped = 0, 0, []
-    with ThreadPoolExecutor(threads) as pool, progress(total=count, desc=label, unit="sample") as bar:
-        for numbers in _ranges(count, per_shard):
-            shard = f"{prefix}{numbers.start // per_shard:05d}"
+    with ThreadPoolExecutor(threads) as pool, progress(total=len(numbers), desc=label, unit="sample") as bar:
+        for places in _ranges(len(numbers), per_shard):
+            shard = f"{prefix}{places.start // per_shard:05d}"
             done = _done(output, shard)
             if done is None:
-                made = ordered(pool, _Guarded(make, name), numbers, _AHEAD)
+                made = ordered(pool, _Guarded(make, name), (numbers[place] for place in places), _AHEAD)
                 done = _write_shard(output, shard, _counted(made, bar))
             else:
-                bar.update(len(numbers))
+                bar.update(len(places))
             shards += done["samples"] > 0
             samples += done["samples"]
             dropped += done["dropped"]

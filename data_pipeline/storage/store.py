@@ -21,6 +21,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.storage import s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
+from data_pipeline.storage.shard_lists import plain_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -307,14 +308,15 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
 
     Args:
         shards: a path, a glob (`*`, `?`, `[..]`, `**`), a brace pattern (`{00000..00099}`, `{a,b}`), a directory (all
-            its *.tar), the same under s3://, or a list of these.
+            its *.tar), the same under s3://, or a list of these; also as other tools write lists, see `shard_lists`.
 
     Raises:
         DataError: nothing matches, no access, no such bucket; the sentence names which.
     """
     if not shards:
         raise DataError("data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
-    patterns = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
+    given = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
+    patterns = [one for item in given for one in plain_patterns(item, lambda url: read_bytes(url, patience))]
     urls: dict[str, None] = {}
     for pattern in patterns:
         for one in _braces(pattern):
@@ -431,7 +433,10 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
     missing = [url for url in urls if url not in listed]
     if missing:
         more = f" and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else ""
-        raise DataError(f"data.shards: {missing[0]}{more}: no such {'object' if is_s3(missing[0]) else 'file'}")
+        some = f" (also {', '.join(map(basename, missing[1:6]))}{', ...' if len(missing) > 6 else ''})" if more else ""
+        gaps = "; a glob such as *.tar takes the ones that are there" if len(missing) < len(urls) else ""
+        what = "object" if is_s3(missing[0]) else "file"
+        raise DataError(f"data.shards: {missing[0]}{more}: no such {what}{some}{gaps}")
     return [listed[url] for url in urls]
 
 

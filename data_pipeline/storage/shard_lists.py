@@ -1,0 +1,82 @@
+"""Lists of shards as other tools write them -> ours: `a::b`, `pipe:aws s3 cp URL -`, `@list.txt`, `file:PATH`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+
+from data_pipeline.common.errors import DataError
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+
+
+def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -> list[str]:
+    """The patterns behind one of another tool, each a path or an address.
+
+    Args:
+        read: gives the content of a list's file.
+
+    Raises:
+        DataError: a list that cannot be read or names itself, a command that does more than to copy one object.
+    """
+    if "::" in pattern and not os.path.exists(pattern):
+        parts = [part for part in pattern.split("::") if part]
+        return [one for part in parts for one in plain_patterns(part, read, depth)]
+    if pattern.startswith("@"):
+        return _listed(pattern[1:], read, depth)
+    if pattern.startswith("pipe:"):
+        return [_piped(pattern)]
+    if pattern.startswith("file:") and not pattern.startswith("file://"):
+        return [pattern.removeprefix("file:")]
+    return [pattern]
+
+
+def _listed(place: str, read: Callable[[str], bytes], depth: int) -> list[str]:
+    if depth > 3:
+        raise DataError(f"data.shards=@{place}: the lists name each other")
+    try:
+        lines = read(place).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.shards=@{place}: a list of shards is a text file, one pattern per line") from error
+    patterns = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not patterns:
+        raise DataError(f"data.shards=@{place}: the list is empty; it has one path or address per line")
+    return [one for pattern in patterns for one in plain_patterns(_beside(place, pattern), read, depth + 1)]
+
+
+def _beside(place: str, pattern: str) -> str:
+    """A path of a list means the working directory or, where nothing of it is there, the list's own folder."""
+    if "://" in place or os.path.isabs(pattern) or ":" in pattern.partition("/")[0] or pattern.startswith("@"):
+        return pattern
+    beside = os.path.join(os.path.dirname(os.path.expanduser(place)), pattern)
+    return beside if not _is_there(pattern) and _is_there(beside) else pattern
+
+
+def _is_there(pattern: str) -> bool:
+    from braceexpand import braceexpand
+
+    with suppress(ValueError):
+        return any(any(glob.iglob(one)) for one in braceexpand(pattern))
+    return False
+
+
+def _piped(pattern: str) -> str:
+    """The one object that a command would copy to its output; commands themselves are never run."""
+    command = pattern.removeprefix("pipe:")
+    found = _ADDRESS.findall(command.replace("'", " ").replace('"', " "))
+    if len(found) == 1 and "|" not in command:
+        return str(found[0])
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    if len(words) == 2 and words[0] == "cat" and not found:
+        return words[1]
+    raise DataError(
+        f"data.shards={pattern}: commands are not run; give the address or the path itself, such as "
+        "s3://bucket/{00000..00099}.tar (over s3:// a broken read then continues by itself)"
+    )

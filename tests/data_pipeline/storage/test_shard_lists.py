@@ -1,0 +1,70 @@
+"""Lists of shards as other tools write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage import store
+from data_pipeline.storage.shard_lists import plain_patterns
+
+
+def nothing(place: str) -> bytes:
+    raise AssertionError(place)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("s3://b/{0..1}.tar::s3://c/{0..1}.tar", ["s3://b/{0..1}.tar", "s3://c/{0..1}.tar"]),
+        ("pipe:aws s3 cp s3://b/{000..009}.tar -", ["s3://b/{000..009}.tar"]),
+        ("pipe:aws s3 cp --quiet 's3://b/x.tar' - --endpoint=a", ["s3://b/x.tar"]),
+        ("pipe:cat 'a b/0.tar'::file:c.tar", ["a b/0.tar", "c.tar"]),
+    ],
+)
+def test_the_equivalent_in_our_syntax(pattern: str, expected: list[str]) -> None:
+    assert plain_patterns(pattern, nothing) == expected
+
+
+@pytest.mark.parametrize("command", ["gunzip < a.tar.gz", "cat a.tar | tee b", "curl s3://a s3://b", "echo 'a"])
+def test_commands_are_not_run(command: str) -> None:
+    with pytest.raises(DataError, match="commands are not run; give the address"):
+        plain_patterns(f"pipe:{command}", nothing)
+
+
+def test_a_list_of_shards_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").mkdir()
+    for name in ("0", "1", "2"):
+        (tmp_path / "lists" / f"{name}.tar").write_bytes(b"")
+    (tmp_path / "lists" / "all.txt").write_text("# mine\n{0..1}.tar\n\n@more.txt\r\n")
+    (tmp_path / "lists" / "more.txt").write_text("2.tar\n")
+    monkeypatch.chdir(tmp_path)
+    expected = [f"lists/{name}.tar" for name in "012"]
+    (tmp_path / "lists" / "all.txt").write_text("# mine\n{0..1}.tar\n\n@lists/more.txt\r\n")
+    assert store.expand("@lists/all.txt") == expected
+    monkeypatch.chdir(tmp_path / "lists")
+    (tmp_path / "lists" / "all.txt").write_text("{0..1}.tar\n2.tar\n")
+    assert store.expand("@all.txt") == ["0.tar", "1.tar", "2.tar"]
+
+
+def test_lists_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    for name, content, words in (("empty", b"\n", "is empty"), ("tar", b"\xff\xfe\xfd", "text file")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            store.expand(f"@{tmp_path / name}")
+    (tmp_path / "loop").write_text(f"@{tmp_path / 'loop'}")
+    with pytest.raises(DataError, match="name each other"):
+        store.expand(f"@{tmp_path / 'loop'}")
+    with pytest.raises(DataError, match="no such file"):
+        store.expand(f"@{tmp_path / 'nowhere'}")
+
+
+def test_gaps_are_counted_at_once(tmp_path: Path) -> None:
+    for number in (0, 2, 5):
+        (tmp_path / f"{number:05d}.tar").write_bytes(b"")
+    urls = store.expand(str(tmp_path / "{00000..00009}.tar"))
+    with pytest.raises(DataError, match=r"00001\.tar and 6 more of 10: no such file \(also 00003\.tar.*a glob"):
+        store.describe(urls)
