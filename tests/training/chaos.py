@@ -10,6 +10,7 @@ slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
+hurry                       a failing store is given up `seconds` after a signal
 gone, back                  at the end of the step a file takes the place of the checkpoints' directory; it is put back
 """
 
@@ -32,6 +33,7 @@ import training.run.session
 import training.train
 from data_pipeline.common.errors import DataError
 from data_pipeline.reading.loader import Loader
+from data_pipeline.storage import retry
 from data_pipeline.storage.folder import LocalFolder
 from training.config.experiment import Experiment
 from training.run.session import Session
@@ -105,6 +107,7 @@ def main(config: Experiment) -> dict[str, Any]:
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
     Session._open_loader = at_the_start  # type: ignore[method-assign]
     training.run.session.MARGIN_S = 2.0
+    retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
     return training.train.main(config)
 
 

@@ -100,6 +100,20 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path
     assert len((tmp_path / "run/metrics-1.jsonl").read_text().splitlines()) == 2 and len(metrics(config)) == 3
 
 
+def test_a_signal_is_obeyed_while_the_store_fails(
+    tmp_path: Path, shards: str, bucket: str, s3_server: S3Server
+) -> None:
+    """Not after the ten minutes for which an outage is tolerated."""
+    config = experiment(tmp_path, shards, checkpoint__dir=f"s3://{bucket}/ck", zero__stage=0)
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        proxy.choose = lambda method, path, _: "status:503" if "step-00000005" in path and method == "PUT" else "ok"
+        events = [{"what": "sigterm", "rank": 0, "step": 4}, {"what": "hurry", "rank": 0, "step": 0, "seconds": 1}]
+        running = chaos(config, 1, *events, **{**s3_server.env, "AWS_ENDPOINT_URL": proxy.endpoint})
+        assert running.codes() == [75], running.text
+    assert "stopped by SIGTERM after step 5, which could not be saved" in running.text
+    assert "the same command goes on from step 3" in running.text
+
+
 def test_each_byte_is_fetched_once_however_many_ranks_resume(
     tmp_path: Path, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,13 +168,14 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
 
 @dataclass
 class _Averages:
-    """Tensors of a checkpoint under shorter names."""
+    """Tensors of a checkpoint under shorter names, in memory of their own: a file that is cut while a process uses its
+    mapping kills the process (SIGBUS)."""
 
     checkpoint: Checkpoint
     names: dict[str, str]
 
     def __call__(self) -> dict[str, Tensor]:
-        return {short: self.checkpoint.read(name) for short, name in self.names.items()}
+        return {short: self.checkpoint.read(name).clone() for short, name in self.names.items()}
 
 
 @dataclass
@@ -439,7 +440,7 @@ class _Reader:
         try:
             if checksum(file, "sha256") != self.sha256:
                 raise DataError(f"{self.folder}/{self.name}: does not match its SHA-256; bundle or copy it again")
-            return load_file(file)
+            return {name: tensor.clone() for name, tensor in load_file(file).items()}
         except SafetensorError as error:
             raise DataError(f"{self.folder}/{self.name}: damaged ({error}); bundle or copy it again") from error
 

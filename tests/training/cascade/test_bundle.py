@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -180,3 +181,28 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
 def test_settings_survive_json() -> None:
     config = stage_config("base", 16)
     assert bundle.from_dict(StageConfig, json.loads(json.dumps(asdict(config))), "here") == config
+
+
+def test_a_file_that_is_cut_while_its_weights_are_in_use_kills_nobody(runs: list[str], tmp_path: Path) -> None:
+    """Of a bundle and of a run: what is read is no mapping of the file."""
+    bundle.main(command(runs, tmp_path / "bundle"))
+    stages = [*bundle.read(str(tmp_path / "bundle")).stages, *bundle.collect(runs).stages]
+    networks = [bundle.load_unet(stage) for stage in stages]
+    for file in tmp_path.rglob("*.safetensors"):
+        os.truncate(file, 0)
+    child = os.fork()
+    if child == 0:
+        for network in networks:
+            for weights in network.parameters():
+                weights.numpy().tobytes()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "SIGBUS"
+
+
+def test_a_checkpoint_without_its_settings_is_named(runs: list[str]) -> None:
+    manifest = Path(runs[0]) / "checkpoints" / "step-00000009" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for meta, words in (({}, "does not say config"), ({"config": {"text": 3}}, r"does not hold the settings \(text\)")):
+        manifest.write_text(json.dumps({**content, "meta": meta, "sha256": ""}))
+        with pytest.raises(DataError, match=words):
+            bundle.collect(runs)
