@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.storage import store
+from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import Patience
 from data_pipeline.storage.s3 import Missing
 
@@ -71,18 +72,9 @@ class LocalFolder:
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Writes a file; it appears under its name only when complete."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(self.path / name) as file:
+            for chunk in chunks:
+                file.write(chunk)
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes a small file unless its name is taken; returns whether it did."""
