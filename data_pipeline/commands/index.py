@@ -110,7 +110,7 @@ def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Re
 def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: bool = False) -> Result:
     """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
     try:
-        if not store.is_s3(entry.url):
+        if not store.is_remote(entry.url):
             store.open_stream(entry.url).close()
     except DataError as error:
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}

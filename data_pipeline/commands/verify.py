@@ -225,7 +225,7 @@ class _Quarantine:
     def __init__(self, url: str, tally: Tally) -> None:
         self._url, self._tally = url, tally
         store.write_bytes(url, b"")
-        self._file = tempfile.TemporaryFile() if store.is_s3(url) else open(store.local_path(url), "wb")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile() if store.is_remote(url) else open(store.local_path(url), "wb")  # noqa: SIM115
 
     def add(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
         """Counts one loss and writes it down; a loss of a whole shard is also told at once."""
@@ -243,6 +243,6 @@ class _Quarantine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if store.is_s3(self._url) and self._file.tell():
+        if store.is_remote(self._url) and self._file.tell():
             store.upload(self._url, self._file)
         self._file.close()

@@ -76,7 +76,7 @@ class RowReader:
 
     def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
         self.dataset, self.config, self._extensions = dataset, config, extensions
-        self._direct = [not s.compressed and not store.is_s3(s.entry.url) for s in dataset.summaries]
+        self._direct = [not s.compressed and not store.is_remote(s.entry.url) for s in dataset.summaries]
         self._files: OrderedDict[int, _File] = OrderedDict()
         self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
 
@@ -130,12 +130,17 @@ class RowReader:
         summary = self.dataset.summaries[shard]
         url, etag, patience = summary.entry.url, summary.entry.etag, self.dataset.patience
         if not summary.compressed:
-            if self.cache is None or not store.is_s3(url):
+            if self.cache is None or not store.is_remote(url):
                 return store.read_range(url, begin, end, etag, patience)
             return self.cache.read(
-                etag, summary.entry.size, begin, end, lambda a, b: store.read_range(url, a, b, etag, patience), fresh
+                etag or url,
+                summary.entry.size,
+                begin,
+                end,
+                lambda a, b: store.read_range(url, a, b, etag, patience),
+                fresh,
             )
-        with store.open_stream(url, etag=etag if store.is_s3(url) else None, patience=patience) as stream:
+        with store.open_stream(url, etag=etag if store.is_remote(url) else None, patience=patience) as stream:
             return _skip_and_read(Gunzip(stream), begin, end, url)
 
     def sample_from(self, shard: int, row: int, begin: int, data: bytes) -> Sample:

@@ -19,7 +19,7 @@ class PartReader:
 
     def __init__(self, entry: store.Entry, compressed: bool, patience: Patience = DEFAULT) -> None:
         self._entry, self._compressed, self._patience = entry, compressed, patience
-        self._gap = _REMOTE_GAP if store.is_s3(entry.url) else _LOCAL_GAP
+        self._gap = _REMOTE_GAP if store.is_remote(entry.url) else _LOCAL_GAP
         self._stream: Any = None
         self._reader: Any = None
         self._position = 0
@@ -41,7 +41,7 @@ class PartReader:
 
     def _open(self, start: int) -> None:
         self.close()
-        etag = self._entry.etag if store.is_s3(self._entry.url) else None
+        etag = self._entry.etag if store.is_remote(self._entry.url) else None
         self._stream = store.open_stream(self._entry.url, start, etag=etag, patience=self._patience)
         self._reader = Gunzip(self._stream) if self._compressed else self._stream
         self._position = start

@@ -125,7 +125,7 @@ class SidecarWriter:
         head = header(entries, {"cascade": json.dumps(self._facts)})
         head += b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
         self._tokens.seek(0)
-        if store.is_s3(self._url):
+        if store.is_remote(self._url):
             with tempfile.TemporaryFile() as whole:
                 whole.write(head)
                 shutil.copyfileobj(self._tokens, whole, 1 << 22)

@@ -117,7 +117,7 @@ class ShardIndex:
     @property
     def etag(self) -> str | None:
         """What reads over s3:// insist on."""
-        return self.meta["etag"] if store.is_s3(self.url) else None
+        return self.meta["etag"] if store.is_remote(self.url) else None
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the table, a value per sample."""
@@ -191,7 +191,7 @@ def _stem(shard: str) -> str:
 
 def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _DEFAULT_NAMES) -> str:
     """The same for shards whose own directory cannot be written."""
-    where = store.parent(shard) if store.is_s3(shard) else os.path.abspath(store.parent(shard))
+    where = store.parent(shard) if store.is_remote(shard) else os.path.abspath(store.parent(shard))
     folder = f"{store.basename(where)}-{hashlib.blake2b(where.encode(), digest_size=6).hexdigest()}"
     return store.join(store.join(index_dir or default_index_dir(), folder), store.basename(index_url(shard, names)))
 
@@ -230,7 +230,7 @@ def index_shard(
 
 def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple[ShardIndex, bool]:
     """The index of a shard, and whether its ETag confirms what was read (of a local file nothing is doubted)."""
-    url, remote = entry.url, store.is_s3(entry.url)
+    url, remote = entry.url, store.is_remote(entry.url)
     problems: list[Problem] = []
     with store.open_stream(url, etag=entry.etag if remote else None, patience=patience) as stream:
         probe = _Probe(stream, EtagCheck(entry.etag, entry.size) if remote else None)
@@ -423,7 +423,7 @@ def build_index(
     Raises:
         DataError: not a tar archive, missing, denied.
     """
-    old = None if rebuild or store.is_s3(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
+    old = None if rebuild or store.is_remote(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
     if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry, patience):
         index = ShardIndex(entry.url, old.table, {**old.meta, "etag": entry.etag})
     else:
@@ -434,7 +434,7 @@ def build_index(
 
 def _content(entry: store.Entry, patience: Patience) -> str:
     """The checksum of a whole shard."""
-    etag = entry.etag if store.is_s3(entry.url) else None
+    etag = entry.etag if store.is_remote(entry.url) else None
     with store.open_stream(entry.url, etag=etag, patience=patience) as stream:
         probe = _Probe(stream)
         probe.drain()

@@ -38,9 +38,9 @@ class ShardWriter:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = str(path) if store.is_s3(str(path)) else store.local_path(str(path))
+        self.path = str(path) if store.is_remote(str(path)) else store.local_path(str(path))
         self.samples = 0
-        folder = None if store.is_s3(self.path) else store.parent(self.path)
+        folder = None if store.is_remote(self.path) else store.parent(self.path)
         if folder:
             os.makedirs(folder, exist_ok=True)
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
@@ -66,7 +66,7 @@ class ShardWriter:
         """Finishes the shard and writes its index."""
         self._tar.close()
         self._file.flush()
-        if store.is_s3(self.path):
+        if store.is_remote(self.path):
             store.upload(self.path, self._file)
             self.abort()
         else:

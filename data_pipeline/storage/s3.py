@@ -32,6 +32,7 @@ __all__ = [
     "listing",
     "put",
     "put_new",
+    "root",
     "split",
 ]
 
@@ -59,6 +60,11 @@ def split(url: str) -> tuple[str, str]:
     if not bucket:
         raise DataError(f"{url}: it names no bucket; write s3://bucket/prefix")
     return bucket, key
+
+
+def root(url: str) -> str:
+    """The URL of the bucket."""
+    return f"s3://{split(url)[0]}"
 
 
 def filesystem() -> Any:

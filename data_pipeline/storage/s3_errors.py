@@ -110,7 +110,7 @@ def is_wordless(error: BaseException) -> bool:
     return error_code(error).isdigit()
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those that led to it; botocore keeps the one below among its arguments."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -141,7 +141,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
     from botocore import exceptions, parsers
 
     where = f"{endpoint_variable()}={endpoint()}" if endpoint() != "AWS" else "AWS"
-    chain = list(_chain(error))
+    chain = list(causes_of(error))
     if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
         return DataError(
             f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
@@ -234,6 +234,6 @@ def advice(error: BaseException) -> str:
     """What to look at when this outage lasts; empty where nothing can be said."""
     from botocore import exceptions
 
-    if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in _chain(error)):
+    if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in causes_of(error)):
         return "; check HTTPS_PROXY and HTTP_PROXY, or name the store's host in NO_PROXY"
     return ""

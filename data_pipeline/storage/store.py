@@ -1,4 +1,4 @@
-"""One door to bytes: file paths and s3:// URLs. Every other module reads and writes through here."""
+"""One door to bytes: file paths, s3:// URLs and fsspec's. Every other module reads and writes through here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.storage import s3
+from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
 from data_pipeline.storage.shard_lists import plain_patterns
@@ -51,13 +51,18 @@ class Entry:
     etag: str
 
 
-def is_s3(url: str) -> bool:
-    """Whether a URL names an object in an S3 store."""
-    return url.startswith("s3://")
+def is_remote(url: str) -> bool:
+    """Whether a URL names an object in a store, and no local file."""
+    return "://" in url and (url.startswith("s3://") or other.scheme_of(url) in other.SCHEMES)
+
+
+def _door(url: str) -> Any:
+    """The module that speaks to the store of a URL."""
+    return s3 if url.startswith("s3://") else other
 
 
 def local_path(url: str) -> str:
-    """The file path behind a URL that is not s3://.
+    """The file path behind a URL of no store.
 
     Raises:
         DataError: another scheme, which this project does not read.
@@ -66,17 +71,18 @@ def local_path(url: str) -> str:
         return os.path.expanduser(url)
     if url.startswith("file://"):
         return url.removeprefix("file://")
-    raise DataError(f"{url}: only file paths and s3:// URLs can be read")
+    known = ", ".join(f"{name}://" for name in ("s3", *other.SCHEMES))
+    raise DataError(f"{url}: only file paths and {known} URLs can be read")
 
 
 def join(parent: str, name: str) -> str:
     """The URL of `name` below `parent`."""
-    return f"{parent.rstrip('/')}/{name}" if is_s3(parent) else os.path.join(parent, name)
+    return f"{parent.rstrip('/')}/{name}" if is_remote(parent) else os.path.join(parent, name)
 
 
 def parent(url: str) -> str:
     """The directory of a file, or the prefix of an object (without the last slash)."""
-    return url.rpartition("/")[0] if is_s3(url) else os.path.dirname(local_path(url)) or "."
+    return url.rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url)) or "."
 
 
 def basename(url: str) -> str:
@@ -126,17 +132,18 @@ def _local_error(path: str, error: OSError) -> DataError:
 def open_stream(
     url: str, start: int = 0, end: int | None = None, etag: str | None = None, patience: Patience = DEFAULT
 ) -> Stream:
-    """Opens bytes [start, end) for reading in order; over s3:// a break continues at the broken byte.
+    """Opens bytes [start, end) for reading in order; over a network a break continues at the broken byte.
 
     Args:
-        etag: s3 only: refuse an object that is no longer this one.
+        etag: of an object: refuse an object that is no longer this one.
 
     Raises:
         DataError: missing, denied, changed or shorter than asked (here, or from `read`).
         StoreError: from `read`, when nothing arrives for `patience.deadline_s`.
     """
-    if is_s3(url):
-        return s3.S3Stream(url, start, end, etag, patience)
+    if is_remote(url):
+        kind = s3.S3Stream if url.startswith("s3://") else other.OtherStream
+        return kind(url, start, end, etag, patience)
     return LocalStream(local_path(url), start, end)
 
 
@@ -161,8 +168,8 @@ def read_bytes(url: str, patience: Patience = DEFAULT) -> bytes:
 
 def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
     """Writes a file or object that appears whole or not at all; directories are made."""
-    if is_s3(url):
-        s3.put(url, data, patience)
+    if is_remote(url):
+        _door(url).put(url, data, patience)
         return
     path = local_path(url)
     try:
@@ -175,8 +182,8 @@ def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT
 def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     """Writes a small file or object unless its name is taken; returns whether it was written. Of several processes that
     create one name, one succeeds (on s3: where the store knows `If-None-Match`)."""
-    if is_s3(url):
-        return s3.put_new(url, data, patience)
+    if is_remote(url):
+        return bool(_door(url).put_new(url, data, patience))
     path = local_path(url)
     temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
@@ -212,23 +219,23 @@ def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
     """Writes an open, non-empty file as one object, which appears whole; memory holds a part of it at a time."""
     file.flush()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-        s3.put(url, view, patience)
+        _door(url).put(url, view, patience)
 
 
 def exists(url: str, patience: Patience = DEFAULT) -> bool:
     """Whether a file, directory, object or prefix with something below it is there."""
-    if not is_s3(url):
+    if not is_remote(url):
         return os.path.exists(local_path(url))
-    _, key = s3.split(url)
+    _, key = _door(url).split(url)
     below = key.rstrip("/") + "/" if key else ""
-    found = s3.listing(url.rstrip("/"), delimiter="/", patience=patience)
+    found = _door(url).listing(url.rstrip("/"), delimiter="/", patience=patience)
     return any(name in (key, below) or (not key) for name, _, _ in found)
 
 
 def size(url: str, patience: Patience = DEFAULT) -> int:
     """Bytes of a file or object."""
-    if is_s3(url):
-        return s3.head(url, patience)[0]
+    if is_remote(url):
+        return int(_door(url).head(url, patience)[0])
     try:
         return os.stat(local_path(url)).st_size
     except OSError as error:
@@ -237,7 +244,7 @@ def size(url: str, patience: Patience = DEFAULT) -> int:
 
 def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
     """Names of the files and directories right below `url`, sorted; empty when it does not exist."""
-    if not is_s3(url):
+    if not is_remote(url):
         try:
             return sorted(os.listdir(local_path(url)))
         except FileNotFoundError:
@@ -245,14 +252,14 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
         except OSError as error:
             raise _local_error(url, error) from error
     prefix = url.rstrip("/") + "/"
-    _, key = s3.split(prefix)
-    names = (name[len(key) :].rstrip("/") for name, _, _ in s3.listing(prefix, "/", patience))
+    _, key = _door(url).split(prefix)
+    names = (name[len(key) :].rstrip("/") for name, _, _ in _door(url).listing(prefix, "/", patience))
     return sorted({name for name in names if name})
 
 
 def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
     """Name -> bytes of the files right below `url`, -1 for a directory; empty when it does not exist."""
-    if not is_s3(url):
+    if not is_remote(url):
         try:
             with os.scandir(local_path(url)) as found:
                 return {e.name: e.stat().st_size if e.is_file() else -1 for e in found}
@@ -261,16 +268,16 @@ def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
         except OSError as error:
             raise _local_error(url, error) from error
     prefix = url.rstrip("/") + "/"
-    _, key = s3.split(prefix)
-    listed = ((name[len(key) :].rstrip("/"), length) for name, length, _ in s3.listing(prefix, "/", patience))
+    _, key = _door(url).split(prefix)
+    listed = ((name[len(key) :].rstrip("/"), length) for name, length, _ in _door(url).listing(prefix, "/", patience))
     return {name: length for name, length in listed if name}
 
 
 def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT) -> None:
     """Removes files or objects right below `folder`, without a listing; missing ones are no error."""
-    if is_s3(folder):
-        _, key = s3.split(folder.rstrip("/") + "/")
-        s3.delete(folder, [f"{key}{name}" for name in names], patience)
+    if is_remote(folder):
+        _, key = _door(folder).split(folder.rstrip("/") + "/")
+        _door(folder).delete(folder, [f"{key}{name}" for name in names], patience)
         return
     for name in names:
         path = os.path.join(local_path(folder), name)
@@ -284,12 +291,12 @@ def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT
 
 def remove(url: str, patience: Patience = DEFAULT) -> None:
     """Removes a file or object, or a directory or prefix with all below it; nothing there is no error."""
-    if is_s3(url):
-        _, key = s3.split(url)
+    if is_remote(url):
+        _, key = _door(url).split(url)
         if not key.strip("/"):
             raise DataError(f"{url}: refusing to remove a whole bucket")
-        below = s3.listing(url.rstrip("/") + "/", patience=patience)
-        s3.delete(url, [key.rstrip("/"), *(name for name, _, _ in below)], patience)
+        below = _door(url).listing(url.rstrip("/") + "/", patience=patience)
+        _door(url).delete(url, [key.rstrip("/"), *(name for name, _, _ in below)], patience)
         return
     path = local_path(url)
     try:
@@ -308,7 +315,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
 
     Args:
         shards: a path, a glob (`*`, `?`, `[..]`, `**`), a brace pattern (`{00000..00099}`, `{a,b}`), a directory (all
-            its *.tar), the same under s3://, or a list of these; also as other tools write lists, see `shard_lists`.
+            its *.tar), the same in a store (s3://, ...), or a list of these; also as other tools write lists, see `shard_lists`.
 
     Raises:
         DataError: nothing matches, no access, no such bucket; the sentence names which.
@@ -328,7 +335,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterable[str]:
-    if "{" not in pattern or (not is_s3(pattern) and os.path.exists(local_path(pattern))):
+    if "{" not in pattern or (not is_remote(pattern) and os.path.exists(local_path(pattern))):
         return [pattern]
     from braceexpand import braceexpand
 
@@ -339,8 +346,8 @@ def _braces(pattern: str) -> Iterable[str]:
 
 
 def _expand_one(pattern: str, patience: Patience) -> list[str]:
-    if is_s3(pattern):
-        return _expand_s3(pattern, patience)
+    if is_remote(pattern):
+        return _expand_remote(pattern, patience)
     path = local_path(pattern)
     if _MAGIC.search(path) and not os.path.exists(path):
         return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
@@ -365,18 +372,19 @@ def _is_shard_name(name: str) -> bool:
     return name.endswith(SHARD_SUFFIXES) and not name.startswith(".")
 
 
-def _expand_s3(pattern: str, patience: Patience) -> list[str]:
-    bucket, key = s3.split(pattern)
+def _expand_remote(pattern: str, patience: Patience) -> list[str]:
+    door = _door(pattern)
+    root, key = door.root(pattern), door.split(pattern)[1]
     magic = _MAGIC.search(key)
     if magic and not (key.endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
         matches = re.compile(_glob_regex(key)).fullmatch
-        found = s3.listing(f"s3://{bucket}/{key[: magic.start()]}", patience=patience)
-        return _shards_among([f"s3://{bucket}/{name}" for name, _, _ in found if matches(name)])
+        found = door.listing(f"{root}/{key[: magic.start()]}", patience=patience)
+        return _shards_among([f"{root}/{name}" for name, _, _ in found if matches(name)])
     if key.endswith(SHARD_SUFFIXES):
         return [pattern]
     prefix = key.rstrip("/") + "/" if key else ""
-    found = s3.listing(f"s3://{bucket}/{prefix}", "/", patience)
-    return [f"s3://{bucket}/{name}" for name, length, _ in found if length >= 0 and _is_shard_name(basename(name))]
+    found = door.listing(f"{root}/{prefix}", "/", patience)
+    return [f"{root}/{name}" for name, length, _ in found if length != -1 and _is_shard_name(basename(name))]
 
 
 def _glob_regex(pattern: str) -> str:
@@ -395,14 +403,15 @@ def _glob_regex(pattern: str) -> str:
 
 def _hint(pattern: str, patience: Patience) -> str:
     """What is there instead, for the error of an empty pattern."""
-    if not is_s3(pattern):
+    if not is_remote(pattern):
         where = parent(pattern)
         return "" if os.path.isdir(where) else f" (the directory {where!r} does not exist)"
-    bucket, key = s3.split(pattern)
+    door = _door(pattern)
+    bucket, key = door.split(pattern)
     prefix = re.split(r"[*?\[{]", key)[0].rpartition("/")[0]
-    other = next(iter(s3.listing(f"s3://{bucket}/{prefix}", patience=patience)), None)
+    other = next(iter(door.listing(f"{door.root(pattern)}/{prefix}", patience=patience)), None)
     if other is None:
-        return f" (bucket {bucket!r} at {s3.endpoint()} is empty below {prefix!r})"
+        return f" (bucket {bucket!r} at {door.endpoint()} is empty below {prefix!r})"
     return f" (bucket {bucket!r} holds for instance {other[0]!r})"
 
 
@@ -414,13 +423,13 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
     """
     by_prefix: dict[str, list[str]] = defaultdict(list)
     for url in urls:
-        if is_s3(url):
+        if is_remote(url):
             by_prefix[parent(url)].append(url)
     listed: dict[str, Entry] = {}
     for prefix, wanted in by_prefix.items():
         listed.update(_describe_prefix(prefix, wanted, patience))
     for url in urls:
-        if not is_s3(url):
+        if not is_remote(url):
             try:
                 status = os.stat(local_path(url))
             except FileNotFoundError:
@@ -435,19 +444,22 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
         more = f" and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else ""
         some = f" (also {', '.join(map(basename, missing[1:6]))}{', ...' if len(missing) > 6 else ''})" if more else ""
         gaps = "; a glob such as *.tar takes the ones that are there" if len(missing) < len(urls) else ""
-        what = "object" if is_s3(missing[0]) else "file"
+        what = "object" if is_remote(missing[0]) else "file"
         raise DataError(f"data.shards: {missing[0]}{more}: no such {what}{some}{gaps}")
     return [listed[url] for url in urls]
 
 
 def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict[str, Entry]:
-    bucket, _ = s3.split(prefix)
+    door = _door(prefix)
+    root = door.root(prefix)
     if len(wanted) > 4:
         try:
-            found = s3.listing(prefix + "/", "/", patience)
+            found = [one for one in door.listing(prefix + "/", "/", patience) if one[1] != -1]
+            if any(length < 0 or not etag for _, length, etag in found):
+                raise s3.Denied("this listing tells no sizes or versions")
             return {
                 url: Entry(url, length, etag)
-                for url, length, etag in ((f"s3://{bucket}/{name}", length, etag) for name, length, etag in found)
+                for url, length, etag in ((f"{root}/{name}", length, etag) for name, length, etag in found)
             }
         except s3.Denied:
             pass  # reading may be allowed where listing is not
@@ -460,6 +472,7 @@ def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict
 
 def _head_or_none(url: str, patience: Patience) -> tuple[int, str] | None:
     try:
-        return s3.head(url, patience)
+        found: tuple[int, str] = _door(url).head(url, patience)
+        return found
     except s3.Missing:
         return None

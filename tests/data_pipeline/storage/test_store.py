@@ -49,7 +49,7 @@ def test_expand_a_list_without_repetition(folder: Path) -> None:
         ("{folder}/{{0,9}}*.tar", r"9\*\.tar: no .tar shard is there"),
         ("{folder}/none/*.tar", "no .tar shard is there .*none' does not exist"),
         ("{folder}/{{0..1.tar", "no .tar shard|brace"),
-        ("http://host/0.tar", "only file paths and s3://"),
+        ("ftp://host/0.tar", "only file paths and s3://"),
         ("s3:///x.tar", "names no bucket"),
     ],
 )

@@ -1,0 +1,302 @@
+"""Other schemes through fsspec (`gs://`, `az://`, `hf://`, `https://`, `memory://`), with the functions of `s3.py`.
+
+fsspec's own caches of listings are off. Reads are repeated here, piece by piece, by the same retry loop as over s3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.storage.retry import DEFAULT, Backoff, Patience, describe
+from data_pipeline.storage.s3_errors import Denied, Missing, causes_of
+
+T = TypeVar("T")
+
+SCHEMES = {
+    "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub",
+    "http": "aiohttp", "https": "aiohttp", "memory": "fsspec",
+}  # fmt: skip
+"""Scheme -> the package that fsspec needs for it."""
+_EXTRAS = {"gcsfs": "gs", "adlfs": "az"}
+_READ_ONLY = ("http", "https")
+PIECE = 8 << 20
+"""Bytes per request of a stream."""
+FIRST_CONTACT_S = 30.0
+_ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
+"""Where the file systems tell one version of an object from another; the first that is there counts."""
+
+_lock = threading.Lock()
+_filesystems: dict[tuple[int, str], Any] = {}
+_answered: set[str] = set()
+
+
+def scheme_of(url: str) -> str:
+    """What stands before `://`."""
+    return url.partition("://")[0].lower()
+
+
+def filesystem(url: str) -> Any:
+    """This process's file system for the scheme of `url`.
+
+    Raises:
+        DataError: its package is missing, or its settings cannot work.
+    """
+    scheme = scheme_of(url)
+    with _lock:
+        found = _filesystems.get((os.getpid(), scheme))
+        if found is None:
+            import fsspec
+
+            package = SCHEMES[scheme]
+            try:
+                found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+            except ImportError as error:
+                extra = _EXTRAS.get(package)
+                how = f"pip install 'cascade-t2i[{extra}]'" if extra else f"pip install {package}"
+                raise DataError(f"{url}: {scheme}:// needs the package {package}: {how}") from error
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{url}: no file system for {scheme}:// can be made: {describe(error)}") from error
+            _filesystems[os.getpid(), scheme] = found
+        return found
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def split(url: str) -> tuple[str, str]:
+    """`gs://bucket/some/key` -> (`bucket`, `some/key`); the host takes the place of the bucket where there is one."""
+    root, _, key = url.partition("://")[2].partition("/")
+    if not root:
+        raise DataError(f"{url}: it names no bucket; write {scheme_of(url)}://bucket/prefix")
+    return root, key
+
+
+def root(url: str) -> str:
+    """The URL of the bucket."""
+    return f"{url.partition('://')[0]}://{split(url)[0]}"
+
+
+def endpoint() -> str:
+    """Where such a URL goes, for messages."""
+    return "its store"
+
+
+def _status(error: BaseException) -> int:
+    for name in ("status", "status_code", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def _permanent(error: BaseException, url: str) -> CascadeError | None:
+    """The user's error behind `error`, or None when another attempt may succeed."""
+    import aiohttp
+
+    if isinstance(error, CascadeError):
+        return error
+    status, said = _status(error), describe(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return Missing(f"{url}: no such object")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return Denied(f"{url}: access is denied ({said})")
+    if isinstance(error, NotImplementedError):
+        return DataError(f"{url}: {scheme_of(url)}:// cannot do this ({said})")
+    unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
+    if isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)) or (
+        unknown and root(url) not in _answered
+    ):
+        return DataError(f"{url}: {said}")
+    if status:
+        return None if status in (408, 425, 429) or (status >= 500 and status != 501) else DataError(f"{url}: {said}")
+    network = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
+    if isinstance(error, network) or type(error).__module__.startswith(("azure.core", "requests", "httpx")):
+        return None
+    return DataError(f"{url}: {said}")
+
+
+def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backoff | None = None) -> T:
+    """`work(file system)`, repeated while the store is out of order.
+
+    Raises:
+        DataError: access denied, no such object, a scheme that cannot do this.
+        StoreError: no answer within `patience.deadline_s`.
+    """
+    backoff = backoff or Backoff(url, patience)
+    while True:
+        try:
+            answer = work(filesystem(url))
+            _answered.add(root(url))
+            return answer
+        except Exception as error:
+            fatal = _permanent(error, url)
+            if fatal is not None:
+                raise fatal from error
+            backoff.wait(error, None if root(url) in _answered else FIRST_CONTACT_S)
+
+
+def _etag(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in _ETAGS if info.get(name)), "")
+
+
+class OtherStream:
+    """Bytes [start, end) of one object, in order, by ranged requests.
+
+    Args:
+        etag: with no `end`: refuse an object that is no longer this one. Parts of an object are not asked for by their
+            version, which not all schemes can do: whoever reads samples verifies their checksums.
+    """
+
+    def __init__(
+        self, url: str, start: int = 0, end: int | None = None, etag: str | None = None, patience: Patience = DEFAULT
+    ) -> None:
+        self.url, self._fetched, self._end, self._patience = url, start, end, patience
+        self._etag = etag
+        self._buffer, self._at = b"", 0
+        self._backoff = Backoff(url, patience)
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly `size` bytes, fewer only at the end of the range; -1: all that is left."""
+        self._backoff.resume()
+        pieces, missing = [], size
+        while missing:
+            if self._at == len(self._buffer) and not self._fill():
+                break
+            piece = self._buffer[self._at : self._at + missing] if missing > 0 else self._buffer[self._at :]
+            self._at += len(piece)
+            missing -= len(piece) if missing > 0 else 0
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _fill(self) -> bool:
+        """Fetches the next piece; False at the end."""
+        if self._end is None:
+            self._end, found = head(self.url, self._patience)
+            if self._etag and found != self._etag:
+                raise DataError(f"{self.url}: the object changed since it was indexed; run `cascade index` again")
+        begin, end = self._fetched, min(self._fetched + PIECE, self._end)
+        if begin >= end:
+            return False
+        data = _call(self.url, lambda fs: fs.cat_file(self.url, start=begin, end=end), self._patience, self._backoff)
+        if len(data) > end - begin and not begin:  # it answers ranges with the whole object
+            data = data[: self._end]
+        elif len(data) > end - begin:
+            raise DataError(f"{self.url}: its server does not answer range requests, which this reader needs")
+        elif len(data) < end - begin:
+            at = begin + len(data)
+            raise DataError(
+                f"{self.url}: the object ends at byte {at}, its index says {self._end}; run `cascade index` again"
+            )
+        self._buffer, self._at = data, 0
+        self._fetched += len(data)
+        self._backoff.progress(len(data))
+        return True
+
+    def close(self) -> None:
+        """Drops what is buffered."""
+        self._buffer, self._at = b"", 0
+
+    def __enter__(self) -> OtherStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iterator[tuple[str, int, str]]:
+    """Objects whose key begins with the key of `url`, in key order: (key, size in bytes, etag).
+
+    With a `delimiter`, deeper levels appear once as (prefix ending in the delimiter, -1, ""). A size of -2 means that
+    the listing does not say it.
+    """
+    folder = url if url.endswith("/") else url.rpartition("/")[0] + "/"
+    bucket, prefix = split(url)
+
+    def find(fs: Any) -> list[dict[str, Any]]:
+        fs.invalidate_cache()
+        if delimiter:
+            return list(fs.ls(folder.rstrip("/") if scheme_of(url) not in _READ_ONLY else folder, detail=True))
+        return list(fs.find(folder, detail=True).values())
+
+    try:
+        found = _call(url, find, patience)
+    except Missing:
+        return
+    entries = []
+    for info in found:
+        name = str(info["name"])
+        key = name.partition("://")[2] if "://" in name else name.lstrip("/")
+        key = key.removeprefix(f"{bucket.partition('@')[0]}/")
+        if not key.startswith(prefix) or key == prefix.rstrip("/") + "/":
+            continue
+        if info.get("type") == "directory":
+            entries.append((key.rstrip("/") + "/", -1, ""))
+        else:
+            entries.append((key, -2 if info.get("size") is None else int(info["size"]), _etag(info)))
+    yield from sorted(entries)
+
+
+def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
+    """(size in bytes, etag) of one object.
+
+    Raises:
+        Missing: it is not there, or is a directory.
+    """
+    info = _call(url, lambda fs: fs.info(url), patience)
+    if info.get("type") == "directory":
+        raise Missing(f"{url}: no such object")
+    if info.get("size") is None:
+        raise DataError(f"{url}: its server does not say how large it is, which this reader needs")
+    return int(info["size"]), _etag(info)
+
+
+def _writable(url: str) -> None:
+    if scheme_of(url) in _READ_ONLY:
+        raise DataError(f"{url}: {scheme_of(url)}:// can only be read")
+
+
+def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
+    """Writes one object; in object stores it appears whole or not at all."""
+    _writable(url)
+    _call(url, lambda fs: fs.pipe_file(url, bytes(data)), patience)
+
+
+def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
+    """Writes one small object unless its name is taken; returns whether it was written."""
+    _writable(url)
+
+    def create(fs: Any) -> bool:
+        try:
+            fs.pipe_file(url, data, mode="create")
+        except FileExistsError:
+            return False
+        except TypeError:  # a file system without this mode: two that come at once may both believe to be first
+            if fs.exists(url):
+                return False
+            fs.pipe_file(url, data)
+        return True
+
+    return _call(url, create, patience)
+
+
+def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
+    """Removes objects of the bucket of `url`; missing ones are no error."""
+    _writable(url)
+    base = root(url)
+    for key in keys:
+        try:
+            _call(url, lambda fs, key=key: fs.rm_file(f"{base}/{key}"), patience)  # type: ignore[misc]
+        except (Missing, Denied):
+            if _call(url, lambda fs, key=key: fs.isfile(f"{base}/{key}"), patience):  # type: ignore[misc]
+                raise
