@@ -315,7 +315,8 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
 
     Args:
         shards: a path, a glob (`*`, `?`, `[..]`, `**`), a brace pattern (`{00000..00099}`, `{a,b}`), a directory (all
-            its *.tar), the same in a store (s3://, ...), or a list of these; also as other tools write lists, see `shard_lists`.
+            its *.tar), the same in a store (s3://, ...), or a list of these; also as other tools write lists, see
+            `shard_lists`.
 
     Raises:
         DataError: nothing matches, no access, no such bucket; the sentence names which.
