@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -81,3 +82,32 @@ def slurm() -> Iterator[Slurm]:
             yield Slurm(env)
         finally:
             subprocess.run([SCRIPT, "stop"], env=env, capture_output=True)
+
+
+@pytest.fixture()
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture()
+def on_cluster(slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """This process talks to the test cluster."""
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.env[name])
+    return slurm
+
+
+@pytest.fixture()
+def program(here: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lets a shell script stand for the Python program in the scripts that are written; what runs beside it is real."""
+
+    real = f'case "$*" in "-P -m slurm."*) exec {sys.executable} "$@" ;; esac\nshift'
+
+    def install(body: str) -> None:
+        path = here / "program"
+        path.write_text(f"#!/bin/bash\n{real}\n{body}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return install

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "transformers", "webdataset", "wandb", "hydra-core")
+FROZEN = "frozen.json"
+"""Beside code that was copied out of its checkout: {commit, dirty} of that."""
 
 
 def code_version() -> dict[str, Any]:
@@ -28,5 +31,7 @@ def code_version() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if (root / FROZEN).is_file():
+        return {**json.loads((root / FROZEN).read_text()), "versions": versions}
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "versions": versions}

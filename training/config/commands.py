@@ -135,7 +135,9 @@ class LaunchCommand(Experiment):
 
     verb: Any = "train"
     """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a
-    chain, each job after the success of the one before."""
+    chain, each job after the success of the one before; `all`: the whole cascade of the experiment, as a graph."""
+    embed_tasks: int = 1
+    """verb=all: tasks of an array that share the text embedding."""
     overrides: list[str] = field(default_factory=list)
     """More key=value words for the submitted command."""
     dry_run: bool = False
@@ -365,9 +367,10 @@ COMMANDS: dict[str, Verb] = {
     ),
     "launch": Verb(
         LaunchCommand,
-        "slurm.launch",
-        "write and submit the Slurm script of a command",
+        "cluster.commands.launch",
+        "submit a command, a chain, or a whole cascade",
         (
+            "cascade launch verb=all cluster=slurm experiment=demo dry_run=true",
             "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
             "cascade launch cluster=slurm experiment=demo "
             "verb=\"['train stage=demo_base','train stage=demo_sr',bundle]\"",

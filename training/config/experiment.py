@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
+from training.config.cluster import ClusterConfig
 from training.config.diffusion import DiffusionConfig, SamplerConfig
 
 SENTENCES = {"sentences": True}
@@ -334,38 +335,6 @@ class TrackersConfig:
     """Event files in RUN_DIR/tensorboard; needs the `tensorboardX` package."""
     csv: bool = False
     """RUN_DIR/metrics.csv, brought up to date at each checkpoint and at the end."""
-
-
-@dataclass
-class ClusterConfig:
-    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
-    to."""
-
-    kind: str = "local"
-    processes: int = 0
-    """Processes per node; 0: one per GPU, or 1 without GPUs."""
-    threads: int = 0
-    """CPU threads per process for torch; 0: cores / processes."""
-    nodes: int = 1
-    partition: str | None = None
-    account: str | None = None
-    time: str = "24:00:00"
-    cpus_per_task: int = 0
-    """CPU cores per process; 0: Slurm's default."""
-    mem: str | None = None
-    gpus: bool = True
-    """Ask for one GPU per process."""
-    requeue: bool = True
-    signal_s: int = 120
-    """Seconds before the time limit at which the job saves and requeues itself."""
-    sbatch: dict[str, Any] = field(default_factory=dict)
-    """More #SBATCH options, as `option: value`."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines before the program (modules, exports)."""
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
-        at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0)
 
 
 @dataclass

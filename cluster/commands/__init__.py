@@ -1,0 +1,1 @@
+"""The commands about jobs and runs: launch, status, logs, stop, compare. Imports `cluster` and `slurm`."""

@@ -1,0 +1,229 @@
+"""`cascade launch`: writes what a scheduler needs for a command, a chain or a whole cascade, and submits it.
+
+The settings are composed now and frozen beside the script, and so is the code: a job that waits in the queue, or is
+requeued a month later, runs with what was submitted, whatever has happened to the checkout since. Neither torch nor a
+GPU is needed where this runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import slurm.script
+from cluster.frozen import freeze
+from cluster.graph import Entry, cascade_graph, drawing
+from cluster.job import Job
+from data_pipeline.common.errors import ConfigError, UserError
+from slurm.queue import states, submit
+from training.cli.compose import composed, validate
+from training.config.commands import COMMANDS, LaunchCommand
+from training.config.experiment import Experiment
+from training.plan.checks import check_named
+
+OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
+SUBMITTED = "jobs.jsonl"
+"""In RUN_DIR/launch: one line per job that was submitted for the run."""
+FROZEN = """\
+# {title}
+defaults:
+  - schema_{verb}
+  - quiet
+  - _self_
+
+{settings}"""
+
+
+def main(config: LaunchCommand) -> dict[str, Any]:
+    """Writes one script per command (`verb` may be a list, or `all`), and submits each after those that it needs,
+    unless dry_run=true.
+
+    Returns:
+        name, verb, after, script, config, log and job_id of the first job, dry_run, and the same of all under `jobs`.
+
+    Raises:
+        UserError: no Slurm here, or it refused; ConfigError: settings that the submitted command would refuse.
+    """
+    if config.cluster.kind != "slurm":
+        raise ConfigError(f"cluster.kind={config.cluster.kind}: `cascade launch` submits to Slurm, add cluster=slurm")
+    words = [*given_overrides(), *config.overrides]
+    entries = plan_entries(config, words)
+    if config.script and len(entries) > 1:
+        raise ConfigError(
+            f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out"
+        )
+    jobs = compose_all(entries, words, config)
+    if not config.dry_run:
+        check_before_submission(jobs)
+    for job in jobs:
+        write(job)
+    for job in jobs:
+        hand_over(job, jobs, config.dry_run)
+    if len(jobs) > 1:
+        print(drawing(entries), flush=True)
+    answers = [job.answer(str(slurm.script.log_file(job))) for job in jobs]
+    return {**answers[0], "dry_run": config.dry_run, "jobs": answers}
+
+
+def given_overrides() -> list[str]:
+    """What the user typed after `cascade launch`, without the keys that are the launcher's own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    typed = [str(word) for word in HydraConfig.get().overrides.task]
+    return [word for word in typed if word.partition("=")[0].lstrip("+~") not in OWN_KEYS]
+
+
+# -------------------------------------------------------------------------------------------------- which jobs
+
+
+def plan_entries(config: LaunchCommand, words: list[str]) -> list[Entry]:
+    """The commands that `verb` stands for: the graph of a cascade, or a chain."""
+    if config.verb == "all":
+        return cascade_graph(config, config.embed_tasks)
+    chain = config.verb if isinstance(config.verb, list) else [config.verb]
+    if not chain:
+        raise ConfigError("verb=[]: name at least one command")
+    entries: list[Entry] = []
+    for text in chain:
+        verb, *own = _split(str(text))
+        stage = next((word.partition("=")[2] for word in [*own, *words] if word.startswith("stage=")), "")
+        name = f"{verb}-{stage}" if stage and verb == "train" else verb
+        taken = [entry.name for entry in entries]
+        while name in taken:
+            name += "+"
+        entries.append(Entry(name, verb, own, taken[-1:]))
+    return entries
+
+
+def _split(entry: str) -> list[str]:
+    """ "train stage=demo_sr" as words, with a verb that can be submitted."""
+    try:
+        words = shlex.split(entry) or [""]
+    except ValueError as error:
+        raise ConfigError(f"verb={entry}: a quotation mark is open ({error})") from error
+    others = [verb for verb in COMMANDS if verb not in NOT_SUBMITTED]
+    if words[0] not in others:
+        raise ConfigError(f"verb={entry}: it must be one of {', '.join(others)}, or all")
+    return words
+
+
+NOT_SUBMITTED = ("launch",)
+"""Commands for the machine that one sits at."""
+
+
+def compose_all(entries: list[Entry], words: list[str], config: LaunchCommand) -> list[Job]:
+    """The jobs with their settings, checked; their scripts have names, but are not written."""
+    jobs: list[Job] = []
+    for entry in entries:
+        own = [*words, *entry.words]
+        cfg = composed(entry.verb, own)
+        if config.separate:
+            own.append(f"run.dir={cfg.run.dir}/{config.separate}")
+            cfg = composed(entry.verb, own)
+        if entry.array:
+            OmegaConf.update(cfg, "cluster.sbatch.array", entry.array, force_add=True)
+        jobs.append(_job(entry, own, validate(entry.verb, cfg), cfg, config.script, jobs))
+    return jobs
+
+
+def _job(entry: Entry, words: list[str], config: Experiment, cfg: Any, script: str | None, others: list[Job]) -> Job:
+    check_named(entry.verb, config)
+    if config.cluster.processes < 1:
+        raise ConfigError("cluster.processes=0: a job needs the number of processes per node (usually its GPUs)")
+    if script and Path(script).suffix == ".yaml":
+        raise ConfigError(
+            f"script={script}: the settings are written beside it under this name; give it another ending"
+        )
+    taken = [job.script for job in others]
+    path = (Path(script) if script else next_script(Path(config.run.dir) / "launch", entry.verb, taken)).absolute()
+    title = " ".join(f"cascade {entry.verb} {shlex.join(word.lstrip('+') for word in words)}".split())
+    text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
+    home = others[0].code if others else Path(config.run.dir).absolute() / "launch" / "code"
+    job = Job(entry.name, entry.verb, words, config, path, path.with_suffix(".yaml"), home, title, text, entry.after)
+    slurm.script.render(job)  # refuses what cannot be
+    return job
+
+
+def next_script(folder: Path, verb: str, taken: list[Path]) -> Path:
+    """A file name that no earlier launch has taken: a queued job still reads the settings beside its own."""
+    known = [*folder.glob(f"{verb}-[0-9]*.sbatch"), *(path for path in taken if path.name.startswith(f"{verb}-"))]
+    numbers = [int(path.stem.rpartition("-")[2]) for path in known if path.parent.absolute() == folder.absolute()]
+    return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.sbatch"
+
+
+def check_before_submission(jobs: list[Job]) -> None:
+    """What would fail in the queue fails here.
+
+    Raises:
+        UserError: Slurm is not here, or a job of the same run lives.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"sbatch is not on this machine's PATH: run this on a login node of the cluster, or with dry_run=true to "
+            f"write the script only (to {jobs[0].script.parent})"
+        )
+    for job in jobs:
+        for other in living(job.run_dir) if job.verb == "train" else []:
+            raise UserError(
+                f"run.dir={job.config.run.dir}: job {other['job']} of this run is in the queue ({other['state']}); two "
+                f"starts of one run push each other out: `cascade stop run={job.config.run.dir}` first, or another "
+                f"run.dir"
+            )
+
+
+def submissions(run_dir: Path) -> list[dict[str, Any]]:
+    """The jobs that were submitted for a run, oldest first."""
+    try:
+        lines = (run_dir / "launch" / SUBMITTED).read_text().splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def living(run_dir: Path) -> list[dict[str, Any]]:
+    """Those trainings of `submissions` that the queue still holds, with their `state` and `reason`."""
+    jobs = [job for job in submissions(run_dir) if job["verb"] == "train"][-5:]
+    found = states([job["job"] for job in jobs])
+    return [
+        {**job, "state": found[job["job"]][0], "reason": found[job["job"]][1]} for job in jobs if job["job"] in found
+    ]
+
+
+# ------------------------------------------------------------------------------------------- files, submission
+
+
+def write(job: Job) -> None:
+    """The script, the settings, and the code."""
+    job.script.parent.mkdir(parents=True, exist_ok=True)
+    job.code = freeze(job.code)
+    job.settings.write_text(job.frozen)
+    job.script.write_text(slurm.script.render(job))
+    slurm.script.log_file(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+
+
+def hand_over(job: Job, jobs: list[Job], dry_run: bool) -> None:
+    """Submits the job, or shows its script."""
+    if dry_run:
+        print(job.script.read_text())
+    else:
+        after = [other.job_id for other in jobs if other.name in job.after]
+        job.job_id = submit(job.script, [number for number in after if number])
+        log = str(slurm.script.log_file(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
+        record: dict[str, Any] = {"job": job.job_id, "name": job.name, "verb": job.verb, "script": str(job.script)}
+        record |= {"log": log, "time": time.time()}
+        with open(job.script.parent / SUBMITTED, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(
+            f"submitted job {job.job_id}: cascade {job.verb} {shlex.join(word.lstrip('+') for word in job.words)}",
+            flush=True,
+        )
+    print(f"script: {job.script}\nlog:    {slurm.script.log_file(job)}", flush=True)

@@ -1,0 +1,62 @@
+"""The code that a job imports, copied beside its settings: a job that waits in the queue, or is requeued a month later,
+runs what was submitted, whatever has happened to the checkout since."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from training.checkpoint.provenance import FROZEN, code_version
+
+PACKAGES = ("training", "data_pipeline", "cluster", "slurm", "conf")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+DIFF = "changes.diff"
+"""What the working tree had on top of its commit."""
+
+
+def freeze(folder: Path) -> Path:
+    """Copies the packages to `folder`/HASH (once per content); returns that directory, which goes on PYTHONPATH.
+
+    Untracked files come along. Beside the packages lie the commit (`frozen.json`) and the difference of the working
+    tree from it (`changes.diff`).
+    """
+    sources = {name: _place(name) for name in PACKAGES}
+    target = folder / _digest(sources)
+    if target.exists():
+        return target
+    scratch = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name, source in sources.items():
+        shutil.copytree(source, scratch / name, ignore=LEFT_OUT)
+    version = code_version()
+    (scratch / FROZEN).write_text(json.dumps({key: version[key] for key in ("commit", "dirty")}))
+    if version["dirty"]:
+        root = sources["training"].parent
+        done = subprocess.run(["git", "-C", str(root), "diff", "--binary", "HEAD"], capture_output=True)
+        (scratch / DIFF).write_bytes(done.stdout)
+    try:
+        scratch.rename(target)
+    except OSError:  # another launch was quicker
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _place(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
+def _digest(sources: dict[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, source in sources.items():
+        for path in sorted(source.rglob("*")):
+            inside = path.relative_to(source)
+            if path.is_file() and "__pycache__" not in inside.parts and not path.name.startswith("."):
+                digest.update(f"{name}/{inside}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

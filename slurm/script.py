@@ -1,0 +1,291 @@
+"""The sbatch script of a job: options, environment, set-up, and the loop that starts its processes again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from cluster.job import SHARED_BY_ARRAY, Job
+from slurm.options import directives
+from training.config.cluster import ClusterConfig, slurm_seconds
+from training.plan.checks import training_problems
+from training.processes.endings import EXIT_PREEMPTED
+
+TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
+FIRST_PORT, PORTS = 20000, 10000
+"""Meeting ports: below those that Linux gives to outgoing connections (from 32768)."""
+WRITES = {"train": "run.dir", "sample": "sampling.output", "evaluate": "evaluation.output", "bundle": "bundle.dir"}
+
+
+def log_file(job: Job) -> Path:
+    """Where Slurm appends the output of the job and of all its restarts (%j or %A: the job's number)."""
+    own = job.config.cluster.sbatch.get("output") or job.config.cluster.sbatch.get("o")
+    if own:
+        return Path.cwd() / str(own)
+    return job.run_dir / "logs" / _log_name(job)
+
+
+def _log_name(job: Job) -> str:
+    return "slurm-%A-%a.log" if job.config.cluster.sbatch.get("array") else "slurm-%j.log"
+
+
+def render(job: Job) -> str:
+    """The text of the script.
+
+    Raises:
+        ConfigError: options that contradict each other, or leave no time to work in.
+    """
+    cluster = job.config.cluster
+    again = cluster.requeue
+    options = directives(
+        cluster=cluster,
+        name=f"{job.config.run.name}-{job.config.stage.name if job.verb == 'train' else job.verb}",
+        nodes=_range(job),
+        processes=job.processes,
+        cpus=job.cpus,
+        gpus=job.gpus,
+        log=str(job.run_dir / "logs").replace("%", "%%") + "/" + _log_name(job),
+        array=job.verb in SHARED_BY_ARRAY,
+        share=WRITES.get(job.verb, "output"),
+    )
+    values = {
+        "title": job.title,
+        "directives": "\n".join(f"#SBATCH {line}" for line in options),
+        "directory": shlex.quote(str(Path.cwd())),
+        "logs": shlex.quote(str(job.run_dir / "logs")),
+        "notes": shlex.quote(str(job.run_dir / "logs" / ".notes")),
+        "signal_s": str(cluster.signal_s),
+        "environment": "\n".join(environment(job)),
+        "setup": "\n".join(setup(cluster)),
+        "code": shlex.quote(str(job.code)),
+        "functions": "\n".join(functions(job)),
+        "meeting": _indented("\n".join(meeting(job)), 4),
+        "srun": _tasks(job),
+        "own_srun": "".join(f" {option}" for option in _container_options(job)),
+        "command": _command(job),
+        "judge": _judge(job),
+        "saved": "requeue" if again else f'"end {EXIT_PREEMPTED}"',
+        "elsewhere": "requeue" if again else "end",
+        "fewer": _indented(_fewer(job), 8),
+        "again": _indented(AGAIN.format(preempted=EXIT_PREEMPTED) if again else "", 4),
+    }
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text())
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+REQUEUE = """
+# Back into the queue, without the nodes named. Slurm takes them only of a pending job, and ends this script as soon as
+# the job is one: so naming them goes on beside it, past the signal to end.
+requeue() {
+    local without
+    without=$(IFS=,; echo "$*")
+    if [ -n "$without" ]; then
+        ( trap '' TERM CONT HUP USR1
+          for try in $(seq 100); do
+              scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$without" 2>/dev/null && break
+              sleep 0.1
+          done ) &
+    fi
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 600    # if this script left by itself, the job could count as done
+    fi
+}"""
+AGAIN = """\
+if [ "$action" = requeue ]; then
+    echo "==> requeue, $(date '+%F %T')"
+    requeue "$@"
+    finish {preempted}
+fi"""
+PORT = f"""
+# A port on which nothing listens here. Jobs of one node start from different ones.
+free_port() {{
+    local try port
+    for try in $(seq 0 99); do
+        port=$(({FIRST_PORT} + (SLURM_JOB_ID * 101 + attempt * 17 + try) % {PORTS}))
+        cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -qi ":$(printf %04X $port) [0-9A-F]*:0000 0A" || break
+    done
+    echo "$port"
+}}"""
+USABLE = """
+# The most nodes, of so many, whose processes can share the data.
+usable() {{
+    local count
+    for count in {counts}; do
+        [ "$count" -gt "$1" ] || {{ echo "$count"; return; }}
+    done
+    return 1
+}}
+nodes=$(usable "$SLURM_JOB_NUM_NODES")"""
+MEETING = """\
+export CASCADE_SRUN=1  # rank, local rank and world size are Slurm's
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "${without//,/$'\\n'}" | head -n 1)
+address=$(scontrol show node -o "$first" 2>/dev/null | grep -o 'NodeAddr=[^ ]*')
+export MASTER_ADDR="${address:-NodeAddr=$first}"
+MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
+export CASCADE_MEET_AT_LAUNCHER=$([ "$first" = "${SLURMD_NODENAME:-}" ] && echo 1 || echo 0)
+export MASTER_PORT="$(free_port)\""""
+
+
+def functions(job: Job) -> list[str]:
+    """Shell functions that this job's script needs."""
+    found = [PORT] if job.is_distributed else []
+    found += [REQUEUE] if job.config.cluster.requeue else []
+    allowed = allowed_nodes(job)
+    if len(allowed) > 1:
+        found.append(USABLE.format(counts=" ".join(str(n) for n in allowed)))
+    return found
+
+
+def meeting(job: Job) -> list[str]:
+    """Lines before each start of the ranks: where they meet, and whether a node could be spared."""
+    if not job.is_distributed:
+        return []
+    spare = "spare=; usable $((SLURM_JOB_NUM_NODES - 1)) >/dev/null && spare=--spare"
+    return [MEETING, *([spare] if len(allowed_nodes(job)) > 1 else [])]
+
+
+def environment(job: Job) -> list[str]:
+    """Lines that stand before the user's own, which may change them."""
+    cluster = job.config.cluster
+    threads = cluster.threads or cluster.cpus_per_task
+    lines = [f"export OMP_NUM_THREADS={threads}"] if threads else []
+    if cluster.interface:
+        name = shlex.quote(cluster.interface)
+        lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
+    if job.is_distributed and job.gpus:  # what the ranks were doing when a collective timed out
+        trace = shlex.quote(str(job.run_dir / "logs" / "nccl-rank-"))
+        lines.append(f"export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE={trace}")
+    return lines
+
+
+def setup(cluster: ClusterConfig) -> list[str]:
+    """Modules, the environment, the user's lines; the first that fails ends the job and is named. `set -u` is not for
+    them: the scripts that conda and modules source read variables that are not set."""
+    lines = []
+    if cluster.modules:
+        lines.append(MODULES)
+        lines += [f"load_module {shlex.quote(name)}" for entry in cluster.modules for name in entry.split()]
+    if cluster.conda:
+        conda = os.environ.get("CONDA_EXE", "conda")
+        lines.append(f'eval "$({shlex.quote(conda)} shell.bash hook)"')
+        lines.append(f"conda activate {shlex.quote(cluster.conda)}")
+    if cluster.venv:
+        lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
+    lines += cluster.setup
+    before, after = [], []
+    if lines:
+        before = [
+            'environment_before="${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}"',
+            'setup_failed() { echo "==> cluster.setup: \'$(sed -n "$2p" "$0")\' failed with code $1"; finish 2; }',
+            """trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed" "$LINENO"' ERR""",
+        ]
+        after = ["trap - ERR"]
+    if cluster.python:
+        after.append(f"python={shlex.quote(cluster.python)}")
+    elif cluster.container:
+        after.append("python=python3")
+    else:
+        after.append(f"python={shlex.quote(sys.executable)}")
+        if lines:
+            after.append("# An environment that was activated above brings its own.")
+            after.append(
+                '[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)'
+            )
+    return [*before, *lines, *after]
+
+
+MODULES = """\
+load_module() {    # also where `module load` says 0 although it has failed
+    local init
+    for init in /etc/profile.d/{lmod,z00_lmod,modules}.sh "${MODULESHOME:-/usr/share/modules}/init/bash"; do
+        type module >/dev/null 2>&1 || [ ! -r "$init" ] || . "$init"
+    done
+    module load "$1" || return
+    [ -z "${LOADEDMODULES+x}" ] || case ":$LOADEDMODULES:" in *":$1:"* | *":$1/"*) ;; *) return 1 ;; esac
+}"""
+
+
+# ------------------------------------------------------------------------------------------- nodes and tasks
+
+
+def allowed_nodes(job: Job) -> list[int]:
+    """Numbers of nodes that a training may run on, most first: those whose processes can share its data."""
+    cluster = job.config.cluster
+    if not job.is_distributed or not cluster.min_nodes:
+        return [cluster.nodes if job.is_distributed else 1]
+    counts = range(cluster.nodes, cluster.min_nodes - 1, -1)
+    return [n for n in counts if not training_problems(job.config, n * job.processes)]
+
+
+def _range(job: Job) -> str:
+    allowed = allowed_nodes(job)
+    return str(allowed[0]) if len(allowed) == 1 else f"{allowed[-1]}-{allowed[0]}"
+
+
+def _tasks(job: Job) -> str:
+    """srun's options; it takes the cores per task from its own, not from sbatch's."""
+    allowed = allowed_nodes(job)
+    cpus = f" --cpus-per-task={job.cpus}" if job.cpus else ""
+    if not job.is_distributed:
+        return f"--nodes=1 --ntasks=1{cpus}"
+    if len(allowed) == 1:
+        return f"--nodes={allowed[0]} --ntasks-per-node={job.processes}{cpus}"
+    tasks = f'--nodes="$nodes" --ntasks-per-node={job.processes} --ntasks=$((nodes * {job.processes}))'
+    return tasks + cpus + ' ${without:+--exclude="$without"}'
+
+
+def _fewer(job: Job) -> str:
+    """What is done about nodes that a restart is to do without."""
+    if len(allowed_nodes(job)) == 1:
+        return ""
+    give_up = "requeue" if job.config.cluster.requeue else "finish"
+    arguments = '"$@"' if job.config.cluster.requeue else '"$code"'
+    return f"""without=$(IFS=,; echo "$*")
+nodes=$(usable $((SLURM_JOB_NUM_NODES - $#))) || {give_up} {arguments}"""
+
+
+def _judge(job: Job) -> str:
+    cluster = job.config.cluster
+    limit = slurm_seconds("cluster.time", str(cluster.sbatch.get("time") or cluster.time))
+    words = [sys.executable, "-P", "-m", "slurm.supervise", str(job.run_dir), "--verb", job.verb]
+    words += ["--most", str(cluster.max_restarts_without_progress), "--limit", str(limit)]
+    words += ["--requeue"] if cluster.requeue else []
+    spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
+    return shlex.join(words) + spare
+
+
+# ------------------------------------------------------------------------------------------------- containers
+
+
+def mounts(job: Job) -> list[str]:
+    """HOST:CONTAINER of everything that the program needs, and what the user adds."""
+    needed = [Path.cwd(), job.run_dir, job.code]
+    kept = [path for path in needed if not any(other in path.parents for other in needed)]
+    return [*dict.fromkeys(f"{path}:{path}" for path in kept), *job.config.cluster.container_mounts]
+
+
+def _container_options(job: Job) -> list[str]:
+    cluster = job.config.cluster
+    if not cluster.container or cluster.container_runtime != "pyxis":
+        return []
+    return [
+        shlex.quote(f"--container-image={cluster.container}"),
+        shlex.quote(f"--container-mounts={','.join(mounts(job))}"),
+        shlex.quote(f"--container-workdir={Path.cwd()}"),
+    ]
+
+
+def _command(job: Job) -> str:
+    """What every task runs: its helper, and that the program."""
+    cluster, prefix = job.config.cluster, ""
+    if cluster.container and cluster.container_runtime == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if job.gpus else []), "--bind", ",".join(mounts(job))]
+        prefix = shlex.join([*words, "--pwd", str(Path.cwd()), cluster.container]) + " "
+    return f'{prefix}"$python" -P -m slurm.task "$python" {shlex.join(job.arguments)}'
+
+
+def _indented(text: str, blanks: int) -> str:
+    return "\n".join(" " * blanks + line if line else line for line in text.splitlines())

@@ -1,0 +1,224 @@
+"""Clusters as sites run them: what a job's script does there, with the site's programs played by shell scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_pipeline.common.errors import ConfigError, UserError
+from slurm.queue import clean_environment
+from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
+
+OK = "ended with code 0"
+
+
+@pytest.fixture()
+def site(here: Path, program) -> Path:
+    """The programs of a site; the program that is submitted prints its words."""
+    program('echo "ran: $*; FOO=$FOO"')
+    return install(here / "site", **FAKE)
+
+
+def script(*words: str, own: tuple[str, ...] = ()) -> Path:
+    return Path(launch(*ONE_TASK, *words, own=["dry_run=true", *own])["script"])
+
+
+# ------------------------------------------------------------------------------------------------- environment
+
+
+def test_nothing_of_an_outer_allocation_reaches_the_job() -> None:
+    outer = {"SLURM_CPU_BIND": "quiet", "SLURM_MEM_PER_CPU": "100", "SLURM_JOB_ID": "3", "SLURMD_NODENAME": "n1"}
+    kept = {"SBATCH_ACCOUNT": "me", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
+    assert clean_environment({**outer, **kept, "SRUN_DEBUG": "3", "CASCADE_SRUN": "1"}) == kept
+
+
+def test_a_script_submitted_by_hand_forgets_the_outer_allocation(site: Path, program) -> None:
+    program('echo "bind: [$SLURM_CPU_BIND$SLURM_CPU_BIND_TYPE$SLURM_MEM_PER_CPU]"')
+    outer = {"SLURM_CPU_BIND": "x", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_MEM_PER_CPU": "100"}
+    done = run_script(script(), site, **outer)
+    assert "bind: []" in done.stdout and OK in done.stdout
+
+
+def test_a_site_that_exports_nothing(site: Path) -> None:
+    path = script("cluster.sbatch={export: NONE}", "cluster.setup=[export FOO=bar]")
+    done = run_script(path, site, SLURM_EXPORT_ENV="NONE")
+    assert "#SBATCH --export=NONE\n" in path.read_text()
+    assert "FOO=bar" in done.stdout and OK in done.stdout, done
+
+
+# ------------------------------------------------------------------------------------------------------- set-up
+
+
+def test_set_up_may_read_variables_that_are_not_set(site: Path, here: Path) -> None:
+    (here / "activate.sh").write_text('if [ -n "$NEVER_SET" ]; then :; fi\nfalse\nexport FOO=there\n')
+    done = run_script(script("cluster.setup=[source activate.sh]"), site)
+    assert "FOO=there" in done.stdout and OK in done.stdout, "what fails inside of a sourced file is that file's affair"
+
+
+@pytest.mark.parametrize("line", ["module load nosuch", "source absent.sh", "test -e absent"])
+def test_a_line_that_fails_ends_the_job_and_is_named(site: Path, line: str) -> None:
+    done = run_script(script(f"cluster.setup=['{line}','echo later']"), site)
+    assert re.search(rf"cluster.setup: '{line}' failed with code \d+\n==> ended with code 2", done.stdout)
+    assert "ran:" not in done.stdout and "later" not in done.stdout
+
+
+def test_an_environment_that_is_activated_brings_its_python(site: Path, here: Path) -> None:
+    (here / "env").mkdir()
+    install(here / "env/bin", python='echo "python of the environment"')
+    (here / "env/bin/activate").write_text(f'VIRTUAL_ENV="{here}/env"; PATH="{here}/env/bin:$PATH"; export PATH\n')
+    done = run_script(script("cluster.venv=env"), site)
+    assert "python of the environment" in done.stdout and "ran:" not in done.stdout
+    assert "ran:" in run_script(script(), site).stdout, "else it is the one that launched"
+
+
+def test_conda_by_key(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = 'conda() { echo "$*" > activated; CONDA_PREFIX=/env/$2; [ "$2" != absent ]; }'
+    monkeypatch.setenv("CONDA_EXE", str(install(here / "conda", conda=f"echo '{hook}'") / "conda"))
+    run_script(script("cluster.conda=mine"), site)
+    assert (here / "activated").read_text() == "activate mine\n"
+    assert "'conda activate absent' failed with code 1" in run_script(script("cluster.conda=absent"), site).stdout
+
+
+def test_modules_by_key_are_there_afterwards(site: Path, here: Path) -> None:
+    (here / "modules/init").mkdir(parents=True)
+    (here / "modules/init/bash").write_text(  # as the old ones: 0 also for what does not exist
+        'LOADEDMODULES=\nmodule() { case $2 in cuda*) LOADEDMODULES="$LOADEDMODULES:$2/12.4";; esac; }\n'
+    )
+    place = {"MODULESHOME": str(here / "modules")}
+    assert OK in run_script(script("cluster.modules=[cuda]"), site, **place).stdout
+    done = run_script(script("cluster.modules=[cuda,nosuch]"), site, **place)
+    assert "'load_module nosuch' failed with code 1" in done.stdout
+    assert "ended with code 2" in done.stdout and "ran:" not in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------- containers
+
+
+def test_pyxis(site: Path, here: Path) -> None:
+    words = ("cluster.container=nvcr.io#nvidia/pytorch:26.01-py3", "cluster.container_mounts=[/data:/data]")
+    done = run_script(script(*words, "cluster.python=program"), install(site, program='echo "inside: $*"'))
+    options = (here / "options").read_text()
+    assert "--container-image=nvcr.io#nvidia/pytorch:26.01-py3\n" in options
+    assert f"--container-mounts={here}:{here},/data:/data\n" in options, "runs and code lie below the directory"
+    assert "inside: -P -m slurm.task program -P -m training.cli train" in done.stdout
+
+
+def test_apptainer(site: Path, here: Path) -> None:
+    install(
+        site, apptainer='echo "apptainer $*" >> contained\nwhile [ "$1" != img.sif ]; do shift; done\nshift\nexec "$@"'
+    )
+    words = ("cluster.container=img.sif", "cluster.container_runtime=apptainer", f"cluster.python={sys.executable}")
+    done = run_script(script(*words, "run.dir=my runs/x"), site)
+    assert "ran: -m training.cli train" in done.stdout and OK in done.stdout
+    assert (here / "contained").read_text().startswith(f"apptainer exec --bind {here}:{here} --pwd {here} img.sif ")
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "gone"),
+    [
+        ("{mem-per-cpu: 2G}", "--mem-per-cpu=2G", "--mem="),
+        ("{gpus-per-task: 1}", "--gpus-per-task=1", "--gpus-per-node"),
+        ("{gres: 'gpu:a100:4'}", "--gres=gpu:a100:4", "--gpus-per-node"),
+        ("{mem: null}", "--time=", "--mem"),
+        ("{p: long}", "--partition=long", "--partition=short"),
+    ],
+)
+def test_an_option_replaces_ours_that_it_excludes(here: Path, given: str, there: str, gone: str) -> None:
+    words = ["cluster=slurm", "cluster.mem=4G", "cluster.partition=short", f"cluster.sbatch={given}"]
+    text = Path(launch(*words, own=["dry_run=true"])["script"]).read_text()
+    assert f"#SBATCH {there}" in text and f"#SBATCH {gone}" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["cluster.sbatch={mem: 1G, mem-per-cpu: 1G}"], "mem and mem-per-cpu exclude each other"),
+        (
+            ["cluster.sbatch={requeue: false}"],
+            "cluster.sbatch.requeue: the script would not follow it; set cluster.",
+        ),
+        (["cluster.sbatch={het-group: 1}"], "cluster.sbatch.het-group: a job of several parts"),
+        (["cluster.sbatch={array: 0-3}"], "all its tasks would write to the same run.dir"),
+        (["cluster.time='1:00'", "cluster.signal_s=60"], "cluster.time=1:00: of these 60 s nothing is left to work in"),
+        (["cluster.sbatch={time: 3}"], "cluster.sbatch.time=3: of these 180 s"),
+        (["cluster.conda=a", "cluster.venv=b"], "cluster.conda=a and cluster.venv=b"),
+        (["cluster.container_mounts=[a:b]"], "cluster.container_mounts: it needs cluster.container"),
+        (["cluster.nodes=2", "cluster.min_nodes=3"], "cluster.min_nodes=3"),
+    ],
+)
+def test_options_that_cannot_work(here: Path, words: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        script(*words)
+    assert not list(here.iterdir())
+
+
+def test_the_log_is_named_as_it_is(here: Path) -> None:
+    answer = launch(*ONE_TASK, "cluster.sbatch={output: x.log}", own=["dry_run=true"])
+    assert answer["log"] == str(here / "x.log")
+    answer = launch(*ONE_TASK, "run.dir='50%n'", own=["dry_run=true"])
+    assert f"#SBATCH --output={here}/50%%n/logs/slurm-%j.log\n" in Path(answer["script"]).read_text()
+
+
+def test_a_gpu_per_task(here: Path) -> None:
+    text = Path(launch("cluster=slurm", "cluster.gpus_per=task", own=["dry_run=true"])["script"]).read_text()
+    assert "#SBATCH --gpus-per-task=1\n" in text and "gpus-per-node" not in text
+
+
+@pytest.mark.parametrize(("verb", "gpus", "cores"), [("index", None, 8), ("bundle", None, 8), ("sample", 1, 64)])
+def test_a_command_asks_for_what_it_uses(here: Path, verb: str, gpus: int | None, cores: int) -> None:
+    text = Path(launch("cluster=slurm", own=[f"verb={verb}", "dry_run=true"])["script"]).read_text()
+    assert f"#SBATCH --cpus-per-task={cores}\n" in text
+    assert (f"#SBATCH --gpus-per-node={gpus}\n" in text) if gpus else ("gpus" not in text)
+
+
+def test_a_number_of_nodes_that_may_vary(here: Path) -> None:
+    words = [*ONE_TASK, "cluster.nodes=4", "cluster.min_nodes=1", "data.global_batch=8"]
+    text = Path(launch(*words, own=["dry_run=true"])["script"]).read_text()
+    assert "#SBATCH --nodes=1-4\n" in text and "for count in 4 2 1; do" in text, "3 cannot share 8 samples"
+
+
+# --------------------------------------------------------------------------------------------------- frozen code
+
+
+def test_the_job_imports_the_code_of_its_submission(site: Path, here: Path, program) -> None:
+    program('exec "$REAL" -P -c "import slurm, training; print(slurm.__file__, training.__file__)"')
+    path = script()
+    (code,) = (here / "runs/demo/demo_base/launch/code").iterdir()
+    done = run_script(path, site, REAL=sys.base_prefix + "/bin/python3")
+    assert f"{code}/slurm/__init__.py {code}/training/__init__.py" in done.stdout, done
+    assert script() != path and len(list(code.parent.iterdir())) == 1, "the same code is kept once"
+    assert OmegaConf.load(code / "frozen.json").keys() == {"commit", "dirty"}
+
+
+def test_a_module_of_the_directory_replaces_nothing(site: Path, here: Path) -> None:
+    (here / "training.py").write_text("raise SystemExit('shadowed')")
+    (here / "slurm.py").write_text("raise SystemExit('shadowed')")
+    done = run_script(script(), site)
+    assert OK in done.stdout and "shadowed" not in done.stdout + done.stderr
+    assert '"$python" -P -m training.cli train ' in script().read_text()
+
+
+# --------------------------------------------------------------------------------------------- before submission
+
+
+def test_a_run_that_lives_is_not_launched_again(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(site, sbatch="echo 4711", squeue='echo "PENDING|(Resources)"')
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    launch(*ONE_TASK)
+    with pytest.raises(UserError, match=r"job 4711 of this run is in the queue \(PENDING\)"):
+        launch(*ONE_TASK)
+    install(site, squeue="exit 1")
+    assert launch(*ONE_TASK)["job_id"] == 4711
+
+
+def test_a_training_without_data_is_refused_before_it_waits(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.shards: it is not set; give"):
+        launch("cluster=slurm", "data.shards=null")

@@ -1,0 +1,156 @@
+"""What becomes of a job whose processes have ended, and how one rank is started and noted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm import task
+from slurm.supervise import End, Verdict, history, judge, main, read_end
+from training.processes.endings import EXIT_HUNG, EXIT_PREEMPTED
+
+KILLED = 137
+
+
+def decide(end: End, *before: End, requeue: bool = True, spare: bool = False, most: int = 3) -> Verdict:
+    return judge(end, before, requeue=requeue, most=most, limit_s=3600.0, spare=spare)
+
+
+def end(code: int, step: int = 10, node: str | None = None, elapsed_s: float = 100.0) -> End:
+    return End(code, "7", step=step, node=node, elapsed_s=elapsed_s, why=f"code {code}")
+
+
+@pytest.mark.parametrize("code", [0, 2, 76, 77, 130])
+def test_these_ends_are_final(code: int) -> None:
+    assert decide(end(code)).action == f"end {code}"
+
+
+@pytest.mark.parametrize("code", [KILLED, EXIT_HUNG, 134, 143])
+def test_a_lost_rank_is_started_again_here(code: int) -> None:
+    assert decide(end(code)).action == "restart"
+    assert decide(end(code), requeue=False).action == "restart"
+
+
+def test_without_progress_it_gives_up_and_says_why() -> None:
+    same = [end(KILLED) for _ in range(3)]
+    assert decide(end(KILLED), *same[:2]).action == "restart"
+    verdict = decide(end(KILLED), *same)
+    assert verdict.action == f"end {KILLED}"
+    assert "without a checkpoint after step 10" in verdict.sentence
+    assert "cluster.max_restarts_without_progress=3" in verdict.sentence
+    assert decide(end(KILLED, step=20), *same).action == "restart", "progress begins a new count"
+    assert decide(end(KILLED), most=0).action == f"end {KILLED}"
+
+
+def test_an_unexplained_end_is_tried_once_more() -> None:
+    assert decide(end(1)).action == "restart"
+    assert decide(end(1), end(1)).action == "end 1"
+    assert decide(end(1, step=20), end(1)).action == "restart"
+
+
+def test_a_node_that_failed_twice_is_left_out() -> None:
+    first, second = end(KILLED, 10, "n2"), end(KILLED, 20, "n2")
+    assert decide(second, first) == Verdict("requeue", decide(second, first).sentence, ("n2",))
+    assert decide(second, first, spare=True).action == "restart"
+    assert decide(second, first, spare=True).without == ("n2",)
+    assert decide(second, first, requeue=False).action == f"end {KILLED}"
+    assert decide(end(KILLED, 20, "n1"), first).action == "restart"
+    hung = end(EXIT_HUNG, 10, "n2")
+    assert decide(end(EXIT_HUNG, 20, "n2"), hung).without == (), "who speaks of a hang is not who stood still"
+
+
+def test_stopped_and_saved_goes_back_to_the_queue() -> None:
+    assert decide(end(EXIT_PREEMPTED)).action == "requeue"
+    assert decide(end(EXIT_PREEMPTED), requeue=False).action == f"end {EXIT_PREEMPTED}"
+    early = [end(EXIT_PREEMPTED) for _ in range(9)]
+    assert decide(end(EXIT_PREEMPTED), *early).action == "requeue", "a preemption is nobody's failure"
+    late = [end(EXIT_PREEMPTED, elapsed_s=3500.0) for _ in range(3)]
+    assert decide(end(EXIT_PREEMPTED, elapsed_s=3500.0), *late).action == f"end {EXIT_PREEMPTED}"
+
+
+def test_the_first_rank_that_failed_explains_the_others(tmp_path: Path) -> None:
+    for rank, code, at in ((0, 143, 5.0), (1, KILLED, 3.0), (2, EXIT_HUNG, 4.0)):
+        note = {"rank": rank, "node": f"n{rank}", "code": code, "time": at}
+        (tmp_path / f"failed-{rank}.json").write_text(json.dumps(note))
+    found = read_end(tmp_path, 143, asked=False, job="7")
+    assert (found.code, found.rank, found.node) == (KILLED, 1, "n1")
+    assert found.why == "rank 1 on n1 was killed by signal 9"
+    assert read_end(tmp_path, 143, asked=True, job="7").code == EXIT_PREEMPTED
+    assert read_end(tmp_path / "none", 137, asked=False, job="7").why == "srun ended with code 137"
+
+
+def test_the_script_gets_one_line_and_the_run_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, notes = tmp_path / "my run", tmp_path / "notes"
+    notes.mkdir()
+    run.mkdir()
+    (run / "code.json").write_text(json.dumps({"starts": [{"step": 0}, {"step": 40}]}))
+    (notes / "failed-3.json").write_text(json.dumps({"rank": 3, "node": "n2", "code": KILLED, "time": 1.0}))
+    words = [str(run), "--code", "137", "--notes", str(notes), "--job", "7", "--most", "3", "--requeue"]
+    for _ in range(2):
+        assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["restart", "requeue n2"]
+    assert "rank 3 on n2 was killed by signal 9; n2 has failed 2 times: requeue without it" in err
+    assert [(one.step, one.action) for one in history(run)] == [(40, "restart"), (40, "requeue n2")]
+
+
+# ------------------------------------------------------------------------------------------------------ one rank
+
+
+def run_task(notes: Path, *command: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "CASCADE_NOTES": str(notes), "SLURM_PROCID": "3", "SLURMD_NODENAME": "n2"}
+    words = [sys.executable, "-P", "-m", "slurm.task", *command]
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_rank_that_failed_leaves_word(tmp_path: Path) -> None:
+    assert run_task(tmp_path, "bash", "-c", "kill -9 $$").wait() == KILLED
+    note = json.loads((tmp_path / "failed-3.json").read_text())
+    assert (note["rank"], note["node"], note["code"]) == (3, "n2", KILLED)
+
+
+def test_a_rank_that_saved_is_no_failure_for_srun(tmp_path: Path) -> None:
+    rank = run_task(tmp_path, "bash", "-c", "trap 'exit 75' USR1; echo up; while :; do sleep 0.05; done")
+    assert rank.stdout.readline() == "up\n"
+    (child,) = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
+    for pid in (rank.pid, int(child)):  # Slurm signals every process of a step
+        os.kill(pid, signal.SIGUSR1)
+    assert rank.wait() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
+
+
+def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
+    rank = run_task(tmp_path, "bash", "-c", "echo $$; sleep 100")
+    child = int(rank.stdout.readline())
+    rank.kill()
+    rank.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ranks_meet_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"MASTER_ADDR": "a-name-that-nobody-resolves", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3"}
+    asked = []
+    monkeypatch.setattr(task, "interface_towards", lambda address: asked.append(address))
+    task.meet(env)
+    assert env["MASTER_ADDR"] == "a-name-that-nobody-resolves", "rank 0 is not where srun was called"
+    env["CASCADE_MEET_AT_LAUNCHER"] = "1"
+    task.meet(env)
+    assert env["MASTER_ADDR"] == "10.1.2.3" and asked[-1] == "10.1.2.3"
+
+
+def test_the_interface_that_leads_there() -> None:
+    assert task.interface_towards("127.0.0.1") == "lo"
+    assert task.interface_towards("no-such-name.invalid") is None
+    if Path("/proc/net/if_inet6").exists() and socket.has_ipv6:
+        assert task.interface_towards("::1") in ("lo", None)

@@ -1,0 +1,114 @@
+"""Where the processes of a command run, and what a scheduler is asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.config import at_least, require
+
+KINDS = ("local", "slurm", "kubernetes", "skypilot")
+SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+EARLY_S = 60
+"""Slurm may send the signal so many seconds before it is due (sbatch(1), --signal)."""
+
+
+@dataclass
+class ClusterConfig:
+    """Where processes run. `kind: local` starts them on this machine; the others are what `cascade launch` submits
+    to."""
+
+    kind: str = "local"
+    """`local`, `slurm`, `kubernetes` or `skypilot`."""
+    processes: int = 0
+    """Processes per node; 0: one per GPU, or 1 without GPUs."""
+    threads: int = 0
+    """CPU threads per process for torch; 0: cores / processes."""
+    nodes: int = 1
+    """Nodes of a training; with `min_nodes` the most."""
+    min_nodes: int = 0
+    """Fewest nodes of a training (Slurm): it starts on any number up to `nodes` whose processes can share the data, and
+    goes on without a node that has failed. 0: exactly `nodes`."""
+    partition: str | None = None
+    account: str | None = None
+    time: str = "24:00:00"
+    """Time limit as Slurm has it: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED."""
+    cpus_per_task: int = 0
+    """CPU cores per process; 0: the scheduler's default."""
+    mem: str | None = None
+    gpus: bool = True
+    """Ask for one GPU per process."""
+    gpus_per: str = "node"
+    """`node`: each process sees all GPUs of its node and takes its own; `task`: it sees its own alone (Slurm)."""
+    requeue: bool = True
+    """Requeue the job when its time is up, when it is preempted, and when restarting inside the allocation failed."""
+    signal_s: int = 120
+    """Seconds before the time limit at which the job saves and requeues itself."""
+    max_restarts_without_progress: int = 3
+    """After so many restarts in a row from the same checkpoint the job ends."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More #SBATCH options, as `option: value`; null removes a default."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load; one that does not load ends the job."""
+    conda: str | None = None
+    """Conda environment to activate: a name or a directory."""
+    venv: str | None = None
+    """Virtual environment to activate: a directory."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the program (exports, `source` ...); one that fails ends the job and is named."""
+    python: str | None = None
+    """Interpreter of the program; null: that of the environment which modules, conda, venv, setup or the container
+    bring, else the one that `cascade launch` ran with."""
+    container: str | None = None
+    """Image that the processes run in, with this project's dependencies: what pyxis or apptainer takes; `kubernetes`,
+    `skypilot`: a reference."""
+    container_runtime: str = "pyxis"
+    """`pyxis` (srun --container-image) or `apptainer`."""
+    container_mounts: list[str] = field(default_factory=list)
+    """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted."""
+    interface: str | None = None
+    """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo takes the one that leads to the first node."""
+    volume: str | None = None
+    """`kubernetes`: persistent volume claim that is mounted at the working directory."""
+
+    def __post_init__(self) -> None:
+        kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        require(self.kind in KINDS, f"cluster.kind={self.kind}: it must be {kinds}")
+        at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
+        at_least(self, "cluster", max_restarts_without_progress=0)
+        require(
+            self.min_nodes <= self.nodes,
+            f"cluster.min_nodes={self.min_nodes}: it must not be above cluster.nodes={self.nodes}",
+        )
+        require(self.gpus_per in ("node", "task"), f"cluster.gpus_per={self.gpus_per}: it must be node or task")
+        require(
+            self.container_runtime in ("pyxis", "apptainer"),
+            f"cluster.container_runtime={self.container_runtime}: it must be pyxis or apptainer",
+        )
+        require(
+            not (self.conda and self.venv),
+            f"cluster.conda={self.conda} and cluster.venv={self.venv}: one environment replaces the other; set one",
+        )
+        require(
+            bool(self.container) or not self.container_mounts,
+            "cluster.container_mounts: it needs cluster.container, the image that they are mounted into",
+        )
+
+
+def slurm_seconds(key: str, limit: str) -> float:
+    """A Slurm time limit in seconds; infinite for UNLIMITED.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return float("inf")
+    match = SLURM_TIME.fullmatch(limit)
+    if not match:
+        raise ConfigError(f"{key}={limit}: it must be a time limit as Slurm has it, 24:00:00 or 2-12:00:00")
+    parts = [int(part) for part in match["rest"].split(":")]
+    units = (60, 1, 1) if not match["days"] and len(parts) < 3 else (3600, 60, 1)
+    seconds = sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return float(seconds + 86400 * int(match["days"] or 0))
