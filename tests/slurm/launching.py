@@ -24,9 +24,9 @@ FAKE = {
 
 def launch(*words: str, own: list[str] | None = None) -> dict:
     """`cascade launch` in this process; `words` are settings of both commands, `own` the launcher's."""
-    quoted = json.dumps(list(words))
     if not any(word.startswith(("data.shards=", "experiment=demo")) for word in words):
         words = (*words, "data.shards=data/demo/train")
+    quoted = json.dumps(list(words))
     return main(load_config("launch", [*words, *(own or []), f"overrides={quoted}"]))
 
 
