@@ -41,11 +41,13 @@ def settings(scratch: str) -> Experiment:
 def main() -> dict[str, Any]:
     from training.engine.deepspeed import init_distributed
     from training.run.session import Session
+    from training.run.watchdog import Watchdog
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with tempfile.TemporaryDirectory() as scratch:
         config = settings(scratch)
-        session = Session(config, init_distributed(Ranks(), config))
+        watchdog = Watchdog(Ranks(), None, *Watchdog.limits(config.train))
+        session = Session(config, init_distributed(Ranks(), config), watchdog)
         session.begin()
         batches = [next(session.loader) for _ in range(STEPS)]
         bare, looped, bare_cpu, looped_cpu, step = [], [], [], [], 0
@@ -81,7 +83,7 @@ def main() -> dict[str, Any]:
 def one_step(session: Any, step: int) -> None:
     """What training/train.py does in a step, with its logging."""
     with session.phase("data", step):
-        batches = session.next_batch()
+        batches = session.next_batch(healthy=True)
     share: Any = 0.0
     for batch in batches:
         with session.phase("forward", step):
@@ -89,13 +91,12 @@ def one_step(session: Any, step: int) -> None:
         with session.phase("backward", step):
             session.engine.backward(mean)
         share = share + mean.detach() / len(batches)
-    loss, _ = session.agree(float(share), 0)
-    problem = session.guard.problem(loss)
     with session.phase("step", step):
-        info = session.engine.step(step, apply=not problem)
-    session.guard.accept(loss)
+        info = session.engine.step(step, share, session.votes(0), session.judge)
+    session.hear(info.votes, healthy=True)
+    session.guard.accept(info.loss)
     if (step + 1) % session.config.train.log_every == 0:
-        session.log(step + 1, {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr})
+        session.log(step + 1, {"loss": info.loss, "grad_norm": info.grad_norm, "lr": info.lr})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from contextlib import closing
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
@@ -18,16 +19,19 @@ from training.config.experiment import Experiment
 from training.plan.checks import check_named
 from training.processes.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
 from training.processes.endings import (
+    EXIT_CRASH,
+    EXIT_DONE,
     EXIT_HUNG,
     RankLost,
     Signals,
     from_where,
     is_lost_rank,
-    lost_at_start,
     run_program,
     stop_error,
 )
+from training.processes.meeting import meeting_place
 from training.run.directory import RunDir
+from training.run.watchdog import Watchdog
 
 HANDLES_SIGNALS = True
 """`main` lets in the signals that the launcher has held back."""
@@ -60,30 +64,33 @@ def main(config: Experiment) -> dict[str, Any]:
             return launch("training.train", config)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         ranks = Ranks()
-    with Signals() as signals:
-        return train(config, ranks, signals)
+    with Signals() as signals, closing(Watchdog(ranks, None, *Watchdog.limits(config.train))) as watchdog:
+        return train(config, ranks, signals, watchdog)
 
 
-def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
+def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog) -> dict[str, Any]:
     """One process of a run."""
     from training.engine.deepspeed import init_distributed, shut_down
     from training.run.session import Session
 
     try:
+        watchdog.phase(meeting_place())
         ranks = init_distributed(ranks, config)
-        session = Session(config, ranks)
+        if ranks.store is not None:
+            watchdog.join(ranks.store.clone)
+        session = Session(config, ranks, watchdog)
     except RuntimeError as error:
         if is_lost_rank(error):
-            raise RankLost(lost_at_start(ranks.rank, error)) from error
+            raise RankLost(watchdog.last_words(error)) from error
         raise
     engine, guard, settings = session.engine, session.guard, config.train
-    exit_code, loss, refused_in_a_row = 1, math.nan, 0
+    exit_code, loss = EXIT_CRASH, math.nan
     try:
         session.begin()
         for step in range(session.step, settings.steps):
             # ------------------------------------------------------------------------------------- next batch
             with session.phase("data", step):
-                micro_batches = session.next_batch(healthy=not refused_in_a_row)
+                micro_batches = session.next_batch(healthy=not guard.refused)
 
             # ------------------------------------------------------------------------------------------- loss
             share: Any = 0.0
@@ -93,22 +100,21 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
                 with session.phase("backward", step):
                     engine.backward(mean)
                 share = share + mean.detach() / len(micro_batches)
-            loss, signal_number = session.agree(float(share), signals.received)
 
-            # --------------------------------------------------------- step, which moves the averages as well
-            problem = guard.problem(loss)
+            # ------------ step, which moves the averages as well; all that the ranks decide together goes with it
             with session.phase("step", step):
-                info = engine.step(step, apply=not problem)
-            done = step + 1
+                info = engine.step(step, share, session.votes(signals.received), session.judge)
+            signal_number = session.hear(info.votes, healthy=not guard.refused)
+            done, loss = step + 1, info.loss
             if info.skipped:
-                session.report_skip(done, loss, problem or "its gradient is not finite", micro_batches)
+                guard.refuse()
+                session.report_skip(done, loss, info.problem or "its gradient is not finite", micro_batches)
             else:
                 guard.accept(loss)
             session.counters["skipped"] += info.skipped
-            refused_in_a_row = refused_in_a_row + 1 if info.skipped else 0
             if step == session.step:
                 engine.set_timeout(settings.timeout_s)
-                session.watchdog.patient = False
+                watchdog.patient = False
 
             # ------------------------------------------------------ validation, evaluation, log, sample grid
             last = done == settings.steps
@@ -126,9 +132,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
                 session.sample_grid(done)
 
             # -------------------------------------------------------------------------------------- save, stop
-            if refused_in_a_row >= settings.max_skipped:
-                session.roll_back(done, refused_in_a_row)
-                refused_in_a_row = 0
+            if guard.refused >= settings.max_skipped:
+                session.roll_back(done)
             if done % config.checkpoint.every == 0 or last or signal_number:
                 session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
@@ -139,7 +144,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
                 f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or fix the "
                 f"store; the same command goes on {from_where(session.writer.last_step)}"
             )
-        exit_code = 0
+        exit_code = EXIT_DONE
         return session.summary(loss)
     except CascadeError as error:  # decided together: a checkpoint under way can still be finished
         session.finish_saving()
@@ -148,9 +153,10 @@ def train(config: Experiment, ranks: Ranks, signals: Signals) -> dict[str, Any]:
     except RuntimeError as error:
         if is_lost_rank(error):
             exit_code = EXIT_HUNG
-            raise RankLost(session.watchdog.last_words(error)) from error
+            raise RankLost(watchdog.last_words(error)) from error
         raise
     finally:
+        watchdog.phase("end", session.step)
         session.close(exit_code)
         shut_down()
 

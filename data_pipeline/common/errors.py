@@ -46,6 +46,21 @@ class StoreError(CascadeError):
     """An object store that stayed broken past its deadline; the message names the object and the last cause."""
 
 
+BAD_REASONS = (
+    "missing_image",
+    "missing_caption",
+    "empty_image",
+    "decode_error",
+    "too_small",
+    "too_large",
+    "aspect_ratio",
+    "bad_text",
+    "bad_json",
+    "checksum",
+)
+"""Why a training sample can be bad."""
+
+
 class BadSample(Exception):
     """One sample that cannot be trained on; it is counted by `reason` and replaced, never the user's to see.
 

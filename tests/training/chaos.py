@@ -6,6 +6,7 @@ nan, spike                  the loss of the step is NaN, or a thousand times as 
 data                        the batch of the step cannot be read
 write                       SIGKILL after half of a file of that step's checkpoint
 start                       SIGKILL while the session is put together
+freeze                      SIGSTOP then (step 0), or before the ranks meet (step -1)
 slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-import training.run.session
+import training.run.watchdog
 import training.train
 from data_pipeline.common.errors import DataError
 from data_pipeline.reading.loader import Loader
@@ -78,6 +79,8 @@ def main(config: Experiment) -> dict[str, Any]:
     def at_the_start(self: Session, *args: Any, **kwargs: Any) -> Loader:
         if any(e["what"] == "start" for e in events):
             os.kill(os.getpid(), signal.SIGKILL)
+        if at("freeze", 0):
+            os.kill(os.getpid(), signal.SIGSTOP)
         return open_loader(self, *args, **kwargs)
 
     def before_the_first(self: Session) -> None:
@@ -106,8 +109,10 @@ def main(config: Experiment) -> dict[str, Any]:
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
     Session._open_loader = at_the_start  # type: ignore[method-assign]
-    training.run.session.MARGIN_S = 2.0
+    training.run.watchdog.MARGIN_S = 2.0
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
+    if at("freeze", -1):
+        os.kill(os.getpid(), signal.SIGSTOP)
     return training.train.main(config)
 
 

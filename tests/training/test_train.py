@@ -171,6 +171,29 @@ def test_too_many_of_them_go_back_and_then_on(tmp_path: Path, shards: str) -> No
     assert meta["counters"] == {"skipped": 2, "rollbacks": 0}
 
 
+def test_a_streak_of_skipped_steps_outlives_a_kill(tmp_path: Path, shards: str) -> None:
+    """Killed after two of three refused steps: the next start rolls back where the run that was not killed does."""
+    nans = [{"what": "nan", "rank": 0, "step": step} for step in (3, 4, 5)]
+    curves, lines = [], []
+    for name, kill in (("whole", []), ("killed", [{"what": "kill", "rank": 0, "step": 5}])):
+        config = experiment(
+            tmp_path / name, shards, zero__stage=0, train__max_skipped=3, checkpoint__every=2,
+            checkpoint__background=False,
+        )  # fmt: skip
+        config.run.dir = str(tmp_path / name / "run")
+        Path(config.run.dir).mkdir(parents=True)
+        if kill:
+            assert chaos(config, 1, *nans, *kill).codes() == [-9]
+            assert newest(config).step == 4 and newest(config).meta["refused"] == 2
+        running = chaos(config, 1, *nans)
+        assert running.codes() == [0], running.text
+        assert "the weights are set back to the checkpoint of step 2; training goes on with step 6" in running.text
+        curves.append(curve(config))
+        lines.append([line["rollbacks"] for line in metrics(config)])
+    assert curves[0] == curves[1]
+    assert lines[0] == lines[1] == [0] * 5 + [1] * 5, "all of the run, also after the next healthy checkpoint"
+
+
 def test_going_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=2)
     running = chaos(config, 1, *({"what": "nan", "rank": 0, "step": step} for step in range(5, 10)))

@@ -26,6 +26,25 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     assert chaos(config, 2).codes() == [0, 0], "the same command goes on"
 
 
+@pytest.mark.parametrize(
+    ("rank", "when", "says"),
+    [
+        (0, -1, "rank 1: another rank died or did not answer during the start (phase meeting rank 0 at 127.0.0.1:"),
+        (0, 0, "(rank 0 has not answered for"),
+        (1, 0, "(rank 1 has not been heard of for"),
+    ],
+)
+def test_a_rank_that_freezes_during_the_start_is_named(
+    tmp_path: Path, shards: str, rank: int, when: int, says: str
+) -> None:
+    """Stopped (SIGSTOP) before the ranks have met, or after: the other one ends the run, and says who it was."""
+    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_first_s=3.0 if when else 14.0)
+    running = chaos(config, 2, {"what": "freeze", "rank": rank, "step": when})
+    codes = running.codes(grace_s=2)
+    assert codes[1 - rank] == 78 and codes[rank] == -9, running.text
+    assert says in running.text and "Traceback" not in running.text
+
+
 def test_a_slow_rank_is_named(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, train__steps=6)
     running = chaos(config, 2, {"what": "sleep", "rank": 1, "step": -1, "phase": "forward", "seconds": 0.4})

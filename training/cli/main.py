@@ -21,7 +21,7 @@ from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigErr
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
-from training.processes.endings import run_program
+from training.processes.endings import run_program, say
 
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that already stand in the default paths."""
@@ -236,9 +236,9 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
     """Prints the sentence (a mistake of the user's is the same on all ranks: rank 0 alone says it) and exits."""
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if os.environ.get("CASCADE_SRUN") == "1" else None)
     if rank in (None, "0"):
-        print(visible(f"{who}: {error}"), file=sys.stderr, flush=True)
+        say(visible(f"{who}: {error}"))
     elif error.exit_code != EXIT_USER_ERROR:
-        print(visible(f"{who} (rank {rank}): {error}"), file=sys.stderr, flush=True)
+        say(visible(f"{who} (rank {rank}): {error}"))
     raise SystemExit(error.exit_code)
 
 

@@ -216,7 +216,7 @@ class TrainConfig:
     """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run
     goes back to the weights of its last healthy checkpoint and steps past the data."""
     max_rollbacks: int = 1
-    """So often in a row; then it stops."""
+    """Rollbacks without a healthy checkpoint in between, before the run stops (code 76)."""
     spike_factor: float = 20.0
     """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one
     is."""

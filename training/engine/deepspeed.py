@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -27,13 +27,24 @@ from typing import Any
 import torch
 
 from training.config.experiment import Experiment
-from training.engine.plain import PlainEngine, Snapshot, StepInfo, saved_buffers, set_step, trained_parameters
+from training.engine.plain import (
+    Judge,
+    PlainEngine,
+    Snapshot,
+    StepInfo,
+    accept,
+    saved_buffers,
+    set_step,
+    squared_norm,
+    trained_parameters,
+)
 from training.optim.adafactor import Adafactor
 from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import state_name
 from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
 from training.optim.registry import STATES, build_optimizer, learning_rate
 from training.processes.distributed import Ranks, all_gather, all_sum
+from training.processes.meeting import check_cards, meet, own_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,29 +53,36 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
-    """Joins the process group and returns the ranks with their device and groups; nothing to join at `zero.stage=0`.
+    """Joins the process group and returns the ranks with their device, groups and store; nothing to join at
+    `zero.stage=0`.
 
     Every group gets `train.timeout_first_s`; after the first step `set_timeout` lowers it.
+
+    Raises:
+        ConfigError: some rank has not the device that was asked for, or may not open enough files.
+        RankLost: the ranks did not meet.
     """
-    device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        torch.cuda.set_device(device)
+    card, seconds = own_card(ranks), config.train.timeout_first_s
+    store, cards = (None, [card]) if ranks.world_size == 1 else meet(ranks, card, seconds)
+    check_cards(cards, config.cluster)
+    if card.device != "cpu":
+        torch.cuda.set_device(card.device)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for algorithms pays once
+    ranks = replace(ranks, device=card.device, store=store)
     if config.zero.stage == 0:
-        return replace(ranks, device=device)
-    timeout = timedelta(seconds=config.train.timeout_first_s)
-    deepspeed = import_deepspeed()
+        return ranks
+    timeout, deepspeed, dist = timedelta(seconds=seconds), import_deepspeed(), torch.distributed
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it; srun sets none
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device == "cpu" else "nccl",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timeout,
+    dist.init_process_group(
+        "gloo" if card.device == "cpu" else "nccl",
+        store=dist.HashStore() if store is None else dist.PrefixStore("groups", store),
         rank=ranks.rank,
         world_size=ranks.world_size,
+        timeout=timeout,
     )
-    control, background = (torch.distributed.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return replace(ranks, device=device, control=control, background=background)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return replace(ranks, control=control, background=background)
 
 
 def shut_down() -> None:
@@ -150,9 +168,13 @@ class Engine:
         )
         self._zero = self._engine.optimizer
         self.module: torch.nn.Module = self._engine.module
-        if config.zero.stage < 3 and not config.zero.offload_optimizer:
-            self._zero.check_overflow, self._zero.check_grad_overflow = lambda *_, **__: None, True
-            self._zero.scaled_global_norm = self._gradient_norm
+        self._question: tuple[torch.Tensor | float, Sequence[float], Judge] = (math.nan, (), accept)
+        self._answer: tuple[float, list[float], str] = (math.nan, [], "")
+        self._fused = not config.zero.offload_optimizer
+        if self._fused:
+            self._decide_with_the_norm()
+        if config.zero.stage == 3:
+            self._gather_persistent_at_once()
         self._pieces = self._layout()
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
@@ -183,19 +205,45 @@ class Engine:
         if self._micro_batches < self._accumulate:
             self._engine.step()  # only counts: it steps when all micro-batches are in
 
-    def step(self, step: int, apply: bool = True) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
-        `apply`."""
+    def step(
+        self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
+    ) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or `judge`
+        refuses it.
+
+        Args:
+            share: mean loss of this rank's samples; the loss of the global batch is the mean over the ranks.
+            votes: what else the ranks add up, in the same collective.
+            judge: asked on every rank with the same values.
+        """
         self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         set_step(self._zero.optimizer, lr, self.config.ema, self.updates)
-        with nullcontext() if apply else self._refusing():
+        self._question = (share, votes, judge)
+        if not self._fused:
+            self._ask(None)
+        with nullcontext() if self._fused or not self._answer[2] else self._refusing():
             self._engine.step()
         self._micro_batches = 0
-        norm = float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())  # on the host already, or a number
         skipped = not self._engine.was_step_applied()
         self.updates += not skipped
-        return StepInfo(float("inf") if skipped else norm, skipped, lr)
+        return StepInfo(float("inf") if skipped else norm, skipped, lr, *self._answer)
+
+    def _ask(self, squares: torch.Tensor | None) -> float:
+        """The one collective of a step outside of the gradients': sums of squared gradients, losses and votes. The
+        host waits for its result, once. Returns the global norm; inf where the judge refuses the step."""
+        share, votes, judge = self._question
+        device = self.ranks.device
+        own = torch.as_tensor(share, dtype=torch.float64).to(device, non_blocking=True).detach().reshape(1)
+        told = torch.tensor(votes, dtype=torch.float64).to(device, non_blocking=True)
+        squares = torch.zeros(1, dtype=torch.float64, device=device) if squares is None else squares.reshape(1)
+        sums = torch.cat([squares, own, told])
+        torch.distributed.all_reduce(sums, group=self._zero.dp_process_group)
+        square, total, *counted = sums.tolist()
+        loss = total / self.ranks.world_size
+        self._answer = loss, counted, judge(loss, counted)
+        return math.inf if self._answer[2] else math.sqrt(square)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -214,20 +262,44 @@ class Engine:
             if checked is not None:
                 zero.check_grad_overflow = checked
 
-    def _gradient_norm(self) -> torch.Tensor:
-        """For ZeRO 1 and 2, in place of DeepSpeed's, which takes a dozen kernels for each parameter and keeps the GPU
-        waiting for their launch. A norm that is not finite makes DeepSpeed drop the step."""
-        gradients = [g for group in self._zero.averaged_gradients.values() for g in group or () if g is not None]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        squares = torch.stack(norms).to(torch.float64).square().sum()
-        torch.distributed.all_reduce(squares, group=self._zero.dp_process_group)
-        return squares.sqrt().to(torch.float32)
+    def _decide_with_the_norm(self) -> None:
+        """Puts `_gradient_norm` in place of DeepSpeed's, which takes a dozen kernels for each parameter and keeps the
+        GPU waiting for their launch."""
+        if self.config.zero.stage == 3:
+            self._zero._get_norm_groups = lambda: [self._gradient_norm()]
+            return
+        self._zero.check_overflow, self._zero.check_grad_overflow = lambda *_, **__: None, True
+        self._zero.scaled_global_norm = self._gradient_norm
+
+    def _gradient_norm(self, *_: Any, **__: Any) -> torch.Tensor:
+        """The global norm, on the host. One that is not finite makes DeepSpeed drop the step."""
+        groups = self._zero.averaged_gradients.values()
+        gradients = [g for group in groups for g in group or () if g is not None and g.numel()]
+        squares = None
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+            squares = torch.stack(norms).to(torch.float64).square().sum()
+        return torch.tensor(self._ask(squares), dtype=torch.float32)
+
+    def _gather_persistent_at_once(self) -> None:
+        """After a step ZeRO 3 gathers the small parameters that stay whole; DeepSpeed sends one message for each."""
+        persistent = self._zero.persistent_parameters
+        if persistent:
+
+            def gather(param_list: list[Any], **_: Any) -> None:
+                waiting = [p for p in param_list if p.ds_status.name == "NOT_AVAILABLE"]
+                if waiting:
+                    persistent[0].all_gather_coalesced(waiting).wait()
+
+            persistent[0].all_gather = gather
 
     def norm(self) -> float:
         """Global norm of the weights (fp32 masters)."""
-        norms = (torch.linalg.vector_norm(flat.detach(), dtype=torch.float64) for flat in self._flats)
-        local = sum(float(norm) ** 2 for norm in norms)
-        return math.sqrt(all_sum([local], self.ranks)[0])
+        return math.sqrt(all_sum([self.squared_norm()], self.ranks)[0])
+
+    def squared_norm(self) -> float:
+        """This rank's part of its square. Not collective."""
+        return squared_norm(self._flats)
 
     def set_timeout(self, seconds: float) -> None:
         """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,23 @@ class StepInfo:
     grad_norm: float
     """Global norm before clipping; inf when it was not finite."""
     skipped: bool
-    """The gradient was not finite: weights, moments and averages are as before."""
+    """The gradient was not finite, or the step was refused: weights, moments and averages are as before."""
     lr: float
+    loss: float = math.nan
+    """Of the global batch."""
+    votes: Sequence[float] = ()
+    """Sums over the ranks."""
+    problem: str = ""
+    """Why the step was refused; empty where it was not."""
+
+
+Judge = Callable[[float, Sequence[float]], str]
+"""(loss of the global batch, sums of the votes) -> why the step must not be applied; empty when it may be."""
+
+
+def accept(_loss: float, _votes: Sequence[float]) -> str:
+    """Every step may be applied."""
+    return ""
 
 
 class Snapshot:
@@ -106,9 +121,11 @@ class PlainEngine:
         micro-batches."""
         (loss / self.accumulate).backward()
 
-    def step(self, step: int, apply: bool = True) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or not
-        `apply`."""
+    def step(
+        self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
+    ) -> StepInfo:
+        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or `judge`
+        refuses it. `share` is the loss of this rank's samples, `votes` what else the ranks add up."""
         self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         parameters = list(self._trained.values())
@@ -116,19 +133,25 @@ class PlainEngine:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         clip = self.config.optimizer.clip_norm or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-        skipped = not (apply and math.isfinite(norm))
+        norm, loss = torch.stack(
+            [torch.nn.utils.clip_grad_norm_(parameters, clip), torch.as_tensor(share).to(parameters[0])]
+        ).tolist()
+        problem = judge(loss, votes)
+        skipped = bool(problem) or not math.isfinite(norm)
         if not skipped:
             set_step(self.optimizer, lr, self.config.ema, self.updates)
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return StepInfo(float("inf") if skipped else norm, skipped, lr)
+        return StepInfo(float("inf") if skipped else norm, skipped, lr, loss, votes, problem)
 
     def norm(self) -> float:
         """Global norm of the weights."""
-        norms = (torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self._trained.values())
-        return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        return math.sqrt(self.squared_norm())
+
+    def squared_norm(self) -> float:
+        """Its square."""
+        return squared_norm(list(self._trained.values()))
 
     def set_timeout(self, seconds: float) -> None:
         """One process waits for nobody."""
@@ -198,6 +221,12 @@ class PlainEngine:
                 else:
                     state[kind] = value
         self.updates = updates
+
+
+def squared_norm(tensors: Sequence[torch.Tensor]) -> float:
+    """The sum of all squares, in float64."""
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).square().sum())
 
 
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

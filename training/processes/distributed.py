@@ -33,9 +33,17 @@ from data_pipeline.common import python
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
 from training.config.experiment import ClusterConfig, Experiment
 from training.config.plain import from_plain
-from training.processes.endings import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES, run_program
+from training.processes.endings import (
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    STOP_CODES,
+    Signals,
+    run_program,
+    say,
+    unless_ignored,
+)
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = Signals.HANDLED
 GRACE_S = 5.0
 """How long the other processes may live on after one has died; they hang in a collective with the dead one."""
 AGREED_GRACE_S = 600.0
@@ -60,6 +68,8 @@ class Ranks:
     """Gloo process group for decisions (main thread); None without a process group."""
     background: Any = field(default=None, compare=False, repr=False)
     """Gloo process group of the thread that writes checkpoints; None without a process group."""
+    store: Any = field(default=None, compare=False, repr=False)
+    """The key-value store in which the ranks met; None where one rank is alone."""
 
     @property
     def is_main(self) -> bool:
@@ -184,7 +194,7 @@ def run_processes(
             if child.poll() is None:
                 child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in unless_ignored(FORWARDED)}
     try:
         environ = dict(
             os.environ | python.environment(),
@@ -236,7 +246,7 @@ def _say_killed(rank: int, number: int) -> None:
     """It cannot say so itself."""
     name = signal.Signals(number).name
     memory = ", mostly because the machine ran out of memory: lower data.micro_batch" if name == "SIGKILL" else ""
-    print(f"rank {rank} was killed by signal {number} ({name}){memory}", file=sys.stderr, flush=True)
+    say(f"rank {rank} was killed by signal {number} ({name}){memory}")
 
 
 def _die_with_parent() -> None:
@@ -273,14 +283,14 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
         if rank == 0 and config.debug:
             traceback.print_exc()
         elif rank == 0 or error.exit_code == EXIT_HUNG:
-            print(str(error), file=sys.stderr, flush=True)
+            say(str(error))
         if error.exit_code != EXIT_HUNG:
             agreed_file(result_file).touch()
         return error.exit_code
     except OSError as error:
         if config.debug or error.filename is None:
             raise
-        print(str(of_file(error)), file=sys.stderr, flush=True)
+        say(str(of_file(error)))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:  # a second Ctrl-C
         return EXIT_INTERRUPTED
@@ -315,14 +325,14 @@ def broadcast(value: Any, ranks: Ranks, group: Any = None) -> Any:
 
 
 def all_sum(values: list[float], ranks: Ranks) -> list[float]:
-    """Element-wise sum over the ranks, in float64."""
+    """Element-wise sum over the ranks, in float64; over the GPUs' group where there is one. Main thread."""
     if ranks.world_size == 1:
         return values
     import torch
     import torch.distributed as dist
 
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=ranks.control)
+    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor, group=None if tensor.is_cuda else ranks.control)
     return tensor.tolist()
 
 

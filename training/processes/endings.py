@@ -8,24 +8,39 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from data_pipeline.common.errors import CascadeError
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError
 from data_pipeline.storage.retry import hurry_up
 
-EXIT_PREEMPTED = 75
-"""Saved after SIGTERM, SIGUSR1 or SIGUSR2: start the same command again (job scripts requeue on this code)."""
-EXIT_NOT_FINITE = 76
-"""Too many steps in a row could not be applied, also after going back to an earlier checkpoint."""
-EXIT_SUPERSEDED = 77
-"""A newer start of the same run owns the checkpoints now."""
-EXIT_HUNG = 78
-"""A rank made no progress for longer than the time-outs (its watchdog ended it), or waited in vain for another one."""
+EXIT_DONE, EXIT_CRASH, EXIT_PREEMPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_HUNG = 0, 1, 75, 76, 77, 78
 EXIT_INTERRUPTED = 130
-"""Saved after SIGINT (Ctrl-C)."""
-STOP_CODES = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED)
-"""Exits that all ranks decided together."""
+
+
+class Exit(NamedTuple):
+    """What an exit code means."""
+
+    meaning: str
+    agreed: bool = False
+    """All ranks decided it together, so each ends by itself."""
+    restart: bool = False
+    """The same command continues the run; a job script may start it again by itself."""
+
+
+EXIT_CODES = {
+    EXIT_DONE: Exit("all steps are done"),
+    EXIT_CRASH: Exit("a crash, a store out of reach, or a last checkpoint that was not written"),
+    EXIT_USER_ERROR: Exit("a mistake in the configuration, the data or the credentials"),
+    EXIT_PREEMPTED: Exit("saved after SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP", agreed=True, restart=True),
+    EXIT_NOT_FINITE: Exit("too many steps could not be applied, also after rolling back", agreed=True),
+    EXIT_SUPERSEDED: Exit("a newer start of the run owns its checkpoints", agreed=True),
+    EXIT_HUNG: Exit("a rank died, or made no progress within the time-outs", restart=True),
+    EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True),
+}
+"""All exit codes of a training run, but for 128 + n: killed by signal n."""
+STOP_CODES = tuple(code for code, end in EXIT_CODES.items() if end.agreed)
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
@@ -53,8 +68,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:
-                code = code or 1
+            except OSError:  # a terminal that was closed, a full disk
+                code = code or EXIT_CRASH
         os._exit(code if isinstance(code, int) else int(code is not None))
 
 
@@ -88,7 +103,19 @@ class RankLost(CascadeError):
     exit_code = EXIT_HUNG
 
 
-LOST = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe", "connection refused")
+LOST = (
+    "timed out",
+    "timeout",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "connection refused",
+    "connection was closed",  # NCCL's network plugins
+    "communicator was aborted",  # NCCL, in the threads of a rank whose watchdog has seen an error elsewhere
+    "ncclremoteerror",
+    "remote process exited",  # what NCCL says of ncclRemoteError
+    "peer may have exited",
+)
 """What gloo, NCCL and the key-value store say when a peer is gone or silent."""
 
 
@@ -98,22 +125,26 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return any(words in said for words in LOST)
 
 
-def lost_at_start(rank: int, error: RuntimeError) -> str:
-    """The sentence for a rank that was lost before there was a step."""
-    return (
-        f"rank {rank}: another rank died or did not answer during the start: {str(error).splitlines()[0][:200]}; its "
-        f"own log or output says why, and the same command starts again"
-    )
+def say(sentence: str) -> None:
+    """A line on stderr, wherever that leads: a closed terminal or a full disk does not change how the program ends."""
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def unless_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """The signals to handle: nohup has SIGHUP ignored, and it stays so."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Signals:
     """Remembers that a signal came; the loop asks at the step boundary. A second SIGINT ends the program at once.
+    SIGHUP (a closed terminal) counts like SIGTERM, unless it is ignored already (nohup).
 
     Used as a context manager (the former handlers come back at its end). A launcher starts its processes with these
     signals blocked, so that one that comes while Python starts is not lost and kills nothing: here they are let in.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received = 0
@@ -121,7 +152,7 @@ class Signals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
-        for number in self.HANDLED:
+        for number in unless_ignored(self.HANDLED):
             self._previous[number] = signal.signal(number, self._remember)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.HANDLED)
         return self
@@ -160,17 +191,19 @@ class LossGuard:
     """Judges the loss of a step before the step is applied.
 
     A loss above `factor` times the median of the last WINDOW accepted ones is a spike. Losses that were not accepted
-    never enter the window, and the window is part of the checkpoint, so a restart judges as the run that was not
-    interrupted would have.
+    never enter the window. The window and the streak of refused steps are part of the checkpoint, so a restart judges
+    as an uninterrupted run would.
     """
 
     WINDOW = 64
     NEEDED = 16
     """Before this many losses are known nothing counts as a spike (the first ones fall quickly)."""
 
-    def __init__(self, factor: float, history: Iterable[float] = ()) -> None:
+    def __init__(self, factor: float, history: Iterable[float] = (), refused: int = 0) -> None:
         self.factor = factor
         self.history = list(history)[-self.WINDOW :]
+        self.refused = refused
+        """Steps in a row, up to now, that were not applied."""
 
     def problem(self, loss: float) -> str:
         """Why the step must not be applied; empty when it may be."""
@@ -186,4 +219,13 @@ class LossGuard:
 
     def accept(self, loss: float) -> None:
         """The step was applied."""
+        self.refused = 0
         self.history = [*self.history, loss][-self.WINDOW :]
+
+    def refuse(self) -> None:
+        """The step was not applied."""
+        self.refused += 1
+
+    def roll_back(self, history: Iterable[float]) -> None:
+        """The weights are those of a checkpoint with this window."""
+        self.history, self.refused = list(history), 0

@@ -6,14 +6,14 @@ import json
 import resource
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.processes.distributed import Ranks, all_gather, all_sum
+from training.processes.distributed import Ranks, all_sum
 from training.run.directory import read_json, replace_file
 
 BANDS = 5
@@ -58,7 +58,8 @@ class Meter:
         self.ranks, self.global_batch = ranks, global_batch
         self.flops, self.peak = flops_per_image, peak_flops
         self._seconds: dict[str, float] = defaultdict(float)
-        self._bands = torch.zeros(2, BANDS, dtype=torch.float64)
+        self._bands: torch.Tensor | None = None
+        """(2, BANDS): sums of the finite losses and how many, on their device."""
         self._began = time.monotonic()
         self._step: int | None = None
 
@@ -73,26 +74,36 @@ class Meter:
 
     def losses(self, t: torch.Tensor, loss: torch.Tensor) -> None:
         """Per-sample times (B,) in [0, 1] and losses (B,), added to their bands."""
-        band = (t.detach().double().cpu() * BANDS).long().clamp(0, BANDS - 1)
-        values = loss.detach().double().cpu()
-        self._bands[0].index_add_(0, band, values.nan_to_num(0.0))
-        self._bands[1].index_add_(0, band, values.isfinite().double())
+        band = (t.detach().double() * BANDS).long().clamp(0, BANDS - 1).to(loss.device)
+        values = loss.detach().double()
+        inside = (band[:, None] == torch.arange(BANDS, device=loss.device)).double()
+        finite = values.isfinite()
+        sums = torch.stack([torch.where(finite, values, 0.0), finite.double()]) @ inside
+        self._bands = sums if self._bands is None else self._bands + sums  # nothing waits for a GPU
 
     def start(self, step: int) -> None:
         """The first step of this start is about to run."""
         self._step, self._began = step, time.monotonic()
         self._seconds.clear()
 
-    def record(self, step: int) -> dict[str, Any]:
-        """What happened since the last record. Collective."""
+    def record(self, step: int, more: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """What happened since the last record, and the numbers in `more` summed over the ranks, under their names. One
+        collective."""
         assert self._step is not None, "start() first"
         now = time.monotonic()
         aside = sum(self._seconds[name] for name in ASIDE)
         seconds, steps = max(now - self._began - aside, 1e-9), step - self._step
-        own = (self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds)
-        everyone = all_gather(own, self.ranks)
+        own = [self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds]
+        bands = [0.0] * 2 * BANDS if self._bands is None else self._bands.flatten().tolist()
+        places = [0.0] * len(own) * self.ranks.world_size  # each rank fills its own
+        places[len(own) * self.ranks.rank : len(own) * (self.ranks.rank + 1)] = own
+        more = more or {}
+        summed = iter(all_sum([*more.values(), *bands, *places], self.ranks))
+        record: dict[str, Any] = {name: next(summed) for name in more}
+        sums = [next(summed) for _ in bands]
+        everyone = list(zip(*[summed] * len(own), strict=True))
         rate = steps * self.global_batch / seconds
-        record: dict[str, Any] = {
+        record |= {
             "images_per_second": rate,
             "step_seconds": seconds / steps,
             "data_wait": min(1.0, max(data / spent for data, _, _, spent in everyone)),
@@ -104,12 +115,11 @@ class Meter:
         if slow is not None:
             rank, factor = slow
             record.update(slow_rank=rank, slow_factor=factor)
-        sums = all_sum(self._bands.flatten().tolist(), self.ranks)
         for band in range(BANDS):
             if sums[BANDS + band]:
                 low, high = band / BANDS, (band + 1) / BANDS
                 record[f"loss_t/{low:.1f}-{high:.1f}"] = sums[band] / sums[BANDS + band]
-        self._bands.zero_()
+        self._bands = None
         self.start(step)
         return record
 

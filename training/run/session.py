@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.common.errors import CascadeError
+from data_pipeline.common.errors import BAD_REASONS, CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
 from training.checkpoint.downloads import Share, shared_downloads
@@ -51,14 +51,17 @@ from training.text.identity import identity, pinned
 
 log = logging.getLogger("cascade")
 
-MARGIN_S = 60.0
-"""The watchdog waits so much longer than the process groups, whose time-outs say more about what happened."""
+
+NO_DATA = "there is no data for it"
+DATA_COUNTS = ("samples", "bad", *(f"bad_{reason}" for reason in BAD_REASONS), "bad_other")
+"""Counts of the loader that the ranks add up, in this order."""
 
 
 class Session:
     """One start of a run. `step` and `position` are where it begins."""
 
-    def __init__(self, config: Experiment, ranks: Ranks) -> None:
+    def __init__(self, config: Experiment, ranks: Ranks, watchdog: Watchdog) -> None:
+        watchdog.phase("run directory")
         config = replace(config, text=each(lambda: pinned(config.text), ranks))
         self.config, self.ranks = config, ranks
         self._config = to_dict(config)
@@ -66,9 +69,9 @@ class Session:
         self.run = RunDir(config)
         together(self.run.create, ranks)
         start_logging(self.run, ranks)
-        train = config.train
-        limits = train.stall_s, train.timeout_s + MARGIN_S, train.timeout_first_s + MARGIN_S
-        self.watchdog = Watchdog(ranks, self.run.log_file(ranks.rank), *limits)
+        train, self.watchdog = config.train, watchdog
+        watchdog.log_file = self.run.log_file(ranks.rank)
+        watchdog.phase("checkpoint")
         self.store = CheckpointStore(self.run.checkpoints)
         downloads = ExitStack()
         share = downloads.enter_context(self._downloads(train.init_from))
@@ -77,10 +80,14 @@ class Session:
         self.step: int = checkpoint.step if checkpoint else 0
         self.position: int = meta.get("position", 0)
         self.counters: dict[str, int] = {"skipped": 0, "rollbacks": 0, **meta.get("counters", {})}
+        """`rollbacks`: those since the last healthy checkpoint, which train.max_rollbacks limits."""
+        self.rollbacks: int = meta.get("rollbacks", self.counters["rollbacks"])
+        """All of this run."""
         self._data_counters: dict[str, int] = meta.get("data_counters", {})
-        self.guard = LossGuard(train.spike_factor, meta.get("losses", ()))
+        self.guard = LossGuard(train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
         self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
 
+        watchdog.phase("data")
         own = config.data.own_process
         each(lambda: check_memory(config, ranks), ranks)
         for remark in remarks(config, ranks.device) if ranks.is_main else ():
@@ -90,6 +97,7 @@ class Session:
             self.loader.check_state(meta["data"])
         if self.loader.embeddings is not None:
             self.loader.embeddings.check(identity(config.text))
+        watchdog.phase("text encoder")
         self.text_encoder = each(lambda: build_text_encoder(config.text, ranks.device), ranks)
         self.validation: Validation | None = None
         if config.validation.every:
@@ -98,6 +106,7 @@ class Session:
         if config.evaluation.every:
             encode = self.text_encoder.encode
             self.evaluation = each(lambda: QuickEvaluation(config, ranks, encode), ranks)
+        watchdog.phase("engine")
         unet = for_stage(config.stage, self.text_encoder.dim)
         self.lora: dict[str, Any] | None = meta.get("lora")
         model = each(lambda: self._build_model(unet, fresh=checkpoint is None), ranks)
@@ -107,6 +116,7 @@ class Session:
         if checkpoint is not None:
             self._load(checkpoint)
         downloads.close()
+        watchdog.phase("tracking")
         self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, self.run.record_saved)
         self.writer.last_step = self._announced = self.step if checkpoint else -1
         together(self._record_start, ranks)
@@ -119,6 +129,10 @@ class Session:
         self.validated, self.validated_step = math.inf, -1
         self._left = TimeLeft(train.steps)
         self._grid: Inputs | None = None
+        self._batches: list[Batch] | None = None
+        self._failure: Exception | None = None
+        self._writing = True
+        """Some rank is writing a checkpoint, as far as is known."""
         self._slow = 0
         compiled = config.precision.compile
         self._normal = torch.compile(random.normal, dynamic=False) if compiled else random.normal
@@ -204,31 +218,63 @@ class Session:
 
     def begin(self) -> None:
         """The loop starts: clocks to zero, on all ranks at once (rank 0 has W&B to start)."""
+        self.watchdog.phase("wait for rank 0")
         all_gather(None, self.ranks)
         self.meter.start(self.step)
 
     def next_batch(self, healthy: bool) -> list[Batch]:
-        """The micro-batches of the next step. What goes wrong on one rank is raised on all of them, after the state
-        before this step has been saved (`healthy`: that step was applied)."""
-        batches, error = None, None
+        """The micro-batches of the next step.
+
+        Where a rank gets none, it repeats its last ones, so that the others do not wait for it in vain; `judge` then
+        refuses the step, and `hear` ends the run on all ranks. Without last ones (the first step, or one process) the
+        run ends here, after the state has been saved (`healthy`: the last step was applied).
+        """
+        first = self._batches is None
         try:
-            batches = next(self.loader)
+            self._batches = next(self.loader)
         except (CascadeError, OSError) as caught:
-            error = caught
-        step, counts = self.position // self.config.data.global_batch, self.loader.counters
-        self.watchdog.phase("wait for data", step)
-        with self.meter.phase("wait"):
-            own = [float(error is not None), counts["samples"], counts["bad"]]
-            failed, seen, bad = all_sum(own, self.ranks)
-        if not failed and self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)):
-            shards = all_gather(self.loader.bad_shards, self.ranks)
-            failed, error = 1.0, self.loader.too_many_error(int(seen), int(bad), shards)
-        if failed:
-            self.save(step, healthy, wait=True)
-            raise next(e for e in all_gather(error, self.ranks) if e is not None)
-        assert batches is not None
+            self._failure = caught
+        if (first or self.ranks.world_size == 1) and any(all_gather(self._failure is not None, self.ranks)):
+            self._end_without_data(healthy)
+        assert self._batches is not None
         self.position += self.config.data.global_batch
-        return batches
+        return self._batches
+
+    def votes(self, received: int) -> list[float]:
+        """What this rank has to say at a step: has it no data, samples seen and bad ones, is a checkpoint being
+        written, and which signal it has received."""
+        counts = self.loader.counters
+        own = [self._failure is not None, counts["samples"], counts["bad"], self.writer.busy]
+        return [float(value) for value in (*own, *(received == number for number in Signals.HANDLED))]
+
+    def judge(self, loss: float, votes: Sequence[float]) -> str:
+        """Why a step must not be applied; the same on all ranks."""
+        return NO_DATA if self._data_ends(votes) else self.guard.problem(loss)
+
+    def hear(self, votes: Sequence[float], healthy: bool) -> int:
+        """Takes in what all ranks have said at a step; the signal that any of them received, or 0.
+
+        Raises:
+            CascadeError: one has no data, or too many samples were bad; the state before the step is saved
+                (`healthy`: the step before it was applied).
+        """
+        if self._data_ends(votes):
+            self.position -= self.config.data.global_batch
+            self._end_without_data(healthy, votes)
+        self._writing = bool(votes[3])
+        return next((n for n, count in zip(Signals.HANDLED, votes[4:], strict=True) if count), 0)
+
+    def _data_ends(self, votes: Sequence[float]) -> bool:
+        failed, seen, bad = votes[:3]
+        return bool(failed) or (self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)))
+
+    def _end_without_data(self, healthy: bool, votes: Sequence[float] = ()) -> None:
+        self.save(self.position // self.config.data.global_batch, healthy, wait=True)
+        for error in all_gather(self._failure, self.ranks):
+            if error is not None:
+                raise error
+        shards = all_gather(self.loader.bad_shards, self.ranks)
+        raise self.loader.too_many_error(int(votes[1]), int(votes[2]), shards)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of one micro-batch."""
@@ -250,13 +296,6 @@ class Session:
         self.meter.losses(each_sample["t"], each_sample["loss"])
         return mean
 
-    def agree(self, share: float, received: int) -> tuple[float, int]:
-        """What all ranks must know before they decide: the loss of the global batch, and a signal that any of them
-        received."""
-        total, *asked = all_sum([share, *(float(received == n) for n in Signals.HANDLED)], self.ranks)
-        number = next((n for n, count in zip(Signals.HANDLED, asked, strict=True) if count), 0)
-        return total / self.ranks.world_size, number
-
     def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, T, D) and mask (B, T) of the captions: precomputed ones, else encoded now."""
         if batch.embeddings is None:
@@ -265,21 +304,21 @@ class Session:
         return torch.from_numpy(text), torch.from_numpy(mask)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """Metrics after `step` steps. Collective."""
-        if all_sum([float(self.writer.busy)], self.ranks)[0] == 0:
+        """Metrics after `step` steps. One collective."""
+        if not self._writing:
             self.finish_saving()  # a failed one is not left unsaid until the next is due
-        measured = self.meter.record(step)
+        measured = self.meter.record(step, {"param_norm": self.engine.squared_norm(), **self._own_data_counts()})
+        counts = self._with_earlier_starts({name: measured.pop(name) for name in DATA_COUNTS})
         if self.hours is not None:
             record = {**record, "device_hours": self.hours.total()}
-        bad = {name: count for name, count in self._all_data_counters().items() if name.startswith("bad")}
         record = {
             "position": self.position,
             **record,
             **measured,
-            "param_norm": self.engine.norm(),
-            **self.counters,
-            "bad": 0,
-            **bad,
+            "param_norm": math.sqrt(measured["param_norm"]),
+            "skipped": self.counters["skipped"],
+            "rollbacks": self.rollbacks,
+            **{name: count for name, count in counts.items() if name.startswith("bad")},
         }
         self._name_slow_rank(step, record)
         rate = measured["images_per_second"] / self.config.data.global_batch
@@ -295,11 +334,21 @@ class Session:
                 step, record["slow_rank"], record["slow_factor"],
             )  # fmt: skip
 
-    def _all_data_counters(self) -> dict[str, int]:
-        """Counts of the data over all ranks and all starts. Collective."""
-        total = Counter(self._data_counters)
-        for counters in all_gather(self.loader.counters, self.ranks):
-            total.update(counters)
+    def _own_data_counts(self) -> dict[str, float]:
+        """This rank's counts, by DATA_COUNTS; a reason that is not among them counts as bad_other."""
+        counts = dict.fromkeys(DATA_COUNTS, 0.0)
+        for name, count in self.loader.counters.items():
+            counts[name if name in counts else "bad_other"] += count
+        return counts
+
+    def _sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Summed over the ranks. Collective."""
+        return dict(zip(values, all_sum(list(values.values()), self.ranks), strict=True))
+
+    def _with_earlier_starts(self, counts: Mapping[str, float]) -> dict[str, int]:
+        """Counts of the data over all ranks (`counts`) and all starts; reasons that never occurred are left out."""
+        total = Counter({"samples": 0, "bad": 0, **self._data_counters})
+        total.update({name: int(count) for name, count in counts.items() if count})
         return dict(total)
 
     def report_skip(self, step: int, loss: float, why: str, batches: list[Batch]) -> None:
@@ -315,7 +364,8 @@ class Session:
             "step": self.config.train.steps,
             "position": self.position,
             "loss": finite(loss),
-            **self.counters,
+            "skipped": self.counters["skipped"],
+            "rollbacks": self.rollbacks,
             "device_hours": self.hours.total() if self.hours is not None else None,
             "run_dir": str(self.run.path),
             "checkpoint": str(self.store.folder.sub(step_name(self.writer.last_step))),
@@ -341,8 +391,10 @@ class Session:
                     "config": self._config,
                     "data": {**self.loader.state(), "position": self.position},
                     "counters": dict(self.counters),  # it is written later, in the background
-                    "data_counters": self._all_data_counters(),
+                    "data_counters": self._with_earlier_starts(self._sum(self._own_data_counts())),
                     "losses": self.guard.history,
+                    "refused": self.guard.refused,
+                    "rollbacks": self.rollbacks,
                     "healthy": healthy,
                     "validation": self.validated if self.validated_step == step else None,
                     "wandb_id": self.wandb_id,
@@ -363,7 +415,7 @@ class Session:
             self._announced = self.writer.last_step
             self.tracker.checkpoint(self._announced, self.store.folder.sub(step_name(self._announced)))
 
-    def roll_back(self, step: int, skipped: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Sets weights, moments and averages back to the last healthy checkpoint; the position goes on. Collective.
 
         Raises:
@@ -372,7 +424,7 @@ class Session:
         with self.phase("checkpoint", step), self._downloads() as share:
             self.finish_saving()
             checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True), share=share)
-            trouble = f"step {step}: the last {skipped} steps could not be applied (train.max_skipped)"
+            trouble = f"step {step}: the last {self.guard.refused} steps could not be applied (train.max_skipped)"
             advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
             if checkpoint is None:
                 raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
@@ -381,9 +433,10 @@ class Session:
                     f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} "
                     f"(train.max_rollbacks); {advice}"
                 )
+            self.rollbacks += 1
             self.counters["rollbacks"] += 1
             self._load(checkpoint)
-        self.guard.history = list(checkpoint.meta.get("losses", ()))
+        self.guard.roll_back(checkpoint.meta.get("losses", ()))
         if self.ranks.is_main:
             log.warning(
                 "%s: the weights are set back to the checkpoint of step %d; training goes on with step %d, past the "
@@ -429,7 +482,6 @@ class Session:
         """Ends everything; with an error under way, the rank's own log says which."""
         if sys.exc_info()[0] is not None:
             log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
-        self.watchdog.close()
         self.loader.close()
         self.writer.close(hurry=exit_code != 0)
         self.tracker.close(exit_code)

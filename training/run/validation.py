@@ -67,7 +67,7 @@ class Validation:
     def measure(self, model: Callable[..., Any]) -> float:
         """Mean loss; the times of the samples are spread evenly over (0, 1). Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
-        total, device = 0.0, self.ranks.device
+        total, device = torch.zeros((), dtype=torch.float64, device=self.ranks.device), self.ranks.device
         for batch in self._batches:
             text, mask = self._text(batch)
             _, each = loss(
@@ -82,5 +82,5 @@ class Validation:
                 image_size=self.config.stage.image_size,
                 t=((batch.positions + 0.5) / self.count).to(device),
             )
-            total += float(each["loss"].double().sum())
-        return all_sum([total], self.ranks)[0] / self.count
+            total += each["loss"].double().sum()
+        return all_sum([float(total)], self.ranks)[0] / self.count

@@ -1,4 +1,9 @@
-"""A thread that notices when this rank stands still, says where, and in the end takes the process down."""
+"""A thread that notices when this rank stands still, says where, and in the end takes the process down.
+
+It runs from the first line of a training. Nothing it does waits for anybody: what the ranks tell each other goes
+through a second thread, because the key-value store of a frozen rank 0 accepts connections and never answers, whatever
+its time-out.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,112 +19,175 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from training.config.experiment import TrainConfig
 from training.processes.distributed import Ranks
-from training.processes.endings import EXIT_HUNG
+from training.processes.endings import EXIT_HUNG, say
 
 log = logging.getLogger("cascade")
 
+BEAT_S = 2.0
 SILENT_S = 10.0
-"""A rank whose watchdog has said nothing for so long is frozen or gone (it speaks every 2 seconds)."""
-PATIENT = ("checkpoint", "samples", "validation")
+"""A rank whose watchdog has said nothing for so long is frozen or gone (it speaks every BEAT_S)."""
+ANSWER_S = 3.0
+"""How long a report waits for what is known about the other ranks."""
+MARGIN_S = 60.0
+"""How much longer than the process groups it waits: their time-outs say more about what happened."""
+PATIENT = ("checkpoint", "samples", "validation", "end")
 """Phases that may always take as long as the first step."""
 
 
 class Watchdog:
     """The loop calls `phase` wherever it goes on to something else; silence of `warn_s` is reported once per phase,
-    with the stacks of all threads in this rank's log, and silence of `limit_s` (of `patient_s` as long as `patient` is
-    set: until the first step is done) ends the process (exit code EXIT_HUNG), so that a scheduler can start afresh.
+    with the stacks of all threads in this rank's log (`log_file`; before there is one, on stderr), and silence of
+    `limit_s` (of `patient_s` as long as `patient` is set: until the first step is done) ends the process (exit code
+    EXIT_HUNG), so that a scheduler can start afresh.
 
-    Every rank puts what it does into the process group's store, so rank 0 can say which of the others stands still.
+    Once the ranks have met (`join`), rank 0 can say which of the others stands still, and the others whether rank 0
+    does.
     """
 
     def __init__(
         self,
         ranks: Ranks,
-        log_file: Path,
+        log_file: Path | None,
         warn_s: float,
         limit_s: float,
         patient_s: float,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self.ranks, self.warn_s, self.limit_s, self.patient_s = ranks, warn_s, limit_s, patient_s
-        self._log_file, self._leave = log_file, leave
+        self.log_file, self._leave = log_file, leave
         self.patient = True
-        self._now = ("start", 0, time.monotonic())
-        self._store = _store()
+        self._now: tuple[str, int | None, float] = ("imports", None, time.monotonic())
+        self._beats: _Beats | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def phase(self, name: str, step: int) -> None:
-        """This rank begins to do `name` in step `step` (a plain assignment: costs nothing)."""
+    @staticmethod
+    def limits(settings: TrainConfig) -> tuple[float, float, float]:
+        """warn_s, limit_s and patient_s."""
+        return settings.stall_s, settings.timeout_s + MARGIN_S, settings.timeout_first_s + MARGIN_S
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """This rank begins to do `name` in step `step`, None during the start (a plain assignment: costs nothing)."""
         self._now = (name, step, time.monotonic())
+
+    def join(self, connect: Callable[[], Any]) -> None:
+        """From now on the ranks tell each other where they are; `connect` opens a store of this thread's own."""
+        self._beats = _Beats(self.ranks, connect, lambda: self._now)
 
     def last_words(self, error: Exception) -> str:
         """One sentence for a collective that failed because of another rank."""
         name, step, since = self._now
+        after = f"phase {name}, after {time.monotonic() - since:.0f} s{self._others()}"
+        said = str(error).splitlines()[0][:200]
+        if step is None:
+            return (
+                f"rank {self.ranks.rank}: another rank died or did not answer during the start ({after}): {said}; its "
+                f"own log or output says why, and the same command starts again"
+            )
         return (
-            f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, phase "
-            f"{name}, after {time.monotonic() - since:.0f} s{self._others()}): {str(error).splitlines()[0][:200]}; its "
-            f"own log says why, and the same command goes on from the newest checkpoint"
+            f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, {after}): "
+            f"{said}; its own log says why, and the same command goes on from the newest checkpoint"
         )
 
     def close(self) -> None:
-        """Stops watching."""
         self._stop.set()
+        if self._beats is not None:
+            self._beats.stop.set()
         self._thread.join(timeout=2.0)
 
     def _watch(self) -> None:
         warned = None
-        while not self._stop.wait(min(2.0, self.warn_s / 4)):
+        while not self._stop.wait(min(BEAT_S, self.warn_s / 4)):
             now = name, step, since = self._now
             silent = time.monotonic() - since
-            self._beat(name, step, silent)
+            where = "the start" if step is None else f"step {step}"
             if silent > self.warn_s and warned is not now:
                 warned = now
                 log.warning(
-                    "rank %d has been in step %d, phase %s, for %.0f s%s; the stacks of its threads are in %s",
-                    self.ranks.rank, step, name, silent, self._others(), self._log_file,
+                    "rank %d has been in %s, phase %s, for %.0f s%s; the stacks of its threads are in %s",
+                    self.ranks.rank, where, name, silent, self._others(), self.log_file or "its output",
                 )  # fmt: skip
-                with suppress(OSError), open(self._log_file, "a") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
+                self._dump_stacks()
             if silent > (self.patient_s if self.patient or name in PATIENT else self.limit_s):
-                log.error(
-                    "rank %d: no progress in step %d, phase %s, for %.0f s: it ends with code %d so that the job can "
-                    "start again from the newest checkpoint", self.ranks.rank, step, name, silent, EXIT_HUNG,
-                )  # fmt: skip
+                sentence = (
+                    f"rank {self.ranks.rank}: no progress in {where}, phase {name}, for {silent:.0f} s"
+                    f"{self._others()}: it ends with code {EXIT_HUNG} so that the job can start again from the newest "
+                    f"checkpoint"
+                )
+                log.error("%s", sentence)
+                if (
+                    self.log_file is not None and not self.ranks.is_main
+                ):  # rank 0, which speaks otherwise, may be frozen
+                    say(sentence)
                 self._leave(EXIT_HUNG)
                 return
 
-    def _beat(self, name: str, step: int, silent: float) -> None:
-        if self._store is None:
-            return
-        try:
-            self._store.set(f"beat/{self.ranks.rank}", json.dumps([name, step, silent, time.time()]))
-        except RuntimeError:  # rank 0, which holds the store, is gone: the collective will say so
-            self._store = None
+    def _dump_stacks(self) -> None:
+        with suppress(OSError, ValueError):
+            if self.log_file is None:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                return
+            with open(self.log_file, "a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
 
     def _others(self) -> str:
-        """What rank 0 knows of the ranks that are somewhere else, or say nothing any more."""
-        if self._store is None or not self.ranks.is_main:
-            return ""
-        found = []
-        for rank in range(self.ranks.world_size):
-            if rank == self.ranks.rank or not self._store.check([f"beat/{rank}"]):
-                continue
-            name, step, silent, at = json.loads(self._store.get(f"beat/{rank}"))
-            age = time.time() - at
-            if age > SILENT_S:
-                found.append(f"rank {rank} has not been heard of for {age:.0f} s (last in step {step}, phase {name})")
-            elif (name, step) != self._now[:2]:
-                found.append(f"rank {rank} is in step {step}, phase {name}, for {silent + age:.0f} s")
+        """What is known of the ranks that are somewhere else, or say nothing any more."""
+        found = [] if self._beats is None else self._beats.others()
         return f" ({'; '.join(found[:8])})" if found else ""
 
 
-def _store() -> Any:
-    """The process group's key-value store, for this thread alone; None without a process group."""
-    import torch.distributed as dist
+class _Beats(threading.Thread):
+    """Every rank puts what it does into the store; rank 0 reads what the others have put there, and they what rank 0
+    has."""
 
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    def __init__(
+        self, ranks: Ranks, connect: Callable[[], Any], now: Callable[[], tuple[str, int | None, float]]
+    ) -> None:
+        super().__init__(name="beats", daemon=True)
+        self._ranks, self._connect, self._now = ranks, connect, now
+        self.stop = threading.Event()
+        self._wanted, self._known = threading.Event(), threading.Event()
+        self._found: list[str] = []
+        self._answered = time.monotonic()
+        self.start()
+
+    def others(self) -> list[str]:
+        """One phrase per rank that is elsewhere or silent. Waits for a moment only."""
+        self._known.clear()
+        self._wanted.set()
+        if self._known.wait(ANSWER_S):
+            return self._found
+        silent = time.monotonic() - self._answered
+        return [] if self._ranks.is_main else [f"rank 0 has not answered for {silent:.0f} s"]
+
+    def run(self) -> None:
+        with suppress(RuntimeError):  # rank 0, which holds the store, is gone: the collective will say so
+            store = self._connect()
+            while not self.stop.is_set():
+                name, step, since = self._now()
+                mine = f"beat/{self._ranks.rank}"
+                store.set(mine, json.dumps([name, step, time.monotonic() - since, time.time()]))
+                store.check([mine])  # `set` does not wait for an answer
+                self._answered = time.monotonic()
+                if self._wanted.wait(BEAT_S):
+                    self._wanted.clear()
+                    self._found = self._read(store)
+                    self._known.set()
+
+    def _read(self, store: Any) -> list[str]:
+        found = []
+        here = self._now()[:2]
+        for rank in range(self._ranks.world_size if self._ranks.is_main else 1):
+            if rank == self._ranks.rank or not store.check([f"beat/{rank}"]):
+                continue
+            name, step, silent, at = json.loads(store.get(f"beat/{rank}"))
+            where = "the start" if step is None else f"step {step}"
+            age = time.time() - at
+            if age > SILENT_S:
+                found.append(f"rank {rank} has not been heard of for {age:.0f} s (last in {where}, phase {name})")
+            elif (name, step) != here:
+                found.append(f"rank {rank} is in {where}, phase {name}, for {silent + age:.0f} s")
+        return found

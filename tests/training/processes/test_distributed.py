@@ -121,7 +121,7 @@ import os, signal, sys, time
 def got(number, frame):
     os.write(1, f"got {signal.Signals(number).name}\n".encode())
     sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
     signal.signal(number, got)
 os.write(1, f"ready {os.getpid()}\n".encode())
 time.sleep(600)
@@ -134,7 +134,7 @@ def start_pair() -> tuple[subprocess.Popen[str], list[int]]:
     return outer, [int(outer.stdout.readline().split()[1]) for _ in range(2)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_signals_reach_every_process(number: signal.Signals) -> None:
     outer, _ = start_pair()
     outer.send_signal(number)
@@ -185,6 +185,66 @@ def test_a_signal_while_a_process_starts_waits_for_it() -> None:
     outer.send_signal(signal.SIGUSR1)
     outer.communicate(timeout=60)
     assert outer.returncode == signal.SIGUSR1
+
+
+TERMINAL = """
+import sys, time
+from training.processes.distributed import run_processes
+from training.processes.endings import Signals, run_program, say, stop_error
+def main():
+    with Signals() as signals:
+        print("ready", flush=True)
+        while not signals.received:
+            time.sleep(0.02)
+    open(sys.argv[1], "w").write(str(stop_error(signals.received, 7, 7)))
+    say("nobody reads this")
+    return 75
+run_program(main)
+"""
+
+
+def closed_terminal(command: list[str], processes: int = 1) -> int:
+    """Starts a command in a terminal of its own and closes it once its processes have said `ready`; its exit code."""
+    import fcntl
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    outer = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal)
+    os.close(slave)
+    said = b""
+    while said.count(b"ready") < processes:
+        said += os.read(master, 1024)
+    os.close(master)
+    return outer.wait(timeout=60)
+
+
+def test_a_closed_terminal_is_a_request_to_stop(tmp_path: Path) -> None:
+    """Saying so into the terminal that is gone does not change the exit code."""
+    said = tmp_path / "said"
+    assert closed_terminal([sys.executable, "-c", TERMINAL, str(said)]) == 75
+    assert said.read_text().startswith("stopped by SIGHUP after step 7; everything is saved")
+
+
+def test_a_closed_terminal_stops_the_processes_of_a_launcher(tmp_path: Path) -> None:
+    body = TERMINAL.replace("sys.argv[1]", f"'{tmp_path}/' + __import__('os').environ['RANK']")
+    assert closed_terminal([sys.executable, "-c", OUTER, body], 2) == 75
+    assert [(tmp_path / rank).read_text()[:17] for rank in "01"] == ["stopped by SIGHUP"] * 2
+
+
+def test_nohup_keeps_its_word() -> None:
+    """A program that was told to ignore a closed terminal goes on."""
+    program = (
+        "import os, signal; from training.processes.endings import Signals\n"
+        "with Signals() as s: os.kill(os.getpid(), signal.SIGHUP); print(s.received)"
+    )
+    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n")
 
 
 def gone(pid: int) -> bool:

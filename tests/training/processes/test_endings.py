@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, stop_error
+from training.processes.endings import (
+    EXIT_CODES,
+    STOP_CODES,
+    Interrupted,
+    LossGuard,
+    Preempted,
+    Signals,
+    is_lost_rank,
+    stop_error,
+)
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]
@@ -38,6 +48,30 @@ def test_exit_codes() -> None:
     assert "SIGUSR2 after step 7" in str(error)
     error = stop_error(signal.SIGINT, 7, 5)
     assert isinstance(error, Interrupted) and error.exit_code == 130
+
+
+def test_one_table_of_exit_codes() -> None:
+    """docs/training.md lists the codes of the table in code, and which of them all ranks agree on does not drift."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    table = page.split("## Exit codes")[1].split("\n## ")[0]
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
+    assert sorted(listed) == sorted(EXIT_CODES)
+    assert set(STOP_CODES) == {75, 76, 77, 130}
+    assert [code for code, end in EXIT_CODES.items() if end.restart] == [75, 78]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "NCCL communicator was aborted on rank 3.",
+        "NCCL error ... ncclRemoteError: A call failed possibly due to a network error or a remote process exiting",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:5033",
+        "Timed out waiting 15000ms for recv operation to complete",
+    ],
+)
+def test_errors_that_another_rank_has_caused(said: str) -> None:
+    assert is_lost_rank(RuntimeError(said))
+    assert not is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x32 and 16x64)"))
 
 
 def feed(guard: LossGuard, *losses: float) -> list[str]:
@@ -71,7 +105,9 @@ def test_what_was_refused_never_enters_the_history() -> None:
 def test_it_goes_on_where_a_checkpoint_left_it() -> None:
     guard = LossGuard(10.0)
     feed(guard, *[1.0] * 80)
-    again = LossGuard(10.0, guard.history)
+    guard.refuse()
+    again = LossGuard(10.0, guard.history, guard.refused)
+    assert again.refused == 1
     assert again.problem(11.0) == guard.problem(11.0) != ""
     assert len(again.history) == LossGuard.WINDOW
 

@@ -69,12 +69,12 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
 
 def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
-    monkeypatch.setattr(module, "_store", lambda: store)
     now = module.time.time()
     store.set("beat/1", json.dumps(["data", 12, 33.0, now]))
     store.set("beat/2", json.dumps(["step", 11, 1.0, now - 1000]))
     store.set("beat/3", json.dumps(["backward", 12, 30.0, now]))
     dog, _, gone = watch(tmp_path, Ranks(0, 0, 5))
+    dog.join(lambda: store)
     with caplog.at_level(logging.WARNING, "cascade"):
         dog.phase("backward", 12)
         assert gone.wait(30)

@@ -1,0 +1,100 @@
+"""How ranks find each other, and what is refused before a process group forms."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from tests.training import forks
+from tests.training.runs import experiment
+from training.config.experiment import ClusterConfig
+from training.processes.distributed import Ranks, free_port
+from training.processes.endings import RankLost
+from training.processes.meeting import Card, check_cards, meet
+
+SLURM, LOCAL = ClusterConfig(kind="slurm"), ClusterConfig()
+
+
+def gpu(rank: int, node: str = "n1") -> Card:
+    return Card(rank, node, f"cuda:{rank}", f"GPU-{rank}")
+
+
+def cpu(rank: int, node: str = "n1") -> Card:
+    return Card(rank, node, "cpu", why="torch is a CPU build")
+
+
+@pytest.mark.parametrize(
+    ("cards", "cluster", "sentence"),
+    [
+        ([gpu(0), cpu(1, "n2")], LOCAL, "rank 1 on n2 has no GPU (torch is a CPU build), but rank 0 on n1 has one"),
+        ([cpu(0), gpu(1)], LOCAL, "rank 0 on n1 has no GPU"),
+        ([cpu(0, "n7")], SLURM, "rank 0 on n7 has no GPU (torch is a CPU build), but cluster.gpus=true asks for one"),
+        ([gpu(0), Card(1, "n1", "cuda:0", "GPU-0")], SLURM, "ranks 0 and 1 share one GPU on n1"),
+        ([cpu(0), Card(1, "n2", "cpu", files=100)], LOCAL, "rank 1 on n2 may have 100 files open (ulimit -Hn)"),
+    ],
+)
+def test_refused(cards: list[Card], cluster: ClusterConfig, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        check_cards(cards, cluster)
+
+
+def test_accepted() -> None:
+    check_cards([gpu(0), gpu(1)], SLURM)
+    check_cards([cpu(0), cpu(1)], LOCAL)
+    check_cards([cpu(0), cpu(1)], ClusterConfig(kind="slurm", gpus=False))
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there(tmp_path: Path, shards: str) -> None:
+    """On every rank, before a group forms: code 2 and one sentence, instead of a training on the CPU."""
+    config = experiment(tmp_path, shards, cluster__kind="slurm")
+    running = forks.start(config, 2)
+    assert running.codes() == [2, 2], running.text
+    assert f"rank 0 on {socket.gethostname()} has no GPU" in running.text and running.text.count("\n") == 1
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> int:
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return port
+
+
+def test_ranks_that_do_not_come_are_named(place: int) -> None:
+    with pytest.raises(RankLost, match=f"rank 1, 2 did not come within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
+        meet(Ranks(0, 0, 3), cpu(0), 1.0)
+
+
+def test_a_port_that_is_taken_is_named(place: int) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", place))
+        other.listen()
+        with pytest.raises(RankLost, match=f"cannot open MASTER_PORT={place}"):
+            meet(Ranks(0, 0, 2), cpu(0), 5.0)
+
+
+def limits(soft: int, hard: int, world_size: int) -> list[int]:
+    program = """
+import resource, sys
+from training.processes.meeting import allow_files, needed_files
+soft, hard, world_size = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(allow_files(needed_files(world_size)), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    words: list[Any] = [sys.executable, "-c", program, str(soft), str(hard), str(world_size)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=dict(os.environ))
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_the_soft_limit_of_open_files_follows_the_number_of_ranks() -> None:
+    assert limits(300, 4000, 256) == [2304, 2304]
+    assert limits(300, 1024, 256) == [1024, 1024], "what the hard limit allows; check_cards refuses it"
+    assert limits(1000, 4000, 2) == [272, 1000], "never lowered"

@@ -1,0 +1,158 @@
+"""How the processes of a run find each other, and what they must agree on before a process group forms.
+
+Rank 0 opens a key-value store; every rank leaves a card there (its node and its device); rank 0 calls the roll, so that
+whoever does not come is named. A wrong device is an error on all ranks alike: without it one would choose gloo while
+the others wait in NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from training.config.experiment import ClusterConfig
+from training.processes.distributed import Ranks
+from training.processes.endings import RankLost
+
+POLL_S = 0.1
+FILES, FILES_PER_RANK = 256, 8
+"""Open files that a process needs: so many, and so many per process (measured on rank 0: 31 + 6 per process, most of
+them connections of three gloo groups and the store; files of shards and checkpoints come on top)."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank says about itself."""
+
+    rank: int
+    node: str
+    device: str
+    """`cpu`, or `cuda:I` as this process counts."""
+    gpu: str = ""
+    """The GPU's UUID."""
+    why: str = ""
+    """Why there is no GPU."""
+    files: int = 1 << 30
+    """Files that it may have open."""
+
+
+def own_card(ranks: Ranks) -> Card:
+    """This process's card: the GPU of its local rank, where torch sees one, and as many open files as the run needs, or
+    as it may have."""
+    import torch
+
+    node, files = socket.gethostname(), allow_files(needed_files(ranks.world_size))
+    if torch.cuda.is_available():
+        index = ranks.local_rank % torch.cuda.device_count()
+        return Card(ranks.rank, node, f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid), files=files)
+    cpu_build = torch.version.cuda is None and torch.version.hip is None
+    return Card(ranks.rank, node, "cpu", why="torch is a CPU build" if cpu_build else "torch sees no GPU", files=files)
+
+
+def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
+    """All ranks have the kind of device that was asked for, no two share a GPU, and all may open enough files.
+
+    Raises:
+        ConfigError: names the rank and its node.
+    """
+    without = next((card for card in cards if not card.gpu), None)
+    having = next((card for card in cards if card.gpu), None)
+    if without is not None and (having is not None or (cluster.gpus and cluster.kind == "slurm")):
+        reason = f"rank {having.rank} on {having.node} has one" if having else "cluster.gpus=true asks for one"
+        raise ConfigError(
+            f"rank {without.rank} on {without.node} has no GPU ({without.why}), but {reason}: repair or exclude the "
+            f"node, or train on CPUs with cluster.gpus=false"
+        )
+    needed = needed_files(len(cards))
+    for card in cards:
+        if card.files < needed:
+            raise ConfigError(
+                f"rank {card.rank} on {card.node} may have {card.files} files open (ulimit -Hn), and {len(cards)} "
+                f"processes need {needed}: raise the hard limit there"
+            )
+    seen: dict[str, Card] = {}
+    for card in cards:
+        other = seen.setdefault(card.gpu, card) if card.gpu else card
+        if other is not card:
+            raise ConfigError(
+                f"ranks {other.rank} and {card.rank} share one GPU on {card.node}: start at most one process per GPU "
+                f"(cluster.processes)"
+            )
+
+
+def needed_files(world_size: int) -> int:
+    """Open files that a process of so many needs."""
+    return FILES + FILES_PER_RANK * world_size
+
+
+def allow_files(needed: int) -> int:
+    """Raises this process's soft limit of open files to `needed`, or to its hard limit; the limit it then has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return needed
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
+
+
+def open_store(ranks: Ranks, timeout_s: float) -> Any:
+    """The key-value store at MASTER_ADDR:MASTER_PORT, which rank 0 (or torchrun) holds.
+
+    Raises:
+        RankLost: rank 0 cannot listen there.
+        RuntimeError: nobody answers there within `timeout_s`.
+    """
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(host, port, is_master=holds, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    except RuntimeError as error:
+        if not holds:
+            raise
+        raise RankLost(
+            f"rank 0 on {socket.gethostname()} cannot open MASTER_PORT={port}, where the ranks meet (another program "
+            f"may use it): {str(error).splitlines()[0][:200]}; start again with another port"
+        ) from error
+
+
+def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
+    """Waits for all ranks; returns the store and everyone's card, in rank order.
+
+    Raises:
+        RankLost: some ranks did not come within `timeout_s`; rank 0 names them.
+        RuntimeError: on the others, when rank 0 is gone or does not answer.
+    """
+    store = open_store(ranks, timeout_s)
+    store.set(f"card/{ranks.rank}", json.dumps(asdict(card)))
+    if ranks.is_main:
+        _call_the_roll(store, ranks.world_size, timeout_s)
+        cards = [store.get(f"card/{rank}").decode() for rank in range(ranks.world_size)]
+        store.set("cards", f"[{','.join(cards)}]")
+    return store, [Card(**entry) for entry in json.loads(store.get("cards"))]
+
+
+def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:
+    missing, deadline = list(range(1, world_size)), time.monotonic() + timeout_s
+    while missing := [rank for rank in missing if not store.check([f"card/{rank}"])]:
+        if time.monotonic() > deadline:
+            named = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise RankLost(
+                f"rank {named} did not come within {timeout_s:.0f} s (train.timeout_first_s) ({meeting_place()}): "
+                f"it did not start, hangs, or does not reach this node; its output says more"
+            )
+        time.sleep(POLL_S)
+
+
+def meeting_place() -> str:
+    """Where the ranks meet, in words for a message."""
+    return f"meeting rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
