@@ -224,6 +224,10 @@ class TrainConfig:
     """A rank that stands still for so long is reported, with its stacks in its log file."""
     peak_tflops: float = 0.0
     """Stated peak of one device, for MFU; 0: the data sheet's figure for a known GPU, else no MFU."""
+    deterministic_reduction: bool = False
+    """Gradients, losses and norms are added up in an order that does not depend on the number of processes, so that any
+    number of them, and any ZeRO stage, trains the same bits. Needs data.micro_batch (which must then stay as it is) and
+    optimizer.name=adamw; costs memory for two to log2(micro-batches) more gradients per process, and time."""
     timeout_first_s: float = 1800.0
     """Time-out of the process groups up to the first step (compilation, warm-up)."""
     timeout_s: float = 600.0

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from training.config.experiment import Experiment
+from training.engine.fixed_order import FixedOrder, exact_squares, norm_of, peak_of
 from training.engine.plain import (
     Judge,
     PlainEngine,
@@ -67,7 +68,9 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
     check_cards(cards, config.cluster)
     if card.device != "cpu":
         torch.cuda.set_device(card.device)
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes: the search for algorithms pays once
+        same_bits = config.train.deterministic_reduction
+        torch.backends.cudnn.benchmark = not same_bits  # all steps have the same shapes: the search pays once
+        torch.backends.cudnn.deterministic = same_bits
     ranks = replace(ranks, device=card.device, store=store)
     if config.zero.stage == 0:
         return ranks
@@ -178,6 +181,7 @@ class Engine:
         self._pieces = self._layout()
         layout: Layout = all_gather(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
+        self._weights = sum(math.prod(shape) for shape in shapes.values())
         self._factored = optimizer if isinstance(optimizer, Adafactor) else None
         self._packed = optimizer if isinstance(optimizer, AdamW8bit) else None
         if self._factored is not None:
@@ -186,6 +190,12 @@ class Engine:
         self._names = [*moments, *(state_name(i) for i in range(len(config.ema.decays)))]
         self._host: dict[str, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
+        self._order: FixedOrder | None = None
+        self._called: dict[torch.Tensor, str] = {p: name for name, p in trained_parameters(self.module).items()}
+        self._taken: dict[str, torch.Tensor] = {}
+        """Gradients of the micro-batch under way, where `_order` adds them up."""
+        if config.train.deterministic_reduction:
+            self._reduce_in_fixed_order(layout)
         self._allocate()
         self.set_timeout(config.train.timeout_first_s)
 
@@ -200,7 +210,13 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
-        self._engine.backward(loss)
+        if self._order is None:
+            self._engine.backward(loss)
+        else:
+            self._engine.backward(loss, scale_wrt_gas=False)
+            self._take(*self._called)
+            self._order.add(self._micro_batches, self._taken, loss)
+            self._taken = {}
         self._micro_batches += 1
         if self._micro_batches < self._accumulate:
             self._engine.step()  # only counts: it steps when all micro-batches are in
@@ -222,6 +238,8 @@ class Engine:
         self._question = (share, votes, judge)
         if not self._fused:
             self._ask(None)
+        if self._order is not None:
+            self._give_back(self._order.mean())
         with nullcontext() if self._fused or not self._answer[2] else self._refusing():
             self._engine.step()
         self._micro_batches = 0
@@ -230,20 +248,24 @@ class Engine:
         self.updates += not skipped
         return StepInfo(float("inf") if skipped else norm, skipped, lr, *self._answer)
 
-    def _ask(self, squares: torch.Tensor | None) -> float:
+    def _ask(self, squares: torch.Tensor | None) -> list[float]:
         """The one collective of a step outside of the gradients': sums of squared gradients, losses and votes. The
-        host waits for its result, once. Returns the global norm; inf where the judge refuses the step."""
+        host waits for its result, once. Returns the sums of `squares`."""
         share, votes, judge = self._question
         device = self.ranks.device
         own = torch.as_tensor(share, dtype=torch.float64).to(device, non_blocking=True).detach().reshape(1)
+        if self._order is not None:
+            own = self._order.losses()
         told = torch.tensor(votes, dtype=torch.float64).to(device, non_blocking=True)
-        squares = torch.zeros(1, dtype=torch.float64, device=device) if squares is None else squares.reshape(1)
+        squares = torch.zeros(1, dtype=torch.float64, device=device) if squares is None else squares.reshape(-1)
         sums = torch.cat([squares, own, told])
         torch.distributed.all_reduce(sums, group=self._zero.dp_process_group)
-        square, total, *counted = sums.tolist()
-        loss = total / self.ranks.world_size
+        values = sums.tolist()
+        places = len(squares), len(squares) + len(own)
+        losses, counted = values[places[0] : places[1]], values[places[1] :]
+        loss = math.fsum(losses) / (self.ranks.world_size if self._order is None else len(losses))
         self._answer = loss, counted, judge(loss, counted)
-        return math.inf if self._answer[2] else math.sqrt(square)
+        return values[: places[0]]
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -275,11 +297,50 @@ class Engine:
         """The global norm, on the host. One that is not finite makes DeepSpeed drop the step."""
         groups = self._zero.averaged_gradients.values()
         gradients = [g for group in groups for g in group or () if g is not None and g.numel()]
-        squares = None
-        if gradients:
-            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-            squares = torch.stack(norms).to(torch.float64).square().sum()
-        return torch.tensor(self._ask(squares), dtype=torch.float32)
+        if self._order is not None:
+            norm = self._exact_norm(gradients)
+        else:
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
+            norm = math.sqrt(self._ask(torch.stack(norms).to(torch.float64).square().sum() if norms else None)[0])
+        return torch.tensor(math.inf if self._answer[2] else norm, dtype=torch.float32)
+
+    # ------------------------------------------------------------------- the same bits on any number of ranks
+
+    def _reduce_in_fixed_order(self, layout: Layout) -> None:
+        """Takes gradients away from DeepSpeed as they come, and gives it their mean at the step."""
+        zero, leaves = self._zero, self.ranks.world_size * self._accumulate
+        group = zero.dp_process_group if self.ranks.world_size > 1 else None
+        self._order = FixedOrder(leaves, layout, self.ranks.rank, group, self.ranks.device)
+        if self.config.zero.stage == 3:
+            zero.reduce_ready_partitions_and_remove_grads = self._take
+        else:
+            zero.process_gradients = lambda parameter, _group: self._take(parameter)
+            zero.reduce_gradients = lambda *_, **__: None
+        zero.independent_gradient_partition_epilogue = lambda: None
+
+    def _take(self, *parameters: torch.Tensor) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._taken[self._called[parameter]], parameter.grad = parameter.grad, None
+
+    def _give_back(self, mean: torch.Tensor) -> None:
+        """This rank's slices of the mean gradient, as DeepSpeed wants them: flat like the weights."""
+        flats = [torch.zeros_like(flat) for flat in self._flats]
+        for piece, part in zip(self._pieces, mean.split([piece.size for piece in self._pieces]), strict=True):
+            piece.of(flats).copy_(part)
+        for index, flat in enumerate(flats):
+            self._zero.averaged_gradients[index] = [flat]
+
+    def _exact_norm(self, gradients: list[torch.Tensor]) -> float:
+        """The global norm, whatever the borders of the slices; one more collective, for the largest magnitude."""
+        assert self._order is not None
+        peaks, device = peak_of(gradients, self.ranks.device), self.ranks.device
+        torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX, group=self._zero.dp_process_group)
+        peak, count = float(peaks), self._weights
+        finite = math.isfinite(peak)
+        sums = self._ask(exact_squares(gradients, peak, count, device) if finite else None)
+        self._order.begin()
+        return norm_of(sums, peak, count) if finite else math.inf
 
     def _gather_persistent_at_once(self) -> None:
         """After a step ZeRO 3 gathers the small parameters that stay whole; DeepSpeed sends one message for each."""

@@ -14,8 +14,10 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import EmaConfig, Experiment
+from training.engine.fixed_order import FixedOrder, exact_squares, norm_of, peak_of
 from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import decays_at, state_name
+from training.optim.pieces import Piece
 from training.optim.registry import build_optimizer, learning_rate
 from training.processes.distributed import Ranks
 
@@ -108,6 +110,12 @@ class PlainEngine:
         self._trained = trained_parameters(model)
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
         self.accumulate = accumulate
+        self._order: FixedOrder | None = None
+        if config.train.deterministic_reduction:
+            sizes = {name: p.numel() for name, p in self._trained.items()}
+            layout = [[Piece(name, 0, size, i, 0) for i, (name, size) in enumerate(sizes.items())]]
+            self._order, self._weights = FixedOrder(accumulate, layout, 0, None, ranks.device), sum(sizes.values())
+        self._micro_batches = 0
         self.updates = 0
         self._host: dict[str, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
@@ -119,7 +127,14 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss` (a scalar: the mean over a micro-batch), divided by the number of
         micro-batches."""
-        (loss / self.accumulate).backward()
+        if self._order is None:
+            (loss / self.accumulate).backward()
+            return
+        loss.backward()
+        gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        self._order.add(self._micro_batches, gradients, loss)
+        self._micro_batches += 1
 
     def step(
         self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
@@ -132,10 +147,13 @@ class PlainEngine:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        clip = self.config.optimizer.clip_norm or float("inf")
-        norm, loss = torch.stack(
-            [torch.nn.utils.clip_grad_norm_(parameters, clip), torch.as_tensor(share).to(parameters[0])]
-        ).tolist()
+        if self._order is not None:
+            norm, loss = self._clip_exactly(self._order, parameters)
+        else:
+            clip = self.config.optimizer.clip_norm or float("inf")
+            norm, loss = torch.stack(
+                [torch.nn.utils.clip_grad_norm_(parameters, clip), torch.as_tensor(share).to(parameters[0])]
+            ).tolist()
         problem = judge(loss, votes)
         skipped = bool(problem) or not math.isfinite(norm)
         if not skipped:
@@ -144,6 +162,23 @@ class PlainEngine:
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(float("inf") if skipped else norm, skipped, lr, loss, votes, problem)
+
+    def _clip_exactly(self, order: FixedOrder, parameters: list[torch.nn.Parameter]) -> tuple[float, float]:
+        """Sets the mean gradient, clipped with DeepSpeed's arithmetic; its norm before, and the loss."""
+        parts = order.mean().split([p.numel() for p in parameters])
+        loss = math.fsum(order.losses().tolist()) / order.leaves
+        order.begin()
+        self._micro_batches, peak = 0, float(peak_of(parts, self.ranks.device))
+        norm = math.inf
+        if math.isfinite(peak):
+            sums = exact_squares(parts, peak, self._weights, self.ranks.device)
+            norm = norm_of(sums.tolist(), peak, self._weights)
+        factor = torch.ones(())
+        if self.config.optimizer.clip_norm:
+            factor = torch.clamp((torch.tensor(norm) + 1e-6) / self.config.optimizer.clip_norm, min=1.0)
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p).mul_(1.0 / factor)
+        return float(torch.tensor(norm)), loss
 
     def norm(self) -> float:
         """Global norm of the weights."""

@@ -177,7 +177,18 @@ def check_validation(config: Experiment, world_size: int) -> None:
     )
 
 
-RULES = (check_lanes, check_micro_batch, check_zero, check_validation)
+def check_deterministic(config: Experiment, _world_size: int) -> None:
+    """What `train.deterministic_reduction` can keep independent of the number of processes."""
+    if not config.train.deterministic_reduction:
+        return
+    key = "train.deterministic_reduction=true"
+    require(config.data.micro_batch > 0, f"{key}: set data.micro_batch, which every number of processes must share")
+    name = config.optimizer.name
+    require(name == "adamw", f"{key}: optimizer.name={name} cuts its states by process; use adamw")
+    require(not config.zero.offload_optimizer, f"{key}: zero.offload_optimizer=true adds gradients up by itself")
+
+
+RULES = (check_lanes, check_micro_batch, check_zero, check_validation, check_deterministic)
 """What settings and a number of processes must agree in."""
 
 

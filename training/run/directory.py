@@ -80,9 +80,12 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> l
     """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old ->
     new`."""
     changes = []
+    kept = dict(FIXED)
+    if all(config.get("train", {}).get("deterministic_reduction") for config in (before, now)):
+        kept["data.micro_batch"] = "train.deterministic_reduction adds gradients up by micro-batch"
     known = flatten(before)  # a key that the code did not have yet was at its default
     for key, old, new in differences(before, now):
-        for fixed, reason in FIXED.items():
+        for fixed, reason in kept.items():
             if key in known and (key == fixed or key.startswith(f"{fixed}.")):
                 raise ConfigError(
                     f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "

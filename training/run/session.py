@@ -187,7 +187,8 @@ class Session:
         return Validation(self.config, self.ranks, self._text)
 
     def _build_model(self, config: UNetConfig, fresh: bool) -> UNet:
-        torch.set_num_threads(thread_count(self.config.cluster))
+        cluster, same_bits = self.config.cluster, self.config.train.deterministic_reduction
+        torch.set_num_threads(1 if same_bits and not cluster.threads else thread_count(cluster))
         torch.manual_seed(self.config.seed)
         model = UNet(config)
         if self.config.train.init_from and (fresh or self.lora):

@@ -22,6 +22,11 @@ from training.plan.checks import planned_world_size
         (["data.micro_batch=32", "cluster.processes=4"], ["data.micro_batch=32", "16 samples"]),
         (["zero.stage=0", "cluster.processes=2"], ["zero.stage=0", "zero.stage=1, 2 or 3"]),
         (["zero.stage=0", "precision.dtype=bf16"], ["zero.stage=0", "precision.dtype=bf16"]),
+        (["train.deterministic_reduction=true"], ["set data.micro_batch"]),
+        (
+            ["train.deterministic_reduction=true", "data.micro_batch=8", "optimizer.name=adamw8bit"],
+            ["optimizer.name=adamw8bit", "use adamw"],
+        ),
         (["stage.model.preset=demo_sr"], ["stage.model.preset=demo_sr", "stage.low_res_size"]),
         (["stage.model.overrides.text_dim=8"], ["text_dim=8", "text.dim=384"]),
         (["stage.image_size=18"], ["stage.image_size=18", "multiple of 4"]),

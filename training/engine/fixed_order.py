@@ -1,0 +1,169 @@
+"""Gradients, losses and norms that are the same bits on any number of ranks (`train.deterministic_reduction`).
+
+The micro-batches of the global batch are the leaves of one binary tree, whatever rank computes them: leaf k is micro-
+batch k of the global batch, and sums are always taken of the same pairs. A rank adds up what pairs it holds, sends the
+few partial sums that are left to the ranks that own their slices, and those finish the tree. The norm of the gradient
+is a sum over slices whose borders depend on the number of ranks, so it is taken exactly, in integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from training.optim.pieces import Layout
+
+Value = TypeVar("Value")
+Node = tuple[int, int]
+"""(level, index): the sum of the leaves [index 2^level, (index + 1) 2^level)."""
+
+
+class Tree(Generic[Value]):
+    """Adds up the leaves 0 to `count` - 1, always in the same pairs, in whatever order they come. A node without a
+    neighbour (`count` is not a power of two) moves up as it is."""
+
+    def __init__(self, count: int, add: Callable[[Value, Value], Value]) -> None:
+        self.count, self._add = count, add
+        self.nodes: dict[Node, Value] = {}
+        """What waits for its neighbour; with all leaves in, the root alone."""
+
+    def put(self, node: Node, value: Value) -> None:
+        """The value of a leaf (0, k), or of a node all of whose leaves are in it."""
+        level, index = node
+        while (width := -(-self.count >> level)) > 1:
+            other = index ^ 1
+            if other < width:
+                if (level, other) not in self.nodes:
+                    break
+                pair = self.nodes.pop((level, other)), value
+                value = self._add(*(pair if other < index else pair[::-1]))
+            level, index = level + 1, index // 2
+        self.nodes[level, index] = value
+
+    def root(self) -> Value:
+        """The sum of all leaves."""
+        (value,) = self.nodes.values()
+        return value
+
+
+def partial_sums(rank: int, world_size: int, leaves: int) -> list[Node]:
+    """The nodes that are left on a rank with its share of the leaves."""
+    tree: Tree[int] = Tree(leaves, lambda a, b: a + b)
+    for leaf in range(rank * leaves // world_size, (rank + 1) * leaves // world_size):
+        tree.put((0, leaf), 1)
+    return sorted(tree.nodes)
+
+
+class FixedOrder:
+    """The gradient of one step, micro-batch by micro-batch.
+
+    Args:
+        leaves: micro-batches of the global batch, over all ranks.
+        layout: which slices of which parameters each rank updates; together all of them, once.
+        rank: this one.
+        group: all ranks; None where one is alone.
+    """
+
+    def __init__(self, leaves: int, layout: Layout, rank: int, group: Any, device: str) -> None:
+        self.leaves, self.layout, self.rank, self.group, self.device = leaves, layout, rank, group, device
+        self._sizes = [sum(piece.size for piece in pieces) for pieces in layout]
+        self._nodes = [partial_sums(r, len(layout), leaves) for r in range(len(layout))]
+        self._share = leaves // len(layout)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new step."""
+        self._tree: Tree[torch.Tensor] = Tree(self.leaves, torch.Tensor.add_)
+        self._losses: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, number: int, gradients: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
+        """This rank's micro-batch `number`: its gradients by name (those that are missing are zero) and mean loss."""
+        parts = []
+        for pieces in self.layout:
+            for piece in pieces:
+                gradient = gradients.get(piece.name)
+                if gradient is None:
+                    parts.append(torch.zeros(piece.size, device=self.device))
+                else:
+                    parts.append(gradient.reshape(-1)[piece.start : piece.stop].float())
+        leaf = self.rank * self._share + number
+        self._losses[leaf] = loss.detach().double()
+        self._tree.put((0, leaf), torch.cat(parts))
+
+    @torch.no_grad()
+    def mean(self) -> torch.Tensor:
+        """This rank's slices of the mean gradient, one after the other, fp32. Collective."""
+        own = self._tree.nodes
+        if len(self.layout) > 1:
+            own = self._exchange()
+        tree: Tree[torch.Tensor] = Tree(self.leaves, torch.Tensor.add_)
+        for node in sorted(own):
+            tree.put(node, own[node])
+        return tree.root().div_(self.leaves)
+
+    def _exchange(self) -> dict[Node, torch.Tensor]:
+        """This rank's slices of all ranks' partial sums."""
+        found: dict[Node, torch.Tensor] = {}
+        mine, own = self._sizes[self.rank], self._nodes[self.rank]
+        for turn in range(max(map(len, self._nodes))):
+            sends = turn < len(own)
+            outgoing = self._tree.nodes[own[turn]] if sends else torch.empty(0, device=self.device)
+            counts = [mine if turn < len(nodes) else 0 for nodes in self._nodes]
+            incoming = torch.empty(sum(counts), device=self.device)
+            out_counts = self._sizes if sends else [0] * len(self._sizes)
+            dist.all_to_all_single(incoming, outgoing, counts, out_counts, group=self.group)
+            for nodes, part in zip(self._nodes, incoming.split(counts), strict=True):
+                if turn < len(nodes):
+                    found[nodes[turn]] = part
+        return found
+
+    def losses(self) -> torch.Tensor:
+        """(leaves,) fp64: those of this rank's micro-batches in their places, zeros elsewhere."""
+        places = torch.zeros(self.leaves, dtype=torch.float64, device=self.device)
+        for leaf, loss in self._losses.items():
+            places[leaf] = loss
+        return places
+
+
+@torch.no_grad()
+def peak_of(tensors: Sequence[torch.Tensor], device: str) -> torch.Tensor:
+    """The largest magnitude, (1,) fp64; inf where a value is not finite."""
+    peaks = [torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32).double() for tensor in tensors]
+    peak = torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64)
+    return torch.where(peak.isfinite(), peak, math.inf).reshape(1).to(device)
+
+
+@torch.no_grad()
+def exact_squares(tensors: Sequence[torch.Tensor], peak: float, count: int, device: str) -> torch.Tensor:
+    """The sum of the squares of fp32 values in fixed point, (4,) fp64 integers that may be summed over ranks in any
+    order; what is cut off is below count^-1 2^-60 of the largest square.
+
+    Args:
+        peak: the largest magnitude on any rank, finite.
+        count: values on all ranks together.
+    """
+    bits, scale = _bits(count), 2.0 ** -math.frexp(peak)[1]
+    sums = torch.zeros(2, dtype=torch.int64, device=device)
+    for tensor in tensors:
+        square = (tensor.reshape(-1).double() * scale).square_().mul_(2.0**bits)  # 48 of 53 bits: exact
+        high = square.floor()
+        low = square.sub_(high).mul_(2.0**bits)
+        sums += torch.stack([high.long().sum(), low.long().sum()])
+    return torch.cat([sums >> 31, sums & (2**31 - 1)]).double()
+
+
+def norm_of(sums: Sequence[float], peak: float, count: int) -> float:
+    """The norm from the sums of `exact_squares`."""
+    bits = _bits(count)
+    high, low = ((int(sums[i]) << 31) + int(sums[2 + i]) for i in range(2))
+    return math.ldexp(math.sqrt(math.ldexp((high << bits) + low, -2 * bits)), math.frexp(peak)[1])
+
+
+def _bits(count: int) -> int:
+    """Bits of each of the two parts of a square: sums of `count` of them fit into 62 bits."""
+    return 62 - max(1, count).bit_length()
