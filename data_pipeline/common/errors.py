@@ -51,6 +51,7 @@ BAD_REASONS = (
     "missing_caption",
     "empty_image",
     "decode_error",
+    "unsupported_image",
     "too_small",
     "too_large",
     "aspect_ratio",

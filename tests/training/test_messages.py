@@ -17,6 +17,7 @@ FILES = (
     "checkpoint/writer",
     "engine/plain",
     "processes/endings",
+    "processes/meeting",
     "run/directory",
     "run/session",
     "run/tracking",
