@@ -48,6 +48,7 @@ def renumber(run: str, step: int) -> None:
     place = Path(run) / "checkpoints"
     manifest = json.loads((place / "step-00000001" / "manifest.json").read_text())
     manifest["step"] = manifest["meta"]["step"] = step
+    manifest["sha256"] = ""  # that of the changed one is not known
     manifest["meta"]["position"] = manifest["meta"]["data"]["position"] = step * BATCH
     (place / "step-00000001").rename(place / f"step-{step:08d}")
     (place / f"step-{step:08d}" / "manifest.json").write_text(json.dumps(manifest))
