@@ -134,8 +134,15 @@ def is_sweep() -> bool:
 
 def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
     """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
-    this process may use."""
-    said = environ.get("OMP_NUM_THREADS") or environ.get("SLURM_CPUS_PER_TASK") or "0"
+    this process may use. OMP_NUM_THREADS=4,2 (a number for each level of nested regions) says 4.
+
+    Raises:
+        ConfigError: the environment says something else than a number.
+    """
+    name = "OMP_NUM_THREADS" if environ.get("OMP_NUM_THREADS") else "SLURM_CPUS_PER_TASK"
+    said = (environ.get(name) or "0").partition(",")[0].strip()
+    if not said.isdecimal():
+        raise ConfigError(f"{name}={environ[name]}: it must be a number of threads; unset it, or set cluster.threads")
     cores = len(os.sched_getaffinity(0))
     return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
 

@@ -250,11 +250,26 @@ def keep_lines(path: Path, step: int) -> int:
 # ------------------------------------------------------------------------------------------------------- W&B
 
 
+def _give_wandb_a_home(run: RunDir) -> None:
+    """Where there is no home directory (a user without an entry in passwd) or it cannot be written, W&B's caches and
+    settings go into the run directory."""
+    home = os.path.expanduser("~")
+    if os.path.isabs(home) and os.access(home, os.W_OK):
+        return
+    folder = (run.path / "wandb" / "home").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(folder))
+    if not os.path.isabs(home):
+        os.environ["HOME"] = str(folder)
+
+
 def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
     """The W&B run (the same id after a restart), or None when it is disabled. Unreachable: offline, and said so."""
     settings = config.wandb
     if settings.mode == "disabled":
         return None
+    _give_wandb_a_home(run)
     import wandb
 
     def begin(mode: str) -> Any:

@@ -49,7 +49,10 @@ def test_counts() -> None:
     assert process_count(ClusterConfig(processes=3)) == 3
     assert thread_count(ClusterConfig(threads=5), {"OMP_NUM_THREADS": "3"}) == 5
     assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "4"}) == 3
+    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "4,2"}) == 4, "a number per level"
     assert thread_count(ClusterConfig(), {"SLURM_CPUS_PER_TASK": "4"}) == 4
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS=many: it must be a number of threads"):
+        thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "many"})
     assert thread_count(ClusterConfig(processes=10_000), {}) == 1
 
 

@@ -3,6 +3,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +202,38 @@ def test_names_groups_notes_and_tags_reach_wandb(config: Experiment, caplog: pyt
     run = next(record.run for record in whole_wandb(path) if record.HasField("run"))
     assert (run.project, run.display_name, run.run_group) == ("mine", "first try", "sweep 3")
     assert run.notes == "lr, doubled" and list(run.tags) == ["a", "b c"]
+
+
+def test_wandb_needs_no_home_directory(config: Experiment, tmp_path: Path) -> None:
+    """A user without HOME and without an entry in passwd, as in many containers."""
+    program = """
+import sys
+from training.config.experiment import Experiment
+from training.processes.distributed import Ranks
+from training.run.directory import RunDir
+from training.run.tracking import Tracker
+config = Experiment()
+config.run.dir = sys.argv[1]
+tracker = Tracker(RunDir(config), config, Ranks(), 0, "abc12345", {})
+assert tracker._wandb is not None
+tracker.close()
+"""
+    command = [
+        "unshare",
+        "--user",
+        "--map-user=12345",
+        "--map-group=12345",
+        sys.executable,
+        "-c",
+        program,
+        config.run.dir,
+    ]
+    command.append(config.run.dir)
+    if subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    environ = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    subprocess.run(command, env=environ, check=True)
+    assert list(RunDir(config).path.glob("wandb/offline-run-*/run-abc12345.wandb"))
 
 
 def test_tensorboard_and_a_table_beside_it_over_a_restart(config: Experiment) -> None:
