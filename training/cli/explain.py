@@ -52,6 +52,18 @@ SYNONYMS = {
 """Names that other programs have for a setting -> ours (with a word where it is not the same)."""
 
 
+PLUGINS = {
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher=ray": "hydra-ray-launcher",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+    "hydra/sweeper=ax": "hydra-ax-sweeper",
+    "hydra/sweeper=nevergrad": "hydra-nevergrad-sweeper",
+}
+"""Launchers and sweepers of Hydra's -> the package that brings them."""
+
+
 def explain(error: BaseException, root: type) -> str:
     """One sentence about a composition or validation error; `root` is the verb's config class."""
     text = "\n".join(_messages(error))
@@ -92,6 +104,8 @@ def _unknown_option(text: str, root: type) -> str:
     if not group:
         return ""
     options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    if package := PLUGINS.get(f"{group}={option}"):
+        return f"{group}={option}: its plugin is not installed; pip install {package}"
     near = difflib.get_close_matches(option, options, n=1) or [o for o in options if o.endswith(option)][:1]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={option}: no such option; {hint}the options are {', '.join(options)}"
@@ -182,6 +196,9 @@ def _wrong_type(text: str, root: type) -> str:
 
 
 def _interpolation(text: str, root: type) -> str:
+    gone = _search(r"Could not delete from config. '(.*?)' does not exist", text)
+    if gone:
+        return f"~{gone}: no such key"
     name = _search(r"Interpolation key '(.*?)' not found", text)
     key = _search(r"full_key: (\S+)", text)
     where = f"{key}: " if key else ""

@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.common import python
@@ -57,7 +58,7 @@ def _main(words: list[str]) -> None:
             from training.cli.help import verb_help
 
             arguments = _parser(verb).parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
-            with searching(arguments.config_dir):
+            with searching(arguments.config_path or arguments.config_dir):
                 return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
 
@@ -95,6 +96,12 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     version.setbase("1.3")
     parser = _parser(verb)
     arguments = parser.parse_intermixed_args(words)
+    if arguments.config_path:  # our groups and base.yaml stay within reach
+        if not Path(arguments.config_path).is_dir():
+            raise ConfigError(f"--config-path={arguments.config_path}: there is no such directory")
+        if arguments.config_dir:
+            raise ConfigError("--config-path and --config-dir: give one of them, both search a directory of yours")
+        arguments.config_dir, arguments.config_path = arguments.config_path, None
     variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
     if arguments.shell_completion:
         variables["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb} ", " ", 1)  # Hydra knows no verbs

@@ -85,7 +85,7 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
 
 def _normalise_one(verb: str, word: str) -> str:
     if word.startswith("~"):
-        return word
+        return _removal(verb, word)
     match = OVERRIDE.fullmatch(word)
     if match is None:
         raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
@@ -113,6 +113,17 @@ def _normalise_one(verb: str, word: str) -> str:
         value = _quote(value)
     fixed = f"{prefix}{key}={value}"
     return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
+
+
+def _removal(verb: str, word: str) -> str:
+    """`~key`: takes a key out of a free mapping; all others are always there."""
+    key = word[1:].partition("=")[0]
+    if key in groups():
+        raise ConfigError(f"{word}: a group always has an option; name another, or leave {key}=... out")
+    known = keys_of(COMMANDS[verb].config)
+    if key in known:
+        raise ConfigError(f"{word}: a setting is always there; give it another value: {key}=...")
+    return word
 
 
 def _options(group: str) -> str:

@@ -106,6 +106,12 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "experiment=null"], ["experiment=null: the options of experiment are"]),
         (["train"], ["data.shards: it is not set"]),
         (["launch", "cluster=slurm", "dry_run=true"], ["data.shards: it is not set"]),
+        (["train", "--config-path", "nowhere"], ["--config-path=nowhere: there is no such directory"]),
+        (["train", "-m", "hydra/launcher=joblib_x"], ["hydra/launcher=joblib_x: no such option"]),
+        (["train", "-m", "hydra/launcher=ray"], ["pip install hydra-ray-launcher"]),
+        (["train", "~train.steps"], ["~train.steps: a setting is always there", "train.steps=..."]),
+        (["train", "~experiment"], ["~experiment: a group always has an option"]),
+        (["train", "~cluster.sbatch.qos"], ["~cluster.sbatch.qos: no such key"]),
         (["sample", "guidanc=3"], ["guidanc: no such key", "did you mean guidance?"]),
     ],
 )
@@ -220,6 +226,16 @@ def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--config-dir", str(tmp_path / "none"), "--help"])
     assert stopped.value.code == 2 and "no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--config-dir"], ["--config-path"]])
+def test_a_primary_config_of_ones_own(flags: list[str], fake_verb, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - train\n  - override experiment: demo\ntrain:\n  steps: 77\n")
+    seen: list[tuple[str, int]] = []
+    fake_verb(lambda config: seen.append((config.run.name, config.train.steps)))
+    cli.main(["train", *flags, str(tmp_path), "-cn", "mine", "--multirun", "seed=1"])
+    cli.main(["train", *flags, str(tmp_path), "-cn", "mine", "train.steps=78"])
+    assert seen == [("demo", 77), ("demo", 78)]
 
 
 def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
