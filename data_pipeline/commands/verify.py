@@ -34,6 +34,7 @@ from data_pipeline.shards.index import (
     index_url,
     read_index,
 )
+from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import Patience
 
@@ -189,6 +190,7 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
                 "__extension__": picture,
             }
             wanted = [parts[name] for name in (picture, "txt", "json") if name in parts]
+            wanted = [part for part in wanted if part.extension != "json" or part.size <= MAX_MEMBER]
             try:
                 for part in sorted(wanted, key=lambda part: part.offset):
                     sample[part.extension] = reader.read(part)

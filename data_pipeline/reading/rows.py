@@ -17,7 +17,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.order.chance import hash_below
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.tar import Gunzip
+from data_pipeline.shards.tar import MAX_MEMBER, Gunzip
 from data_pipeline.storage import store
 from data_pipeline.storage.disk_cache import DiskCache
 
@@ -101,7 +101,8 @@ class RowReader:
         places = index.places(row)
         if self._extensions is None:
             return places
-        return [place for place in places if place[0] in self._extensions] or places
+        wanted = [place for place in places if place[0] in self._extensions]
+        return [place for place in wanted if place[0] != "json" or place[2] <= MAX_MEMBER] or places
 
     def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
         if self._direct[shard]:

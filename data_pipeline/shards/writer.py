@@ -7,6 +7,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards.dataset import Dataset, load_or_build
@@ -63,25 +64,28 @@ class ShardWriter:
         self.samples += 1
 
     def close(self) -> ShardIndex:
-        """Finishes the shard and writes its index."""
-        self._tar.close()
-        self._file.flush()
-        if store.is_remote(self.path):
-            store.upload(self.path, self._file)
+        """Finishes the shard and writes its index; where that fails, as on a full disk, nothing is left."""
+        try:
+            self._tar.close()
+            self._file.flush()
+            if store.is_remote(self.path):
+                store.upload(self.path, self._file)
+            else:
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.chmod(self._file.name, 0o644)
+                os.replace(self._file.name, self.path)
+        finally:
             self.abort()
-        else:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.chmod(self._file.name, 0o644)
-            os.replace(self._file.name, self.path)
         index = index_shard(self.path)
         store_index(index)
         return index
 
     def abort(self) -> None:
         """Forgets what was written."""
-        self._file.close()
-        if os.path.exists(self._file.name):
+        with suppress(OSError):  # what is still in the buffer has no room on a full disk
+            self._file.close()
+        with suppress(FileNotFoundError):
             os.unlink(self._file.name)
 
     def __enter__(self) -> ShardWriter:

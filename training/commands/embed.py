@@ -8,6 +8,7 @@ are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -23,6 +24,7 @@ from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.shards.index import ShardIndex, build_index, load_index
+from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
 from training.processes.distributed import launch, process_count
 from training.text.identity import identity
@@ -129,7 +131,8 @@ def _ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
 def _texts(index: ShardIndex, reader: PartReader, config: EmbedCommand) -> Iterator[tuple[str, str]]:
     """(key, caption) of every caption of every sample, in archive order; samples without one are not trained on."""
     for row in range(len(index)):
-        parts = [part for part in index.parts(row) if part.extension in ("txt", "json")]
+        limits = {"txt": math.inf, "json": MAX_MEMBER}  # training does not look at larger ones, either
+        parts = [part for part in index.parts(row) if part.size <= limits.get(part.extension, -1)]
         sample = {part.extension: reader.read(part) for part in sorted(parts, key=lambda part: part.offset)}
         key = index.key(row)
         for caption in candidates(sample, config.data.captions):

@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.commands.verify import main
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.index import cached_index_url, index_shard, index_url, save_index
 from data_pipeline.storage import store
 from tests.data_pipeline.damage import BAD, CASES, bad, good, tar
@@ -166,3 +167,14 @@ def test_from_and_into_a_bucket(folder: Path, bucket: str) -> None:
 def test_shards_that_are_not_there_are_one_sentence(folder: Path) -> None:
     with pytest.raises(DataError, match="shards"):
         verify(folder)
+
+
+def test_an_enormous_json_does_not_cost_a_sample_with_a_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("commands.verify", "reading.sequential", "reading.rows", "shards.tar"):
+        monkeypatch.setattr(f"data_pipeline.{module}.MAX_MEMBER", 200_000)
+    (folder / "a.tar").write_bytes(tar([*good(), bad(json=b'{"a": "' + b"x" * 300_000 + b'"}')]))
+    assert verify(folder)["delivered"] == 5
+    loader = Loader(DataConfig(shards=str(folder / "a.tar"), global_batch=5), image_size=16)
+    next(loader)
+    assert loader.counters["bad"] == 0
+    loader.close()

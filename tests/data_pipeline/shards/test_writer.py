@@ -1,0 +1,31 @@
+"""Writing shards where there is no room."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.shards.writer import ShardWriter
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, samples: int) -> None:
+    with pytest.raises(OSError, match="too large"), largest_file(2048), ShardWriter(str(tmp_path / "a.tar")) as shard:
+        for number in range(samples):
+            shard.write(str(number), {"jpg": bytes(1000), "txt": b"x"})
+    assert os.listdir(tmp_path) == []
