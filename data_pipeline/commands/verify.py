@@ -147,7 +147,7 @@ def _decode(sample: dict[str, Any], config: Settings) -> Caption | BadSample:
         if "__error__" in sample:
             raise sample["__error__"]
         data, stage = config.data, config.stage
-        caption = captions.choose_from(sample, data.captions, config.seed, sample["__position__"])
+        caption = captions.choose_caption(sample, data.captions, config.seed, sample["__position__"])
         images.training_pair(
             sample["__image__"],
             size=stage.image_size,

@@ -34,12 +34,7 @@ class Caption:
     source: str
 
 
-def choose(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> str:
-    """The text of `choose_from`."""
-    return choose_from(sample, config, seed, position).text
-
-
-def choose_from(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> Caption:
+def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> Caption:
     """The caption of this sample at this position: a source with text, by weight, then one of its texts.
 
     Args:
@@ -65,7 +60,7 @@ def choose_from(sample: Mapping[str, Any], config: CaptionConfig, seed: int, pos
 
 
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
-    """Every caption that `choose` may give for this sample, each once; empty where it would raise `BadSample`."""
+    """Every caption that `choose_caption` may return for this sample, each once; empty where it would raise `BadSample`."""
     found, _ = _texts_by_source(sample, config)
     return list(dict.fromkeys(text for *_, texts in found for text in texts))
 

@@ -167,7 +167,7 @@ class Decoding:
         data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
         if data is None:
             raise BadSample("missing_image", "no member is a picture")
-        caption = captions.choose_from(sample, config.captions, work.seed, position)
+        caption = captions.choose_caption(sample, config.captions, work.seed, position)
         image, low_res = images.training_pair(
             data,
             size=work.image_size,

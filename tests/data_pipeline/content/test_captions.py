@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.common.errors import BadSample, ConfigError
 from data_pipeline.config import CaptionConfig
-from data_pipeline.content.captions import choose, clean, decode_text
+from data_pipeline.content.captions import choose_caption, clean, decode_text
 
 PLAIN = CaptionConfig()
 
@@ -25,12 +25,12 @@ def sample(text: bytes | None = None, **fields: Any) -> dict[str, bytes]:
 def test_sources_are_drawn_by_weight_and_the_same_at_the_same_position() -> None:
     config = CaptionConfig(sources={"txt": 3.0, "json:captions": 1.0})
     members = sample(b"own", captions=["a", "b"])
-    chosen = [choose(members, config, 1, position) for position in range(4000)]
-    assert chosen == [choose(members, config, 1, position) for position in range(4000)]
+    chosen = [choose_caption(members, config, 1, position).text for position in range(4000)]
+    assert chosen == [choose_caption(members, config, 1, position).text for position in range(4000)]
     count = Counter(chosen)
     assert 0.72 < count["own"] / 4000 < 0.78
     assert set(count) == {"own", "a", "b"} and abs(count["a"] - count["b"]) < 150
-    assert chosen != [choose(members, config, 2, position) for position in range(4000)]
+    assert chosen != [choose_caption(members, config, 2, position).text for position in range(4000)]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_sources_are_drawn_by_weight_and_the_same_at_the_same_position() -> None
 )
 def test_a_source_without_text_leaves_its_weight_to_the_others(members: dict[str, bytes]) -> None:
     config = CaptionConfig(sources={"txt": 1000.0, "json:caption": 1.0})
-    assert choose(members, config, 0, 0) == "spare"
+    assert choose_caption(members, config, 0, 0).text == "spare"
 
 
 def test_invalid_json_does_not_cost_a_sample_that_has_its_text() -> None:
     config = CaptionConfig(sources={"txt": 1.0, "json:caption": 1000.0})
-    assert choose({"txt": b"text", "json": b"{not json"}, config, 0, 0) == "text"
+    assert choose_caption({"txt": b"text", "json": b"{not json"}, config, 0, 0).text == "text"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_invalid_json_does_not_cost_a_sample_that_has_its_text() -> None:
 )
 def test_samples_without_a_usable_caption(members: dict[str, bytes], sources: dict[str, float], reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        choose(members, CaptionConfig(sources=sources), 0, 0)
+        choose_caption(members, CaptionConfig(sources=sources), 0, 0)
     assert caught.value.reason == reason
 
 

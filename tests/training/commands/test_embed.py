@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import CaptionConfig, DataConfig
-from data_pipeline.content.captions import candidates, choose
+from data_pipeline.content.captions import candidates, choose_caption
 from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.embeddings import Embeddings, pad
 from data_pipeline.shards.index import load_index
@@ -72,7 +72,7 @@ def test_embeddings_are_those_of_encoding_while_training(
     encoder = build_text_encoder(text)
     for number, path in enumerate(sorted(shards.glob("*.tar"))):
         for position, (key, sample) in enumerate(samples(number).items()):
-            caption = choose(sample, settings.data.captions, 0, position)
+            caption = choose_caption(sample, settings.data.captions, 0, position).text
             stored, mask = pad([embeddings.lookup(str(path), key, caption)], text.max_tokens)
             expected, expected_mask = encoder.encode([caption])
             assert np.array_equal(mask, expected_mask.numpy())
