@@ -60,7 +60,7 @@ def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, 
 
 
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
-    """Every caption that `choose_caption` may return for this sample, each once; empty where it would raise `BadSample`."""
+    """Every caption `choose_caption` may return for this sample, each once; empty where it would raise `BadSample`."""
     found, _ = _texts_by_source(sample, config)
     return list(dict.fromkeys(text for *_, texts in found for text in texts))
 
@@ -79,7 +79,7 @@ def _texts_by_source(
             if source == "txt":
                 texts = [decode_text(sample.get("txt") or b"")]
             else:
-                meta = read_json(sample.get("json")) if meta is None else meta
+                meta = parse_json(sample.get("json")) if meta is None else meta
                 texts = _strings(meta.get(source.removeprefix("json:")))
         except BadSample as error:
             problem = error
@@ -89,7 +89,7 @@ def _texts_by_source(
             found.append((float(weight), source, cleaned))
     if not found and problem is None and not config.sources:
         with suppress(BadSample):  # a .json that cannot be parsed has no caption
-            other = json_caption(read_json(sample.get("json")))
+            other = json_caption(parse_json(sample.get("json")))
             cleaned = _cleaned(other[1], config) if other else []
             if other and cleaned:
                 found.append((1.0, f"json:{other[0]}", cleaned))
@@ -117,7 +117,7 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     if (sample.get("txt") or b"").strip() and "txt" not in config.sources:
         return f"{words}; the .txt has text"
     with suppress(BadSample):
-        texts = [name for name, value in read_json(sample.get("json")).items() if any(map(str.strip, _strings(value)))]
+        texts = [name for name, value in parse_json(sample.get("json")).items() if any(map(str.strip, _strings(value)))]
         if texts:
             return f"{words}; fields of the .json with text: {', '.join(sorted(texts)[:8])}"
     return words
@@ -142,7 +142,7 @@ def decode_text(data: bytes) -> str:
         raise BadSample("bad_text", f"not {encoding.removesuffix('-sig')}: {error.reason}") from error
 
 
-def read_json(member: bytes | None) -> dict[str, Any]:
+def parse_json(member: bytes | None) -> dict[str, Any]:
     """The .json member; {} when there is none or it holds no object. Raises `BadSample("bad_json")`."""
     if not member:
         return {}
@@ -156,7 +156,7 @@ def read_json(member: bytes | None) -> dict[str, Any]:
 def read_json_or_nothing(member: bytes | None) -> dict[str, Any]:
     """The .json member; {} also where it cannot be parsed: the picture and its .txt are good without it."""
     try:
-        return read_json(member)
+        return parse_json(member)
     except BadSample:
         return {}
 
