@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.content.synthetic import caption, draw, spec_at
+from data_pipeline.content.synthetic import caption, render, spec_at
 from training.cascade import Cascade
 from training.evaluation.metrics.features import EXTRACTORS
 from training.evaluation.metrics.frechet import Moments, frechet_distance
@@ -113,7 +113,7 @@ def measure(output: Path, part: str, seeds: int, size: int, count: int) -> list[
     specs = [spec_at(i, 0, heldout=True) for i in range(count)]
 
     def drawings(start: int, each: int) -> np.ndarray:
-        return np.stack([draw(spec, size, start + 100 * i + j) for i, spec in enumerate(specs) for j in range(each)])
+        return np.stack([render(spec, size, start + 100 * i + j) for i, spec in enumerate(specs) for j in range(each)])
 
     real = {name: Moments.of(extract(drawings(1_000_000, REFERENCE))) for name, extract in EXTRACTORS.items()}
     floor = distances(drawings(9_000_000, 1), real)

@@ -163,10 +163,10 @@ def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
 def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
     """Picture number `index` of a split, uint8 (size, size, 3), and what it shows."""
     spec = spec_at(index, seed, heldout, objects)
-    return draw(spec, size, hash_bits(seed, index, f"synthetic place {heldout} {objects}")), spec
+    return render(spec, size, hash_bits(seed, index, f"synthetic place {heldout} {objects}")), spec
 
 
-def draw(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
+def render(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
     """Draws the picture; pictures of the same spec and seed at several sizes show the same scene.
 
     Sizes below 64 are box averages of the drawing at 64 or the next multiple, as a camera would see it.

@@ -30,7 +30,7 @@ from PIL import Image
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.progress import progress
 from data_pipeline.content.images import box_average
-from data_pipeline.content.synthetic import ShapeSpec, caption, draw, example, parse
+from data_pipeline.content.synthetic import ShapeSpec, caption, example, parse, render
 from training.cascade.cascade import Cascade
 from training.cascade.prompts import read_prompts
 from training.cascade.requests import Drawing, plan_stages
@@ -424,7 +424,7 @@ class Evaluation:
         readings, scores = _read_all(final, specs)
         sheets.save(report.sheet_of_shapes(_images(shown), captions, readings, scores), self._output / "samples.png")
         # the same captions drawn again: what a perfect cascade would score
-        again = np.stack([draw(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
+        again = np.stack([render(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
         floors = {
             e.name: frechet_distance(Moments.of(e.pictures(again)), Moments.of(reference[e.name]))
             for e in self.extractors

@@ -26,7 +26,7 @@ from data_pipeline.content.synthetic import (
     SIZES,
     ShapeSpec,
     Thing,
-    draw,
+    render,
 )
 
 LEAST_OVERLAP = {1: 0.8, 2: 0.75}
@@ -239,7 +239,7 @@ def _templates(colour: str, background: str, objects: int, side: int) -> _Templa
         if objects == 2:
             things = (*things, Thing(other, "small", "circle"))
         spec = ShapeSpec(background, things, "above" if objects == 2 else None)
-        mask = _labels(draw(spec, side), background)[0] != BACKGROUND_LABEL
+        mask = _labels(render(spec, side), background)[0] != BACKGROUND_LABEL
         if objects == 2:
             mask[side // 2 :] = False
         rows, columns = np.nonzero(mask)

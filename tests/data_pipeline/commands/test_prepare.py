@@ -19,7 +19,7 @@ from data_pipeline.commands.prepare import main
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.content.images import decode
-from data_pipeline.content.synthetic import caption, combinations, draw, parse
+from data_pipeline.content.synthetic import caption, combinations, parse, render
 from data_pipeline.storage import store
 from tests.data_pipeline.commands.importing import Config, dropped, imported, members
 from tests.data_pipeline.photos import SHARDS, copy_shards, jpegs, samples
@@ -50,7 +50,7 @@ def test_drawings_are_captioned_shapes_with_an_index(tmp_path: Path) -> None:
     assert spec in combinations(False)
     picture = np.asarray(Image.open(io.BytesIO(found["000000020.png"])))
     assert picture.shape == (32, 32, 3)
-    assert min(np.abs(picture.astype(int) - draw(spec, 32, seed)).mean() for seed in range(30)) < 20
+    assert min(np.abs(picture.astype(int) - render(spec, 32, seed)).mean() for seed in range(30)) < 20
     facts = json.loads(found["000000020.json"])
     assert facts["caption"] == caption(spec) and facts["objects"][0]["colour"] == spec.objects[0].colour
 

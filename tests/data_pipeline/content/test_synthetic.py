@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.content import synthetic
-from data_pipeline.content.synthetic import ShapeSpec, Thing, caption, combinations, draw, example, parse, spec_at
+from data_pipeline.content.synthetic import ShapeSpec, Thing, caption, combinations, example, parse, render, spec_at
 
 HELDOUT_BEGINS = [
     "a large blue circle on a black background",
@@ -70,11 +70,11 @@ def test_pictures_depend_on_seed_and_index_alone() -> None:
     picture, spec = example(17, 32, seed=5)
     again, same_spec = example(17, 32, seed=5)
     assert spec == same_spec and np.array_equal(picture, again)
-    assert not np.array_equal(draw(spec, 32, 1), draw(spec, 32, 2))
+    assert not np.array_equal(render(spec, 32, 1), render(spec, 32, 2))
 
 
 def test_a_small_drawing_is_the_box_average_of_the_large_one() -> None:
-    large, small = draw(RED_CIRCLE, 64, seed=9), draw(RED_CIRCLE, 16, seed=9)
+    large, small = render(RED_CIRCLE, 64, seed=9), render(RED_CIRCLE, 16, seed=9)
     assert small.shape == (16, 16, 3) and small.dtype == np.uint8
     averaged = large.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
     assert np.abs(averaged - small).max() <= 1.0
@@ -82,7 +82,7 @@ def test_a_small_drawing_is_the_box_average_of_the_large_one() -> None:
 
 @pytest.mark.parametrize("spec", combinations(False)[::11], ids=caption)
 def test_colours_and_width_are_those_of_the_caption(spec: ShapeSpec) -> None:
-    picture = draw(spec, 64, seed=2).astype(int)
+    picture = render(spec, 64, seed=2).astype(int)
     thing = spec.objects[0]
     assert np.abs(picture[0, 0] - synthetic.BACKGROUNDS[spec.background]).max() == 0
     inside = np.abs(picture - synthetic.COLOURS[thing.colour]).max(axis=2) <= 1
@@ -97,7 +97,7 @@ def test_relations_put_the_first_object_where_they_say() -> None:
         return columns.mean(), rows.mean()
 
     for relation, (x, y) in synthetic.RELATIONS.items():
-        picture = draw(ShapeSpec("white", PAIR.objects, relation), 64, seed=1)
+        picture = render(ShapeSpec("white", PAIR.objects, relation), 64, seed=1)
         red, blue = centre(picture, "red"), centre(picture, "blue")
         assert np.sign(red[0] - blue[0]) == x or x == 0
         assert np.sign(red[1] - blue[1]) == y or y == 0

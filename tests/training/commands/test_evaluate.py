@@ -15,7 +15,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import DataConfig
 from data_pipeline.content.images import box_average
 from data_pipeline.content.resize import resize_square
-from data_pipeline.content.synthetic import caption, draw, example, parse
+from data_pipeline.content.synthetic import caption, example, parse, render
 from data_pipeline.shards.writer import ShardWriter
 from tests.training.evaluation.extractors import tiny_weights
 from tests.training.tiny import tiny_cascade
@@ -109,7 +109,7 @@ class Perfect(Cascade):
         drawings = number_drawings(list(prompts), [], options.get("seed", 0), 1)
         for index, drawing in enumerate(drawings):
             words = "a small blue square on a black background" if index % 4 == 3 else drawing.prompt
-            picture = draw(parse(words), 64, seed=index) if low_res is None else self.truth[index]
+            picture = render(parse(words), 64, seed=index) if low_res is None else self.truth[index]
             drawing.stages = {"base": Image.fromarray(box_average(picture, 4)), "sr": Image.fromarray(picture)}
         return drawings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.content.synthetic import ShapeSpec, Thing, combinations, draw, example
+from data_pipeline.content.synthetic import ShapeSpec, Thing, combinations, example, render
 from training.evaluation.oracle import read, score
 
 ONE = ShapeSpec("white", (Thing("red", "large", "circle"),))
@@ -31,7 +31,7 @@ def test_drawings_of_two_objects_are_read_right() -> None:
 
 def test_shapes_survive_small_pictures_and_a_shift() -> None:
     assert share_right(1, 16, 60, heldout=False) > 0.9
-    moved = np.roll(draw(ONE, 64), (5, -4), axis=(0, 1))
+    moved = np.roll(render(ONE, 64), (5, -4), axis=(0, 1))
     assert score(read(moved), ONE)["all"]
 
 
@@ -46,7 +46,7 @@ def test_shapes_survive_small_pictures_and_a_shift() -> None:
     ],
 )
 def test_exactly_the_wrong_word_is_marked(drawn: ShapeSpec, wrong: set[str]) -> None:
-    result = score(read(draw(drawn, 64)), ONE)
+    result = score(read(render(drawn, 64)), ONE)
     assert {word for word, right in result.items() if not right} == wrong | {"all"}
 
 
@@ -63,13 +63,13 @@ def test_exactly_the_wrong_word_is_marked(drawn: ShapeSpec, wrong: set[str]) -> 
     ],
 )
 def test_binding_of_two_objects(drawn: ShapeSpec, wrong: set[str]) -> None:
-    result = score(read(draw(drawn, 64), 2), TWO)
+    result = score(read(render(drawn, 64), 2), TWO)
     assert {word for word, right in result.items() if not right} == wrong | {"all"}
 
 
 def test_the_same_scene_told_the_other_way_round_is_right() -> None:
     told = ShapeSpec("grey", TWO.objects[::-1], "to the right of")
-    assert score(read(draw(TWO, 64), 2), told)["all"]
+    assert score(read(render(TWO, 64), 2), told)["all"]
 
 
 def test_a_blank_picture_shows_nothing() -> None:
@@ -80,7 +80,7 @@ def test_a_blank_picture_shows_nothing() -> None:
 
 
 def test_a_missing_second_object_is_wrong() -> None:
-    assert not score(read(draw(ONE, 64), 2), TWO)["colour"]
+    assert not score(read(render(ONE, 64), 2), TWO)["colour"]
 
 
 def test_grain_does_not_hide_a_shape() -> None:

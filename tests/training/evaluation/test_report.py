@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.content.synthetic import ShapeSpec, Thing, draw
+from data_pipeline.content.synthetic import ShapeSpec, Thing, render
 from tests.training.evaluation.example_result import RESULT
 from training.cascade.requests import to_images
 from training.evaluation.oracle import read, score
@@ -33,7 +33,7 @@ def test_shares() -> None:
 
 
 def test_the_sheet_frames_exactly_the_wrong_ones() -> None:
-    pictures = [draw(spec, 64) for spec in SPECS]
+    pictures = [render(spec, 64) for spec in SPECS]
     images = [to_images_of(picture) for picture in pictures]
     readings = [read(picture) for picture in pictures]
     frame = (0xC6, 0x28, 0x28)
