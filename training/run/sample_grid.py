@@ -63,7 +63,7 @@ def draw(
     return torch.cat(all_gather(drawn, ranks))[: len(captions)]
 
 
-def write(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:
+def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:
     """A PNG with the captions below the pictures (super-resolution: the input beside the output); False when the disk
     says no."""
     captions, low_res = inputs

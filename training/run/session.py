@@ -21,9 +21,9 @@ import torch
 from data_pipeline.common.errors import BAD_REASONS, CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
-from training.checkpoint.downloads import Share, shared_downloads
 from training.checkpoint.provenance import code_version
 from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
+from training.checkpoint.store.downloads import Share, shared_downloads
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
 from training.config.unet import UNetConfig, for_stage
@@ -34,14 +34,14 @@ from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.registry import skip_compiler, states_to_load
 from training.plan.checks import check_heldout
-from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
+from training.plan.plan.fits import check_memory, remarks
 from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.processes.endings import LossGuard, NotFinite, Signals
 from training.run.directory import RunDir, check_same_run, to_dict
 from training.run.metering import Hours, Meter, TimeLeft
 from training.run.quick_evaluation import QuickEvaluation
-from training.run.sample_grid import Inputs, choose, draw, write
+from training.run.sample_grid import Inputs, choose, draw, write_samples
 from training.run.starting_weights import begin_with
 from training.run.tracking import SILENT, Tracker, finite, start_logging, stop_logging
 from training.run.validation import Validation
@@ -476,7 +476,7 @@ class Session:
                 pictures = draw(module, self._grid, self.text_encoder.encode, self.config, self.ranks)
             path = self.run.sample_file(step)
             title = f"{self.config.stage.name}, step {step}, guidance {self.config.stage.sampler.guidance:g}"
-            if self.ranks.is_main and write(pictures, self._grid, path, title):
+            if self.ranks.is_main and write_samples(pictures, self._grid, path, title):
                 self.tracker.image(step, path)
 
     def close(self, exit_code: int) -> None:
