@@ -28,7 +28,7 @@ from training.checkpoint.safetensors import Digest, chunks
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config.experiment import Experiment, StageConfig, TextConfig
 from training.config.unet import UNetConfig, for_stage
-from training.model.lora import fingerprint, merged
+from training.model.lora import merged, weights_sha256
 from training.model.unet import UNet
 from training.optim.averages import state_name
 
@@ -217,7 +217,7 @@ def stage_weights(path: str, stage: str) -> StageWeights:
 
 def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
     """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
-    if fingerprint(plain) != base["sha256"]:
+    if weights_sha256(plain) != base["sha256"]:
         raise DataError(
             f"{base['path']}: these are not the weights that the adapters were trained beside (lora); put those back"
         )

@@ -76,7 +76,7 @@ def merged(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -
     return weights
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of weights by name, whatever file they came from."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

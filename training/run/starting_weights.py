@@ -12,7 +12,7 @@ from data_pipeline.common.errors import ConfigError
 from training.cascade.bundle import check_base, stage_weights
 from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment
-from training.model.lora import add_adapters, fingerprint
+from training.model.lora import add_adapters, weights_sha256
 
 MEANING = ("parametrization", "residual", "sigma_data")
 """Settings that say what a network's output is."""
@@ -55,7 +55,7 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     count = add_adapters(model, lora)
     log.info("they stay as they are; adapters of rank %d hold %d numbers", lora.rank, count)
     where = path if found.sha256 else _absolute(found.origin["checkpoint"])
-    return {**(base or {"sha256": fingerprint(tensors), "scale": lora.scale}), "path": where}
+    return {**(base or {"sha256": weights_sha256(tensors), "scale": lora.scale}), "path": where}
 
 
 def _absolute(path: str) -> str:
