@@ -28,14 +28,14 @@ Result = tuple[int, dict[str, int], list[str], dict[str, int]]
 """Samples, problems by reason, their details, samples left out by the filters by reason."""
 
 
-class Settings(Protocol):
+class IndexSettings(Protocol):
     """The parts of the command's config that are read here."""
 
     json: bool
     data: DataConfig
 
 
-def main(config: Settings) -> dict[str, Any]:
+def main(config: IndexSettings) -> dict[str, Any]:
     """Runs `cascade index`; the last line on stdout is the result as JSON.
 
     Returns:

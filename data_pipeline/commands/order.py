@@ -18,7 +18,7 @@ from data_pipeline.shards.dataset import Dataset, load_or_build, order_of, patie
 from data_pipeline.storage import store
 
 
-class Settings(Protocol):
+class OrderSettings(Protocol):
     """The parts of the command's config that are read here."""
 
     seed: int
@@ -30,7 +30,7 @@ class Settings(Protocol):
     quality: bool
 
 
-def main(config: Settings) -> None:
+def main(config: OrderSettings) -> None:
     """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch.
 
     With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`.
@@ -57,7 +57,7 @@ def main(config: Settings) -> None:
         print(json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
 
 
-def _rank(config: Settings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:
+def _rank(config: OrderSettings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:
     """Positions of each step of one rank, collected from its workers in turn, as a DataLoader does."""
     count = max(config.workers, 1)
     workers = [

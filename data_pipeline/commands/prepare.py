@@ -41,7 +41,7 @@ Made = tuple[str, dict[str, bytes]]
 """Key and members of a finished sample."""
 
 
-class Settings(Protocol):
+class PrepareSettings(Protocol):
     """The sections of an experiment that are read here."""
 
     seed: int
@@ -50,7 +50,7 @@ class Settings(Protocol):
     prepare: PrepareConfig
 
 
-def main(config: Settings) -> dict[str, Any]:
+def main(config: PrepareSettings) -> dict[str, Any]:
     """Runs `cascade prepare`; the last line on stdout is the result as JSON.
 
     Returns:
@@ -106,7 +106,7 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
 # ------------------------------------------------------------------------------------------------------- imports
 
 
-def _import(settings: PrepareConfig, config: Settings) -> dict[str, Any]:
+def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     from data_pipeline.commands.prepare_sources import open_source
 
     source = open_source(settings.kind, str(settings.source), config.data, settings.images)

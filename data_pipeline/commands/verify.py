@@ -45,7 +45,7 @@ LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
 """Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
 
 
-class Settings(Protocol):
+class VerifySettings(Protocol):
     """The parts of the command's config that are read here."""
 
     seed: int
@@ -56,7 +56,7 @@ class Settings(Protocol):
     output: str
 
 
-def main(config: Settings) -> dict[str, Any]:
+def main(config: VerifySettings) -> dict[str, Any]:
     """Runs `cascade verify`; the last line on stdout is the result as JSON.
 
     Returns:
@@ -93,7 +93,7 @@ def main(config: Settings) -> dict[str, Any]:
 
 def _verify_shard(
     entry: store.Entry,
-    config: Settings,
+    config: VerifySettings,
     patience: Patience,
     pool: ThreadPoolExecutor,
     tally: Tally,
@@ -141,7 +141,7 @@ def _verify_shard(
             tally.deliver(sample, outcome, partial(_whole, sample, config.data))
 
 
-def _decode(sample: dict[str, Any], config: Settings) -> Caption | BadSample:
+def _decode(sample: dict[str, Any], config: VerifySettings) -> Caption | BadSample:
     """The caption that training would use the sample with, or why it would not use it."""
     try:
         if "__error__" in sample:
