@@ -53,7 +53,7 @@ def list_all(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, An
     rows = []
     print(f"{store.folder}\n{'step':>10} {'GB':>8} {'files':>6} {'tensors':>8}  {'validation':>10}  state")
     for step in store.steps():
-        row = describe(store, step)
+        row = describe_checkpoint(store, step)
         rows.append(row)
         loss = "" if row["validation"] is None else f"{row['validation']:.5f}"
         state = "; ".join(row["problems"]) or ("healthy" if row["healthy"] else "its last step was not applied")
@@ -61,7 +61,7 @@ def list_all(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, An
     return {"run": config.run.dir, "checkpoints": rows}
 
 
-def describe(store: CheckpointStore, step: int, checksums: bool = False) -> dict[str, Any]:
+def describe_checkpoint(store: CheckpointStore, step: int, checksums: bool = False) -> dict[str, Any]:
     """One checkpoint as JSON values."""
     row: dict[str, Any] = {"step": step, "bytes": 0, "files": 0, "tensors": 0, "healthy": False, "validation": None}
     try:
@@ -83,7 +83,7 @@ def describe(store: CheckpointStore, step: int, checksums: bool = False) -> dict
 
 def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     """Reads every byte of the chosen checkpoints."""
-    rows = [describe(store, step, checksums=True) for step in config.steps or store.steps()]
+    rows = [describe_checkpoint(store, step, checksums=True) for step in config.steps or store.steps()]
     for row in rows:
         print(f"step {row['step']}: {'; '.join(row['problems']) or 'every byte as it was written'}")
     damaged = [row["step"] for row in rows if row["problems"]]
@@ -97,7 +97,7 @@ def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     """How far the raw weights moved between two checkpoints, relative to their norm, the farthest first."""
     if len(config.steps) not in (0, 2):
         raise ConfigError(f"steps={config.steps}: action=diff compares two checkpoints")
-    steps = sorted(config.steps or [step for step in store.steps() if not describe(store, step)["problems"]][:2])
+    steps = sorted(config.steps or [step for step in store.steps() if not describe_checkpoint(store, step)["problems"]][:2])
     if len(steps) < 2:
         raise ConfigError(f"steps: {store.folder} has only one checkpoint to compare")
     first, second = (_whole(store.open(step)) for step in steps)
