@@ -50,7 +50,7 @@ DIVERSITY_FEATURES = "colour_grid_4x4"
 
 
 @dataclass(frozen=True)
-class Job:
+class SampleJob:
     """One picture to draw."""
 
     name: str
@@ -90,15 +90,15 @@ def main(config: SampleCommand) -> dict[str, Any]:
     if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
         most = cascade.encoder.max_tokens
         print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
-    order = Order(config, cascade, starts)
+    request = SampleRequest(config, cascade, starts)
     ranks = read_ranks()
     if ranks is None or ranks.is_main:
         set_aside(output, {job.name for job in jobs})
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
-    missing = [job for job in share if not is_drawn(output, job, order)]
+    missing = [job for job in share if not is_drawn(output, job, request)]
     if len(missing) < len(share):
         print(f"{len(share) - len(missing)} of {len(share)} pictures are in {output} already and are kept")
-    _draw(order, missing, output, devices)
+    _draw(request, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),
         "images": [{"file": f"{job.name}.png", "prompt": job.prompt, "seed": job.seed} for job in share],
@@ -107,7 +107,7 @@ def main(config: SampleCommand) -> dict[str, Any]:
     }
     # of several processes the one that finishes last finds all pictures
     if all((output / f"{job.name}.png").exists() for job in jobs):
-        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], order.stages, config.sampling.columns))
+        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], request.stages, config.sampling.columns))
         print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
         if len({job.prompt for job in jobs}) < len(jobs):
             result["diversity"] = measure_diversity(output, jobs)
@@ -144,7 +144,7 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[Job]:
+def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[SampleJob]:
     """`num_images` pictures of each prompt, named by place and words.
 
     Raises:
@@ -156,7 +156,7 @@ def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: i
         words = re.sub(r"\W+", "_", drawing.prompt).strip("_")[:50] or "empty"
         copy = f"-{index % num_images}" if num_images > 1 else ""
         name = f"{index // num_images:05d}-{words}{copy}"
-        jobs.append(Job(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed, place))
+        jobs.append(SampleJob(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed, place))
     return jobs
 
 
@@ -181,7 +181,7 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-class Order:
+class SampleRequest:
     """What is asked of a cascade: all that a picture depends on besides its prompt and number."""
 
     def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
@@ -206,7 +206,7 @@ class Order:
             "dtype": str(weights.dtype).removeprefix("torch."),
         }
 
-    def metadata(self, job: Job) -> dict[str, str]:
+    def metadata(self, job: SampleJob) -> dict[str, str]:
         """What stands in the PNG text of a picture."""
         settings = dict(self.settings)
         if self.starts:
@@ -262,11 +262,11 @@ def _read_start(key: str, file: str) -> Start:
     return Start(file, sha256(data).hexdigest(), image)
 
 
-def is_drawn(output: Path, job: Job, order: Order) -> bool:
+def is_drawn(output: Path, job: SampleJob, request: SampleRequest) -> bool:
     """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
-    files = [output / stage.config.name / f"{job.name}.png" for stage in order.stages[:-1]]
-    files += [output / "words" / f"{job.name}.png"] if order.config.explain else []
-    wanted = order.metadata(job)
+    files = [output / stage.config.name / f"{job.name}.png" for stage in request.stages[:-1]]
+    files += [output / "words" / f"{job.name}.png"] if request.config.explain else []
+    wanted = request.metadata(job)
     try:
         for file in [*files, output / f"{job.name}.png"]:
             with Image.open(file) as image:
@@ -278,11 +278,11 @@ def is_drawn(output: Path, job: Job, order: Order) -> bool:
     return True
 
 
-def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> None:
-    config = order.config
+def _draw(request: SampleRequest, jobs: list[SampleJob], output: Path, devices: list[str]) -> None:
+    config = request.config
     chunk = config.batch * SAVE_EVERY * len(devices)
     parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
-    steps = sum(sampler.steps for sampler in order.samplers)
+    steps = sum(sampler.steps for sampler in request.samplers)
     total = sum(steps * -(-len(part) // config.batch) for part in parts)
     with progress(total=total, unit="step", disable=not jobs) as bar:
 
@@ -292,9 +292,9 @@ def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> No
 
         for part in parts:
             starts: dict[str, Any] = {
-                key: [some[job.place].image for job in part] for key, some in order.starts.items()
+                key: [some[job.place].image for job in part] for key, some in request.starts.items()
             }
-            drawings = order.cascade.draw(
+            drawings = request.cascade.draw(
                 [job.prompt for job in part],
                 [job.negative_prompt for job in part],
                 seed=config.seed,
@@ -303,14 +303,14 @@ def _draw(order: Order, jobs: list[Job], output: Path, devices: list[str]) -> No
                 devices=devices,
                 explain=config.explain,
                 callback=advance,
-                **order.options,
+                **request.options,
                 **starts,
             )
             for job, drawing in zip(part, drawings, strict=True):
-                write_drawing(output, job, drawing, order.metadata(job), config.explain)
+                write_drawing(output, job, drawing, request.metadata(job), config.explain)
 
 
-def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
+def write_drawing(output: Path, job: SampleJob, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
     """The pictures of all stages; the final one last, because it says that the others are there."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
@@ -328,7 +328,7 @@ def write_drawing(output: Path, job: Job, drawing: Drawing, text: dict[str, str]
 # ----------------------------------------------------------------------------------------- all pictures together
 
 
-def write_grid(output: Path, jobs: list[Job], stages: Sequence[Stage], columns: int) -> Path:
+def write_grid(output: Path, jobs: list[SampleJob], stages: Sequence[Stage], columns: int) -> Path:
     """grid.png: every picture's stages side by side, base first."""
     earlier = [stage.config.name for stage in stages[:-1]]
     labels = [f"{stage.config.image_size} px" for stage in stages]
@@ -348,9 +348,9 @@ def _open(file: Path) -> Image.Image:
         raise DataError(f"{file}: cannot be read ({error}); delete it and run the same command again") from error
 
 
-def measure_diversity(output: Path, jobs: list[Job]) -> dict[str, Any]:
+def measure_diversity(output: Path, jobs: list[SampleJob]) -> dict[str, Any]:
     """Mean pairwise distance between the pictures of each prompt, and the mean of that over prompts."""
-    by_prompt: dict[str, list[Job]] = {}
+    by_prompt: dict[str, list[SampleJob]] = {}
     for job in jobs:
         by_prompt.setdefault(job.prompt, []).append(job)
     found = {}
