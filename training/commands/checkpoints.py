@@ -97,7 +97,8 @@ def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     """How far the raw weights moved between two checkpoints, relative to their norm, the farthest first."""
     if len(config.steps) not in (0, 2):
         raise ConfigError(f"steps={config.steps}: action=diff compares two checkpoints")
-    steps = sorted(config.steps or [step for step in store.steps() if not describe_checkpoint(store, step)["problems"]][:2])
+    sound = (step for step in store.steps() if not describe_checkpoint(store, step)["problems"])
+    steps = sorted(config.steps or list(sound)[:2])
     if len(steps) < 2:
         raise ConfigError(f"steps: {store.folder} has only one checkpoint to compare")
     first, second = (_whole(store.open(step)) for step in steps)
