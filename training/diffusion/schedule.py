@@ -69,11 +69,6 @@ class Schedule:
         return min(max(curve, self.low), self.high)
 
 
-def log_snr(t: Tensor, kind: str = "cosine", shift: float = 0.0, low: float = -20.0, high: float = 20.0) -> Tensor:
-    """fp32 log-SNR at times t in [0, 1], clamped to [low, high] after the shift."""
-    return Schedule(kind, shift, low, high).log_snr(t)
-
-
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
     """alpha = sqrt(sigmoid(lambda)), sigma = sqrt(sigmoid(-lambda)), same shape and dtype."""
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
@@ -88,28 +83,3 @@ def add_noise(x0: Tensor, eps: Tensor, log_snr: Tensor) -> Tensor:
     """z_t = alpha x0 + sigma eps; x0, eps (B, C, H, W), log_snr (B,)."""
     alpha, sigma = alpha_sigma(per_sample(log_snr))
     return alpha * x0 + sigma * eps
-
-
-def x0_from_eps(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x0 = (z - sigma eps) / alpha."""
-    return (z - sigma * eps) / alpha
-
-
-def eps_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """eps = (z - alpha x0) / sigma."""
-    return (z - alpha * x0) / sigma
-
-
-def v_from_x0(z: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """v = alpha eps - sigma x0 (Salimans & Ho 2022), from z and x0: (alpha z - x0) / sigma."""
-    return (alpha * z - x0) / sigma
-
-
-def x0_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x0 = alpha z - sigma v (Salimans & Ho 2022, appendix D)."""
-    return alpha * z - sigma * v
-
-
-def eps_from_v(z: Tensor, v: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """eps = sigma z + alpha v (Salimans & Ho 2022, appendix D)."""
-    return sigma * z + alpha * v

@@ -8,17 +8,8 @@ import pytest
 import torch
 
 from training.config.diffusion import SCHEDULES, DiffusionConfig
-from training.diffusion.schedule import (
-    Schedule,
-    add_noise,
-    alpha_sigma,
-    eps_from_v,
-    eps_from_x0,
-    log_snr,
-    v_from_x0,
-    x0_from_eps,
-    x0_from_v,
-)
+from training.diffusion.denoiser import scaling, target
+from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
 
 COSINE = {
     0.10: (3.68546007, 0.91287135, -1.85971738),
@@ -43,12 +34,14 @@ def test_linear_is_the_continuous_thousand_step_schedule() -> None:
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     for step in (100, 500, 900):
         discrete = torch.log(alpha_bar[step] / (1 - alpha_bar[step])).item()
-        assert log_snr(torch.tensor([(step + 0.5) / 1000]), "linear").item() == pytest.approx(discrete, abs=0.12)
+        assert Schedule("linear").log_snr(torch.tensor([(step + 0.5) / 1000])).item() == pytest.approx(
+            discrete, abs=0.12
+        )
 
 
 def test_edm_is_normal_in_log_sigma() -> None:
     t = torch.linspace(0.02, 0.98, 97)
-    ln_sigma = -log_snr(t, "edm").double() / 2
+    ln_sigma = -Schedule("edm").log_snr(t).double() / 2
     normal = torch.distributions.Normal(-1.2, 1.2)
     torch.testing.assert_close(normal.cdf(ln_sigma), t.double(), atol=1e-5, rtol=0)
 
@@ -56,7 +49,7 @@ def test_edm_is_normal_in_log_sigma() -> None:
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_ends_are_finite_clamped_and_falling(kind: str) -> None:
     t = torch.linspace(0, 1, 1001)
-    level = log_snr(t, kind)
+    level = Schedule(kind).log_snr(t)
     assert level.dtype == torch.float32 and level.isfinite().all()
     assert level.max() <= 20 and level.min() >= -20
     assert (level[1:] <= level[:-1]).all()
@@ -67,12 +60,12 @@ def test_ends_are_finite_clamped_and_falling(kind: str) -> None:
 
 
 def test_cosine_reaches_both_clamps_in_fp32() -> None:
-    assert log_snr(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist() == [20.0, -20.0]
+    assert Schedule().log_snr(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist() == [20.0, -20.0]
 
 
 def test_cosine_alpha_is_a_cosine() -> None:
     t = torch.linspace(0.01, 0.99, 99)
-    alpha, sigma = alpha_sigma(log_snr(t))
+    alpha, sigma = alpha_sigma(Schedule().log_snr(t))
     torch.testing.assert_close(alpha, torch.cos(t * math.pi / 2))
     torch.testing.assert_close(sigma, torch.sin(t * math.pi / 2))
 
@@ -80,14 +73,16 @@ def test_cosine_alpha_is_a_cosine() -> None:
 def test_identities_between_eps_x0_and_v_hold_to_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(9, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    level = torch.linspace(-8, 8, 9, dtype=torch.float64)
-    alpha, sigma = (part.view(-1, 1, 1, 1) for part in alpha_sigma(level))
-    z = add_noise(x0, eps, level)
-    v = alpha * eps - sigma * x0
+    level = per_sample(torch.linspace(-8, 8, 9, dtype=torch.float64))
+    alpha, sigma = alpha_sigma(level)
+    z = add_noise(x0, eps, level.flatten())
     close = {"atol": 1e-10, "rtol": 0.0}
-    torch.testing.assert_close(v_from_x0(z, x0, alpha, sigma), v, **close)
-    torch.testing.assert_close(x0_from_v(z, v, alpha, sigma), x0, **close)
-    torch.testing.assert_close(eps_from_v(z, v, alpha, sigma), eps, **close)
-    torch.testing.assert_close(x0_from_eps(z, eps, alpha, sigma), x0, **close)
-    torch.testing.assert_close(eps_from_x0(z, x0, alpha, sigma), eps, **close)
+    v = target("v", x0, eps, level)
+    torch.testing.assert_close((alpha * z - x0) / sigma, v, **close)
+    torch.testing.assert_close(sigma * z + alpha * v, eps, **close)
+    torch.testing.assert_close((z - alpha * x0) / sigma, eps, **close)
     torch.testing.assert_close(z.square() + v.square(), x0.square() + eps.square(), **close)
+    for kind, output in (("v", v), ("eps", eps)):
+        scale = scaling(kind, level)
+        assert scale.c_skip is not None and scale.c_out is not None
+        torch.testing.assert_close(scale.c_skip * z + scale.c_out * output, x0, **close)
