@@ -1,7 +1,7 @@
-"""From the network's output to x0: what the objective and the samplers share.
+"""From the network's output to x0: shared by the objective and the samplers.
 
-Every parametrisation is x0 = c_skip z + c_out F(c_in z), differing in the three numbers (Karras et al. 2022, eq. 7,
-written for variance-preserving z); low-res augmentation and guidance live here too.
+Every parametrisation is x0 = c_skip z + c_out F(c_in z) with its own three coefficients (Karras et al. 2022, eq. 7,
+written for variance-preserving z). Low-res augmentation and guidance are here too.
 
     B pictures   z, x0, low_res (B, 3, H, W) fp32 in about [-1, 1]   log_snr (B,) fp32
     text (B, T, D)   text_mask (B, T) bool
@@ -25,7 +25,8 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Scaling:
-    """x0 = c_skip z + c_out F(c_in z); each a number per sample (or None: the term is absent / the factor is one)."""
+    """Coefficients of x0 = c_skip z + c_out F(c_in z), one value per sample each; all None for the x0 parametrisation,
+    c_in None where it is 1."""
 
     c_in: Tensor | None
     c_skip: Tensor | None
@@ -46,7 +47,7 @@ def scaling(parametrization: str, log_snr: Tensor, sigma_data: float = 0.5) -> S
 
 
 def target(parametrization: str, x0: Tensor, eps: Tensor, log_snr: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """What F should put out, in closed forms without cancellation; log_snr broadcasts against x0."""
+    """The regression target of F, in closed forms that avoid cancellation; log_snr broadcasts against x0."""
     alpha, sigma = alpha_sigma(log_snr)
     if parametrization == "x0":
         return x0
@@ -59,12 +60,12 @@ def target(parametrization: str, x0: Tensor, eps: Tensor, log_snr: Tensor, sigma
 
 
 def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 pictures to fp32 in [-1, 1]; floating pictures are in that range already."""
+    """uint8 pictures to fp32 in [-1, 1]; floating-point pictures must already be in that range."""
     return pictures.to(torch.float32) / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures.to(torch.float32)
 
 
 def upsample(low_res: Tensor, size: int) -> Tensor:
-    """The one up-sampler of training and sampling: bicubic, corners not aligned."""
+    """The up-sampler of both training and sampling: bicubic, `align_corners=False`."""
     if low_res.shape[-1] == size:
         return low_res
     return F.interpolate(low_res, size=(size, size), mode="bicubic", align_corners=False)
@@ -73,15 +74,15 @@ def upsample(low_res: Tensor, size: int) -> Tensor:
 def augment(low_res: Tensor, level: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Noise conditioning augmentation (Ho et al. 2021; Imagen, section 2.4) of the low-res picture, before up-sampling.
 
-    The noise is as coarse as the picture: it hides what the stage below may get wrong, where finer noise averages out.
+    Noise at the low resolution hides the errors of the previous stage; noise added after up-sampling averages out.
 
     Args:
         low_res: (B, 3, h, w) in [-1, 1].
-        level: (B,) times in [0, 1]; 0 leaves the picture exactly as it is.
-        noise: standard normal like low_res, independent of the diffusion noise.
+        level: (B,) times in [0, 1]; 0 leaves the picture unchanged, bit for bit.
+        noise: standard normal, shaped like low_res and independent of the diffusion noise.
 
     Returns:
-        The noised picture and its log-SNR (B,), which the network is told.
+        The noised picture and its log-SNR (B,), on which the network is conditioned.
     """
     aug_log_snr = schedule.unshifted().log_snr(level)
     noised = add_noise(low_res, noise, aug_log_snr)
@@ -99,7 +100,7 @@ def network_output(
     low_res: Tensor | None = None,
     aug_log_snr: Tensor | None = None,
 ) -> Tensor:
-    """F(c_in z) in fp32."""
+    """The raw network output F(c_in z) in fp32. Arguments as for `UNet.forward`."""
     c_in = scaling(config.parametrization, per_sample(log_snr), config.sigma_data).c_in
     return model(z if c_in is None else c_in * z, log_snr, text, text_mask, low_res, aug_log_snr).to(torch.float32)
 
@@ -138,10 +139,10 @@ def guided(
     """Classifier-free guidance x0 = x0_u + w (x0_c - x0_u) (Ho & Salimans 2022), both branches in one forward pass.
 
     Args:
-        guidance: w; 1 is the conditional model alone, 0 the unconditional one, bit for bit.
-        interval: times t between which guidance is on (Kynkaanniemi et al. 2024); outside, the conditional model alone.
-        negative: text and mask to steer away from, instead of no text.
-        low_res, aug_log_snr: the noised low-res picture, shared by both branches and all steps.
+        guidance: w; 1 gives exactly the conditional model, 0 exactly the unconditional one.
+        interval: times t between which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1.
+        negative: text and mask to steer away from; None: the unconditional model.
+        low_res, aug_log_snr: the noised low-res picture and its log-SNR, shared by both branches and all steps.
     """
     null_text, null_mask = negative or (torch.zeros_like(text), torch.zeros_like(text_mask))
     noisiest, cleanest = schedule.log_snr_at(interval[1]), schedule.log_snr_at(interval[0])

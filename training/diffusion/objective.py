@@ -1,4 +1,4 @@
-"""The training objective: noise a picture, predict, weigh the error.
+"""The training objective: noise a picture, predict, weight the error.
 
     B pictures   images, low_res (B, 3, H, W)   text (B, T, D)   text_mask (B, T) bool   positions (B,) int64
 
@@ -22,9 +22,9 @@ from training.diffusion.schedule import Schedule, add_noise, per_sample
 def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
     """fp64 times (B,) in [0, 1) of the samples at these positions.
 
-    With `global_batch` B the times of positions k B ... (k + 1) B - 1 are frac(u_k + i / B), one uniform u_k per step:
-    evenly spread over the global batch, each uniform by itself (Kingma et al. 2021, appendix I.1). 0: independent
-    uniform times.
+    With `global_batch` B, positions k B ... (k + 1) B - 1 get the times frac(u_k + i / B), with one uniform u_k per
+    step: evenly spread over the global batch, each marginally uniform (Kingma et al. 2021, appendix I.1). 0:
+    independent uniform times.
     """
     if not global_batch:
         return random.uniform(seed, positions, Stream.TIME).to(torch.float64)
@@ -34,10 +34,10 @@ def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
 
 
 def x0_weight(log_snr: Tensor, config: DiffusionConfig) -> Tensor:
-    """Weight of the squared x0 error at log_snr (any shape); every weighting is stated in x0 space.
+    """Weight of the squared x0 error at log_snr (any shape).
 
-    - paper: SNR, which is the plain error in eps (Imagen, appendix A);
-    - v: SNR + 1, the plain error in v (Salimans & Ho 2022);
+    - paper: SNR, the unweighted error in eps (Imagen, appendix A);
+    - v: SNR + 1, the unweighted error in v (Salimans & Ho 2022);
     - min_snr: min(SNR, gamma) (Hang et al. 2023);
     - edm: (s^2 + s_d^2) / (s s_d)^2 with s^2 = 1 / SNR (Karras et al. 2022, table 1).
 
@@ -56,7 +56,7 @@ def x0_weight(log_snr: Tensor, config: DiffusionConfig) -> Tensor:
 
 
 def drop_text(text: Tensor, text_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """No text where drop (B,) is True: zero embeddings and no visible token, so the caption's length cannot leak."""
+    """Removes the text where drop (B,) is True: embeddings zeroed and masked, so that no caption length leaks."""
     keep = ~drop
     return text * keep[:, None, None].to(text.dtype), text_mask & keep[:, None]
 
@@ -80,14 +80,13 @@ def loss(
 
     Args:
         model: called as (z, log_snr, text, text_mask, low_res, aug_log_snr), see `UNet.forward`.
-        images: uint8, or floating in [-1, 1].
+        images: uint8, or floating-point in [-1, 1].
         positions: int64, the global positions of the samples.
         low_res: super-resolution only; at its own size or already up-sampled, uint8 or in [-1, 1].
-        image_size: side of the whole picture where `images` are crops of it (the schedule's shift refers to it); 0: not
-            cropped.
+        image_size: side of the whole picture if `images` are crops (for the schedule's shift); 0: not cropped.
         global_batch: samples per optimizer step, for stratified times; 0: independent times.
-        t: times (B,) to use instead of drawn ones (validation at fixed noise levels).
-        normal: draws the noise; a compiled `random.normal` is one kernel instead of hundreds.
+        t: fixed times (B,) instead of random ones (validation).
+        normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
 
     Returns:
         The mean loss (fp32 scalar) and per-sample fp32 tensors (B,): `loss`, `t`, `log_snr`, `x0_error` (mean squared,

@@ -1,8 +1,8 @@
-"""Counter-based random numbers: a pure function of (seed, position, stream), equal on every device and rank count.
+"""Counter-based random numbers: a pure function of (seed, position, stream), the same on any device and rank count.
 
 Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), written in int64 tensors whose
-values stay below 2^50, so that CPU and GPU compute the same integers. Uniforms are the same bits everywhere; normals
-agree to the rounding of the device's log, sqrt and cos.
+values stay below 2^50, so that CPU and GPU compute the same integers. Uniforms are bit-identical everywhere; normals
+agree up to the rounding of the device's log, sqrt and cos.
 
 Counter words: (block, position low, position high, stream | sub << 8); key: the two halves of the seed.
 """
@@ -22,7 +22,8 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a number is drawn for; two uses never share a stream."""
+    """What a random number is for; no two uses share a stream. The values are part of every run's results: never
+    renumber."""
 
     TIME = 1
     NOISE = 2
@@ -53,7 +54,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def bits(seed: int, positions: Tensor, stream: int, count: int, sub: int = 0) -> Tensor:
-    """(B, count) integers in [0, 2^32) as int64; `positions` int64 (B,), `sub` numbers repeated uses of one stream."""
+    """(B, count) int64 integers in [0, 2^32). Other arguments as for `uniform`."""
     positions = positions.to(torch.int64)[:, None]
     blocks = torch.arange((count + 3) // 4, device=positions.device)[None, :]
     word = torch.full_like(positions, (stream + (sub << 8)) & MASK)
@@ -71,7 +72,7 @@ def uniform(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...] = 
         positions: int64 (B,), the global sample positions; each row depends on its own position only.
         stream: what the number is for (`Stream`).
         shape: shape of one sample's numbers.
-        sub: number of a repeated use of the stream (a sampler's step), 0 <= sub < 2^24.
+        sub: index of a repeated use of the stream (a sampler's step), 0 <= sub < 2^24.
     """
     drawn = bits(seed, positions, stream, math.prod(shape), sub)
     return ((drawn >> 8).to(torch.float32) * 2.0**-24).view(-1, *shape)

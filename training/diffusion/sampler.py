@@ -1,8 +1,8 @@
-"""Samplers: from noise to pictures with a denoiser; ancestral DDPM, DDIM, Heun and DPM-Solver++(2M).
+"""Samplers: ancestral DDPM, DDIM, Heun and DPM-Solver++(2M).
 
-All of them see only x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting act on x0, and the
-noise is re-derived from it. Noise belongs to the picture's seed, so a picture depends neither on its batch nor on the
-device count.
+They work on x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting modify x0, and the noise is
+re-derived from it. Noise depends on the picture's seed alone, so a picture is independent of its batch and of the
+number of devices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def alpha_sigma_at(log_snr: float) -> tuple[float, float]:
 
 
 def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: float = 0.0) -> list[float]:
-    """steps + 1 increasing log-SNRs from time `start` to time `end`."""
+    """steps + 1 increasing log-SNRs from time `start` to time `end`; for `spacing` see `SamplerConfig`."""
     if spacing == "auto":
         spacing = "karras" if schedule.kind == "edm" else "time"
     shares = [i / steps for i in range(steps + 1)]
@@ -44,7 +44,8 @@ def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: 
 
 
 def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
-    """Static: clip to [-1, 1]. Dynamic: clip to [-s, s] and divide by s = max(1, percentile of the picture's |x0|)."""
+    """Static: clip to [-1, 1]. Dynamic (Imagen, section 2.3): clip to [-s, s] and divide by s = max(1, percentile of
+    |x0| in this picture)."""
     if kind == "none":
         return x0
     if kind == "static":
@@ -54,16 +55,17 @@ def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
 
 
 def ddim_step(z: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
-    """alpha_s x0 + sigma_s eps with eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0)."""
+    """Deterministic step: alpha_s x0 + sigma_s eps, eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0)."""
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
     return sigma_s / sigma * z + (alpha_s - alpha * sigma_s / sigma) * x0
 
 
 def posterior(now: float, then: float) -> tuple[float, float, float, float]:
-    """q(z_s | z_t, x0), lambda_t = now < lambda_s = then: coefficients of z_t and x0, lower and upper variance.
+    """q(z_s | z_t, x0) with lambda_t = now < lambda_s = then (Imagen, appendix A; Kingma et al. 2021, equations 2-5).
 
-    Imagen, appendix A; Kingma et al. 2021, equations 2-5.
+    Returns:
+        The coefficients of z_t and x0, and the lower and upper bound of the variance.
     """
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
@@ -79,8 +81,8 @@ def ddpm_step(z: Tensor, x0: Tensor, noise: Tensor, now: float, then: float, gam
 
 
 def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now: float, then: float) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated with the estimate `before`, made at
-    `past`. Where the clamp of the schedule makes neighbours equal there is nothing to extrapolate."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated from the previous estimate `before` at
+    log-SNR `past`. Without extrapolation in the first step and where the schedule's clamp makes the levels equal."""
     if before is not None and past < now < then:
         ratio = (now - past) / (then - now)
         x0 = x0 + (x0 - before) / (2 * ratio)
@@ -88,8 +90,8 @@ def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now
 
 
 def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) -> Tensor:
-    """Heun's rule (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays
-    bounded."""
+    """Heun's method (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays
+    bounded. Calls `denoise` a second time."""
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
     width = math.atan2(sigma_s, alpha_s) - math.atan2(sigma, alpha)
@@ -115,27 +117,30 @@ def sample(
     start_noise: Tensor | None = None,
     end: float = 0.0,
 ) -> Tensor:
-    """Pictures drawn by one stage.
+    """Samples pictures with a denoiser.
 
     Args:
         denoise: (z, log_snr) -> x0, see `denoiser.guided`.
         shape: (B, C, H, W).
         seeds: one integer per picture.
         callback: called as (step, steps) after each step.
-        image_size: the side that the schedule's shift refers to; 0: H.
+        image_size: the side used for the schedule's shift; 0: H.
         init: a picture (B, C, H, W) in [-1, 1] to start from (img2img, inpainting).
-        strength: how much of it is redrawn: sampling starts at time `strength` in (0, 1].
-        mask: bool (B, 1, H, W) or (B, C, H, W): True where the picture is drawn anew, False where it stays `init`.
-        start_noise: the standard normal start, instead of the seeds'.
-        end: time at which to stop; the picture is the last x0 estimate if it is 0, else z at that time.
+        strength: how much of `init` is redrawn: sampling starts at time `strength` in (0, 1].
+        mask: bool (B, 1, H, W) or (B, C, H, W): True where the picture is redrawn, False where `init` is kept.
+        start_noise: initial standard normal noise, instead of noise from `seeds`.
+        end: time at which to stop; at 0 the result is the last x0 estimate, otherwise z at that time.
 
     Returns:
         fp32 (B, C, H, W); in [-1, 1] if the sampler thresholds.
+
+    Raises:
+        ValueError: `strength` outside (0, 1], a mask without `init`, or a wrong number of seeds.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}: it must lie above 0 and at most at 1")
+        raise ValueError(f"strength={strength}: it must be above 0 and at most 1")
     if mask is not None and init is None:
-        raise ValueError("mask: inpainting needs the picture `init` that the mask belongs to")
+        raise ValueError("mask: inpainting also needs `init`, the picture to redraw in")
     rows = torch.as_tensor(seeds, dtype=torch.int64).to(device)
     if len(rows) != shape[0]:
         raise ValueError(f"seeds: {len(rows)} given for {shape[0]} pictures")
@@ -188,7 +193,7 @@ def sample_stage(
     mask: Tensor | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Pictures of one stage from text: augmentation, guidance and sampling together.
+    """Samples one stage from text: augmentation, guidance and sampling together.
 
     Args:
         text, text_mask: (B, T, D) and bool (B, T) on the model's device.
@@ -223,8 +228,15 @@ def sample_stage(
         aug_log_snr=aug_log_snr,
     )
     drawn = sample(
-        denoise, shape, config=config, sampler=sampler, seeds=seeds, device=device, callback=callback,
-        init=None if init is None else to_unit(init.to(device)), strength=strength,
+        denoise,
+        shape,
+        config=config,
+        sampler=sampler,
+        seeds=seeds,
+        device=device,
+        callback=callback,
+        init=None if init is None else to_unit(init.to(device)),
+        strength=strength,
         mask=None if mask is None else mask.to(device),
-    )  # fmt: skip
+    )
     return drawn.clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Noise schedules in continuous time: one clamped fp32 log-SNR for training, sampling and low-res augmentation alike.
+"""Noise schedules in continuous time: one clamped fp32 log-SNR for training, sampling and low-res augmentation.
 
 t in [0, 1], 0 = clean; z_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1 (variance preserving);
 log-SNR lambda = 2 ln(alpha / sigma), so alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda).
@@ -19,8 +19,7 @@ EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0
 
 
 def cosine(t: Tensor) -> Tensor:
-    """alpha = cos(pi t / 2): lambda = -2 ln tan(pi t / 2) (Ho & Salimans 2022; no offset s, unlike Nichol &
-    Dhariwal)."""
+    """alpha = cos(pi t / 2): lambda = -2 ln tan(pi t / 2) (Ho & Salimans 2022; no offset s as in Nichol & Dhariwal)."""
     return -2 * torch.log(torch.tan(t * (math.pi / 2)))
 
 
@@ -30,7 +29,7 @@ def linear(t: Tensor) -> Tensor:
 
 
 def edm(t: Tensor) -> Tensor:
-    """t is the quantile of ln sigma ~ N(-1.2, 1.2^2), sigma within [0.002, 80] (Karras et al. 2022, table 1)."""
+    """t is the quantile of ln sigma ~ N(-1.2, 1.2^2), sigma clamped to [0.002, 80] (Karras et al. 2022, table 1)."""
     ln_sigma = EDM_MEAN + EDM_STD * math.sqrt(2) * torch.erfinv(2 * t - 1)
     return -2 * ln_sigma.clamp(math.log(EDM_SIGMA_MIN), math.log(EDM_SIGMA_MAX))
 
@@ -40,7 +39,7 @@ CURVES = {"cosine": cosine, "linear": linear, "edm": edm}
 
 @dataclass(frozen=True)
 class Schedule:
-    """lambda(t), clamped at both ends (cosine alone would reach +-infinity)."""
+    """lambda(t), clamped at both ends (the cosine would reach +-infinity)."""
 
     kind: str = "cosine"
     shift: float = 0.0
@@ -50,21 +49,21 @@ class Schedule:
 
     @classmethod
     def of(cls, config: DiffusionConfig, image_size: int) -> Schedule:
-        """The schedule of pictures of `image_size` pixels (the whole picture's side, also when training on crops)."""
+        """The schedule for pictures of side `image_size` (of the whole picture, even when training on crops)."""
         shift = 2 * math.log(config.shift_from / image_size) if config.shift_from else 0.0
         return cls(config.schedule, shift, config.log_snr_min, config.log_snr_max)
 
     def unshifted(self) -> Schedule:
-        """The same curve without shift: that of the low-res augmentation."""
+        """The same curve without the shift, as used for low-res augmentation."""
         return Schedule(self.kind, 0.0, self.low, self.high)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """fp32 lambda of times in [0, 1], any shape; computed in fp64, where cos(pi/2) is still positive."""
+        """fp32 lambda at times in [0, 1], any shape; computed in fp64, where cos(pi/2) is still positive."""
         curve = CURVES[self.kind](t.to(torch.float64)) + self.shift
         return curve.clamp(self.low, self.high).to(torch.float32)
 
     def log_snr_at(self, t: float) -> float:
-        """The same for one time, as a Python float."""
+        """lambda at a single time, as a Python float."""
         curve = float(CURVES[self.kind](torch.tensor(t, dtype=torch.float64))) + self.shift
         return min(max(curve, self.low), self.high)
 
@@ -75,7 +74,7 @@ def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to multiply pictures."""
+    """(B,) -> (B, 1, 1, 1), to broadcast over pictures."""
     return values.view(-1, 1, 1, 1)
 
 
