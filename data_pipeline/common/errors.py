@@ -9,7 +9,7 @@ EXIT_USER_ERROR = 2
 
 
 class CascadeError(Exception):
-    """The root of all errors this project raises on purpose; `str(error)` is a complete sentence for the user."""
+    """Base class of all errors this project raises deliberately; `str(error)` is a complete sentence for the user."""
 
     exit_code = 1
 
@@ -21,16 +21,16 @@ class UserError(CascadeError):
 
 
 class ConfigError(UserError):
-    """A config value that cannot work; the message names the key and what would be valid."""
+    """An invalid config value; the message names the key and the valid values."""
 
 
 class DataError(UserError):
-    """Shards that are missing, unreadable or not what the run was told they are."""
+    """Shards that are missing, unreadable or not as described by the config."""
 
 
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """For shards that another key than `data.shards` names: what is wrong with them is said of that key."""
+    """For shards configured under a key other than `data.shards`: errors name that key."""
     try:
         yield
     except DataError as error:
@@ -38,12 +38,12 @@ def about(key: str) -> Iterator[None]:
 
 
 def of_file(error: OSError) -> UserError:
-    """The sentence for what the system refused, where `error.filename` says of which file."""
+    """A system error as an error of the user's, naming the file."""
     return UserError(f"{error.filename}: {error.strerror} (debug=true shows where)")
 
 
 class StoreError(CascadeError):
-    """An object store that stayed broken past its deadline; the message names the object and the last cause."""
+    """An object store that kept failing until the deadline; the message names the object and the last cause."""
 
 
 BAD_REASONS = (
@@ -63,11 +63,11 @@ BAD_REASONS = (
 
 
 class BadSample(Exception):
-    """One sample that cannot be trained on; it is counted by `reason` and replaced, never the user's to see.
+    """One sample that cannot be used for training; it is counted under `reason` and replaced, not shown to the user.
 
     Args:
         reason: a short snake_case name, the key of the counter (`decode_error`, `missing_image`, ...).
-        detail: what exactly was wrong, for the quarantine file.
+        detail: what exactly is wrong, for the quarantine file.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

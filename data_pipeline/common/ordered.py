@@ -1,4 +1,4 @@
-"""Work in threads, results in order."""
+"""Runs work in threads and yields the results in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
-    """(item, work(item)) in the order of the items, at most `ahead` of them begun and not yet handed out."""
+    """Yields (item, work(item)) in the order of the items; at most `ahead` results are pending at a time."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(work, item)))

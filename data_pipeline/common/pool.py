@@ -41,13 +41,13 @@ class DaemonPool:
                 continue
             try:
                 future.set_result(function(*arguments))
-            except BaseException as error:  # it belongs to whoever waits for the result
+            except BaseException as error:  # raised where the result is awaited
                 future.set_exception(error)
             del task, future, function, arguments
 
     def close(self) -> None:
-        """Cancels what has not begun, and gives the threads a moment to end: one that is inside C++ code (decoding,
-        resizing) when the interpreter goes would abort the process."""
+        """Cancels pending work and waits up to `CLOSE_S` for running work: a thread still inside C++ code (decoding,
+        resizing) when the interpreter exits would abort the process."""
         self._closed = True
         for _ in self._threads:
             self._tasks.put(None)

@@ -1,4 +1,4 @@
-"""Progress bars that read well in a terminal and, as a line now and then, in a log file."""
+"""Progress bars in a terminal; occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOG_INTERVAL_S = 15.0
 
 
 class _Lines:
-    """stderr for a bar that nobody watches: each state on a line of its own instead of over the one before."""
+    """stderr for a bar outside a terminal: each update on its own line instead of overwriting the last."""
 
     def write(self, text: str) -> None:
         if state := text.strip():

@@ -1,4 +1,4 @@
-"""Resizing uint8 pictures (H, W, 3): antialiased bicubic as Pillow defines it, several times faster; box averages."""
+"""Resizes uint8 pictures (H, W, 3): Pillow's antialiased bicubic, several times faster, and box averages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 _WHOLE = 1e-3
-"""Pixels by which a place may be off the grid and still count as on it."""
+"""Tolerance, in pixels, within which a coordinate counts as a whole pixel."""
 
 
 def box_average(picture: np.ndarray, factor: int) -> np.ndarray:
@@ -24,10 +24,10 @@ def box_average(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def resize_square(picture: np.ndarray, x: float, y: float, length: float, size: int) -> np.ndarray:
-    """The square with the corner (x, y) and sides of `length` pixels, as size x size pixels, in memory of its own.
+    """The square with corner (x, y) and sides of `length` pixels, resized to size x size pixels, as a copy.
 
-    torch has the fast code, but it begins at whole pixels; an axis on which the square does not is left to Pillow. They
-    agree to one step of 255; at the square's first pixels the fast one does not look over the edge.
+    torch's code is fast but starts at whole pixels; Pillow resizes an axis on which the square does not. The two agree
+    to within 1 of 255; at the square's first pixels torch's filter does not look beyond the edge.
     """
     whole = abs(y - round(y)) < _WHOLE, abs(x - round(x)) < _WHOLE
     if all(whole) and abs(length - size) < _WHOLE:
@@ -45,7 +45,7 @@ def resize_square(picture: np.ndarray, x: float, y: float, length: float, size: 
 def _fast(
     picture: np.ndarray, start: tuple[float, float], length: float, size: int, axes: tuple[bool, bool]
 ) -> np.ndarray:
-    """Resizes [start, start + length) of the chosen axes (rows, columns) to `size` pixels; the others stay."""
+    """Resizes [start, start + length) of the selected axes (rows, columns) to `size` pixels; others stay as is."""
     import torch
 
     reach = 2 * max(length / size, 1)  # of the kernel, in source pixels

@@ -1,9 +1,9 @@
-"""Captioned shapes, drawn: the data of the demo and of the tests. Pure functions of their arguments, no files.
+"""Renders captioned shapes: the data of the demo and the tests. Pure functions of their arguments, no files.
 
 A picture shows one shape ("a large red circle on a white background") or two and their relation
-("a large red circle to the left of a small blue square on a white background"). Colours and backgrounds lie far apart
-in RGB, so that a program can read a picture back; each shape has crisp edges and a thin dark outline, which 64 pixels
-carry and 16 do not, so that a super-resolution stage has something to add.
+("a large red circle to the left of a small blue square on a white background"). Colours and backgrounds are far apart
+in RGB, so that a program can recognise them; each shape has crisp edges and a thin dark outline that 64 pixels resolve
+and 16 do not, so that a super-resolution stage has something to add.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ RELATIONS: dict[str, tuple[int, int]] = {
 OUTLINE_WIDTH = 0.025
 OUTLINE_SHADE = 0.45
 PAIR_SCALE = 0.62
-"""Two objects are this much smaller than one alone, so that both fit."""
+"""Scale of each of two objects relative to a single one, so that both fit."""
 PAIR_DISTANCE = 0.23
-"""Of each of two objects from the middle."""
+"""Distance of each of two objects from the centre."""
 JITTER = {1: 0.05, 2: 0.02}
-"""Largest shift of an object from its place, by the number of objects."""
+"""Largest random shift of an object, by the number of objects."""
 HELDOUT_SHARE = 0.1
 _HELDOUT_SALT = 279
-"""Chosen so that the few held-out combinations hold every word several times."""
+"""Chosen so that the few held-out combinations contain every word several times."""
 _REFERENCE_SIDE = 64
 
 
@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """What a picture shows: a background, one object, or two with the relation of the first to the second."""
+    """What a picture shows: a background and either one object or two, with the relation of the first to the second."""
 
     background: str
     objects: tuple[Thing, ...]
@@ -87,7 +87,7 @@ class ShapeSpec:
 
 
 def caption(spec: ShapeSpec) -> str:
-    """The one sentence that says exactly what the picture shows; `parse` reads it back."""
+    """The caption that describes the spec exactly; `parse` is its inverse."""
     things = f" {spec.relation} ".join(str(thing) for thing in spec.objects)
     return f"{things} on a {spec.background} background"
 
@@ -105,7 +105,7 @@ _CAPTION = re.compile(
 
 
 def parse(text: str) -> ShapeSpec | None:
-    """The spec whose caption this is, or None for any other text. White space and case do not matter."""
+    """The spec with this caption, or None for any other text. Ignores whitespace and case."""
     match = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if match is None:
         return None
@@ -117,7 +117,7 @@ def parse(text: str) -> ShapeSpec | None:
 
 @lru_cache(maxsize=1)
 def _heldout_singles() -> frozenset[tuple[str, Thing]]:
-    """The (background, object) pairs that no training picture holds: the lowest hashes, so the set never moves."""
+    """The (background, object) pairs that no training picture shows: those with the lowest hashes, a fixed set."""
     singles = [(background, thing) for background in BACKGROUNDS for thing in _things()]
     order = sorted(singles, key=lambda single: hash_bits(_HELDOUT_SALT, 0, f"heldout {single[1]} on {single[0]}"))
     return frozenset(order[: round(HELDOUT_SHARE * len(singles))])
@@ -128,13 +128,13 @@ def _things() -> list[Thing]:
 
 
 def is_heldout(spec: ShapeSpec) -> bool:
-    """Whether the picture holds an object that, on this background, training never sees (though it sees every word)."""
+    """Whether the picture shows an object that training never sees on this background (it does see every word)."""
     return any((spec.background, thing) in _heldout_singles() for thing in spec.objects)
 
 
 @lru_cache(maxsize=4)
 def combinations(heldout: bool, objects: int = 1) -> tuple[ShapeSpec, ...]:
-    """All pictures of one split that the vocabulary allows. Two objects always differ in colour."""
+    """All specs of a split that the vocabulary allows. Two objects always differ in colour."""
     if objects == 1:
         every = (ShapeSpec(background, (thing,)) for background in BACKGROUNDS for thing in _things())
     elif objects == 2:
@@ -150,7 +150,7 @@ def combinations(heldout: bool, objects: int = 1) -> tuple[ShapeSpec, ...]:
 
 
 def spec_at(index: int, seed: int, heldout: bool = False, objects: int = 1) -> ShapeSpec:
-    """What picture number `index` shows: every combination once, in a random order, then again in another order."""
+    """The spec of picture `index`: every combination once, in random order, then again in another order."""
     specs = combinations(heldout, objects)
     return specs[_permutation(len(specs), seed, index // len(specs))[index % len(specs)]]
 
@@ -161,15 +161,15 @@ def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
 
 
 def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
-    """Picture number `index` of a split, uint8 (size, size, 3), and what it shows."""
+    """Picture `index` of a split, uint8 (size, size, 3), and its spec."""
     spec = spec_at(index, seed, heldout, objects)
     return render(spec, size, hash_bits(seed, index, f"synthetic place {heldout} {objects}")), spec
 
 
 def render(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
-    """Draws the picture; pictures of the same spec and seed at several sizes show the same scene.
+    """Renders the picture; the same spec and seed give the same scene at every size.
 
-    Sizes below 64 are box averages of the drawing at 64 or the next multiple, as a camera would see it.
+    Sizes below 64 are box averages of the picture rendered at 64 or the next multiple, as a camera would see it.
 
     Returns:
         uint8 (size, size, 3).
@@ -208,7 +208,7 @@ def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float]
 
 
 def _paint(canvas: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> None:
-    """Lays `colour` where the signed distance is negative, with edges one fine pixel soft."""
+    """Paints `colour` where the signed distance is negative, with edges antialiased over one rendered pixel."""
     coverage = np.clip(0.5 - distance * canvas.shape[0], 0, 1)[..., None]
     canvas += coverage * (colour - canvas)
 
@@ -242,4 +242,4 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "triangle": _triangle,
     "cross": _cross,
 }
-"""Signed distance to each shape's edge, negative inside, in units of the side (exact but for outer corners)."""
+"""Signed distance to each shape's edge, negative inside, in units of the side (exact except at outer corners)."""

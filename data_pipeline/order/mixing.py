@@ -1,4 +1,4 @@
-"""How well an order mixes the data set, beside a perfect shuffle."""
+"""How well an order mixes the data set, compared with a perfect shuffle."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def mixing(order: Order, global_batch: int, position: int = 0, batches: int = 32
     """Measured on some consecutive global batches.
 
     Returns:
-        distinct_shards: different shards in a global batch, on average.
-        perfect_distinct_shards: what is expected of samples drawn at random.
-        neighbour_correlation: how often two samples that lie next to each other in a shard land in the same global
-            batch, as a multiple of chance: 1 is a perfect shuffle, 0 never.
+        distinct_shards: mean number of distinct shards in a global batch.
+        perfect_distinct_shards: the same for samples drawn at random.
+        neighbour_correlation: how often two samples adjacent in a shard end up in the same global batch, as a multiple
+            of chance: 1 is a perfect shuffle, 0 means never.
     """
     positions = position + np.arange(batches * global_batch, dtype=np.int64)
     epochs, shards, rows = (part.reshape(batches, -1) for part in order.locate_many(positions))

@@ -39,7 +39,7 @@ def _philox(seed: int, kind: int, *counter: int) -> np.random.Philox:
 
 
 class Order:
-    """The order of all samples for ever.
+    """The order of all samples over all epochs.
 
     Args:
         counts: samples per shard after filters, (shards,).
@@ -48,7 +48,7 @@ class Order:
         window: samples shuffled together inside a lane, at least 1.
 
     Raises:
-        ConfigError: there is no sample at all, or `lanes` or `window` is below 1.
+        ConfigError: there are no samples, or `lanes` or `window` is below 1.
     """
 
     def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, window: int) -> None:
@@ -90,7 +90,7 @@ class Order:
 
     def _bounds(self, turn: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(window, its begin, its end) in the lane's run, for an index in that run."""
-        # Windows begin at another place in each lane: else all lanes would turn to new windows, and read, at once.
+        # Windows start at a different offset in each lane; otherwise all lanes would start, and read, new ones at once.
         phase = turn * self.window // self.lanes
         length = self.samples // self.lanes + (turn < self.samples % self.lanes)
         window = (index + phase) // self.window
@@ -148,17 +148,17 @@ class Order:
 
 
 def check_position(position: int) -> int:
-    """`position`, which must be a whole number of samples that 64 bits can count with. Raises `ConfigError`."""
+    """Returns `position` if it is a whole number of samples in [0, 2^62), else raises `ConfigError`."""
     if not isinstance(position, (int, np.integer)) or not 0 <= position < 2**62:
         raise ConfigError(f"position={position}: it must be a whole number of samples, from 0 to 2**62")
     return int(position)
 
 
 def check_world_size(world_size: int, global_batch: int, lanes: int, micro_batch: int = 0) -> int:
-    """The micro-batch in force: `micro_batch`, or the whole share of a rank when it is 0.
+    """The effective micro-batch: `micro_batch`, or a rank's whole share of the global batch if it is 0.
 
     Raises:
-        ConfigError: the batch cannot be shared so; the message lists what can.
+        ConfigError: the batch cannot be divided like this; the message lists the possible values.
     """
     if world_size < 1 or lanes % world_size:
         allowed = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)

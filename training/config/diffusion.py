@@ -14,7 +14,7 @@ SPACINGS = ("auto", "time", "log_snr", "karras")
 
 
 MOST_LOG_SNR = 80.0
-"""Beyond this sigma or alpha is no normal fp32 number."""
+"""Beyond this, sigma or alpha would be subnormal in fp32."""
 
 
 NUMBERS = {"min_snr_gamma": "above", "sigma_data": "above", "max_weight": "at least", "shift_from": "at least"}
@@ -31,7 +31,7 @@ class DiffusionConfig:
 
     schedule: str = "cosine"
     parametrization: str = "v"
-    """What the network puts out: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
+    """What the network outputs: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
     weighting: str = "v"
     """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`."""
     min_snr_gamma: float = 5.0
@@ -42,13 +42,13 @@ class DiffusionConfig:
     shift_from: int = 0
     """Reference resolution of the resolution shift 2 ln(shift_from / image_size); 0: no shift."""
     residual: bool = False
-    """SR with x0 output: the network adds to the up-sampled low-res picture."""
+    """Super-resolution with x0 output: the network predicts the difference from the up-sampled low-res picture."""
     text_drop: float = 0.1
     """Share of samples trained without text, for classifier-free guidance."""
     null_text: str = "zero"
-    """`zero` or `learned`: what stands for no text; stored in the checkpoint."""
+    """The token that represents no text: `zero` or `learned`; stored in the checkpoint."""
     aug_max: float = 1.0
-    """SR: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
+    """Super-resolution: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
     sigma_data: float = 0.5
     stratified: bool = True
     """Spread the times of a global batch evenly over [0, 1]."""
@@ -83,18 +83,18 @@ class SamplerConfig:
     name: str = "dpmpp_2m"
     steps: int = 20
     guidance: float = 3.0
-    """w = 1 means none."""
+    """Guidance weight w; 1: no guidance."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Times t between which guidance is on."""
+    """Times t between which guidance applies."""
     spacing: str = "auto"
-    """Where the steps lie: even in `time` or in `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else
+    """Spacing of the steps: uniform in `time` or `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else
     time. Few steps of dpmpp_2m want `log_snr`: in time they flatten fine detail."""
     threshold: str = "dynamic"
     """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
     2.3)."""
     threshold_percentile: float = 0.995
     aug_level: float = 0.1
-    """SR: noise level (a time in [0, 1]) put on the low-res input."""
+    """Super-resolution: level (a time in [0, 1]) of the noise added to the low-res input."""
     gamma: float = 0.3
     """ddpm: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
 

@@ -1,4 +1,4 @@
-"""U-Net sizes: one row per preset (no torch here, so that the command line can validate with it)."""
+"""U-Net sizes: one row per preset. Does not import torch, so that the command line can validate quickly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Structure of one U-Net. `widths[i]` is the channel count of level i (finest first); per-level tuples have equal
-    length."""
+    """Structure of one U-Net. `widths[i]` is the channel count of level i (finest first); all per-level tuples have the
+    same length."""
 
     widths: tuple[int, ...] = (64, 128)
     blocks: tuple[int, ...] = (2, 2)
@@ -25,9 +25,9 @@ class UNetConfig:
     self_attention: tuple[bool, ...] = (True, True)
     """Levels with self-attention to which text keys and values are appended."""
     cross_attention: tuple[bool, ...] = (False, False)
-    """Levels with attention to the text alone."""
+    """Levels that attend to the text only."""
     attention_every_block: bool = True
-    """Attention after every residual block of such a level; false: after the last one (each way)."""
+    """Attention after every residual block of such a level; false: only after the last one (down and up)."""
     head_dim: int = 64
     """Channels per attention head."""
     ff_mult: int = 0
@@ -39,11 +39,11 @@ class UNetConfig:
     skip_scale: bool = True
     """Scale sums with the skip connections by 1/sqrt(2)."""
     text_dim: int = 384
-    """Width of the text embeddings that come in."""
+    """Width of the text embeddings."""
     text_width: int = 0
-    """Text embeddings are first projected to this width, once; 0: used as they come."""
+    """Text embeddings are first projected to this width; 0: no projection."""
     null_text: str = "zero"
-    """The always visible token that stands for no text: `zero` (constant) or `learned` (a parameter)."""
+    """The always visible token that represents no text: `zero` (constant) or `learned` (a parameter)."""
     cond_dim: int = 256
     """Width of the time + pooled-text embedding."""
     text_pool_heads: int = 4
@@ -209,17 +209,17 @@ PRESETS: dict[str, UNetConfig] = {
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
-    """The preset with single fields replaced.
+    """The preset with individual fields overridden.
 
     Raises:
-        ValueError: an unknown preset or field, with the valid names.
+        ValueError: an unknown preset or field (the message lists the valid ones), or an invalid structure.
     """
     if preset not in PRESETS:
         raise ValueError(f"stage.model.preset={preset}: it must be one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(UNetConfig)}
     for name in overrides:
         if name not in known:
-            raise ValueError(f"stage.model.overrides.{name}: no such field; known are {', '.join(sorted(known))}")
+            raise ValueError(f"stage.model.overrides.{name}: no such field; the fields are {', '.join(sorted(known))}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in overrides.items()}
     config = replace(PRESETS[preset], **values)
     config.check()
@@ -227,7 +227,7 @@ def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
 
 
 def for_stage(stage: Any, text_dim: int) -> UNetConfig:
-    """The U-Net of a stage (a `StageConfig`), reading text of width `text_dim`.
+    """The U-Net of a stage (a `StageConfig`) for text embeddings of width `text_dim`.
 
     Raises:
         ValueError: a structure that cannot be built, or that does not fit the stage's picture size.

@@ -1,8 +1,8 @@
-"""The parts of the U-Nets.
+"""Layers of the U-Nets.
 
     B pictures   C channels   H, W pixels   T text tokens   D text width   E width of the time-and-text embedding `cond`
 
-Normalisation statistics and softmax run in fp32 inside torch's kernels also for bf16 inputs; the sinusoids are computed
+For bf16 inputs torch's kernels still compute normalisation statistics and softmax in fp32; the sinusoids are computed
 in fp32 here.
 """
 
@@ -18,21 +18,21 @@ SKIP = 1 / math.sqrt(2)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Up to 32 groups of at least 4 channels."""
+    """GroupNorm with up to 32 groups of at least 4 channels."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 4 or g == 1))
     return nn.GroupNorm(groups, channels)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all parameters zero: a branch that starts as nothing."""
+    """Sets all parameters of the module to zero, so that its branch starts as a no-op; returns the module."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def folded(x: Tensor, patch: int) -> Tensor:
-    """Blocks of patch x patch pixels as channels, (B, C, H, W) -> (B, C patch^2, H / patch, W / patch), in x's memory
-    format (`pixel_unshuffle` forgets it, and the whole network follows the layout of its first tensor)."""
+    """Folds patch x patch pixels into channels, (B, C, H, W) -> (B, C patch^2, H / patch, W / patch), in x's memory
+    format (`pixel_unshuffle` loses it, and the whole network follows the layout of its first tensor)."""
     if patch == 1:
         return x
     last = x.is_contiguous(memory_format=torch.channels_last)
@@ -42,15 +42,15 @@ def folded(x: Tensor, patch: int) -> Tensor:
 
 
 def scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    """(x + h) scale, the product in place: neither operand is needed for the gradient."""
+    """(x + h) scale; multiplies in place, since the gradient needs neither operand."""
     return (x + h).mul_(scale) if scale != 1.0 else x + h
 
 
 def doubled(x: Tensor) -> Tensor:
     """Nearest up-sampling to twice the side, (B, C, H, W) -> (B, C, 2 H, 2 W).
 
-    Compiled, it is written as a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter that of
-    `interpolate` by atomic additions, slowly and in no fixed order. Channels stay last in memory.
+    When compiled it is a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter the gradient of
+    `interpolate` by atomic additions, which is slow and not deterministic. Keeps channels last.
     """
     if torch.compiler.is_compiling():
         wide = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
@@ -59,8 +59,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class LogSnrEmbedding(nn.Module):
-    """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit, in fp32, then an MLP in the model's
-    dtype."""
+    """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit in fp32, then an MLP in the model dtype."""
 
     def __init__(self, width: int, sinusoids: int = 64):
         super().__init__()
@@ -125,11 +124,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Pixels look at the text and, with `self_attention`, at each other: text keys and values are appended to the
-    pixels' own.
+    """Pixels attend to the text and, with `self_attention`, to each other: text keys and values are concatenated with
+    those of the pixels.
 
-    The text is LayerNorm-ed here (Imagen, section 2.5) and its first token is always visible, so no row of the mask is
-    empty.
+    Applies LayerNorm to the text (Imagen, section 2.5). The first token is always visible, so no mask row is empty.
     """
 
     def __init__(
@@ -153,7 +151,7 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
         self.feed_forward = FeedForward(channels, ff_mult, skip_scale) if ff_mult else None
         self.maps: list[Tensor] | None = None
-        """Where `record_attention` collects (B, T, H, W) weights of the text tokens."""
+        """Attention weights of the text tokens, (B, T, H, W) per call, while `record_attention` is active."""
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, T, D), text_mask bool (B, T) -> (B, C, H, W)."""
@@ -192,8 +190,7 @@ class FeedForward(nn.Module):
 
 
 class TextPool(nn.Module):
-    """Attention pooling of the text into one vector (B, E): LayerNorm, the mean of the visible tokens as the query, an
-    MLP."""
+    """Attention pooling of the text into one vector (B, E): LayerNorm, mean of the visible tokens as query, MLP."""
 
     def __init__(self, text_width: int, cond_dim: int, heads: int):
         super().__init__()
@@ -217,7 +214,7 @@ class TextPool(nn.Module):
 
 
 class DownConv(nn.Module):
-    """3x3 convolution of stride 2 (Efficient U-Net: before the level's blocks)."""
+    """3x3 convolution with stride 2 (Efficient U-Net: before the level's blocks)."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Low-rank adaptation (Hu et al. 2021): fine-tune a stage by a small sum beside frozen weights, W + (alpha / rank) B A.
+"""Low-rank adaptation (Hu et al. 2021): fine-tunes a stage by low-rank updates of frozen weights, W + alpha / rank B A.
 
-The `peft` library puts the adapters into the network; a checkpoint holds them (and their moments and averages) alone. A
-bundle holds plain weights with the product added, so drawing needs neither `peft` nor the weights it started from.
+The `peft` library injects the adapters; a checkpoint holds only the adapters with their moments and averages. A bundle
+holds plain weights with the product merged in, so sampling needs neither `peft` nor the original weights.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("cascade")
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
-"""Endings that `peft` gives the two factors of a layer."""
+"""Suffixes of the parameter names that `peft` gives a layer's two factors."""
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> int:
-    """Freezes the model and puts adapters, in place, into its layers named in `lora.targets`; they start as nothing.
+    """Freezes the model and injects adapters, in place, into the layers named in `lora.targets`. They start as a no-op.
 
     Returns:
-        How many numbers are left to train.
+        Number of trainable parameters.
 
     Raises:
-        ConfigError: no such layers, or `peft` is not installed.
+        ConfigError: the model has no such layers, or `peft` is not installed.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -46,7 +46,7 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> int:
         known = ", ".join(sorted(layers))
         raise ConfigError(f"lora.targets={config.targets}: this U-Net has no such layers, only {known}")
     if unknown:
-        log.warning("lora.targets: this U-Net has no layers %s; those of the others are adapted", ", ".join(unknown))
+        log.warning("lora.targets: this U-Net has no layers %s; only the others are adapted", ", ".join(unknown))
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]
@@ -58,10 +58,10 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> int:
 
 
 def merged(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Plain weights by name, fp32: those of `base` with scale B A added where there are adapters.
+    """Plain fp32 weights by name: `base`, with scale B A added wherever there is an adapter.
 
     Raises:
-        DataError: adapters of another network.
+        DataError: the adapters belong to another network.
     """
     weights = dict(base)
     for name, down in adapters.items():
@@ -71,13 +71,13 @@ def merged(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -
         up, plain = adapters[layer + UP], base.get(f"{layer}.weight")
         product = torch.einsum("or,r...->o...", up.flatten(1), down)  # a convolution's B is 1x1
         if plain is None or plain.shape != product.shape:
-            raise DataError(f"the adapter of {layer} does not fit the weights it is to be added to")
+            raise DataError(f"the adapter of {layer} does not fit the weights it should be added to")
         weights[f"{layer}.weight"] = plain + scale * product
     return weights
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of weights by name, whatever file they came from."""
+    """SHA-256 of named weights, independent of the file they came from."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

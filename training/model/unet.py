@@ -4,10 +4,10 @@
 
 Base: per level `blocks` residual blocks (each with a long skip, concatenated), BigGAN down / up blocks between levels,
 a middle. Efficient: per level a strided convolution *before* the blocks on the way down and an up-convolution *after*
-them on the way up, one long skip per level, no middle; most blocks sit at the coarse levels.
+them on the way up, one long skip per level, no middle; most blocks are at the coarse levels.
 
-Every parameter takes part in every forward pass (ZeRO-3, no unused parameters), and nothing branches on data
-(torch.compile).
+Every parameter is used in every forward pass (ZeRO-3 needs that), and control flow does not depend on data (for
+torch.compile).
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class UNet(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(end, pixels, 3, padding=1))
 
     def with_null_token(self, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pads zeroed, and the always visible token that stands for "no text" put in front: (B, 1 + T, ...)."""
+        """Zeroes the padding and prepends the always visible token that represents no text: (B, 1 + T, ...)."""
         text = text * text_mask[:, :, None].to(text.dtype)
         null = self.null_text.to(text.dtype).expand(len(text), 1, -1)
         return torch.cat([null, text], dim=1), F.pad(text_mask, (1, 0), value=True)
@@ -190,7 +190,7 @@ class UNet(nn.Module):
             x: (B, 3, H, W), the noised picture.
             log_snr: (B,) fp32.
             text: (B, T, D).
-            text_mask: bool (B, T), True = a token; an all-False row means no text.
+            text_mask: bool (B, T), True on tokens; an all-False row means no text.
             low_res: (B, 3, H, W), up-sampled and noised; super-resolution stages only.
             aug_log_snr: (B,) fp32, the log-SNR of `low_res`.
         """
@@ -200,7 +200,7 @@ class UNet(nn.Module):
         cond = self.time(log_snr, dtype) + self.text_pool(words, mask)
         if self.aug is not None:
             if low_res is None or aug_log_snr is None:
-                raise ValueError("this U-Net up-samples: it needs low_res and aug_log_snr")
+                raise ValueError("a super-resolution U-Net needs low_res and aug_log_snr")
             cond = cond + self.aug(aug_log_snr, dtype)
             x = torch.cat([x, low_res.to(x.dtype)], dim=1)
         cond = F.silu(cond)
@@ -214,7 +214,7 @@ class UNet(nn.Module):
         for block in self.middle:
             h = self.run(block, h, cond, words, mask)
         for block in self.up:
-            # Without a middle, h is the tensor that was kept: concatenated with itself it would lose channels-last.
+            # Without a middle, h is the kept tensor itself, and concatenating it with itself would lose channels-last.
             kept = [skips.pop().view_as(h)] if block.skip else []
             h = self.run(block, h, cond, words, mask, *kept)
         return self.head(h, *([first] if self.config.efficient else []))
@@ -225,11 +225,11 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch).to(torch.float32)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each block and the head in place: parameter names stay free of wrappers.
+        """Compiles each block and the head in place, so that parameter names do not change.
 
-        Every shape gets code of its own (`dynamic=False`); blocks of equal shape share it. torch compiles a function
-        for 8 shapes by default, the base U-Net has 17, and blocks beyond the limit would silently run uncompiled. Left
-        to itself, inductor lays out blocks that narrow strongly as NCHW, for which convolutions convert back and forth.
+        Each shape is compiled separately (`dynamic=False`); blocks of equal shape share the code. By default torch
+        compiles a function for 8 shapes and silently runs the rest uncompiled; the base U-Net has 17. By default
+        inductor also lays out strongly narrowing blocks as NCHW, so that convolutions convert back and forth.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         options: dict[str, Any] = {"dynamic": False, "backend": backend}
@@ -243,8 +243,8 @@ class UNet(nn.Module):
 
 @contextmanager
 def record_attention(unet: UNet) -> Iterator[list[list[Tensor]]]:
-    """Collects, per attention layer and call, the weights (B, 1 + T, H, W) that pixels give the null token and each
-    text token."""
+    """Collects, per attention layer and call, the weights (B, 1 + T, H, W) with which pixels attend to the null token
+    and each text token."""
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
     for layer in layers:
         layer.maps = []

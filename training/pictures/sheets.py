@@ -16,33 +16,38 @@ from data_pipeline.storage.atomic import replacing
 log = logging.getLogger("cascade")
 
 SHOWN = 192
-"""Pictures smaller than this are enlarged by whole factors, pixel by pixel; those above `LARGEST` are shrunk."""
+"""Pictures smaller than this are enlarged by integer factors (nearest neighbour); those above `LARGEST` are shrunk."""
 LARGEST = 512
 GAP, MARGIN, FONT_SIZE = 8, 16, 14
 PAPER, INK, FAINT, GOOD, BAD = "white", "#202020", "#707070", "#2e8b57", "#c62828"
 FONTS = (
-    "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "wqy-zenhei.ttc", "Arial Unicode.ttf",
-    "msyh.ttc", "PingFang.ttc",
-)  # fmt: skip
-"""Tried in this order for captions that Pillow's own font cannot write."""
+    "NotoSansCJK-Regular.ttc",
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "wqy-zenhei.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "PingFang.ttc",
+)
+"""Tried in this order for captions that Pillow's default font cannot render."""
 
 
 @dataclass
 class Cell:
-    """One entry of a sheet: pictures side by side with what stands above each and below all of them."""
+    """One entry of a sheet: pictures side by side, with a label above each and a caption below."""
 
     pictures: list[Image.Image]
     caption: str
     labels: list[str] = field(default_factory=list)
     """Above each picture, for example "16 px"."""
     note: str = ""
-    """Second line below, faint, or red with `wrong`."""
+    """Text below the caption, grey, or red with `wrong`."""
     wrong: bool = False
-    """Draws a red frame."""
+    """Adds a red frame."""
 
 
 def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Image:
-    """All cells in rows of `columns`; every cell is as wide as the widest."""
+    """All cells in rows of `columns`; every cell is as wide as the widest one. ValueError without cells."""
     if not cells:
         raise ValueError("a sheet needs at least one cell")
     drawn = [_draw_cell(cell) for cell in cells]
@@ -61,13 +66,13 @@ def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Ima
 
 
 def save(image: Image.Image, path: str | Path, pnginfo: PngImagePlugin.PngInfo | None = None) -> None:
-    """Writes a PNG whose directory may not exist yet; readers see the old or the whole new file."""
+    """Writes a PNG atomically, creating its directory if needed."""
     with replacing(path, durable=False) as file:
         image.save(file, format="PNG", pnginfo=pnginfo)
 
 
 def to_side(picture: Image.Image, side: int) -> Image.Image:
-    """Shown at about `side`: enlarged pixel by pixel (nothing invented), or shrunk smoothly."""
+    """The picture at about `side` pixels: enlarged by nearest neighbour or shrunk with Lanczos."""
     if picture.width <= side:
         factor = max(1, side // picture.width)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -75,10 +80,10 @@ def to_side(picture: Image.Image, side: int) -> Image.Image:
 
 
 def heat_sheet(picture: Image.Image, heat: Sequence[tuple[str, np.ndarray]], caption: str) -> Image.Image:
-    """The picture, then for every word the picture dimmed except where the word was looked at.
+    """The picture, then for each word the picture dimmed except where pixels attended to the word.
 
     Args:
-        heat: (word, attention (h, w) >= 0); each word scaled to its own strongest pixel: compare places, not words.
+        heat: (word, attention (h, w) >= 0); each word is scaled to its own maximum: compare places, not words.
     """
     cells = [Cell([picture], "(picture)")]
     for word, values in heat:
@@ -118,7 +123,7 @@ def _draw_cell(cell: Cell) -> Image.Image:
 
 
 def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
-    """Lines no wider than `width` pixels, broken at spaces where there are any; at most `most`."""
+    """At most `most` lines no wider than `width` pixels, broken at spaces where possible."""
     font, lines, line = _font(text), [], ""
     for word in _pieces(text, width, font):
         if line and font.getlength(line + word.rstrip()) > width:
@@ -131,7 +136,7 @@ def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
 
 
 def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Words with the space behind them; words that no line can hold, and those of scripts without spaces, by letter."""
+    """Words with their trailing space; words too long for a line, such as text without spaces, letter by letter."""
     pieces: list[str] = []
     for word in " ".join(text.split()).split(" "):
         pieces += [*word, " "] if font.getlength(word) > width else [word + " "]

@@ -24,7 +24,7 @@ class T5Shape:
 
     @property
     def matrices(self) -> int:
-        """Weights of one layer that are multiplied with every token."""
+        """Weights of one layer that multiply every token."""
         return 4 * self.width * self.inner + (3 if self.gated else 2) * self.width * self.feed_forward
 
     @property

@@ -1,4 +1,4 @@
-"""Captions to embeddings: `words` (embedded, knows no meaning) and `t5` (frozen, local) behind one interface.
+"""Captions to embeddings: `words` (hash-based, no weights) and `t5` (frozen, loaded from disk) behind one interface.
 
 Shapes: B captions, T = max_tokens (fixed, so that compiled networks see one shape), D = dim.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 128 * 2**20
 CHARACTERS_PER_TOKEN = 32
-"""Captions are cut to this many characters per token before they are split, so that 100,000 characters cost nothing."""
+"""Captions are truncated to this many characters per token before tokenizing, so that very long ones cost nothing."""
 T5_TYPES = ("t5", "mt5", "umt5")
 """`model_type` of the encoders that `text.kind=t5` accepts; T5 v1.1 and ByT5 call themselves t5."""
 
@@ -36,7 +36,7 @@ class TextEncoder(ABC):
 
     Attributes:
         dim: width D of the embeddings.
-        max_tokens: T; longer captions are cut.
+        max_tokens: T; longer captions are truncated.
         name: one line for logs and reports.
     """
 
@@ -68,8 +68,8 @@ class TextEncoder(ABC):
         return text, mask.to(self.device, non_blocking=True)
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
-        """The words of a caption, each with the places (0 to T - 1) of its tokens; for heat maps. Words that share a
-        token (Chinese characters) are one."""
+        """The words of a caption, each with the indices (0 to T - 1) of its tokens; for heat maps. Words that share a
+        token (Chinese characters) are merged."""
         caption = self._cut(caption)
         spans = self._token_spans(caption)[: self.max_tokens]
         found: list[tuple[int, int, list[int]]] = []
@@ -83,7 +83,7 @@ class TextEncoder(ABC):
         return [(caption[start:end], places) for start, end, places in found]
 
     def is_cut(self, caption: str) -> bool:
-        """Whether it is longer than the encoder reads."""
+        """Whether the caption is longer than `max_tokens` and would be truncated."""
         return len(self._token_spans(" ".join(caption.split()))) > self.max_tokens
 
     def to(self, device: torch.device | str) -> TextEncoder:
@@ -144,11 +144,11 @@ class WordEncoder(TextEncoder):
 class T5Encoder(TextEncoder):
     """The encoder of a T5 v1.1, mT5, umT5 or ByT5 model from a directory or the Hugging Face cache; never downloads.
 
-    Frozen, in eval mode; runs in `text.dtype`, puts out fp32 `last_hidden_state` (after T5's final norm), pads zeroed.
+    Frozen, in eval mode; runs in `text.dtype`, outputs fp32 `last_hidden_state` (after T5's final norm), zero padding.
 
     Raises:
-        DataError: nothing there, or files missing.
-        ConfigError: another kind of model, or another width than `text.dim`.
+        DataError: there is no encoder, or files are missing.
+        ConfigError: the model is of another type, or its width is not `text.dim`.
     """
 
     def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
@@ -157,7 +157,7 @@ class T5Encoder(TextEncoder):
         settings = _t5_settings(self.path)
         if settings.d_model != config.dim:
             raise ConfigError(
-                f"text.dim={config.dim}: {self.path} puts out {settings.d_model}, set text.dim={settings.d_model}"
+                f"text.dim={config.dim}: {self.path} outputs {settings.d_model}; set text.dim={settings.d_model}"
             )
         self.dim = int(settings.d_model)
         self.name = f"t5 {self.path} ({settings.model_type}, {self.dim} wide, {config.dtype})"
@@ -211,7 +211,7 @@ def _load_t5(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise lacking from error
-    # without a vocabulary file transformers makes up a tokenizer to which all words are unknown; ByT5 needs none
+    # without a vocabulary file transformers builds a tokenizer that knows no words; ByT5 needs none
     if tokenizer.is_fast and not any(_file_of(path, name) for name in ("tokenizer.json", "spiece.model")):
         raise lacking
     try:
@@ -220,7 +220,7 @@ def _load_t5(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"text.path={path}: its weights are missing or unreadable; {fetch_hint(path)}") from error
-    # transformers fills absent weights with random numbers and only warns
+    # transformers initialises missing weights at random and only warns
     if report["missing_keys"]:
         raise DataError(f"text.path={path}: its weights lack {len(report['missing_keys'])} tensors; {fetch_hint(path)}")
     return tokenizer, model
@@ -233,7 +233,7 @@ def _file_of(path: str, name: str) -> str | None:
 
 
 def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder that `config.kind` names, on `device`. Logs what it is.
+    """Builds the encoder of `config.kind` on `device` and logs its name.
 
     Raises:
         ConfigError, DataError: see `T5Encoder`.

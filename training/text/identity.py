@@ -1,4 +1,4 @@
-"""Which text encoder it is: hashes of its files, so that weights only meet the encoder that they were trained with."""
+"""Identifies a text encoder by hashes of its files, so that weights are used only with their own encoder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from data_pipeline.common.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from training.config.experiment import TextConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -24,7 +29,7 @@ _PIECES, _PIECE = 64, 1 << 16
 
 
 def pinned(config: TextConfig) -> TextConfig:
-    """The same encoder with `sha` filled in: the hash of its weights and its tokenizer, wherever it lies.
+    """The same encoder with `sha` filled in: the hash of its weights and tokenizer, independent of its location.
 
     Raises:
         ConfigError: `text.sha` names another encoder.
@@ -35,16 +40,16 @@ def pinned(config: TextConfig) -> TextConfig:
     if config.sha not in (None, found):
         where = f"the one at text.path={config.path}" if config.path else "the `words` encoder of this version"
         raise ConfigError(
-            f"text.sha={config.sha}: this is another text encoder than {where}, which is {found}; weights belong to "
-            "the encoder that they were trained with"
+            f"text.sha={config.sha}: this is another text encoder than {where}, which is {found}; use the encoder "
+            "that the weights were trained with"
         )
     return replace(config, sha=found)
 
 
 def identity(config: TextConfig) -> dict[str, Any]:
-    """What decides an encoder's output: hashes of its weights and its tokenizer, its width and its length.
+    """Everything an encoder's output depends on: hashes of its weights and tokenizer, its width and length.
 
-    Weights are hashed by name, size and 64 pieces of each file, so that 20 GB take a moment. The path is no part of it.
+    Weights are hashed by name, size and 64 samples of each file, so that 20 GB take a moment. The path does not count.
 
     Raises:
         DataError: there is no encoder at text.path.
@@ -75,7 +80,7 @@ def _encoder_folder(path: str) -> str:
             cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
             for name in names
         ]
-    except OSError:  # no name that the cache could hold
+    except OSError:  # not a valid repository name
         found = [None]
     if found[0] is None:
         raise DataError(f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}")

@@ -1,4 +1,4 @@
-"""Words of any script, and a fixed vector for each: arithmetic on hashes; no vocabulary, no weights, no meaning.
+"""Splits text of any script into words and maps each to a fixed vector by hashing; no vocabulary, no weights.
 
 Shapes: D = width of the vectors, T = tokens.
 """
@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-# Scripts written without spaces, where every character is a token of its own.
+# Scripts written without spaces, where every character is its own token.
 _SPACELESS = (
     (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
     (0x1000, 0x109F),  # Myanmar
@@ -29,13 +29,13 @@ _SPACELESS = (
 )
 _JOINERS = "'\u2019\u200c\u200d_"
 _LONGEST_WORD = 64
-"""Characters of a word that enter its n-grams."""
+"""Characters of a word used for its n-grams."""
 
 WORD_SHARE, NGRAM_SHARE, NEIGHBOUR_SHARE, POSITION_SHARE = 0.4, 0.1, 0.38, 0.12
-"""Shares of a token's variance: the word, its character trigrams ("circles" is near "circle"), the words beside it, its
-place."""
+"""Shares of a token's variance: the word, its character trigrams ("circles" is near "circle"), the neighbouring words,
+and its position."""
 NEIGHBOURS = (-3, -2, -1, 1, 2, 3)
-"""Places, relative to a token, of the words that colour its vector."""
+"""Relative positions of the words that contribute to a token's vector."""
 
 
 def _spaceless(char: str) -> bool:
@@ -45,7 +45,7 @@ def _spaceless(char: str) -> bool:
 
 def split_words(text: str) -> list[tuple[int, int]]:
     """The (start, end) of every token of `text`: words between spaces, single characters of scripts without spaces,
-    single symbols (emoji). Punctuation is no token. Combining marks stay with their letter."""
+    single symbols (emoji). Punctuation is dropped. Combining marks stay with their letter."""
     spans: list[tuple[int, int]] = []
     in_word = False
     for i, char in enumerate(text):
@@ -63,14 +63,14 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 
 def normalise_word(word: str) -> str:
-    """One spelling per word: compatibility forms folded (NFKC), case removed."""
+    """One spelling per word: compatibility forms normalised (NFKC), case folded."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
 
 
 def hash_vector(key: str, dim: int) -> np.ndarray:
-    """The fixed fp32 vector (D,) of a string: uniform, mean 0, variance 1, the same on every machine and for ever.
+    """The fixed fp32 vector (D,) of a string: uniform, mean 0, variance 1, the same on every machine and for every run.
 
-    Philox4x64 (Salmon et al. 2011) keyed by blake2b; only its raw integers are used, which numpy promises to keep.
+    Philox4x64 (Salmon et al. 2011) keyed by BLAKE2b; only its raw integers are used, which numpy guarantees.
     """
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"))
@@ -79,10 +79,10 @@ def hash_vector(key: str, dim: int) -> np.ndarray:
 
 
 def token_vectors(words: Sequence[str], dim: int) -> np.ndarray:
-    """The tokens of a caption, fp32 (T, D), from its normalised words: word, neighbours and place, variance 1.
+    """Token vectors of a caption, fp32 (T, D), from its normalised words: word, neighbours and position, variance 1.
 
-    Neighbours are what a contextual encoder would add: the token "circle" says that it is large and red, so that a
-    network need not find out which of two colours belongs to which of two shapes.
+    Neighbours stand in for a contextual encoder: the token "circle" carries "large" and "red", so the network does not
+    have to work out which of two colours belongs to which of two shapes.
     """
     rows = position_vectors(len(words), dim)
     for place, word in enumerate(words):
@@ -107,7 +107,7 @@ def word_vector(word: str, dim: int) -> np.ndarray:
 
 @lru_cache(maxsize=65536)
 def neighbour_vector(word: str, offset: int, dim: int) -> np.ndarray:
-    """What the normalised `word`, `offset` places further on, adds to a token: (D,), another hash for each offset."""
+    """Contribution (D,) of the normalised `word`, `offset` positions away, to a token; a different hash per offset."""
     return _fixed(np.sqrt(NEIGHBOUR_SHARE / len(NEIGHBOURS)) * hash_vector(f"word {offset:+d} {word}", dim))
 
 
@@ -118,7 +118,7 @@ def _fixed(vector: np.ndarray) -> np.ndarray:
 
 
 def position_vectors(count: int, dim: int) -> np.ndarray:
-    """Sinusoids of the place in the caption, fp32 (T, D), mean square `POSITION_SHARE` (Vaswani et al. 2017, section
+    """Sinusoids of the position in the caption, fp32 (T, D), mean square `POSITION_SHARE` (Vaswani et al. 2017, section
     3.5; wavelengths from 2 pi to 2000 pi, since captions are short)."""
     half = (dim + 1) // 2
     rates = 1000.0 ** (-np.arange(half) / max(half - 1, 1))

@@ -207,7 +207,7 @@ def test_mt5_takes_chinese(tmp_path: Path) -> None:
 
 
 def test_t5_width_must_match(t5_path: str) -> None:
-    with pytest.raises(ConfigError, match=r"text\.dim=384: .* puts out 16, set text\.dim=16"):
+    with pytest.raises(ConfigError, match=r"text\.dim=384: .* outputs 16; set text\.dim=16"):
         T5Encoder(t5_config(t5_path, dim=384))
 
 
