@@ -87,8 +87,8 @@ class SamplerConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Times t between which guidance applies."""
     spacing: str = "auto"
-    """Spacing of the steps: uniform in `time` or `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule, else
-    time. Few steps of dpmpp_2m want `log_snr`: in time they flatten fine detail."""
+    """Spacing of the steps: uniform in `time` or `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule,
+    else time. Use `log_snr` with few steps of dpmpp_2m: uniform in time they flatten fine detail."""
     threshold: str = "dynamic"
     """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
     2.3)."""
