@@ -100,10 +100,10 @@ def _ambiguous(text: str, root: type) -> str:
 
 
 def _unknown_option(text: str, root: type) -> str:
-    group, _, option = _search(r"Could not find '([^']+)'", text).rpartition("/")
+    group, _, option = _search(r"Could not (?:find|load) '([^']+)'", text).rpartition("/")
     if not group:
         return ""
-    options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or groups().get(group, [])
     if package := PLUGINS.get(f"{group}={option}"):
         return f"{group}={option}: its plugin is not installed; pip install {package}"
     near = difflib.get_close_matches(option, options, n=1) or [o for o in options if o.endswith(option)][:1]

@@ -199,9 +199,10 @@ class Evaluation:
         self.settings = config.evaluation
         self.size = cascade.stages[-1].config.image_size
         self.clip = next((e.name for e in extractors if e.texts is not None), "")
-        self.samplers = [
-            sampler for _, sampler in plan_stages([s.config for s in cascade.stages], None, **config.sampler_settings)
-        ]
+        self.stages = cascade.stages[self._first_stage() :]
+        names = [stage.config.name for stage in self.stages]
+        plan = plan_stages([stage.config for stage in cascade.stages], names, **config.sampler_settings)
+        self.samplers = [sampler for _, sampler in plan]
         self.prompts = read_prompts(self.settings.prompts, "evaluation.prompts")
         if self.settings.prompts and len(self.prompts) < 2:
             raise ConfigError(
@@ -214,6 +215,24 @@ class Evaluation:
         """Pictures of the page, once there is a result."""
         self.protocol = self._protocol()
         self.parts = Parts(self._output, self._decides(), self._part_count())
+
+    def _first_stage(self) -> int:
+        """Place of `evaluation.from_stage`, or 0."""
+        wanted, names = self.settings.from_stage, [stage.config.name for stage in self.cascade.stages]
+        if wanted is None:
+            return 0
+        if wanted not in names[1:]:
+            raise ConfigError(
+                f"evaluation.from_stage={wanted}: it must be a super-resolution stage of the bundle, which has "
+                f"{', '.join(names)}"
+            )
+        reference = self.settings.reference
+        if self.settings.prompts or (isinstance(reference, str) and reference.endswith(SUFFIX)):
+            raise ConfigError(
+                f"evaluation.from_stage={wanted}: it starts from the reference's own pictures; name shards in "
+                "evaluation.reference, and no evaluation.prompts"
+            )
+        return names.index(wanted)
 
     def _open_reference(self) -> None:
         reference, shapes = self.settings.reference, self.settings.kind == "shapes"
@@ -270,8 +289,7 @@ class Evaluation:
                 numbers.append(counts[prompt])
                 counts[prompt] += self.settings.images_per_prompt
             if number % world_size == rank and not self.parts.done(number):
-                left = max(0, self._reference_count - number * PART)
-                self.parts.write(number, self._part(prompts, numbers, sampled, real.pictures[:left]))
+                self.parts.write(number, self._part(prompts, numbers, sampled, real.pictures, number * PART))
             sampled += len(prompts)
             seen = number + 1
         self.parts.count = seen
@@ -289,11 +307,12 @@ class Evaluation:
             yield empty
 
     def _part(
-        self, prompts: Sequence[str], numbers: Sequence[int], before: int, real: np.ndarray
+        self, prompts: Sequence[str], numbers: Sequence[int], before: int, pictures: np.ndarray, place: int
     ) -> dict[str, np.ndarray]:
         """The arrays of one part: `x/EXTRACTOR` of samples, `y/EXTRACTOR` of the reference, `text`, `place`, `prompt`,
         and the pictures that the report shows as `shown/STAGE`."""
         several = self.settings.images_per_prompt
+        real = pictures[: max(0, self._reference_count - place)]
         arrays: dict[str, np.ndarray] = {"prompt": np.array(prompts, dtype=str)}
         for extractor in self.extractors:
             none = np.zeros((0, extractor.width), np.float32)
@@ -305,6 +324,7 @@ class Evaluation:
         drawings = self._sample(
             [prompt for prompt in prompts for _ in range(several)],
             numbers=[number + i for number in numbers for i in range(several)],
+            **self._true_low_res(pictures[: len(prompts)]),
             **self.config.sampler_settings,
         )
         pictures = np.stack([np.asarray(drawing.image) for drawing in drawings])
@@ -317,6 +337,14 @@ class Evaluation:
         for stage in drawings[0].stages if shown else ():
             arrays[f"shown/{stage}"] = np.stack([np.asarray(drawing.stages[stage]) for drawing in drawings[:shown]])
         return arrays
+
+    def _true_low_res(self, pictures: np.ndarray) -> dict[str, Any]:
+        """With `evaluation.from_stage` what `Cascade.draw` starts from: block means of the true pictures."""
+        if self.settings.from_stage is None:
+            return {}
+        factor = self.size // self.stages[0].config.low_res_size
+        low = [box_average(picture, factor) for picture in pictures for _ in range(self.settings.images_per_prompt)]
+        return {"stages": [stage.config.name for stage in self.stages], "low_res": low}
 
     def _sample(self, prompts: Sequence[str], title: str = "sampling", **options: Any) -> list[Drawing]:
         """Draws with a progress bar over sampler steps."""
@@ -462,8 +490,8 @@ class Evaluation:
         mean over pictures), without and with the noise that sampling puts on it, and Pillow's bicubic instead."""
         count = self._psnr_count(real)
         stages: dict[str, dict[str, Figure]] = {}
-        own = {s.config.name: sampler for s, sampler in zip(self.cascade.stages, self.samplers, strict=True)}
-        for stage in (s.config for s in self.cascade.stages if s.config.is_super_resolution and count):
+        own = {s.config.name: sampler for s, sampler in zip(self.stages, self.samplers, strict=True)}
+        for stage in (s.config for s in self.stages if s.config.is_super_resolution and count):
             truth = [box_average(picture, self.size // stage.image_size) for picture in real.pictures[:count]]
             low = [box_average(picture, stage.image_size // stage.low_res_size) for picture in truth]
             found = {"bicubic": [np.asarray(_enlarged(Image.fromarray(p), stage.image_size)) for p in low]}
@@ -508,7 +536,7 @@ class Evaluation:
                 "sha256": s.sha256,
                 "sampler": asdict(sampler),
             }
-            for s, sampler in zip(self.cascade.stages, self.samplers, strict=True)
+            for s, sampler in zip(self.stages, self.samplers, strict=True)
         ]
         code = code_version()
         weights = next(self.cascade.stages[0].unet.parameters())
@@ -519,6 +547,7 @@ class Evaluation:
             "size": self.size,
             "seed": self.config.seed,
             "images_per_prompt": self.settings.images_per_prompt,
+            "from_stage": self.settings.from_stage,
             "reference": self.settings.reference or (source and "held-out drawings made for this evaluation"),
             "reference_fingerprint": source and fingerprint([source, self.settings.reference_samples]),
             "reference_rule": rule if source else None,

@@ -414,6 +414,9 @@ class EvaluationConfig:
     """Pictures of each caption; from 2 on their diversity is measured."""
     reference_samples: int = 0
     """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
+    from_stage: str | None = None
+    """Draw this stage and those after it from true low-res versions of the reference pictures; null: draw all stages
+    from text. The difference between the two is what the stages before it lose."""
     psnr_samples: int = 32
     """`shapes`: pictures that each super-resolution stage restores from their true low-res version; 0: none."""
     extractors: dict[str, ExtractorConfig] = field(default_factory=dict)

@@ -34,7 +34,7 @@ SAME = (
     "protocol.extractors",
 )
 """Fields in which results must be equal to be compared."""
-SAID = ("protocol.text", "protocol.precision", "protocol.device", "protocol.commit")
+SAID = ("protocol.from_stage", "protocol.text", "protocol.precision", "protocol.device", "protocol.commit")
 """Fields whose differences are said."""
 
 

@@ -250,6 +250,24 @@ def test_the_keys_of_sample_change_the_figures_and_stand_in_the_protocol(
         evaluate.main(command(bundle, tmp_path, {"guidance": [1, 2, 3]}, **settings))
 
 
+def test_a_stage_is_scored_on_true_low_res_pictures(bundle: str, heldout: str, tmp_path: Path, capsys) -> None:
+    settings = {"kind": "pictures", "reference": heldout, "samples": 8, "images_per_prompt": 2}
+    evaluate.main(command(bundle, tmp_path / "whole", {"aug_level": 0.0}, **settings))
+    alone = evaluate.main(command(bundle, tmp_path / "sr", {"aug_level": 0.0}, from_stage="sr", **settings))
+    assert [stage["name"] for stage in alone["protocol"]["stages"]] == ["sr"]
+    drawn = np.load(next((tmp_path / "sr" / "parts").glob("*/*.npz")))
+    real = next(References(heldout, DataConfig(), 32, 0).chunks(8, 8))
+    cascade = Cascade.from_pretrained(bundle)
+    low = box_average(real.pictures[3], 2)
+    expected = cascade.draw(real.captions[3], stages="sr", low_res=low, aug_level=0.0, numbers=[0])[0].image
+    assert np.abs(drawn["shown/sr"][6].astype(int) - np.asarray(expected)).max() <= 1
+    compare([str(tmp_path / "whole"), str(tmp_path / "sr")])
+    with pytest.raises(ConfigError, match="from_stage=base: it must be a super-resolution stage"):
+        evaluate.main(command(bundle, tmp_path / "x", from_stage="base", **settings))
+    with pytest.raises(ConfigError, match="from_stage=sr: it starts from the reference's own pictures"):
+        evaluate.main(command(bundle, tmp_path / "x", from_stage="sr", kind="pictures", prompts=["a", "b"]))
+
+
 def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: Path) -> None:
     folder = photographs(tmp_path / "shards", 8, broken=4)
     result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder))
@@ -261,6 +279,24 @@ def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: 
         evaluate.main(
             command(bundle, tmp_path / "o", kind="pictures", reference=photographs(tmp_path / "b", 4, broken=3))
         )
+
+
+def test_constant_grey_and_16_bit_references_have_finite_figures(bundle: str, tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "shards" / "0.tar")) as writer:
+        for index, picture in enumerate(
+            [
+                Image.new("L", (40, 40), 128),
+                Image.new("I;16", (40, 40), 30000),
+                *[Image.new("RGB", (40, 40), "red")] * 6,
+            ]
+        ):
+            data = io.BytesIO()
+            picture.save(data, "PNG")
+            writer.write(str(index), {"png": data.getvalue(), "txt": b"a wall"})
+    result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=str(tmp_path / "shards")))
+    assert result["n"]["reference"] == 8 and result["n"]["broken"] == 0
+    for name, entry in flattened(result):
+        assert np.isfinite([entry["value"], *entry["interval"], entry["detectable"]]).all(), name
 
 
 def test_more_samples_than_captions_is_said(bundle: str, tmp_path: Path) -> None:
