@@ -36,7 +36,7 @@ _LARGEST_PLAIN = 8 << 30
 """Bytes that a plain header can name; only from there on does a pax record of the size say more than it."""
 _PASSED_OVER = b"123456VD"
 """Links, devices, directories and pipes; labels of volumes and lists of directories, as in GNU tar's backups."""
-MAX_MEMBER = 256 << 20
+MAX_MEMBER = 128 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
 
