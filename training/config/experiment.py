@@ -2,7 +2,7 @@
 nor deepspeed. What single commands add, and the list of commands, is in commands.py.
 
 `conf/*.yaml` composes the values (Hydra), these classes own their validity: unknown keys and wrong types are refused by
-OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `Experiment.check`.
+OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `plan/checks.py`.
 """
 
 from __future__ import annotations

@@ -386,8 +386,6 @@ class Session:
                     "step": step,
                     "position": self.position,
                     "updates": self.engine.updates,
-                    "adam_step": self.engine.updates,
-                    "ema_updates": self.engine.updates,
                     "ema_since": self.ema_since,
                     "config": self._config,
                     "data": {**self.loader.state(), "position": self.position},
