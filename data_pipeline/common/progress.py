@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 LOG_INTERVAL_S = 15.0
@@ -21,9 +21,11 @@ class _Lines:
 
 
 def progress(items: Iterable[Any] | None = None, **settings: Any) -> Any:
-    """A tqdm bar with tqdm's own `settings`, on stderr."""
+    """A tqdm bar with tqdm's own `settings`, on stderr; none where there is nothing to do."""
     from tqdm import tqdm
 
+    total = settings.get("total", len(items) if isinstance(items, Sized) else None)
+    settings["disable"] = settings.get("disable", False) or total == 0
     if sys.stderr.isatty():
         return tqdm(items, mininterval=0.5, **settings)
     return tqdm(items, mininterval=LOG_INTERVAL_S, file=_Lines(), **settings)

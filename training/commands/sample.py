@@ -284,7 +284,7 @@ def _draw(request: SampleRequest, jobs: list[SampleJob], output: Path, devices: 
     parts = [jobs[at : at + chunk] for at in range(0, len(jobs), chunk)]
     steps = sum(sampler.steps for sampler in request.samplers)
     total = sum(steps * -(-len(part) // config.batch) for part in parts)
-    with progress(total=total, unit="step", disable=not jobs) as bar:
+    with progress(total=total, desc="sampling", unit="step", disable=not jobs) as bar:
 
         def advance(stage: str, done: int, of: int) -> None:
             bar.set_description(f"sampling {stage}", refresh=False)

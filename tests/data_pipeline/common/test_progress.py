@@ -18,6 +18,12 @@ def test_in_a_log_file_every_state_is_a_line_and_the_last_one_is_there(
     assert not any("\r" in line for line in lines)
 
 
+def test_nothing_to_do_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress([], desc="drawing")) == []
+    progress(total=0, desc="drawing").close()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_log_file_gets_few_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOG_INTERVAL_S", 3600.0)
     assert list(progress(range(1000), desc="reading")) == list(range(1000))
