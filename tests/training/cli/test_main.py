@@ -230,7 +230,8 @@ def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("flags", [["--config-dir"], ["--config-path"]])
 def test_a_primary_config_of_ones_own(flags: list[str], fake_verb, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("defaults:\n  - train\n  - override experiment: demo\n  - _self_\ntrain:\n  steps: 77\n")
+    defaults = "defaults: [train, override experiment: demo, _self_]"
+    (tmp_path / "mine.yaml").write_text(f"{defaults}\ntrain:\n  steps: 77\n")
     seen: list[tuple[str, int]] = []
     fake_verb(lambda config: seen.append((config.run.name, config.train.steps)))
     cli.main(["train", *flags, str(tmp_path), "-cn", "mine", "--multirun", "seed=1"])
