@@ -111,7 +111,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 session.report_skip(done, loss, info.problem or "its gradient is not finite", micro_batches)
             else:
                 guard.accept(loss)
-            session.counters["skipped"] += info.skipped
+            session.skipped += info.skipped
             if step == session.step:
                 engine.set_timeout(settings.timeout_s)
                 watchdog.patient = False
@@ -137,12 +137,12 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             if done % config.checkpoint.every == 0 or last or signal_number:
                 session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
-                raise stop_error(signal_number, done, session.writer.last_step)
+                raise stop_error(signal_number, done, session.saving.last_step)
         session.finish_saving()
-        if session.writer.last_step < settings.steps:
+        if session.saving.last_step < settings.steps:
             raise CheckpointError(
                 f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or fix the "
-                f"store; the same command goes on {from_where(session.writer.last_step)}"
+                f"store; the same command goes on {from_where(session.saving.last_step)}"
             )
         exit_code = EXIT_DONE
         return session.summary(loss)

@@ -58,7 +58,7 @@ def main(config: Experiment) -> dict[str, Any]:
             if event["what"] in ("small files", "room"):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (event.get("bytes", resource.RLIM_INFINITY), -1))
             elif event["what"] == "gone":
-                while self.writer.busy:  # the checkpoint before it is whole
+                while self.saving.writer.busy:  # the checkpoint before it is whole
                     time.sleep(0.01)
                 checkpoints.rename(checkpoints.with_name("away"))
                 checkpoints.touch()

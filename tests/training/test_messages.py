@@ -19,6 +19,7 @@ FILES = (
     "processes/endings",
     "processes/meeting",
     "run/directory",
+    "run/saving",
     "run/session",
     "run/tracking",
     "run/validation",

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,9 +22,7 @@ from data_pipeline.common.errors import BAD_REASONS, CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
 from training.checkpoint.provenance import code_version
-from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
-from training.checkpoint.store.downloads import Share, shared_downloads
-from training.checkpoint.writer import CheckpointWriter
+from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
 from training.config.unet import UNetConfig, for_stage
 from training.diffusion import random
@@ -34,14 +32,15 @@ from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.registry import skip_compiler, states_to_load
 from training.plan.checks import check_heldout
+from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
-from training.plan.plan.fits import check_memory, remarks
 from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
-from training.processes.endings import LossGuard, NotFinite, Signals
+from training.processes.endings import LossGuard, Signals
 from training.run.directory import RunDir, check_same_run, to_dict
 from training.run.metering import Hours, Meter, TimeLeft
 from training.run.quick_evaluation import QuickEvaluation
 from training.run.sample_grid import Inputs, choose, draw, write_samples
+from training.run.saving import Saving
 from training.run.starting_weights import begin_with
 from training.run.tracking import SILENT, Tracker, finite, start_logging, stop_logging
 from training.run.validation import Validation
@@ -72,17 +71,15 @@ class Session:
         train, self.watchdog = config.train, watchdog
         watchdog.log_file = self.run.log_file(ranks.rank)
         watchdog.phase("checkpoint")
-        self.store = CheckpointStore(self.run.checkpoints)
+        self.saving = Saving(self.run, config, ranks, lambda step, place: self.tracker.checkpoint(step, place))
         downloads = ExitStack()
-        share = downloads.enter_context(self._downloads(train.init_from))
-        checkpoint = self.store.resume(ranks, self._check_checkpoint, share)
+        share = downloads.enter_context(self.saving.downloads(train.init_from))
+        checkpoint = self.saving.resume(self._check_checkpoint, share)
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
         self.position: int = meta.get("position", 0)
-        self.counters: dict[str, int] = {"skipped": 0, "rollbacks": 0, **meta.get("counters", {})}
-        """`rollbacks`: those since the last healthy checkpoint, which train.max_rollbacks limits."""
-        self.rollbacks: int = meta.get("rollbacks", self.counters["rollbacks"])
-        """All of this run."""
+        self.skipped: int = meta.get("counters", {}).get("skipped", 0)
+        """Steps that were not applied, of the whole run."""
         self._data_counters: dict[str, int] = meta.get("data_counters", {})
         self.guard = LossGuard(train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
         self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
@@ -117,12 +114,10 @@ class Session:
             self._load(checkpoint)
         downloads.close()
         watchdog.phase("tracking")
-        self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, self.run.record_saved)
-        self.writer.last_step = self._announced = self.step if checkpoint else -1
         together(self._record_start, ranks)
         self.tracker = Tracker(self.run, config, ranks, self.step, self.wandb_id, self._code)
         hours = self.run.path / "hours.json"
-        self.hours = Hours(hours, self.store.attempt, ranks.world_size) if ranks.is_main else None
+        self.hours = Hours(hours, self.saving.store.attempt, ranks.world_size) if ranks.is_main else None
         size, tokens = config.stage.train_size, self.text_encoder.max_tokens
         work = flops_and_peak(unet, size, tokens, ranks.device, train.peak_tflops, frozen=bool(self.lora))
         self.meter = Meter(ranks, config.data.global_batch, *work)
@@ -158,16 +153,11 @@ class Session:
         for change in changes:
             log.info("changed since: %s", change)
 
-    def _downloads(self, also: str | None = None) -> AbstractContextManager[Share | None]:
-        """While checkpoints (and `also`) are read: what comes from an object store is fetched once per machine."""
-        remote = "://" in self.run.checkpoints or "://" in (also or "")
-        return shared_downloads(self.ranks) if remote else nullcontext()
-
     def _record_start(self) -> None:
         if self.step == 0:
             log.info("starting a new run in %s", self.run.path)
         self.run.write_config(self.config)
-        self.run.record_start(self._code, self.step, self.store.attempt, self.ranks.world_size)
+        self.run.record_start(self._code, self.step, self.saving.store.attempt, self.ranks.world_size)
 
     def _open_loader(self, position: int, **others: Any) -> Loader:
         stage, ranks = self.config.stage, self.ranks
@@ -245,7 +235,7 @@ class Session:
         """What this rank has to say at a step: has it no data, samples seen and bad ones, is a checkpoint being
         written, and which signal it has received."""
         counts = self.loader.counters
-        own = [self._failure is not None, counts["samples"], counts["bad"], self.writer.busy]
+        own = [self._failure is not None, counts["samples"], counts["bad"], self.saving.writer.busy]
         return [float(value) for value in (*own, *(received == number for number in Signals.HANDLED))]
 
     def judge(self, loss: float, votes: Sequence[float]) -> str:
@@ -317,8 +307,8 @@ class Session:
             **record,
             **measured,
             "param_norm": math.sqrt(measured["param_norm"]),
-            "skipped": self.counters["skipped"],
-            "rollbacks": self.rollbacks,
+            "skipped": self.skipped,
+            "rollbacks": self.saving.rollbacks,
             **{name: count for name, count in counts.items() if name.startswith("bad")},
         }
         self._name_slow_rank(step, record)
@@ -365,11 +355,11 @@ class Session:
             "step": self.config.train.steps,
             "position": self.position,
             "loss": finite(loss),
-            "skipped": self.counters["skipped"],
-            "rollbacks": self.rollbacks,
+            "skipped": self.skipped,
+            "rollbacks": self.saving.rollbacks,
             "device_hours": self.hours.total() if self.hours is not None else None,
             "run_dir": str(self.run.path),
-            "checkpoint": str(self.store.folder.sub(step_name(self.writer.last_step))),
+            "checkpoint": self.saving.place,
             "complete": True,
         }
 
@@ -378,41 +368,32 @@ class Session:
     def save(self, step: int, healthy: bool = True, wait: bool = False) -> None:
         """Begins to write the checkpoint of `step`; the previous one is finished first. Collective."""
         with self.phase("checkpoint", step):
-            self.finish_saving()
-            if step != self.writer.last_step:
-                if healthy:
-                    self.counters["rollbacks"] = 0
-                meta = {
-                    "step": step,
-                    "position": self.position,
-                    "updates": self.engine.updates,
-                    "ema_since": self.ema_since,
-                    "config": self._config,
-                    "data": {**self.loader.state(), "position": self.position},
-                    "counters": dict(self.counters),  # it is written later, in the background
-                    "data_counters": self._with_earlier_starts(self._sum(self._own_data_counts())),
-                    "losses": self.guard.history,
-                    "refused": self.guard.refused,
-                    "rollbacks": self.rollbacks,
-                    "healthy": healthy,
-                    "validation": self.validated if self.validated_step == step else None,
-                    "wandb_id": self.wandb_id,
-                    "lora": self.lora,
-                    "code": self._code,
-                }
-                self.writer.start(step, self.engine.snapshot(), meta)
-            if wait:
-                self.finish_saving()
+            self.saving.save(step, healthy, self.engine.snapshot, lambda: self._meta(step), wait)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` holds beside the tensors. Collective."""
+        return {
+            "step": step,
+            "position": self.position,
+            "updates": self.engine.updates,
+            "ema_since": self.ema_since,
+            "config": self._config,
+            "data": {**self.loader.state(), "position": self.position},
+            "counters": {"skipped": self.skipped, "rollbacks": self.saving.recent_rollbacks},
+            "data_counters": self._with_earlier_starts(self._sum(self._own_data_counts())),
+            "losses": self.guard.history,
+            "refused": self.guard.refused,
+            "rollbacks": self.saving.rollbacks,
+            "validation": self.validated if self.validated_step == step else None,
+            "wandb_id": self.wandb_id,
+            "lora": self.lora,
+            "code": self._code,
+        }
 
     def finish_saving(self) -> None:
-        """Waits until the checkpoint under way is committed; a failure is said and survived."""
+        """Waits until the checkpoint under way is committed; a failure is logged, not raised. Collective."""
         self.watchdog.phase("checkpoint", self.position // self.config.data.global_batch)
-        error = self.writer.wait()
-        if error is not None and self.ranks.is_main:
-            log.warning("%s", error)
-        if self.writer.last_step > self._announced:  # W&B looks at the files, so they must be there
-            self._announced = self.writer.last_step
-            self.tracker.checkpoint(self._announced, self.store.folder.sub(step_name(self._announced)))
+        self.saving.finish()
 
     def roll_back(self, step: int) -> None:
         """Sets weights, moments and averages back to the last healthy checkpoint; the position goes on. Collective.
@@ -420,28 +401,9 @@ class Session:
         Raises:
             NotFinite: that has been tried already, or there is nothing to go back to.
         """
-        with self.phase("checkpoint", step), self._downloads() as share:
-            self.finish_saving()
-            checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True), share=share)
-            trouble = f"step {step}: the last {self.guard.refused} steps could not be applied (train.max_skipped)"
-            advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
-            if checkpoint is None:
-                raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
-            if self.counters["rollbacks"] >= self.config.train.max_rollbacks:
-                raise NotFinite(
-                    f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} "
-                    f"(train.max_rollbacks); {advice}"
-                )
-            self.rollbacks += 1
-            self.counters["rollbacks"] += 1
-            self._load(checkpoint)
+        with self.phase("checkpoint", step):
+            checkpoint = self.saving.roll_back(step, self.guard.refused, self._load)
         self.guard.roll_back(checkpoint.meta.get("losses", ()))
-        if self.ranks.is_main:
-            log.warning(
-                "%s: the weights are set back to the checkpoint of step %d; training goes on with step %d, past the "
-                "data in between",
-                trouble, checkpoint.step, step + 1,
-            )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- validation and sample grid
 
@@ -482,6 +444,6 @@ class Session:
         if sys.exc_info()[0] is not None:
             log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
         self.loader.close()
-        self.writer.close(hurry=exit_code != 0)
+        self.saving.close(hurry=exit_code != 0)
         self.tracker.close(exit_code)
         stop_logging()

@@ -1,0 +1,95 @@
+"""Checkpoints of a run without a model: begin, fail, announce, go back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.storage.folder import LocalFolder
+from training.checkpoint.store import Checkpoint
+from training.config.experiment import Experiment
+from training.engine.plain import Snapshot
+from training.processes.distributed import Ranks
+from training.processes.endings import NotFinite
+from training.run.directory import RunDir
+from training.run.saving import Saving
+
+
+class Run:
+    """A run whose whole state is one number."""
+
+    def __init__(self, directory: Path) -> None:
+        config = Experiment()
+        config.run.dir, config.train.max_rollbacks = str(directory), 1
+        self.value, self.announced = 0.0, []  # type: ignore[var-annotated]
+        self.saving = Saving(
+            RunDir(config), config, Ranks(), lambda step, place: self.announced.append((step, str(place)))
+        )
+        with self.saving.downloads() as share:
+            found = self.saving.resume(lambda checkpoint: None, share)
+            if found is not None:
+                self.load(found)
+
+    def announce(self, step: int, place: str) -> None:
+        self.announced.append((step, place))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.value = float(checkpoint.read("param/w"))
+
+    def meta(self) -> dict[str, Any]:
+        return {"counters": {"rollbacks": self.saving.recent_rollbacks}, "rollbacks": self.saving.rollbacks}
+
+    def save(self, step: int, healthy: bool = True, wait: bool = True) -> None:
+        snapshot = Snapshot({"param/w": torch.tensor(self.value)})
+        self.saving.save(step, healthy, lambda: snapshot, self.meta, wait)
+
+
+def test_what_is_committed_is_announced_once_and_resumed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.value = 1.0
+    run.save(3, wait=False)
+    run.save(5)
+    run.save(5)
+    places = [f"{tmp_path}/checkpoints/step-{step:08d}" for step in (3, 5)]
+    assert run.announced == [(3, places[0]), (5, places[1])]
+    again = Run(tmp_path)
+    assert (again.value, again.saving.last_step, again.announced) == (1.0, 5, [])
+
+
+def test_a_checkpoint_that_fails_is_logged_and_the_next_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
+        broken.setattr(LocalFolder, "write", full)
+        run.save(3)
+    assert "the checkpoint of step 3 was not written" in caplog.text and run.saving.last_step == -1
+    run.save(6)
+    assert run.saving.last_step == 6 and [step for step, _ in run.announced] == [6]
+
+
+def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(NotFinite, match="there is no checkpoint to go back to"):
+        run.saving.roll_back(2, 2, run.load)
+    for step, healthy in ((3, True), (6, False)):
+        run.value = float(step)
+        run.save(step, healthy)
+    assert run.saving.roll_back(7, 2, run.load).step == 3 and run.value == 3.0
+    with pytest.raises(NotFinite, match="also after going back to the checkpoint of step 3"):
+        run.saving.roll_back(9, 2, run.load)
+    run.save(9, healthy=False)
+    again = Run(tmp_path)
+    with pytest.raises(NotFinite, match="also after"):
+        again.saving.roll_back(11, 2, again.load)
+    again.save(12)
+    assert again.saving.roll_back(14, 2, again.load).step == 12
+    assert again.saving.rollbacks == 2, "all of the run"

@@ -1,0 +1,132 @@
+"""The checkpoints of a run while it trains: begin one, finish it, go back to one. Knows nothing of what they hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from training.checkpoint.downloads import Share, shared_downloads
+from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
+from training.checkpoint.writer import CheckpointWriter
+from training.config.experiment import Experiment
+from training.engine.plain import Snapshot
+from training.processes.distributed import Ranks
+from training.processes.endings import NotFinite
+from training.run.directory import RunDir
+
+log = logging.getLogger("cascade")
+
+
+class Saving:
+    """The checkpoints of one start of a run. All methods are collective but `downloads` and `close`.
+
+    Args:
+        announce: called on every rank, in the main thread, with step and place of each checkpoint that is committed.
+    """
+
+    def __init__(self, run: RunDir, config: Experiment, ranks: Ranks, announce: Callable[[int, str], None]) -> None:
+        self.run, self.config, self.ranks, self._announce = run, config, ranks, announce
+        self.store = CheckpointStore(run.checkpoints)
+        self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, run.record_saved)
+        self._announced = -1
+        self.rollbacks = 0
+        """All of this run."""
+        self.recent_rollbacks = 0
+        """Those since the last healthy checkpoint, which train.max_rollbacks limits."""
+
+    @property
+    def place(self) -> str:
+        """Of the newest checkpoint that is committed."""
+        return str(self.store.folder.sub(step_name(self.last_step)))
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that is committed, -1: none."""
+        return self.writer.last_step
+
+    def downloads(self, also: str | None = None) -> AbstractContextManager[Share | None]:
+        """While checkpoints (and `also`) are read: what comes from an object store is fetched once per machine."""
+        remote = "://" in self.run.checkpoints or "://" in (also or "")
+        return shared_downloads(self.ranks) if remote else nullcontext()
+
+    def resume(self, check: Callable[[Checkpoint | None], None], share: Share | None) -> Checkpoint | None:
+        """The checkpoint to go on from, claimed by this start; None: there is none (see CheckpointStore.resume)."""
+        checkpoint = self.store.resume(self.ranks, check, share)
+        if checkpoint is not None:
+            self.writer.last_step = self._announced = checkpoint.step
+            self.recent_rollbacks = checkpoint.meta.get("counters", {}).get("rollbacks", 0)
+            self.rollbacks = checkpoint.meta.get("rollbacks", self.recent_rollbacks)
+        return checkpoint
+
+    def save(
+        self,
+        step: int,
+        healthy: bool,
+        snapshot: Callable[[], Snapshot],
+        meta: Callable[[], dict[str, Any]],
+        wait: bool = False,
+    ) -> None:
+        """Begins to write the checkpoint of `step` once the previous one is finished; one that is there is not written
+        again.
+
+        Args:
+            healthy: its last step was applied: the run can go back to it.
+            snapshot, meta: the state and what belongs to it, asked for when they are needed.
+            wait: until it is finished.
+        """
+        self.finish()
+        if step != self.writer.last_step:
+            if healthy:
+                self.recent_rollbacks = 0
+            self.writer.start(step, snapshot(), {**meta(), "healthy": healthy})
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until the checkpoint under way is committed; a failure is logged, not raised."""
+        error = self.writer.wait()
+        if error is not None and self.ranks.is_main:
+            log.warning("%s", error)
+        if self.writer.last_step > self._announced:  # W&B looks at the files, so they must be there
+            self._announced = self.writer.last_step
+            self._announce(self._announced, self.place)
+
+    def roll_back(self, step: int, refused: int, load: Callable[[Checkpoint], None]) -> Checkpoint:
+        """Sets the state back to the last healthy checkpoint by `load`; the position in the data goes on.
+
+        Args:
+            step: steps that are behind us, of which the last `refused` could not be applied.
+
+        Raises:
+            NotFinite: that has been tried already, or there is nothing to go back to.
+        """
+        self.finish()
+        trouble = f"step {step}: the last {refused} steps could not be applied (train.max_skipped)"
+        advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
+        with self.downloads() as share:
+            checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True), share=share)
+            if checkpoint is None:
+                raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
+            if self.recent_rollbacks >= self.config.train.max_rollbacks:
+                raise NotFinite(
+                    f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} "
+                    f"(train.max_rollbacks); {advice}"
+                )
+            self.rollbacks += 1
+            self.recent_rollbacks += 1
+            load(checkpoint)
+        if self.ranks.is_main:
+            log.warning(
+                "%s: the weights are set back to the checkpoint of step %d; training goes on with step %d, past the "
+                "data in between",
+                trouble,
+                checkpoint.step,
+                step + 1,
+            )
+        return checkpoint
+
+    def close(self, hurry: bool) -> None:
+        """The run ends; `hurry`: without waiting long for deletions."""
+        self.writer.close(hurry)
