@@ -10,9 +10,9 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
 ON_GPU = ("train", "embed", "sample", "evaluate")
-"""Commands that use a GPU."""
-ONE_PER_GPU = ("train", "embed")
-"""Those that use all GPUs of a node; the others one."""
+"""Commands that use GPUs: one per process."""
+WHOLE_NODE = ("embed", "verify", "prepare")
+"""Commands of one task that share their work among as many processes as a node has."""
 SHARED_BY_ARRAY = ("embed",)
 """Commands of which the tasks of an array share the work among themselves."""
 
@@ -54,17 +54,17 @@ class Job:
     @property
     def gpus(self) -> int:
         """GPUs per node."""
-        if not self.config.cluster.gpus or self.verb not in ON_GPU:
-            return 0
-        return self.config.cluster.processes if self.verb in ONE_PER_GPU else 1
+        return self._width if self.config.cluster.gpus and self.verb in ON_GPU else 0
 
     @property
     def cpus(self) -> int:
-        """CPU cores per process; 0: the scheduler's default. A command with a GPU of its own feeds it with the cores of
-        a whole node; one without needs no more than a process of the training."""
-        cluster = self.config.cluster
-        alone_on_gpu = self.verb in ON_GPU and not self.is_distributed
-        return cluster.cpus_per_task * (max(1, cluster.processes) if alone_on_gpu else 1)
+        """CPU cores per task; 0: the scheduler's default."""
+        return self.config.cluster.cpus_per_task * (1 if self.is_distributed else self._width)
+
+    @property
+    def _width(self) -> int:
+        """Processes that work on a node, started by the scheduler or by the command itself."""
+        return max(1, self.config.cluster.processes) if self.is_distributed or self.verb in WHOLE_NODE else 1
 
     @property
     def run_dir(self) -> Path:

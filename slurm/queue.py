@@ -7,12 +7,16 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from cluster.records import submissions
 from data_pipeline.common.errors import UserError
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
 """Variables that are the user's way to a cluster. All other SLURM_* and SRUN_* describe an allocation."""
 PATIENCE_S = 60
+LAST = 10
+"""Jobs of a run that are looked up in the queue."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED")
 
 
@@ -73,3 +77,11 @@ def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
             if state in LIVING:
                 found[job] = (state, reason.strip("()"))
     return found
+
+
+def living(run_dir: Path) -> list[dict[str, Any]]:
+    """Those of the run's last jobs that the queue still holds, with their `state` and `reason`."""
+    jobs = submissions(run_dir)[-LAST:]
+    found = states([job["job"] for job in jobs])
+    return [{**job, **dict(zip(("state", "reason"), found[job["job"]], strict=True))} for job in jobs
+            if job["job"] in found]  # fmt: skip

@@ -214,7 +214,7 @@ load_module() {    # also where `module load` says 0 although it has failed
 def allowed_nodes(job: Job) -> list[int]:
     """Numbers of nodes that a training may run on, most first: those whose processes can share its data."""
     cluster = job.config.cluster
-    if not job.is_distributed or not cluster.min_nodes:
+    if job.verb != "train" or not cluster.min_nodes:
         return [cluster.nodes if job.is_distributed else 1]
     counts = range(cluster.nodes, cluster.min_nodes - 1, -1)
     return [n for n in counts if not training_problems(job.config, n * job.processes)]

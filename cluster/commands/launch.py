@@ -21,16 +21,15 @@ import slurm.script
 from cluster.frozen import freeze
 from cluster.graph import Entry, cascade_graph, drawing
 from cluster.job import Job
+from cluster.records import SUBMITTED
 from data_pipeline.common.errors import ConfigError, UserError
-from slurm.queue import states, submit
+from slurm.queue import living, submit
 from training.cli.compose import composed, validate
 from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
 
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
-SUBMITTED = "jobs.jsonl"
-"""In RUN_DIR/launch: one line per job that was submitted for the run."""
 FROZEN = """\
 # {title}
 defaults:
@@ -116,7 +115,7 @@ def _split(entry: str) -> list[str]:
     return words
 
 
-NOT_SUBMITTED = ("launch",)
+NOT_SUBMITTED = ("launch", "status", "logs", "stop")
 """Commands for the machine that one sits at."""
 
 
@@ -173,29 +172,13 @@ def check_before_submission(jobs: list[Job]) -> None:
         )
     for job in jobs:
         for other in living(job.run_dir) if job.verb == "train" else []:
+            if other["verb"] != "train":
+                continue
             raise UserError(
                 f"run.dir={job.config.run.dir}: job {other['job']} of this run is in the queue ({other['state']}); two "
                 f"starts of one run push each other out: `cascade stop run={job.config.run.dir}` first, or another "
                 f"run.dir"
             )
-
-
-def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """The jobs that were submitted for a run, oldest first."""
-    try:
-        lines = (run_dir / "launch" / SUBMITTED).read_text().splitlines()
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def living(run_dir: Path) -> list[dict[str, Any]]:
-    """Those trainings of `submissions` that the queue still holds, with their `state` and `reason`."""
-    jobs = [job for job in submissions(run_dir) if job["verb"] == "train"][-5:]
-    found = states([job["job"] for job in jobs])
-    return [
-        {**job, "state": found[job["job"]][0], "reason": found[job["job"]][1]} for job in jobs if job["job"] in found
-    ]
 
 
 # ------------------------------------------------------------------------------------------- files, submission

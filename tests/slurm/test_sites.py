@@ -44,7 +44,7 @@ def test_a_script_submitted_by_hand_forgets_the_outer_allocation(site: Path, pro
     assert "bind: []" in done.stdout and OK in done.stdout
 
 
-def test_a_site_that_exports_nothing(site: Path) -> None:
+def test_nothing_is_exported_to_the_tasks(site: Path) -> None:
     path = script("cluster.sbatch={export: NONE}", "cluster.setup=[export FOO=bar]")
     done = run_script(path, site, SLURM_EXPORT_ENV="NONE")
     assert "#SBATCH --export=NONE\n" in path.read_text()
@@ -172,7 +172,7 @@ def test_a_gpu_per_task(here: Path) -> None:
     assert "#SBATCH --gpus-per-task=1\n" in text and "gpus-per-node" not in text
 
 
-@pytest.mark.parametrize(("verb", "gpus", "cores"), [("index", None, 8), ("bundle", None, 8), ("sample", 1, 64)])
+@pytest.mark.parametrize(("verb", "gpus", "cores"), [("index", None, 8), ("bundle", None, 8), ("embed", 8, 64)])
 def test_a_command_asks_for_what_it_uses(here: Path, verb: str, gpus: int | None, cores: int) -> None:
     text = Path(launch("cluster=slurm", own=[f"verb={verb}", "dry_run=true"])["script"]).read_text()
     assert f"#SBATCH --cpus-per-task={cores}\n" in text

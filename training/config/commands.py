@@ -149,6 +149,39 @@ class LaunchCommand(Experiment):
 
 
 @dataclass
+class StatusCommand(Experiment):
+    """`cascade status`: how the runs of a directory are listed."""
+
+    sort: str = "stage"
+    """Column of the JSON answer to sort by: stage, state, step, validation_loss ..."""
+    watch: float = 0.0
+    """Seconds between two looks; 0: look once."""
+    price: float = 2.0
+    """Dollars per GPU hour."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.watch >= 0, f"watch={self.watch}: it must not be negative")
+        require(self.price >= 0, f"price={self.price}: it must not be negative")
+
+
+@dataclass
+class LogsCommand(Experiment):
+    """`cascade logs`: which log of a run, and how much of it."""
+
+    rank: int | None = None
+    """The log of this process; null: that of the newest job, which has what was printed."""
+    lines: int = 40
+    """Last lines shown."""
+    follow: bool = False
+    """Go on with what is added, until Ctrl-C."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lines >= 1, f"lines={self.lines}: it must be at least 1")
+
+
+@dataclass
 class PlanCommand(Experiment):
     """`cascade plan`: an experiment, and the hardware to plan it for."""
 
@@ -380,6 +413,27 @@ COMMANDS: dict[str, Verb] = {
         ("cluster", "run"),
         outputs=("separate",),
         local=("run.dir",),
+    ),
+    "status": Verb(
+        StatusCommand,
+        "cluster.commands.status",
+        "how the runs of a directory get on: state, speed, restarts, end, cost",
+        ("cascade status run=runs/demo", "cascade status run=runs/sweep sort=validation_loss"),
+        ("run",),
+    ),
+    "logs": Verb(
+        LogsCommand,
+        "cluster.commands.logs",
+        "the end of a run's log, of its job or of one rank",
+        ("cascade logs run=runs/demo/demo_base rank=3 follow=true",),
+        ("run",),
+    ),
+    "stop": Verb(
+        Experiment,
+        "cluster.commands.stop",
+        "cancel the jobs of a run or of an experiment; a training saves first",
+        ("cascade stop run=runs/demo",),
+        ("run",),
     ),
 }
 """All commands by name; whatever else lists them is derived from here."""

@@ -1,0 +1,86 @@
+"""`cascade status run=DIR`: the runs of a directory at a glance, from their files and `squeue` alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.records import find_runs, first_failure, state_of, summary
+from data_pipeline.common.errors import ConfigError, DataError
+from slurm.queue import living
+from training.config.commands import StatusCommand
+from training.run.tracking import duration
+
+COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
+
+
+def main(config: StatusCommand) -> dict[str, Any]:
+    """Prints one line per run; with `watch`, again and again until Ctrl-C.
+
+    Returns:
+        {"runs": [{"run", "stage", "state", "step", "steps", ...}]}
+
+    Raises:
+        DataError: no run is there; ConfigError: `sort` names no column.
+    """
+    folder = Path(config.run.dir)
+    while True:
+        rows = [row for run in find_runs(folder) if (row := row_of(run, config.price))["steps"] or row["job"]]
+        if not rows:
+            raise DataError(f"{folder}: no run is there; name a run, or the directory of an experiment, with run=DIR")
+        if config.sort not in rows[0]:
+            raise ConfigError(f"sort={config.sort}: it must be one of {', '.join(rows[0])}")
+        rows.sort(key=lambda row: (row[config.sort] is None, row[config.sort]))
+        print(table(rows), flush=True)
+        if not config.watch:
+            return {"runs": rows}
+        time.sleep(config.watch)
+
+
+def row_of(run: Path, price: float) -> dict[str, Any]:
+    """A run's files, and what the queue says of its job."""
+    row = summary(run, price)
+    jobs = living(run)
+    job = jobs[-1] if jobs else None
+    written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
+    row["state"] = state_of(row, job, time.time() - max(written, default=0.0))
+    row["job"] = job["job"] if job else None
+    row["why"] = job["reason"] if job and row["state"] == "pending" else None
+    row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Aligned columns; below, why a job waits and what went wrong."""
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    for row in rows:
+        notes = [f"waits: {row['why']}"] if row["why"] else []
+        notes += [f"error: {row['error']}"] if row["error"] else []
+        notes += [f"last restart: {row['causes'][-1]}"] if row["causes"] and not row["error"] else []
+        lines += [f"{row['run']}: {note}" for note in notes]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def shown(name: str, form: str) -> str:
+        return "" if row[name] is None else format(row[name], form)
+
+    cost = f"${row['cost']:,.0f}" if row["cost"] is not None else shown("device_hours", ".1f") + " h"
+    forecast = f" of ${row['forecast']:,.0f}" if row["forecast"] is not None else ""
+    return (
+        row["stage"],
+        row["state"],
+        f"{row['step']}/{row['steps'] or '?'}",
+        shown("loss", ".4f"),
+        shown("validation_loss", ".4f"),
+        shown("images_per_second", ".1f"),
+        shown("mfu", ".1%"),
+        shown("data_wait", ".0%"),
+        str(row["checkpoint"]) if row["checkpoint"] >= 0 else "",
+        str(row["restarts"]),
+        duration(row["left_s"]) if row["left_s"] is not None and row["state"] != "complete" else "",
+        cost + forecast if cost.strip() != "h" else "",
+    )

@@ -1,0 +1,33 @@
+"""`cascade stop run=DIR`: cancels the jobs of a run, or of all runs of an experiment. A training saves first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cluster.records import find_runs
+from data_pipeline.common.errors import DataError, UserError
+from slurm.queue import ask, living
+from training.config.experiment import Experiment
+
+
+def main(config: Experiment) -> dict[str, Any]:
+    """Cancels what the queue still holds.
+
+    Returns:
+        {"stopped": [job numbers]}
+
+    Raises:
+        DataError: no run is there; UserError: Slurm refused.
+    """
+    runs = find_runs(Path(config.run.dir))
+    if not runs:
+        raise DataError(f"{config.run.dir}: no run is there; name a run, or the directory of an experiment")
+    jobs = [job for run in runs for job in living(run)]
+    for job in jobs:
+        if ask("scancel", str(job["job"])) is None:
+            raise UserError(f"job {job['job']} ({job['name']}): `scancel {job['job']}` failed; is it yours?")
+        print(f"cancelled job {job['job']} ({job['name']}), which was {job['state']}", flush=True)
+    if not jobs:
+        print(f"{config.run.dir}: no job of it is in the queue", flush=True)
+    return {"stopped": [job["job"] for job in jobs]}

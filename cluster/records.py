@@ -1,0 +1,148 @@
+"""What the files of a run say: its jobs, its progress, its restarts, and what failed first."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.checkpoint.store import CheckpointStore
+
+SUBMITTED = "jobs.jsonl"
+"""In RUN_DIR/launch: one line per job that was submitted for the run."""
+RESTARTS = "restarts.jsonl"
+"""In RUN_DIR: one line per end of its processes that was no success."""
+SIGNS = ("code.json", "metrics.jsonl", f"launch/{SUBMITTED}")
+"""Files by which a directory is known as that of a run."""
+RECORD = re.compile(
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
+)
+"""A line of logs/rank-N.log; lines between belong to the one before."""
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a half-written one is left out, a missing file is empty."""
+    found = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def submissions(run_dir: Path) -> list[dict[str, Any]]:
+    """The jobs that were submitted for a run, oldest first."""
+    return json_lines(run_dir / "launch" / SUBMITTED)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs in a directory: itself, or those below it."""
+    if any((folder / sign).exists() for sign in SIGNS):
+        return [folder]
+    found = {path.parents[len(Path(sign).parts) - 1] for sign in SIGNS for path in folder.rglob(sign)}
+    return sorted(path for path in found if not {"code", "wandb"} & {*path.relative_to(folder).parts[:-1]})
+
+
+def summary(run_dir: Path, price: float) -> dict[str, Any]:
+    """One run by its files alone.
+
+    Args:
+        price: dollars per GPU hour.
+
+    Returns:
+        stage, step, steps, images_per_second, mfu, data_wait, loss, validation_loss, checkpoint (step; -1: none),
+        restarts, causes, left_s, device_hours, cost, forecast (dollars; None without GPUs), error.
+    """
+    try:
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        settings = {}
+    metrics = json_lines(run_dir / "metrics.jsonl")
+    last = metrics[-1] if metrics else {}
+    steps = settings.get("train", {}).get("steps")
+    place = settings.get("checkpoint", {}).get("dir") or str(run_dir / "checkpoints")
+    ends = json_lines(run_dir / RESTARTS)
+    step, rate = last.get("step", 0), last.get("images_per_second")
+    batch = settings.get("data", {}).get("global_batch", 0)
+    hours = last.get("device_hours")
+    cost = hours * price if hours is not None and settings.get("cluster", {}).get("gpus") else None
+    validated = [line["validation_loss"] for line in metrics if line.get("validation_loss") is not None]
+    return {
+        "run": str(run_dir),
+        "stage": settings.get("stage", {}).get("name") or run_dir.name,
+        "step": step,
+        "steps": steps,
+        "images_per_second": rate,
+        "mfu": last.get("mfu"),
+        "data_wait": last.get("data_wait"),
+        "loss": last.get("loss"),
+        "validation_loss": validated[-1] if validated else None,
+        "checkpoint": CheckpointStore(place).newest_whole() if settings else -1,
+        "restarts": sum(end.get("action", "").startswith(("restart", "requeue")) for end in ends),
+        "causes": [end.get("why", "") for end in ends],
+        "left_s": (steps - step) * batch / rate if steps and rate else None,
+        "device_hours": hours,
+        "cost": cost,
+        "forecast": cost * steps / step if cost is not None and steps and step else None,
+        "error": ends[-1].get("why") if ends and ends[-1].get("action", "").startswith("end") else None,
+    }
+
+
+def state_of(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, alive_s: float = 120.0) -> str:
+    """complete, pending, running, failed, stopped or new.
+
+    Args:
+        job: the run's job in the queue, with its `state`; None where there is none.
+        idle_s: seconds since the run last wrote.
+        alive_s: a run that wrote more recently is taken to be running, although no queue knows it.
+    """
+    if row["steps"] and row["checkpoint"] >= row["steps"]:
+        return "complete"
+    if job is not None:
+        return "pending" if job["state"] in ("PENDING", "REQUEUED") else "running"
+    if row["error"]:
+        return "failed"
+    if idle_s < alive_s:
+        return "running"
+    return "stopped" if row["step"] or row["checkpoint"] >= 0 else "new"
+
+
+def first_failure(run_dir: Path) -> str | None:
+    """The first rank that logged an error, and the line that says it: the other ranks' errors follow from that one."""
+    found = [(time, rank, text) for rank, path in _rank_logs(run_dir) for time, text in _errors(path)]
+    if not found:
+        return None
+    time, rank, text = min(found)
+    return f"rank {rank}, {time}: {text}"
+
+
+def _rank_logs(run_dir: Path) -> Iterator[tuple[int, Path]]:
+    for path in (run_dir / "logs").glob("rank-*.log"):
+        number = path.stem.partition("-")[2]
+        if number.isdigit():
+            yield int(number), path
+
+
+def _errors(path: Path) -> Iterator[tuple[str, str]]:
+    """(time, line) of the errors of the newest start: of a traceback, its last line."""
+    records: list[tuple[str, str, list[str]]] = []
+    for line in path.read_text(errors="replace").splitlines():
+        match = RECORD.match(line)
+        if match:
+            records.append((match["time"], match["level"], [match["text"]]))
+        elif records and line.strip():
+            records[-1][2].append(line.strip())
+    for time, level, lines in records:
+        if level in ("ERROR", "CRITICAL") or (lines[0].startswith("ends with code") and len(lines) > 1):
+            yield time, lines[-1]

@@ -1,0 +1,100 @@
+"""`cascade status` and `cascade logs`, from the files of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.commands import logs, status
+from cluster.records import find_runs, first_failure, state_of, submissions
+from data_pipeline.common.errors import ConfigError, DataError
+from training.cli.compose import load_config
+
+NOW = "2026-01-02 03:04:0"
+
+
+def make_run(folder: Path, step: int, loss: float, **end: object) -> Path:
+    """The files of a run of 100 steps, as a training leaves them."""
+    (folder / "logs").mkdir(parents=True)
+    settings = {"train": {"steps": 100}, "stage": {"name": folder.name}, "data": {"global_batch": 8}}
+    settings |= {"cluster": {"gpus": True}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "code.json").write_text(json.dumps({"starts": [{"step": 0}]}))
+    record = {"step": step, "loss": 0.5, "images_per_second": 4.0, "validation_loss": loss, "device_hours": 3.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 99, "lo')
+    if end:
+        (folder / "restarts.jsonl").write_text(json.dumps(end) + "\n")
+    return folder
+
+
+def rows(folder: Path, *words: str) -> list[dict]:
+    return status.main(load_config("status", [f"run.dir={folder}", *words]))["runs"]
+
+
+def test_the_runs_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "base", 50, 0.3, why="rank 1 on n2 was killed by signal 9", action="restart")
+    make_run(tmp_path / "sr", 25, 0.2, why="gave up: no progress", action="end 137")
+    base, sr = rows(tmp_path)
+    assert (base["stage"], base["state"], base["step"], base["restarts"], base["left_s"]) == (
+        "base",
+        "running",
+        50,
+        1,
+        100,
+    )
+    assert (base["cost"], base["forecast"]) == (6.0, 12.0)
+    assert (sr["state"], sr["error"]) == ("failed", "gave up: no progress")
+    shown = capsys.readouterr().out
+    assert "rank 1 on n2 was killed by signal 9" in shown and "gave up: no progress" in shown and "50/100" in shown
+    assert [row["stage"] for row in rows(tmp_path, "sort=validation_loss", "price=0")] == ["sr", "base"]
+    assert rows(tmp_path / "sr")[0]["stage"] == "sr", "one run"
+
+
+def test_states() -> None:
+    row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
+    assert state_of({**row, "checkpoint": 100}, None, 0.0) == "complete"
+    assert state_of(row, {"state": "PENDING"}, 0.0) == "pending"
+    assert state_of({**row, "error": "x"}, {"state": "RUNNING"}, 1e9) == "running"
+    assert state_of({**row, "error": "x"}, None, 1e9) == "failed"
+    assert state_of(row, None, 1e9) == "stopped"
+    assert state_of({**row, "checkpoint": -1, "step": 0}, None, 1e9) == "new"
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run is there"):
+        rows(tmp_path)
+    make_run(tmp_path / "a", 1, 0.1)
+    with pytest.raises(ConfigError, match="sort=colour: it must be one of run, stage"):
+        rows(tmp_path, "sort=colour")
+
+
+def test_the_first_failure_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 1, 0.1)
+    assert first_failure(run) is None
+    later = f"{NOW}5,000 ERROR cascade: rank 0: no progress in step 3\n"
+    (run / "logs/rank-0.log").write_text(f"{NOW}1,000 INFO cascade: starting\n{later}")
+    trace = f"{NOW}3,000 Level 19 cascade: ends with code 1\nTraceback (most recent call last):\nValueError: odd\n"
+    (run / "logs/rank-1.log").write_text(trace)
+    assert first_failure(run) == f"rank 1, {NOW}3,000: ValueError: odd"
+
+
+def test_only_whole_lines_of_records_count(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/jobs.jsonl").write_text('{"job": 3}\n{"job": ')
+    assert submissions(tmp_path) == [{"job": 3}]
+    (tmp_path / "launch/code/x/training").mkdir(parents=True)
+    assert find_runs(tmp_path) == [tmp_path]
+
+
+def test_logs_of_a_rank_and_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a", 1, 0.1)
+    (run / "logs/rank-1.log").write_text("one\ntwo\nthree\n")
+    logs.main(load_config("logs", [f"run.dir={run}", "rank=1", "lines=2"]))
+    assert capsys.readouterr().out == "two\nthree\n"
+    (run / "logs/slurm-7.log").write_text("job\n")
+    assert logs.main(load_config("logs", [f"run.dir={run}"])) == {"log": str(run / "logs/slurm-7.log")}
+    with pytest.raises(DataError, match=r"rank-5\.log: there is no such log; there is rank-1\.log, slurm-7\.log"):
+        logs.main(load_config("logs", [f"run.dir={run}", "rank=5"]))
