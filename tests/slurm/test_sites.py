@@ -149,6 +149,7 @@ def test_an_option_replaces_ours_that_it_excludes(here: Path, given: str, there:
         (["cluster.sbatch={array: 0-3}"], "all its tasks would write to the same run.dir"),
         (["cluster.time='1:00'", "cluster.signal_s=60"], "cluster.time=1:00: of these 60 s nothing is left to work in"),
         (["cluster.sbatch={time: 3}"], "cluster.sbatch.time=3: of these 180 s"),
+        (["run.dir='a\\b'"], "run.dir: Slurm cannot write a log to"),
         (["cluster.conda=a", "cluster.venv=b"], "cluster.conda=a and cluster.venv=b"),
         (["cluster.container_mounts=[a:b]"], "cluster.container_mounts: it needs cluster.container"),
         (["cluster.nodes=2", "cluster.min_nodes=3"], "cluster.min_nodes=3"),

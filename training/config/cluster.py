@@ -9,7 +9,6 @@ from typing import Any
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import at_least, require
 
-KINDS = ("local", "slurm", "kubernetes", "skypilot")
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 EARLY_S = 60
 """Slurm may send the signal so many seconds before it is due (sbatch(1), --signal)."""
@@ -17,11 +16,11 @@ EARLY_S = 60
 
 @dataclass
 class ClusterConfig:
-    """Where processes run. `kind: local` starts them on this machine; the others are what `cascade launch` submits
+    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
     to."""
 
     kind: str = "local"
-    """`local`, `slurm`, `kubernetes` or `skypilot`."""
+    """`local` or `slurm`."""
     processes: int = 0
     """Processes per node; 0: one per GPU, or 1 without GPUs."""
     threads: int = 0
@@ -62,20 +61,16 @@ class ClusterConfig:
     """Interpreter of the program; null: that of the environment which modules, conda, venv, setup or the container
     bring, else the one that `cascade launch` ran with."""
     container: str | None = None
-    """Image that the processes run in, with this project's dependencies: what pyxis or apptainer takes; `kubernetes`,
-    `skypilot`: a reference."""
+    """Image that the processes run in, with this project's dependencies, as pyxis or apptainer takes it."""
     container_runtime: str = "pyxis"
     """`pyxis` (srun --container-image) or `apptainer`."""
     container_mounts: list[str] = field(default_factory=list)
     """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted."""
     interface: str | None = None
     """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo takes the one that leads to the first node."""
-    volume: str | None = None
-    """`kubernetes`: persistent volume claim that is mounted at the working directory."""
 
     def __post_init__(self) -> None:
-        kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
-        require(self.kind in KINDS, f"cluster.kind={self.kind}: it must be {kinds}")
+        require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
         at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
