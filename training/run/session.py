@@ -32,8 +32,8 @@ from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.registry import skip_compiler, states_to_load
 from training.plan.checks import check_heldout
+from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
-from training.plan.plan.fits import check_memory, remarks
 from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
 from training.processes.endings import LossGuard, Signals
 from training.run.directory import RunDir, check_same_run, to_dict
