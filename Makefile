@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Processes that share the tests; many tests start two processes of their own.
+WORKERS ?= 2
 TORCH  := torch==2.13.0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
@@ -29,7 +31,7 @@ demo-long: setup  ## the same with two objects and their relation (about 20 minu
 	$(BIN)/cascade evaluate experiment=demo_long
 
 test: $(VENV)/.installed-test lint  ## lint, type-check and run every test
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=15
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,6 +12,15 @@ from tests.ceph import Ceph, missing_programs
 from tests.s3 import S3Server, start_server
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers a file stays whole, since its tests share what they set up; so do all tests on the one
+    Slurm."""
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def moto_process() -> Iterator[S3Server]:
     """One S3 server for the whole session."""
