@@ -55,11 +55,11 @@ def main(config: Experiment) -> dict[str, Any]:
             if at(name, step):
                 os.kill(os.getpid(), getattr(signal, name.upper(), signal.SIGKILL))
         for event in (e for e in events if e["step"] == step):
+            while event["what"] in ("small files", "gone") and self.saving.writer.busy:
+                time.sleep(0.01)  # the checkpoint before it is whole
             if event["what"] in ("small files", "room"):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (event.get("bytes", resource.RLIM_INFINITY), -1))
             elif event["what"] == "gone":
-                while self.saving.writer.busy:  # the checkpoint before it is whole
-                    time.sleep(0.01)
                 checkpoints.rename(checkpoints.with_name("away"))
                 checkpoints.touch()
             elif event["what"] == "back":
