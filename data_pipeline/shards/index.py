@@ -280,7 +280,7 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
 class _Probe:
     """Passes a stream on, remembering its first two bytes and the checksum of all of it."""
 
-    def __init__(self, stream: store.Stream, check: EtagCheck | None = None) -> None:
+    def __init__(self, stream: store.ByteStream, check: EtagCheck | None = None) -> None:
         self._stream, self.head, self.digest, self.check = stream, b"", xxhash.xxh3_64(), check
 
     def read(self, size: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.retry import DEFAULT, Backoff, Patience, describe
+from data_pipeline.storage.retry import DEFAULT, Backoff, Patience, describe_error
 from data_pipeline.storage.s3_errors import Denied, Missing, causes_of
 
 T = TypeVar("T")
@@ -61,7 +61,9 @@ def filesystem(url: str) -> Any:
                 how = f"pip install 'cascade-t2i[{extra}]'" if extra else f"pip install {package}"
                 raise DataError(f"{url}: {scheme}:// needs the package {package}: {how}") from error
             except (ValueError, TypeError) as error:
-                raise DataError(f"{url}: no file system for {scheme}:// can be made: {describe(error)}") from error
+                raise DataError(
+                    f"{url}: no file system for {scheme}:// can be made: {describe_error(error)}"
+                ) from error
             _filesystems[os.getpid(), scheme] = found
         return found
 
@@ -106,7 +108,7 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
 
     if isinstance(error, CascadeError):
         return error
-    status, said = _status(error), describe(error)
+    status, said = _status(error), describe_error(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
     if isinstance(error, PermissionError) or status in (401, 403):

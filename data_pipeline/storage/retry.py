@@ -88,12 +88,14 @@ class Backoff:
             attempts = f"{self.attempts} attempt{'s' * (self.attempts > 1)}"
             raise StoreError(
                 f"{self.what}: no progress for {silent:.0f} s in {attempts}, so the run gives up; "
-                f"the last cause was {describe(cause)}{advice}"
+                f"the last cause was {describe_error(cause)}{advice}"
             ) from cause
         longest = min(self.patience.cap_s, self.patience.base_s * 2.0 ** min(self.attempts - 1, 20))
         delay = min(random.uniform(0.0, longest), max(deadline - silent, 0.0))
         level = logging.WARNING if self.attempts >= 3 else logging.INFO
-        logger.log(level, "%s: %s; attempt %d follows in %.1f s", self.what, describe(cause), self.attempts + 1, delay)
+        logger.log(
+            level, "%s: %s; attempt %d follows in %.1f s", self.what, describe_error(cause), self.attempts + 1, delay
+        )
         until = time.monotonic() + delay
         while (left := until - time.monotonic()) > 0 and not self._too_late():
             time.sleep(min(left, NAP_S))
@@ -102,7 +104,7 @@ class Backoff:
         return self.patience.hurry and _asked_at is not None and time.monotonic() - _asked_at >= HURRY_S
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The error as a phrase, never empty."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -128,7 +128,7 @@ def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> Non
         raise error  # a bug, not an outage
     known = _answered or s3_errors.error_code(error)
     cause = s3_errors.client_error(error) or error
-    backoff.wait(cause, None if known else FIRST_CONTACT_S, s3_errors.advice(error))
+    backoff.wait(cause, None if known else FIRST_CONTACT_S, s3_errors.refusal_advice(error))
 
 
 def _renew(used: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.retry import describe
+from data_pipeline.storage.retry import describe_error
 
 DENIED = {
     "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
@@ -148,10 +148,10 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             "(FSSPEC_S3_ANON=true reads a public bucket)"
         )
     if isinstance(error, exceptions.CredentialRetrievalError):
-        return DataError(f"{url}: the credentials could not be renewed: {describe(error)}")
+        return DataError(f"{url}: the credentials could not be renewed: {describe_error(error)}")
     for cause in chain:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            why = getattr(cause, "verify_message", "") or describe(cause)
+            why = getattr(cause, "verify_message", "") or describe_error(cause)
             return DataError(
                 f"{url}: the certificate of {where} is not trusted ({why}); set AWS_CA_BUNDLE to the "
                 f"file with your authority's certificates{_value_of('AWS_CA_BUNDLE')}"
@@ -168,13 +168,17 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
             return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror})")
     if isinstance(error, parsers.ResponseParserError):
-        return None if answered else DataError(f"{url}: {where} does not answer as S3 does ({describe(error)[:200]})")
+        return (
+            None
+            if answered
+            else DataError(f"{url}: {where} does not answer as S3 does ({describe_error(error)[:200]})")
+        )
     if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
         if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
             return None
-        return DataError(f"{url}: no request can be made: {describe(error)}{_value_of('AWS_CA_BUNDLE')}")
+        return DataError(f"{url}: no request can be made: {describe_error(error)}{_value_of('AWS_CA_BUNDLE')}")
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
-        return DataError(f"{url}: {describe(error)}; {where}")
+        return DataError(f"{url}: {describe_error(error)}; {where}")
     return None
 
 
@@ -227,10 +231,10 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
         return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
     if code in REGION or status in (301, 307):
         return DataError(f"{url}: bucket {bucket!r} lives in another region ({said}); set AWS_DEFAULT_REGION")
-    return DataError(f"{url}: {endpoint()} refuses the request: {describe(client_error(error))}")
+    return DataError(f"{url}: {endpoint()} refuses the request: {describe_error(client_error(error))}")
 
 
-def advice(error: BaseException) -> str:
+def refusal_advice(error: BaseException) -> str:
     """What to look at when this outage lasts; empty where nothing can be said."""
     from botocore import exceptions
 

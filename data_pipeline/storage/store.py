@@ -29,7 +29,7 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAGIC = re.compile(r"[*?\[]")
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """Bytes in order."""
 
     def read(self, size: int = -1) -> bytes:
@@ -38,7 +38,7 @@ class Stream(Protocol):
     def close(self) -> None:
         """Gives the file or connection back."""
 
-    def __enter__(self) -> Stream: ...
+    def __enter__(self) -> ByteStream: ...
     def __exit__(self, *_: object) -> None: ...
 
 
@@ -131,7 +131,7 @@ def _local_error(path: str, error: OSError) -> DataError:
 
 def open_stream(
     url: str, start: int = 0, end: int | None = None, etag: str | None = None, patience: Patience = DEFAULT
-) -> Stream:
+) -> ByteStream:
     """Opens bytes [start, end) for reading in order; over a network a break continues at the broken byte.
 
     Args:

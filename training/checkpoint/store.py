@@ -417,7 +417,7 @@ class CheckpointStore:
         found = []
         for name in manifests(sizes):
             try:
-                found.append(Found({**parse(folder.read(name), step), "name": name}, sizes, committed=True))
+                found.append(Found({**parse_manifest(folder.read(name), step), "name": name}, sizes, committed=True))
             except OSError as error:
                 problem = f"{folder}: its {name} cannot be read ({error.strerror or 'it is gone'})"
                 found.append(Found(problem=problem, committed=True))
@@ -500,7 +500,7 @@ def manifests(names: Iterable[str]) -> list[str]:
     return [name for _, name in sorted(later, reverse=True)] + [name for name in names if name == MANIFEST]
 
 
-def parse(content: bytes, step: int) -> dict[str, Any]:
+def parse_manifest(content: bytes, step: int) -> dict[str, Any]:
     """A manifest, with the tensors of all files under `tensors`.
 
     Raises:

@@ -42,7 +42,7 @@ from training.evaluation.extractors.base import Extractor, open_extractors
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 from training.evaluation.metrics.psnr import psnr
-from training.evaluation.parts import Parts, fingerprint
+from training.evaluation.parts import Parts, settings_sha256
 from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
 from training.pictures import sheets
 from training.processes.distributed import read_ranks
@@ -401,7 +401,7 @@ class Evaluation:
             "broken": self.file.facts["broken"] if self.file else self.source.broken if self.source else 0,
         }
         result["remarks"] = self._remarks(result["n"], {name: value.shape[1] for name, value in samples.items()})
-        result["protocol"] = self.protocol | {"prompts": fingerprint(captions)}
+        result["protocol"] = self.protocol | {"prompts": settings_sha256(captions)}
         comparison.write_influences(self._output, kept, places)
         return result
 
@@ -525,7 +525,7 @@ class Evaluation:
             found.append(f"evaluation.reference_samples={wanted}: there are only {n['reference']} pictures")
         if n["broken"]:
             found.append(f"{n['broken']} reference pictures cannot be read and are left out")
-        return found + (measure.remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
+        return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
 
     def _protocol(self) -> dict[str, Any]:
         stages = [
@@ -549,7 +549,7 @@ class Evaluation:
             "images_per_prompt": self.settings.images_per_prompt,
             "from_stage": self.settings.from_stage,
             "reference": self.settings.reference or (source and "held-out drawings made for this evaluation"),
-            "reference_fingerprint": source and fingerprint([source, self.settings.reference_samples]),
+            "reference_fingerprint": source and settings_sha256([source, self.settings.reference_samples]),
             "reference_rule": rule if source else None,
             "sample_format": "8 bits in memory (no file format in between)",
             "extractors": {extractor.name: extractor.describe() for extractor in self.extractors},
@@ -570,7 +570,7 @@ class Evaluation:
             **{key: value for key, value in self.protocol.items() if key not in left_out},
             "samples": self.settings.samples,
             "reference_samples": self._reference_count,
-            "prompts": fingerprint(self.prompts),
+            "prompts": settings_sha256(self.prompts),
             "part": PART,
             "kind": self.settings.kind,
         }
@@ -591,7 +591,7 @@ def _spec(text: str) -> ShapeSpec:
 def _read_all(
     pictures: Sequence[np.ndarray] | np.ndarray, specs: Sequence[ShapeSpec]
 ) -> tuple[list[oracle.Reading], list[dict[str, bool]]]:
-    readings = [oracle.read(picture, len(spec.objects)) for picture, spec in zip(pictures, specs, strict=True)]
+    readings = [oracle.read_drawing(picture, len(spec.objects)) for picture, spec in zip(pictures, specs, strict=True)]
     return readings, [oracle.score(reading, spec) for reading, spec in zip(readings, specs, strict=True)]
 
 

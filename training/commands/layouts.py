@@ -29,7 +29,7 @@ LONGEST_NAME = 255
 """Bytes of a file's name."""
 
 
-def check(layout: str, prompts: Sequence[str], num_images: int, lines: Sequence[dict[str, Any]]) -> None:
+def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Sequence[dict[str, Any]]) -> None:
     """Refuses what a tool could not read, before anything is drawn.
 
     Args:

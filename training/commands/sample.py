@@ -83,7 +83,7 @@ def main(config: SampleCommand) -> dict[str, Any]:
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
     lines = read_lines(config.prompts)
     if config.layout:
-        layouts.check(config.layout, prompts, config.num_images, lines)
+        layouts.check_layout(config.layout, prompts, config.num_images, lines)
     starts = read_starts(config, len(prompts))
     cascade, devices = open_cascade(config, config.from_bundle)
     print(f"text encoder: {cascade.encoder.name}")

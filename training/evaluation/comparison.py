@@ -58,7 +58,7 @@ def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.nd
     temporary.replace(folder / INFLUENCES)
 
 
-def read(path: str) -> Evaluated:
+def read_result(path: str) -> Evaluated:
     """A result.json, or its directory.
 
     Raises:
@@ -127,7 +127,7 @@ def compare(results: Sequence[str]) -> dict[str, Any]:
     """
     if len(results) < 2:
         raise ConfigError("results: name at least two evaluations: results=[A,B]")
-    first, *others = [read(str(path)) for path in results]
+    first, *others = [read_result(str(path)) for path in results]
     for other in others:
         check_same_question(first, other)
     return {"baseline": first.path, "others": [_difference(first, other) for other in others]}

@@ -89,7 +89,7 @@ def flattened(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
             yield from flattened(value, f"{above}{name}.")
 
 
-def remarks(samples: int, reference: int, widths: Mapping[str, int]) -> list[str]:
+def measurement_remarks(samples: int, reference: int, widths: Mapping[str, int]) -> list[str]:
     """What a reader must know before believing a Frechet distance."""
     found = []
     least = min(samples, reference)

@@ -69,7 +69,7 @@ class Reading:
         return f"{' and '.join(things)} on {self.background}"
 
 
-def read(picture: np.ndarray, objects: int = 1) -> Reading:
+def read_drawing(picture: np.ndarray, objects: int = 1) -> Reading:
     """Reads at most `objects` (1 or 2) objects.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.errors import ConfigError
-from training.evaluation.comparison import Evaluated, check_same_question, read
+from training.evaluation.comparison import Evaluated, check_same_question, read_result
 from training.pictures.sheets import FAINT, GOOD, INK, PAPER, default_font, save
 
 WIDTH, HEIGHT, EDGE = 900, 600, 70
@@ -40,7 +40,7 @@ def draw_curve(paths: Sequence[str], output: Path) -> dict[str, Any]:
     Raises:
         ConfigError: results that differ in more than their sampler settings, or lack a figure.
     """
-    results = [read(str(path)) for path in paths]
+    results = [read_result(str(path)) for path in paths]
     for other in results[1:]:
         check_same_question(results[0], other)
     axes = _axes(results)

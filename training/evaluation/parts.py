@@ -28,7 +28,7 @@ class Parts:
 
     def __init__(self, output: Path, protocol: Mapping[str, Any], count: int) -> None:
         self.root = output / FOLDER
-        self.folder = self.root / fingerprint(protocol)
+        self.folder = self.root / settings_sha256(protocol)
         self.count = count
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -73,6 +73,6 @@ class Parts:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(facts: Any) -> str:
+def settings_sha256(facts: Any) -> str:
     """16 hexadecimal digits of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

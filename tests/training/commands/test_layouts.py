@@ -71,9 +71,9 @@ def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command,
     with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, whose lines have the field item_id"):
         command("dpg", 4, prompts=["a cat"])
     with pytest.raises(ConfigError, match="some prompts are repeated"):
-        layouts.check("geneval2", ["a", "a"], 1, [])
+        layouts.check_layout("geneval2", ["a", "a"], 1, [])
     with pytest.raises(ConfigError, match="too long"):
-        layouts.check("t2i_compbench", ["a" * 250], 1, [])
+        layouts.check_layout("t2i_compbench", ["a" * 250], 1, [])
     assert not (tmp_path / "out" / "00000-a_cat-0.png").exists()
 
 

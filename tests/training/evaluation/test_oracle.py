@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.content.synthetic import ShapeSpec, Thing, combinations, example, render
-from training.evaluation.oracle import read, score
+from training.evaluation.oracle import read_drawing, score
 
 ONE = ShapeSpec("white", (Thing("red", "large", "circle"),))
 TWO = ShapeSpec("grey", (Thing("red", "large", "circle"), Thing("blue", "small", "square")), "to the left of")
@@ -16,7 +16,7 @@ def share_right(objects: int, side: int, count: int, heldout: bool = True) -> fl
     right = 0
     for index in range(count):
         picture, spec = example(index, side, seed=7, heldout=heldout, objects=objects)
-        right += score(read(picture, objects), spec)["all"]
+        right += score(read_drawing(picture, objects), spec)["all"]
     return right / count
 
 
@@ -32,7 +32,7 @@ def test_drawings_of_two_objects_are_read_right() -> None:
 def test_shapes_survive_small_pictures_and_a_shift() -> None:
     assert share_right(1, 16, 60, heldout=False) > 0.9
     moved = np.roll(render(ONE, 64), (5, -4), axis=(0, 1))
-    assert score(read(moved), ONE)["all"]
+    assert score(read_drawing(moved), ONE)["all"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_shapes_survive_small_pictures_and_a_shift() -> None:
     ],
 )
 def test_exactly_the_wrong_word_is_marked(drawn: ShapeSpec, wrong: set[str]) -> None:
-    result = score(read(render(drawn, 64)), ONE)
+    result = score(read_drawing(render(drawn, 64)), ONE)
     assert {word for word, right in result.items() if not right} == wrong | {"all"}
 
 
@@ -63,24 +63,24 @@ def test_exactly_the_wrong_word_is_marked(drawn: ShapeSpec, wrong: set[str]) -> 
     ],
 )
 def test_binding_of_two_objects(drawn: ShapeSpec, wrong: set[str]) -> None:
-    result = score(read(render(drawn, 64), 2), TWO)
+    result = score(read_drawing(render(drawn, 64), 2), TWO)
     assert {word for word, right in result.items() if not right} == wrong | {"all"}
 
 
 def test_the_same_scene_told_the_other_way_round_is_right() -> None:
     told = ShapeSpec("grey", TWO.objects[::-1], "to the right of")
-    assert score(read(render(TWO, 64), 2), told)["all"]
+    assert score(read_drawing(render(TWO, 64), 2), told)["all"]
 
 
 def test_a_blank_picture_shows_nothing() -> None:
-    reading = read(np.full((64, 64, 3), 250, np.uint8))
+    reading = read_drawing(np.full((64, 64, 3), 250, np.uint8))
     assert reading.objects == () and str(reading) == "nothing on white"
     result = score(reading, ONE)
     assert result["background"] and not any(result[word] for word in ("colour", "size", "shape", "all"))
 
 
 def test_a_missing_second_object_is_wrong() -> None:
-    assert not score(read(render(ONE, 64), 2), TWO)["colour"]
+    assert not score(read_drawing(render(ONE, 64), 2), TWO)["colour"]
 
 
 def test_grain_does_not_hide_a_shape() -> None:
@@ -88,7 +88,7 @@ def test_grain_does_not_hide_a_shape() -> None:
     for index in range(20):
         picture, spec = example(index, 64, seed=7, heldout=True)
         grainy = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
-        assert score(read(grainy), spec)["all"], spec
+        assert score(read_drawing(grainy), spec)["all"], spec
 
 
 def test_a_disc_of_the_right_area_is_no_square() -> None:
@@ -96,17 +96,17 @@ def test_a_disc_of_the_right_area_is_no_square() -> None:
     y, x = np.mgrid[:64, :64] - 31.5
     blob = np.exp(-((x**2 + 0.4 * x * y + 1.5 * y**2) / 2 / 13**2))[..., None]
     picture = np.rint(250 + blob * (np.array([220, 30, 40]) - 250)).astype(np.uint8)
-    (seen,) = read(picture).objects
+    (seen,) = read_drawing(picture).objects
     assert seen.colour == "red" and seen.shape is None and seen.size is not None
 
 
 def test_a_smear_has_a_colour_but_no_shape() -> None:
     picture = np.full((64, 64, 3), 250, np.uint8)
     picture[28:36, 2:62] = (220, 30, 40)
-    (seen,) = read(picture).objects
+    (seen,) = read_drawing(picture).objects
     assert seen.colour == "red" and seen.shape is None and seen.size is None
 
 
 def test_coloured_noise_has_no_shape() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    assert all(seen.shape is None for seen in read(noise, 2).objects)
+    assert all(seen.shape is None for seen in read_drawing(noise, 2).objects)

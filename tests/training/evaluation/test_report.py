@@ -6,7 +6,7 @@ import pytest
 from data_pipeline.content.synthetic import ShapeSpec, Thing, render
 from tests.training.evaluation.example_result import RESULT
 from training.cascade.requests import to_images
-from training.evaluation.oracle import read, score
+from training.evaluation.oracle import read_drawing, score
 from training.evaluation.report import markdown, shares, shares_by_word, sheet_of_shapes, summary
 
 SPECS = [
@@ -35,7 +35,7 @@ def test_shares() -> None:
 def test_the_sheet_frames_exactly_the_wrong_ones() -> None:
     pictures = [render(spec, 64) for spec in SPECS]
     images = [to_images_of(picture) for picture in pictures]
-    readings = [read(picture) for picture in pictures]
+    readings = [read_drawing(picture) for picture in pictures]
     frame = (0xC6, 0x28, 0x28)
     right = [score(reading, spec) for reading, spec in zip(readings, SPECS, strict=True)]
     captions = ["x"] * 3
