@@ -1,2 +1,3 @@
-"""Slurm's own: the script of a job, its options, what runs inside the allocation, and the queue. Imports the
-configuration and the exit codes of `training`."""
+"""Submitting commands to a cluster and watching them: `jobs` for any scheduler, `commands`, and Slurm's own files.
+
+Imports the command line, the configuration and the exit codes of `training`."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.records import submissions
 from data_pipeline.common.errors import UserError
+from slurm.jobs.records import submissions
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
 """Variables that are the user's way to a cluster. All other SLURM_* and SRUN_* describe an allocation."""

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from cluster.job import SHARED_BY_ARRAY, Job
+from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.options import directives
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.plan.checks import training_problems
@@ -32,7 +32,7 @@ def _log_name(job: Job) -> str:
     return "slurm-%A-%a.log" if job.config.cluster.sbatch.get("array") else "slurm-%j.log"
 
 
-def render(job: Job) -> str:
+def render_script(job: Job) -> str:
     """The text of the script.
 
     Raises:
@@ -58,7 +58,7 @@ def render(job: Job) -> str:
         "logs": shlex.quote(str(job.run_dir / "logs")),
         "notes": shlex.quote(str(job.run_dir / "logs" / ".notes")),
         "signal_s": str(cluster.signal_s),
-        "environment": "\n".join(environment(job)),
+        "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
         "code": shlex.quote(str(job.code)),
         "functions": "\n".join(functions(job)),
@@ -147,7 +147,7 @@ def meeting(job: Job) -> list[str]:
     return [MEETING, *([spare] if len(allowed_nodes(job)) > 1 else [])]
 
 
-def environment(job: Job) -> list[str]:
+def environment_lines(job: Job) -> list[str]:
     """Lines that stand before the user's own, which may change them."""
     cluster = job.config.cluster
     threads = cluster.threads or cluster.cpus_per_task

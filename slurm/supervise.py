@@ -61,6 +61,7 @@ class End:
 
     @property
     def is_failure(self) -> bool:
+        """Whether it ended with an error, rather than complete or stopped in order to be requeued."""
         return self.code not in (0, EXIT_PREEMPTED)
 
 

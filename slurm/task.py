@@ -34,7 +34,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     A program that ends with code 75 has saved and is no failure: srun would kill the ranks that need a moment longer.
     So this is a note for the script, and 0 for srun.
     """
-    meet(environ)
+    set_meeting_place(environ)
     for number in PASSED_ON:  # Slurm sends them to every process of the step: the program has got it as well
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, preexec_fn=_die_with_parent)
@@ -57,7 +57,7 @@ def note(notes: Path, code: int, environ: MutableMapping[str, str]) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def meet(environ: MutableMapping[str, str]) -> None:
+def set_meeting_place(environ: MutableMapping[str, str]) -> None:
     """Where the ranks meet, as an address instead of a name: compute nodes need not resolve each other's.
 
     The script runs on the first node, where rank 0 will be; srun tells every task from which address it was launched.

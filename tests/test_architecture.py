@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and how full a folder may be."""
+"""The rules of the house: who may import whom, how full a folder may be, what must be explained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("data_pipeline", "training", "cluster", "slurm")
+PACKAGES = ("data_pipeline", "training", "slurm")
 ROOMS = {
     "data_pipeline": ["common", "config", "storage", "order", "content", "images", "shards", "reading", "commands"],
     "training": [
@@ -35,6 +35,8 @@ ROOMS = {
 ONE_ROOM_KNOWS = {"deepspeed": ["training/engine"], "s3fs": ["data_pipeline/storage"], "wandb": ["training/run"]}
 """Packages that only these rooms import."""
 MOST_FILES = 12
+ONE_INTERFACE = ("data_pipeline/storage/s3.py", "data_pipeline/storage/s3_errors.py", "data_pipeline/storage/other.py")
+"""Two back ends of one interface: there, equal names are meant."""
 
 
 def sources() -> list[Path]:
@@ -77,7 +79,7 @@ def test_data_flows_one_way() -> None:
         f"{path} imports {name}"
         for path in sources()
         for name in imports(path)
-        if path.parts[0] == "data_pipeline" and name.split(".")[0] in ("training", "cluster", "slurm")
+        if path.parts[0] == "data_pipeline" and name.split(".")[0] in ("training", "slurm")
     ]
     assert not wrong
 
@@ -96,6 +98,64 @@ def test_no_folder_holds_more_files_than_one_can_survey() -> None:
 def test_every_folder_says_what_belongs_there() -> None:
     silent = [str(path) for path in sources() if path.name == "__init__.py" and not ast.get_docstring(_parsed(path))]
     assert not silent
+
+
+def public(path: Path) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+    """Public top-level definitions, and public methods as CLASS.NAME."""
+    found: list[tuple[str, ast.ClassDef | ast.FunctionDef]] = []
+    for node in _parsed(path).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            found.append((node.name, node))
+            if isinstance(node, ast.ClassDef):
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+                found += [(f"{node.name}.{method.name}", method) for method in methods]
+    return found
+
+
+def protocol_methods() -> set[str]:
+    """Names of methods that a Protocol explains; what implements them need not repeat it."""
+    return {
+        method.name
+        for path in sources()
+        for node in _parsed(path).body
+        if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "Protocol" for base in node.bases)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and ast.get_docstring(method)
+    }
+
+
+def test_public_definitions_are_explained() -> None:
+    promised = protocol_methods()
+    silent = [
+        f"{path}:{node.lineno} {name}"
+        for path in sources()
+        for name, node in public(path)
+        if not ast.get_docstring(node) and not ("." in name and node.name in promised)
+    ]
+    assert not silent, silent
+
+
+def test_a_name_means_one_thing() -> None:
+    places = collections.defaultdict(list)
+    for path in sources():
+        for name, _ in public(path):
+            if "." not in name and name != "main":
+                places[name].append(path.as_posix())
+    twice = {name: files for name, files in places.items() if len(files) > 1 and not {*files} <= {*ONE_INTERFACE}}
+    assert not twice, twice
+
+
+def test_imports_of_the_project_exist() -> None:
+    """Also inside functions, where no start of a program would notice."""
+    missing = []
+    for path in sources():
+        for node in ast.walk(_parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in PACKAGES:
+                module = node.module
+                place = ROOT.joinpath(*module.split("."))
+                if not (place.with_suffix(".py").exists() or (place / "__init__.py").exists()):
+                    missing.append(f"{path}:{node.lineno} {module}")
+    assert not missing
 
 
 def _parsed(path: Path) -> ast.Module:

@@ -73,9 +73,11 @@ class FolderSource:
         return len(self.entries)
 
     def name(self, number: int) -> str:
+        """Path below the folder, with forward slashes."""
         return self.entries[number].path.relative_to(self.folder).as_posix()
 
     def read(self, number: int) -> Item:
+        """The picture with the caption and the metadata beside it."""
         entry = self.entries[number]
         if entry.problem is not None:
             raise BadSample(entry.problem.reason, entry.problem.detail)
@@ -172,6 +174,7 @@ class FolderSource:
         return f"; a table is there: prepare.kind=table prepare.source={tables[0]}" if tables else ""
 
     def advice(self, reason: str) -> str:
+        """What would help where most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
             beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6)) or "nothing else"
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)

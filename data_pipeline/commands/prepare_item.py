@@ -32,12 +32,15 @@ class Item:
 
 
 class Source(Protocol):
+    """Where `prepare` imports from: numbered items, each with a name."""
+
     identity: str
     """Changes when the content of the source does."""
 
     def __len__(self) -> int: ...
 
-    def name(self, number: int) -> str: ...
+    def name(self, number: int) -> str:
+        """Of item `number`, as it stands in messages and in the metadata."""
 
     def read(self, number: int) -> Item:
         """Raises `BadSample` where the sample is damaged."""
@@ -100,6 +103,7 @@ def dump_json(meta: Mapping[str, Any]) -> bytes:
 
 
 def hash_lines(lines: Iterable[Any]) -> str:
+    """A short hash over lines, as hex: changes when any of them does."""
     digest = hashlib.blake2b(digest_size=8)
     for line in lines:
         digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))

@@ -46,6 +46,8 @@ _OTHERS = (
 
 
 class Rows(Protocol):
+    """A table whose rows are read by number."""
+
     columns: list[str]
 
     def __len__(self) -> int: ...

@@ -17,6 +17,7 @@ class VisibleFormatter(logging.Formatter):
     """A formatter whose lines are safe to show."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as text, control characters shown instead of sent."""
         return visible(super().format(record))
 
 

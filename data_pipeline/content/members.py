@@ -88,6 +88,7 @@ def unsupported_hint(kind: str) -> str:
 
 
 def is_unsupported(kind: str | None) -> bool:
+    """Whether a name ends as pictures that are known but not read."""
     return kind in _HINTS or kind in UNSUPPORTED
 
 

@@ -68,6 +68,7 @@ class LocalFolder:
         return str(self.path)
 
     def sub(self, name: str) -> LocalFolder:
+        """The folder `name` below this one; nothing is created."""
         return LocalFolder(str(self.path / name))
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
@@ -135,6 +136,7 @@ class RemoteFolder:
         return self.url
 
     def sub(self, name: str) -> RemoteFolder:
+        """The folder `name` below this one; nothing is created."""
         return RemoteFolder(f"{self.url}/{name}")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:

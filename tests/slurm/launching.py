@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from cluster.commands.launch import main
+from slurm.commands.launch import main
 from training.cli.compose import load_config
 
 TWO_NODES = ["cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.cpus_per_task=1", "cluster.gpus=false"]

@@ -142,10 +142,10 @@ def test_ranks_meet_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"MASTER_ADDR": "a-name-that-nobody-resolves", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3"}
     asked = []
     monkeypatch.setattr(task, "interface_towards", lambda address: asked.append(address))
-    task.meet(env)
+    task.set_meeting_place(env)
     assert env["MASTER_ADDR"] == "a-name-that-nobody-resolves", "rank 0 is not where srun was called"
     env["CASCADE_MEET_AT_LAUNCHER"] = "1"
-    task.meet(env)
+    task.set_meeting_place(env)
     assert env["MASTER_ADDR"] == "10.1.2.3" and asked[-1] == "10.1.2.3"
 
 

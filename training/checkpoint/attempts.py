@@ -28,6 +28,7 @@ TRIES = 3
 
 
 def record_name(number: int) -> str:
+    """The file whose creation claims attempt `number`."""
     return f"attempt-{number:04d}.json"
 
 

@@ -28,6 +28,7 @@ class Standing:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Standing:
+        """What the metadata of a checkpoint says about it."""
         meta, began = manifest["meta"], (manifest.get("owner") or {}).get("from")
         loss = meta.get("validation")
         measured = isinstance(loss, (int, float)) and math.isfinite(loss)

@@ -60,7 +60,7 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def split(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+def split_by_size(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
     """Consecutive groups of at most `limit` bytes (a larger tensor stands alone)."""
     groups: list[dict[str, torch.Tensor]] = []
     size = limit + 1

@@ -208,6 +208,7 @@ class CheckpointStore:
 
     @property
     def attempt(self) -> int:
+        """The number of this start of the run."""
         return self.attempts.number
 
     def claim(self, ranks: Ranks) -> int:
@@ -269,7 +270,7 @@ class CheckpointStore:
             CheckpointError: some rank could not write; nothing was committed.
             Superseded: another attempt owns the run now.
         """
-        from training.checkpoint.safetensors import NAMES, Digest, chunks, split
+        from training.checkpoint.safetensors import NAMES, Digest, chunks, split_by_size
 
         self._saves += 1
         own = f"a{self.attempt:04d}-{_digest([self.attempts.token, self._saves])[:6]}"
@@ -279,7 +280,7 @@ class CheckpointStore:
         try:
             if ranks.is_main:
                 self.check_owner()
-            for part, group_of_tensors in enumerate(split(tensors, PART_BYTES)):
+            for part, group_of_tensors in enumerate(split_by_size(tensors, PART_BYTES)):
                 name = f"{own}-r{ranks.rank:05d}-p{part:03d}.safetensors"
                 digest = Digest(chunks(group_of_tensors))
                 folder.write(name, digest)

@@ -62,7 +62,7 @@ REFERENCE_FILE = f"reference{SUFFIX}"
 def main(config: EvaluateCommand) -> dict[str, Any]:
     """Evaluates the bundle `bundle.dir`, or does another `action`; returns what result.json holds."""
     if config.action == "compare":
-        differences = comparison.compare(config.results)
+        differences = comparison.compare_results(config.results)
         print(comparison.as_text(differences))
         return differences
     if config.action == "pareto":

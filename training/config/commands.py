@@ -400,7 +400,7 @@ COMMANDS: dict[str, Verb] = {
     ),
     "launch": Verb(
         LaunchCommand,
-        "cluster.commands.launch",
+        "slurm.commands.launch",
         "submit a command, a chain, or a whole cascade",
         (
             "cascade launch verb=all cluster=slurm experiment=demo dry_run=true",
@@ -416,21 +416,21 @@ COMMANDS: dict[str, Verb] = {
     ),
     "status": Verb(
         StatusCommand,
-        "cluster.commands.status",
+        "slurm.commands.status",
         "how the runs of a directory get on: state, speed, restarts, end, cost",
         ("cascade status run=runs/demo", "cascade status run=runs/sweep sort=validation_loss"),
         ("run",),
     ),
     "logs": Verb(
         LogsCommand,
-        "cluster.commands.logs",
+        "slurm.commands.logs",
         "the end of a run's log, of its job or of one rank",
         ("cascade logs run=runs/demo/demo_base rank=3 follow=true",),
         ("run",),
     ),
     "stop": Verb(
         Experiment,
-        "cluster.commands.stop",
+        "slurm.commands.stop",
         "cancel the jobs of a run or of an experiment; a training saves first",
         ("cascade stop run=runs/demo",),
         ("run",),

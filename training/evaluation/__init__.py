@@ -48,4 +48,4 @@ def compare(results: Sequence[str]) -> dict[str, Any]:
     """Paired differences of evaluations, see `comparison.compare`."""
     from training.evaluation import comparison
 
-    return comparison.compare(results)
+    return comparison.compare_results(results)

@@ -113,7 +113,7 @@ def check_same_question(first: Evaluated, other: Evaluated) -> None:
         )
 
 
-def compare(results: Sequence[str]) -> dict[str, Any]:
+def compare_results(results: Sequence[str]) -> dict[str, Any]:
     """Differences of each result from the first one, figure by figure.
 
     Returns:

@@ -93,6 +93,7 @@ class Watchdog:
         )
 
     def close(self) -> None:
+        """Stops watching."""
         self._stop.set()
         if self._beats is not None:
             self._beats.stop.set()

@@ -57,6 +57,7 @@ class Inception(nn.Module):
             self.add_module(name, Block(channels, branches, pool))
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W), 0 to 255 -> features (N, 2048)."""
         x = (resize_like_tensorflow(pictures.to(torch.float32), SIDE) - 128) / 128
         for name, *_ in STEM:
             x = getattr(self, name)(x)
@@ -76,6 +77,7 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> (N, out, H', W')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -105,6 +107,7 @@ class Block(nn.Module):
             self.branches.append(chain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> the concatenated branches."""
         found = []
         for chain in self.branches:
             y = self._pooled(x) if chain[0] == ("branch_pool",) else x

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.commands import logs, status
-from cluster.records import find_runs, first_failure, state_of, submissions
 from data_pipeline.common.errors import ConfigError, DataError
+from slurm.commands import logs, status
+from slurm.jobs.records import find_runs, first_failure, run_state, submissions
 from training.cli.compose import load_config
 
 NOW = "2026-01-02 03:04:0"
@@ -55,12 +55,12 @@ def test_the_runs_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_states() -> None:
     row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
-    assert state_of({**row, "checkpoint": 100}, None, 0.0) == "complete"
-    assert state_of(row, {"state": "PENDING"}, 0.0) == "pending"
-    assert state_of({**row, "error": "x"}, {"state": "RUNNING"}, 1e9) == "running"
-    assert state_of({**row, "error": "x"}, None, 1e9) == "failed"
-    assert state_of(row, None, 1e9) == "stopped"
-    assert state_of({**row, "checkpoint": -1, "step": 0}, None, 1e9) == "new"
+    assert run_state({**row, "checkpoint": 100}, None, 0.0) == "complete"
+    assert run_state(row, {"state": "PENDING"}, 0.0) == "pending"
+    assert run_state({**row, "error": "x"}, {"state": "RUNNING"}, 1e9) == "running"
+    assert run_state({**row, "error": "x"}, None, 1e9) == "failed"
+    assert run_state(row, None, 1e9) == "stopped"
+    assert run_state({**row, "checkpoint": -1, "step": 0}, None, 1e9) == "new"
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:

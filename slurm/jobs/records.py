@@ -54,7 +54,7 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(path for path in found if not {"code", "wandb"} & {*path.relative_to(folder).parts[:-1]})
 
 
-def summary(run_dir: Path, price: float) -> dict[str, Any]:
+def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
     """One run by its files alone.
 
     Args:
@@ -99,7 +99,7 @@ def summary(run_dir: Path, price: float) -> dict[str, Any]:
     }
 
 
-def state_of(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, alive_s: float = 120.0) -> str:
+def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, alive_s: float = 120.0) -> str:
     """complete, pending, running, failed, stopped or new.
 
     Args:

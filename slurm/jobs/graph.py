@@ -14,7 +14,7 @@ JOBS = "jobs"
 
 
 @dataclass
-class Entry:
+class GraphNode:
     """A command of the graph before it is composed.
 
     Attributes:
@@ -30,7 +30,7 @@ class Entry:
     array: str | None = None
 
 
-def cascade_graph(config: Experiment, parts: int) -> list[Entry]:
+def cascade_graph(config: Experiment, parts: int) -> list[GraphNode]:
     """prepare (where the experiment draws its data) -> index -> embed -> every stage at once -> bundle -> evaluate.
 
     The stages do not need each other to train: super-resolution starts from pictures that are scaled down.
@@ -48,17 +48,17 @@ def cascade_graph(config: Experiment, parts: int) -> list[Entry]:
     runs = [Path(run) for run in config.bundle.runs]
     home = f"run.dir={runs[0].parent / JOBS}"
     embeddings = str(config.data.embeddings or runs[0].parent / "embeddings")
-    entries = [Entry("prepare", "prepare", [home])] if _drawn(config) else []
-    entries.append(Entry("index", "index", [home], [entry.name for entry in entries]))
+    entries = [GraphNode("prepare", "prepare", [home])] if _drawn(config) else []
+    entries.append(GraphNode("index", "index", [home], [entry.name for entry in entries]))
     array = f"0-{parts - 1}" if parts > 1 else None
-    entries.append(Entry("embed", "embed", [home, f"output={embeddings}"], ["index"], array))
+    entries.append(GraphNode("embed", "embed", [home, f"output={embeddings}"], ["index"], array))
     stages = [
-        Entry(f"train-{run.name}", "train", [f"stage={run.name}", f"data.embeddings={embeddings}"], ["embed"])
+        GraphNode(f"train-{run.name}", "train", [f"stage={run.name}", f"data.embeddings={embeddings}"], ["embed"])
         for run in runs
     ]
     entries += stages
-    entries.append(Entry("bundle", "bundle", [home], [entry.name for entry in stages]))
-    entries.append(Entry("evaluate", "evaluate", [home], ["bundle"]))
+    entries.append(GraphNode("bundle", "bundle", [home], [entry.name for entry in stages]))
+    entries.append(GraphNode("evaluate", "evaluate", [home], ["bundle"]))
     return entries
 
 
@@ -72,7 +72,7 @@ def _listed(shards: object) -> list[object]:
     return list(shards) if isinstance(shards, (list, tuple)) else [shards]
 
 
-def levels(entries: Sequence[Entry]) -> list[list[Entry]]:
+def levels(entries: Sequence[GraphNode]) -> list[list[GraphNode]]:
     """The entries by how many others they wait for in a row: those of one level may run at the same time."""
     depth: dict[str, int] = {}
     for entry in entries:  # what one waits for stands before it
@@ -80,7 +80,7 @@ def levels(entries: Sequence[Entry]) -> list[list[Entry]]:
     return [[entry for entry in entries if depth[entry.name] == level] for level in range(max(depth.values()) + 1)]
 
 
-def drawing(entries: Sequence[Entry]) -> str:
+def drawing(entries: Sequence[GraphNode]) -> str:
     """The graph in one line per level: `index -> embed -> train-a | train-b -> ...`, an arrow at each new level."""
     lines = []
     for number, level in enumerate(levels(entries)):

@@ -18,11 +18,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import slurm.script
-from cluster.frozen import freeze
-from cluster.graph import Entry, cascade_graph, drawing
-from cluster.job import Job
-from cluster.records import SUBMITTED
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm.jobs.frozen import freeze
+from slurm.jobs.graph import GraphNode, cascade_graph, drawing
+from slurm.jobs.job import Job
+from slurm.jobs.records import SUBMITTED
 from slurm.queue import living, submit
 from training.cli.compose import composed, validate
 from training.config.commands import COMMANDS, LaunchCommand
@@ -62,7 +62,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     if not config.dry_run:
         check_before_submission(jobs)
     for job in jobs:
-        write(job)
+        write_job(job)
     for job in jobs:
         hand_over(job, jobs, config.dry_run)
     if len(jobs) > 1:
@@ -84,14 +84,14 @@ def given_overrides() -> list[str]:
 # -------------------------------------------------------------------------------------------------- which jobs
 
 
-def plan_entries(config: LaunchCommand, words: list[str]) -> list[Entry]:
+def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
     """The commands that `verb` stands for: the graph of a cascade, or a chain."""
     if config.verb == "all":
         return cascade_graph(config, config.embed_tasks)
     chain = config.verb if isinstance(config.verb, list) else [config.verb]
     if not chain:
         raise ConfigError("verb=[]: name at least one command")
-    entries: list[Entry] = []
+    entries: list[GraphNode] = []
     for text in chain:
         verb, *own = _split(str(text))
         stage = next((word.partition("=")[2] for word in [*own, *words] if word.startswith("stage=")), "")
@@ -99,7 +99,7 @@ def plan_entries(config: LaunchCommand, words: list[str]) -> list[Entry]:
         taken = [entry.name for entry in entries]
         while name in taken:
             name += "+"
-        entries.append(Entry(name, verb, own, taken[-1:]))
+        entries.append(GraphNode(name, verb, own, taken[-1:]))
     return entries
 
 
@@ -119,7 +119,7 @@ NOT_SUBMITTED = ("launch", "status", "logs", "stop")
 """Commands for the machine that one sits at."""
 
 
-def compose_all(entries: list[Entry], words: list[str], config: LaunchCommand) -> list[Job]:
+def compose_all(entries: list[GraphNode], words: list[str], config: LaunchCommand) -> list[Job]:
     """The jobs with their settings, checked; their scripts have names, but are not written."""
     jobs: list[Job] = []
     for entry in entries:
@@ -134,7 +134,9 @@ def compose_all(entries: list[Entry], words: list[str], config: LaunchCommand) -
     return jobs
 
 
-def _job(entry: Entry, words: list[str], config: Experiment, cfg: Any, script: str | None, others: list[Job]) -> Job:
+def _job(
+    entry: GraphNode, words: list[str], config: Experiment, cfg: Any, script: str | None, others: list[Job]
+) -> Job:
     check_named(entry.verb, config)
     if config.cluster.processes < 1:
         raise ConfigError("cluster.processes=0: a job needs the number of processes per node (usually its GPUs)")
@@ -148,7 +150,7 @@ def _job(entry: Entry, words: list[str], config: Experiment, cfg: Any, script: s
     text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
     home = others[0].code if others else Path(config.run.dir).absolute() / "launch" / "code"
     job = Job(entry.name, entry.verb, words, config, path, path.with_suffix(".yaml"), home, title, text, entry.after)
-    slurm.script.render(job)  # refuses what cannot be
+    slurm.script.render_script(job)  # refuses what cannot be
     return job
 
 
@@ -184,12 +186,12 @@ def check_before_submission(jobs: list[Job]) -> None:
 # ------------------------------------------------------------------------------------------- files, submission
 
 
-def write(job: Job) -> None:
+def write_job(job: Job) -> None:
     """The script, the settings, and the code."""
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.code = freeze(job.code)
     job.settings.write_text(job.frozen)
-    job.script.write_text(slurm.script.render(job))
+    job.script.write_text(slurm.script.render_script(job))
     slurm.script.log_file(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
 
 

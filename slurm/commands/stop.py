@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.records import find_runs
 from data_pipeline.common.errors import DataError, UserError
+from slurm.jobs.records import find_runs
 from slurm.queue import ask, living
 from training.config.experiment import Experiment
 

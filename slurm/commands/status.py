@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.records import find_runs, first_failure, state_of, summary
 from data_pipeline.common.errors import ConfigError, DataError
+from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
 from slurm.queue import living
 from training.config.commands import StatusCommand
 from training.run.tracking import duration
@@ -32,7 +32,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
         if config.sort not in rows[0]:
             raise ConfigError(f"sort={config.sort}: it must be one of {', '.join(rows[0])}")
         rows.sort(key=lambda row: (row[config.sort] is None, row[config.sort]))
-        print(table(rows), flush=True)
+        print(status_table(rows), flush=True)
         if not config.watch:
             return {"runs": rows}
         time.sleep(config.watch)
@@ -40,18 +40,18 @@ def main(config: StatusCommand) -> dict[str, Any]:
 
 def row_of(run: Path, price: float) -> dict[str, Any]:
     """A run's files, and what the queue says of its job."""
-    row = summary(run, price)
+    row = run_summary(run, price)
     jobs = living(run)
     job = jobs[-1] if jobs else None
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
-    row["state"] = state_of(row, job, time.time() - max(written, default=0.0))
+    row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
     row["job"] = job["job"] if job else None
     row["why"] = job["reason"] if job and row["state"] == "pending" else None
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def status_table(rows: list[dict[str, Any]]) -> str:
     """Aligned columns; below, why a job waits and what went wrong."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]

@@ -44,6 +44,7 @@ class Job:
 
     @property
     def is_distributed(self) -> bool:
+        """Whether every task of the job takes part in one program."""
         return COMMANDS[self.verb].distributed
 
     @property
@@ -68,6 +69,7 @@ class Job:
 
     @property
     def run_dir(self) -> Path:
+        """Where the command writes."""
         return Path(self.config.run.dir).absolute()
 
     @property

@@ -1,1 +1,0 @@
-"""The commands about jobs and runs: launch, status, logs, stop, compare. Imports `cluster` and `slurm`."""
