@@ -13,7 +13,7 @@ from pathlib import Path
 
 from training.checkpoint.provenance import FROZEN, code_version
 
-PACKAGES = ("training", "data_pipeline", "cluster", "slurm", "conf")
+PACKAGES = ("training", "data_pipeline", "slurm", "conf")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 DIFF = "changes.diff"
 """What the working tree had on top of its commit."""
