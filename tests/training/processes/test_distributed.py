@@ -221,7 +221,7 @@ def closed_terminal(command: list[str], processes: int = 1) -> int:
     outer = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal)
     os.close(slave)
     said = b""
-    while said.count(b"ready") < processes:
+    while said.count(b"ready\r\n") < processes:  # the whole line: else its writer may still be writing when we close
         said += os.read(master, 1024)
     os.close(master)
     return outer.wait(timeout=60)
