@@ -77,7 +77,7 @@ def test_a_complete_run_says_so(whole: Experiment, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "events",
     [
-        [{"what": "kill", "rank": 1, "step": 5}],
+        [{"what": "kill", "rank": 1, "step": 7}],
         [{"what": "kill", "rank": 0, "step": 7}, {"what": "kill", "rank": 1, "step": 7}],
         [{"what": "write", "rank": 0, "step": 6}],
         [{"what": "write", "rank": 1, "step": 6}],

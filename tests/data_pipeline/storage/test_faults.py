@@ -57,8 +57,11 @@ def ranges(proxy: FaultProxy) -> list[str]:
 
 @pytest.mark.parametrize("fault", ["reset", "fin", "stall"])
 def test_a_break_is_continued_at_the_broken_byte(url: str, proxy: FaultProxy, fault: str) -> None:
-    proxy.plan([f"{fault}:1500000"])
-    assert store.read_bytes(url, QUICK) == DATA
+    for _ in range(5):  # on a busy machine the break may come before the first byte was taken
+        proxy.plan([f"{fault}:1500000"])
+        assert store.read_bytes(url, QUICK) == DATA
+        if ranges(proxy)[1]:
+            break
     assert ranges(proxy)[0] == ""
     first = int(ranges(proxy)[1].removeprefix("bytes=").split("-")[0])
     assert 1_000_000 < first <= 1_500_000  # a reset may drop what lay in the socket's buffers
