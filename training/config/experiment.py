@@ -221,7 +221,7 @@ class TrainConfig:
     """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one
     is."""
     stall_s: float = 120.0
-    """A rank that stands still for so long is reported, with its stacks in its log file."""
+    """A rank that makes no progress for this many seconds is reported, with its stacks in its log file."""
     peak_tflops: float = 0.0
     """Stated peak of one device, for MFU; 0: the data sheet's figure for a known GPU, else no MFU."""
     deterministic_reduction: bool = False

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.atomic import replacing
 from training.evaluation.measure import LOWER_IS_BETTER, flattened
 from training.evaluation.metrics.figure import Figure
 
@@ -53,9 +54,8 @@ def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.nd
     """Beside result.json: what each picture contributed to each figure, in fp64."""
     arrays = {f"{name}/samples": figure.samples for name, figure in figures.items()}
     arrays |= {f"{name}/reference": figure.reference for name, figure in figures.items()}
-    temporary = folder / f".{INFLUENCES}.tmp.npz"
-    np.savez(temporary, prompts=prompts, **arrays)  # type: ignore[arg-type]
-    temporary.replace(folder / INFLUENCES)
+    with replacing(folder / INFLUENCES, durable=False) as file:
+        np.savez(file, prompts=prompts, **arrays)  # type: ignore[arg-type]
 
 
 def read_result(path: str) -> Evaluated:

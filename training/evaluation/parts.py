@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.storage.atomic import replacing
 
 FOLDER = "parts"
 
@@ -46,9 +46,8 @@ class Parts:
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Appears whole or not at all."""
-        temporary = self.folder / f".{number:05d}.{os.getpid()}.tmp.npz"
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        temporary.replace(self.file(number))
+        with replacing(self.file(number), durable=False) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def read(self) -> dict[str, np.ndarray]:
         """All parts' arrays, each put together in order.

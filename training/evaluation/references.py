@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline.common.errors import DataError, about
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
+from data_pipeline.storage.atomic import replacing
 from training.evaluation.extractors.base import Extractor
 
 KEY = "evaluation.reference"
@@ -117,12 +118,11 @@ class ReferenceFile:
 
     def write(self, path: Path) -> None:
         """Readers see the old or the whole new file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(self.features, temporary, {"captions": json.dumps(self.captions), "facts": json.dumps(self.facts)})
-        temporary.replace(path)
+        meta = {"captions": json.dumps(self.captions), "facts": json.dumps(self.facts)}
+        with replacing(path, durable=False) as file:
+            file.write(save(self.features, meta))
 
     @classmethod
     def read(cls, path: str) -> ReferenceFile:

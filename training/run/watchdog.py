@@ -1,4 +1,4 @@
-"""A thread that notices when this rank stands still, says where, and in the end takes the process down.
+"""A thread that notices when this rank makes no progress, says where, and in the end takes the process down.
 
 It runs from the first line of a training. Nothing it does waits for anybody: what the ranks tell each other goes
 through a second thread, because the key-value store of a frozen rank 0 accepts connections and never answers, whatever
@@ -42,7 +42,7 @@ class Watchdog:
     `limit_s` (of `patient_s` as long as `patient` is set: until the first step is done) ends the process (exit code
     EXIT_HUNG), so that a scheduler can start afresh.
 
-    Once the ranks have met (`join`), rank 0 can say which of the others stands still, and the others whether rank 0
+    Once the ranks have met (`join`), rank 0 can say which of the others is stuck, and the others whether rank 0
     does.
     """
 
