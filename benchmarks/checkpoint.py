@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import Experiment
-from training.processes.distributed import all_gather, read_ranks, run_processes
+from training.processes.collectives import barrier, gather_objects
+from training.processes.launcher import run_processes
+from training.processes.ranks import read_ranks
 
 TURNS = 3
 
@@ -55,11 +57,11 @@ def worker(scratch: Path, millions: float) -> None:
     }
 
     def timed(name: str, call: Any) -> Any:
-        all_gather(0, ranks)
+        barrier(ranks)
         began = time.perf_counter()
         result = call()
         mine = time.perf_counter() - began
-        times[name].append(max(all_gather(mine, ranks)))
+        times[name].append(max(gather_objects(mine, ranks)))
         return result
 
     def start(step: int) -> None:

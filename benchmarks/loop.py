@@ -20,7 +20,8 @@ from typing import Any
 
 from data_pipeline.commands import prepare
 from training.config.experiment import Experiment
-from training.processes.distributed import Ranks, free_port
+from training.processes.launcher import free_port
+from training.processes.ranks import Ranks
 
 TURNS, STEPS = 7, 6
 

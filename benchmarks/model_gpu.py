@@ -40,7 +40,8 @@ from training.diffusion.objective import loss
 from training.engine.deepspeed import build_engine, init_distributed
 from training.model.unet import UNet
 from training.plan.flops import peak_tflops, training_flops
-from training.processes.distributed import Ranks, free_port
+from training.processes.launcher import free_port
+from training.processes.ranks import Ranks
 
 TOKENS, ROUNDS, STEPS = 128, 3, 5
 JOBS = {"base64": (64, 64), "sr256": (256, 96), "sr1024": (256, 96)}

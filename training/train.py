@@ -17,7 +17,6 @@ from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
-from training.processes.distributed import Ranks, free_port, is_sweep, launch, process_count, read_ranks
 from training.processes.endings import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -29,7 +28,9 @@ from training.processes.endings import (
     run_program,
     stop_error,
 )
+from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
+from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks
 from training.run.directory import RunDir
 from training.run.watchdog import Watchdog
 

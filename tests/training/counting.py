@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.train
+from tests.training import chaos
 from training.config.experiment import Experiment
 from training.run.session import Session
 
@@ -48,13 +51,36 @@ class Reading(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Objects:
+    """Notes the collectives on pickled objects, of all threads, and which threads have used any collective."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.threads: set[str] = set()
+
+    def watch(self) -> None:
+        for name in dir(dist):
+            if "object" in name and callable(getattr(dist, name)):
+                setattr(dist, name, self._noting(getattr(dist, name), self.sent.append, name))
+        dist.all_reduce = self._noting(dist.all_reduce, lambda _: self.threads.add(threading.current_thread().name))
+
+    @staticmethod
+    def _noting(call: Any, note: Any, name: str = "") -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            note(name)
+            return call(*args, **kwargs)
+
+        return noted
+
+
 def main(config: Experiment) -> dict[str, Any]:
     counting, steps = Counting(), []
-    reading = Reading(counting.counts)
+    reading, objects = Reading(counting.counts), Objects()
     next_batch, begin, text = Session.next_batch, Session.begin, Session._text
 
     def counted_begin(self: Session) -> None:
         begin(self)
+        objects.watch()
         counting.__enter__()
         reading.__enter__()
 
@@ -71,6 +97,7 @@ def main(config: Experiment) -> dict[str, Any]:
             counting.paused = False
 
     Session.begin, Session.next_batch, Session._text = counted_begin, counted, uncounted  # type: ignore[method-assign]
-    result = training.train.main(config)
-    Path(config.run.dir, f"counts-{os.environ['RANK']}.json").write_text(json.dumps(steps))
+    result = (chaos if "CASCADE_CHAOS" in os.environ else training.train).main(config)
+    report = {"steps": steps, "objects": objects.sent, "threads": sorted(objects.threads)}
+    Path(config.run.dir, f"counts-{os.environ['RANK']}.json").write_text(json.dumps(report))
     return result

@@ -1,7 +1,7 @@
 """Starts the processes of a run from a server that has torch and DeepSpeed imported already: a start costs a second,
 not ten.
 
-They are what `training.processes.distributed.launch` starts, with the same entry; only the launcher itself is left out.
+They are what `training.processes.launcher.launch` starts, with the same entry; only the launcher itself is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import Experiment
-from training.processes.distributed import free_port, worker
+from training.processes.launcher import free_port, worker
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.training.preload"])

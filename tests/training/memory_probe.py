@@ -15,7 +15,7 @@ from training.config.unet import for_stage
 from training.engine.deepspeed import build_engine
 from training.model.lora import add_adapters
 from training.model.unet import UNet
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 
 def resident(key: str = "VmRSS") -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import Experiment
-from training.processes.distributed import read_ranks, run_processes
 from training.processes.endings import run_program
+from training.processes.launcher import run_processes
+from training.processes.ranks import read_ranks
 
 
 def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> list[Any]:

@@ -8,7 +8,8 @@ from training.checkpoint.downloads import shared_downloads
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment
 from training.engine.deepspeed import init_distributed, shut_down
-from training.processes.distributed import all_gather, read_ranks
+from training.processes.collectives import gather_objects
+from training.processes.ranks import read_ranks
 
 
 def main(config: Experiment) -> dict[str, Any]:
@@ -19,6 +20,6 @@ def main(config: Experiment) -> dict[str, Any]:
         checkpoint = CheckpointStore(str(config.checkpoint.dir)).newest(ranks, share=share)
         assert checkpoint is not None
         total = sum(float(checkpoint.read(name).sum()) for name in checkpoint.names())
-        assert set(all_gather(total, ranks)) == {total}
+        assert set(gather_objects(total, ranks)) == {total}
     shut_down()
     return {"step": checkpoint.step, "sum": total}

@@ -9,7 +9,7 @@ import torch
 from tests.training.tiny import random_unet
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment, RunConfig, StageConfig, TextConfig
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 from training.run.directory import RunDir, to_dict
 
 

@@ -22,7 +22,8 @@ from training.diffusion.objective import loss
 from training.engine.deepspeed import build_engine, init_distributed, shut_down
 from training.model.unet import UNet
 from training.plan.memory import Setup, follow, memory, parameter_shapes
-from training.processes.distributed import Ranks, free_port
+from training.processes.launcher import free_port
+from training.processes.ranks import Ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

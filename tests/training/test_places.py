@@ -20,7 +20,7 @@ from training.checkpoint.store import CheckpointStore
 from training.commands.checkpoints import main as checkpoints
 from training.config.commands import CheckpointsCommand
 from training.config.experiment import Experiment
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 
 def exported(config: Experiment, directory: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.storage.folder import PREFIX, share_copies
-from training.processes.distributed import Ranks, all_gather, each
+from training.processes.collectives import barrier, each, gather_bytes, together
+from training.processes.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,24 @@ def shared_downloads(ranks: Ranks) -> Iterator[Share]:
     if ranks.world_size == 1:
         yield Share()
         return
-    homes = all_gather(each(_this_machine, ranks), ranks)
+    homes = gather_bytes(each(_this_machine, ranks), ranks)
     mates = [rank for rank, home in enumerate(homes) if home == homes[ranks.rank]]
-    first = ranks.rank == mates[0]
-    made = all_gather(each(lambda: tempfile.mkdtemp(prefix=PREFIX) if first else "", ranks), ranks)
-    share_copies(Path(made[mates[0]]))
+    first, token = ranks.rank == mates[0], together(lambda: secrets.token_hex(8), ranks)
+    copies = Path(tempfile.gettempdir(), f"{PREFIX}{token}-{mates[0]}")
+    each(lambda: copies.mkdir(mode=0o700) if first else None, ranks)
+    share_copies(copies)
     try:
         yield Share(mates.index(ranks.rank), len(mates))
-        all_gather(None, ranks)  # the others may still read
+        barrier(ranks)  # the others may still read
     finally:
         share_copies(None)
         if first:
-            shutil.rmtree(made[mates[0]], ignore_errors=True)
+            shutil.rmtree(copies, ignore_errors=True)
 
 
-def _this_machine() -> tuple[str, str, int, int]:
-    """Equal for processes that see the same directory of temporary files on one host."""
+def _this_machine() -> bytes:
+    """Equal for processes that see the same directory of temporary files on one host; 32 bytes."""
     place = tempfile.gettempdir()
     status = os.stat(place)
-    return socket.gethostname(), place, status.st_dev, status.st_ino
+    seen = socket.gethostname(), place, status.st_dev, status.st_ino
+    return hashlib.sha256(repr(seen).encode()).digest()

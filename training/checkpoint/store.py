@@ -30,7 +30,8 @@ import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ from data_pipeline.storage.folder import Folder, open_folder
 from training.checkpoint.attempts import Attempts
 from training.checkpoint.downloads import Share
 from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
-from training.processes.distributed import Ranks, all_gather, broadcast, together
+from training.processes.collectives import all_sum, errors_of_all, gather_json, gather_objects, together
 from training.processes.endings import Superseded
+from training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -163,8 +165,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """A manifest in a step's directory and the sizes of the files beside it, or what is wrong with it. Plain
-    data, which other ranks can be sent."""
+    """A manifest in a step's directory and the sizes of the files beside it, or what is wrong with it. JSON
+    values, which other ranks can be sent."""
 
     manifest: dict[str, Any] | None = None
     sizes: dict[str, int] = field(default_factory=dict)
@@ -289,23 +291,24 @@ class CheckpointStore:
                 files.append({"name": name, "bytes": digest.size, **sums, "tensors": where})
         except (OSError, CascadeError) as caught:
             error = caught
-        reports = all_gather((files, error), ranks, group)
-        if any(report[1] for report in reports):
+        errors = errors_of_all(error, ranks, group)
+        if errors:
             with suppress(OSError, CascadeError):  # a part of a checkpoint is of no use, and the disk may be full
                 folder.remove_files([entry["name"] for entry in files])
-        self._raise_first([report[1] for report in reports], step)
+        self._raise_first(errors, step)
+        written = gather_json(files, ranks, group)
         if ranks.is_main:
             try:
                 self.check_owner()
                 owner = {"token": self.attempts.token, "host": socket.gethostname(), "from": self._began}
-                content = _manifest(step, self.attempt, owner, [report[0] for report in reports], meta)
+                content = _manifest(step, self.attempt, owner, written, meta)
                 folder.write(self._manifest_name(step, own), [content])
                 self._standings.pop(step, None)
                 self._damaged.discard(step)
                 self._saved = max(self._saved, step)
             except (OSError, CascadeError) as caught:
                 error = caught
-        self._raise_first([broadcast(error, ranks, group)], step)
+        self._raise_first(errors_of_all(error, ranks, group), step)
 
     def _manifest_name(self, step: int, own: str) -> str:
         """One that no earlier attempt may still write or delete (see the top of this file)."""
@@ -427,6 +430,9 @@ class CheckpointStore:
                 found.append(Found(problem=problem, committed=True))
         return found or [Found(problem=f"{folder}: no {MANIFEST}, so the checkpoint was never finished")]
 
+    def _plain_manifests(self, step: int) -> list[dict[str, Any]]:
+        return [asdict(found) for found in self._read(step)]
+
     def newest(
         self,
         ranks: Ranks | None = None,
@@ -448,11 +454,12 @@ class CheckpointStore:
         damaged = []
         steps = together(self.steps, ranks)
         for step in steps:
-            for read in together(lambda step=step: self._read(step), ranks):
+            for plain in together(partial(self._plain_manifests, step), ranks):
+                read = Found(**plain)
                 problem = read.problem
                 if read.manifest is not None:
                     checkpoint = Checkpoint(self._folder(step), read.manifest, read.sizes)
-                    if not wanted(checkpoint.meta) or together(lambda c=checkpoint: self._left_behind(c, steps), ranks):
+                    if not wanted(checkpoint.meta) or together(partial(self._left_behind, checkpoint, steps), ranks):
                         continue
                     found = self._problems(checkpoint, ranks, checksums, share)
                     if not found:
@@ -479,11 +486,12 @@ class CheckpointStore:
             mine = checkpoint.problems(part, parts, checksums)
         except CascadeError as caught:
             error = caught
-        reports = all_gather((mine, error), ranks)
-        for _, failure in reports:
+        for failure in errors_of_all(error, ranks):
             if failure is not None:
                 raise failure
-        return list(dict.fromkeys(problem for problems, _ in reports for problem in problems))
+        if not all_sum([float(len(mine))], ranks)[0]:
+            return []
+        return list(dict.fromkeys(problem for problems in gather_objects(mine, ranks) for problem in problems))
 
     def _left_behind(self, checkpoint: Checkpoint, steps: list[int]) -> bool:
         """Whether an earlier start committed it after a later one had begun from a step before."""

@@ -13,7 +13,7 @@ from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import CheckpointConfig
 from training.engine.plain import Snapshot
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.shards.index import ShardIndex, build_index, load_index
 from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
-from training.processes.distributed import launch, process_count
+from training.processes.launcher import launch
+from training.processes.ranks import process_count
 from training.text.identity import identity
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from training.evaluation.metrics.psnr import psnr
 from training.evaluation.parts import Parts, settings_sha256
 from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
 from training.pictures import sheets
-from training.processes.distributed import read_ranks
+from training.processes.ranks import read_ranks
 from training.run.directory import replace_file, try_to_write
 
 AGAIN = 1 << 32

@@ -36,7 +36,7 @@ from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
-from training.processes.distributed import read_ranks
+from training.processes.ranks import read_ranks
 from training.run.directory import try_to_write
 
 SAVE_EVERY = 4

@@ -44,8 +44,9 @@ from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import state_name
 from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
 from training.optim.registry import STATES, build_optimizer, learning_rate
-from training.processes.distributed import Ranks, all_gather, all_sum
+from training.processes.collectives import all_sum, gather_objects
 from training.processes.meeting import check_cards, meet, own_card
+from training.processes.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -179,7 +180,7 @@ class Engine:
         if config.zero.stage == 3:
             self._gather_persistent_at_once()
         self._pieces = self._layout()
-        layout: Layout = all_gather(self._pieces, ranks)
+        layout: Layout = gather_objects(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
         self._weights = sum(math.prod(shape) for shape in shapes.values())
         self._factored = optimizer if isinstance(optimizer, Adafactor) else None

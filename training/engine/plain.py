@@ -19,7 +19,7 @@ from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import decays_at, state_name
 from training.optim.pieces import Piece
 from training.optim.registry import build_optimizer, learning_rate
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from data_pipeline.config import require
 from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
 from training.config.unet import for_stage, resolve
-from training.processes.distributed import process_count, read_ranks
+from training.processes.ranks import process_count, read_ranks
 
 
 def check(verb: str, config: Experiment) -> None:

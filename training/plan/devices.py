@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.common.errors import ConfigError
 from training.config.commands import PlanCommand
 from training.plan.flops import PEAK_TFLOPS
-from training.processes.distributed import process_count, thread_count
+from training.processes.ranks import process_count, thread_count
 
 GIB = 2**30
 GPUS: dict[str, tuple[str, int]] = {

@@ -25,7 +25,8 @@ from data_pipeline.storage.folder import open_folder
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment, ValidationConfig
 from training.plan.checks import check_heldout, planned_world_size, training_problems
-from training.processes.distributed import launch, process_count
+from training.processes.launcher import launch
+from training.processes.ranks import process_count
 
 PROBE_BYTES = 1 << 20
 MOST_PER_RANK = 64

@@ -8,7 +8,7 @@ from training.config.unet import PRESETS, for_stage
 from training.plan.devices import free_memory, has_bf16
 from training.plan.memory import Setup, least, parameter_count, parameter_shapes
 from training.plan.table import gib
-from training.processes.distributed import Ranks, process_count
+from training.processes.ranks import Ranks, process_count
 
 
 def remarks(config: Experiment, device: str) -> list[str]:

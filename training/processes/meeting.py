@@ -19,8 +19,8 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.distributed import Ranks
 from training.processes.endings import RankLost
+from training.processes.ranks import Ranks
 
 POLL_S = 0.1
 FILES, FILES_PER_RANK = 256, 8

@@ -23,7 +23,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment
-from training.processes.distributed import TYPED
+from training.processes.launcher import TYPED
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from training.processes.distributed import Ranks, all_sum
+from training.processes.collectives import all_sum
+from training.processes.ranks import Ranks
 from training.run.directory import read_json, replace_file
 
 BANDS = 5

@@ -20,7 +20,8 @@ from training.diffusion.sampler import sample_stage
 from training.evaluation import measure
 from training.evaluation.extractors.base import open_extractors
 from training.evaluation.references import References
-from training.processes.distributed import Ranks, all_gather, together
+from training.processes.collectives import gather_objects, gather_rows, together
+from training.processes.ranks import Ranks
 
 CHUNK = 64
 """Reference pictures decoded before their features are taken."""
@@ -69,8 +70,8 @@ class QuickEvaluation:
         self._low = torch.from_numpy(np.stack([low[i] for i in mine])).permute(0, 3, 1, 2) if low else None
 
     def _in_turn(self, features: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-        """The chunks of all ranks in the order of the pictures."""
-        gathered = all_gather(features, self.ranks)
+        """The chunks of all ranks in the order of the pictures. For the start of a run: shares differ in size."""
+        gathered = gather_objects(features, self.ranks)
         most = max(len(parts) for given in gathered for parts in given.values())
         return {
             name: np.concatenate(
@@ -100,8 +101,9 @@ class QuickEvaluation:
         own = {name: np.concatenate(parts) for name, parts in pictures.items()}
         if texts:
             own["text"] = np.concatenate(texts)
-        gathered = all_gather(own, self.ranks)
-        whole = {name: np.concatenate([given[name] for given in gathered])[: self.count] for name in own}
+        whole = {
+            name: gather_rows(torch.from_numpy(rows), self.ranks).numpy()[: self.count] for name, rows in own.items()
+        }
         return together(lambda: self._figures(whole), self.ranks)
 
     def _draw(self, module: torch.nn.Module, rows: slice) -> torch.Tensor:
@@ -130,6 +132,6 @@ class QuickEvaluation:
         for metric, group in figures.items():
             for name, figure in group.items():
                 low, high = figure.interval()
-                found[f"evaluation/{metric}/{name}"] = figure.value
-                found[f"evaluation/{metric}/{name}/plus_minus"] = (high - low) / 2
+                found[f"evaluation/{metric}/{name}"] = float(figure.value)
+                found[f"evaluation/{metric}/{name}/plus_minus"] = float(high - low) / 2
         return found

@@ -14,7 +14,8 @@ from data_pipeline.reading.loader import Loader
 from training.config.experiment import Experiment, StageConfig
 from training.diffusion.sampler import sample_stage
 from training.pictures import sheets as grid
-from training.processes.distributed import Ranks, all_gather
+from training.processes.collectives import from_main, gather_rows, together
+from training.processes.ranks import Ranks
 
 log = logging.getLogger("cascade")
 
@@ -24,15 +25,26 @@ Inputs = tuple[list[str], torch.Tensor | None]
 """Captions, and for super-resolution the true low-res pictures (B, 3, h, w) uint8."""
 
 
-def choose(prompts: list[str], stage: StageConfig, open_loader: Callable[[], Loader]) -> Inputs:
+def choose(prompts: list[str], stage: StageConfig, open_loader: Callable[[], Loader], ranks: Ranks) -> Inputs:
     """The configured prompts, else (and always for super-resolution, which needs true low-res pictures) the first
-    captions of the data."""
+    captions of the data, which rank 0 reads. Collective."""
     if prompts and not stage.is_super_resolution:
         return list(prompts), None
-    with closing(open_loader()) as loader:
-        batch = next(loader)[0]
-    count = min(MOST, len(batch.captions))
-    return list(batch.captions[:count]), None if batch.low_res is None else batch.low_res[:count]
+    low_res: torch.Tensor | None = None
+
+    def read() -> list[str]:
+        nonlocal low_res
+        with closing(open_loader()) as loader:
+            batch = next(loader)[0]
+        low_res = None if batch.low_res is None else batch.low_res[:MOST].contiguous()
+        return list(batch.captions[:MOST])
+
+    captions, side = together(read, ranks), stage.low_res_size
+    if not side:
+        return captions, None
+    if low_res is None:
+        low_res = torch.empty(len(captions), 3, side, side, dtype=torch.uint8)
+    return captions, from_main(low_res, ranks)
 
 
 def draw(
@@ -60,7 +72,7 @@ def draw(
             low_res=None if low_res is None else low_res[mine].to(ranks.device),
         )
     drawn = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return torch.cat(all_gather(drawn, ranks))[: len(captions)]
+    return gather_rows(drawn, ranks)[: len(captions)]
 
 
 def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:

@@ -12,8 +12,8 @@ from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
 from training.engine.plain import Snapshot
-from training.processes.distributed import Ranks
 from training.processes.endings import NotFinite
+from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 
 log = logging.getLogger("cascade")

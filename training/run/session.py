@@ -34,8 +34,9 @@ from training.optim.registry import skip_compiler, states_to_load
 from training.plan.checks import check_heldout
 from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
-from training.processes.distributed import Ranks, all_gather, all_sum, each, thread_count, together
+from training.processes.collectives import all_sum, barrier, each, errors_of_all, gather_objects, together
 from training.processes.endings import LossGuard, Signals
+from training.processes.ranks import Ranks, thread_count
 from training.run.directory import RunDir, check_same_run, to_dict
 from training.run.metering import Hours, Meter, TimeLeft
 from training.run.quick_evaluation import QuickEvaluation
@@ -210,7 +211,7 @@ class Session:
     def begin(self) -> None:
         """The loop starts: clocks to zero, on all ranks at once (rank 0 has W&B to start)."""
         self.watchdog.phase("wait for rank 0")
-        all_gather(None, self.ranks)
+        barrier(self.ranks)
         self.meter.start(self.step)
 
     def next_batch(self, healthy: bool) -> list[Batch]:
@@ -225,7 +226,7 @@ class Session:
             self._batches = next(self.loader)
         except (CascadeError, OSError) as caught:
             self._failure = caught
-        if (first or self.ranks.world_size == 1) and any(all_gather(self._failure is not None, self.ranks)):
+        if (first or self.ranks.world_size == 1) and all_sum([float(self._failure is not None)], self.ranks)[0]:
             self._end_without_data(healthy)
         assert self._batches is not None
         self.position += self.config.data.global_batch
@@ -261,10 +262,10 @@ class Session:
 
     def _end_without_data(self, healthy: bool, votes: Sequence[float] = ()) -> None:
         self.save(self.position // self.config.data.global_batch, healthy, wait=True)
-        for error in all_gather(self._failure, self.ranks):
+        for error in errors_of_all(self._failure, self.ranks):
             if error is not None:
                 raise error
-        shards = all_gather(self.loader.bad_shards, self.ranks)
+        shards = gather_objects(self.loader.bad_shards, self.ranks)
         raise self.loader.too_many_error(int(votes[1]), int(votes[2]), shards)
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -431,7 +432,7 @@ class Session:
             if self._grid is None:
                 prompts = self.config.train.sample_prompts
                 open_loader = partial(self._open_loader, 0, rank=0, world_size=1)
-                self._grid = together(lambda: choose(prompts, self.config.stage, open_loader), self.ranks)
+                self._grid = choose(prompts, self.config.stage, open_loader, self.ranks)
             with self.engine.averaged(0) as module:
                 pictures = draw(module, self._grid, self.text_encoder.encode, self.config, self.ranks)
             path = self.run.sample_file(step)

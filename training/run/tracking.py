@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 from training.run.directory import RunDir, replace_file, to_dict
 from training.run.trackers import Sinks
 

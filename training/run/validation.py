@@ -14,7 +14,8 @@ from data_pipeline.reading.loader import Batch, Loader
 from training.config.experiment import Experiment
 from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
-from training.processes.distributed import Ranks, all_sum
+from training.processes.collectives import all_sum
+from training.processes.ranks import Ranks
 
 SEED = 20_220_523
 """Fixed for ever, so that runs with different seeds are asked the same."""

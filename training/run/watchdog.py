@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import TrainConfig
-from training.processes.distributed import Ranks
 from training.processes.endings import EXIT_HUNG, say
+from training.processes.ranks import Ranks
 
 log = logging.getLogger("cascade")
 

@@ -15,8 +15,8 @@ from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 from training.checkpoint import store as checkpoint_module
 from training.checkpoint.store import MANIFEST, CheckpointStore
-from training.processes.distributed import Ranks
 from training.processes.endings import Superseded
+from training.processes.ranks import Ranks
 
 ONE = Ranks()
 

@@ -19,8 +19,8 @@ from training.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import CheckpointConfig
 from training.engine.plain import Snapshot
-from training.processes.distributed import Ranks
 from training.processes.endings import Superseded
+from training.processes.ranks import Ranks
 
 ONE = Ranks()
 

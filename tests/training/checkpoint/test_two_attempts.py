@@ -12,8 +12,8 @@ import torch
 from tests.training.checkpoint.interleave import Content, Explorer, Memory, Process, Stage
 from training.checkpoint.attempts import Attempts
 from training.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore
-from training.processes.distributed import Ranks
 from training.processes.endings import Superseded
+from training.processes.ranks import Ranks
 
 ONE = Ranks()
 

@@ -18,7 +18,7 @@ from training.commands.checkpoints import main
 from training.config.commands import CheckpointsCommand
 from training.config.experiment import Experiment
 from training.optim.averages import power_decay_at
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 WIDTHS = [0.05, 0.1]
 

@@ -16,7 +16,7 @@ from training.checkpoint.store import CheckpointStore
 from training.commands import evaluate, watch
 from training.config.commands import EvaluateCommand
 from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig, RunConfig
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 
 def command(run: Path, runs: list[str] | None = None, **keys: Any) -> EvaluateCommand:

@@ -16,7 +16,8 @@ from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
 from training.engine.deepspeed import build_engine
 from training.optim.averages import decay_at
-from training.processes.distributed import Ranks, all_sum
+from training.processes.collectives import all_sum
+from training.processes.ranks import Ranks
 
 BATCH, STEPS = 8, 4
 DECAYS = [0.9, 0.05]

@@ -13,7 +13,8 @@ from training.config.experiment import Experiment
 from training.config.unet import UNetConfig, for_stage
 from training.engine.deepspeed import build_engine
 from training.model.unet import UNet
-from training.processes.distributed import Ranks, all_sum
+from training.processes.collectives import all_sum
+from training.processes.ranks import Ranks
 
 BATCH, STEPS = 4, 2
 WAYS = {"plain": 1, "channels_last": 1, "compiled": 3, "checkpointed": 3}

@@ -8,7 +8,7 @@ from data_pipeline.common.errors import ConfigError
 from training.cli.compose import load_config
 from training.plan.devices import free_memory
 from training.plan.fits import check_memory, remarks
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 
 def test_a_stage_that_cannot_fit_is_refused_before_it_is_made() -> None:

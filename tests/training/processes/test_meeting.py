@@ -16,9 +16,10 @@ from data_pipeline.common.errors import ConfigError
 from tests.training import forks
 from tests.training.runs import experiment
 from training.config.experiment import ClusterConfig
-from training.processes.distributed import Ranks, free_port
 from training.processes.endings import RankLost
+from training.processes.launcher import free_port
 from training.processes.meeting import Card, check_cards, meet
+from training.processes.ranks import Ranks
 
 SLURM, LOCAL = ClusterConfig(kind="slurm"), ClusterConfig()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 from training.run import metering
 from training.run.metering import Hours, Meter, TimeLeft, process_age, slowest
 

@@ -13,8 +13,8 @@ from data_pipeline.storage.folder import LocalFolder
 from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
 from training.engine.plain import Snapshot
-from training.processes.distributed import Ranks
 from training.processes.endings import NotFinite
+from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 from training.run.saving import Saving
 

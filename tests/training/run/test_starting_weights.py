@@ -24,7 +24,7 @@ from training.config.experiment import Experiment, LoraConfig
 from training.engine.deepspeed import build_engine
 from training.model.lora import add_adapters, merged
 from training.model.unet import UNet
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 
 CAPTIONS = ["my dog", "a house by the sea", "the old tower", "my blue boat"]
 STEPS = 200

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 from training.run import tracking
 from training.run.directory import RunDir
 from training.run.tracking import SILENT, Tracker, duration, keep_lines, progress_line, start_logging, stop_logging
@@ -209,7 +209,7 @@ def test_wandb_needs_no_home_directory(config: Experiment, tmp_path: Path) -> No
     program = """
 import sys
 from training.config.experiment import Experiment
-from training.processes.distributed import Ranks
+from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 from training.run.tracking import Tracker
 config = Experiment()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from training.processes.distributed import Ranks
 from training.processes.endings import EXIT_HUNG
+from training.processes.ranks import Ranks
 from training.run import watchdog as module
 from training.run.watchdog import Watchdog
 

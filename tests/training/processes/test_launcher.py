@@ -1,4 +1,4 @@
-"""The launcher and the ranks (no torch in these processes, so they start fast)."""
+"""The launcher (no torch in these processes, so they start fast)."""
 
 from __future__ import annotations
 
@@ -12,54 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.errors import ConfigError
-from training.config.experiment import ClusterConfig
-from training.processes.distributed import Ranks, process_count, read_ranks, run_processes, thread_count, together
-
-LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
-def test_ranks_from_a_launcher() -> None:
-    assert read_ranks({}) is None
-    assert read_ranks({**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Ranks(3, 1, 4)
-
-
-def test_ranks_from_srun_only_when_asked() -> None:
-    slurm = {**LAUNCHER, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
-    assert read_ranks(slurm) is None
-    assert read_ranks({**slurm, "CASCADE_SRUN": "1"}) == Ranks(2, 0, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although RANK is"),
-        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
-        ({"RANK": "four"}, "must be numbers"),
-        ({"RANK": "4"}, "must lie between 0 and WORLD_SIZE - 1 = 3"),
-    ],
-)
-def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sentence: str) -> None:
-    environ: dict[str, str | None] = {**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **change}
-    with pytest.raises(ConfigError, match=sentence):
-        read_ranks({name: value for name, value in environ.items() if value is not None})
-
-
-def test_counts() -> None:
-    assert process_count(ClusterConfig(processes=3)) == 3
-    assert thread_count(ClusterConfig(threads=5), {"OMP_NUM_THREADS": "3"}) == 5
-    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "4"}) == 3
-    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "4,2"}) == 4, "a number per level"
-    assert thread_count(ClusterConfig(), {"SLURM_CPUS_PER_TASK": "4"}) == 4
-    with pytest.raises(ConfigError, match="OMP_NUM_THREADS=many: it must be a number of threads"):
-        thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "many"})
-    assert thread_count(ClusterConfig(processes=10_000), {}) == 1
-
-
-def test_together_raises_what_rank_0_raises() -> None:
-    assert together(lambda: 7, Ranks()) == 7
-    with pytest.raises(ValueError, match="no"):
-        together(lambda: (_ for _ in ()).throw(ValueError("no")), Ranks())
+from training.processes.launcher import run_processes
 
 
 def program(body: str) -> list[str]:
@@ -115,7 +68,7 @@ def test_the_others_may_finish_after_an_error_that_all_share(tmp_path: Path) -> 
 
 OUTER = """
 import sys
-from training.processes.distributed import run_processes
+from training.processes.launcher import run_processes
 assert "torch" not in sys.modules
 sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], 2))
 """
@@ -192,7 +145,7 @@ def test_a_signal_while_a_process_starts_waits_for_it() -> None:
 
 TERMINAL = """
 import sys, time
-from training.processes.distributed import run_processes
+from training.processes.launcher import run_processes
 from training.processes.endings import Signals, run_program, say, stop_error
 def main():
     with Signals() as signals:
@@ -221,7 +174,7 @@ def closed_terminal(command: list[str], processes: int = 1) -> int:
     outer = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal)
     os.close(slave)
     said = b""
-    while said.count(b"ready\r\n") < processes:  # the whole line: else its writer may still be writing when we close
+    while said.count(b"\r\n") < processes:  # whole lines: a writer may still be writing; two writers' words may mix
         said += os.read(master, 1024)
     os.close(master)
     return outer.wait(timeout=60)

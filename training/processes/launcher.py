@@ -1,10 +1,9 @@
-"""Processes and ranks: who am I, how are the others started, and a few collectives on plain Python values.
+"""Starts the processes of a command on this machine.
 
-A command that trains in several processes on one machine starts them itself (`launch`). Why not torchrun: it dies of
-SIGUSR1 and leaves its workers behind as orphans, answers 1 after a clean stop by SIGTERM (so a job script cannot tell
-"saved, start me again" from a crash), and its restarts hang now and then on loopback rendezvous. Under Slurm, `srun`
-starts the processes and this file only reads its variables. A program that sets RANK, LOCAL_RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT itself works as well.
+Why not torchrun: it dies of SIGUSR1 and leaves its workers behind as orphans, answers 1 after a clean stop by SIGTERM
+(so a job script cannot tell "saved, start me again" from a crash), and its restarts hang now and then on loopback
+rendezvous. Under Slurm, `srun` starts the processes. A program that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT itself works as well.
 
 The parent process imports neither torch nor deepspeed.
 """
@@ -22,16 +21,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import training.config.commands
 from data_pipeline.common import python
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
-from training.config.experiment import ClusterConfig, Experiment
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_file
+from training.config.experiment import Experiment
 from training.config.plain import from_plain
 from training.processes.endings import (
     EXIT_HUNG,
@@ -42,6 +39,7 @@ from training.processes.endings import (
     say,
     unless_ignored,
 )
+from training.processes.ranks import process_count, thread_count
 
 FORWARDED = Signals.HANDLED
 GRACE_S = 5.0
@@ -56,100 +54,6 @@ TYPED = "CASCADE_COMMAND"
 """Environment variable in which the processes find what was typed, as JSON."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-    control: Any = field(default=None, compare=False, repr=False)
-    """Gloo process group for decisions (main thread); None without a process group."""
-    background: Any = field(default=None, compare=False, repr=False)
-    """Gloo process group of the thread that writes checkpoints; None without a process group."""
-    store: Any = field(default=None, compare=False, repr=False)
-    """The key-value store in which the ranks met; None where one rank is alone."""
-
-    @property
-    def is_main(self) -> bool:
-        """Rank 0: the one that writes shared files."""
-        return self.rank == 0
-
-
-# --------------------------------------------------------------------------------------------------- who am I
-
-
-def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that a launcher put into the environment: RANK..., or Slurm's when CASCADE_SRUN=1; None without a
-    launcher.
-
-    SLURM_PROCID alone does not count: it is also set inside a plain `salloc` or a batch script that runs one process.
-
-    Raises:
-        ConfigError: a variable is missing or does not fit the others.
-    """
-    if "RANK" in environ:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif environ.get("CASCADE_SRUN") == "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    else:
-        return None
-    values = []
-    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
-        if name not in environ:
-            raise ConfigError(f"{name} is not set although {names[0]} is: a launcher must set both")
-        values.append(environ[name])
-    try:
-        rank, local_rank, world_size = (int(v) for v in values[:3])
-    except ValueError as error:
-        raise ConfigError(f"{', '.join(names)} must be numbers: {values[:3]}") from error
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"{names[0]}={rank}: it must lie between 0 and {names[2]} - 1 = {world_size - 1}")
-    return Ranks(rank, local_rank, world_size)
-
-
-def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """Processes to start on this machine: `cluster.processes`, else one per GPU that torch could use, else one."""
-    if cluster.processes:
-        return cluster.processes
-    try:
-        if "+cpu" in metadata.version("torch"):
-            return 1
-    except metadata.PackageNotFoundError:
-        return 1
-    if "CUDA_VISIBLE_DEVICES" in environ:
-        return max(1, len([d for d in environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return max(1, len(list(gpus.iterdir())) if gpus.is_dir() else 0)
-
-
-def is_sweep() -> bool:
-    """Whether this is one job of a --multirun, of which all run in one process, one after the other."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
-    this process may use. OMP_NUM_THREADS=4,2 (a number for each level of nested regions) says 4.
-
-    Raises:
-        ConfigError: the environment says something else than a number.
-    """
-    name = "OMP_NUM_THREADS" if environ.get("OMP_NUM_THREADS") else "SLURM_CPUS_PER_TASK"
-    said = (environ.get(name) or "0").partition(",")[0].strip()
-    if not said.isdecimal():
-        raise ConfigError(f"{name}={environ[name]}: it must be a number of threads; unset it, or set cluster.threads")
-    cores = len(os.sched_getaffinity(0))
-    return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
-
-
-# ------------------------------------------------------------------------------------------------ the launcher
-
-
 def launch(module: str, config: Experiment) -> dict[str, Any]:
     """Runs `module.main(config)` in several processes of this machine and returns rank 0's result.
 
@@ -162,7 +66,7 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cascade-launch-") as scratch:
         config_file, result_file = Path(scratch, "config.json"), Path(scratch, "result.json")
         config_file.write_text(json.dumps(asdict(config)))
-        command = [*python.module("training.processes.distributed"), module, type(config).__name__]
+        command = [*python.module("training.processes.launcher"), module, type(config).__name__]
         command += [str(config_file), str(result_file)]
         threads = thread_count(config.cluster)
         os.environ[TYPED] = json.dumps(sys.argv)
@@ -304,71 +208,6 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     if rank == 0:
         Path(result_file).write_text(json.dumps(result))
     return 0
-
-
-# -------------------------------------------------------------------------------- collectives on plain values
-
-
-def all_gather(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
-    """`value` of every rank, in rank order (pickled; small things only)."""
-    if ranks.world_size == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value, group=group or ranks.control)
-    return values
-
-
-def broadcast(value: Any, ranks: Ranks, group: Any = None) -> Any:
-    """Rank 0's value, on every rank."""
-    if ranks.world_size == 1:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group or ranks.control)
-    return box[0]
-
-
-def all_sum(values: list[float], ranks: Ranks) -> list[float]:
-    """Element-wise sum over the ranks, in float64; over the GPUs' group where there is one. Main thread."""
-    if ranks.world_size == 1:
-        return values
-    import torch
-    import torch.distributed as dist
-
-    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(tensor, group=None if tensor.is_cuda else ranks.control)
-    return tensor.tolist()
-
-
-def together(call: Any, ranks: Ranks) -> Any:
-    """Rank 0's `call()`, on every rank; an error of rank 0 is raised on all of them, so that none waits for the
-    others."""
-    outcome: tuple[Any, BaseException | None] = (None, None)
-    if ranks.is_main:
-        try:
-            outcome = (call(), None)
-        except Exception as error:
-            outcome = (None, error)
-    value, problem = broadcast(outcome, ranks)
-    if problem is not None:
-        raise problem
-    return value
-
-
-def each(call: Any, ranks: Ranks) -> Any:
-    """Every rank's own `call()`; when it fails on some, the first one's error is raised on all (rank 0 will say it)."""
-    value, error = None, None
-    try:
-        value = call()
-    except Exception as caught:
-        error = caught
-    for problem in all_gather(error, ranks):
-        if problem is not None:
-            raise problem
-    return value
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Who a process is, from its environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from training.config.experiment import ClusterConfig
+from training.processes.ranks import Ranks, process_count, read_ranks, thread_count
+
+LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def test_ranks_from_a_launcher() -> None:
+    assert read_ranks({}) is None
+    assert read_ranks({**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == Ranks(3, 1, 4)
+
+
+def test_ranks_from_srun_only_when_asked() -> None:
+    slurm = {**LAUNCHER, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    assert read_ranks(slurm) is None
+    assert read_ranks({**slurm, "CASCADE_SRUN": "1"}) == Ranks(2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although RANK is"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"RANK": "four"}, "must be numbers"),
+        ({"RANK": "4"}, "must lie between 0 and WORLD_SIZE - 1 = 3"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sentence: str) -> None:
+    environ: dict[str, str | None] = {**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **change}
+    with pytest.raises(ConfigError, match=sentence):
+        read_ranks({name: value for name, value in environ.items() if value is not None})
+
+
+def test_counts() -> None:
+    assert process_count(ClusterConfig(processes=3)) == 3
+    assert thread_count(ClusterConfig(threads=5), {"OMP_NUM_THREADS": "3"}) == 5
+    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "4"}) == 3
+    assert thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "4,2"}) == 4, "a number per level"
+    assert thread_count(ClusterConfig(), {"SLURM_CPUS_PER_TASK": "4"}) == 4
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS=many: it must be a number of threads"):
+        thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "many"})
+    assert thread_count(ClusterConfig(processes=10_000), {}) == 1

@@ -1,0 +1,151 @@
+"""What the ranks of a run tell each other, besides gradients.
+
+All that happens again and again (saving, rolling back, drawing, measuring) sends plain tensors: numbers, rows of equal
+shape, or JSON as bytes. Objects are pickled in two cases only: `gather_objects` while a run starts, and errors, which
+are sent once it is known that some rank has one.
+
+Importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from training.processes.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+
+def gather_objects(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
+    """`value` of every rank, in rank order (pickled, and padded to the largest: for the start of a run, and for what
+    went wrong)."""
+    if ranks.world_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value, group=group or ranks.control)
+    return values
+
+
+def barrier(ranks: Ranks) -> None:
+    """Returns once every rank has called it."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier(group=ranks.control)
+
+
+def all_sum(values: list[float], ranks: Ranks) -> list[float]:
+    """Element-wise sum over the ranks, in float64; over the GPUs' group where there is one. Main thread."""
+    if ranks.world_size == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor, group=None if tensor.is_cuda else ranks.control)
+    return tensor.tolist()
+
+
+def gather_rows(rows: torch.Tensor, ranks: Ranks, group: Any = None) -> torch.Tensor:
+    """The rows of all ranks, in rank order: (n, ...) of each, on the CPU and of one shape, becomes (ranks n, ...)."""
+    if ranks.world_size == 1:
+        return rows
+    import torch
+    import torch.distributed as dist
+
+    found = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+    dist.all_gather(found, rows.contiguous(), group=group or ranks.control)
+    return torch.cat(found)
+
+
+def from_main(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rank 0's `rows`, on every rank; the others give a CPU tensor of the same shape, which is overwritten."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(rows, src=0, group=ranks.control)
+    return rows
+
+
+def gather_bytes(data: bytes, ranks: Ranks, group: Any = None) -> list[bytes]:
+    """`data` of every rank, equally long on all, in rank order."""
+    if ranks.world_size == 1:
+        return [data]
+    rows = gather_rows(_tensor_of(data)[None], ranks, group)
+    return [row.numpy().tobytes() for row in rows]
+
+
+def gather_json(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
+    """On rank 0 the JSON `value` of every rank, in rank order; elsewhere an empty list."""
+    if ranks.world_size == 1:
+        return [value]
+    import torch
+    import torch.distributed as dist
+
+    data = json.dumps(value).encode()
+    sizes = [int.from_bytes(size, "big") for size in gather_bytes(len(data).to_bytes(8, "big"), ranks, group)]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(data)] = _tensor_of(data)
+    rows = [torch.empty_like(padded) for _ in sizes] if ranks.is_main else None
+    dist.gather(padded, rows, dst=0, group=group or ranks.control)
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows or (), sizes, strict=False)]
+
+
+def together(call: Callable[[], Any], ranks: Ranks) -> Any:
+    """Rank 0's `call()`, a JSON value, on every rank (with several, tuples arrive as lists); an error of rank 0 is
+    raised on all of them, so that none waits for the others."""
+    if ranks.world_size == 1:
+        return call()
+    import torch
+    import torch.distributed as dist
+
+    data, problem = b"", None
+    if ranks.is_main:
+        try:
+            data = json.dumps(call()).encode()
+        except Exception as error:
+            problem = error
+    size = from_main(torch.tensor([-1 if problem is not None else len(data)]), ranks)
+    if size < 0:
+        box = [problem]
+        dist.broadcast_object_list(box, src=0, group=ranks.control)
+        assert box[0] is not None
+        raise box[0]
+    sent = from_main(_tensor_of(data) if ranks.is_main else torch.empty(int(size), dtype=torch.uint8), ranks)
+    return json.loads(sent.numpy().tobytes())
+
+
+def each(call: Callable[[], Any], ranks: Ranks) -> Any:
+    """Every rank's own `call()`; when it fails on some, the first one's error is raised on all (rank 0 will say it)."""
+    value, error = None, None
+    try:
+        value = call()
+    except Exception as caught:
+        error = caught
+    for problem in errors_of_all(error, ranks):
+        if problem is not None:
+            raise problem
+    return value
+
+
+def errors_of_all(error: Exception | None, ranks: Ranks, group: Any = None) -> list[Exception | None]:
+    """The error of each rank, in rank order; an empty list when none has one, which costs a sum of one number."""
+    if ranks.world_size == 1:
+        return [] if error is None else [error]
+    import torch
+    import torch.distributed as dist
+
+    failed = torch.tensor([int(error is not None)])
+    dist.all_reduce(failed, group=group or ranks.control)
+    return gather_objects(error, ranks, group) if failed else []
+
+
+def _tensor_of(data: bytes) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

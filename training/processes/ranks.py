@@ -1,0 +1,104 @@
+"""Who am I among the processes of a run, and how many are there: the only reader of RANK and SLURM_PROCID.
+
+Imports neither torch nor deepspeed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from training.config.experiment import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    control: Any = field(default=None, compare=False, repr=False)
+    """Gloo process group for decisions (main thread); None without a process group."""
+    background: Any = field(default=None, compare=False, repr=False)
+    """Gloo process group of the thread that writes checkpoints; None without a process group."""
+    store: Any = field(default=None, compare=False, repr=False)
+    """The key-value store in which the ranks met; None where one rank is alone."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes shared files."""
+        return self.rank == 0
+
+
+def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
+    """The ranks that a launcher put into the environment: RANK..., or Slurm's when CASCADE_SRUN=1; None without a
+    launcher.
+
+    SLURM_PROCID alone does not count: it is also set inside a plain `salloc` or a batch script that runs one process.
+
+    Raises:
+        ConfigError: a variable is missing or does not fit the others.
+    """
+    if "RANK" in environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif environ.get("CASCADE_SRUN") == "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    else:
+        return None
+    values = []
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise ConfigError(f"{name} is not set although {names[0]} is: a launcher must set both")
+        values.append(environ[name])
+    try:
+        rank, local_rank, world_size = (int(v) for v in values[:3])
+    except ValueError as error:
+        raise ConfigError(f"{', '.join(names)} must be numbers: {values[:3]}") from error
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]}={rank}: it must lie between 0 and {names[2]} - 1 = {world_size - 1}")
+    return Ranks(rank, local_rank, world_size)
+
+
+def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """Processes to start on this machine: `cluster.processes`, else one per GPU that torch could use, else one."""
+    if cluster.processes:
+        return cluster.processes
+    try:
+        if "+cpu" in metadata.version("torch"):
+            return 1
+    except metadata.PackageNotFoundError:
+        return 1
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return max(1, len([d for d in environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()]))
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return max(1, len(list(gpus.iterdir())) if gpus.is_dir() else 0)
+
+
+def is_sweep() -> bool:
+    """Whether this is one job of a --multirun, of which all run in one process, one after the other."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
+    this process may use. OMP_NUM_THREADS=4,2 (a number for each level of nested regions) says 4.
+
+    Raises:
+        ConfigError: the environment says something else than a number.
+    """
+    name = "OMP_NUM_THREADS" if environ.get("OMP_NUM_THREADS") else "SLURM_CPUS_PER_TASK"
+    said = (environ.get(name) or "0").partition(",")[0].strip()
+    if not said.isdecimal():
+        raise ConfigError(f"{name}={environ[name]}: it must be a number of threads; unset it, or set cluster.threads")
+    cores = len(os.sched_getaffinity(0))
+    return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
