@@ -25,8 +25,10 @@ from slurm.jobs.job import Job
 from slurm.jobs.records import SUBMITTED
 from slurm.queue import living, submit
 from training.cli.compose import composed, validate
+from training.cli.overrides import keys_given
 from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
+from training.config.reads import refuse_unread_by_all
 from training.plan.checks import check_named
 
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
@@ -131,6 +133,10 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
         if entry.array:
             OmegaConf.update(cfg, "cluster.sbatch.array", entry.array, force_add=True)
         jobs.append(_job(entry, own, validate(entry.verb, cfg), cfg, config.script, jobs))
+        if config.verb != "all":
+            refuse_unread_by_all([(entry.verb, jobs[-1].config)], keys_given(entry.verb, entry.words))
+    shared = dict.fromkeys(key for job in jobs for key in keys_given(job.verb, words))
+    refuse_unread_by_all([(job.verb, job.config) for job in jobs], shared)
     return jobs
 
 

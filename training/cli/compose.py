@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import ConfigError
 from training.cli.explain import explain
-from training.cli.overrides import CONF_DIR, normalise
+from training.cli.overrides import CONF_DIR, keys_given, normalise
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
+from training.config.reads import refuse_unread
 from training.plan.checks import check
 
 
@@ -34,8 +35,11 @@ def register_schema(verb: str) -> None:
     configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"]})
 
 
-def validate(verb: str, cfg: DictConfig) -> Experiment:
+def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experiment:
     """The composed config as the verb's dataclass, checked.
+
+    Args:
+        words: the overrides given, each of which the verb must read.
 
     Raises:
         ConfigError: one sentence that names the key and what would be valid.
@@ -46,6 +50,7 @@ def validate(verb: str, cfg: DictConfig) -> Experiment:
         config = from_plain(root, plain)
         _check_finite(plain)
         beside_bundle(config)
+        refuse_unread(verb, config, keys_given(verb, words))
         check(verb, config)
     except ConfigError:
         raise
@@ -122,7 +127,7 @@ def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: one sentence that names the key and what would be valid.
     """
-    return validate(verb, composed(verb, overrides))
+    return validate(verb, composed(verb, overrides), overrides)
 
 
 def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -121,12 +121,14 @@ def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:
     """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit."""
 
     def task(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         from training.cli.compose import validate
 
         with _environment(HYDRA_FULL_ERROR=None):
             with _errors(verb, cfg.debug):
                 _separate(verb, cfg, swept)
-                config = validate(verb, cfg)
+                config = validate(verb, cfg, HydraConfig.get().overrides.task)
             run(verb, config)
 
     return task

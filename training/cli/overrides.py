@@ -83,6 +83,25 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
     return found
 
 
+SECTIONS = {"tracking": "wandb", "extractor": "evaluation.extractors"}
+"""Groups that fill another section than their name says."""
+SEVERAL = ("experiment", "stage", "debug")
+"""Groups that fill several sections (a stage brings the experiment's recipe for it)."""
+
+
+def keys_given(verb: str, words: Sequence[str]) -> list[str]:
+    """The settings that the words name, in their order: keys, and the sections that groups fill."""
+    known, found = keys_of(COMMANDS[verb].config), []
+    for word in words:
+        name = word.partition("=")[0].lstrip("+~")
+        key = ALIASES.get(name, name)
+        if key in groups():
+            found += [] if key in SEVERAL else [SECTIONS.get(key, key)]
+        elif key in known or any(known[parent].is_open for parent in _parents(key) if parent in known):
+            found.append(key)
+    return found
+
+
 def _normalise_one(verb: str, word: str) -> str:
     if word.startswith("~"):
         return _removal(verb, word)

@@ -1,0 +1,198 @@
+"""Which keys each command reads, with the settings given: an override that it would ignore is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from training.config.commands import ACTIONS, COMMANDS, SAMPLER_KEYS
+
+ALWAYS = ("json", "debug")
+SHARDS = ("data.shards", "data.members", "data.index_dir", "data.deadline_s", "data.stall_s")
+DECODING = (*SHARDS, "data.threads", "data.captions", "data.max_pixels", "data.background", "data.srgb")
+HELDOUT = (*(key for key in DECODING if key != "data.shards"), "data.window",
+           "data.own_process", "data.prefetch_mb", "data.cache_dir", "data.cache_gb")  # fmt: skip
+"""Of reference pictures, whose shards, crop and scale the evaluation decides."""
+PLACE = ("run.dir", "run.name", "stage.name")
+"""run.dir is runs/RUN.NAME/STAGE.NAME unless it is given."""
+DEVICES = ("cluster", "precision.dtype")
+TRAINING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
+            "checkpoint", "wandb", "trackers", "cluster", "seed", "evaluation.every", "evaluation.reference",
+            "evaluation.samples", "evaluation.extractors", "evaluation.batch")  # fmt: skip
+SUBMITTING = ("cluster", "run.")
+"""What `launch` reads itself, for the scripts and where they go."""
+Reads = Callable[[Any], Iterable[str]]
+
+
+def _prepare(config: Any) -> Iterable[str]:
+    if config.prepare.kind == "draw":
+        return ("prepare.kind", "prepare.output", "prepare.draw", "seed")
+    settings = (
+        "kind",
+        "source",
+        "output",
+        "max_side",
+        "quality",
+        "samples_per_shard",
+        "heldout",
+        "deduplicate",
+        "images",
+    )
+    shards = (*SHARDS[2:], "data.filter", "data.cache_dir", "data.cache_gb") if config.prepare.kind == "shards" else ()
+    return (*(f"prepare.{name}" for name in settings), *shards, "data.members", "data.max_pixels",
+            "data.threads")  # fmt: skip
+
+
+def _sample(config: Any) -> Iterable[str]:
+    own = ["from_bundle", "output", "num_images", "layout", "stages", "low_res", "image", "mask", "batch", "explain"]
+    keys = [*own, *SAMPLER_KEYS, *DEVICES, "prompts", "negative_prompts", "seed", "run.name", "bundle.text_path",
+            "sampling.columns", "sampling.prompts"]  # fmt: skip
+    keys += [] if config.from_bundle else ["bundle.dir"]
+    keys += [] if config.output else ["sampling.output"]
+    return keys + (["strength"] if config.image is not None else [])
+
+
+def _evaluate(config: Any) -> Iterable[str]:
+    keys = ["action", "run.name"]
+    if config.action == "compare":
+        return [*keys, "results"]
+    keys.append("evaluation.output")
+    if config.action == "pareto":
+        return [*keys, "results"]
+    settings, shapes = config.evaluation, config.evaluation.kind == "shapes"
+    keys += ["seed", *DEVICES, *HELDOUT, "bundle.text_path", "evaluation.reference", "evaluation.extractors"]
+    if config.action == "reference":
+        return [*keys, "bundle.dir", "evaluation.reference_samples"]
+    keys += ["watch", *SAMPLER_KEYS]
+    keys += [f"evaluation.{name}" for name in ("kind", "samples", "images_per_prompt", "from_stage", "batch")]
+    keys += ["evaluation.psnr_samples"] if shapes else ["evaluation.prompts", "evaluation.reference_samples"]
+    keys += ["prepare.draw.objects"] if shapes and not settings.reference else []
+    return [*keys, *((*PLACE, "bundle.runs", "figure", "wait_s") if config.watch else ("bundle.dir",))]
+
+
+def _checkpoints(config: Any) -> Iterable[str]:
+    export = ("output", "average", "sigma_rel") if config.action == "export" else ()
+    return (*PLACE, "action", *(() if config.action == "list" else ("steps",)), *export)
+
+
+def _fixed(*keys: str) -> Reads:
+    return lambda config: keys
+
+
+READS: dict[str, Reads] = {
+    "prepare": _prepare,
+    "index": _fixed(*SHARDS, "data.filter", "rebuild"),
+    "verify": _fixed(
+        *DECODING, "data.filter", "data.crop", "data.flip", "data.decode_margin", "stage", "seed", "report", "output"
+    ),
+    "order": _fixed(
+        *SHARDS,
+        "data.filter",
+        "data.global_batch",
+        "data.lanes",
+        "data.window",
+        "data.micro_batch",
+        "seed",
+        "world_size",
+        "workers",
+        "position",
+        "batches",
+        "quality",
+    ),
+    "embed": _fixed(*SHARDS, "data.captions", "text", "cluster", "output", "part", "parts", "dtype", "batch"),
+    "train": _fixed(*TRAINING),
+    "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "checkpoints": _checkpoints,
+    "plan": _fixed(*TRAINING, "doctor", "mfu", "gpu", "memory_gib", "price", "store_gb_s"),
+    "launch": _fixed(""),
+    "status": _fixed(*PLACE, "sort", "watch", "price"),
+    "logs": _fixed(*PLACE, "rank", "lines", "follow"),
+    "stop": _fixed(*PLACE),
+}
+"""Command -> its settings -> the keys that it reads, each with all below it (`launch`: all; each job reads its own)."""
+MODES: dict[str, dict[str, Sequence[Any]]] = {
+    "sample": {"from_bundle": (None,), "output": (None,), "image": ("FILE",)},
+    "evaluate": {"watch": (False, True), "evaluation.kind": ("shapes", "pictures"), "action": ACTIONS},
+    "checkpoints": {"action": ("list", "verify", "diff", "export")},
+    "prepare": {"prepare.kind": ("draw", "folder", "table", "shards")},
+}
+"""Keys whose value decides what else a command reads."""
+
+
+def is_read(verb: str, config: Any, key: str) -> bool:
+    """Whether the command reads this key, or one below it, with these settings."""
+    read = (*ALWAYS, *READS[verb](config))
+    return any(not name or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
+
+
+def refuse_unread(verb: str, config: Any, keys: Iterable[str]) -> None:
+    """Refuses overrides that change nothing.
+
+    Args:
+        keys: those that the user has given.
+
+    Raises:
+        ConfigError: it names the first of them, and what reads it.
+    """
+    for key in keys:
+        if not is_read(verb, config, key):
+            raise ConfigError(f"{key}: cascade {verb} would not use it; {reader(verb, config, key)}")
+
+
+def refuse_unread_by_all(verbs: Sequence[tuple[str, Any]], keys: Iterable[str]) -> None:
+    """The same for words that several commands share: each must be read by one of them, or by what submits them.
+
+    Args:
+        verbs: commands with their settings.
+
+    Raises:
+        ConfigError: it names the first key that none reads.
+    """
+    for key in keys:
+        if not key.startswith(SUBMITTING) and not any(is_read(verb, config, key) for verb, config in verbs):
+            refuse_unread(*verbs[0], [key])
+
+
+def reader(verb: str, config: Any, key: str) -> str:
+    """What reads the key instead, as the end of a sentence."""
+    for mode, values in MODES.get(verb, {}).items():
+        found = [value for value in values if is_read(verb, _with(config, mode, value), key)]
+        if found:
+            said = " or ".join(f"{mode}={_said(value)}" for value in found)
+            return f"it belongs to {said}, not {mode}={_said(_get(config, mode))}"
+    own = key.removeprefix("stage.sampler.")
+    if COMMANDS[verb].draws and own in SAMPLER_KEYS:
+        return f"give {own}=..."
+    others = [name for name in COMMANDS if name not in (verb, "launch") and _takes(name, key)]
+    if others:
+        return f"it is a setting of {', '.join(others)}"
+    return "other settings given here stand in its place; leave it out"
+
+
+def _takes(verb: str, key: str) -> bool:
+    """Whether another command reads the key in its usual mode."""
+    config: Any = COMMANDS[verb].config()
+    section = key.partition(".")[0]
+    return hasattr(config, section) and is_read(verb, config, key)
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _with(config: Any, key: str, value: Any) -> Any:
+    """A copy with another value, unchecked: it is only asked what it would read."""
+    head, _, rest = key.partition(".")
+    changed = copy.copy(config)
+    setattr(changed, head, _with(getattr(config, head), rest, value) if rest else value)
+    return changed
