@@ -33,7 +33,7 @@ import xxhash
 from benchmarks.photographs import encoded_photographs
 from benchmarks.s3_like import running
 from data_pipeline import ShardStream
-from data_pipeline.shards.dataset import order_of
+from data_pipeline.shards.mixture import order_of
 from data_pipeline.shards.writer import ShardWriter
 
 PARTS = ("local", "s3", "shards", "start", "memory")

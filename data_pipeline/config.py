@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
@@ -109,11 +112,103 @@ class MembersConfig:
 
 
 @dataclass
+class DatasetConfig:
+    """One data set of a mixture: an entry of `data.shards`. What it does not say is as in `data`."""
+
+    name: str
+    """What metrics call it; a word."""
+    shards: Any
+    """As `data.shards`, but no mixture."""
+    weight: Any = 1.0
+    """Its share of the samples, as a ratio to the weights of the others; or the weight from each position on: {0: 0.7,
+    640000: 0.3}."""
+    start: int = 0
+    """Position of the run (samples consumed since its step 0) from which it takes part."""
+    end: int | None = None
+    """Position from which it no longer does; null: never."""
+    window: int | None = None
+    """Its own `data.window`."""
+    filter: dict[str, Any] = field(default_factory=dict)
+    captions: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, Any] = field(default_factory=dict)
+    """Keys of `data.filter`, `data.captions`, `data.members` that differ for it."""
+
+    def weight_at(self, position: int) -> Fraction:
+        """Its weight at a position, exactly as written."""
+        if position < self.start or (self.end is not None and position >= self.end):
+            return Fraction(0)
+        if not isinstance(self.weight, Mapping):
+            return Fraction(str(self.weight))
+        known = [(int(since), value) for since, value in self.weight.items() if int(since) <= position]
+        return Fraction(str(max(known)[1])) if known else Fraction(0)
+
+    @property
+    def changes(self) -> set[int]:
+        """Positions at which its weight changes."""
+        since = {int(position) for position in self.weight} if isinstance(self.weight, Mapping) else set()
+        return {self.start, *since} | ({self.end} if self.end is not None else set())
+
+
+def is_mixture(shards: Any) -> bool:
+    """Whether `data.shards` (or another key of shards) is a list of data sets."""
+    return isinstance(shards, Mapping) or (
+        isinstance(shards, (list, tuple)) and any(isinstance(one, Mapping) for one in shards)
+    )
+
+
+def _dataset_of(entry: Any, global_batch: int) -> DatasetConfig:
+    """An entry of a mixture, checked. Raises ConfigError."""
+    example = "{name: a, shards: 'a/*.tar', weight: 0.7}"
+    require(isinstance(entry, Mapping), f"data.shards: {entry!r} stands in a mixture; each entry has the form {example}")
+    known = [one.name for one in fields(DatasetConfig)]
+    for key in entry:
+        require(key in known, f"data.shards: a data set has no {key!r}; its keys are {', '.join(known)}")
+    name = entry.get("name")
+    require(
+        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None,
+        f"data.shards: name={name!r}: each data set has a name, a word of letters, digits, `_`, `-` and `.`",
+    )
+    where = f"data.shards: data set {name}:"
+    require(bool(entry.get("shards")) and not is_mixture(entry["shards"]), f"{where} shards must be a pattern or a list")
+    dataset = DatasetConfig(**dict(entry))
+    if isinstance(dataset.weight, Mapping):
+        require(bool(dataset.weight), f"{where} weight is empty; give a number, or one from each position on")
+        dataset.weight = {str(position): value for position, value in dataset.weight.items()}
+        require(
+            all(position.isdecimal() for position in dataset.weight),
+            f"{where} weight={dataset.weight}: its keys must be positions, such as {{0: 0.7, 640000: 0.3}}",
+        )
+    weights = dataset.weight.values() if isinstance(dataset.weight, Mapping) else [dataset.weight]
+    for weight in weights:
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        require(number and 0 <= weight < float("inf"), f"{where} weight={weight}: it must be a number not below 0")
+    for key in ("start", "end", "window"):
+        value = getattr(dataset, key)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        require(whole or (value is None and key != "start"), f"{where} {key}={value}: it must be a whole number")
+    require(
+        dataset.end is None or dataset.end > dataset.start,
+        f"{where} end={dataset.end}: it must lie behind start={dataset.start}",
+    )
+    for position in sorted(dataset.changes):
+        below = position // global_batch * global_batch
+        require(
+            position == below,
+            f"{where} position {position}: shares change between two steps, at multiples of data.global_batch="
+            f"{global_batch}; the nearest are {below} and {below + global_batch}",
+        )
+    for key in ("filter", "captions", "members"):
+        require(isinstance(getattr(dataset, key), Mapping), f"{where} {key} must be a mapping, as data.{key} is")
+    return dataset
+
+
+@dataclass
 class DataConfig:
     """Where the samples come from, how they are decoded, and how a batch is made of them."""
 
     shards: Any = None
-    """A glob, brace pattern, directory, s3:// URL pattern, or a list of these."""
+    """A glob, brace pattern, directory, s3:// URL pattern, or a list of these; or a mixture of data sets: a list of
+    {name: a, shards: PATTERN, weight: 0.7} (see `DatasetConfig`)."""
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     lanes: int = 0
@@ -177,6 +272,51 @@ class DataConfig:
             f"data.lanes={self.lanes}: it must be 0 (automatic) or divide data.global_batch={self.global_batch}",
         )
 
+        self.datasets()
+
+    def datasets(self) -> list[DatasetConfig]:
+        """The data sets of a mixture; empty where `shards` is none.
+
+        Raises:
+            ConfigError: one is described wrongly, or at some position none takes part.
+        """
+        if not is_mixture(self.shards):
+            return []
+        entries = [self.shards] if isinstance(self.shards, Mapping) else self.shards
+        found = [_dataset_of(entry, self.global_batch) for entry in entries]
+        names = [dataset.name for dataset in found]
+        for name in names:
+            require(names.count(name) == 1, f"data.shards: two data sets are called {name}; give them different names")
+        for position, weights in _schedule(found):
+            require(any(weights), f"data.shards: from position {position} on no data set has a weight above 0")
+        return found
+
+    def schedule(self) -> list[tuple[int, list[Fraction]]]:
+        """(position, share of each of the `datasets`) from each position on at which the shares change."""
+        return _schedule(self.datasets())
+
+    def parts(self) -> dict[str, DataConfig]:
+        """The settings of each data set of a mixture by its name, as if it were alone; of no mixture {"": these}.
+
+        Raises:
+            ConfigError: a filter, caption source or member of a data set is none.
+        """
+        found = {}
+        for dataset in self.datasets():
+            own: dict[str, Any] = {"shards": dataset.shards}
+            if dataset.window is not None:
+                own["window"] = dataset.window
+            for key in ("filter", "captions", "members"):
+                try:
+                    own[key] = replace(getattr(self, key), **getattr(dataset, key))
+                except TypeError as error:
+                    known = ", ".join(one.name for one in fields(getattr(self, key)))
+                    raise ConfigError(
+                        f"data.shards: data set {dataset.name}: {key}={getattr(dataset, key)}: its keys are {known}"
+                    ) from error
+            found[dataset.name] = replace(self, **own)
+        return found or {"": self}
+
     @property
     def lane_count(self) -> int:
         """The number of lanes in force."""
@@ -184,6 +324,16 @@ class DataConfig:
             return self.lanes
         top = min(self.global_batch, 64 if self.global_batch <= 64 else 256)
         return next(n for n in range(top, 0, -1) if self.global_batch % n == 0)
+
+
+def _schedule(datasets: list[DatasetConfig]) -> list[tuple[int, list[Fraction]]]:
+    rows: list[tuple[int, list[Fraction]]] = []
+    for position in sorted({0, *(change for dataset in datasets for change in dataset.changes)}):
+        weights = [dataset.weight_at(position) for dataset in datasets]
+        shares = [weight / (sum(weights) or 1) for weight in weights]
+        if not rows or rows[-1][1] != shares:
+            rows.append((position, shares))
+    return rows
 
 
 @dataclass

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from data_pipeline.reading.micro_batches import Decoded, Decoding, MicroBatch, W
 from data_pipeline.reading.process import DecodingProcess
 from data_pipeline.reading.rows import Sample
 from data_pipeline.reading.state import check_state, state_of
-from data_pipeline.shards.dataset import load_or_build, patience_of
-from data_pipeline.storage import store
+from data_pipeline.shards.mixture import open_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ class Batch:
     captions: list[str]
     embeddings: list[np.ndarray] | None = None
     """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
+    datasets: list[str] = field(default_factory=list)
+    """The name of each sample's data set in a mixture; empty texts where there is one."""
 
     def to(self, device: str) -> Batch:
         """The batch with its tensors there. Nothing waits for a GPU: they go through pinned memory."""
@@ -96,14 +97,15 @@ class Loader:
     ) -> None:
         self.config, self.seed, self.position = config, seed, position
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
-        self.dataset = load_or_build(store.expand(config.shards, patience_of(config)), config)
+        self.dataset = open_dataset(config)
         self._work = Work(
             self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
         )
         self.embeddings = embeddings_of(self.dataset, config)
         """Precomputed ones; who trains with them calls their `check` first."""
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
-        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`."""
+        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`; of a mixture also
+        `samples_dataset/NAME` and `bad_dataset/NAME`."""
         self.bad_shards: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         """Where the captions came from: `txt`, `json:FIELD`."""
@@ -132,8 +134,8 @@ class Loader:
 
     def _deliver(self, decoded: MicroBatch) -> Batch:
         self.sources.update(decoded.sources)
-        for failures in decoded.failures:
-            self._count(failures)
+        for failures, name in zip(decoded.failures, decoded.datasets, strict=True):
+            self._count(failures, name)
         low_res = None if decoded.low_res is None else torch.from_numpy(decoded.low_res)
         return Batch(
             torch.from_numpy(decoded.positions),
@@ -142,11 +144,16 @@ class Loader:
             low_res,
             decoded.captions,
             decoded.embeddings,
+            decoded.datasets,
         )
 
-    def _count(self, failures: list[dict[str, Any]]) -> None:
+    def _count(self, failures: list[dict[str, Any]], dataset: str) -> None:
         """Counts one consumed sample and the bad ones it replaces."""
         self.counters["samples"] += 1
+        if dataset:
+            self.counters[f"samples_dataset/{dataset}"] = self.counters.get(f"samples_dataset/{dataset}", 0) + 1
+        if failures and dataset:
+            self.counters[f"bad_dataset/{dataset}"] = self.counters.get(f"bad_dataset/{dataset}", 0) + 1
         if not failures:
             return
         for failure in failures:

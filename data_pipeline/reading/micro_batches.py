@@ -19,9 +19,10 @@ from data_pipeline.content import captions, images
 from data_pipeline.order.sharing import Chunks
 from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.reading.rows import RowReader, Sample, Taken, replace
-from data_pipeline.shards.dataset import Dataset, order_of
+from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.embeddings import Embeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
+from data_pipeline.shards.mixture import order_of
 
 MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
 """What training looks at."""
@@ -62,6 +63,8 @@ class Decoded:
     embedding: np.ndarray | None = None
     source: str = "txt"
     """Of the caption, see `captions.Caption`."""
+    dataset: str = ""
+    """Its data set in a mixture."""
 
 
 @dataclass
@@ -78,6 +81,8 @@ class MicroBatch:
     """Per sample: the bad ones that it stands in for."""
     sources: list[str]
     """Per sample: where its caption came from."""
+    datasets: list[str]
+    """Per sample: the name of its data set; empty texts where there is one."""
 
 
 def embeddings_of(dataset: Dataset, config: DataConfig) -> Embeddings | None:
@@ -98,6 +103,7 @@ class Decoding:
         self._work = work
         self._decode = decode or self._decode_pair
         self._embeddings = embeddings_of(work.dataset, work.config)
+        self._captions = {name: own.captions for name, own in work.config.parts().items()}
         self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
         self._stop = threading.Event()
         self._queue: queue.Queue[Future[Taken]] = queue.Queue(_decoded_ahead(work))
@@ -121,6 +127,7 @@ class Decoding:
             embeddings=embeddings or None,
             failures=[one.failures for one in taken],
             sources=[sample.source for sample in samples],
+            datasets=[sample.dataset for sample in samples],
         )
 
     def _feed(self) -> None:
@@ -167,7 +174,8 @@ class Decoding:
         data = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), None)
         if data is None:
             raise BadSample("missing_image", "no member is a picture")
-        caption = captions.choose_caption(sample, config.captions, work.seed, position)
+        dataset = sample.get("__dataset__", "")
+        caption = captions.choose_caption(sample, self._captions[dataset], work.seed, position)
         image, low_res = images.training_pair(
             data,
             size=work.image_size,
@@ -186,7 +194,7 @@ class Decoding:
         text = None
         if self._embeddings is not None:
             text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption.text)
-        return Decoded(sample["__key__"], image, low_res, caption.text, text, caption.source)
+        return Decoded(sample["__key__"], image, low_res, caption.text, text, caption.source, dataset)
 
     def close(self) -> None:
         """Stops the threads; samples decoded ahead are dropped."""

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.pool import DaemonPool
+from data_pipeline.order.mixture import MixedOrder
 from data_pipeline.order.order import Order
 from data_pipeline.reading.rows import RowReader, Sample, runs_of
+from data_pipeline.shards.mixture import window_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Prefetcher:
     def __init__(
         self,
         reader: RowReader,
-        order: Order,
+        order: Order | MixedOrder,
         positions: Iterable[np.ndarray],
         lanes: float,
         budget: int,
@@ -90,7 +92,7 @@ class Prefetcher:
         self._budget, self._held = budget, 0
         self._lock = threading.Lock()
         self._said_scattered = False
-        window = order.window * reader.dataset.mean_bytes * lanes
+        window = window_bytes(reader.dataset, reader.config) * lanes
         self.whole_windows = window <= budget and reader.cache is None  # the disk cache keeps neighbours, too
         self._pool: DaemonPool | None = None
         self._all_direct = all(map(reader.is_direct, range(len(reader.dataset.urls))))

@@ -81,7 +81,7 @@ class RowReader:
         self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
 
     def read(self, shard: int, row: int) -> Sample:
-        """One sample: `__key__`, `__url__` and the bytes of each member by extension.
+        """One sample: `__key__`, `__url__` and the bytes of each member by extension; of a mixture also `__dataset__`.
 
         Raises:
             BadSample: `checksum`, when the bytes differ from the index however often they are read.
@@ -93,7 +93,7 @@ class RowReader:
         for attempt in range(1 + _REREADS):
             sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
-                return sample
+                return self._named(sample, shard)
         raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
 
     def places(self, index: ShardIndex, row: int) -> list[_Place]:
@@ -154,6 +154,13 @@ class RowReader:
         if wrong:
             logger.warning("%s: %s of %s does not verify; reading it again", index.url, wrong, sample["__key__"])
             return self.read(shard, row)
+        return self._named(sample, shard)
+
+    def _named(self, sample: Sample, shard: int) -> Sample:
+        """With the name of its data set, where there are several."""
+        name = self.dataset.name_of(shard)
+        if name:
+            sample["__dataset__"] = name
         return sample
 
     def close(self) -> None:
@@ -204,15 +211,17 @@ def _skip_and_read(stream: Gunzip, begin: int, end: int, url: str) -> bytes:
 
 
 def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Iterator[tuple[int, int]]:
-    """Places to try instead of a bad sample, always the same: first in its own shard, then anywhere."""
+    """Places to try instead of a bad sample, always the same: first in its own shard, then anywhere in its data
+    set."""
     for attempt in range(_ANYWHERE):
         if attempt < _SAME_SHARD:
             yield shard, hash_below(int(dataset.counts[shard]), seed, position, f"substitute/{attempt}")
         else:
-            ends = np.cumsum(dataset.counts)
-            place = hash_below(dataset.samples, seed, position, f"substitute/{attempt}")
+            first, counts = dataset.alike(shard)
+            ends = np.cumsum(counts)
+            place = hash_below(int(ends[-1]), seed, position, f"substitute/{attempt}")
             other = int(np.searchsorted(ends, place, side="right"))
-            yield other, int(place - (ends[other] - dataset.counts[other]))
+            yield first + other, int(place - (ends[other] - counts[other]))
 
 
 @dataclass

@@ -8,44 +8,92 @@ from typing import Any
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.dataset import Dataset, window_of
+from data_pipeline.shards.mixture import Mixture
 
-_NAMES = {
+_CONTENT = {
     "shards": "the number of shards",
     "samples": "the number of samples after data.filter",
     "content": "the content of the shards",
     "filter": "data.filter",
-    "seed": "seed",
-    "global_batch": "data.global_batch",
-    "lanes": "data.lanes",
-    "window": "data.window",
 }
+_RUN = {"seed": "seed", "global_batch": "data.global_batch", "lanes": "data.lanes"}
+_NAMES = {**_CONTENT, **_RUN, "window": "data.window"}
 
 
 def state_of(dataset: Dataset, config: DataConfig, seed: int, position: int) -> dict[str, Any]:
     """The state at a position (samples consumed by all ranks together), for JSON; the same on all ranks."""
-    return {
+    state = {
         **dataset.describe(),
         "seed": seed,
         "position": position,
         "global_batch": config.global_batch,
         "lanes": config.lane_count,
-        "window": window_of(dataset, config),
     }
+    if not isinstance(dataset, Mixture):
+        state["window"] = window_of(dataset, config)
+    return state
 
 
 def check_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Refuses to continue a run whose data or batch layout changed.
 
+    Of a mixture, what lies behind the position may change: weights from a later position on, and data sets that take
+    part from then on. One data set may become the first of a mixture.
+
     Raises:
         ConfigError: it names what changed, from what to what.
     """
-    changes = [
-        f"{name} from {before.get(field)} to {now[field]}"
-        for field, name in _NAMES.items()
-        if before.get(field) != now[field]
-    ]
+    if "datasets" in now or "datasets" in before:
+        changes = _mixture_changes(now, before)
+    else:
+        changes = _differences(now, before, _NAMES)
     if changes:
         raise ConfigError(
             f"data: the checkpoint at position {before.get('position')} was trained in another order: it changed "
             f"{'; '.join(changes)}. Restore that, or start a new run (train.init_from takes over the weights)"
         )
+
+
+def _differences(now: Mapping[str, Any], before: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} from {before.get(field)} to {now.get(field)}"
+        for field, name in names.items()
+        if before.get(field) != now.get(field)
+    ]
+
+
+def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What differs of the order up to the position of `before`."""
+    position = int(before["position"])
+    old, new = _past(before, position), _past(now, position)
+    if "datasets" not in before and len({name for _, shares in new for name in shares}) == 1:
+        (name,) = new[0][1]  # the one data set of before under the name that it has got
+        before = {**before, "datasets": {name: dict(before)}}
+        old = [(0, {name: "1"})]
+    changes = _differences(now, before, _RUN)
+    if old != new:
+        changes.append(
+            f"the shares of the data sets up to there from {_told(old)} to {_told(new)} (a change from now on has a "
+            f"position: weight: {{0: OLD, {position}: NEW}}, or start: {position} for a new data set)"
+        )
+        return changes
+    for name in {name: None for _, shares in old for name in shares}:
+        own = _differences(
+            now["datasets"][name], before["datasets"][name], {**_CONTENT, "window": "window"}
+        )
+        changes += [f"of data set {name} {change}" for change in own]
+    return changes
+
+
+def _past(state: Mapping[str, Any], position: int) -> list[tuple[int, dict[str, str]]]:
+    """The rows of the schedule that were in force before a position."""
+    rows = state.get("schedule") or [[0, {"": "1"}]]
+    return [(since, dict(shares)) for since, shares in rows if since < max(position, 1)]
+
+
+def _told(rows: list[tuple[int, dict[str, str]]]) -> str:
+    words = []
+    for since, shares in rows:
+        named = ", ".join(f"{name or 'data.shards'} {share}" for name, share in shares.items())
+        words.append(f"{named} from {since} on" if since else named)
+    return "; ".join(words)

@@ -20,8 +20,8 @@ from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.reading.rows import RowReader, Sample, replace
 from data_pipeline.reading.state import check_state, state_of
 from data_pipeline.reading.webdataset import register_s3
-from data_pipeline.shards.dataset import Dataset, load_or_build, order_of, patience_of
-from data_pipeline.storage import store
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.mixture import open_dataset, order_of
 
 T = TypeVar("T")
 
@@ -46,7 +46,8 @@ class ShardStream(IterableDataset[Sample]):
     does not verify is replaced by a deterministic substitute (`__failures__`, else empty, then says why, as JSON).
 
     Args:
-        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these.
+        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these; or a mixture, a list of `{"name":
+            "a", "shards": PATTERN, "weight": 0.7}`, whose samples also have `__dataset__`.
         seed: decides the order, with the content of the shards, `filter`, `lanes` and `window`.
         global_batch: samples per step over all ranks.
         rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
@@ -95,7 +96,7 @@ class ShardStream(IterableDataset[Sample]):
             raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
         self.seed, self.position, self.stop = seed, check_position(position), stop
         self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
-        self.dataset: Dataset = load_or_build(store.expand(shards, patience_of(self.config)), self.config)
+        self.dataset: Dataset = open_dataset(self.config)
         if state is not None:
             check_state(self.state(position), state)
             self.position = check_position(state["position"])

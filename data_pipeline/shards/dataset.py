@@ -22,7 +22,6 @@ from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig, FilterConfig, MembersConfig
 from data_pipeline.content.members import advice
-from data_pipeline.order.order import Order
 from data_pipeline.shards.filters import keep_rows
 from data_pipeline.shards.index import (
     ShardIndex,
@@ -135,6 +134,14 @@ class Dataset:
                 self._cache.popitem(last=False)
         return found
 
+    def name_of(self, shard: int) -> str:
+        """The name, in a mixture, of the data set that a shard belongs to; empty where there is one data set."""
+        return ""
+
+    def alike(self, shard: int) -> tuple[int, np.ndarray]:
+        """The shards from which substitutes may come: the number of the first, and the samples in each."""
+        return 0, self.counts
+
     def key(self, shard: int, row: int) -> str:
         """The key of a sample; `row` counts the samples that take part."""
         index, rows = self.index(shard)
@@ -159,13 +166,6 @@ def window_of(dataset: Dataset, config: DataConfig) -> int:
     room = _WINDOW_BYTES * max(config.global_batch / 256, 1) / config.lane_count
     samples = min(max(room / max(dataset.mean_bytes, 1), _SMALLEST_WINDOW), 1024)
     return 1 << int(math.log2(samples))
-
-
-def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order:
-    """The order of a run, of which a process will follow its share of the lanes."""
-    window = window_of(dataset, config)
-    dataset.expect(config.lane_count / world_size, window)
-    return Order(dataset.counts, seed, config.lane_count, window)
 
 
 def patience_of(config: DataConfig) -> Patience:

@@ -1,0 +1,210 @@
+"""Which data set each position of a mixture belongs to, and where in that data set's own order it lies.
+
+Position p lies in lane l = p mod L and is the k-th of that lane, k = p div L. Each lane deals its positions to the data
+sets by itself: of two, the first gets the k-th whenever floor(w (k + 1) + t) > floor(w k + t), with its share w of the
+weights and the lane's *phase* t. The c-th position that lane l gives to a data set is that data set's own position
+c L + l, so in its own order it stays in lane l: what a process reads of a data set is as sequential as if that were
+alone, on any number of processes. More than two are a tree of such splits.
+
+*Every own position exactly once*: c counts up by one in each lane, so (l, c) -> c L + l misses and repeats nothing; and
+`Order` is a permutation of each epoch's own positions.
+
+*Exact shares*: the phases of the L lanes are i / L for i = 0 .. L - 1, in some order, and Hermite's identity sum_i floor(x
++ i / L) = floor(L x) with x = w k gives the count after k rounds of all lanes: floor(w n) of n = k L positions, however
+many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases keeps the
+count within a few samples of w n: lane l has the rank of the fractional part of (l + 1) sqrt(prime) among the lanes,
+another prime on each level, so that any run of lanes has its share of every interval of phases.
+
+Where the weights change, all lanes begin anew at that round; what was dealt before stays as it was. Everything is
+integer arithmetic, with an inverse; memory is one number per change, data set and lane.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from data_pipeline.order.order import Order
+
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+_LARGEST = 1 << 20
+"""Of the denominators of shares: a weight given to six digits is met exactly, others within 1 in 10^12."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Deals the positions of one stretch of each lane to two branches; `part` of `whole` go to the left one."""
+
+    part: int
+    whole: int
+    phase: np.ndarray
+    """Of each lane, times the number of lanes, int64 (L,)."""
+    left: _Split | int
+    right: _Split | int
+    """A data set's number, or a further split."""
+
+    def before(self, count: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        """How many of the first `count` positions of a lane go to the left."""
+        lanes = len(self.phase)
+        full, rest = np.divmod(count, self.whole)
+        return self.part * full + (self.part * rest * lanes + self.whole * self.phase[lane]) // (self.whole * lanes)
+
+    def of_left(self, number: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        """Which position of the lane is the `number`-th that goes to the left."""
+        lanes, part = len(self.phase), self.part
+        full, rest = np.divmod(number + 1, part)
+        top = (rest * lanes - self.phase[lane]) * self.whole
+        return self.whole * full - (-top // (part * lanes)) - 1
+
+    def of_right(self, number: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        """Which position of the lane is the `number`-th that goes to the right."""
+        lanes, part = len(self.phase), self.whole - self.part
+        full, rest = np.divmod(number, part)
+        return self.whole * full + (rest * lanes + self.phase[lane]) * self.whole // (part * lanes)
+
+
+class Shares:
+    """Deals positions to data sets.
+
+    Args:
+        lanes: L.
+        schedule: (position, weight of each data set) from each position on; the first is 0, each a multiple of L.
+            Weights are not negative, at least one of each row is positive; only their ratios count.
+        ranking: the data sets in the order in which they are split; by it, and not by how they are listed, an order
+            keeps its meaning.
+    """
+
+    def __init__(
+        self, lanes: int, schedule: Sequence[tuple[int, Sequence[Fraction]]], ranking: Sequence[int] | None = None
+    ) -> None:
+        self.lanes = lanes
+        ranking = range(len(schedule[0][1])) if ranking is None else ranking
+        self._starts = np.array([position // lanes for position, _ in schedule], np.int64)
+        self._trees = [self._tree([n for n in ranking if row[n] > 0], row, 0) for _, row in schedule]
+        sets, every = len(schedule[0][1]), np.arange(lanes)
+        dealt = np.zeros((len(schedule) + 1, sets, lanes), np.int64)
+        for number, tree in enumerate(self._trees[:-1]):
+            rounds = self._starts[number + 1] - self._starts[number]
+            dealt[number + 1] = dealt[number]
+            self._count(tree, np.full(lanes, rounds), every, dealt[number + 1])
+        dealt[-1] = dealt[-2]
+        for dataset in self._leaves(self._trees[-1]):
+            dealt[-1, dataset] = np.iinfo(np.int64).max
+        self._dealt = dealt
+        """What each lane has given to each data set when a row of the schedule begins, (rows + 1, data sets, L)."""
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(data set, position in its own order) of each position, (n,) int64 each."""
+        positions = np.asarray(positions, np.int64)
+        rounds, lane = np.divmod(positions, self.lanes)
+        row = np.searchsorted(self._starts, rounds, side="right") - 1
+        datasets, own = np.empty_like(positions), np.empty_like(positions)
+        for number in np.unique(row):
+            here = np.flatnonzero(row == number)
+            self._deal(self._trees[number], rounds[here] - self._starts[number], lane[here], here, datasets, own)
+        own = (own + self._dealt[row, datasets, lane]) * self.lanes + lane
+        return datasets, own
+
+    def join(self, dataset: int, own: np.ndarray) -> np.ndarray:
+        """The positions of a data set's own positions, (n,) int64; -1 for those that never come, because its share ends
+        before."""
+        number, lane = np.divmod(np.asarray(own, np.int64), self.lanes)
+        bounds = self._dealt[:, dataset, :][:, lane]
+        row = (number >= bounds[1:]).sum(axis=0)
+        positions = np.full(len(number), -1, np.int64)
+        for one in np.unique(row[row < len(self._trees)]):
+            here = row == one
+            place = number[here] - bounds[one, here]
+            for split, is_left in self._path(self._trees[one], dataset):
+                place = (split.of_left if is_left else split.of_right)(place, lane[here])
+            positions[here] = (place + self._starts[one]) * self.lanes + lane[here]
+        return positions
+
+    def _tree(self, members: Sequence[int], weights: Sequence[Fraction], level: int) -> _Split | int:
+        if len(members) == 1:
+            return members[0]
+        low, high = members[: len(members) // 2], members[len(members) // 2 :]
+        whole = sum((weights[n] for n in members), Fraction(0))
+        share = (sum((weights[n] for n in low), Fraction(0)) / whole).limit_denominator(_LARGEST)
+        share = min(max(share, Fraction(1, _LARGEST)), 1 - Fraction(1, _LARGEST))
+        root = math.isqrt(_PRIMES[level] << 64) % 2**32
+        places = np.arange(1, self.lanes + 1, dtype=np.uint64) * np.uint64(root) % np.uint64(2**32)
+        phase = np.empty(self.lanes, np.int64)
+        phase[np.argsort(places, kind="stable")] = np.arange(self.lanes)
+        left, right = self._tree(low, weights, level + 1), self._tree(high, weights, level + 1)
+        return _Split(share.numerator, share.denominator, phase, left, right)
+
+    def _leaves(self, tree: _Split | int) -> list[int]:
+        return [tree] if isinstance(tree, int) else [*self._leaves(tree.left), *self._leaves(tree.right)]
+
+    def _path(self, tree: _Split | int, dataset: int) -> list[tuple[_Split, bool]]:
+        """The splits from a data set up to the root, and whether it lies on their left."""
+        if isinstance(tree, int):
+            return []
+        is_left = dataset in self._leaves(tree.left)
+        return [*self._path(tree.left if is_left else tree.right, dataset), (tree, is_left)]
+
+    def _count(self, tree: _Split | int, count: np.ndarray, lane: np.ndarray, total: np.ndarray) -> None:
+        """Adds to `total`, (data sets, L), what the first `count` positions of each lane give to each data set."""
+        if isinstance(tree, int):
+            total[tree] += count
+            return
+        left = tree.before(count, lane)
+        self._count(tree.left, left, lane, total)
+        self._count(tree.right, count - left, lane, total)
+
+    def _deal(
+        self,
+        tree: _Split | int,
+        count: np.ndarray,
+        lane: np.ndarray,
+        here: np.ndarray,
+        datasets: np.ndarray,
+        own: np.ndarray,
+    ) -> None:
+        """Writes the data set of the `count`-th position of each lane, and how many of it came before, at `here`."""
+        if isinstance(tree, int):
+            datasets[here], own[here] = tree, count
+            return
+        left = tree.before(count, lane)
+        goes_left = tree.before(count + 1, lane) > left
+        for branch, chosen, before in ((tree.left, goes_left, left), (tree.right, ~goes_left, count - left)):
+            self._deal(branch, before[chosen], lane[chosen], here[chosen], datasets, own)
+
+
+class MixedOrder:
+    """The order of a mixture: `Order` of each data set, dealt out by `Shares`. Shards are numbered through, data set
+    after data set."""
+
+    def __init__(self, orders: Sequence[Order], shares: Shares) -> None:
+        self.orders, self.shares = list(orders), shares
+        self.counts = np.concatenate([order.counts for order in orders])
+        self.samples = int(self.counts.sum())
+        ends = np.cumsum([len(order.counts) for order in orders])
+        self._first = ends - np.array([len(order.counts) for order in orders])
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """(epoch of its data set, shard, row) of one position."""
+        epochs, shards, rows = self.locate_many(np.array([position], np.int64))
+        return int(epochs[0]), int(shards[0]), int(rows[0])
+
+    def locate_many(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(epochs, shards, rows) of many positions, (n,) int64 each."""
+        datasets, own = self.shares.split(np.asarray(positions, np.int64))
+        epochs, shards, rows = (np.empty_like(own) for _ in range(3))
+        for dataset in np.unique(datasets):
+            here = datasets == dataset
+            epochs[here], found, rows[here] = self.orders[dataset].locate_many(own[here])
+            shards[here] = found + self._first[dataset]
+        return epochs, shards, rows
+
+    def window_of(self, position: int) -> np.ndarray:
+        """All positions of the window of its data set that `position` lies in, (k,) int64, as on disk."""
+        datasets, own = self.shares.split(np.array([position], np.int64))
+        dataset = int(datasets[0])
+        positions = self.shares.join(dataset, self.orders[dataset].window_of(int(own[0])))
+        return positions[positions >= 0]

@@ -1,0 +1,136 @@
+"""The data set of a run, whatever `data.shards` says: one, or several that are mixed by weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.order.mixture import MixedOrder, Shares
+from data_pipeline.order.order import Order
+from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, window_of
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience
+
+MIXED = 4
+"""Data sets whose windows share the memory of one, where `window` is not given: a number that stays as it is when data
+sets are added, because the order of each follows from its window."""
+
+
+class Mixture(Dataset):
+    """Several data sets as one whose shards are numbered through; each keeps its own filters and indexes.
+
+    Args:
+        parts: the data sets by name.
+        configs: the settings of each, `DataConfig.parts`.
+        schedule: `DataConfig.schedule`.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], schedule: list[Any], patience: Patience
+    ) -> None:
+        super().__init__([summary for part in parts.values() for summary in part.summaries], FilterConfig(), patience)
+        self.parts, self.names_of_parts, self.schedule = list(parts.values()), list(parts), schedule
+        self.ends = np.cumsum([len(part.urls) for part in self.parts])
+        self.windows = [_mixed_window(part, configs[name]) for name, part in parts.items()]
+
+    def part_of(self, shard: int) -> int:
+        """The number of the data set that a shard belongs to."""
+        return int(np.searchsorted(self.ends, shard, side="right"))
+
+    def first(self, part: int) -> int:
+        """The number of a data set's first shard."""
+        return int(self.ends[part]) - len(self.parts[part].urls)
+
+    def name_of(self, shard: int) -> str:
+        """The name of the data set that a shard belongs to."""
+        return self.names_of_parts[self.part_of(shard)]
+
+    def alike(self, shard: int) -> tuple[int, np.ndarray]:
+        """The shards of the same data set: the number of the first, and the samples in each."""
+        part = self.part_of(shard)
+        return self.first(part), self.parts[part].counts
+
+    def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
+        """The index of a shard and its rows that take part."""
+        part = self.part_of(shard)
+        return self.parts[part].index(shard - self.first(part))
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        sets = {
+            name: {**part.describe(), "window": window}
+            for name, part, window in zip(self.names_of_parts, self.parts, self.windows, strict=True)
+        }
+        rows = [
+            [position, {name: str(share) for name, share in zip(self.names_of_parts, shares, strict=True) if share}]
+            for position, shares in self.schedule
+        ]
+        content = json.dumps([sets, rows])
+        return {
+            "fingerprint": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
+            "shards": len(self.urls),
+            "samples": self.samples,
+            "datasets": sets,
+            "schedule": rows,
+        }
+
+
+def _mixed_window(part: Dataset, config: DataConfig) -> int:
+    return window_of(part, config) if config.window else max(window_of(part, config) // MIXED, 1)
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """What `data.shards` names; a `Mixture` where it is one. Shards without a fitting index are indexed first.
+
+    Raises:
+        DataError: shards are missing or no tar archives, or filters leave nothing; StoreError: the store stayed broken.
+    """
+    patience = patience_of(config)
+    configs = config.parts()
+    if "" in configs:
+        return load_or_build(store.expand(config.shards, patience), config)
+    parts = {}
+    for name, own in configs.items():
+        try:
+            parts[name] = load_or_build(store.expand(own.shards, patience), own)
+        except DataError as error:
+            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
+    return Mixture(parts, configs, config.schedule(), patience)
+
+
+def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order | MixedOrder:
+    """The order of a run, of which a process will follow its share of the lanes."""
+    lanes = config.lane_count
+    if not isinstance(dataset, Mixture):
+        window = window_of(dataset, config)
+        dataset.expect(lanes / world_size, window)
+        return Order(dataset.counts, seed, lanes, window)
+    orders = []
+    for part, window in zip(dataset.parts, dataset.windows, strict=True):
+        part.expect(lanes / world_size, window)
+        orders.append(Order(part.counts, seed, lanes, window))
+    names = sorted(range(len(orders)), key=lambda number: dataset.names_of_parts[number])
+    return MixedOrder(orders, Shares(lanes, dataset.schedule, names))
+
+
+def window_bytes(dataset: Dataset, config: DataConfig) -> float:
+    """Bytes of the windows that one lane is in."""
+    if not isinstance(dataset, Mixture):
+        return window_of(dataset, config) * dataset.mean_bytes
+    return float(sum(part.mean_bytes * window for part, window in zip(dataset.parts, dataset.windows, strict=True)))
+
+
+def check_no_mixture(shards: Any, key: str) -> None:
+    """Raises ConfigError where held-out or source shards are given as a mixture, which only training reads."""
+    from data_pipeline.config import is_mixture
+
+    if is_mixture(shards):
+        raise ConfigError(f"{key}: a mixture of data sets belongs into data.shards; give a pattern or a list of patterns")
