@@ -159,7 +159,9 @@ def is_mixture(shards: Any) -> bool:
 def _dataset_of(entry: Any, global_batch: int) -> DatasetConfig:
     """An entry of a mixture, checked. Raises ConfigError."""
     example = "{name: a, shards: 'a/*.tar', weight: 0.7}"
-    require(isinstance(entry, Mapping), f"data.shards: {entry!r} stands in a mixture; each entry has the form {example}")
+    require(
+        isinstance(entry, Mapping), f"data.shards: {entry!r} stands in a mixture; each entry has the form {example}"
+    )
     known = [one.name for one in fields(DatasetConfig)]
     for key in entry:
         require(key in known, f"data.shards: a data set has no {key!r}; its keys are {', '.join(known)}")
@@ -169,7 +171,9 @@ def _dataset_of(entry: Any, global_batch: int) -> DatasetConfig:
         f"data.shards: name={name!r}: each data set has a name, a word of letters, digits, `_`, `-` and `.`",
     )
     where = f"data.shards: data set {name}:"
-    require(bool(entry.get("shards")) and not is_mixture(entry["shards"]), f"{where} shards must be a pattern or a list")
+    require(
+        bool(entry.get("shards")) and not is_mixture(entry["shards"]), f"{where} shards must be a pattern or a list"
+    )
     dataset = DatasetConfig(**dict(entry))
     if isinstance(dataset.weight, Mapping):
         require(bool(dataset.weight), f"{where} weight is empty; give a number, or one from each position on")
@@ -272,7 +276,11 @@ class DataConfig:
             f"data.lanes={self.lanes}: it must be 0 (automatic) or divide data.global_batch={self.global_batch}",
         )
 
-        self.datasets()
+        if is_mixture(self.shards):
+            written = [self.shards] if isinstance(self.shards, Mapping) else self.shards
+            pairs = zip(written, self.datasets(), strict=True)
+            self.shards = [{**entry, "weight": one.weight} for entry, one in pairs]  # as JSON would write them
+            self.parts()
 
     def datasets(self) -> list[DatasetConfig]:
         """The data sets of a mixture; empty where `shards` is none.
@@ -294,6 +302,15 @@ class DataConfig:
     def schedule(self) -> list[tuple[int, list[Fraction]]]:
         """(position, share of each of the `datasets`) from each position on at which the shares change."""
         return _schedule(self.datasets())
+
+    def shares(self) -> list[tuple[int, dict[str, str]]]:
+        """The same by name, as exact fractions, without the data sets that have none; of no mixture {"": "1"}."""
+        names = [dataset.name for dataset in self.datasets()] or [""]
+        rows = self.schedule() if names != [""] else [(0, [Fraction(1)])]
+        return [
+            (position, {name: str(share) for name, share in zip(names, row, strict=True) if share})
+            for position, row in rows
+        ]
 
     def parts(self) -> dict[str, DataConfig]:
         """The settings of each data set of a mixture by its name, as if it were alone; of no mixture {"": these}.

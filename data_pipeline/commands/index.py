@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig
+from data_pipeline.shards.copies import copies
 from data_pipeline.shards.dataset import keep_rows, patience_of
-from data_pipeline.shards.index import build_index, load_index
+from data_pipeline.shards.index import ShardIndex, build_index, load_index
+from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import Patience
 
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 _WORTH_PROCESSES = 1 << 30
 """Bytes to walk from which processes beat threads (a process takes about a second to start)."""
 
+_Shard = tuple[str, store.Entry, DataConfig]
+"""Data set, shard, the settings that hold for it."""
 Result = tuple[int, dict[str, int], list[str], dict[str, int]]
 """Samples, problems by reason, their details, samples left out by the filters by reason."""
 
@@ -40,20 +44,25 @@ def main(config: IndexSettings) -> dict[str, Any]:
 
     Returns:
         {"shards": .., "samples": .., "problems": {reason: count}, "built": shards walked now, "remaining": samples that
-        pass data.filter, "dropped": {reason: count}}
+        pass data.filter, "dropped": {reason: count}}; of a mixture also "datasets": {name: {"shards": .., "samples":
+        .., "remaining": ..}} and "copies", see `data_pipeline.shards.copies`
 
     Raises:
         DataError: no shards match, or the store denies access.
         StoreError: the store stayed broken; what is indexed stays, and the command goes on from there.
     """
     patience = patience_of(config.data)
-    entries = store.describe(store.expand(config.data.shards, patience), patience)
+    entries = entries_of(config.data)
     problems: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     samples = built = 0
     rebuild = getattr(config, "rebuild", False)  # other commands' settings do not have it
-    for entry, fresh, (count, found, details, out) in _index_all(entries, config.data, patience, rebuild):
+    sets = {name: {"shards": 0, "samples": 0, "remaining": 0} for name, _, _ in entries if name}
+    for (name, entry, _), fresh, (count, found, details, out) in _index_all(entries, patience, rebuild):
         samples += count
+        if name:
+            more = {"shards": 1, "samples": count, "remaining": count - sum(out.values())}
+            sets[name] = {key: sets[name][key] + value for key, value in more.items()}
         built += fresh
         problems.update(found)
         dropped.update(out)
@@ -67,17 +76,36 @@ def main(config: IndexSettings) -> dict[str, Any]:
         "remaining": samples - dropped.total(),
         "dropped": dict(sorted(dropped.items())),
     }
+    if sets:
+        result |= {"datasets": sets, "copies": _copies(entries, samples, patience)}
     if not config.json:
         print(json.dumps(result), flush=True)
     return result
 
 
-def _index_all(
-    entries: list[store.Entry], config: DataConfig, patience: Patience, rebuild: bool
-) -> Iterator[tuple[store.Entry, bool, Result]]:
+def _copies(entries: list[_Shard], samples: int, patience: Patience) -> list[dict[str, Any]]:
+    """What the data sets of a mixture have in common; a warning tells of pictures."""
+
+    def indexes(wanted: str) -> Iterator[ShardIndex]:
+        for name, entry, config in entries:
+            index = load_index(entry.url, config.index_dir, entry, patience, config.members) if name == wanted else None
+            if index is not None:
+                yield index
+
+    found = copies({name: indexes(name) for name, _, _ in entries}, samples)
+    for pair in found:
+        if pair["same_picture"]:
+            logger.warning(
+                "data sets %s and %s share %d pictures (for example %s), which are trained on twice as often",
+                *pair["datasets"], pair["same_picture"], pair["example"],
+            )  # fmt: skip
+    return found
+
+
+def _index_all(entries: list[_Shard], patience: Patience, rebuild: bool) -> Iterator[tuple[_Shard, bool, Result]]:
     """(shard, whether it was walked now, what was found) for every shard, with a progress bar."""
-    todo: list[store.Entry] = []
-    known = (lambda _: None) if rebuild else _known(config, patience)
+    todo: list[_Shard] = []
+    known = (lambda _: None) if rebuild else _known(patience)
     with ThreadPoolExecutor(16) as pool, progress(total=len(entries), desc="index", unit="shard") as bar:
         for entry, result in zip(entries, pool.map(known, entries), strict=True):
             if result is None:
@@ -88,7 +116,7 @@ def _index_all(
         if not todo:
             return
         with _workers(todo) as executor:
-            jobs = {executor.submit(_build, entry, config, patience, rebuild): entry for entry in todo}
+            jobs = {executor.submit(_build, shard[1], shard[2], patience, rebuild): shard for shard in todo}
             try:
                 for job in as_completed(jobs):
                     bar.update()
@@ -97,8 +125,9 @@ def _index_all(
                 executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _known(config: DataConfig, patience: Patience) -> Callable[[store.Entry], Result | None]:
-    def load(entry: store.Entry) -> Result | None:
+def _known(patience: Patience) -> Callable[[_Shard], Result | None]:
+    def load(shard: _Shard) -> Result | None:
+        _, entry, config = shard
         index = load_index(entry.url, config.index_dir, entry, patience, config.members)
         if index is None:
             return None
@@ -127,8 +156,8 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
     return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
 
 
-def _workers(todo: list[store.Entry]) -> Executor:
+def _workers(todo: list[_Shard]) -> Executor:
     count = min(len(todo), os.cpu_count() or 1, 32)
-    if count > 1 and sum(entry.size for entry in todo) >= _WORTH_PROCESSES:
+    if count > 1 and sum(entry.size for _, entry, _ in todo) >= _WORTH_PROCESSES:
         return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     return ThreadPoolExecutor(max(count, 2))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import DataConfig
 from data_pipeline.order.mixing import mixing
+from data_pipeline.order.mixture import MixedOrder
 from data_pipeline.order.order import Order, check_position, check_world_size
 from data_pipeline.order.sharing import Chunks
-from data_pipeline.shards.dataset import Dataset, load_or_build, order_of, patience_of
-from data_pipeline.storage import store
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.mixture import Mixture, open_dataset, order_of
 
 
 class OrderSettings(Protocol):
@@ -31,9 +32,11 @@ class OrderSettings(Protocol):
 
 
 def main(config: OrderSettings) -> None:
-    """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch.
+    """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch; keys of a mixture are
+    `NAME:KEY`.
 
-    With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`.
+    With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`; of a mixture with the shares of
+    each data set by its name.
 
     Raises:
         ConfigError: the batch cannot be shared among `world_size` processes.
@@ -45,7 +48,7 @@ def main(config: OrderSettings) -> None:
     check_position(config.position)
     data = config.data
     micro_batch = check_world_size(config.world_size, data.global_batch, data.lane_count, data.micro_batch)
-    dataset = load_or_build(store.expand(data.shards, patience_of(data)), data)
+    dataset = open_dataset(data)
     order = order_of(dataset, data, config.seed)
     ranks = [_rank(config, rank, micro_batch) for rank in range(config.world_size)]
     for batch in range(config.batches):
@@ -54,7 +57,15 @@ def main(config: OrderSettings) -> None:
         print(json.dumps(line, ensure_ascii=False), flush=True)
     if config.quality:
         found = mixing(order, data.global_batch, config.position)
-        print(json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
+        sets = found.pop("datasets", None)
+        said: dict[str, Any] = _rounded(found)
+        if isinstance(dataset, Mixture):
+            said["datasets"] = dict(zip(dataset.names_of_parts, map(_rounded, sets), strict=True))
+        print(json.dumps(said), flush=True)
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in values.items()}
 
 
 def _rank(config: OrderSettings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:
@@ -70,6 +81,9 @@ def _rank(config: OrderSettings, rank: int, micro_batch: int) -> Iterator[np.nda
         yield np.concatenate(list(itertools.islice(chunks, per_step)))
 
 
-def _keys(dataset: Dataset, order: Order, positions: np.ndarray) -> list[str]:
+def _keys(dataset: Dataset, order: Order | MixedOrder, positions: np.ndarray) -> list[str]:
     _, shards, rows = order.locate_many(positions)
-    return [dataset.key(shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+    keys = [dataset.key(shard, row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+    if not isinstance(dataset, Mixture):
+        return keys
+    return [f"{dataset.name_of(shard)}:{key}" for shard, key in zip(shards.tolist(), keys, strict=True)]

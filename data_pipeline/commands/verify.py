@@ -34,6 +34,7 @@ from data_pipeline.shards.index import (
     index_url,
     read_index,
 )
+from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import Patience
@@ -68,13 +69,13 @@ def main(config: VerifySettings) -> dict[str, Any]:
         DataError: no shards match, the store denies access, or `output` cannot be written.
     """
     patience = patience_of(config.data)
-    entries = store.describe(store.expand(config.data.shards, patience), patience)
+    entries = entries_of(config.data)
     tally = Tally()
     quarantine = store.join(config.output, "quarantine.jsonl")
     with _Quarantine(quarantine, tally) as broken, ThreadPoolExecutor(config.data.threads) as pool:
-        for entry in progress(entries, desc="verify", unit="shard"):
+        for _, entry, data in progress(entries, desc="verify", unit="shard"):
             try:
-                _verify_shard(entry, config, patience, pool, tally, broken)
+                _verify_shard(entry, config, data, patience, pool, tally, broken)
             except CascadeError as error:
                 broken.add(entry.url, None, 0, _shard_reason(error), str(error))
             except Exception as error:  # unforeseen damage is still the shard's, not the user's
@@ -94,19 +95,20 @@ def main(config: VerifySettings) -> dict[str, Any]:
 def _verify_shard(
     entry: store.Entry,
     config: VerifySettings,
+    data: DataConfig,
     patience: Patience,
     pool: ThreadPoolExecutor,
     tally: Tally,
     broken: _Quarantine,
 ) -> None:
-    names = config.data.members
+    names = data.members
     index = index_shard(entry.url, patience, entry, names)
     for detail in index.meta["details"]:
         reason, _, words = str(detail).partition(" at byte ")
         offset, _, words = words.partition(": ")
         broken.write(entry.url, None, int(offset), reason, words)
-    changed = _changed_rows(index, config.data, patience)
-    rows, dropped = keep_rows(index, config.data.filter)
+    changed = _changed_rows(index, data, patience)
+    rows, dropped = keep_rows(index, data.filter)
     problems = index.column("problem").to_pylist()
     row_problems = Counter(problem for problem in problems if problem)
     missing = max((index.meta["expected"] or 0) - len(index), 0)
@@ -126,7 +128,7 @@ def _verify_shard(
             broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
 
     def work(sample: dict[str, Any]) -> Caption | BadSample:
-        return _decode(sample, config)
+        return _decode(sample, config, data)
 
     good = []
     for row in rows.tolist():
@@ -134,19 +136,19 @@ def _verify_shard(
             broken.add(entry.url, index.key(row), _offset(index, row), "checksum", "it differs from the stored index")
         else:
             good.append(row)
-    for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * config.data.threads):
+    for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * data.threads):
         if isinstance(outcome, BadSample):
             broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
         else:
-            tally.deliver(sample, outcome, partial(_whole, sample, config.data))
+            tally.deliver(sample, outcome, partial(_whole, sample, data))
 
 
-def _decode(sample: dict[str, Any], config: VerifySettings) -> Caption | BadSample:
+def _decode(sample: dict[str, Any], config: VerifySettings, data: DataConfig) -> Caption | BadSample:
     """The caption that training would use the sample with, or why it would not use it."""
     try:
         if "__error__" in sample:
             raise sample["__error__"]
-        data, stage = config.data, config.stage
+        stage = config.stage
         caption = captions.choose_caption(sample, data.captions, config.seed, sample["__position__"])
         images.training_pair(
             sample["__image__"],

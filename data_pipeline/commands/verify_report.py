@@ -149,7 +149,8 @@ def write_page(url: str, shards: Any, tally: Tally) -> None:
 def page(shards: Any, tally: Tally) -> str:
     """The page as HTML text."""
     lost = sum(tally.dropped.values())
-    where = ", ".join(map(str, shards)) if isinstance(shards, (list, tuple)) else str(shards)
+    listed = shards if isinstance(shards, (list, tuple)) else [shards]
+    where = ", ".join(f"{one['name']}: {one['shards']}" if isinstance(one, dict) else str(one) for one in listed)
     charts = [
         _chart("Dropped, by reason", tally.dropped.most_common(), "bad"),
         _chart("Findings that cost no sample", tally.warnings.most_common(), "bad"),

@@ -9,9 +9,9 @@ alone, on any number of processes. More than two are a tree of such splits.
 *Every own position exactly once*: c counts up by one in each lane, so (l, c) -> c L + l misses and repeats nothing; and
 `Order` is a permutation of each epoch's own positions.
 
-*Exact shares*: the phases of the L lanes are i / L for i = 0 .. L - 1, in some order, and Hermite's identity sum_i floor(x
-+ i / L) = floor(L x) with x = w k gives the count after k rounds of all lanes: floor(w n) of n = k L positions, however
-many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases keeps the
+*Exact shares*: the phases of the L lanes are i / L for i = 0 .. L - 1, in some order, and Hermite's identity sum_i
+floor(x + i / L) = floor(L x) with x = w k gives the count after k rounds of all lanes: floor(w n) of n = k L positions,
+however many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases keeps the
 count within a few samples of w n: lane l has the rank of the fractional part of (l + 1) sqrt(prime) among the lanes,
 another prime on each level, so that any run of lanes has its share of every interval of phases.
 
@@ -83,6 +83,7 @@ class Shares:
     ) -> None:
         self.lanes = lanes
         ranking = range(len(schedule[0][1])) if ranking is None else ranking
+        self._weights = np.array([[float(weight) for weight in row] for _, row in schedule])
         self._starts = np.array([position // lanes for position, _ in schedule], np.int64)
         self._trees = [self._tree([n for n in ranking if row[n] > 0], row, 0) for _, row in schedule]
         sets, every = len(schedule[0][1]), np.arange(lanes)
@@ -108,6 +109,11 @@ class Shares:
             self._deal(self._trees[number], rounds[here] - self._starts[number], lane[here], here, datasets, own)
         own = (own + self._dealt[row, datasets, lane]) * self.lanes + lane
         return datasets, own
+
+    def expected(self, positions: np.ndarray) -> np.ndarray:
+        """The share of each data set in force at each position, (n, data sets) float64; each row adds up to 1."""
+        row = np.searchsorted(self._starts, np.asarray(positions) // self.lanes, side="right") - 1
+        return self._weights[row] / self._weights[row].sum(axis=1, keepdims=True)
 
     def join(self, dataset: int, own: np.ndarray) -> np.ndarray:
         """The positions of a data set's own positions, (n,) int64; -1 for those that never come, because its share ends

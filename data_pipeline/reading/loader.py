@@ -104,8 +104,8 @@ class Loader:
         self.embeddings = embeddings_of(self.dataset, config)
         """Precomputed ones; who trains with them calls their `check` first."""
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
-        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`; of a mixture also
-        `samples_dataset/NAME` and `bad_dataset/NAME`."""
+        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`; of a mixture
+        also `samples_dataset/NAME` and `bad_dataset/NAME`."""
         self.bad_shards: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         """Where the captions came from: `txt`, `json:FIELD`."""
@@ -150,10 +150,8 @@ class Loader:
     def _count(self, failures: list[dict[str, Any]], dataset: str) -> None:
         """Counts one consumed sample and the bad ones it replaces."""
         self.counters["samples"] += 1
-        if dataset:
-            self.counters[f"samples_dataset/{dataset}"] = self.counters.get(f"samples_dataset/{dataset}", 0) + 1
-        if failures and dataset:
-            self.counters[f"bad_dataset/{dataset}"] = self.counters.get(f"bad_dataset/{dataset}", 0) + 1
+        for name in (f"samples_dataset/{dataset}", f"bad_dataset/{dataset}")[: 1 + bool(failures)] if dataset else ():
+            self.counters[name] = self.counters.get(name, 0) + 1
         if not failures:
             return
         for failure in failures:

@@ -20,9 +20,9 @@ from data_pipeline.order.sharing import Chunks
 from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.reading.rows import RowReader, Sample, Taken, replace
 from data_pipeline.shards.dataset import Dataset
-from data_pipeline.shards.embeddings import Embeddings
+from data_pipeline.shards.embeddings import DatasetEmbeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
-from data_pipeline.shards.mixture import order_of
+from data_pipeline.shards.mixture import Mixture, order_of
 
 MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
 """What training looks at."""
@@ -85,11 +85,13 @@ class MicroBatch:
     """Per sample: the name of its data set; empty texts where there is one."""
 
 
-def embeddings_of(dataset: Dataset, config: DataConfig) -> Embeddings | None:
+def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | None:
     """The precomputed text embeddings of a data set; None unless `data.embeddings` is set."""
     if not config.embeddings:
         return None
-    return Embeddings(config.embeddings, {summary.entry.url: summary.digest for summary in dataset.summaries})
+    parts = dataset.by_name() if isinstance(dataset, Mixture) else {"": dataset}
+    digests = {name: {one.entry.url: one.digest for one in part.summaries} for name, part in parts.items()}
+    return DatasetEmbeddings(config.embeddings, digests)
 
 
 class Decoding:
@@ -193,7 +195,7 @@ class Decoding:
         )
         text = None
         if self._embeddings is not None:
-            text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption.text)
+            text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption.text, dataset)
         return Decoded(sample["__key__"], image, low_res, caption.text, text, caption.source, dataset)
 
     def close(self) -> None:

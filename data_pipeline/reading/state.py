@@ -62,38 +62,62 @@ def _differences(now: Mapping[str, Any], before: Mapping[str, Any], names: Mappi
     ]
 
 
+def check_past(now: DataConfig, before: DataConfig, position: int) -> None:
+    """Refuses shares of data sets that differ before a position, judged from the settings alone.
+
+    Raises:
+        ConfigError: it names both, and how a change from this position on is written.
+    """
+    changed = _shares_changed(now.shares(), before.shares(), position)
+    if changed:
+        raise ConfigError(f"data.shards: the run has consumed {position} samples, and there changed {changed}")
+
+
 def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """What differs of the order up to the position of `before`."""
     position = int(before["position"])
-    old, new = _past(before, position), _past(now, position)
-    if "datasets" not in before and len({name for _, shares in new for name in shares}) == 1:
-        (name,) = new[0][1]  # the one data set of before under the name that it has got
-        before = {**before, "datasets": {name: dict(before)}}
-        old = [(0, {name: "1"})]
     changes = _differences(now, before, _RUN)
-    if old != new:
-        changes.append(
-            f"the shares of the data sets up to there from {_told(old)} to {_told(new)} (a change from now on has a "
-            f"position: weight: {{0: OLD, {position}: NEW}}, or start: {position} for a new data set)"
-        )
-        return changes
-    for name in {name: None for _, shares in old for name in shares}:
-        own = _differences(
-            now["datasets"][name], before["datasets"][name], {**_CONTENT, "window": "window"}
-        )
-        changes += [f"of data set {name} {change}" for change in own]
+    old, new = _rows(before), _rows(now)
+    changed = _shares_changed(new, old, position)
+    if changed:
+        return [*changes, changed]
+    names = {name: None for _, shares in _past(new, position) for name in shares}
+    for name in names:
+        own, earlier = now.get("datasets", {}).get(name, now), before.get("datasets", {}).get(name, before)
+        said = _differences(own, earlier, {**_CONTENT, "window": "window"})
+        changes += [f"of data set {name}: {change}" for change in said]
     return changes
 
 
-def _past(state: Mapping[str, Any], position: int) -> list[tuple[int, dict[str, str]]]:
-    """The rows of the schedule that were in force before a position."""
-    rows = state.get("schedule") or [[0, {"": "1"}]]
-    return [(since, dict(shares)) for since, shares in rows if since < max(position, 1)]
+_Rows = list[tuple[int, dict[str, str]]]
 
 
-def _told(rows: list[tuple[int, dict[str, str]]]) -> str:
+def _rows(state: Mapping[str, Any]) -> _Rows:
+    return [(since, dict(shares)) for since, shares in state.get("schedule") or [(0, {"": "1"})]]
+
+
+def _past(rows: _Rows, position: int) -> _Rows:
+    """The rows that were in force before a position."""
+    return [(since, shares) for since, shares in rows if since < max(position, 1)]
+
+
+def _shares_changed(now: _Rows, before: _Rows, position: int) -> str:
+    """What changed of the shares up to a position; empty where nothing did. One data set without a name may have got
+    one."""
+    old, new = _past(before, position), _past(now, position)
+    alone = [len(rows) == 1 and len(rows[0][1]) == 1 for rows in (old, new)]
+    unnamed = any("" in shares for rows in (old, new) for _, shares in rows)
+    if old == new or (all(alone) and unnamed):
+        return ""
+    return (
+        f"the shares of the data sets up to there from {_told(old)} to {_told(new)}; a change from there on has a "
+        f"position (weight: {{0: OLD, {position}: NEW}}, and start: {position} for a new data set)"
+    )
+
+
+def _told(rows: _Rows) -> str:
     words = []
     for since, shares in rows:
-        named = ", ".join(f"{name or 'data.shards'} {share}" for name, share in shares.items())
+        named = " + ".join(f"{share} {name or 'data.shards'}" for name, share in shares.items())
         words.append(f"{named} from {since} on" if since else named)
-    return "; ".join(words)
+    return ", ".join(words)

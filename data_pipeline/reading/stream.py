@@ -46,8 +46,8 @@ class ShardStream(IterableDataset[Sample]):
     does not verify is replaced by a deterministic substitute (`__failures__`, else empty, then says why, as JSON).
 
     Args:
-        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these; or a mixture, a list of `{"name":
-            "a", "shards": PATTERN, "weight": 0.7}`, whose samples also have `__dataset__`.
+        shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these; or a mixture, a list of
+            `{"name": "a", "shards": PATTERN, "weight": 0.7}`, whose samples also have `__dataset__`.
         seed: decides the order, with the content of the shards, `filter`, `lanes` and `window`.
         global_batch: samples per step over all ranks.
         rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.

@@ -290,6 +290,34 @@ class Embeddings:
         return fitting[0]
 
 
+class DatasetEmbeddings:
+    """The sidecars of all data sets of a run: of a mixture, those of data set NAME lie in FOLDER/NAME, or in FOLDER.
+
+    Args:
+        folders: `data.embeddings`.
+        shards: URL -> digest of the shards of each data set by its name; of no mixture, the name is empty.
+
+    Raises:
+        DataError: a shard has no sidecar.
+    """
+
+    def __init__(self, folders: Any, shards: Mapping[str, Mapping[str, str]]) -> None:
+        places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
+        self._sets = {
+            name: Embeddings([*(store.join(place, name) for place in places if name), *places], own)
+            for name, own in shards.items()
+        }
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """As `Embeddings.check`."""
+        for embeddings in self._sets.values():
+            embeddings.check(identity)
+
+    def lookup(self, shard: str, key: str, caption: str, dataset: str = "") -> np.ndarray:
+        """As `Embeddings.lookup`."""
+        return self._sets[dataset].lookup(shard, key, caption)
+
+
 def _check_identity(sidecar: Sidecar, wanted: Mapping[str, Any]) -> None:
     made = sidecar.facts.get("encoder", {})
     differing = [name for name in wanted if made.get(name) != wanted[name]]

@@ -168,6 +168,21 @@ class ShardIndex:
         numbers = iter(unpack(members, _MEMBER_BYTES * starts[row]))
         return list(zip(extensions, numbers, numbers, numbers))  # noqa: B905 (they are one iterator)
 
+    def picture_checksums(self) -> np.ndarray:
+        """The checksum of each sample's picture, (n,) uint64; 0 where it has none."""
+        found = np.zeros(len(self), np.uint64)
+        if not len(self):
+            return found
+        starts, members = self._members
+        layouts, which = self._layouts
+        checksums = np.asarray(members)[:, 2]
+        for number, (extensions, _) in enumerate(layouts):
+            place = next((place for place, name in enumerate(extensions) if name in IMAGE_EXTENSIONS), None)
+            rows = np.flatnonzero(np.asarray(which) == number)
+            if place is not None:
+                found[rows] = checksums[np.asarray(starts)[rows] + place]
+        return found
+
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """First byte and end byte of every sample, (n,) int64 each."""
         if not len(self):

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.order.mixture import MixedOrder, Shares
 from data_pipeline.order.order import Order
 from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, window_of
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.storage import store
-from data_pipeline.storage.retry import Patience
 
 MIXED = 4
 """Data sets whose windows share the memory of one, where `window` is not given: a number that stays as it is when data
@@ -30,16 +29,20 @@ class Mixture(Dataset):
     Args:
         parts: the data sets by name.
         configs: the settings of each, `DataConfig.parts`.
-        schedule: `DataConfig.schedule`.
+        config: of all of them.
     """
 
-    def __init__(
-        self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], schedule: list[Any], patience: Patience
-    ) -> None:
-        super().__init__([summary for part in parts.values() for summary in part.summaries], FilterConfig(), patience)
-        self.parts, self.names_of_parts, self.schedule = list(parts.values()), list(parts), schedule
+    def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
+        summaries = [summary for part in parts.values() for summary in part.summaries]
+        super().__init__(summaries, FilterConfig(), patience_of(config))
+        self.parts, self.names_of_parts = list(parts.values()), list(parts)
+        self.schedule, self._shares = config.schedule(), config.shares()
         self.ends = np.cumsum([len(part.urls) for part in self.parts])
         self.windows = [_mixed_window(part, configs[name]) for name, part in parts.items()]
+
+    def by_name(self) -> dict[str, Dataset]:
+        """The data sets by their names."""
+        return dict(zip(self.names_of_parts, self.parts, strict=True))
 
     def part_of(self, shard: int) -> int:
         """The number of the data set that a shard belongs to."""
@@ -69,10 +72,7 @@ class Mixture(Dataset):
             name: {**part.describe(), "window": window}
             for name, part, window in zip(self.names_of_parts, self.parts, self.windows, strict=True)
         }
-        rows = [
-            [position, {name: str(share) for name, share in zip(self.names_of_parts, shares, strict=True) if share}]
-            for position, shares in self.schedule
-        ]
+        rows = [[position, shares] for position, shares in self._shares]
         content = json.dumps([sets, rows])
         return {
             "fingerprint": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
@@ -103,7 +103,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             parts[name] = load_or_build(store.expand(own.shards, patience), own)
         except DataError as error:
             raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
-    return Mixture(parts, configs, config.schedule(), patience)
+    return Mixture(parts, configs, config)
 
 
 def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order | MixedOrder:
@@ -128,9 +128,19 @@ def window_bytes(dataset: Dataset, config: DataConfig) -> float:
     return float(sum(part.mean_bytes * window for part, window in zip(dataset.parts, dataset.windows, strict=True)))
 
 
-def check_no_mixture(shards: Any, key: str) -> None:
-    """Raises ConfigError where held-out or source shards are given as a mixture, which only training reads."""
-    from data_pipeline.config import is_mixture
+def entries_of(config: DataConfig) -> list[tuple[str, store.Entry, DataConfig]]:
+    """(data set, shard, the settings that hold for it) of every shard; the data set of no mixture is called "".
 
-    if is_mixture(shards):
-        raise ConfigError(f"{key}: a mixture of data sets belongs into data.shards; give a pattern or a list of patterns")
+    Raises:
+        DataError: shards are missing, or the store denies access.
+    """
+    patience = patience_of(config)
+    found = []
+    for name, own in config.parts().items():
+        try:
+            found += [(name, entry, own) for entry in store.describe(store.expand(own.shards, patience), patience)]
+        except DataError as error:
+            if not name:
+                raise
+            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
+    return found

@@ -69,7 +69,8 @@ def _drawn(config: Experiment) -> bool:
 
 
 def _listed(shards: object) -> list[object]:
-    return list(shards) if isinstance(shards, (list, tuple)) else [shards]
+    listed = list(shards) if isinstance(shards, (list, tuple)) else [shards]
+    return [pattern for one in listed for pattern in (_listed(one["shards"]) if isinstance(one, dict) else [one])]
 
 
 def levels(entries: Sequence[GraphNode]) -> list[list[GraphNode]]:

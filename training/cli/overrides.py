@@ -6,6 +6,7 @@ A key is free text when its field is marked `metadata=SENTENCES` (prompts): what
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import typing
@@ -130,6 +131,8 @@ def _normalise_one(verb: str, word: str) -> str:
         prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
     if key in known and known[key].is_text and re.fullmatch(NUMBER_OR_TRUTH, value, re.IGNORECASE):
         value = _quote(value)
+    if re.match(r"\[\s*\{", value):
+        value = _entries(value)
     fixed = f"{prefix}{key}={value}"
     return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
 
@@ -173,6 +176,32 @@ def _mapping(value: str, numbers: bool) -> str:
             escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in values.items()}
             return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
     return value
+
+
+_PATTERN = re.compile(r"""(\bshards["']?\s*:\s*)([^'"\[{\s][^'"]*?)(?=\s*(?:,\s*[a-z_]+\s*:|\}\s*(?:,|\])))""")
+"""The shards of an entry without quotation marks, up to its next key or its end: they may hold braces and commas."""
+
+
+def _entries(value: str) -> str:
+    """A list of mappings (a mixture of data sets) in YAML or JSON, for Hydra; as it is where it is neither."""
+    for text in (value, _PATTERN.sub(lambda match: match[1] + json.dumps(match[2]), value)):
+        with contextlib.suppress(yaml.YAMLError):
+            entries = yaml.safe_load(text)
+            if isinstance(entries, list) and all(isinstance(one, dict) and "name" in one for one in entries):
+                return _hydra(entries)
+    return value
+
+
+def _hydra(value: object) -> str:
+    """A value of lists, mappings, texts and numbers in Hydra's grammar."""
+    if isinstance(value, dict):
+        pairs = (re.sub(r"([^\w.-])", r"\\\1", str(key)) + ":" + _hydra(one) for key, one in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    if isinstance(value, str):
+        return _quote(value)
+    return "null" if value is None else json.dumps(value)
 
 
 def _split_number(key: str, value: object) -> tuple[str, object]:

@@ -24,6 +24,7 @@ from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.shards.index import ShardIndex, build_index, load_index
+from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
 from training.processes.launcher import launch
@@ -77,20 +78,21 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     from training.text.encoder import build_text_encoder
 
     patience = patience_of(config.data)
-    urls = store.expand(config.data.shards, patience)
-    _refuse_equal_names(urls, config.output)
+    shards = entries_of(config.data)
+    _refuse_equal_names([(entry.url, _folder(config.output, name)) for name, entry, _ in shards])
     part, parts = share(config.part, config.parts, os.environ)
-    mine = urls[part::parts]
-    facts = {"encoder": identity(config.text), "dtype": config.dtype, "captions": _of_captions(config.data.captions)}
+    mine = shards[part::parts]
+    facts = {"encoder": identity(config.text), "dtype": config.dtype}
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
     quiet = _ranks(os.environ)[0] > 0
-    for entry in progress(store.describe(mine, patience), desc="embed", unit="shard", disable=quiet):
-        index = load_index(entry.url, config.data.index_dir, entry, patience, config.data.members)
+    for name, entry, data in progress(mine, desc="embed", unit="shard", disable=quiet):
+        index = load_index(entry.url, data.index_dir, entry, patience, data.members)
         if index is None:
-            index = build_index(entry, config.data.index_dir, patience, config.data.members)
-        place = sidecar_url(entry.url, config.output)
-        made_of = {**facts, "shard": store.basename(entry.url), "digest": index.digest}
+            index = build_index(entry, data.index_dir, patience, data.members)
+        place = sidecar_url(entry.url, _folder(config.output, name))
+        made_of = {**facts, "captions": _of_captions(data.captions)}
+        made_of |= {"shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
             _check_kept(place, made_of)
             done["kept"] += 1
@@ -98,9 +100,14 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
         device = f"cuda:{_ranks(os.environ)[1]}" if torch.cuda.is_available() else "cpu"
         encoder = encoder or build_text_encoder(config.text, device)
         with PartReader(entry, index.compressed, patience) as reader:
-            done["captions"] += _embed(_texts(index, reader, config), encoder, place, made_of, config)
+            done["captions"] += _embed(_texts(index, reader, data.captions), encoder, place, made_of, config)
         done["bytes"] += store.size(place)
     return done
+
+
+def _folder(output: str | None, dataset: str) -> str | None:
+    """Where the sidecars of a data set go: those of a mixture into a folder for each."""
+    return store.join(output, dataset) if output and dataset else output
 
 
 def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -129,14 +136,14 @@ def _ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, local_rank, world
 
 
-def _texts(index: ShardIndex, reader: PartReader, config: EmbedCommand) -> Iterator[tuple[str, str]]:
+def _texts(index: ShardIndex, reader: PartReader, config: CaptionConfig) -> Iterator[tuple[str, str]]:
     """(key, caption) of every caption of every sample, in archive order; samples without one are not trained on."""
     for row in range(len(index)):
         limits = {"txt": math.inf, "json": MAX_MEMBER}  # training does not look at larger ones, either
         parts = [part for part in index.parts(row) if part.size <= limits.get(part.extension, -1)]
         sample = {part.extension: reader.read(part) for part in sorted(parts, key=lambda part: part.offset)}
         key = index.key(row)
-        for caption in candidates(sample, config.data.captions):
+        for caption in candidates(sample, config):
             yield key, caption
 
 
@@ -188,9 +195,12 @@ def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_equal_names(urls: list[str], output: str | None) -> None:
+def _refuse_equal_names(shards: list[tuple[str, str | None]]) -> None:
+    """Raises DataError where two of the shards (URL, folder of the sidecars) would write one file."""
     places: dict[str, str] = {}
-    for url in urls:
-        other = places.setdefault(sidecar_url(url, output), url)
-        if other != url:
+    for url, folder in shards:
+        place = sidecar_url(url, folder)
+        other = places.get(place)
+        places[place] = url
+        if other is not None:
             raise DataError(f"{url} and {other} would share one sidecar; embed them into different outputs")

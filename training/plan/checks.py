@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, about
-from data_pipeline.config import require
+from data_pipeline.config import DataConfig, is_mixture, require
 from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
 from training.config.unet import for_stage, resolve
@@ -51,6 +53,36 @@ def check_named(verb: str, config: Experiment) -> None:
         verb != "train" or bool(config.data.shards),
         "data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards",
     )
+    if verb == "train":
+        check_shares(config)
+
+
+def check_shares(config: Experiment) -> None:
+    """A run that has saved a step goes on with the shares of the data sets (`data.shards`) that it has had so far.
+
+    Raises:
+        ConfigError: they changed without a position; it says how a change is written.
+    """
+    from data_pipeline.reading.state import check_past
+
+    run = Path(config.run.dir)
+    try:
+        step = int(json.loads((run / "saved.json").read_text())["step"])
+        before = yaml_data(run / "config.yaml")
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no such run yet, or one whose files a start will judge
+    check_past(config.data, before, step * before.global_batch)
+
+
+def yaml_data(path: Path) -> DataConfig:
+    """The `data` section of a run's config.yaml, as far as it decides shares. Raises OSError, ValueError, KeyError."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text())["data"]
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    return DataConfig(shards=settings["shards"], global_batch=settings["global_batch"])
 
 
 def check_local(verb: str, config: Experiment) -> None:
@@ -153,6 +185,10 @@ def check_heldout(config: Experiment, training: Sequence[str]) -> list[str]:
     from data_pipeline.shards.dataset import patience_of
     from data_pipeline.storage import store
 
+    require(
+        not is_mixture(shards),
+        f"{key}: only data.shards takes a mixture of data sets; give a pattern or a list of them",
+    )
     with about(key):
         heldout = store.expand(shards, patience_of(config.data))
     both = sorted({*training} & {*heldout})

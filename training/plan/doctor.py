@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,10 @@ def software(config: PlanCommand) -> str:
 def credentials(config: PlanCommand) -> str:
     """Data, checkpoint store and W&B let us in."""
     from data_pipeline.shards.dataset import patience_of
+    from data_pipeline.shards.mixture import entries_of
 
     patience = patience_of(config.data)
-    entries = store.describe(store.expand(config.data.shards, patience), patience)
+    entries = [entry for _, entry, _ in entries_of(config.data)]
     heldout = check_heldout(config, [entry.url for entry in entries])
     where = checkpoint_place(config)
     store.list_dir(where, patience)
@@ -260,7 +261,9 @@ def small(config: PlanCommand) -> Experiment:
     processes = local_processes(config)
     micro_batch = config.data.micro_batch or max(1, min(MOST_PER_RANK, config.data.global_batch // processes))
     names = {name: getattr(config, name) for name in Experiment.__dataclass_fields__}
-    data = replace(config.data, global_batch=micro_batch * processes, micro_batch=0, lanes=0)
+    everything = [{**asdict(one), "start": 0, "end": None, "weight": 1.0} for one in config.data.datasets()]
+    shards = everything or config.data.shards  # each data set of a mixture is tried
+    data = replace(config.data, shards=shards, global_batch=micro_batch * processes, micro_batch=0, lanes=0)
     cluster = replace(config.cluster, kind="local", nodes=1, processes=processes)
     return Experiment(**{**names, "data": data, "cluster": cluster, "json": False})
 

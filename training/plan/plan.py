@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
+from data_pipeline.config import DataConfig
 from data_pipeline.storage import store
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
 from training.config.unet import for_stage
-from training.plan.checks import check_heldout, planned_world_size, training_problems
+from training.plan.checks import check_heldout, check_shares, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
 from training.plan.fits import remarks
 from training.plan.flops import training_flops
@@ -264,19 +265,27 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
     facts |= {"bytes_per_sample": float(ASSUMED_SAMPLE_BYTES), "basis": "assumed", "lanes": config.data.lane_count}
     if config.data.shards is None:
         return {"shards": None, "data": facts}
-    from data_pipeline.shards.dataset import patience_of
+    from data_pipeline.shards.mixture import entries_of
 
-    patience = patience_of(config.data)
     try:
-        entries = store.describe(store.expand(config.data.shards, patience), patience)
-        samples, total = indexed_samples(config, entries)
+        shards = entries_of(config.data)
+        entries = [entry for _, entry, _ in shards]
+        facts["datasets"] = {name: None for name, _, _ in shards if name}
+        samples: int | None = 0
+        total = 0
+        for name, own in config.data.parts().items():
+            kept, whole = indexed_samples(own, [entry for dataset, entry, _ in shards if dataset == name])
+            samples, total = (None if kept is None or samples is None else samples + kept), total + whole
+            if name:
+                facts["datasets"][name] = kept
     except CascadeError as error:
         problems.append(str(error))
         return {"shards": False, "data": facts}
-    try:
-        check_heldout(config, [entry.url for entry in entries])
-    except CascadeError as error:
-        problems.append(str(error))
+    for rule in (lambda: check_heldout(config, [entry.url for entry in entries]), lambda: check_shares(config)):
+        try:
+            rule()
+        except CascadeError as error:
+            problems.append(str(error))
     size = sum(entry.size for entry in entries)
     facts |= {"shards": len(entries), "bytes": size}
     if samples is None:
@@ -293,13 +302,13 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
     return {"shards": enough, "data": facts}
 
 
-def indexed_samples(config: PlanCommand, entries: list[store.Entry]) -> tuple[int | None, int]:
+def indexed_samples(data: DataConfig, entries: list[store.Entry]) -> tuple[int | None, int]:
     """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
     from data_pipeline.shards.dataset import patience_of
     from data_pipeline.shards.index import load_index
     from data_pipeline.shards.summaries import read_summaries, summarize, summary_url
 
-    data, patience = config.data, patience_of(config.data)
+    patience = patience_of(data)
     known = read_summaries(summary_url(entries, data.filter, data.index_dir, data.members), entries, patience)
     for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
         if entry.url not in known:

@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Meter:
         self.ranks, self.global_batch = ranks, global_batch
         self.flops, self.peak = flops_per_image, peak_flops
         self._seconds: dict[str, float] = defaultdict(float)
+        self.datasets: list[str] = []
+        """Names of the data sets of a mixture, whose losses are kept apart; the same on all ranks."""
+        self._by_dataset: torch.Tensor | None = None
+        """(2, data sets): sums of the finite losses and how many, on their device."""
         self._bands: torch.Tensor | None = None
         """(2, BANDS): sums of the finite losses and how many, on their device."""
         self._began = time.monotonic()
@@ -73,14 +77,14 @@ class Meter:
         finally:
             self._seconds[name] += time.monotonic() - began
 
-    def losses(self, t: torch.Tensor, loss: torch.Tensor) -> None:
-        """Per-sample times (B,) in [0, 1] and losses (B,), added to their bands."""
+    def losses(self, t: torch.Tensor, loss: torch.Tensor, datasets: Sequence[str] = ()) -> None:
+        """Per-sample times (B,) in [0, 1] and losses (B,), added to their bands, and to their data sets where there are
+        several."""
         band = (t.detach().double() * BANDS).long().clamp(0, BANDS - 1).to(loss.device)
-        values = loss.detach().double()
-        inside = (band[:, None] == torch.arange(BANDS, device=loss.device)).double()
-        finite = values.isfinite()
-        sums = torch.stack([torch.where(finite, values, 0.0), finite.double()]) @ inside
-        self._bands = sums if self._bands is None else self._bands + sums  # nothing waits for a GPU
+        self._bands = _added(self._bands, loss, band, BANDS)
+        if self.datasets:
+            number = torch.tensor([self.datasets.index(name) for name in datasets])
+            self._by_dataset = _added(self._by_dataset, loss, number.to(loss.device), len(self.datasets))
 
     def start(self, step: int) -> None:
         """The first step of this start is about to run."""
@@ -96,12 +100,13 @@ class Meter:
         seconds, steps = max(now - self._began - aside, 1e-9), step - self._step
         own = [self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds]
         bands = [0.0] * 2 * BANDS if self._bands is None else self._bands.flatten().tolist()
+        by_dataset = [0.0] * 2 * len(self.datasets) if self._by_dataset is None else self._by_dataset.flatten().tolist()
         places = [0.0] * len(own) * self.ranks.world_size  # each rank fills its own
         places[len(own) * self.ranks.rank : len(own) * (self.ranks.rank + 1)] = own
         more = more or {}
-        summed = iter(all_sum([*more.values(), *bands, *places], self.ranks))
+        summed = iter(all_sum([*more.values(), *bands, *by_dataset, *places], self.ranks))
         record: dict[str, Any] = {name: next(summed) for name in more}
-        sums = [next(summed) for _ in bands]
+        sums, set_sums = [next(summed) for _ in bands], [next(summed) for _ in by_dataset]
         everyone = list(zip(*[summed] * len(own), strict=True))
         rate = steps * self.global_batch / seconds
         record |= {
@@ -120,9 +125,21 @@ class Meter:
             if sums[BANDS + band]:
                 low, high = band / BANDS, (band + 1) / BANDS
                 record[f"loss_t/{low:.1f}-{high:.1f}"] = sums[band] / sums[BANDS + band]
-        self._bands = None
+        for number, name in enumerate(self.datasets):
+            if set_sums[len(self.datasets) + number]:
+                record[f"loss_dataset/{name}"] = set_sums[number] / set_sums[len(self.datasets) + number]
+        self._bands = self._by_dataset = None
         self.start(step)
         return record
+
+
+def _added(sums: torch.Tensor | None, loss: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """(2, groups): sums and number of the finite losses (B,) by their group (B,), added to `sums`."""
+    values = loss.detach().double()
+    inside = (group[:, None] == torch.arange(groups, device=loss.device)).double()
+    finite = values.isfinite()
+    more = torch.stack([torch.where(finite, values, 0.0), finite.double()]) @ inside
+    return more if sums is None else sums + more  # nothing waits for a GPU
 
 
 def slowest(own: list[float], seconds: float) -> tuple[int, float] | None:

@@ -122,6 +122,7 @@ class Session:
         size, tokens = config.stage.train_size, self.text_encoder.max_tokens
         work = flops_and_peak(unet, size, tokens, ranks.device, train.peak_tflops, frozen=bool(self.lora))
         self.meter = Meter(ranks, config.data.global_batch, *work)
+        self.meter.datasets = [dataset.name for dataset in config.data.datasets()]
         self.validated, self.validated_step = math.inf, -1
         self._left = TimeLeft(train.steps)
         self._grid: Inputs | None = None
@@ -285,7 +286,7 @@ class Session:
             global_batch=config.data.global_batch,
             normal=self._normal,
         )
-        self.meter.losses(each_sample["t"], each_sample["loss"])
+        self.meter.losses(each_sample["t"], each_sample["loss"], batch.datasets)
         return mean
 
     def _text(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,7 +301,7 @@ class Session:
         if not self._writing:
             self.finish_saving()  # a failed one is not left unsaid until the next is due
         measured = self.meter.record(step, {"param_norm": self.engine.squared_norm(), **self._own_data_counts()})
-        counts = self._with_earlier_starts({name: measured.pop(name) for name in DATA_COUNTS})
+        counts = self._with_earlier_starts({name: measured.pop(name) for name in self._data_counts})
         if self.hours is not None:
             record = {**record, "device_hours": self.hours.total()}
         record = {
@@ -310,7 +311,7 @@ class Session:
             "param_norm": math.sqrt(measured["param_norm"]),
             "skipped": self.skipped,
             "rollbacks": self.saving.rollbacks,
-            **{name: count for name, count in counts.items() if name.startswith("bad")},
+            **{name: count for name, count in counts.items() if name.startswith("bad") or "_dataset/" in name},
         }
         self._name_slow_rank(step, record)
         rate = measured["images_per_second"] / self.config.data.global_batch
@@ -326,9 +327,15 @@ class Session:
                 step, record["slow_rank"], record["slow_factor"],
             )  # fmt: skip
 
+    @property
+    def _data_counts(self) -> tuple[str, ...]:
+        """Counts of the loader that the ranks add up: the same names in the same order on all of them."""
+        by_dataset = [f"{kind}_dataset/{name}" for kind in ("samples", "bad") for name in self.meter.datasets]
+        return (*DATA_COUNTS, *by_dataset)
+
     def _own_data_counts(self) -> dict[str, float]:
-        """This rank's counts, by DATA_COUNTS; a reason that is not among them counts as bad_other."""
-        counts = dict.fromkeys(DATA_COUNTS, 0.0)
+        """This rank's counts, by DATA_COUNTS and data set; a reason that is not among them counts as bad_other."""
+        counts = dict.fromkeys(self._data_counts, 0.0)
         for name, count in self.loader.counters.items():
             counts[name if name in counts else "bad_other"] += count
         return counts
@@ -339,7 +346,8 @@ class Session:
 
     def _with_earlier_starts(self, counts: Mapping[str, float]) -> dict[str, int]:
         """Counts of the data over all ranks (`counts`) and all starts; reasons that never occurred are left out."""
-        total = Counter({"samples": 0, "bad": 0, **self._data_counters})
+        always = dict.fromkeys(name for name in self._data_counts if name in ("samples", "bad") or "/" in name, 0)
+        total = Counter({**always, **self._data_counters})
         total.update({name: int(count) for name, count in counts.items() if count})
         return dict(total)
 
