@@ -11,9 +11,9 @@ alone, on any number of processes. More than two are a tree of such splits.
 
 *Exact shares*: the phases of the L lanes are i / L for i = 0 .. L - 1, in some order, and Hermite's identity sum_i
 floor(x + i / L) = floor(L x) with x = w k gives the count after k rounds of all lanes: floor(w n) of n = k L positions,
-however many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases keeps the
-count within a few samples of w n: lane l has the rank of the fractional part of (l + 1) sqrt(prime) among the lanes,
-another prime on each level, so that any run of lanes has its share of every interval of phases.
+however many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases
+keeps the count within a few samples of w n: lane l has the rank of the fractional part of (l + 1) sqrt(prime) among the
+lanes, another prime on each level, so that any run of lanes has its share of every interval of phases.
 
 Where the weights change, all lanes begin anew at that round; what was dealt before stays as it was. Everything is
 integer arithmetic, with an inverse; memory is one number per change, data set and lane.

@@ -1,4 +1,4 @@
-"""A training on a mixture of data sets: two processes, embeddings, a resume with a data set more, and the plan's word."""
+"""A training on a mixture of data sets: two processes, embeddings, a resume with one more, and the plan's word."""
 
 from __future__ import annotations
 

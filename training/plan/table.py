@@ -107,7 +107,8 @@ def _data(data: dict[str, Any]) -> str:
     row = f"{data['shards']:,} shards, {gib(data['bytes'])}"
     if data["samples"] is None:
         return f"{row}, no index yet (cascade index)"
-    return f"{row}, {data['samples']:,} samples, {data['epochs']:,.2f} epochs"
+    sets = ", ".join(f"{name} {samples:,}" for name, samples in data.get("datasets", {}).items())
+    return f"{row}, {data['samples']:,} samples{f' ({sets})' if sets else ''}, {data['epochs']:,.2f} epochs"
 
 
 def _fits(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -346,7 +346,7 @@ class Session:
 
     def _with_earlier_starts(self, counts: Mapping[str, float]) -> dict[str, int]:
         """Counts of the data over all ranks (`counts`) and all starts; reasons that never occurred are left out."""
-        always = dict.fromkeys(name for name in self._data_counts if name in ("samples", "bad") or "/" in name, 0)
+        always = {name: 0 for name in self._data_counts if name in ("samples", "bad") or "/" in name}
         total = Counter({**always, **self._data_counters})
         total.update({name: int(count) for name, count in counts.items() if count})
         return dict(total)
