@@ -115,7 +115,7 @@ class OptimizerConfig:
     """Optimizer, learning rate and its schedule, clipping."""
 
     name: str = "adamw"
-    """`adamw`, `adamw8bit` (moments of 8 bits) or `adafactor`."""
+    """`adamw`, `adamw8bit` (moments of 8 bits), `adafactor`, ...: `optimizer=NAME` takes a file of conf/optimizer."""
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-8
@@ -127,10 +127,10 @@ class OptimizerConfig:
     """Share of train.steps after which the decay starts."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of a step; 0: none."""
+    options: dict[str, float] = field(default_factory=dict)
+    """What only this optimizer has."""
 
     def __post_init__(self) -> None:
-        names = ("adamw", "adamw8bit", "adafactor")
-        require(self.name in names, f"optimizer.name={self.name}: it must be {', '.join(names[:-1])} or {names[-1]}")
         require(
             self.decay in ("constant", "cosine", "linear"),
             f"optimizer.decay={self.decay}: it must be constant, cosine or linear",

@@ -39,11 +39,10 @@ from training.engine.plain import (
     squared_norm,
     trained_parameters,
 )
-from training.optim.adafactor import Adafactor
-from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import state_name
+from training.optim.base import Sharding
 from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
-from training.optim.registry import STATES, build_optimizer, learning_rate
+from training.optim.registry import build_optimizer, learning_rate
 from training.processes.collectives import all_sum, gather_objects
 from training.processes.meeting import check_cards, meet, own_card
 from training.processes.ranks import Ranks
@@ -183,12 +182,10 @@ class Engine:
         layout: Layout = gather_objects(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
         self._weights = sum(math.prod(shape) for shape in shapes.values())
-        self._factored = optimizer if isinstance(optimizer, Adafactor) else None
-        self._packed = optimizer if isinstance(optimizer, AdamW8bit) else None
-        if self._factored is not None:
-            self._factored.shard(self._flats, layout, shapes, ranks.rank, self._add_up)
-        moments = () if self._factored else STATES[config.optimizer.name]
-        self._names = [*moments, *(state_name(i) for i in range(len(config.ema.decays)))]
+        self._optimizer = optimizer
+        optimizer.shard(Sharding(self._flats, layout, shapes, ranks.rank, self._add_up))
+        self._averages = [state_name(i) for i in range(len(config.ema.decays))]
+        self._names = [*optimizer.SLICED, *self._averages]
         self._host: dict[str, torch.Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._order: FixedOrder | None = None
@@ -235,7 +232,7 @@ class Engine:
         """
         self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
-        set_step(self._zero.optimizer, lr, self.config.ema, self.updates)
+        set_step(self._optimizer, lr, self.config.ema, self.updates)
         self._question = (share, votes, judge)
         if not self._fused:
             self._ask(None)
@@ -408,15 +405,12 @@ class Engine:
     def _allocate(self) -> None:
         """Optimizer states from the start: moments zero, averages equal to the weights."""
         for flat in self._flats:
-            state = self._zero.optimizer.state[flat]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
-            for name in self._names if self._packed is None else [n for n in self._names if n not in KINDS]:
-                state[name] = torch.zeros_like(flat) if name in STATES["adamw"] else flat.detach().clone()
+            self._optimizer.begin(flat)
+            for name in self._averages:
+                self._optimizer.set_sliced(flat, name, flat.detach().clone())
 
     def _states(self, name: str) -> list[torch.Tensor]:
-        if self._packed is not None and name in KINDS:
-            return [self._packed.moment(flat, name) for flat in self._flats]
-        return [self._zero.optimizer.state[flat][name] for flat in self._flats]
+        return [self._optimizer.sliced(flat, name) for flat in self._flats]
 
     def _publish(self) -> None:
         """Makes the weights of the module what the fp32 flat tensors say."""
@@ -460,7 +454,7 @@ class Engine:
         whole: dict[str, torch.Tensor] = {}
         if self.ranks.is_main:
             whole = {f"buffer/{name}": buffer for name, buffer in saved_buffers(self.module)}
-            for name, states in self._factored.statistics().items() if self._factored else ():
+            for name, states in self._optimizer.whole_states().items():
                 whole.update({f"{kind}/{name}": state for kind, state in states.items()})
         self._snapshot = ShardedSnapshot(flats, whole, self._host, self._assembler, self.ranks)
         return self._snapshot
@@ -495,14 +489,13 @@ class Engine:
                 scatter(lambda name, kind=kind: read(f"{kinds[kind]}/{name}"), self._pieces, values)  # type: ignore[misc]
             else:
                 torch._foreach_zero_(values)
-            if self._packed is not None and kind in KINDS:
-                for flat, value in zip(self._flats, values, strict=True):
-                    self._packed.set_moment(flat, kind, value)
-        for name, states in self._factored.statistics().items() if self._factored else ():
+            for flat, value in zip(self._flats, values, strict=True):
+                self._optimizer.set_sliced(flat, kind, value)
+        for name, states in self._optimizer.whole_states().items():
             for kind, state in states.items():
                 state.copy_(read(f"{kinds[kind]}/{name}").view_as(state)) if updates else state.zero_()
         for flat in self._flats:
-            self._zero.optimizer.state[flat]["step"].fill_(float(updates))
+            self._optimizer.count(flat, updates)
         self.updates = updates
         self._publish()
 

@@ -15,10 +15,10 @@ import torch
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import EmaConfig, Experiment
 from training.engine.fixed_order import FixedOrder, exact_squares, norm_of, peak_of
-from training.optim.adamw8bit import KINDS, AdamW8bit
 from training.optim.averages import decays_at, state_name
+from training.optim.base import TrainOptimizer
 from training.optim.pieces import Piece
-from training.optim.registry import build_optimizer, learning_rate
+from training.optim.registry import build_optimizer, learning_rate, optimizer_entry
 from training.processes.ranks import Ranks
 
 
@@ -105,7 +105,9 @@ class PlainEngine:
             raise ConfigError("precision.dtype=bf16: it needs zero.stage=1, 2 or 3 (fp32 master weights), not 0")
         self.config, self.ranks = config, ranks
         self.module = model.to(ranks.device)
-        if config.precision.channels_last and config.optimizer.name == "adamw":  # the others cut weights as they lie
+        if (
+            config.precision.channels_last and optimizer_entry(config.optimizer.name).by_value
+        ):  # others cut weights as they lie
             self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._trained = trained_parameters(model)
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
@@ -216,9 +218,7 @@ class PlainEngine:
         live = {f"buffer/{name}": b for name, b in saved_buffers(self.module)}
         for name, p in self._trained.items():
             live[f"param/{name}"] = p.detach()
-            live.update({f"{kind}/{name}": v for kind, v in self.optimizer.state[p].items() if kind != "step"})
-            if isinstance(self.optimizer, AdamW8bit) and self.optimizer.state[p]:
-                live.update({f"{kind}/{name}": self.optimizer.moment(p, kind) for kind in KINDS})
+            live.update({f"{kind}/{name}": state for kind, state in self.optimizer.states(p).items()})
         self._snapshot = Snapshot(live, self._host)
         return self._snapshot
 
@@ -244,17 +244,13 @@ class PlainEngine:
             if not updates:  # it has no states yet
                 self.optimizer.state.pop(p, None)
                 continue
-            state = self.optimizer.state[p]
-            state["step"] = torch.tensor(float(updates), device=p.device if p.device.type == "cuda" else "cpu")
+            self.optimizer.count(p, updates)
             for kind, source in kinds.items():
                 try:
                     value = read(f"{source}/{name}").to(p.device, copy=True)
                 except KeyError:
                     continue
-                if isinstance(self.optimizer, AdamW8bit) and kind in KINDS:
-                    self.optimizer.set_moment(p, kind, value)
-                else:
-                    state[kind] = value
+                self.optimizer.set_sliced(p, kind, value)
         self.updates = updates
 
 
@@ -275,8 +271,8 @@ def saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
 
 
-def set_step(optimizer: torch.optim.Optimizer, lr: float, ema: EmaConfig, updates: int) -> None:
+def set_step(optimizer: TrainOptimizer, lr: float, ema: EmaConfig, updates: int) -> None:
     """Learning rate and averaging decays of the step that comes."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.averaging = decays_at(ema, updates)  # type: ignore[attr-defined]
+    optimizer.averaging = decays_at(ema, updates)

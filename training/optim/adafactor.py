@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.optim.pieces import Layout, Piece, Shapes
+from training.config.experiment import OptimizerConfig
+from training.optim.base import Sharding, TrainOptimizer, columns_of
+from training.optim.pieces import Piece
 
 EPS1 = torch.finfo(torch.float32).eps
 BETA2_DECAY = -0.8
@@ -42,12 +43,12 @@ class Unit:
     @property
     def columns(self) -> int:
         """Of its matrix; 0: a vector, which is not factored."""
-        return prod(self.shape[1:]) if len(self.shape) > 1 else 0
+        return columns_of(self.shape)
 
     @property
     def lengths(self) -> dict[str, int]:
         """State -> number of values."""
-        return {"row_var": self.shape[0], "col_var": self.columns} if self.columns else {"variance": self.size}
+        return Adafactor.whole_lengths(self.shape)
 
     def begin(self, device: torch.device) -> None:
         """Second moments of zero, where there are none yet."""
@@ -86,33 +87,45 @@ class Unit:
         return first, last, slice(piece.start - first * self.columns, piece.stop - first * self.columns)
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(TrainOptimizer):
     """See above. `shard` says which pieces the tensors hold; without it they are whole parameters."""
+
+    WHOLE = ("row_var", "col_var", "variance")
+
+    @classmethod
+    def build(cls, parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool) -> Adafactor:
+        """See TrainOptimizer.build."""
+        return cls(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._units: dict[Tensor, list[Unit]] = {}
         self._add_up: Callable[[Tensor], object] = lambda sums: None
 
-    def shard(
-        self, flats: list[Tensor], layout: Layout, shapes: Shapes, rank: int, add_up: Callable[[Tensor], object]
-    ) -> None:
-        """The tensors are `flats`, filled as `layout` says; `add_up` sums a tensor over the processes, in place."""
-        self._add_up = add_up
-        for index, flat in enumerate(flats):
-            names = sorted({piece.name for pieces in layout for piece in pieces if piece.flat == index})
-            own = [piece for piece in layout[rank] if piece.flat == index]
-            self._units[flat] = [Unit(n, shapes[n], [piece for piece in own if piece.name == n]) for n in names]
+    def shard(self, sharding: Sharding) -> None:
+        """Takes up the pieces that this process holds, and second moments of zero for all parameters of its flats."""
+        self._add_up = sharding.add_up
+        for index, flat in enumerate(sharding.flats):
+            names = sorted({piece.name for pieces in sharding.layout for piece in pieces if piece.flat == index})
+            own = [piece for piece in sharding.layout[sharding.rank] if piece.flat == index]
+            self._units[flat] = [
+                Unit(name, sharding.shapes[name], [piece for piece in own if piece.name == name]) for name in names
+            ]
             for unit in self._units[flat]:
                 unit.begin(flat.device)
 
-    def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter -> its second moments by kind, of sharded tensors; the same on all processes."""
+    @classmethod
+    def whole_lengths(cls, shape: tuple[int, ...]) -> dict[str, int]:
+        """Means of rows and of columns of a matrix; of a vector, its values'."""
+        columns = columns_of(shape)
+        return {"row_var": shape[0], "col_var": columns} if columns else {"variance": prod(shape)}
+
+    def whole_states(self) -> dict[str, dict[str, Tensor]]:
+        """See TrainOptimizer.whole_states."""
         return {unit.name: unit.state for units in self._units.values() for unit in units}
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of all tensors that have a gradient (which is overwritten). Collective when sharded."""
+    def update(self) -> None:
+        """One update of all tensors that have a gradient (which is overwritten)."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

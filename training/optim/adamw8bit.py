@@ -9,17 +9,18 @@ ends of the table are exact, so that moments written to a checkpoint as fp32 and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.config.experiment import OptimizerConfig
+from training.optim.base import TrainOptimizer
+
 BLOCK = 256
 CHUNK = 1 << 22
 """Values that are unpacked at a time."""
-KINDS = ("exp_avg", "exp_avg_sq")
 
 
 @lru_cache
@@ -69,8 +70,16 @@ class Packed:
         return ((start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK))
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (decoupled weight decay) with packed moments; `moment` and `set_moment` give and take them as fp32."""
+class AdamW8bit(TrainOptimizer):
+    """AdamW (decoupled weight decay) with packed moments; `sliced` and `set_sliced` give and take them as fp32."""
+
+    SLICED = ("exp_avg", "exp_avg_sq")
+
+    @classmethod
+    def build(cls, parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool) -> AdamW8bit:
+        """See TrainOptimizer.build."""
+        beta1, beta2 = config.betas
+        return cls(parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay)
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -80,22 +89,40 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _of(self, p: Tensor) -> dict[str, Packed]:
         if p not in self._packed:
-            self._packed[p] = {kind: Packed(p.numel(), kind == "exp_avg", p.device) for kind in KINDS}
+            self._packed[p] = {kind: Packed(p.numel(), kind == "exp_avg", p.device) for kind in self.SLICED}
         return self._packed[p]
 
-    def moment(self, p: Tensor, kind: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq` of p, fp32, in p's shape."""
+    def begin(self, p: Tensor) -> None:
+        """See TrainOptimizer.begin; nothing is unpacked for it."""
+        self.count(p, 0)
+        self._of(p)
+
+    def sliced(self, p: Tensor, kind: str) -> Tensor:
+        """See TrainOptimizer.sliced; moments are unpacked."""
+        if kind not in self.SLICED:
+            return super().sliced(p, kind)
         packed = self._of(p)[kind]
         values = packed.get(0, packed.size)
         return (values if kind == "exp_avg" else values.square()).view(p.shape)
 
-    def set_moment(self, p: Tensor, kind: str, values: Tensor) -> None:
-        """Packs `values` (fp32, p's shape) as the moment `kind` of p."""
+    def set_sliced(self, p: Tensor, kind: str, values: Tensor) -> None:
+        """See TrainOptimizer.set_sliced; moments are packed."""
+        if kind not in self.SLICED:
+            return super().set_sliced(p, kind, values)
         flat = values.reshape(-1)
         self._of(p)[kind].put(0, flat if kind == "exp_avg" else flat.sqrt())
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def states(self, p: Tensor) -> dict[str, Tensor]:
+        """See TrainOptimizer.states."""
+        found = super().states(p)
+        return {**found, **{kind: self.sliced(p, kind) for kind in self.SLICED}} if self.state[p] else found
+
+    @classmethod
+    def state_bytes(cls, shapes: Sequence[tuple[int, ...]], share: int) -> int:
+        """A byte per value, and a scale per block."""
+        return len(cls.SLICED) * share * (BLOCK + 4) // BLOCK
+
+    def update(self) -> None:
         """One AdamW update of every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -106,7 +133,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] = state.get("step", torch.zeros(())) + 1
                 step = float(state["step"])
                 rate, correction = group["lr"] / (1 - beta1**step), math.sqrt(1 - beta2**step)
-                mean, root = (self._of(p)[kind] for kind in KINDS)
+                mean, root = (self._of(p)[kind] for kind in self.SLICED)
                 weights, gradients = p.view(-1), p.grad.view(-1)
                 for start, stop in mean.chunks():
                     weight, gradient = weights[start:stop], gradients[start:stop]

@@ -1,22 +1,14 @@
-"""Exponential moving averages of the weights, kept as states of the optimizer.
-
-An average that is an optimizer state is sharded by ZeRO exactly like Adam's moments: fp32, no gathering, `4 /
-world_size` bytes per weight. A step that DeepSpeed skips (non-finite gradient) never reaches the optimizer, so it does
-not move the average either.
-"""
+"""Exponential moving averages of the weights: their decays, their names, and other widths made afterwards. Arithmetic
+only; optimizers keep the averages (training/optim/base.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import torch
 
 from training.config.experiment import EmaConfig
-from training.optim.adafactor import Adafactor
-from training.optim.adamw8bit import AdamW8bit
 
 WIDEST = 12**-0.5
 """Relative width of the plain mean over all steps, the widest power profile (gamma = 0)."""
@@ -84,42 +76,3 @@ def _overlap(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.
 def state_name(index: int) -> str:
     """The optimizer state that holds average `index`; also the first part of its tensors' names in a checkpoint."""
     return f"ema/{index}"
-
-
-class Averaging(torch.optim.Optimizer):
-    """Mix-in, left of an optimizer class: `step` also moves `state[p]["ema/I"]` towards the new weights.
-
-    Set `averaging` (one decay per average) before each step; the engine derives it from the number of updates so far,
-    because ZeRO 3 calls `step` once per group of parameters. An average begins as the weights before its first step.
-    """
-
-    averaging: tuple[float, ...] = ()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """The optimizer's step, then every average moves towards the new weights."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        names = [state_name(index) for index in range(len(self.averaging))]
-        fresh = {p: p.detach().clone() for p in parameters if any(name not in self.state[p] for name in names)}
-        base = super().step
-        # torch's wrapper around it (gradients off, as they are here) imports the compiler: 5 s at the first step
-        plain = getattr(base, "__wrapped__", None)
-        result = base(closure) if plain is None else plain(self, closure)
-        for name, decay in zip(names, self.averaging, strict=True):
-            for p in fresh:
-                self.state[p].setdefault(name, fresh[p].clone())
-            averages = [self.state[p][name] for p in parameters]
-            torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        return result
-
-
-class AveragingAdamW(Averaging, torch.optim.AdamW):
-    """AdamW with moving averages."""
-
-
-class AveragingAdamW8bit(Averaging, AdamW8bit):
-    """AdamW with moments of 8 bits, with moving averages in fp32."""
-
-
-class AveragingAdafactor(Averaging, Adafactor):
-    """Adafactor with moving averages."""

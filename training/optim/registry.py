@@ -1,23 +1,80 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name.
+
+Importing this file imports no torch: an optimizer is imported when it is built, or asked for the size of its states.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.utils.checkpoint
-
+from data_pipeline.common.errors import ConfigError
 from training.config.experiment import EmaConfig, OptimizerConfig
-from training.optim.averages import AveragingAdafactor, AveragingAdamW, AveragingAdamW8bit, state_name
+from training.optim.averages import state_name
 
-STATES = {
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "adamw8bit": ("exp_avg", "exp_avg_sq"),
-    "adafactor": ("row_var", "col_var", "variance"),
+if TYPE_CHECKING:
+    import torch
+
+    from training.optim.base import TrainOptimizer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an optimizer is, and what must be known of it before torch is imported."""
+
+    module: str
+    """In `training.optim`."""
+    name: str
+    """Of its class, a TrainOptimizer."""
+    by_value: bool = False
+    """It treats each value by itself, so that any slice of the weights, in any memory layout, moves as the whole
+    would."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Settings that only this one has, `optimizer.options.KEY`, and their defaults."""
+
+
+OPTIMIZERS = {
+    "adamw": Entry("adamw", "AdamW", by_value=True),
+    "adamw8bit": Entry("adamw8bit", "AdamW8bit"),
+    "adafactor": Entry("adafactor", "Adafactor"),
 }
-"""Optimizer -> its states per parameter, besides `step`; a parameter need not have all of them."""
+"""`optimizer.name` -> its class. To add one: its file, a line here, and conf/optimizer/NAME.yaml."""
+
+
+def optimizer_entry(name: str) -> Entry:
+    """The line of OPTIMIZERS for `optimizer.name`; ConfigError where there is none."""
+    if name not in OPTIMIZERS:
+        *most, last = OPTIMIZERS
+        raise ConfigError(f"optimizer.name={name}: it must be {', '.join(most)} or {last}")
+    return OPTIMIZERS[name]
+
+
+def optimizer_class(name: str) -> type[TrainOptimizer]:
+    """The class of an optimizer in OPTIMIZERS."""
+    entry = optimizer_entry(name)
+    return getattr(importlib.import_module(f"training.optim.{entry.module}"), entry.name)
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises ConfigError for an optimizer that does not exist, and for options that it does not have."""
+    known = optimizer_entry(config.name).options
+    for key in config.options.keys() - known.keys():
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"optimizer.options.{key}: optimizer.name={config.name} has no such option; {has}")
+
+
+def options_of(config: OptimizerConfig) -> dict[str, float]:
+    """The optimizer's own settings, defaults included."""
+    return {**optimizer_entry(config.name).options, **config.options}
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool) -> TrainOptimizer:
+    """The optimizer that the configuration names. `fused`: one kernel may do all (GPU)."""
+    check_optimizer(config)
+    return optimizer_class(config.name).build(parameters, config, fused)
 
 
 def states_to_load(
@@ -28,12 +85,14 @@ def states_to_load(
     Args:
         meta: the checkpoint's.
         names: its tensors that begin with a prefix.
+        optimizer: its name.
 
     Returns:
         state -> the kind that it is read under (an average that the checkpoint lacks begins as its weights); and for
         each average the number of updates after which it began.
     """
-    kinds, began = {kind: kind for kind in STATES[optimizer]}, []
+    kind_of = optimizer_class(optimizer)
+    kinds, began = {kind: kind for kind in (*kind_of.SLICED, *kind_of.WHOLE)}, []
     before, updates = meta["config"]["ema"], meta["updates"]
     saved = list(before["decays"]) if before.get("profile", "constant") == ema.profile else []
     since = meta.get("ema_since") or [0] * len(saved)
@@ -42,23 +101,6 @@ def states_to_load(
         kinds[state_name(index)] = state_name(saved.index(decay)) if known else "param"
         began.append(since[saved.index(decay)] if known else updates)
     return kinds, began
-
-
-def skip_compiler() -> None:
-    """Spares a process that compiles nothing the import of torch's compiler (4 s).
-
-    torch imports it at the first call of these functions, only to mark them as not to be compiled.
-    """
-    for function in (
-        torch.optim.Optimizer.add_param_group,
-        torch.optim.Optimizer.zero_grad,
-        torch.optim.Optimizer.state_dict,
-        torch.optim.Optimizer.load_state_dict,
-        torch.utils.checkpoint.checkpoint,
-    ):
-        plain = getattr(function, "__wrapped__", None)
-        if plain is not None:
-            plain.__dynamo_disable = plain
 
 
 def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
@@ -74,19 +116,3 @@ def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
     progress = min(1.0, (step - start) / max(1.0, total - start))
     tail = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * warmup * tail
-
-
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool
-) -> torch.optim.Optimizer:
-    """The optimizer with moving averages (training/optim/averages.py). `fused`: AdamW in one kernel (GPU)."""
-    if config.name == "adafactor":
-        return AveragingAdafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    beta1, beta2 = config.betas
-    if config.name == "adamw8bit":
-        return AveragingAdamW8bit(
-            parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
-        )
-    return AveragingAdamW(
-        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=fused
-    )

@@ -13,6 +13,7 @@ from data_pipeline.config import DataConfig, is_mixture, require
 from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
 from training.config.unet import for_stage, resolve
+from training.optim.registry import OPTIMIZERS, check_optimizer
 from training.processes.ranks import process_count, read_ranks
 
 
@@ -219,12 +220,17 @@ def check_deterministic(config: Experiment, _world_size: int) -> None:
         return
     key = "train.deterministic_reduction=true"
     require(config.data.micro_batch > 0, f"{key}: set data.micro_batch, which every number of processes must share")
-    name = config.optimizer.name
-    require(name == "adamw", f"{key}: optimizer.name={name} cuts its states by process; use adamw")
+    name, by_value = config.optimizer.name, [n for n, entry in OPTIMIZERS.items() if entry.by_value]
+    require(name in by_value, f"{key}: optimizer.name={name} cuts its states by process; use {' or '.join(by_value)}")
     require(not config.zero.offload_optimizer, f"{key}: zero.offload_optimizer=true adds gradients up by itself")
 
 
-RULES = (check_lanes, check_micro_batch, check_zero, check_validation, check_deterministic)
+def check_the_optimizer(config: Experiment, _world_size: int) -> None:
+    """It exists, and has the options that are given."""
+    check_optimizer(config.optimizer)
+
+
+RULES = (check_the_optimizer, check_lanes, check_micro_batch, check_zero, check_validation, check_deterministic)
 """What settings and a number of processes must agree in."""
 
 

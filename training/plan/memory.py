@@ -21,6 +21,7 @@ import numpy as np
 
 from training.config.experiment import Experiment, LoraConfig, StageConfig, ZeroConfig
 from training.config.unet import UNetConfig, for_stage
+from training.optim.registry import optimizer_class
 
 if TYPE_CHECKING:
     import torch
@@ -249,27 +250,19 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)
 
 
-def moments_bytes(setup: Setup) -> int:
-    """Adam's two moments of the shard (in 8 bits with a scale per 256), or Adafactor's row and column means of all
-    matrices (optimizers.py), which every process keeps."""
-    if setup.optimizer == "adafactor":
-        return 4 * sum(s[0] + math.prod(s[1:]) if len(s) > 1 else math.prod(s) for s in setup.shapes)
-    return setup.share * 8 if setup.optimizer == "adamw" else setup.share * 2 * 260 // 256
-
-
 def kept(setup: Setup) -> dict[str, int]:
     """Bytes that a process holds between two steps, on the device; under `host` what is offloaded, and the copy from
     which checkpoints are written."""
     share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
+    optimizer = optimizer_class(setup.optimizer)
     parts = {
         "weights": b * (-(-setup.parameters // setup.world_size) if stage == 3 else setup.parameters),
         "master_weights": 4 * share if stage else 0,
-        "moments": moments_bytes(setup),
+        "moments": optimizer.state_bytes(setup.shapes, share),
         "ema": 4 * share * setup.averages,
         "gradients": b * share if stage == 3 else 0,
     }
-    moments = moments_bytes(setup) if setup.optimizer == "adafactor" else 8 * share
-    host = 4 * share * (1 + setup.averages) + moments
+    host = 4 * share * (1 + setup.averages) + optimizer.saved_bytes(setup.shapes, share)
     if setup.zero.offload_optimizer:
         host += sum(parts.pop(name) for name in ("master_weights", "moments", "ema")) + 4 * share
     if setup.zero.offload_parameters:

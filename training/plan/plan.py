@@ -16,6 +16,7 @@ from data_pipeline.storage import store
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
 from training.config.unet import for_stage
+from training.optim.registry import optimizer_class
 from training.plan.checks import check_heldout, check_shares, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
 from training.plan.fits import remarks
@@ -27,7 +28,6 @@ from training.plan.memory import (
     follow,
     largest_micro_batch,
     memory,
-    moments_bytes,
     parameter_count,
     parameter_shapes,
     process_floor,
@@ -240,9 +240,8 @@ def checkpoint_plan(
     config: PlanCommand, setup: Setup, device: Device, nodes: int, seconds_per_step: float
 ) -> dict[str, Any]:
     """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
-    written = "adafactor" if setup.optimizer == "adafactor" else "adamw"  # moments of 8 bits are written as fp32
-    whole = replace(setup, world_size=1, optimizer=written)
-    size = 4 * setup.trained * (1 + setup.averages) + moments_bytes(whole)
+    states = optimizer_class(setup.optimizer).saved_bytes(setup.shapes, setup.trained)
+    size = 4 * setup.trained * (1 + setup.averages) + states
     settings = config.checkpoint
     kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
     return {

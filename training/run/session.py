@@ -30,7 +30,8 @@ from training.diffusion.objective import loss
 from training.engine.deepspeed import build_engine
 from training.model.unet import UNet
 from training.optim.averages import state_name
-from training.optim.registry import skip_compiler, states_to_load
+from training.optim.base import skip_compiler
+from training.optim.registry import states_to_load
 from training.plan.checks import check_heldout
 from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from training.optim.adafactor import Adafactor
+from training.optim.base import Sharding
 from training.optim.pieces import Piece
 
 SHAPES = {"matrix": (7, 5), "vector": (6,), "kernel": (4, 3, 2, 2)}
@@ -58,7 +59,7 @@ def test_pieces_move_as_the_whole() -> None:
                 offset, at = offset + stop - at + 1, stop
     flat = torch.nn.Parameter(torch.full((offset,), 7.0))
     optimizer = Adafactor([flat], lr=0.1)
-    optimizer.shard([flat], [pieces], SHAPES, 0, lambda sums: None)
+    optimizer.shard(Sharding([flat], [pieces], SHAPES, 0))
     with torch.no_grad():
         for piece in pieces:
             piece.of([flat]).copy_(start(piece.name).flatten()[piece.start : piece.stop])
@@ -72,5 +73,5 @@ def test_pieces_move_as_the_whole() -> None:
         values = wanted[piece.name].flatten()[piece.start : piece.stop]
         assert torch.allclose(piece.of([flat]), values, rtol=1e-5, atol=1e-6), piece
     assert flat[0].item() == 7.0, "what is no piece stays"
-    kinds = {name: sorted(states) for name, states in optimizer.statistics().items()}
+    kinds = {name: sorted(states) for name, states in optimizer.whole_states().items()}
     assert kinds == {"matrix": ["col_var", "row_var"], "vector": ["variance"], "kernel": ["col_var", "row_var"]}

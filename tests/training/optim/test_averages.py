@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.config.experiment import EmaConfig
+from training.config.experiment import EmaConfig, OptimizerConfig
+from training.optim.adafactor import Adafactor
+from training.optim.adamw import AdamW
+from training.optim.adamw8bit import AdamW8bit
 from training.optim.averages import (
-    AveragingAdafactor,
-    AveragingAdamW,
     decay_at,
     decays_at,
     gamma_of,
@@ -17,6 +18,7 @@ from training.optim.averages import (
     power_decay_at,
     state_name,
 )
+from training.optim.base import TrainOptimizer
 
 
 def profile(sigma_rel: float, steps: int) -> np.ndarray:
@@ -70,15 +72,17 @@ def test_constant_decay_is_ramped_up() -> None:
     assert decays_at(EmaConfig(decays=[0.05, 0.1], profile="power"), 0) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("kind", [AveragingAdamW, AveragingAdafactor])
-def test_the_step_is_the_base_class_step(kind: type[torch.optim.Optimizer]) -> None:
+@pytest.mark.parametrize("kind", [AdamW, AdamW8bit, Adafactor])
+def test_the_step_is_the_base_class_step(kind: type[TrainOptimizer]) -> None:
     """Same weights as the optimizer without averages, and the averages follow them."""
     torch.manual_seed(0)
     start = torch.randn(5, 4)
     mine, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizer = kind([mine], lr=0.1)  # type: ignore[call-arg]
-    base = kind.__mro__[2]([plain], lr=0.1)  # type: ignore[call-arg]
-    optimizer.averaging = (0.9, 0.0)  # type: ignore[attr-defined]
+    config = OptimizerConfig(lr=0.1)
+    optimizer, base = kind.build([mine], config, False), kind.build([plain], config, False)
+    if kind is AdamW:
+        base = torch.optim.AdamW([plain], lr=0.1, betas=(0.9, 0.99), eps=config.eps, weight_decay=config.weight_decay)  # type: ignore[assignment]
+    optimizer.averaging = (0.9, 0.0)
     average = start.clone()
     for step in range(3):
         for parameter in (mine, plain):
