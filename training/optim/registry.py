@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class OptimizerEntry:
     """Where an optimizer is, and what must be known of it before torch is imported."""
 
     module: str
@@ -37,14 +37,14 @@ class Entry:
 
 
 OPTIMIZERS = {
-    "adamw": Entry("adamw", "AdamW", by_value=True),
-    "adamw8bit": Entry("adamw8bit", "AdamW8bit"),
-    "adafactor": Entry("adafactor", "Adafactor"),
+    "adamw": OptimizerEntry("adamw", "AdamW", by_value=True),
+    "adamw8bit": OptimizerEntry("adamw8bit", "AdamW8bit"),
+    "adafactor": OptimizerEntry("adafactor", "Adafactor"),
 }
 """`optimizer.name` -> its class. To add one: its file, a line here, and conf/optimizer/NAME.yaml."""
 
 
-def optimizer_entry(name: str) -> Entry:
+def optimizer_entry(name: str) -> OptimizerEntry:
     """The line of OPTIMIZERS for `optimizer.name`; ConfigError where there is none."""
     if name not in OPTIMIZERS:
         *most, last = OPTIMIZERS

@@ -15,7 +15,7 @@ from data_pipeline.common.errors import ConfigError
 from training.config.experiment import Experiment, OptimizerConfig, ZeroConfig
 from training.engine.deepspeed import build_engine
 from training.optim.base import TrainOptimizer
-from training.optim.registry import OPTIMIZERS, Entry, learning_rate, options_of, states_to_load
+from training.optim.registry import OPTIMIZERS, OptimizerEntry, learning_rate, options_of, states_to_load
 from training.plan.checks import training_problems
 from training.plan.memory import Setup, kept
 from training.processes.ranks import Ranks
@@ -69,7 +69,7 @@ def heavy_ball(monkeypatch: pytest.MonkeyPatch) -> Experiment:
     module = ModuleType("training.optim.heavy_ball")
     module.HeavyBall = HeavyBall  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(OPTIMIZERS, "heavy_ball", Entry("heavy_ball", "HeavyBall", options={"momentum": 0.9}))
+    monkeypatch.setitem(OPTIMIZERS, "heavy_ball", OptimizerEntry("heavy_ball", "HeavyBall", options={"momentum": 0.9}))
     config = Experiment(optimizer=OptimizerConfig(name="heavy_ball", lr=0.1, warmup_steps=0, clip_norm=0))
     return replace(config, zero=ZeroConfig(stage=0))
 
