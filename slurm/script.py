@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
+from slurm.jobs.records import EVENTS
 from slurm.options import directives
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.plan.checks import training_problems
@@ -25,7 +26,7 @@ def log_file(job: Job) -> Path:
     own = job.config.cluster.sbatch.get("output") or job.config.cluster.sbatch.get("o")
     if own:
         return Path.cwd() / str(own)
-    return job.run_dir / "logs" / _log_name(job)
+    return job.home / "logs" / _log_name(job)
 
 
 def _log_name(job: Job) -> str:
@@ -42,12 +43,12 @@ def render_script(job: Job) -> str:
     again = cluster.requeue
     options = directives(
         cluster=cluster,
-        name=f"{job.config.run.name}-{job.config.stage.name if job.verb == 'train' else job.verb}",
+        name=f"{job.config.run.name}-{job.config.stage.name if job.verb == 'train' else job.name}",
         nodes=_range(job),
         processes=job.processes,
         cpus=job.cpus,
         gpus=job.gpus,
-        log=str(job.run_dir / "logs").replace("%", "%%") + "/" + _log_name(job),
+        log=str(job.home / "logs").replace("%", "%%") + "/" + _log_name(job),
         array=job.verb in SHARED_BY_ARRAY,
         share=WRITES.get(job.verb, "output"),
     )
@@ -55,8 +56,10 @@ def render_script(job: Job) -> str:
         "title": job.title,
         "directives": "\n".join(f"#SBATCH {line}" for line in options),
         "directory": shlex.quote(str(Path.cwd())),
-        "logs": shlex.quote(str(job.run_dir / "logs")),
-        "notes": shlex.quote(str(job.run_dir / "logs" / ".notes")),
+        "logs": shlex.quote(str(job.home / "logs")),
+        "notes": shlex.quote(str(job.home / "logs" / ".notes")),
+        "ended": shlex.quote(str(job.home / "launch" / EVENTS)),
+        "name": job.name,
         "signal_s": str(cluster.signal_s),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
@@ -250,7 +253,7 @@ nodes=$(usable $((SLURM_JOB_NUM_NODES - $#))) || {give_up} {arguments}"""
 def _judge(job: Job) -> str:
     cluster = job.config.cluster
     limit = slurm_seconds("cluster.time", str(cluster.sbatch.get("time") or cluster.time))
-    words = [sys.executable, "-P", "-m", "slurm.supervise", str(job.run_dir), "--verb", job.verb]
+    words = [sys.executable, "-P", "-m", "slurm.supervise", str(job.home), "--verb", job.verb]
     words += ["--most", str(cluster.max_restarts_without_progress), "--limit", str(limit)]
     words += ["--requeue"] if cluster.requeue else []
     spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
@@ -262,7 +265,7 @@ def _judge(job: Job) -> str:
 
 def mounts(job: Job) -> list[str]:
     """HOST:CONTAINER of everything that the program needs, and what the user adds."""
-    needed = [Path.cwd(), job.run_dir, job.code]
+    needed = [Path.cwd(), job.run_dir, job.home, job.code]
     kept = [path for path in needed if not any(other in path.parents for other in needed)]
     return [*dict.fromkeys(f"{path}:{path}" for path in kept), *job.config.cluster.container_mounts]
 

@@ -181,6 +181,17 @@ def history(run_dir: Path) -> list[End]:
     return ends
 
 
+def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
+    """Adds an end that was no success to the history, with what was done about it."""
+    if not end.code:
+        return
+    end.action = " ".join([verdict.action, *verdict.without])
+    end.why = verdict.sentence if verdict.action.startswith("end") and verdict.sentence else end.why
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / HISTORY, "a") as file:
+        file.write(json.dumps(asdict(end)) + "\n")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Judges, records, prints the word for the script."""
     parser = argparse.ArgumentParser(prog="slurm.supervise")
@@ -199,12 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
     before = [one for one in history(given.run_dir) if given.verb == "train" or one.job == given.job]
     verdict = judge(end, before, requeue=given.requeue, most=given.most, limit_s=given.limit, spare=given.spare)
-    if end.code:
-        end.action = " ".join([verdict.action, *verdict.without])
-        end.why = verdict.sentence if verdict.action.startswith("end") and verdict.sentence else end.why
-        given.run_dir.mkdir(parents=True, exist_ok=True)
-        with open(given.run_dir / HISTORY, "a") as file:
-            file.write(json.dumps(asdict(end)) + "\n")
+    record_end(given.run_dir, end, verdict)
     if verdict.sentence:
         print(f"==> {verdict.sentence}", file=sys.stderr, flush=True)
     print(" ".join([verdict.action, *verdict.without]), flush=True)

@@ -7,10 +7,10 @@ GPU is needed where this runs.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
+import uuid
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm.jobs.frozen import freeze
-from slurm.jobs.graph import GraphNode, cascade_graph, drawing
+from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
-from slurm.jobs.records import SUBMITTED
+from slurm.jobs.records import SUBMITTED, append
+from slurm.local import LocalRunner, local_record, render_local
 from slurm.queue import living, submit
 from training.cli.compose import composed, validate
 from training.cli.overrides import keys_given
@@ -44,32 +45,42 @@ defaults:
 
 def main(config: LaunchCommand) -> dict[str, Any]:
     """Writes one script per command (`verb` may be a list, or `all`), and submits each after those that it needs,
-    unless dry_run=true.
+    unless dry_run=true. With cluster=local they run here and now.
 
     Returns:
         name, verb, after, script, config, log and job_id of the first job, dry_run, and the same of all under `jobs`.
 
     Raises:
-        UserError: no Slurm here, or it refused; ConfigError: settings that the submitted command would refuse.
+        UserError: no Slurm here, or it refused; ConfigError: settings that the submitted command would refuse;
+        SystemExit: a job on this machine failed.
     """
-    if config.cluster.kind != "slurm":
-        raise ConfigError(f"cluster.kind={config.cluster.kind}: `cascade launch` submits to Slurm, add cluster=slurm")
+    local = config.cluster.kind == "local"
     words = [*given_overrides(), *config.overrides]
     entries = plan_entries(config, words)
+    if local and len(entries) == 1:
+        raise ConfigError(
+            f"cluster=local: one command needs no launch, `cascade {entries[0].verb} ...` is the same; verb=all or a "
+            f"list of commands run here in order, and cluster=slurm submits"
+        )
+    if config.at_once > 1 and not local:
+        raise ConfigError(f"at_once={config.at_once}: the scheduler decides; it belongs to cluster=local")
     if config.script and len(entries) > 1:
         raise ConfigError(
             f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out"
         )
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
-        check_before_submission(jobs)
+        check_before_submission(jobs, local)
     for job in jobs:
         write_job(job)
-    for job in jobs:
-        hand_over(job, jobs, config.dry_run)
-    if len(jobs) > 1:
+    if local and len(jobs) > 1:
         print(drawing(entries), flush=True)
-    answers = [job.answer(str(slurm.script.log_file(job))) for job in jobs]
+    codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
+    if not local and len(jobs) > 1:  # below the scripts, where it is seen
+        print(drawing(entries), flush=True)
+    answers = [job.answer(str(log_of(job))) for job in jobs]
+    if any(codes.values()):
+        raise SystemExit(next(code for code in codes.values() if code))
     return {**answers[0], "dry_run": config.dry_run, "jobs": answers}
 
 
@@ -89,7 +100,7 @@ def given_overrides() -> list[str]:
 def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
     """The commands that `verb` stands for: the graph of a cascade, or a chain."""
     if config.verb == "all":
-        return cascade_graph(config, config.embed_tasks)
+        return cascade_graph(config, words)
     chain = config.verb if isinstance(config.verb, list) else [config.verb]
     if not chain:
         raise ConfigError("verb=[]: name at least one command")
@@ -117,7 +128,7 @@ def _split(entry: str) -> list[str]:
     return words
 
 
-NOT_SUBMITTED = ("launch", "status", "logs", "stop")
+NOT_SUBMITTED = ("launch", "status", "logs", "resume", "stop")
 """Commands for the machine that one sits at."""
 
 
@@ -125,7 +136,7 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
     """The jobs with their settings, checked; their scripts have names, but are not written."""
     jobs: list[Job] = []
     for entry in entries:
-        own = [*words, *entry.words]
+        own = [*(words_for(entry.verb, words) if config.verb == "all" else words), *entry.words]
         cfg = composed(entry.verb, own)
         if config.separate:
             own.append(f"run.dir={cfg.run.dir}/{config.separate}")
@@ -151,29 +162,56 @@ def _job(
             f"script={script}: the settings are written beside it under this name; give it another ending"
         )
     taken = [job.script for job in others]
-    path = (Path(script) if script else next_script(Path(config.run.dir) / "launch", entry.verb, taken)).absolute()
+    home = Path(entry.home or config.run.dir).absolute()
+    local = config.cluster.kind == "local"
+    path = (Path(script) if script else next_script(home / "launch", entry.verb, taken, local)).absolute()
     title = " ".join(f"cascade {entry.verb} {shlex.join(word.lstrip('+') for word in words)}".split())
     text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
-    home = others[0].code if others else Path(config.run.dir).absolute() / "launch" / "code"
-    job = Job(entry.name, entry.verb, words, config, path, path.with_suffix(".yaml"), home, title, text, entry.after)
-    slurm.script.render_script(job)  # refuses what cannot be
+    job = Job(
+        name=entry.name,
+        verb=entry.verb,
+        words=words,
+        config=config,
+        script=path,
+        settings=path.with_suffix(".yaml"),
+        code=others[0].code if others else home / "launch" / "code",
+        title=title,
+        frozen=text,
+        home=home,
+        after=entry.after,
+        when=entry.when,
+    )
+    render(job)  # refuses what cannot be
     return job
 
 
-def next_script(folder: Path, verb: str, taken: list[Path]) -> Path:
+def render(job: Job) -> str:
+    """The text of the job's script."""
+    return render_local(job) if job.config.cluster.kind == "local" else slurm.script.render_script(job)
+
+
+def log_of(job: Job) -> Path:
+    """Where the output of the job goes."""
+    if job.config.cluster.kind == "local":
+        return job.home / "logs" / f"launch-{job.script.stem}.log"
+    return slurm.script.log_file(job)
+
+
+def next_script(folder: Path, verb: str, taken: list[Path], local: bool = False) -> Path:
     """A file name that no earlier launch has taken: a queued job still reads the settings beside its own."""
-    known = [*folder.glob(f"{verb}-[0-9]*.sbatch"), *(path for path in taken if path.name.startswith(f"{verb}-"))]
+    known = [*folder.glob(f"{verb}-[0-9]*.yaml"), *folder.glob(f"{verb}-[0-9]*.sbatch")]
+    known += [path for path in taken if path.name.startswith(f"{verb}-")]
     numbers = [int(path.stem.rpartition("-")[2]) for path in known if path.parent.absolute() == folder.absolute()]
-    return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.sbatch"
+    return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.{'sh' if local else 'sbatch'}"
 
 
-def check_before_submission(jobs: list[Job]) -> None:
+def check_before_submission(jobs: list[Job], local: bool) -> None:
     """What would fail in the queue fails here.
 
     Raises:
         UserError: Slurm is not here, or a job of the same run lives.
     """
-    if shutil.which("sbatch") is None:
+    if not local and shutil.which("sbatch") is None:
         raise UserError(
             f"sbatch is not on this machine's PATH: run this on a login node of the cluster, or with dry_run=true to "
             f"write the script only (to {jobs[0].script.parent})"
@@ -197,24 +235,58 @@ def write_job(job: Job) -> None:
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.code = freeze(job.code)
     job.settings.write_text(job.frozen)
-    job.script.write_text(slurm.script.render_script(job))
-    slurm.script.log_file(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+    job.script.write_text(render(job))
+    log_of(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
 
 
-def hand_over(job: Job, jobs: list[Job], dry_run: bool) -> None:
-    """Submits the job, or shows its script."""
-    if dry_run:
-        print(job.script.read_text())
-    else:
-        after = [other.job_id for other in jobs if other.name in job.after]
-        job.job_id = submit(job.script, [number for number in after if number])
-        log = str(slurm.script.log_file(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
-        record: dict[str, Any] = {"job": job.job_id, "name": job.name, "verb": job.verb, "script": str(job.script)}
-        record |= {"log": log, "time": time.time()}
-        with open(job.script.parent / SUBMITTED, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(
-            f"submitted job {job.job_id}: cascade {job.verb} {shlex.join(word.lstrip('+') for word in job.words)}",
-            flush=True,
-        )
-    print(f"script: {job.script}\nlog:    {slurm.script.log_file(job)}", flush=True)
+def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
+    """Submits the jobs, or shows their scripts; nothing has failed yet."""
+    began = launch_id()
+    for job in jobs:
+        if dry_run:
+            print(job.script.read_text())
+        else:
+            after = [other.job_id for other in jobs if other.name in job.after]
+            job.job_id = submit(job.script, [number for number in after if number], job.when)
+            log = str(log_of(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
+            append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
+            print(f"submitted job {job.job_id}: {job.title if len(jobs) == 1 else job.name}", flush=True)
+        print(f"script: {job.script}\nlog:    {log_of(job)}", flush=True)
+    return {}
+
+
+def run_here(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
+    """Runs the jobs on this machine, or shows their scripts; returns their exit codes."""
+    if config.dry_run:
+        for job in jobs:
+            print(job.script.read_text())
+        return {}
+    began = launch_id()
+    records = [{**local_record(), **job_record(job, str(log_of(job)), began)} for job in jobs]
+    for record in records:
+        append(Path(record["home"]) / "launch" / SUBMITTED, record)
+    return LocalRunner(records, config.at_once).run()
+
+
+def launch_id() -> str:
+    """By which the records of one launch are known to belong together."""
+    return uuid.uuid4().hex[:8]
+
+
+def job_record(job: Job, log: str, launch: str) -> dict[str, Any]:
+    """A line of jobs.jsonl, but for the number that the job has."""
+    array = str(job.config.cluster.sbatch.get("array") or "")
+    return {
+        "name": job.name,
+        "verb": job.verb,
+        "script": str(job.script),
+        "log": log,
+        "time": time.time(),
+        "home": str(job.home),
+        "run": str(job.run_dir),
+        "after": job.after,
+        "when": job.when,
+        "launch": launch,
+        "most": job.config.cluster.max_restarts_without_progress,
+        **({"array": array} if array else {}),
+    }

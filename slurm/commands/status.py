@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, DataError
+from slurm.jobs.graph import JOBS
 from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
-from slurm.queue import living
+from slurm.queue import job_states, living
 from training.config.commands import StatusCommand
 from training.run.tracking import duration
 
@@ -19,29 +20,32 @@ def main(config: StatusCommand) -> dict[str, Any]:
     """Prints one line per run; with `watch`, again and again until Ctrl-C.
 
     Returns:
-        {"runs": [{"run", "stage", "state", "step", "steps", ...}]}
+        {"runs": [{"run", "stage", "state", "step", "steps", ...}],
+         "jobs": [{"name", "verb", "state", "job", "reason", "code", "log"}]}: of all that is no training
 
     Raises:
         DataError: no run is there; ConfigError: `sort` names no column.
     """
     folder = Path(config.run.dir)
     while True:
-        rows = [row for run in find_runs(folder) if (row := row_of(run, config.price))["steps"] or row["job"]]
-        if not rows:
+        runs = [run for run in find_runs(folder) if run.name != JOBS]
+        rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or row["job"]]
+        jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if job["verb"] != "train"]
+        if not rows and not jobs:
             raise DataError(f"{folder}: no run is there; name a run, or the directory of an experiment, with run=DIR")
-        if config.sort not in rows[0]:
+        if rows and config.sort not in rows[0]:
             raise ConfigError(f"sort={config.sort}: it must be one of {', '.join(rows[0])}")
         rows.sort(key=lambda row: (row[config.sort] is None, row[config.sort]))
-        print(status_table(rows), flush=True)
+        print("\n".join([*([status_table(rows)] if rows else []), *(_job_line(job) for job in jobs)]), flush=True)
         if not config.watch:
-            return {"runs": rows}
+            return {"runs": rows, "jobs": jobs}
         time.sleep(config.watch)
 
 
 def row_of(run: Path, price: float) -> dict[str, Any]:
     """A run's files, and what the queue says of its job."""
     row = run_summary(run, price)
-    jobs = living(run)
+    jobs = [job for job in living(run) if job["verb"] == "train"]
     job = jobs[-1] if jobs else None
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
@@ -49,6 +53,20 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     row["why"] = job["reason"] if job and row["state"] == "pending" else None
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     return row
+
+
+def job_row(job: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a job that trains nothing."""
+    return {key: job.get(key) for key in ("name", "verb", "state", "job", "reason", "code", "log")}
+
+
+def _job_line(job: dict[str, Any]) -> str:
+    notes = {
+        "pending": f", waits: {job['reason']}",
+        "running": f" on {job['reason']}",
+        "failed": f" with code {job['code']}, see {job['log']}",
+    }
+    return f"{job['name']}: {job['state']}{notes.get(job['state'], '')}"
 
 
 def status_table(rows: list[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
 from slurm.jobs.records import find_runs
+from slurm.local import local_stop
 from slurm.queue import ask, living
 from training.config.experiment import Experiment
 
@@ -25,7 +26,9 @@ def main(config: Experiment) -> dict[str, Any]:
         raise DataError(f"{config.run.dir}: no run is there; name a run, or the directory of an experiment")
     jobs = [job for run in runs for job in living(run)]
     for job in jobs:
-        if ask("scancel", str(job["job"])) is None:
+        if "runner" in job:
+            local_stop(job, job["state"])
+        elif ask("scancel", str(job["job"])) is None:
             raise UserError(f"job {job['job']} ({job['name']}): `scancel {job['job']}` failed; is it yours?")
         print(f"cancelled job {job['job']} ({job['name']}), which was {job['state']}", flush=True)
     if not jobs:

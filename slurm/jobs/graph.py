@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.common.errors import ConfigError
+from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 
+SUCCEEDED, BEGUN = "succeeded", "begun"
+"""What a job waits for: that those before it have succeeded, or that they have begun."""
+ALONE = ("cluster.nodes=1", "cluster.min_nodes=0", "cluster.processes=1")
+"""Words of a job that needs one device."""
 JOBS = "jobs"
 """Directory, beside the runs, of the scripts and logs of what is no training."""
 
@@ -20,46 +25,70 @@ class GraphNode:
     Attributes:
         words: of its own, beside those of the whole launch.
         after: names of the entries that it waits for.
+        when: what it waits for, SUCCEEDED or BEGUN.
         array: tasks that share its work, as --array has it.
+        home: directory of its script, log and records; null: its run directory.
     """
 
     name: str
     verb: str
     words: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+    when: str = SUCCEEDED
     array: str | None = None
+    home: str | None = None
 
 
-def cascade_graph(config: Experiment, parts: int) -> list[GraphNode]:
-    """prepare (where the experiment draws its data) -> index -> embed -> every stage at once -> bundle -> evaluate.
+def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[GraphNode]:
+    """prepare (where the experiment draws its data) -> index -> embed -> every stage at once -> bundle -> evaluate; and
+    beside each stage an evaluation of its checkpoints as they come.
 
     The stages do not need each other to train: super-resolution starts from pictures that are scaled down.
 
     Args:
-        parts: tasks that share the embedding.
+        words: what the user typed.
 
     Raises:
-        ConfigError: no stages or no data are named.
+        ConfigError: no stages or no data are named, or a word that cannot be meant for all.
     """
     if not config.bundle.runs:
         raise ConfigError("verb=all: bundle.runs names no stage; choose an experiment, experiment=demo")
     if not config.data.shards:
         raise ConfigError("verb=all: data.shards names no data; data.shards='s3://bucket/{0000..0999}.tar'")
+    for word in words:
+        key = word.partition("=")[0].lstrip("+")
+        if key in ("run", "run.dir", "stage"):
+            raise ConfigError(f"{word}: verb=all has a run for each of bundle.runs; set run.name, or bundle.runs")
+    if config.separate:
+        raise ConfigError(
+            "--multirun with verb=all: sweep the training of one stage (verb=train), then launch the best"
+        )
     runs = [Path(run) for run in config.bundle.runs]
-    home = f"run.dir={runs[0].parent / JOBS}"
+    home = str(runs[0].parent / JOBS)
     embeddings = str(config.data.embeddings or runs[0].parent / "embeddings")
-    entries = [GraphNode("prepare", "prepare", [home])] if _drawn(config) else []
-    entries.append(GraphNode("index", "index", [home], [entry.name for entry in entries]))
+    parts = config.embed_tasks
     array = f"0-{parts - 1}" if parts > 1 else None
-    entries.append(GraphNode("embed", "embed", [home, f"output={embeddings}"], ["index"], array))
-    stages = [
-        GraphNode(f"train-{run.name}", "train", [f"stage={run.name}", f"data.embeddings={embeddings}"], ["embed"])
-        for run in runs
-    ]
+    entries = [GraphNode("prepare", "prepare", home=home)] if _drawn(config) else []
+    entries.append(GraphNode("index", "index", after=[entry.name for entry in entries], home=home))
+    entries.append(GraphNode("embed", "embed", [f"output={embeddings}"], ["index"], array=array, home=home))
+    stages = []
+    for run in runs:
+        own = [f"stage={run.name}", f"run.dir={run}", f"data.embeddings={embeddings}"]
+        stages.append(GraphNode(f"train-{run.name}", "train", own, ["embed"]))
     entries += stages
-    entries.append(GraphNode("bundle", "bundle", [home], [entry.name for entry in stages]))
-    entries.append(GraphNode("evaluate", "evaluate", [home], ["bundle"]))
+    entries.append(GraphNode("bundle", "bundle", after=[entry.name for entry in stages], home=home))
+    entries.append(GraphNode("evaluate", "evaluate", after=["bundle"], home=home))
+    for run, training in zip(runs, stages, strict=True) if config.evaluate_checkpoints else ():
+        own = ["watch=true", f"run.dir={run}", *ALONE]
+        entries.append(GraphNode(f"watch-{run.name}", "evaluate", own, [training.name], BEGUN, home=home))
     return entries
+
+
+def words_for(verb: str, words: Sequence[str]) -> list[str]:
+    """Those of a whole cascade's words that concern this command: one that draws takes the stages from the bundle."""
+    if not COMMANDS[verb].draws:
+        return list(words)
+    return [word for word in words if not word.lstrip("+~").startswith("stage.")]
 
 
 def _drawn(config: Experiment) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slurm.jobs.graph import SUCCEEDED
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
@@ -25,7 +26,8 @@ class Job:
         words: the `key=value` words of its command line.
         config: what they compose to.
         script: what the scheduler gets; settings: the frozen configuration beside it.
-        after: names of the jobs that must have succeeded before this one starts.
+        after: names of the jobs that must have succeeded (or, with `when`, begun) before this one starts.
+        home: directory of its script, log and records.
         code: the frozen code that it imports.
         title, frozen: its command line, and the text of `settings`.
     """
@@ -39,7 +41,9 @@ class Job:
     code: Path
     title: str
     frozen: str
+    home: Path
     after: list[str] = field(default_factory=list)
+    when: str = SUCCEEDED
     job_id: int | None = None
 
     @property
@@ -84,6 +88,7 @@ class Job:
             "name": self.name,
             "verb": self.verb,
             "after": self.after,
+            "when": self.when,
             "script": str(self.script),
             "config": str(self.settings),
             "log": log,

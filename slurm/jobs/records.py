@@ -14,6 +14,8 @@ from training.checkpoint.store import CheckpointStore
 
 SUBMITTED = "jobs.jsonl"
 """In RUN_DIR/launch: one line per job that was submitted for the run."""
+EVENTS = "events.jsonl"
+"""In RUN_DIR/launch: one line per job that began (on this machine), ended (`code`) or was cancelled."""
 RESTARTS = "restarts.jsonl"
 """In RUN_DIR: one line per end of its processes that was no success."""
 SIGNS = ("code.json", "metrics.jsonl", f"launch/{SUBMITTED}")
@@ -41,6 +43,13 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def append(path: Path, value: dict[str, Any]) -> None:
+    """Adds a line to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 def submissions(run_dir: Path) -> list[dict[str, Any]]:
     """The jobs that were submitted for a run, oldest first."""
     return json_lines(run_dir / "launch" / SUBMITTED)
@@ -54,6 +63,25 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(path for path in found if not {"code", "wandb"} & {*path.relative_to(folder).parts[:-1]})
 
 
+def is_complete(run_dir: Path) -> bool:
+    """Whether the checkpoint of a training's last step is there."""
+    settings = _settings(run_dir)
+    steps = settings.get("train", {}).get("steps")
+    return bool(steps) and _newest_checkpoint(run_dir, settings) >= steps
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load((run_dir / "config.yaml").read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
+
+
+def _newest_checkpoint(run_dir: Path, settings: dict[str, Any]) -> int:
+    place = settings.get("checkpoint", {}).get("dir") or str(run_dir / "checkpoints")
+    return CheckpointStore(place).newest_whole() if settings else -1
+
+
 def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
     """One run by its files alone.
 
@@ -64,14 +92,10 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
         stage, step, steps, images_per_second, mfu, data_wait, loss, validation_loss, checkpoint (step; -1: none),
         restarts, causes, left_s, device_hours, cost, forecast (dollars; None without GPUs), error.
     """
-    try:
-        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        settings = {}
+    settings = _settings(run_dir)
     metrics = json_lines(run_dir / "metrics.jsonl")
     last = metrics[-1] if metrics else {}
     steps = settings.get("train", {}).get("steps")
-    place = settings.get("checkpoint", {}).get("dir") or str(run_dir / "checkpoints")
     ends = json_lines(run_dir / RESTARTS)
     step, rate = last.get("step", 0), last.get("images_per_second")
     batch = settings.get("data", {}).get("global_batch", 0)
@@ -88,7 +112,7 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
         "data_wait": last.get("data_wait"),
         "loss": last.get("loss"),
         "validation_loss": validated[-1] if validated else None,
-        "checkpoint": CheckpointStore(place).newest_whole() if settings else -1,
+        "checkpoint": _newest_checkpoint(run_dir, settings),
         "restarts": sum(end.get("action", "").startswith(("restart", "requeue")) for end in ends),
         "causes": [end.get("why", "") for end in ends],
         "left_s": (steps - step) * batch / rate if steps and rate else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from slurm.commands.launch import main
@@ -28,6 +29,14 @@ def launch(*words: str, own: list[str] | None = None) -> dict:
         words = (*words, "data.shards=data/demo/train")
     quoted = json.dumps(list(words), ensure_ascii=False)
     return main(load_config("launch", [*words, *(own or []), f"overrides={quoted}"]))
+
+
+def cascade(*words: str, env: dict[str, str], cwd: Path) -> dict:
+    """A command line; returns its JSON answer."""
+    command = [sys.executable, "-m", "training.cli", *words, "json=true"]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def install(folder: Path, **programs: str) -> Path:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from data_pipeline.commands import order
 from data_pipeline.common.errors import ConfigError
-from tests.slurm.launching import install, launch
+from slurm.commands.status import main
+from slurm.supervise import history
+from tests.slurm.conftest import Slurm, until
+from tests.slurm.launching import TWO_NODES, cascade, install, launch
+from training.cli.compose import load_config
 
 DEMO = ("cluster=slurm", "experiment=demo")
 
@@ -23,26 +29,126 @@ def test_the_whole_cascade_waits_for_what_it_needs(
     answer = launch(*DEMO, own=["verb=all", "embed_tasks=3"])
     after = {job["name"]: job["after"] for job in answer["jobs"]}
     trainings = ["train-demo_base", "train-demo_sr"]
-    assert list(after) == ["prepare", "index", "embed", *trainings, "bundle", "evaluate"]
+    watching = ["watch-demo_base", "watch-demo_sr"]
+    assert list(after) == ["prepare", "index", "embed", *trainings, "bundle", "evaluate", *watching]
     assert [after[name] for name in trainings] == [["embed"], ["embed"]], "at the same time"
     assert after["bundle"] == trainings and after["evaluate"] == ["bundle"]
     calls = (here / "calls").read_text().splitlines()
     assert "--dependency=afterok:3 " in calls[3] and "--dependency=afterok:4:5 " in calls[5]
+    assert "--dependency=after:4 " in calls[7], "an evaluation of checkpoints begins when its stage has begun"
     assert "train-demo_base | train-demo_sr" in capsys.readouterr().out
 
     scripts = {job["name"]: Path(job["script"]) for job in answer["jobs"]}
     assert "#SBATCH --array=0-2\n" in scripts["embed"].read_text()
+    assert "#SBATCH --ntasks-per-node=1\n" in scripts["watch-demo_sr"].read_text()
+    assert len({path.parent for name, path in scripts.items() if name not in trainings}) == 1, "beside the runs"
     settings = {name: OmegaConf.load(path.with_suffix(".yaml")) for name, path in scripts.items()}
     assert {settings[name].stage.name for name in trainings} == {"demo_base", "demo_sr"}
+    assert settings["watch-demo_sr"].watch and settings["watch-demo_sr"].run.dir == "runs/demo/demo_sr"
     assert settings["embed"].output == settings["train-demo_sr"].data.embeddings == "runs/demo/embeddings"
     assert len(list((here / "runs").rglob("frozen.json"))) == 1, "one copy of the code for all"
 
 
 def test_data_that_is_there_is_not_prepared(here: Path) -> None:
-    answer = launch(*DEMO, "data.shards=mine/*.tar", own=["verb=all", "dry_run=true"])
+    own = ["verb=all", "dry_run=true", "evaluate_checkpoints=false"]
+    answer = launch(*DEMO, "data.shards=mine/*.tar", "stage.model.overrides.patch=2", own=own)
     assert answer["jobs"][0]["name"] == "index"
+    settings = {job["name"]: OmegaConf.load(job["config"]) for job in answer["jobs"]}
+    assert settings["train-demo_sr"].stage.model.overrides == {"patch": 2}
+    assert settings["evaluate"].stage.model.overrides == {}, "it draws with what the bundle holds"
+    assert not [name for name in settings if name.startswith("watch")]
+
+
+SPY = """
+import os, sys
+if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
+    from data_pipeline.reading import loader
+    real = loader.Loader.__next__
+    def spy(self):
+        batches = real(self)
+        rank, home = os.environ["SLURM_PROCID"], os.path.dirname(__file__)
+        with open(f"{home}/{os.environ['SLURM_JOB_NAME']}.{rank}", "a") as file:
+            for batch in batches:
+                file.writelines(f"{p} {k}\\n" for p, k in zip(batch.positions.tolist(), batch.keys))
+        if rank == "1" and self.position > 40 and "base" in os.environ["SLURM_JOB_NAME"]:
+            try:
+                os.close(os.open(f"{home}/killed", os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), 9)
+            except FileExistsError:
+                pass
+        return batches
+    loader.Loader.__next__ = spy
+"""
+"""In every rank: writes down which samples it consumes, and kills rank 1 of the base stage once, in its sixth step."""
+
+
+@pytest.mark.slurm
+def test_a_cascade_from_one_command_with_a_rank_killed(
+    on_cluster: Slurm, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "spy").mkdir()
+    (here / "spy/sitecustomize.py").write_text(SPY)
+    drawn = ["prepare.draw.count=60", "prepare.draw.heldout=8", "prepare.draw.samples_per_shard=20"]
+    words = [*TWO_NODES, "experiment=demo", *drawn, "train.steps=8", "train.sample_every=0", "train.log_every=1"]
+    words += ["checkpoint.every=4", "data.global_batch=8", "evaluation.samples=8", "optimizer.warmup_steps=2"]
+    setup = f"cluster.setup=['export PYTHONPATH={here}/spy']"
+    answer = launch(*words, setup, own=["verb=all", "embed_tasks=2"])
+    jobs = {job["name"]: job["job_id"] for job in answer["jobs"]}
+    logs = here / "runs/demo/jobs/logs"
+    for name, job in jobs.items():
+        log = next(iter(sorted(here.rglob(f"slurm-{job}*.log"))), logs / f"slurm-{job}.log")
+        until(lambda job=job: on_cluster.field(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), 180)
+        assert on_cluster.field(job, "JobState") == "COMPLETED", (name, log.read_text() if log.exists() else log)
+    result = json.loads((here / "runs/demo/evaluation/result.json").read_text())
+    assert result["samples"]["background"]["n"] == 8
+    assert (here / "runs/demo/demo_sr/evaluations/series.json").exists()
+    rows = main(load_config("status", ["run.dir=runs/demo"]))
+    assert {row["state"] for row in [*rows["runs"], *rows["jobs"]]} == {"complete"}
+
+    run = here / "runs/demo/demo_base"
+    (end,) = history(run)
+    assert (end.rank, end.code, end.action) == (1, 137, "restart")
+    assert on_cluster.field(jobs["train-demo_base"], "Restarts") == "0", "in the allocation"
+    cascade("train", *words[len(TWO_NODES) :], "run.dir=uninterrupted", "data.embeddings=runs/demo/embeddings",
+            env=on_cluster.env, cwd=here)  # fmt: skip
+    assert losses(run) == losses(here / "uninterrupted")
+    capsys.readouterr()
+    order.main(load_config("order", [*words, "data.shards=data/demo/train", "batches=8", "world_size=2"]))
+    batches = [json.loads(line)["ranks"] for line in capsys.readouterr().out.splitlines()]
+    positions: list[int] = []
+    for rank in (0, 1):
+        lines = [line.split() for line in (here / f"spy/demo-demo_base.{rank}").open()]
+        consumed = {int(position): key for position, key in lines}
+        positions += consumed
+        assert len(lines) > len(consumed), "the steps after the checkpoint were taken twice"
+        assert [consumed[position] for position in sorted(consumed)] == [
+            key for batch in batches for key in batch[rank]
+        ]
+    assert sorted(positions) == list(range(64)), "none lost, none by both"
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss; each step stands there once."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    return {line["step"]: line["loss"] for line in lines}
 
 
 def test_a_cascade_without_stages_is_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"bundle\.runs names no stage"):
         launch("cluster=slurm", own=["verb=all", "dry_run=true"])
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("run.dir=runs/x", "run.dir=runs/x: verb=all has a run for each of bundle.runs"),
+        ("stage=demo_sr", "stage=demo_sr: verb=all has a run for each of bundle.runs"),
+        ("separate=seed_1", "--multirun with verb=all"),
+        ("at_once=2", "at_once=2: the scheduler decides"),
+    ],
+)
+def test_what_a_cascade_cannot_share_is_refused(here: Path, word: str, part: str) -> None:
+    own = [word] if word.startswith(("separate", "at_once")) else []
+    with pytest.raises(ConfigError, match=part):
+        launch(*DEMO, *([] if own else [word]), own=["verb=all", "dry_run=true", *own])

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import ConfigError, UserError
 from tests.slurm.conftest import Slurm, until
-from tests.slurm.launching import TWO_NODES, launch
+from tests.slurm.launching import TWO_NODES, cascade, launch
 from training.cli.compose import load_config
 
 TINY = [
@@ -26,14 +26,6 @@ TINY = [
     "train.log_every=1",
     "train.timeout_first_s=120",
 ]
-
-
-def cascade(*words: str, env: dict[str, str], cwd: Path) -> dict:
-    """A command line; returns its JSON answer."""
-    command = [sys.executable, "-m", "training.cli", *words, "json=true"]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ------------------------------------------------------------------------------------------------ what it writes

@@ -41,11 +41,11 @@ def watch(config: EvaluateCommand, evaluate: Callable[[EvaluateCommand, list[str
         ConfigError: `evaluate_figure` is no figure of the results, or the run is not the first stage of bundle.runs.
         DataError: no checkpoint came for `wait_s` seconds.
     """
-    store = CheckpointStore(checkpoint_dir(config.run.dir))
     output = Path(config.run.dir) / FOLDER
     last = time.monotonic()
     while True:
-        step = _newest_unseen(store, output)
+        store = CheckpointStore(checkpoint_dir(config.run.dir))  # where, is known once the run has begun
+        step = _newest_unseen(store, output) if _others_began(config) else None
         if step is not None:
             place = output / step_name(step)
             try:
@@ -80,6 +80,16 @@ def _progress(store: CheckpointStore) -> tuple[int, float]:
 def _newest_unseen(store: CheckpointStore, output: Path) -> int | None:
     steps = [step for step in store.steps() if not (output / step_name(step) / RESULT).exists()]
     return next((step for step in steps if store.is_committed(step)), None)
+
+
+def _others_began(config: EvaluateCommand) -> bool:
+    """Whether each stage before the watched one has a checkpoint to draw with; they may train at the same time."""
+    before: list[str] = []
+    for run in config.bundle.runs:
+        if Path(run).absolute() == Path(config.run.dir).absolute():
+            return all(CheckpointStore(checkpoint_dir(one)).newest_whole() >= 0 for one in before)
+        before.append(run)
+    return True
 
 
 def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[str]:

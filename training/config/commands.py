@@ -138,6 +138,10 @@ class LaunchCommand(Experiment):
     chain, each job after the success of the one before; `all`: the whole cascade of the experiment, as a graph."""
     embed_tasks: int = 1
     """verb=all: tasks of an array that share the text embedding."""
+    evaluate_checkpoints: bool = True
+    """verb=all: a job beside each stage evaluates its checkpoints as they come (on one device)."""
+    at_once: int = 1
+    """cluster=local: jobs that run at the same time."""
     overrides: list[str] = field(default_factory=list)
     """More key=value words for the submitted command."""
     dry_run: bool = False
@@ -146,6 +150,11 @@ class LaunchCommand(Experiment):
     """Where the script is written; null: RUN_DIR/launch/."""
     separate: str = ""
     """Appended to run.dir; --multirun sets it, so that each job has its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("embed_tasks", "at_once"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: it must be at least 1")
 
 
 @dataclass
@@ -163,6 +172,18 @@ class StatusCommand(Experiment):
         super().__post_init__()
         require(self.watch >= 0, f"watch={self.watch}: it must not be negative")
         require(self.price >= 0, f"price={self.price}: it must not be negative")
+
+
+@dataclass
+class ResumeCommand(Experiment):
+    """`cascade resume`: which run, or directory of an experiment, goes on."""
+
+    at_once: int = 1
+    """Jobs that run at the same time, of a launch on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.at_once >= 1, f"at_once={self.at_once}: it must be at least 1")
 
 
 @dataclass
@@ -426,6 +447,13 @@ COMMANDS: dict[str, Verb] = {
         "slurm.commands.logs",
         "the end of a run's log, of its job or of one rank",
         ("cascade logs run=runs/demo/demo_base rank=3 follow=true",),
+        ("run",),
+    ),
+    "resume": Verb(
+        ResumeCommand,
+        "slurm.commands.resume",
+        "submit again what a launch has not finished",
+        ("cascade resume run=runs/demo", "cascade resume run=runs/demo/demo_base"),
         ("run",),
     ),
     "stop": Verb(

@@ -1,0 +1,90 @@
+"""`cascade resume run=DIR`: submits again what has not been finished, from the records of its launch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import DataError
+from slurm.jobs.records import SUBMITTED, append, find_runs, is_complete
+from slurm.local import LocalRunner, local_record
+from slurm.queue import job_states, submit
+from training.config.commands import ResumeCommand
+
+
+def main(config: ResumeCommand) -> dict[str, Any]:
+    """Submits the jobs of a run, or of all runs of an experiment, that are neither finished nor in the queue: the same
+    scripts, settings and code, each after those that it needs. What had run on this machine runs here again.
+
+    Returns:
+        {"resumed": [{"name", "job", "after"}], "left": {name: state}}
+
+    Raises:
+        DataError: nothing was launched there; UserError: Slurm refused; SystemExit: a job on this machine failed.
+    """
+    folder = Path(config.run.dir)
+    found = [job for home in find_runs(folder) for job in job_states(home)]
+    if not found:
+        raise DataError(
+            f"{folder}: nothing was launched there, so there is no record to resume from; start the same "
+            f"`cascade train` again, or launch it"
+        )
+    newest = max(found, key=lambda job: job["time"])
+    jobs = sorted((job for job in found if _goes_with(job, newest)), key=lambda job: job["time"])
+    left = {job["name"]: job["state"] for job in jobs if job["state"] in ("pending", "running") or _is_done(job)}
+    again = [job for job in jobs if job["name"] not in left]
+    for name, state in left.items():
+        print(f"{name}: {state}, left alone", flush=True)
+    if not again:
+        print(f"{folder}: nothing to resume", flush=True)
+    if again and "runner" in newest:
+        codes = _run_again(again, config.at_once)
+        if any(codes.values()):
+            raise SystemExit(next(code for code in codes.values() if code))
+        return {"resumed": [_answer(job) for job in again], "left": left}
+    return {"resumed": _submit_again(again, {job["name"]: job for job in jobs}), "left": left}
+
+
+def _goes_with(job: dict[str, Any], newest: dict[str, Any]) -> bool:
+    """Whether two jobs are of one kind: both on this machine, or both Slurm's."""
+    return ("runner" in job) == ("runner" in newest)
+
+
+def _is_done(job: dict[str, Any]) -> bool:
+    """A training is done when its last checkpoint is there, all others when they have ended well."""
+    if job["verb"] == "train":
+        return is_complete(Path(job["home"]))
+    return bool(job["state"] == "complete")
+
+
+def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """To Slurm; a job that is still in the queue keeps its number."""
+    numbers = {name: job["job"] for name, job in all_jobs.items() if job["state"] in ("pending", "running")}
+    answers = []
+    for job in again:
+        after = [numbers[name] for name in job.get("after", []) if name in numbers]
+        number = submit(Path(job["script"]), after, job.get("when", "succeeded"))
+        numbers[job["name"]] = number
+        log = job["log"].replace(str(job["job"]), str(number))
+        home = Path(job["script"]).parent
+        record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}
+        append(home / SUBMITTED, {**record, "job": number, "log": log, "time": time.time()})
+        behind = f", after {', '.join(str(one) for one in after)}" if after else ""
+        print(f"submitted job {number}: {job['name']}{behind}", flush=True)
+        answers.append(_answer({**job, "job": number}))
+    return answers
+
+
+def _run_again(again: list[dict[str, Any]], at_once: int) -> dict[str, int]:
+    """On this machine."""
+    records = []
+    for job in again:
+        record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}
+        records.append({**record, **local_record(), "time": time.time()})
+        append(Path(job["home"]) / "launch" / SUBMITTED, records[-1])
+    return LocalRunner(records, at_once).run()
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    return {"name": job["name"], "job": job["job"], "after": job.get("after", [])}

@@ -1,0 +1,221 @@
+"""Jobs on this machine: those that need each other in order, a few at a time, with the records that a cluster's have.
+
+A job is a line of HOME/launch/jobs.jsonl; that it began and how it ended are lines of HOME/launch/events.jsonl.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from slurm.jobs.graph import BEGUN
+from slurm.jobs.job import Job
+from slurm.jobs.records import EVENTS, append, json_lines
+from slurm.script import environment_lines, setup
+from slurm.supervise import End, history, judge, last_step, record_end
+from training.config.cluster import ClusterConfig
+from training.processes.endings import EXIT_PREEMPTED
+
+POLL_S = 0.2
+PR_SET_PDEATHSIG = 1
+OF_A_SCHEDULER = ("nodes", "min_nodes", "partition", "account", "mem", "sbatch", "container", "interface", "gpus_per")
+"""Keys of `cluster` that mean nothing on one machine."""
+SCRIPT = """\
+#!/bin/bash
+# {title}
+cd {directory} || exit 1
+finish() {{ exit "$1"; }}
+{lines}
+export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}
+exec "$python" {arguments}
+"""
+
+
+def render_local(job: Job) -> str:
+    """The script of a job on this machine.
+
+    Raises:
+        ConfigError: a setting that only a scheduler could follow.
+    """
+    cluster, plain = job.config.cluster, ClusterConfig()
+    for name in OF_A_SCHEDULER:
+        if getattr(cluster, name) != getattr(plain, name):
+            raise ConfigError(
+                f"cluster.{name}={getattr(cluster, name)}: cluster=local runs on this machine alone and would not use "
+                f"it; leave it out, or say cluster=slurm"
+            )
+    return SCRIPT.format(
+        title=job.title,
+        directory=shlex.quote(str(Path.cwd())),
+        lines="\n".join([*environment_lines(job), *setup(cluster)]),
+        code=shlex.quote(str(job.code)),
+        arguments=shlex.join(job.arguments),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def identity(pid: int) -> list[int] | None:
+    """[pid, time of its start in clock ticks]: of all processes there ever were; None where it is dead."""
+    with suppress(OSError):
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state not in "ZX":
+            return [pid, int(numbers[18])]
+    return None
+
+
+def is_alive(process: Sequence[int], host: str) -> bool:
+    """Whether this very process lives on this machine."""
+    return host == socket.gethostname() and identity(process[0]) == list(process)
+
+
+def local_state(record: dict[str, Any], events: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    """(state, reason) of a job as the queue would have it; None when it has ended or its runner is gone.
+
+    Args:
+        events: of its home, oldest first.
+    """
+    if not is_alive(record["runner"], record["host"]):
+        return None
+    own = [event for event in events if event["job"] == record["job"]]
+    if not own:
+        return "PENDING", f"after {', '.join(record['after'])}" if record["after"] else "this machine is busy"
+    return ("RUNNING", record["host"]) if own[-1]["what"] == "began" else None
+
+
+def local_stop(record: dict[str, Any], state: str) -> None:
+    """Asks the job's process to end or, while it waits, the launch that would start it."""
+    events = json_lines(Path(record["home"]) / "launch" / EVENTS)
+    process = record["runner"]
+    if state == "RUNNING":
+        process = next(e["process"] for e in reversed(events) if e["job"] == record["job"] and e["what"] == "began")
+    if is_alive(process, record["host"]):
+        os.kill(process[0], signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+class LocalRunner:
+    """Runs the jobs of one launch.
+
+    Args:
+        records: as in jobs.jsonl; what one waits for stands before it, or has succeeded earlier.
+        at_once: jobs at the same time.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], at_once: int) -> None:
+        self.records, self.at_once = list(records), at_once
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.begun: set[str] = set()
+        self.codes: dict[str, int] = {}
+        """Of the jobs that have ended; those that were cancelled have that of what they waited for."""
+        self.asked: list[int] = []
+
+    def run(self) -> dict[str, int]:
+        """Until all have ended; returns their exit codes. Ctrl-C and TERM stop them all; a second Ctrl-C kills."""
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while len(self.codes) < len(self.records):
+                self._look()
+                for record in self.records:
+                    self._consider(record)
+                time.sleep(POLL_S)
+        finally:
+            for child in self.running.values():
+                child.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.codes
+
+    def _stop(self, number: int, _frame: object) -> None:
+        self.asked.append(number)
+        for child in self.running.values():
+            if child.poll() is None:
+                child.send_signal(signal.SIGKILL if self.asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
+
+    def _consider(self, record: dict[str, Any]) -> None:
+        """Starts a job whose time has come, or cancels one whose time cannot come."""
+        name, known = record["name"], {other["name"] for other in self.records}
+        if name in self.codes or name in self.running:
+            return
+        before = [other for other in record["after"] if other in known]
+        failed = [
+            other for other in before if self.codes.get(other) and not (record["when"] == BEGUN and other in self.begun)
+        ]
+        if failed or self.asked:
+            self.codes[name] = self.codes[failed[0]] if failed else EXIT_PREEMPTED
+            self._event(record, "cancelled")
+            print(f"==> {name}: cancelled, {failed[0] + ' has failed' if failed else 'asked to stop'}", flush=True)
+        elif len(self.running) < self.at_once and all(
+            other in self.begun if record["when"] == BEGUN else self.codes.get(other) == 0 for other in before
+        ):
+            self._start(record)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        with open(record["log"], "ab") as log:
+            child = subprocess.Popen(
+                ["bash", record["script"]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_alone,
+            )
+        self.running[record["name"]] = child
+        self.begun.add(record["name"])
+        self._event(record, "began", process=identity(child.pid))
+        print(f"==> {record['name']}: began, {record['log']}", flush=True)
+
+    def _look(self) -> None:
+        for record in self.records:
+            child = self.running.get(record["name"])
+            if child is None or child.poll() is None:
+                continue
+            del self.running[record["name"]]
+            code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+            if code and not self.asked and self._again(record, code):
+                self._start(record)
+                continue
+            self.codes[record["name"]] = code
+            self._event(record, "ended", code=code)
+            how = "succeeded" if code == 0 else f"ended with code {code}, see {record['log']}"
+            print(f"==> {record['name']}: {how}", flush=True)
+
+    def _again(self, record: dict[str, Any], code: int) -> bool:
+        """Whether a job that failed starts again, as it would within an allocation."""
+        home, trains = Path(record["home"]), record["verb"] == "train"
+        end = End(code, record["job"], step=last_step(home) if trains else -1, why=f"ended with code {code}")
+        before = [one for one in history(home) if trains or one.job == record["job"]]
+        verdict = judge(end, before, requeue=False, most=record["most"], limit_s=float("inf"), spare=False)
+        record_end(home, end, verdict)
+        if verdict.sentence:
+            print(f"==> {record['name']}: {verdict.sentence}", file=sys.stderr, flush=True)
+        return verdict.action == "restart"
+
+    def _event(self, record: dict[str, Any], what: str, **more: Any) -> None:
+        event = {"name": record["name"], "what": what, "job": record["job"], "time": time.time(), **more}
+        append(Path(record["home"]) / "launch" / EVENTS, event)
+
+
+def _alone() -> None:
+    """In the child: out of reach of the terminal's Ctrl-C, and ended when the launch is killed."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def local_record() -> dict[str, Any]:
+    """What the record of a job on this machine has beside that of a scheduler's: who runs it."""
+    return {"job": uuid.uuid4().hex[:8], "runner": identity(os.getpid()), "host": socket.gethostname()}
