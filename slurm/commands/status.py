@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from data_pipeline.common.errors import ConfigError, DataError
 from slurm.jobs.graph import JOBS
 from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
+from slurm.jobs.remedies import remedy
+from slurm.pages.page import status_html
 from slurm.queue import job_states, living
 from training.config.commands import StatusCommand
+from training.run.directory import replace_file, try_to_write
 from training.run.tracking import duration
 
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
@@ -27,6 +31,8 @@ def main(config: StatusCommand) -> dict[str, Any]:
         DataError: no run is there; ConfigError: `sort` names no column.
     """
     folder = Path(config.run.dir)
+    if config.html:
+        try_to_write(Path(config.html).absolute().parent, "html")
     while True:
         runs = [run for run in find_runs(folder) if run.name != JOBS]
         rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or row["job"]]
@@ -36,7 +42,13 @@ def main(config: StatusCommand) -> dict[str, Any]:
         if rows and config.sort not in rows[0]:
             raise ConfigError(f"sort={config.sort}: it must be one of {', '.join(rows[0])}")
         rows.sort(key=lambda row: (row[config.sort] is None, row[config.sort]))
+        several = len({row["stage"] for row in rows}) < len(rows)
+        for row in rows:
+            row["label"] = os.path.relpath(row["run"], folder) if several else row["stage"]
         print("\n".join([*([status_table(rows)] if rows else []), *(_job_line(job) for job in jobs)]), flush=True)
+        if config.html:
+            replace_file(Path(config.html), status_html(str(folder), rows, jobs))
+            print(f"page: {config.html}", flush=True)
         if not config.watch:
             return {"runs": rows, "jobs": jobs}
         time.sleep(config.watch)
@@ -52,6 +64,7 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     row["job"] = job["job"] if job else None
     row["why"] = job["reason"] if job and row["state"] == "pending" else None
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
+    row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
 
 
@@ -77,6 +90,7 @@ def status_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         notes = [f"waits: {row['why']}"] if row["why"] else []
         notes += [f"error: {row['error']}"] if row["error"] else []
+        notes += [f"what to do (docs/training.md): {row['remedy']}"] if row["remedy"] else []
         notes += [f"last restart: {row['causes'][-1]}"] if row["causes"] and not row["error"] else []
         lines += [f"{row['run']}: {note}" for note in notes]
     return "\n".join(lines)
@@ -89,7 +103,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     cost = f"${row['cost']:,.0f}" if row["cost"] is not None else shown("device_hours", ".1f") + " h"
     forecast = f" of ${row['forecast']:,.0f}" if row["forecast"] is not None else ""
     return (
-        row["stage"],
+        row.get("label") or row["stage"],
         row["state"],
         f"{row['step']}/{row['steps'] or '?'}",
         shown("loss", ".4f"),

@@ -90,7 +90,8 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
 
     Returns:
         stage, step, steps, images_per_second, mfu, data_wait, loss, validation_loss, checkpoint (step; -1: none),
-        restarts, causes, left_s, device_hours, cost, forecast (dollars; None without GPUs), error.
+        restarts, causes, code (the last exit code of a failure),
+        left_s, device_hours, cost, forecast (dollars; None without GPUs), error.
     """
     settings = _settings(run_dir)
     metrics = json_lines(run_dir / "metrics.jsonl")
@@ -119,6 +120,7 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
         "device_hours": hours,
         "cost": cost,
         "forecast": cost * steps / step if cost is not None and steps and step else None,
+        "code": ends[-1].get("code") if ends else None,
         "error": ends[-1].get("why") if ends and ends[-1].get("action", "").startswith("end") else None,
     }
 

@@ -45,7 +45,7 @@ from training.evaluation.metrics.psnr import psnr
 from training.evaluation.parts import Parts, settings_sha256
 from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
 from training.pictures import sheets
-from training.processes.ranks import read_ranks
+from training.processes.ranks import gpu_of, read_ranks
 from training.run.directory import replace_file, try_to_write
 
 AGAIN = 1 << 32
@@ -159,7 +159,7 @@ def _device(config: EvaluateCommand) -> str:
     if not (config.cluster.gpus and torch.cuda.is_available()):
         return "cpu"
     ranks = read_ranks()
-    return f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if ranks else "cuda:0"
+    return f"cuda:{gpu_of(ranks.local_rank, torch.cuda.device_count())}" if ranks else "cuda:0"
 
 
 @dataclass

@@ -36,7 +36,7 @@ from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
-from training.processes.ranks import read_ranks
+from training.processes.ranks import gpu_of, read_ranks
 from training.run.directory import try_to_write
 
 SAVE_EVERY = 4
@@ -174,7 +174,7 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
         return cascade, ["cpu"]
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     count = torch.cuda.device_count()
-    devices = [f"cuda:{ranks.local_rank % count}"] if ranks else [f"cuda:{i}" for i in range(count)]
+    devices = [f"cuda:{gpu_of(ranks.local_rank, count)}"] if ranks else [f"cuda:{i}" for i in range(count)]
     return cascade.to(devices[0], dtype), devices
 
 

@@ -167,6 +167,8 @@ class StatusCommand(Experiment):
     """Seconds between two looks; 0: look once."""
     price: float = 2.0
     """Dollars per GPU hour."""
+    html: str | None = None
+    """File of a page with curves and sample grids, which needs no server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

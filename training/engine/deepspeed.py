@@ -75,7 +75,8 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
     if config.zero.stage == 0:
         return ranks
     timeout, deepspeed, dist = timedelta(seconds=seconds), import_deepspeed(), torch.distributed
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it; srun sets none
+    # DeepSpeed takes this for the number of the GPU: that is another one where a process sees its own GPU alone.
+    os.environ["LOCAL_RANK"] = card.device.partition(":")[2] or str(ranks.local_rank)
     dist.init_process_group(
         "gloo" if card.device == "cpu" else "nccl",
         store=dist.HashStore() if store is None else dist.PrefixStore("groups", store),

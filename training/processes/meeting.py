@@ -20,7 +20,7 @@ from typing import Any
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
 from training.processes.endings import RankLost
-from training.processes.ranks import Ranks
+from training.processes.ranks import Ranks, gpu_of
 
 POLL_S = 0.1
 FILES, FILES_PER_RANK = 256, 8
@@ -51,7 +51,7 @@ def own_card(ranks: Ranks) -> Card:
 
     node, files = socket.gethostname(), allow_files(needed_files(ranks.world_size))
     if torch.cuda.is_available():
-        index = ranks.local_rank % torch.cuda.device_count()
+        index = gpu_of(ranks.local_rank, torch.cuda.device_count())
         return Card(ranks.rank, node, f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid), files=files)
     cpu_build = torch.version.cuda is None and torch.version.hip is None
     return Card(ranks.rank, node, "cpu", why="torch is a CPU build" if cpu_build else "torch sees no GPU", files=files)

@@ -44,13 +44,14 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     SLURM_PROCID alone does not count: it is also set inside a plain `salloc` or a batch script that runs one process.
 
     Raises:
-        ConfigError: a variable is missing or does not fit the others.
+        ConfigError: a variable is missing or does not fit the others, or several tasks are not ranks of one program.
     """
     if "RANK" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     elif environ.get("CASCADE_SRUN") == "1":
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     else:
+        check_one_program(environ)
         return None
     values = []
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
@@ -64,6 +65,27 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     if not 0 <= rank < world_size:
         raise ConfigError(f"{names[0]}={rank}: it must lie between 0 and {names[2]} - 1 = {world_size - 1}")
     return Ranks(rank, local_rank, world_size)
+
+
+def check_one_program(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuses a plain `srun -N2 cascade train`: each of its tasks would start a run of its own in the same directory.
+
+    Raises:
+        ConfigError: this is one of several tasks that nobody has made ranks of one program.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_PROCID" in environ and tasks.isdecimal() and int(tasks) > 1:
+        raise ConfigError(
+            f"srun has started {tasks} tasks of this command, which would be {tasks} rival runs: submit it with "
+            f"`cascade launch cluster=slurm cluster.nodes=N`, or set CASCADE_SRUN=1, MASTER_ADDR (the first node) and "
+            f"MASTER_PORT for srun, so that its tasks are the ranks of one run"
+        )
+
+
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Number of a process's GPU as it counts itself: its own among all of the node, or 0 where it sees that one alone
+    (--gpus-per-task)."""
+    return local_rank % visible
 
 
 def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:

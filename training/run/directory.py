@@ -44,6 +44,8 @@ FIXED = {
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
 PROBE_BYTES = 1 << 14
+VALIDATION = "validation"
+"""Directory of the losses of single held-out samples, a file per validation."""
 SAVED = "saved.json"
 """The last step that was saved, and where. Beside the metrics and not beside the checkpoints, which may get lost."""
 
@@ -183,6 +185,14 @@ class RunDir:
         """A checkpoint of this step is committed: from now on the run never starts over by itself."""
         with suppress(OSError):  # no room for it; the next one says it again
             replace_file(self.path / SAVED, json.dumps({"step": step, "checkpoints": self.checkpoints}))
+
+    def record_validation(self, step: int, losses: Sequence[float]) -> None:
+        """The loss of each held-out sample (averaged weights), by which `cascade compare` sets two runs side by
+        side."""
+        path = self.path / VALIDATION / f"step-{step:08d}.json"
+        with suppress(OSError):  # the mean is in the metrics
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, json.dumps({"step": step, "loss": [float(f"{loss:.7g}") for loss in losses]}))
 
     def wandb_id(self, saved: str | None = None) -> str:
         """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it. A copy

@@ -45,7 +45,7 @@ from training.run.sample_grid import Inputs, choose, draw, write_samples
 from training.run.saving import Saving
 from training.run.starting_weights import begin_with
 from training.run.tracking import SILENT, Tracker, finite, start_logging, stop_logging
-from training.run.validation import Validation
+from training.run.validation import Validation, by_noise_level
 from training.run.watchdog import Watchdog
 from training.text.encoder import build_text_encoder
 from training.text.identity import identity, pinned
@@ -422,12 +422,14 @@ class Session:
         assert self.validation is not None
         with self.phase("validation", step), self._stance("force_eager"):
             self.engine.module.eval()
-            raw = self.validation.measure(self.engine.module)
+            raw, _ = self.validation.measure(self.engine.module)
             self.engine.module.train()
             with self.engine.averaged(0) as module:
-                averaged = self.validation.measure(module)
+                averaged, losses = self.validation.measure(module)
         self.validated, self.validated_step = averaged, step
-        return {"validation_loss": raw, "validation_loss_ema": averaged}
+        if self.ranks.is_main:
+            self.run.record_validation(step, losses)
+        return {"validation_loss": raw, "validation_loss_ema": averaged, **by_noise_level(losses)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Figures on features of pictures that the averaged weights draw. Collective."""

@@ -3,7 +3,7 @@ run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
 from training.processes.collectives import all_sum
 from training.processes.ranks import Ranks
+from training.run.metering import BANDS
 
 SEED = 20_220_523
 """Fixed for ever, so that runs with different seeds are asked the same."""
@@ -65,9 +66,10 @@ class Validation:
             loader.close()
 
     @torch.no_grad()
-    def measure(self, model: Callable[..., Any]) -> float:
-        """Mean loss; the times of the samples are spread evenly over (0, 1). Collective."""
+    def measure(self, model: Callable[..., Any]) -> tuple[float, list[float]]:
+        """The mean loss, and the loss of each sample; their times are spread evenly over (0, 1). Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
+        singles = torch.zeros(self.count, dtype=torch.float64)
         total, device = torch.zeros((), dtype=torch.float64, device=self.ranks.device), self.ranks.device
         for batch in self._batches:
             text, mask = self._text(batch)
@@ -84,4 +86,18 @@ class Validation:
                 t=((batch.positions + 0.5) / self.count).to(device),
             )
             total += each["loss"].double().sum()
-        return all_sum([float(total)], self.ranks)[0] / self.count
+            singles[batch.positions] = each["loss"].double().cpu()
+        summed = all_sum([float(total), *singles.tolist()], self.ranks)
+        return summed[0] / self.count, summed[1:]
+
+
+def by_noise_level(losses: Sequence[float]) -> dict[str, float]:
+    """Means of the losses that `Validation.measure` gives, in BANDS equal bands of the time, by their names in
+    metrics.jsonl; a band without a sample is left out."""
+    found: dict[str, float] = {}
+    for band in range(BANDS):
+        low, high = band / BANDS, (band + 1) / BANDS
+        inside = [loss for i, loss in enumerate(losses) if low <= (i + 0.5) / len(losses) < high]
+        if inside:
+            found[f"validation_t/{low:.1f}-{high:.1f}"] = sum(inside) / len(inside)
+    return found

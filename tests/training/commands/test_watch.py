@@ -71,6 +71,21 @@ def test_a_super_resolution_run_is_drawn_behind_the_stages_before_it(tmp_path: P
         evaluate.main(command(tmp_path / "other", [base]))
 
 
+def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(7,))
+    runs = [str(tmp_path / "base"), str(tmp_path / "sr")]
+    with pytest.raises(DataError, match="no new checkpoint"):
+        evaluate.main(command(tmp_path / "sr", runs, wait_s=0.1))
+
+
+def test_it_begins_before_the_run(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "base"
+    (run / "launch").mkdir(parents=True)
+    monkeypatch.setattr(watch.time, "sleep", lambda _: make_run(run, stage_config("base", 32), steps=(1000,)))
+    assert evaluate.main(command(run))["best"]["step"] == 1000
+
+
 def test_a_run_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatch) -> None:
     make_run(tmp_path / "base", stage_config("base", 32), steps=(5,))
     with pytest.raises(

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.ranks import Ranks, process_count, read_ranks, thread_count
+from training.processes.ranks import Ranks, gpu_of, process_count, read_ranks, thread_count
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -20,6 +20,20 @@ def test_ranks_from_srun_only_when_asked() -> None:
     slurm = {**LAUNCHER, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
     assert read_ranks(slurm) is None
     assert read_ranks({**slurm, "CASCADE_SRUN": "1"}) == Ranks(2, 0, 4)
+
+
+def test_several_tasks_that_nobody_made_ranks_are_refused() -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(ConfigError, match="srun has started 2 tasks of this command, which would be 2 rival runs"):
+        read_ranks(step)
+    assert read_ranks({**step, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    ranks = {**step, **LAUNCHER, "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "CASCADE_SRUN": "1"}
+    assert read_ranks(ranks) == Ranks(1, 1, 2)
+
+
+def test_the_gpu_of_a_process() -> None:
+    assert [gpu_of(rank, 8) for rank in range(8)] == list(range(8)), "all of the node are visible"
+    assert [gpu_of(rank, 1) for rank in range(8)] == [0] * 8, "each sees its own"
 
 
 @pytest.mark.parametrize(

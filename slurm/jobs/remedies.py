@@ -1,0 +1,39 @@
+"""What to do about an error: docs/training.md, which explains every message of the engine, looked up by a message."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import training
+
+PAGE = Path(training.__file__).parents[1] / "docs" / "training.md"
+ENTRY = re.compile(r"^(\*\*`.*?)(?=^\*\*`|^#|\Z)", re.DOTALL | re.MULTILINE)
+QUOTED = re.compile(r"\*\*`(.+?)`\*\*", re.DOTALL)
+LEADING = re.compile(r"^(?:(?:\*\*`.+?`\*\*|\(code [^)]*\)|[,;:]|the same with|or|\([^)]*\))\s*)+", re.DOTALL)
+"""The messages that an entry begins with, and their code."""
+PLACE = re.compile(r"\b[A-Z]+\b|\.\.\.| / |`")
+"""What stands for numbers and names in a message."""
+SHORTEST = 16
+"""Characters of a fixed part that identify a message."""
+CODE = re.compile(r"^\| (\d+) \| (.+?) \| (.+?) \|$", re.MULTILINE)
+
+
+def remedy(sentence: str, code: int | None = None, page: Path = PAGE) -> str | None:
+    """What the page says about a message; of an exit code, where it does not know the message; None where there is no
+    page (an installation without docs)."""
+    try:
+        text = page.read_text()
+    except OSError:
+        return None
+    said = " ".join(sentence.split())
+    best, found = SHORTEST - 1, None
+    for match in ENTRY.finditer(text):
+        entry = match[1]
+        quoted = [" ".join(one.split()) for one in QUOTED.findall(entry)]
+        parts = [part.strip(" :;,.()") for one in quoted for part in PLACE.split(one)]
+        longest = max((len(part) for part in parts if part in said), default=0)
+        advice = " ".join(LEADING.sub("", entry).partition("**`")[0].split())
+        if longest > best and advice:
+            best, found = longest, advice
+    return found or next((what for number, _, what in CODE.findall(text) if int(number) == code), None)

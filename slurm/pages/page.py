@@ -1,0 +1,79 @@
+"""`cascade status html=FILE`: one self-contained page about runs, that needs no server and no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from slurm.pages.curves import LEVELS, by_level, curves_of, drawn
+
+GRIDS = 4
+"""Sample grids of a run on its page: the newest, and others spread over its steps."""
+WIDEST = 900
+"""Pixels of an embedded grid."""
+COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
+
+
+def status_html(folder: str, rows: Sequence[Mapping[str, Any]], jobs: Sequence[Mapping[str, Any]]) -> str:
+    """The page of the runs in a directory; names and sentences are escaped.
+
+    Args:
+        rows: as `cascade status` answers, jobs: of what is no training.
+    """
+    import jinja2
+
+    template = resources.files("slurm").joinpath("templates/status.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        folder=folder,
+        made=time.strftime("%Y-%m-%d %H:%M:%S"),
+        runs=[{**row, "charts": _charts(Path(row["run"])), "grids": _grids(Path(row["run"]))} for row in rows],
+        jobs=jobs,
+        colours=COLOURS,
+    )
+
+
+def _charts(run: Path) -> list[dict[str, Any]]:
+    curves = curves_of(run)
+    prefix, levels = by_level(curves)
+    what = "Held-out loss" if prefix == LEVELS[0] else "Training loss"
+    wanted = [
+        ("Training loss", {"loss": curves.get("loss", [])}),
+        ("Validation loss", {name: curves.get(name, []) for name in ("validation_loss", "validation_loss_ema")}),
+        (f"{what} by noise level (0 clean, 1 noise)", levels),
+        ("Images per second", {"images_per_second": curves.get("images_per_second", [])}),
+    ]
+    return [{"title": title, **drawn(found)} for title, found in wanted if any(found.values())]
+
+
+def _grids(run: Path) -> list[dict[str, Any]]:
+    """The newest sample grid first."""
+    paths = sorted(run.glob("samples/step-*.png"))
+    places = sorted({round(i * (len(paths) - 1) / max(1, GRIDS - 1)) for i in range(min(GRIDS, len(paths)))})
+    grids = []
+    for place in reversed(places):
+        source = _embedded(paths[place])
+        if source:
+            grids.append({"step": int(paths[place].stem.partition("-")[2]), "source": source})
+    return grids
+
+
+def _embedded(path: Path) -> str | None:
+    """A picture as the source of an <img>, at most WIDEST wide; None for one that is being written."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    if picture.width > WIDEST:
+        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
