@@ -128,7 +128,7 @@ def _split(entry: str) -> list[str]:
     return words
 
 
-NOT_SUBMITTED = ("launch", "status", "logs", "resume", "stop")
+NOT_SUBMITTED = ("launch", "status", "compare", "logs", "resume", "stop")
 """Commands for the machine that one sits at."""
 
 

@@ -27,13 +27,17 @@ def remedy(sentence: str, code: int | None = None, page: Path = PAGE) -> str | N
     except OSError:
         return None
     said = " ".join(sentence.split())
-    best, found = SHORTEST - 1, None
+    best, found, of_code = SHORTEST - 1, None, []
     for match in ENTRY.finditer(text):
         entry = match[1]
         quoted = [" ".join(one.split()) for one in QUOTED.findall(entry)]
         parts = [part.strip(" :;,.()") for one in quoted for part in PLACE.split(one)]
         longest = max((len(part) for part in parts if part in said), default=0)
         advice = " ".join(LEADING.sub("", entry).partition("**`")[0].split())
+        if f"(code {code})" in entry and advice:
+            of_code.append(advice)
         if longest > best and advice:
             best, found = longest, advice
+    if len(of_code) == 1:
+        found = found or of_code[0]
     return found or next((what for number, _, what in CODE.findall(text) if int(number) == code), None)

@@ -13,6 +13,8 @@ Curve = list[tuple[int, float]]
 """(step, value), steps rising."""
 MOST_POINTS = 300
 """A curve on a page or picture has at most so many points: each the mean of its neighbours."""
+LINES = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#0a3069")
+"""Colours of lines, one after the other."""
 LEVELS = ("validation_t/", "loss_t/")
 """Prefixes of losses by noise level, the held-out ones first."""
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from slurm.pages.curves import LEVELS, by_level, curves_of, drawn
+from slurm.pages.curves import LEVELS, LINES, by_level, curves_of, drawn
 
 GRIDS = 4
 """Sample grids of a run on its page: the newest, and others spread over its steps."""
 WIDEST = 900
 """Pixels of an embedded grid."""
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 
 
 def status_html(folder: str, rows: Sequence[Mapping[str, Any]], jobs: Sequence[Mapping[str, Any]]) -> str:
@@ -36,7 +35,7 @@ def status_html(folder: str, rows: Sequence[Mapping[str, Any]], jobs: Sequence[M
         made=time.strftime("%Y-%m-%d %H:%M:%S"),
         runs=[{**row, "charts": _charts(Path(row["run"])), "grids": _grids(Path(row["run"]))} for row in rows],
         jobs=jobs,
-        colours=COLOURS,
+        colours=LINES,
     )
 
 
@@ -56,7 +55,8 @@ def _charts(run: Path) -> list[dict[str, Any]]:
 def _grids(run: Path) -> list[dict[str, Any]]:
     """The newest sample grid first."""
     paths = sorted(run.glob("samples/step-*.png"))
-    places = sorted({round(i * (len(paths) - 1) / max(1, GRIDS - 1)) for i in range(min(GRIDS, len(paths)))})
+    count = min(GRIDS, len(paths))
+    places = sorted({round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)})
     grids = []
     for place in reversed(places):
         source = _embedded(paths[place])

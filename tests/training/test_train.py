@@ -253,7 +253,7 @@ def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path:
         assert [line["step"] for line in lines] == [2, 3, 4]
         results.append([(line["validation_loss"], line["validation_loss_ema"]) for line in (lines[0], lines[2])])
         for step, line in ((2, lines[0]), (4, lines[2])):
-            singles = json.loads((tmp_path / str(ranks) / f"validation/step-{step:08d}.json").read_text())["loss"]
+            singles = json.loads((Path(config.run.dir) / f"validation/step-{step:08d}.json").read_text())["loss"]
             assert len(singles) == 8 and sum(singles) / 8 == pytest.approx(line["validation_loss_ema"], rel=1e-6)
             levels = [value for name, value in line.items() if name.startswith("validation_t/")]
             assert len(levels) == 5 and min(levels) <= line["validation_loss_ema"] <= max(levels)

@@ -45,11 +45,17 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
     * values of other text keys are texts too: run.name=007
     * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], odd paths
     * keys of free mappings (cluster.sbatch.qos=high) need no `+`
+    * words without `=` are the list of the command that takes some (cascade compare RUN RUN)
 
     Raises:
         ConfigError: a word that is not `key=value`, or a key of a stage for a command that draws with a bundle.
     """
-    return [_normalise_one(verb, word) for word in [*from_environment(verb, overrides), *overrides]]
+    key = COMMANDS[verb].bare
+    bare = [word for word in overrides if key and "=" not in word and not word.startswith("~")]
+    rest = [word for word in overrides if word not in bare]
+    if bare:
+        rest.append(f"{key}=[{','.join(_quote(word) for word in bare)}]")
+    return [_normalise_one(verb, word) for word in [*from_environment(verb, rest), *rest]]
 
 
 ENVIRONMENT = {

@@ -177,6 +177,24 @@ class StatusCommand(Experiment):
 
 
 @dataclass
+class CompareCommand(Experiment):
+    """`cascade compare`: which runs are set side by side."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories; also typed without a key."""
+    curves: list[str] = field(default_factory=lambda: ["loss", "validation_loss_ema"])
+    """Numbers of metrics.jsonl to draw."""
+    output: str = "compare.png"
+    """Picture of the curves."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.runs) > 1, "runs: name two runs or more: cascade compare runs/a/base64 runs/b/base64")
+        require(len({*self.runs}) == len(self.runs), "runs: one is named twice")
+        require(self.output.endswith(".png"), f"output={self.output}: it must end in .png")
+
+
+@dataclass
 class ResumeCommand(Experiment):
     """`cascade resume`: which run, or directory of an experiment, goes on."""
 
@@ -295,6 +313,8 @@ class Verb:
     """It draws with the stages and settings of a bundle: `stage.*` would change nothing, and is refused."""
     trains: bool = False
     """It builds a model for training: its stage, batch and processes must fit each other."""
+    bare: str = ""
+    """Key of the list of words that are typed without a key."""
     distributed: bool = False
     """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
 
@@ -443,6 +463,15 @@ COMMANDS: dict[str, Verb] = {
         "how the runs of a directory get on: state, speed, restarts, end, cost",
         ("cascade status run=runs/demo", "cascade status run=runs/sweep sort=validation_loss"),
         ("run",),
+    ),
+    "compare": Verb(
+        CompareCommand,
+        "slurm.commands.compare",
+        "what differs between runs: settings, curves, validation loss sample by sample",
+        ("cascade compare runs/a/base64 runs/b/base64 output=compare.png",),
+        ("run",),
+        local=("output",),
+        bare="runs",
     ),
     "logs": Verb(
         LogsCommand,

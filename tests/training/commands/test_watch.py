@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,12 @@ def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
 def test_it_begins_before_the_run(tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "base"
     (run / "launch").mkdir(parents=True)
-    monkeypatch.setattr(watch.time, "sleep", lambda _: make_run(run, stage_config("base", 32), steps=(1000,)))
+
+    def begin(_: float) -> None:
+        shutil.rmtree(run)
+        make_run(run, stage_config("base", 32), steps=(1000,))
+
+    monkeypatch.setattr(watch.time, "sleep", begin)
     assert evaluate.main(command(run))["best"]["step"] == 1000
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,14 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import CHROMIUM, command, measured
 from tests.training.evaluation.example_result import RESULT
 from training.evaluation.page import embedded, extremes, html, nearest_section, samples_section
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MEASURE = (
-    "<script>document.title=[document.documentElement.scrollWidth,innerWidth,"
-    "[...document.images].filter(i=>i.complete&&i.naturalWidth>0).length,document.images.length].join(' ')</script>"
-)
 CAPTIONS = ['a <script>alert("x")</script> cat', "蓝天 & a very" + "long" * 60 + " word", "a dog", "a fish"]
 
 
@@ -57,15 +52,11 @@ def test_large_pictures_are_embedded_small() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_shows_all_pictures_and_nothing_sticks_out(page: str, width: int, tmp_path: Path) -> None:
-    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    file.write_text(page.replace("</body>", f"{MEASURE}</body>"))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", f"--screenshot={shot}"]
-    dumped = subprocess.run(
-        [*command[:-1], "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    scroll, inner, loaded, images = map(int, re.findall(r"<title>([\d ]+)</title>", dumped)[0].split())
+    scroll, inner, loaded, images = measured(page, width, tmp_path)
     assert scroll <= inner == width and loaded == images == 12
-    subprocess.run([*command, file.as_uri()], capture_output=True, timeout=120, check=True)
+    file, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    file.write_text(page)
+    words = [*command(width, tmp_path), f"--screenshot={shot}", file.as_uri()]
+    subprocess.run(words, capture_output=True, timeout=120, check=True)
     pixels = np.asarray(Image.open(shot).convert("L"))
     assert pixels.shape == (1600, width) and pixels.std() > 5

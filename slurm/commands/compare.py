@@ -1,0 +1,139 @@
+"""`cascade compare RUN RUN ...`: what differs between runs, and what it made of their losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.common.errors import DataError
+from slurm.pages.chart import picture_of, stacked, text_of
+from slurm.pages.curves import curves_of
+from training.config.commands import CompareCommand
+from training.pictures.sheets import save
+from training.run.directory import VALIDATION, flatten
+
+OWN = ("run.", "wandb.name", "json", "debug")
+"""Settings that differ between any two runs, and say nothing about their losses."""
+SAME_QUESTION = ("validation.", "evaluation.reference", "stage.image_size", "stage.low_res_size", "stage.diffusion.")
+"""Settings with which the validation asks another question, so that its losses cannot be compared."""
+Z = 1.96
+"""Half width of a 95 % interval, in standard errors."""
+
+
+def main(config: CompareCommand) -> dict[str, Any]:
+    """Prints the settings that differ, draws the curves, and compares the validation losses in pairs.
+
+    Returns:
+        {"settings": {key: [values]}, "picture": path, "paired": [{"runs", "step", "difference", "interval", "n"}]}
+
+    Raises:
+        DataError: a directory is no run, or none of the runs has any of the curves.
+    """
+    runs = {name: Path(name) for name in config.runs}
+    settings = {name: _settings(path) for name, path in runs.items()}
+    table = differing(settings)
+    print(_settings_table(table, list(runs)), flush=True)
+    found = {name: curves_of(path) for name, path in runs.items()}
+    charts = {}
+    for number in config.curves:
+        curves = {name: curves[number] for name, curves in found.items() if number in curves}
+        if curves:
+            charts[number] = curves
+    if not charts:
+        raise DataError(f"curves={config.curves}: metrics.jsonl of these runs has none of them")
+    for number, curves in charts.items():
+        print("\n" + text_of(number, curves), flush=True)
+    Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    save(stacked([picture_of(number, curves) for number, curves in charts.items()]), config.output)
+    print(f"\npicture: {config.output}")
+    paired = [pair for a, b in combinations(runs, 2) if (pair := _paired(a, b, table, list(runs)))]
+    for pair in paired:
+        print(_sentence(pair), flush=True)
+    return {"settings": table, "picture": config.output, "paired": paired}
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{run}: it has no config.yaml, so it is no run; name run directories")
+    return flatten(found)
+
+
+def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted key -> the value of each run, of the settings that are not the same in all."""
+    keys = sorted({key for flat in settings.values() for key in flat if not key.startswith(OWN)})
+    rows = {key: [flat.get(key) for flat in settings.values()] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _settings_table(table: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+    if not table:
+        return "the settings are the same"
+    lines = [["setting", *names]]
+    for key, values in table.items():
+        lines.append([key, *("null" if value is None else str(value) for value in values)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+# ----------------------------------------------------------------------------------------- validation losses
+
+
+def _paired(a: str, b: str, table: Mapping[str, Sequence[Any]], names: Sequence[str]) -> dict[str, Any] | None:
+    """The difference b - a of the losses of the same held-out samples, at the newest step that both have."""
+    losses = [_validations(Path(run)) for run in (a, b)]
+    if not losses[0] or not losses[1]:
+        return None
+    i, j = names.index(a), names.index(b)
+    other = [key for key, values in table.items() if key.startswith(SAME_QUESTION) and values[i] != values[j]]
+    if other:
+        return {"runs": [a, b], "why": f"their validations ask different questions ({', '.join(other)})"}
+    steps = sorted({*losses[0]} & {*losses[1]})
+    if not steps:
+        return {"runs": [a, b], "why": "they were never validated at the same step"}
+    pair = [losses[0][steps[-1]], losses[1][steps[-1]]]
+    if len(pair[0]) != len(pair[1]):
+        return {"runs": [a, b], "why": "their validations have different numbers of samples"}
+    return {"runs": [a, b], "step": steps[-1], **paired_difference(pair[0], pair[1])}
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """Mean of b - a over pairs, with its 95 % interval by the normal approximation; two pairs at least."""
+    apart = [y - x for x, y in zip(a, b, strict=True)]
+    mean = sum(apart) / len(apart)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in apart) / (len(apart) - 1) / len(apart))
+    return {"difference": mean, "interval": [mean - Z * spread, mean + Z * spread], "n": len(apart)}
+
+
+def _validations(run: Path) -> dict[int, list[float]]:
+    found = {}
+    for path in (run / VALIDATION).glob("step-*.json"):
+        try:
+            line = json.loads(path.read_text())
+            found[int(line["step"])] = line["loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _sentence(pair: Mapping[str, Any]) -> str:
+    a, b = pair["runs"]
+    if "why" in pair:
+        return f"validation loss of {b} and {a}: not compared, {pair['why']}"
+    low, high = pair["interval"]
+    said = "no difference is seen" if low <= 0 <= high else f"{b if high < 0 else a} is better"
+    return (
+        f"validation loss of {b} minus {a} at step {pair['step']}: {pair['difference']:+.5f} "
+        f"[{low:+.5f}, {high:+.5f}] (95 %, paired over {pair['n']} held-out samples): {said}"
+    )
