@@ -68,7 +68,7 @@ def render_local(job: Job) -> str:
 # ---------------------------------------------------------------------------------------------------- processes
 
 
-def identity(pid: int) -> list[int] | None:
+def process_identity(pid: int) -> list[int] | None:
     """[pid, time of its start in clock ticks]: of all processes there ever were; None where it is dead."""
     with suppress(OSError):
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -79,7 +79,7 @@ def identity(pid: int) -> list[int] | None:
 
 def is_alive(process: Sequence[int], host: str) -> bool:
     """Whether this very process lives on this machine."""
-    return host == socket.gethostname() and identity(process[0]) == list(process)
+    return host == socket.gethostname() and process_identity(process[0]) == list(process)
 
 
 def local_state(record: dict[str, Any], events: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
@@ -176,7 +176,7 @@ class LocalRunner:
             )
         self.running[record["name"]] = child
         self.begun.add(record["name"])
-        self._event(record, "began", process=identity(child.pid))
+        self._event(record, "began", process=process_identity(child.pid))
         print(f"==> {record['name']}: began, {record['log']}", flush=True)
 
     def _look(self) -> None:
@@ -218,4 +218,4 @@ def _alone() -> None:
 
 def local_record() -> dict[str, Any]:
     """What the record of a job on this machine has beside that of a scheduler's: who runs it."""
-    return {"job": uuid.uuid4().hex[:8], "runner": identity(os.getpid()), "host": socket.gethostname()}
+    return {"job": uuid.uuid4().hex[:8], "runner": process_identity(os.getpid()), "host": socket.gethostname()}

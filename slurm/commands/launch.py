@@ -181,11 +181,11 @@ def _job(
         after=entry.after,
         when=entry.when,
     )
-    render(job)  # refuses what cannot be
+    script_text(job)  # refuses what cannot be
     return job
 
 
-def render(job: Job) -> str:
+def script_text(job: Job) -> str:
     """The text of the job's script."""
     return render_local(job) if job.config.cluster.kind == "local" else slurm.script.render_script(job)
 
@@ -235,7 +235,7 @@ def write_job(job: Job) -> None:
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.code = freeze(job.code)
     job.settings.write_text(job.frozen)
-    job.script.write_text(render(job))
+    job.script.write_text(script_text(job))
     log_of(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
 
 
