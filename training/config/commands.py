@@ -371,7 +371,7 @@ COMMANDS: dict[str, Verb] = {
             "cascade train experiment=demo stage=demo_sr",
             "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
             "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
-            "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4    # one run per value",
+            "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4",
         ),
         EVERYTHING,
         outputs=("run.dir",),
@@ -447,10 +447,10 @@ COMMANDS: dict[str, Verb] = {
         "submit a command, a chain, or a whole cascade",
         (
             "cascade launch verb=all cluster=slurm experiment=demo dry_run=true",
-            "cascade launch cluster=slurm experiment=demo dry_run=true    # writes and shows the script",
+            "cascade launch cluster=slurm experiment=demo dry_run=true",
             "cascade launch cluster=slurm experiment=demo "
             "verb=\"['train stage=demo_base','train stage=demo_sr',bundle]\"",
-            "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4    # a job and a run each",
+            "cascade launch cluster=slurm experiment=demo --multirun optimizer.lr=1e-4,3e-4",
             "cascade launch cluster=slurm experiment=demo verb=evaluate",
         ),
         ("cluster", "run"),

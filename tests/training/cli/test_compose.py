@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -332,16 +333,30 @@ def test_other_names_lead_to_keys_that_exist() -> None:
     assert {re.split(r"[\s=]", name)[0] for name in SYNONYMS.values()} - {"the"} <= keys
 
 
-def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
-    """Brackets, braces and stars of settings stand in quotation marks."""
+def documented() -> tuple[list[str], list[str]]:
+    """The commands of the README, of the pages and of `--help`; and those that stand within sentences."""
     root = Path(__file__).parents[3]
-    lines = [line for page in [root / "README.md", *root.glob("docs/*.md")] for line in page.read_text().splitlines()]
-    commands = [line for verb in COMMANDS.values() for line in verb.examples]
-    commands += [line.strip() for line in lines if line.startswith("    cascade ")]
-    commands += [found for line in lines for found in re.findall(r"`(cascade [^`]+)`", line)]
+    pages = [root / "README.md", root / "slurm/README.md", *root.glob("docs/*.md")]
+    lines = [line for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
+    commands = [line.replace("\\\n", " ") for verb in COMMANDS.values() for line in verb.examples]
+    commands += [line.strip() for line in lines if re.match(r"(    )?([A-Z_]+=\S+ )*cascade [a-z]+ +\S+=", line)]
+    return commands, [found for line in lines for found in re.findall(r"`(cascade [a-z]+ [^`]+)`", line)]
+
+
+def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
+    """Brackets, braces and stars of settings stand in quotation marks; zsh takes a comment for words."""
+    commands = sum(documented(), [])
     assert len(commands) > 40
-    bare = [re.sub(r"'[^']*'|\"(\\.|[^\"])*\"", "", command.partition("  #")[0]) for command in commands]
-    assert [command for command in bare if re.search(r"=[^ ]*[\[{*]", command)] == []
+    bare = [re.sub(r"'[^']*'|\"(\\.|[^\"])*\"", "", command) for command in commands]
+    assert [command for command in bare if re.search(r"=[^ ]*[\[{*]| #", command)] == []
+
+
+def test_documented_settings_exist() -> None:
+    for command in documented()[0]:
+        words = shlex.split(command)
+        verb, settings = words[words.index("cascade") + 1], words[words.index("cascade") + 2 :]
+        if verb in COMMANDS and not {"--help", "--multirun"} & {*settings}:
+            load_config(verb, [word for word in settings if "=" in word and "..." not in word])
 
 
 @pytest.mark.parametrize(
