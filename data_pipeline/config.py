@@ -42,12 +42,17 @@ class FilterConfig:
     max_aspect: float | None = None
     """Longer side / shorter side."""
     min_aesthetic: float | None = None
+    """Least aesthetic score in the `.json`, in that score's own unit."""
     max_watermark: float | None = None
+    """Greatest probability of a watermark in the `.json`, 0 to 1."""
     max_unsafe: float | None = None
+    """Greatest probability of unsafe content in the `.json`, 0 to 1."""
     min_similarity: float | None = None
+    """Least similarity of picture and caption in the `.json`, -1 to 1."""
     min_caption: int | None = None
     """Caption length in characters."""
     max_caption: int | None = None
+    """Caption length in characters."""
 
 
 @dataclass
@@ -246,6 +251,7 @@ class DataConfig:
     cache_dir: str | None = None
     """Disk cache for remote shards, shared by the processes of a node."""
     cache_gb: float = 50.0
+    """Size up to which the disk cache grows per node, GB; the shards used longest ago make room."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the consumed samples was broken (of the first 1,000: clearly more)."""
     deadline_s: float = 600.0
@@ -366,6 +372,7 @@ class DrawConfig:
     objects: int = 1
     """Objects per picture: 1, or 2 with their relation."""
     samples_per_shard: int = 1000
+    """Samples in each shard."""
 
     def __post_init__(self) -> None:
         at_least(self, "prepare.draw", count=0, heldout=0, size=8, samples_per_shard=1)
@@ -380,14 +387,17 @@ class PrepareConfig:
     """`draw` (captioned shapes), `folder` (pictures with captions beside them), `table` (csv, tsv, json, jsonl or
     parquet, with paths or the pictures themselves), `shards` (repack)."""
     source: str | None = None
+    """Folder of pictures, table, or shards, by `kind`."""
     images: str | None = None
     """Folder that the paths of a table are relative to; null: the table's own folder, and the folders below it."""
     output: str = "data/demo"
+    """Directory or s3:// prefix that the shards go to."""
     max_side: int | None = None
     """Larger pictures are shrunk to this longer side; null keeps the bytes as they are."""
     quality: int = 92
     """JPEG quality of re-encoded pictures."""
     samples_per_shard: int = 1000
+    """Samples in each shard."""
     heldout: int = 0
     """Samples kept apart for evaluation, spread over the source: they go to OUTPUT/heldout and the others to
     OUTPUT/train; 0: all go to OUTPUT. (Drawings have prepare.draw.heldout.)"""

@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data_pipeline", "training", "slurm")
 ROOMS = {
-    "data_pipeline": ["common", "config", "storage", "order", "content", "images", "shards", "reading", "commands"],
+    "data_pipeline": [
+        "common",
+        "config",
+        "storage",
+        "order",
+        "content",
+        "images",
+        "shards",
+        "shard_index",
+        "reading",
+        "commands",
+    ],
     "training": [
         "config",
         "pictures",
@@ -25,6 +36,7 @@ ROOMS = {
         "evaluation",
         "checkpoint",
         "cli",
+        "commandline",
         "cascade",
         "run",
         "train",

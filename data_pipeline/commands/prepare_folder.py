@@ -53,7 +53,7 @@ class FolderSource:
     def __init__(self, folder: str, names: MembersConfig | None = None) -> None:
         self.folder, self.names = Path(os.path.expanduser(folder)), names or MembersConfig()
         if not self.folder.is_dir():
-            raise DataError(f"prepare.source={folder}: there is no such directory")
+            raise DataError(f"prepare.source={folder}: there is no such directory; name the folder of your pictures")
         self._endings: Counter[str] = Counter()
         """Of the files that are neither pictures nor used beside one."""
         found = list(self._entries())

@@ -406,7 +406,9 @@ def _hint(pattern: str, patience: Patience) -> str:
     """What is there instead, for the error of an empty pattern."""
     if not is_remote(pattern):
         where = parent(pattern)
-        return "" if os.path.isdir(where) else f" (the directory {where!r} does not exist)"
+        if os.path.isdir(where):
+            return ""
+        return f" (the directory {where!r} does not exist; `cascade prepare` makes shards of pictures)"
     door = _door(pattern)
     bucket, key = door.split(pattern)
     prefix = re.split(r"[*?\[{]", key)[0].rpartition("/")[0]

@@ -373,7 +373,7 @@ def read(path: str) -> Bundle:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if (Path(path) / "bundle" / INDEX).is_file():
             raise DataError(f"{path}: no bundle there (no {INDEX}); there is one in {path}/bundle") from error
-        make = f"bundle.runs=[{path}] bundle.dir=NEW" if _is_run(path) else "experiment=demo"
+        make = f"'bundle.runs=[{path}]' bundle.dir=NEW" if _is_run(path) else "and the same experiment=..."
         raise DataError(f"{path}: no bundle there (no {INDEX}); make one with: cascade bundle {make}") from error
     except ValueError as error:
         raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error

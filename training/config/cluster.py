@@ -31,12 +31,15 @@ class ClusterConfig:
     """Fewest nodes of a training (Slurm): it starts on any number up to `nodes` whose processes can share the data, and
     goes on without a node that has failed. 0: exactly `nodes`."""
     partition: str | None = None
+    """Slurm partition; null: the site's default."""
     account: str | None = None
+    """Slurm account that pays; null: the user's default."""
     time: str = "24:00:00"
     """Time limit as Slurm has it: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED."""
     cpus_per_task: int = 0
     """CPU cores per process; 0: the scheduler's default."""
     mem: str | None = None
+    """Memory per node as Slurm has it, for example 200G; null: the site's default."""
     gpus: bool = True
     """Ask for one GPU per process."""
     gpus_per: str = "node"

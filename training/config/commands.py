@@ -80,6 +80,7 @@ class SampleCommand(SamplerKeys):
     from_bundle: str | None = None
     """Bundle directory; null: bundle.dir."""
     output: str | None = None
+    """Directory of the pictures; null: sampling.output."""
     num_images: int = 1
     """Pictures per prompt."""
     layout: str | None = None
@@ -92,9 +93,11 @@ class SampleCommand(SamplerKeys):
     image: Any = None
     """Picture file, or one per prompt, to redraw (by `strength`, or where `mask` is light)."""
     mask: Any = None
+    """Picture file, or one per prompt: `image` is redrawn where it is light; null: everywhere."""
     strength: Any = 1.0
     """How much of `image` is redrawn, above 0 to 1: one number for the first stage drawn, or one per stage."""
     batch: int = 16
+    """Pictures drawn at once per device."""
     explain: bool = False
     """Heat maps of which words drew which pixels."""
 
@@ -104,9 +107,13 @@ class OrderCommand(Experiment):
     """`cascade order`: what a run would read."""
 
     world_size: int = 1
+    """Processes of the run that is shown."""
     workers: int = 0
+    """DataLoader workers of each process."""
     position: int = 0
+    """Where to begin: samples consumed since step 0."""
     batches: int = 1
+    """Global batches to show."""
     quality: bool = False
     """Also report, as a last line, how well the batches mix the data."""
 
@@ -278,6 +285,7 @@ class EmbedCommand(Experiment):
     output: str | None = None
     """Directory or s3:// prefix of the sidecars; null: beside the shards. Training reads them by data.embeddings."""
     part: int = 0
+    """Which of `parts` shares of the shards this command does, from 0."""
     parts: int = 1
     """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
     themselves."""

@@ -30,15 +30,19 @@ class DiffusionConfig:
     """The diffusion process of a stage: noise schedule, what the network predicts, how errors are weighted."""
 
     schedule: str = "cosine"
+    """Noise over time: a curve of training/diffusion/schedule.py, `cosine`, `linear` or `edm`."""
     parametrization: str = "v"
     """What the network outputs: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
     weighting: str = "v"
     """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`."""
     min_snr_gamma: float = 5.0
+    """`min_snr`: the signal-to-noise ratio at which the weight is cut off."""
     max_weight: float = 0.0
     """Cap on the weight of the x0 error; 0: none."""
     log_snr_min: float = -20.0
+    """Least log signal-to-noise ratio (nearly pure noise)."""
     log_snr_max: float = 20.0
+    """Greatest log signal-to-noise ratio (nearly clean)."""
     shift_from: int = 0
     """Reference resolution of the resolution shift 2 ln(shift_from / image_size); 0: no shift."""
     residual: bool = False
@@ -50,6 +54,7 @@ class DiffusionConfig:
     aug_max: float = 1.0
     """Super-resolution: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
     sigma_data: float = 0.5
+    """`edm`: standard deviation of the pictures' values, which lie in [-1, 1]."""
     stratified: bool = True
     """Spread the times of a global batch evenly over [0, 1]."""
 
@@ -81,7 +86,9 @@ class SamplerConfig:
     """How a stage is sampled: method, steps, guidance, thresholding."""
 
     name: str = "dpmpp_2m"
+    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`."""
     steps: int = 20
+    """Steps from noise to picture; heun calls the network twice in each."""
     guidance: float = 3.0
     """Guidance weight w; 1: no guidance."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -93,6 +100,7 @@ class SamplerConfig:
     """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
     2.3)."""
     threshold_percentile: float = 0.995
+    """`dynamic`: share of a picture's values that stay inside the threshold, 0 to 1."""
     aug_level: float = 0.1
     """Super-resolution: level (a time in [0, 1]) of the noise added to the low-res input."""
     gamma: float = 0.3

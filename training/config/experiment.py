@@ -23,7 +23,9 @@ class RunConfig:
     """Where a run lives. One run = one stage's training, in one directory, over any number of restarts."""
 
     name: str = "default"
+    """Of the experiment; the directories of its data, runs and results carry it."""
     dir: str = "runs/default/stage"
+    """Of this stage's run: checkpoints, logs, metrics, sample grids."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir: it is empty; name a directory")
@@ -44,6 +46,7 @@ class StageConfig:
     """One U-Net of the cascade."""
 
     name: str = "demo_base"
+    """Part of the run's directory and of file names in a bundle."""
     image_size: int = 16
     """Side of the pictures this stage makes, pixels."""
     low_res_size: int = 0
@@ -95,6 +98,7 @@ class TextConfig:
     path: str | None = None
     """`t5`: a local directory or a name in the Hugging Face cache."""
     max_tokens: int = 32
+    """Captions are cut to this many tokens."""
     dim: int = 384
     """Width of the embeddings; for `t5` it must equal the encoder's."""
     dtype: str = "fp32"
@@ -117,10 +121,15 @@ class OptimizerConfig:
     name: str = "adamw"
     """`adamw`, `adamw8bit` (moments of 8 bits), `adafactor`, ...: `optimizer=NAME` takes a file of conf/optimizer."""
     lr: float = 1e-4
+    """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Decay rates of the first and second moments."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.01
+    """Decoupled: per step, times the learning rate."""
     warmup_steps: int = 100
+    """Steps over which the learning rate rises from zero."""
     decay: str = "linear"
     """`constant`, `cosine` or `linear`, after the warm-up, to zero at train.steps."""
     decay_from: float = 0.7
@@ -173,7 +182,9 @@ class ZeroConfig:
     stage: int = 1
     """DeepSpeed ZeRO stage: 0 (one device only), 1, 2 or 3."""
     offload_optimizer: bool = False
+    """Moments and master weights in host memory."""
     offload_parameters: bool = False
+    """ZeRO 3: weights in host memory."""
 
     def __post_init__(self) -> None:
         require(self.stage in (0, 1, 2, 3), f"zero.stage={self.stage}: it must be 0, 1, 2 or 3")
@@ -194,6 +205,7 @@ class PrecisionConfig:
     dtype: str = "fp32"
     """`fp32`, or `bf16` with fp32 master weights."""
     channels_last: bool = False
+    """Memory layout of pictures, often faster for bf16 convolutions on a GPU."""
     compile: bool = False
     """torch.compile per block (GPU)."""
 
@@ -206,10 +218,13 @@ class TrainConfig:
     """The training loop: steps, logging, what to do about trouble."""
 
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     log_every: int = 20
+    """Steps between two lines of metrics."""
     sample_every: int = 500
     """A grid of fixed prompts with fixed seeds every so many steps; 0: never."""
     sample_prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
+    """Captions of the sample grid; empty, and for super-resolution: the first captions of the data."""
     init_from: str | None = None
     """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
     max_skipped: int = 10
@@ -283,7 +298,9 @@ class CheckpointConfig:
     """Where checkpoints go, how often, and which are kept."""
 
     every: int = 1000
+    """Steps between two checkpoints."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Keep each checkpoint whose step is a multiple of this for ever; 0: none."""
     keep_best: bool = True
@@ -305,7 +322,9 @@ class WandbConfig:
     mode: str = "offline"
     """`online`, `offline` or `disabled`."""
     project: str = "cascade"
+    """At W&B, where the run is shown."""
     entity: str | None = None
+    """User or team at W&B; null: the account's own."""
     name: str | None = None
     """Of the run; null: RUN_NAME/STAGE_NAME."""
     group: str | None = None
@@ -313,6 +332,7 @@ class WandbConfig:
     notes: str | None = field(default=None, metadata=SENTENCES)
     """Free text about the run."""
     tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
 
     def __post_init__(self) -> None:
         require(
@@ -348,6 +368,7 @@ class BundleConfig:
     runs: list[str] = field(default_factory=list)
     """Run directories (or checkpoints) of the stages, base first."""
     dir: str = "runs/default/bundle"
+    """The bundle: a directory or s3:// prefix."""
     text_path: str | None = None
     """`sample` and `evaluate`: where the text encoder lies on this machine; null: where the bundle says."""
 
@@ -362,7 +383,9 @@ class SamplingConfig:
     prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
     """The experiment's own prompts, used when the command line gives none."""
     output: str = "runs/default/samples"
+    """Directory of the pictures."""
     columns: int = 4
+    """Prompts in a row of the grid."""
 
     def __post_init__(self) -> None:
         at_least(self, "sampling", columns=1)
@@ -422,7 +445,9 @@ class EvaluationConfig:
     extractors: dict[str, ExtractorConfig] = field(default_factory=dict)
     """Networks with local weights, by the name of their features; those without weights always stand beside them."""
     batch: int = 32
+    """Pictures drawn at once per device."""
     output: str = "runs/default/evaluation"
+    """Directory of result, report and parts."""
 
     def __post_init__(self) -> None:
         require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
@@ -443,6 +468,7 @@ class Experiment:
     """All sections that an experiment composes; the base of every command's config."""
 
     seed: int = 0
+    """Of everything random: order, crops, captions, noise, initial weights."""
     json: bool = False
     """The last line on stdout is one JSON object."""
     debug: bool = False

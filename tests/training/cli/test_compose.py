@@ -333,6 +333,11 @@ def test_other_names_lead_to_keys_that_exist() -> None:
     assert {re.split(r"[\s=]", name)[0] for name in SYNONYMS.values()} - {"the"} <= keys
 
 
+def test_every_setting_is_explained() -> None:
+    keys = {key.name: key for verb in COMMANDS.values() for key in keys_of(verb.config).values()}
+    assert [name for name, key in keys.items() if not (key.doc or key.is_section)] == []
+
+
 def documented() -> tuple[list[str], list[str]]:
     """The commands of the README, of the pages and of `--help`; and those that stand within sentences."""
     root = Path(__file__).parents[3]
@@ -345,7 +350,8 @@ def documented() -> tuple[list[str], list[str]]:
 
 def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
     """Brackets, braces and stars of settings stand in quotation marks; zsh takes a comment for words."""
-    commands = sum(documented(), [])
+    blocks, within = documented()
+    commands = blocks + within
     assert len(commands) > 40
     bare = [re.sub(r"'[^']*'|\"(\\.|[^\"])*\"", "", command) for command in commands]
     assert [command for command in bare if re.search(r"=[^ ]*[\[{*]| #", command)] == []

@@ -1,0 +1,5 @@
+"""Which samples a shard holds, for programs and notebooks: the public names of `data_pipeline.shards.index`."""
+
+from data_pipeline.shards.index import ShardIndex, index_shard, load_index
+
+__all__ = ["ShardIndex", "index_shard", "load_index"]

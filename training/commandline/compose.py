@@ -1,0 +1,5 @@
+"""`load_config(verb, ["experiment=demo", "train.steps=50"])`: what a command would run with."""
+
+from training.cli.compose import load_config
+
+__all__ = ["load_config"]
