@@ -7,6 +7,7 @@ import importlib
 import pytest
 
 from training.cli.compose import load_config
+from training.config.commands import SampleCommand
 
 
 @pytest.mark.parametrize(
@@ -28,4 +29,5 @@ def test_a_door_gives_what_the_room_holds(door: str, room: str) -> None:
     "text", ["a red circle, on a white background", "[a cat, on a mat]", "choice(a,b)", "1e3", "true", "price ${x}"]
 )
 def test_a_sentence_is_one_prompt(text: str) -> None:
-    assert load_config("sample", [f"prompts={text}"]).prompts in (text, [text])
+    config = load_config("sample", [f"prompts={text}"])
+    assert isinstance(config, SampleCommand) and config.prompts in (text, [text])
