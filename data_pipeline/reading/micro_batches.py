@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.embeddings import DatasetEmbeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
 from data_pipeline.shards.mixture import Mixture, order_of
+from data_pipeline.storage.retry import NAP_S, check_asked, get_unless_asked
 
 MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
 """What training looks at."""
@@ -116,7 +118,7 @@ class Decoding:
         return self
 
     def __next__(self) -> MicroBatch:
-        taken = [self._queue.get().result() for _ in range(self._work.micro_batch)]
+        taken = [self._next().result() for _ in range(self._work.micro_batch)]
         samples: list[Decoded] = [one.value for one in taken]
         low_res = [sample.low_res for sample in samples if sample.low_res is not None]
         embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
@@ -131,6 +133,15 @@ class Decoding:
             sources=[sample.source for sample in samples],
             datasets=[sample.dataset for sample in samples],
         )
+
+    def _next(self) -> Future[Taken]:
+        """The next sample, decoded."""
+        task = get_unless_asked(self._queue)
+        while True:
+            with suppress(TimeoutError):
+                task.exception(timeout=NAP_S)
+                return task
+            check_asked()
 
     def _feed(self) -> None:
         """Hands every position to the decoding threads, in order, no further ahead than the queue holds."""

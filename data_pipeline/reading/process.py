@@ -26,6 +26,7 @@ from typing import Any
 from data_pipeline.common import python
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.reading.micro_batches import Decoding, MicroBatch, Work
+from data_pipeline.storage.retry import get_unless_asked
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Signals that mean the trainer, who may still need data before it stops."""
@@ -106,7 +107,7 @@ class DecodingProcess:
         return self
 
     def __next__(self) -> MicroBatch:
-        found = self._failure or self._received.get()
+        found = self._failure or get_unless_asked(self._received)
         if isinstance(found, BaseException):
             self._failure = found
             raise found

@@ -170,7 +170,7 @@ def window_of(dataset: Dataset, config: DataConfig) -> int:
 
 def patience_of(config: DataConfig) -> Patience:
     """The stall and deadline limits of the data settings."""
-    return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True)
+    return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True, reads=True)
 
 
 def load_or_build(urls: list[str], config: DataConfig) -> Dataset:

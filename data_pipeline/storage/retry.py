@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import queue
 import random
+import signal
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 from data_pipeline.common.errors import StoreError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -15,14 +20,56 @@ FLOOR = 64 << 10
 """Bytes per second below which a stream that keeps breaking counts as silent: each byte buys a FLOORth of a second."""
 HURRY_S = 15.0
 """Seconds that a failing store may still take once the process has been asked to stop (see `Patience.hurry`)."""
+READ_S = 1.5
+"""The same for what only reads, of which nothing must be saved."""
 NAP_S = 0.25
 _asked_at: float | None = None
+_asked_by = 0
 
 
-def hurry_up(now: bool = True) -> None:
-    """The process has been asked to stop (safe in a signal handler); `now=False`: no longer."""
-    global _asked_at
-    _asked_at = (_asked_at or time.monotonic()) if now else None
+def hurry_up(now: bool = True, number: int = 0) -> None:
+    """The process has been asked to stop, by signal `number` (safe in a signal handler); `now=False`: no longer."""
+    global _asked_at, _asked_by
+    _asked_at, _asked_by = ((_asked_at or time.monotonic()), _asked_by or number) if now else (None, 0)
+
+
+class StoppedWaiting(StoreError):
+    """The process was asked to stop, by signal `number`, while it waited for data."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, number)
+        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else 75
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def get_unless_asked(source: queue.Queue[T]) -> T:
+    """The next item of a queue, however long it takes; once the process has been asked to stop, `READ_S` at most.
+
+    Raises:
+        StoppedWaiting: it was asked, and nothing came.
+    """
+    while True:
+        try:
+            return source.get(timeout=NAP_S)
+        except queue.Empty:
+            check_asked()
+
+
+def check_asked() -> None:
+    """For whoever waits for data.
+
+    Raises:
+        StoppedWaiting: the process was asked to stop `READ_S` ago.
+    """
+    if _asked_at is not None and time.monotonic() - _asked_at >= READ_S:
+        raise StoppedWaiting(f"stopped by {_asker()} while it waited for data", _asked_by)
+
+
+def _asker() -> str:
+    return signal.Signals(_asked_by).name if _asked_by else "a signal"
 
 
 @dataclass(frozen=True)
@@ -32,7 +79,7 @@ class Patience:
     `stall_s`: seconds without a byte after which a request is cancelled. `deadline_s`: seconds without progress, over
     all attempts, after which `StoreError` ends the run. Waits are uniform in [0, min(cap_s, base_s 2^attempt)]
     seconds. `hurry`: once a signal has asked the process to stop (`hurry_up`), give up after HURRY_S seconds, so that
-    the process ends while whoever asked still waits.
+    the process ends while whoever asked still waits; `reads`: after READ_S, because nothing is lost.
     """
 
     stall_s: float = 20.0
@@ -40,6 +87,12 @@ class Patience:
     base_s: float = 0.2
     cap_s: float = 30.0
     hurry: bool = False
+    reads: bool = False
+
+    def too_late(self) -> bool:
+        """Whether the process was asked to stop so long ago that it must not wait any more."""
+        longest = READ_S if self.reads else HURRY_S
+        return self.hurry and _asked_at is not None and time.monotonic() - _asked_at >= longest
 
 
 DEFAULT = Patience()
@@ -84,7 +137,13 @@ class Backoff:
         deadline = self.patience.deadline_s if deadline_s is None else min(deadline_s, self.patience.deadline_s)
         silent = self.silent_s
         self.attempts += 1
-        if silent >= deadline or self._too_late():
+        if self.patience.reads and self.patience.too_late():
+            raise StoppedWaiting(
+                f"{self.what}: stopped by {_asker()} while the store failed; the last cause was "
+                f"{describe_error(cause)}",
+                _asked_by,
+            ) from cause
+        if silent >= deadline or self.patience.too_late():
             attempts = f"{self.attempts} attempt{'s' * (self.attempts > 1)}"
             raise StoreError(
                 f"{self.what}: no progress for {silent:.0f} s in {attempts}, so the run gives up; "
@@ -97,11 +156,10 @@ class Backoff:
             level, "%s: %s; attempt %d follows in %.1f s", self.what, describe_error(cause), self.attempts + 1, delay
         )
         until = time.monotonic() + delay
-        while (left := until - time.monotonic()) > 0 and not self._too_late():
+        while (left := until - time.monotonic()) > 0:
+            if self.patience.too_late():
+                return self.wait(cause, deadline_s, advice) if self.patience.reads else None
             time.sleep(min(left, NAP_S))
-
-    def _too_late(self) -> bool:
-        return self.patience.hurry and _asked_at is not None and time.monotonic() - _asked_at >= HURRY_S
 
 
 def describe_error(error: BaseException) -> str:

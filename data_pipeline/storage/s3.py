@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.storage import s3_errors
-from data_pipeline.storage.retry import DEFAULT, Backoff, Patience
+from data_pipeline.storage.retry import DEFAULT, NAP_S, Backoff, Patience
 from data_pipeline.storage.s3_errors import Changed, Denied, Missing, endpoint
 
 __all__ = [
@@ -101,9 +101,19 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a coroutine on the filesystem's event loop and waits for it."""
-    return asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop).result()
+def _run(coroutine: Coroutine[Any, Any, Any], patience: Patience = DEFAULT) -> Any:
+    """Runs a coroutine on the filesystem's event loop and waits for it; a silent store is not waited for by a process
+    that has been asked to stop."""
+    running = asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop)
+    while True:
+        try:
+            return running.result(NAP_S)
+        except TimeoutError:
+            if running.done():
+                raise
+            if patience.too_late():
+                running.cancel()
+                raise
 
 
 async def _request(fs: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, *
     while True:
         fs = filesystem()
         try:
-            answer: dict[str, Any] = _run(asyncio.wait_for(_request(fs, method, arguments), limit))
+            answer: dict[str, Any] = _run(asyncio.wait_for(_request(fs, method, arguments), limit), patience)
             _answered = True
             return answer
         except Exception as error:
@@ -208,7 +218,7 @@ class S3Stream:
             want = len(self._buffer) + PIECE if size < 0 else size
             fs = filesystem()
             try:
-                _run(self._fill(want, fs))
+                _run(self._fill(want, fs), self._patience)
             except Exception as error:
                 self.close()
                 _after_failure(error, self.url, self._backoff, fs)

@@ -11,6 +11,7 @@ slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
+silence                     from the end of the step on no data comes; a second later SIGTERM
 hurry                       a failing store is given up `seconds` after a signal
 gone, back                  at the end of the step a file takes the place of the checkpoints' directory; it is put back
 """
@@ -22,6 +23,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,6 +56,9 @@ def main(config: Experiment) -> dict[str, Any]:
         for name in ("kill", "sigterm", "sigusr1", "sigint"):
             if at(name, step):
                 os.kill(os.getpid(), getattr(signal, name.upper(), signal.SIGKILL))
+        if at("silence", step):
+            self.loader._decoding._process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         for event in (e for e in events if e["step"] == step):
             while event["what"] in ("small files", "gone") and self.saving.writer.busy:
                 time.sleep(0.01)  # the checkpoint before it is whole

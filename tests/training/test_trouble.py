@@ -67,6 +67,16 @@ def test_a_signal_at_an_odd_moment(tmp_path: Path, shards: str, phase: str) -> N
     assert newest(config).step == at + 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whoever_waits_for_data_hears_a_signal(tmp_path: Path, shards: str, ranks: int) -> None:
+    """It does not wait for the store's deadline (600 s), and loses no step."""
+    config = experiment(tmp_path, shards, train__steps=10_000, data__own_process=True)
+    running = chaos(config, ranks, {"what": "silence", "rank": ranks - 1, "step": 2})
+    assert running.codes() == [75] * ranks, running.text
+    step = newest(config).step
+    assert f"stopped by SIGTERM after step {step}; everything is saved" in running.text and step >= 2
+
+
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, shards: str) -> None:
     """Nothing can be written from step 2 to step 5, neither logs nor output: the checkpoint of step 3 fails, later
     ones are there."""

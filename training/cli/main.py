@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigErr
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
-from training.processes.endings import run_program, say
+from training.processes.endings import Terminated, ends_at_once, run_program, say
 
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that already stand in the default paths."""
@@ -71,7 +72,7 @@ def run(verb: str, config: Experiment) -> None:
     """
     try:
         with _closed_pipe():
-            with _errors(verb, config.debug):
+            with contextlib.nullcontext() if COMMANDS[verb].trains else ends_at_once(), _errors(verb, config.debug):
                 result = importlib.import_module(COMMANDS[verb].module).main(config)
             if config.json and result is not None:
                 print(json.dumps(result), flush=True)
@@ -236,9 +237,10 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
         if debug or error.filename is None:
             raise
         _fail(f"cascade {verb}", of_file(error))
-    except KeyboardInterrupt:
-        print(f"cascade {verb}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as end:
+        number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+        say(f"cascade {verb}: stopped by {number.name}")
+        raise SystemExit(128 + number) from None
 
 
 def _fail(who: str, error: CascadeError) -> NoReturn:

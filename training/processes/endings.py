@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import math
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
@@ -17,6 +19,7 @@ from data_pipeline.storage.retry import hurry_up
 
 EXIT_DONE, EXIT_CRASH, EXIT_PREEMPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_HUNG = 0, 1, 75, 76, 77, 78
 EXIT_INTERRUPTED = 130
+AT_ONCE_S = 2.0
 
 
 class Exit(NamedTuple):
@@ -167,7 +170,43 @@ class Signals:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = self.received or number
-        hurry_up()
+        hurry_up(number=number)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM reached a command that has nothing to save."""
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end a command that has nothing to save: waits for a failing store are cut short, files that
+    are not whole are removed, and whatever is not done after `AT_ONCE_S` is left as it is."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        hurry_up(number=number)
+        last = threading.Timer(AT_ONCE_S, _end_by_force, [number])
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        hurry_up(now=False)
+
+
+def _end_by_force(number: int) -> None:
+    say(f"stopped by {signal.Signals(number).name}; the same command does what is left")
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
 
 
 def stop_error(number: int, step: int, saved: int) -> CascadeError:

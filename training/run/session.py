@@ -21,6 +21,7 @@ import torch
 from data_pipeline.common.errors import BAD_REASONS, CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
+from data_pipeline.storage.retry import StoppedWaiting
 from training.checkpoint.provenance import code_version
 from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
@@ -36,7 +37,7 @@ from training.plan.checks import check_heldout
 from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
 from training.processes.collectives import all_sum, barrier, each, errors_of_all, gather_objects, together
-from training.processes.endings import LossGuard, Signals
+from training.processes.endings import LossGuard, Signals, stop_error
 from training.processes.ranks import Ranks, thread_count
 from training.run.directory import RunDir, check_same_run, to_dict
 from training.run.metering import Hours, Meter, TimeLeft
@@ -263,8 +264,11 @@ class Session:
         return bool(failed) or (self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)))
 
     def _end_without_data(self, healthy: bool, votes: Sequence[float] = ()) -> None:
-        self.save(self.position // self.config.data.global_batch, healthy, wait=True)
+        step = self.position // self.config.data.global_batch
+        self.save(step, healthy, wait=True)
         for error in errors_of_all(self._failure, self.ranks):
+            if isinstance(error, StoppedWaiting):
+                raise stop_error(error.number, step, self.saving.last_step) from error
             if error is not None:
                 raise error
         shards = gather_objects(self.loader.bad_shards, self.ranks)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from data_pipeline.common.errors import DataError, StoreError
 from data_pipeline.shards import dataset
 from data_pipeline.shards.index import index_shard
 from data_pipeline.storage import retry, s3, store
-from data_pipeline.storage.retry import Patience
+from data_pipeline.storage.retry import Patience, StoppedWaiting
 from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
@@ -347,4 +349,23 @@ def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
         proxy.plan(["status:503"] * 60)
         store.write_bytes(url, DATA, QUICK)
     finally:
+        retry.hurry_up(now=False)
+
+
+@pytest.mark.parametrize("fault", ["status:503", "stall:0"])
+def test_whoever_only_reads_stops_at_once(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Also where the store accepts a request and never answers."""
+    monkeypatch.setattr(retry, "READ_S", 0.2)
+    proxy.plan([], default=fault)
+    patience = Patience(stall_s=600, deadline_s=600, base_s=60, cap_s=60, hurry=True, reads=True)
+    stop = threading.Timer(0.5, retry.hurry_up, kwargs={"number": signal.SIGTERM})
+    stop.start()
+    try:
+        with pytest.raises(StoppedWaiting, match="stopped by SIGTERM while the store failed") as stopped:
+            store.read_bytes(url, patience)
+        assert (stopped.value.exit_code, pickle.loads(pickle.dumps(stopped.value)).number) == (75, signal.SIGTERM)
+    finally:
+        stop.join()
         retry.hurry_up(now=False)

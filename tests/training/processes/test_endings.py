@@ -42,6 +42,33 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_with_nothing_to_save_ends_at_once(number: signal.Signals, code: int) -> None:
+    """Also where a thread is stuck; what the program has open is closed first."""
+    program = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from training.cli import main
+from training.processes import endings
+endings.AT_ONCE_S = 0.5
+with main._errors("index", False), endings.ends_at_once(), ThreadPoolExecutor(1) as pool:
+    pool.submit(time.sleep, 600)
+    try:
+        print("ready", flush=True)
+        time.sleep(600)
+    finally:
+        print("closed", flush=True)
+"""
+    started = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None and started.stdout.readline() == "ready\n"
+    started.send_signal(number)
+    out, err = started.communicate()
+    assert (out, started.returncode) == ("closed\n", code)
+    assert f"stopped by {number.name}" in err and "Traceback" not in err
+
+
 def test_exit_codes() -> None:
     error = stop_error(signal.SIGUSR2, 7, 7)
     assert isinstance(error, Preempted) and error.exit_code == 75
