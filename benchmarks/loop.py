@@ -50,14 +50,14 @@ def main() -> dict[str, Any]:
         watchdog = Watchdog(Ranks(), None, *Watchdog.limits(config.train))
         session = Session(config, init_distributed(Ranks(), config), watchdog)
         session.begin()
-        batches = [next(session.loader) for _ in range(STEPS)]
+        batches = [next(session.data.loader) for _ in range(STEPS)]
         bare, looped, bare_cpu, looped_cpu, step = [], [], [], [], 0
         for _ in range(TURNS + 1):
             began, began_cpu = time.perf_counter(), time.thread_time()
             for batch in batches:
                 for micro_batch in batch:
-                    session.engine.backward(session.loss(micro_batch))
-                session.engine.step(step)
+                    session.state.engine.backward(session.loss(micro_batch))
+                session.state.engine.step(step)
                 step += 1
             bare.append((time.perf_counter() - began) / STEPS)
             bare_cpu.append(time.thread_time() - began_cpu)
@@ -90,10 +90,10 @@ def one_step(session: Any, step: int) -> None:
         with session.phase("forward", step):
             mean = session.loss(batch)
         with session.phase("backward", step):
-            session.engine.backward(mean)
+            session.state.engine.backward(mean)
         share = share + mean.detach() / len(batches)
     with session.phase("step", step):
-        info = session.engine.step(step, share, session.votes(0), session.judge)
+        info = session.state.engine.step(step, share, session.votes(0), session.judge)
     session.hear(info.votes, healthy=True)
     session.guard.accept(info.loss)
     if (step + 1) % session.config.train.log_every == 0:

@@ -84,7 +84,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         if is_lost_rank(error):
             raise RankLost(watchdog.last_words(error)) from error
         raise
-    engine, guard, settings = session.engine, session.guard, config.train
+    engine, guard, settings = session.state.engine, session.guard, config.train
     exit_code, loss = EXIT_CRASH, math.nan
     try:
         session.begin()

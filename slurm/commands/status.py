@@ -15,7 +15,7 @@ from slurm.pages.page import status_html
 from slurm.queue import job_states, living
 from training.config.commands import StatusCommand
 from training.run.directory import replace_file, try_to_write
-from training.run.tracking import duration
+from training.run.reporting.tracking import duration
 
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
 

@@ -39,13 +39,14 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.storage import retry
 from data_pipeline.storage.folder import LocalFolder
 from training.config.experiment import Experiment
+from training.run import training_data
 from training.run.session import Session
 
 
 def main(config: Experiment) -> dict[str, Any]:
     events = [e for e in json.loads(os.environ["CASCADE_CHAOS"]) if e["rank"] == int(os.environ["RANK"])]
     log, loss, write, load = Session.log, Session.loss, LocalFolder.write, Loader.__next__
-    phase, begin, open_loader = Session.phase, Session.begin, Session._open_loader
+    phase, begin, open_loader = Session.phase, Session.begin, training_data.open_loader
     checkpoints = Path(config.run.dir) / "checkpoints"
 
     def at(what: str, step: int) -> bool:
@@ -72,7 +73,7 @@ def main(config: Experiment) -> dict[str, Any]:
                 checkpoints.with_name("away").rename(checkpoints)
 
     def poisoned(self: Session, batch: Any) -> torch.Tensor:
-        mean, step = loss(self, batch), self.position // self.config.data.global_batch
+        mean, step = loss(self, batch), self.data.step
         return mean * (float("nan") if at("nan", step) else 1000.0 if at("spike", step) else 1.0)
 
     @contextmanager
@@ -81,12 +82,12 @@ def main(config: Experiment) -> dict[str, Any]:
             strike(name, step)
             yield
 
-    def at_the_start(self: Session, *args: Any, **kwargs: Any) -> Loader:
+    def at_the_start(*args: Any, **kwargs: Any) -> Loader:
         if any(e["what"] == "start" for e in events):
             os.kill(os.getpid(), signal.SIGKILL)
         if at("freeze", 0):
             os.kill(os.getpid(), signal.SIGSTOP)
-        return open_loader(self, *args, **kwargs)
+        return open_loader(*args, **kwargs)
 
     def before_the_first(self: Session) -> None:
         strike("begin", 0)
@@ -113,7 +114,7 @@ def main(config: Experiment) -> dict[str, Any]:
     Session.log, Session.loss, LocalFolder.write = end_of_step, poisoned, interrupted  # type: ignore[method-assign]
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
-    Session._open_loader = at_the_start  # type: ignore[method-assign]
+    training_data.open_loader = at_the_start
     training.run.watchdog.MARGIN_S = 2.0
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
     if at("freeze", -1):

@@ -1,1 +1,4 @@
-"""One training run: its directory, session, tracking, watchdog, validation, sample grid. Imports cascade and below."""
+"""One training run: its directory, data, state, checkpoints and reports, which `session` opens in order.
+
+Imports cascade and below.
+"""

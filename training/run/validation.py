@@ -16,7 +16,7 @@ from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
 from training.processes.collectives import all_sum
 from training.processes.ranks import Ranks
-from training.run.metering import BANDS
+from training.run.reporting.metering import BANDS
 
 SEED = 20_220_523
 """Fixed for ever, so that runs with different seeds are asked the same."""

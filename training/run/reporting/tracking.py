@@ -21,7 +21,7 @@ from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, replace_file, to_dict
-from training.run.trackers import Sinks
+from training.run.reporting.trackers import Sinks
 
 log = logging.getLogger("cascade")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training.processes.ranks import Ranks
-from training.run import metering
-from training.run.metering import Hours, Meter, TimeLeft, process_age, slowest
+from training.run.reporting import metering
+from training.run.reporting.metering import Hours, Meter, TimeLeft, process_age, slowest
 
 
 @pytest.fixture

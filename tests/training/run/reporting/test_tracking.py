@@ -16,9 +16,17 @@ from PIL import Image
 
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
-from training.run import tracking
 from training.run.directory import RunDir
-from training.run.tracking import SILENT, Tracker, duration, keep_lines, progress_line, start_logging, stop_logging
+from training.run.reporting import tracking
+from training.run.reporting.tracking import (
+    SILENT,
+    Tracker,
+    duration,
+    keep_lines,
+    progress_line,
+    start_logging,
+    stop_logging,
+)
 
 
 @pytest.fixture
@@ -211,7 +219,7 @@ import sys
 from training.config.experiment import Experiment
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
-from training.run.tracking import Tracker
+from training.run.reporting.tracking import Tracker
 config = Experiment()
 config.run.dir = sys.argv[1]
 tracker = Tracker(RunDir(config), config, Ranks(), 0, "abc12345", {})

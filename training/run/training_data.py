@@ -1,0 +1,153 @@
+"""The training data of one rank: its micro-batches, their text, and what became of the samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from data_pipeline.common.errors import BAD_REASONS, CascadeError
+from data_pipeline.reading.loader import Batch, Loader
+from data_pipeline.shards.embeddings import pad
+from training.config.experiment import Experiment
+from training.processes.collectives import all_sum, errors_of_all, gather_objects
+from training.processes.ranks import Ranks
+from training.run.directory import RunDir
+from training.text.identity import identity
+
+COUNTS = ("samples", "bad", *(f"bad_{reason}" for reason in BAD_REASONS), "bad_other")
+"""Counts of the loader that the ranks add up, in this order."""
+
+
+class Encoder(Protocol):
+    """The part of a text encoder that training uses."""
+
+    max_tokens: int
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, T, D) and mask (B, T)."""
+
+
+def open_loader(config: Experiment, ranks: Ranks, run: RunDir, position: int, **others: Any) -> Loader:
+    """The loader of this rank from `position` on, unless `others` say otherwise."""
+    stage = config.stage
+    return Loader(
+        config.data,
+        image_size=stage.image_size,
+        low_res_size=stage.low_res_size,
+        crop_size=stage.crop_size,
+        seed=config.seed,
+        position=position,
+        quarantine=str(run.path / "logs" / f"quarantine-{ranks.rank}.jsonl"),
+        **{"rank": ranks.rank, "world_size": ranks.world_size, **others},
+    )
+
+
+class TrainingData:
+    """This rank's share of the data. `position` counts the samples that all ranks have consumed since step 0.
+
+    Args:
+        meta: of the checkpoint that the run resumes from; empty for a new run.
+
+    Raises:
+        DataError, ConfigError: the shards are missing, or are not those that the checkpoint was trained on.
+    """
+
+    def __init__(self, config: Experiment, ranks: Ranks, run: RunDir, meta: Mapping[str, Any]) -> None:
+        self.config, self.ranks = config, ranks
+        self.position: int = meta.get("position", 0)
+        self.datasets = [dataset.name for dataset in config.data.datasets()]
+        """Names of the data sets of a mixture, else empty."""
+        self._earlier: dict[str, int] = meta.get("data_counters", {})
+        self._batches: list[Batch] | None = None
+        self._failure: Exception | None = None
+        self.loader = open_loader(config, ranks, run, self.position, own_process=config.data.own_process)
+
+    def check(self, meta: Mapping[str, Any]) -> None:
+        """Refuses other data than the checkpoint's, and embeddings of another text encoder."""
+        if meta:
+            self.loader.check_state(meta["data"])
+        if self.loader.embeddings is not None:
+            self.loader.embeddings.check(identity(self.config.text))
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        share = self.config.data.global_batch // self.ranks.world_size
+        return share // (self.config.data.micro_batch or share)
+
+    @property
+    def step(self) -> int:
+        """Steps whose samples have been consumed."""
+        return self.position // self.config.data.global_batch
+
+    @property
+    def failed(self) -> bool:
+        """This rank has had no data for the step."""
+        return self._failure is not None
+
+    def next(self) -> list[Batch] | None:
+        """The micro-batches of the next step.
+
+        A rank that gets none repeats its last ones, so that the others do not wait for it in vain: the step is refused
+        later, by all ranks together (`ends`). None: some rank has none to repeat (the first step, or one process), and
+        the run must end here.
+        """
+        first = self._batches is None
+        try:
+            self._batches = next(self.loader)
+        except (CascadeError, OSError) as caught:
+            self._failure = caught
+        if (first or self.ranks.world_size == 1) and all_sum([float(self.failed)], self.ranks)[0]:
+            return None
+        self.position += self.config.data.global_batch
+        return self._batches
+
+    def take_back(self) -> None:
+        """The samples of the step under way were not used."""
+        self.position -= self.config.data.global_batch
+
+    def ends(self, failed: float, seen: float, bad: float) -> bool:
+        """Whether the run ends for want of data, from numbers summed over the ranks: how many ranks got no batch,
+        samples seen and bad ones."""
+        return bool(failed) or (self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)))
+
+    def error(self, seen: float = 0.0, bad: float = 0.0) -> Exception:
+        """Why the data ends, the same on all ranks. Collective."""
+        for error in errors_of_all(self._failure, self.ranks):
+            if error is not None:
+                return error
+        shards = gather_objects(self.loader.bad_shards, self.ranks)
+        return self.loader.too_many_error(int(seen), int(bad), shards)
+
+    def text(self, batch: Batch, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, T, D) and mask (B, T) of the captions: precomputed ones, else encoded now."""
+        if batch.embeddings is None:
+            return encoder.encode(batch.captions)
+        text, mask = pad(batch.embeddings, encoder.max_tokens)
+        return torch.from_numpy(text), torch.from_numpy(mask)
+
+    @property
+    def count_names(self) -> tuple[str, ...]:
+        """Counts that the ranks add up: the same names in the same order on all of them."""
+        return (*COUNTS, *(f"{kind}_dataset/{name}" for kind in ("samples", "bad") for name in self.datasets))
+
+    def counts(self) -> dict[str, float]:
+        """This rank's counts of this start, by `count_names`; a reason that is not among them counts as bad_other."""
+        counts = dict.fromkeys(self.count_names, 0.0)
+        for name, count in self.loader.counters.items():
+            counts[name if name in counts else "bad_other"] += count
+        return counts
+
+    def of_whole_run(self, counts: Sequence[float]) -> dict[str, int]:
+        """Counts of all starts.
+
+        Args:
+            counts: of this start, by `count_names`, summed over the ranks. Reasons that never occurred are left out.
+        """
+        always = {name: 0 for name in self.count_names if name in ("samples", "bad") or "/" in name}
+        total = Counter({**always, **self._earlier})
+        total.update({name: int(count) for name, count in zip(self.count_names, counts, strict=True) if count})
+        return dict(total)

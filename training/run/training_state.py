@@ -1,0 +1,104 @@
+"""The state that training changes: weights, their averages and the optimizer's moments, inside the engine."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from data_pipeline.reading.loader import Batch
+from training.checkpoint.store import Checkpoint
+from training.config.experiment import Experiment
+from training.config.unet import for_stage
+from training.diffusion import random
+from training.diffusion.objective import loss
+from training.engine.deepspeed import build_engine
+from training.model.unet import UNet
+from training.optim.averages import state_name
+from training.optim.base import skip_compiler
+from training.optim.registry import states_to_load
+from training.processes.collectives import each
+from training.processes.ranks import Ranks, thread_count
+from training.run.starting_weights import begin_with
+
+log = logging.getLogger("cascade")
+
+
+class TrainingState:
+    """A stage's U-Net in its engine, fresh or from a checkpoint. Building one is collective.
+
+    Args:
+        text_dim: D of the text embeddings.
+        accumulate: micro-batches per optimizer step.
+        checkpoint: to resume from; None: random weights, or those of `train.init_from`.
+    """
+
+    def __init__(
+        self, config: Experiment, ranks: Ranks, text_dim: int, accumulate: int, checkpoint: Checkpoint | None
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.lora: dict[str, Any] | None = checkpoint.meta.get("lora") if checkpoint else None
+        """The frozen weights below the adapters: path, sha256, scale."""
+        self.unet = for_stage(config.stage, text_dim)
+        model = each(lambda: self._build_model(fresh=checkpoint is None), ranks)
+        self.engine = build_engine(model, config, ranks, accumulate)
+        self.ema_since = [0 for _ in config.ema.decays]
+        """Updates after which each average began."""
+        if checkpoint is not None:
+            self.load(checkpoint)
+        compiled = config.precision.compile
+        self._normal = torch.compile(random.normal, dynamic=False) if compiled else random.normal
+        self.stance = torch.compiler.set_stance if compiled else nullcontext
+        """`stance("force_eager")`: rare shapes are not worth compiling."""
+
+    def _build_model(self, fresh: bool) -> UNet:
+        cluster, same_bits = self.config.cluster, self.config.train.deterministic_reduction
+        torch.set_num_threads(1 if same_bits and not cluster.threads else thread_count(cluster))
+        torch.manual_seed(self.config.seed)
+        model = UNet(self.unet)
+        if self.config.train.init_from and (fresh or self.lora):
+            self.lora = begin_with(model, self.config, self.lora)
+        if self.config.precision.compile:
+            model.compile_blocks()
+        else:
+            skip_compiler()
+        return model
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Sets weights, moments and averages to the checkpoint's. Collective."""
+        config, updates = self.config, checkpoint.meta["updates"]
+        kinds, self.ema_since = states_to_load(checkpoint.meta, checkpoint.names, config.optimizer.name, config.ema)
+        new = [d for i, d in enumerate(config.ema.decays) if kinds[state_name(i)] == "param" and updates]
+        if new and self.ranks.is_main:
+            log.info("ema.decays: %s not in the checkpoint; started from the weights of step %d", new, checkpoint.step)
+        self.engine.import_tensors(checkpoint.read, kinds, updates)
+
+    def loss(
+        self, batch: Batch, text: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The mean loss of one micro-batch, and per sample `t` and `loss` (B,).
+
+        Args:
+            batch: on the device.
+            text, mask: embeddings (B, T, D) and mask (B, T) of its captions, on any device.
+        """
+        config, device = self.config, self.ranks.device
+        return loss(
+            self.engine,
+            batch.images,
+            text.to(device, non_blocking=True),
+            mask.to(device, non_blocking=True),
+            config=config.stage.diffusion,
+            seed=config.seed,
+            positions=batch.positions,
+            low_res=batch.low_res,
+            image_size=config.stage.image_size,
+            global_batch=config.data.global_batch,
+            normal=self._normal,
+        )
+
+    def meta(self) -> dict[str, Any]:
+        """What belongs to the tensors in a checkpoint."""
+        return {"updates": self.engine.updates, "ema_since": self.ema_since, "lora": self.lora}
