@@ -35,7 +35,9 @@ def test_position_and_step_follow_the_batches(tmp_path: Path, shards: str) -> No
 
 
 def test_counts_go_on_over_starts_and_name_only_what_occurred(tmp_path: Path, shards: str) -> None:
-    data = open_data(tmp_path, shards, {"position": 8, "data_counters": {"samples": 8, "bad": 1, "bad_decode_error": 1}})
+    data = open_data(
+        tmp_path, shards, {"position": 8, "data_counters": {"samples": 8, "bad": 1, "bad_decode_error": 1}}
+    )
     try:
         data.loader.counters.update(samples=8, bad=2, bad_decode_error=1, bad_unheard_of=1)
         counts = data.counts()
