@@ -7,6 +7,7 @@ GPU is needed where this runs.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 
 import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm.array import render_array, sweep_folder
 from slurm.jobs.frozen import freeze
 from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
@@ -31,7 +33,10 @@ from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 from training.config.reads import refuse_unread_by_all
 from training.plan.checks import check_named
+from training.processes.ranks import is_sweep
 
+SWEPT: list[tuple[Job, LaunchCommand]] = []
+"""Jobs of a --multirun, which Hydra composes one after the other, until all are there."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
 FROZEN = """\
 # {title}
@@ -62,8 +67,13 @@ def main(config: LaunchCommand) -> dict[str, Any]:
             f"cluster=local: one command needs no launch, `cascade {entries[0].verb} ...` is the same; verb=all or a "
             f"list of commands run here in order, and cluster=slurm submits"
         )
-    if config.at_once > 1 and not local:
-        raise ConfigError(f"at_once={config.at_once}: the scheduler decides; it belongs to cluster=local")
+    in_sweep = is_sweep()
+    if config.at_once and not local and not in_sweep:
+        raise ConfigError(
+            f"at_once={config.at_once}: the scheduler decides; it belongs to cluster=local, and to --multirun"
+        )
+    if in_sweep and len(entries) > 1:
+        raise ConfigError("--multirun: a sweep is one job array of one command; sweep verb=train, for example")
     if config.script and len(entries) > 1:
         raise ConfigError(
             f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out"
@@ -75,7 +85,11 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         write_job(job)
     if local and len(jobs) > 1:
         print(drawing(entries), flush=True)
-    codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
+    if in_sweep:
+        SWEPT.extend((job, config) for job in jobs)
+        codes = {}
+    else:
+        codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
     if not local and len(jobs) > 1:  # below the scripts, where it is seen
         print(drawing(entries), flush=True)
     answers = [job.answer(str(log_of(job))) for job in jobs]
@@ -174,7 +188,7 @@ def _job(
         config=config,
         script=path,
         settings=path.with_suffix(".yaml"),
-        code=others[0].code if others else home / "launch" / "code",
+        code=next((other.code for other in [*(job for job, _ in SWEPT), *others]), home / "launch" / "code"),
         title=title,
         frozen=text,
         home=home,
@@ -199,7 +213,7 @@ def log_of(job: Job) -> Path:
 
 def next_script(folder: Path, verb: str, taken: list[Path], local: bool = False) -> Path:
     """A file name that no earlier launch has taken: a queued job still reads the settings beside its own."""
-    known = [*folder.glob(f"{verb}-[0-9]*.yaml"), *folder.glob(f"{verb}-[0-9]*.sbatch")]
+    known = [path for ending in ("yaml", "sbatch") for path in folder.glob(f"{verb}-[0-9]*.{ending}")]
     known += [path for path in taken if path.name.startswith(f"{verb}-")]
     numbers = [int(path.stem.rpartition("-")[2]) for path in known if path.parent.absolute() == folder.absolute()]
     return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.{'sh' if local else 'sbatch'}"
@@ -265,7 +279,35 @@ def run_here(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
     records = [{**local_record(), **job_record(job, str(log_of(job)), began)} for job in jobs]
     for record in records:
         append(Path(record["home"]) / "launch" / SUBMITTED, record)
-    return LocalRunner(records, config.at_once).run()
+    return LocalRunner(records, config.at_once or 1).run()
+
+
+def after_sweep() -> None:
+    """Submits the jobs of a --multirun as one array; the command line calls it when all have been composed.
+
+    Raises:
+        ConfigError: they ask Slurm for different things; UserError: Slurm refused.
+    """
+    jobs, config = [job for job, _ in SWEPT], SWEPT[0][1]
+    SWEPT.clear()
+    folder = sweep_folder(jobs)
+    script = next_script(folder / "launch", "array", [])
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(render_array(jobs, [job.script.read_text() for job in jobs], config.at_once))
+    print(f"script: {script}", flush=True)
+    if config.dry_run:
+        print(script.read_text())
+        return
+    number = submit(script)
+    began = launch_id()
+    for task, job in enumerate(jobs):
+        log = str(job.home / "logs" / f"slurm-{number}_{task}.log")
+        append(job.home / "launch" / SUBMITTED, {"job": f"{number}_{task}", **job_record(job, log, began)})
+    print(
+        f"submitted job array {number}: {len(jobs)} runs\n"
+        f"results: cascade status run={shlex.quote(os.path.relpath(folder))} sort=validation_loss",
+        flush=True,
+    )
 
 
 def launch_id() -> str:

@@ -13,8 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm.queue import job_states
 from tests.slurm.conftest import Slurm, until
 from tests.slurm.launching import TWO_NODES, cascade, launch
+from training.cli import main as cli
 from training.cli.compose import load_config
 
 TINY = [
@@ -161,6 +163,11 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
     scripts = [json.loads(line)["script"] for line in done.stdout.splitlines() if line.startswith('{"')]
     runs = [Path(script).parent.parent for script in scripts]
     assert [run.name for run in runs] == ["optimizer.lr=0.0001", "optimizer.lr=0.0003"]
+    array = (here / "runs/demo/demo_base/launch/array-001.sbatch").read_text()
+    assert "#SBATCH --array=0-1\n" in array and all(str(script) in array for script in scripts)
+    assert (
+        array.count("#SBATCH --output=") == 1 and subprocess.run(["bash", "-n"], input=array, text=True).returncode == 0
+    )
     for run in runs:
         settings = OmegaConf.load(run / "launch/train-001.yaml")
         assert (here / settings.run.dir).samefile(run) and str(settings.optimizer.lr) == run.name.partition("=")[2]
@@ -288,6 +295,20 @@ def test_a_cancelled_job_stays_cancelled(on_cluster: Slurm, here: Path, program)
     until(lambda: on_cluster.run("squeue", "-h") == "", 30)
     assert on_cluster.field(answer["job_id"], "JobState") == "CANCELLED"
     assert on_cluster.field(answer["job_id"], "Restarts") == "0"
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_one_array(on_cluster: Slurm, here: Path, program) -> None:
+    program('[ "$SLURM_ARRAY_TASK_ID$SLURM_RESTART_COUNT" != 0 ] || exit 75\necho "ran $SLURM_ARRAY_TASK_ID"')
+    words = [*TWO_NODES, "cluster.nodes=1", "data.shards=x", "run.dir=my sweep/x", "seed=1,2", "at_once=1"]
+    cli.main(["launch", "--multirun", *words])
+    runs = [here / "my sweep/x" / f"seed={seed}" for seed in (1, 2)]
+    jobs = [json.loads((run / "launch/jobs.jsonl").read_text())["job"] for run in runs]
+    assert [job.split("_")[1] for job in jobs] == ["0", "1"] and jobs[0].split("_")[0] == jobs[1].split("_")[0]
+    until(lambda: [job_states(run)[0]["state"] for run in runs] == ["complete", "complete"], 60)
+    for number, (run, job) in enumerate(zip(runs, jobs, strict=True)):
+        text = (run / f"logs/slurm-{job}.log").read_text()
+        assert f"ran {number}" in text and ("restart 1" in text) == (number == 0), "requeued by itself"
 
 
 @pytest.mark.slurm

@@ -112,10 +112,20 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     try:
         with _environment(**variables):
             _run_hydra(arguments, parser, _task(verb, swept), config_path=str(CONF_DIR), config_name=verb)
+        if arguments.multirun:
+            _after_sweep(verb)
     except CascadeError:
         raise
     except Exception as error:
         raise ConfigError(explain(error, COMMANDS[verb].config)) from error
+
+
+def _after_sweep(verb: str) -> None:
+    """What a command does when all jobs of a --multirun are through: `after_sweep` of its module, where there is
+    one."""
+    finish = getattr(sys.modules.get(COMMANDS[verb].module), "after_sweep", None)
+    if finish:
+        finish()
 
 
 def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:

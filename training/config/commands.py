@@ -147,8 +147,8 @@ class LaunchCommand(Experiment):
     """verb=all: tasks of an array that share the text embedding."""
     evaluate_checkpoints: bool = True
     """verb=all: a job beside each stage evaluates its checkpoints as they come (on one device)."""
-    at_once: int = 1
-    """cluster=local: jobs that run at the same time."""
+    at_once: int = 0
+    """Jobs of a launch on this machine, or of a --multirun, that run at the same time; 0: one here, all of a sweep."""
     overrides: list[str] = field(default_factory=list)
     """More key=value words for the submitted command."""
     dry_run: bool = False
@@ -160,8 +160,8 @@ class LaunchCommand(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("embed_tasks", "at_once"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: it must be at least 1")
+        require(self.embed_tasks >= 1, f"embed_tasks={self.embed_tasks}: it must be at least 1")
+        require(self.at_once >= 0, f"at_once={self.at_once}: it must not be negative")
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""A sweep as one job array: each task runs the script of one of the jobs, in that job's own run directory."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.common.errors import ConfigError
+from slurm.jobs.job import Job
+
+OWN = ("#SBATCH --job-name=", "#SBATCH --output=")
+"""Options that differ between the jobs of a sweep."""
+SCRIPT = """\
+#!/bin/bash
+# A sweep: task N of the array runs the script of the Nth job, with that job's own log.
+{directives}
+#SBATCH --array=0-{last}{limit}
+#SBATCH --output={output}
+scripts=(
+{scripts}
+)
+logs=(
+{logs}
+)
+script=${{scripts[$SLURM_ARRAY_TASK_ID]}}
+mkdir -p "${{logs[$SLURM_ARRAY_TASK_ID]}}"
+export CASCADE_JOB="\\"${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID\\""
+exec bash "$script" >> "${{logs[$SLURM_ARRAY_TASK_ID]}}/slurm-${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.log" 2>&1
+"""
+
+
+def sweep_folder(jobs: Sequence[Job]) -> Path:
+    """The directory above all runs of a sweep."""
+    return Path(os.path.commonpath([str(job.home.parent) for job in jobs]))
+
+
+def render_array(jobs: Sequence[Job], texts: Sequence[str], at_once: int) -> str:
+    """The script of the array.
+
+    Args:
+        texts: of the jobs' own scripts.
+        at_once: tasks that may run at the same time; 0: all.
+
+    Raises:
+        ConfigError: the jobs ask Slurm for different things, which one array cannot.
+    """
+    asked = [[line for line in text.splitlines() if line.startswith("#SBATCH")] for text in texts]
+    common = [[line for line in lines if not line.startswith(OWN)] for lines in asked]
+    for lines in common[1:]:
+        if lines != common[0]:
+            other = next(line for line in [*lines, *common[0]] if (line in lines) != (line in common[0]))
+            raise ConfigError(
+                f"--multirun: its jobs differ in {other.removeprefix('#SBATCH ')}, and one job array asks for the same "
+                f"for all; sweep cluster.* with launches of their own"
+            )
+    name = next(line for line in asked[0] if line.startswith(OWN[0]))
+    return SCRIPT.format(
+        directives="\n".join([name, *common[0]]),
+        last=len(jobs) - 1,
+        limit=f"%{at_once}" if at_once else "",
+        output=f'"{str(sweep_folder(jobs)).replace("%", "%%")}/launch/array-%A_%a.log"',
+        scripts="\n".join(f"    {shlex.quote(str(job.script))}" for job in jobs),
+        logs="\n".join(f"    {shlex.quote(str(job.home / 'logs'))}" for job in jobs),
+    )
