@@ -58,7 +58,7 @@ def main(config: Experiment) -> dict[str, Any]:
             if at(name, step):
                 os.kill(os.getpid(), getattr(signal, name.upper(), signal.SIGKILL))
         if at("silence", step):
-            self.loader._decoding._process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+            self.data.loader._decoding._process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         for event in (e for e in events if e["step"] == step):
             while event["what"] in ("small files", "gone") and self.saving.writer.busy:
