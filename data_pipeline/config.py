@@ -60,8 +60,11 @@ class CaptionConfig:
     """Which caption a sample is trained with, and how it is cleaned."""
 
     sources: dict[str, float] = field(default_factory=dict)
-    """Weight per source: `txt` (the .txt member) or `json:FIELD` (a text or a list of texts in the .json member); those
-    not named are not used. Empty: the .txt, and where that is missing or empty the .json's caption, text or prompt."""
+    """Weight per source: `txt` (the .txt member), `txt:lines` (a caption on each of its lines), `json:FIELD` (a text or
+    a list of texts in the .json member) or `file:NAME` (of `files`); those not named are not used. Empty: the .txt, and
+    where that is missing or empty the .json's caption, text or prompt."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Directories (or s3:// prefixes) of captions that `cascade caption` wrote, by a name of yours."""
     clean: bool = True
     """Strip HTML, URLs and control characters, collapse white space."""
     max_characters: int = 1000
@@ -69,16 +72,32 @@ class CaptionConfig:
 
     def __post_init__(self) -> None:
         for source, weight in self.sources.items():
+            kind, _, name = source.partition(":")
             require(
-                source == "txt" or (source.startswith("json:") and len(source) > len("json:")),
-                f"data.captions.sources: {source!r} is neither txt nor json:FIELD",
+                source in ("txt", "txt:lines") or (kind in ("json", "file") and bool(name)),
+                f"data.captions.sources: {source!r} is neither txt nor json:FIELD, nor txt:lines or file:NAME",
+            )
+            require(
+                kind != "file" or name in self.files,
+                f"data.captions.sources: {source}: data.captions.files has no {name!r}; name its directory there: "
+                f"data.captions.files={{{name}: DIR}}",
             )
             require(weight >= 0, f"data.captions.sources: the weight of {source} is {weight}; it must not be negative")
         require(
             any(weight > 0 for weight in self.weights.values()),
             "data.captions.sources: give at least one source a positive weight",
         )
+        for name in self.files:
+            require(
+                f"file:{name}" in self.sources,
+                f"data.captions.files: {name} is in no source; add file:{name} to data.captions.sources",
+            )
         at_least(self, "data.captions", max_characters=1)
+
+    def of_members(self) -> CaptionConfig:
+        """Without `files`, which belong to the training's shards: for held-out ones."""
+        sources = {name: weight for name, weight in self.sources.items() if not name.startswith("file:")}
+        return replace(self, files={}, sources=sources if any(sources.values()) else {})
 
     @property
     def weights(self) -> dict[str, float]:
@@ -161,7 +180,7 @@ def is_mixture(shards: Any) -> bool:
     )
 
 
-def _dataset_of(entry: Any, global_batch: int) -> DatasetConfig:
+def _dataset_of(entry: Any) -> DatasetConfig:
     """An entry of a mixture, checked. Raises ConfigError."""
     example = "{name: a, shards: 'a/*.tar', weight: 0.7}"
     require(
@@ -199,13 +218,6 @@ def _dataset_of(entry: Any, global_batch: int) -> DatasetConfig:
         dataset.end is None or dataset.end > dataset.start,
         f"{where} end={dataset.end}: it must lie behind start={dataset.start}",
     )
-    for position in sorted(dataset.changes):
-        below = position // global_batch * global_batch
-        require(
-            position == below,
-            f"{where} position {position}: shares change between two steps, at multiples of data.global_batch="
-            f"{global_batch}; the nearest are {below} and {below + global_batch}",
-        )
     for key in ("filter", "captions", "members"):
         require(isinstance(getattr(dataset, key), Mapping), f"{where} {key} must be a mapping, as data.{key} is")
     return dataset
@@ -297,13 +309,25 @@ class DataConfig:
         if not is_mixture(self.shards):
             return []
         entries = [self.shards] if isinstance(self.shards, Mapping) else self.shards
-        found = [_dataset_of(entry, self.global_batch) for entry in entries]
+        found = [_dataset_of(entry) for entry in entries]
         names = [dataset.name for dataset in found]
         for name in names:
             require(names.count(name) == 1, f"data.shards: two data sets are called {name}; give them different names")
         for position, weights in _schedule(found):
             require(any(weights), f"data.shards: from position {position} on no data set has a weight above 0")
         return found
+
+    def check_changes(self) -> None:
+        """Raises ConfigError where the shares of a mixture would change inside a step."""
+        for dataset in self.datasets():
+            for position in sorted(dataset.changes):
+                below = position // self.global_batch * self.global_batch
+                require(
+                    position == below,
+                    f"data.shards: data set {dataset.name}: position {position}: shares change between two steps, at "
+                    f"multiples of data.global_batch={self.global_batch}; the nearest are {below} and "
+                    f"{below + self.global_batch}",
+                )
 
     def schedule(self) -> list[tuple[int, list[Fraction]]]:
         """(position, share of each of the `datasets`) from each position on at which the shares change."""

@@ -25,6 +25,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.content import captions, images
 from data_pipeline.content.captions import Caption
 from data_pipeline.reading.sequential import PartReader
+from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import keep_rows, patience_of
 from data_pipeline.shards.index import (
     IMAGE_EXTENSIONS,
@@ -127,7 +128,11 @@ def _verify_shard(
             members = f"its members are {index.table['layout'][row].as_py()}"
             broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
 
+    files = CaptionFiles(data.captions.files, {entry.url: index.digest}) if data.captions.files else None
+
     def work(sample: dict[str, Any]) -> Caption | BadSample:
+        if files is not None:
+            sample[captions.FROM_FILES] = files.of(entry.url, sample["__key__"])
         return _decode(sample, config, data)
 
     good = []

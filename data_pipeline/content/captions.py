@@ -22,13 +22,15 @@ _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\uff
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that hold a sample's caption, a text or a list of texts, the preferred first."""
+FROM_FILES = "__captions__"
+"""In a raw sample: its captions from `data.captions.files` by name, where a source asks for them."""
 _ROOM_TO_CLEAN = 20
 """Texts are cut to this many times `max_characters` before cleaning, so that one huge text costs no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption as training uses it, and the source it came from: `txt` or `json:FIELD`."""
+    """A caption as training uses it, and the source it came from, see `CaptionConfig.sources`."""
 
     text: str
     source: str
@@ -38,7 +40,7 @@ def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, 
     """The caption of this sample at this position: a source with text, by weight, then one of its texts.
 
     Args:
-        sample: the members' bytes by extension; `txt` and `json` are looked at.
+        sample: the members' bytes by extension; `txt` and `json` are looked at, and `FROM_FILES` where a source is one.
         config: sources and their weights, cleaning, length. Without sources: the .txt, where that has no text the
             caption in the .json.
         seed, position: see `chance.py`; the same pair always gives the same caption.
@@ -78,6 +80,10 @@ def _texts_by_source(
         try:
             if source == "txt":
                 texts = [decode_text(sample.get("txt") or b"")]
+            elif source == "txt:lines":
+                texts = decode_text(sample.get("txt") or b"").splitlines()
+            elif source.startswith("file:"):
+                texts = sample[FROM_FILES].get(source.removeprefix("file:"), [])
             else:
                 meta = parse_json(sample.get("json")) if meta is None else meta
                 texts = _strings(meta.get(source.removeprefix("json:")))
@@ -114,7 +120,7 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     asked = ", ".join(config.sources) or "the .txt and the .json"
     there = ", ".join(f".{name}" for name in sample if not name.startswith("__")) or "nothing"
     words = f"no text in {asked} (data.captions.sources, data.members.caption); the members are {there}"
-    if (sample.get("txt") or b"").strip() and "txt" not in config.sources:
+    if (sample.get("txt") or b"").strip() and not {"txt", "txt:lines"} & {*config.sources}:
         return f"{words}; the .txt has text"
     with suppress(BadSample):
         texts = [name for name, value in parse_json(sample.get("json")).items() if any(map(str.strip, _strings(value)))]

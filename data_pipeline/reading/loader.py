@@ -18,7 +18,7 @@ import torch
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig
 from data_pipeline.order.order import check_world_size
-from data_pipeline.reading.micro_batches import Decoded, Decoding, MicroBatch, Work, embeddings_of
+from data_pipeline.reading.micro_batches import Decoded, Decoding, MicroBatch, Work, caption_files_of, embeddings_of
 from data_pipeline.reading.process import DecodingProcess
 from data_pipeline.reading.rows import Sample
 from data_pipeline.reading.state import check_state, state_of
@@ -101,6 +101,7 @@ class Loader:
         self._work = Work(
             self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
         )
+        caption_files_of(self.dataset, config)  # a missing one is told before a process starts
         self.embeddings = embeddings_of(self.dataset, config)
         """Precomputed ones; who trains with them calls their `check` first."""
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}

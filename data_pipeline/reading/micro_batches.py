@@ -20,6 +20,7 @@ from data_pipeline.content import captions, images
 from data_pipeline.order.sharing import Chunks
 from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.reading.rows import RowReader, Sample, Taken, replace
+from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.embeddings import DatasetEmbeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
@@ -96,6 +97,15 @@ def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | N
     return DatasetEmbeddings(config.embeddings, digests)
 
 
+def caption_files_of(dataset: Dataset, config: DataConfig) -> dict[str, CaptionFiles]:
+    """The files of captions of each data set (of no mixture, under ""); empty where none has any."""
+    found = {}
+    for name, own in config.parts().items():
+        part = dataset.by_name()[name] if isinstance(dataset, Mixture) else dataset
+        found[name] = CaptionFiles(own.captions.files, {one.entry.url: one.digest for one in part.summaries})
+    return found if any(own.captions.files for own in config.parts().values()) else {}
+
+
 class Decoding:
     """An endless iterator of `MicroBatch`, decoded ahead by `data.threads` threads of this process.
 
@@ -108,6 +118,7 @@ class Decoding:
         self._decode = decode or self._decode_pair
         self._embeddings = embeddings_of(work.dataset, work.config)
         self._captions = {name: own.captions for name, own in work.config.parts().items()}
+        self._caption_files = caption_files_of(work.dataset, work.config)
         self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
         self._stop = threading.Event()
         self._queue: queue.Queue[Future[Taken]] = queue.Queue(_decoded_ahead(work))
@@ -188,6 +199,9 @@ class Decoding:
         if data is None:
             raise BadSample("missing_image", "no member is a picture")
         dataset = sample.get("__dataset__", "")
+        if self._caption_files:
+            files = self._caption_files[dataset]
+            sample[captions.FROM_FILES] = files.of(sample["__url__"], sample["__key__"])
         caption = captions.choose_caption(sample, self._captions[dataset], work.seed, position)
         image, low_res = images.training_pair(
             data,

@@ -113,6 +113,7 @@ def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 
         window = window_of(dataset, config)
         dataset.expect(lanes / world_size, window)
         return Order(dataset.counts, seed, lanes, window)
+    config.check_changes()
     orders = []
     for part, window in zip(dataset.parts, dataset.windows, strict=True):
         part.expect(lanes / world_size, window)

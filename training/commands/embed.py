@@ -7,36 +7,29 @@ are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the 
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import CaptionConfig
-from data_pipeline.content.captions import candidates
+from data_pipeline.content.captions import FROM_FILES, candidates
 from data_pipeline.reading.sequential import PartReader
+from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
-from data_pipeline.shards.index import ShardIndex, build_index, load_index
+from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
-from training.processes.launcher import launch
-from training.processes.ranks import process_count
+from training.commands.sharing import in_processes, ranks_of, share
 from training.text.identity import identity
 
 if TYPE_CHECKING:
     from training.config.commands import EmbedCommand
     from training.text.encoder import TextEncoder
-
-_RESULTS = "CASCADE_EMBED_RESULTS"
-"""Directory in which the processes of one command leave what they did."""
 
 
 def main(config: EmbedCommand) -> dict[str, Any]:
@@ -49,27 +42,7 @@ def main(config: EmbedCommand) -> dict[str, Any]:
         ConfigError: `part` is not below `parts`.
         DataError: a shard or the encoder cannot be read, or a sidecar of other settings is in the way.
     """
-    launched = "RANK" in os.environ or os.environ.get("CASCADE_SRUN") == "1"
-    if not launched and process_count(config.cluster) > 1:
-        return _in_processes(config)
-    done = _embed_share(config)
-    if _RESULTS in os.environ:
-        Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
-    return done
-
-
-def _in_processes(config: EmbedCommand) -> dict[str, Any]:
-    """The command in several processes of this machine, and the sum of what they did."""
-    with tempfile.TemporaryDirectory(prefix="cascade-embed-") as folder:
-        os.environ[_RESULTS] = folder
-        try:
-            launch("training.commands.embed", config)
-        finally:
-            del os.environ[_RESULTS]
-        total: Counter[str] = Counter()
-        for file in Path(folder).iterdir():
-            total.update(json.loads(file.read_text()))
-        return dict(total)
+    return in_processes("training.commands.embed", config, _embed_share)
 
 
 def _embed_share(config: EmbedCommand) -> dict[str, Any]:
@@ -85,7 +58,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     facts = {"encoder": identity(config.text), "dtype": config.dtype}
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
-    quiet = _ranks(os.environ)[0] > 0
+    quiet = ranks_of(os.environ)[0] > 0
     for name, entry, data in progress(mine, desc="embed", unit="shard", disable=quiet):
         index = load_index(entry.url, data.index_dir, entry, patience, data.members)
         if index is None:
@@ -97,10 +70,11 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
             _check_kept(place, made_of)
             done["kept"] += 1
             continue
-        device = f"cuda:{_ranks(os.environ)[1]}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{ranks_of(os.environ)[1]}" if torch.cuda.is_available() else "cpu"
         encoder = encoder or build_text_encoder(config.text, device)
         with PartReader(entry, index.compressed, patience) as reader:
-            done["captions"] += _embed(_texts(index, reader, data.captions), encoder, place, made_of, config)
+            texts = _texts(index, reader, data.captions, CaptionFiles(data.captions.files, {entry.url: index.digest}))
+            done["captions"] += _embed(texts, encoder, place, made_of, config)
         done["bytes"] += store.size(place)
     return done
 
@@ -110,41 +84,22 @@ def _folder(output: str | None, dataset: str) -> str | None:
     return store.join(output, dataset) if output and dataset else output
 
 
-def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(this process's part, parts in all), after the Slurm array and the launcher have divided it further.
-
-    Raises:
-        ConfigError: `part` is not below `parts`.
-    """
-    if not 0 <= part < parts:
-        raise ConfigError(f"part={part}: it must lie between 0 and parts={parts} less 1")
-    if "SLURM_ARRAY_TASK_COUNT" in environment and parts == 1:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
-        part = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-        parts = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    rank, _, world = _ranks(environment)
-    return part * world + rank, parts * world
-
-
-def _ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, rank on its machine, processes) by a launcher's variables, or by Slurm's in a job of `cascade launch`."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "RANK" not in environment and environment.get("CASCADE_SRUN") == "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    rank, local_rank, world = (int(environment.get(name, default)) for name, default in zip(names, "001", strict=True))
-    return rank, local_rank, world
-
-
-def _texts(index: ShardIndex, reader: PartReader, config: CaptionConfig) -> Iterator[tuple[str, str]]:
+def _texts(
+    index: ShardIndex, reader: PartReader, config: CaptionConfig, files: CaptionFiles
+) -> Iterator[tuple[str, str]]:
     """(key, caption) of every caption of every sample, in archive order; samples without one are not trained on."""
     for row in range(len(index)):
         limits = {"txt": math.inf, "json": MAX_MEMBER}  # training does not look at larger ones, either
         parts = [part for part in index.parts(row) if part.size <= limits.get(part.extension, -1)]
-        sample = {part.extension: reader.read(part) for part in sorted(parts, key=lambda part: part.offset)}
         key = index.key(row)
+        sample: dict[str, Any] = {part.extension: reader.read(part) for part in sorted(parts, key=_place)}
+        sample[FROM_FILES] = files.of(index.url, key)
         for caption in candidates(sample, config):
             yield key, caption
+
+
+def _place(part: Part) -> int:
+    return part.offset
 
 
 def _embed(

@@ -300,6 +300,51 @@ class EmbedCommand(Experiment):
         require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
 
 
+@dataclass
+class VlmConfig:
+    """The vision-language model of `cascade caption`."""
+
+    path: str | None = None
+    """Its directory on this machine, as transformers stores it with its processor (LLaVA, Qwen-VL, SmolVLM, ...)."""
+    prompt: str = field(
+        default="Describe this picture in two or three sentences: what it shows, where, the colours and the style.",
+        metadata=SENTENCES,
+    )
+    """What it is asked."""
+    max_tokens: int = 128
+    """Longest answer, in its tokens."""
+    side: int = 448
+    """Pictures are decoded to about this shorter side, pixels."""
+    dtype: str = "bf16"
+    """`bf16` or `fp32`."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bf16", "fp32"), f"vlm.dtype={self.dtype}: it must be bf16 or fp32")
+        require(bool(self.prompt), "vlm.prompt: it is empty; say what is asked")
+        for name in ("max_tokens", "side"):
+            require(getattr(self, name) >= 1, f"vlm.{name}={getattr(self, name)}: it must be at least 1")
+
+
+@dataclass
+class CaptionCommand(Experiment):
+    """`cascade caption`: which model describes the pictures, and which share of the shards this process does."""
+
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    output: str | None = None
+    """Directory or s3:// prefix of the captions. Training reads them by data.captions.files."""
+    part: int = 0
+    parts: int = 1
+    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
+    themselves."""
+    batch: int = 16
+    """Pictures described together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
+        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
+
+
 @dataclass(frozen=True)
 class Verb:
     """One command: everything that the program knows about it."""
@@ -369,6 +414,14 @@ COMMANDS: dict[str, Verb] = {
         "compute the text embeddings of all captions once, beside the shards",
         ("cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5",),
         ("data", "text"),
+        outputs=("output",),
+    ),
+    "caption": Verb(
+        CaptionCommand,
+        "training.commands.caption",
+        "describe the pictures by a local vision-language model, beside the shards",
+        ("cascade caption data.shards=data/mine vlm.path=models/vlm output=data/mine-captions",),
+        ("vlm", "data"),
         outputs=("output",),
     ),
     "train": Verb(

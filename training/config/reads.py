@@ -11,6 +11,7 @@ from training.config.commands import ACTIONS, COMMANDS, SAMPLER_KEYS
 
 ALWAYS = ("json", "debug")
 SHARDS = ("data.shards", "data.members", "data.index_dir", "data.deadline_s", "data.stall_s")
+CAPTIONING = ("data.max_pixels", "data.background", "data.srgb")
 DECODING = (*SHARDS, "data.threads", "data.captions", "data.max_pixels", "data.background", "data.srgb")
 HELDOUT = (*(key for key in DECODING if key != "data.shards"), "data.window",
            "data.own_process", "data.prefetch_mb", "data.cache_dir", "data.cache_gb")  # fmt: skip
@@ -102,6 +103,7 @@ READS: dict[str, Reads] = {
         "quality",
     ),
     "embed": _fixed(*SHARDS, "data.captions", "text", "cluster", "output", "part", "parts", "dtype", "batch"),
+    "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", "cluster", "vlm", "output", "part", "parts", "batch"),
     "train": _fixed(*TRAINING),
     "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
     "sample": _sample,

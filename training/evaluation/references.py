@@ -56,6 +56,7 @@ class References:
             max_bad_share=1.0,
             filter=FilterConfig(),
             embeddings=None,
+            captions=data.captions.of_members(),
         )
         self.size, self.seed = size, seed
         self.broken = 0

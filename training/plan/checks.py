@@ -230,7 +230,20 @@ def check_the_optimizer(config: Experiment, _world_size: int) -> None:
     check_optimizer(config.optimizer)
 
 
-RULES = (check_the_optimizer, check_lanes, check_micro_batch, check_zero, check_validation, check_deterministic)
+def check_mixture(config: Experiment, _world_size: int) -> None:
+    """The shares of a mixture change between two steps."""
+    config.data.check_changes()
+
+
+RULES = (
+    check_the_optimizer,
+    check_lanes,
+    check_mixture,
+    check_micro_batch,
+    check_zero,
+    check_validation,
+    check_deterministic,
+)
 """What settings and a number of processes must agree in."""
 
 

@@ -48,6 +48,7 @@ class Validation:
             window=1,
             micro_batch=next(size for size in range(most, 0, -1) if share % size == 0),
             embeddings=None,
+            captions=config.data.captions.of_members(),
         )
         stage = config.stage
         with about(key):

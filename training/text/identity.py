@@ -68,6 +68,25 @@ def identity(config: TextConfig) -> dict[str, Any]:
     return {**facts, "weights": _hash_files(folder, weights), "tokenizer": _hash_files(folder, tokenizer)}
 
 
+def folder_hash(path: str, key: str) -> str:
+    """The hash of a model's directory: weights, settings, tokenizer and processor, wherever it lies.
+
+    Args:
+        key: the setting that names it, for the error.
+
+    Raises:
+        DataError: there is no such directory, or no weights in it.
+    """
+    there = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    names = [name for name in there if name.endswith((".safetensors", ".bin", ".json", ".model", ".jinja", ".txt"))]
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise DataError(
+            f"{key}={path}: no model is there; fetch one on a machine with internet: hf download MODEL --local-dir "
+            f"{path}"
+        )
+    return _hash_files(path, names)
+
+
 def _encoder_folder(path: str) -> str:
     """The directory of an encoder: a local one, or the Hugging Face cache's."""
     if os.path.isdir(path):

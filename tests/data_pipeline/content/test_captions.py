@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.common.errors import BadSample, ConfigError
 from data_pipeline.config import CaptionConfig
-from data_pipeline.content.captions import choose_caption, clean, decode_text
+from data_pipeline.content.captions import candidates, choose_caption, clean, decode_text
 
 PLAIN = CaptionConfig()
 
@@ -120,3 +120,11 @@ def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
 def test_impossible_sources_are_refused(sources: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CaptionConfig(sources=sources)
+
+
+def test_a_caption_on_each_line() -> None:
+    config = CaptionConfig(sources={"txt:lines": 1})
+    sample = {"txt": b"a red circle\r\n\n  a circle on  white \n"}
+    assert candidates(sample, config) == ["a red circle", "a circle on white"]
+    assert {choose_caption(sample, config, 0, position).text for position in range(30)} == {*candidates(sample, config)}
+    assert choose_caption(sample, config, 0, 1).source == "txt:lines"

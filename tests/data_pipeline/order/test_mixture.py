@@ -148,7 +148,7 @@ def test_the_schedule_follows_from_weights_starts_and_ends() -> None:
         ([{"name": "a", "weight": -1}], "weight=-1: it must be a number not below 0"),
         ([{"name": "a", "weight": 0}], "from position 0 on no data set has a weight"),
         ([{"name": "a", "end": 64}], "from position 64 on no data set has a weight"),
-        ([{"name": "a", "start": 12}], "at multiples of data.global_batch=8; the nearest are 8 and 16"),
+        ([{"name": "a"}, {"name": "b", "start": 12}], "at multiples of data.global_batch=8; the nearest are 8 and 16"),
         ([{"name": "a", "weight": {"soon": 1}}], "its keys must be positions"),
         ([{"name": "a", "filter": {"min_sid": 1}}], "data set a: filter=.*: its keys are min_side, max_aspect"),
         ([{"name": "a", "shards": ""}], "data set a: shards must be a pattern"),
@@ -156,7 +156,7 @@ def test_the_schedule_follows_from_weights_starts_and_ends() -> None:
 )
 def test_a_wrong_description_is_refused(entries: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ConfigError, match=f"data.shards: .*{message}"):
-        config(*entries)
+        config(*entries).check_changes()
 
 
 def test_an_entry_among_patterns_is_refused() -> None:

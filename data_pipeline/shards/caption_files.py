@@ -1,0 +1,114 @@
+"""Captions that a model wrote for the pictures of a data set: one file per shard, joined to its samples by key.
+
+`00000.captions.parquet` belongs to `00000.tar`: a row per caption with `key` and `caption`, and under `cascade` in its
+metadata what it was made of: the digest of the shard, the model (hash of its files), the prompt and the settings.
+`cascade caption` writes them; `data.captions.files={NAME: DIR}` and the source `file:NAME` use them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.storage import store
+
+CAPTION_FILES_VERSION = 1
+_OPEN = 32
+SCHEMA_OF_CAPTIONS = pa.schema([("key", pa.string()), ("caption", pa.string())])
+
+
+def caption_file_url(shard: str, folder: str) -> str:
+    """Where the captions of a shard lie."""
+    return store.join(folder, re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".captions.parquet")
+
+
+def write_captions(url: str, rows: Iterable[tuple[str, str]], facts: Mapping[str, Any]) -> int:
+    """Writes (key, caption) rows and what they were made of; the file appears whole. Returns its bytes."""
+    pairs = list(rows)
+    table = pa.table([[key for key, _ in pairs], [caption for _, caption in pairs]], schema=SCHEMA_OF_CAPTIONS)
+    said = json.dumps({**facts, "version": CAPTION_FILES_VERSION}).encode()
+    out = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({b"cascade": said}), out, compression="zstd", write_page_checksum=True)
+    store.write_bytes(url, out.getbuffer())
+    return out.getbuffer().nbytes
+
+
+def read_captions(url: str) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """(captions by key, what they were made of).
+
+    Raises:
+        DataError: there is no such file, or it is damaged.
+    """
+    content = store.read_bytes(url)
+    try:
+        table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read()
+        facts: dict[str, Any] = json.loads(table.schema.metadata[b"cascade"])
+        if facts["version"] != CAPTION_FILES_VERSION:
+            raise ValueError(f"version {facts['version']}")
+        found: dict[str, list[str]] = defaultdict(list)
+        for key, caption in zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True):
+            found[key].append(caption)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{url}: this is no whole file of captions ({error}); remove it and run `cascade caption` again"
+        ) from error
+    return dict(found), facts
+
+
+class CaptionFiles:
+    """The caption files of a data set, opened as they are needed. Safe to use from several threads.
+
+    Args:
+        folders: `data.captions.files`: directory or s3:// prefix by name.
+        shards: URL -> digest of every shard.
+
+    Raises:
+        DataError: a shard has no file.
+    """
+
+    def __init__(self, folders: Mapping[str, str], shards: Mapping[str, str]) -> None:
+        self._folders, self._digests = dict(folders), dict(shards)
+        for name, folder in folders.items():
+            there = set(store.list_dir(folder))
+            for shard in shards:
+                place = store.basename(caption_file_url(shard, folder))
+                if place not in there:
+                    raise DataError(
+                        f"data.captions.files: {name}={folder}: no {place} for {shard} lies there; run `cascade "
+                        "caption`"
+                    )
+        self._open: OrderedDict[tuple[str, str], dict[str, list[str]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, shard: str, key: str) -> dict[str, list[str]]:
+        """The captions of a sample by the name of their folder; none where its model wrote none.
+
+        Raises:
+            DataError: the file belongs to another shard.
+        """
+        return {name: self._file(name, shard).get(key, []) for name in self._folders}
+
+    def _file(self, name: str, shard: str) -> dict[str, list[str]]:
+        with self._lock:
+            known = self._open.get((name, shard))
+            if known is not None:
+                self._open.move_to_end((name, shard))
+                return known
+        url = caption_file_url(shard, self._folders[name])
+        found, facts = read_captions(url)
+        if facts.get("digest") != self._digests[shard]:
+            raise DataError(f"{url}: it was made from other content than {shard} has now; run `cascade caption` again")
+        with self._lock:
+            self._open[name, shard] = found
+            while len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return found

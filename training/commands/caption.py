@@ -1,0 +1,150 @@
+"""`cascade caption`: a local vision-language model describes the pictures of shards, into one file per shard.
+
+The shards stay as they are: `data.captions.files={NAME: OUTPUT}` and the source `file:NAME` mix the new captions with
+the others. Finished files stay, so a broken-off run continues; shards are shared out as by `cascade embed`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.common.errors import BadSample, ConfigError, DataError
+from data_pipeline.common.progress import progress
+from data_pipeline.config import DataConfig
+from data_pipeline.content import images
+from data_pipeline.reading.sequential import PartReader
+from data_pipeline.shards.caption_files import caption_file_url, read_captions, write_captions
+from data_pipeline.shards.dataset import keep_rows, patience_of
+from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index, load_index
+from data_pipeline.shards.mixture import entries_of
+from data_pipeline.storage import store
+from training.commands.sharing import in_processes, ranks_of, share
+from training.text.identity import folder_hash
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from training.config.commands import CaptionCommand
+    from training.text.captioner import Captioner
+
+
+def main(config: CaptionCommand) -> dict[str, Any]:
+    """Runs `cascade caption`, in as many processes as a launcher or `cluster.processes` says.
+
+    Returns:
+        {"shards": of this start, "captions": written, "kept": files that were complete, "bad": pictures that cannot be
+        decoded, which get none, "bytes": written}
+
+    Raises:
+        ConfigError: no model or no output is named.
+        DataError: a shard or the model cannot be read, or a file of other settings is in the way.
+    """
+    if not config.vlm.path:
+        raise ConfigError("vlm.path: it is not set; name the directory of a vision-language model")
+    if not config.output:
+        raise ConfigError("output: it is not set; name the directory or s3:// prefix of the captions")
+    return in_processes("training.commands.caption", config, _caption_share)
+
+
+def _caption_share(config: CaptionCommand) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from training.text.captioner import Captioner
+
+    settings, patience, output = config.vlm, patience_of(config.data), str(config.output)
+    shards = entries_of(config.data)
+    _check_names([(entry.url, _folder_of(output, name)) for name, entry, _ in shards])
+    part, parts = share(config.part, config.parts, os.environ)
+    mine, rank = shards[part::parts], ranks_of(os.environ)
+    made_by = {
+        "model": os.path.basename(os.path.normpath(str(settings.path))),
+        "sha": folder_hash(str(settings.path), "vlm.path"),
+        "prompt": settings.prompt,
+        "max_tokens": settings.max_tokens,
+        "side": settings.side,
+        "dtype": settings.dtype,
+    }
+    done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
+    captioner: Captioner | None = None
+    for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
+        index = load_index(entry.url, data.index_dir, entry, patience, data.members)
+        if index is None:
+            index = build_index(entry, data.index_dir, patience, data.members)
+        place = caption_file_url(entry.url, _folder_of(output, name))
+        facts = {**made_by, "shard": store.basename(entry.url), "digest": index.digest}
+        if store.exists(place):
+            _check_same(place, facts)
+            done["kept"] += 1
+            continue
+        if captioner is None:
+            device = f"cuda:{rank[1]}" if torch.cuda.is_available() else "cpu"
+            captioner = Captioner(
+                str(settings.path), settings.prompt, max_tokens=settings.max_tokens, dtype=settings.dtype, device=device
+            )
+        rows: list[tuple[str, str]] = []
+        with PartReader(entry, index.compressed, patience) as reader:
+            for keys, pictures in _batches(_pictures(index, reader, data, settings.side, done), config.batch):
+                rows += [pair for pair in zip(keys, captioner.describe(pictures), strict=True) if pair[1]]
+        done["bytes"] += write_captions(place, rows, {**facts, "transformers": transformers.__version__})
+        done["captions"] += len(rows)
+    return done
+
+
+def _folder_of(output: str, dataset: str) -> str:
+    return store.join(output, dataset) if dataset else output
+
+
+def _pictures(
+    index: ShardIndex, reader: PartReader, data: DataConfig, side: int, done: dict[str, int]
+) -> Iterator[tuple[str, Image.Image]]:
+    """(key, picture) of the samples that take part, in archive order; those that cannot be decoded are counted."""
+    from PIL import Image
+
+    for row in keep_rows(index, data.filter)[0].tolist():
+        parts = {part.extension: part for part in index.parts(row)}
+        picture = next(parts[name] for name in IMAGE_EXTENSIONS if name in parts)
+        try:
+            orientation = images.orientation_from_json(reader.read(parts["json"]) if "json" in parts else None)
+            pixels = images.decode(
+                reader.read(picture), side, 1.0, data.max_pixels, data.background, orientation, data.srgb
+            )
+        except BadSample:
+            done["bad"] += 1
+            continue
+        shown = Image.fromarray(pixels)
+        shown.thumbnail((2 * side, 2 * side))  # a panorama costs no more than two squares
+        yield index.key(row), shown
+
+
+def _batches(items: Iterator[tuple[str, Image.Image]], size: int) -> Iterator[tuple[list[str], list[Image.Image]]]:
+    keys: list[str] = []
+    pictures: list[Image.Image] = []
+    for key, picture in items:
+        keys.append(key)
+        pictures.append(picture)
+        if len(keys) == size:
+            yield keys, pictures
+            keys, pictures = [], []
+    if keys:
+        yield keys, pictures
+
+
+def _check_same(place: str, facts: dict[str, Any]) -> None:
+    made = read_captions(place)[1]
+    differing = [name for name in facts if name != "model" and made.get(name) != facts[name]]
+    if differing:
+        raise DataError(
+            f"{place}: it was made with another {' and '.join(differing)}; remove it or choose another output"
+        )
+
+
+def _check_names(shards: list[tuple[str, str]]) -> None:
+    """Raises DataError where two of the shards (URL, folder) would write one file."""
+    places: dict[str, str] = {}
+    for url, folder in shards:
+        other = places.setdefault(caption_file_url(url, folder), url)
+        if other != url:
+            raise DataError(f"{url} and {other} would share one file of captions; give them different outputs")
