@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from training.config.experiment import Experiment
-from training.engine.fixed_order import FixedOrder, exact_squares, norm_of, peak_of
+from training.engine.fixed_order import FixedOrder, exact_squares, mark_borders, norm_of, peak_of
 from training.engine.plain import (
     Judge,
     PlainEngine,
@@ -126,6 +126,8 @@ def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[
     """The dictionary that `deepspeed.initialize` wants."""
     on_gpu = ranks.device != "cpu"
     zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": on_gpu}
+    if config.train.deterministic_reduction:  # its own linear layer rounds once more than torch's in bf16
+        zero["memory_efficient_linear"] = False
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.zero.offload_parameters:
@@ -167,6 +169,8 @@ class Engine:
         trained, fused = trained_parameters(model), ranks.device != "cpu" and not config.zero.offload_optimizer
         shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
         optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
+        if config.train.deterministic_reduction and config.zero.stage < 3:
+            mark_borders(model)
         self._engine, *_ = import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
         )

@@ -58,6 +58,36 @@ def partial_sums(rank: int, world_size: int, leaves: int) -> list[Node]:
     return sorted(tree.nodes)
 
 
+class _Border(torch.autograd.Function):
+    """The identity, as a node of its own in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients
+
+
+def mark_borders(model: torch.nn.Module) -> None:
+    """Puts the identity around every module, as ZeRO 3 does with functions of its own.
+
+    Where several modules read one tensor (the conditioning vector), autograd adds up what comes back from inside a
+    module before it adds that to what comes from others. Without borders it adds all of it one by one: other pairs,
+    and so other bits.
+    """
+
+    def border(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(border, value))
+        return _Border.apply(value) if isinstance(value, torch.Tensor) else value
+
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, inputs: border(inputs))
+        module.register_forward_hook(lambda _, __, output: border(output))
+
+
 class FixedOrder:
     """The gradient of one step, micro-batch by micro-batch.
 

@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import EmaConfig, Experiment
-from training.engine.fixed_order import FixedOrder, exact_squares, norm_of, peak_of
+from training.engine.fixed_order import FixedOrder, exact_squares, mark_borders, norm_of, peak_of
 from training.optim.averages import decays_at, state_name
 from training.optim.base import TrainOptimizer
 from training.optim.pieces import Piece
@@ -114,6 +114,7 @@ class PlainEngine:
         self.accumulate = accumulate
         self._order: FixedOrder | None = None
         if config.train.deterministic_reduction:
+            mark_borders(model)
             sizes = {name: p.numel() for name, p in self._trained.items()}
             layout = [[Piece(name, 0, size, i, 0) for i, (name, size) in enumerate(sizes.items())]]
             self._order, self._weights = FixedOrder(accumulate, layout, 0, None, ranks.device), sum(sizes.values())
