@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
@@ -68,7 +68,8 @@ def main(config: PrepareSettings) -> dict[str, Any]:
         else:
             result = _import(settings, config)
     except OSError as error:
-        raise DataError(f"prepare.output={settings.output}: {error.strerror or error}") from error
+        place = error.filename or settings.output
+        raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
     if not config.json:
         print(json.dumps(result), flush=True)
     if result["dropped"] and not result["samples"]:

@@ -25,8 +25,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.content.members import IMAGE_EXTENSIONS
+from data_pipeline.storage.atomic import naming, scratch
 
 _HEAD = 1 << 16
 _LONGEST_QUOTED = 200
@@ -77,6 +78,8 @@ def open_table(path: Path, known: Collection[str] = ()) -> Rows:
             return _arrow_rows(path, head)
         return _text_rows(_plain(path), path, known)
     except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
+        if isinstance(error, OSError) and error.filename == scratch():
+            raise DataError(f"{scratch()}: {system_words(error)}; {path} is unpacked there") from error
         raise _no_table(path, str(error) or type(error).__name__) from error
 
 
@@ -114,17 +117,18 @@ def _plain(path: Path) -> IO[bytes]:
     if encoding or (b"\r" in head and b"\n" not in head):
         text = io.TextIOWrapper(file, encoding or "latin-1", newline=None)
         file = tempfile.TemporaryFile()  # noqa: SIM115
-        for piece in iter(lambda: text.read(1 << 20), ""):
-            file.write(piece.removeprefix("\ufeff").encode("utf-8" if encoding else "latin-1"))
-        file.seek(0)
+        with naming(scratch()):
+            for piece in iter(lambda: text.read(1 << 20), ""):
+                file.write(piece.removeprefix("\ufeff").encode("utf-8" if encoding else "latin-1"))
+            file.seek(0)
     return file
 
 
 def _unpacked(packed: IO[bytes] | Any) -> IO[bytes]:
     out = tempfile.TemporaryFile()  # noqa: SIM115
-    with packed:
+    with packed, naming(scratch()):
         shutil.copyfileobj(packed, out, 1 << 20)
-    out.seek(0)
+        out.seek(0)
     return out
 
 

@@ -38,6 +38,7 @@ from data_pipeline.shards.index import (
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_MEMBER
 from data_pipeline.storage import store
+from data_pipeline.storage.atomic import naming, scratch
 from data_pipeline.storage.retry import Patience
 
 logger = logging.getLogger(__name__)
@@ -233,6 +234,7 @@ class _Quarantine:
 
     def __init__(self, url: str, tally: Tally) -> None:
         self._url, self._tally = url, tally
+        self._place = scratch() if store.is_remote(url) else url
         store.write_bytes(url, b"")
         self._file = tempfile.TemporaryFile() if store.is_remote(url) else open(store.local_path(url), "wb")  # noqa: SIM115
 
@@ -246,12 +248,15 @@ class _Quarantine:
     def write(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
         line = {"shard": shard, "key": key, "offset": offset, "reason": reason, "detail": detail[:500]}
         self._tally.example(line)
-        self._file.write(json.dumps(line).encode() + b"\n")
+        with naming(self._place):
+            self._file.write(json.dumps(line).encode() + b"\n")
 
     def __enter__(self) -> _Quarantine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with naming(self._place):
+            self._file.flush()
         if store.is_remote(self._url) and self._file.tell():
             store.upload(self._url, self._file)
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,24 @@ def about(key: str) -> Iterator[None]:
 
 def of_file(error: OSError) -> UserError:
     """A system error as an error of the user's, naming the file."""
-    return UserError(f"{error.filename}: {error.strerror} (debug=true shows where)")
+    where = "" if error.errno in REMEDIES else " (debug=true shows where)"
+    return UserError(f"{error.filename}: {system_words(error)}{where}")
+
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "your quota is used up, make room",
+    errno.EFBIG: "a file may not become so large here, see ulimit -f",
+    errno.EIO: "the disk reports a fault, choose another",
+    errno.EROFS: "choose a directory that can be written",
+}
+"""What to do about a disk."""
+
+
+def system_words(error: OSError) -> str:
+    """What the system says of a failure, and what can be done about it."""
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return f"{error.strerror or error}{remedy and f'; {remedy}'}"
 
 
 class StoreError(CascadeError):

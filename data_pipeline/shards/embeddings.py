@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.common.errors import BadSample, ConfigError, DataError
+from data_pipeline.common.errors import BadSample, ConfigError, DataError, system_words
 from data_pipeline.shards.index import key_hash
 from data_pipeline.storage import store
-from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.atomic import naming, replacing, scratch
 from data_pipeline.storage.safetensors import header
 
 VERSION = 2
@@ -105,7 +105,8 @@ class SidecarWriter:
         else:
             data = to_bf16(tokens)
         content = np.ascontiguousarray(data).tobytes()
-        self._tokens.write(content)
+        with naming(scratch()):
+            self._tokens.write(content)
         self._lengths.append(len(tokens))
         self._hashes.append((key_hash(key), caption_hash(caption), _checksum(content, scales)))
 
@@ -124,11 +125,14 @@ class SidecarWriter:
         entries["tokens"] = (kind, (int(starts[-1]), self._dim), self._tokens.tell())
         head = header(entries, {"cascade": json.dumps(self._facts)})
         head += b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
-        self._tokens.seek(0)
+        with naming(scratch()):
+            self._tokens.seek(0)
         if store.is_remote(self._url):
             with tempfile.TemporaryFile() as whole:
-                whole.write(head)
-                shutil.copyfileobj(self._tokens, whole, 1 << 22)
+                with naming(scratch()):
+                    whole.write(head)
+                    shutil.copyfileobj(self._tokens, whole, 1 << 22)
+                    whole.flush()
                 store.upload(self._url, whole)
         else:
             _write_local(store.local_path(self._url), head, self._tokens)
@@ -146,7 +150,7 @@ def _write_local(path: str, head: bytes, tokens: Any) -> None:
             file.write(head)
             shutil.copyfileobj(tokens, file, 1 << 22)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+        raise DataError(f"{path}: {system_words(error)}") from error
 
 
 class Sidecar:

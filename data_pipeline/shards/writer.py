@@ -14,6 +14,7 @@ from data_pipeline.shards.dataset import Dataset, load_or_build
 from data_pipeline.shards.index import ShardIndex, index_shard, load_index, store_index
 from data_pipeline.shards.tar import Member, Problem, walk
 from data_pipeline.storage import store
+from data_pipeline.storage.atomic import naming, scratch
 
 __all__ = [
     "Dataset",
@@ -40,6 +41,7 @@ class ShardWriter:
 
     def __init__(self, path: str) -> None:
         self.path = str(path) if store.is_remote(str(path)) else store.local_path(str(path))
+        self._place = scratch() if store.is_remote(self.path) else self.path
         self.samples = 0
         folder = None if store.is_remote(self.path) else store.parent(self.path)
         if folder:
@@ -60,14 +62,16 @@ class ShardWriter:
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode, info.mtime = len(data), 0o444, 0
-            self._tar.addfile(info, io.BytesIO(data))
+            with naming(self._place):
+                self._tar.addfile(info, io.BytesIO(data))
         self.samples += 1
 
     def close(self) -> ShardIndex:
         """Finishes the shard and writes its index; where that fails, as on a full disk, nothing is left."""
         try:
-            self._tar.close()
-            self._file.flush()
+            with naming(self._place):
+                self._tar.close()
+                self._file.flush()
             if store.is_remote(self.path):
                 store.upload(self.path, self._file)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         durable: the bytes are on disk (fsync) before the file gets its name.
 
     Raises:
-        OSError: the disk is full, the directory cannot be written, ...
+        OSError: the disk is full, the directory cannot be written, ...; it names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,25 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """System errors name `path` where they name no file, as those of writing to an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = path
+        raise
+
+
+def scratch() -> str:
+    """The directory of temporary files, as errors name it."""
+    return f"TMPDIR={tempfile.gettempdir()}"

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, system_words
 from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
@@ -126,7 +126,7 @@ class LocalStream:
 def _local_error(path: str, error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: {'it links to nothing' if os.path.islink(path) else 'no such file'}")
-    return DataError(f"{path}: {error.strerror or error}")
+    return DataError(f"{path}: {system_words(error)}")
 
 
 def open_stream(

@@ -15,7 +15,7 @@ from data_pipeline.common.errors import ConfigError
 from training.cli.compose import load_config
 from training.cli.explain import SYNONYMS
 from training.cli.fields import keys_of
-from training.cli.overrides import CONF_DIR, groups
+from training.cli.overrides import ALIASES, CONF_DIR, groups
 from training.config.commands import COMMANDS, SampleCommand
 from training.config.plain import from_plain
 
@@ -361,8 +361,13 @@ def test_documented_settings_exist() -> None:
     for command in documented()[0]:
         words = shlex.split(command)
         verb, settings = words[words.index("cascade") + 1], words[words.index("cascade") + 2 :]
-        if verb in COMMANDS and not {"--help", "--multirun"} & {*settings}:
-            load_config(verb, [word for word in settings if "=" in word and "..." not in word])
+        for key, _, value in (word.partition("=") for word in settings if "=" in word and verb in COMMANDS):
+            options, known = groups().get(key), keys_of(COMMANDS[verb].config)
+            key = ALIASES.get(key, key)
+            if options is None:
+                assert key in known or key.rpartition(".")[0] in ("cluster.sbatch", "stage.model.overrides"), command
+            elif "..." not in value:
+                assert {*value.strip("[]").split(",")} <= {*options}, command
 
 
 @pytest.mark.parametrize(
