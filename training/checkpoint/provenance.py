@@ -20,7 +20,8 @@ def code_version() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "--no-optional-locks", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+            command = ["git", "--no-optional-locks", "-C", str(root), *words]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
