@@ -7,6 +7,7 @@ boundary.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -31,9 +32,10 @@ from training.processes.endings import (
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks
-from training.run.directory import RunDir
+from training.run.directory import STOP, RunDir
 from training.run.watchdog import Watchdog
 
+log = logging.getLogger("cascade")
 HANDLES_SIGNALS = True
 """`main` lets in the signals that the launcher has held back."""
 
@@ -55,6 +57,9 @@ def main(config: Experiment) -> dict[str, Any]:
     if ranks is None:
         run = RunDir(config)
         done = CheckpointStore(run.checkpoints).newest_whole()
+        if done >= 0 and (reason := run.asked_to_stop()):
+            print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to go on")
+            return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
         if done >= config.train.steps:
             changes = run.changes(config)
             print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on")
@@ -88,7 +93,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
     exit_code, loss = EXIT_CRASH, math.nan
     try:
         session.begin()
-        for step in range(session.step, settings.steps):
+        done, early = session.step, session.told_to_stop
+        for step in range(session.step, session.step if early else settings.steps):
             # ------------------------------------------------------------------------------------- next batch
             with session.phase("data", step):
                 micro_batches = session.next_batch(healthy=not guard.refused)
@@ -118,9 +124,10 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 watchdog.patient = False
 
             # ------------------------------------------------------ validation, evaluation, log, sample grid
-            last = done == settings.steps
+            early = session.told_to_stop and done < settings.steps
+            last = done == settings.steps or early
             measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
-            hurry = bool(signal_number) and not last  # first of all the state must be saved
+            hurry = bool(signal_number) and done < settings.steps  # first of all the state must be saved
             validating = config.validation.every and not hurry and (done % config.validation.every == 0 or last)
             if validating:
                 measured.update(session.validate(done))
@@ -139,14 +146,18 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
                 raise stop_error(signal_number, done, session.saving.last_step)
+            if early:
+                break
         session.finish_saving()
-        if session.saving.last_step < settings.steps:
+        if early:
+            log.info("stopped early after step %d: %s", done, session.run.asked_to_stop())
+        if session.saving.last_step < done:
             raise CheckpointError(
-                f"all {settings.steps} steps are done, but the last checkpoint was not written: make room or fix the "
+                f"all {done} steps are done, but the last checkpoint was not written: make room or fix the "
                 f"store; the same command goes on {from_where(session.saving.last_step)}"
             )
         exit_code = EXIT_DONE
-        return session.summary(loss)
+        return session.summary(loss, done)
     except CascadeError as error:  # decided together: a checkpoint under way can still be finished
         session.finish_saving()
         exit_code = error.exit_code

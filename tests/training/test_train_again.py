@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -12,6 +14,7 @@ from PIL import Image
 from data_pipeline.shards.writer import ShardWriter
 from tests.training import forks
 from tests.training.runs import chaos, curve, experiment, metrics, store
+from training.run.directory import STOP, RunDir
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
@@ -82,3 +85,21 @@ def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
     assert running.codes() == [2, 2]
     assert running.text.count("samples were bad, more than data.max_bad_share=0.01") == 1, running.text
     assert store(config).newest() is not None
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_ends_and_stays_so(tmp_path: Path, shards: str) -> None:
+    config = experiment(tmp_path, shards, train__steps=5000, checkpoint__every=5000)
+    run, running = RunDir(config), forks.start(config, 2)
+    while not (run.metrics.exists() and metrics(config)):
+        time.sleep(0.05)
+    run.ask_to_stop("kid got worse")
+    assert running.codes() == [0, 0], running.text
+    answer = json.loads(running.result.read_text())
+    step = answer["step"]
+    assert 1 <= step < 5000 and not answer["complete"] and answer["stopped"] == "kid got worse"
+    assert f"stopped early after step {step}: kid got worse" in running.text
+    assert store(config).newest_whole() == step and metrics(config)[-1]["step"] == step
+    assert forks.start(config).codes() == [0] and store(config).newest_whole() == step, "not one more step"
+    (run.path / STOP).unlink()
+    config.train.steps = step + 1
+    assert forks.start(config).codes() == [0] and store(config).newest_whole() == step + 1

@@ -43,6 +43,8 @@ FIXED = {
     "data.window": "the order of the data follows from it",
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
+STOP = "stop.json"
+"""Beside the metrics: another program asks the run to stop at the next step (`reason`). It lasts until it is deleted."""
 PROBE_BYTES = 1 << 14
 VALIDATION = "validation"
 """Directory of the losses of single held-out samples, a file per validation."""
@@ -116,6 +118,14 @@ class RunDir:
     def sample_file(self, step: int) -> Path:
         """The sample grid of `step`."""
         return self.path / "samples" / f"step-{step:08d}.png"
+
+    def asked_to_stop(self) -> str:
+        """Why the run should end early, as RUN/stop.json says; empty where there is none."""
+        return str(read_json(self.path / STOP).get("reason", "")) if (self.path / STOP).exists() else ""
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Lets the training of this run, wherever it is, save and end at its next step, and not start again."""
+        replace_file(self.path / STOP, json.dumps({"reason": reason, "time": time.time()}))
 
     def create(self) -> None:
         """Makes the directories, and tries whether there is room for small files.

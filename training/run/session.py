@@ -21,7 +21,7 @@ from training.config.experiment import Experiment
 from training.plan.checks import check_heldout
 from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
-from training.processes.collectives import all_sum, barrier, each, together
+from training.processes.collectives import all_sum, each, together
 from training.processes.endings import LossGuard, Signals, stop_error
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, check_same_run, to_dict
@@ -152,7 +152,9 @@ class Session:
     def begin(self) -> None:
         """The loop starts: clocks to zero, on all ranks at once (rank 0 has W&B to start)."""
         self.watchdog.phase("wait for rank 0")
-        barrier(self.ranks)
+        told = self.ranks.is_main and bool(self.step and self.run.asked_to_stop())
+        self.told_to_stop = bool(all_sum([float(told)], self.ranks)[0])
+        """Another program has asked the run to end early (RUN/stop.json)."""
         self.report.meter.start(self.step)
 
     def next_batch(self, healthy: bool) -> list[Batch]:
@@ -178,9 +180,10 @@ class Session:
 
     def votes(self, received: int) -> list[float]:
         """What this rank has to say at a step: has it no data, samples seen and bad ones, is a checkpoint being
-        written, and which signal it has received."""
+        written, was the run asked to stop (rank 0 alone looks), and which signal it has received."""
+        told = self.ranks.is_main and bool(self.run.asked_to_stop())
         counts = self.data.loader.counters
-        own = [self.data.failed, counts["samples"], counts["bad"], self.saving.writer.busy]
+        own = [self.data.failed, counts["samples"], counts["bad"], self.saving.writer.busy, told]
         return [float(value) for value in (*own, *(received == number for number in Signals.HANDLED))]
 
     def judge(self, loss: float, votes: Sequence[float]) -> str:
@@ -194,11 +197,11 @@ class Session:
             CascadeError: one has no data, or too many samples were bad; the state before the step is saved
                 (`healthy`: the step before it was applied).
         """
-        failed, seen, bad, writing, *signals = votes
+        failed, seen, bad, writing, told, *signals = votes
         if self.data.ends(failed, seen, bad):
             self.data.take_back()
             self._end_without_data(healthy, seen, bad)
-        self._writing = bool(writing)
+        self._writing, self.told_to_stop = bool(writing), bool(told)
         return next((number for number, count in zip(Signals.HANDLED, signals, strict=True) if count), 0)
 
     def _end_without_data(self, healthy: bool, seen: float = 0.0, bad: float = 0.0) -> NoReturn:
@@ -232,10 +235,11 @@ class Session:
         """Says that a step was not applied, and names its samples."""
         self.report.skipped(step, loss, why, [key for batch in batches for key in batch.keys])
 
-    def summary(self, loss: float) -> dict[str, Any]:
-        """What `cascade train` answers."""
+    def summary(self, loss: float, step: int) -> dict[str, Any]:
+        """What `cascade train` answers after `step` steps."""
+        early = {"stopped": self.run.asked_to_stop()} if step < self.config.train.steps else {}
         return {
-            "step": self.config.train.steps,
+            "step": step,
             "position": self.data.position,
             "loss": finite(loss),
             "skipped": self.skipped,
@@ -243,7 +247,8 @@ class Session:
             "device_hours": self.report.device_hours(),
             "run_dir": str(self.run.path),
             "checkpoint": self.saving.place,
-            "complete": True,
+            "complete": not early,
+            **early,
         }
 
     # ------------------------------------------------------------------------------------- checkpoints and rolling back
