@@ -44,7 +44,7 @@ FIXED = {
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
 STOP = "stop.json"
-"""Beside the metrics: another program asks the run to stop at the next step (`reason`). It lasts until it is deleted."""
+"""Beside the metrics: another program asks the run to stop at the next step. It lasts until it is deleted."""
 PROBE_BYTES = 1 << 14
 VALIDATION = "validation"
 """Directory of the losses of single held-out samples, a file per validation."""
