@@ -46,6 +46,21 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
 
 
+def read_categories(given: Any, key: str = "prompts") -> list[str]:
+    """The category of each prompt: the column `Category` of a table, the field `category` or `tag` of a .jsonl; empty
+    where there is none. Raises `DataError` as `read_prompts`."""
+    if not isinstance(given, str) or not given.lower().endswith((*TABLES, LINES)):
+        return []
+    if given.lower().endswith(LINES):
+        found = [str(line.get("category", line.get("tag", ""))) for line in read_lines(given, key)]
+        return found if any(found) else []
+    text = _text(given, key)
+    if (names := _column(text, given, key, "category")) is None:
+        return []
+    prompts = _column(text, given, key) or []
+    return [name.strip() for name, prompt in zip(names, prompts, strict=True) if prompt.strip()]
+
+
 def _text(path: str, key: str) -> str:
     if not store.exists(path):
         raise DataError(f"{key}={path}: no such file; it should hold one prompt per line")
@@ -61,7 +76,7 @@ def _from_file(path: str, key: str) -> list[str]:
         return [line["prompt"] for line in _objects(text, path, key)]
     if not path.lower().endswith(TABLES):
         return re.split(r"\r\n|\r|\n", text)
-    return _column(text, path, key)
+    return _column(text, path, key) or []
 
 
 def read_lines(given: Any, key: str = "prompts") -> list[dict[str, Any]]:
@@ -86,15 +101,18 @@ def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _column(text: str, path: str, key: str) -> list[str]:
+def _column(text: str, path: str, key: str, name: str = "prompt") -> list[str] | None:
+    """A column of the rows that have a prompt; None where the table has no such column."""
     import csv
 
     lines = io.StringIO(text, newline="")
     tabs = path.lower().endswith(".tsv")
     # quotation marks in a .tsv belong to the prompt
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
-    header = [name.strip().lower() for name in next(rows, [])]
+    header = [title.strip().lower() for title in next(rows, [])]
     if "prompt" not in header:
         raise DataError(f"{key}={path}: the table has no column `Prompt` (columns: {', '.join(header) or 'none'})")
-    place = header.index("prompt")
-    return [row[place] for row in rows if len(row) > place]
+    if name not in header:
+        return None
+    place, prompt = header.index(name), header.index("prompt")
+    return [[*row, *[""] * len(header)][place] for row in rows if len(row) > prompt]

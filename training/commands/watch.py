@@ -2,7 +2,9 @@
 
     RUN/evaluations/step-########/   what `cascade evaluate` writes, of one checkpoint
     RUN/evaluations/series.json      every figure over the steps, and the best step
-    RUN/evaluations/report.html      the same as curves
+    RUN/evaluations/report.html      the same as curves, and the same prompts drawn by every checkpoint
+    RUN/evaluations/logged.json      which steps W&B has: figures go to the run's own W&B run, over `checkpoint/step`
+    RUN/stop.json                    with stop_after: the training saves and ends at its next step
 
 It runs beside the training, on other devices or another node, and ends when the run is complete. Killed and started
 again it draws only what is missing. The best checkpoint is pinned: pruning leaves it alone.
@@ -22,46 +24,49 @@ from data_pipeline.common.errors import ConfigError, DataError
 from training.cascade.bundle import checkpoint_dir
 from training.checkpoint.store import CheckpointError, CheckpointStore, step_name
 from training.config.commands import EvaluateCommand
-from training.evaluation import page
 from training.evaluation.comparison import RESULT
-from training.evaluation.measure import LOWER_IS_BETTER, flattened
-from training.run.directory import replace_file
+from training.evaluation.series import evaluation_place, turned_worse, write_series
+from training.processes.ranks import read_ranks
+from training.run.directory import RunDir, read_json, replace_file
+from training.run.tracking import log_checkpoints
 
 FOLDER = "evaluations"
+LOGGED = "logged.json"
 POLL_S = 15.0
+Evaluate = Callable[[EvaluateCommand, list[str], Path], Any]
+"""(config, runs of the stages, output directory) -> None; it writes result.json there."""
 
 
-def watch(config: EvaluateCommand, evaluate: Callable[[EvaluateCommand, list[str], Path], Any]) -> dict[str, Any]:
+def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
     """Evaluates what is there and what comes; returns the content of series.json.
 
-    Args:
-        evaluate: (config, runs of the stages, output directory) -> None; it writes result.json there.
-
     Raises:
-        ConfigError: `evaluate_figure` is no figure of the results, or the run is not the first stage of bundle.runs.
+        ConfigError: `figure` is no figure of the results, or the run is not the first stage of bundle.runs.
         DataError: no checkpoint came for `wait_s` seconds.
     """
     output = Path(config.run.dir) / FOLDER
+    run = RunDir(config)
     last = time.monotonic()
     while True:
         store = CheckpointStore(checkpoint_dir(config.run.dir))  # where, is known once the run has begun
         step = _newest_unseen(store, output) if _others_began(config) else None
         if step is not None:
-            place = output / step_name(step)
-            try:
-                evaluate(config, _runs(config, store, step), place)
-            except (CheckpointError, DataError):
-                if store.is_committed(step):  # else it was pruned while it was read
-                    raise
-            if (place / RESULT).exists():
-                store.pin([write_series(output, config.figure)["best"]["step"]])
+            evaluate_step(config, store, output, step, evaluate)
+            if (evaluation_place(output, step) / RESULT).exists():
+                series = write_series(output, config.figure)
+                store.pin([series["best"]["step"]])
+                if config.stop_after and (reason := turned_worse(output, series, config.stop_after)):
+                    print(f"{run.path}: {reason}: the run is asked to stop")
+                    run.ask_to_stop(reason)
             else:
                 time.sleep(POLL_S)  # other processes still draw
             last = time.monotonic()
             continue
+        _log(run, store, output)
         done, wanted = _progress(store)
-        if done >= wanted:
-            print(f"{output / 'report.html'}: the run is complete, and so are its evaluations")
+        if done >= wanted or run.asked_to_stop():
+            how = "complete" if done >= wanted else "asked to stop"
+            print(f"{output / 'report.html'}: the run is {how}, and so are its evaluations")
             return write_series(output, config.figure)
         if time.monotonic() - last > config.wait_s:
             raise DataError(
@@ -71,6 +76,35 @@ def watch(config: EvaluateCommand, evaluate: Callable[[EvaluateCommand, list[str
         time.sleep(min(POLL_S, config.wait_s / 4))
 
 
+def evaluate_step(config: EvaluateCommand, store: CheckpointStore, output: Path, step: int, evaluate: Evaluate) -> None:
+    """Evaluates one checkpoint, unless it is evaluated already.
+
+    Raises:
+        CheckpointError, DataError: it cannot be read, although it is still there.
+    """
+    place = evaluation_place(output, step)
+    if (place / RESULT).exists():
+        return
+    try:
+        evaluate(config, _runs(config, store, step), place)
+    except (CheckpointError, DataError):
+        if store.is_committed(step):  # else it was pruned while it was read
+            raise
+
+
+def _log(run: RunDir, store: CheckpointStore, output: Path) -> None:
+    """What W&B does not have yet, once: a file remembers it, also over a restart."""
+    ranks = read_ranks()
+    if ranks is not None and not ranks.is_main:
+        return
+    logged = read_json(output / LOGGED).get("steps", [])
+    results = {int(file.parent.name.removeprefix("step-")): file for file in output.glob(f"step-*/{RESULT}")}
+    fresh = {step: json.loads(results[step].read_text()) for step in sorted(results) if step not in logged}
+    newest = store.newest_whole()
+    if fresh and newest >= 0 and log_checkpoints(run, store.open(newest).meta, fresh):
+        replace_file(output / LOGGED, json.dumps({"steps": sorted([*logged, *fresh])}))
+
+
 def _progress(store: CheckpointStore) -> tuple[int, float]:
     """The newest whole step, and the run's train.steps; -1 and infinity before the first checkpoint."""
     step = store.newest_whole()
@@ -78,7 +112,7 @@ def _progress(store: CheckpointStore) -> tuple[int, float]:
 
 
 def _newest_unseen(store: CheckpointStore, output: Path) -> int | None:
-    steps = [step for step in store.steps() if not (output / step_name(step) / RESULT).exists()]
+    steps = [step for step in store.steps() if not (evaluation_place(output, step) / RESULT).exists()]
     return next((step for step in steps if store.is_committed(step)), None)
 
 
@@ -101,36 +135,8 @@ def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[st
     return [*runs[: places[0]], checkpoint] if places else [checkpoint]
 
 
-def write_series(output: Path, figure: str) -> dict[str, Any]:
-    """series.json and the page, from all results in `output`; empty where there are none.
-
-    Args:
-        figure: which decides the best step, for example kid.inception; empty: the first KID, by the last features.
-
-    Raises:
-        ConfigError: the results have no such figure.
-    """
-    found = {}
-    for file in sorted(output.glob(f"step-*/{RESULT}")):
-        figures = dict(flattened(json.loads(file.read_text())))
-        found[int(file.parent.name.removeprefix("step-"))] = {
-            name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in figures.items()
-        }
-    if not found:
-        return {}
-    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    chosen = figure or next((name for name in reversed(names) if name.startswith("kid.")), names[0])
-    if chosen not in names:
-        raise ConfigError(f"figure={chosen}: the results have {', '.join(names[:12])}")
-    sign = 1 if chosen.split(".")[0] in LOWER_IS_BETTER else -1
-    best = min((step for step in found if chosen in found[step]), key=lambda step: sign * found[step][chosen]["value"])
-    series = {"figure": chosen, "best": {"step": best, **found[best][chosen]}, "steps": found}
-    replace_file(output / "series.json", json.dumps(series, indent=1))
-    replace_file(output / "report.html", page.series_html(str(output.parent), series))
-    print(f"step {best} is the best of {len(found)} so far: {chosen} {found[best][chosen]['value']:.4g}")
-    return series
-
-
 def one_checkpoint(config: EvaluateCommand, output: Path) -> EvaluateCommand:
     """The settings of the evaluation of one checkpoint."""
-    return replace(config, watch=False, evaluation=replace(config.evaluation, output=str(output)))
+    return replace(
+        config, action="evaluate", watch=False, stop_after=0, evaluation=replace(config.evaluation, output=str(output))
+    )

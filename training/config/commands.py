@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.config import require
+from data_pipeline.config import at_least, require
 from training.config.experiment import SENTENCES, Experiment
 
 
@@ -36,7 +36,7 @@ class SamplerKeys(Experiment):
 
 
 SAMPLER_KEYS = ("guidance", "steps", "sampler", "aug_level", "spacing", "threshold")
-ACTIONS = ("evaluate", "reference", "compare", "pareto")
+ACTIONS = ("evaluate", "reference", "compare", "pareto", "bisect")
 
 
 @dataclass
@@ -45,14 +45,20 @@ class EvaluateCommand(SamplerKeys):
 
     action: str = "evaluate"
     """`evaluate` a bundle; make `reference` statistics; `compare` results picture by picture; `pareto`: the curve of
-    distance against CLIP score over results of a sweep."""
+    distance against CLIP score over results of a sweep; `bisect`: the stored checkpoint of `run` at which `figure`
+    turned worse."""
     results: list[str] = field(default_factory=list)
     """`compare`, `pareto`: result.json files or their directories."""
     watch: bool = False
     """Evaluate each committed checkpoint of the run `run.dir` once, newest first, until the run is complete."""
     figure: str = ""
-    """`watch`: the figure that decides which checkpoint is best, for example kid.inception; empty: KID by the last
-    features."""
+    """`watch`, `bisect`: the figure that decides which checkpoint is better, for example kid.inception; empty: KID by
+    the last features."""
+    stop_after: int = 0
+    """`watch`: ask the run to stop once so many checkpoints in a row are worse than the best by more than chance; 0:
+    never."""
+    steps_between: list[int] = field(default_factory=list)
+    """`bisect`: a good and a bad step, [GOOD,BAD]; empty: the first and the newest checkpoint."""
     wait_s: float = 3600.0
     """`watch`: give up after so long without a new checkpoint."""
 
@@ -62,6 +68,7 @@ class EvaluateCommand(SamplerKeys):
         require(
             not self.watch or self.action == "evaluate", f"watch=true: it belongs to action=evaluate, not {self.action}"
         )
+        at_least(self, "evaluate", stop_after=0)
         require(self.wait_s > 0, f"wait_s={self.wait_s}: it must be positive")
         needs = self.action in ("compare", "pareto")
         require(needs or not self.results, f"results: action={self.action} reads none; say action=compare or pareto")

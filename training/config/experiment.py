@@ -391,7 +391,7 @@ class SamplingConfig:
         at_least(self, "sampling", columns=1)
 
 
-EXTRACTORS = ("inception", "clip", "dinov2")
+EXTRACTORS = ("inception", "clip", "dinov2", "vlm")
 
 
 @dataclass
@@ -399,7 +399,7 @@ class ExtractorConfig:
     """A network that turns pictures into features: `extractor=[inception,clip]` chooses from conf/extractor."""
 
     kind: str = "inception"
-    """`inception`, `clip` or `dinov2`."""
+    """`inception`, `clip` or `dinov2`; `vlm`: a vision-language model, whose answers to questions are scores."""
     path: str = ""
     """Local file (inception) or directory (the others); nothing is downloaded."""
     sha256: str = ""
@@ -437,6 +437,11 @@ class EvaluationConfig:
     """Pictures of each caption; from 2 on their diversity is measured."""
     reference_samples: int = 0
     """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
+    training: Any = None
+    """Shards that the model was trained on: each sample is compared with the nearest picture there, and copies are
+    reported; null: the page shows the nearest reference pictures."""
+    training_samples: int = 10000
+    """Pictures of `training` to look through."""
     from_stage: str | None = None
     """Draw this stage and those after it from true low-res versions of the reference pictures; null: draw all stages
     from text. The difference between the two is what the stages before it lose."""
@@ -457,6 +462,7 @@ class EvaluationConfig:
             f"evaluation.every={self.every}: name held-out shards in evaluation.reference to compare with",
         )
         at_least(self, "evaluation", samples=2, images_per_prompt=1, batch=1, reference_samples=0, psnr_samples=0)
+        at_least(self, "evaluation", training_samples=2)
         require(
             self.kind == "pictures" or not self.prompts,
             "evaluation.prompts: evaluation=shapes reads captions of drawn shapes; say evaluation=pictures",

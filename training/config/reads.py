@@ -70,7 +70,10 @@ def _evaluate(config: Any) -> Iterable[str]:
     keys += [f"evaluation.{name}" for name in ("kind", "samples", "images_per_prompt", "from_stage", "batch")]
     keys += ["evaluation.psnr_samples"] if shapes else ["evaluation.prompts", "evaluation.reference_samples"]
     keys += ["prepare.draw.objects"] if shapes and not settings.reference else []
-    return [*keys, *((*PLACE, "bundle.runs", "figure", "wait_s") if config.watch else ("bundle.dir",))]
+    if config.action == "bisect":
+        return [*keys, *PLACE, "bundle.runs", "figure", "steps_between"]
+    watching = (*PLACE, "bundle.runs", "figure", "wait_s", "stop_after")
+    return [*keys, *(watching if config.watch else ("bundle.dir",))]
 
 
 def _checkpoints(config: Any) -> Iterable[str]:

@@ -5,18 +5,19 @@ Shapes: N samples, M reference pictures, d features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from training.evaluation.metrics.answers import arithmetic_mean, geometric_mean
 from training.evaluation.metrics.features import pair_distances
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import frechet_figure
 from training.evaluation.metrics.kernels import cmmd, kid
 from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, density_coverage, precision_recall
 
-LOWER_IS_BETTER = ("frechet", "kid", "cmmd")
+LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "copies")
 LEAST_FRECHET = 10_000
 """Pictures below which the bias of the Frechet distance, about 1/N, is large beside differences of interest."""
 Figures = dict[str, dict[str, Figure]]
@@ -60,6 +61,43 @@ def of_samples(
     if len(np.unique(prompts)) < len(prompts):
         figures["diversity"] = {name: diversity_figure(x, prompts) for name, x in samples.items()}
     return figures
+
+
+def of_answers(arrays: Mapping[str, np.ndarray], lines: Sequence[Mapping[str, Any]]) -> Figures:
+    """VQAScore and, with questions, Soft-TIFA of every stage's pictures; by skill and by number of atoms for the last.
+
+    Args:
+        arrays: `answers/vqa/STAGE` (N,) and `answers/tifa/STAGE` (N, K), stages in order.
+        lines: per sample what the prompts' file says: `skills`, one per question, and `atom_count`.
+    """
+    figures: Figures = {}
+    for name, chances in arrays.items():
+        _, score, stage = name.split("/", 2) if name.startswith("answers/") else ("", "", "")
+        if score == "vqa":
+            figures.setdefault("vqa_score", {})[stage] = Figure.mean(chances)
+        elif score == "tifa":
+            figures.setdefault("soft_tifa_am", {})[stage] = Figure.mean(arithmetic_mean(chances))
+            figures.setdefault("soft_tifa_gm", {})[stage] = Figure.mean(whole := geometric_mean(chances))
+            skills = np.array(
+                [[*line.get("skills", []), *[""] * chances.shape[1]][: chances.shape[1]] for line in lines]
+            )
+            figures["soft_tifa_skill"] = {
+                str(skill): mean_where(chances, skills == skill) for skill in np.unique(skills) if skill
+            }
+            atoms = np.array([str(line.get("atom_count", "")) for line in lines])
+            figures["soft_tifa_atoms"] = {
+                count: mean_where(whole[:, None], (atoms == count)[:, None])
+                for count in sorted(set(atoms) - {""}, key=lambda count: (len(count), count))
+            }
+    return {metric: group for metric, group in figures.items() if group}
+
+
+def mean_where(values: np.ndarray, chosen: np.ndarray) -> Figure:
+    """The mean of the chosen ones of (N, K) values, each row a sample: a ratio of two means, of which a row without
+    chosen ones is a part with nothing in it."""
+    sums, counts = np.where(chosen, values, 0.0).sum(axis=1), chosen.sum(axis=1)
+    mean = float(sums.sum() / counts.sum())
+    return Figure(mean, (sums - mean * counts) * len(values) / counts.sum())
 
 
 def cosines(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -14,17 +14,20 @@ from PIL import Image
 
 from training.evaluation.metrics.neighbours import COPY, closeness
 from training.evaluation.report import METRICS, protocol_rows
+from training.evaluation.shown import Shown, best_and_worst
 
 Pictures = Sequence[np.ndarray] | np.ndarray
 """uint8 (N, H, W, 3), as one array or several."""
 LARGEST = 256
 """Pictures are embedded at most so wide, pixels."""
-EXTREMES = 8
-"""Best and worst prompts shown."""
+SMALL = 128
+"""The same for pictures of many checkpoints."""
+MOST_CHECKPOINTS = 8
+"""Columns of pictures of the page over all checkpoints."""
 
 
 @dataclass
-class Shown:
+class Framed:
     """One picture of the page."""
 
     source: str
@@ -39,7 +42,7 @@ class Section:
     """Pictures under a title."""
 
     title: str
-    pictures: list[Shown]
+    pictures: list[Framed]
 
 
 def html(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
@@ -54,11 +57,13 @@ def html(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
     )
 
 
-def series_html(run: str, series: Mapping[str, Any]) -> str:
-    """The page of a run's evaluations: each figure over the steps, with its interval as a band.
+def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Shown]) -> str:
+    """The page of a run's evaluations: each figure over the steps, with its interval as a band; and the same prompts
+    with the same noise as every checkpoint draws them, by category, best and worst ones first.
 
     Args:
         series: `figure`, `best` and `steps` (step -> name -> `value`, `interval`).
+        pictures: step -> what it has drawn.
     """
     steps = {int(step): figures for step, figures in series["steps"].items()}
     names = list(dict.fromkeys(name for figures in steps.values() for name in figures))
@@ -69,7 +74,41 @@ def series_html(run: str, series: Mapping[str, Any]) -> str:
         figure=series["figure"],
         best=series["best"],
         curves=[_curve(name, {s: f[name] for s, f in sorted(steps.items()) if name in f}) for name in names],
+        columns=(columns := _columns(sorted(pictures), series["best"]["step"])),
+        grids=_grids({step: pictures[step] for step in columns}) if columns else [],
     )
+
+
+def _columns(steps: Sequence[int], best: int) -> list[int]:
+    """The steps whose pictures are shown: evenly spread, the first, the newest and the best among them."""
+    if len(steps) <= MOST_CHECKPOINTS:
+        return list(steps)
+    spread = {steps[round(i * (len(steps) - 1) / (MOST_CHECKPOINTS - 2))] for i in range(MOST_CHECKPOINTS - 1)}
+    return sorted(spread | ({best} & set(steps)))
+
+
+def _grids(drawn: Mapping[int, Shown]) -> list[dict[str, Any]]:
+    """Title and rows of each grid; a row is a prompt, a cell one checkpoint's picture of it."""
+    newest = drawn[max(drawn)]
+    if any(list(one.prompt) != list(newest.prompt) for one in drawn.values()):
+        return []  # evaluated with other prompts: nothing stands side by side
+    grids = []
+    if np.isfinite(newest.score).all() and len(newest.score) > 1:
+        best, worst = best_and_worst(newest.score)
+        grids = [("Prompts that the newest checkpoint draws best", best), ("... and worst", worst)]
+    for category in dict.fromkeys(newest.category):
+        title = f"Category: {category}" if category else "The same prompts and noise"
+        grids.append((title, [int(row) for row in np.flatnonzero(newest.category == category)]))
+    return [{"title": title, "rows": [_grid_row(drawn, row) for row in rows]} for title, rows in grids]
+
+
+def _grid_row(drawn: Mapping[int, Shown], row: int) -> dict[str, Any]:
+    cells = []
+    for one in drawn.values():
+        score = one.score[row]
+        note = f"{score:.3g}" if np.isfinite(score) else ""
+        cells.append({"source": embedded(one.picture[row], SMALL), "note": note})
+    return {"prompt": str(next(iter(drawn.values())).prompt[row]), "cells": cells}
 
 
 def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -133,11 +172,18 @@ def _row(name: str, entry: Mapping[str, Any], unit: str = "") -> dict[str, Any]:
     }
 
 
-def embedded(picture: np.ndarray | Image.Image) -> str:
-    """A data URI of uint8 (H, W, 3)."""
+def small(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, h, w, 3): square pictures, not larger than a page shows them."""
+    if not len(pictures) or pictures.shape[1] <= LARGEST:
+        return pictures
+    return np.stack([np.asarray(Image.fromarray(p).resize((LARGEST, LARGEST))) for p in pictures])
+
+
+def embedded(picture: np.ndarray | Image.Image, largest: int = LARGEST) -> str:
+    """A data URI of uint8 (H, W, 3), not wider than `largest`."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.copy()
-    image.thumbnail((LARGEST, LARGEST))
+    image.thumbnail((largest, largest))
     data = io.BytesIO()
     image.save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
@@ -145,7 +191,19 @@ def embedded(picture: np.ndarray | Image.Image) -> str:
 
 def samples_section(pictures: Pictures, captions: Sequence[str]) -> Section:
     """The first samples with their captions."""
-    return Section("Samples", [Shown(embedded(p), c) for p, c in zip(pictures, captions, strict=True)])
+    return Section("Samples", [Framed(embedded(p), c) for p, c in zip(pictures, captions, strict=True)])
+
+
+def category_sections(pictures: Pictures, captions: Sequence[str], categories: Sequence[str]) -> list[Section]:
+    """A section per category; one of all samples where they have none."""
+    if not any(categories):
+        return [samples_section(pictures, captions)]
+    sections = []
+    for category in dict.fromkeys(categories):
+        rows = [row for row, own in enumerate(categories) if own == category]
+        shown = [Framed(embedded(pictures[row]), captions[row]) for row in rows]
+        sections.append(Section(f"Samples: {category or 'no category'}", shown))
+    return sections
 
 
 def extremes(pictures: Pictures, captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
@@ -154,13 +212,12 @@ def extremes(pictures: Pictures, captions: Sequence[str], scores: np.ndarray, ti
     Args:
         scores: one per picture; higher is better.
     """
-    order = np.argsort(scores, kind="stable")
-    count = min(EXTREMES, len(order) // 2)
-    picked = {"worst": order[:count], "best": order[::-1][:count]}
+    best, worst = best_and_worst(scores)
+    picked = {"worst": worst, "best": best}
     return [
         Section(
             f"{name.capitalize()} of the shown prompts by {title}",
-            [Shown(embedded(pictures[i]), captions[i], f"{title} {scores[i]:.3g}") for i in places],
+            [Framed(embedded(pictures[i]), captions[i], f"{title} {scores[i]:.3g}") for i in places],
         )
         for name, places in picked.items()
     ]
@@ -183,10 +240,30 @@ def nearest_section(
     if len(known) < 2:
         return Section("", [])
     ratios, places = closeness(features, known)
+    return copies_section(pictures, captions, ratios, places, originals, name, "reference")
+
+
+def copies_section(
+    pictures: Pictures,
+    captions: Sequence[str],
+    distances: np.ndarray,
+    places: np.ndarray,
+    originals: Mapping[int, np.ndarray],
+    name: str,
+    of: str,
+) -> Section:
+    """Beside each shown sample the nearest known picture; copies are framed.
+
+    Args:
+        distances: (N,) in the units of `closeness`.
+        places: (N,) which picture is the nearest.
+        originals: place -> picture.
+        of: what the known pictures are.
+    """
     shown = []
-    for i, (ratio, place) in enumerate(zip(ratios, places, strict=True)):
-        copy = bool(ratio < COPY)
-        note = f"distance {ratio:.2f} ({name}){': a copy' if copy else ''}"
+    for i, (distance, place) in enumerate(zip(distances, places, strict=True)):
+        copy = bool(distance < COPY)
+        note = f"distance {distance:.2f} ({name}){': a copy' if copy else ''}"
         pair = [pictures[i]] if (other := originals.get(int(place))) is None else [pictures[i], other]
-        shown.append(Shown(embedded(np.concatenate(pair, axis=1)), captions[i], note, copy))
-    return Section("Each sample beside the nearest reference picture; a copy is below 0.5", shown)
+        shown.append(Framed(embedded(np.concatenate(pair, axis=1)), captions[i], note, copy))
+    return Section(f"Each sample beside the nearest {of} picture; a copy is below {COPY:g}", shown)

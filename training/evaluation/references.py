@@ -37,13 +37,15 @@ class Real:
 class References:
     """The pictures of held-out shards in a fixed shuffled order, each at most once.
 
-    A picture that cannot be read is left out (training would put another one in its place) and counted.
+    A picture that cannot be read is left out (training would put another one in its place) and counted. `key` names the
+    setting in messages.
 
     Raises:
         DataError: no shards there, or fewer than two pictures in them.
     """
 
-    def __init__(self, shards: Any, data: DataConfig, size: int, seed: int) -> None:
+    def __init__(self, shards: Any, data: DataConfig, size: int, seed: int, key: str = KEY) -> None:
+        self.key = key
         self.data = replace(
             data,
             shards=shards,
@@ -61,13 +63,13 @@ class References:
         self.size, self.seed = size, seed
         self.broken = 0
         """Pictures left out so far by `chunks`."""
-        with about(KEY):
+        with about(self.key):
             loader = self._open()
         self.count = int(sum(loader.dataset.counts))
         self.fingerprint = loader.dataset.fingerprint
         loader.close()
         if self.count < 2:
-            raise DataError(f"{KEY}={shards}: {self.count} picture; at least 2 are needed")
+            raise DataError(f"{key}={shards}: {self.count} picture; at least 2 are needed")
 
     def _open(self) -> Loader:
         return Loader(self.data, image_size=self.size, seed=self.seed)
@@ -86,7 +88,7 @@ class References:
             for _ in range(self.count):
                 if given + len(captions) == most:
                     break
-                with about(KEY):
+                with about(self.key):
                     batch = next(loader)[0]
                 if loader.counters["bad"] > self.broken:  # this is another one, put in its place
                     self.broken = loader.counters["bad"]
@@ -102,8 +104,8 @@ class References:
             yield Real(np.stack(pictures), captions)
         if given + len(captions) < 2:
             raise DataError(
-                f"{KEY}={self.data.shards}: {self.broken} of {self.count} pictures cannot be read, which leaves fewer "
-                "than 2; look at them with `cascade verify`"
+                f"{self.key}={self.data.shards}: {self.broken} of {self.count} pictures cannot be read, which leaves "
+                "fewer than 2; look at them with `cascade verify`"
             )
 
 

@@ -25,6 +25,12 @@ METRICS = {
     "density": "density",
     "coverage": "coverage",
     "clip_score": "CLIP score (cosine)",
+    "vqa_score": "VQAScore",
+    "soft_tifa_am": "Soft-TIFA (arithmetic mean)",
+    "soft_tifa_gm": "Soft-TIFA (geometric mean)",
+    "soft_tifa_skill": "Soft-TIFA by skill",
+    "soft_tifa_atoms": "Soft-TIFA by number of atoms",
+    "copies": "share of copies of training pictures",
     "diversity": "diversity within a prompt",
 }
 """Figures on features: key in result.json -> its name for people."""

@@ -21,8 +21,8 @@ from tests.training.evaluation.extractors import tiny_weights
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
 from training.cascade.requests import number_drawings
-from training.commands import evaluate
-from training.commands.evaluate import Evaluation
+from training.commands import evaluate, measuring
+from training.commands.shapes import ShapesEvaluation
 from training.config.commands import EvaluateCommand
 from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
 from training.evaluation import compare
@@ -115,13 +115,15 @@ class Perfect(Cascade):
 
 
 @pytest.fixture
-def evaluation(tmp_path: Path) -> Evaluation:
+def evaluation(tmp_path: Path) -> ShapesEvaluation:
     small = tiny_cascade(16, 4)
     perfect = Perfect(small.stages, small.encoder, small.text)
-    return Evaluation(command("unused", tmp_path, samples=16, psnr_samples=4), perfect, ["cpu"], open_extractors({}))
+    return ShapesEvaluation(
+        command("unused", tmp_path, samples=16, psnr_samples=4), perfect, ["cpu"], open_extractors({})
+    )
 
 
-def test_a_perfect_cascade_scores_as_it_should(evaluation: Evaluation) -> None:
+def test_a_perfect_cascade_scores_as_it_should(evaluation: ShapesEvaluation) -> None:
     real = evaluation._real()
     noise = np.random.default_rng(0).integers(-2, 3, real.pictures.shape)
     evaluation.cascade.truth = np.clip(real.pictures + noise, 0, 255).astype(np.uint8)  # type: ignore[attr-defined]
@@ -136,7 +138,7 @@ def test_a_perfect_cascade_scores_as_it_should(evaluation: Evaluation) -> None:
     assert min(shapes.values()) >= 0 and max(shapes.values()) == 1.0
 
 
-def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: Evaluation) -> None:
+def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: ShapesEvaluation) -> None:
     real = evaluation._real()
     evaluation.cascade.truth = real.pictures  # type: ignore[attr-defined]
     four = real.pictures[:4]
@@ -160,7 +162,7 @@ def photographs(folder: Path, count: int, captions: str = "a street in the rain"
 
 def test_pictures_only_needs_no_captions_that_an_oracle_reads(bundle: str, tmp_path: Path, monkeypatch) -> None:
     folder = photographs(tmp_path / "shards", 12)
-    monkeypatch.setattr(evaluate, "PART", 5)
+    monkeypatch.setattr(measuring, "PART", 5)
     config = command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=6, reference_samples=12)
     result = evaluate.main(config)
     assert result["n"] == {"samples": 6, "reference": 12, "prompts": 6, "broken": 0} and "samples" not in result
@@ -178,7 +180,7 @@ def test_any_number_of_ranks_gives_the_same_pictures_and_figures(
 ) -> None:
     """Repeated captions are numbered over the whole evaluation: no two samples are alike."""
     folder = tmp_path_factory.mktemp("shared")
-    monkeypatch.setattr(evaluate, "PART", 3)
+    monkeypatch.setattr(measuring, "PART", 3)
     reference = photographs(folder / "shards", 14, "caption {}")
     config = command(bundle, folder / "out", kind="pictures", reference=reference, samples=11, reference_samples=14)
     results = []
@@ -212,7 +214,7 @@ KNOWN: dict[str, Any] = {}
 def test_a_preempted_evaluation_draws_only_what_is_missing(
     bundle: str, heldout: str, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "PART", 3)
+    monkeypatch.setattr(measuring, "PART", 3)
     config = command(bundle, tmp_path, kind="pictures", reference=heldout)
     whole = evaluate.main(config)
     drawn = []

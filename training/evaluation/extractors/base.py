@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from data_pipeline.common.errors import ConfigError, DataError
 from training.config.experiment import ExtractorConfig
 from training.evaluation.metrics import features
 
+INDEX = "model.safetensors.index.json"
+"""Names the files of weights that are too large for one."""
 NO_RULE = "none: computed from the pictures at their own size"
 
 
@@ -69,6 +72,8 @@ def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu")
     """
     found = [Extractor(name, features.WIDTHS[name], extract) for name, extract in features.EXTRACTORS.items()]
     for name, config in configs.items():
+        if config.kind == "vlm":  # it answers questions: answers.py
+            continue
         digest = verified(name, config)
         if config.kind == "inception":
             from training.evaluation.extractors.inception import load
@@ -100,7 +105,7 @@ def verified(name: str, config: ExtractorConfig) -> str:
         raise DataError(
             f"{key}.path={config.path}: there is no {file}{stated}; {origin}: nothing is downloaded at run time"
         )
-    digest = file_sha256(file)
+    digest = file_sha256(file) if file.name != INDEX else _sha256_of_all(file)
     if not config.sha256:
         raise ConfigError(f"{key}.sha256: state which weights these are, so that figures can be compared: {digest}")
     if digest != config.sha256.lower():
@@ -114,7 +119,17 @@ def verified(name: str, config: ExtractorConfig) -> str:
 def weights_file(config: ExtractorConfig) -> Path:
     """Inception is a single file; the others are directories as Hugging Face lays them out."""
     path = Path(config.path)
-    return path if config.kind == "inception" else path / "model.safetensors"
+    if config.kind == "inception":
+        return path
+    return path / (INDEX if (path / INDEX).is_file() else "model.safetensors")
+
+
+def _sha256_of_all(index: Path) -> str:
+    """Of weights in several files: the SHA-256 of their names and SHA-256s."""
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return hashlib.sha256(
+        "".join(f"{name} {file_sha256(index.parent / name)}\n" for name in names).encode()
+    ).hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -11,14 +11,15 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.common.terminal import VisibleFormatter
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, WandbConfig
+from training.evaluation.measure import flattened
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, replace_file, to_dict
 from training.run.reporting.trackers import Sinks
@@ -308,3 +309,55 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
         except Exception as second:
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", second)
             return None
+
+
+CHECKPOINT_STEP = "checkpoint/step"
+"""The axis of figures that are measured later: W&B's own step only rises, and training may be far ahead."""
+
+
+def log_checkpoints(run: RunDir, meta: Mapping[str, Any], results: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Figures of checkpoints, measured beside the training, into the run's own W&B run.
+
+    Args:
+        meta: of a checkpoint of the run: its W&B settings and id.
+        results: step -> the content of its result.json; each figure becomes `checkpoint/METRIC/FEATURES` with its
+            interval's ends as `.../low` and `.../high`.
+
+    Returns:
+        Whether W&B has them now; it may be switched off, or fail.
+    """
+    settings = WandbConfig(**meta["config"]["wandb"])
+    if settings.mode == "disabled":
+        return False
+    _give_wandb_a_home(run)
+    try:
+        import wandb
+
+        with wandb.init(
+            mode=settings.mode,  # type: ignore[arg-type]
+            project=settings.project,
+            entity=settings.entity,
+            id=run.wandb_id(meta.get("wandb_id")),
+            name=settings.name or f"{meta['config']['run']['name']}/{meta['config']['stage']['name']}",
+            resume="allow" if settings.mode == "online" else None,
+            dir=str(run.path),
+            settings=wandb.Settings(
+                console="off", silent=True, init_timeout=INIT_S, x_update_finish_state=False
+            ),  # the training decides when the run is finished
+        ) as opened:
+            opened.define_metric(CHECKPOINT_STEP)
+            opened.define_metric("checkpoint/*", step_metric=CHECKPOINT_STEP)
+            for step, result in results.items():
+                record: dict[str, Any] = {CHECKPOINT_STEP: step}
+                for name, entry in flattened(result):
+                    key = f"checkpoint/{name.replace('.', '/')}"
+                    record |= {
+                        key: entry["value"],
+                        f"{key}/low": entry["interval"][0],
+                        f"{key}/high": entry["interval"][1],
+                    }
+                opened.log({key: value for key, value in record.items() if finite(value) is not None})
+    except Exception as error:  # figures are in series.json
+        log.warning("W&B took no figures of checkpoints (%s); series.json has them", error)
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""Evaluation of captioned drawings: an oracle reads them; super-resolution is measured against the true pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.content.images import box_average
+from data_pipeline.content.synthetic import ShapeSpec, caption, example, parse, render
+from training.commands.measuring import PART, Evaluation, images_of
+from training.evaluation import oracle, report
+from training.evaluation.metrics.figure import Figure
+from training.evaluation.metrics.frechet import Moments, frechet_distance
+from training.evaluation.metrics.psnr import psnr
+from training.evaluation.references import SUFFIX, Real
+from training.pictures import sheets
+
+AGAIN = 1 << 32
+"""Seeds of the second set of real drawings."""
+HIGHEST_DB = 100.0
+"""What an exact picture counts as in a mean of PSNRs."""
+
+
+@dataclass
+class Drawn:
+    """Held-out drawings, made here; the interface of `References`."""
+
+    count: int
+    size: int
+    seed: int
+    objects: int
+    broken: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides them."""
+        return f"drawn:{self.count}:{self.size}:{self.seed}:{self.objects}"
+
+    def chunks(self, size: int, most: int) -> Iterator[Real]:
+        """Up to `most` pictures, `size` at a time."""
+        for at in range(0, min(self.count, most), size):
+            rows = range(at, min(at + size, self.count, most))
+            made = [example(i, self.size, self.seed, heldout=True, objects=self.objects) for i in rows]
+            yield Real(np.stack([picture for picture, _ in made]), [caption(spec) for _, spec in made])
+
+
+class ShapesEvaluation(Evaluation):
+    """One evaluation of a bundle that draws captioned shapes: every sample is kept and read."""
+
+    def _open_reference(self) -> None:
+        reference = self.settings.reference
+        if isinstance(reference, str) and reference.endswith(SUFFIX):
+            raise ConfigError(f"evaluation.reference={reference}: the oracle needs pictures; say evaluation=pictures")
+        if reference:
+            super()._open_reference()
+        else:
+            objects = self.config.prepare.draw.objects
+            self.source = Drawn(self.settings.samples, self.size, self.config.seed, objects)
+
+    @property
+    def reference_rule(self) -> str:
+        """How the source's pictures were made."""
+        return "drawn at this size" if isinstance(self.source, Drawn) else super().reference_rule
+
+    @property
+    def _reference_count(self) -> int:
+        return min(self.source.count, self.settings.samples)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises ConfigError for what is no caption of drawn shapes."""
+        _spec(prompt)
+
+    def _rows_to_show(self, arrays: Mapping[str, np.ndarray]) -> list[int]:
+        return list(range(len(arrays["place"])))
+
+    def judged(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        captions: Sequence[str],
+        kept: dict[str, Figure],
+        reference: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """What the oracle reads, PSNR, and the distances of real drawings of the same captions (`floors`)."""
+        shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
+        specs = [_spec(text) for text in captions]
+        stages = list(shown.values())
+        first, final = stages[0], stages[-1]
+        real = self._real()
+        base = [np.asarray(_enlarged(Image.fromarray(picture), self.size)) for picture in first]
+        readings, scores = _read_all(final, specs)
+        sheets.save(report.sheet_of_shapes(images_of(shown), captions, readings, scores), self._output / "samples.png")
+        # the same captions drawn again: what a perfect cascade would score
+        again = np.stack([render(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
+        floors = {
+            e.name: frechet_distance(Moments.of(e.pictures(again)), Moments.of(reference[e.name]))
+            for e in self.extractors
+        }
+        shares = report.shares(scores)
+        kept |= {f"samples.{field}": figure for field, figure in shares.items()}
+        restored = self._psnr(real)
+        kept |= {f"psnr.stages.{s}.{k}": f for s, found in restored.items() for k, f in found.items()}
+        psnrs = {s: {k: f.as_dict() for k, f in found.items()} for s, found in restored.items()}
+        return {
+            "samples": {field: figure.as_dict() for field, figure in shares.items()},
+            "base": {field: f.as_dict() for field, f in report.shares(_read_all(base, specs)[1]).items()},
+            "real": {
+                field: f.as_dict()
+                for field, f in report.shares(_read_all(real.pictures, [_spec(t) for t in real.captions])[1]).items()
+            },
+            "by_word": {
+                field: {word: figure.as_dict() for word, figure in words.items()}
+                for field, words in report.shares_by_word(scores, specs).items()
+            },
+            "psnr": {**list(psnrs.values())[-1], "n": self._psnr_count(real), "stages": psnrs} if psnrs else {},
+            "floors": floors,
+        }
+
+    def _real(self) -> Real:
+        assert self.source is not None
+        parts = list(self.source.chunks(PART, self._reference_count))
+        return Real(np.concatenate([part.pictures for part in parts]), [c for part in parts for c in part.captions])
+
+    def _psnr_count(self, real: Real) -> int:
+        return min(self.settings.psnr_samples, len(real.captions))
+
+    def _psnr(self, real: Real) -> dict[str, dict[str, Figure]]:
+        """How well each super-resolution stage restores true pictures from their box-averaged low-res version (dB,
+        mean over pictures), without and with the noise that sampling puts on it, and Pillow's bicubic instead."""
+        count = self._psnr_count(real)
+        stages: dict[str, dict[str, Figure]] = {}
+        own = {s.config.name: sampler for s, sampler in zip(self.stages, self.samplers, strict=True)}
+        for stage in (s.config for s in self.stages if s.config.is_super_resolution and count):
+            truth = [box_average(picture, self.size // stage.image_size) for picture in real.pictures[:count]]
+            low = [box_average(picture, stage.image_size // stage.low_res_size) for picture in truth]
+            found = {"bicubic": [np.asarray(_enlarged(Image.fromarray(p), stage.image_size)) for p in low]}
+            sampler = own[stage.name]
+            options = {key: getattr(sampler, key) for key in ("guidance", "steps", "spacing", "threshold")}
+            for name, level in (("sr", 0.0), ("sr_noised", sampler.aug_level)):
+                drawings = self._sample(
+                    real.captions[:count],
+                    "restoring with",
+                    stages=stage.name,
+                    low_res=low,
+                    aug_level=level,
+                    sampler=sampler.name,
+                    **options,
+                )
+                found[name] = [np.asarray(drawing.image) for drawing in drawings]
+            stages[stage.name] = {
+                name: Figure.mean(psnr(np.stack(pictures), np.stack(truth)).clip(max=HIGHEST_DB))
+                for name, pictures in found.items()
+            }
+        return stages
+
+
+# --------------------------------------------------------------------------------------------------- pure parts
+
+
+def _spec(text: str) -> ShapeSpec:
+    spec = parse(text)
+    if spec is None:
+        raise ConfigError(
+            f"evaluation.kind=shapes: '{text[:80]}' is no caption of drawn shapes; other data needs evaluation=pictures"
+        )
+    return spec
+
+
+def _read_all(
+    pictures: Sequence[np.ndarray] | np.ndarray, specs: Sequence[ShapeSpec]
+) -> tuple[list[oracle.Reading], list[dict[str, bool]]]:
+    readings = [oracle.read_drawing(picture, len(spec.objects)) for picture, spec in zip(pictures, specs, strict=True)]
+    return readings, [oracle.score(reading, spec) for reading, spec in zip(readings, specs, strict=True)]
+
+
+def _enlarged(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)

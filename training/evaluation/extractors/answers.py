@@ -1,0 +1,149 @@
+"""Questions about pictures, answered by a vision-language model through transformers from a local directory.
+
+A score is a probability, not a text: that of the right answer's first token, so it moves smoothly with the picture.
+
+VQAScore (Lin et al. 2024, arXiv 2404.01291): P("Yes") to "does this figure show CAPTION?".
+Soft-TIFA (Kamath et al. 2025, arXiv 2512.16853, the score of GenEval 2): P(answer) to each question about a prompt; the
+arithmetic mean judges single facts, the geometric mean whole prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipeline.common.errors import DataError
+from training.config.experiment import ExtractorConfig
+from training.evaluation.extractors.base import verified
+
+SHOWS = 'Does this figure show "{}"? Please answer yes or no.'
+"""VQAScore's question."""
+ASKS = "{} Answer in one word."
+"""Soft-TIFA's."""
+YES = ("Yes", "yes", " Yes", " yes")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
+
+
+def spellings(answer: str) -> tuple[str, ...]:
+    """The ways a model may write an answer: `four`, `Four`, `4`, each with and without a blank before it."""
+    word = answer.strip()
+    forms = [word, word.capitalize(), word.lower(), *([DIGITS[word.lower()]] if word.lower() in DIGITS else [])]
+    return tuple(dict.fromkeys(spelling for form in forms for spelling in (form, f" {form}")))
+
+
+class Answerer:
+    """A vision-language model as probabilities of answers.
+
+    Args:
+        model: maps what `processor` makes of a conversation to `.logits`.
+        batch: questions per forward pass.
+    """
+
+    def __init__(self, name: str, model: Any, processor: Any, sha256: str, batch: int, device: str) -> None:
+        self.name, self.sha256, self.batch, self.device = name, sha256, batch, device
+        self._model, self._processor = model, processor
+        processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol says of it."""
+        return {"width": 0, "sha256": self.sha256, "rule": f"P(first token of the answer); {SHOWS} / {ASKS}"}
+
+    def probabilities(
+        self, pictures: Sequence[np.ndarray], questions: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> np.ndarray:
+        """(N,): how probable one of the given spellings of the answer is as the next token, 0 to 1.
+
+        Args:
+            pictures: uint8 (H, W, 3), one per question.
+
+        Raises:
+            DataError: numbers that are not finite.
+        """
+        found: list[float] = []
+        for at in range(0, len(questions), self.batch):
+            rows = slice(at, at + self.batch)
+            logits = self._next_token([Image.fromarray(p) for p in pictures[rows]], questions[rows])
+            chances = torch.softmax(logits.double(), dim=-1)
+            for chance, forms in zip(chances, answers[rows], strict=True):
+                found.append(float(chance[self._first_tokens(forms)].sum()))
+        values = np.array(found)
+        if not np.isfinite(values).all():
+            raise DataError(f"{self.name}: {int((~np.isfinite(values)).sum())} of {len(values)} answers are not finite")
+        return values
+
+    def _next_token(self, pictures: list[Image.Image], questions: Sequence[str]) -> torch.Tensor:
+        """(N, V) logits of the answer's first token."""
+        talks = [
+            [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q}]}]
+            for p, q in zip(pictures, questions, strict=True)
+        ]
+        inputs = self._processor.apply_chat_template(
+            talks,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.device)
+        with torch.inference_mode():
+            return self._model(**inputs).logits[:, -1]
+
+    def _first_tokens(self, forms: Sequence[str]) -> list[int]:
+        tokenizer = self._processor.tokenizer
+        tokens = (tokenizer.encode(form, add_special_tokens=False) for form in forms)
+        return sorted({ids[0] for ids in tokens if ids and ids[0] != tokenizer.unk_token_id})
+
+    def vqa_scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        """(N,) VQAScores."""
+        return self.probabilities(pictures, [SHOWS.format(c) for c in captions], [YES] * len(captions))
+
+    def soft_tifa(self, pictures: Sequence[np.ndarray], asked: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+        """(N, K): the probability of the right answer to each question of each picture; NaN where it has fewer than K.
+
+        Args:
+            asked: per picture its (question, answer) pairs, `vqa_list` of GenEval 2.
+        """
+        flat = [(row, pair) for row, pairs in enumerate(asked) for pair in pairs]
+        chances = self.probabilities(
+            [pictures[row] for row, _ in flat],
+            [ASKS.format(question) for _, (question, _) in flat],
+            [spellings(answer) for _, (_, answer) in flat],
+        )
+        found = np.full((len(asked), max(map(len, asked), default=0)), np.nan)
+        places = [(row, column) for row, pairs in enumerate(asked) for column in range(len(pairs))]
+        for (row, column), chance in zip(places, chances, strict=True):
+            found[row, column] = chance
+        return found
+
+
+def open_answerer(configs: Mapping[str, ExtractorConfig], device: str = "cpu") -> Answerer | None:
+    """The vision-language model of `evaluation.extractors`, None where there is none.
+
+    Raises:
+        ConfigError, DataError: its files are missing, others than they should be, or no such model.
+    """
+    for name, config in configs.items():
+        if config.kind != "vlm":
+            continue
+        digest = verified(name, config)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(config.path, local_files_only=True)
+            model = AutoModelForImageTextToText.from_pretrained(config.path, local_files_only=True, dtype="auto")
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"evaluation.extractors.{name}.path={config.path}: not a vlm ({reason})") from error
+        if getattr(processor, "chat_template", None) is None:
+            raise DataError(
+                f"evaluation.extractors.{name}.path={config.path}: its processor has no chat template, so it answers "
+                "no questions; use an instruction-tuned model"
+            )
+        model = model.eval().requires_grad_(False).to(device)
+        return Answerer(name, model, processor, digest, config.batch, device)
+    return None

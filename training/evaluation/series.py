@@ -1,0 +1,85 @@
+"""The evaluations of one run's checkpoints as a series: its curves, its best step, and whether it has turned worse.
+
+OUTPUT/step-########/result.json   of one checkpoint
+OUTPUT/series.json                 every figure over the steps, and the best step
+OUTPUT/report.html                 the same as curves, and the same prompts drawn by every checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.storage.atomic import replacing
+from training.evaluation import page
+from training.evaluation.comparison import RESULT, compare_results
+from training.evaluation.measure import LOWER_IS_BETTER, flattened
+from training.evaluation.shown import Shown
+
+SERIES = "series.json"
+
+
+def evaluation_place(output: Path, step: int) -> Path:
+    """Where the evaluation of a checkpoint lies."""
+    return output / f"step-{step:08d}"
+
+
+def write_series(output: Path, figure: str) -> dict[str, Any]:
+    """series.json and the page, from all results in `output`; empty where there are none.
+
+    Args:
+        figure: which decides the best step, for example kid.inception; empty: the first KID, by the last features.
+
+    Raises:
+        ConfigError: the results have no such figure.
+    """
+    found = {}
+    for file in sorted(output.glob(f"step-*/{RESULT}")):
+        figures = dict(flattened(json.loads(file.read_text())))
+        found[int(file.parent.name.removeprefix("step-"))] = {
+            name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in figures.items()
+        }
+    if not found:
+        return {}
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    chosen = figure or next((name for name in reversed(names) if name.startswith("kid.")), names[0])
+    if chosen not in names:
+        raise ConfigError(f"figure={chosen}: the results have {', '.join(names[:12])}")
+    sign = 1 if chosen.split(".")[0] in LOWER_IS_BETTER else -1
+    best = min((step for step in found if chosen in found[step]), key=lambda step: sign * found[step][chosen]["value"])
+    series = {"figure": chosen, "best": {"step": best, **found[best][chosen]}, "steps": found}
+    with replacing(output / SERIES, durable=False) as stream:
+        stream.write(json.dumps(series, indent=1).encode())
+    with replacing(output / "report.html", durable=False) as stream:
+        drawn = {step: Shown.read(evaluation_place(output, step)) for step in found}
+        known = {step: pictures for step, pictures in drawn.items() if pictures is not None}
+        stream.write(page.series_html(str(output.parent), series, known).encode())
+    print(f"step {best} is the best of {len(found)} so far: {chosen} {found[best][chosen]['value']:.4g}")
+    return series
+
+
+def is_worse(output: Path, good: int, step: int, figure: str) -> bool:
+    """Whether the checkpoint of `step` is worse than that of `good` by more than chance: the 95 % interval of their
+    paired difference does not hold 0.
+
+    Raises:
+        ConfigError: the two have answered different questions, or neither has the figure.
+    """
+    places = [str(evaluation_place(output, one)) for one in (good, step)]
+    figures = compare_results(places)["others"][0]["figures"]
+    if figure not in figures:
+        raise ConfigError(f"figure={figure}: it cannot be compared picture by picture; choose {', '.join(figures)}")
+    return bool(figures[figure]["verdict"] == "worse")
+
+
+def turned_worse(output: Path, series: dict[str, Any], count: int) -> str:
+    """Why the run should stop: its `count` newest evaluated checkpoints come after the best one, and each is worse than
+    that by more than chance. Empty: it should go on."""
+    best, figure = series["best"]["step"], series["figure"]
+    newest = sorted(step for step in series["steps"] if step > best)[-count:]
+    if len(newest) < count or not all(is_worse(output, best, step, figure) for step in newest):
+        return ""
+    values = ", ".join(f"{series['steps'][step][figure]['value']:.4g} at step {step}" for step in newest)
+    return f"{figure} was {series['best']['value']:.4g} at step {best}, and is {values}"

@@ -1,0 +1,67 @@
+"""The pictures that an evaluation keeps for people: the same prompts for every checkpoint, some of each category.
+
+OUTPUT/shown.npz: `picture` uint8 (N, H, W, 3), `prompt`, `category` (both text), `chosen` bool (False: kept because it
+is among the best or the worst), and `score` (NaN where pictures are not scored).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.storage.atomic import replacing
+
+FILE = "shown.npz"
+CELLS = 48
+"""Prompts chosen."""
+EXTREMES = 8
+"""Best and worst pictures kept of each part, and shown of all."""
+
+
+@dataclass
+class Shown:
+    """What shown.npz holds."""
+
+    picture: np.ndarray
+    prompt: np.ndarray
+    category: np.ndarray
+    chosen: np.ndarray
+    score: np.ndarray
+
+    def write(self, folder: Path) -> None:
+        """Readers see the old or the whole new file."""
+        with replacing(folder / FILE, durable=False) as file:
+            np.savez_compressed(file, **vars(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Shown | None:
+        """None where there is none, or a damaged one: a page is worth no evaluation."""
+        try:
+            with np.load(folder / FILE) as stored:
+                return cls(**{name: stored[name] for name in stored.files})
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def choose(categories: Sequence[str], count: int) -> list[int]:
+    """Places of up to `CELLS` of the first `count` prompts: the first ones, or as many of each category.
+
+    Args:
+        categories: of all prompts; empty where they have none.
+    """
+    places: dict[str, list[int]] = {}
+    for place in range(count):
+        places.setdefault(categories[place] if categories else "", []).append(place)
+    each = max(1, CELLS // max(1, len(places)))
+    return sorted(place for group in places.values() for place in group[:each])[:CELLS]
+
+
+def best_and_worst(scores: np.ndarray) -> tuple[list[int], list[int]]:
+    """Places of the highest scores, best first, and of the lowest, worst first; at most `EXTREMES` each."""
+    order = np.argsort(scores, kind="stable")
+    count = min(EXTREMES, len(order) // 2)
+    return [int(place) for place in order[::-1][:count]], [int(place) for place in order[:count]]
