@@ -13,10 +13,18 @@ from training.processes.ranks import Ranks
 from training.run.directory import RunDir, to_dict
 
 
-def make_run(path: Path, stage: StageConfig, *, steps: tuple[int, ...] = (5,), checkpoints: Path | None = None) -> str:
+def make_run(
+    path: Path,
+    stage: StageConfig,
+    *,
+    steps: tuple[int, ...] = (5,),
+    checkpoints: Path | None = None,
+    wandb: str = "disabled",
+) -> str:
     """A run directory with checkpoints whose averages are the weights of `random_unet(seed=step)`."""
     config = Experiment(run=RunConfig(dir=str(path)), stage=stage, text=TextConfig(dim=32, max_tokens=10))
     config.ema.decays = [0.99, 0.9]
+    config.wandb.mode = wandb
     config.checkpoint.dir = str(checkpoints) if checkpoints else None
     path.mkdir(parents=True)
     RunDir(config).write_config(config)

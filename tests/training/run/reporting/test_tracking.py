@@ -6,14 +6,13 @@ import logging
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.training.wandb_files import read_wandb, whole_wandb
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
@@ -130,54 +129,6 @@ def test_a_full_disk_is_said_once(config: Experiment, caplog: pytest.LogCaptureF
         mine.log(1, RECORD, 1)
         mine.log(2, RECORD, 1)
     assert caplog.text.count("metrics.jsonl cannot be written") == 1
-
-
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum, length,
-    type)."""
-    data, at, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
-def whole_wandb(path: Path) -> list[Any]:
-    """All records, decoded by W&B's own message classes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    records: list[Any] = []
-    while not any(record.HasField("exit") for record in records):  # W&B's own process may still be writing
-        records = [Record.FromString(data) for data in wandb_records(path)]
-        time.sleep(0.02)
-    return records
-
-
-def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
-    """(run id, values) of every record in the offline files."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for path in sorted(run.path.glob("wandb/offline-run-*/run-*.wandb")):
-        run_id = ""
-        for record in whole_wandb(path):
-            if record.HasField("run"):
-                run_id = record.run.run_id
-                items = {i.key: json.loads(i.value_json) for i in record.run.config.update}
-                found.append((run_id, {"config": items}))
-            if record.HasField("history"):
-                names = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
-                found.append((run_id, {key: json.loads(value) for key, value in names.items()}))
-            if record.HasField("artifact"):
-                places = [entry.ref for entry in record.artifact.manifest.contents]
-                found.append((run_id, {"artifact": record.artifact.name, "places": places}))
-    return found
 
 
 def test_wandb_offline_over_a_restart(config: Experiment) -> None:
