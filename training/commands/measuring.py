@@ -66,7 +66,7 @@ class Evaluation:
         asked = sum("vqa_list" in line for line in self.lines)
         if asked not in (0, len(self.lines)):
             raise ConfigError(
-                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; all must"
+                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; all must, or none"
             )
         self.source: Any = None
         self.file: ReferenceFile | None = None
@@ -280,7 +280,7 @@ class Evaluation:
         each = [captions[place] for place in places]
         found = self._find_copies(samples, arrays["shown_at"])
         if found is not None:
-            figures["copies"] = {self.extractors[-1].name: found.figure}
+            figures["copies"] = {self._sees_copies.name: found.figure}
         result: dict[str, Any] = {"format": comparison.FORMAT, "kind": self.settings.kind}
         kept = {f"{metric}.{name}": figure for metric, group in figures.items() for name, figure in group.items()}
         result |= self.judged(arrays, each, kept, reference)
@@ -343,13 +343,19 @@ class Evaluation:
         ).write(self._output)
 
     def _find_copies(self, samples: Mapping[str, np.ndarray], shown_at: np.ndarray) -> copies.Copies | None:
-        """Nearest training pictures by the last features; None without `evaluation.training`."""
+        """Nearest training pictures; None without `evaluation.training`."""
         if self.training is None:
             return None
-        last = self.extractors[-1]
+        extractor = self._sees_copies
+        rows = [int(at) for at in shown_at]
         return copies.find_copies(
-            samples[last.name], [int(at) for at in shown_at], last, self.training, self.settings.training_samples
+            samples[extractor.name], rows, extractor, self.training, self.settings.training_samples
         )
+
+    @property
+    def _sees_copies(self) -> Extractor:
+        """The last network; without one the colours, which a little noise changes less than edges."""
+        return self.extractors[-1] if self.extractors[-1].sha256 else self.extractors[0]
 
     def _sections(
         self,
@@ -370,12 +376,10 @@ class Evaluation:
             shown_at = arrays["shown_at"]
             title = "VQAScore" if self.answerer else "CLIP score"
             sections += page.extremes(pictures, [captions[i] for i in shown_at], scores[shown_at], title)
-        name = self.extractors[-1].name
         if found is not None:
-            sections.append(
-                page.copies_section(final, texts, found.distance[at], found.place[at], found.pictures, name, "training")
-            )
-            return sections
+            name, near = self._sees_copies.name, (found.distance[at], found.place[at], found.pictures)
+            return [*sections, page.copies_section(final, texts, *near, name, "training")]
+        name = self.extractors[-1].name
         known = self._reference_features(arrays).get(name, np.zeros((0, 1)))
         originals = dict(enumerate(arrays.get("original", np.zeros((0,)))))
         return [*sections, page.nearest_section(final, texts, samples[name][at], known, originals, name)]

@@ -28,7 +28,7 @@ from training.evaluation.comparison import RESULT
 from training.evaluation.series import evaluation_place, turned_worse, write_series
 from training.processes.ranks import read_ranks
 from training.run.directory import RunDir, read_json, replace_file
-from training.run.tracking import log_checkpoints
+from training.run.reporting.tracking import log_checkpoints
 
 FOLDER = "evaluations"
 LOGGED = "logged.json"

@@ -67,7 +67,10 @@ def _evaluate(config: Any) -> Iterable[str]:
     if config.action == "reference":
         return [*keys, "bundle.dir", "evaluation.reference_samples"]
     keys += ["watch", *SAMPLER_KEYS]
-    keys += [f"evaluation.{name}" for name in ("kind", "samples", "images_per_prompt", "from_stage", "batch")]
+    keys += [
+        f"evaluation.{name}" for name in ("kind", "samples", "images_per_prompt", "from_stage", "batch", "training")
+    ]
+    keys += ["evaluation.training_samples"] if settings.training else []
     keys += ["evaluation.psnr_samples"] if shapes else ["evaluation.prompts", "evaluation.reference_samples"]
     keys += ["prepare.draw.objects"] if shapes and not settings.reference else []
     if config.action == "bisect":

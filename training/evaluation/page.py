@@ -129,7 +129,7 @@ def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
         "line": " ".join(line),
         "band": " ".join(band),
         "dots": [point.split(",") for point in line],
-        "low": f"{low:.4g}",
+        "low": f"{round(low, 12):.4g}",
         "high": f"{high:.4g}",
         "first": steps[0],
         "last": steps[-1],

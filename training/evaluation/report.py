@@ -178,7 +178,7 @@ def _feature_table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"## On features ({count['samples']} samples, {count['reference']} reference pictures)",
         "",
-        "| figure | features | width | value and 95 % interval | detectable | real drawings instead |",
+        "| figure | features, or stage | width | value and 95 % interval | detectable | real drawings instead |",
         "|---|---|---|---|---|---|",
     ]
     widths = {name: facts["width"] for name, facts in result["protocol"]["extractors"].items()}
@@ -186,7 +186,7 @@ def _feature_table(result: dict[str, Any]) -> list[str]:
         for name, entry in result.get(metric, {}).items():
             floor = entry.get("floor")
             lines.append(
-                f"| {title} | {name} | {widths[name]} | {with_interval(entry)} | {entry['detectable']:.3g} | "
+                f"| {title} | {name} | {widths.get(name, '-')} | {with_interval(entry)} | {entry['detectable']:.3g} | "
                 f"{'-' if floor is None else f'{floor:.4g}'} |"
             )
     return [*lines, ""]

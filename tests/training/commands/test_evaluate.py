@@ -31,6 +31,7 @@ from training.evaluation.extractors.base import open_extractors
 from training.evaluation.measure import flattened
 from training.evaluation.parts import Parts
 from training.evaluation.references import ReferenceFile, References
+from training.evaluation.shown import Shown
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +421,46 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         EvaluateCommand(results=["a"])
     with pytest.raises(DataError, match=r"evaluation\.reference"):
         evaluate.main(command(bundle, tmp_path, kind="pictures", reference=str(tmp_path / "absent")))
+
+
+class Copying(Cascade):
+    """Draws pictures of its own, or, for one prompt, a training picture with a little noise."""
+
+    planted: np.ndarray
+
+    def draw(self, prompts, *arguments, **options):  # type: ignore[no-untyped-def]
+        drawings = number_drawings(list(prompts), [], options.get("seed", 0), 1)
+        for index, drawing in enumerate(drawings):
+            picture = example(5000 + index, 32, seed=9)[0]
+            if drawing.prompt == "copy":
+                noise = np.random.default_rng(index).integers(-2, 3, self.planted.shape)
+                picture = np.clip(self.planted + noise, 0, 255).astype(np.uint8)
+            drawing.stages = {"base": Image.fromarray(picture), "sr": Image.fromarray(picture)}
+        return drawings
+
+
+def test_a_planted_copy_of_a_training_picture_is_found(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "train" / "00000.tar")) as writer:
+        for index in range(60):
+            data = io.BytesIO()
+            Image.fromarray(example(index, 32, seed=1)[0]).save(data, "PNG")
+            writer.write(f"{index:05d}", {"png": data.getvalue(), "txt": b"a drawing"})
+    planted = example(37, 32, seed=1)[0]
+    small = tiny_cascade()
+    cascade = Copying(small.stages, small.encoder, small.text)
+    cascade.planted = planted.astype(int)
+    table = tmp_path / "list.tsv"
+    pages = {}
+    for name, first in (("with", "copy"), ("without", "no copy")):
+        table.write_text(f"Prompt\tCategory\n{first}\tA\nan owl\tB\na fox\tB\n")
+        keys = {"kind": "pictures", "prompts": str(table), "samples": 3, "training": str(tmp_path / "train")}
+        result = evaluate.evaluate_cascade(command("unused", tmp_path / name, **keys), (cascade, ["cpu"]))
+        pages[name] = (tmp_path / name / "report.html").read_text()
+        copies = result["copies"]["colour_grid_4x4"]
+        assert (copies["value"], copies["n"]) == ((1 / 3, 3) if first == "copy" else (0.0, 3))
+        assert result["protocol"]["training"]["searched"] == 60
+    assert pages["with"].count('class="copy"') == 1 and 'class="copy"' not in pages["without"]
+    assert ": a copy" in pages["with"] and "nearest training picture" in pages["with"]
+    assert "Samples: A" in pages["with"] and "Samples: B" in pages["with"], "pictures by category"
+    kept = Shown.read(tmp_path / "with")
+    assert kept is not None and list(kept.category) == ["A", "B", "B"] and kept.prompt[0] == "copy"
