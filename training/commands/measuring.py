@@ -72,7 +72,9 @@ class Evaluation:
         self.file: ReferenceFile | None = None
         self._open_reference()
         self.training = self._open_training()
-        self.chosen = set(shown.choose(self.categories, min(self.settings.samples, len(self.prompts) or 1 << 40)))
+        self.chosen = set(
+            shown.choose_places(self.categories, min(self.settings.samples, len(self.prompts) or 1 << 40))
+        )
         self.sections: list[page.Section] = []
         """Pictures of the page, once there is a result."""
         self.protocol = self._protocol()
@@ -335,7 +337,7 @@ class Evaluation:
         pictures, at = self._of_chosen(arrays)
         final, scores = list(pictures.values())[-1], self._scores(arrays)
         shown.Shown(
-            picture=page.small(final),
+            picture=page.reduced(final),
             prompt=np.array([captions[i] for i in at], dtype=str),
             category=np.array([self._category(int(arrays["place"][i])) for i in at], dtype=str),
             chosen=np.ones(len(at), dtype=bool),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
@@ -117,8 +118,10 @@ READS: dict[str, Reads] = {
     "checkpoints": _checkpoints,
     "plan": _fixed(*TRAINING, "doctor", "mfu", "gpu", "memory_gib", "price", "store_gb_s"),
     "launch": _fixed(""),
-    "status": _fixed(*PLACE, "sort", "watch", "price"),
+    "status": _fixed(*PLACE, "sort", "watch", "price", "html"),
     "logs": _fixed(*PLACE, "rank", "lines", "follow"),
+    "compare": _fixed("runs", "curves", "output"),
+    "resume": _fixed(*PLACE, "at_once"),
     "stop": _fixed(*PLACE),
 }
 """Command -> its settings -> the keys that it reads, each with all below it (`launch`: all; each job reads its own)."""
@@ -181,11 +184,20 @@ def reader(verb: str, config: Any, key: str) -> str:
     return "other settings given here stand in its place; leave it out"
 
 
+def unchecked(verb: str) -> Any:
+    """The command's default settings, of which some could not run: it is only asked what it would read."""
+    kind: Any = COMMANDS[verb].config
+    config = kind.__new__(kind)
+    for field in fields(kind):
+        made = field.default_factory
+        setattr(config, field.name, field.default if made is MISSING else made())
+    return config
+
+
 def _takes(verb: str, key: str) -> bool:
     """Whether another command reads the key in its usual mode."""
-    config: Any = COMMANDS[verb].config()
-    section = key.partition(".")[0]
-    return hasattr(config, section) and is_read(verb, config, key)
+    config = unchecked(verb)
+    return hasattr(config, key.partition(".")[0]) and is_read(verb, config, key)
 
 
 def _said(value: Any) -> str:

@@ -172,7 +172,7 @@ def _row(name: str, entry: Mapping[str, Any], unit: str = "") -> dict[str, Any]:
     }
 
 
-def small(pictures: np.ndarray) -> np.ndarray:
+def reduced(pictures: np.ndarray) -> np.ndarray:
     """uint8 (N, h, w, 3): square pictures, not larger than a page shows them."""
     if not len(pictures) or pictures.shape[1] <= LARGEST:
         return pictures

@@ -47,7 +47,7 @@ class Shown:
             return None
 
 
-def choose(categories: Sequence[str], count: int) -> list[int]:
+def choose_places(categories: Sequence[str], count: int) -> list[int]:
     """Places of up to `CELLS` of the first `count` prompts: the first ones, or as many of each category.
 
     Args:

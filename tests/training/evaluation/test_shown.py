@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from training.evaluation.page import series_html
-from training.evaluation.shown import CELLS, Shown, best_and_worst, choose
+from training.evaluation.shown import CELLS, Shown, best_and_worst, choose_places
 
 
 def test_as_many_of_each_category() -> None:
-    assert choose([], 100) == list(range(CELLS)) and choose([], 3) == [0, 1, 2]
-    found = choose(["a"] * 100 + ["b"] * 100, 200)
+    assert choose_places([], 100) == list(range(CELLS)) and choose_places([], 3) == [0, 1, 2]
+    found = choose_places(["a"] * 100 + ["b"] * 100, 200)
     assert found == [*range(24), *range(100, 124)]
-    assert len(choose([str(place) for place in range(80)], 80)) == CELLS, "more categories than pictures"
+    assert len(choose_places([str(place) for place in range(80)], 80)) == CELLS, "more categories than pictures"
     assert best_and_worst(np.array([0.1, 0.9, 0.5, 0.2])) == ([1, 2], [0, 3])
 
 
