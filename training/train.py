@@ -96,6 +96,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         done, early = session.step, session.told_to_stop
         for step in range(session.step, session.step if early else settings.steps):
             # ------------------------------------------------------------------------------------- next batch
+            session.profile.before(step + 1)
             with session.phase("data", step):
                 micro_batches = session.next_batch(healthy=not guard.refused)
 
@@ -113,6 +114,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 info = engine.step(step, share, session.votes(signals.received), session.judge)
             signal_number = session.hear(info.votes, healthy=not guard.refused)
             done, loss = step + 1, info.loss
+            session.profile.after(done)
             if info.skipped:
                 guard.refuse()
                 session.report_skip(done, loss, info.problem or "its gradient is not finite", micro_batches)

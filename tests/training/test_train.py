@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import signal
@@ -16,7 +17,7 @@ import torch
 from tests.training import forks
 from tests.training.runs import STEPS, chaos, curve, experiment, metrics, newest, same_tensors, store
 from training.checkpoint.store import CheckpointStore
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, ProfileConfig
 from training.train import main
 
 
@@ -244,13 +245,18 @@ def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path:
             tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
             validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
             checkpoint__keep_last=1, train__log_every=3, evaluation__every=2, evaluation__samples=7,
-            evaluation__batch=3,
+            evaluation__batch=3, train__profile=ProfileConfig([2, 3]),
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
         running = forks.start(config, ranks)
         assert running.codes() == [0] * ranks, running.text
         lines = metrics(config)
         assert [line["step"] for line in lines] == [2, 3, 4]
+        traces = sorted((Path(config.run.dir) / "profile").iterdir())
+        assert [path.name for path in traces] == [f"steps-2-3-rank-{rank}.json.gz" for rank in range(ranks)]
+        events = json.loads(gzip.decompress(traces[-1].read_bytes()))["traceEvents"]
+        names = [event.get("name", "") for event in events]
+        assert names.count("aten::conv2d") > 2 and (ranks == 1) != any("gloo" in name for name in names)
         results.append([(line["validation_loss"], line["validation_loss_ema"]) for line in (lines[0], lines[2])])
         for step, line in ((2, lines[0]), (4, lines[2])):
             singles = json.loads((Path(config.run.dir) / f"validation/step-{step:08d}.json").read_text())["loss"]

@@ -14,6 +14,8 @@ from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, 
 from training.config.cluster import ClusterConfig
 from training.config.diffusion import DiffusionConfig, SamplerConfig
 
+MOST_PROFILED = 50
+"""Steps of a trace: more make a file that no viewer opens."""
 SENTENCES = {"sentences": True}
 """Marks a field of free text: on the command line `a red circle, on white` is one text (training/cli/overrides.py)."""
 
@@ -214,6 +216,22 @@ class PrecisionConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of a few steps (torch.profiler), one file per rank."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last step of the trace, counted from 1, for example [100, 105]; empty: none."""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            return
+        fits = len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[-1] < self.steps[0] + MOST_PROFILED
+        require(
+            fits, f"train.profile.steps={self.steps}: it must be [FIRST, LAST], at most {MOST_PROFILED} steps from 1 on"
+        )
+
+
+@dataclass
 class TrainConfig:
     """The training loop: steps, logging, what to do about trouble."""
 
@@ -247,11 +265,16 @@ class TrainConfig:
     """Time-out of the process groups up to the first step (compilation, warm-up)."""
     timeout_s: float = 600.0
     """The same afterwards."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         at_least(self, "train", steps=1, log_every=1, sample_every=0, max_skipped=1, max_rollbacks=0, spike_factor=0)
         at_least(self, "train", peak_tflops=0)
         positive(self, "train", "stall_s", "timeout_first_s", "timeout_s")
+        require(
+            not self.profile.steps or self.profile.steps[1] <= self.steps,
+            f"train.profile.steps={self.profile.steps}: the run ends after step train.steps={self.steps}",
+        )
 
 
 @dataclass

@@ -25,6 +25,7 @@ from training.processes.collectives import all_sum, each, together
 from training.processes.endings import LossGuard, Signals, stop_error
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, check_same_run, to_dict
+from training.run.profiling import Profile
 from training.run.quick_evaluation import QuickEvaluation
 from training.run.reporting.report import Report
 from training.run.reporting.tracking import SILENT, finite, start_logging, stop_logging
@@ -88,6 +89,7 @@ class Session:
         watchdog.phase("tracking")
         together(self._record_start, ranks)
         self.report = self._open_report()
+        self.profile = Profile(config.train.profile, self.run, ranks)
         self._validated, self._validated_step = math.inf, -1
         self._grid: Inputs | None = None
         self._writing = True
@@ -334,6 +336,7 @@ class Session:
         """Ends everything; with an error under way, the rank's own log says which."""
         if sys.exc_info()[0] is not None:
             log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
+        self.profile.close()
         self.data.loader.close()
         self.saving.close(hurry=exit_code != 0)
         self.report.tracker.close(exit_code)
