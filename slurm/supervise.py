@@ -23,6 +23,7 @@ from training.processes.endings import (
     EXIT_INTERRUPTED,
     EXIT_NOT_FINITE,
     EXIT_PREEMPTED,
+    EXIT_SLOW_NODE,
     EXIT_SUPERSEDED,
 )
 
@@ -33,6 +34,7 @@ UNEXPLAINED = 1
 BLAMED = 2
 """A node that failed so often is left out."""
 HISTORY = "restarts.jsonl"
+PREFLIGHT = "preflight.json"
 
 
 @dataclass
@@ -74,10 +76,20 @@ class Verdict:
     without: tuple[str, ...] = ()
 
 
-def judge(end: End, before: Sequence[End], *, requeue: bool, most: int, limit_s: float, spare: bool) -> Verdict:
+def judge(
+    end: End,
+    before: Sequence[End],
+    *,
+    requeue: bool,
+    most: int,
+    limit_s: float,
+    spare: bool,
+    slow: Sequence[str] = (),
+) -> Verdict:
     """The decision.
 
     Args:
+        slow: nodes that the preflight told this start to do without.
         before: earlier ends of this run, oldest first.
         requeue: whether the job may be submitted again.
         most: restarts in a row that may begin from the same step (cluster.max_restarts_without_progress).
@@ -102,9 +114,9 @@ def judge(end: End, before: Sequence[End], *, requeue: bool, most: int, limit_s:
         return Verdict(f"end {end.code}", "stopped before its end, submit it again to go on (cluster.requeue=false)")
     if end.code == UNEXPLAINED and idle > 1:
         return Verdict(f"end {end.code}", f"gave up: {end.why}, twice without a checkpoint in between")
-    bad = tuple(sorted({*_blamed(before), *_blamed([*before, end])}))
-    if end.node in bad:
-        said = f"{end.node} has failed {BLAMED} times"
+    bad = tuple(sorted({*_blamed(before), *_blamed([*before, end]), *slow}))
+    if end.node in bad or slow:
+        said = f"{', '.join(slow)} is slow" if slow else f"{end.node} has failed {BLAMED} times"
         if spare:
             return Verdict("restart", f"{end.why}; {said}: restart without it", bad)
         if requeue:
@@ -166,6 +178,14 @@ def last_step(run_dir: Path) -> int:
         return -1
 
 
+def slow_nodes(run_dir: Path) -> tuple[str, ...]:
+    """The nodes that the newest preflight found slow."""
+    try:
+        return tuple(json.loads((run_dir / PREFLIGHT).read_text())["slow"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
 def history(run_dir: Path) -> list[End]:
     """The ends of a run so far, oldest first."""
     ends = []
@@ -209,7 +229,9 @@ def main(words: Sequence[str] | None = None) -> int:
     numbers = {"restart": given.restart, "attempt": given.attempt, "step": step, "elapsed_s": float(given.elapsed)}
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
     before = [one for one in history(given.run_dir) if given.verb == "train" or one.job == given.job]
-    verdict = judge(end, before, requeue=given.requeue, most=given.most, limit_s=given.limit, spare=given.spare)
+    slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()
+    rules = {"requeue": given.requeue, "most": given.most, "limit_s": given.limit, "spare": given.spare}
+    verdict = judge(end, before, **rules, slow=slow)
     record_end(given.run_dir, end, verdict)
     if verdict.sentence:
         print(f"==> {verdict.sentence}", file=sys.stderr, flush=True)

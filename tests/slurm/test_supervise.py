@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from slurm import task
-from slurm.supervise import End, Verdict, history, judge, main, read_end
-from training.processes.endings import EXIT_HUNG, EXIT_PREEMPTED
+from slurm.supervise import End, Verdict, history, judge, main, read_end, slow_nodes
+from training.processes.endings import EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
 
 KILLED = 137
 
@@ -65,6 +65,17 @@ def test_a_node_that_failed_twice_is_left_out() -> None:
     assert decide(end(KILLED, 20, "n1"), first).action == "restart"
     hung = end(EXIT_HUNG, 10, "n2")
     assert decide(end(EXIT_HUNG, 20, "n2"), hung).without == (), "who speaks of a hang is not who stood still"
+
+
+def test_a_node_that_the_preflight_found_slow_is_left_out(tmp_path: Path) -> None:
+    slow = end(EXIT_SLOW_NODE, node="n1")
+    rules = {"requeue": True, "most": 3, "limit_s": 3600.0, "slow": ["n2"]}
+    assert judge(slow, [], **rules, spare=False).action == "requeue"
+    verdict = judge(slow, [], **rules, spare=True)
+    assert verdict.action == "restart" and verdict.without == ("n2",) and "n2 is slow" in verdict.sentence
+    assert slow_nodes(tmp_path) == ()
+    (tmp_path / "preflight.json").write_text('{"slow": ["n2", "n3"]}')
+    assert slow_nodes(tmp_path) == ("n2", "n3")
 
 
 def test_stopped_and_saved_goes_back_to_the_queue() -> None:

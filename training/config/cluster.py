@@ -69,6 +69,10 @@ class ClusterConfig:
     """`pyxis` (srun --container-image) or `apptainer`."""
     container_mounts: list[str] = field(default_factory=list)
     """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted."""
+    preflight: bool = False
+    """Measure devices, links, store and clocks when a training starts, and name what is slow."""
+    preflight_exclude: bool = False
+    """Start again without a node that the preflight found slow (Slurm)."""
     interface: str | None = None
     """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo takes the one that leads to the first node."""
 
@@ -88,6 +92,10 @@ class ClusterConfig:
         require(
             not (self.conda and self.venv),
             f"cluster.conda={self.conda} and cluster.venv={self.venv}: one environment replaces the other; set one",
+        )
+        require(
+            self.preflight or not self.preflight_exclude,
+            "cluster.preflight_exclude=true: it needs cluster.preflight=true, which finds the slow node",
         )
         require(
             bool(self.container) or not self.container_mounts,

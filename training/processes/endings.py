@@ -18,6 +18,7 @@ from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError
 from data_pipeline.storage.retry import hurry_up
 
 EXIT_DONE, EXIT_CRASH, EXIT_PREEMPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_HUNG = 0, 1, 75, 76, 77, 78
+EXIT_SLOW_NODE = 79
 EXIT_INTERRUPTED = 130
 AT_ONCE_S = 2.0
 
@@ -40,6 +41,7 @@ EXIT_CODES = {
     EXIT_NOT_FINITE: Exit("too many steps could not be applied, also after rolling back", agreed=True),
     EXIT_SUPERSEDED: Exit("a newer start of the run owns its checkpoints", agreed=True),
     EXIT_HUNG: Exit("a rank died, or made no progress within the time-outs", restart=True),
+    EXIT_SLOW_NODE: Exit("the preflight found a slow node that the run is to do without"),
     EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True),
 }
 """All exit codes of a training run, but for 128 + n: killed by signal n."""
@@ -104,6 +106,12 @@ class RankLost(CascadeError):
     """Another process died, or did not answer within the time-outs; start the same command again."""
 
     exit_code = EXIT_HUNG
+
+
+class SlowNode(CascadeError):
+    """The preflight found a node that the run should do without."""
+
+    exit_code = EXIT_SLOW_NODE
 
 
 LOST = (

@@ -25,6 +25,7 @@ from training.processes.collectives import all_sum, each, together
 from training.processes.endings import LossGuard, Signals, stop_error
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, check_same_run, to_dict
+from training.run.preflight import preflight
 from training.run.profiling import Profile
 from training.run.quick_evaluation import QuickEvaluation
 from training.run.reporting.report import Report
@@ -54,6 +55,9 @@ class Session:
         self.run = RunDir(config)
         together(self.run.create, ranks)
         start_logging(self.run, ranks)
+        if config.cluster.preflight:
+            watchdog.phase("preflight")
+            preflight(config, ranks, self.run)
         watchdog.log_file = self.run.log_file(ranks.rank)
 
         watchdog.phase("checkpoint")

@@ -1,0 +1,239 @@
+"""`cluster.preflight=true`: before a training begins, every device, link, store and clock of the allocation is measured
+once, and a slow node is named. Seconds, against hours of all nodes waiting for one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from data_pipeline.storage.store import read_bytes, remove_files, write_bytes
+from training.config.experiment import Experiment
+from training.processes.collectives import barrier, gather_json, together
+from training.processes.endings import SlowNode
+from training.processes.ranks import Ranks
+from training.run.directory import RunDir, replace_file
+
+log = logging.getLogger("cascade")
+
+SLOW_DEVICE, SLOW_LINK, SLOW_STORE = 1.3, 2.0, 4.0
+"""Slow is what takes so many times the median's time; stores vary most."""
+CLOCK_S = 5.0
+"""Clocks that differ by more confuse logs, leases of a cache, and signatures of S3 requests."""
+REPEATS = 5
+"""The best of so many is taken: a measurement can only be disturbed towards slow."""
+SIDE = {"cuda": 8192, "cpu": 768}
+LINK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+STORE_BYTES = 8 << 20
+REPORT = "preflight.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's figures; None where it measured none.
+
+    Attributes:
+        node: where it runs; tflops: of a matrix product; all_reduce_gb_s: bytes of the tensor per second, over all
+        ranks; receive_gb_s: from the rank before it; write_gb_s, read_gb_s: the checkpoint store, by one rank per node;
+        clock_s: time of day at a common moment.
+    """
+
+    rank: int
+    node: str
+    tflops: float
+    clock_s: float
+    all_reduce_gb_s: float | None = None
+    receive_gb_s: float | None = None
+    write_gb_s: float | None = None
+    read_gb_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something slow or wrong; `excludes`: reason enough to do without the node."""
+
+    node: str
+    sentence: str
+    excludes: bool = True
+
+
+def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = None) -> list[Finding]:
+    """Measures, writes RUN_DIR/preflight.json, says what is slow. Collective.
+
+    Args:
+        node: this machine's name; null: Slurm's, or the host's.
+
+    Raises:
+        SlowNode: on all ranks, with cluster.preflight_exclude and a node that is slow.
+    """
+    own = measure(ranks, run.checkpoints, node or os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    found = [Measured(**entry) for entry in gather_json(asdict(own), ranks)]
+
+    def report() -> dict[str, Any]:
+        findings = judge_measured(found)
+        bad = sorted({finding.node for finding in findings if finding.excludes})
+        said = {"ranks": [asdict(one) for one in found], "findings": [asdict(one) for one in findings], "slow": bad}
+        replace_file(run.path / REPORT, json.dumps({**said, "time": time.time()}, indent=1))
+        log.info("preflight: %s", summary(found))
+        for finding in findings:
+            log.warning("preflight: %s", finding.sentence)
+        return {"findings": said["findings"], "slow": bad, "others": len({one.node for one in found} - {*bad})}
+
+    answer = together(report, ranks)
+    if answer["slow"] and answer["others"] and config.cluster.preflight_exclude:
+        raise SlowNode(
+            f"the preflight found {', '.join(answer['slow'])} slow ({run.path / REPORT}): the run ends with code 79 so "
+            f"that the job can start again without it (cluster.preflight_exclude=true)"
+        )
+    return [Finding(**entry) for entry in answer["findings"]]
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(ranks: Ranks, store: str, node: str) -> Measured:
+    """This rank's figures. Collective."""
+    kind = ranks.device.partition(":")[0]
+    tflops = _tflops(ranks.device, SIDE[kind])
+    written = read = None
+    if ranks.local_rank == 0:
+        written, read = _store_gb_s(store, ranks.rank)
+    reduced = received = None
+    if ranks.control is not None:
+        tensor = torch.zeros(LINK_BYTES[kind] // 4, device=ranks.device)
+        barrier(ranks)
+        reduced = _gb_s(tensor, lambda: torch.distributed.all_reduce(tensor))
+        received = _gb_s(tensor, lambda: _around(tensor, ranks))
+        barrier(ranks)
+    clock = time.time()
+    return Measured(ranks.rank, node, tflops, clock, reduced, received, written, read)
+
+
+def _best(call: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest of REPEATS calls, after one to warm up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _tflops(device: str, side: int) -> float:
+    matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    return 2 * side**3 / _best(lambda: matrix @ matrix, device) / 1e12
+
+
+def _gb_s(tensor: torch.Tensor, call: Callable[[], Any]) -> float:
+    return tensor.numel() * tensor.element_size() / _best(call, str(tensor.device)) / 1e9
+
+
+def _around(tensor: torch.Tensor, ranks: Ranks) -> None:
+    """Every rank sends to the next and receives from the one before it."""
+    import torch.distributed as dist
+
+    there = torch.empty_like(tensor)
+    sends = dist.P2POp(dist.isend, tensor, (ranks.rank + 1) % ranks.world_size)
+    receives = dist.P2POp(dist.irecv, there, (ranks.rank - 1) % ranks.world_size)
+    for work in dist.batch_isend_irecv([sends, receives]):
+        work.wait(timedelta(seconds=60))
+
+
+def _store_gb_s(store: str, rank: int) -> tuple[float, float]:
+    """GB/s of writing and of reading a small object where the checkpoints go."""
+    name, data = f".preflight-{rank}-{os.getpid()}", os.urandom(STORE_BYTES)
+    try:
+        began = time.perf_counter()
+        write_bytes(f"{store}/{name}", data)
+        between = time.perf_counter()
+        read_bytes(f"{store}/{name}")
+        return STORE_BYTES / (between - began) / 1e9, STORE_BYTES / (time.perf_counter() - between) / 1e9
+    finally:
+        remove_files(store, [name])
+
+
+# --------------------------------------------------------------------------------------------------- judging
+
+
+def judge_measured(found: Sequence[Measured]) -> list[Finding]:
+    """What stands out from the other ranks."""
+    findings = []
+    if len(found) > 1:
+        findings += _slow(found, "tflops", SLOW_DEVICE, "computes {value:.3g} TFLOP/s")
+        findings += _slow_links(found)
+        findings += _slow(found, "write_gb_s", SLOW_STORE, "writes {value:.3g} GB/s to the checkpoint store")
+        findings += _slow(found, "read_gb_s", SLOW_STORE, "reads {value:.3g} GB/s from the checkpoint store")
+    middle = statistics.median(one.clock_s for one in found)
+    for one in {one.node: one for one in found}.values():
+        if abs(one.clock_s - middle) > CLOCK_S:
+            said = f"the clock of {one.node} is {one.clock_s - middle:+.0f} s from the others'; start its time service"
+            findings.append(Finding(one.node, said, excludes=False))
+    return findings
+
+
+def _slow(found: Sequence[Measured], name: str, factor: float, what: str) -> list[Finding]:
+    values = {one: value for one in found if (value := getattr(one, name)) is not None}
+    if len(values) < 2:
+        return []
+    # of two, the slower one is compared with the faster
+    usual = statistics.median(values.values()) if len(values) > 2 else max(values.values())
+    return [
+        Finding(
+            one.node,
+            f"rank {one.rank} on {one.node} {what.format(value=value)}, {usual / value:.1f} times slower than usual "
+            f"here ({usual:.3g}): repair or exclude the node",
+        )
+        for one, value in values.items()
+        if value * factor < usual
+    ]
+
+
+def _slow_links(found: Sequence[Measured]) -> list[Finding]:
+    """A node is to blame when it is slow both to receive and to send; one slow direction is a link."""
+    rates = [one.receive_gb_s for one in found]
+    if len(found) < 3 or None in rates:
+        return []
+    usual = statistics.median(rate for rate in rates if rate is not None)
+    slow = [rate is not None and rate * SLOW_LINK < usual for rate in rates]
+    findings = []
+    for place, one in enumerate(found):
+        after = (place + 1) % len(found)
+        if slow[place] and slow[after]:
+            said = (
+                f"rank {one.rank} on {one.node} sends and receives slowly ({rates[place]:.3g} GB/s, usual {usual:.3g})"
+            )
+            findings.append(Finding(one.node, f"{said}: look at its network, or exclude the node"))
+        elif slow[place] and not slow[place - 1]:
+            ends = f"{found[place - 1].node} to {one.node}"
+            said = f"the link from {ends} carries {rates[place]:.3g} GB/s, usual {usual:.3g}"
+            findings.append(Finding(one.node, f"{said}: look at the network", excludes=False))
+    return findings
+
+
+def summary(found: Sequence[Measured]) -> str:
+    """The slowest of each kind, in one line."""
+
+    def lowest(name: str, unit: str) -> str:
+        values = [value for one in found if (value := getattr(one, name)) is not None]
+        return f"{min(values):.3g} to {max(values):.3g} {unit}" if values else ""
+
+    parts = {
+        "matrix products": lowest("tflops", "TFLOP/s"),
+        "all-reduce": lowest("all_reduce_gb_s", "GB/s"),
+        "neighbour to neighbour": lowest("receive_gb_s", "GB/s"),
+        "store, written": lowest("write_gb_s", "GB/s"),
+        "read": lowest("read_gb_s", "GB/s"),
+    }
+    return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
