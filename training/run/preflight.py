@@ -84,7 +84,7 @@ def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = 
         bad = sorted({finding.node for finding in findings if finding.excludes})
         said = {"ranks": [asdict(one) for one in found], "findings": [asdict(one) for one in findings], "slow": bad}
         replace_file(run.path / REPORT, json.dumps({**said, "time": time.time()}, indent=1))
-        log.info("preflight: %s", summary(found))
+        log.info("preflight: %s", extremes_of(found))
         for finding in findings:
             log.warning("preflight: %s", finding.sentence)
         return {"findings": said["findings"], "slow": bad, "others": len({one.node for one in found} - {*bad})}
@@ -222,8 +222,8 @@ def _slow_links(found: Sequence[Measured]) -> list[Finding]:
     return findings
 
 
-def summary(found: Sequence[Measured]) -> str:
-    """The slowest of each kind, in one line."""
+def extremes_of(found: Sequence[Measured]) -> str:
+    """The slowest and the fastest of each kind, in one line."""
 
     def lowest(name: str, unit: str) -> str:
         values = [value for one in found if (value := getattr(one, name)) is not None]
