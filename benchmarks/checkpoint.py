@@ -31,7 +31,7 @@ def worker(scratch: Path, millions: float) -> None:
 
     from training.checkpoint.store import CheckpointStore
     from training.checkpoint.writer import CheckpointWriter
-    from training.engine.deepspeed import build_engine, init_distributed, shut_down
+    from training.engine.start import build_engine, init_distributed, shut_down
 
     torch.set_num_threads(1)
     config = Experiment()

@@ -40,7 +40,7 @@ def settings(scratch: str) -> Experiment:
 
 
 def main() -> dict[str, Any]:
-    from training.engine.deepspeed import init_distributed
+    from training.engine.start import init_distributed
     from training.run.session import Session
     from training.run.watchdog import Watchdog
 

@@ -37,7 +37,7 @@ from training.config.experiment import Experiment
 from training.config.unet import PRESETS, UNetConfig
 from training.diffusion import random
 from training.diffusion.objective import loss
-from training.engine.deepspeed import build_engine, init_distributed
+from training.engine.start import build_engine, init_distributed
 from training.model.unet import UNet
 from training.plan.flops import peak_tflops, training_flops
 from training.processes.launcher import free_port

@@ -76,7 +76,7 @@ def main(config: Experiment) -> dict[str, Any]:
 
 def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog) -> dict[str, Any]:
     """One process of a run."""
-    from training.engine.deepspeed import init_distributed, shut_down
+    from training.engine.start import init_distributed, shut_down
     from training.run.session import Session
 
     try:

@@ -12,7 +12,7 @@ import torch
 
 from training.config.experiment import Experiment
 from training.config.unet import for_stage
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.model.lora import add_adapters
 from training.model.unet import UNet
 from training.processes.ranks import Ranks

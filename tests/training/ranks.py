@@ -28,7 +28,7 @@ def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> 
 def main(where: str, scratch: str, arguments: str) -> None:
     import torch
 
-    from training.engine.deepspeed import init_distributed, shut_down
+    from training.engine.start import init_distributed, shut_down
 
     torch.set_num_threads(1)
     module, name = where.split(":")

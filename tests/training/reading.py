@@ -7,7 +7,7 @@ from typing import Any
 from training.checkpoint.downloads import shared_downloads
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment
-from training.engine.deepspeed import init_distributed, shut_down
+from training.engine.start import init_distributed, shut_down
 from training.processes.collectives import gather_objects
 from training.processes.ranks import read_ranks
 

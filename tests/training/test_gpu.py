@@ -19,7 +19,7 @@ from training.config.experiment import Experiment
 from training.config.unet import for_stage
 from training.diffusion import random
 from training.diffusion.objective import loss
-from training.engine.deepspeed import build_engine, init_distributed, shut_down
+from training.engine.start import build_engine, init_distributed, shut_down
 from training.model.unet import UNet
 from training.plan.memory import Setup, follow, memory, parameter_shapes
 from training.processes.launcher import free_port

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import CheckpointConfig
-from training.engine.plain import Snapshot
+from training.engine.base import Snapshot
 from training.processes.ranks import Ranks
 
 log = logging.getLogger(__name__)

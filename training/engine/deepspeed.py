@@ -20,79 +20,37 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from training.config.experiment import Experiment
-from training.engine.fixed_order import FixedOrder, exact_squares, mark_borders, norm_of, peak_of
-from training.engine.plain import (
+from training.engine.base import (
     Judge,
-    PlainEngine,
     Snapshot,
     StepInfo,
+    WeightKeeper,
     accept,
     saved_buffers,
     set_step,
-    squared_norm,
     trained_parameters,
 )
+from training.engine.fixed_order import FixedOrder, mark_borders
+from training.engine.snapshots import ShardedSnapshot
 from training.optim.averages import state_name
 from training.optim.base import Sharding
 from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
 from training.optim.registry import build_optimizer, learning_rate
 from training.processes.collectives import all_sum, gather_objects
-from training.processes.meeting import check_cards, meet, own_card
 from training.processes.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-# ------------------------------------------------------------------------------------------------ process groups
-
-
-def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
-    """Joins the process group and returns the ranks with their device, groups and store; nothing to join at
-    `zero.stage=0`.
-
-    Every group gets `train.timeout_first_s`; after the first step `set_timeout` lowers it.
-
-    Raises:
-        ConfigError: some rank has not the device that was asked for, or may not open enough files.
-        RankLost: the ranks did not meet.
-    """
-    card, seconds = own_card(ranks), config.train.timeout_first_s
-    store, cards = (None, [card]) if ranks.world_size == 1 else meet(ranks, card, seconds)
-    check_cards(cards, config.cluster)
-    if card.device != "cpu":
-        torch.cuda.set_device(card.device)
-        same_bits = config.train.deterministic_reduction
-        torch.backends.cudnn.benchmark = not same_bits  # all steps have the same shapes: the search pays once
-        torch.backends.cudnn.deterministic = same_bits
-    ranks = replace(ranks, device=card.device, store=store)
-    if config.zero.stage == 0:
-        return ranks
-    timeout, deepspeed, dist = timedelta(seconds=seconds), import_deepspeed(), torch.distributed
-    # DeepSpeed takes this for the number of the GPU: that is another one where a process sees its own GPU alone.
-    os.environ["LOCAL_RANK"] = card.device.partition(":")[2] or str(ranks.local_rank)
-    dist.init_process_group(
-        "gloo" if card.device == "cpu" else "nccl",
-        store=dist.HashStore() if store is None else dist.PrefixStore("groups", store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-    )
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return replace(ranks, control=control, background=background)
-
-
-def shut_down() -> None:
-    """Leaves the process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def join_groups() -> None:
+    """DeepSpeed takes up the process group that exists."""
+    import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def import_deepspeed() -> Any:
@@ -145,26 +103,11 @@ def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[
     }
 
 
-def build_engine(model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> Engine | PlainEngine:
-    """The engine that `zero.stage` asks for. `accumulate`: micro-batches per optimizer step."""
-    kind = PlainEngine if config.zero.stage == 0 else Engine
-    return kind(model, config, ranks, accumulate)
-
-
-# ---------------------------------------------------------------------------------------------------- the engine
-
-
-class Engine:
-    """One U-Net under ZeRO 1, 2 or 3. All methods are collective unless they say otherwise.
-
-    Call it like the module; the result is fp32 whatever the precision. `micro-batches x (call, backward)`, then `step`.
-    """
+class ZeroEngine(WeightKeeper):
+    """An Engine (training/engine/base.py) under ZeRO 1, 2 or 3."""
 
     def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
-        self.config, self.ranks = config, ranks
         self.dtype = DTYPES[config.precision.dtype]
-        self.updates = 0
-        """Optimizer steps that were applied (not skipped)."""
         self._accumulate, self._micro_batches = accumulate, 0
         trained, fused = trained_parameters(model), ranks.device != "cpu" and not config.zero.offload_optimizer
         shapes: Shapes = {name: tuple(p.shape) for name, p in trained.items()}
@@ -175,7 +118,7 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
         )
         self._zero = self._engine.optimizer
-        self.module: torch.nn.Module = self._engine.module
+        super().__init__(config, ranks, self._engine.module)
         self._question: tuple[torch.Tensor | float, Sequence[float], Judge] = (math.nan, (), accept)
         self._answer: tuple[float, list[float], str] = (math.nan, [], "")
         self._fused = not config.zero.offload_optimizer
@@ -186,13 +129,10 @@ class Engine:
         self._pieces = self._layout()
         layout: Layout = gather_objects(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
-        self._weights = sum(math.prod(shape) for shape in shapes.values())
         self._optimizer = optimizer
         optimizer.shard(Sharding(self._flats, layout, shapes, ranks.rank, self._add_up))
         self._averages = [state_name(i) for i in range(len(config.ema.decays))]
         self._names = [*optimizer.SLICED, *self._averages]
-        self._host: dict[str, torch.Tensor] = {}
-        self._snapshot: Snapshot | None = None
         self._order: FixedOrder | None = None
         self._called: dict[torch.Tensor, str] = {p: name for name, p in trained_parameters(self.module).items()}
         self._taken: dict[str, torch.Tensor] = {}
@@ -212,7 +152,7 @@ class Engine:
         return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        """See Engine."""
         if self._order is None:
             self._engine.backward(loss)
         else:
@@ -227,14 +167,7 @@ class Engine:
     def step(
         self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
     ) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or `judge`
-        refuses it.
-
-        Args:
-            share: mean loss of this rank's samples; the loss of the global batch is the mean over the ranks.
-            votes: what else the ranks add up, in the same collective.
-            judge: asked on every rank with the same values.
-        """
+        """See Engine."""
         self._settle()
         lr = learning_rate(step, self.config.optimizer, self.config.train.steps)
         set_step(self._optimizer, lr, self.config.ema, self.updates)
@@ -301,7 +234,7 @@ class Engine:
         groups = self._zero.averaged_gradients.values()
         gradients = [g for group in groups for g in group or () if g is not None and g.numel()]
         if self._order is not None:
-            norm = self._exact_norm(gradients)
+            norm = self._order.norm(gradients, self._ask)
         else:
             norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
             norm = math.sqrt(self._ask(torch.stack(norms).to(torch.float64).square().sum() if norms else None)[0])
@@ -334,17 +267,6 @@ class Engine:
         for index, flat in enumerate(flats):
             self._zero.averaged_gradients[index] = [flat]
 
-    def _exact_norm(self, gradients: list[torch.Tensor]) -> float:
-        """The global norm, whatever the borders of the slices; one more collective, for the largest magnitude."""
-        assert self._order is not None
-        peaks, device = peak_of(gradients, self.ranks.device), self.ranks.device
-        torch.distributed.all_reduce(peaks, torch.distributed.ReduceOp.MAX, group=self._zero.dp_process_group)
-        peak, count = float(peaks), self._weights
-        finite = math.isfinite(peak)
-        sums = self._ask(exact_squares(gradients, peak, count, device) if finite else None)
-        self._order.begin()
-        return norm_of(sums, peak, count) if finite else math.inf
-
     def _gather_persistent_at_once(self) -> None:
         """After a step ZeRO 3 gathers the small parameters that stay whole; DeepSpeed sends one message for each."""
         persistent = self._zero.persistent_parameters
@@ -358,16 +280,12 @@ class Engine:
             persistent[0].all_gather = gather
 
     def norm(self) -> float:
-        """Global norm of the weights (fp32 masters)."""
+        """See Engine."""
         return math.sqrt(all_sum([self.squared_norm()], self.ranks)[0])
 
-    def squared_norm(self) -> float:
-        """This rank's part of its square. Not collective."""
-        return squared_norm(self._flats)
-
     def set_timeout(self, seconds: float) -> None:
-        """Time-out of every process group but the background one. Not collective. DeepSpeed passes none to its own
-        groups, which would otherwise wait 10 to 30 minutes for a rank that hangs."""
+        """See Engine. DeepSpeed passes none to its own groups, which would otherwise wait 10 to 30 minutes for a rank
+        that hangs."""
         import torch.distributed.distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -431,29 +349,13 @@ class Engine:
 
     # ------------------------------------------------------------------------------- averages, checkpoints
 
-    @contextmanager
-    def averaged(self, index: int = 0) -> Iterator[torch.nn.Module]:
-        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in
-        step."""
-        self._settle()
-        with torch.no_grad():
-            raw = [flat.detach().clone() for flat in self._flats]
-            for flat, average in zip(self._flats, self._states(state_name(index)), strict=True):
-                flat.copy_(average)
-            self._publish()
-        self.module.eval()
-        try:
-            yield self.module
-        finally:
-            self.module.train()
-            with torch.no_grad():
-                for flat, value in zip(self._flats, raw, strict=True):
-                    flat.copy_(value)
-                self._publish()
+    def _weights(self) -> list[torch.Tensor]:
+        return self._flats
 
-    def snapshot(self) -> Snapshot:
-        """This rank's share of the state. Not collective."""
-        self._settle()
+    def _average(self, index: int) -> list[torch.Tensor]:
+        return self._states(state_name(index))
+
+    def _new_snapshot(self) -> Snapshot:
         kinds = ("param", *self._names)
         flats = {kind: self._flats if kind == "param" else self._states(kind) for kind in kinds}
         whole: dict[str, torch.Tensor] = {}
@@ -461,29 +363,11 @@ class Engine:
             whole = {f"buffer/{name}": buffer for name, buffer in saved_buffers(self.module)}
             for name, states in self._optimizer.whole_states().items():
                 whole.update({f"{kind}/{name}": state for kind, state in states.items()})
-        self._snapshot = ShardedSnapshot(flats, whole, self._host, self._assembler, self.ranks)
-        return self._snapshot
-
-    def _settle(self) -> None:
-        """The state may change from here on: a snapshot of it must have been copied."""
-        if self._snapshot is not None:
-            self._snapshot.copy()
-            self._snapshot = None
-
-    def export_tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
-        on the CPU."""
-        return self.snapshot().assemble()
+        return ShardedSnapshot(flats, whole, self._host, self._assembler, self.ranks)
 
     @torch.no_grad()
     def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
-        """Sets weights and optimizer states from whole tensors.
-
-        Args:
-            read: the tensor of a name in a checkpoint; a rank asks only for what it holds a piece of.
-            kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
-            updates: optimizer steps that were applied before; at 0 moments are zero, and need not be there to be read.
-        """
+        """See Engine."""
         self._settle()
         for name, buffer in saved_buffers(self.module):
             buffer.copy_(read(f"buffer/{name}"))
@@ -503,29 +387,3 @@ class Engine:
             self._optimizer.count(flat, updates)
         self.updates = updates
         self._publish()
-
-
-class ShardedSnapshot(Snapshot):
-    """A snapshot of which each rank holds its pieces."""
-
-    def __init__(
-        self,
-        flats: dict[str, list[torch.Tensor]],
-        whole: dict[str, torch.Tensor],
-        host: dict[str, torch.Tensor],
-        assembler: Assembler,
-        ranks: Ranks,
-    ) -> None:
-        named = {f"flat {i} {kind}": flat.detach() for kind, tensors in flats.items() for i, flat in enumerate(tensors)}
-        super().__init__({**named, **whole}, host)
-        self._whole, self._assembler, self._ranks = list(whole), assembler, ranks
-        self._flats = {kind: [f"flat {i} {kind}" for i in range(len(tensors))] for kind, tensors in flats.items()}
-
-    def assemble(self) -> dict[str, torch.Tensor]:
-        """Collective over the background group; the tensors are valid until the next snapshot."""
-        self.copy()
-        tensors = {name: self._host[name] for name in self._whole}
-        for kind, names in self._flats.items():
-            whole = self._assembler.assemble([self._host[name] for name in names], self._ranks.background)
-            tensors.update((f"{kind}/{name}", tensor) for name, tensor in whole.items())
-        return tensors

@@ -152,6 +152,22 @@ class FixedOrder:
                     found[nodes[turn]] = part
         return found
 
+    def norm(self, gradients: Sequence[torch.Tensor], add_up: Callable[[torch.Tensor | None], list[float]]) -> float:
+        """The global norm of this rank's `gradients`, whatever the borders of the slices; inf where it is not finite.
+        Ends the step. One collective for the largest magnitude, besides `add_up`.
+
+        Args:
+            add_up: sums of a tensor over the ranks; None has it add up what else it has to.
+        """
+        peaks, count = peak_of(gradients, self.device), sum(self._sizes)
+        if self.group is not None:
+            dist.all_reduce(peaks, dist.ReduceOp.MAX, group=self.group)
+        peak = float(peaks)
+        finite = math.isfinite(peak)
+        sums = add_up(exact_squares(gradients, peak, count, self.device) if finite else None)
+        self.begin()
+        return norm_of(sums, peak, count) if finite else math.inf
+
     def losses(self) -> torch.Tensor:
         """(leaves,) fp64: those of this rank's micro-batches in their places, zeros elsewhere."""
         places = torch.zeros(self.leaves, dtype=torch.float64, device=self.device)

@@ -11,7 +11,7 @@ from training.checkpoint.downloads import Share, shared_downloads
 from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
-from training.engine.plain import Snapshot
+from training.engine.base import Snapshot
 from training.processes.endings import NotFinite
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir

@@ -14,7 +14,7 @@ from training.config.experiment import Experiment
 from training.config.unet import for_stage
 from training.diffusion import random
 from training.diffusion.objective import loss
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.base import skip_compiler

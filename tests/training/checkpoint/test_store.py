@@ -18,7 +18,7 @@ from training.checkpoint import store as checkpoint_module
 from training.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import CheckpointConfig
-from training.engine.plain import Snapshot
+from training.engine.snapshots import HostSnapshot
 from training.processes.endings import Superseded
 from training.processes.ranks import Ranks
 
@@ -319,7 +319,7 @@ def test_slow_deletions_hold_up_neither_steps_nor_saves(
     monkeypatch.setattr(LocalFolder, "remove_files", slow)
     writer = CheckpointWriter(store, CheckpointConfig(keep_last=1), ONE)
     for step in (1, 2, 3, 4):
-        writer.start(step, Snapshot(tensors(step)), {})
+        writer.start(step, HostSnapshot(tensors(step)), {})
         assert writer.wait() is None and writer.last_step == step
     assert store.steps() == [4, 3, 2, 1]
     go.set()
@@ -427,13 +427,13 @@ def test_disk_full_loses_nothing_and_leaves_nothing(store: CheckpointStore, monk
 
     monkeypatch.setattr(LocalFolder, "write", full)
     writer = CheckpointWriter(store, CheckpointConfig(), ONE)
-    writer.start(2, Snapshot(tensors(2)), {})
+    writer.start(2, HostSnapshot(tensors(2)), {})
     error = writer.wait()
     assert isinstance(error, CheckpointError)
     assert "step 2 was not written" in str(error) and "No space left" in str(error) and "make room" in str(error)
     assert not store.folder.sub("step-00000002").names()
     monkeypatch.setattr(LocalFolder, "write", write)
-    writer.start(3, Snapshot(tensors(3)), {})
+    writer.start(3, HostSnapshot(tensors(3)), {})
     assert writer.wait() is None
     found = store.newest()
     assert found is not None and found.step == 3
@@ -452,7 +452,7 @@ def test_a_crash_while_writing_leaves_no_half_file(store: CheckpointStore) -> No
 def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
     writer = CheckpointWriter(store, CheckpointConfig(keep_last=2), ONE)
     for step in (1, 2, 3):
-        writer.start(step, Snapshot(tensors(step)), {})
+        writer.start(step, HostSnapshot(tensors(step)), {})
         assert writer.wait() is None
     writer.close()
     assert store.steps() == [3, 2]
@@ -460,7 +460,7 @@ def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
 
 
 def test_an_unexpected_error_in_the_background_is_raised(store: CheckpointStore) -> None:
-    class Broken(Snapshot):
+    class Broken(HostSnapshot):
         def assemble(self) -> dict[str, torch.Tensor]:
             raise RuntimeError("Connection reset by peer")
 

@@ -14,7 +14,7 @@ from tests.training.ranks import run_ranks
 from training.checkpoint.store import Checkpoint, CheckpointStore
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.optim.averages import decay_at
 from training.processes.collectives import all_sum
 from training.processes.ranks import Ranks

@@ -11,7 +11,7 @@ import torch
 from tests.training.ranks import run_ranks
 from training.config.experiment import Experiment
 from training.config.unet import UNetConfig, for_stage
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.model.unet import UNet
 from training.processes.collectives import all_sum
 from training.processes.ranks import Ranks

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import Experiment, OptimizerConfig, ZeroConfig
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.optim.base import TrainOptimizer
 from training.optim.registry import OPTIMIZERS, OptimizerEntry, learning_rate, options_of, states_to_load
 from training.plan.checks import training_problems

@@ -13,7 +13,7 @@ import torch
 from data_pipeline.common.errors import DataError
 from tests.training import forks
 from training.config.experiment import Experiment
-from training.engine.deepspeed import init_distributed, shut_down
+from training.engine.start import init_distributed, shut_down
 from training.processes import collectives
 from training.processes.ranks import Ranks, read_ranks
 

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.storage.folder import LocalFolder
 from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
-from training.engine.plain import Snapshot
+from training.engine.snapshots import HostSnapshot
 from training.processes.endings import NotFinite
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
@@ -44,7 +44,7 @@ class Run:
         return {"counters": {"rollbacks": self.saving.recent_rollbacks}, "rollbacks": self.saving.rollbacks}
 
     def save(self, step: int, healthy: bool = True, wait: bool = True) -> None:
-        snapshot = Snapshot({"param/w": torch.tensor(self.value)})
+        snapshot = HostSnapshot({"param/w": torch.tensor(self.value)})
         self.saving.save(step, healthy, lambda: snapshot, self.meta, wait)
 
 

@@ -21,7 +21,7 @@ from tests.training.runs import experiment, metrics, newest
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade, bundle
 from training.config.experiment import Experiment, LoraConfig
-from training.engine.deepspeed import build_engine
+from training.engine.start import build_engine
 from training.model.lora import add_adapters, merged
 from training.model.unet import UNet
 from training.processes.ranks import Ranks

@@ -1,0 +1,83 @@
+"""Copies of the training state in host memory, from which checkpoints are written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from training.optim.pieces import Assembler
+from training.processes.ranks import Ranks
+
+
+class HostSnapshot:
+    """The training state at one step. It is copied to host memory by `copy`: in the thread that writes it, while the
+    next forward and backward passes go on, but before the next optimizer step changes it (the engine sees to that).
+
+    Args:
+        live: tensors by name.
+        host: memory of earlier snapshots, used again.
+    """
+
+    def __init__(self, live: dict[str, torch.Tensor], host: dict[str, torch.Tensor] | None = None) -> None:
+        self._live: dict[str, torch.Tensor] | None = live
+        self._host = {} if host is None else host
+        self._names = list(live)
+        self._lock = threading.Lock()
+        self._device = next((tensor.device for tensor in live.values() if tensor.is_cuda), None)
+        if self._device is not None:
+            self._ready = torch.cuda.current_stream(self._device).record_event()
+
+    def copy(self) -> None:
+        """Returns when all is in host memory; only the first call has anything to do. Any thread."""
+        with self._lock, torch.no_grad():
+            if self._live is None:
+                return
+            for name, tensor in self._live.items():
+                if name not in self._host:
+                    self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).detach()
+            if self._device is None:
+                self._move(self._live)
+            else:
+                stream = torch.cuda.Stream(self._device)
+                stream.wait_event(self._ready)
+                with torch.cuda.stream(stream):
+                    self._move(self._live)
+                stream.synchronize()
+            self._live = None
+
+    def _move(self, live: dict[str, torch.Tensor]) -> None:
+        for name, tensor in live.items():
+            self._host[name].copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def assemble(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU, valid
+        until the next snapshot."""
+        self.copy()
+        return {name: self._host[name] for name in self._names}
+
+
+class ShardedSnapshot(HostSnapshot):
+    """A snapshot of which each rank holds its pieces."""
+
+    def __init__(
+        self,
+        flats: dict[str, list[torch.Tensor]],
+        whole: dict[str, torch.Tensor],
+        host: dict[str, torch.Tensor],
+        assembler: Assembler,
+        ranks: Ranks,
+    ) -> None:
+        named = {f"flat {i} {kind}": flat.detach() for kind, tensors in flats.items() for i, flat in enumerate(tensors)}
+        super().__init__({**named, **whole}, host)
+        self._whole, self._assembler, self._ranks = list(whole), assembler, ranks
+        self._flats = {kind: [f"flat {i} {kind}" for i in range(len(tensors))] for kind, tensors in flats.items()}
+
+    def assemble(self) -> dict[str, torch.Tensor]:
+        """Collective over the background group; the tensors are valid until the next snapshot."""
+        self.copy()
+        tensors = {name: self._host[name] for name in self._whole}
+        for kind, names in self._flats.items():
+            whole = self._assembler.assemble([self._host[name] for name in names], self._ranks.background)
+            tensors.update((f"{kind}/{name}", tensor) for name, tensor in whole.items())
+        return tensors
