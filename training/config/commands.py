@@ -340,6 +340,7 @@ class CaptionCommand(Experiment):
     output: str | None = None
     """Directory or s3:// prefix of the captions. Training reads them by data.captions.files."""
     part: int = 0
+    """Which share of the shards this process does, see `parts`."""
     parts: int = 1
     """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
     themselves."""

@@ -7,7 +7,7 @@ OmegaConf's structured configs, impossible values by `__post_init__`, impossible
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
@@ -96,13 +96,22 @@ class TextConfig:
     """The frozen text encoder."""
 
     kind: str = "words"
-    """`words` (deterministic vectors per word, character and neighbour; no meaning, no download) or `t5`."""
+    """`words` (deterministic vectors per word, character and neighbour; no meaning, no download), `t5` (T5, mT5, umT5,
+    ByT5), `hidden` (hidden states of T5Gemma, Gemma, Qwen, Qwen-VL and other language models) or `clip`."""
     path: str | None = None
-    """`t5`: a local directory or a name in the Hugging Face cache."""
+    """Of a model: a local directory or a name in the Hugging Face cache."""
+    tokenizer: str | None = None
+    """Its tokenizer's directory; null: in `path`, or beside it as pipelines ship it (text_encoder_2, tokenizer_2)."""
     max_tokens: int = 32
-    """Captions are cut to this many tokens."""
+    """Captions are cut to this many tokens (with `also`: of both encoders together)."""
     dim: int = 384
-    """Width of the embeddings; for `t5` it must equal the encoder's."""
+    """Width of the embeddings; for a model it must equal the model's (with `also`: the larger of the two)."""
+    layer: int = -1
+    """`hidden`, `clip`: which hidden states: -1 the last ones, after the final norm, -2 those of the layer before."""
+    prefix: str = field(default="", metadata=SENTENCES)
+    """`hidden`: an instruction in front of each caption; the embeddings are those of the caption alone."""
+    also: dict[str, Any] = field(default_factory=dict)
+    """A second encoder, whose tokens follow: {kind: clip, path: DIR, dim: 768, max_tokens: 77}."""
     dtype: str = "fp32"
     """`fp32` or `bf16`, for the frozen encoder."""
     sha: str | None = None
@@ -110,10 +119,39 @@ class TextConfig:
     refuse another encoder."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("words", "t5"), f"text.kind={self.kind}: it must be words or t5")
+        kinds = ("words", "t5", "hidden", "clip")
+        require(self.kind in kinds, f"text.kind={self.kind}: it must be {', '.join(kinds[:-1])} or {kinds[-1]}")
         require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
         at_least(self, "text", max_tokens=1, dim=1)
-        require(self.kind != "t5" or bool(self.path), "text.path: text=t5 needs a directory or a name in the HF cache")
+        require(
+            self.kind == "words" or bool(self.path),
+            f"text.path: text={self.kind} needs a directory or a name in the HF cache",
+        )
+        require(self.layer == -1 or self.kind in ("hidden", "clip"), f"text.layer: text.kind={self.kind} has none")
+        require(not self.prefix or self.kind == "hidden", f"text.prefix: text.kind={self.kind} takes none")
+        require(self.kind != "words" or self.tokenizer is None, "text.tokenizer: text.kind=words takes none")
+        if self.also:
+            self.encoders()
+
+    def encoders(self) -> list[TextConfig]:
+        """This one and `also`, each by itself.
+
+        Raises:
+            ConfigError: `also` has an unknown key, an encoder more, or as many tokens as there are.
+        """
+        if not self.also:
+            return [self]
+        known = [one.name for one in fields(self) if one.name not in ("also", "sha")]
+        for key in self.also:
+            require(key in known, f"text.also: it has no {key!r}; its keys are {', '.join(known)}")
+        second = TextConfig(**{"dtype": self.dtype, **self.also})
+        first = self.max_tokens - second.max_tokens
+        require(
+            first >= 1,
+            f"text.max_tokens={self.max_tokens}: it counts the tokens of both encoders, of which text.also.max_tokens="
+            f"{second.max_tokens} are the second's; the first needs some, too",
+        )
+        return [replace(self, also={}, sha=None, max_tokens=first), second]
 
 
 @dataclass

@@ -136,8 +136,8 @@ def weights(config: PlanCommand) -> str:
 
 
 def weight_files(config: PlanCommand) -> list[Path]:
-    """The weight files of a T5 encoder, in its directory or in the Hugging Face cache."""
-    if config.text.kind != "t5":
+    """The weight files of the text encoder, in its directory or in the Hugging Face cache."""
+    if config.text.kind == "words":
         return []
     from transformers.utils import cached_file
 

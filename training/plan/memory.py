@@ -244,7 +244,7 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
         "deepspeed": config.zero.stage > 0,
         "zero3": config.zero.stage == 3,
         "wandb": config.wandb.mode != "disabled",
-        "transformers": config.text.kind == "t5" and not config.data.embeddings and not peft,
+        "transformers": config.text.kind != "words" and not config.data.embeddings and not peft,
         "peft": peft,
     }
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)

@@ -64,8 +64,15 @@ class TextCost:
 
 def text_cost(text: TextConfig) -> TextCost:
     """Counted from the encoder's settings, or by its name where they are not on this machine."""
+    if text.also:
+        pair = [text_cost(one) for one in text.encoders()]
+        basis = " + ".join(dict.fromkeys(one.basis for one in pair))
+        sums = (sum(one.parameters for one in pair), sum(one.bytes for one in pair))
+        return TextCost(sums[0], basis, sums[1], sum(one.flops_per_caption for one in pair))
     if text.kind == "words":
         return TextCost(0, "no network", 0, 0.0)
+    if text.kind != "t5":
+        return _model_cost(text)
     shape, basis = t5_shape(str(text.path))
     if shape is None:
         return TextCost(0, basis, 0, 0.0)
@@ -73,12 +80,38 @@ def text_cost(text: TextConfig) -> TextCost:
     return TextCost(shape.parameters, basis, shape.parameters * width, float(shape.flops(text.max_tokens)))
 
 
-def t5_shape(path: str) -> tuple[T5Shape | None, str]:
-    """The encoder's structure, and how it is known."""
-    from training.text.encoder import _t5_settings
+def _model_cost(text: TextConfig) -> TextCost:
+    """Counted on the structure of the tower that reads text, without its weights: each matrix but the embeddings
+    multiplies every token once."""
+    import torch
+
+    from training.text.models import model_class, model_settings, text_settings, tower
 
     try:
-        settings = _t5_settings(path)
+        settings = model_settings(text.kind, str(text.path))
+    except DataError:
+        return TextCost(0, "not on this machine", 0, 0.0)
+    own = text_settings(settings)
+    if settings.model_type == "t5gemma":
+        settings.is_encoder_decoder = False
+    kind = model_class(settings)
+    with torch.device("meta"):
+        make = getattr(kind, "from_config", None) or kind._from_config
+        model = tower(make(own if settings.model_type == "clip" else settings))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens, width = text.max_tokens, own.num_attention_heads * (getattr(own, "head_dim", None) or own.hidden_size //
+                                                                own.num_attention_heads)  # fmt: skip
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
+    flops = 2 * tokens * matrices + own.num_hidden_layers * 4 * tokens * tokens * width
+    return TextCost(parameters, "counted", parameters * (2 if text.dtype == "bf16" else 4), float(flops))
+
+
+def t5_shape(path: str) -> tuple[T5Shape | None, str]:
+    """The encoder's structure, and how it is known."""
+    from training.text.models import model_settings
+
+    try:
+        settings = model_settings("t5", path)
     except DataError:
         known = V1_1.get(path.rstrip("/").rpartition("-")[2].lower())
         return known, "T5 v1.1 by its name" if known else "not on this machine, and its name says no size"

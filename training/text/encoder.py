@@ -1,4 +1,4 @@
-"""Captions to embeddings: `words` (hash-based, no weights) and `t5` (frozen, loaded from disk) behind one interface.
+"""Captions to embeddings: `words` (hash-based, no weights) and frozen models loaded from disk behind one interface.
 
 Shapes: B captions, T = max_tokens (fixed, so that compiled networks see one shape), D = dim.
 """
@@ -9,14 +9,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import ConfigError, DataError
-from training.text.identity import fetch_hint
+from data_pipeline.common.errors import ConfigError
+from training.text.models import TextModel, load_text_model, model_settings, width_of
 from training.text.words import normalise_word, split_words, token_vectors
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 128 * 2**20
 CHARACTERS_PER_TOKEN = 32
 """Captions are truncated to this many characters per token before tokenizing, so that very long ones cost nothing."""
-T5_TYPES = ("t5", "mt5", "umt5")
-"""`model_type` of the encoders that `text.kind=t5` accepts; T5 v1.1 and ByT5 call themselves t5."""
 
 
 class TextEncoder(ABC):
@@ -141,29 +139,38 @@ class WordEncoder(TextEncoder):
         return split_words(caption)
 
 
-class T5Encoder(TextEncoder):
-    """The encoder of a T5 v1.1, mT5, umT5 or ByT5 model from a directory or the Hugging Face cache; never downloads.
+class ModelEncoder(TextEncoder):
+    """A frozen language model from a directory or the Hugging Face cache; never downloads.
 
-    Frozen, in eval mode; runs in `text.dtype`, outputs fp32 `last_hidden_state` (after T5's final norm), zero padding.
+    In eval mode; runs in `text.dtype`, outputs fp32 hidden states, zero padding. `t5` gives the encoder's
+    `last_hidden_state` (after T5's final norm); `hidden` and `clip` the states of `text.layer`, of which those of
+    `text.prefix`, and of what the tokenizer sets before it, are left out.
+
+    Args:
+        any_width: `text.dim` need not be the model's.
 
     Raises:
-        DataError: there is no encoder, or files are missing.
-        ConfigError: the model is of another type, or its width is not `text.dim`.
+        DataError: there is no such model, or files are missing.
+        ConfigError: the model is of another type, it has no such layer, or its width is not `text.dim`.
     """
 
-    def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: TextConfig, device: torch.device | str = "cpu", any_width: bool = False) -> None:
         super().__init__(config, device)
-        self.path = str(config.path)
-        settings = _t5_settings(self.path)
-        if settings.d_model != config.dim:
-            raise ConfigError(
-                f"text.dim={config.dim}: {self.path} outputs {settings.d_model}; set text.dim={settings.d_model}"
-            )
-        self.dim = int(settings.d_model)
-        self.name = f"t5 {self.path} ({settings.model_type}, {self.dim} wide, {config.dtype})"
+        self.path, self._layer, self._prefix = str(config.path), config.layer, config.prefix
+        settings = model_settings(config.kind, self.path)
+        self.dim = width_of(settings)
+        if self.dim != config.dim and not any_width:
+            raise ConfigError(f"text.dim={config.dim}: {self.path} outputs {self.dim}; set text.dim={self.dim}")
+        state = "" if self._layer == -1 else f", layer {self._layer}"
+        self.name = f"{config.kind} {self.path} ({settings.model_type}, {self.dim} wide, {config.dtype}{state})"
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-        self._tokenizer, self._model = _load_t5(self.path, dtype)
+        found: TextModel = load_text_model(config.kind, self.path, config.tokenizer, dtype)
+        self._tokenizer, self._model = found.tokenizer, found.model
         self._model.eval().requires_grad_(False).to(self.device)
+        layers = found.layers
+        if not -layers - 1 <= self._layer <= layers:
+            raise ConfigError(f"text.layer={self._layer}: {self.path} has {layers} layers: give -{layers + 1} to -1")
+        self._skipped = len(self._prefix_tokens()) if self._prefix else 0
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Moves the encoder to a device; returns itself."""
@@ -173,71 +180,107 @@ class T5Encoder(TextEncoder):
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> list[Tensor]:
         tokens = self._tokenizer(
-            captions, max_length=self.max_tokens, truncation=True, padding=True, return_tensors="pt"
+            [self._prefix + caption for caption in captions],
+            max_length=self.max_tokens + self._skipped,
+            truncation=True,
+            padding=True,
+            return_tensors="pt",
         )
         lengths = tokens["attention_mask"].sum(dim=1).tolist()
-        hidden = self._model(
-            input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-        ).last_hidden_state.float()
-        return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
+        output = self._model(
+            input_ids=tokens["input_ids"].to(self.device),
+            attention_mask=tokens["attention_mask"].to(self.device),
+            output_hidden_states=self._layer != -1,
+        )
+        hidden = output.last_hidden_state if self._layer == -1 else output.hidden_states[self._layer]
+        starts = [self._start(caption) for caption in captions]
+        rows = zip(hidden.float(), starts, lengths, strict=True)
+        return [row[start:length][: self.max_tokens].clone() for row, start, length in rows]
+
+    def _prefix_tokens(self) -> list[int]:
+        return list(self._tokenizer(self._prefix)["input_ids"])
+
+    def _start(self, caption: str) -> int:
+        """The first token that holds something of the caption."""
+        if not self._prefix:
+            return 0
+        offsets = self._tokenizer(self._prefix + caption, return_offsets_mapping=True)["offset_mapping"]
+        return next(place for place, (_, end) in enumerate(offsets) if end > len(self._prefix))
 
     def _token_spans(self, caption: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:  # ByT5: one token per UTF-8 byte
             return [*((i, i + 1) for i, char in enumerate(caption) for _ in char.encode()), (0, 0)]
-        return [(start, end) for start, end in self._tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]]
+        cut = len(self._prefix)
+        offsets = self._tokenizer(self._prefix + caption, return_offsets_mapping=True)["offset_mapping"]
+        spans = [(max(start - cut, 0), max(end - cut, 0)) for start, end in offsets]
+        return spans[self._start(caption) :]
 
 
-def _t5_settings(path: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}"
-        ) from error
-    if settings.model_type not in T5_TYPES:
-        raise ConfigError(f"text.path={path}: a {settings.model_type} model; text.kind=t5 takes {', '.join(T5_TYPES)}")
-    return settings
+class T5Encoder(ModelEncoder):
+    """The encoder of a T5 v1.1, mT5, umT5 or ByT5 model."""
 
 
-def _load_t5(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils import logging as hf_logging
+class PairEncoder(TextEncoder):
+    """Two encoders: the tokens of the second follow those of the first; the narrower one is padded with zeros.
 
-    hf_logging.disable_progress_bar()
-    lacking = DataError(f"text.path={path}: its tokenizer files are missing or unreadable; {fetch_hint(path)}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise lacking from error
-    # without a vocabulary file transformers builds a tokenizer that knows no words; ByT5 needs none
-    if tokenizer.is_fast and not any(_file_of(path, name) for name in ("tokenizer.json", "spiece.model")):
-        raise lacking
-    try:
-        model, report = AutoModelForTextEncoding.from_pretrained(
-            path, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"text.path={path}: its weights are missing or unreadable; {fetch_hint(path)}") from error
-    # transformers initialises missing weights at random and only warns
-    if report["missing_keys"]:
-        raise DataError(f"text.path={path}: its weights lack {len(report['missing_keys'])} tensors; {fetch_hint(path)}")
-    return tokenizer, model
+    Raises:
+        ConfigError: `text.dim` is not the larger width.
+    """
+
+    def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, device)
+        self._pair = [_build(one, device, any_width=number == 0) for number, one in enumerate(config.encoders())]
+        self.dim = max(one.dim for one in self._pair)
+        self.name = " + ".join(one.name for one in self._pair)
+        if self.dim != config.dim:
+            raise ConfigError(
+                f"text.dim={config.dim}: the wider of {self.name} has {self.dim}; set text.dim={self.dim}"
+            )
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Moves both to a device; returns itself."""
+        for one in self._pair:
+            one.to(device)
+        return super().to(device)
+
+    def words(self, caption: str) -> list[tuple[str, list[int]]]:
+        """As `TextEncoder.words`, with the places of a word's tokens in both."""
+        first, second = self._pair
+        behind = min(len(first._token_spans(first._cut(caption))), first.max_tokens)
+        found = first.words(caption)
+        more = [(word, [place + behind for place in places]) for word, places in second.words(caption)]
+        shared = min(len(found), len(more))
+        if [word for word, _ in found[:shared]] != [word for word, _ in more[:shared]]:
+            return found  # their tokens join other characters to words: those of the first are shown
+        both = [(word, places + more[number][1]) for number, (word, places) in enumerate(found[:shared])]
+        return both + found[shared:] + more[shared:]
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether either of them truncates the caption."""
+        return any(one.is_cut(caption) for one in self._pair)
+
+    def _encode(self, captions: list[str]) -> list[Tensor]:
+        rows = [one._encode([one._cut(caption) for caption in captions]) for one in self._pair]
+        wide = [[torch.nn.functional.pad(row, (0, self.dim - row.shape[1])) for row in several] for several in rows]
+        return [torch.cat(both) for both in zip(*wide, strict=True)]
+
+    def _token_spans(self, caption: str) -> list[tuple[int, int]]:
+        first, second = self._pair
+        return [*first._token_spans(caption)[: first.max_tokens], *second._token_spans(caption)]
 
 
-def _file_of(path: str, name: str) -> str | None:
-    from transformers.utils import cached_file
-
-    return cached_file(path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+def _build(config: TextConfig, device: torch.device | str, any_width: bool = False) -> TextEncoder:
+    if config.kind == "words":
+        return WordEncoder(config, device)
+    return (T5Encoder if config.kind == "t5" else ModelEncoder)(config, device, any_width)
 
 
 def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
     """Builds the encoder of `config.kind` on `device` and logs its name.
 
     Raises:
-        ConfigError, DataError: see `T5Encoder`.
+        ConfigError, DataError: see `ModelEncoder`, `PairEncoder`.
     """
-    encoder = WordEncoder(config, device) if config.kind == "words" else T5Encoder(config, device)
+    encoder = PairEncoder(config, device) if config.also else _build(config, device)
     log.info("text encoder: %s, at most %d tokens", encoder.name, encoder.max_tokens)
     return encoder

@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+MORE_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
+"""Of tokenizers other than T5's."""
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -55,6 +57,10 @@ def identity(config: TextConfig) -> dict[str, Any]:
         DataError: there is no encoder at text.path.
     """
     facts: dict[str, Any] = {"kind": config.kind, "dim": config.dim, "max_tokens": config.max_tokens}
+    if config.also:
+        pair = [identity(one) for one in config.encoders()]
+        shares = [f"{one['kind']}-{one['max_tokens']}-{one['weights']}" for one in pair]
+        return {**facts, "weights": "+".join(shares), "tokenizer": "+".join(str(one["tokenizer"]) for one in pair)}
     if config.kind == "words":
         from training.text.words import token_vectors
 
@@ -64,8 +70,15 @@ def identity(config: TextConfig) -> dict[str, Any]:
     there = sorted(os.listdir(folder))
     weights = [name for name in there if name.endswith(".safetensors")] or [n for n in there if n.endswith(".bin")]
     weights.append("config.json")
-    tokenizer = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(folder, name))]
-    return {**facts, "weights": _hash_files(folder, weights), "tokenizer": _hash_files(folder, tokenizer)}
+    from training.text.models import tokenizer_folder
+
+    place = _encoder_folder(tokenizer_folder(folder, config.tokenizer))
+    known = TOKENIZER_FILES if config.kind == "t5" else (*TOKENIZER_FILES, *MORE_TOKENIZER_FILES)
+    tokenizer = [name for name in known if os.path.exists(os.path.join(place, name))]
+    how = "" if config.layer == -1 else f"-layer{config.layer}"
+    if config.prefix:
+        how += f"-prefix{hashlib.blake2b(config.prefix.encode(), digest_size=4).hexdigest()}"
+    return {**facts, "weights": _hash_files(folder, weights) + how, "tokenizer": _hash_files(place, tokenizer)}
 
 
 def folder_hash(path: str, key: str) -> str:

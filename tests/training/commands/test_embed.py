@@ -19,6 +19,7 @@ from data_pipeline.shards.embeddings import Embeddings, pad
 from data_pipeline.shards.index import load_index
 from data_pipeline.storage import store
 from tests.data_pipeline.photos import copy_shards, samples
+from tests.training.text.tiny_models import tiny_model
 from tests.training.text.tiny_t5 import tiny_t5
 from training.commands.embed import main, share
 from training.config.commands import EmbedCommand
@@ -56,12 +57,15 @@ def joined(folder: Path, shards: Path) -> Embeddings:
     return Embeddings(str(folder), digests)
 
 
-@pytest.mark.parametrize("kind", ["words", "t5"])
+@pytest.mark.parametrize("kind", ["words", "t5", "hidden"])
 @pytest.mark.parametrize(("dtype", "error"), [("bf16", 0.01), ("int8", 0.02)])
 def test_embeddings_are_those_of_encoding_while_training(
-    kind: str, dtype: str, error: float, shards: Path, t5: TextConfig
+    kind: str, dtype: str, error: float, shards: Path, t5: TextConfig, tmp_path: Path
 ) -> None:
     text = WORDS if kind == "words" else t5
+    if kind == "hidden":
+        place = tiny_model("gemma2", tmp_path / "gemma")
+        text = TextConfig(kind="hidden", path=place, dim=16, max_tokens=16, layer=-2, prefix="describe the picture : ")
     settings = config(shards, text, dtype=dtype, batch=3)
     done = main(settings)
     assert done["shards"] == 2 and done["captions"] == sum(
