@@ -14,6 +14,8 @@ from data_pipeline.storage import store
 
 TABLES = (".tsv", ".csv")
 LINES = ".jsonl"
+PROMPT_COLUMNS = ("prompt", "prompt_en", "prompt_cn", "prompt_zh")
+"""Of PartiPrompts and most lists, and of OneIG-Bench in English and Chinese."""
 FILES = (".txt", *TABLES, LINES)
 
 
@@ -49,16 +51,8 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
 def read_categories(given: Any, key: str = "prompts") -> list[str]:
     """The category of each prompt: the column `Category` of a table, the field `category` or `tag` of a .jsonl; empty
     where there is none. Raises `DataError` as `read_prompts`."""
-    if not isinstance(given, str) or not given.lower().endswith((*TABLES, LINES)):
-        return []
-    if given.lower().endswith(LINES):
-        found = [str(line.get("category", line.get("tag", ""))) for line in read_lines(given, key)]
-        return found if any(found) else []
-    text = _text(given, key)
-    if (names := _column(text, given, key, "category")) is None:
-        return []
-    prompts = _column(text, given, key) or []
-    return [name.strip() for name, prompt in zip(names, prompts, strict=True) if prompt.strip()]
+    found = [str(line.get("category", line.get("tag", ""))).strip() for line in read_lines(given, key)]
+    return found if any(found) else []
 
 
 def _text(path: str, key: str) -> str:
@@ -76,14 +70,17 @@ def _from_file(path: str, key: str) -> list[str]:
         return [line["prompt"] for line in _objects(text, path, key)]
     if not path.lower().endswith(TABLES):
         return re.split(r"\r\n|\r|\n", text)
-    return _column(text, path, key) or []
+    return [row["prompt"] for row in _rows(text, path, key)]
 
 
 def read_lines(given: Any, key: str = "prompts") -> list[dict[str, Any]]:
-    """What a .jsonl file of prompts says of each; empty for anything else. Raises `DataError` as `read_prompts`."""
-    if not isinstance(given, str) or not given.lower().endswith(LINES):
+    """What a .jsonl file of prompts, or a table, says of each: its fields, or its columns in lower case; empty for
+    anything else. Raises `DataError` as `read_prompts`."""
+    if not isinstance(given, str) or not given.lower().endswith((*TABLES, LINES)):
         return []
-    return [line for line in _objects(_text(given, key), given, key) if line["prompt"].strip()]
+    text = _text(given, key)
+    found = _objects(text, given, key) if given.lower().endswith(LINES) else _rows(text, given, key)
+    return [line for line in found if line["prompt"].strip()]
 
 
 def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
@@ -101,8 +98,8 @@ def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _column(text: str, path: str, key: str, name: str = "prompt") -> list[str] | None:
-    """A column of the rows that have a prompt; None where the table has no such column."""
+def _rows(text: str, path: str, key: str) -> list[dict[str, Any]]:
+    """The rows of a table by their columns' names in lower case; the prompts are `prompt`."""
     import csv
 
     lines = io.StringIO(text, newline="")
@@ -110,9 +107,7 @@ def _column(text: str, path: str, key: str, name: str = "prompt") -> list[str] |
     # quotation marks in a .tsv belong to the prompt
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
     header = [title.strip().lower() for title in next(rows, [])]
-    if "prompt" not in header:
+    place = next((header.index(name) for name in PROMPT_COLUMNS if name in header), None)
+    if place is None:
         raise DataError(f"{key}={path}: the table has no column `Prompt` (columns: {', '.join(header) or 'none'})")
-    if name not in header:
-        return None
-    place, prompt = header.index(name), header.index("prompt")
-    return [[*row, *[""] * len(header)][place] for row in rows if len(row) > prompt]
+    return [dict(zip(header, row, strict=False)) | {"prompt": row[place]} for row in rows if len(row) > place]

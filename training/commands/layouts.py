@@ -5,14 +5,20 @@
     geneval2        image_paths.json, which maps each prompt to its picture
     dpg             ITEM_ID.png, the four pictures of a prompt in a square of two by two
     t2i_compbench   samples/PROMPT_000000.png
+    parti           CATEGORY/00000-0.png, and index.csv with prompt, category and challenge of each file, for raters
+    oneig           CLASS/cascade/ID.webp, the four pictures of a prompt in a square of two by two (image_grid=2)
 
-GenEval and DPG-Bench want the lines of their own lists: give these as prompts=FILE.jsonl.
+GenEval, DPG-Bench, PartiPrompts and OneIG-Bench want their own lists: prompts=FILE.jsonl, PartiPrompts.tsv,
+OneIG-Bench.csv.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +28,23 @@ from PIL import Image
 
 from data_pipeline.common.errors import ConfigError
 
-LAYOUTS = ("flat", "geneval", "geneval2", "dpg", "t2i_compbench")
-PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "t2i_compbench": 0, "flat": 0}
-"""Of each prompt, as the tool reads them; 0: any number."""
+LAYOUTS = ("flat", "geneval", "geneval2", "dpg", "t2i_compbench", "parti", "oneig")
+PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "oneig": 4}
+"""Of each prompt, where the tool reads a certain number."""
+NEEDED = {"geneval": "tag", "dpg": "item_id", "parti": "category", "oneig": "id"}
+"""Field of the list that a layout cannot do without."""
+KEPT_IN = {
+    "geneval": "prompts=FILE.jsonl",
+    "dpg": "prompts=FILE.jsonl",
+    "parti": "prompts=FILE.tsv",
+    "oneig": "prompts=FILE.csv",
+}
+"""What those lists are."""
+CLASSES = {"anime": "anime", "portrait": "human", "general": "object", "text": "text", "knowledge": "reasoning",
+           "multilingualism": "multilingualism"}  # fmt: skip
+"""First word of OneIG-Bench's category -> its folder."""
+MODEL = "cascade"
+"""Name of the model among those that OneIG-Bench compares."""
 LONGEST_NAME = 255
 """Bytes of a file's name."""
 
@@ -40,13 +60,16 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout={layout}: it must be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
-    wanted = PICTURES[layout]
+    wanted = PICTURES.get(layout)
     if wanted and num_images != wanted:
         raise ConfigError(f"layout={layout}: it reads {wanted} pictures of each prompt; say num_images={wanted}")
-    needed = {"geneval": "tag", "dpg": "item_id"}.get(layout)
+    needed = NEEDED.get(layout)
     if needed and not all(needed in line for line in lines or [{}]):
+        raise ConfigError(f"layout={layout}: give its own list, {KEPT_IN[layout]}, whose lines have the field {needed}")
+    unknown = [str(line.get("category")) for line in lines if not _class(line)] if layout == "oneig" else []
+    if unknown:
         raise ConfigError(
-            f"layout={layout}: give its own list, prompts=FILE.jsonl, whose lines have the field {needed}"
+            f"layout=oneig: it has no category {unknown[0]!r}; give OneIG-Bench.csv or OneIG-Bench-ZH.csv"
         )
     if layout == "geneval2" and len(set(prompts)) < len(prompts):
         raise ConfigError("layout=geneval2: it has one picture of each prompt, and some prompts are repeated")
@@ -78,22 +101,54 @@ def arrange(
         if layout == "dpg":
             _square(files).save(folder / f"{lines[place]['item_id']}.png")
             continue
+        if layout == "oneig":
+            own = folder / _class(lines[place]) / MODEL
+            own.mkdir(parents=True, exist_ok=True)
+            _square(files).save(own / f"{lines[place]['id']}.webp", lossless=True)
+            continue
         if layout == "geneval":
             own = folder / f"{place:05d}"
             own.mkdir()
             (own / "metadata.jsonl").write_text(json.dumps(lines[place], ensure_ascii=False) + "\n", encoding="utf-8")
         for copy, file in enumerate(files):
-            target = {
-                "flat": folder / f"{place:05d}-{copy}.png",
-                "geneval": folder / f"{place:05d}" / "samples" / f"{copy:04d}.png",
-                "geneval2": folder / f"{place:05d}.png",
-                "t2i_compbench": folder / "samples" / _compbench_name(prompt, place * len(files) + copy),
-            }[layout]
-            _link(file, target)
+            _link(file, target := folder / _file(layout, place, copy, len(files), prompt, lines))
             paths[prompt] = str(target.absolute())
+    if layout == "parti":
+        (folder / "index.csv").write_text(_index(pictures, lines), encoding="utf-8")
     if layout == "geneval2":
         (folder / "image_paths.json").write_text(json.dumps(paths, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def _file(layout: str, place: int, copy: int, copies: int, prompt: str, lines: Sequence[dict[str, Any]]) -> str:
+    """Of a layout with a file per picture."""
+    if layout == "geneval":
+        return f"{place:05d}/samples/{copy:04d}.png"
+    if layout == "parti":
+        return f"{_plain(lines[place]['category'])}/{place:05d}-{copy}.png"
+    if layout == "t2i_compbench":
+        return f"samples/{_compbench_name(prompt, place * copies + copy)}"
+    return f"{place:05d}.png" if layout == "geneval2" else f"{place:05d}-{copy}.png"
+
+
+def _class(line: dict[str, Any]) -> str:
+    """The folder of a prompt's category in OneIG-Bench; empty for another one."""
+    return CLASSES.get(re.split(r"[^A-Za-z]", str(line.get("category", "")).strip())[0].lower(), "")
+
+
+def _plain(text: Any) -> str:
+    return re.sub(r"\W+", "_", str(text)).strip("_") or "none"
+
+
+def _index(pictures: Sequence[Sequence[Path]], lines: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", "prompt", "category", "challenge"])
+    for place, (files, line) in enumerate(zip(pictures, lines, strict=True)):
+        for copy in range(len(files)):
+            file = _file("parti", place, copy, len(files), "", lines)
+            table.writerow([file, *(line.get(name, "") for name in ("prompt", "category", "challenge"))])
+    return text.getvalue()
 
 
 def _compbench_name(prompt: str, number: int) -> str:

@@ -91,8 +91,8 @@ class SampleCommand(SamplerKeys):
     num_images: int = 1
     """Pictures per prompt."""
     layout: str | None = None
-    """Also arrange the pictures as another tool reads them: `flat`, `geneval`, `geneval2`, `dpg` or
-    `t2i_compbench`."""
+    """Also arrange the pictures as another tool reads them: `flat`, `geneval`, `geneval2`, `dpg`,
+    `t2i_compbench`, `parti` or `oneig`."""
     stages: Any = None
     """How many of the first stages to draw, or names of stages; null: all."""
     low_res: Any = None

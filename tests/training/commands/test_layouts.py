@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def test_each_tool_finds_what_it_reads(command) -> None:
 
 
 def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="layout=oneig: it must be flat"):
-        command("oneig", 1)
+    with pytest.raises(ConfigError, match="layout=nothing: it must be flat"):
+        command("nothing", 1)
     with pytest.raises(ConfigError, match="it reads 4 pictures of each prompt; say num_images=4"):
         command("geneval", 1)
     with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, whose lines have the field item_id"):
@@ -87,3 +88,28 @@ def test_lines_of_json_are_prompts(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(DataError, match="line 1 is not JSON"):
         read_prompts(str(file))
+
+
+def test_tables_of_other_benchmarks(command, tmp_path: Path) -> None:
+    parti = tmp_path / "PartiPrompts.tsv"
+    parti.write_text(
+        'Prompt\tCategory\tChallenge\tNote\na "cat"\tFood & Beverage\tBasic\t\na dog\tAnimals\tQuantity\t\n'
+    )
+    found = Path(command("parti", 2, prompts=str(parti))["layout"])
+    names = [f"{c}/{p}-{k}.png" for c, p in (("Food_Beverage", "00000"), ("Animals", "00001")) for k in range(2)]
+    assert files(str(found)) == {*names, "index.csv"}
+    read = list(csv.DictReader((found / "index.csv").open()))
+    assert [row["file"] for row in read] == names and read[0]["prompt"] == 'a "cat"'
+    assert read[2] == {"file": names[2], "prompt": "a dog", "category": "Animals", "challenge": "Quantity"}
+    oneig = tmp_path / "OneIG-Bench.csv"
+    oneig.write_text('category,id,prompt_en\nAnime_Stylization,000,"a cat, drawn"\nGeneral_Object,017,a dog\n')
+    found = Path(command("oneig", 4, prompts=str(oneig))["layout"])
+    assert files(str(found)) == {"anime/cascade/000.webp", "object/cascade/017.webp"}
+    square = Image.open(found / "object/cascade/017.webp").convert("RGB")
+    last = Image.open(found.parent / "00001-a_dog-3.png").convert("RGB")
+    assert square.size == (64, 64) and square.crop((32, 32, 64, 64)).tobytes() == last.tobytes()
+    oneig.write_text("category,id,prompt_en\nPoems,000,a cat\n")
+    with pytest.raises(ConfigError, match="layout=oneig: it has no category 'Poems'"):
+        command("oneig", 4, prompts=str(oneig))
+    with pytest.raises(ConfigError, match=r"layout=parti: give its own list.* the field category"):
+        command("parti", 1)
