@@ -342,9 +342,42 @@ def model_card(path: str, content: dict[str, Any]) -> str:
         "Data are named by the fingerprint of their index. Licences of the pictures are not known to this tool: state "
         "them here before you publish the weights.",
         "",
-        f"Bundled by commit {code['commit']}. Figures: `cascade evaluate` writes them with their protocol.",
+        f"Bundled by commit {code['commit']}.",
+        *_figures(content.get("figures")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _figures(figures: dict[str, Any] | None) -> list[str]:
+    """The card's section on an evaluation that was recorded in the bundle."""
+    if not figures:
+        return ["", "Figures: `cascade evaluate record=true` writes them here with their protocol."]
+    n, protocol = figures["n"], figures["protocol"]
+    rows = [
+        f"| {name} | {entry['value']:.4g} | {entry['interval'][0]:.4g} to {entry['interval'][1]:.4g} | {entry['n']} |"
+        for name, entry in figures["values"].items()
+    ]
+    told = [f"* {key}: {value}" for key, value in protocol.items() if key not in ("extractors", "samplers")]
+    told += [
+        f"* features {name}: {', '.join(f'{key} {value}' for key, value in facts.items() if value)}"
+        for name, facts in protocol["extractors"].items()
+    ]
+    told += [
+        f"* sampler of {name}: {', '.join(f'{key} {value}' for key, value in sampler.items())}"
+        for name, sampler in protocol["samplers"].items()
+    ]
+    return [
+        "",
+        "## Figures",
+        "",
+        f"{n['samples']} samples of {n['prompts']} prompts against {n['reference']} reference pictures.",
+        "",
+        "| figure | value | 95 % interval | n |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        *told,
+    ]
 
 
 def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:

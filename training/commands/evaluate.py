@@ -26,17 +26,22 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.progress import progress
+from training.cascade.bundle import checkpoint_dir
 from training.cascade.cascade import Cascade
+from training.cascade.records import record
+from training.checkpoint.store import CheckpointStore
 from training.commands.measuring import PART, Evaluation
 from training.commands.sample import open_cascade, place_cascade
 from training.commands.shapes import ShapesEvaluation
 from training.config.commands import EvaluateCommand
+from training.config.experiment import Experiment, RunConfig
 from training.evaluation import comparison, page, report
 from training.evaluation.extractors.answers import open_answerer
 from training.evaluation.extractors.base import open_extractors
 from training.evaluation.references import RULE, SUFFIX, ReferenceFile, References
 from training.processes.ranks import gpu_of, read_ranks
-from training.run.directory import replace_file, try_to_write
+from training.run.directory import RunDir, replace_file, try_to_write
+from training.run.reporting.tracking import log_picture
 
 REFERENCE_FILE = f"reference{SUFFIX}"
 
@@ -50,7 +55,13 @@ def main(config: EvaluateCommand) -> dict[str, Any]:
     if config.action == "pareto":
         from training.evaluation.pareto import draw_curve
 
-        return draw_curve(config.results, Path(config.evaluation.output))
+        curve = draw_curve(config.results, Path(config.evaluation.output))
+        log_curve(curve, Path(config.evaluation.output))
+        if config.record:
+            best = min((curve["points"][place] for place in curve["front"]), key=lambda point: point["y"]["value"])
+            record(config.bundle.dir, comparison.read_result(best["path"]).result, samplers=True)
+            print(f"{config.bundle.dir}: draws with {best['settings']} from now on ({best['path']})")
+        return curve
     if config.watch or config.action == "bisect":
         from training.commands.bisect import bisect
         from training.commands.watch import one_checkpoint, watch
@@ -93,9 +104,23 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     replace_file(output / "report.html", page.html(result, evaluation.sections))
     replace_file(output / comparison.RESULT, json.dumps(result, indent=1, ensure_ascii=False))
     evaluation.parts.forget_others()
+    if config.record:
+        record(config.bundle.dir, result)
+        print(f"{config.bundle.dir}: its model card has the figures")
     print(report.summary(result))
     print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")
     return result
+
+
+def log_curve(curve: dict[str, Any], output: Path) -> None:
+    """The curve's picture into the W&B run of the last stage, where that run's directory is here."""
+    stage = comparison.read_result(curve["points"][0]["path"]).result["protocol"]["stages"][-1]
+    place = Path(str(stage.get("run")))
+    store = CheckpointStore(checkpoint_dir(str(place))) if place.is_dir() else None
+    if store is not None and (step := store.newest_whole()) >= 0:
+        run = RunDir(Experiment(run=RunConfig(dir=str(place))))
+        if log_picture(run, store.open(step).meta, "pareto", output / "pareto.png"):
+            print(f"{place}: W&B has the curve as `pareto`")
 
 
 def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:

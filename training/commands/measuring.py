@@ -414,6 +414,7 @@ class Evaluation:
         stages = [
             {
                 "name": s.config.name,
+                "run": s.origin.get("run"),
                 "step": s.origin.get("step"),
                 "ema_decay": s.origin.get("ema_decay"),
                 "sha256": s.sha256,
@@ -451,6 +452,7 @@ class Evaluation:
         left_out = ("bundle", "reference", "dirty")
         return {
             **{key: value for key, value in self.protocol.items() if key not in left_out},
+            "stages": [{key: value for key, value in s.items() if key != "run"} for s in self.protocol["stages"]],
             "samples": self.settings.samples,
             "reference_samples": self._reference_count,
             "prompts": settings_sha256([self.prompts, self.lines, sorted(self.chosen)]),

@@ -138,5 +138,10 @@ def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[st
 def one_checkpoint(config: EvaluateCommand, output: Path) -> EvaluateCommand:
     """The settings of the evaluation of one checkpoint."""
     return replace(
-        config, action="evaluate", watch=False, stop_after=0, evaluation=replace(config.evaluation, output=str(output))
+        config,
+        action="evaluate",
+        watch=False,
+        stop_after=0,
+        record=False,
+        evaluation=replace(config.evaluation, output=str(output)),
     )

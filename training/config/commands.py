@@ -49,6 +49,9 @@ class EvaluateCommand(SamplerKeys):
     turned worse."""
     results: list[str] = field(default_factory=list)
     """`compare`, `pareto`: result.json files or their directories."""
+    record: bool = False
+    """`evaluate`: also write the figures and their protocol into the bundle's model card; `pareto`: those of the point
+    with the least distance, whose sampler settings become the bundle's."""
     watch: bool = False
     """Evaluate each committed checkpoint of the run `run.dir` once, newest first, until the run is complete."""
     figure: str = ""

@@ -62,7 +62,7 @@ def _evaluate(config: Any) -> Iterable[str]:
         return [*keys, "results"]
     keys.append("evaluation.output")
     if config.action == "pareto":
-        return [*keys, "results"]
+        return [*keys, "results", "record", *(("bundle.dir",) if config.record else ())]
     settings, shapes = config.evaluation, config.evaluation.kind == "shapes"
     keys += ["seed", *DEVICES, *HELDOUT, "bundle.text_path", "evaluation.reference", "evaluation.extractors"]
     if config.action == "reference":
@@ -77,7 +77,7 @@ def _evaluate(config: Any) -> Iterable[str]:
     if config.action == "bisect":
         return [*keys, *PLACE, "bundle.runs", "figure", "steps_between"]
     watching = (*PLACE, "bundle.runs", "figure", "wait_s", "stop_after")
-    return [*keys, *(watching if config.watch else ("bundle.dir",))]
+    return [*keys, *(watching if config.watch else ("bundle.dir", "record"))]
 
 
 def _checkpoints(config: Any) -> Iterable[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError, DataError
@@ -464,3 +465,35 @@ def test_a_planted_copy_of_a_training_picture_is_found(tmp_path: Path) -> None:
     assert "Samples: A" in pages["with"] and "Samples: B" in pages["with"], "pictures by category"
     kept = Shown.read(tmp_path / "with")
     assert kept is not None and list(kept.category) == ["A", "B", "B"] and kept.prompt[0] == "copy"
+
+
+def test_the_best_setting_of_a_sweep_goes_into_the_bundle(tmp_path: Path, capsys) -> None:
+    bundle, table = tmp_path / "bundle", tmp_path / "list.txt"
+    tiny_cascade().save(str(bundle))
+    heldout = photographs(tmp_path / "heldout", 12)
+    table.write_text("a\nb\nc\nd\ne\nf\n")
+    keys: dict[str, Any] = {"kind": "pictures", "prompts": str(table), "reference": heldout, "samples": 6}
+    results = [
+        evaluate.main(command(str(bundle), tmp_path / str(g), keys={"guidance": g, "steps": 2}, **keys)) for g in (1, 6)
+    ]
+    paths = [str(tmp_path / str(g)) for g in (1, 6)]
+    config = command(str(bundle), tmp_path / "out", keys={"action": "pareto", "record": True, "results": paths})
+    curve = evaluate.main(config)
+    axis = curve["axes"][1].partition(".")
+    best = min(results, key=lambda result: result[axis[0]][axis[2]]["value"])
+    content = json.loads((bundle / "bundle.json").read_text())
+    assert [s["config"]["sampler"] for s in content["stages"]] == [s["sampler"] for s in best["protocol"]["stages"]]
+    assert content["figures"]["values"]["kid.colour_grid_4x4"]["value"] == best["kid"]["colour_grid_4x4"]["value"]
+    card = (bundle / "README.md").read_text()
+    assert "6 samples of 6 prompts against 6 reference pictures." in card and "| kid.colour_grid_4x4 |" in card
+    assert f"{bundle}: draws with " in capsys.readouterr().out
+    again = evaluate.main(command(str(bundle), tmp_path / "own", keys={"record": True}, **keys))
+    assert again["kid"] == best["kid"], "the bundle's own settings now"
+    other = tmp_path / "other"
+    cascade = tiny_cascade()
+    with torch.no_grad():
+        next(cascade.stages[1].unet.parameters()).add_(1)
+    cascade.save(str(other))
+    config.bundle.dir = str(other)
+    with pytest.raises(ConfigError, match=r"its sr is \w+, the evaluation was of \w+; name the bundle that was"):
+        evaluate.main(config)

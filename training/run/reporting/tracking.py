@@ -326,6 +326,32 @@ def log_checkpoints(run: RunDir, meta: Mapping[str, Any], results: Mapping[int, 
     Returns:
         Whether W&B has them now; it may be switched off, or fail.
     """
+
+    def add(opened: Any) -> None:
+        opened.define_metric(CHECKPOINT_STEP)
+        opened.define_metric("checkpoint/*", step_metric=CHECKPOINT_STEP)
+        for step, result in results.items():
+            record: dict[str, Any] = {CHECKPOINT_STEP: step}
+            for name, entry in flattened(result):
+                key, (low, high) = f"checkpoint/{name.replace('.', '/')}", entry["interval"]
+                record |= {key: entry["value"], f"{key}/low": low, f"{key}/high": high}
+            opened.log({key: value for key, value in record.items() if finite(value) is not None})
+
+    return _log_later(run, meta, add)
+
+
+def log_picture(run: RunDir, meta: Mapping[str, Any], name: str, path: Path) -> bool:
+    """A picture file into the run's own W&B run, after the training or beside it; whether W&B has it now."""
+
+    def add(opened: Any) -> None:
+        import wandb
+
+        opened.log({name: wandb.Image(str(path))})
+
+    return _log_later(run, meta, add)
+
+
+def _log_later(run: RunDir, meta: Mapping[str, Any], add: Callable[[Any], None]) -> bool:
     settings = WandbConfig(**meta["config"]["wandb"])
     if settings.mode == "disabled":
         return False
@@ -345,19 +371,8 @@ def log_checkpoints(run: RunDir, meta: Mapping[str, Any], results: Mapping[int, 
                 console="off", silent=True, init_timeout=INIT_S, x_update_finish_state=False
             ),  # the training decides when the run is finished
         ) as opened:
-            opened.define_metric(CHECKPOINT_STEP)
-            opened.define_metric("checkpoint/*", step_metric=CHECKPOINT_STEP)
-            for step, result in results.items():
-                record: dict[str, Any] = {CHECKPOINT_STEP: step}
-                for name, entry in flattened(result):
-                    key = f"checkpoint/{name.replace('.', '/')}"
-                    record |= {
-                        key: entry["value"],
-                        f"{key}/low": entry["interval"][0],
-                        f"{key}/high": entry["interval"][1],
-                    }
-                opened.log({key: value for key, value in record.items() if finite(value) is not None})
-    except Exception as error:  # figures are in series.json
-        log.warning("W&B took no figures of checkpoints (%s); series.json has them", error)
+            add(opened)
+    except Exception as error:  # whatever W&B raises costs no figure: they are in files
+        log.warning("W&B took no figures (%s); the files beside the run have them", error)
         return False
     return True
