@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm.array import render_array, sweep_folder
+from slurm.emitters.kubernetes import apply_script, manifest
+from slurm.emitters.skypilot import manifest_of_task, pipeline
 from slurm.jobs.frozen import freeze
 from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
@@ -29,6 +31,7 @@ from slurm.local import LocalRunner, local_record, render_local
 from slurm.queue import living, submit
 from training.cli.compose import composed, validate
 from training.cli.overrides import keys_given
+from training.config.cluster import EMITTED
 from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 from training.config.reads import refuse_unread_by_all
@@ -38,6 +41,8 @@ from training.processes.ranks import is_sweep
 SWEPT: list[tuple[Job, LaunchCommand]] = []
 """Jobs of a --multirun, which Hydra composes one after the other, until all are there."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
+ENDINGS = {"local": "sh", "slurm": "sbatch", "kubernetes": "k8s.yaml", "skypilot": "sky.yaml"}
+"""Of the files that are made for each kind of cluster."""
 FROZEN = """\
 # {title}
 defaults:
@@ -72,6 +77,12 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         raise ConfigError(
             f"at_once={config.at_once}: the scheduler decides; it belongs to cluster=local, and to --multirun"
         )
+    if config.cluster.kind in EMITTED and (in_sweep or config.script):
+        raise ConfigError(
+            f"cluster.kind={config.cluster.kind}: script= and --multirun are for Slurm; launch a run for each value"
+        )
+    if config.cluster.kind == "skypilot" and config.embed_tasks > 1:
+        raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no arrays; leave it out")
     if in_sweep and len(entries) > 1:
         raise ConfigError("--multirun: a sweep is one job array of one command; sweep verb=train, for example")
     if config.script and len(entries) > 1:
@@ -80,7 +91,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         )
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
-        check_before_submission(jobs, local)
+        check_before_submission(jobs, config.cluster.kind)
     for job in jobs:
         write_job(job)
     if local and len(jobs) > 1:
@@ -88,6 +99,8 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     if in_sweep:
         SWEPT.extend((job, config) for job in jobs)
         codes = {}
+    elif config.cluster.kind in EMITTED:
+        codes = emit(jobs, config)
     else:
         codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
     if not local and len(jobs) > 1:  # below the scripts, where it is seen
@@ -177,8 +190,8 @@ def _job(
         )
     taken = [job.script for job in others]
     home = Path(entry.home or config.run.dir).absolute()
-    local = config.cluster.kind == "local"
-    path = (Path(script) if script else next_script(home / "launch", entry.verb, taken, local)).absolute()
+    ending = ENDINGS[config.cluster.kind]
+    path = (Path(script) if script else next_script(home / "launch", entry.verb, taken, ending)).absolute()
     title = " ".join(f"cascade {entry.verb} {shlex.join(word.lstrip('+') for word in words)}".split())
     text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
     job = Job(
@@ -187,7 +200,7 @@ def _job(
         words=words,
         config=config,
         script=path,
-        settings=path.with_suffix(".yaml"),
+        settings=path.with_suffix(".yaml") if script else path.parent / f"{path.name.partition('.')[0]}.yaml",
         code=next((other.code for other in [*(job for job, _ in SWEPT), *others]), home / "launch" / "code"),
         title=title,
         frozen=text,
@@ -201,7 +214,8 @@ def _job(
 
 def script_text(job: Job) -> str:
     """The text of the job's script."""
-    return render_local(job) if job.config.cluster.kind == "local" else slurm.script.render_script(job)
+    renderers = {"local": render_local, "kubernetes": manifest, "skypilot": manifest_of_task}
+    return renderers.get(job.config.cluster.kind, slurm.script.render_script)(job)
 
 
 def log_of(job: Job) -> Path:
@@ -211,21 +225,25 @@ def log_of(job: Job) -> Path:
     return slurm.script.log_file(job)
 
 
-def next_script(folder: Path, verb: str, taken: list[Path], local: bool = False) -> Path:
+def next_script(folder: Path, verb: str, taken: list[Path], ending: str = "sbatch") -> Path:
     """A file name that no earlier launch has taken: a queued job still reads the settings beside its own."""
-    known = [path for ending in ("yaml", "sbatch") for path in folder.glob(f"{verb}-[0-9]*.{ending}")]
+    known = [path for kind in ("yaml", ending) for path in folder.glob(f"{verb}-[0-9]*.{kind}")]
     known += [path for path in taken if path.name.startswith(f"{verb}-")]
-    numbers = [int(path.stem.rpartition("-")[2]) for path in known if path.parent.absolute() == folder.absolute()]
-    return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.{'sh' if local else 'sbatch'}"
+    numbers = [
+        int(path.name.partition(".")[0].rpartition("-")[2])
+        for path in known
+        if path.parent.absolute() == folder.absolute()
+    ]
+    return folder / f"{verb}-{max(numbers, default=0) + 1:03d}.{ending}"
 
 
-def check_before_submission(jobs: list[Job], local: bool) -> None:
+def check_before_submission(jobs: list[Job], kind: str) -> None:
     """What would fail in the queue fails here.
 
     Raises:
         UserError: Slurm is not here, or a job of the same run lives.
     """
-    if not local and shutil.which("sbatch") is None:
+    if kind == "slurm" and shutil.which("sbatch") is None:
         raise UserError(
             f"sbatch is not on this machine's PATH: run this on a login node of the cluster, or with dry_run=true to "
             f"write the script only (to {jobs[0].script.parent})"
@@ -266,6 +284,30 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
             append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
             print(f"submitted job {job.job_id}: {job.title if len(jobs) == 1 else job.name}", flush=True)
         print(f"script: {job.script}\nlog:    {log_of(job)}", flush=True)
+    return {}
+
+
+def emit(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
+    """Shows the files of another scheduler, and says how its own tools take them; nothing has failed yet."""
+    name = config.cluster.kind
+    folder = jobs[0].script.parent
+    if config.dry_run:
+        print("\n".join(job.script.read_text() for job in jobs))
+    if name == "kubernetes":
+        whole = next_script(folder, "apply", [], "k8s.sh")
+        whole.write_text(apply_script(jobs, whole))
+        print(
+            f"files: {', '.join(str(job.script) for job in jobs)}\nsubmit: bash {shlex.quote(str(whole))}", flush=True
+        )
+        return {}
+    whole = next_script(folder, "pipeline", [], "sky.yaml")
+    whole.write_text(pipeline(config.run.name, jobs))
+    how = (
+        f"sky launch {shlex.quote(str(jobs[0].script))}"
+        if len(jobs) == 1
+        else f"sky jobs launch {shlex.quote(str(whole))}"
+    )
+    print(f"files: {', '.join(str(job.script) for job in jobs)}\nsubmit: {how}", flush=True)
     return {}
 
 

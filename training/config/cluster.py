@@ -10,6 +10,8 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import at_least, require
 
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+EMITTED = ("kubernetes", "skypilot")
+"""Schedulers for which files are written, which their own tools submit."""
 EARLY_S = 60
 """Slurm may send the signal so many seconds before it is due (sbatch(1), --signal)."""
 
@@ -17,10 +19,10 @@ EARLY_S = 60
 @dataclass
 class ClusterConfig:
     """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
-    to."""
+    to; for `kubernetes` and `skypilot` it writes files that their own tools submit."""
 
     kind: str = "local"
-    """`local` or `slurm`."""
+    """`local`, `slurm`, `kubernetes` or `skypilot`."""
     processes: int = 0
     """Processes per node; 0: one per GPU, or 1 without GPUs."""
     threads: int = 0
@@ -68,7 +70,10 @@ class ClusterConfig:
     container_runtime: str = "pyxis"
     """`pyxis` (srun --container-image) or `apptainer`."""
     container_mounts: list[str] = field(default_factory=list)
-    """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted."""
+    """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted.
+    Kubernetes: CLAIM:PATH, and SkyPilot: s3://BUCKET:PATH, and all of them must be named."""
+    accelerator: str | None = None
+    """Kind of GPU that SkyPilot looks for (H100)."""
     preflight: bool = False
     """Measure devices, links, store and clocks when a training starts, and name what is slow."""
     preflight_exclude: bool = False
@@ -77,7 +82,8 @@ class ClusterConfig:
     """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo takes the one that leads to the first node."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("local", "slurm"), f"cluster.kind={self.kind}: it must be local or slurm")
+        kinds = ("local", "slurm", *EMITTED)
+        require(self.kind in kinds, f"cluster.kind={self.kind}: it must be local or slurm, kubernetes or skypilot")
         at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
@@ -98,7 +104,7 @@ class ClusterConfig:
             "cluster.preflight_exclude=true: it needs cluster.preflight=true, which finds the slow node",
         )
         require(
-            bool(self.container) or not self.container_mounts,
+            bool(self.container) or not self.container_mounts or self.kind == "skypilot",
             "cluster.container_mounts: it needs cluster.container, the image that they are mounted into",
         )
 

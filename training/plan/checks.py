@@ -101,7 +101,7 @@ def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.e
     ranks = read_ranks(environ)
     if ranks is not None:
         return ranks.world_size
-    if cluster.kind == "slurm":
+    if cluster.kind != "local":
         return cluster.nodes * max(1, cluster.processes)
     return process_count(cluster, environ)
 

@@ -100,7 +100,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         "peak_flops": device.peak,
         "peak_basis": device.basis,
         "world_size": world,
-        "nodes": config.cluster.nodes if config.cluster.kind == "slurm" else 1,
+        "nodes": config.cluster.nodes if config.cluster.kind != "local" else 1,
         "zero_stage": config.zero.stage,
         "optimizer": config.optimizer.name,
         "precision": config.precision.dtype,

@@ -65,7 +65,7 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
     """
     without = next((card for card in cards if not card.gpu), None)
     having = next((card for card in cards if card.gpu), None)
-    if without is not None and (having is not None or (cluster.gpus and cluster.kind == "slurm")):
+    if without is not None and (having is not None or (cluster.gpus and cluster.kind != "local")):
         reason = f"rank {having.rank} on {having.node} has one" if having else "cluster.gpus=true asks for one"
         raise ConfigError(
             f"rank {without.rank} on {without.node} has no GPU ({without.why}), but {reason}: repair or exclude the "

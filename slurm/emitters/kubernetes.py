@@ -1,0 +1,183 @@
+"""An indexed Job per job of the graph, and a script that applies each after those that it needs.
+
+Pods of a training find each other through a headless Service; each starts the processes of its node. A pod that fails
+with a code that the same command would meet again fails the Job; all other failures start the pods again, and the run
+goes on from its newest checkpoint. Run directory, code and data must be on a volume that all pods mount.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.common.errors import ConfigError
+from slurm.jobs.graph import BEGUN
+from slurm.jobs.job import Job
+from slurm.script import environment_lines
+from slurm.supervise import FINAL
+from training.processes.endings import EXIT_PREEMPTED
+
+PORT = 29400
+NODE = """\
+export MASTER_ADDR={first} MASTER_PORT={port} WORLD_SIZE={world}
+children=()
+trap 'kill -TERM "${{children[@]}}" 2>/dev/null' TERM
+for local in $(seq 0 {last}); do
+    RANK=$((JOB_COMPLETION_INDEX * {processes} + local)) LOCAL_RANK=$local {command} &
+    children+=($!)
+done
+code=0
+for child in "${{children[@]}}"; do
+    wait "$child"; ended=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; ended=$?; done    # the trap ends a wait early
+    if [ "$code" = 0 ] && [ "$ended" != 0 ]; then code=$ended; fi
+done
+exit "$code\""""
+"""What a pod of a training does: it starts the processes of its node, passes TERM on, and ends with the first failure's
+code."""
+APPLY = """\
+#!/bin/bash
+# Applies each job after those that it needs: bash {name}
+cd {folder} || exit 1
+scratch=$(mktemp -d)
+state() {{ kubectl get job "$1" -o "jsonpath={{.status.$2}}" 2>/dev/null; }}
+succeeded() {{    # waits; fails when that job has failed, or was never applied
+    while [ ! -e "$scratch/$1" ]; do
+        case " $(state "$1" 'conditions[?(@.status=="True")].type') " in
+            *" Complete "*) return 0 ;;
+            *" Failed "*) break ;;
+        esac
+        sleep "${{POLL_S:-10}}"
+    done
+    echo "$1 has failed" >&2
+    return 1
+}}
+begun() {{
+    until [ -n "$(state "$1" active)$(state "$1" succeeded)" ]; do
+        [ ! -e "$scratch/$1" ] || return 1
+        sleep "${{POLL_S:-10}}"
+    done
+}}
+{lines}
+wait
+[ -z "$(ls "$scratch")" ]
+"""
+
+
+def job_name(job: Job) -> str:
+    """A name as Kubernetes takes it: at most 50 letters, digits and hyphens (pods append to it)."""
+    name = re.sub(r"[^a-z0-9-]+", "-", f"{job.config.run.name}-{job.name}".lower()).strip("-")
+    return name[:50].rstrip("-")
+
+
+def manifest(job: Job) -> str:
+    """The Job, and for a training the Service by which its pods find each other, as YAML.
+
+    Raises:
+        ConfigError: no image, or a volume that cannot be meant.
+    """
+    cluster = job.config.cluster
+    if not cluster.container:
+        raise ConfigError("cluster.container: Kubernetes runs images; name one with this project's dependencies")
+    nodes = cluster.nodes if job.is_distributed else 1
+    tasks = _tasks(job)
+    name = job_name(job)
+    resources = {"cpu": str(job.cpus * job.processes or 1)}
+    resources |= {"memory": cluster.mem} if cluster.mem else {}
+    resources |= {"nvidia.com/gpu": str(job.gpus)} if job.gpus else {}
+    volumes, mounts = _volumes(cluster.container_mounts)
+    container = {
+        "name": "cascade",
+        "image": cluster.container,
+        "workingDir": str(Path.cwd()),
+        "command": ["bash", "-c", _shell(job, nodes, name)],
+        "resources": {"limits": resources},
+        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": cluster.signal_s,
+        "containers": [container],
+        "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory"}}],
+    }
+    final = {"containerName": "cascade", "operator": "In", "values": sorted(FINAL)}
+    saved = {"containerName": "cascade", "operator": "In", "values": [EXIT_PREEMPTED]}
+    spec: dict[str, Any] = {
+        "completionMode": "Indexed",
+        "completions": tasks or nodes,
+        "parallelism": tasks or nodes,
+        "backoffLimit": nodes * (cluster.max_restarts_without_progress + 1),
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": final},
+                {"action": "Ignore", "onExitCodes": saved},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        "template": {"spec": pod},
+    }
+    documents = [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}]
+    if job.is_distributed and nodes > 1:
+        pod["subdomain"] = name
+        service = {"clusterIP": "None", "selector": {"job-name": name}, "publishNotReadyAddresses": True}
+        documents.insert(0, {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": service})
+    return f"# {job.title}\n" + yaml.safe_dump_all(documents, sort_keys=False, width=1000)
+
+
+def _tasks(job: Job) -> int:
+    """Tasks of an array that share the job's work; 0: it is none."""
+    array = str(job.config.cluster.sbatch.get("array") or "")
+    return int(array.rpartition("-")[2]) + 1 if array else 0
+
+
+def _shell(job: Job, nodes: int, name: str) -> str:
+    """What the container runs."""
+    lines = [*environment_lines(job), *job.config.cluster.setup]
+    lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
+    if _tasks(job):  # embed reads these, from whatever scheduler
+        lines.append(f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={_tasks(job)}")
+    if not job.is_distributed:
+        return "\n".join([*lines, f"exec {command}"])
+    first = f"{name}-0.{name}" if nodes > 1 else "127.0.0.1"
+    world = nodes * job.processes
+    node = NODE.format(
+        first=first, port=PORT, world=world, last=job.processes - 1, processes=job.processes, command=command
+    )
+    return "\n".join([*lines, node])
+
+
+def _volumes(wanted: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """CLAIM:PATH as volumes and mounts; a source with a slash is a directory of every node."""
+    volumes, mounts = [], []
+    for number, entry in enumerate(wanted):
+        source, _, path = entry.partition(":")
+        if not source or not path.startswith("/"):
+            raise ConfigError(
+                f"cluster.container_mounts: {entry}: for Kubernetes it must be CLAIM:/PATH, or /DIRECTORY:/PATH of "
+                f"every node"
+            )
+        found = {"hostPath": {"path": source}} if "/" in source else {"persistentVolumeClaim": {"claimName": source}}
+        volumes.append({"name": f"volume-{number}", **found})
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
+    return volumes, mounts
+
+
+def apply_script(jobs: Sequence[Job], path: Path) -> str:
+    """The shell script that applies the jobs in the order of the graph, those that may run together together.
+
+    Args:
+        path: where it will stand.
+    """
+    names = {job.name: job_name(job) for job in jobs}
+    lines = []
+    for job in jobs:
+        test = "begun" if job.when == BEGUN else "succeeded"
+        steps = [*(f"{test} {names[other]}" for other in job.after), f"kubectl apply -f {shlex.quote(str(job.script))}"]
+        lines.append(f'( {" && ".join(steps)} || touch "$scratch/{names[job.name]}" ) &')
+    return APPLY.format(name=path.name, folder=shlex.quote(str(Path.cwd())), lines="\n".join(lines))

@@ -1,0 +1,99 @@
+"""A SkyPilot task per job of the graph (`sky launch`), and all of them in order as one pipeline (`sky jobs launch`).
+
+SkyPilot's pipelines are chains, so stages that could train at the same time follow each other there; launched one by
+one, their tasks may run beside each other. Run directory, code and data must be on storage that all nodes mount.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.common.errors import ConfigError
+from slurm.jobs.job import Job
+from slurm.script import environment_lines
+from training.processes.endings import EXIT_PREEMPTED
+
+PORT = 29400
+RUN = """\
+export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={port} WORLD_SIZE={world}
+children=()
+trap 'kill -TERM "${{children[@]}}" 2>/dev/null' TERM
+for local in $(seq 0 {last}); do
+    RANK=$((SKYPILOT_NODE_RANK * {processes} + local)) LOCAL_RANK=$local {command} &
+    children+=($!)
+done
+code=0
+for child in "${{children[@]}}"; do
+    wait "$child"; ended=$?
+    if [ "$code" = 0 ] && [ "$ended" != 0 ]; then code=$ended; fi
+done
+exit "$code\""""
+
+
+def task_name(job: Job) -> str:
+    """A name as SkyPilot takes it."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", f"{job.config.run.name}-{job.name}").strip("-")
+
+
+def task(job: Job) -> dict[str, Any]:
+    """One task, as `sky launch FILE` takes it.
+
+    Raises:
+        ConfigError: GPUs without the kind of GPU, or a mount that cannot be meant.
+    """
+    cluster = job.config.cluster
+    nodes = cluster.nodes if job.is_distributed else 1
+    resources: dict[str, Any] = {}
+    if job.gpus:
+        if not cluster.accelerator:
+            raise ConfigError("cluster.accelerator: SkyPilot looks for a kind of GPU; name it, for example H100")
+        resources["accelerators"] = f"{cluster.accelerator}:{job.gpus}"
+    if job.cpus:
+        resources["cpus"] = f"{job.cpus * job.processes}+"
+    if cluster.mem:
+        resources["memory"] = f"{re.sub(r'[^0-9.]', '', cluster.mem)}+"
+    if cluster.container:
+        resources["image_id"] = f"docker:{cluster.container}"
+    recovery: dict[str, Any] = {"max_restarts_on_errors": cluster.max_restarts_without_progress}
+    if cluster.requeue:
+        recovery["recover_on_exit_codes"] = [EXIT_PREEMPTED]
+    resources["job_recovery"] = recovery
+    found: dict[str, Any] = {"name": task_name(job), "num_nodes": nodes, "resources": resources}
+    mounts = dict(_mount(entry) for entry in cluster.container_mounts)
+    if mounts:
+        found["file_mounts"] = mounts
+    return {**found, "run": _run(job, nodes)}
+
+
+def manifest_of_task(job: Job) -> str:
+    """The task as YAML."""
+    return f"# {job.title}\n" + yaml.safe_dump(task(job), sort_keys=False, width=1000)
+
+
+def pipeline(name: str, jobs: Sequence[Job]) -> str:
+    """All tasks in order, each after the success of the one before, as YAML."""
+    return yaml.safe_dump_all([{"name": name}, *(task(job) for job in jobs)], sort_keys=False, width=1000)
+
+
+def _mount(entry: str) -> tuple[str, str]:
+    source, _, path = entry.rpartition(":")
+    if not source or not path.startswith("/"):
+        raise ConfigError(f"cluster.container_mounts: {entry}: for SkyPilot it must be s3://BUCKET/...:/PATH")
+    return path, source
+
+
+def _run(job: Job, nodes: int) -> str:
+    lines = [f"cd {shlex.quote(str(Path.cwd()))}", *environment_lines(job), *job.config.cluster.setup]
+    lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
+    if not job.is_distributed:
+        return "\n".join([*lines, f"exec {command}"])
+    world = nodes * job.processes
+    run = RUN.format(port=PORT, world=world, last=job.processes - 1, processes=job.processes, command=command)
+    return "\n".join([*lines, run])

@@ -1,0 +1,125 @@
+"""The graph for other schedulers: valid by their own rules, in order, with the same commands."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from data_pipeline.common.errors import ConfigError
+from tests.slurm.launching import install, launch
+
+K8S = [
+    "cluster=kubernetes",
+    "experiment=demo",
+    "cluster.container=me/cascade:1",
+    "cluster.container_mounts=[claim:/work]",
+]
+K8S += ["cluster.cpus_per_task=4", "cluster.gpus=true", "cluster.processes=2"]
+SKY = ["cluster=skypilot", "experiment=demo", "cluster.accelerator=H100", "cluster.gpus=true", "cluster.processes=2"]
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    here = tmp_path_factory.mktemp("k8s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        own = ["verb=all", "embed_tasks=3"]
+        return launch(*K8S, "cluster.nodes=2", own=own), here
+
+
+def documents(job: dict) -> dict[str, dict]:
+    return {one["kind"]: one for one in yaml.safe_load_all(Path(job["script"]).read_text())}
+
+
+def test_kubernetes_takes_every_document(cascade: tuple[dict, Path]) -> None:
+    answer, _ = cascade
+    for job in answer["jobs"]:
+        for document in documents(job).values():
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    jobs = {job["name"]: documents(job) for job in answer["jobs"]}
+    train = jobs["train-demo_sr"]["Job"]
+    assert train["spec"]["completions"] == 2 and train["spec"]["completionMode"] == "Indexed"
+    pod = train["spec"]["template"]["spec"]
+    assert pod["subdomain"] == jobs["train-demo_sr"]["Service"]["metadata"]["name"] == "demo-train-demo-sr"
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"cpu": "8", "nvidia.com/gpu": "2"}
+    assert "MASTER_ADDR=demo-train-demo-sr-0.demo-train-demo-sr" in container["command"][2]
+    assert "WORLD_SIZE=4" in container["command"][2]
+    rules = train["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "FailJob", "onExitCodes": {"containerName": "cascade", "operator": "In",
+                                                             "values": [2, 76, 77, 130]}}  # fmt: skip
+    assert jobs["embed"]["Job"]["spec"]["completions"] == 3
+    assert "Service" not in jobs["bundle"]
+
+
+def test_a_pod_starts_its_processes_and_ends_with_the_first_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+    answer, _ = cascade
+    (job,) = (job for job in answer["jobs"] if job["name"] == "train-demo_base")
+    shell = documents(job)["Job"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    python = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $3" >> ranks\n[ "$RANK" != 3 ] || exit 78'
+    site = install(tmp_path / "site", python3=python)
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env={"PATH": f"{site}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "1"}
+    )
+    assert done.returncode == 78
+    assert sorted((tmp_path / "ranks").read_text().splitlines()) == ["2 0 4 training.cli", "3 1 4 training.cli"]
+
+
+def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+    _, here = cascade
+    (script,) = here.rglob("apply-001.k8s.sh")
+    kubectl = (
+        'state="$HOME/state"; mkdir -p "$state"\n'
+        'if [ $1 = apply ]; then name=$(basename "$3"); echo "$name" >> $HOME/applied\n'
+        "  n=$(grep -m1 -A9 'kind: Job' \"$3\" | grep -m1 ' name:' | cut -d: -f2 | tr -d ' ')\n"
+        '  touch "$state/$n"; exit; fi\n'
+        'name=$3; [ -e "$state/$name" ] || exit 1\n'
+        'case "$*" in *active*) echo 1 ;; *conditions*) [ $name = demo-bundle ] && echo Failed || echo Complete ;; esac'
+    )
+    site = install(tmp_path / "site", kubectl=kubectl)
+    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05"}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "demo-bundle has failed" in done.stderr
+    applied = (tmp_path / "applied").read_text().split()
+    assert applied[:3] == ["prepare-001.k8s.yaml", "index-001.k8s.yaml", "embed-001.k8s.yaml"]
+    assert applied.index("bundle-001.k8s.yaml") > max(i for i, name in enumerate(applied) if name.startswith("train"))
+    assert "evaluate-001.k8s.yaml" not in applied, "it waits for the bundle"
+
+
+def test_skypilot_has_a_task_per_job_and_a_pipeline(here: Path) -> None:
+    own = ["verb=all", "evaluate_checkpoints=false"]
+    answer = launch(*SKY, "cluster.container_mounts=['s3://bucket/x:/work']", "cluster.nodes=2", own=own)
+    (path,) = here.rglob("pipeline-001.sky.yaml")
+    first, *tasks = yaml.safe_load_all(path.read_text())
+    assert first == {"name": "demo"}
+    assert [task["name"] for task in tasks] == [f"demo-{job['name'].replace('_', '-')}" for job in answer["jobs"]]
+    train = next(task for task in tasks if "train" in task["name"])
+    assert train["num_nodes"] == 2 and train["resources"]["accelerators"] == "H100:2"
+    assert train["file_mounts"] == {"/work": "s3://bucket/x"}
+    assert subprocess.run(["bash", "-n"], input=train["run"], text=True).returncode == 0
+    assert "RANK=$((SKYPILOT_NODE_RANK * 2 + local))" in train["run"] and "WORLD_SIZE=4" in train["run"]
+    single = yaml.safe_load(Path(answer["jobs"][3]["script"]).read_text())
+    assert single == train
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "part"),
+    [
+        (
+            ["cluster=kubernetes", "experiment=demo", "cluster.processes=1"],
+            [],
+            "cluster.container: Kubernetes runs",
+        ),
+        ([*K8S, "cluster.container_mounts=['a:b']"], [], "for Kubernetes it must be CLAIM:/PATH"),
+        ([*SKY, "cluster.accelerator=null"], [], "cluster.accelerator: SkyPilot looks for a kind of GPU"),
+        (SKY, ["embed_tasks=2", "verb=all"], "embed_tasks=2: SkyPilot has no arrays"),
+        (SKY, ["script=x.yml"], "script= and --multirun are for Slurm"),
+    ],
+)
+def test_refused(here: Path, words: list[str], own: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        launch(*words, own=[*own, "dry_run=true"])
