@@ -31,7 +31,7 @@ demo-long: setup  ## the same with two objects and their relation (about 20 minu
 	$(BIN)/cascade evaluate experiment=demo_long
 
 test: $(VENV)/.installed-test lint  ## lint, type-check and run every test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check .

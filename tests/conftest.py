@@ -11,14 +11,32 @@ import pytest
 from tests.ceph import Ceph, missing_programs
 from tests.s3 import S3Server, start_server
 
+SLOW_FIRST = ("tests/slurm", "tests/integration", "tests/training", "tests/data_pipeline")
+"""The order in which several workers take files: those that start processes first, so that no worker ends alone."""
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers a file stays whole, since its tests share what they set up; so do all tests on the one
-    Slurm."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def unit_of_work(nodeid: str) -> str:
+    """What one worker runs whole: a file, since its tests share what they set up, and all that needs the one Slurm."""
+    return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Not `--dist loadgroup`: xdist 3.8 writes the group into the test's id, which pytest 9.2 no longer lets it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of_work(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow files first where workers share them."""
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        folders = {folder: place for place, folder in enumerate(SLOW_FIRST)}
+        items.sort(key=lambda item: folders.get("/".join(item.nodeid.split("/")[:2]), len(folders)))
 
 
 @pytest.fixture(scope="session")

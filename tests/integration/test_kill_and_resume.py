@@ -24,7 +24,10 @@ def test_twenty_kills(tmp_path: Path, shards: str) -> None:
     """Two ranks, a checkpoint every second step (so that many kills hit a write), killed 0 to 6 lines of the log after
     each start or while it starts."""
     calm = experiment(tmp_path, shards, run__dir=str(tmp_path / "calm"), train__steps=STEPS, checkpoint__every=2)
-    rough = experiment(tmp_path, shards, run__dir=str(tmp_path / "rough"), train__steps=STEPS, checkpoint__every=2)
+    rough = experiment(
+        tmp_path, shards, run__dir=str(tmp_path / "rough"), train__steps=STEPS, checkpoint__every=2,
+        data__own_process=True,
+    )  # fmt: skip
     assert forks.start(calm, 2).codes() == [0, 0]
     chance = random.Random(7)
     log = Path(rough.run.dir) / "metrics.jsonl"

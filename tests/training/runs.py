@@ -16,7 +16,8 @@ STEPS = 10
 
 
 def experiment(directory: Path, shards: str, **changes: Any) -> Experiment:
-    """A run of seconds; `changes` by dotted key with __ for the dot."""
+    """A run of seconds; `changes` by dotted key with __ for the dot. Its data is decoded in its own process unless it
+    says data__own_process=True: starting another one takes longer than all the rest of such a run."""
     config = Experiment()
     settings = {
         "run__dir": str(directory / "run"),
@@ -25,6 +26,7 @@ def experiment(directory: Path, shards: str, **changes: Any) -> Experiment:
         "text__max_tokens": 12,
         "data__shards": shards,
         "data__global_batch": 8,
+        "data__own_process": False,
         "train__steps": STEPS,
         "train__log_every": 1,
         "train__sample_every": 0,

@@ -24,7 +24,7 @@ from training.train import main
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Experiment:
     """A run in two processes that nothing happened to."""
-    config = experiment(tmp_path_factory.mktemp("whole"), shards, train__sample_every=5)
+    config = experiment(tmp_path_factory.mktemp("whole"), shards, train__sample_every=5, data__own_process=True)
     running = forks.start(config, 2)
     assert running.codes() == [0, 0], running.text
     result = json.loads(running.result.read_text())
