@@ -58,11 +58,11 @@ def main(config: Experiment) -> dict[str, Any]:
         run = RunDir(config)
         done = CheckpointStore(run.checkpoints).newest_whole()
         if done >= 0 and (reason := run.asked_to_stop()):
-            print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to go on")
+            print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to continue")
             return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
         if done >= config.train.steps:
             changes = run.changes(config)
-            print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to go on")
+            print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to continue")
             for change in changes:
                 print(f"changed since, without effect on what is trained: {change}")
             return {"step": done, "run_dir": str(run.path), "complete": True}
@@ -156,7 +156,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         if session.saving.last_step < done:
             raise CheckpointError(
                 f"all {done} steps are done, but the last checkpoint was not written: make room or fix the "
-                f"store; the same command goes on {from_where(session.saving.last_step)}"
+                f"store; the same command resumes {from_where(session.saving.last_step)}"
             )
         exit_code = EXIT_DONE
         return session.summary(loss, done)

@@ -142,7 +142,7 @@ class DecodingProcess:
         return (
             f"rank {self._rank}: the process that reads and decodes its data {how}. Was the machine short of memory? "
             "Then lower data.prefetch_mb or data.threads. Did a decoder crash? Its stack is in the output above. The "
-            "same command goes on from the last checkpoint"
+            "same command resumes from the last checkpoint"
         )
 
     def close(self) -> None:

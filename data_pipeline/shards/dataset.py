@@ -124,7 +124,7 @@ class Dataset:
             index = index_shard(summary.entry.url, self.patience, names=self.names)
             if index.digest != summary.digest:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
-            logger.warning("%s: its index is gone or damaged; it is written again", summary.entry.url)
+            logger.warning("%s: its index is missing or damaged and is rebuilt", summary.entry.url)
             with suppress(CascadeError, OSError):
                 save_index(index, summary.place, self.patience)
         found = index, keep_rows(index, self.rules)[0]
@@ -242,7 +242,7 @@ def _report(dataset: Dataset) -> None:
     hint = _hint(dataset)
     if dataset.dropped:
         reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())
-        logger.warning("%d of %d samples take part; left out: %s%s", dataset.samples, dataset.total, reasons, hint)
+        logger.warning("%d of %d samples are used; left out: %s%s", dataset.samples, dataset.total, reasons, hint)
     if not dataset.samples:
         reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped | dataset.problems).most_common())
         raise DataError(

@@ -185,9 +185,7 @@ def _job(
     if config.cluster.processes < 1:
         raise ConfigError("cluster.processes=0: a job needs the number of processes per node (usually its GPUs)")
     if script and Path(script).suffix == ".yaml":
-        raise ConfigError(
-            f"script={script}: the settings are written beside it under this name; give it another ending"
-        )
+        raise ConfigError(f"script={script}: choose another extension: the settings file next to it uses this name")
     taken = [job.script for job in others]
     home = Path(entry.home or config.run.dir).absolute()
     ending = ENDINGS[config.cluster.kind]

@@ -49,7 +49,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
         events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (5, 6)]
         first = chaos(config, 2, *events, {"what": "sigterm", "rank": 1, "step": 7}, **s3_server.env)
         assert first.codes() == [75, 75], first.text
-        assert "the weights are set back to the checkpoint of step 3; training goes on with step 7" in first.text
+        assert "the weights are set back to the checkpoint of step 3; training continues with step 7" in first.text
         assert (home / "run/samples/step-00000004.png").exists() and "validation_loss" in metrics(config)[3]
         second = forks.start(config, 2, **s3_server.env)
         assert second.codes() == [0, 0], second.text
@@ -111,7 +111,7 @@ def test_a_signal_is_obeyed_while_the_store_fails(
         running = chaos(config, 1, *events, **{**s3_server.env, "AWS_ENDPOINT_URL": proxy.endpoint})
         assert running.codes() == [75], running.text
     assert "stopped by SIGTERM after step 5, which could not be saved" in running.text
-    assert "the same command goes on from step 3" in running.text
+    assert "the same command resumes from step 3" in running.text
 
 
 def test_each_byte_is_fetched_once_however_many_ranks_resume(

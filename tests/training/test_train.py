@@ -167,7 +167,7 @@ def test_too_many_of_them_go_back_and_then_on(tmp_path: Path, shards: str) -> No
     events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (6, 7)]
     running = chaos(config, 2, *events)
     assert running.codes() == [0, 0], running.text
-    assert "the weights are set back to the checkpoint of step 4; training goes on with step 8" in running.text
+    assert "the weights are set back to the checkpoint of step 4; training continues with step 8" in running.text
     meta = newest(config).meta
     assert (meta["position"], meta["updates"]) == (96, 4 + 5), "no step of the data is taken twice"
     assert meta["counters"] == {"skipped": 2, "rollbacks": 0}
@@ -189,7 +189,7 @@ def test_a_streak_of_skipped_steps_outlives_a_kill(tmp_path: Path, shards: str) 
             assert newest(config).step == 4 and newest(config).meta["refused"] == 2
         running = chaos(config, 1, *nans)
         assert running.codes() == [0], running.text
-        assert "the weights are set back to the checkpoint of step 2; training goes on with step 6" in running.text
+        assert "the weights are set back to the checkpoint of step 2; training continues with step 6" in running.text
         curves.append(curve(config))
         lines.append([line["rollbacks"] for line in metrics(config)])
     assert curves[0] == curves[1]
@@ -311,7 +311,7 @@ def test_super_resolution(tmp_path: Path, shards: str) -> None:
 
 
 def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
-    """`python -m training.train` starts its own processes; SIGTERM to the parent saves, the same command goes on."""
+    """`python -m training.train` starts its own processes; SIGTERM to the parent saves, the same command resumes."""
     words = ["stage.model.preset=tiny_base", "text.dim=32", f"data.shards={shards}", "data.global_batch=8"]
     words += [f"run.dir={tmp_path}/run", "train.log_every=1", "train.sample_every=0", "tracking=offline", "json=true"]
     words += ["cluster.processes=2", "cluster.threads=1", "train.steps=100000"]

@@ -23,7 +23,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     stacks = (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
     assert f"rank 1 has been in step 4, phase {phase}" in stacks and "in strike" in stacks
     assert newest(config).step == 3
-    assert chaos(config, 2).codes() == [0, 0], "the same command goes on"
+    assert chaos(config, 2).codes() == [0, 0], "the same command resumes"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_disk_that_stays_full_is_no_success(tmp_path: Path, shards: str, stopp
     running = chaos(config, 2, *events, *[{"what": "sigterm", "rank": 0, "step": 8}] * stopped)
     assert running.codes() == ([75, 75] if stopped else [1, 1]), running.text
     end = "which could not be saved" if stopped else "all 10 steps are done, but the last checkpoint was not written"
-    assert end in running.text and "the same command goes on from step 3" in running.text
+    assert end in running.text and "the same command resumes from step 3" in running.text
     assert newest(config).step == 3
     unfinished = [path for path in (Path(config.run.dir) / "checkpoints").glob("step-*/*") if "00003" not in str(path)]
     assert not unfinished, "what is of no use takes no room"

@@ -190,7 +190,7 @@ class _Merged(_Averages):
             plain = stage_weights(self.base["path"], self.stage).tensors()
         except (DataError, ConfigError) as error:
             raise DataError(
-                f"{self.checkpoint.folder}: the weights that its adapters were trained beside (lora) are not in "
+                f"{self.checkpoint.folder}: the weights that its adapters (lora) were trained with are no longer in "
                 f"{self.base['path']} any more; put them back, or resume the run with train.init_from=PLACE ({error})"
             ) from error
         check_base(plain, self.base)
@@ -219,7 +219,7 @@ def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
     """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
     if weights_sha256(plain) != base["sha256"]:
         raise DataError(
-            f"{base['path']}: these are not the weights that the adapters were trained beside (lora); put those back"
+            f"{base['path']}: these are not the weights that the adapters (lora) were trained with; restore those"
         )
 
 

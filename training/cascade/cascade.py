@@ -269,7 +269,7 @@ class Cascade:
         if mask is not None and image is None:
             raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
         if image is None and any(value < 1 for value in strengths):
-            raise ConfigError(f"strength={strength}: it says how much of `image` is redrawn, and there is none")
+            raise ConfigError(f"strength={strength}: it says how much of `image` is redrawn, and no image is given")
         if low_res is not None and not first.is_super_resolution:
             raise ConfigError(f"low_res: {first.name} draws from the text alone; to redraw a picture give `image`")
         start = image if low_res is None else low_res

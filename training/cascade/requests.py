@@ -155,7 +155,7 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
     if isinstance(value, dict):
         for name in value:
             if name not in names:
-                raise ConfigError(f"{key}: {name} is no stage that is drawn; those are {', '.join(names)}")
+                raise ConfigError(f"{key}: {name} is not one of the stages that are drawn: {', '.join(names)}")
         value = value.get(names[turn])
     elif key == "guidance_interval" and _is_pair(value):
         value = list(value)

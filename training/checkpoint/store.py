@@ -322,7 +322,7 @@ class CheckpointStore:
             if error is not None:
                 raise CheckpointError(
                     f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier "
-                    f"checkpoints are untouched, and training goes on: make room or fix the store before the next one"
+                    f"checkpoints are untouched, and training continues: make room or fix the store before the next one"
                 ) from error
 
     def prune(self, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[int]:

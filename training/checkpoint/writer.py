@@ -62,11 +62,11 @@ class Pruner:
         if thread is not None:
             thread.join(seconds)
             if thread.is_alive():
-                log.warning("old checkpoints are still being deleted; the next start goes on with it")
+                log.warning("old checkpoints are still being deleted; the next start continues")
 
 
 class CheckpointWriter:
-    """One checkpoint at a time; a thread assembles, writes and commits while training goes on, another deletes.
+    """One checkpoint at a time; a thread assembles, writes and commits while training continues, another deletes.
 
     All ranks call `start` and `wait` at the same steps. The thread talks over its own process group, so its
     collectives never mix with those of the training loop. Rank 0 calls `on_saved` there once a step is committed.

@@ -165,7 +165,8 @@ def _spec(text: str) -> ShapeSpec:
     spec = parse(text)
     if spec is None:
         raise ConfigError(
-            f"evaluation.kind=shapes: '{text[:80]}' is no caption of drawn shapes; other data needs evaluation=pictures"
+            f"evaluation.kind=shapes: '{text[:80]}' is not a caption of drawn shapes; "
+            "for other data use evaluation=pictures"
         )
     return spec
 

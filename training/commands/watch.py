@@ -71,7 +71,7 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         if time.monotonic() - last > config.wait_s:
             raise DataError(
                 f"{config.run.dir}: no new checkpoint for wait_s={config.wait_s:g} seconds, and the run is at "
-                f"step {max(done, 0)}, not complete; start the same again to go on"
+                f"step {max(done, 0)}, not complete; run the same command again to continue"
             )
         time.sleep(min(POLL_S, config.wait_s / 4))
 

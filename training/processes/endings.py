@@ -223,9 +223,9 @@ def stop_error(number: int, step: int, saved: int) -> CascadeError:
     name = signal.Signals(number).name
     kind = Interrupted if number == signal.SIGINT else Preempted
     if saved == step:
-        return kind(f"stopped by {name} after step {step}; everything is saved, the same command goes on from there")
+        return kind(f"stopped by {name} after step {step}; everything is saved; the same command resumes from there")
     return kind(
-        f"stopped by {name} after step {step}, which could not be saved; the same command goes on {from_where(saved)}"
+        f"stopped by {name} after step {step}, which could not be saved; the same command resumes {from_where(saved)}"
     )
 
 

@@ -89,7 +89,7 @@ def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str
     try:
         grid.save(grid.sheet(cells, columns=4, title=title), path)
     except OSError as error:
-        log.warning("%s: the samples were not written (%s); training goes on", path, error)
+        log.warning("%s: the samples were not written (%s); training continues", path, error)
         return False
     return True
 

@@ -119,7 +119,7 @@ class Saving:
             load(checkpoint)
         if self.ranks.is_main:
             log.warning(
-                "%s: the weights are set back to the checkpoint of step %d; training goes on with step %d, past the "
+                "%s: the weights are set back to the checkpoint of step %d; training continues with step %d, past the "
                 "data in between",
                 trouble,
                 checkpoint.step,

@@ -89,7 +89,7 @@ class Watchdog:
             )
         return (
             f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, {after}): "
-            f"{said}; its own log says why, and the same command goes on from the newest checkpoint"
+            f"{said}; its own log says why, and the same command resumes from the newest checkpoint"
         )
 
     def close(self) -> None:

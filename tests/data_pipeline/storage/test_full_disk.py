@@ -74,7 +74,7 @@ def test_prepare_names_the_shard_and_leaves_no_part_of_it(tmp_path: Path) -> Non
     with files_up_to(20_000), pytest.raises(DataError, match=r"train-00000.tar: File too large; .*ulimit -f"):
         prepare.main(config)
     assert files(tmp_path) == ["settings.json"]
-    assert prepare.main(config)["samples"] == 40, "the same command goes on"
+    assert prepare.main(config)["samples"] == 40, "the same command resumes"
 
 
 def test_an_index_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,7 +295,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"num_images": 1.5}, "num_images=1.5: it must be a whole number"),
         ({"seed": "a"}, "seed=a: it must be a whole number"),
         ({"negative_prompts": [None]}, "negative_prompts: None is no text"),
-        ({"strength": 0.5}, "strength=0.5: it says how much of `image` is redrawn, and there is none"),
+        ({"strength": 0.5}, "strength=0.5: it says how much of `image` is redrawn, and no image is given"),
         ({"low_res": Image.new("RGB", (8, 8))}, "low_res: base draws from the text alone"),
         ({"devices": ["abacus"]}, "devices: there is no abacus here"),
     ],

@@ -127,6 +127,6 @@ class Sinks:
                 call(sink)
             except Exception as error:
                 log.warning(
-                    "%s failed (%r): training goes on without it, metrics.jsonl has everything", sink.name, error
+                    "%s failed (%r): training continues without it, metrics.jsonl has everything", sink.name, error
                 )
                 self._sinks.remove(sink)

@@ -145,7 +145,7 @@ class Tracker:
             if self._lost is None:
                 self._lost = str(error)
                 log.warning(
-                    "metrics.jsonl cannot be written (%s): training goes on, its lines are lost until there is room",
+                    "metrics.jsonl cannot be written (%s): training continues, its lines are lost until there is room",
                     error,
                 )
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
@@ -205,14 +205,14 @@ class Tracker:
         self._wandb = None
 
     def _to_wandb(self, call: Callable[[], None]) -> None:
-        """W&B comes second: when it fails, training goes on without it. (Slurm's signals reach every process of a step,
-        so a job that is asked to stop loses W&B's own process before it has saved.)"""
+        """W&B comes second: when it fails, training continues without it. (Slurm's signals reach every process of a
+        step, so a job that is asked to stop loses W&B's own process before it has saved.)"""
         if self._wandb is None:
             return
         try:
             call()
         except Exception as error:
-            log.warning("W&B failed (%r): training goes on, metrics.jsonl has everything", error)
+            log.warning("W&B failed (%r): training continues, metrics.jsonl has everything", error)
             self._wandb = None
 
 
