@@ -275,7 +275,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"steps": 0}, "steps=0: it must be at least 1"),
         ({"steps": 2.5}, "steps=2.5: it must be a whole number"),
         ({"sampler": "euler"}, "sampler=euler: it must be one of"),
-        ({"guidance": {"sr9": 1}}, "sr9 is no stage that is drawn"),
+        ({"guidance": {"sr9": 1}}, "sr9 is not one of the stages that are drawn"),
         ({"negative_prompts": ["a", "b"]}, "2 for 3 prompts"),
         ({"strength": 0}, "strength=0"),
         ({"strength": [0.5]}, "1 values for 2 stages"),
