@@ -36,6 +36,7 @@ from training.cascade.requests import (
     as_list,
     number_drawings,
     plan_places,
+    plan_sizes,
     plan_stages,
     plan_strengths,
     seed_of,
@@ -189,8 +190,9 @@ class Cascade:
         """
         known = inspect.signature(self.draw).parameters
         if unknown := [name for name in options if name not in known]:
-            size = self.stages[-1].config.image_size
-            near = f"pictures are {size} px" if {"height", "width"} & set(unknown) else f"those are {', '.join(known)}"
+            side = self.stages[-1].config.image_size
+            other = f"pictures are {side} px; size=(WIDTH, HEIGHT) asks for others"
+            near = other if {"height", "width"} & set(unknown) else f"those are {', '.join(known)}"
             raise ConfigError(f"{unknown[0]}: no option of a cascade; {near}")
         whole = image is None or mask_image is not None
         return self.generate(
@@ -228,6 +230,7 @@ class Cascade:
         guidance_interval: Any = None,
         explain: bool = False,
         numbers: Sequence[int] | None = None,
+        size: Any = None,
         batch: int = 16,
         devices: Sequence[str | torch.device] | None = None,
     ) -> list[Drawing]:
@@ -247,6 +250,7 @@ class Cascade:
                 is for the first stage drawn; a list or dict says it stage by stage.
             mask: light where `image` is drawn anew; every stage keeps it where the mask is dark.
             explain: also collect which words the pixels looked at.
+            size: (width, height) of the final pictures, or one side; None: what the last stage drawn was trained for.
             numbers: the n-th picture of each prompt instead of its first ones; 0 is the first.
             batch: pictures per forward pass.
             devices: share the pictures among these, for example ["cuda:0", "cuda:1"]; None: the device of `to`.
@@ -263,6 +267,8 @@ class Cascade:
         settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config
+        chosen = [self.stages[index] for index, _ in plan]
+        sizes = plan_sizes(size, [stage.config for stage in chosen], [stage.unet.config.divisor for stage in chosen])
         strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
         if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch={batch}: it must be at least 1")
@@ -290,7 +296,7 @@ class Cascade:
                 name: None if given is None else [given[row // num_images] for row in rows]
                 for name, given in pictures.items()
             }
-            task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, **own)
+            task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, sizes, **own)
             self._draw_chunk(task)
         return drawings
 
@@ -305,9 +311,10 @@ class Cascade:
         before: Tensor | None = None
         for turn, (index, sampler) in enumerate(task.plan):
             stage = self.stages[index]
-            size, start = stage.config.image_size, stage.config.low_res_size
+            size = task.sizes[turn]
             if before is None and stage.config.is_super_resolution:
-                before = to_pictures(task.low_res or [], start, SHRINK)
+                factor = stage.config.image_size // stage.config.low_res_size
+                before = to_pictures(task.low_res or [], (size[0] // factor, size[1] // factor), SHRINK)
             init = task.image if turn == 0 or task.mask or task.strengths[turn] < 1 else None
             inputs = _Inputs(
                 seeds,
@@ -317,6 +324,7 @@ class Cascade:
                 init=None if init is None else to_pictures(init, size),
                 mask=None if task.mask is None else to_masks(task.mask, size),
                 strength=task.strengths[turn],
+                shape=(size[1], size[0]),
             )
             before, heats = self._draw_stage(stage, sampler, inputs, words, task)
             for row, image in enumerate(to_images(before)):
@@ -402,6 +410,7 @@ def draw_batch(
             strength=inputs.strength,
             mask=inputs.mask,
             callback=after_step,
+            shape=inputs.shape,
         )
     heats = [] if maps is None else [maps.of(row, found) for row, found in enumerate(words)]
     return to_uint8(drawn).cpu(), heats
@@ -418,6 +427,8 @@ class _Task:
     batch: int
     places: list[torch.device]
     meter: _Meter
+    sizes: list[tuple[int, int]]
+    """Of each stage drawn, (width, height)."""
     low_res: list[Any] | None = None
     image: list[Any] | None = None
     mask: list[Any] | None = None
@@ -434,6 +445,8 @@ class _Inputs:
     init: Tensor | None
     mask: Tensor | None
     strength: float
+    shape: tuple[int, int]
+    """(H, W) of what it draws."""
 
     def part(self, rows: slice, place: torch.device) -> _Inputs:
         """Some rows, on a device."""

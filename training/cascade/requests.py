@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ Words = list[tuple[str, list[int]]]
 """The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
 Heat = list[tuple[str, np.ndarray]]
 """(word, fp32 (H, W) attention that pixels gave it) in the caption's order."""
+Size = int | tuple[int, int]
+"""Of a picture, pixels: a side, or (width, height)."""
 NUMBER = (int, float, np.integer, np.floating)
 SHRINK = Image.Resampling.BOX
 """How pictures are made smaller for a super-resolution stage to start from: block means, as in training."""
@@ -239,17 +242,49 @@ def as_list(given: Pictures, count: int, name: str) -> list[Any]:
     return pictures * count if len(pictures) == 1 else pictures
 
 
-def to_pictures(pictures: Sequence[Any], size: int, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
-    """uint8 (N, 3, size, size): the middle square of each picture, resized unless it fits: antialiased bicubic, or
-    with `shrink` where it becomes smaller."""
+def plan_sizes(size: Any, configs: Sequence[StageConfig], divisors: Sequence[int]) -> list[tuple[int, int]]:
+    """(width, height) of the pictures of each stage drawn, when those of the last have `size`.
+
+    Args:
+        size: (width, height) in pixels, or one side; None: the sides that the stages were trained for.
+        divisors: of each stage, see `UNetConfig.divisor`.
+
+    Raises:
+        ConfigError: no two whole numbers, or sides that some stage cannot halve or scale; it names the nearest.
+    """
+    if size is None:
+        return [(config.image_size, config.image_size) for config in configs]
+    sides = [size, size] if isinstance(size, (int, np.integer)) else size
+    if not _is_pair(sides) or not all(isinstance(side, (int, np.integer)) and side > 0 for side in sides):
+        raise ConfigError(f"size={size}: give the width and height of the final picture in pixels, size=[WIDTH,HEIGHT]")
+    last = configs[-1].image_size
+    unit = 1
+    for config, divisor in zip(configs, divisors, strict=True):
+        unit = math.lcm(unit, divisor * last // math.gcd(divisor * last, config.image_size))
+    if any(side % unit for side in sides):
+        near = [max(round(side / unit), 1) * unit for side in sides]
+        stages = ", ".join(str(config.image_size) for config in configs)
+        raise ConfigError(
+            f"size={list(sides)}: with stages of {stages} px each side must be a multiple of {unit}; near it lies "
+            f"size=[{near[0]},{near[1]}]"
+        )
+    return [
+        (int(sides[0]) * config.image_size // last, int(sides[1]) * config.image_size // last) for config in configs
+    ]
+
+
+def to_pictures(pictures: Sequence[Any], size: Size, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+    """uint8 (N, 3, H, W): the middle of each picture in the shape of `size` (a side, or width and height), resized
+    unless it fits: antialiased bicubic, or with `shrink` where it becomes smaller."""
     images = [_image(picture) for picture in pictures]
-    bicubic = Image.Resampling.BICUBIC
-    arrays = [np.array(_fit(image, size, shrink if min(image.size) > size else bicubic)) for image in images]
+    bicubic, (width, height) = Image.Resampling.BICUBIC, _sides(size)
+    smaller = [min(image.width / width, image.height / height) > 1 for image in images]
+    arrays = [np.array(_fit(one, size, shrink if less else bicubic)) for one, less in zip(images, smaller, strict=True)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def to_masks(masks: Sequence[Any], size: int) -> Tensor:
-    """bool (N, 1, size, size): True where any part of the pixel is light (128 or more), so is to be drawn anew."""
+def to_masks(masks: Sequence[Any], size: Size) -> Tensor:
+    """bool (N, 1, H, W): True where any part of the pixel is light (128 or more), so is to be drawn anew."""
     light = [_image(mask).convert("L").point(lambda value: 255 if value >= 128 else 0) for mask in masks]
     fitted = [np.array(_fit(mask, size, Image.Resampling.BOX)) > 0 for mask in light]
     return torch.from_numpy(np.stack(fitted))[:, None]
@@ -320,5 +355,9 @@ def _image(picture: Any) -> Image.Image:
     return to_rgb(Image.fromarray(array))
 
 
-def _fit(image: Image.Image, size: int, kernel: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), kernel)
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _fit(image: Image.Image, size: Size, kernel: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    return image if image.size == _sides(size) else ImageOps.fit(image, _sides(size), kernel)

@@ -30,7 +30,7 @@ from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
 from training.cascade.cascade import Cascade, Stage
 from training.cascade.prompts import read_lines, read_prompts
-from training.cascade.requests import Drawing, as_list, number_drawings, plan_stages
+from training.cascade.requests import Drawing, as_list, number_drawings, plan_sizes, plan_stages
 from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
@@ -191,6 +191,9 @@ class SampleRequest:
         self.stages = [cascade.stages[index] for index, _ in plan]
         self.samplers = [sampler for _, sampler in plan]
         self.options["strength"] = config.strength
+        self.options["size"] = config.size
+        divisors = [stage.unet.config.divisor for stage in self.stages]
+        self.sizes = plan_sizes(config.size, [stage.config for stage in self.stages], divisors)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -199,7 +202,9 @@ class SampleRequest:
             for s, sampler in zip(self.stages, self.samplers, strict=True)
         ]
         weights = next(self.stages[0].unet.parameters())
+        shape = {} if self.config.size is None else {"size": list(self.sizes[-1])}
         return {
+            **shape,
             "seed": self.config.seed,
             "stages": stages,
             "text": self.cascade.text.sha or self.cascade.encoder.name,

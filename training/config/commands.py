@@ -96,6 +96,8 @@ class SampleCommand(SamplerKeys):
     layout: str | None = None
     """Also arrange the pictures as another tool reads them: `flat`, `geneval`, `geneval2`, `dpg`,
     `t2i_compbench`, `parti` or `oneig`."""
+    size: Any = None
+    """Width and height of the final pictures, [WIDTH,HEIGHT] in pixels; null: what the last stage was trained for."""
     stages: Any = None
     """How many of the first stages to draw, or names of stages; null: all."""
     low_res: Any = None

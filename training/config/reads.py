@@ -48,9 +48,9 @@ def _prepare(config: Any) -> Iterable[str]:
 
 
 def _sample(config: Any) -> Iterable[str]:
-    own = ["from_bundle", "output", "num_images", "layout", "stages", "low_res", "image", "mask", "batch", "explain"]
-    keys = [*own, *SAMPLER_KEYS, *DEVICES, "prompts", "negative_prompts", "seed", "run.name", "bundle.text_path",
-            "sampling.columns", "sampling.prompts"]  # fmt: skip
+    own = ["from_bundle", "output", "num_images", "layout", "size", "stages", "low_res", "image", "mask", "batch"]
+    keys = [*own, *SAMPLER_KEYS, *DEVICES, "explain", "prompts", "negative_prompts", "seed", "run.name",
+            "bundle.text_path", "sampling.columns", "sampling.prompts"]  # fmt: skip
     keys += [] if config.from_bundle else ["bundle.dir"]
     keys += [] if config.output else ["sampling.output"]
     return keys + (["strength"] if config.image is not None else [])

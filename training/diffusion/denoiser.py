@@ -64,11 +64,12 @@ def to_unit(pictures: Tensor) -> Tensor:
     return pictures.to(torch.float32) / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures.to(torch.float32)
 
 
-def upsample(low_res: Tensor, size: int) -> Tensor:
-    """The up-sampler of both training and sampling: bicubic, `align_corners=False`."""
-    if low_res.shape[-1] == size:
+def upsample(low_res: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """The up-sampler of both training and sampling: bicubic, `align_corners=False`; `size`: a side, or (H, W)."""
+    shape = (size, size) if isinstance(size, int) else size
+    if tuple(low_res.shape[-2:]) == shape:
         return low_res
-    return F.interpolate(low_res, size=(size, size), mode="bicubic", align_corners=False)
+    return F.interpolate(low_res, size=shape, mode="bicubic", align_corners=False)
 
 
 def augment(low_res: Tensor, level: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:

@@ -192,21 +192,23 @@ def sample_stage(
     strength: float = 1.0,
     mask: Tensor | None = None,
     callback: Callable[[int, int], None] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Tensor:
     """Samples one stage from text: augmentation, guidance and sampling together.
 
     Args:
         text, text_mask: (B, T, D) and bool (B, T) on the model's device.
-        image_size: side of the pictures in pixels.
+        image_size: side of the pictures in pixels, which decides the schedule.
+        shape: (H, W) of other pictures than squares of this side.
         low_res: super-resolution only: (B, 3, h, w), uint8 or in [-1, 1]; noised once per picture at
             `sampler.aug_level`.
 
     Returns:
-        fp32 (B, 3, image_size, image_size) in [-1, 1].
+        fp32 (B, 3, H, W) in [-1, 1].
     """
     device = text.device
     schedule = Schedule.of(config, image_size)
-    shape = (len(text), 3, image_size, image_size)
+    shape = shape or (image_size, image_size)
     aug_log_snr = None
     if low_res is not None:
         low_res = to_unit(low_res.to(device))
@@ -214,7 +216,7 @@ def sample_stage(
         noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, tuple(low_res.shape[1:]))
         level = torch.full((len(text),), sampler.aug_level, device=device)
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
-        low_res = upsample(low_res, image_size)
+        low_res = upsample(low_res, shape)
     denoise = guided(
         model,
         text,
@@ -229,7 +231,8 @@ def sample_stage(
     )
     drawn = sample(
         denoise,
-        shape,
+        (len(text), 3, *shape),
+        image_size=image_size,
         config=config,
         sampler=sampler,
         seeds=seeds,
