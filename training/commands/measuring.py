@@ -53,6 +53,7 @@ class Evaluation:
         self.settings = config.evaluation
         self.size = cascade.stages[-1].config.image_size
         self.clip = next((e.name for e in extractors if e.texts is not None), "")
+        self.dino = next((name for name, c in self.settings.extractors.items() if c.kind == "dinov2"), "")
         self.stages = cascade.stages[self._first_stage() :]
         names = [stage.config.name for stage in self.stages]
         plan = plan_stages([stage.config for stage in cascade.stages], names, **config.sampler_settings)
@@ -75,6 +76,8 @@ class Evaluation:
         self.chosen = set(
             shown.choose_places(self.categories, min(self.settings.samples, len(self.prompts) or 1 << 40))
         )
+        self.cut = 0
+        """Captions that the text encoder does not read to their end."""
         self.sections: list[page.Section] = []
         """Pictures of the page, once there is a result."""
         self.protocol = self._protocol()
@@ -150,6 +153,7 @@ class Evaluation:
             numbers = []
             for prompt in prompts:
                 self.check_prompt(prompt)
+                self.cut += self.cascade.encoder.is_cut(prompt)
                 numbers.append(counts[prompt])
                 counts[prompt] += self.settings.images_per_prompt
             if number % world_size == rank and not self.parts.done(number):
@@ -276,7 +280,7 @@ class Evaluation:
         reference = self._reference_features(arrays)
         count = len(next(iter(reference.values()))) if reference else 0
         if count:
-            figures |= measure.against_reference(samples, reference, self.clip)
+            figures |= measure.against_reference(samples, reference, self.clip, self.dino)
         figures |= measure.of_answers(arrays, [self.lines[place] for place in places] if self.lines else [])
         captions = [str(prompt) for prompt in arrays["prompt"]]
         each = [captions[place] for place in places]
@@ -401,6 +405,10 @@ class Evaluation:
         wanted = self.settings.reference_samples
         if self.settings.kind == "pictures" and wanted > n["reference"]:
             found.append(f"evaluation.reference_samples={wanted}: there are only {n['reference']} pictures")
+        if self.cut:
+            found.append(
+                f"{self.cut} captions are cut after {self.cascade.encoder.max_tokens} tokens (text.max_tokens)"
+            )
         if n["broken"]:
             found.append(f"{n['broken']} reference pictures cannot be read and are left out")
         return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])

@@ -56,7 +56,7 @@ def find_copies(samples: np.ndarray, shown: list[int], extractor: Extractor, tra
     distance, place = closeness(samples, features)
     wanted = {int(place[i]) for i in shown}
     pictures: dict[int, np.ndarray] = {}
-    for number, real in enumerate(training.chunks(CHUNK, max(wanted, default=-1) + 1)) if wanted else ():
+    for number, real in enumerate(training.chunks(CHUNK, max(2, *(place + 1 for place in wanted)))):
         here = wanted & set(range(number * CHUNK, number * CHUNK + len(real.captions)))
         pictures |= {one: real.pictures[one - number * CHUNK] for one in here}
     return Copies(distance, place, len(features), pictures)

@@ -17,7 +17,7 @@ from training.evaluation.metrics.frechet import frechet_figure
 from training.evaluation.metrics.kernels import cmmd, kid
 from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, density_coverage, precision_recall
 
-LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "copies")
+LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "dino_mmd", "copies")
 LEAST_FRECHET = 10_000
 """Pictures below which the bias of the Frechet distance, about 1/N, is large beside differences of interest."""
 Figures = dict[str, dict[str, Figure]]
@@ -25,13 +25,14 @@ Figures = dict[str, dict[str, Figure]]
 
 
 def against_reference(
-    samples: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], clip: str = ""
+    samples: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], clip: str = "", dino: str = ""
 ) -> Figures:
     """Every distance and share, in every feature space.
 
     Args:
         samples, reference: extractor -> (N, d) and (M, d).
         clip: the extractor whose features are CLIP embeddings, for CMMD.
+        dino: the one whose features are DINOv2's, for the same discrepancy there.
     """
     figures: Figures = {}
     for name in samples:
@@ -43,6 +44,8 @@ def against_reference(
                 figures.setdefault(metric, {})[name] = figure
     if clip:
         figures["cmmd"] = {clip: cmmd(samples[clip], reference[clip])}
+    if dino:
+        figures["dino_mmd"] = {dino: cmmd(samples[dino], reference[dino])}
     return figures
 
 

@@ -20,6 +20,7 @@ METRICS = {
     "frechet": "Frechet distance",
     "kid": "KID",
     "cmmd": "CMMD",
+    "dino_mmd": "MMD as in CMMD",
     "precision": "precision",
     "recall": "recall",
     "density": "density",

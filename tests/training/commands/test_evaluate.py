@@ -364,6 +364,12 @@ def test_prompts_need_no_reference_and_several_pictures_have_a_diversity(bundle:
     assert result["n"] == {"samples": 6, "reference": 0, "prompts": 3, "broken": 0}
     assert -1 <= result["clip_score"]["clip"]["value"] <= 1 and set(result["diversity"]) > {"clip"}
     assert "frechet" not in result and result["protocol"]["reference"] is None
+    dino = tiny_weights.dinov2_folder(tmp_path / "dino")
+    reference = photographs(tmp_path / "shards", 6)
+    found = evaluate.main(
+        command(bundle, tmp_path / "both", **settings | {"reference": reference, "extractors": {"c": clip, "d": dino}})
+    )
+    assert set(found["cmmd"]) == {"c"} and set(found["dino_mmd"]) == {"d"} and found["dino_mmd"]["d"]["value"] > 0
     with pytest.raises(ConfigError, match=r"evaluation\.prompts=.*1 prompts"):
         evaluate.main(command(bundle, tmp_path / "x", kind="pictures", prompts=["one"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.cli.compose import load_config
 from training.config.diffusion import SAMPLERS, DiffusionConfig, SamplerConfig
 from training.diffusion.denoiser import Denoise, guided
 from training.diffusion.objective import loss
@@ -167,6 +169,28 @@ def test_callback_counts_the_steps() -> None:
         callback=lambda step, steps: seen.append((step, steps)),
     )  # fmt: skip
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("stage", ["photos_base", "photos_sr", "base64", "sr256", "sr1024"])
+def test_the_stages_for_photographs_keep_fine_detail(stage: str) -> None:
+    """With their own schedule, steps and size, on exact Gaussian data (docs/evaluation.md has the other spacings)."""
+    config = load_config("train", [f"stage={stage}"]).stage
+    for s in (0.05, 0.5):
+
+        def exact(z: Tensor, log_snr: float, s: float = s) -> Tensor:
+            alpha, sigma = alpha_sigma_at(log_snr)
+            return z * alpha * s**2 / (alpha**2 * s**2 + sigma**2)
+
+        settings = replace(config.sampler, threshold="none", guidance=1.0)
+        drawn = sample(
+            exact,
+            (16, 3, 16, 16),
+            config=config.diffusion,
+            sampler=settings,
+            seeds=range(16),
+            image_size=config.image_size,
+        )
+        assert abs(1 - float(drawn.std()) / s) < 0.09, s
 
 
 @pytest.mark.parametrize("spacing", ["time", "log_snr", "karras"])
