@@ -5,7 +5,6 @@ A job is a line of HOME/launch/jobs.jsonl; that it began and how it ended are li
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.children import die_with_parent_only
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
@@ -26,10 +26,9 @@ from slurm.jobs.records import EVENTS, append, json_lines
 from slurm.script import environment_lines, setup
 from slurm.supervise import End, history, judge, last_step, record_end
 from training.config.cluster import ClusterConfig
-from training.processes.endings import EXIT_PREEMPTED
+from training.processes.exit_codes import EXIT_PREEMPTED
 
 POLL_S = 0.2
-PR_SET_PDEATHSIG = 1
 OF_A_SCHEDULER = ("nodes", "min_nodes", "partition", "account", "mem", "sbatch", "container", "interface", "gpus_per")
 """Keys of `cluster` that mean nothing on one machine."""
 SCRIPT = """\
@@ -172,7 +171,7 @@ class LocalRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_alone,
+                preexec_fn=die_with_parent_only,
             )
         self.running[record["name"]] = child
         self.begun.add(record["name"])
@@ -208,12 +207,6 @@ class LocalRunner:
     def _event(self, record: dict[str, Any], what: str, **more: Any) -> None:
         event = {"name": record["name"], "what": what, "job": record["job"], "time": time.time(), **more}
         append(Path(record["home"]) / "launch" / EVENTS, event)
-
-
-def _alone() -> None:
-    """In the child: out of reach of the terminal's Ctrl-C, and ended when the launch is killed."""
-    os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def local_record() -> dict[str, Any]:

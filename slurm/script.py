@@ -13,7 +13,7 @@ from slurm.jobs.records import EVENTS
 from slurm.options import directives
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.plan.checks import training_problems
-from training.processes.endings import EXIT_PREEMPTED
+from training.processes.exit_codes import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 FIRST_PORT, PORTS = 20000, 10000

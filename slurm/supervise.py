@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from slurm.task import FAILED, STOPPED
-from training.processes.endings import (
+from training.processes.exit_codes import (
+    EXIT_CRASH,
     EXIT_HUNG,
-    EXIT_INTERRUPTED,
-    EXIT_NOT_FINITE,
     EXIT_PREEMPTED,
     EXIT_SLOW_NODE,
-    EXIT_SUPERSEDED,
+    FINAL_CODES,
 )
 
-FINAL = (2, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_INTERRUPTED)
-"""Ends that the same command would meet again."""
-UNEXPLAINED = 1
+UNEXPLAINED = EXIT_CRASH
 """A bug, or a library that failed: worth one more try, unless the run has got on meanwhile."""
 BLAMED = 2
 """A node that failed so often is left out."""
@@ -98,7 +95,7 @@ def judge(
     """
     if end.code == 0:
         return Verdict("end 0")
-    if end.code in FINAL:
+    if end.code in FINAL_CODES:
         return Verdict(f"end {end.code}")
     idle = _idle(end, before, limit_s)
     where = f"step {end.step}" if end.step >= 0 else "the beginning"

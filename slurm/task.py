@@ -1,11 +1,10 @@
 """One rank under srun: finds the way to the first node, runs the program, and notes how it ended.
 
-`srun ... python -P -m slurm.task PROGRAM ARGUMENTS...`. Only the standard library: it stands in front of every rank.
+`srun ... python -P -m slurm.task PROGRAM ARGUMENTS...`. It imports next to nothing: it stands in front of every rank.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -18,13 +17,14 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from data_pipeline.common.children import die_with_parent
+from training.processes.exit_codes import EXIT_PREEMPTED
+
 STOPPED = "stopped"
 """Note: the program was asked to stop and has saved."""
 FAILED = "failed-*.json"
 """Notes: {rank, node, code, time} of a program that failed."""
-EXIT_PREEMPTED = 75
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-PR_SET_PDEATHSIG = 1
 SIOCGIFADDR = 0x8915
 
 
@@ -37,7 +37,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     set_meeting_place(environ)
     for number in PASSED_ON:  # Slurm sends them to every process of the step: the program has got it as well
         signal.signal(number, lambda *_: None)
-    child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(command, preexec_fn=die_with_parent)
     code = child.wait()
     code = 128 - code if code < 0 else code
     notes = environ.get("CASCADE_NOTES")
@@ -105,10 +105,6 @@ def _interfaces6() -> dict[str, str]:
         digits, *_, name = line.split()
         found[socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))] = name
     return found
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

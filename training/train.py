@@ -18,17 +18,8 @@ from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
-from training.processes.endings import (
-    EXIT_CRASH,
-    EXIT_DONE,
-    EXIT_HUNG,
-    RankLost,
-    Signals,
-    from_where,
-    is_lost_rank,
-    run_program,
-    stop_error,
-)
+from training.processes.endings import RankLost, Signals, from_where, is_lost_rank, run_program, stop_error
+from training.processes.exit_codes import EXIT_CRASH, EXIT_DONE, EXIT_HUNG
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks

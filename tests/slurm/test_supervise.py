@@ -15,7 +15,7 @@ import pytest
 
 from slurm import task
 from slurm.supervise import End, Verdict, history, judge, main, read_end, slow_nodes
-from training.processes.endings import EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
+from training.processes.exit_codes import EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
 
 KILLED = 137
 

@@ -12,40 +12,21 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError
+from data_pipeline.common.errors import CascadeError
 from data_pipeline.storage.retry import hurry_up
+from training.processes.exit_codes import (
+    EXIT_CRASH,
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_FINITE,
+    EXIT_PREEMPTED,
+    EXIT_SLOW_NODE,
+    EXIT_SUPERSEDED,
+)
 
-EXIT_DONE, EXIT_CRASH, EXIT_PREEMPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_HUNG = 0, 1, 75, 76, 77, 78
-EXIT_SLOW_NODE = 79
-EXIT_INTERRUPTED = 130
 AT_ONCE_S = 2.0
-
-
-class Exit(NamedTuple):
-    """What an exit code means."""
-
-    meaning: str
-    agreed: bool = False
-    """All ranks decided it together, so each ends by itself."""
-    restart: bool = False
-    """The same command continues the run; a job script may start it again by itself."""
-
-
-EXIT_CODES = {
-    EXIT_DONE: Exit("all steps are done"),
-    EXIT_CRASH: Exit("a crash, a store out of reach, or a last checkpoint that was not written"),
-    EXIT_USER_ERROR: Exit("a mistake in the configuration, the data or the credentials"),
-    EXIT_PREEMPTED: Exit("saved after SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP", agreed=True, restart=True),
-    EXIT_NOT_FINITE: Exit("too many steps could not be applied, also after rolling back", agreed=True),
-    EXIT_SUPERSEDED: Exit("a newer start of the run owns its checkpoints", agreed=True),
-    EXIT_HUNG: Exit("a rank died, or made no progress within the time-outs", restart=True),
-    EXIT_SLOW_NODE: Exit("the preflight found a slow node that the run is to do without"),
-    EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True),
-}
-"""All exit codes of a training run, but for 128 + n: killed by signal n."""
-STOP_CODES = tuple(code for code, end in EXIT_CODES.items() if end.agreed)
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:

@@ -10,7 +10,6 @@ The parent process imports neither torch nor deepspeed.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -27,18 +26,12 @@ from typing import Any
 
 import training.config.commands
 from data_pipeline.common import python
+from data_pipeline.common.children import die_with_parent_only
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_file
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
-from training.processes.endings import (
-    EXIT_HUNG,
-    EXIT_INTERRUPTED,
-    STOP_CODES,
-    Signals,
-    run_program,
-    say,
-    unless_ignored,
-)
+from training.processes.endings import Signals, run_program, say, unless_ignored
+from training.processes.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES
 from training.processes.ranks import process_count, thread_count
 
 FORWARDED = Signals.HANDLED
@@ -49,7 +42,6 @@ AGREED_GRACE_S = 600.0
 0, which says why, in W&B."""
 IMPATIENT_S = 2.0
 """The same after a second Ctrl-C."""
-PR_SET_PDEATHSIG = 1
 TYPED = "CASCADE_COMMAND"
 """Environment variable in which the processes find what was typed, as JSON."""
 
@@ -116,7 +108,7 @@ def run_processes(
         environ.setdefault("OMP_NUM_THREADS", str(threads))
         for rank in range(processes):
             own = dict(environ, RANK=str(rank), LOCAL_RANK=str(rank))
-            before = _held_back if hold_signals else _die_with_parent
+            before = _held_back if hold_signals else die_with_parent_only
             children.append(subprocess.Popen(command, env=own, preexec_fn=before))
             for number in received:
                 children[-1].send_signal(number)
@@ -160,16 +152,9 @@ def _say_killed(rank: int, number: int) -> None:
     say(f"rank {rank} was killed by signal {number} ({name}){memory}")
 
 
-def _die_with_parent() -> None:
-    """In the child: own process group (the terminal's Ctrl-C reaches it once, through the parent), and end when the
-    parent is killed, so that no orphan goes on training."""
-    os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _held_back() -> None:
-    """In the child: the same, and signals wait until the program asks for them."""
-    _die_with_parent()
+    """In the child: see die_with_parent_only, and signals wait until the program asks for them."""
+    die_with_parent_only()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import TrainConfig
-from training.processes.endings import EXIT_HUNG, say
+from training.processes.endings import say
+from training.processes.exit_codes import EXIT_HUNG
 from training.processes.ranks import Ranks
 
 log = logging.getLogger("cascade")

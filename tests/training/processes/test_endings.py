@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training.processes.endings import (
-    EXIT_CODES,
-    STOP_CODES,
-    Interrupted,
-    LossGuard,
-    Preempted,
-    Signals,
-    is_lost_rank,
-    stop_error,
-)
+from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, is_lost_rank, stop_error
+from training.processes.exit_codes import EXIT_CODES, STOP_CODES
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from training.processes.endings import EXIT_HUNG
+from training.processes.exit_codes import EXIT_HUNG
 from training.processes.ranks import Ranks
 from training.run import watchdog as module
 from training.run.watchdog import Watchdog
