@@ -20,7 +20,7 @@ import tempfile
 import threading
 import zipfile
 from array import array
-from collections import OrderedDict, defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -551,8 +551,8 @@ class ParquetRows:
         for group in groups:
             self._starts.append(self._starts[-1] + group.num_rows)
         self._row_bytes = [max(group.total_byte_size // max(group.num_rows, 1), 1) for group in groups]
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        """First row of each batch -> the batch."""
+        self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
+        """The last batches, and the first row of each."""
         self._batches: Iterator[Any] = iter(())
         self._next = -1
         self._lock = threading.Lock()
@@ -574,7 +574,7 @@ class ParquetRows:
 
     def _batch(self, number: int) -> tuple[int, Any]:
         while True:
-            for start, batch in self._kept.items():
+            for start, batch in self._kept:
                 if start <= number < start + len(batch):
                     return start, batch
             if not self._next <= number or self._next < 0 or self._is_far(number):
@@ -584,10 +584,8 @@ class ParquetRows:
             if batch is None:
                 self._open(next(i for i, start in enumerate(self._starts) if start >= self._next))
                 continue
-            self._kept[self._next] = batch
+            self._kept.append((self._next, batch))
             self._next += len(batch)
-            while len(self._kept) > _BATCHES_KEPT:
-                self._kept.popitem(last=False)
 
     def _is_far(self, number: int) -> bool:
         """Whether a later row group holds the row, so that what lies between need not be read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.commands.prepare_item import Item, Source, refuse_unsupported
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample
+from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig
 from data_pipeline.content.captions import read_json_or_nothing
 from data_pipeline.content.members import IMAGE_EXTENSIONS
@@ -92,7 +92,7 @@ class _Blocks:
 
     def __init__(self, dataset: Dataset, reader: RowReader) -> None:
         self._dataset, self._reader = dataset, reader
-        self._kept: OrderedDict[tuple[int, int], Future[bytes]] = OrderedDict()
+        self._kept: Recent[tuple[int, int], Future[bytes]] = Recent(_BLOCKS_KEPT)
         self._lock = threading.Lock()
 
     def read(self, shard: int, row: int) -> tuple[int, bytes]:
@@ -110,11 +110,7 @@ class _Blocks:
             future = self._kept.get((shard, number))
             mine = future is None
             if future is None:
-                future = self._kept[shard, number] = Future()
-                while len(self._kept) > _BLOCKS_KEPT:
-                    self._kept.popitem(last=False)
-            else:
-                self._kept.move_to_end((shard, number))
+                future = self._kept.put((shard, number), Future())
         if mine:
             try:
                 end = int(index.spans()[1].max())

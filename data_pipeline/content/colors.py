@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from data_pipeline.common.recent import Recent
 
 _NEAR = 3
 """Steps of 255 up to which a profile counts as sRGB, and its pixels stay as they are."""
@@ -19,15 +20,12 @@ class _Transforms(threading.local):
     """What converts from each profile seen lately; each thread has its own, since they hold state."""
 
     def __init__(self) -> None:
-        self.known: OrderedDict[tuple[bytes, str], Any] = OrderedDict()
+        self.known: Recent[tuple[bytes, str], Any] = Recent(_KEPT)
 
     def get(self, profile: bytes, mode: str) -> Any:
         key = profile, mode
-        if key not in self.known:
-            self.known[key] = _transform(profile, mode)
-            while len(self.known) > _KEPT:
-                self.known.popitem(last=False)
-        return self.known[key]
+        found = self.known.get(key)
+        return (found or self.known.put(key, (_transform(profile, mode),)))[0]
 
 
 _transforms = _Transforms()

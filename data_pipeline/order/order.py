@@ -11,12 +11,12 @@ per epoch and one of `window` numbers.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.recent import Recent
 
 _SHARDS, _TURN, _WINDOW = 1, 2, 3
 
@@ -59,8 +59,8 @@ class Order:
             raise ConfigError("data.shards: no sample remains, so there is nothing to order")
         if self.lanes < 1 or self.window < 1:
             raise ConfigError(f"data.lanes={lanes}, data.window={window}: both must be at least 1")
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, int]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._epochs: Recent[int, tuple[np.ndarray, np.ndarray, int]] = Recent(2)
+        self._windows: Recent[tuple[int, int, int], np.ndarray] = Recent(2 * self.lanes + 2)
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(epoch, shard, row) of one position; `row` counts the shard's samples that pass the filters."""
@@ -121,23 +121,17 @@ class Order:
     def _window(self, key: tuple[int, int, int], size: int) -> np.ndarray:
         found = self._windows.get(key)
         if found is None:
-            found = permutation(size, self.seed, _WINDOW, *key[::-1]).astype(np.int32)
-            self._windows[key] = found
-            if len(self._windows) > 2 * self.lanes + 2:
-                self._windows.popitem(last=False)
-        else:
-            self._windows.move_to_end(key)
+            found = self._windows.put(key, permutation(size, self.seed, _WINDOW, *key[::-1]).astype(np.int32))
         return found
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(shards in order, end of each in the walk, turn) of an epoch."""
-        if epoch not in self._epochs:
+        found = self._epochs.get(epoch)
+        if found is None:
             shards = permutation(len(self.counts), self.seed, _SHARDS, epoch)
             turn = int(_philox(self.seed, _TURN, epoch).random_raw() % self.samples)
-            self._epochs[epoch] = shards, np.cumsum(self.counts[shards]), turn
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+            found = self._epochs.put(epoch, (shards, np.cumsum(self.counts[shards]), turn))
+        return found
 
     def _shard_of(self, epoch: int, walk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards, ends, turn = self._epoch(epoch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig
 from data_pipeline.order.chance import hash_below
 from data_pipeline.shards.dataset import Dataset
@@ -77,7 +77,7 @@ class RowReader:
     def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
         self.dataset, self.config, self._extensions = dataset, config, extensions
         self._direct = [not s.compressed and not store.is_remote(s.entry.url) for s in dataset.summaries]
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._files: Recent[int, _File] = Recent(_OPEN_FILES)
         self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
 
     def read(self, shard: int, row: int) -> Sample:
@@ -117,10 +117,7 @@ class RowReader:
         return _cut(index, row, parts, get)
 
     def _open(self, shard: int) -> _File:
-        file = self._files[shard] = _File(self.dataset.urls[shard])
-        if len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)
-        return file
+        return self._files.put(shard, _File(self.dataset.urls[shard]))
 
     def is_direct(self, shard: int) -> bool:
         """A plain local file, of which any sample is at hand for a system call or two."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.recent import Recent
 from data_pipeline.storage import store
 
 CAPTION_FILES_VERSION = 1
@@ -86,8 +86,7 @@ class CaptionFiles:
                         f"data.captions.files: {name}={folder}: no {place} for {shard} lies there; run `cascade "
                         "caption`"
                     )
-        self._open: OrderedDict[tuple[str, str], dict[str, list[str]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: Recent[tuple[str, str], dict[str, list[str]]] = Recent(_OPEN)
 
     def of(self, shard: str, key: str) -> dict[str, list[str]]:
         """The captions of a sample by the name of their folder; none where its model wrote none.
@@ -98,17 +97,11 @@ class CaptionFiles:
         return {name: self._file(name, shard).get(key, []) for name in self._folders}
 
     def _file(self, name: str, shard: str) -> dict[str, list[str]]:
-        with self._lock:
-            known = self._open.get((name, shard))
-            if known is not None:
-                self._open.move_to_end((name, shard))
-                return known
+        known = self._open.get((name, shard))
+        if known is not None:
+            return known
         url = caption_file_url(shard, self._folders[name])
         found, facts = read_captions(url)
         if facts.get("digest") != self._digests[shard]:
             raise DataError(f"{url}: it was made from other content than {shard} has now; run `cascade caption` again")
-        with self._lock:
-            self._open[name, shard] = found
-            while len(self._open) > _OPEN:
-                self._open.popitem(last=False)
-        return found
+        return self._open.put((name, shard), found)

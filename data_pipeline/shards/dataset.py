@@ -7,8 +7,7 @@ import json
 import logging
 import math
 import os
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +19,7 @@ import numpy as np
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
+from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig, FilterConfig, MembersConfig
 from data_pipeline.content.members import advice
 from data_pipeline.shards.filters import keep_rows
@@ -76,9 +76,7 @@ class Dataset:
                 self.dropped[reason] += count
             for reason, count in summary.problems.items():
                 self.problems[reason] += count
-        self._cache: OrderedDict[int, tuple[ShardIndex, np.ndarray]] = OrderedDict()
-        self._cached = _CACHED
-        self._lock = threading.Lock()
+        self._cache: Recent[int, tuple[ShardIndex, np.ndarray]] = Recent(_CACHED)
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +109,7 @@ class Dataset:
     def expect(self, lanes: float, window: int) -> None:
         """Keeps as many indexes as windows of so many lanes need: a lane is in one window and will be in the next."""
         shards = window * len(self.urls) / max(self.samples, 1)
-        self._cached = math.ceil(lanes * (shards + 2)) + 8
+        self._cache.room = math.ceil(lanes * (shards + 2)) + 8
 
     def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         """The index of a shard and its rows that take part."""
@@ -127,12 +125,7 @@ class Dataset:
             logger.warning("%s: its index is missing or damaged and is rebuilt", summary.entry.url)
             with suppress(CascadeError, OSError):
                 save_index(index, summary.place, self.patience)
-        found = index, keep_rows(index, self.rules)[0]
-        with self._lock:
-            self._cache[shard] = found
-            while len(self._cache) > self._cached:
-                self._cache.popitem(last=False)
-        return found
+        return self._cache.put(shard, (index, keep_rows(index, self.rules)[0]))
 
     def name_of(self, shard: int) -> str:
         """The name, in a mixture, of the data set that a shard belongs to; empty where there is one data set."""
@@ -146,16 +139,6 @@ class Dataset:
         """The key of a sample; `row` counts the samples that take part."""
         index, rows = self.index(shard)
         return index.key(int(rows[row]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(_cache=OrderedDict())
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
 
 def window_of(dataset: Dataset, config: DataConfig) -> int:

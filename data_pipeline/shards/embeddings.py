@@ -22,8 +22,6 @@ import re
 import shutil
 import struct
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +29,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline.common.errors import BadSample, ConfigError, DataError, system_words
+from data_pipeline.common.recent import Recent
 from data_pipeline.shards.index import key_hash
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import naming, replacing, scratch
@@ -249,8 +248,7 @@ class Embeddings:
                 raise DataError(
                     f"data.embeddings={', '.join(places)}: no {name} for {shard} lies there; run `cascade embed`"
                 )
-        self._open: OrderedDict[str, Sidecar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: Recent[str, Sidecar] = Recent(_OPEN_SIDECARS)
         self._identity: dict[str, Any] | None = None
 
     def check(self, identity: Mapping[str, Any]) -> None:
@@ -275,10 +273,9 @@ class Embeddings:
         return self._sidecar(shard).tokens(key, caption)
 
     def _sidecar(self, shard: str) -> Sidecar:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
+        known = self._open.get(shard)
+        if known is not None:
+            return known
         found = [Sidecar(url) for url in self._urls[shard]]
         fitting = [sidecar for sidecar in found if sidecar.facts.get("digest") == self._digests[shard]]
         if not fitting:
@@ -287,11 +284,7 @@ class Embeddings:
             )
         if self._identity is not None:
             _check_identity(fitting[0], self._identity)
-        with self._lock:
-            self._open[shard] = fitting[0]
-            while len(self._open) > _OPEN_SIDECARS:
-                self._open.popitem(last=False)
-        return fitting[0]
+        return self._open.put(shard, fitting[0])
 
 
 class DatasetEmbeddings:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.recent import Recent
 from training.text.models import TextModel, load_text_model, model_settings, width_of
 from training.text.words import normalise_word, split_words, token_vectors
 
@@ -45,8 +45,7 @@ class TextEncoder(ABC):
     def __init__(self, config: TextConfig, device: torch.device | str) -> None:
         self.max_tokens = config.max_tokens
         self.device = torch.device(device)
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._cache_bytes = 0
+        self._cache: Recent[str, Tensor] = Recent(CACHE_BYTES, lambda row: row.nbytes)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of `captions`.
@@ -87,7 +86,7 @@ class TextEncoder(ABC):
     def to(self, device: torch.device | str) -> TextEncoder:
         """Moves weights and cache; returns self."""
         self.device = torch.device(device)
-        self._cache = OrderedDict((c, row.to(self.device)) for c, row in self._cache.items())
+        self._cache.change(lambda row: row.to(self.device))
         return self
 
     def _cut(self, caption: str) -> str:
@@ -95,15 +94,10 @@ class TextEncoder(ABC):
         return " ".join(short.encode("utf-8", "replace").decode().split())
 
     def _rows_of(self, captions: set[str]) -> dict[str, Tensor]:
-        rows = {caption: self._cache[caption] for caption in captions if caption in self._cache}
-        for caption in rows:
-            self._cache.move_to_end(caption)
+        rows = {caption: row for caption in captions if (row := self._cache.get(caption)) is not None}
         missing = sorted(captions - rows.keys())
         for caption, row in zip(missing, self._encode(missing) if missing else [], strict=True):
-            rows[caption] = self._cache[caption] = row
-            self._cache_bytes += row.nbytes
-        while self._cache_bytes > CACHE_BYTES:
-            self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
+            rows[caption] = self._cache.put(caption, row)
         return rows
 
     @abstractmethod

@@ -130,15 +130,15 @@ def test_very_long_captions_are_cut_before_they_are_split(monkeypatch) -> None:
     assert mask.sum(dim=1).tolist() == [1, 4]
 
 
-def test_cache_is_bounded_and_changes_nothing(monkeypatch) -> None:
+def test_cache_is_bounded_and_changes_nothing() -> None:
     encoder = WordEncoder(TextConfig(dim=16, max_tokens=4))
     captions = [f"number {i}" for i in range(20)]
     first, _ = encoder.encode(captions)
     row_bytes = 2 * 16 * 4
-    assert encoder._cache_bytes == 20 * row_bytes
-    monkeypatch.setattr(text_encoder, "CACHE_BYTES", 5 * row_bytes)
+    assert encoder._cache.size == 20 * row_bytes
+    encoder._cache.room = 5 * row_bytes
     encoder.encode(["one more"])
-    assert encoder._cache_bytes <= 5 * row_bytes and len(encoder._cache) == 5
+    assert encoder._cache.size <= 5 * row_bytes and len(encoder._cache) == 5
     assert torch.equal(encoder.encode(captions)[0], first)
 
 
