@@ -21,6 +21,7 @@ from typing import Any
 
 from training.config.experiment import Experiment
 from training.processes.collectives import barrier, gather_objects
+from training.processes.endings import run_program
 from training.processes.launcher import run_processes
 from training.processes.ranks import read_ranks
 
@@ -91,6 +92,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        run_program(lambda: worker(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
     else:
         sys.exit(main())
