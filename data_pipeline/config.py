@@ -372,6 +372,23 @@ class DataConfig:
         top = min(self.global_batch, 64 if self.global_batch <= 64 else 256)
         return next(n for n in range(top, 0, -1) if self.global_batch % n == 0)
 
+    def share_of(self, world_size: int) -> int:
+        """Samples per optimizer step of each of `world_size` processes."""
+        return self.global_batch // world_size
+
+    def micro_batch_of(self, world_size: int) -> int:
+        """Samples per forward pass of each of `world_size` processes."""
+        return self.micro_batch or self.share_of(world_size)
+
+    def accumulate_of(self, world_size: int) -> int:
+        """Micro-batches per optimizer step of each of `world_size` processes."""
+        return self.share_of(world_size) // self.micro_batch_of(world_size)
+
+
+def divisors(number: int) -> list[int]:
+    """1 to `number`, those that divide it: how many processes can share lanes, and what micro-batches cut a share."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
 
 def _schedule(datasets: list[DatasetConfig]) -> list[tuple[int, list[Fraction]]]:
     rows: list[tuple[int, list[Fraction]]] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.copies import copies
@@ -145,9 +145,7 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
     try:
         index = build_index(entry, config.index_dir, patience, config.members, rebuild)
-    except DataError as error:
-        if "not a tar archive" not in str(error):
-            raise
+    except NotAnArchive as error:
         return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
     except CascadeError:
         raise

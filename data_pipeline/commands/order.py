@@ -76,7 +76,7 @@ def _rank(config: OrderSettings, rank: int, micro_batch: int) -> Iterator[np.nda
         for worker in range(count)
     ]
     chunks = (next(workers[number % count]) for number in itertools.count())
-    per_step = config.data.global_batch // config.world_size // micro_batch
+    per_step = config.data.share_of(config.world_size) // micro_batch
     while True:
         yield np.concatenate(list(itertools.islice(chunks, per_step)))
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
-from data_pipeline.common.errors import BadSample, CascadeError
+from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig
@@ -226,7 +226,7 @@ def _offset(index: ShardIndex, row: int) -> int:
 
 
 def _shard_reason(error: CascadeError) -> str:
-    return "corrupt_shard" if "not a tar archive" in str(error) else "unreadable_shard"
+    return "corrupt_shard" if isinstance(error, NotAnArchive) else "unreadable_shard"
 
 
 class _Quarantine:

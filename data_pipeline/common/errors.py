@@ -29,6 +29,10 @@ class DataError(UserError):
     """Shards that are missing, unreadable or not as described by the config."""
 
 
+class NotAnArchive(DataError):
+    """A shard that can be read, and holds something else than a tar archive."""
+
+
 @contextmanager
 def about(key: str) -> Iterator[None]:
     """For shards configured under a key other than `data.shards`: errors name that key."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.recent import Recent
+from data_pipeline.config import divisors
 
 _SHARDS, _TURN, _WINDOW = 1, 2, 3
 
@@ -154,15 +155,15 @@ def check_world_size(world_size: int, global_batch: int, lanes: int, micro_batch
     Raises:
         ConfigError: the batch cannot be divided like this; the message lists the possible values.
     """
-    if world_size < 1 or lanes % world_size:
-        allowed = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+    if world_size not in divisors(lanes):
+        allowed = ", ".join(map(str, divisors(lanes)))
         raise ConfigError(
             f"world size {world_size}: it must divide data.lanes={lanes} (data.global_batch={global_batch}); "
             f"possible numbers of processes are {allowed}"
         )
     share = global_batch // world_size
-    if micro_batch and share % micro_batch:
-        allowed = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    if micro_batch and micro_batch not in divisors(share):
+        allowed = ", ".join(map(str, divisors(share)))
         raise ConfigError(
             f"data.micro_batch={micro_batch}: it must divide the {share} samples per step of each of the {world_size} "
             f"processes; possible are {allowed}"

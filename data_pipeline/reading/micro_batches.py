@@ -51,7 +51,7 @@ class Work:
     @property
     def share(self) -> int:
         """Samples per optimizer step and rank."""
-        return self.config.global_batch // self.world_size
+        return self.config.share_of(self.world_size)
 
 
 @dataclass

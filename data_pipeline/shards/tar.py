@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, NotAnArchive
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ def _is_record(blocks: int, zeros: int) -> bool:
 def _not_a_tar(name: str, first: bytes) -> DataError:
     page = first.lstrip()[:1] in (b"<", b"{")
     hint = "; it looks like an error page that was saved under the shard's name, so fetch it again" if page else ""
-    return DataError(f"{name}: this is not a tar archive (it begins with {first[:24]!r}){hint}")
+    return NotAnArchive(f"{name}: this is not a tar archive (it begins with {first[:24]!r}){hint}")
 
 
 def _padded(size: int) -> int:

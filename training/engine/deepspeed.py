@@ -92,7 +92,7 @@ def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_batch_size": config.data.global_batch,
-        "train_micro_batch_size_per_gpu": config.data.global_batch // (ranks.world_size * accumulate),
+        "train_micro_batch_size_per_gpu": config.data.share_of(ranks.world_size) // accumulate,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.precision.dtype == "bf16"},

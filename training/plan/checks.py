@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, about
-from data_pipeline.config import DataConfig, is_mixture, require
+from data_pipeline.config import DataConfig, divisors, is_mixture, require
 from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
 from training.config.unet import for_stage, resolve
@@ -126,13 +126,13 @@ def check_lanes(config: Experiment, world_size: int) -> None:
     """Every rank gets the same number of lanes."""
     data = config.data
     lanes = data.lane_count
-    allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    allowed = divisors(lanes)
     if data.global_batch % world_size:
         other = f"data.global_batch to a multiple of {world_size}"
     else:
         other = f"data.lanes to a multiple of {world_size}"
     require(
-        lanes % world_size == 0,
+        world_size in allowed,
         f"{world_size} processes (cluster.nodes x cluster.processes) cannot share the {lanes} lanes of "
         f"data.global_batch={data.global_batch}: use {_or(allowed)} processes, or set {other}",
     )
@@ -143,12 +143,11 @@ def check_micro_batch(config: Experiment, world_size: int) -> None:
     data = config.data
     if not data.micro_batch or data.global_batch % world_size:
         return
-    share = data.global_batch // world_size
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    share = data.share_of(world_size)
     require(
-        share % data.micro_batch == 0,
+        data.micro_batch in divisors(share),
         f"data.micro_batch={data.micro_batch}: it must divide the {share} samples that each of {world_size} "
-        f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors)}",
+        f"processes gets of data.global_batch={data.global_batch}; use {_or(divisors(share))}",
     )
 
 

@@ -259,7 +259,7 @@ class Trial:
 def small(config: PlanCommand) -> Experiment:
     """The experiment at the micro-batch of the plan on the processes of this machine, as `cascade train` takes it."""
     processes = local_processes(config)
-    micro_batch = config.data.micro_batch or max(1, min(MOST_PER_RANK, config.data.global_batch // processes))
+    micro_batch = config.data.micro_batch or max(1, min(MOST_PER_RANK, config.data.share_of(processes)))
     names = {name: getattr(config, name) for name in Experiment.__dataclass_fields__}
     everything = [{**asdict(one), "start": 0, "end": None, "weight": 1.0} for one in config.data.datasets()]
     shards = everything or config.data.shards  # each data set of a mixture is tried

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, divisors
 from data_pipeline.storage import store
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
@@ -126,13 +126,11 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
 def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str, Any]:
     """Whether `cascade train` would take the world size, lanes and micro-batch; all its sentences go to `problems`."""
     lanes, batch = config.data.lane_count, config.data.global_batch
-    share = batch // world
-    micro_batch = config.data.micro_batch or share
     problems += training_problems(config, world)
     return {
         "world_size": batch % world == 0,
-        "lanes": lanes % world == 0,
-        "micro_batch": bool(micro_batch) and share % micro_batch == 0,
+        "lanes": world in divisors(lanes),
+        "micro_batch": config.data.micro_batch_of(world) in divisors(config.data.share_of(world)),
     }
 
 
@@ -141,13 +139,13 @@ def memory_plan(
 ) -> dict[str, Any]:
     """Bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO stage and
     micro-batch."""
-    share = max(1, config.data.global_batch // setup.world_size)
+    share = max(1, config.data.share_of(setup.world_size))
     micro_batch = config.data.micro_batch or share
     parts = memory(setup, passes, micro_batch, encoder)
     beside = DECODER_FLOOR if config.data.own_process and not device.on_gpu else 0
     available = device.memory - beside
     largest = largest_micro_batch(setup, passes, available, encoder)
-    usable = max((n for n in range(1, min(largest, share) + 1) if share % n == 0), default=0)
+    usable = max((n for n in divisors(share) if n <= largest), default=0)
     fits = parts["total"] <= available
     if not fits:
         remedy = f"set data.micro_batch={usable}" if usable else "use a higher zero.stage, offloading or more devices"

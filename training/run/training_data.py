@@ -75,8 +75,7 @@ class TrainingData:
     @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
-        share = self.config.data.global_batch // self.ranks.world_size
-        return share // (self.config.data.micro_batch or share)
+        return self.config.data.accumulate_of(self.ranks.world_size)
 
     @property
     def step(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.common.errors import about
+from data_pipeline.config import divisors
 from data_pipeline.reading.loader import Batch, Loader
 from training.config.experiment import Experiment
 from training.diffusion.objective import loss
@@ -39,14 +40,14 @@ class Validation:
         key, shards = validation_shards(config)
         check_validation(config, ranks.world_size)
         share = self.count // ranks.world_size
-        most = min(share, config.data.micro_batch or config.data.global_batch // ranks.world_size)
+        most = min(share, config.data.micro_batch_of(ranks.world_size))
         data = replace(
             config.data,
             shards=shards,
             global_batch=self.count,
             lanes=self.count,
             window=1,
-            micro_batch=next(size for size in range(most, 0, -1) if share % size == 0),
+            micro_batch=max(size for size in divisors(share) if size <= most),
             embeddings=None,
             captions=config.data.captions.of_members(),
         )

@@ -168,7 +168,7 @@ def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.Mo
     order = [*range(400), 0, 399, 149, 150, 151, 10]
     assert [source.read(number).caption for number in order] == [f"number {number}".encode() for number in order]
     (part,) = source.parts
-    assert len(part._kept) <= 3 and max(map(len, part._kept.values())) <= 32  # type: ignore[attr-defined]
+    assert len(part._kept) <= 3 and max(len(batch) for _, batch in part._kept) <= 32  # type: ignore[attr-defined]
 
 
 def test_lists_of_captions_are_alternatives(place: Path, caplog: Any) -> None:
