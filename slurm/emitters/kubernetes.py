@@ -19,8 +19,7 @@ from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
-from slurm.supervise import FINAL
-from training.processes.endings import EXIT_PREEMPTED
+from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
 PORT = 29400
 NODE = """\
@@ -105,7 +104,7 @@ def manifest(job: Job) -> str:
         "containers": [container],
         "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory"}}],
     }
-    final = {"containerName": "cascade", "operator": "In", "values": sorted(FINAL)}
+    final = {"containerName": "cascade", "operator": "In", "values": sorted(FINAL_CODES)}
     saved = {"containerName": "cascade", "operator": "In", "values": [EXIT_PREEMPTED]}
     spec: dict[str, Any] = {
         "completionMode": "Indexed",

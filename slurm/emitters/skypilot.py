@@ -17,7 +17,7 @@ import yaml
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
-from training.processes.endings import EXIT_PREEMPTED
+from training.processes.exit_codes import EXIT_PREEMPTED
 
 PORT = 29400
 RUN = """\
