@@ -62,10 +62,16 @@ def synthetic(counts: list[int]) -> list[Summary]:
     return [
         Summary(
             Entry(f"s3://bucket/data/{i:06d}.tar", 10**9 + i, f"{i:032x}"),
-            f"s3://bucket/data/{i:06d}.index.parquet", f"{i:016x}", count, count, none, none, False,
+            f"s3://bucket/data/{i:06d}.index.parquet",
+            f"{i:016x}",
+            count,
+            count,
+            none,
+            none,
+            False,
         )
         for i, count in enumerate(counts)
-    ]  # fmt: skip
+    ]
 
 
 def flat() -> None:

@@ -158,10 +158,17 @@ class Training:
     def forward_backward(self) -> None:
         with nullcontext() if self.tricks.fused_attention else sdpa_kernel(SDPBackend.MATH):
             mean, _ = loss(
-                self.engine, self.images, self.text, self.mask,
-                config=self.diffusion, seed=0, positions=self.positions, low_res=self.low_res, global_batch=self.batch,
+                self.engine,
+                self.images,
+                self.text,
+                self.mask,
+                config=self.diffusion,
+                seed=0,
+                positions=self.positions,
+                low_res=self.low_res,
+                global_batch=self.batch,
                 normal=self.normal,
-            )  # fmt: skip
+            )
             self.engine.backward(mean)
 
     def step(self) -> None:

@@ -96,8 +96,9 @@ def living(run_dir: Path) -> list[dict[str, Any]]:
         state = local_state(job, events) if "runner" in job else None
         if state:
             found[job["job"]] = state
-    return [{**job, **dict(zip(("state", "reason"), found[job["job"]], strict=True))} for job in jobs
-            if job["job"] in found]  # fmt: skip
+    return [
+        {**job, **dict(zip(("state", "reason"), found[job["job"]], strict=True))} for job in jobs if job["job"] in found
+    ]
 
 
 def job_states(home: Path) -> list[dict[str, Any]]:

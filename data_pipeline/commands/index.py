@@ -97,8 +97,10 @@ def _copies(entries: list[_Shard], samples: int, patience: Patience) -> list[dic
         if pair["same_picture"]:
             logger.warning(
                 "data sets %s and %s share %d pictures (for example %s), which are trained on twice as often",
-                *pair["datasets"], pair["same_picture"], pair["example"],
-            )  # fmt: skip
+                *pair["datasets"],
+                pair["same_picture"],
+                pair["example"],
+            )
     return found
 
 

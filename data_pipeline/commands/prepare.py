@@ -99,8 +99,17 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
         facts = {"caption": text, "width": draw.size, "height": draw.size, **spec.to_json()}
         return f"{number:09d}", {"png": encoded.getvalue(), "txt": text.encode(), "json": json.dumps(facts).encode()}
 
-    _begin(output, {"draw": split, "size": draw.size, "objects": draw.objects, "count": count, "seed": seed,
-                    "samples_per_shard": draw.samples_per_shard})  # fmt: skip
+    _begin(
+        output,
+        {
+            "draw": split,
+            "size": draw.size,
+            "objects": draw.objects,
+            "count": count,
+            "seed": seed,
+            "samples_per_shard": draw.samples_per_shard,
+        },
+    )
     return _write_all(output, f"{split}-", range(count), draw.samples_per_shard, make, f"drawing {split}")
 
 

@@ -114,8 +114,10 @@ class FolderSource:
                 self._endings.update(name.rpartition(".")[2] or name for name in group)
                 continue
             for _, parts in split_samples(stem, kinds, self.names):
-                yield from self._of_sample({name: group[whole] for name, whole in parts.items()},
-                                           {name: kinds[whole] for name, whole in parts.items()})  # fmt: skip
+                yield from self._of_sample(
+                    {name: group[whole] for name, whole in parts.items()},
+                    {name: kinds[whole] for name, whole in parts.items()},
+                )
         for path in again:
             if path.suffix[1:].lower() in IMAGE_EXTENSIONS:
                 beside = groups[path.parent, path.name.partition(".")[0]]

@@ -100,8 +100,10 @@ class Prefetcher:
             logger.warning(
                 "%.0f lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
                 "by one, which is slow; give more data.prefetch_mb, a smaller data.window, or data.cache_dir",
-                lanes, window / 1e9, budget / 1e9,
-            )  # fmt: skip
+                lanes,
+                window / 1e9,
+                budget / 1e9,
+            )
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Callable[[], Sample]]]:
         """(position, shard, row, a function that waits for the sample and returns it)."""
@@ -197,8 +199,9 @@ class Prefetcher:
             self._said_scattered = True
             logger.warning(
                 "%s: the members of a sample lie far apart, so each is a request of its own, which is slow; `cascade "
-                "prepare prepare.kind=shards` packs samples together", self._reader.dataset.urls[shard],
-            )  # fmt: skip
+                "prepare prepare.kind=shards` packs samples together",
+                self._reader.dataset.urls[shard],
+            )
 
     def _bring(self, unit: _Unit) -> dict[int, Any]:
         """Requests a unit and cuts it up, so that each sample's memory is free once it is collected."""

@@ -173,8 +173,9 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
         if missing:
             logger.warning(
                 "no index for %d of %d shards: building it now, once (`cascade index` does it ahead)",
-                len(missing), len(urls),
-            )  # fmt: skip
+                len(missing),
+                len(urls),
+            )
             for number, summary in _build_all(missing, entries, config, patience, pool):
                 loaded[number] = summary
     summaries = [summary for summary in loaded if summary is not None]
@@ -220,8 +221,9 @@ def _report(dataset: Dataset) -> None:
         if damage:
             logger.warning("%s: %s", summary.entry.url, ", ".join(f"{n} x {name}" for name, n in damage.items()))
         if summary.compressed:
-            logger.warning("%s: it is compressed, so every read begins at its start; store it as plain tar",
-                           summary.entry.url)  # fmt: skip
+            logger.warning(
+                "%s: it is compressed, so every read begins at its start; store it as plain tar", summary.entry.url
+            )
     hint = _hint(dataset)
     if dataset.dropped:
         reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())

@@ -13,21 +13,27 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.retry import DEFAULT, Backoff, Patience, describe_error
+from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error
 from data_pipeline.storage.s3_errors import Denied, Missing, causes_of
 
 T = TypeVar("T")
 
 SCHEMES = {
-    "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub",
-    "http": "aiohttp", "https": "aiohttp", "memory": "fsspec",
-}  # fmt: skip
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "memory": "fsspec",
+}
 """Scheme -> the package that fsspec needs for it."""
 _EXTRAS = {"gcsfs": "gs", "adlfs": "az"}
 _READ_ONLY = ("http", "https")
 PIECE = 8 << 20
 """Bytes per request of a stream."""
-FIRST_CONTACT_S = 30.0
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
 """Where the file systems tell one version of an object from another; the first that is there counts."""
 

@@ -22,6 +22,8 @@ HURRY_S = 15.0
 """Seconds that a failing store may still take once the process has been asked to stop (see `Patience.hurry`)."""
 READ_S = 1.5
 """The same for what only reads, of which nothing must be saved."""
+FIRST_CONTACT_S = 30.0
+"""Deadline for an endpoint that has never answered in this process: rather a wrong address than an outage."""
 NAP_S = 0.25
 _asked_at: float | None = None
 _asked_by = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.storage import s3_errors
-from data_pipeline.storage.retry import DEFAULT, NAP_S, Backoff, Patience
+from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, NAP_S, Backoff, Patience
 from data_pipeline.storage.s3_errors import Changed, Denied, Missing, endpoint
 
 __all__ = [
@@ -44,8 +44,6 @@ PAGE = 1000
 """Objects per page of a listing."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
-FIRST_CONTACT_S = 30.0
-"""Deadline for an endpoint that has never answered in this process: rather a wrong address than an outage."""
 
 _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}

@@ -14,24 +14,49 @@ from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.retry import describe_error
 
 DENIED = {
-    "AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
-    "ExpiredTokenException", "RequestExpired", "AllAccessDisabled", "AccountProblem", "TokenRefreshRequired",
-    "RequestTimeTooSkewed", "InvalidClientTokenId", "401", "Unauthorized",
-}  # fmt: skip
+    "AccessDenied",
+    "403",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "ExpiredTokenException",
+    "RequestExpired",
+    "AllAccessDisabled",
+    "AccountProblem",
+    "TokenRefreshRequired",
+    "RequestTimeTooSkewed",
+    "InvalidClientTokenId",
+    "401",
+    "Unauthorized",
+}
 PATH_STYLE = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess", "PathStyleAccessDenied"}
 """What stores say that want the bucket in the host name."""
 REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 TRANSIENT = {
-    "SlowDown", "RequestTimeout", "429", "TooManyRequests", "Throttling", "ThrottlingException", "408",
+    "SlowDown",
+    "RequestTimeout",
+    "429",
+    "TooManyRequests",
+    "Throttling",
+    "ThrottlingException",
+    "408",
     "OperationAborted",
-}  # fmt: skip
+}
 _PASSING_STATUS = {408, 425, 429}
 _LASTING_STATUS = {501, 505}
 _NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"}
 _SETTINGS = (
-    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION",
-)  # fmt: skip
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "FSSPEC_S3_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_REGION",
+)
 
 
 class Denied(DataError):

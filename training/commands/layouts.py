@@ -40,8 +40,14 @@ KEPT_IN = {
     "oneig": "prompts=FILE.csv",
 }
 """What those lists are."""
-CLASSES = {"anime": "anime", "portrait": "human", "general": "object", "text": "text", "knowledge": "reasoning",
-           "multilingualism": "multilingualism"}  # fmt: skip
+CLASSES = {
+    "anime": "anime",
+    "portrait": "human",
+    "general": "object",
+    "text": "text",
+    "knowledge": "reasoning",
+    "multilingualism": "multilingualism",
+}
 """First word of OneIG-Bench's category -> its folder."""
 MODEL = "cascade"
 """Name of the model among those that OneIG-Bench compares."""

@@ -385,8 +385,25 @@ class Verb:
     """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
 
 
-EVERYTHING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
-              "evaluation", "checkpoint", "wandb", "trackers", "cluster", "seed")  # fmt: skip
+EVERYTHING = (
+    "run",
+    "train",
+    "data",
+    "stage",
+    "text",
+    "optimizer",
+    "ema",
+    "lora",
+    "zero",
+    "precision",
+    "validation",
+    "evaluation",
+    "checkpoint",
+    "wandb",
+    "trackers",
+    "cluster",
+    "seed",
+)
 COMMANDS: dict[str, Verb] = {
     "prepare": Verb(
         Experiment,

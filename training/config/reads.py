@@ -14,15 +14,41 @@ ALWAYS = ("json", "debug")
 SHARDS = ("data.shards", "data.members", "data.index_dir", "data.deadline_s", "data.stall_s")
 CAPTIONING = ("data.max_pixels", "data.background", "data.srgb")
 DECODING = (*SHARDS, "data.threads", "data.captions", "data.max_pixels", "data.background", "data.srgb")
-HELDOUT = (*(key for key in DECODING if key != "data.shards"), "data.window",
-           "data.own_process", "data.prefetch_mb", "data.cache_dir", "data.cache_gb")  # fmt: skip
+HELDOUT = (
+    *(key for key in DECODING if key != "data.shards"),
+    "data.window",
+    "data.own_process",
+    "data.prefetch_mb",
+    "data.cache_dir",
+    "data.cache_gb",
+)
 """Of reference pictures, whose shards, crop and scale the evaluation decides."""
 PLACE = ("run.dir", "run.name", "stage.name")
 """run.dir is runs/RUN.NAME/STAGE.NAME unless it is given."""
 DEVICES = ("cluster", "precision.dtype")
-TRAINING = ("run", "train", "data", "stage", "text", "optimizer", "ema", "lora", "zero", "precision", "validation",
-            "checkpoint", "wandb", "trackers", "cluster", "seed", "evaluation.every", "evaluation.reference",
-            "evaluation.samples", "evaluation.extractors", "evaluation.batch")  # fmt: skip
+TRAINING = (
+    "run",
+    "train",
+    "data",
+    "stage",
+    "text",
+    "optimizer",
+    "ema",
+    "lora",
+    "zero",
+    "precision",
+    "validation",
+    "checkpoint",
+    "wandb",
+    "trackers",
+    "cluster",
+    "seed",
+    "evaluation.every",
+    "evaluation.reference",
+    "evaluation.samples",
+    "evaluation.extractors",
+    "evaluation.batch",
+)
 SUBMITTING = ("cluster", "run.")
 """What `launch` reads itself, for the scripts and where they go."""
 Reads = Callable[[Any], Iterable[str]]
@@ -43,14 +69,24 @@ def _prepare(config: Any) -> Iterable[str]:
         "images",
     )
     shards = (*SHARDS[2:], "data.filter", "data.cache_dir", "data.cache_gb") if config.prepare.kind == "shards" else ()
-    return (*(f"prepare.{name}" for name in settings), *shards, "data.members", "data.max_pixels",
-            "data.threads")  # fmt: skip
+    return (*(f"prepare.{name}" for name in settings), *shards, "data.members", "data.max_pixels", "data.threads")
 
 
 def _sample(config: Any) -> Iterable[str]:
     own = ["from_bundle", "output", "num_images", "layout", "size", "stages", "low_res", "image", "mask", "batch"]
-    keys = [*own, *SAMPLER_KEYS, *DEVICES, "explain", "prompts", "negative_prompts", "seed", "run.name",
-            "bundle.text_path", "sampling.columns", "sampling.prompts"]  # fmt: skip
+    keys = [
+        *own,
+        *SAMPLER_KEYS,
+        *DEVICES,
+        "explain",
+        "prompts",
+        "negative_prompts",
+        "seed",
+        "run.name",
+        "bundle.text_path",
+        "sampling.columns",
+        "sampling.prompts",
+    ]
     keys += [] if config.from_bundle else ["bundle.dir"]
     keys += [] if config.output else ["sampling.output"]
     return keys + (["strength"] if config.image is not None else [])

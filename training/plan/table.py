@@ -38,19 +38,27 @@ def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
         ("parameters", f"{plan['parameters'] / 1e6:,.1f} M{trained}"),
-        ("FLOPs per image", f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training ({3 - frozen} x forward, "
-                            "counted)"),
-        ("devices", f"{plan['world_size']} x {plan['gpu']} on {plan['nodes']} node(s), ZeRO {plan['zero_stage']}; peak "
-                    f"{plan['peak_flops'] / 1e12:,.1f} TFLOP/s ({plan['peak_basis']})"),
-    ]  # fmt: skip
+        (
+            "FLOPs per image",
+            f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training ({3 - frozen} x forward, counted)",
+        ),
+        (
+            "devices",
+            f"{plan['world_size']} x {plan['gpu']} on {plan['nodes']} node(s), ZeRO {plan['zero_stage']}; peak "
+            f"{plan['peak_flops'] / 1e12:,.1f} TFLOP/s ({plan['peak_basis']})",
+        ),
+    ]
 
 
 def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     parts = plan["memory"]
     rows = [
-        ("memory per GPU", f"{gib(parts['total'])} of {gib(plan['memory_available'])} at micro-batch "
-                           f"{plan['micro_batch']}; highest in the {parts['moment']}"),
-    ]  # fmt: skip
+        (
+            "memory per GPU",
+            f"{gib(parts['total'])} of {gib(plan['memory_available'])} at micro-batch "
+            f"{plan['micro_batch']}; highest in the {parts['moment']}",
+        ),
+    ]
     rows += [(f"  {name.replace('_', ' ')}", gib(parts[name])) for name in PARTS if parts.get(name)]
     if plan["memory_beside"]:
         rows.append(("  decoding process", f"{gib(plan['memory_beside'])} beside it, already taken off what there is"))
@@ -66,11 +74,14 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("speed", f"{plan['images_per_second']:,.1f} images/s, {plan['seconds_per_step']:,.3f} s per step, assuming "
-                  f"{plan['mfu']:.0%} MFU"),
+        (
+            "speed",
+            f"{plan['images_per_second']:,.1f} images/s, {plan['seconds_per_step']:,.3f} s per step, assuming "
+            f"{plan['mfu']:.0%} MFU",
+        ),
         ("time", f"{plan['days']:,.2f} days for {plan['steps']:,} steps, {plan['images']:,} images"),
         ("cost", f"{plan['cost']:,.0f} dollars, {plan['gpu_hours']:,.1f} GPU hours at {plan['price']:g}"),
-    ]  # fmt: skip
+    ]
 
 
 def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -78,27 +89,41 @@ def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
         *_text(plan["text_encoder"]),
         ("data", _data(plan["data"])),
         ("store", f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read ({plan['data']['basis']} bytes each)"),
-        ("checkpoint", f"{gib(plan['checkpoint_bytes'])}, {plan['checkpoint_seconds']:,.1f} s in the background, "
-                       f"{plan['checkpoint_blocked_seconds']:,.2f} s of them blocking, every "
-                       f"{plan['checkpoint_every_seconds'] / 60:,.1f} min; {plan['checkpoints_kept']} kept: "
-                       f"{gib(plan['checkpoints_kept_bytes'])}"),
-    ]  # fmt: skip
+        (
+            "checkpoint",
+            f"{gib(plan['checkpoint_bytes'])}, {plan['checkpoint_seconds']:,.1f} s in the background, "
+            f"{plan['checkpoint_blocked_seconds']:,.2f} s of them blocking, every "
+            f"{plan['checkpoint_every_seconds'] / 60:,.1f} min; {plan['checkpoints_kept']} kept: "
+            f"{gib(plan['checkpoints_kept_bytes'])}",
+        ),
+    ]
 
 
 def _text(text: dict[str, Any]) -> list[tuple[str, str]]:
     if not text["parameters"]:
         return [("text encoder", f"{text['kind']}: {text['basis']}, costs nothing worth counting")]
     online, once = text["online"], text["precomputed"]
-    price = "number of samples not known" if once["cost"] is None else (
-        f"{once['gpu_hours']:,.1f} GPU hours ({once['cost']:,.0f} dollars) once, at most {gib(once['bytes'])} of files"
-    )  # fmt: skip
+    price = (
+        "number of samples not known"
+        if once["cost"] is None
+        else (
+            f"{once['gpu_hours']:,.1f} GPU hours ({once['cost']:,.0f} dollars) once, at most {gib(once['bytes'])} "
+            "of files"
+        )
+    )
     return [
-        ("text encoder", f"{text['kind']}, {text['parameters'] / 1e6:,.0f} M parameters ({text['basis']}); this plan: "
-                         f"{text['mode']}"),
-        ("  online", f"{online['gpu_hours']:,.1f} GPU hours ({online['cost']:,.0f} dollars), {gib(online['memory'])} "
-                     f"per GPU, {online['images_per_second']:,.1f} images/s"),
+        (
+            "text encoder",
+            f"{text['kind']}, {text['parameters'] / 1e6:,.0f} M parameters ({text['basis']}); this plan: "
+            f"{text['mode']}",
+        ),
+        (
+            "  online",
+            f"{online['gpu_hours']:,.1f} GPU hours ({online['cost']:,.0f} dollars), {gib(online['memory'])} "
+            f"per GPU, {online['images_per_second']:,.1f} images/s",
+        ),
         ("  precomputed", f"{price}, {once['images_per_second']:,.1f} images/s (cascade embed)"),
-    ]  # fmt: skip
+    ]
 
 
 def _data(data: dict[str, Any]) -> str:

@@ -110,8 +110,13 @@ class Watchdog:
                 warned = now
                 log.warning(
                     "rank %d has been in %s, phase %s, for %.0f s%s; the stacks of its threads are in %s",
-                    self.ranks.rank, where, name, silent, self._others(), self.log_file or "its output",
-                )  # fmt: skip
+                    self.ranks.rank,
+                    where,
+                    name,
+                    silent,
+                    self._others(),
+                    self.log_file or "its output",
+                )
                 self._dump_stacks()
             if silent > (self.patient_s if self.patient or name in PATIENT else self.limit_s):
                 sentence = (

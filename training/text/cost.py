@@ -99,8 +99,10 @@ def _model_cost(text: TextConfig) -> TextCost:
         make = getattr(kind, "from_config", None) or kind._from_config
         model = tower(make(own if settings.model_type == "clip" else settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens, width = text.max_tokens, own.num_attention_heads * (getattr(own, "head_dim", None) or own.hidden_size //
-                                                                own.num_attention_heads)  # fmt: skip
+    tokens, width = (
+        text.max_tokens,
+        own.num_attention_heads * (getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads),
+    )
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
     flops = 2 * tokens * matrices + own.num_hidden_layers * 4 * tokens * tokens * width
     return TextCost(parameters, "counted", parameters * (2 if text.dtype == "bf16" else 4), float(flops))

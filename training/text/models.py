@@ -19,8 +19,20 @@ from training.text.identity import fetch_hint
 
 T5_TYPES = ("t5", "mt5", "umt5")
 """`model_type` of the encoders that `text.kind=t5` accepts; T5 v1.1 and ByT5 call themselves t5."""
-HIDDEN_TYPES = ("t5gemma", "gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl",
-                "qwen3_vl", "llama", "mistral")  # fmt: skip
+HIDDEN_TYPES = (
+    "t5gemma",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "llama",
+    "mistral",
+)
 """Of the models that `text.kind=hidden` accepts."""
 CLIP_TYPES = ("clip", "clip_text_model")
 TYPES = {"t5": T5_TYPES, "hidden": HIDDEN_TYPES, "clip": CLIP_TYPES}
