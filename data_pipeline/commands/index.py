@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive
 from data_pipeline.common.progress import progress
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.copies import copies
 from data_pipeline.shards.dataset import keep_rows, patience_of
@@ -40,7 +40,7 @@ class IndexSettings(Protocol):
 
 
 def main(config: IndexSettings) -> dict[str, Any]:
-    """Runs `cascade index`; the last line on stdout is the result as JSON.
+    """Runs `cascade index`; the last line on stdout is the result as JSON, in a terminal several for people.
 
     Returns:
         {"shards": .., "samples": .., "problems": {reason: count}, "built": shards walked now, "remaining": samples that
@@ -79,7 +79,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
     if sets:
         result |= {"datasets": sets, "copies": _copies(entries, samples, patience)}
     if not config.json:
-        print(json.dumps(result), flush=True)
+        print_result(result)
     return result
 
 

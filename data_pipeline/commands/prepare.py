@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.content.captions import decode_text, json_caption
 from data_pipeline.content.members import CAPTION_ENDINGS
@@ -51,7 +52,7 @@ class PrepareSettings(Protocol):
 
 
 def main(config: PrepareSettings) -> dict[str, Any]:
-    """Runs `cascade prepare`; the last line on stdout is the result as JSON.
+    """Runs `cascade prepare`; the last line on stdout is the result as JSON, in a terminal several for people.
 
     Returns:
         {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings and with prepare.heldout
@@ -71,7 +72,7 @@ def main(config: PrepareSettings) -> dict[str, Any]:
         place = error.filename or settings.output
         raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
     if not config.json:
-        print(json.dumps(result), flush=True)
+        print_result(result)
     if result["dropped"] and not result["samples"]:
         raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there says why")
     return result

@@ -21,6 +21,7 @@ from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
 from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.content import captions, images
 from data_pipeline.content.captions import Caption
@@ -60,7 +61,7 @@ class VerifySettings(Protocol):
 
 
 def main(config: VerifySettings) -> dict[str, Any]:
-    """Runs `cascade verify`; the last line on stdout is the result as JSON.
+    """Runs `cascade verify`; the last line on stdout is the result as JSON, in a terminal several for people.
 
     Returns:
         {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count},
@@ -90,7 +91,7 @@ def main(config: VerifySettings) -> dict[str, Any]:
         logger.warning("%s", hint)
     result = {**tally.result(), "shards": len(entries), "quarantine": quarantine, "report": page}
     if not config.json:
-        print(json.dumps(result), flush=True)
+        print_result(result)
     return result
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -19,6 +23,23 @@ class VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text, control characters shown instead of sent."""
         return visible(super().format(record))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """What a command has found: lines for people in a terminal, one line of JSON for programs."""
+    print(in_lines(result) if sys.stdout.isatty() else json.dumps(result), flush=True)
+
+
+def in_lines(result: Mapping[str, Any]) -> str:
+    """`name: value` per line; counts by name stand behind each other."""
+    width = max(map(len, result), default=0) + 1
+    return "\n".join(f"{name + ':':<{width}} {_in_words(value)}" for name, value in result.items())
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{visible(str(name))} {count:,}" for name, count in value.items()) or "none"
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else visible(str(value))
 
 
 def guard_messages() -> None:

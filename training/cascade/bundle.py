@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage.folder import in_cache, open_folder
+from data_pipeline.storage.store import is_remote
 from training.checkpoint.provenance import code_version
 from training.checkpoint.safetensors import Digest, chunks
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
@@ -108,8 +109,8 @@ def _open_run(run: str, experiment: str) -> Checkpoint:
         return CheckpointStore(run.rstrip("/")[: -len(name)]).open(int(name.removeprefix("step-")))
     checkpoint = CheckpointStore(checkpoint_dir(run)).newest()
     if checkpoint is None:
-        known = "" if experiment == "default" else f" experiment={experiment} stage={name}"
-        command = f"cascade train{known} run.dir={run}"
+        known = "" if experiment == "default" else f" experiment={experiment} stage={'...' if is_remote(run) else name}"
+        command = f"cascade train{known} {'checkpoint' if is_remote(run) else 'run'}.dir={run}"
         raise NoCheckpoint(f"bundle.runs: {run} has no checkpoint yet; make one with: {command}")
     return checkpoint
 

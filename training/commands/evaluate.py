@@ -5,7 +5,8 @@
     OUTPUT/report.md        the same as tables
     OUTPUT/report.html      one page with figures, pictures and protocol; needs no server and no network
     OUTPUT/shown.npz        some pictures of each category, for the page over all checkpoints
-    OUTPUT/samples.png      samples with their captions; with evaluation.kind=shapes wrong ones are marked
+    OUTPUT/samples.png      samples with their captions, beside the reference pictures of these; with
+                            evaluation.kind=shapes wrong ones are marked, and shown first where there are too many
     OUTPUT/parts/           features of what has been drawn: the same command again continues there
 
 shapes    an oracle reads background, colour, size, shape (and relation) from the samples, and from the real drawings,

@@ -191,6 +191,7 @@ class Evaluation:
             return arrays
         drawings = self._sample(
             [prompt for prompt in prompts for _ in range(several)],
+            sum(sampler.steps for sampler in self.samplers),
             numbers=[number + i for number in numbers for i in range(several)],
             **self._true_low_res(pictures[: len(prompts)]),
             **self.config.sampler_settings,
@@ -249,14 +250,11 @@ class Evaluation:
         low = [box_average(picture, factor) for picture in pictures for _ in range(self.settings.images_per_prompt)]
         return {"stages": [stage.config.name for stage in self.stages], "low_res": low}
 
-    def _sample(self, prompts: Sequence[str], title: str = "sampling", **options: Any) -> list[Drawing]:
-        """Draws with a progress bar over sampler steps."""
-        with progress(unit="step", desc=title) as bar:
-            totals: dict[str, int] = {}
+    def _sample(self, prompts: Sequence[str], each: int, title: str = "sampling", **options: Any) -> list[Drawing]:
+        """Draws with a progress bar over sampler steps, `each` of them for a batch."""
+        with progress(total=each * -(-len(prompts) // self.settings.batch), unit="step", desc=title) as bar:
 
             def advance(stage: str, done: int, of: int) -> None:
-                totals[stage] = of
-                bar.total = sum(totals.values())
                 bar.set_description(f"{title} {stage}", refresh=False)
                 bar.update()
 
@@ -321,9 +319,11 @@ class Evaluation:
     ) -> dict[str, Any]:
         """What only this kind of evaluation adds to the result; writes samples.png, and adds its figures to `kept`."""
         pictures, at = self._of_chosen(arrays)
-        sheets.save(
-            report.sheet_of_pictures(images_of(pictures), [captions[i] for i in at]), self._output / "samples.png"
-        )
+        true = [] if self.prompts else arrays.get("original", ())
+        places = [int(arrays["place"][i]) for i in at]
+        beside = [Image.fromarray(true[place]) for place in places] if max(places, default=0) < len(true) else []
+        sheet = report.sheet_of_pictures(images_of(pictures), [captions[i] for i in at], beside)
+        sheets.save(sheet, self._output / "samples.png")
         return {}
 
     def _of_chosen(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[int]]:

@@ -93,7 +93,10 @@ class ShapesEvaluation(Evaluation):
         real = self._real()
         base = [np.asarray(_enlarged(Image.fromarray(picture), self.size)) for picture in first]
         readings, scores = _read_all(final, specs)
-        sheets.save(report.sheet_of_shapes(images_of(shown), captions, readings, scores), self._output / "samples.png")
+        several = self.settings.images_per_prompt
+        true = [] if self.prompts else [Image.fromarray(p) for p in real.pictures for _ in range(several)]
+        sheet = report.sheet_of_shapes(images_of(shown), captions, readings, scores, true)
+        sheets.save(sheet, self._output / "samples.png")
         # the same captions drawn again: what a perfect cascade would score
         again = np.stack([render(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
         floors = {
@@ -143,6 +146,7 @@ class ShapesEvaluation(Evaluation):
             for name, level in (("sr", 0.0), ("sr_noised", sampler.aug_level)):
                 drawings = self._sample(
                     real.captions[:count],
+                    sampler.steps,
                     "restoring with",
                     stages=stage.name,
                     low_res=low,

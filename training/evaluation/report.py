@@ -64,22 +64,46 @@ def sheet_of_shapes(
     captions: Sequence[str],
     readings: Sequence[Reading],
     scores: Scores,
+    references: Sequence[Image.Image] = (),
 ) -> Image.Image:
-    """The first samples, all stages side by side; wrong ones framed, with what was seen and which words failed."""
+    """Samples, all stages side by side, and the true picture of the caption where there are `references`, one per
+    sample; wrong ones framed, with what was seen and which words failed. Where there are too many, wrong ones are
+    shown before right ones."""
+    wrong = [i for i, score in enumerate(scores) if not score["all"]]
+    shown = sorted([*wrong, *(i for i, score in enumerate(scores) if score["all"])][:SHEET_CELLS])
     cells = []
-    for pictures, caption, reading, score in list(zip(images, captions, readings, scores, strict=True))[:SHEET_CELLS]:
-        failed = [field for field in FIELDS[:-1] if not score.get(field, True)]
-        note = f"seen: {reading}; wrong: {', '.join(failed)}" if failed else "right"
-        labels = [f"{picture.width} px" for picture in pictures]
-        cells.append(Cell(list(pictures), caption, labels, note, wrong=bool(failed)))
-    right = sum(score["all"] for score in scores)
-    return sheet(cells, columns=4, title=f"{right} of {len(scores)} samples right; wrong ones are framed")
+    for i in shown:
+        failed = [field for field in FIELDS[:-1] if not scores[i].get(field, True)]
+        note = f"seen: {readings[i]}; wrong: {', '.join(failed)}" if failed else "right"
+        labels = [f"{picture.width} px" for picture in images[i]]
+        cells.append(_beside(images[i], labels, captions[i], references, i, note=note, wrong=bool(failed)))
+    title = f"{len(scores) - len(wrong)} of {len(scores)} samples right; "
+    missing = len(wrong) - sum(cell.wrong for cell in cells)
+    title += f"the first {SHEET_CELLS} of {len(wrong)} wrong ones" if missing else "wrong ones are framed"
+    return sheet(cells, columns=4, title=title)
 
 
-def sheet_of_pictures(images: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """The first samples with their captions."""
-    pairs = list(zip(images, captions, strict=True))[:SHEET_CELLS]
-    return sheet([Cell([pictures[-1]], caption) for pictures, caption in pairs], columns=6)
+def sheet_of_pictures(
+    images: Sequence[Sequence[Image.Image]], captions: Sequence[str], references: Sequence[Image.Image] = ()
+) -> Image.Image:
+    """The first samples with their captions, beside the true pictures of these where there are `references`."""
+    drawn = list(zip(images, captions, strict=True))[:SHEET_CELLS]
+    cells = [_beside(all_[-1:], ["sample"], text, references, i) for i, (all_, text) in enumerate(drawn)]
+    return sheet(cells, columns=3 if references else 6)
+
+
+def _beside(
+    pictures: Sequence[Image.Image],
+    labels: Sequence[str],
+    caption: str,
+    references: Sequence[Image.Image],
+    place: int,
+    **more: Any,
+) -> Cell:
+    """A cell, with the reference of sample `place` at the right."""
+    if place >= len(references):
+        return Cell(list(pictures), caption, list(labels) if len(pictures) > 1 else [], **more)
+    return Cell([*pictures, references[place]], caption, [*labels, "reference"], **more)
 
 
 def markdown(result: dict[str, Any]) -> str:

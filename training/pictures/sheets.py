@@ -18,6 +18,7 @@ log = logging.getLogger("cascade")
 SHOWN = 192
 """Pictures smaller than this are enlarged by integer factors (nearest neighbour); those above `LARGEST` are shrunk."""
 LARGEST = 512
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 GAP, MARGIN, FONT_SIZE = 8, 16, 14
 PAPER, INK, FAINT, GOOD, BAD = "white", "#202020", "#707070", "#2e8b57", "#c62828"
 FONTS = (
@@ -132,7 +133,12 @@ def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
         else:
             line += word
     lines.append(line.rstrip())
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1].rstrip() + " ..."]
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + ELLIPSIS) > width:
+        last = last[:-1].rstrip()
+    return [*lines[: most - 1], last + ELLIPSIS]
 
 
 def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
