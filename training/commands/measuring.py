@@ -319,7 +319,7 @@ class Evaluation:
     ) -> dict[str, Any]:
         """What only this kind of evaluation adds to the result; writes samples.png, and adds its figures to `kept`."""
         pictures, at = self._of_chosen(arrays)
-        true = [] if self.prompts else arrays.get("original", ())
+        true: Any = () if self.prompts else arrays.get("original", ())
         places = [int(arrays["place"][i]) for i in at]
         beside = [Image.fromarray(true[place]) for place in places] if max(places, default=0) < len(true) else []
         sheet = report.sheet_of_pictures(images_of(pictures), [captions[i] for i in at], beside)
