@@ -7,7 +7,7 @@ WORKERS ?= 2
 TORCH  := torch==2.13.0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help demo demo-long test lint format setup clean
+.PHONY: help demo demo-long test lint format api setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
@@ -41,6 +41,9 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 format: $(VENV)/.installed-test  ## format and fix with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+api: setup  ## docs/api.md from the docstrings
+	$(BIN)/python docs/api.py
 
 setup: $(VENV)/.installed  ## the virtual environment, with the exact versions of requirements.lock
 

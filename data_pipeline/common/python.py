@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[2])
+ROOT = str(Path(__file__).resolve().parents[__name__.count(".")])
 """The directory that holds the packages: a checkout, or site-packages."""
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from training.checkpoint.provenance import FROZEN, code_version
 
-PACKAGES = ("training", "data_pipeline", "slurm", "conf")
+TOP = __name__.partition(".")[0]
+PACKAGES = ("training", "data_pipeline", "slurm", "conf") if TOP == "slurm" else (TOP,)
+"""An installed wheel has everything inside one package (setup.py)."""
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 DIFF = "changes.diff"
 """What the working tree had on top of its commit."""
@@ -36,7 +38,7 @@ def freeze(folder: Path) -> Path:
     version = code_version()
     (scratch / FROZEN).write_text(json.dumps({key: version[key] for key in ("commit", "dirty")}))
     if version["dirty"]:
-        root = sources["training"].parent
+        root = sources[PACKAGES[0]].parent
         done = subprocess.run(["git", "-C", str(root), "diff", "--binary", "HEAD"], capture_output=True)
         (scratch / DIFF).write_bytes(done.stdout)
     try:

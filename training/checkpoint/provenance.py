@@ -16,7 +16,7 @@ FROZEN = "frozen.json"
 
 def code_version() -> dict[str, Any]:
     """The commit of this code (None outside a git checkout), whether it had changes on top, and package versions."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[__name__.count(".")]
 
     def git(*words: str) -> str | None:
         try:

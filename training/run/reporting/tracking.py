@@ -17,6 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
+import data_pipeline
+import training
 from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
@@ -50,7 +52,7 @@ def start_logging(run: RunDir, ranks: Ranks) -> None:
         terminal.setLevel(logging.INFO)
         root.addHandler(terminal)
     root.setLevel(logging.WARNING)
-    for name in ("cascade", "training", "data_pipeline"):
+    for name in ("cascade", training.__name__, data_pipeline.__name__):
         logging.getLogger(name).setLevel(SILENT)
 
 
