@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
@@ -49,6 +50,10 @@ class FilterConfig:
     """Greatest probability of unsafe content in the `.json`, 0 to 1."""
     min_similarity: float | None = None
     """Least similarity of picture and caption in the `.json`, -1 to 1."""
+    min_ratio: float | None = None
+    """Width / height, of pictures as stored; those of unknown size count as squares."""
+    below_ratio: float | None = None
+    """Width / height must lie below this."""
     min_caption: int | None = None
     """Caption length in characters."""
     max_caption: int | None = None
@@ -270,6 +275,9 @@ class DataConfig:
     """How long a broken store is retried without a byte of progress."""
     stall_s: float = 20.0
     """A read without a byte for this long is broken off and continued by a new connection."""
+    buckets: list[str] = field(default_factory=list)
+    """Shapes of the training pictures, [1x1,4x3,3x4,16x9,9x16]: each picture is cut to the nearest one, of as many
+    pixels as a square of the stage, and all pictures of a step have one shape. Empty: squares."""
     embeddings: Any = None
     """Sidecar shards of precomputed text embeddings; null: encode online."""
     members: MembersConfig = field(default_factory=MembersConfig)
@@ -294,6 +302,11 @@ class DataConfig:
             f"data.lanes={self.lanes}: it must be 0 (automatic) or divide data.global_batch={self.global_batch}",
         )
 
+        self.ratios()
+        require(
+            not (self.buckets and is_mixture(self.shards)),
+            "data.buckets: a mixture of data sets trains on squares; leave one of the two out",
+        )
         if is_mixture(self.shards):
             written = [self.shards] if isinstance(self.shards, Mapping) else self.shards
             pairs = zip(written, self.datasets(), strict=True)
@@ -332,6 +345,37 @@ class DataConfig:
     def schedule(self) -> list[tuple[int, list[Fraction]]]:
         """(position, share of each of the `datasets`) from each position on at which the shares change."""
         return _schedule(self.datasets())
+
+    def ratios(self) -> dict[str, float]:
+        """Width / height of each of the `buckets`, ascending.
+
+        Raises:
+            ConfigError: one is no WIDTHxHEIGHT, or two are the same.
+        """
+        found: dict[str, float] = {}
+        for name in self.buckets:
+            match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", str(name))
+            require(match is not None, f"data.buckets: {name!r} is no shape; write WIDTHxHEIGHT, such as 4x3")
+            assert match is not None
+            ratio = int(match[1]) / int(match[2])
+            require(ratio not in found.values(), f"data.buckets: {name} is there twice")
+            require(1 / 8 <= ratio <= 8, f"data.buckets: {name}: the longer side may be 8 times the shorter one")
+            found[str(name)] = ratio
+        return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+    def bucket_parts(self) -> dict[str, DataConfig]:
+        """The settings of each bucket, as if its pictures were a data set alone: those whose ratio is nearest to its
+        own, in logarithms."""
+        ratios = self.ratios()
+        names, values = list(ratios), list(ratios.values())
+        bounds: list[float | None] = [None, *((a * b) ** 0.5 for a, b in pairwise(values)), None]
+        found = {}
+        for name, (low, high) in zip(names, pairwise(bounds), strict=True):
+            low = max(low or 0, self.filter.min_ratio or 0) or None
+            limits = [limit for limit in (high, self.filter.below_ratio) if limit is not None]
+            rules = replace(self.filter, min_ratio=low, below_ratio=min(limits) if limits else None)
+            found[name] = replace(self, buckets=[], filter=rules)
+        return found
 
     def shares(self) -> list[tuple[int, dict[str, str]]]:
         """The same by name, as exact fractions, without the data sets that have none; of no mixture {"": "1"}."""

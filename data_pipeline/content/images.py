@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
 from data_pipeline.content.members import is_unsupported, picture_kind, unsupported_hint
-from data_pipeline.content.resize import box_average, resize_square
+from data_pipeline.content.resize import box_average, resize_box, resize_square
 from data_pipeline.order.chance import hash_below, hash_uniform
 
 __all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
@@ -58,6 +58,7 @@ def training_pair(
     size: int,
     low_res_size: int = 0,
     crop_size: int = 0,
+    shape: tuple[int, int] | None = None,
     crop: str = "center",
     flip: float = 0.0,
     seed: int = 0,
@@ -77,12 +78,15 @@ def training_pair(
         size: side of the whole high-res picture, pixels.
         low_res_size: side of the whole low-res picture; 0: no pair. It must divide `size`.
         crop_size: side of the window, a multiple of size / low_res_size; 0: the whole picture.
+        shape: (width, height) in pixels to which the whole picture is cut instead of a square of `size`; multiples of
+            size / low_res_size, without `crop_size`.
         crop: `random` or `center`, for the square and for the window.
         flip: probability of a horizontal flip, 0 to 1.
         margin, max_pixels, background, orientation, srgb: see `decode`.
 
     Returns:
-        high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None.
+        high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None; with `shape`
+        (height, width, 3) and the same divided by the factor.
 
     Raises:
         BadSample: see `decode`.
@@ -94,13 +98,17 @@ def training_pair(
             f"size={size}, low_res_size={low_res_size}, crop_size={crop_size}: low_res_size must divide size, and "
             "crop_size be a multiple of their quotient, up to size"
         )
+    target = size if shape is None else min(shape)
     picture, extent, profile = _decode(
-        data, math.ceil(size * margin), max_pixels, background, orientation, _scratch, srgb
+        data, math.ceil(target * margin), max_pixels, background, orientation, _scratch, srgb
     )
-    x, y, length = _square(extent, crop, seed, position)
-    left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
-    scale = length / size
-    high = to_srgb(resize_square(picture, x + left * scale, y + top * scale, side * scale, side), profile)
+    if shape is None:
+        x, y, length = _square(extent, crop, seed, position)
+        left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
+        scale = length / size
+        high = to_srgb(resize_square(picture, x + left * scale, y + top * scale, side * scale, side), profile)
+    else:
+        high = to_srgb(resize_box(picture, _box(extent, shape, crop, seed, position), shape), profile)
     if flip and hash_uniform(seed, position, "flip") < flip:
         high = np.ascontiguousarray(high[:, ::-1])
     return high, box_average(high, factor) if low_res_size else None
@@ -376,6 +384,24 @@ def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float,
     share = hash_uniform(seed, position, "crop")
     x, y = (math.floor(share * (math.floor(free) + 1)) for free in room)
     return left + x, top + y, side
+
+
+def _box(
+    extent: Extent, shape: tuple[int, int], crop: str, seed: int, position: int
+) -> tuple[float, float, float, float]:
+    """The largest part (left, top, right, bottom) of the shape (width, height), in decoded pixels."""
+    left, top, right, bottom = extent
+    scale = min((right - left) / shape[0], (bottom - top) / shape[1])
+    width, height = shape[0] * scale, shape[1] * scale
+    share = 0.5 if crop == "center" else hash_uniform(seed, position, "crop")
+    x, y = left + share * (right - left - width), top + share * (bottom - top - height)
+    return x, y, x + width, y + height
+
+
+def bucket_shape(ratio: float, size: int, multiple: int) -> tuple[int, int]:
+    """(width, height) of about size x size pixels and of this width / height, both multiples of `multiple`."""
+    width, height = (max(round(size * side / multiple), 1) * multiple for side in (ratio**0.5, ratio**-0.5))
+    return width, height
 
 
 def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:

@@ -42,6 +42,13 @@ def resize_square(picture: np.ndarray, x: float, y: float, length: float, size: 
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+def resize_box(picture: np.ndarray, box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:
+    """The part (left, top, right, bottom) of a picture, resized to `shape` (width, height)."""
+    height, width = picture.shape[:2]
+    inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
+    return np.array(Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC, box=inside))
+
+
 def _fast(
     picture: np.ndarray, start: tuple[float, float], length: float, size: int, axes: tuple[bool, bool]
 ) -> np.ndarray:

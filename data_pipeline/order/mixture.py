@@ -182,11 +182,38 @@ class Shares:
             self._deal(branch, before[chosen], lane[chosen], here[chosen], datasets, own)
 
 
-class MixedOrder:
-    """The order of a mixture: `Order` of each data set, dealt out by `Shares`. Shards are numbered through, data set
-    after data set."""
+class StepShares:
+    """Deals whole steps: all samples of one come from one part, and follow each other in its order.
 
-    def __init__(self, orders: Sequence[Order], shares: Shares) -> None:
+    Args:
+        global_batch: samples per step, a multiple of the number of lanes.
+        shares: of the steps, with one lane.
+    """
+
+    def __init__(self, global_batch: int, shares: Shares) -> None:
+        self._batch, self._shares = global_batch, shares
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shares.split`."""
+        steps, inside = np.divmod(np.asarray(positions, np.int64), self._batch)
+        parts, own = self._shares.split(steps)
+        return parts, own * self._batch + inside
+
+    def expected(self, positions: np.ndarray) -> np.ndarray:
+        """As `Shares.expected`."""
+        return self._shares.expected(np.asarray(positions, np.int64) // self._batch)
+
+    def join(self, part: int, own: np.ndarray) -> np.ndarray:
+        """As `Shares.join`."""
+        steps, inside = np.divmod(np.asarray(own, np.int64), self._batch)
+        return self._shares.join(part, steps) * self._batch + inside
+
+
+class MixedOrder:
+    """The order of a mixture: `Order` of each data set, dealt out by `Shares`, or of each bucket, by `StepShares`.
+    Shards are numbered through, data set after data set."""
+
+    def __init__(self, orders: Sequence[Order], shares: Shares | StepShares) -> None:
         self.orders, self.shares = list(orders), shares
         self.counts = np.concatenate([order.counts for order in orders])
         self.samples = int(self.counts.sum())

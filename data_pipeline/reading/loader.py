@@ -73,6 +73,7 @@ class Loader:
         quarantine: file to which a line of JSON is added for every bad sample that was met; None: none is written.
         own_process: read and decode in a process of its own, which starts now; else in threads of this one, which
             start with the first batch.
+        multiple: the sides of pictures of `data.buckets` are multiples of this.
         decode: (raw sample, position) -> `Decoded`, in threads; the default decodes pictures and chooses captions.
 
     Raises:
@@ -93,13 +94,24 @@ class Loader:
         position: int = 0,
         quarantine: str | None = None,
         own_process: bool = False,
+        multiple: int = 1,
         decode: Callable[[Sample, int], Decoded] | None = None,
     ) -> None:
         self.config, self.seed, self.position = config, seed, position
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset = open_dataset(config)
         self._work = Work(
-            self.dataset, config, image_size, low_res_size, crop_size, seed, rank, world_size, position, micro_batch
+            self.dataset,
+            config,
+            image_size,
+            low_res_size,
+            crop_size,
+            seed,
+            rank,
+            world_size,
+            position,
+            micro_batch,
+            multiple,
         )
         caption_files_of(self.dataset, config)  # a missing one is told before a process starts
         self.embeddings = embeddings_of(self.dataset, config)

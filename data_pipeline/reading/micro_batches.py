@@ -24,7 +24,7 @@ from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.embeddings import DatasetEmbeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
-from data_pipeline.shards.mixture import Mixture, order_of
+from data_pipeline.shards.mixture import order_of
 from data_pipeline.storage.retry import NAP_S, check_asked, get_unless_asked
 
 MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
@@ -47,6 +47,8 @@ class Work:
     position: int
     """Samples consumed before, over all ranks."""
     micro_batch: int
+    multiple: int = 1
+    """Of the sides of the pictures of `data.buckets`."""
 
     @property
     def share(self) -> int:
@@ -92,8 +94,7 @@ def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | N
     """The precomputed text embeddings of a data set; None unless `data.embeddings` is set."""
     if not config.embeddings:
         return None
-    parts = dataset.by_name() if isinstance(dataset, Mixture) else {"": dataset}
-    digests = {name: {one.entry.url: one.digest for one in part.summaries} for name, part in parts.items()}
+    digests = {name: {one.entry.url: one.digest for one in part.summaries} for name, part in dataset.sets().items()}
     return DatasetEmbeddings(config.embeddings, digests)
 
 
@@ -101,7 +102,7 @@ def caption_files_of(dataset: Dataset, config: DataConfig) -> dict[str, CaptionF
     """The files of captions of each data set (of no mixture, under ""); empty where none has any."""
     found = {}
     for name, own in config.parts().items():
-        part = dataset.by_name()[name] if isinstance(dataset, Mixture) else dataset
+        part = dataset.sets()[name]
         found[name] = CaptionFiles(own.captions.files, {one.entry.url: one.digest for one in part.summaries})
     return found if any(own.captions.files for own in config.parts().values()) else {}
 
@@ -118,6 +119,10 @@ class Decoding:
         self._decode = decode or self._decode_pair
         self._embeddings = embeddings_of(work.dataset, work.config)
         self._captions = {name: own.captions for name, own in work.config.parts().items()}
+        self._shapes = {
+            name: images.bucket_shape(ratio, work.image_size, work.multiple)
+            for name, ratio in work.config.ratios().items()
+        }
         self._caption_files = caption_files_of(work.dataset, work.config)
         self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
         self._stop = threading.Event()
@@ -199,6 +204,9 @@ class Decoding:
         if data is None:
             raise BadSample("missing_image", "no member is a picture")
         dataset = sample.get("__dataset__", "")
+        shape = None
+        if config.buckets:
+            shape, dataset = self._shapes[dataset], ""
         if self._caption_files:
             files = self._caption_files[dataset]
             sample[captions.FROM_FILES] = files.of(sample["__url__"], sample["__key__"])
@@ -208,6 +216,7 @@ class Decoding:
             size=work.image_size,
             low_res_size=work.low_res_size,
             crop_size=work.crop_size,
+            shape=shape,
             crop=config.crop,
             flip=config.flip,
             seed=work.seed,

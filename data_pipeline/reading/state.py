@@ -76,7 +76,10 @@ def check_past(now: DataConfig, before: DataConfig, position: int) -> None:
 def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """What differs of the order up to the position of `before`."""
     position = int(before["position"])
-    changes = _differences(now, before, _RUN)
+    changes = _differences({"buckets": [], **now}, {"buckets": [], **before}, {**_RUN, "buckets": "data.buckets"})
+    if now.get("buckets") or before.get("buckets"):
+        parts = (now.get("datasets"), before.get("datasets"))
+        return changes + (["the pictures of a bucket"] if not changes and parts[0] != parts[1] else [])
     old, new = _rows(before), _rows(now)
     changed = _shares_changed(new, old, position)
     if changed:

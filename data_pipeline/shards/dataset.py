@@ -127,6 +127,10 @@ class Dataset:
                 save_index(index, summary.place, self.patience)
         return self._cache.put(shard, (index, keep_rows(index, self.rules)[0]))
 
+    def sets(self) -> dict[str, Dataset]:
+        """The data sets by name; where there is one, its name is empty."""
+        return {"": self}
+
     def name_of(self, shard: int) -> str:
         """The name, in a mixture, of the data set that a shard belongs to; empty where there is one data set."""
         return ""
@@ -156,8 +160,11 @@ def patience_of(config: DataConfig) -> Patience:
     return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True, reads=True)
 
 
-def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
+def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = False) -> Dataset:
     """The data set of these shards; shards without a fitting index are indexed first, and the log says so.
+
+    Args:
+        may_be_empty: it is a part of one that is told of as a whole: nothing is said of what is left out.
 
     Raises:
         DataError: a shard is missing or no tar archive, or the filters leave nothing.
@@ -182,7 +189,8 @@ def load_or_build(urls: list[str], config: DataConfig) -> Dataset:
     if len(known) < len(summaries):
         write_summaries(known_at, summaries, patience)
     dataset = Dataset(summaries, config.filter, patience, config.members)
-    _report(dataset)
+    if not may_be_empty:
+        _report(dataset)
     return dataset
 
 

@@ -24,6 +24,8 @@ _RULES: dict[str, _Rule] = {
     "max_watermark": ("watermark", "watermark", lambda value, limit: value > limit),
     "max_unsafe": ("unsafe", "unsafe", lambda value, limit: value > limit),
     "min_similarity": ("similarity", "low_similarity", lambda value, limit: value < limit),
+    "min_ratio": ("ratio", "narrow", lambda value, limit: value < limit),
+    "below_ratio": ("ratio", "wide", lambda value, limit: value >= limit),
     "min_caption": ("caption_length", "short_caption", lambda value, limit: value < limit),
     "max_caption": ("caption_length", "long_caption", lambda value, limit: value > limit),
 }
@@ -59,8 +61,10 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
 
 def _values(index: ShardIndex, name: str) -> np.ndarray:
     """A column as float64, nan where unknown."""
-    if name in ("side", "aspect"):
+    if name in ("side", "aspect", "ratio"):
         width, height = _values(index, "width"), _values(index, "height")
+        if name == "ratio":
+            return np.where(np.isnan(width) | np.isnan(height), 1.0, width / np.maximum(height, 1))
         short, long = np.minimum(width, height), np.maximum(width, height)
         return short if name == "side" else long / np.maximum(short, 1)
     return index.column(name).to_numpy().astype(np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.order.mixture import MixedOrder, Shares
+from data_pipeline.order.mixture import MixedOrder, Shares, StepShares
 from data_pipeline.order.order import Order
 from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, window_of
 from data_pipeline.shards.index import ShardIndex
@@ -37,10 +38,11 @@ class Mixture(Dataset):
         super().__init__(summaries, FilterConfig(), patience_of(config))
         self.parts, self.names_of_parts = list(parts.values()), list(parts)
         self.schedule, self._shares = config.schedule(), config.shares()
+        self.buckets: list[str] = []
         self.ends = np.cumsum([len(part.urls) for part in self.parts])
         self.windows = [_mixed_window(part, configs[name]) for name, part in parts.items()]
 
-    def by_name(self) -> dict[str, Dataset]:
+    def sets(self) -> dict[str, Dataset]:
         """The data sets by their names."""
         return dict(zip(self.names_of_parts, self.parts, strict=True))
 
@@ -78,9 +80,25 @@ class Mixture(Dataset):
             "fingerprint": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
             "shards": len(self.urls),
             "samples": self.samples,
+            "buckets": self.buckets,
             "datasets": sets,
             "schedule": rows,
         }
+
+
+class Buckets(Mixture):
+    """One data set, its pictures sorted by shape (`data.buckets`); each bucket has the steps that its pictures fill."""
+
+    def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
+        super().__init__(parts, configs, config)
+        self.buckets = list(config.buckets)
+        counts = [part.samples for part in self.parts]
+        self.schedule = [(0, [Fraction(count, sum(counts)) for count in counts])]
+        self._shares = [(0, {name: str(share) for name, share in zip(parts, self.schedule[0][1], strict=True)})]
+
+    def sets(self) -> dict[str, Dataset]:
+        """One, without a name."""
+        return {"": self}
 
 
 def _mixed_window(part: Dataset, config: DataConfig) -> int:
@@ -94,6 +112,12 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: shards are missing or no tar archives, or filters leave nothing; StoreError: the store stayed broken.
     """
     patience = patience_of(config)
+    if config.buckets:
+        urls = store.expand(config.shards, patience)
+        load_or_build(urls, config)  # which says what is left out
+        configs = config.bucket_parts()
+        found = {name: load_or_build(urls, own, may_be_empty=True) for name, own in configs.items()}
+        return Buckets({name: part for name, part in found.items() if part.samples}, configs, config)
     configs = config.parts()
     if "" in configs:
         return load_or_build(store.expand(config.shards, patience), config)
@@ -118,6 +142,8 @@ def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 
     for part, window in zip(dataset.parts, dataset.windows, strict=True):
         part.expect(lanes / world_size, window)
         orders.append(Order(part.counts, seed, lanes, window))
+    if isinstance(dataset, Buckets):
+        return MixedOrder(orders, StepShares(config.global_batch, Shares(1, dataset.schedule)))
     names = sorted(range(len(orders)), key=lambda number: dataset.names_of_parts[number])
     return MixedOrder(orders, Shares(lanes, dataset.schedule, names))
 

@@ -137,6 +137,7 @@ READS: dict[str, Reads] = {
         "data.global_batch",
         "data.lanes",
         "data.window",
+        "data.buckets",
         "data.micro_batch",
         "seed",
         "world_size",

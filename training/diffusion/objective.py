@@ -109,7 +109,7 @@ def loss(
         level = random.uniform(seed, positions, Stream.AUG_LEVEL) * config.aug_max
         noise = normal(seed, positions, Stream.AUG_NOISE, tuple(low_res.shape[1:]))
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
-        low_res = upsample(low_res, x0.shape[-1])
+        low_res = upsample(low_res, (x0.shape[-2], x0.shape[-1]))
 
     out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
     clean = x0 - low_res if config.residual and low_res is not None else x0

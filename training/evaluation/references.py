@@ -59,6 +59,7 @@ class References:
             filter=FilterConfig(),
             embeddings=None,
             captions=data.captions.of_members(),
+            buckets=[],
         )
         self.size, self.seed = size, seed
         self.broken = 0

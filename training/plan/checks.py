@@ -229,6 +229,15 @@ def check_the_optimizer(config: Experiment, _world_size: int) -> None:
     check_optimizer(config.optimizer)
 
 
+def check_buckets(config: Experiment, _world_size: int) -> None:
+    """Crops are squares."""
+    require(
+        not (config.data.buckets and config.stage.crop_size),
+        f"data.buckets: stage.crop_size={config.stage.crop_size} trains on square crops, which serve all shapes; leave "
+        "data.buckets out",
+    )
+
+
 def check_mixture(config: Experiment, _world_size: int) -> None:
     """The shares of a mixture change between two steps."""
     config.data.check_changes()
@@ -238,6 +247,7 @@ RULES = (
     check_the_optimizer,
     check_lanes,
     check_mixture,
+    check_buckets,
     check_micro_batch,
     check_zero,
     check_validation,

@@ -43,6 +43,7 @@ FIXED = {
     "optimizer.name": "its saved moments would be lost",
     "data.global_batch": "the position in the data counts in it",
     "data.lanes": "the order of the data follows from it",
+    "data.buckets": "the order of the data follows from it",
     "data.window": "the order of the data follows from it",
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""

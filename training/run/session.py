@@ -327,7 +327,8 @@ class Session:
         config, ranks = self.config, self.ranks
         with self.phase("samples", step), self.state.stance("force_eager"):
             if self._grid is None:
-                first = partial(open_loader, config, ranks, self.run, position=0, rank=0, world_size=1)
+                squares = replace(config, data=replace(config.data, buckets=[]))
+                first = partial(open_loader, squares, ranks, self.run, position=0, rank=0, world_size=1)
                 self._grid = choose(config.train.sample_prompts, config.stage, first, ranks)
             with self.state.engine.averaged(0) as module:
                 pictures = draw(module, self._grid, self.text_encoder.encode, config, ranks)

@@ -50,6 +50,7 @@ class Validation:
             micro_batch=max(size for size in divisors(share) if size <= most),
             embeddings=None,
             captions=config.data.captions.of_members(),
+            buckets=[],
         )
         stage = config.stage
         with about(key):

@@ -1,0 +1,32 @@
+"""Shards of pictures of several shapes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.shards.writer import ShardWriter
+
+SHAPES = ((40, 30), (31, 41), (36, 36), (64, 36), (37, 35))
+
+
+def png(width: int, height: int, number: int) -> bytes:
+    """A picture of two greys."""
+    pixels = np.full((height, width, 3), number % 250, np.uint8)
+    pixels[:, : width // 2] //= 2
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_shapes(home: Path) -> str:
+    """63 pictures in three shards; returns the directory."""
+    for shard, count in enumerate((23, 9, 31)):
+        with ShardWriter(str(home / f"{shard:05d}.tar")) as writer:
+            for number in range(count):
+                width, height = SHAPES[(number * 7 + shard) % len(SHAPES)]
+                writer.write(f"{shard}-{number:03d}", {"png": png(width, height, number), "txt": b"a picture"})
+    return str(home)
