@@ -172,7 +172,7 @@ def test_pictures_only_needs_no_captions_that_an_oracle_reads(bundle: str, tmp_p
     assert "| colour_grid_4x4 | 48 |" in (tmp_path / "out" / "report.md").read_text()
     whole = evaluate.main(command(bundle, tmp_path / "o2", kind="pictures", reference=folder, samples=12))
     assert whole["n"]["samples"] == whole["n"]["reference"] == 12
-    with pytest.raises(ConfigError, match=r"street in the rain.* needs evaluation=pictures"):
+    with pytest.raises(ConfigError, match=r"street in the rain.* use evaluation=pictures"):
         evaluate.main(command(bundle, tmp_path / "out", reference=folder))
 
 
