@@ -35,6 +35,7 @@ from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
 from training.evaluation.metrics.features import colour_grid, diversity
+from training.pictures.credentials import Credentials
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
 from training.processes.ranks import gpu_of, read_ranks
 from training.run.directory import try_to_write
@@ -82,6 +83,9 @@ def main(config: SampleCommand) -> dict[str, Any]:
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
     lines = read_lines(config.prompts)
+    credentials = None
+    if config.sampling.certificate and config.sampling.key:
+        credentials = Credentials(config.sampling.certificate, config.sampling.key)
     if config.layout:
         layouts.check_layout(config.layout, prompts, config.num_images, lines)
     starts = read_starts(config, len(prompts))
@@ -90,7 +94,7 @@ def main(config: SampleCommand) -> dict[str, Any]:
     if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
         most = cascade.encoder.max_tokens
         print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
-    request = SampleRequest(config, cascade, starts)
+    request = SampleRequest(config, cascade, starts, credentials)
     ranks = read_ranks()
     if ranks is None or ranks.is_main:
         set_aside(output, {job.name for job in jobs})
@@ -184,8 +188,14 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
 class SampleRequest:
     """What is asked of a cascade: all that a picture depends on besides its prompt and number."""
 
-    def __init__(self, config: SampleCommand, cascade: Cascade, starts: dict[str, list[Start]]) -> None:
-        self.config, self.cascade, self.starts = config, cascade, starts
+    def __init__(
+        self,
+        config: SampleCommand,
+        cascade: Cascade,
+        starts: dict[str, list[Start]],
+        credentials: Credentials | None = None,
+    ) -> None:
+        self.config, self.cascade, self.starts, self.credentials = config, cascade, starts, credentials
         self.options = config.sampler_settings | {"stages": config.stages}
         plan = plan_stages([stage.config for stage in cascade.stages], config.stages, **config.sampler_settings)
         self.stages = [cascade.stages[index] for index, _ in plan]
@@ -209,6 +219,7 @@ class SampleRequest:
             "stages": stages,
             "text": self.cascade.text.sha or self.cascade.encoder.name,
             "dtype": str(weights.dtype).removeprefix("torch."),
+            **({"certificate": self.credentials.fingerprint} if self.credentials else {}),
         }
 
     def metadata(self, job: SampleJob) -> dict[str, str]:
@@ -312,11 +323,18 @@ def _draw(request: SampleRequest, jobs: list[SampleJob], output: Path, devices: 
                 **starts,
             )
             for job, drawing in zip(part, drawings, strict=True):
-                write_drawing(output, job, drawing, request.metadata(job), config.explain)
+                write_drawing(output, job, drawing, request.metadata(job), config.explain, request.credentials)
 
 
-def write_drawing(output: Path, job: SampleJob, drawing: Drawing, text: dict[str, str], explain: bool = False) -> None:
-    """The pictures of all stages; the final one last, because it says that the others are there."""
+def write_drawing(
+    output: Path,
+    job: SampleJob,
+    drawing: Drawing,
+    text: dict[str, str],
+    explain: bool = False,
+    credentials: Credentials | None = None,
+) -> None:
+    """The pictures of all stages; the final one last, because it says that the others are there. That one is signed."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
@@ -327,7 +345,8 @@ def write_drawing(output: Path, job: SampleJob, drawing: Drawing, text: dict[str
         stage, heat = next(iter(drawing.words.items()), ("none", []))
         title = f"{job.prompt}  (attention of stage: {stage})"
         save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png", pnginfo=info)
-    save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info)
+    sign = credentials.sign if credentials else None
+    save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info, sign=sign)
 
 
 # ----------------------------------------------------------------------------------------- all pictures together

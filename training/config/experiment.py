@@ -447,9 +447,17 @@ class SamplingConfig:
     """Directory of the pictures."""
     columns: int = 4
     """Prompts in a row of the grid."""
+    certificate: str | None = None
+    """PEM file of a certificate chain: final pictures are signed as content credentials (C2PA); null: they are not."""
+    key: str | None = None
+    """PEM file of the certificate's private key."""
 
     def __post_init__(self) -> None:
         at_least(self, "sampling", columns=1)
+        require(
+            (self.certificate is None) == (self.key is None),
+            "sampling.certificate and sampling.key: signing needs both, the chain and its private key",
+        )
 
 
 EXTRACTORS = ("inception", "clip", "dinov2", "vlm")

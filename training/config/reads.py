@@ -85,6 +85,8 @@ def _sample(config: Any) -> Iterable[str]:
         "run.name",
         "bundle.text_path",
         "sampling.columns",
+        "sampling.certificate",
+        "sampling.key",
         "sampling.prompts",
     ]
     keys += [] if config.from_bundle else ["bundle.dir"]

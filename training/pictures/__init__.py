@@ -1,1 +1,1 @@
-"""Sheets of labelled pictures as PNG. Imports no other room."""
+"""Sheets of labelled pictures as PNG, and their signatures. Imports no other room."""

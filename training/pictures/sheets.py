@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -66,10 +67,21 @@ def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Ima
     return paper
 
 
-def save(image: Image.Image, path: str | Path, pnginfo: PngImagePlugin.PngInfo | None = None) -> None:
-    """Writes a PNG atomically, creating its directory if needed."""
+def save(
+    image: Image.Image,
+    path: str | Path,
+    pnginfo: PngImagePlugin.PngInfo | None = None,
+    sign: Callable[[bytes], bytes] | None = None,
+) -> None:
+    """Writes a PNG atomically, creating its directory if needed.
+
+    Args:
+        sign: makes the file that is written of the plain one.
+    """
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=pnginfo)
     with replacing(path, durable=False) as file:
-        image.save(file, format="PNG", pnginfo=pnginfo)
+        file.write(sign(data.getvalue()) if sign else data.getvalue())
 
 
 def to_side(picture: Image.Image, side: int) -> Image.Image:

@@ -1,0 +1,119 @@
+"""Content Credentials (C2PA): a signature in a PNG that says a model drew it, and that nothing in the file was changed.
+
+Needs `c2pa-python`, the Content Authenticity Initiative's own library, and a certificate whose extended key usage is
+e-mail protection or document signing, with the chain above it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError, DataError
+
+SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for pictures that a trained model drew."""
+NO_THUMBNAIL = '{"builder": {"thumbnail": {"enabled": false}}}'
+"""A second picture inside the file would be many times the size of a small one."""
+ALGORITHMS = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+
+
+class Credentials:
+    """What pictures are signed with.
+
+    Args:
+        certificate, key: PEM files: the chain, the signer's first, and its private key.
+
+    Raises:
+        ConfigError: the package is not installed, a file cannot be read, or the two do not sign.
+    """
+
+    def __init__(self, certificate: str, key: str) -> None:
+        try:
+            import c2pa
+        except ModuleNotFoundError as error:
+            raise ConfigError("sampling.certificate: it needs `pip install cascade-t2i[c2pa]`") from error
+        chain, private = _read("sampling.certificate", certificate), _read("sampling.key", key)
+        self.fingerprint = hashlib.sha256(chain).hexdigest()[:16]
+        c2pa.load_settings(NO_THUMBNAIL)
+        try:
+            info = c2pa.C2paSignerInfo(
+                alg=_algorithm(private, key).encode(), sign_cert=chain, private_key=private, ta_url=None
+            )
+            self._signer = c2pa.Signer.from_info(info)
+            self.sign(_probe())
+        except c2pa.C2paError as error:
+            raise ConfigError(
+                f"sampling.certificate={certificate}: it does not sign with sampling.key={key} ({error}); give a chain "
+                "for e-mail protection or document signing, the signer's certificate first, and its own key"
+            ) from error
+
+    def sign(self, png: bytes) -> bytes:
+        """The same file with a manifest in it; its pixels and texts stay as they are."""
+        import c2pa
+
+        action = {"action": "c2pa.created", "digitalSourceType": SOURCE}
+        manifest = {
+            "claim_generator_info": [{"name": "cascade"}],
+            "format": "image/png",
+            "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+        }
+        signed = io.BytesIO()
+        with c2pa.Builder(manifest) as builder:
+            builder.sign(self._signer, "image/png", io.BytesIO(png), signed)
+        return signed.getvalue()
+
+
+def check_credentials(file: str | Path) -> dict[str, Any]:
+    """What the credentials of a picture say: `state` (`Valid`, `Trusted`, or `Invalid` where anything was changed after
+    it was signed), `problems` (codes), `source` (SOURCE for a model's picture).
+
+    Raises:
+        DataError: it has none.
+    """
+    import c2pa
+
+    try:
+        with c2pa.Reader(str(file)) as reader:
+            found = json.loads(reader.json())
+    except c2pa.C2paError as error:
+        raise DataError(f"{file}: no content credentials in it ({error})") from error
+    manifest = found["manifests"][found["active_manifest"]]
+    actions = [a for entry in manifest["assertions"] for a in entry["data"].get("actions", [])]
+    return {
+        "state": found["validation_state"],
+        "problems": [status["code"] for status in found.get("validation_status", [])],
+        "source": next((action["digitalSourceType"] for action in actions if "digitalSourceType" in action), None),
+    }
+
+
+def _read(key: str, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key}={file}: cannot be read ({error.strerror})") from error
+
+
+def _algorithm(private: bytes, file: str) -> str:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(private, password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"sampling.key={file}: not a private key in PEM without a password ({error})") from error
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return "ed25519"
+    return ALGORITHMS.get(key.curve.name, "es256") if isinstance(key, ec.EllipticCurvePrivateKey) else "ps256"
+
+
+def _probe() -> bytes:
+    """A picture of one pixel."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(data, "PNG")
+    return data.getvalue()
