@@ -25,12 +25,12 @@ from training.processes.exit_codes import (
     EXIT_SLOW_NODE,
     FINAL_CODES,
 )
+from training.processes.interval import HISTORY
 
 UNEXPLAINED = EXIT_CRASH
 """A bug, or a library that failed: worth one more try, unless the run has got on meanwhile."""
 BLAMED = 2
 """A node that failed so often is left out."""
-HISTORY = "restarts.jsonl"
 PREFLIGHT = "preflight.json"
 
 

@@ -135,7 +135,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             # -------------------------------------------------------------------------------------- save, stop
             if guard.refused >= settings.max_skipped:
                 session.roll_back(done)
-            if done % config.checkpoint.every == 0 or last or signal_number:
+            if session.saving.is_due(done) or last or signal_number:
                 session.save(done, healthy=not info.skipped, wait=bool(signal_number))
             if signal_number:
                 raise stop_error(signal_number, done, session.saving.last_step)

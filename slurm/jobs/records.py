@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 
 from training.checkpoint.store import CheckpointStore
+from training.processes.interval import HISTORY
 
 SUBMITTED = "jobs.jsonl"
 """In RUN_DIR/launch: one line per job that was submitted for the run."""
 EVENTS = "events.jsonl"
 """In RUN_DIR/launch: one line per job that began (on this machine), ended (`code`) or was cancelled."""
-RESTARTS = "restarts.jsonl"
-"""In RUN_DIR: one line per end of its processes that was no success."""
 SIGNS = ("code.json", "metrics.jsonl", f"launch/{SUBMITTED}")
 """Files by which a directory is known as that of a run."""
 RECORD = re.compile(
@@ -97,7 +96,7 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
     metrics = json_lines(run_dir / "metrics.jsonl")
     last = metrics[-1] if metrics else {}
     steps = settings.get("train", {}).get("steps")
-    ends = json_lines(run_dir / RESTARTS)
+    ends = json_lines(run_dir / HISTORY)
     step, rate = last.get("step", 0), last.get("images_per_second")
     batch = settings.get("data", {}).get("global_batch", 0)
     hours = last.get("device_hours")

@@ -358,8 +358,8 @@ class ValidationConfig:
 class CheckpointConfig:
     """Where checkpoints go, how often, and which are kept."""
 
-    every: int = 1000
-    """Steps between two checkpoints."""
+    every: Any = 1000
+    """Steps between two checkpoints; `auto`: by what one costs and how often this run fails (Young and Daly)."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
@@ -372,7 +372,11 @@ class CheckpointConfig:
     """Write in the background; the loop waits only for the copy to host memory."""
 
     def __post_init__(self) -> None:
-        at_least(self, "checkpoint", every=1, keep_last=1, keep_every=0)
+        at_least(self, "checkpoint", keep_last=1, keep_every=0)
+        whole = isinstance(self.every, int) and not isinstance(self.every, bool)
+        require(self.every == "auto" or whole, f"checkpoint.every={self.every}: it must be a number of steps, or auto")
+        if whole:
+            at_least(self, "checkpoint", every=1)
 
 
 @dataclass

@@ -33,6 +33,7 @@ from training.plan.memory import (
     process_floor,
 )
 from training.plan.table import gib, table
+from training.processes.interval import best_interval, between_failures
 from training.text.cost import TextCost, text_cost
 
 DAY, HOUR = 86400.0, 3600.0
@@ -241,12 +242,18 @@ def checkpoint_plan(
     states = optimizer_class(setup.optimizer).saved_bytes(setup.shapes, setup.trained)
     size = 4 * setup.trained * (1 + setup.averages) + states
     settings = config.checkpoint
+    blocked = size / setup.world_size / COPY_BYTES_PER_SECOND
+    every_s = (
+        best_interval(blocked, between_failures(0, 0.0, nodes))
+        if settings.every == "auto"
+        else settings.every * seconds_per_step
+    )
     kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
     return {
         "checkpoint_bytes": size,
         "checkpoint_seconds": size / (config.store_gb_s * 1e9 * nodes),
-        "checkpoint_blocked_seconds": size / setup.world_size / COPY_BYTES_PER_SECOND,
-        "checkpoint_every_seconds": settings.every * seconds_per_step,
+        "checkpoint_blocked_seconds": blocked,
+        "checkpoint_every_seconds": every_s,
         "checkpoints_kept": kept,
         "checkpoints_kept_bytes": kept * size,
     }

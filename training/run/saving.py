@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,11 +13,16 @@ from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
 from training.engine.base import Snapshot
+from training.processes.collectives import together
 from training.processes.endings import NotFinite
+from training.processes.interval import best_interval, between_failures, failures_of, ran_seconds
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 
 log = logging.getLogger("cascade")
+
+FIRST = 20
+"""checkpoint.every=auto: steps to the first checkpoint of a start, which shows what one costs."""
 
 
 class Saving:
@@ -31,6 +37,8 @@ class Saving:
         self.store = CheckpointStore(run.checkpoints)
         self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, run.record_saved)
         self._announced = -1
+        self._last, self._since, self._next = 0, time.monotonic(), FIRST
+        """Of checkpoint.every=auto: the step of the last one, when that was, and the step of the next."""
         self.rollbacks = 0
         """All of this run."""
         self.recent_rollbacks = 0
@@ -56,6 +64,7 @@ class Saving:
         checkpoint = self.store.resume(self.ranks, check, share)
         if checkpoint is not None:
             self.writer.last_step = self._announced = checkpoint.step
+            self._last, self._next = checkpoint.step, checkpoint.step + FIRST
             self.recent_rollbacks = checkpoint.meta.get("counters", {}).get("rollbacks", 0)
             self.rollbacks = checkpoint.meta.get("rollbacks", self.recent_rollbacks)
         return checkpoint
@@ -77,12 +86,38 @@ class Saving:
             wait: until it is finished.
         """
         self.finish()
+        began = time.monotonic()
         if step != self.writer.last_step:
             if healthy:
                 self.recent_rollbacks = 0
             self.writer.start(step, snapshot(), {**meta(), "healthy": healthy})
         if wait:
             self.finish()
+        if self.config.checkpoint.every == "auto":
+            self._next = step + self._best_every(step, time.monotonic() - began)
+            self._last, self._since = step, time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this step."""
+        every = self.config.checkpoint.every
+        return bool(step >= self._next if every == "auto" else step % every == 0)
+
+    def _best_every(self, step: int, cost_s: float) -> int:
+        """Steps to the next checkpoint (checkpoint.every=auto), from what this one has cost and the run has lived
+        through. Rank 0 decides."""
+
+        def decide() -> int:
+            step_s = max(0.0, began - self._since) / max(1, step - self._last)
+            cluster, path = self.config.cluster, self.run.path
+            nodes = cluster.nodes if cluster.kind != "local" else 1
+            mean_s = between_failures(failures_of(path), ran_seconds(path, self.ranks.world_size), nodes)
+            every = max(1, round(best_interval(cost_s, mean_s) / step_s)) if step_s else FIRST
+            said = "checkpoint.every=auto: the next in %d steps (one costs %.2f s, a failure is expected every %.1f h)"
+            log.info(said, every, cost_s, mean_s / 3600)
+            return every
+
+        began = time.monotonic() - cost_s
+        return int(together(decide, self.ranks))
 
     def finish(self) -> None:
         """Waits until the checkpoint under way is committed; a failure is logged, not raised."""

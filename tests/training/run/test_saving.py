@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from training.config.experiment import Experiment
 from training.engine.snapshots import HostSnapshot
 from training.processes.endings import NotFinite
 from training.processes.ranks import Ranks
+from training.run import saving
 from training.run.directory import RunDir
 from training.run.saving import Saving
 
@@ -93,3 +95,14 @@ def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one
     again.save(12)
     assert again.saving.roll_back(14, 2, again.load).step == 12
     assert again.saving.rollbacks == 2, "all of the run"
+
+
+def test_it_saves_as_often_as_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    assert [step for step in range(1, 2001) if run.saving.is_due(step)] == [1000, 2000]
+    run.saving.config.checkpoint.every = "auto"
+    assert [step for step in range(1, 22) if run.saving.is_due(step)] == [20, 21], "the first shows what one costs"
+    monkeypatch.setattr(saving, "best_interval", lambda cost_s, between_s: 300.0)
+    run.saving._since, run.saving._last = time.monotonic() - 100.0, 20
+    run.save(40)  # 5 s per step
+    assert next(step for step in range(41, 200) if run.saving.is_due(step)) == 100
