@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,27 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
     for line, weights in outcomes:
         assert line == outcomes[0][0], "the place makes no difference"
         assert all(torch.equal(weights[name], tensor) for name, tensor in outcomes[0][1].items())
+
+
+def test_eight_ranks_ask_the_store_of_checkpoints_as_often_as_one(
+    tmp_path: Path, shards: str, bucket: str, s3_server: S3Server
+) -> None:
+    """One rank decides, the others follow; on one machine every file of a checkpoint is read once."""
+    config = experiment(tmp_path, shards, checkpoint__dir=f"s3://{bucket}/ck", train__steps=1, train__sample_every=0)
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        environment = {**s3_server.env, "AWS_ENDPOINT_URL": proxy.endpoint}
+        begun = forks.start(config, 8, **environment)
+        assert begun.codes() == [0] * 8, begun.text
+        config.train.steps = 2
+        proxy.log.clear()
+        again = forks.start(config, 8, **environment)
+        assert again.codes() == [0] * 8 and "resuming from step 1" in again.text, again.text
+    asked = Counter((method, path.partition("/ck")[2].rpartition("/")[2]) for method, path, _, _ in proxy.log)
+    tensors = {name: count for (method, name), count in asked.items() if method == "GET" and ".safetensors" in name}
+    assert len(tensors) == 8 and set(tensors.values()) == {1}
+    assert asked["GET", "manifest.json"] <= 3 and asked["PUT", "attempt-0002.json"] == 1
+    others = sum(asked.values()) - sum(count for (_, name), count in asked.items() if ".safetensors" in name)
+    assert others < 60, (asked, "nothing is asked once per rank")
 
 
 def test_a_run_never_starts_over_by_itself(tmp_path: Path, shards: str) -> None:
