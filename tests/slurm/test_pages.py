@@ -61,7 +61,7 @@ def test_the_page_has_curves_samples_and_what_to_do(page: str) -> None:
     assert page.count("<polyline") == 2 * (1 + 1 + 2 + 1), "loss, validation, its two levels, speed"
     assert "Held-out loss by noise level" in page
     assert page.count("<img") == 4 and page.index("Samples of step 20") < page.index("Samples of step 10")
-    assert "gave up: &lt;b&gt;" in page and "Lower `optimizer.lr`" in page
+    assert "gave up: &lt;b&gt;" in page and "optimizer.lr" in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -80,9 +80,9 @@ def test_nothing_sticks_out_in_a_browser(page: str, width: int, tmp_path: Path) 
 
 def test_what_the_page_of_training_says_about_a_failure() -> None:
     said = remedy("rank 3: another rank died or did not answer within the time-outs (step 5, phase step, rank 1)")
-    assert said and said.startswith("This rank is well, the one named in brackets is not")
-    assert "Lower `optimizer.lr`" in str(remedy("gave up", 76)), "by its code"
-    assert "Lower `optimizer.lr`" in str(remedy("the last 5 steps could not be applied, also after going back to the "
+    assert said and "the one named in brackets is not" in said and not said.startswith(("(", "*"))
+    assert "optimizer.lr" in str(remedy("gave up", 76)), "by its code"
+    assert "optimizer.lr" in str(remedy("the last 5 steps could not be applied, also after going back to the "
                                               "checkpoint of step 10 (train.max_rollbacks)"))  # fmt: skip
     assert "memory_gb" in str(remedy("something else", 137)) or remedy("something else", 137) is None
     assert "look at the named rank's node" in str(remedy("something else", 78))
