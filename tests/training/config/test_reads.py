@@ -21,7 +21,7 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.config.reads import MODES, READS, is_read, reader, unchecked
 
-WITHOUT_EFFECT = {"strength", "data.flip", "data.embeddings"}
+WITHOUT_EFFECT = {"strength", "data.flip", "data.embeddings", "data.buckets"}
 """Read where there is no picture to redraw, and where the evaluation has put its own value, which is the default."""
 
 
