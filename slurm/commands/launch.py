@@ -166,7 +166,10 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
         own = [*(words_for(entry.verb, words) if config.verb == "all" else words), *entry.words]
         cfg = composed(entry.verb, own)
         if config.separate:
-            own.append(f"run.dir={cfg.run.dir}/{config.separate}")
+            given = keys_given(entry.verb, entry.words)
+            places = dict.fromkeys(["run.dir", *COMMANDS[entry.verb].outputs])
+            values = {key: OmegaConf.select(cfg, key) for key in places if key not in given}
+            own += [f"{key}={value}/{config.separate}" for key, value in values.items() if value is not None]
             cfg = composed(entry.verb, own)
         if entry.array:
             OmegaConf.update(cfg, "cluster.sbatch.array", entry.array, force_add=True)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from data_pipeline.commands import order
@@ -152,3 +153,14 @@ def test_what_a_cascade_cannot_share_is_refused(here: Path, word: str, part: str
     own = [word] if word.startswith(("separate", "at_once")) else []
     with pytest.raises(ConfigError, match=part):
         launch(*DEMO, *([] if own else [word]), own=["verb=all", "dry_run=true", *own])
+
+
+def test_evaluations_of_a_sweep_write_to_places_of_their_own(here: Path) -> None:
+    settings = []
+    for guidance, more in (("1", ""), ("2", ""), ("3", " evaluation.output=mine")):
+        verb = f"verb='evaluate guidance={guidance}{more}'"
+        answer = launch(*DEMO, own=[verb, "dry_run=true", f"separate=guidance={guidance}"])
+        settings.append(yaml.safe_load(Path(answer["config"]).read_text()))
+    places = [one["evaluation"]["output"] for one in settings]
+    assert places[0].endswith("/guidance=1") and places[1].endswith("/guidance=2") and places[2] == "mine"
+    assert [one["guidance"] for one in settings] == [1, 2, 3]
