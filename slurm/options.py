@@ -83,7 +83,8 @@ def directives(
     if wanted(given.get("array")) and not array:
         raise ConfigError(
             f"cluster.sbatch.array={given['array']}: all its tasks would write to the same {share}; a sweep is "
-            f"--multirun key=a,b, and of the commands only embed shares its work among the tasks of an array"
+            "--multirun key=a,b, and of the commands only embed and caption share their work among the tasks of an "
+            "array"
         )
     if "\\" in log and not wanted(given.get("output")):
         raise ConfigError(f"run.dir: Slurm cannot write a log to {log}: a backslash switches its patterns off")

@@ -10,11 +10,11 @@ from slurm.jobs.graph import SUCCEEDED
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
-ON_GPU = ("train", "embed", "sample", "evaluate")
+ON_GPU = ("train", "embed", "caption", "sample", "evaluate")
 """Commands that use GPUs: one per process."""
-WHOLE_NODE = ("embed", "verify", "prepare")
+WHOLE_NODE = ("embed", "caption", "verify", "prepare")
 """Commands of one task that share their work among as many processes as a node has."""
-SHARED_BY_ARRAY = ("embed",)
+SHARED_BY_ARRAY = ("embed", "caption")
 """Commands of which the tasks of an array share the work among themselves."""
 
 
