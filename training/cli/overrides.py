@@ -90,7 +90,7 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
     return found
 
 
-SECTIONS = {"tracking": "wandb", "extractor": "evaluation.extractors"}
+SECTIONS = {"tracking": "wandb", "extractor": "evaluation.extractors", "ingredient": "stage.diffusion"}
 """Groups that fill another section than their name says."""
 SEVERAL = ("experiment", "stage", "debug")
 """Groups that fill several sections (a stage brings the experiment's recipe for it)."""

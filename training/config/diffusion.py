@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-SCHEDULES = ("cosine", "linear", "edm")
+SCHEDULES = ("cosine", "linear", "edm", "logit_normal")
 PARAMETRIZATIONS = ("eps", "x0", "v", "edm")
-WEIGHTINGS = ("paper", "min_snr", "edm", "v")
+WEIGHTINGS = ("paper", "min_snr", "edm", "v", "flow_v", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
 THRESHOLDS = ("none", "static", "dynamic")
 SPACINGS = ("auto", "time", "log_snr", "karras")
@@ -17,7 +17,13 @@ MOST_LOG_SNR = 80.0
 """Beyond this, sigma or alpha would be subnormal in fp32."""
 
 
-NUMBERS = {"min_snr_gamma": "above", "sigma_data": "above", "max_weight": "at least", "shift_from": "at least"}
+NUMBERS = {
+    "min_snr_gamma": "above",
+    "log_snr_std": "above",
+    "sigma_data": "above",
+    "max_weight": "at least",
+    "shift_from": "at least",
+}
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -30,11 +36,18 @@ class DiffusionConfig:
     """The diffusion process of a stage: noise schedule, what the network predicts, how errors are weighted."""
 
     schedule: str = "cosine"
-    """Noise over time: a curve of training/diffusion/schedule.py, `cosine`, `linear` or `edm`."""
+    """Noise over time: a curve of training/diffusion/schedule.py, `cosine`, `linear`, `edm` or `logit_normal`."""
+    log_snr_mean: float = -1.6
+    """`logit_normal`: mean of the log signal-to-noise ratio in training."""
+    log_snr_std: float = 1.6
+    """`logit_normal`: its standard deviation."""
     parametrization: str = "v"
     """What the network outputs: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
     weighting: str = "v"
-    """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`."""
+    """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`, `flow_v` (= error in
+    the velocity of a straight path), `sigmoid` (the same at every schedule)."""
+    sigmoid_bias: float = 2.0
+    """`sigmoid`: the log signal-to-noise ratio above which the weight of the error in eps falls."""
     min_snr_gamma: float = 5.0
     """`min_snr`: the signal-to-noise ratio at which the weight is cut off."""
     max_weight: float = 0.0
@@ -76,6 +89,10 @@ class DiffusionConfig:
             value = getattr(self, key)
             if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "at least"))):
                 raise ValueError(f"stage.diffusion.{key}={value}: it must be a number {least} 0")
+        for key in ("log_snr_mean", "sigmoid_bias"):
+            value = getattr(self, key)
+            if not abs(value) <= MOST_LOG_SNR:
+                raise ValueError(f"stage.diffusion.{key}={value}: it must be a number within +-{MOST_LOG_SNR:g}")
         for key, value in (("text_drop", self.text_drop), ("aug_max", self.aug_max)):
             if not 0 <= value <= 1:
                 raise ValueError(f"stage.diffusion.{key}={value}: it must lie between 0 and 1")

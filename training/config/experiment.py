@@ -159,7 +159,7 @@ class OptimizerConfig:
     """Optimizer, learning rate and its schedule, clipping."""
 
     name: str = "adamw"
-    """`adamw`, `adamw8bit` (moments of 8 bits), `adafactor`, ...: `optimizer=NAME` takes a file of conf/optimizer."""
+    """`adamw`, `adamw8bit` (moments of 8 bits), `adafactor`, `muon`: `optimizer=NAME` takes its file."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])

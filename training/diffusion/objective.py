@@ -7,6 +7,7 @@ All randomness is a function of (seed, position): the loss of a sample does not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,9 @@ from training.diffusion import random
 from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample
 from training.diffusion.random import Stream
 from training.diffusion.schedule import Schedule, add_noise, per_sample
+
+RARE = 1e-3
+"""A noise level that is drawn less often than this (per unit of log-SNR) is not weighted up further."""
 
 
 def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
@@ -33,13 +37,28 @@ def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
     return (offset + (positions - step * global_batch) / global_batch) % 1.0
 
 
-def x0_weight(log_snr: Tensor, config: DiffusionConfig) -> Tensor:
-    """Weight of the squared x0 error at log_snr (any shape).
+def flow_v_weight(log_snr: Tensor) -> Tensor:
+    """The unweighted error in the velocity x0 - eps of the straight path s x0 + (1 - s) eps, whose x0 error counts
+    1 / (1 - s)^2 (JiT, Li & He 2025, section 3): with sqrt(SNR) = s / (1 - s) this is (1 + sqrt(SNR))^2."""
+    return (1 + (log_snr / 2).exp()).square()
+
+
+def sigmoid_weight(log_snr: Tensor, density: Tensor, bias: float) -> Tensor:
+    """w(lambda) e^lambda / p(lambda) with w = sigmoid(bias - lambda) on the error in eps, counted per unit of lambda
+    (Kingma & Gao 2023, equation 12; Hoogeboom et al. 2024, "simpler diffusion", section 3): the expected loss does not
+    depend on the schedule, whose density p is divided out (down to RARE). e^lambda sigmoid(bias - lambda) = e^bias
+    sigmoid(lambda - bias)."""
+    return math.exp(bias) * torch.sigmoid(log_snr - bias) / density.clamp(min=RARE)
+
+
+def x0_weight(log_snr: Tensor, config: DiffusionConfig, schedule: Schedule | None = None) -> Tensor:
+    """Weight of the squared x0 error at log_snr (any shape). `schedule`: of the picture's size; None: without shift.
 
     - paper: SNR, the unweighted error in eps (Imagen, appendix A);
     - v: SNR + 1, the unweighted error in v (Salimans & Ho 2022);
     - min_snr: min(SNR, gamma) (Hang et al. 2023);
-    - edm: (s^2 + s_d^2) / (s s_d)^2 with s^2 = 1 / SNR (Karras et al. 2022, table 1).
+    - edm: (s^2 + s_d^2) / (s s_d)^2 with s^2 = 1 / SNR (Karras et al. 2022, table 1);
+    - flow_v, sigmoid: see `flow_v_weight` and `sigmoid_weight`.
 
     Capped at `max_weight`.
     """
@@ -50,6 +69,11 @@ def x0_weight(log_snr: Tensor, config: DiffusionConfig) -> Tensor:
         weight = snr + 1
     elif config.weighting == "min_snr":
         weight = snr.clamp(max=config.min_snr_gamma)
+    elif config.weighting == "flow_v":
+        weight = flow_v_weight(log_snr)
+    elif config.weighting == "sigmoid":
+        found = schedule or Schedule.of(config, config.shift_from)
+        weight = sigmoid_weight(log_snr, found.density(log_snr), config.sigmoid_bias)
     else:
         weight = snr + config.sigma_data**-2
     return weight.clamp(max=config.max_weight) if config.max_weight else weight
@@ -74,6 +98,7 @@ def loss(
     image_size: int = 0,
     global_batch: int = 0,
     t: Tensor | None = None,
+    log_snr: Tensor | None = None,
     normal: Callable[..., Tensor] = random.normal,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted squared error of one micro-batch.
@@ -86,6 +111,7 @@ def loss(
         image_size: side of the whole picture if `images` are crops (for the schedule's shift); 0: not cropped.
         global_batch: samples per optimizer step, for stratified times; 0: independent times.
         t: fixed times (B,) instead of random ones (validation).
+        log_snr: fixed noise levels (B,), whatever the schedule; then `t` in the result is not a number.
         normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
 
     Returns:
@@ -95,9 +121,12 @@ def loss(
     x0 = to_unit(images)
     positions = positions.to(x0.device)
     schedule = Schedule.of(config, image_size or x0.shape[-1])
-    if t is None:
-        t = times(seed, positions, global_batch=global_batch if config.stratified else 0)
-    log_snr = schedule.log_snr(t)
+    if log_snr is None:
+        if t is None:
+            t = times(seed, positions, global_batch=global_batch if config.stratified else 0)
+        log_snr = schedule.log_snr(t)
+    elif t is None:
+        t = torch.full_like(log_snr, math.nan)
     eps = normal(seed, positions, Stream.NOISE, tuple(x0.shape[1:]))
     z = add_noise(x0, eps, log_snr)
 
@@ -117,5 +146,5 @@ def loss(
     error = (out - wanted).square().flatten(1).mean(1)
     c_out = scaling(config.parametrization, log_snr, config.sigma_data).c_out
     x0_error = error if c_out is None else c_out.square() * error
-    per = x0_weight(log_snr, config) * x0_error
+    per = x0_weight(log_snr, config, schedule) * x0_error
     return per.mean(), {"loss": per.detach(), "t": t, "log_snr": log_snr, "x0_error": x0_error.detach()}

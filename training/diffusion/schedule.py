@@ -34,7 +34,30 @@ def edm(t: Tensor) -> Tensor:
     return -2 * ln_sigma.clamp(math.log(EDM_SIGMA_MIN), math.log(EDM_SIGMA_MAX))
 
 
-CURVES = {"cosine": cosine, "linear": linear, "edm": edm}
+def logit_normal(t: Tensor) -> Tensor:
+    """1 - t is the quantile of a standard normal lambda, which `Schedule` scales and moves. The logit-normal times of
+    Esser et al. 2024 and JiT (Li & He 2025): their path s x0 + (1 - s) eps has lambda = 2 logit(s), so that logit(s) ~
+    N(m, d^2) is lambda ~ N(2 m, (2 d)^2)."""
+    return math.sqrt(2) * torch.erfinv(1 - 2 * t)
+
+
+CURVES = {"cosine": cosine, "linear": linear, "edm": edm, "logit_normal": logit_normal}
+
+
+def cosine_density(log_snr: Tensor) -> Tensor:
+    """sech(lambda / 2) / (2 pi) (Kingma & Gao 2023, table 2)."""
+    return 1 / (2 * math.pi * torch.cosh(log_snr / 2))
+
+
+def linear_density(log_snr: Tensor) -> Tensor:
+    """(1 - e^-u) / (20 t) with u = ln(1 + e^-lambda) = 1e-4 + 10 t^2."""
+    u = torch.nn.functional.softplus(-log_snr)
+    return torch.sigmoid(-log_snr) / (20 * ((u - 1e-4) / 10).clamp(min=1e-12).sqrt())
+
+
+def normal_density(log_snr: Tensor, mean: float, std: float) -> Tensor:
+    """Of N(mean, std^2)."""
+    return torch.exp(-((log_snr - mean) / std).square() / 2) / (std * math.sqrt(2 * math.pi))
 
 
 @dataclass(frozen=True)
@@ -46,26 +69,45 @@ class Schedule:
     """Added to lambda: 2 ln(reference side / picture side) (Hoogeboom et al. 2023, "simple diffusion", eq. 3)."""
     low: float = -20.0
     high: float = 20.0
+    mean: float = 0.0
+    std: float = 1.0
+    """`logit_normal`: of lambda without the shift."""
 
     @classmethod
     def of(cls, config: DiffusionConfig, image_size: int) -> Schedule:
         """The schedule for pictures of side `image_size` (of the whole picture, even when training on crops)."""
         shift = 2 * math.log(config.shift_from / image_size) if config.shift_from else 0.0
-        return cls(config.schedule, shift, config.log_snr_min, config.log_snr_max)
+        ends = config.log_snr_min, config.log_snr_max
+        return cls(config.schedule, shift, *ends, config.log_snr_mean, config.log_snr_std)
 
     def unshifted(self) -> Schedule:
-        """The same curve without the shift, as used for low-res augmentation."""
-        return Schedule(self.kind, 0.0, self.low, self.high)
+        """The curve of low-res augmentation: the same without the shift. `logit_normal` says which levels are trained
+        how often, not what a level is; it takes the cosine's levels."""
+        return Schedule("cosine" if self.kind == "logit_normal" else self.kind, 0.0, self.low, self.high)
+
+    def _curve(self, t: Tensor) -> Tensor:
+        """lambda at fp64 times, not clamped."""
+        curve = CURVES[self.kind](t)
+        return (self.mean + self.std * curve if self.kind == "logit_normal" else curve) + self.shift
+
+    def density(self, log_snr: Tensor) -> Tensor:
+        """Density of lambda where t is uniform, which is 1 / |dlambda / dt|; the ends' clamp is left aside."""
+        own = log_snr - self.shift
+        if self.kind == "cosine":
+            return cosine_density(own)
+        if self.kind == "linear":
+            return linear_density(own)
+        if self.kind == "edm":
+            return normal_density(own, -2 * EDM_MEAN, 2 * EDM_STD)
+        return normal_density(own, self.mean, self.std)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """fp32 lambda at times in [0, 1], any shape; computed in fp64, where cos(pi/2) is still positive."""
-        curve = CURVES[self.kind](t.to(torch.float64)) + self.shift
-        return curve.clamp(self.low, self.high).to(torch.float32)
+        return self._curve(t.to(torch.float64)).clamp(self.low, self.high).to(torch.float32)
 
     def log_snr_at(self, t: float) -> float:
         """lambda at a single time, as a Python float."""
-        curve = float(CURVES[self.kind](torch.tensor(t, dtype=torch.float64))) + self.shift
-        return min(max(curve, self.low), self.high)
+        return min(max(float(self._curve(torch.tensor(t, dtype=torch.float64))), self.low), self.high)
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ OPTIMIZERS = {
     "adamw": OptimizerEntry("adamw", "AdamW", by_value=True),
     "adamw8bit": OptimizerEntry("adamw8bit", "AdamW8bit"),
     "adafactor": OptimizerEntry("adafactor", "Adafactor"),
+    "muon": OptimizerEntry("muon", "Muon", options={"momentum": 0.95, "iterations": 5}),
 }
 """`optimizer.name` -> its class. To add one: its file, a line here, and conf/optimizer/NAME.yaml."""
 
@@ -64,6 +65,12 @@ def check_optimizer(config: OptimizerConfig) -> None:
     for key in config.options.keys() - known.keys():
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ConfigError(f"optimizer.options.{key}: optimizer.name={config.name} has no such option; {has}")
+    if config.name == "muon":
+        momentum, iterations = (options_of(config)[key] for key in ("momentum", "iterations"))
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"optimizer.options.momentum={momentum}: it must lie between 0 and 1, 1 not included")
+        if iterations != int(iterations) or iterations < 1:
+            raise ConfigError(f"optimizer.options.iterations={iterations}: it must be a whole number from 1 on")
 
 
 def options_of(config: OptimizerConfig) -> dict[str, float]:

@@ -227,6 +227,11 @@ def check_deterministic(config: Experiment, _world_size: int) -> None:
 def check_the_optimizer(config: Experiment, _world_size: int) -> None:
     """It exists, and has the options that are given."""
     check_optimizer(config.optimizer)
+    require(
+        not (config.optimizer.name == "muon" and config.zero.offload_optimizer),
+        "zero.offload_optimizer=true: optimizer.name=muon would orthogonalise every matrix in host memory; set it to "
+        "false, or use optimizer=adamw",
+    )
 
 
 def check_buckets(config: Experiment, _world_size: int) -> None:

@@ -64,6 +64,10 @@ def main(config: Experiment) -> dict[str, Any]:
     return plan
 
 
+TOLD = ("schedule", "parametrization", "weighting")
+"""Settings of the diffusion process that the plan repeats: what ingredients change."""
+
+
 def make_plan(config: PlanCommand) -> dict[str, Any]:
     """All numbers of the table, by names that JSON readers can rely on."""
     import torch
@@ -105,6 +109,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         "zero_stage": config.zero.stage,
         "optimizer": config.optimizer.name,
         "precision": config.precision.dtype,
+        "diffusion": {name: getattr(config.stage.diffusion, name) for name in TOLD},
         **memory_plan(config, setup, passes, device, 0 if precomputed else text.bytes, problems),
         **rates,
         **cost(config, device, world, rates["images_per_second"]),

@@ -37,6 +37,7 @@ def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
     trained = f", of which {plan['trained_parameters'] / 1e6:,.2f} M are trained (lora)" if frozen else ""
     return [
         ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
+        ("diffusion", ", ".join(f"{name} {value}" for name, value in plan["diffusion"].items())),
         ("parameters", f"{plan['parameters'] / 1e6:,.1f} M{trained}"),
         (
             "FLOPs per image",

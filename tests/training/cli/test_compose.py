@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError
-from training.cli.compose import load_config
+from training.cli.compose import load_config, searching
 from training.cli.explain import SYNONYMS
 from training.cli.fields import keys_of
 from training.cli.overrides import ALIASES, CONF_DIR, groups
@@ -25,7 +25,7 @@ FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
 def overrides_for(path: str) -> tuple[str, list[str]]:
     """A command line that uses a file of conf/."""
     parts = Path(path).with_suffix("").parts
-    if path in ("base.yaml", "quiet.yaml"):
+    if path in ("base.yaml", "quiet.yaml", "ingredients.yaml"):
         return "train", []
     if parts[0] == "recipe":
         return "train", [f"experiment={parts[1]}", f"stage={parts[2]}"]
@@ -108,6 +108,29 @@ def test_the_paper_experiment_is_literal() -> None:
     assert [c.stage.sampler.guidance for c in (base, sr)] == [1.35, 8.0]
     assert sr.optimizer.betas == [0.9, 0.999]
     assert (last.stage.image_size, last.stage.low_res_size, last.stage.crop_size) == (1024, 256, 256)
+
+
+def test_ingredients_win_over_the_experiment_in_their_order() -> None:
+    def composed(*words: str) -> tuple[str, str, str]:
+        found = load_config("train", ["experiment=paper", "text.path=x", *words]).stage.diffusion
+        return found.schedule, found.parametrization, found.weighting
+
+    assert composed("ingredient=[]") == composed() == ("cosine", "eps", "paper")
+    assert composed("ingredient=x_pred_v_loss") == ("logit_normal", "x0", "flow_v")
+    assert composed("ingredient=[x_pred_v_loss,sigmoid_weighting]") == ("logit_normal", "x0", "sigmoid")
+    assert composed("ingredient=[sigmoid_weighting,x_pred_v_loss]")[2] == "flow_v"
+    assert composed("ingredient=[x_pred_v_loss]", "stage.diffusion.weighting=v")[2] == "v"
+    with pytest.raises(ConfigError, match=r"ingredient=nothing: no such option; the options are .*min_snr"):
+        composed("ingredient=[min_snr,nothing]")
+
+
+def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    lines = "# @package _global_\ndefaults:\n  - demo\n  - override /ingredient: [min_snr]\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(lines)
+    with searching(str(tmp_path)):
+        own, none = (load_config("train", ["experiment=mine", *words]) for words in ([], ["ingredient=[]"]))
+    assert (own.stage.diffusion.weighting, none.stage.diffusion.weighting) == ("min_snr", "v")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_every_key_of_the_tables_exists() -> None:
     [
         ("sample data.shards=x", "cascade sample would not use it; it is a setting of index, verify"),
         ("sample optimizer=adafactor", "optimizer: cascade sample would not use it; it is a setting of train, plan"),
+        ("sample ingredient=min_snr", "cascade sample would not use it; it is a setting of .*train, plan"),
         ("sample strength=0.5", "it belongs to image=FILE, not image=null"),
         (
             "evaluate action=compare results=[a,b] guidance=3",

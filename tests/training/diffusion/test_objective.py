@@ -13,7 +13,7 @@ from torch import Tensor
 from training.config.diffusion import PARAMETRIZATIONS, DiffusionConfig
 from training.diffusion.denoiser import scaling
 from training.diffusion.objective import drop_text, loss, times, x0_weight
-from training.diffusion.schedule import alpha_sigma, per_sample
+from training.diffusion.schedule import Schedule, alpha_sigma, per_sample
 
 MEAN, SPREAD = 0.3, 0.5
 TEXT, MASK = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(2)), torch.ones(64, 5, dtype=torch.bool)
@@ -81,6 +81,41 @@ def test_weights_in_x0_space() -> None:
         torch.testing.assert_close(x0_weight(level, config), value)
         capped = DiffusionConfig(weighting=weighting, max_weight=2.0)
         torch.testing.assert_close(x0_weight(level, capped), value.clamp(max=2))
+
+
+@pytest.mark.parametrize("s", [0.1, 0.5, 0.9])
+def test_flow_v_is_the_error_in_the_straight_paths_velocity(s: float) -> None:
+    """JiT's v-loss from its own definitions: v = (x0 - z) / (1 - s) on z = s x0 + (1 - s) eps."""
+    x0, eps, predicted = torch.randn(3, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = s * x0 + (1 - s) * eps
+    wanted = ((x0 - z) / (1 - s) - (predicted - z) / (1 - s)).square()
+    level = torch.tensor(2 * math.log(s / (1 - s)), dtype=torch.float64)
+    weight = x0_weight(level, DiffusionConfig(weighting="flow_v"))
+    torch.testing.assert_close(weight * (x0 - predicted).square(), wanted)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "logit_normal"])
+def test_the_sigmoid_loss_is_the_same_integral_on_every_schedule(schedule: str) -> None:
+    """The integral of sigmoid(b - lambda) |eps error|^2 over lambda, of a network with the x0 error 1 / (1 + SNR)."""
+    bias, t = -1.0, (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    config = DiffusionConfig(schedule=schedule, weighting="sigmoid", sigmoid_bias=bias, log_snr_std=4.0)
+    level = Schedule.of(config, 64).log_snr(t).double()
+    found = (x0_weight(level, config) / (1 + level.exp())).mean().item()
+    at = torch.linspace(-18, 18, 100_001, dtype=torch.float64)
+    eps_error = at.exp() / (1 + at.exp())
+    wanted = torch.trapezoid(torch.sigmoid(bias - at) * eps_error, at).item()
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_fixed_noise_level_asks_every_schedule_the_same() -> None:
+    level = torch.linspace(-6, 6, 8)
+    answers = []
+    for schedule, weighting in (("cosine", "v"), ("logit_normal", "flow_v")):
+        config = DiffusionConfig(schedule=schedule, parametrization="x0", weighting=weighting)
+        _, parts = run(lambda z, *rest: 0.5 * z, pictures(8), config, log_snr=level)
+        answers.append(parts["x0_error"])
+        assert torch.equal(parts["log_snr"], level)
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("level", [-6.0, 0.0, 6.0])

@@ -46,6 +46,27 @@ def test_edm_is_normal_in_log_sigma() -> None:
     torch.testing.assert_close(normal.cdf(ln_sigma), t.double(), atol=1e-5, rtol=0)
 
 
+def test_logit_normal_is_jits_distribution() -> None:
+    """JiT draws s = sigmoid(0.8 n - 0.8) on the straight path s x0 + (1 - s) eps: its SNR is (s / (1 - s))^2."""
+    t = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    s = torch.sigmoid(0.8 * normal.icdf(1 - t) - 0.8)
+    schedule = Schedule.of(DiffusionConfig(schedule="logit_normal"), 64)
+    torch.testing.assert_close(schedule.log_snr(t).double(), 2 * torch.log(s / (1 - s)), atol=1e-4, rtol=1e-5)
+    shifted = Schedule.of(DiffusionConfig(schedule="logit_normal", shift_from=64), 256)
+    assert shifted.log_snr_at(0.5) == pytest.approx(-1.6 - 2 * math.log(4))
+    assert schedule.unshifted().log_snr_at(0.5) == pytest.approx(0), "levels of low-res augmentation stay the cosine's"
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_density_is_one_over_the_slope(kind: str) -> None:
+    schedule = Schedule.of(DiffusionConfig(schedule=kind, shift_from=64, log_snr_min=-60, log_snr_max=60), 256)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        slope = (schedule.log_snr_at(t + 1e-5) - schedule.log_snr_at(t - 1e-5)) / 2e-5
+        found = schedule.density(torch.tensor(schedule.log_snr_at(t), dtype=torch.float64)).item()
+        assert found == pytest.approx(-1 / slope, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_ends_are_finite_clamped_and_falling(kind: str) -> None:
     t = torch.linspace(0, 1, 1001)

@@ -41,6 +41,38 @@ class Net(torch.nn.Module):
         return self.last(torch.nn.functional.silu(hidden)) + self.offset.to(x.dtype)
 
 
+class Wide(Net):
+    """Large enough for Muon: a matrix, and a kernel that is one when flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between, self.kernel = torch.nn.Linear(37, 35), torch.nn.Conv1d(1, 33, 35)
+        self.down = torch.nn.Linear(33, 37)
+
+    def forward(self, x: Any, log_snr: Any, text: Any, mask: Any = None, low_res: Any = None, aug: Any = None) -> Any:
+        hidden = self.norm(self.first(x)) + self.words(text) + log_snr[:, None].to(x.dtype)
+        wide = torch.nn.functional.silu(self.kernel(self.between(hidden)[:, None])[..., 0])
+        return self.last(torch.nn.functional.silu(hidden + self.down(wide))) + self.offset.to(x.dtype)
+
+
+MATRICES = ("between.weight", "kernel.weight", "down.weight")
+MOMENTA = {kind: kind for kind in ("exp_avg", "variance", "ema/0", "ema/1")}
+
+
+def first_updates(tensors: dict[str, torch.Tensor], config: Experiment) -> dict[str, tuple[float, float]]:
+    """Fourth and first of the singular values of the first update of each matrix among these weights, its scale taken
+    out. (A batch of 8 has gradients of rank 8 at most.)"""
+    rounded, found = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, {}
+    before = {name: p.detach().to(rounded).float() for name, p in Wide().named_parameters()}
+    lr, kept = config.optimizer.lr / 2, 1 - config.optimizer.lr / 2 * config.optimizer.weight_decay
+    for name in MATRICES:
+        if f"param/{name}" in tensors:
+            update = (before[name] * kept - tensors[f"param/{name}"]).flatten(1)
+            values = torch.linalg.svdvals(update / (lr * 0.2 * max(update.shape) ** 0.5))
+            found[name] = values[3].item(), values[0].item()
+    return found
+
+
 def experiment(stage: int, dtype: str = "fp32", optimizer: str = "adamw") -> Experiment:
     config = Experiment()
     config.zero.stage, config.precision.dtype, config.ema.decays = stage, dtype, DECAYS
@@ -188,6 +220,22 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
             engine.import_tensors(checkpoint.read, FACTORED, STEPS)
         save(engine, ranks, f"{directory}/adafactor-{stage}", STEPS)
         found["adafactor"][str(stage)] = losses + train(engine, ranks, range(STEPS, STEPS + 2))
+    # Muon orthogonalises whole matrices, whoever holds which slice; its state goes from stage to stage
+    found["muon"], found["muon updates"] = {}, {}
+    for stage, given, dtype in ((3, None, "fp32"), (2, None, "fp32"), (1, 3, "fp32"), (3, 1, "fp32"), (1, None, "bf16"),
+                                (2, None, "bf16"), (3, None, "bf16")):  # fmt: skip
+        engine = build_engine(Wide(), experiment(stage, dtype, optimizer="muon"), ranks, 1)
+        losses = train(engine, ranks, range(1))
+        found["muon updates"][f"{dtype}/{stage}"] = first_updates(engine.export_tensors(), engine.config)
+        losses += train(engine, ranks, range(1, STEPS))
+        if given is not None:
+            engine = build_engine(Wide(), experiment(stage, dtype, optimizer="muon"), ranks, 1)
+            checkpoint = CheckpointStore(f"{directory}/muon-{given}").newest(ranks)
+            assert checkpoint is not None
+            engine.import_tensors(checkpoint.read, MOMENTA, STEPS)
+        if dtype == "fp32":
+            save(engine, ranks, f"{directory}/muon-{stage}", STEPS)
+        found["muon"][f"{dtype}/{stage}"] = losses + train(engine, ranks, range(STEPS, STEPS + 2))
     # moments of 8 bits: the state goes out as fp32 and comes back bit for bit
     for stage in (1, 3):
         engine = build_engine(Net(), experiment(stage, optimizer="adamw8bit"), ranks, 1)
@@ -299,6 +347,26 @@ def test_adafactor_at_every_stage(found: list[dict[str, Any]], directory: Path) 
     assert checkpoint is not None
     engine.import_tensors(checkpoint.read, FACTORED, STEPS)
     assert train(engine, Ranks(), range(STEPS, STEPS + 2)) == pytest.approx(wanted[STEPS:], abs=1e-6)
+
+
+def test_muon_at_every_stage(found: list[dict[str, Any]], directory: Path) -> None:
+    """The same losses as the dense one in one process, in bf16 to rounding; and its updates are orthogonal."""
+    engine = build_engine(Wide(), experiment(0, optimizer="muon"), Ranks(), 1)
+    wanted = train(engine, Ranks(), range(STEPS + 2))
+    other = train(build_engine(Wide(), experiment(0), Ranks(), 1), Ranks(), range(STEPS + 2))
+    assert wanted != pytest.approx(other, rel=1e-3), "it is another optimizer"
+    for key, losses in found[0]["muon"].items():
+        assert losses == pytest.approx(wanted, **({"rel": 0.02} if "bf16" in key else {"abs": 1e-5})), key
+    for key in found[0]["muon updates"]:
+        updates = {name: values for rank in found for name, values in rank["muon updates"][key].items()}
+        assert sorted(updates) == sorted(MATRICES), key
+        for name, (fourth, first) in updates.items():
+            assert fourth > 0.65 and first < 1.2, (key, name, fourth, first)
+    engine = build_engine(Wide(), experiment(0, optimizer="muon"), Ranks(), 1)
+    checkpoint = CheckpointStore(str(directory / "muon-3")).newest()
+    assert checkpoint is not None
+    engine.import_tensors(checkpoint.read, MOMENTA, STEPS)
+    assert train(engine, Ranks(), range(STEPS, STEPS + 2)) == pytest.approx(wanted[STEPS:], abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -111,6 +111,6 @@ def test_an_optimizer_refuses_what_it_does_not_know(heavy_ball: Experiment) -> N
     heavy_ball.optimizer.name = "adamw"
     assert "optimizer.name=adamw has no such option; it has none" in problem()
     heavy_ball.optimizer.name = "sgd"
-    assert "optimizer.name=sgd: it must be adamw, adamw8bit, adafactor or heavy_ball" in problem()
+    assert "optimizer.name=sgd: it must be adamw, adamw8bit, adafactor, muon or heavy_ball" in problem()
     with pytest.raises(ConfigError, match="it must be adamw"):
         build_engine(torch.nn.Linear(3, 2), heavy_ball, Ranks())
