@@ -224,9 +224,10 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
     found["muon"], found["muon updates"] = {}, {}
     for stage, given, dtype in ((3, None, "fp32"), (2, None, "fp32"), (1, 3, "fp32"), (3, 1, "fp32"), (1, None, "bf16"),
                                 (2, None, "bf16"), (3, None, "bf16")):  # fmt: skip
-        engine = build_engine(Wide(), experiment(stage, dtype, optimizer="muon"), ranks, 1)
+        config = experiment(stage, dtype, optimizer="muon")
+        engine = build_engine(Wide(), config, ranks, 1)
         losses = train(engine, ranks, range(1))
-        found["muon updates"][f"{dtype}/{stage}"] = first_updates(engine.export_tensors(), engine.config)
+        found["muon updates"][f"{dtype}/{stage}"] = first_updates(engine.export_tensors(), config)
         losses += train(engine, ranks, range(1, STEPS))
         if given is not None:
             engine = build_engine(Wide(), experiment(stage, dtype, optimizer="muon"), ranks, 1)
