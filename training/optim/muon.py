@@ -57,7 +57,7 @@ def muon_update(momentum: Tensor, shape: tuple[int, ...], iterations: int) -> Te
 
 
 @dataclass
-class Part:
+class MuonPart:
     """One parameter of a tensor of this process."""
 
     name: str
@@ -100,7 +100,7 @@ class Muon(TrainOptimizer):
 
     def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._parts: dict[Tensor, list[Part]] = {}
+        self._parts: dict[Tensor, list[MuonPart]] = {}
         self._add_up: Callable[[Tensor], object] = lambda sums: None
         self._rank = 0
 
@@ -118,7 +118,7 @@ class Muon(TrainOptimizer):
             owners = {name: i % len(sharding.layout) for i, name in enumerate(cut)}
             own = [piece for piece in sharding.layout[sharding.rank] if piece.flat == index]
             self._parts[flat] = [
-                Part(name, sharding.shapes[name], [p for p in own if p.name == name], owners.get(name, -1))
+                MuonPart(name, sharding.shapes[name], [p for p in own if p.name == name], owners.get(name, -1))
                 for name in sorted(holders)
             ]
             for part in self._parts[flat]:
@@ -147,7 +147,7 @@ class Muon(TrainOptimizer):
                 self._by_value(p, [part for part in parts if not is_matrix(part.shape)], group)
                 self._by_matrix(p, [part for part in parts if is_matrix(part.shape)], group)
 
-    def _by_value(self, p: Tensor, parts: list[Part], group: dict[str, Any]) -> None:
+    def _by_value(self, p: Tensor, parts: list[MuonPart], group: dict[str, Any]) -> None:
         """AdamW. Every process keeps all second moments of these few values, so their squares are added up."""
         (beta1, beta2), step = group["betas"], float(self.state[p]["step"])
         squares = torch.zeros(sum(part.size for part in parts), device=p.device)
@@ -165,7 +165,7 @@ class Muon(TrainOptimizer):
                 rate = group["lr"] / (1 - beta1**step)
                 _cut(p, piece).addcdiv_(mean, root.add_(group["eps"]), value=-rate)
 
-    def _by_matrix(self, p: Tensor, parts: list[Part], group: dict[str, Any]) -> None:
+    def _by_matrix(self, p: Tensor, parts: list[MuonPart], group: dict[str, Any]) -> None:
         """Nesterov's momentum, orthogonalised."""
         share, iterations, lr = group["momentum"], group["iterations"], group["lr"]
         for part in parts:
@@ -193,22 +193,22 @@ class Muon(TrainOptimizer):
                 for piece in part.pieces:
                     _cut(p, piece).sub_(values[piece.start : piece.stop], alpha=lr)
 
-    def _parts_of(self, p: Tensor) -> list[Part]:
+    def _parts_of(self, p: Tensor) -> list[MuonPart]:
         if p in self._parts:
             return self._parts[p]
-        part = Part("", tuple(p.shape), [Piece("", 0, p.numel(), 0, 0)], state=self.state[p])
+        part = MuonPart("", tuple(p.shape), [Piece("", 0, p.numel(), 0, 0)], state=self.state[p])
         _begin_variance(part, p.device)
         return [part]
 
 
-def _begin_variance(part: Part, device: torch.device) -> None:
+def _begin_variance(part: MuonPart, device: torch.device) -> None:
     if not is_matrix(part.shape):
         part.state.setdefault("variance", torch.zeros(part.size, device=device))
 
 
-def _chunks(parts: list[Part]) -> Iterator[list[Part]]:
+def _chunks(parts: list[MuonPart]) -> Iterator[list[MuonPart]]:
     """Runs of parts with at most CHUNK values together, or one larger part."""
-    some: list[Part] = []
+    some: list[MuonPart] = []
     for part in parts:
         if some and sum(p.size for p in some) + part.size > CHUNK:
             yield some
