@@ -49,7 +49,8 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
     last = time.monotonic()
     while True:
         store = CheckpointStore(checkpoint_dir(config.run.dir))  # where, is known once the run has begun
-        step = _newest_unseen(store, output) if _others_began(config) else None
+        drawable = _others_began(config)
+        step = _newest_unseen(store, output) if drawable else None
         if step is not None:
             evaluate_step(config, store, output, step, evaluate)
             if (evaluation_place(output, step) / RESULT).exists():
@@ -64,11 +65,16 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
             continue
         _log(run, store, output)
         done, wanted = _progress(store)
-        if done >= wanted or run.asked_to_stop():
+        if drawable and (done >= wanted or run.asked_to_stop()):
             how = "complete" if done >= wanted else "asked to stop"
             print(f"{output / 'report.html'}: the run is {how}, and so are its evaluations")
             return write_series(output, config.figure)
         if time.monotonic() - last > config.wait_s:
+            if not drawable:
+                raise DataError(
+                    f"bundle.runs: a stage before {config.run.dir} has had no checkpoint for wait_s={config.wait_s:g} "
+                    f"seconds; run the same command again once it has one"
+                )
             raise DataError(
                 f"{config.run.dir}: no new checkpoint for wait_s={config.wait_s:g} seconds, and the run is at "
                 f"step {max(done, 0)}, not complete; run the same command again to continue"

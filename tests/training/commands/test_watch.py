@@ -155,10 +155,10 @@ def test_a_super_resolution_run_is_drawn_behind_the_stages_before_it(tmp_path: P
 
 def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(7,))
+    make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(1000,))
     runs = [str(tmp_path / "base"), str(tmp_path / "sr")]
-    with pytest.raises(DataError, match="no new checkpoint"):
-        evaluate.main(command(tmp_path / "sr", runs, wait_s=0.1))
+    with pytest.raises(DataError, match=r"a stage before .*sr has had no checkpoint for wait_s=0\.1 seconds"):
+        evaluate.main(command(tmp_path / "sr", runs, wait_s=0.1))  # complete, but not evaluated
 
 
 def test_it_begins_before_the_run(tmp_path: Path, monkeypatch) -> None:
