@@ -1,8 +1,9 @@
 """`cascade train` that counts, at each step, what makes ranks or a GPU wait: collectives, and host synchronisations.
 
 Both go through torch's dispatcher, those of DeepSpeed as well: `c10d::*` are collectives, and a number read from a
-tensor is `_local_scalar_dense` (on a GPU: the host waits for all that was queued) or a copy to the host. What the
-frozen text encoder does on the CPU with words that it has not seen yet is left out.
+tensor is `_local_scalar_dense` (on a GPU: the host waits for all that was queued) or a copy to the host. Left
+out: what the frozen text encoder does on the CPU with words that it has not seen yet, and decoding, which has a process
+of its own outside the tests.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training.train
+from data_pipeline.reading.loader import Loader
 from tests.training import chaos
 from training.config.experiment import Experiment
 from training.run.session import Session
@@ -44,9 +46,10 @@ class Reading(torch.overrides.TorchFunctionMode):
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
         self.counts = counts
+        self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("tolist", "cpu", "numpy"):
+        if not self.paused and getattr(func, "__name__", "") in ("tolist", "cpu", "numpy"):
             self.counts[f"Tensor.{func.__name__}"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -76,7 +79,7 @@ class Objects:
 def main(config: Experiment) -> dict[str, Any]:
     counting, steps = Counting(), []
     reading, objects = Reading(counting.counts), Objects()
-    next_batch, begin, text = Session.next_batch, Session.begin, Session._text
+    next_batch, begin, text, load = Session.next_batch, Session.begin, Session._text, Loader.__next__
 
     def counted_begin(self: Session) -> None:
         begin(self)
@@ -96,6 +99,14 @@ def main(config: Experiment) -> dict[str, Any]:
         finally:
             counting.paused = False
 
+    def decoded(self: Loader) -> Any:
+        reading.paused = True
+        try:
+            return load(self)
+        finally:
+            reading.paused = False
+
+    Loader.__next__ = decoded  # type: ignore[method-assign]
     Session.begin, Session.next_batch, Session._text = counted_begin, counted, uncounted  # type: ignore[method-assign]
     result = (chaos if "CASCADE_CHAOS" in os.environ else training.train).main(config)
     report = {"steps": steps, "objects": objects.sent, "threads": sorted(objects.threads)}

@@ -109,7 +109,9 @@ def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
     moved = str(tmp_path / "moved")
     shutil.move(copied, moved)
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000006")
-    with pytest.raises(DataError, match=r"\(lora\) are not in .*resume the run with train\.init_from=PLACE"):
+    with pytest.raises(
+        DataError, match=r"\(lora\) were trained with are no longer in .*resume the run with train\.init_from=PLACE"
+    ):
         bundle.collect([config.run.dir]).stages[0].tensors()
     config.train.init_from = moved
     assert forks.start(config).codes() == [0]
