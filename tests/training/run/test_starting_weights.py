@@ -125,7 +125,7 @@ def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000006")
     running = forks.start(config)
     assert running.codes() == [2] and "not the weights that the adapters (lora) were trained with" in running.text
-    with pytest.raises(DataError, match="not the weights that the adapters .lora. were trained with"):
+    with pytest.raises(DataError, match=r"not the weights that the adapters .lora. were trained with"):
         bundle.collect([config.run.dir]).stages[0].tensors()
 
 
