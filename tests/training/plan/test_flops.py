@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.config.unet import PRESETS, UNetConfig
+from training.cli.compose import load_config
+from training.config.unet import PRESETS, UNetConfig, for_stage
 from training.plan.flops import forward_flops, peak_tflops, training_flops
 
 
@@ -33,3 +34,15 @@ def test_super_resolution_is_counted_too() -> None:
 )
 def test_peaks(name: str, peak: float | None) -> None:
     assert peak_tflops(name) == peak
+
+
+def test_the_speedrun_keeps_to_its_price() -> None:
+    """At most 200 H200-hours at the measured utilisation, without the text encoder, which `cascade plan` adds."""
+    hours = 0.0
+    for stage, mfu in (("base64", 0.451), ("sr256", 0.38)):
+        config = load_config("train", ["experiment=speedrun", f"stage={stage}"])
+        flops = training_flops(
+            for_stage(config.stage, config.text.dim), config.stage.train_size, config.text.max_tokens
+        )
+        hours += flops * config.train.steps * config.data.global_batch / (989.4e12 * mfu) / 3600
+    assert 100 < hours < 200
