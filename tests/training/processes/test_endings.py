@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, is_lost_rank, stop_error
-from training.processes.exit_codes import EXIT_CODES, STOP_CODES
+from training.processes.exit_codes import EXIT_CODES, FINAL_CODES, STOP_CODES
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]
@@ -77,6 +77,7 @@ def test_one_table_of_exit_codes() -> None:
     assert sorted(listed) == sorted(EXIT_CODES)
     assert set(STOP_CODES) == {75, 76, 77, 130}
     assert [code for code, end in EXIT_CODES.items() if end.restart] == [75, 78]
+    assert set(FINAL_CODES) == {2, 76, 77, 130} and not any(EXIT_CODES[code].restart for code in FINAL_CODES)
 
 
 @pytest.mark.parametrize(
