@@ -90,7 +90,11 @@ def main(config: Experiment) -> dict[str, Any]:
     def counted(self: Session, healthy: bool) -> Any:
         steps.append(dict(counting.counts))
         counting.counts.clear()
-        return next_batch(self, healthy)
+        reading.paused = True  # the loader fills tensors in host memory
+        try:
+            return next_batch(self, healthy)
+        finally:
+            reading.paused = False
 
     def uncounted(self: Session, batch: Any) -> Any:
         counting.paused = True
