@@ -39,13 +39,13 @@ def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
 
 def flow_v_weight(log_snr: Tensor) -> Tensor:
     """The unweighted error in the velocity x0 - eps of the straight path s x0 + (1 - s) eps, whose x0 error counts
-    1 / (1 - s)^2 (JiT, Li & He 2025, section 3): with sqrt(SNR) = s / (1 - s) this is (1 + sqrt(SNR))^2."""
+    1 / (1 - s)^2 (JiT, Li & He 2025): with sqrt(SNR) = s / (1 - s) this is (1 + sqrt(SNR))^2."""
     return (1 + (log_snr / 2).exp()).square()
 
 
 def sigmoid_weight(log_snr: Tensor, density: Tensor, bias: float) -> Tensor:
     """w(lambda) e^lambda / p(lambda) with w = sigmoid(bias - lambda) on the error in eps, counted per unit of lambda
-    (Kingma & Gao 2023, equation 12; Hoogeboom et al. 2024, "simpler diffusion", section 3): the expected loss does not
+    (Kingma & Gao 2023; Hoogeboom et al. 2024, "simpler diffusion"): the expected loss does not
     depend on the schedule, whose density p is divided out (down to RARE). e^lambda sigmoid(bias - lambda) = e^bias
     sigmoid(lambda - bias)."""
     return math.exp(bias) * torch.sigmoid(log_snr - bias) / density.clamp(min=RARE)

@@ -45,7 +45,7 @@ CURVES = {"cosine": cosine, "linear": linear, "edm": edm, "logit_normal": logit_
 
 
 def cosine_density(log_snr: Tensor) -> Tensor:
-    """sech(lambda / 2) / (2 pi) (Kingma & Gao 2023, table 2)."""
+    """sech(lambda / 2) / (2 pi) (after Kingma & Gao 2023)."""
     return 1 / (2 * math.pi * torch.cosh(log_snr / 2))
 
 

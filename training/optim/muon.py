@@ -3,7 +3,7 @@
 A convolution (O, I, h, w) counts as the matrix (O, I h w). Matrices with a side below LEAST_SIDE are left to AdamW:
 the first and the last convolution, as the authors advise, and low-rank adapters. Updates are scaled by 0.2
 sqrt(max(rows, columns)), which gives them the size of AdamW's, so both share learning rate and weight decay (Liu et al.
-2025, "Muon is scalable for LLM training", section 2.2).
+2025, "Muon is scalable for LLM training").
 
 ZeRO hands an optimizer flat slices, but a slice of a matrix cannot be orthogonalised. A matrix that lies in several
 processes is added up from its slices, orthogonalised by one of them, and handed to all; each keeps what it holds.
