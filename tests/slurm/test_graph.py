@@ -90,10 +90,10 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
     (here / "spy").mkdir()
     (here / "spy/sitecustomize.py").write_text(SPY)
     drawn = ["prepare.draw.count=60", "prepare.draw.heldout=8", "prepare.draw.samples_per_shard=20"]
-    words = [*TWO_NODES, "experiment=demo", *drawn, "train.steps=8", "train.sample_every=0", "train.log_every=1"]
-    words += ["checkpoint.every=4", "data.global_batch=8", "evaluation.samples=8", "optimizer.warmup_steps=2"]
+    words = ["experiment=demo", "train.steps=8", "train.sample_every=0", "train.log_every=1", "checkpoint.every=4"]
+    words += ["data.global_batch=8", "optimizer.warmup_steps=2"]
     setup = f"cluster.setup=['export PYTHONPATH={here}/spy']"
-    answer = launch(*words, setup, own=["verb=all", "embed_tasks=2"])
+    answer = launch(*TWO_NODES, *drawn, *words, "evaluation.samples=8", setup, own=["verb=all", "embed_tasks=2"])
     jobs = {job["name"]: job["job_id"] for job in answer["jobs"]}
     logs = here / "runs/demo/jobs/logs"
     for name, job in jobs.items():
@@ -110,11 +110,11 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
     (end,) = history(run)
     assert (end.rank, end.code, end.action) == (1, 137, "restart")
     assert on_cluster.field(jobs["train-demo_base"], "Restarts") == "0", "in the allocation"
-    cascade("train", *words[len(TWO_NODES) :], "run.dir=uninterrupted", "data.embeddings=runs/demo/embeddings",
+    cascade("train", *words, "run.dir=uninterrupted", "data.embeddings=runs/demo/embeddings",
             env=on_cluster.env, cwd=here)  # fmt: skip
     assert losses(run) == losses(here / "uninterrupted")
     capsys.readouterr()
-    order.main(load_config("order", [*words, "data.shards=data/demo/train", "batches=8", "world_size=2"]))
+    order.main(load_config("order", ["experiment=demo", "data.global_batch=8", "batches=8", "world_size=2"]))
     batches = [json.loads(line)["ranks"] for line in capsys.readouterr().out.splitlines()]
     positions: list[int] = []
     for rank in (0, 1):
