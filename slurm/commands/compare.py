@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import ConfigError, DataError
 from slurm.pages.chart import picture_of, stacked, text_of
 from slurm.pages.curves import curves_of
 from training.config.commands import CompareCommand
@@ -33,8 +33,11 @@ def main(config: CompareCommand) -> dict[str, Any]:
         {"settings": {key: [values]}, "picture": path, "paired": [{"runs", "step", "difference", "interval", "n"}]}
 
     Raises:
+        ConfigError: fewer than two runs are named.
         DataError: a directory is no run, or none of the runs has any of the curves.
     """
+    if len(config.runs) < 2:
+        raise ConfigError("runs: name two runs or more: cascade compare runs/a/base64 runs/b/base64")
     runs = {name: Path(name) for name in config.runs}
     settings = {name: _settings(path) for name, path in runs.items()}
     table = differing(settings)

@@ -208,7 +208,6 @@ class CompareCommand(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.runs) > 1, "runs: name two runs or more: cascade compare runs/a/base64 runs/b/base64")
         require(len({*self.runs}) == len(self.runs), "runs: one is named twice")
         require(self.output.endswith(".png"), f"output={self.output}: it must end in .png")
 
