@@ -25,8 +25,8 @@ FAKE = {
 
 def launch(*words: str, own: list[str] | None = None) -> dict:
     """`cascade launch` in this process; `words` are settings of both commands, `own` the launcher's."""
-    draws = {"verb=sample", "verb=evaluate"} & {*(own or [])}
-    if not draws and not any(word.startswith(("data.shards=", "experiment=demo")) for word in words):
+    without = {"verb=sample", "verb=evaluate", "verb=bundle"} & {*(own or [])}  # they read no shards
+    if not without and not any(word.startswith(("data.shards=", "experiment=demo")) for word in words):
         words = (*words, "data.shards=data/demo/train")
     quoted = json.dumps(list(words), ensure_ascii=False)
     return main(load_config("launch", [*words, *(own or []), f"overrides={quoted}"]))

@@ -184,7 +184,7 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
         (["cluster=slurm"], ["verb=[train,bundle]", "script=x"], "script=x"),
         (["cluster=slurm"], ["verb=[]"], "verb=[]: name at least one command"),
         (["cluster=slurm"], ["verb='open"], "verb='open: a quotation mark is open"),
-        (["cluster=slurm"], ["script=job.yaml"], "script=job.yaml: the settings are written beside it"),
+        (["cluster=slurm"], ["script=job.yaml"], "script=job.yaml: choose another extension"),
         (
             ["cluster=slurm", "cluster.sbatch.nodes=4"],
             [],

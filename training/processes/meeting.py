@@ -23,6 +23,8 @@ from training.processes.endings import RankLost
 from training.processes.ranks import Ranks, gpu_of
 
 POLL_S = 0.1
+READ_S = 10.0
+"""How long rank 0 waits until the others have read what it has put together."""
 FILES, FILES_PER_RANK = 256, 8
 """Open files that a process needs: so many, and so many per process (measured on rank 0: 31 + 6 per process, most of
 them connections of three gloo groups and the store; files of shards and checkpoints come on top)."""
@@ -138,7 +140,20 @@ def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
         _call_the_roll(store, ranks.world_size, timeout_s)
         cards = [store.get(f"card/{rank}").decode() for rank in range(ranks.world_size)]
         store.set("cards", f"[{','.join(cards)}]")
-    return store, [Card(**entry) for entry in json.loads(store.get("cards"))]
+    everyone = [Card(**entry) for entry in json.loads(store.get("cards"))]
+    if ranks.is_main:
+        _wait_for_readers(store, ranks.world_size - 1)
+    else:
+        store.add("read", 1)
+    return store, everyone
+
+
+def _wait_for_readers(store: Any, others: int) -> None:
+    """Rank 0 holds the store: where the cards make every rank end, the others must have read them before it does. One
+    that died meanwhile is noticed later, with the time-outs of the group."""
+    deadline = time.monotonic() + READ_S
+    while store.add("read", 0) < others and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:
