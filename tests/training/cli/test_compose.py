@@ -362,9 +362,9 @@ def test_every_setting_is_explained() -> None:
 
 
 def documented() -> tuple[list[str], list[str]]:
-    """The commands of the README, of the pages and of `--help`; and those that stand within sentences."""
+    """The commands of all pages and of `--help`; and those that stand within sentences."""
     root = Path(__file__).parents[3]
-    pages = [root / "README.md", root / "slurm/README.md", *root.glob("docs/*.md")]
+    pages = [root / "slurm/README.md", *root.glob("*.md"), *root.glob("docs/*.md")]
     lines = [line for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
     commands = [line.replace("\\\n", " ") for verb in COMMANDS.values() for line in verb.examples]
     commands += [line.strip() for line in lines if re.match(r"(    )?([A-Z_]+=\S+ )*cascade [a-z]+ +\S+=", line)]
