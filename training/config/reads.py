@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
-from training.config.commands import ACTIONS, COMMANDS, SAMPLER_KEYS
+from training.config.commands import ACTIONS, COMMANDS, EVERYTHING, SAMPLER_KEYS
 
 ALWAYS = ("json", "debug")
 SHARDS = ("data.shards", "data.members", "data.index_dir", "data.deadline_s", "data.stall_s")
@@ -27,22 +27,7 @@ PLACE = ("run.dir", "run.name", "stage.name")
 """run.dir is runs/RUN.NAME/STAGE.NAME unless it is given."""
 DEVICES = ("cluster", "precision.dtype")
 TRAINING = (
-    "run",
-    "train",
-    "data",
-    "stage",
-    "text",
-    "optimizer",
-    "ema",
-    "lora",
-    "zero",
-    "precision",
-    "validation",
-    "checkpoint",
-    "wandb",
-    "trackers",
-    "cluster",
-    "seed",
+    *(section for section in EVERYTHING if section != "evaluation"),
     "evaluation.every",
     "evaluation.reference",
     "evaluation.samples",

@@ -141,6 +141,7 @@ class Session:
             attempt=self.saving.store.attempt,
             flops=flops,
             peak_flops=peak,
+            datasets=self.data.datasets,
             wandb_id=self.wandb_id,
             code=self._code,
         )
@@ -222,7 +223,7 @@ class Session:
         if not self._writing:
             self.finish_saving()  # a failed one is not left unsaid until the next is due
         own = {"param_norm": self.state.engine.squared_norm(), **self.data.counts()}
-        measured = self.report.measured(step, own)
+        measured = self.report.meter.record(step, own)
         counts = self.data.of_whole_run([measured.pop(name) for name in self.data.count_names])
         self.report.log(
             step,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from data_pipeline.common.errors import DataError
 from training.text.identity import folder_hash
+from training.text.vision_language import load_vlm
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,32 +30,15 @@ class Captioner:
     def __init__(
         self, path: str, prompt: str, *, max_tokens: int = 128, dtype: str = "bf16", device: torch.device | str = "cpu"
     ) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging as hf_logging
 
         hf_logging.disable_progress_bar()
         self.prompt, self.max_tokens, self.device = prompt, max_tokens, torch.device(device)
         self.sha = folder_hash(path, "vlm.path")
         """Hash of the model's files."""
-        load: Any = AutoModelForImageTextToText.from_pretrained
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
-            model, report = load(
-                path,
-                local_files_only=True,
-                dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-            raise DataError(
-                f"vlm.path={path}: it cannot be loaded as a vision-language model with its processor "
-                f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
-            ) from error
-        if report["missing_keys"]:
-            raise DataError(f"vlm.path={path}: its weights lack {len(report['missing_keys'])} tensors")
-        self._model = model.eval().requires_grad_(False).to(self.device)
+        model, self._processor = load_vlm("vlm.path", path, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        self._model = model.to(self.device)
         tokenizer = self._processor.tokenizer
-        tokenizer.padding_side = "left"  # answers begin where prompts end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._asked = prompt

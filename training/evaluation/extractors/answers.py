@@ -19,6 +19,7 @@ from PIL import Image
 from data_pipeline.common.errors import DataError
 from training.config.experiment import ExtractorConfig
 from training.evaluation.extractors.base import verified
+from training.text.vision_language import load_vlm
 
 SHOWS = 'Does this figure show "{}"? Please answer yes or no.'
 """VQAScore's question."""
@@ -47,7 +48,6 @@ class Answerer:
     def __init__(self, name: str, model: Any, processor: Any, sha256: str, batch: int, device: str) -> None:
         self.name, self.sha256, self.batch, self.device = name, sha256, batch, device
         self._model, self._processor = model, processor
-        processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of it."""
@@ -131,19 +131,11 @@ def open_answerer(configs: Mapping[str, ExtractorConfig], device: str = "cpu") -
         if config.kind != "vlm":
             continue
         digest = verified(name, config)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        try:
-            processor = AutoProcessor.from_pretrained(config.path, local_files_only=True)
-            model = AutoModelForImageTextToText.from_pretrained(config.path, local_files_only=True, dtype="auto")
-        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"evaluation.extractors.{name}.path={config.path}: not a vlm ({reason})") from error
+        model, processor = load_vlm(f"evaluation.extractors.{name}.path", config.path, "auto")
         if getattr(processor, "chat_template", None) is None:
             raise DataError(
                 f"evaluation.extractors.{name}.path={config.path}: its processor has no chat template, so it answers "
                 "no questions; use an instruction-tuned model"
             )
-        model = model.eval().requires_grad_(False).to(device)
-        return Answerer(name, model, processor, digest, config.batch, device)
+        return Answerer(name, model.to(device), processor, digest, config.batch, device)
     return None

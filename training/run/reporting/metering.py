@@ -55,11 +55,18 @@ class Meter:
     """Where the time goes. `own` work is what a rank does before it waits for others: data and the forward pass (under
     ZeRO 3 the forward pass gathers weights, so a slow rank shows less clearly there)."""
 
-    def __init__(self, ranks: Ranks, global_batch: int, flops_per_image: float = 0.0, peak_flops: float = 0.0) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        global_batch: int,
+        flops_per_image: float = 0.0,
+        peak_flops: float = 0.0,
+        datasets: Sequence[str] = (),
+    ) -> None:
         self.ranks, self.global_batch = ranks, global_batch
         self.flops, self.peak = flops_per_image, peak_flops
         self._seconds: dict[str, float] = defaultdict(float)
-        self.datasets: list[str] = []
+        self.datasets = list(datasets)
         """Names of the data sets of a mixture, whose losses are kept apart; the same on all ranks."""
         self._by_dataset: torch.Tensor | None = None
         """(2, data sets): sums of the finite losses and how many, on their device."""

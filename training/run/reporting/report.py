@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.config.experiment import Experiment
@@ -24,6 +24,7 @@ class Report:
     Args:
         step: where this start begins; `attempt`: its number.
         flops, peak_flops: of one picture's training step, and of a device per second; 0: unknown.
+        datasets: names of the data sets of a mixture, whose losses are kept apart.
         code: the version of the program, for W&B.
     """
 
@@ -37,24 +38,20 @@ class Report:
         attempt: int,
         flops: float,
         peak_flops: float,
+        datasets: Sequence[str] = (),
         wandb_id: str,
         code: dict[str, Any],
     ) -> None:
         self.config, self.ranks = config, ranks
         self.tracker = Tracker(run, config, ranks, step, wandb_id, code)
         self._hours = Hours(run.path / "hours.json", attempt, ranks.world_size) if ranks.is_main else None
-        self.meter = Meter(ranks, config.data.global_batch, flops, peak_flops)
-        self.meter.datasets = [dataset.name for dataset in config.data.datasets()]
+        self.meter = Meter(ranks, config.data.global_batch, flops, peak_flops, datasets)
         self._left = TimeLeft(config.train.steps)
         self._slow = 0
 
     def device_hours(self) -> float | None:
         """Of all starts up to now; None on ranks other than 0."""
         return self._hours.total() if self._hours is not None else None
-
-    def measured(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
-        """Rates and times since the last record, and `sums` added up over the ranks. One collective."""
-        return self.meter.record(step, sums)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Metrics after `step` steps, with `images_per_second` among them."""

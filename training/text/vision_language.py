@@ -1,0 +1,37 @@
+"""Vision-language models of transformers, from a local directory: what describes pictures and what judges them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data_pipeline.common.errors import DataError
+
+
+def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """The model, frozen and in evaluation mode on the CPU, and its processor, whose prompts are padded on the left:
+    answers begin where prompts end.
+
+    Args:
+        key: the setting that names `path`, for messages.
+        dtype: of the weights; `auto`: as they are stored.
+
+    Raises:
+        DataError: files are missing or unreadable, or the weights lack tensors: transformers fills those at random.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    try:
+        processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
+        model, report = load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(
+            f"{key}={path}: not a vlm: it cannot be loaded as a vision-language model with its processor ({reason})"
+        ) from error
+    if report["missing_keys"]:
+        raise DataError(f"{key}={path}: its weights lack {len(report['missing_keys'])} tensors")
+    processor.tokenizer.padding_side = "left"
+    return model.eval().requires_grad_(False), processor
