@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 from tests.ceph import Ceph, missing_programs
 from tests.s3 import S3Server, start_server
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""One thread for each of the many processes: threads of tiny tensors that share cores wait for each other, spinning."""
 
 SLOW_FIRST = (
     "tests/slurm/",
