@@ -58,6 +58,17 @@ class FilterConfig:
     """Caption length in characters."""
     max_caption: int | None = None
     """Caption length in characters."""
+    licences: list[str] = field(default_factory=list)
+    """Licences in the `.json` that samples may have, as written there (case aside); `*` stands for any text:
+    [CC0, "CC BY *"]. `unknown` lets those in that name none. Empty: any."""
+
+    def __post_init__(self) -> None:
+        self.licences = [" ".join(str(licence).split()) for licence in self.licences]
+        require(all(self.licences), "data.filter.licences: a licence is empty; samples without one are `unknown`")
+
+    def in_force(self) -> dict[str, Any]:
+        """The rules that are not switched off."""
+        return {name: value for name, value in vars(self).items() if value is not None and value != []}
 
 
 @dataclass

@@ -15,8 +15,9 @@ from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.copies import copies
-from data_pipeline.shards.dataset import keep_rows, patience_of
-from data_pipeline.shards.index import ShardIndex, build_index, load_index
+from data_pipeline.shards.dataset import patience_of
+from data_pipeline.shards.filters import keep_rows, licences_of
+from data_pipeline.shards.index import ShardIndex, build_index, count_licences, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import Patience
@@ -28,8 +29,8 @@ _WORTH_PROCESSES = 1 << 30
 
 _Shard = tuple[str, store.Entry, DataConfig]
 """Data set, shard, the settings that hold for it."""
-Result = tuple[int, dict[str, int], list[str], dict[str, int]]
-"""Samples, problems by reason, their details, samples left out by the filters by reason."""
+Result = tuple[int, dict[str, int], list[str], dict[str, int], dict[str, int]]
+"""Samples, problems by reason, their details, samples left out by the filters by reason, the others by licence."""
 
 
 class IndexSettings(Protocol):
@@ -44,8 +45,9 @@ def main(config: IndexSettings) -> dict[str, Any]:
 
     Returns:
         {"shards": .., "samples": .., "problems": {reason: count}, "built": shards walked now, "remaining": samples that
-        pass data.filter, "dropped": {reason: count}}; of a mixture also "datasets": {name: {"shards": .., "samples":
-        .., "remaining": ..}} and "copies", see `data_pipeline.shards.copies`
+        pass data.filter, "dropped": {reason: count}, "licences": {licence: remaining samples}}; of a mixture also
+        "datasets": {name: {"shards": .., "samples": .., "remaining": ..}} and "copies", see
+        `data_pipeline.shards.copies`
 
     Raises:
         DataError: no shards match, or the store denies access.
@@ -55,10 +57,11 @@ def main(config: IndexSettings) -> dict[str, Any]:
     entries = entries_of(config.data)
     problems: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
     samples = built = 0
     rebuild = getattr(config, "rebuild", False)  # other commands' settings do not have it
     sets = {name: {"shards": 0, "samples": 0, "remaining": 0} for name, _, _ in entries if name}
-    for (name, entry, _), fresh, (count, found, details, out) in _index_all(entries, patience, rebuild):
+    for (name, entry, _), fresh, (count, found, details, out, allowed) in _index_all(entries, patience, rebuild):
         samples += count
         if name:
             more = {"shards": 1, "samples": count, "remaining": count - sum(out.values())}
@@ -66,6 +69,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
         built += fresh
         problems.update(found)
         dropped.update(out)
+        licences.update(allowed)
         for detail in details:
             logger.warning("%s: %s", entry.url, detail)
     result = {
@@ -75,6 +79,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
         "built": built,
         "remaining": samples - dropped.total(),
         "dropped": dict(sorted(dropped.items())),
+        "licences": dict(licences.most_common()),
     }
     if sets:
         result |= {"datasets": sets, "copies": _copies(entries, samples, patience)}
@@ -130,10 +135,8 @@ def _index_all(entries: list[_Shard], patience: Patience, rebuild: bool) -> Iter
 def _known(patience: Patience) -> Callable[[_Shard], Result | None]:
     def load(shard: _Shard) -> Result | None:
         _, entry, config = shard
-        index = load_index(entry.url, config.index_dir, entry, patience, config.members)
-        if index is None:
-            return None
-        return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
+        index = load_index(entry.url, config.index_dir, entry, patience, config.members, licences=True)
+        return None if index is None else _result(index, config)
 
     return load
 
@@ -144,16 +147,22 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
         if not store.is_remote(entry.url):
             store.open_stream(entry.url).close()
     except DataError as error:
-        return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
+        return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}, {}
     try:
         index = build_index(entry, config.index_dir, patience, config.members, rebuild)
     except NotAnArchive as error:
-        return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}
+        return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}, {}
     except CascadeError:
         raise
     except Exception as error:  # unforeseen damage is still the shard's, and costs this one shard
-        return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}
-    return len(index), index.problems, index.meta["details"], dict(keep_rows(index, config.filter)[1])
+        return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}, {}
+    return _result(index, config)
+
+
+def _result(index: ShardIndex, config: DataConfig) -> Result:
+    rows, dropped = keep_rows(index, config.filter)
+    licences = count_licences(licences_of(index)[rows].tolist())
+    return len(index), index.problems, index.meta["details"], dict(dropped), licences
 
 
 def _workers(todo: list[_Shard]) -> Executor:

@@ -24,6 +24,7 @@ def state_of(dataset: Dataset, config: DataConfig, seed: int, position: int) -> 
     """The state at a position (samples consumed by all ranks together), for JSON; the same on all ranks."""
     state = {
         **dataset.describe(),
+        "licences": dataset.licences,
         "seed": seed,
         "position": position,
         "global_batch": config.global_batch,

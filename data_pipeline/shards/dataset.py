@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +44,7 @@ from data_pipeline.storage.retry import Patience
 
 logger = logging.getLogger(__name__)
 
+NOT_INDEXED = "not indexed"
 HARMLESS = ("bad_json", "unused_image")
 """Findings that are not told at every start: they cost no sample."""
 _CACHED = 64
@@ -91,7 +91,7 @@ class Dataset:
     def _description(self) -> dict[str, Any]:
         names = [[store.basename(s.entry.url), s.samples, s.digest] for s in self.summaries]
         content = hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
-        rules = {name: value for name, value in asdict(self.rules).items() if value is not None}
+        rules = self.rules.in_force()
         whole = hashlib.blake2b(json.dumps([content, rules, self.samples]).encode(), digest_size=8).hexdigest()
         return {
             "fingerprint": whole,
@@ -100,6 +100,16 @@ class Dataset:
             "content": content,
             "filter": rules,
         }
+
+    @cached_property
+    def licences(self) -> dict[str, int]:
+        """Licence -> samples that take part, the most frequent first. Those that name none are `unknown`; those in
+        indexes of earlier versions, which did not look, are `not indexed`."""
+        counts: Counter[str] = Counter()
+        for summary in self.summaries:
+            counts.update(summary.licences)
+            counts[NOT_INDEXED] += summary.kept - sum(summary.licences.values())
+        return {name: count for name, count in counts.most_common() if count}
 
     @property
     def mean_bytes(self) -> float:
@@ -213,11 +223,11 @@ def _build_all(
 
 
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:
-    if not any(value is not None for value in vars(config.filter).values()):
+    if not config.filter.in_force():
         found = load_meta(entry, config.index_dir, patience, config.members)
         if found is not None:
             return summarize_meta(found[0], entry, found[1])
-    index = load_index(entry.url, config.index_dir, entry, patience, config.members)
+    index = load_index(entry.url, config.index_dir, entry, patience, config.members, bool(config.filter.licences))
     return None if index is None else summarize(index, entry, index.place, config.filter)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from data_pipeline.config import FilterConfig
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.samples import SCORES
+from data_pipeline.shards.samples import SCORES, UNKNOWN
 
 FILTERS_VERSION = 2
 """Of the meaning of the rules: which rows the same index and settings keep."""
@@ -56,7 +57,26 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
             if out.any():
                 dropped[name] += int(out.sum())
                 keep &= ~out
+    if rules.licences:
+        found = licences_of(index)
+        allowed = np.isin(found, [one for one in np.unique(found) if _is_allowed(one, rules.licences)])
+        for failing, name in ((found == UNKNOWN, "unknown_licence"), (found != UNKNOWN, "licence")):
+            out = keep & ~allowed & failing
+            if out.any():
+                dropped[name] += int(out.sum())
+        keep &= allowed
     return np.flatnonzero(keep), dropped
+
+
+def licences_of(index: ShardIndex) -> np.ndarray:
+    """(n,) text: each sample's licence, `UNKNOWN` where its .json names none."""
+    return np.array([licence or UNKNOWN for licence in index.column("licence").to_pylist()], dtype=str)
+
+
+def _is_allowed(licence: str, patterns: Sequence[str]) -> bool:
+    return any(
+        re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), licence, re.IGNORECASE) for pattern in patterns
+    )
 
 
 def _values(index: ShardIndex, name: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 One Parquet file per shard, one row per sample in archive order. Columns: `key`, `key_hash` (blake2b-64), `layout`
 (member extensions joined by "/"), `offsets`, `sizes` (bytes) and `checksums` (xxh3-64) per member, `width`, `height`
 (pixels, as stored), `caption_length` (characters of the .txt, else of json["caption"]), `aesthetic`, `watermark`,
-`unsafe`, `similarity` (from the .json), `problem` (why the sample can never be trained on, else null).
+`unsafe`, `similarity`, `licence` (from the .json), `problem` (why the sample can never be trained on, else null).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import xxhash
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.shards.samples import IMAGE_EXTENSIONS, SCORES, image_size, key_hash, rows_of
+from data_pipeline.shards.samples import IMAGE_EXTENSIONS, SCORES, UNKNOWN, image_size, key_hash, rows_of
 from data_pipeline.shards.tar import Problem, walk
 from data_pipeline.storage import store
 from data_pipeline.storage.etag import EtagCheck
@@ -54,9 +54,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DEFAULT_NAMES = MembersConfig()
-VERSION = 4
-_READ_AS_WELL = 3
-"""The version before: it knew fewer layouts, so it counts where every sample could be used."""
+VERSION = 5
+_WITHOUT_LICENCES = 4
+_FEWER_LAYOUTS = 3
+"""Versions that are read as well: the older one knew fewer layouts, so it counts where every sample could be used."""
+_MOST_LICENCES = 50
+OTHER_LICENCES = "other"
+"""What the rarer licences of a shard count as in its summary."""
 _MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
@@ -74,6 +78,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("caption_length", pa.int32()),
         *((name, pa.float32()) for name in SCORES),
+        ("licence", pa.dictionary(pa.int32(), pa.string())),
         ("problem", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
@@ -268,11 +273,22 @@ def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple
         "compressed": probe.head == b"\x1f\x8b",
         "problems": dict(sorted(counts.items())),
         "unusable": dict(sorted(unusable.items())),
+        "licences": count_licences(row["licence"] for row in samples if not row["problem"]),
         "details": _details(problems),
         "digest": _digest(samples, names),
         "content": probe.digest.hexdigest(),
     }
     return ShardIndex(url, table, meta), probe.check is None or probe.check.confirmed()
+
+
+def count_licences(licences: Iterable[str | None]) -> dict[str, int]:
+    """Licence -> samples, the most frequent first; those without one are `unknown`, the rarest together `other`."""
+    counts = Counter(licence or UNKNOWN for licence in licences)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    found = dict(ranked[:_MOST_LICENCES])
+    if rest := sum(count for _, count in ranked[_MOST_LICENCES:]):
+        found[OTHER_LICENCES] = found.get(OTHER_LICENCES, 0) + rest
+    return found
 
 
 def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
@@ -348,7 +364,8 @@ def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     version."""
     facts = metadata[b"cascade"]
     meta: dict[str, Any] = json.loads(facts)
-    known = meta["version"] == VERSION or (meta["version"] == _READ_AS_WELL and not meta["unusable"])
+    version = meta["version"]
+    known = version in (VERSION, _WITHOUT_LICENCES) or (version == _FEWER_LAYOUTS and not meta["unusable"])
     if not known or metadata[b"cascade_xxh3"] != _checksum(facts):
         raise ValueError("another version, or damaged")
     return meta
@@ -364,6 +381,9 @@ def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex
         content = io.BytesIO(store.read_bytes(url, patience))
         table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
         meta = _facts(table.schema.metadata)
+        if meta["version"] < VERSION:
+            unknown = pa.nulls(len(table), SCHEMA.field("licence").type)
+            table = table.add_column(SCHEMA.get_field_index("licence"), SCHEMA.field("licence"), unknown)
         if not table.schema.remove_metadata().equals(SCHEMA) or len(table) != meta["samples"]:
             return None
         table.validate(full=True)
@@ -408,10 +428,17 @@ def load_index(
     entry: store.Entry | None = None,
     patience: Patience = DEFAULT,
     names: MembersConfig = _DEFAULT_NAMES,
+    licences: bool = False,
 ) -> ShardIndex | None:
-    """The stored index of a shard, from beside it or from the cache; None when there is none that still fits."""
+    """The stored index of a shard, from beside it or from the cache; None when there is none that still fits.
+
+    Args:
+        licences: one that an earlier version made, which did not look at them, does not fit.
+    """
     entry = entry or store.describe([url], patience)[0]
     for index in _stored(url, index_dir, patience, names):
+        if licences and "licences" not in index.meta:
+            continue
         if (index.meta["size"], index.meta["etag"]) == (entry.size, entry.etag):
             return index
     return None
@@ -439,7 +466,8 @@ def build_index(
         DataError: not a tar archive, missing, denied.
     """
     old = None if rebuild or store.is_remote(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
-    if old is not None and old.meta["size"] == entry.size and old.meta["content"] == _content(entry, patience):
+    same = old is not None and old.meta["version"] == VERSION and old.meta["size"] == entry.size
+    if old is not None and same and old.meta["content"] == _content(entry, patience):
         index = ShardIndex(entry.url, old.table, {**old.meta, "etag": entry.etag})
     else:
         index = index_shard(entry.url, patience, entry, names)

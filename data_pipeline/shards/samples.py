@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,15 @@ SCORES = {
     "similarity": ("similarity", "clip_similarity", "clip_score"),
 }
 """Index column -> names of it in a sample's .json, in any case."""
+LICENCES = (
+    *("license", "licence", "license_name", "licensename", "license_short_name", "licenseshortname"),
+    *("license_url", "licenseurl", "usage_rights", "rights"),
+)
+"""Names of the licence in a sample's .json, in any case; the first that says something counts."""
+UNKNOWN = "unknown"
+"""What a sample without a licence counts as."""
+_SAYS_NOTHING = ("", "?", "-", "none", "null", "nan", "n/a", UNKNOWN)
+_LONGEST_LICENCE = 200
 _LARGEST_SIDE = 2**31 - 1
 _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
@@ -107,6 +116,7 @@ def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: lis
         "height": size.get("height"),
         "caption_length": text.get("length") or data.get("length", text.get("length")),
         **{name: data.get(name) for name in SCORES},
+        "licence": data.get("licence"),
         "problem": used.problem if image is None else "empty_image" if image.part[1] == 0 else None,
     }
 
@@ -154,10 +164,27 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
         if column and isinstance(value, (int, float)) and not isinstance(value, bool):
             with suppress(OverflowError):  # an integer of hundreds of digits is no score
                 facts[column] = float(value)
+    if licence := licence_of(data):
+        facts["licence"] = licence
     caption = json_caption(data)
     if caption is not None:
         facts["length"] = len(caption[1][0].strip())
     return facts
+
+
+def licence_of(facts: Mapping[str, Any]) -> str | None:
+    """The licence that a sample's .json names: a text, a number (COCO's), or the name, URL or number of an object;
+    white space collapsed, at most 200 characters. None where it names none."""
+    by_name = {name.lower(): value for name, value in facts.items()}
+    for name in LICENCES:
+        value = by_name.get(name)
+        if isinstance(value, dict):
+            value = next((value[key] for key in ("name", "url", "id") if value.get(key)), None)
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            text = " ".join(str(value).split())[:_LONGEST_LICENCE]
+            if text.lower() not in _SAYS_NOTHING:
+                return text
+    return None
 
 
 def image_size(data: bytes) -> tuple[int | None, int | None]:

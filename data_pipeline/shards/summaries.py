@@ -7,7 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.config import FilterConfig, MembersConfig
-from data_pipeline.shards.filters import FILTERS_VERSION, keep_rows
-from data_pipeline.shards.index import VERSION, ShardIndex, default_index_dir
+from data_pipeline.shards.filters import FILTERS_VERSION, keep_rows, licences_of
+from data_pipeline.shards.index import VERSION, ShardIndex, count_licences, default_index_dir
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import DEFAULT, Patience
 
@@ -40,6 +40,8 @@ class Summary:
     dropped: dict[str, int]
     problems: dict[str, int]
     compressed: bool
+    licences: dict[str, int] = field(default_factory=dict)
+    """Licence -> samples that take part; empty where an earlier version made the index."""
 
 
 def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterConfig) -> Summary:
@@ -54,6 +56,7 @@ def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterCo
         dict(dropped) or _NONE,
         index.problems or _NONE,
         index.compressed,
+        count_licences(licences_of(index)[rows].tolist()) if "licences" in index.meta else _NONE,
     )
 
 
@@ -62,7 +65,15 @@ def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summ
     unusable, samples = meta["unusable"], meta["samples"]
     kept = samples - sum(unusable.values())
     return Summary(
-        entry, place, meta["digest"], samples, kept, unusable or _NONE, meta["problems"] or _NONE, meta["compressed"]
+        entry,
+        place,
+        meta["digest"],
+        samples,
+        kept,
+        unusable or _NONE,
+        meta["problems"] or _NONE,
+        meta["compressed"],
+        meta.get("licences", _NONE),
     )
 
 
@@ -98,6 +109,7 @@ def read_summaries(url: str, entries: list[store.Entry], patience: Patience = DE
                 json.loads(columns["dropped"][number]) or _NONE,
                 json.loads(columns["problems"][number]) or _NONE,
                 columns["compressed"][number],
+                json.loads(columns["licences"][number]) or _NONE,
             )
         return found
     except (CascadeError, pa.ArrowException, OSError, KeyError, ValueError, TypeError):
@@ -120,6 +132,7 @@ def write_summaries(url: str, summaries: list[Summary], patience: Patience = DEF
             "dropped": json.dumps(s.dropped),
             "problems": json.dumps(s.problems),
             "compressed": s.compressed,
+            "licences": json.dumps(s.licences),
         }
         for s in summaries
     ]

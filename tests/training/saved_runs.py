@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,10 @@ def make_run(
     steps: tuple[int, ...] = (5,),
     checkpoints: Path | None = None,
     wandb: str = "disabled",
+    data: dict[str, Any] | None = None,
 ) -> str:
-    """A run directory with checkpoints whose averages are the weights of `random_unet(seed=step)`."""
+    """A run directory with checkpoints whose averages are the weights of `random_unet(seed=step)`; `data` is what they
+    keep of the loader."""
     config = Experiment(run=RunConfig(dir=str(path)), stage=stage, text=TextConfig(dim=32, max_tokens=10))
     config.ema.decays = [0.99, 0.9]
     config.wandb.mode = wandb
@@ -39,5 +42,6 @@ def make_run(
             for name, tensor in weights.items()
         }
         meta = {"step": step, "position": 64 * step, "config": to_dict(config), "code": {"commit": "abc"}}
+        meta |= {"data": data} if data else {}
         store.save(step, tensors, meta, Ranks())
     return str(path)

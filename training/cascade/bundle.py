@@ -163,6 +163,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "text": text.get("sha"),
         **({"lora": base} if base else {}),
         **({"data": data["fingerprint"]} if (data := meta.get("data") or {}).get("fingerprint") else {}),
+        **({"licences": data["licences"]} if data.get("licences") else {}),
     }
     return StageWeights(config, unet, tensors, origin)
 
@@ -340,13 +341,37 @@ def model_card(path: str, content: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Data are named by the fingerprint of their index. Licences of the pictures are not known to this tool: state "
-        "them here before you publish the weights.",
+        "Data are named by the fingerprint of their index.",
+        "",
+        *_licences({stage["name"]: stage["origin"] for stage in content["stages"]}),
         "",
         f"Bundled by commit {code['commit']}.",
         *_figures(content.get("figures")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _licences(origins: dict[str, dict[str, Any]]) -> list[str]:
+    """The card's section on the licences of the pictures that each stage was trained with."""
+    counted = {name: origin.get("licences") or {} for name, origin in origins.items()}
+    lines = ["## Licences of the training pictures", ""]
+    if without := [name for name, counts in counted.items() if not counts]:
+        lines += [f"Not recorded for {', '.join(without)}: state them here before you publish the weights.", ""]
+    licences = dict.fromkeys(licence for counts in counted.values() for licence in counts)
+    if not licences:
+        return lines[:-1]
+    stages = [name for name, counts in counted.items() if counts]
+    cell = "| {} |".format
+    lines += [cell(" | ".join(["licence", *stages])), "|---" * (len(stages) + 1) + "|"]
+    for licence in licences:
+        counts = [f"{counted[stage].get(licence, 0):,}" for stage in stages]
+        lines.append(cell(" | ".join([licence.replace("|", "\\|"), *counts])))
+    return [
+        *lines,
+        "",
+        "Pictures by what their `.json` names, as the index of the shards has it; `unknown`: it names none. Weights "
+        "that a training began with have data of their own, which are not counted here.",
+    ]
 
 
 def _figures(figures: dict[str, Any] | None) -> list[str]:

@@ -70,7 +70,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
     for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
-        index = load_index(entry.url, data.index_dir, entry, patience, data.members)
+        index = load_index(entry.url, data.index_dir, entry, patience, data.members, bool(data.filter.licences))
         if index is None:
             index = build_index(entry, data.index_dir, patience, data.members)
         place = caption_file_url(entry.url, _folder_of(output, name))

@@ -321,7 +321,7 @@ def indexed_samples(data: DataConfig, entries: list[store.Entry]) -> tuple[int |
     known = read_summaries(summary_url(entries, data.filter, data.index_dir, data.members), entries, patience)
     for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
         if entry.url not in known:
-            index = load_index(entry.url, data.index_dir, entry, patience, data.members)
+            index = load_index(entry.url, data.index_dir, entry, patience, data.members, bool(data.filter.licences))
             if index is None:
                 return None, 0
             known[entry.url] = summarize(index, entry, "", data.filter)

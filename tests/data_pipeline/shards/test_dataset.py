@@ -16,13 +16,14 @@ from PIL import Image
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.shards.dataset import Dataset, load_or_build, window_of
+from data_pipeline.shards.index import ShardIndex, index_url, load_index, save_index
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage.store import expand
 from tests.data_pipeline.small_shards import write_shards
 
 
-def load(folder: Path, **rules: float) -> Dataset:
-    config = DataConfig(shards=str(folder), filter=FilterConfig(**rules))  # type: ignore[arg-type]
+def load(folder: Path, **rules: Any) -> Dataset:
+    config = DataConfig(shards=str(folder), filter=FilterConfig(**rules))
     return load_or_build(expand(config.shards), config)
 
 
@@ -208,3 +209,61 @@ def test_no_more_indexes_are_kept_than_windows_need(tmp_path: Path) -> None:
     for shard in range(40):
         data.key(shard, 0)
     assert len(data._cache) == 4 * (2 + 2) + 8
+
+
+LICENCES: list[dict[str, Any]] = [
+    {"license": "CC0 1.0"},
+    {"LICENSE": "cc by 2.0", "punsafe": 0.9},
+    {"license_url": "https://creativecommons.org/licenses/by/4.0/"},
+    {"license": {"id": 4, "name": "Attribution  License"}},
+    {"license": 3},
+    {"license": "?"},
+    {"license": ["CC0"]},
+    {"caption": "no licence"},
+]
+
+
+@pytest.fixture
+def licensed(tmp_path: Path) -> Path:
+    with ShardWriter(str(tmp_path / "0.tar")) as shard:
+        for number, facts in enumerate(LICENCES):
+            shard.write(str(number), {"png": picture(9, 9), "json": json.dumps(facts).encode(), "txt": b"x"})
+        shard.write("8", {"png": picture(9, 9), "txt": b"x"})
+        shard.write("9", {"json": b'{"license": "CC0 1.0"}', "txt": b"no picture"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("allowed", "keys", "dropped"),
+    [
+        ([], "012345678", {}),
+        (["cc0 1.0"], "0", {"licence": 4, "unknown_licence": 4}),
+        (["CC0*", "CC BY *", "https://creativecommons.org/licenses/by/*"], "012", {"licence": 2, "unknown_licence": 4}),
+        (["unknown", "3", "Attribution License"], "345678", {"licence": 3}),
+        (["*"], "012345678", {}),
+    ],
+)
+def test_samples_of_some_licences(licensed: Path, allowed: list[str], keys: str, dropped: dict[str, int]) -> None:
+    data = load(licensed, licences=allowed)
+    assert "".join(data.key(0, row) for row in range(data.samples)) == keys
+    assert data.dropped == {"missing_image": 1, **dropped}
+
+
+def test_licences_are_counted_of_what_takes_part(licensed: Path) -> None:
+    counts = {"CC0 1.0": 1, "cc by 2.0": 1, LICENCES[2]["license_url"]: 1, "Attribution License": 1, "3": 1}
+    assert load(licensed).licences == {"unknown": 4, **counts}
+    assert load(licensed, licences=["cc*"]).licences == {"CC0 1.0": 1, "cc by 2.0": 1}
+
+
+def test_an_index_of_the_version_before_is_read_and_made_anew_where_licences_are_asked_for(licensed: Path) -> None:
+    fresh = load(licensed)
+    path = str(licensed / "0.tar")
+    index = load_index(path)
+    assert index is not None
+    old = {key: value for key, value in index.meta.items() if key != "licences"} | {"version": 4}
+    save_index(ShardIndex(path, index.table.drop_columns("licence"), old), index_url(path))
+    before = load(licensed)
+    assert before.fingerprint == fresh.fingerprint and before.licences == {"not indexed": 9}
+    assert load(licensed, min_side=9, max_caption=1, min_caption=1).licences == {"not indexed": 9}
+    assert load(licensed, licences=["CC0 1.0"]).samples == 1
+    assert load(licensed).licences == fresh.licences, "the index has been made anew"

@@ -57,6 +57,17 @@ def test_bundle_holds_the_averaged_weights_of_the_newest_checkpoints(runs: list[
     json.dumps(answer)
 
 
+def test_the_card_counts_the_licences_of_each_stages_pictures(runs: list[str], tmp_path: Path) -> None:
+    bundle.main(command(runs, tmp_path / "bundle"))
+    assert "Not recorded for base, sr" in (tmp_path / "bundle" / "README.md").read_text()
+    data = {"fingerprint": "f", "licences": {"CC0": 1200, "a|b": 3}}
+    runs[1] = make_run(tmp_path / "licensed", stage_config("sr", 32, 16), data=data)
+    bundle.main(command(runs, tmp_path / "bundle"))
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "Not recorded for base:" in card
+    assert "| licence | sr |\n|---|---|\n| CC0 | 1,200 |\n| a\\|b | 3 |\n" in card
+
+
 def test_a_bundle_draws_what_its_runs_draw(runs: list[str], tmp_path: Path) -> None:
     bundle.main(command(runs, tmp_path / "bundle"))
     a = Cascade.from_pretrained(str(tmp_path / "bundle")).generate("red")[0]
