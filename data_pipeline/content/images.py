@@ -11,6 +11,7 @@ import io
 import json
 import math
 import threading
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -22,7 +23,7 @@ from data_pipeline.content.members import is_unsupported, picture_kind, unsuppor
 from data_pipeline.content.resize import box_average, resize_box, resize_square
 from data_pipeline.order.chance import hash_below, hash_uniform
 
-__all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair"]
+__all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair", "training_view"]
 
 MIN_SIDE = 4
 """Pictures with a side below this are counters and tracking pixels, never training data: `too_small`."""
@@ -52,7 +53,25 @@ _EXIF_WORDS = {
 """How exifread, and so img2dataset's json, spells the orientation tag."""
 
 
-def training_pair(
+class View(NamedTuple):
+    """What training sees of one picture."""
+
+    high: np.ndarray
+    """uint8 (S, S, 3), or (height, width, 3)."""
+    low: np.ndarray | None
+    """The smaller picture that super-resolution starts from."""
+    frame: tuple[float, ...]
+    """Pixels: original height and width; top and left of the used part in the whole picture as resized; height and
+    width of the used part as resized. The window of `crop_size` inside it does not count."""
+
+
+def training_pair(data: bytes, **settings: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """The two pictures of `training_view`, whose arguments it takes."""
+    view = training_view(data, **settings)
+    return view.high, view.low
+
+
+def training_view(
     data: bytes,
     *,
     size: int,
@@ -68,7 +87,7 @@ def training_pair(
     background: int = 255,
     orientation: int = 1,
     srgb: bool = True,
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> View:
     """One decode for the picture a stage learns to make and the smaller one it starts from.
 
     A square of the picture is resized to `size` (antialiased bicubic); a window of `crop_size` is cut from that, on
@@ -86,7 +105,7 @@ def training_pair(
 
     Returns:
         high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None; with `shape`
-        (height, width, 3) and the same divided by the factor.
+        (height, width, 3) and the same divided by the factor. And where they lie in the original.
 
     Raises:
         BadSample: see `decode`.
@@ -99,19 +118,23 @@ def training_pair(
             "crop_size be a multiple of their quotient, up to size"
         )
     target = size if shape is None else min(shape)
-    picture, extent, profile = _decode(
+    picture, extent, profile, shrunk = _decode(
         data, math.ceil(target * margin), max_pixels, background, orientation, _scratch, srgb
     )
     if shape is None:
         x, y, length = _square(extent, crop, seed, position)
+        box = (x, y, x + length, y + length)
         left, top, side = _window(size, crop_size or size, factor, crop, seed, position)
         scale = length / size
         high = to_srgb(resize_square(picture, x + left * scale, y + top * scale, side * scale, side), profile)
     else:
-        high = to_srgb(resize_box(picture, _box(extent, shape, crop, seed, position), shape), profile)
-    if flip and hash_uniform(seed, position, "flip") < flip:
+        box = _box(extent, shape, crop, seed, position)
+        high = to_srgb(resize_box(picture, box, shape), profile)
+    flipped = flip > 0 and hash_uniform(seed, position, "flip") < flip
+    if flipped:
         high = np.ascontiguousarray(high[:, ::-1])
-    return high, box_average(high, factor) if low_res_size else None
+    frame = _frame(extent, box, (size, size) if shape is None else shape, shrunk, flipped)
+    return View(high, box_average(high, factor) if low_res_size else None, frame)
 
 
 def decode(
@@ -140,7 +163,7 @@ def decode(
     Raises:
         BadSample: `empty_image`, `too_large`, `too_small`, `aspect_ratio`, `unsupported_image` or `decode_error`.
     """
-    picture, _, profile = _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None, srgb)
+    picture, _, profile, _ = _decode(data, math.ceil(target * margin), max_pixels, background, orientation, None, srgb)
     return to_srgb(picture, profile)
 
 
@@ -206,9 +229,9 @@ _scratch = _Scratch()
 
 def _decode(
     data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None, srgb: bool
-) -> tuple[np.ndarray, Extent, bytes | None]:
-    """The upright picture, its extent and the ICC profile that its colours still have; a JPEG's shorter side is at
-    least `least` pixels if the file has them.
+) -> tuple[np.ndarray, Extent, bytes | None, float]:
+    """The upright picture, its extent, the ICC profile that its colours still have, and the scale at which it was
+    decoded; a JPEG's shorter side is at least `least` pixels if the file has them.
 
     With `scratch` the picture may lie in memory that the thread's next call overwrites.
     """
@@ -217,15 +240,15 @@ def _decode(
     if data.startswith(b"\xff\xd8\xff"):
         jpeg = _decode_jpeg(data, least, max_pixels, orientation, scratch)
         if jpeg is not None:
-            return *jpeg, icc_of_jpeg(data) if srgb else None
+            return *jpeg[:2], icc_of_jpeg(data) if srgb else None, jpeg[2]
     picture = _decode_any(data, max_pixels, background, orientation, srgb)
-    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0])), None
+    return picture, (0.0, 0.0, float(picture.shape[1]), float(picture.shape[0])), None, 1.0
 
 
 def _decode_jpeg(
     data: bytes, least: int, max_pixels: int, orientation: int, scratch: _Scratch | None
-) -> tuple[np.ndarray, Extent] | None:
-    """The picture and its extent, or None where Pillow must do it (CMYK, rare subsampling)."""
+) -> tuple[np.ndarray, Extent, float] | None:
+    """The picture, its extent and its scale, or None where Pillow must do it (CMYK, rare subsampling)."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -243,7 +266,7 @@ def _decode_jpeg(
     if _has_exif(data):
         orientation = _exif_orientation(_open(data), orientation)
     scale = eighths / 8  # the decoder rounds the sides up to whole pixels
-    return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation)
+    return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation), scale
 
 
 def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int, srgb: bool) -> np.ndarray:
@@ -396,6 +419,17 @@ def _box(
     share = 0.5 if crop == "center" else hash_uniform(seed, position, "crop")
     x, y = left + share * (right - left - width), top + share * (bottom - top - height)
     return x, y, x + width, y + height
+
+
+def _frame(
+    extent: Extent, box: Extent, shape: tuple[int, int], shrunk: float, flipped: bool
+) -> tuple[float, float, float, float, float, float]:
+    """`View.frame` of the part `box` that was resized to `shape` (width, height), of a picture decoded at the scale
+    `shrunk`; a flipped one counts from its own left."""
+    left, top, right, bottom = extent
+    scale = shape[0] / (box[2] - box[0])
+    aside = right - box[2] if flipped else box[0] - left
+    return (bottom - top) / shrunk, (right - left) / shrunk, (box[1] - top) * scale, aside * scale, shape[1], shape[0]
 
 
 def bucket_shape(ratio: float, size: int, multiple: int) -> tuple[int, int]:

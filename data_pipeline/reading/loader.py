@@ -46,15 +46,17 @@ class Batch:
     """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
     datasets: list[str] = field(default_factory=list)
     """The name of each sample's data set in a mixture; empty texts where there is one."""
+    frames: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 6))
+    """fp32 (B, 6), pixels: original height and width; top and left of the used part in the whole picture as resized;
+    height and width of the used part."""
 
     def to(self, device: str) -> Batch:
         """The batch with its tensors there. Nothing waits for a GPU: they go through pinned memory."""
         if device == "cpu":
             return self
         low_res = None if self.low_res is None else _sent(self.low_res, device)
-        return replace(
-            self, positions=_sent(self.positions, device), images=_sent(self.images, device), low_res=low_res
-        )
+        positions, images, frames = (_sent(tensor, device) for tensor in (self.positions, self.images, self.frames))
+        return replace(self, positions=positions, images=images, low_res=low_res, frames=frames)
 
 
 def _sent(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -158,6 +160,7 @@ class Loader:
             decoded.captions,
             decoded.embeddings,
             decoded.datasets,
+            torch.from_numpy(decoded.frames),
         )
 
     def _count(self, failures: list[dict[str, Any]], dataset: str) -> None:

@@ -70,6 +70,8 @@ class Decoded:
     """Of the caption, see `captions.Caption`."""
     dataset: str = ""
     """Its data set in a mixture."""
+    frame: tuple[float, ...] = (0.0,) * 6
+    """Where the picture lies in its original, see `images.View`."""
 
 
 @dataclass
@@ -88,6 +90,8 @@ class MicroBatch:
     """Per sample: where its caption came from."""
     datasets: list[str]
     """Per sample: the name of its data set; empty texts where there is one."""
+    frames: np.ndarray
+    """fp32 (B, 6), see `images.View.frame`."""
 
 
 def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | None:
@@ -148,6 +152,7 @@ class Decoding:
             failures=[one.failures for one in taken],
             sources=[sample.source for sample in samples],
             datasets=[sample.dataset for sample in samples],
+            frames=np.array([sample.frame for sample in samples], np.float32),
         )
 
     def _next(self) -> Future[Taken]:
@@ -211,7 +216,7 @@ class Decoding:
             files = self._caption_files[dataset]
             sample[captions.FROM_FILES] = files.of(sample["__url__"], sample["__key__"])
         caption = captions.choose_caption(sample, self._captions[dataset], work.seed, position)
-        image, low_res = images.training_pair(
+        view = images.training_view(
             data,
             size=work.image_size,
             low_res_size=work.low_res_size,
@@ -230,7 +235,8 @@ class Decoding:
         text = None
         if self._embeddings is not None:
             text = self._embeddings.lookup(sample["__url__"], sample["__key__"], caption.text, dataset)
-        return Decoded(sample["__key__"], image, low_res, caption.text, text, caption.source, dataset)
+        key, frame = sample["__key__"], view.frame
+        return Decoded(key, view.high, view.low, caption.text, text, caption.source, dataset, frame)
 
     def close(self) -> None:
         """Stops the threads; samples decoded ahead are dropped."""

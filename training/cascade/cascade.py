@@ -223,6 +223,7 @@ class Cascade:
         sampler: Any = None,
         spacing: Any = None,
         threshold: Any = None,
+        original_side: Any = None,
         low_res: Pictures | None = None,
         image: Pictures | None = None,
         mask: Pictures | None = None,
@@ -236,8 +237,8 @@ class Cascade:
     ) -> list[Drawing]:
         """Pictures with what every stage drew on the way, in the order of `generate`.
 
-        `guidance`, `steps`, `aug_level`, `sampler`, `spacing`, `threshold` and `guidance_interval` (two times) are one
-        value, one per stage drawn, or a dict by stage name; None takes the bundle's.
+        `guidance`, `steps`, `aug_level`, `sampler`, `spacing`, `threshold`, `guidance_interval` (two times) and
+        `original_side` are one value, one per stage drawn, or a dict by stage name; None takes the bundle's.
 
         Args:
             prompts: one caption or several; an empty one draws without text.
@@ -265,6 +266,7 @@ class Cascade:
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
         settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}
+        settings |= {"original_side": original_side}
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
         first = self.stages[plan[0][0]].config
         chosen = [self.stages[index] for index, _ in plan]

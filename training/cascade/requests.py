@@ -123,6 +123,9 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     chosen = _chosen(names, wanted)
     if chosen != list(range(chosen[0], chosen[0] + len(chosen))):
         raise ConfigError(f"stages={wanted}: they must follow each other as in {', '.join(names)}")
+    told = [configs[index].name for index in chosen if configs[index].diffusion.size_condition]
+    if settings.get("original_side") is not None and not told:
+        raise ConfigError("original_side: no stage that is drawn was trained with stage.diffusion.size_condition=true")
     plan = []
     for turn, index in enumerate(chosen):
         given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
@@ -166,7 +169,7 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
         if len(value) != len(names):
             raise ConfigError(f"{key}={list(value)}: {len(value)} values for {len(names)} stages ({', '.join(names)})")
         value = value[turn]
-    if key in ("guidance", "aug_level") and value is not None:
+    if key in ("guidance", "aug_level", "original_side") and value is not None:
         try:
             return float(value)
         except (TypeError, ValueError) as error:

@@ -28,6 +28,9 @@ class SamplerKeys(Experiment):
     """Where the steps lie: `time`, `log_snr`, `karras` or `auto`, one or one per stage; null: the bundle's."""
     threshold: Any = None
     """`none`, `static` or `dynamic`, one or one per stage; null: the bundle's."""
+    original_side: Any = None
+    """Stages with size_condition: shorter side of the original that a picture is drawn as if from, pixels, one or one
+    per stage; null: the bundle's."""
 
     @property
     def sampler_settings(self) -> dict[str, Any]:
@@ -35,7 +38,7 @@ class SamplerKeys(Experiment):
         return {key: getattr(self, key) for key in SAMPLER_KEYS}
 
 
-SAMPLER_KEYS = ("guidance", "steps", "sampler", "aug_level", "spacing", "threshold")
+SAMPLER_KEYS = ("guidance", "steps", "sampler", "aug_level", "spacing", "threshold", "original_side")
 ACTIONS = ("evaluate", "reference", "compare", "pareto", "bisect")
 
 

@@ -66,6 +66,9 @@ class DiffusionConfig:
     """The token that represents no text: `zero` or `learned`; stored in the checkpoint."""
     aug_max: float = 1.0
     """Super-resolution: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
+    size_condition: bool = False
+    """The network is told the size of each original, what was cut off it and the size that it makes (SDXL, section
+    2.2), so that small originals need not be left out; stage.sampler.original_side says what to draw."""
     sigma_data: float = 0.5
     """`edm`: standard deviation of the pictures' values, which lie in [-1, 1]."""
     stratified: bool = True
@@ -120,6 +123,9 @@ class SamplerConfig:
     """`dynamic`: share of a picture's values that stay inside the threshold, 0 to 1."""
     aug_level: float = 0.1
     """Super-resolution: level (a time in [0, 1]) of the noise added to the low-res input."""
+    original_side: float = 1024.0
+    """`stage.diffusion.size_condition`: draw as if from an uncropped original whose shorter side has this many
+    pixels."""
     gamma: float = 0.3
     """ddpm: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
 
@@ -132,6 +138,8 @@ class SamplerConfig:
         low_high = list(self.guidance_interval)
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
             raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times, 0 <= first <= second <= 1")
+        if not (math.isfinite(self.original_side) and self.original_side > 0):
+            raise ValueError(f"stage.sampler.original_side={self.original_side}: it must be a number above 0")
         if not math.isfinite(self.guidance):
             raise ValueError(f"stage.sampler.guidance={self.guidance}: it must be a finite number")
         for key in ("aug_level", "threshold_percentile", "gamma"):

@@ -49,6 +49,8 @@ class UNetConfig:
     text_pool_heads: int = 4
     low_res: bool = False
     """The stage takes an up-sampled low-res picture and its augmentation level."""
+    size_condition: bool = False
+    """It is told the picture's original size, crop and size (`stage.diffusion.size_condition`)."""
     channels: int = 3
     dropout: float = 0.0
     checkpoint_blocks: bool = False
@@ -233,7 +235,9 @@ def for_stage(stage: Any, text_dim: int) -> UNetConfig:
         ValueError: a structure that cannot be built, or that does not fit the stage's picture size.
     """
     config = resolve(stage.model.preset, dict(stage.model.overrides))
-    config = replace(config, text_dim=text_dim, low_res=stage.low_res_size > 0, null_text=stage.diffusion.null_text)
+    diffusion = stage.diffusion
+    own = {"null_text": diffusion.null_text, "size_condition": diffusion.size_condition}
+    config = replace(config, text_dim=text_dim, low_res=stage.low_res_size > 0, **own)
     for key, side in (("image_size", stage.image_size), ("crop_size", stage.crop_size)):
         if side % config.divisor:
             raise ValueError(

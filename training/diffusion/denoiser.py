@@ -100,10 +100,13 @@ def network_output(
     config: DiffusionConfig,
     low_res: Tensor | None = None,
     aug_log_snr: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The raw network output F(c_in z) in fp32. Arguments as for `UNet.forward`."""
     c_in = scaling(config.parametrization, per_sample(log_snr), config.sigma_data).c_in
-    return model(z if c_in is None else c_in * z, log_snr, text, text_mask, low_res, aug_log_snr).to(torch.float32)
+    told = () if sizes is None else (sizes,)
+    scaled = z if c_in is None else c_in * z
+    return model(scaled, log_snr, text, text_mask, low_res, aug_log_snr, *told).to(torch.float32)
 
 
 def predict_x0(
@@ -116,10 +119,12 @@ def predict_x0(
     config: DiffusionConfig,
     low_res: Tensor | None = None,
     aug_log_snr: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The network's estimate of x0 in fp32."""
     scale = scaling(config.parametrization, per_sample(log_snr), config.sigma_data)
-    out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+    given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes}
+    out = network_output(model, z, log_snr, text, text_mask, config=config, **given)
     x0 = out if scale.c_out is None or scale.c_skip is None else scale.c_skip * z + scale.c_out * out
     return x0 + low_res if config.residual and low_res is not None else x0
 
@@ -136,6 +141,7 @@ def guided(
     negative: tuple[Tensor, Tensor] | None = None,
     low_res: Tensor | None = None,
     aug_log_snr: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Denoise:
     """Classifier-free guidance x0 = x0_u + w (x0_c - x0_u) (Ho & Salimans 2022), both branches in one forward pass.
 
@@ -144,19 +150,22 @@ def guided(
         interval: times t between which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1.
         negative: text and mask to steer away from; None: the unconditional model.
         low_res, aug_log_snr: the noised low-res picture and its log-SNR, shared by both branches and all steps.
+        sizes: what both branches are told of sizes (B, 6).
     """
     null_text, null_mask = negative or (torch.zeros_like(text), torch.zeros_like(text_mask))
     noisiest, cleanest = schedule.log_snr_at(interval[1]), schedule.log_snr_at(interval[0])
 
-    def twice(pictures: Tensor | None) -> Tensor | None:
-        return None if pictures is None else torch.cat([pictures, pictures])
+    given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes}
+
+    def twice(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else torch.cat([rows, rows])
 
     def denoise(z: Tensor, log_snr: float) -> Tensor:
         level = torch.full((len(z),), log_snr, dtype=torch.float32, device=z.device)
         w = guidance if noisiest <= log_snr <= cleanest else 1.0
         if w in (0.0, 1.0):
             words, mask = (text, text_mask) if w == 1.0 else (null_text, null_mask)
-            return predict_x0(model, z, level, words, mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+            return predict_x0(model, z, level, words, mask, config=config, **given)
         both = predict_x0(
             model,
             torch.cat([z, z]),
@@ -164,8 +173,7 @@ def guided(
             torch.cat([text, null_text]),
             torch.cat([text_mask, null_mask]),
             config=config,
-            low_res=twice(low_res),
-            aug_log_snr=twice(aug_log_snr),
+            **{name: twice(value) for name, value in given.items()},
         )
         conditional, unconditional = both.chunk(2)
         return unconditional + w * (conditional - unconditional)

@@ -99,6 +99,7 @@ def loss(
     global_batch: int = 0,
     t: Tensor | None = None,
     log_snr: Tensor | None = None,
+    sizes: Tensor | None = None,
     normal: Callable[..., Tensor] = random.normal,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted squared error of one micro-batch.
@@ -112,6 +113,7 @@ def loss(
         global_batch: samples per optimizer step, for stratified times; 0: independent times.
         t: fixed times (B,) instead of random ones (validation).
         log_snr: fixed noise levels (B,), whatever the schedule; then `t` in the result is not a number.
+        sizes: (B, 6), what a network with `size_condition` is told of the originals; others are not told.
         normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
 
     Returns:
@@ -140,7 +142,8 @@ def loss(
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
         low_res = upsample(low_res, (x0.shape[-2], x0.shape[-1]))
 
-    out = network_output(model, z, log_snr, text, text_mask, config=config, low_res=low_res, aug_log_snr=aug_log_snr)
+    given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes if config.size_condition else None}
+    out = network_output(model, z, log_snr, text, text_mask, config=config, **given)
     clean = x0 - low_res if config.residual and low_res is not None else x0
     wanted = target(config.parametrization, clean, eps, per_sample(log_snr), config.sigma_data)
     error = (out - wanted).square().flatten(1).mean(1)

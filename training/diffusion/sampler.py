@@ -100,6 +100,14 @@ def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) 
     return z + width / 2 * (slope + (alpha_s * ahead - denoise(ahead, then)) / sigma_s)
 
 
+def chosen_sizes(shape: tuple[int, int], original_side: float) -> tuple[float, ...]:
+    """What a network with `size_condition` is told for a picture of `shape` (H, W): an original of that shape whose
+    shorter side has `original_side` pixels, nothing cut off at top and left."""
+    height, width = shape
+    scale = original_side / min(shape)
+    return height * scale, width * scale, 0.0, 0.0, float(height), float(width)
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -217,6 +225,9 @@ def sample_stage(
         level = torch.full((len(text),), sampler.aug_level, device=device)
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
         low_res = upsample(low_res, shape)
+    sizes = None
+    if config.size_condition:
+        sizes = torch.tensor(chosen_sizes(shape, sampler.original_side), device=device).expand(len(text), -1)
     denoise = guided(
         model,
         text,
@@ -228,6 +239,7 @@ def sample_stage(
         negative=negative,
         low_res=low_res,
         aug_log_snr=aug_log_snr,
+        sizes=sizes,
     )
     drawn = sample(
         denoise,

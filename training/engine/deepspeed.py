@@ -143,13 +143,13 @@ class ZeroEngine(WeightKeeper):
         self.set_timeout(config.train.timeout_first_s)
 
     def __call__(self, x: torch.Tensor, log_snr: torch.Tensor, text: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """`UNet.forward`; noise levels stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text take the
-        weights' type."""
-        mask, low_res, aug_log_snr = (*rest, None, None, None)[:3]
+        """`UNet.forward`; noise levels and sizes stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text
+        take the weights' type."""
+        mask, low_res, *others = [*rest, None, None, None][: max(3, len(rest))]
         layout = torch.channels_last if self.config.precision.channels_last else torch.preserve_format
         low_res = None if low_res is None else low_res.to(self.dtype, memory_format=layout)
         x = x.to(self.dtype, memory_format=layout)  # DeepSpeed takes weights in no other layout; convolutions follow x
-        return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, aug_log_snr).float()
+        return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, *others).float()
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""

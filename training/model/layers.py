@@ -73,6 +73,29 @@ class LogSnrEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype))
 
 
+def sinusoids(values: Tensor, count: int) -> Tensor:
+    """fp32 (B, N) -> (B, N, 2 count): cos(v w_i), then sin(v w_i), w_i = 10000^(-i / count) for i = 0 .. count - 1
+    (Vaswani et al. 2017, section 3.5)."""
+    rates = 10000.0 ** (-torch.arange(count, device=values.device, dtype=torch.float32) / count)
+    angle = values.to(torch.float32)[:, :, None] * rates
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class SizeEmbedding(nn.Module):
+    """Original height and width, crop top and left, height and width to make (B, 6) pixels -> (B, E): sinusoids of each
+    number, concatenated (SDXL, Podell et al. 2023, section 2.2), then an MLP that is zero at the start."""
+
+    def __init__(self, width: int, count: int = 128):
+        super().__init__()
+        self.count = count
+        last = zeroed(nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(6 * 2 * count, width), nn.SiLU(), last)
+
+    def forward(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+        """sizes (B, 6) fp32 -> (B, E) in `dtype`."""
+        return self.mlp(sinusoids(sizes, self.count).flatten(1).to(dtype))
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, conv, scale-shift norm from `cond`, SiLU, conv (zero at the start), added to the shortcut
     (BigGAN; ADM).

@@ -27,6 +27,7 @@ from training.model.layers import (
     DownConv,
     LogSnrEmbedding,
     ResBlock,
+    SizeEmbedding,
     TextPool,
     UpConv,
     folded,
@@ -148,6 +149,7 @@ class UNet(nn.Module):
 
         self.time = LogSnrEmbedding(config.cond_dim)
         self.aug = LogSnrEmbedding(config.cond_dim) if config.low_res else None
+        self.sizes = SizeEmbedding(config.cond_dim) if config.size_condition else None
         self.null_text: Tensor
         if config.null_text == "learned":
             self.null_text = nn.Parameter(torch.zeros(config.text_dim))
@@ -183,6 +185,7 @@ class UNet(nn.Module):
         text_mask: Tensor,
         low_res: Tensor | None = None,
         aug_log_snr: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """The network's output, fp32.
 
@@ -193,6 +196,7 @@ class UNet(nn.Module):
             text_mask: bool (B, T), True on tokens; an all-False row means no text.
             low_res: (B, 3, H, W), up-sampled and noised; super-resolution stages only.
             aug_log_snr: (B,) fp32, the log-SNR of `low_res`.
+            sizes: (B, 6) fp32, pixels, see `SizeEmbedding`; with `size_condition` only.
         """
         dtype: torch.dtype = self.conv_out.weight.dtype  # type: ignore[assignment]
         words, mask = self.with_null_token(text.to(dtype), text_mask)
@@ -203,6 +207,10 @@ class UNet(nn.Module):
                 raise ValueError("a super-resolution U-Net needs low_res and aug_log_snr")
             cond = cond + self.aug(aug_log_snr, dtype)
             x = torch.cat([x, low_res.to(x.dtype)], dim=1)
+        if self.sizes is not None:
+            if sizes is None:
+                raise ValueError("a U-Net with size_condition needs sizes")
+            cond = cond + self.sizes(sizes, dtype)
         cond = F.silu(cond)
 
         h = first = self.stem(folded(x.to(dtype), self.config.patch))  # (B, C, H / p, W / p)

@@ -52,8 +52,9 @@ def forward_flops(config: UNetConfig, size: int, tokens: int) -> int:
         x, level = torch.empty(1, config.channels, size, size), torch.empty(1)
         text, mask = torch.empty(1, tokens, config.text_dim), torch.ones(1, tokens, dtype=torch.bool)
         low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
+        sizes = torch.empty(1, 6) if config.size_condition else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x, level, text, mask, *low_res)
+            model(x, level, text, mask, *low_res, sizes)
     return int(counter.get_total_flops())
 
 

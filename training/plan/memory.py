@@ -119,8 +119,9 @@ def follow_one(
         text = torch.empty(batch, tokens, config.text_dim, dtype=dtype)
         mask = torch.ones(batch, tokens, dtype=torch.bool)
         low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
+        sizes = torch.empty(batch, 6) if config.size_condition else None
         with live:
-            model(x, level, text, mask, *low_res).float().square().mean().backward()
+            model(x, level, text, mask, *low_res, sizes).float().square().mean().backward()
     return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
 
 

@@ -91,10 +91,13 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> l
     kept = dict(FIXED)
     if all(config.get("train", {}).get("deterministic_reduction") for config in (before, now)):
         kept["data.micro_batch"] = "train.deterministic_reduction adds gradients up by micro-batch"
-    known = flatten(before)  # a key that the code did not have yet was at its default
+    known, default = flatten(before), flatten(to_dict(Experiment()))
     for key, old, new in differences(before, now):
+        old = old if key in known else default.get(key)  # a key that the code did not have yet was at its default
+        if old == new:
+            continue
         for fixed, reason in kept.items():
-            if key in known and (key == fixed or key.startswith(f"{fixed}.")):
+            if (key in known or key in default) and (key == fixed or key.startswith(f"{fixed}.")):
                 raise ConfigError(
                     f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "
                     f"set it back, or start a new run with another run.dir"

@@ -96,6 +96,7 @@ class TrainingState:
             low_res=batch.low_res,
             image_size=config.stage.image_size,
             global_batch=config.data.global_batch,
+            sizes=batch.frames,
             normal=self._normal,
         )
 

@@ -86,6 +86,7 @@ class Validation:
                 positions=batch.positions,
                 low_res=None if batch.low_res is None else batch.low_res.to(device),
                 image_size=self.config.stage.image_size,
+                sizes=batch.frames.to(device),
                 t=((batch.positions + 0.5) / self.count).to(device),
             )
             total += each["loss"].double().sum()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipeline.common.errors import BadSample
-from data_pipeline.content.images import decode, dimensions, orientation_from_json, training_pair
+from data_pipeline.content.images import decode, dimensions, orientation_from_json, training_pair, training_view
 from data_pipeline.content.resize import box_average
 from tests.data_pipeline.photos import jpegs
 
@@ -348,3 +348,24 @@ def test_the_random_square_moves_along_the_longer_side_only() -> None:
     assert all(np.abs(picture[:, 5, 1].astype(int) - np.arange(40)).max() <= 1 for picture in pictures)
     lefts = [int(picture[20, 0, 0]) for picture in pictures]
     assert min(lefts) < 20 and max(lefts) > 140
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_frame_says_where_the_picture_lies_in_its_original(kind: str) -> None:
+    """A JPEG of 640 x 320 is decoded at a quarter for 64 px: original sizes are those of the file all the same."""
+    wide = photo().resize((640, 320))
+    data = encoded(wide, kind)
+    assert training_view(data, size=32).frame == (320, 640, 0, 16, 32, 32), "the middle of 64 x 32"
+    assert training_view(data, size=32, low_res_size=16, crop_size=16).frame == (320, 640, 0, 16, 32, 32)
+    assert training_view(data, size=32, shape=(40, 24)).frame == pytest.approx((320, 640, 0, 4, 24, 40))
+    frames = [training_view(data, size=32, crop="random", position=p).frame for p in range(20)]
+    assert all(0 <= frame[3] <= 32 and frame[2] == 0 for frame in frames) and len({*frames}) > 10
+    flipped = [training_view(data, size=32, crop="random", position=p, flip=1.0).frame for p in range(20)]
+    assert all(a[3] + b[3] == pytest.approx(32) for a, b in zip(frames, flipped, strict=True))
+
+
+def test_the_frame_of_a_turned_picture_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo().resize((640, 320)), "JPEG", exif=exif)
+    assert training_view(data, size=32).frame == (640, 320, 16, 0, 32, 32)

@@ -340,3 +340,22 @@ def test_the_low_res_picture_is_prepared_alike_in_training_and_sampling() -> Non
     sample_stage(model, text, mask, config=config, sampler=sampler, image_size=16, seeds=[0], low_res=low)
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
     assert seen[0][0].shape == picture.shape and seen[0][0].abs().max() < 1.2  # normalised, then enlarged
+
+
+def test_training_and_sampling_tell_the_sizes_each_in_its_way() -> None:
+    seen: list[Tensor] = []
+
+    def model(z: Tensor, level: Tensor, text: Tensor, mask: Tensor, low: Any, aug: Any, *sizes: Tensor) -> Tensor:
+        seen.extend(sizes)
+        return z
+
+    text, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    frames = torch.tensor([[300.0, 400.0, 0.0, 2.0, 16.0, 16.0]])
+    for told in (False, True):
+        config = DiffusionConfig(parametrization="x0", size_condition=told)
+        options: dict[str, Any] = {"config": config, "seed": 0, "positions": torch.tensor([0]), "sizes": frames}
+        loss(model, torch.zeros(1, 3, 16, 16), text, mask, **options)
+        sampler = SamplerConfig(steps=1, guidance=2.0, original_side=512.0)
+        sample_stage(model, text, mask, config=config, sampler=sampler, image_size=16, seeds=[0], shape=(16, 32))
+    assert torch.equal(seen[0], frames) and len(seen) == 2
+    assert seen[1].tolist() == [[512.0, 1024.0, 0.0, 0.0, 16.0, 32.0]] * 2, "both branches of the guidance"

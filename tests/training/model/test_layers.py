@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model.layers import Attention, LogSnrEmbedding, ResBlock, TextPool
+from training.model.layers import Attention, LogSnrEmbedding, ResBlock, SizeEmbedding, TextPool, sinusoids
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +117,20 @@ def test_log_snr_embedding_keeps_fp32_until_after_the_sinusoids() -> None:
     assert near[0].bfloat16() == near[1].bfloat16()
     out = embed(near, torch.bfloat16)
     assert out.dtype == torch.bfloat16 and not torch.equal(out[0], out[1])
+
+
+def test_sizes_are_embedded_number_by_number_as_in_the_paper() -> None:
+    """SDXL, section 2.2: sinusoids of each number (Vaswani et al. 2017: angle v / 10000^(i / 128)), concatenated."""
+    values = torch.tensor([[1024.0, 768.0, 0.0, 13.5, 64.0, 64.0]])
+    found = sinusoids(values, 128)
+    assert found.shape == (1, 6, 256)
+    for number, value in enumerate(values[0].tolist()):
+        for i in (0, 1, 64, 127):
+            angle = value / 10000 ** (i / 128)
+            assert found[0, number, i].item() == pytest.approx(math.cos(angle), abs=1e-4)
+            assert found[0, number, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+    layer = SizeEmbedding(8)
+    assert not layer(values, torch.float32).any(), "a stage begins as it would without"
+    wanted = layer.mlp[1](layer.mlp[0](found.flatten(1))) @ torch.ones(8, 1)
+    layer.mlp[2].weight.data.fill_(1.0)
+    torch.testing.assert_close(layer(values, torch.float32), wanted.expand(1, 8))
