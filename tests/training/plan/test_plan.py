@@ -15,10 +15,14 @@ from data_pipeline.common.errors import ConfigError, StoreError, UserError
 from data_pipeline.storage import store
 from training.cli.compose import load_config
 from training.config.commands import PlanCommand
+from training.config.unet import for_stage
 from training.plan.checks import check
+from training.plan.devices import planned_device
 from training.plan.doctor import Trial, checkpoint_store, scratch_in, settings
-from training.plan.plan import main, make_plan
+from training.plan.flops import training_flops
+from training.plan.plan import cost, main, make_plan, speed
 from training.plan.table import table
+from training.text.cost import text_cost
 
 
 def plan_config(**changes: Any) -> PlanCommand:
@@ -233,3 +237,27 @@ def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:
     drawn.stage.model.preset, drawn.stage.image_size = "base64", 64
     with ExitStack() as scratch, pytest.raises(UserError, match=r"1,9\d\d M parameters are not tried without a GPU"):
         Trial(drawn, scratch).step()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "hours", "stages"),
+    [("modern", 768, ("base64", "sr256", "sr1024")), ("speedrun", 200, ("base64", "sr256"))],
+)
+def test_an_experiment_keeps_its_budget(experiment: str, hours: float, stages: tuple[str, ...]) -> None:
+    """At the measured utilisation, with the text encoder in every step; what the head of its file says."""
+    total = 0.0
+    for stage in stages:
+        words = (
+            f"experiment={experiment}",
+            f"stage={stage}",
+            "gpu=h200",
+            f"mfu={0.451 if stage == 'base64' else 0.38}",
+        )
+        config: Any = load_config("plan", words)
+        device, own = planned_device(config), config.stage
+        flops = training_flops(for_stage(own, config.text.dim), own.train_size, config.text.max_tokens)
+        rate = speed(config, device, 1, flops + text_cost(config.text).flops_per_caption)["images_per_second"]
+        total += cost(config, device, 1, rate)["gpu_hours"]
+    assert 0.8 * hours < total < hours
+    head = (Path(__file__).parents[3] / f"conf/experiment/{experiment}.yaml").read_text()
+    assert f"# Cost: {total:.0f} H200-hours" in head
