@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -25,6 +26,15 @@ def at_least(settings: Any, section: str, **bounds: float) -> None:
     for name, bound in bounds.items():
         value = getattr(settings, name)
         require(value >= bound, f"{section}.{name}={value}: it must be at least {bound}")
+
+
+def _is_encoding(name: str) -> bool:
+    """Whether Python decodes bytes of that name to text."""
+    try:
+        b"a".decode(codecs.lookup(name).name)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def positive(settings: Any, section: str, *names: str) -> None:
@@ -77,10 +87,13 @@ class CaptionConfig:
 
     sources: dict[str, float] = field(default_factory=dict)
     """Weight per source: `txt` (the .txt member), `txt:lines` (a caption on each of its lines), `json:FIELD` (a text or
-    a list of texts in the .json member) or `file:NAME` (of `files`); those not named are not used. Empty: the .txt, and
-    where that is missing or empty the .json's caption, text or prompt."""
+    a list of texts in the .json member; `json:meta.caption` is a field of a field) or `file:NAME` (of `files`); those
+    not named are not used. Empty: the .txt, and where that is missing or empty the .json's caption, text or prompt."""
     files: dict[str, str] = field(default_factory=dict)
     """Directories (or s3:// prefixes) of captions that `cascade caption` wrote, by a name of yours."""
+    encoding: str | None = None
+    """Of texts that are not UTF-8 and have no byte order mark: `cp1252`, `gb18030`, `shift_jis`, ...; null: they count
+    as `bad_text`."""
     clean: bool = True
     """Strip HTML, URLs and control characters, collapse white space."""
     max_characters: int = 1000
@@ -109,6 +122,10 @@ class CaptionConfig:
                 f"data.captions.files: {name} is in no source; add file:{name} to data.captions.sources",
             )
         at_least(self, "data.captions", max_characters=1)
+        require(
+            self.encoding is None or _is_encoding(self.encoding),
+            f"data.captions.encoding={self.encoding}: Python knows no such encoding; try cp1252, latin-1, gb18030",
+        )
 
     def of_members(self) -> CaptionConfig:
         """Without `files`, which belong to the training's shards: for held-out ones."""
@@ -486,6 +503,9 @@ class PrepareConfig:
     """Folder of pictures, table, or shards, by `kind`."""
     images: str | None = None
     """Folder that the paths of a table are relative to; null: the table's own folder, and the folders below it."""
+    captions: str = "files"
+    """Of a folder's pictures that have no text beside them: `files` (such pictures are left out), `folder` (the name of
+    the folder that a picture lies in: a class) or `name` (its own name)."""
     output: str = "data/demo"
     """Directory or s3:// prefix that the shards go to."""
     max_side: int | None = None
@@ -524,4 +544,12 @@ class PrepareConfig:
         require(
             self.images is None or self.kind == "table",
             f"prepare.images={self.images}: only prepare.kind=table reads it",
+        )
+        require(
+            self.captions in ("files", "folder", "name"),
+            f"prepare.captions={self.captions}: it must be files, folder or name",
+        )
+        require(
+            self.captions == "files" or self.kind == "folder",
+            f"prepare.captions={self.captions}: only prepare.kind=folder reads it",
         )

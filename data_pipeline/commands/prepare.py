@@ -71,6 +71,7 @@ def main(config: PrepareSettings) -> dict[str, Any]:
     except OSError as error:
         place = error.filename or settings.output
         raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
+    result.pop("why", None)
     if not config.json:
         print_result(result)
     if result["dropped"] and not result["samples"]:
@@ -120,7 +121,7 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
 def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     from data_pipeline.commands.prepare_sources import open_source
 
-    source = open_source(settings.kind, str(settings.source), config.data, settings.images)
+    source = open_source(settings, config.data)
     begun = {
         "kind": settings.kind,
         "content": source.identity,
@@ -132,19 +133,23 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     }
     if config.data.members.tag:
         begun["members"] = config.data.members.tag
+    if settings.captions != "files":
+        begun["captions"] = settings.captions
+    if config.data.captions.encoding:
+        begun["encoding"] = config.data.captions.encoding
     if settings.heldout:
         begun["heldout"] = settings.heldout
     _begin(settings.output, begun)
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
-        duplicates = _find_duplicates(source, settings, config.data.threads, config.data.max_pixels)
+        duplicates = _find_duplicates(source, settings, config.data)
 
     def make(number: int) -> Made:
         if number in duplicates:
             same = duplicates[number]
             how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits apart"
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
-        return _finish(source.read(number), settings, config.data.max_pixels)
+        return _finish(source.read(number), settings, config.data.max_pixels, config.data.captions.encoding)
 
     result = _write_splits(settings, begun, source, make, config.data.threads)
     for remark in [*source.remarks(), _dropped_remark(source, result)]:
@@ -176,6 +181,7 @@ def _write_splits(
         "heldout": heldout["samples"],
         "heldout_shards": heldout["shards"],
         "dropped": dict(sorted(dropped.items())),
+        "why": {**heldout["why"], **train["why"]},
     }
 
 
@@ -185,11 +191,11 @@ def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
     count = result["dropped"].get(reason, 0)
     if 2 * count <= result["samples"] + sum(result["dropped"].values()):
         return ""
-    words = source.advice(reason)
+    words = source.advice(reason) or result["why"].get(reason, "")
     return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
 
 
-def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
+def _finish(item: Item, settings: PrepareConfig, max_pixels: int, encoding: str | None) -> Made:
     """The members to write: the picture (smaller if it must be), its caption, and what is known about it."""
     from data_pipeline.commands.prepare_item import dump_json
     from data_pipeline.content.images import check_size, dimensions
@@ -205,12 +211,12 @@ def _finish(item: Item, settings: PrepareConfig, max_pixels: int) -> Made:
         meta.pop("exif", None)  # its orientation is in the pixels now
     else:
         meta["width"], meta["height"] = width, height
-    text = _caption(item)
+    text = _caption(item, encoding)
     return item.key, {extension: image, "txt": text.encode("utf-8", "ignore"), "json": dump_json(meta)}
 
 
-def _caption(item: Item) -> str:
-    text = decode_text(item.caption) if item.caption else ""
+def _caption(item: Item, encoding: str | None) -> str:
+    text = decode_text(item.caption, encoding) if item.caption else ""
     if text.strip():
         return text
     found = json_caption(item.meta)
@@ -236,7 +242,7 @@ def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes
     return encoded.getvalue(), size
 
 
-def _find_duplicates(source: Source, settings: PrepareConfig, threads: int, max_pixels: int) -> dict[int, Duplicate]:
+def _find_duplicates(source: Source, settings: PrepareConfig, data: DataConfig) -> dict[int, Duplicate]:
     from data_pipeline.commands.prepare_duplicates import Print, find, fingerprint
     from data_pipeline.content.images import check_size, dimensions
 
@@ -246,14 +252,14 @@ def _find_duplicates(source: Source, settings: PrepareConfig, threads: int, max_
         try:
             item = source.read(number)
             width, height = dimensions(item.image)
-            check_size(width, height, max_pixels)
-            _caption(item)
+            check_size(width, height, data.max_pixels)
+            _caption(item, data.captions.encoding)
             return fingerprint(item.image, width * height, perceptual)
         except BadSample:
             return None  # dropped, and reported, when its turn to be written comes: nothing may be dropped for its sake
 
     prints: list[Print | None] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(data.threads) as pool:
         for numbers in progress(_ranges(len(source), settings.samples_per_shard), desc="comparing", unit="shard"):
             place = _record(settings.output, f"prints-{numbers.start // settings.samples_per_shard:05d}.json")
             if not store.exists(place):
@@ -322,7 +328,14 @@ def _write_all(
         lines = "".join(json.dumps(line) + "\n" for line in dropped)
         store.write_bytes(store.join(output, DROPPED), lines.encode())
     reasons = Counter(line["reason"] for line in dropped)
-    return {"output": output, "shards": shards, "samples": samples, "dropped": dict(sorted(reasons.items()))}
+    why = {line["reason"]: line.get("detail", "") for line in reversed(dropped)}
+    return {
+        "output": output,
+        "shards": shards,
+        "samples": samples,
+        "dropped": dict(sorted(reasons.items())),
+        "why": why,  # the first detail of each reason; main() leaves it out
+    }
 
 
 def _done(output: str, shard: str) -> dict[str, Any] | None:

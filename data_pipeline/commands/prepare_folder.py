@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.commands.prepare_item import Item, file_size, hash_lines, image_ending, read_file, refuse_unsupported
+from data_pipeline.commands.prepare_item import (
+    Item,
+    file_size,
+    hash_lines,
+    image_ending,
+    nfc,
+    read_file,
+    refuse_unsupported,
+)
+from data_pipeline.commands.prepare_rows import looks_like_picture
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
@@ -31,6 +42,9 @@ logger = logging.getLogger(__name__)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables that `datasets` puts into a folder of pictures."""
 _TABLES = ("csv", "tsv", "jsonl", "parquet", "json", "gz")
+_ARCHIVES = ("zip", "rar", "7z", "tar", "tgz")
+_CAPTION_NAMES = ("caption", "captions", "text", "prompt", "label", "description")
+"""`d/caption.txt` beside the one picture of a folder d."""
 
 
 @dataclass(slots=True)
@@ -50,20 +64,30 @@ class FolderSource:
     """Every picture below a folder, in the order of their paths, with the caption and .json of the same name beside it,
     or those that a `metadata.jsonl` (.csv, .parquet) gives. Names as in `members.split_samples`."""
 
-    def __init__(self, folder: str, names: MembersConfig | None = None) -> None:
-        self.folder, self.names = Path(os.path.expanduser(folder)), names or MembersConfig()
+    def __init__(self, folder: str, names: MembersConfig | None = None, captions: str = "files") -> None:
+        self.folder, self.names, self.captions = Path(os.path.expanduser(folder)), names or MembersConfig(), captions
+        if self.folder.is_file() and _is_archive(self.folder):
+            tars = "; tar shards are read with prepare.kind=shards" if ".t" in self.folder.suffix else ""
+            raise DataError(f"prepare.source={folder}: it is an archive: unpack it and name the folder{tars}")
         if not self.folder.is_dir():
             raise DataError(f"prepare.source={folder}: there is no such directory; name the folder of your pictures")
         self._endings: Counter[str] = Counter()
         """Of the files that are neither pictures nor used beside one."""
+        self._alone: dict[tuple[Path, str], dict[str, Path]] = {}
+        """Captions and facts without a picture of their name, by folder and name."""
+        self._joined = 0
+        """Pictures with a caption from another folder or under another name."""
         found = list(self._entries())
+        self._join_alone(found)
         found.sort(key=lambda one: (_is_unsupported(one), one.path.relative_to(self.folder).parts))
         self.entries = found
         if not self.entries:
             shards = any(name.endswith(".tar") for name in os.listdir(self.folder))
+            packed = next((path for path in sorted(self.folder.iterdir()) if _is_archive(path)), None)
             raise DataError(
                 f"prepare.source={folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}) lie below it"
-                f"{'; for shards set prepare.kind=shards' if shards else ''}{self._tables_hint()}"
+                f"{'; for shards set prepare.kind=shards' if shards else f'; unpack {packed.name}' if packed else ''}"
+                f"{self._tables_hint()}"
             )
         self.tables = list(self._metadata())
         looks = (f"{self.name(i)} {_look(entry)}" for i, entry in enumerate(self.entries))
@@ -83,6 +107,11 @@ class FolderSource:
             raise BadSample(entry.problem.reason, entry.problem.detail)
         meta = read_json_or_nothing(read_file(entry.facts)) if entry.facts is not None else {}
         caption = next((data for path in entry.captions if (data := read_file(path)).strip()), None)
+        if self.captions != "files" and caption is None:
+            place = entry.path.relative_to(self.folder)
+            if self.captions == "folder" and len(place.parts) < 2:
+                raise BadSample("missing_caption", "it lies in no folder below prepare.source")
+            caption = _words(place.parent.name if self.captions == "folder" else place.stem).encode("utf-8", "replace")
         if entry.row is not None and caption is None and json_caption(meta) is None:
             table, row = entry.row
             _, texts, facts = table.row(row)
@@ -100,7 +129,7 @@ class FolderSource:
         groups: dict[tuple[Path, str], dict[str, Path]] = {}
         again: list[Path] = []
         for path in sorted(self.folder.rglob("*")):
-            stem, dot, ending = path.name.partition(".")
+            stem, dot, ending = nfc(path.name).partition(".")
             if not stem or not path.is_file():
                 continue
             group = groups.setdefault((path.parent, stem), {})
@@ -108,10 +137,12 @@ class FolderSource:
                 again.append(path)  # a.jpg and a.JPG
             else:
                 group[ending.lower() if dot else ""] = path
-        for (_, stem), group in groups.items():
+        for (folder, stem), group in groups.items():
             kinds = {ending: kind_of(ending, _content(ending, path), self.names) for ending, path in group.items()}
             if not any(kind in ("image", "unsupported") for kind in kinds.values()):
                 self._endings.update(name.rpartition(".")[2] or name for name in group)
+                if any(kind in ("text", "json") for kind in kinds.values()):
+                    self._alone[folder, stem] = group
                 continue
             for _, parts in split_samples(stem, kinds, self.names):
                 yield from self._of_sample(
@@ -120,7 +151,7 @@ class FolderSource:
                 )
         for path in again:
             if path.suffix[1:].lower() in IMAGE_EXTENSIONS:
-                beside = groups[path.parent, path.name.partition(".")[0]]
+                beside = groups[path.parent, nfc(path.name).partition(".")[0]]
                 kinds = {name: kind_of(name, None, self.names) for name in beside}
                 yield self._of(path, roles(kinds, self.names), beside)
 
@@ -151,6 +182,28 @@ class FolderSource:
         facts = files[used.json] if used.json is not None else None
         return _Entry(picture, tuple(files[name] for name in used.captions), facts)
 
+    def _join_alone(self, entries: list[_Entry]) -> None:
+        """Gives pictures without a caption the one of their name in a folder beside theirs (images/1.jpg,
+        captions/1.txt), or the `caption.txt` of a folder that holds no other picture."""
+        if not self._alone:
+            return
+        bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
+        pictures = Counter(entry.path.parent for entry in entries)
+        by_name: dict[str, list[tuple[Path, str]]] = {}
+        for folder, stem in self._alone:
+            by_name.setdefault(stem, []).append((folder, stem))
+        for entry in bare:
+            folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
+            near = [place for place in by_name.get(stem, []) if _apart(place[0], folder) == 1]
+            if not near and pictures[folder] == 1 and folder != self.folder:
+                near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
+            if len(near) == 1 and _has_words(self._alone[near[0]].values()):
+                files = self._alone[near[0]]
+                kinds = {name: kind_of(name, None, self.names) for name in files}
+                joined = self._of(entry.path, roles(kinds, self.names), files)
+                entry.captions, entry.facts = joined.captions, joined.facts
+                self._joined += 1
+
     # ------------------------------------------------------------------------------------------------- metadata
 
     def _metadata(self) -> Iterator[TableSource]:
@@ -172,13 +225,28 @@ class FolderSource:
             yield table
 
     def _tables_hint(self) -> str:
+        if next(self.folder.rglob("*.parquet"), None) or next(self.folder.rglob("*.arrow"), None):
+            return f"; tables are there: prepare.kind=table {shlex.quote(f'prepare.source={self.folder}')}"
         tables = sorted(path for path in self.folder.iterdir() if path.suffix[1:].lower() in _TABLES)
-        return f"; a table is there: prepare.kind=table prepare.source={tables[0]}" if tables else ""
+        texts = [] if tables else sorted(path for path in self.folder.glob("*.txt") if path.stat().st_size < 1 << 28)
+        for path in texts[:20]:
+            with suppress(DataError):
+                if looks_like_picture(TableSource(str(path), self.names).name(0)):
+                    tables.append(path)
+                    break
+        if not tables:
+            return ""
+        return f"; a table is there: prepare.kind=table {shlex.quote(f'prepare.source={tables[0]}')}"
 
     def advice(self, reason: str) -> str:
         """What would help where most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
-            beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6)) or "nothing else"
+            beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
+            if not beside:
+                return (
+                    "nothing lies beside them; prepare.captions=folder takes the names of folders as captions, "
+                    "prepare.captions=name those of the files"
+                )
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)
             return (
                 f"captions are looked for as {looked} and in the .json; there lie {beside}; data.members.caption names "
@@ -188,7 +256,10 @@ class FolderSource:
         return first
 
     def remarks(self) -> list[str]:
-        return [remark for table in self.tables for remark in table.remarks()]
+        said = [remark for table in self.tables for remark in table.remarks()]
+        if self._joined:
+            said.append(f"{self._joined} pictures have captions from a folder beside theirs, or from its caption.txt")
+        return said
 
 
 def _content(ending: str, path: Path) -> str | None:
@@ -211,3 +282,28 @@ def _look(entry: _Entry) -> str:
     """What shows that a picture or a text beside it is another one: a corrected caption may be as long as before."""
     texts = [*entry.captions[:1], *([entry.facts] if entry.facts else []), *entry.captions[1:]]
     return " ".join([str(file_size(entry.path)), *(f"{file_size(text)} {text.stat().st_mtime_ns}" for text in texts)])
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix[1:].lower() in (*_ARCHIVES, "gz") and path.is_file()
+
+
+def _words(name: str) -> str:
+    """A name as a caption: blanks for underscores, without the repeats (`10_sks dog`) of other trainers."""
+    return re.sub(r"^\d+_(?=\D)", "", name).replace("_", " ").strip()
+
+
+def _apart(one: Path, other: Path) -> int:
+    """In how many parts two paths of equal length differ; -1 for others."""
+    if len(one.parts) != len(other.parts):
+        return -1
+    return sum(a != b for a, b in zip(one.parts, other.parts, strict=True))
+
+
+def _has_words(paths: Iterable[Path]) -> bool:
+    """Whether a text has letters: YOLO's boxes are no captions."""
+    for path in paths:
+        with suppress(OSError), open(path, "rb") as file:
+            if re.search(rb"[^\W\d_]|[\x80-\xff]", file.read(4096)):
+                return True
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,23 @@ class Source(Protocol):
         """What is to be said after all samples were read."""
 
 
+def nfc(name: str) -> str:
+    """A name with composed letters: a Mac may write the same one in two parts."""
+    return unicodedata.normalize("NFC", name)
+
+
+def nfd(name: str) -> str:
+    """A name with letters in parts."""
+    return unicodedata.normalize("NFD", name)
+
+
 def read_file(path: Path) -> bytes:
-    """Raises `BadSample("missing_image")` where it cannot be read."""
+    """Raises `BadSample("missing_image")` where it cannot be read, or stands for a file that is elsewhere."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        if data.startswith(b"version https://git-lfs"):
+            raise BadSample("missing_image", f"{path}: it stands for a file in Git LFS; fetch it with `git lfs pull`")
+        return data
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadSample("missing_image", f"{path}: {reason}") from error

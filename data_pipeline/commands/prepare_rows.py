@@ -22,6 +22,7 @@ import zipfile
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -42,6 +43,8 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 _OTHERS = (
     (b"SQLite format 3", "it is a SQLite database: export the table as .csv"),
     (b"\xd0\xcf\x11\xe0", "it is an Excel file: save it as .csv"),
+    (b"version https://git-lfs", "it stands for the table in Git LFS: fetch it with `git lfs pull`"),
+    (b"\x80\x04\x95", "it is a pickle, which is a program: save it as .csv or .parquet"),
     (b"<", "it is HTML or XML, perhaps an error page: fetch or export the table again"),
 )
 
@@ -100,17 +103,44 @@ def _no_table(path: Path, why: str) -> DataError:
 # ----------------------------------------------------------------------------------------------------------- bytes
 
 
+class _Compressed(io.RawIOBase):
+    """What pyarrow unpacks (zstd, lz4), as a file."""
+
+    def __init__(self, file: IO[bytes], codec: str) -> None:
+        import pyarrow as pa
+
+        self._file, self._stream = file, pa.CompressedInputStream(pa.PythonFile(file), codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _plain(path: Path) -> IO[bytes]:
     """The content, uncompressed, as UTF-8 or in an encoding that contains ASCII, its lines ended by line feeds."""
     file: IO[bytes] = open(path, "rb")  # noqa: SIM115
     head = file.read(_HEAD)
     file.seek(0)
+    for signature, words in _OTHERS:
+        if head.removeprefix(b"\xef\xbb\xbf").startswith(signature):
+            raise _no_table(path, words)
     if head[:4] == b"PK\x03\x04":
         file = _unpacked(_only_member(file, path))
     else:
         for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
             if head.startswith(magic):
                 file = _unpacked(opener(file))
+        for magic, codec in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
+            if head.startswith(magic):
+                file = _unpacked(_Compressed(file, codec))
     head = file.read(_HEAD)
     file.seek(0)
     encoding = _wide_encoding(head)
@@ -138,7 +168,8 @@ def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
     if any(name.startswith("xl/") for name in names):
         raise _no_table(path, "it is an Excel file: save it as .csv")
     if len(names) != 1:
-        raise _no_table(path, f"the archive holds {len(names)} files: unpack it and name the table")
+        words = "name the table, or for pictures the folder with prepare.kind=folder"
+        raise _no_table(path, f"the archive holds {len(names)} files: unpack it and {words}")
     return archive.open(names[0])
 
 
@@ -163,7 +194,7 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
     if not start:
         raise _no_table(path, "it is empty")
     if start in (b"{", b"["):
-        return _json_rows(file, path)
+        return _json_rows(file, path, known)
     for signature, words in _OTHERS:
         if head.startswith(signature):
             raise _no_table(path, words)
@@ -447,7 +478,7 @@ def _columns(rows: list[Any]) -> list[str]:
     return list(dict.fromkeys(str(name) for row in rows[:100] if isinstance(row, dict) for name in row))
 
 
-def _json_rows(file: IO[bytes], path: Path) -> Rows:
+def _json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
     first = b""
     for line in iter(file.readline, b""):
         first = line.removeprefix(b"\xef\xbb\xbf").strip()
@@ -463,7 +494,7 @@ def _json_rows(file: IO[bytes], path: Path) -> Rows:
     file.seek(0)
     text = file.read()
     try:
-        return _rows_of_json(json.loads(text))
+        return _rows_of_json(json.loads(text), known)
     except (ValueError, RecursionError) as error:
         values = _values(text.decode("utf-8-sig", "replace"))
         if len(values) > 1:
@@ -485,10 +516,17 @@ def _values(text: str) -> list[Any]:
         values.append(value)
 
 
-def _rows_of_json(value: Any) -> Rows:
+def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     """Rows of one JSON value: a list of objects, COCO's captions, columns, or captions by the names of pictures."""
     if isinstance(value, list):
         return ListRows(value)
+    names, cells = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        return ListRows([dict(zip(map(str, names), row, strict=False)) for row in cells])  # pandas, orient="split"
+    numbered = [one for one in value.values() if isinstance(one, dict)]
+    if len(numbered) == len(value) > 1 and sum(plain_name(name) in known for name in value) > 1:
+        rows = dict.fromkeys(number for one in numbered for number in one)  # pandas' columns, each by row
+        return ListRows([{name: one.get(number) for name, one in value.items()} for number in rows])
     images, captions = value.get("images"), value.get("annotations")
     if isinstance(images, list) and isinstance(captions, list):
         return ListRows(_coco(images, captions))
@@ -501,6 +539,12 @@ def _rows_of_json(value: Any) -> Rows:
     if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
         facts = ({"image": name, **(one if isinstance(one, dict) else {"caption": one})} for name, one in value.items())
         return ListRows(list(facts))
+    if (
+        len(value) > 1
+        and all(isinstance(one, str) for one in value.values())
+        and not {*map(plain_name, value)} & {*known}
+    ):
+        return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without an ending
     return ListRows([value])
 
 
@@ -524,17 +568,44 @@ def _arrow_rows(path: Path, head: bytes) -> Rows:
     return ArrowRows(table)
 
 
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Column of class numbers -> their names, where `datasets` wrote them into the file."""
+    try:
+        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = said["info"]["features"]
+        found = {name: one.get("names") for name, one in features.items() if isinstance(one, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {str(name): [str(one) for one in names] for name, names in found.items() if isinstance(names, list)}
+
+
+def _value(cell: Any) -> Any:
+    """A cell as Python has it; as text where Python cannot (nanoseconds)."""
+    from pyarrow import ArrowException
+
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, NotImplementedError):
+        with suppress(ArrowException):
+            return cell.cast("string").as_py()
+        return None
+
+
 class ArrowRows:
     """A table that is mapped, as `datasets` saves them."""
 
     def __init__(self, table: Any) -> None:
         self._table, self.columns = table, list(table.column_names)
+        self.classes = class_names(table.schema)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def row(self, number: int) -> dict[str, Any]:
-        return {name: self._table.column(name)[number].as_py() for name in self.columns}
+        cells = ((name, self._table.column(place)) for place, name in enumerate(self.columns))
+        return dict(reversed([(name, _value(column[number])) for name, column in cells]))
 
 
 class ParquetRows:
@@ -545,6 +616,7 @@ class ParquetRows:
 
         self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         self.columns = [str(name) for name in self._file.schema_arrow.names]
+        self.classes = class_names(self._file.schema_arrow)
         self._wanted: list[str] | None = None
         groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
         self._starts = [0]
@@ -567,8 +639,9 @@ class ParquetRows:
     def row(self, number: int) -> dict[str, Any]:
         with self._lock:
             start, batch = self._batch(number)
-        try:
-            return {name: batch.column(name)[number - start].as_py() for name in self._wanted or self.columns}
+        cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
+        try:  # of several columns with one name the first counts
+            return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
         except UnicodeDecodeError as error:
             raise BadSample("bad_row", f"row {number + 1}: {error}") from error
 

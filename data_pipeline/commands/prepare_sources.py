@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.commands.prepare_item import Item, Source, refuse_unsupported
 from data_pipeline.commands.prepare_table import TableSource
-from data_pipeline.common.errors import BadSample
+from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.common.recent import Recent
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, PrepareConfig
 from data_pipeline.content.captions import read_json_or_nothing
 from data_pipeline.content.members import IMAGE_EXTENSIONS
 from data_pipeline.reading.rows import runs_of
@@ -120,8 +120,13 @@ class _Blocks:
         return future.result()
 
 
-def open_source(kind: str, source: str, config: DataConfig, images: str | None = None) -> Source:
+def open_source(settings: PrepareConfig, config: DataConfig) -> Source:
     """The source that prepare.kind and prepare.source name. Raises `DataError` when there is none."""
-    if kind == "folder":
-        return FolderSource(source, config.members)
-    return TableSource(source, config.members, images) if kind == "table" else ShardSource(source, config)
+    source = str(settings.source)
+    if settings.kind == "folder":
+        return FolderSource(source, config.members, settings.captions)
+    if settings.kind == "table":
+        return TableSource(source, config.members, settings.images)
+    if source.lower().endswith((".zip", ".rar", ".7z")):
+        raise DataError(f"prepare.source={source}: it is no tar: unpack it and use prepare.kind=folder")
+    return ShardSource(source, config)

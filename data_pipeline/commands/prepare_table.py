@@ -9,6 +9,7 @@ import glob
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,6 +25,8 @@ from data_pipeline.commands.prepare_item import (
     hash_file,
     hash_lines,
     image_ending,
+    nfc,
+    nfd,
     plain,
     read_file,
     refuse_unsupported,
@@ -39,6 +42,7 @@ from data_pipeline.commands.prepare_rows import (
 )
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
+from data_pipeline.content.captions import field_of, texts_in
 from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
 
 logger = logging.getLogger(__name__)
@@ -63,9 +67,11 @@ PATH_COLUMNS = (
 CAPTION_COLUMNS = (
     *("caption", "text", "txt", "prompt", "description", "captions", "texts", "prompts", "sentences", "sentence"),
     *("caption_text", "image_caption", "comment", "comments", "alt", "alt_text", "title", "raw", "en"),
+    *("conversations", "conversation", "messages"),
 )
-_RAW = ("raw", "caption", "text", "sentence", "en")
-"""Fields of an object that stands for one caption."""
+_NUMBERED = re.compile(r"(.+?)_?\d+")
+_ID_COLUMNS = ("image_id", "img_id", "imageid", "image_key", "key", "id")
+"""Columns that name pictures where there are files of such names."""
 _URL_COLUMNS = ("url", "image_url", "img_url", "image_urls")
 _LONGEST_TEXT = 1 << 20
 _KNOWN = {*PATH_COLUMNS, *CAPTION_COLUMNS}
@@ -91,7 +97,7 @@ class TableSource:
         self._images = Path(os.path.expanduser(images)) if images else None
         if not len(self):
             raise DataError(f"prepare.source={table}: it has no rows")
-        self.path_column, self.caption_column = self._columns()
+        self.path_column, self.caption_columns = self._columns()
         for part in self.parts:
             if isinstance(part, ParquetRows):
                 part.use(self._read_columns(part))
@@ -105,19 +111,24 @@ class TableSource:
 
     # -------------------------------------------------------------------------------------------------- columns
 
-    def _columns(self) -> tuple[str, str]:
-        """The names of the columns of pictures and of captions."""
+    def _columns(self) -> tuple[str, tuple[str, ...]]:
+        """The column of pictures and those of captions; `data.caption` is the field of an object."""
         first = self.parts[0]
-        by_name = {plain_name(str(name)): str(name) for name in reversed(first.columns)}
-        example = self._example(first)
+        example = _with_fields(self._example(first))
+        columns = list(dict.fromkeys([*map(str, first.columns), *example]))
+        by_name = {plain_name(name.replace(".", "\0")).replace("\0", "."): name for name in reversed(columns)}
+        for name in reversed(columns):
+            by_name.setdefault(plain_name(name.rpartition(".")[2]), name)
         pictures = [by_name[name] for name in (*map(plain_name, self.names.image), *PATH_COLUMNS) if name in by_name]
-        captions = [name for name in (*map(plain_name, self.names.caption), *CAPTION_COLUMNS) if name in by_name]
+        captions = self._caption_columns(first, by_name)
         if not self.names.image:
-            pictures = pictures or [name for name in first.columns if _is_picture_value(example.get(name))]
-            pictures = [name for name in pictures if name not in [by_name[one] for one in captions[:1]]]
+            pictures = pictures or [name for name in columns if _is_picture_value(example.get(name))]
+            pictures = [name for name in pictures if name not in captions[:1]]
             pictures.sort(key=lambda name: not _is_picture_value(example.get(name)))
+            pointing = [by_name[name] for name in (*_ID_COLUMNS, *_URL_COLUMNS) if name in by_name]
+            pictures = pictures or [name for name in pointing if self._leads_to_a_file(example.get(name))]
         if pictures and captions:
-            return pictures[0], by_name[captions[0]]
+            return pictures[0], captions
         found = ", ".join(map(str, first.columns[:30]))
         urls = next((name for name in first.columns if plain_name(name) in _URL_COLUMNS), None)
         if urls and not pictures:
@@ -129,6 +140,25 @@ class TableSource:
             f"and one of captions ({', '.join(CAPTION_COLUMNS[:8])}, ...); it has {found}; name them with "
             "'data.members={image: [NAME], caption: [NAME]}'"
         )
+
+    def _caption_columns(self, first: Rows, by_name: dict[str, str]) -> tuple[str, ...]:
+        """The preferred column of captions; several where they are numbered (`caption_1`, `caption_2`)."""
+        for name in (*map(plain_name, self.names.caption), *CAPTION_COLUMNS):
+            if name in by_name:
+                return (by_name[name],)
+        stems: dict[str, list[str]] = {}
+        for name in map(str, first.columns):
+            found = _NUMBERED.fullmatch(plain_name(name))
+            if found and found[1] in CAPTION_COLUMNS:
+                stems.setdefault(found[1], []).append(name)
+        if stems:
+            return tuple(min(stems.items(), key=lambda one: CAPTION_COLUMNS.index(one[0]))[1])
+        return tuple(getattr(first, "classes", {}))[:1]
+
+    def _leads_to_a_file(self, value: Any) -> bool:
+        with suppress(BadSample):
+            return self.find(_path_of(value) or "None").is_file()
+        return False
 
     def _example(self, part: Rows) -> dict[str, Any]:
         """The first cell with something in it, of each column."""
@@ -143,7 +173,7 @@ class TableSource:
     def _read_columns(self, part: ParquetRows) -> set[str]:
         """All but those that hold other pictures or binary data, which are left out of the .json as well."""
         example = self._example(part)
-        wanted = {self.path_column, self.caption_column}
+        wanted = {name for name in part.columns if _top(self.path_column, *self.caption_columns) & {name}}
         binary = [name for name in part.columns if name not in wanted and _holds_bytes(example.get(name))]
         if binary:
             logger.warning("%s: columns of binary data are not used: %s", self.table, ", ".join(binary))
@@ -164,7 +194,7 @@ class TableSource:
         """What the column of pictures says; None where the row cannot be read."""
         part, row, _ = self._part(number)
         with suppress(BadSample):
-            return part.row(row).get(self.path_column)
+            return _cell(part.row(row), self.path_column)
         return None
 
     def name(self, number: int) -> str:
@@ -176,7 +206,10 @@ class TableSource:
         """(the picture's cell, captions, facts) of a row. Raises `BadSample`."""
         part, local, path = self._part(number)
         row = {str(name): value for name, value in part.row(local).items()}
-        cell, caption = row.pop(self.path_column, None), row.pop(self.caption_column, None)
+        cell = _cell(row, self.path_column)
+        caption = [self._named(part, name, _cell(row, name)) for name in self.caption_columns]
+        for name in (self.path_column, *self.caption_columns, _top(self.path_column).pop()):
+            row.pop(name, None)
         convert = typed if isinstance(part, DelimitedRows) else plain
         facts = {name: convert(value) for name, value in row.items() if not self._is_binary(name, value)}
         captions = texts_of(caption)
@@ -186,6 +219,12 @@ class TableSource:
                 self._several += 1
         name = _path_of(cell) or f"{path.name}#{local + 1}"
         return cell, captions, {"source": name, **facts}
+
+    def _named(self, part: Rows, column: str, value: Any) -> Any:
+        """The name of a class that the file knows by number."""
+        names = getattr(part, "classes", {}).get(column, [])
+        known = isinstance(value, int) and 0 <= value < len(names)
+        return names[value].replace("_", " ") if known else value
 
     def _is_binary(self, name: str, value: Any) -> bool:
         if not _holds_bytes(value):
@@ -204,9 +243,10 @@ class TableSource:
         given = _path_of(cell)
         if not given:
             raise BadSample("missing_image", "the row has neither a path nor a picture")
-        if "://" in given:
+        place = self.find(given)
+        if "://" in given and not place.is_file():
             raise BadSample("missing_image", "only local paths are read; download URLs with img2dataset first")
-        return read_file(self.find(given))
+        return read_file(place)
 
     # ---------------------------------------------------------------------------------------------------- files
 
@@ -214,14 +254,16 @@ class TableSource:
         """The file that a path in the table means: below `prepare.images` or the table's folder; else, where there is
         none, the one of this name in a folder below."""
         root = self._images or self.paths[0].parent
-        for form in dict.fromkeys((given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0])):
+        given = given.removeprefix("file://")
+        forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0])
+        for form in dict.fromkeys(composed for one in forms for composed in (one, nfc(one), nfd(one))):
             place = root / form
             with suppress(OSError, ValueError):
                 if place.is_file():
                     return place
         name = given.replace("\\", "/").strip().rpartition("/")[2]
-        for form in dict.fromkeys((name, name.partition("#")[0])):
-            places = self._below.get(form.lower(), [])
+        for form in dict.fromkeys((name, name.partition("#")[0], name.partition("?")[0])):
+            places = self._below.get(nfc(form).lower(), [])
             if len(places) > 1:
                 ending = Path(given.replace("\\", "/")).parts[-2:]
                 places = [place for place in places if place.parts[-len(ending) :] == ending] or places
@@ -243,21 +285,21 @@ class TableSource:
             for name in names:
                 stem, _, ending = name.rpartition(".")
                 if ending.lower() in IMAGE_EXTENSIONS or is_unsupported(ending.lower()):
-                    found.setdefault(name.lower(), []).append(Path(folder, name))
-                    found.setdefault(stem.lower(), []).append(Path(folder, name))
+                    found.setdefault(nfc(name).lower(), []).append(Path(folder, name))
+                    found.setdefault(nfc(stem).lower(), []).append(Path(folder, name))
         return found
 
     def _places(self) -> Iterator[Path]:
         """The files of the pictures; none for pictures in the table itself."""
         for part in self.parts:
-            if _bytes_of(self._example(part).get(self.path_column)) is not None:
+            if _bytes_of(_cell(self._example(part), self.path_column)) is not None:
                 continue
             if isinstance(part, ParquetRows):
-                part.use({self.path_column})
+                part.use(_top(self.path_column) if self.path_column not in part.columns else {self.path_column})
             for number in range(len(part)):
                 given = None
                 with suppress(BadSample):
-                    given = _path_of(part.row(number).get(self.path_column))
+                    given = _path_of(_cell(part.row(number), self.path_column))
                 try:
                     yield self.find(given or "None")
                 except BadSample:
@@ -280,7 +322,9 @@ class TableSource:
             root = self._images or self.paths[0].parent
             return f"paths are looked for in {root} and the folders below it; prepare.images names another folder"
         if reason == "missing_caption":
-            return f"captions come from the column {self.caption_column}; data.members.caption names another"
+            return (
+                f"captions come from the column {', '.join(self.caption_columns)}; data.members.caption names another"
+            )
         return ""
 
     def remarks(self) -> list[str]:
@@ -302,9 +346,15 @@ def _files(table: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(path.rglob("*.parquet"))
+        found = sorted(path.rglob("*.parquet")) or sorted(
+            one
+            for one in path.rglob("*.arrow")
+            if not one.name.startswith(("cache-", "tmp"))  # of datasets' map()
+        )
         if not found:
-            raise DataError(f"prepare.source={table}: it is a directory without .parquet files; name the table in it")
+            raise DataError(
+                f"prepare.source={table}: it is a directory without .parquet or .arrow files; name the table in it"
+            )
         return found
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
@@ -313,17 +363,36 @@ def _files(table: str) -> list[Path]:
 
 
 def texts_of(cell: Any) -> list[str | bytes]:
-    """The captions in a cell: a text, a list of texts (also one that was written out as text), objects with a text."""
+    """The captions in a cell: as `texts_in` finds them, a list that was written out as text, bytes, numbers."""
     if isinstance(cell, bytes):
         return [cell] if cell.strip() else []
     if isinstance(cell, str):
         listed = _written_list(cell)
-        return texts_of(listed) if listed is not None else [cell] if cell.strip() else []
-    if isinstance(cell, dict):
-        return texts_of(next((cell[name] for name in _RAW if cell.get(name)), None))
+        return list(listed) if listed is not None else [cell] if cell.strip() else []
+    if isinstance(cell, dict) or (isinstance(cell, (list, tuple)) and any(isinstance(one, dict) for one in cell)):
+        return list(texts_in(cell))
     if isinstance(cell, (list, tuple)):
         return [text for one in cell for text in texts_of(one)]
-    return [] if cell is None else [str(cell)]
+    return [] if cell is None or cell != cell else [str(cell)]  # NaN is no caption
+
+
+def _top(*columns: str) -> set[str]:
+    """The columns that such fields lie in, and those of the whole name."""
+    return {name for column in columns for name in (column, column.partition(".")[0])}
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    """The cell, or the field of one."""
+    return row[column] if column in row else field_of(row, column)
+
+
+def _with_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the fields of its objects beside them, as `column.field`; pictures are no objects."""
+    found = dict(row)
+    for name, value in row.items():
+        if isinstance(value, dict) and not _is_picture_value(value):
+            found.update({f"{name}.{key}": one for key, one in value.items() if one not in (None, "", [], {})})
+    return found
 
 
 def _written_list(text: str) -> list[str] | None:

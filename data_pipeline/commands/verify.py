@@ -145,6 +145,8 @@ def _verify_shard(
             good.append(row)
     for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * data.threads):
         if isinstance(outcome, BadSample):
+            if outcome.reason == "missing_caption":
+                tally.layouts[outcome.reason][str(index.table["layout"][sample["__position__"]].as_py())] += 1
             broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
         else:
             tally.deliver(sample, outcome, partial(_whole, sample, data))

@@ -60,7 +60,7 @@ class Tally:
     def hint(self) -> str:
         """What would help where most samples were left out for one reason; empty otherwise."""
         reason, count = self.dropped.most_common(1)[0] if self.dropped else ("", 0)
-        if 2 * count <= self.delivered + self.dropped.total():
+        if not count or 2 * count < self.delivered + self.dropped.total():
             return ""
         words = advice(reason, self.layouts[reason]) or self.details.get(reason, "")
         return f"{count} samples were left out as {reason}{f': {words}' if words else ''}"

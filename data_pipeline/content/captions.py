@@ -22,6 +22,10 @@ _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\uff
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that hold a sample's caption, a text or a list of texts, the preferred first."""
+_TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
+"""Fields of an object that stands for one caption."""
+_ANSWERING = ("gpt", "assistant", "model", "bot")
+"""Who says the caption in a conversation about a picture (LLaVA's layout, or that of chat models)."""
 FROM_FILES = "__captions__"
 """In a raw sample: its captions from `data.captions.files` by name, where a source asks for them."""
 _ROOM_TO_CLEAN = 20
@@ -79,14 +83,14 @@ def _texts_by_source(
             continue
         try:
             if source == "txt":
-                texts = [decode_text(sample.get("txt") or b"")]
+                texts = [decode_text(sample.get("txt") or b"", config.encoding)]
             elif source == "txt:lines":
-                texts = decode_text(sample.get("txt") or b"").splitlines()
+                texts = decode_text(sample.get("txt") or b"", config.encoding).splitlines()
             elif source.startswith("file:"):
                 texts = sample[FROM_FILES].get(source.removeprefix("file:"), [])
             else:
                 meta = parse_json(sample.get("json")) if meta is None else meta
-                texts = _strings(meta.get(source.removeprefix("json:")))
+                texts = texts_in(field_of(meta, source.removeprefix("json:")))
         except BadSample as error:
             problem = error
             continue
@@ -109,10 +113,51 @@ def _cleaned(texts: list[str], config: CaptionConfig) -> list[str]:
 def json_caption(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
     """The first field of a .json that holds captions, and its texts; None when none does."""
     for name in JSON_CAPTIONS:
-        texts = [text for text in _strings(meta.get(name)) if text.strip()]
+        texts = texts_in(meta.get(name))
         if texts:
             return name, texts
     return None
+
+
+def texts_in(value: Any) -> list[str]:
+    """The captions in a value of JSON: a text, an object with one, a list of these; in a conversation the answers."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, Mapping):
+        names = (*_TEXT_FIELDS, "value", "content") if _is_turn(value) else _TEXT_FIELDS
+        return next((found for name in names if (found := texts_in(value.get(name)))), [])
+    if not isinstance(value, (list, tuple)):
+        return []
+    answers = [one for one in value if _is_turn(one) and str(one.get("from") or one.get("role")).lower() in _ANSWERING]
+    turns = any(map(_is_turn, value))
+    return [text for one in (answers if turns else value) for text in texts_in(one)]
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether an object is what one speaker says: {from, value} or {role, content}."""
+    return isinstance(value, Mapping) and ("from" in value or "role" in value)
+
+
+def field_of(meta: Any, path: str) -> Any:
+    """What stands at `meta.caption` or `turns.1.value`; None where nothing does. A field may have dots in its name."""
+    if not path:
+        return meta
+    if isinstance(meta, Mapping) and path in meta:
+        return meta[path]
+    name, _, rest = path.partition(".")
+    if isinstance(meta, Mapping):
+        return field_of(meta[name], rest) if name in meta else None
+    if isinstance(meta, (list, tuple)) and name.isdigit() and int(name) < len(meta):
+        return field_of(meta[int(name)], rest)
+    return None
+
+
+def _fields_with_text(value: Any, name: str = "", depth: int = 0) -> list[str]:
+    """Paths of the fields that hold text, as `json:FIELD` takes them."""
+    if isinstance(value, Mapping) and depth < 4:
+        below = ((f"{name}.{key}".lstrip("."), one) for key, one in value.items())
+        return [path for key, one in below for path in _fields_with_text(one, key, depth + 1)]
+    return [name] if texts_in(value) else []
 
 
 def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
@@ -123,7 +168,7 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     if (sample.get("txt") or b"").strip() and not {"txt", "txt:lines"} & {*config.sources}:
         return f"{words}; the .txt has text"
     with suppress(BadSample):
-        texts = [name for name, value in parse_json(sample.get("json")).items() if any(map(str.strip, _strings(value)))]
+        texts = _fields_with_text(parse_json(sample.get("json")))
         if texts:
             return f"{words}; fields of the .json with text: {', '.join(sorted(texts)[:8])}"
     return words
@@ -139,24 +184,39 @@ def clean(text: str, config: CaptionConfig) -> str:
     return text[: config.max_characters].strip()
 
 
-def decode_text(data: bytes) -> str:
-    """UTF-8, or UTF-16/32 with a byte order mark. Any other encoding would be a guess: `BadSample("bad_text")`."""
+def decode_text(data: bytes, otherwise: str | None = None) -> str:
+    """UTF-8, or UTF-16/32 with a byte order mark; what is neither is in the encoding `otherwise`. Without one it would
+    be a guess: `BadSample("bad_text")`."""
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise BadSample("bad_text", f"not {encoding.removesuffix('-sig')}: {error.reason}") from error
+        if otherwise:
+            with suppress(UnicodeDecodeError):
+                return data.decode(otherwise)
+        tried = f"neither {encoding.removesuffix('-sig')} nor {otherwise}" if otherwise else "not UTF-8"
+        raise BadSample(
+            "bad_text", f"a caption is {tried}; data.captions.encoding=cp1252 (or another) says what it is"
+        ) from error
 
 
 def parse_json(member: bytes | None) -> dict[str, Any]:
-    """The .json member; {} when there is none or it holds no object. Raises `BadSample("bad_json")`."""
+    """The .json member, a text or list of texts as {"caption": ...}; {} when there is none or it holds no object.
+    Raises `BadSample("bad_json")`."""
     if not member:
         return {}
     try:
         value = json.loads(member)
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", str(error)) from error
-    return value if isinstance(value, dict) else {}
+    return object_of(value)
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """A JSON value as the facts of a sample: texts alone are its captions."""
+    if isinstance(value, dict):
+        return value
+    return {"caption": value} if texts_in(value) else {}
 
 
 def read_json_or_nothing(member: bytes | None) -> dict[str, Any]:
@@ -165,9 +225,3 @@ def read_json_or_nothing(member: bytes | None) -> dict[str, Any]:
         return parse_json(member)
     except BadSample:
         return {}
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []

@@ -245,7 +245,18 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
         kinds = [name for name in seen if is_unsupported(ending(name))]
         hints = (f"{seen[name]} x .{name}: {unsupported_hint(ending(name))}" for name in kinds[:4])
         return "; ".join(hints) or f"the members are {members}"
+    if reason == "missing_caption":
+        others = [name for name in seen if kind_of(name, None, MembersConfig()) is None]
+        if not others:
+            return ""  # what the samples hold says more
+        example = next((name for name in others if ending(name) in ("cls", "classname", "label")), others[0])
+        return f"their members are {members}; if one is the caption, 'data.members={{caption: [{example}]}}' names it"
     if reason not in ("missing_image", "ambiguous_image"):
         return ""
+    if reason == "missing_image" and all(kind_of(name, None, MembersConfig()) in ("text", "json") for name in seen):
+        return (
+            f"their only members are {members}: the files of a sample have one path up to the first dot; unpacked, "
+            "prepare.kind=folder also pairs images/1.jpg with captions/1.txt"
+        )
     example = next((name for name in seen if ending(name) in IMAGE_EXTENSIONS), next(iter(seen), "image.jpg"))
     return f"their members are {members}; name the picture with 'data.members={{image: [{example}]}}'"

@@ -257,7 +257,7 @@ def _report(dataset: Dataset) -> None:
 def _hint(dataset: Dataset) -> str:
     """What would help where most samples were left out for one reason, judged by the first shard that has it."""
     reason, count = dataset.dropped.most_common(1)[0] if dataset.dropped else ("", 0)
-    if 2 * count <= dataset.total:
+    if not count or 2 * count < dataset.total:
         return ""
     summary = next(summary for summary in dataset.summaries if reason in summary.dropped)
     index = read_index(summary.entry.url, summary.place, dataset.patience)

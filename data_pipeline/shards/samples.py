@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import decode_text, json_caption
+from data_pipeline.content.captions import decode_text, json_caption, object_of
 from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, kind_of, picture_kind, roles, split_samples
 from data_pipeline.shards.tar import Member, Problem
 
@@ -152,11 +152,9 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
     if kind != "json":
         return {}
     try:
-        data = json.loads(member.data)
+        data = object_of(json.loads(member.data))
     except (ValueError, RecursionError):
         problems.append(Problem("bad_json", member.offset, f"{member.name!r} is not valid JSON"))
-        return {}
-    if not isinstance(data, dict):
         return {}
     facts: dict[str, Any] = {}
     for name, value in data.items():

@@ -52,9 +52,11 @@ def _prepare(config: Any) -> Iterable[str]:
         "heldout",
         "deduplicate",
         "images",
+        "captions",
     )
     shards = (*SHARDS[2:], "data.filter", "data.cache_dir", "data.cache_gb") if config.prepare.kind == "shards" else ()
-    return (*(f"prepare.{name}" for name in settings), *shards, "data.members", "data.max_pixels", "data.threads")
+    own = ("data.members", "data.captions.encoding", "data.max_pixels", "data.threads")
+    return (*(f"prepare.{name}" for name in settings), *shards, *own)
 
 
 def _sample(config: Any) -> Iterable[str]:

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.commands.prepare import main
 from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.common.errors import DataError
-from data_pipeline.config import DataConfig, MembersConfig, PrepareConfig
+from data_pipeline.config import CaptionConfig, DataConfig, MembersConfig, PrepareConfig
 from tests.data_pipeline.commands.importing import Config, dropped, imported, members
 from tests.data_pipeline.photos import jpegs
 
@@ -117,3 +117,94 @@ def test_a_picture_is_one_by_its_content(tmp_path: Path) -> None:
         "IMG_0001": "x",
         "a.image": "y",
     }
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"images_in_1__jpg": ONE, "captions_in_1__txt": "one"},
+        {"train_in_images_in_1__jpg": ONE, "train_in_captions_in_1__txt": "one", "val_in_captions_in_2__txt": "no"},
+        {"a_in_photo__jpg": ONE, "a_in_caption__txt": "one"},
+    ],
+)
+def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path, files: dict[str, Any]) -> None:
+    source = FolderSource(str(folder(tmp_path, **files)))
+    assert list(found(source).values()) == ["one"] and "1 pictures have captions from" in source.remarks()[0]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"images_in_1__jpg": ONE, "labels_in_1__txt": "0 0.5 0.5 1 1"},
+        {"images_in_1__jpg": ONE, "captions_in_1__txt": "one", "notes_in_1__txt": "two"},
+        {"a_in_1__jpg": ONE, "a_in_2__jpg": TWO, "a_in_caption__txt": "one"},
+        {"a_in_1__jpg": ONE, "a_in_readme__txt": "one"},
+    ],
+)
+def test_captions_are_not_guessed(tmp_path: Path, files: dict[str, Any]) -> None:
+    assert set(found(FolderSource(str(folder(tmp_path, **files)))).values()) == {""}
+
+
+def test_names_of_folders_and_files_are_captions_on_request(tmp_path: Path, caplog: Any) -> None:
+    place = folder(tmp_path / "in", big_dog_in_1__jpg=ONE, cat_in_a_grey_one__jpg=TWO, cat_in_b__jpg=TWO)
+    (place / "cat" / "b.txt").write_text("its own")
+    folders = found(FolderSource(str(place), captions="folder"))
+    assert folders == {"big_dog/1.jpg": "big dog", "cat/a_grey_one.jpg": "cat", "cat/b.jpg": "its own"}
+    assert found(FolderSource(str(place), captions="name"))["cat/a_grey_one.jpg"] == "a grey one"
+    (place / "cat" / "b.txt").unlink()
+    with pytest.raises(DataError):
+        imported(tmp_path / "out", "folder", place)
+    assert "prepare.captions=folder" in caplog.text
+    result = imported(tmp_path / "out2", "folder", place, captions="folder")
+    assert result["samples"] == 3 and members(tmp_path / "out2" / "00000.tar")["000000000.txt"] == b"big dog"
+    with pytest.raises(DataError, match="captions was folder"):
+        imported(tmp_path / "out2", "folder", place, captions="name")
+
+
+def test_names_in_other_unicode_forms_meet(tmp_path: Path) -> None:
+    (tmp_path / "cafe\u0301.jpg").write_bytes(ONE)
+    (tmp_path / "caf\u00e9.txt").write_text("one")
+    assert list(found(FolderSource(str(tmp_path))).values()) == ["one"]
+
+
+def test_a_caption_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, caplog: Any) -> None:
+    place = folder(tmp_path / "in", **{"1__jpg": ONE, "1__txt": "caf\u00e9".encode("cp1252")})
+    with pytest.raises(DataError):
+        imported(tmp_path / "out", "folder", place)
+    assert "data.captions.encoding" in caplog.text
+    settings = PrepareConfig(kind="folder", source=str(place), output=str(tmp_path / "out2"))
+    data = DataConfig(captions=CaptionConfig(encoding="cp1252"))
+    assert main(Config(settings, data=data))["samples"] == 1
+    assert members(tmp_path / "out2" / "00000.tar")["000000000.txt"].decode() == "caf\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("pics.zip", b"PK", "unpack it and name the folder"),
+        ("in/pics.zip", b"PK", "unpack pics.zip"),
+        ("in/data/train.arrow", b"x", "prepare.kind=table"),
+    ],
+)
+def test_what_is_no_folder_of_pictures_is_told_what_to_do(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    place = tmp_path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        FolderSource(str(tmp_path / name.partition("/")[0]))
+
+
+def test_pictures_that_stand_for_files_elsewhere_are_told(tmp_path: Path, caplog: Any) -> None:
+    place = folder(tmp_path / "in", **{"1__jpg": "version https://git-lfs.github.com/spec/v1\n", "1__txt": "one"})
+    with pytest.raises(DataError):
+        imported(tmp_path / "out", "folder", place)
+    assert "git lfs pull" in caplog.text
+
+
+def test_a_table_under_the_name_of_a_text_is_seen(tmp_path: Path, caplog: Any) -> None:
+    place = folder(tmp_path / "in", **{"1__jpg": ONE, "captions__txt": "1.jpg,one\n"})
+    with pytest.raises(DataError):
+        imported(tmp_path / "out", "folder", place)
+    assert "prepare.kind=table prepare.source=" in caplog.text and "captions.txt" in caplog.text

@@ -263,12 +263,89 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.json", b'{"a": [1, 2', "JSON"),
         ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "addresses; fetch the pictures with img2dataset"),
         ("a.csv", b"image,caption\n", "it has no rows"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.pkl", b"\x80\x04\x95" + bytes(99), "pickle"),
     ],
 )
 def test_what_is_no_table_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         TableSource(str(tmp_path / name))
+
+
+PAIRS = [("1.jpg", "one"), ("2.jpg", "two")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"columns": ["image", "caption"], "index": [0, 1], "data": [list(pair) for pair in PAIRS]},
+        {"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "one", "1": "two"}},
+        {"1": "one", "2": "two"},
+        [{"data": {"image": name}, "meta": {"caption": text, "score": 1}} for name, text in PAIRS],
+        [
+            {
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nDescribe."},
+                    {"from": "gpt", "value": text},
+                ],
+            }
+            for name, text in PAIRS
+        ],
+        [{"image": name, "texts": [{"user": "Describe.", "assistant": text}]} for name, text in PAIRS],
+        [{"image_id": int(name[0]), "caption": text} for name, text in PAIRS],
+        [{"url": f"https://there/{name}?w=9", "caption": text} for name, text in PAIRS],
+        [{"image": f"file:///gone/{name}", "Caption 1": text, "Caption 2": "other"} for name, text in PAIRS],
+    ],
+)
+def test_json_as_other_programs_write_it(place: Path, value: Any) -> None:
+    (place / "a.json").write_text(json.dumps(value))
+    assert captions(TableSource(str(place / "a.json"))) == ["one", "two"]
+
+
+def test_numbered_columns_are_alternatives_and_nan_is_no_caption(place: Path) -> None:
+    (place / "a.csv").write_text("image,caption_1,caption_2\n1.jpg,one,uno\n2.jpg,,dos\n")
+    source = TableSource(str(place / "a.csv"))
+    assert captions(source) == ["one", "dos"] and source.read(0).meta["captions"] == ["one", "uno"]
+    (place / "b.jsonl").write_text('{"image": "1.jpg", "caption": NaN}\n{"image": "2.jpg", "caption": "two"}\n')
+    assert captions(TableSource(str(place / "b.jsonl"))) == ["", "two"]
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_other_compressions_are_unpacked(place: Path, codec: str) -> None:
+    (place / "a.csv").write_bytes(pa.compress(CSV, "lz4" if codec == "lz4" else codec, asbytes=True))
+    if codec == "lz4":
+        with pa.CompressedOutputStream(str(place / "a.csv"), "lz4") as out:
+            out.write(CSV)
+    assert captions(TableSource(str(place / "a.csv"))) == ["one", "two"]
+
+
+def test_columns_that_python_cannot_hold_or_that_come_twice_cost_nothing(place: Path) -> None:
+    columns = [
+        pa.array([ONE, TWO]),
+        pa.array(["one", "two"]),
+        pa.array(["x", "y"]),
+        pa.array([1, 2], pa.timestamp("ns")),
+        pa.array([{"at": 1}, {"at": 2}], pa.struct([("at", pa.timestamp("ns"))])),
+    ]
+    pq.write_table(pa.table(columns, names=["image", "text", "text", "made", "deep"]), place / "a.parquet")
+    source = TableSource(str(place / "a.parquet"))
+    assert captions(source) == ["one", "two"] and "1970" in source.read(0).meta["made"]
+
+
+def test_a_saved_dataset_and_its_class_names_are_read(place: Path) -> None:
+    features = {"image": {"_type": "Image"}, "label": {"names": ["grey_cat", "dog"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [{"bytes": ONE}, {"bytes": TWO}], "label": [0, 1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    for split, part in (("train", table[:1]), ("validation", table[1:])):
+        (place / "saved" / split).mkdir(parents=True)
+        with pa.ipc.new_stream(str(place / "saved" / split / "data-00000-of-00001.arrow"), table.schema) as out:
+            out.write_table(part)
+        (place / "saved" / split / "cache-123.arrow").write_bytes(b"of datasets.map")
+    assert captions(TableSource(str(place / "saved"))) == ["grey cat", "dog"]
+    pq.write_table(table, place / "a.parquet")
+    assert captions(TableSource(str(place / "a.parquet"))) == ["grey cat", "dog"]
 
 
 def test_what_helps_is_said_when_most_is_dropped(place: Path, caplog: Any) -> None:

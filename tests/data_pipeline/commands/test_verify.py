@@ -17,7 +17,10 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.index import cached_index_url, index_shard, index_url, save_index
 from data_pipeline.storage import store
 from tests.data_pipeline.damage import BAD, CASES, bad, good, tar
+from tests.data_pipeline.photos import jpegs
 from tests.data_pipeline.verifying import Config
+
+JPG = jpegs()[0]
 
 
 def verify(folder: Path, **options: Any) -> dict[str, Any]:
@@ -178,3 +181,18 @@ def test_an_enormous_json_does_not_cost_a_sample_with_a_caption(folder: Path, mo
     next(loader)
     assert loader.counters["bad"] == 0
     loader.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a": {"jpg": JPG, "cls": b"7"}, "b": {"jpg": JPG, "cls": b"8"}}, r"data\.members=\{caption: \[cls\]\}"),
+        ({"images/a": {"jpg": JPG}, "captions/a": {"txt": b"one"}}, "prepare.kind=folder also pairs"),
+    ],
+)
+def test_what_would_use_the_members_is_said(
+    folder: Path, files: dict[str, dict[str, bytes]], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "a.tar").write_bytes(tar(list(files.items())))
+    verify(folder)
+    assert re.search(words, caplog.text)

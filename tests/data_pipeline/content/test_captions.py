@@ -128,3 +128,51 @@ def test_a_caption_on_each_line() -> None:
     assert candidates(sample, config) == ["a red circle", "a circle on white"]
     assert {choose_caption(sample, config, 0, position).text for position in range(30)} == {*candidates(sample, config)}
     assert choose_caption(sample, config, 0, 1).source == "txt:lines"
+
+
+TALK = [{"from": "human", "value": "Describe."}, {"from": "gpt", "value": "one"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "source"),
+    [
+        (["one", "one"], "json:caption"),
+        ("one", "json:caption"),
+        ({"captions": [{"text": "one"}, {"raw": "one"}]}, "json:captions"),
+        ({"caption": {"en": "one"}}, "json:caption"),
+    ],
+)
+def test_captions_of_a_json_are_found_in_any_shape(value: Any, source: str) -> None:
+    caption = choose_caption({"json": json.dumps(value).encode()}, PLAIN, 0, 0)
+    assert (caption.text, caption.source) == ("one", source)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"meta": {"caption": "one"}}, "meta.caption"),
+        ({"meta.caption": "one", "meta": {}}, "meta.caption"),
+        ({"turns": [{"text": "zero"}, {"text": "one"}]}, "turns.1.text"),
+        ({"conversations": TALK}, "conversations"),
+        ({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "one"}]}, "messages"),
+    ],
+)
+def test_a_field_inside_another_is_named_by_its_path(value: Any, field: str) -> None:
+    members = {"json": json.dumps(value).encode()}
+    assert choose_caption(members, CaptionConfig(sources={f"json:{field}": 1.0}), 0, 0).text == "one"
+    with pytest.raises(BadSample) as caught:
+        choose_caption(members, PLAIN, 0, 0)
+    assert field.partition(".1")[0] in caught.value.detail, "the message names it"
+
+
+def test_another_encoding_is_used_when_it_is_named() -> None:
+    with pytest.raises(BadSample, match="bad_text") as caught:
+        choose_caption(sample("caf\u00e9".encode("cp1252")), PLAIN, 0, 0)
+    assert "data.captions.encoding" in caught.value.detail
+    config = CaptionConfig(encoding="cp1252")
+    assert choose_caption(sample("caf\u00e9".encode("cp1252")), config, 0, 0).text == "caf\u00e9"
+    assert choose_caption(sample("caf\u00e9".encode()), config, 0, 0).text == "caf\u00e9", "UTF-8 comes first"
+    with pytest.raises(ConfigError, match=r"data\.captions\.encoding=nonsense"):
+        CaptionConfig(encoding="nonsense")
+    with pytest.raises(ConfigError):
+        CaptionConfig(encoding="base64_codec")
