@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.common.errors import BadSample
-from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind, unsupported_hint
+from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
 
 _PIECE = 1 << 20
 
@@ -67,8 +67,8 @@ def read_file(path: Path) -> bytes:
     """Raises `BadSample("missing_image")` where it cannot be read, or stands for a file that is elsewhere."""
     try:
         data = path.read_bytes()
-        if data.startswith(b"version https://git-lfs"):
-            raise BadSample("missing_image", f"{path}: it stands for a file in Git LFS; fetch it with `git lfs pull`")
+        if "LFS" in (words := instead(data[:99])):
+            raise BadSample("missing_image", f"{path}: {words}")
         return data
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)

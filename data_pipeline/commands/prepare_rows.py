@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from data_pipeline.common.errors import BadSample, DataError, system_words
-from data_pipeline.content.members import IMAGE_EXTENSIONS
+from data_pipeline.content.members import IMAGE_EXTENSIONS, instead
 from data_pipeline.storage.atomic import naming, scratch
 
 _HEAD = 1 << 16
@@ -43,7 +43,7 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 _OTHERS = (
     (b"SQLite format 3", "it is a SQLite database: export the table as .csv"),
     (b"\xd0\xcf\x11\xe0", "it is an Excel file: save it as .csv"),
-    (b"version https://git-lfs", "it stands for the table in Git LFS: fetch it with `git lfs pull`"),
+    (b"version https://git-lfs", instead(b"version https://git-lfs")),
     (b"\x80\x04\x95", "it is a pickle, which is a program: save it as .csv or .parquet"),
     (b"<", "it is HTML or XML, perhaps an error page: fetch or export the table again"),
 )

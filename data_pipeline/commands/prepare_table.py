@@ -42,7 +42,7 @@ from data_pipeline.commands.prepare_rows import (
 )
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import field_of, texts_in
+from data_pipeline.content.captions import texts_in, value_at
 from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
 
 logger = logging.getLogger(__name__)
@@ -383,7 +383,7 @@ def _top(*columns: str) -> set[str]:
 
 def _cell(row: dict[str, Any], column: str) -> Any:
     """The cell, or the field of one."""
-    return row[column] if column in row else field_of(row, column)
+    return row[column] if column in row else value_at(row, column)
 
 
 def _with_fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _texts_by_source(
                 texts = sample[FROM_FILES].get(source.removeprefix("file:"), [])
             else:
                 meta = parse_json(sample.get("json")) if meta is None else meta
-                texts = texts_in(field_of(meta, source.removeprefix("json:")))
+                texts = texts_in(value_at(meta, source.removeprefix("json:")))
         except BadSample as error:
             problem = error
             continue
@@ -138,7 +138,7 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and ("from" in value or "role" in value)
 
 
-def field_of(meta: Any, path: str) -> Any:
+def value_at(meta: Any, path: str) -> Any:
     """What stands at `meta.caption` or `turns.1.value`; None where nothing does. A field may have dots in its name."""
     if not path:
         return meta
@@ -146,9 +146,9 @@ def field_of(meta: Any, path: str) -> Any:
         return meta[path]
     name, _, rest = path.partition(".")
     if isinstance(meta, Mapping):
-        return field_of(meta[name], rest) if name in meta else None
+        return value_at(meta[name], rest) if name in meta else None
     if isinstance(meta, (list, tuple)) and name.isdigit() and int(name) < len(meta):
-        return field_of(meta[int(name)], rest)
+        return value_at(meta[int(name)], rest)
     return None
 
 

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
-from data_pipeline.content.members import is_unsupported, picture_kind, unsupported_hint
+from data_pipeline.content.members import instead, is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.content.resize import box_average, resize_box, resize_square
 from data_pipeline.order.chance import hash_below, hash_uniform
 
@@ -302,7 +302,8 @@ def _open(data: bytes) -> Image.Image:
         kind = picture_kind(data)
         if is_unsupported(kind):
             raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}") from error
-        raise BadSample("decode_error", f"not a picture in a known format ({', '.join(FORMATS)})") from error
+        words = instead(data[:99]) or f"not a picture in a known format ({', '.join(FORMATS)})"
+        raise BadSample("decode_error", words) from error
     except Exception as error:
         lean = without_text(data) if isinstance(error, ValueError) else data
         if len(lean) < len(data):

@@ -30,6 +30,7 @@ _HINTS = {
     "svg": "draw it as pixels first, for instance with `rsvg-convert`",
     "raw": "develop it first, for instance with `darktable-cli`",
     "psd": "export it as PNG first",
+    "other": "convert it to PNG first, for instance with ImageMagick's `magick`",
     "video": "take frames out of it first, for instance with `ffmpeg`",
 }
 """Kinds of picture that are not read -> what helps."""
@@ -39,6 +40,7 @@ UNSUPPORTED = {
     **dict.fromkeys(("svg", "svgz"), "svg"),
     **dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"), "raw"),
     **dict.fromkeys(("psd", "xcf"), "psd"),
+    **dict.fromkeys(("tga", "ico", "icns", "pcx", "sgi", "dds", "exr", "hdr", "pdf", "eps"), "other"),
     **dict.fromkeys(("mp4", "mov", "webm", "avi", "mkv"), "video"),
 }
 """Endings of pictures that are not read -> their kind."""
@@ -80,6 +82,15 @@ def picture_kind(data: bytes) -> str | None:
     if _NETPBM.match(data[:1024]):
         return "ppm"
     return "svg" if _SVG.match(data[:4096]) else None
+
+
+def instead(data: bytes) -> str:
+    """What lies where a picture or an archive should be, and what helps; empty where that is not known."""
+    if data.startswith(b"version https://git-lfs"):
+        return "it stands for a file in Git LFS: fetch it with `git lfs pull`"
+    if data.lstrip()[:1] in (b"<", b"{"):
+        return "it looks like an error page that was saved under this name: fetch it again"
+    return ""
 
 
 def unsupported_hint(kind: str) -> str:
@@ -244,7 +255,7 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
     if reason == "unsupported_image":
         kinds = [name for name in seen if is_unsupported(ending(name))]
         hints = (f"{seen[name]} x .{name}: {unsupported_hint(ending(name))}" for name in kinds[:4])
-        return "; ".join(hints) or f"the members are {members}"
+        return "; ".join(hints) or (f"the members are {members}" if members else "")
     if reason == "missing_caption":
         others = [name for name in seen if kind_of(name, None, MembersConfig()) is None]
         if not others:

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.common.errors import DataError, NotAnArchive
+from data_pipeline.content.members import instead
 
 logger = logging.getLogger(__name__)
 
@@ -342,8 +343,9 @@ def _is_record(blocks: int, zeros: int) -> bool:
 
 
 def _not_a_tar(name: str, first: bytes) -> DataError:
-    page = first.lstrip()[:1] in (b"<", b"{")
-    hint = "; it looks like an error page that was saved under the shard's name, so fetch it again" if page else ""
+    packed = "; it is a zip archive: unpack it and use `cascade prepare prepare.kind=folder`"
+    words = instead(first)
+    hint = f"; {words}" if words else packed if first.startswith(b"PK\x03\x04") else ""
     return NotAnArchive(f"{name}: this is not a tar archive (it begins with {first[:24]!r}){hint}")
 
 

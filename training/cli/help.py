@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -23,6 +25,15 @@ FLAGS = """\
   -sc install=bash       shell completion: eval "$(cascade -sc install=bash)"  (also fish, zsh)
   --hydra-help           everything else that Hydra, which reads this command line, can do"""
 COMMON = {"json": "the last line on stdout is one JSON object", "debug": "show tracebacks"}
+
+
+def version() -> str:
+    """`cascade 0.1.0` with the versions of what decides results."""
+    versions = []
+    for name, package in (("cascade", "cascade-t2i"), ("torch", "torch"), ("deepspeed", "deepspeed")):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(package)}")
+    return ", ".join(versions)
 
 
 def overview() -> str:
@@ -48,6 +59,7 @@ Any setting can be given on the command line: cascade train experiment=demo trai
   debug=true           {COMMON["debug"]}
   cascade COMMAND --help     its settings with their defaults
   cascade COMMAND --cfg job  all settings as they would be used
+  cascade --version          which version this is
 
 experiments: {", ".join(groups().get("experiment", []))}"""
 

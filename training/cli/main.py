@@ -46,6 +46,10 @@ def _main(words: list[str]) -> None:
         from training.cli.help import overview
 
         return print(overview())
+    if words[0] in ("--version", "-V", "version"):
+        from training.cli.help import version
+
+        return print(version())
     if words[0] in ("-sc", "--shell-completion"):
         return _complete(words)
     verb, rest = words[0], words[1:]

@@ -369,3 +369,17 @@ def test_the_frame_of_a_turned_picture_is_upright() -> None:
     exif[0x0112] = 6
     data = encoded(photo().resize((640, 320)), "JPEG", exif=exif)
     assert training_view(data, size=32).frame == (640, 320, 16, 0, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<html>404", "error page"),
+        (b"\0\1", "JPEG"),
+    ],
+)
+def test_what_lies_there_instead_of_a_picture_is_said(data: bytes, words: str) -> None:
+    with pytest.raises(BadSample) as caught:
+        decode(data)
+    assert caught.value.reason == "decode_error" and words in caught.value.detail

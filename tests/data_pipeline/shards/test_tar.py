@@ -155,11 +155,14 @@ def test_an_old_v7_archive_is_read() -> None:
     assert read(bytes(data)) == (SAMPLES[:1], [])
 
 
-@pytest.mark.parametrize("data", [b"<html>403 Forbidden</html>", b"\x89PNG" + bytes(range(256)) * 40, b"{}"])
+@pytest.mark.parametrize(
+    "data", [b"<html>403 Forbidden</html>", b"\x89PNG" + bytes(range(256)) * 40, b"{}", b"PK\x03\x04" * 200]
+)
 def test_what_is_no_archive_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(DataError, match=r"00007\.tar: this is not a tar archive") as caught:
         list(walk(io.BytesIO(data), name="00007.tar"))
     assert ("error page" in str(caught.value)) == data.lstrip().startswith((b"<", b"{"))
+    assert ("unpack it" in str(caught.value)) == data.startswith(b"PK")
 
 
 def test_empty() -> None:

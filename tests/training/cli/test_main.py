@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,6 +55,11 @@ def fake_verb(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(COMMANDS, verb, replace(COMMANDS[verb], module="fake_training"))
 
     return install
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert re.match(r"cascade \d+\.\d+\.\d+, torch ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
