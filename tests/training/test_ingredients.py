@@ -11,11 +11,13 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from tests.training import forks
+from tests.training.evaluation.extractors.tiny_weights import dinov2_folder
 from tests.training.runs import curve, experiment, newest, same_tensors
 from training.cascade.cascade import Cascade
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
+from training.plan.checks import training_problems
 from training.plan.plan import make_plan
 from training.run.directory import check_same_run, to_dict
 
@@ -31,7 +33,7 @@ def train(config: Experiment, ranks: int = 1) -> Experiment:
 
 def resumed(directory: Path, shards: str, ranks: int, **changes: Any) -> Experiment:
     """Four steps, a stop at the second."""
-    config = experiment(directory, shards, **changes, train__steps=2, optimizer__decay="constant")
+    config = experiment(directory, shards, **changes, train__steps=2)
     train(config, ranks)
     config.train.steps = 4
     return train(config, ranks)
@@ -49,7 +51,7 @@ def planned(config: Experiment) -> dict[str, Any]:
 def test_size_condition(tmp_path: Path, shards: str) -> None:
     common = {**SIZES, "train__steps": 4, "optimizer__decay": "constant"}
     whole = train(experiment(tmp_path, shards, **common, zero__stage=2, train__sample_every=4))
-    again = resumed(tmp_path / "again", shards, 1, **SIZES, zero__stage=2)
+    again = resumed(tmp_path / "again", shards, 1, **SIZES, zero__stage=2, optimizer__decay="constant")
     assert same_tensors(newest(whole), newest(again)), "a stop changes no bit"
     three = train(experiment(tmp_path / "three", shards, **common, zero__stage=3), 2)
     assert close(whole, three)
@@ -82,3 +84,73 @@ def test_original_side_belongs_to_stages_that_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="original_side: no stage that is drawn was trained with"):
         tiny_cascade().draw("a red circle", original_side=512)
+
+
+@pytest.fixture(scope="module")
+def repa(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """It ends inside the run, after the second of four steps."""
+    folder = tmp_path_factory.mktemp("a dino")
+    dinov2_folder(folder)
+    settings = {"dino__path": str(folder), "dino__side": 28, "repa__weight": 0.5, "repa__until": 2, "repa__width": 16}
+    return {**settings, "optimizer__decay": "constant"}
+
+
+def test_repa(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
+    whole = train(experiment(tmp_path / "one", shards, **repa, train__steps=4, zero__stage=0))
+    again = resumed(tmp_path / "again", shards, 1, **repa, zero__stage=0)
+    assert same_tensors(newest(whole), newest(again)), "a stop at its end changes no bit"
+    for stage in (1, 2, 3):
+        run = train(experiment(tmp_path / f"zero {stage}", shards, **repa, train__steps=4, zero__stage=stage), 2)
+        assert close(whole, run), f"ZeRO {stage} on two processes"
+    plain = train(experiment(tmp_path / "plain", shards, train__steps=4, zero__stage=0, optimizer__decay="constant"))
+    more = [mine[2] - other[2] for mine, other in zip(curve(whole), curve(plain), strict=True)]
+    assert 0.2 < more[0] < 0.8, "0.5 (1 - cosine) at the start"
+    assert abs(more[2]) < 0.1 and abs(more[3]) < 0.1, "afterwards the diffusion loss alone"
+
+    cascade = Cascade.from_runs([whole.run.dir])
+    assert not [name for name in cascade.stages[0].unet.state_dict() if name.startswith("alignment.")]
+    cascade.save(str(tmp_path / "bundle"))
+    loaded, other = Cascade.from_pretrained(str(tmp_path / "bundle")), Cascade.from_runs([plain.run.dir])
+    assert loaded.stages[0].unet.state_dict().keys() == other.stages[0].unet.state_dict().keys()
+    after = experiment(tmp_path / "after", shards, **repa, train__steps=1, train__init_from=whole.run.dir)
+    assert "weights taken from" in forks_text(after), "a bundle's weights begin another run with a new small network"
+
+
+def forks_text(config: Experiment) -> str:
+    Path(config.run.dir).parent.mkdir(exist_ok=True)
+    running = forks.start(config)
+    assert running.codes() == [0], running.text
+    return running.text
+
+
+def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
+    config, plain = experiment(tmp_path, shards, **repa), experiment(tmp_path, shards)
+    plan, without = planned(config), planned(plain)
+    assert plan["ok"] and plan["parameters"] - without["parameters"] == 32 * 16 + 16 + 16 * 16 + 16 + 16 * 32 + 32
+    features = plan["picture_encoder"]
+    assert features["parameters"] == plan["memory"]["picture_encoder"] / 4 > 10_000
+    assert features["flops_per_image"] > 0 and plan["gpu_hours"] > without["gpu_hours"]
+    config.repa.until = config.train.steps
+    assert planned(config)["picture_encoder"]["flops_per_image"] > 2 * features["flops_per_image"], "2 of 10 steps"
+    for key, value in {"repa__weight": 0.0, "repa__until": 3, "repa__width": 8, "dino__side": 56}.items():
+        now = to_dict(experiment(tmp_path, shards, **{**repa, key: value}))
+        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}=.*: RUN was made with"):
+            check_same_run(to_dict(experiment(tmp_path, shards, **repa)), now, "RUN")
+    config.dino.path = str(tmp_path)
+    assert any("no config.json can be read there" in problem for problem in planned(config)["problems"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"dino__path": None}, "repa.weight=0.5: it compares with a frozen encoder; set dino.path"),
+        ({"repa__weight": 0.0}, "nothing compares with it"),
+        ({"repa__until": 0}, "set repa.until"),
+        ({"lora__rank": 4}, "train nothing that could be aligned"),
+    ],
+)
+def test_what_does_not_fit_together(
+    tmp_path: Path, shards: str, repa: dict[str, Any], change: dict[str, Any], sentence: str
+) -> None:
+    problems = training_problems(experiment(tmp_path, shards, **{**repa, **change}), 1)
+    assert len(problems) == 1 and sentence in problems[0]

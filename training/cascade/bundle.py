@@ -146,6 +146,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
     text, decays = _settings(checkpoint, "text"), _settings(checkpoint, "ema").get("decays") or [None]
     prefix = f"{state_name(0)}/"
     names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
+    names = {short: name for short, name in names.items() if not short.startswith("alignment.")}
     unet = for_stage(config, text.get("dim", 0))
     tensors: Callable[[], dict[str, Tensor]]
     if base := meta.get("lora"):

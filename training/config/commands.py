@@ -396,6 +396,8 @@ EVERYTHING = (
     "optimizer",
     "ema",
     "lora",
+    "dino",
+    "repa",
     "zero",
     "precision",
     "validation",

@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
 from training.config.cluster import ClusterConfig
 from training.config.diffusion import DiffusionConfig, SamplerConfig
+from training.config.features import DinoConfig, RepaConfig
 
 MOST_PROFILED = 50
 """Steps of a trace: more make a file that no viewer opens."""
@@ -560,6 +561,8 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -122,9 +122,14 @@ def predict_x0(
     sizes: Tensor | None = None,
 ) -> Tensor:
     """The network's estimate of x0 in fp32."""
-    scale = scaling(config.parametrization, per_sample(log_snr), config.sigma_data)
     given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes}
     out = network_output(model, z, log_snr, text, text_mask, config=config, **given)
+    return x0_of(out, z, log_snr, config, low_res)
+
+
+def x0_of(out: Tensor, z: Tensor, log_snr: Tensor, config: DiffusionConfig, low_res: Tensor | None = None) -> Tensor:
+    """The estimate of x0 that a network's raw output stands for."""
+    scale = scaling(config.parametrization, per_sample(log_snr), config.sigma_data)
     x0 = out if scale.c_out is None or scale.c_skip is None else scale.c_skip * z + scale.c_out * out
     return x0 + low_res if config.residual and low_res is not None else x0
 

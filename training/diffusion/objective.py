@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.config.diffusion import DiffusionConfig
 from training.diffusion import random
-from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample
+from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample, x0_of
 from training.diffusion.random import Stream
 from training.diffusion.schedule import Schedule, add_noise, per_sample
 
@@ -100,6 +100,7 @@ def loss(
     t: Tensor | None = None,
     log_snr: Tensor | None = None,
     sizes: Tensor | None = None,
+    extra: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     normal: Callable[..., Tensor] = random.normal,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted squared error of one micro-batch.
@@ -114,6 +115,7 @@ def loss(
         t: fixed times (B,) instead of random ones (validation).
         log_snr: fixed noise levels (B,), whatever the schedule; then `t` in the result is not a number.
         sizes: (B, 6), what a network with `size_condition` is told of the originals; others are not told.
+        extra: (x0, the network's estimate of it, log_snr) -> what is added to the loss of each sample (B,).
         normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
 
     Returns:
@@ -150,4 +152,6 @@ def loss(
     c_out = scaling(config.parametrization, log_snr, config.sigma_data).c_out
     x0_error = error if c_out is None else c_out.square() * error
     per = x0_weight(log_snr, config, schedule) * x0_error
+    if extra is not None:
+        per = per + extra(x0, x0_of(out, z, log_snr, config, low_res), log_snr)
     return per.mean(), {"loss": per.detach(), "t": t, "log_snr": log_snr, "x0_error": x0_error.detach()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training.config.unet import UNetConfig
+from training.model.alignment import Alignment
 from training.model.layers import (
     Attention,
     DownConv,
@@ -162,6 +163,8 @@ class UNet(nn.Module):
         down, middle, up = efficient_blocks(config) if config.efficient else base_blocks(config)
         self.down, self.middle, self.up = nn.ModuleList(down), nn.ModuleList(middle), nn.ModuleList(up)
         end = 2 * top if config.efficient else top
+        self.alignment: Alignment | None = None
+        """While training with `repa`; no part of what is drawn with."""
         self.norm_out = group_norm(end)
         self.conv_out = zeroed(nn.Conv2d(end, pixels, 3, padding=1))
 
@@ -221,6 +224,8 @@ class UNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = self.run(block, h, cond, words, mask)
+        if self.alignment is not None:
+            self.alignment(h)
         for block in self.up:
             # Without a middle, h is the kept tensor itself, and concatenating it with itself would lose channels-last.
             kept = [skips.pop().view_as(h)] if block.skip else []

@@ -234,6 +234,28 @@ def check_the_optimizer(config: Experiment, _world_size: int) -> None:
     )
 
 
+def check_features(config: Experiment, _world_size: int) -> None:
+    """Losses on features have their encoder, and the encoder a loss."""
+    repa, path = config.repa, config.dino.path
+    require(
+        bool(path) or not repa.weight,
+        f"repa.weight={repa.weight}: it compares with a frozen encoder; set dino.path to the directory of a DINOv2 "
+        "model (hf download facebook/dinov2-base --local-dir DIR on a machine with internet)",
+    )
+    require(
+        not path or bool(repa.weight), f"dino.path={path}: nothing compares with it; set repa.weight, or leave it out"
+    )
+    require(
+        not repa.weight or repa.until > 0,
+        f"repa.weight={repa.weight}: set repa.until, the step from which it no longer counts: late it hurts",
+    )
+    require(
+        not (repa.weight and config.lora.rank),
+        f"repa.weight={repa.weight}: adapters (lora.rank={config.lora.rank}) train nothing that could be aligned; "
+        "leave it out",
+    )
+
+
 def check_buckets(config: Experiment, _world_size: int) -> None:
     """Crops are squares."""
     require(
@@ -254,6 +276,7 @@ RULES = (
     check_mixture,
     check_buckets,
     check_micro_batch,
+    check_features,
     check_zero,
     check_validation,
     check_deterministic,

@@ -6,6 +6,7 @@ from data_pipeline.config import require
 from training.config.experiment import Experiment
 from training.config.unet import PRESETS, for_stage
 from training.plan.devices import free_memory, has_bf16
+from training.plan.features import align_of
 from training.plan.memory import Setup, least, parameter_count, parameter_shapes
 from training.plan.table import gib
 from training.processes.ranks import Ranks, process_count
@@ -38,7 +39,7 @@ def check_memory(config: Experiment, ranks: Ranks) -> None:
     unet = for_stage(config.stage, config.text.dim)
     on_gpu = ranks.device != "cpu"
     setup = Setup(
-        parameter_shapes(unet, config.lora),
+        parameter_shapes(unet, config.lora, align_of(config)),
         config.zero,
         2 if config.precision.dtype == "bf16" else 4,
         ranks.world_size,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from training.model.unet import UNet
 
+Align = tuple[int, int]
+"""Width and features of the small network that is trained beside the U-Net (`repa`)."""
 BUCKET = 500_000_000
 """Gradients that DeepSpeed sends together (`reduce_bucket_size`), elements."""
 LIVE_WEIGHTS = 1_000_000_000
@@ -91,13 +93,26 @@ class Passes:
         return Pass(grown, self.two.gradients, largest)
 
 
-def follow(config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, lora: LoraConfig | None = None) -> Passes:
+def follow(
+    config: UNetConfig,
+    size: int,
+    tokens: int,
+    dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+    align: Align | None = None,
+) -> Passes:
     """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
-    return Passes(*(follow_one(config, size, tokens, dtype, batch, lora) for batch in (2, 3)))
+    return Passes(*(follow_one(config, size, tokens, dtype, batch, lora, align) for batch in (2, 3)))
 
 
 def follow_one(
-    config: UNetConfig, size: int, tokens: int, dtype: torch.dtype, batch: int, lora: LoraConfig | None
+    config: UNetConfig,
+    size: int,
+    tokens: int,
+    dtype: torch.dtype,
+    batch: int,
+    lora: LoraConfig | None,
+    align: Align | None = None,
 ) -> Pass:
     """The same for a given number of pictures."""
     import torch
@@ -106,12 +121,12 @@ def follow_one(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = _network(config, lora)
+        model = _network(config, lora, align)
     finally:
         torch.set_default_dtype(default)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        live = _live_bytes()
+        live = live_bytes()
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: live.to_gradient(p.grad))
         x = torch.empty(batch, config.channels, size, size, dtype=dtype)
@@ -121,25 +136,29 @@ def follow_one(
         low_res = (torch.empty_like(x), level) if config.low_res else (None, None)
         sizes = torch.empty(batch, 6) if config.size_condition else None
         with live:
-            model(x, level, text, mask, *low_res, sizes).float().square().mean().backward()
+            out = model(x, level, text, mask, *low_res, sizes).float().square().mean()
+            (out if model.alignment is None else out + model.alignment.take().mean()).backward()
     return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
 
 
-def _network(config: UNetConfig, lora: LoraConfig | None) -> UNet:
+def _network(config: UNetConfig, lora: LoraConfig | None, align: Align | None) -> UNet:
     """The network on the meta device."""
     import torch
 
+    from training.model.alignment import Alignment
     from training.model.lora import add_adapters
     from training.model.unet import UNet
 
     with torch.device("meta"):
         model = UNet(config)
+        if align is not None:
+            model.alignment = Alignment(config.widths[-1], *align)
         if lora is not None and lora.rank:
             add_adapters(model, lora)
     return model
 
 
-def _live_bytes() -> Any:
+def live_bytes() -> Any:
     """A dispatch mode that records live bytes whenever a new storage appears."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,9 +216,11 @@ def parameter_count(stage: StageConfig, text_dim: int) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(for_stage(stage, text_dim)))
 
 
-def parameter_shapes(unet: UNetConfig, lora: LoraConfig | None = None) -> list[tuple[int, ...]]:
+def parameter_shapes(
+    unet: UNetConfig, lora: LoraConfig | None = None, align: Align | None = None
+) -> list[tuple[int, ...]]:
     """Shapes of all parameters that are trained (under `lora`: of the adapters), from a network without data."""
-    return [tuple(p.shape) for p in _network(unet, lora).parameters() if p.requires_grad]
+    return [tuple(p.shape) for p in _network(unet, lora, align).parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -218,6 +239,8 @@ class Setup:
     """Parameters that are not."""
     floor: int = 0
     """Bytes of the process without any tensor (`process_floor`)."""
+    features: int = 0
+    """Bytes of the frozen picture encoder."""
 
     @property
     def trained(self) -> int:
@@ -245,7 +268,8 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
         "deepspeed": config.zero.stage > 0,
         "zero3": config.zero.stage == 3,
         "wandb": config.wandb.mode != "disabled",
-        "transformers": config.text.kind != "words" and not config.data.embeddings and not peft,
+        "transformers": not peft
+        and ((config.text.kind != "words" and not config.data.embeddings) or bool(config.dino.path)),
         "peft": peft,
     }
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)
@@ -323,7 +347,7 @@ def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0
         moments["checkpoint"] = {"gradients": 0, "activations": 0, "buffers": unreturned(setup, work, moments) + host}
     highest = max(moments, key=lambda name: sum(moments[name].values()))
     top = moments[highest]
-    report = {**parts, "text_encoder": text_encoder, "overhead": setup.floor}
+    report = {**parts, "text_encoder": text_encoder, "picture_encoder": setup.features, "overhead": setup.floor}
     report["gradients"] += top["gradients"]
     report |= {"buffers": top["buffers"], "activations": top["activations"]}
     return {**report, "total": sum(report.values()), "host": host, "moment": highest}

@@ -19,6 +19,7 @@ from training.config.unet import for_stage
 from training.optim.registry import optimizer_class
 from training.plan.checks import check_heldout, check_shares, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
+from training.plan.features import FeatureCost, align_of, feature_cost
 from training.plan.fits import remarks
 from training.plan.flops import training_flops
 from training.plan.memory import (
@@ -76,8 +77,14 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
     size, tokens = config.stage.train_size, config.text.max_tokens
     device, world = planned_device(config), planned_world_size(config.cluster)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    problems: list[str] = []
+    features, align = FeatureCost(), None
+    try:
+        features, align = feature_cost(config, unet, dtype), align_of(config)
+    except CascadeError as error:
+        problems.append(str(error))
     setup = Setup(
-        parameter_shapes(unet, config.lora),
+        parameter_shapes(unet, config.lora, align),
         config.zero,
         dtype.itemsize,
         world,
@@ -86,15 +93,16 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         device.on_gpu,
         parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
         process_floor(config, device.on_gpu),
+        features.bytes,
     )
-    passes = follow(unet, size, tokens, dtype, config.lora)
+    passes = features.added_to(follow(unet, size, tokens, dtype, config.lora, align))
     training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank))
     text = text_cost(config.text)
     precomputed = bool(config.data.embeddings)
-    problems: list[str] = []
     fits = {**batch_fits(config, world, problems), **data_fits(config, problems)}
     data = fits.pop("data")
-    rates = speed(config, device, world, training + (0 if precomputed else text.flops_per_caption))
+    beside = features.flops_per_image + (0 if precomputed else text.flops_per_caption)
+    rates = speed(config, device, world, training + beside)
     plan: dict[str, Any] = {
         "stage": config.stage.name,
         "preset": config.stage.model.preset,
@@ -113,7 +121,8 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         **memory_plan(config, setup, passes, device, 0 if precomputed else text.bytes, problems),
         **rates,
         **cost(config, device, world, rates["images_per_second"]),
-        "text_encoder": text_plan(config, text, training, data["samples"], device, world),
+        "text_encoder": text_plan(config, text, training + features.flops_per_image, data["samples"], device, world),
+        "picture_encoder": features_plan(config, features, device),
         "data": data,
     }
     embedding_bytes = tokens * config.text.dim * 2 if precomputed else 0
@@ -237,6 +246,20 @@ def text_plan(
             "memory": 0,
             "images_per_second": speed(config, device, world, training)["images_per_second"],
         },
+    }
+
+
+def features_plan(config: PlanCommand, features: FeatureCost, device: Device) -> dict[str, Any] | None:
+    """What losses on features cost beside the U-Net; None without any."""
+    if not features.parameters:
+        return None
+    images = config.train.steps * config.data.global_batch
+    return {
+        "parameters": features.parameters,
+        "weight": config.repa.weight,
+        "until": config.repa.until,
+        "flops_per_image": features.flops_per_image,
+        "gpu_hours": images * features.flops_per_image / (config.mfu * device.peak) / HOUR,
     }
 
 

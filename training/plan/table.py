@@ -13,6 +13,7 @@ PARTS = (
     "activations",
     "buffers",
     "text_encoder",
+    "picture_encoder",
     "overhead",
 )
 LABEL = 24
@@ -88,6 +89,7 @@ def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *_text(plan["text_encoder"]),
+        *_features(plan["picture_encoder"]),
         ("data", _data(plan["data"])),
         ("store", f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read ({plan['data']['basis']} bytes each)"),
         (
@@ -124,6 +126,19 @@ def _text(text: dict[str, Any]) -> list[tuple[str, str]]:
             f"per GPU, {online['images_per_second']:,.1f} images/s",
         ),
         ("  precomputed", f"{price}, {once['images_per_second']:,.1f} images/s (cascade embed)"),
+    ]
+
+
+def _features(features: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if features is None:
+        return []
+    return [
+        (
+            "picture encoder",
+            f"dinov2, {features['parameters'] / 1e6:,.0f} M parameters (counted); repa {features['weight']:g} up to "
+            f"step {features['until']:,}: {features['flops_per_image'] / 1e9:,.1f} GFLOP per image on average, "
+            f"{features['gpu_hours']:,.1f} GPU hours in all",
+        )
     ]
 
 

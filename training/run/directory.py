@@ -40,6 +40,9 @@ FIXED = {
     "text.prefix": "the weights belong to it",
     "text.also": "the weights belong to it",
     "lora": "the weights belong to it",
+    "dino.side": "the weights were trained with it",
+    "dino.sha": "the weights were trained with that encoder (see dino.path)",
+    "repa": "the weights were trained with it",
     "optimizer.name": "its saved moments would be lost",
     "data.global_batch": "the position in the data counts in it",
     "data.lanes": "the order of the data follows from it",
@@ -152,11 +155,12 @@ class RunDir:
 
         try:
             before = yaml.safe_load((self.path / "config.yaml").read_text())
-            known = {**before, "text": {**before["text"]}}
+            known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             return []
-        if config.text.sha is None:  # found out at a start
-            known["text"]["sha"] = None
+        for name in ("text", "dino"):
+            if getattr(config, name).sha is None:  # found out at a start
+                known[name]["sha"] = None
         return check_same_run(known, to_dict(config), str(self.path))
 
     def check_nothing_lost(self) -> None:

@@ -18,6 +18,7 @@ from data_pipeline.storage.retry import StoppedWaiting
 from training.checkpoint.provenance import code_version
 from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
+from training.model.dinov2 import pinned_dino
 from training.plan.checks import check_heldout
 from training.plan.fits import check_memory, remarks
 from training.plan.flops import flops_and_peak
@@ -49,6 +50,7 @@ class Session:
     def __init__(self, config: Experiment, ranks: Ranks, watchdog: Watchdog) -> None:
         watchdog.phase("run directory")
         config = replace(config, text=each(lambda: pinned(config.text), ranks))
+        config = replace(config, dino=each(lambda: pinned_dino(config.dino), ranks))
         self.config, self.ranks, self.watchdog = config, ranks, watchdog
         self._config = to_dict(config)
         self._code = code_version() if ranks.is_main else {}
@@ -178,7 +180,7 @@ class Session:
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss of one micro-batch."""
         batch = batch.to(self.ranks.device)
-        mean, each_sample = self.state.loss(batch, *self._text(batch))
+        mean, each_sample = self.state.loss(batch, *self._text(batch), self.data.step - 1)
         self.report.meter.losses(each_sample["t"], each_sample["loss"], batch.datasets)
         return mean
 

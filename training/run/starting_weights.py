@@ -42,7 +42,8 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     if base:
         check_base(tensors, base)
     try:
-        model.load_state_dict(tensors)
+        own = {name: value for name, value in model.state_dict().items() if name.startswith("alignment.")}
+        model.load_state_dict({**tensors, **own})
     except RuntimeError as error:
         raise ConfigError(
             f"train.init_from={path}: weights of another network ({str(error).splitlines()[-1].strip()})"

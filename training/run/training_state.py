@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from training.config.unet import for_stage
 from training.diffusion import random
 from training.diffusion.objective import loss
 from training.engine.start import build_engine
+from training.model.alignment import Alignment, repa_term
+from training.model.dinov2 import Dinov2, dino_settings
 from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.base import skip_compiler
@@ -42,6 +45,7 @@ class TrainingState:
         self.lora: dict[str, Any] | None = checkpoint.meta.get("lora") if checkpoint else None
         """The frozen weights below the adapters: path, sha256, scale."""
         self.unet = for_stage(config.stage, text_dim)
+        self._dino = each(self._open_dino, ranks)
         model = each(lambda: self._build_model(fresh=checkpoint is None), ranks)
         self.engine = build_engine(model, config, ranks, accumulate)
         self.ema_since = [0 for _ in config.ema.decays]
@@ -58,6 +62,10 @@ class TrainingState:
         torch.set_num_threads(1 if same_bits and not cluster.threads else thread_count(cluster))
         torch.manual_seed(self.config.seed)
         model = UNet(self.unet)
+        repa = self.config.repa
+        if repa.weight:
+            features = dino_settings(str(self.config.dino.path)).hidden_size
+            model.alignment = Alignment(self.unet.widths[-1], repa.width, features)
         if self.config.train.init_from and (fresh or self.lora):
             self.lora = begin_with(model, self.config, self.lora)
         if self.config.precision.compile:
@@ -65,6 +73,12 @@ class TrainingState:
         else:
             skip_compiler()
         return model
+
+    def _open_dino(self) -> Dinov2 | None:
+        if not self.config.dino.path:
+            return None
+        dtype = torch.bfloat16 if self.config.precision.dtype == "bf16" else torch.float32
+        return Dinov2(self.config.dino, dtype, self.ranks.device)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Sets weights, moments and averages to the checkpoint's. Collective."""
@@ -76,13 +90,14 @@ class TrainingState:
         self.engine.import_tensors(checkpoint.read, kinds, updates)
 
     def loss(
-        self, batch: Batch, text: torch.Tensor, mask: torch.Tensor
+        self, batch: Batch, text: torch.Tensor, mask: torch.Tensor, step: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The mean loss of one micro-batch, and per sample `t` and `loss` (B,).
 
         Args:
             batch: on the device.
             text, mask: embeddings (B, T, D) and mask (B, T) of its captions, on any device.
+            step: of the run, from 0: which losses beside that of diffusion still count.
         """
         config, device = self.config, self.ranks.device
         return loss(
@@ -97,8 +112,20 @@ class TrainingState:
             image_size=config.stage.image_size,
             global_batch=config.data.global_batch,
             sizes=batch.frames,
+            extra=partial(self._beside, step) if self._dino is not None else None,
             normal=self._normal,
         )
+
+    def _beside(self, step: int, x0: torch.Tensor, estimate: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        """The losses on features of each sample, (B,)."""
+        assert self._dino is not None
+        repa, total = self.config.repa, torch.zeros(len(x0), device=x0.device)
+        aligned = bool(repa.weight) and step < repa.until
+        wanted, grid = self._dino(x0) if aligned else (None, (1, 1))
+        if repa.weight:
+            module: Any = self.engine.module
+            total = total + repa_term(module.alignment.take(), wanted, grid, repa)
+        return total
 
     def meta(self) -> dict[str, Any]:
         """What belongs to the tensors in a checkpoint."""

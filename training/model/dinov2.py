@@ -1,0 +1,106 @@
+"""A frozen DINOv2 of a local directory, whose patch features training compares pictures by. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.common.errors import ConfigError, DataError
+from training.config.features import DinoConfig
+from training.text.identity import folder_hash
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the pictures it was trained on (ImageNet's)."""
+
+
+def pinned_dino(config: DinoConfig) -> DinoConfig:
+    """The same encoder with `sha` filled in; unchanged where there is none.
+
+    Raises:
+        ConfigError: `dino.sha` names another encoder.
+        DataError: there is no encoder at dino.path.
+    """
+    if not config.path:
+        return config
+    found = folder_hash(config.path, "dino.path")
+    if config.sha not in (None, found):
+        raise ConfigError(
+            f"dino.sha={config.sha}: another encoder than the one at dino.path={config.path}, which is {found}; use "
+            "the one that the run began with"
+        )
+    return replace(config, sha=found)
+
+
+def dino_settings(path: str) -> Any:
+    """The encoder's structure (`Dinov2Config`), from its config.json.
+
+    Raises:
+        DataError: there is none, or of another kind of model.
+    """
+    from transformers import Dinov2Config
+
+    file = Path(path) / "config.json"
+    try:
+        kind = json.loads(file.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"dino.path={path}: no config.json can be read there; fetch the encoder on a machine with internet: hf "
+            f"download facebook/dinov2-base --local-dir {path}"
+        ) from error
+    if kind != "dinov2":
+        raise DataError(f"dino.path={path}: a model of type {kind}, not dinov2")
+    return Dinov2Config.from_json_file(file)
+
+
+def patch_grid(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of a picture resized to about side x side pixels, in its own shape."""
+    scale = side / (height * width) ** 0.5
+    return max(round(height * scale / patch), 1), max(round(width * scale / patch), 1)
+
+
+class Dinov2:
+    """Patch features of pictures, after the last norm, without the class token.
+
+    Raises:
+        DataError: files are missing or unreadable, or the weights lack tensors: transformers fills those at random.
+    """
+
+    def __init__(self, config: DinoConfig, dtype: torch.dtype, device: str) -> None:
+        from transformers import Dinov2Model
+
+        path = str(config.path)
+        dino_settings(path)
+        try:
+            load: Any = Dinov2Model.from_pretrained
+            model, report = load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise DataError(f"dino.path={path}: it cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        if report["missing_keys"]:
+            raise DataError(f"dino.path={path}: its weights lack {len(report['missing_keys'])} tensors")
+        self.model, self.side, self.dtype = model.eval().requires_grad_(False).to(device), config.side, dtype
+        self.patch: int = model.config.patch_size
+
+    def __call__(self, pictures: Tensor, *, learn: bool = False) -> tuple[Tensor, tuple[int, int]]:
+        """fp32 features (B, rows x columns, D) of pictures (B, 3, H, W) in [-1, 1], and (rows, columns).
+
+        Args:
+            learn: gradients flow back to the pictures.
+        """
+        rows, columns = patch_grid(pictures.shape[2], pictures.shape[3], self.side, self.patch)
+        with nullcontext() if learn else torch.no_grad():
+            found = self.model(pixel_values=prepared(pictures, rows * self.patch, columns * self.patch).to(self.dtype))
+            return found.last_hidden_state[:, 1:].float(), (rows, columns)
+
+
+def prepared(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], resized (bicubic) and normalised as the encoder expects them."""
+    sized = F.interpolate(pictures.float(), size=(height, width), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(values, device=pictures.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return ((sized + 1) / 2 - mean) / std

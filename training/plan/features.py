@@ -1,0 +1,99 @@
+"""What the frozen picture encoder of `repa` costs a training: counted on its structure, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.config.experiment import Experiment
+from training.config.unet import UNetConfig
+from training.plan.memory import Align, Pass, Passes, live_bytes
+
+
+@dataclass(frozen=True)
+class FeatureCost:
+    """Zeros where nothing is compared."""
+
+    parameters: int = 0
+    bytes: int = 0
+    """Weights in memory."""
+    flops_per_image: float = 0.0
+    """Beside the U-Net's training, the mean over the run."""
+    passes: Passes | None = None
+    """Live bytes of the encoder's own passes."""
+
+    def added_to(self, passes: Passes) -> Passes:
+        """The U-Net's passes with the encoder's most beside each moment of them."""
+        if self.passes is None:
+            return passes
+        most = [one.peak(False) for one in (self.passes.two, self.passes.three)]
+        two, three = (
+            replace(one, activations=one.activations + more)
+            for one, more in zip((passes.two, passes.three), most, strict=True)
+        )
+        return Passes(two, three)
+
+
+def align_of(config: Experiment) -> Align | None:
+    """Width and features of the small network of `repa`; None where it is off.
+
+    Raises:
+        DataError: dino.path holds no such encoder.
+    """
+    if not config.repa.weight:
+        return None
+    from training.model.dinov2 import dino_settings
+
+    return config.repa.width, dino_settings(str(config.dino.path)).hidden_size
+
+
+def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> FeatureCost:
+    """One pass over each clean picture while `repa` counts, and the small network in every step.
+
+    Raises:
+        DataError: dino.path holds no such encoder.
+    """
+    align = align_of(config)
+    if align is None:
+        return FeatureCost()
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Dinov2Model
+
+    from training.model.dinov2 import dino_settings, patch_grid
+
+    settings, size = dino_settings(str(config.dino.path)), config.stage.train_size
+    rows, columns = patch_grid(size, size, config.dino.side, settings.patch_size)
+    shape = (3, rows * settings.patch_size, columns * settings.patch_size)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = Dinov2Model(settings).eval()
+        model(pixel_values=torch.empty(1, *shape))
+    once, parameters = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+    counted = min(config.repa.until, config.train.steps) / config.train.steps
+    width, features = align
+    places = (size // unet.divisor) ** 2
+    layers = unet.widths[-1] * width + width * width + width * features
+    return FeatureCost(
+        parameters,
+        parameters * dtype.itemsize,
+        counted * once + 3 * 2 * layers * places,
+        Passes(*(_follow(settings, shape, dtype, batch) for batch in (2, 3))),
+    )
+
+
+def _follow(settings: Any, shape: tuple[int, ...], dtype: torch.dtype, batch: int) -> Pass:
+    """A pass without gradients over so many pictures."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import Dinov2Model
+
+    with torch.device("meta"):
+        model = Dinov2Model(settings).eval().to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        live = live_bytes()
+        pictures = torch.empty(batch, *shape, dtype=dtype)
+        with live, torch.no_grad():
+            model(pixel_values=pictures)
+    return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
