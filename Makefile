@@ -20,7 +20,7 @@ demo: setup  ## draw captioned shapes, train a two-stage cascade on them, sample
 	$(BIN)/cascade bundle experiment=demo
 	$(BIN)/cascade sample experiment=demo
 	$(BIN)/cascade evaluate experiment=demo
-	@echo; echo "Look at runs/demo/samples/grid.png (base beside final) and runs/demo/evaluation/"
+	@echo; echo "Look at runs/demo/samples/sheet/grid.png (base beside final) and runs/demo/evaluation/"
 
 demo-long: setup  ## the same with two objects and their relation (about 20 minutes)
 	$(BIN)/cascade prepare experiment=demo_long

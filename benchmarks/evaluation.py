@@ -1,12 +1,27 @@
-"""The Frechet distance of 2,048 features against scipy's matrix square root, on the same moments.
+"""What an evaluation costs: the Frechet distance, its memory, a whole FID, and what is not the network.
 
-python -m benchmarks.evaluation [width=2048] [count=5000]
+python -m benchmarks.evaluation frechet [width=2048] [count=5000]      against scipy's matrix square root
+python -m benchmarks.evaluation memory [width=256] [counts=1000,10000,50000]   peak of all figures on stored features
+python -m benchmarks.evaluation whole PACKAGES [count=128] [size=256]  a whole FID against torch-fidelity's, same files
+python -m benchmarks.evaluation share BUNDLE SHARDS [samples=256] [inception=1]   time of an evaluation by what takes it
+
+`whole`: PACKAGES is where `pip install --no-deps --target PACKAGES torch-fidelity==0.4.0` put it. It needs torchvision,
+which cannot be imported beside the CPU build of torch; the one function of it that a FID calls stands in here.
+Inception has random weights: the values are equal only if pictures, resize and network are.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import subprocess
 import sys
+import tempfile
 import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +29,14 @@ from training.evaluation.metrics.frechet import Moments, frechet_distance, frech
 from training.evaluation.metrics.kernels import kid
 
 
-def timed(call):  # type: ignore[no-untyped-def]
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, what the call returned)."""
     began = time.perf_counter()
     value = call()
     return time.perf_counter() - began, value
 
 
-def main(width: int = 2048, count: int = 5000) -> None:
+def frechet(width: int = 2048, count: int = 5000) -> None:
     """Prints seconds, the ratio, and how far the two values are apart."""
     import scipy.linalg
 
@@ -38,5 +53,179 @@ def main(width: int = 2048, count: int = 5000) -> None:
     print(f"KID of {count} and {count} pictures with its standard error: {timed(lambda: kid(x, y))[0]:.2f} s")
 
 
+def memory(width: int = 256, counts: str = "1000,10000,50000") -> None:
+    """Prints the peak of a process that makes all figures of N samples and N reference pictures from their parts."""
+    for count in str(counts).split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [f"{key}={value}" for key, value in {"folder": folder, "count": count, "width": width}.items()]
+            for step in ("fill", "figures"):
+                subprocess.run([sys.executable, "-m", "benchmarks.evaluation", step, *words], check=True)
+
+
+PART = 256
+
+
+def fill(folder: str, count: int, width: int) -> None:
+    """Parts of an evaluation, with random features."""
+    from training.evaluation.parts import Parts
+
+    parts = Parts(Path(folder), {}, -(-count // PART))
+    rng = np.random.default_rng(0)
+    for number in range(parts.count):
+        rows = min(PART, count - number * PART)
+        arrays = {f"{side}/f": rng.normal(size=(rows, width)).astype(np.float32) for side in "xy"}
+        parts.write(number, arrays | {"text": arrays["y/f"], "place": np.arange(rows) + number * PART})
+
+
+def figures(folder: str, count: int, width: int) -> None:
+    """All figures, as `cascade evaluate` makes them."""
+    from training.evaluation import measure
+    from training.evaluation.parts import Parts
+
+    before = peak_mb()
+    arrays = Parts(Path(folder), {}, -(-count // PART)).read()
+    x, y = {"f": arrays["x/f"]}, {"f": arrays["y/f"]}
+    seconds, found = timed(
+        lambda: measure.against_reference(x, y, "f") | measure.of_samples(x, arrays["place"] // 2, arrays["text"], "f")
+    )
+    features = 2 * count * width * 4 / 2**20
+    print(
+        f"N = {count:6,}: features {features:6.1f} MiB, peak {peak_mb():.0f} MiB, {peak_mb() - before:.0f} MiB above "
+        f"the imports; {len(found)} figures in {seconds:.1f} s",
+        flush=True,
+    )
+
+
+def peak_mb() -> float:
+    """Of this process's resident memory, MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def whole(packages: str, count: int = 128, size: int = 256) -> None:
+    """Prints seconds of a whole FID, from PNG files (here in a shard) to the value, and both values."""
+    from PIL import Image
+
+    from data_pipeline.config import DataConfig
+    from data_pipeline.shards.writer import ShardWriter
+    from tests.training.evaluation.extractors.tiny_weights import inception_file
+    from training.evaluation.extractors.base import open_extractors
+    from training.evaluation.references import References
+
+    calculate = torch_fidelity(packages)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        rng = np.random.default_rng(0)
+        for side, tint in (("a", 0), ("b", 40)):
+            (folder / side).mkdir()
+            with ShardWriter(str(folder / f"{side}.tar")) as shard:
+                for number in range(count):
+                    coarse = rng.integers(tint, 216 + tint, (16, 16, 3), dtype=np.uint8)
+                    data = io.BytesIO()
+                    Image.fromarray(coarse).resize((size, size)).save(data, "PNG")
+                    (folder / side / f"{number:05d}.png").write_bytes(data.getvalue())
+                    shard.write(f"{number:05d}", {"png": data.getvalue(), "txt": b"x"})
+        config = inception_file(folder)
+        config.batch = 64
+
+        def ours() -> float:
+            network = open_extractors({"inception": config})[-1]
+            sides = []
+            for side in "ab":
+                source = References(str(folder / f"{side}.tar"), DataConfig(), size, 0)
+                sides.append(np.concatenate([network.pictures(r.pictures) for r in source.chunks(PART, count)]))
+            return frechet_distance(*(Moments.of(features) for features in sides))
+
+        def theirs() -> float:
+            found = calculate(
+                input1=str(folder / "a"),
+                input2=str(folder / "b"),
+                fid=True,
+                cuda=False,
+                batch_size=64,
+                cache=False,
+                verbose=False,
+                feature_extractor_weights_path=config.path,
+            )
+            return float(found["frechet_inception_distance"])
+
+        took = {"ours": [], "theirs": []}  # type: dict[str, list[float]]
+        for _ in range(2):
+            for name, call in (("ours", ours), ("theirs", theirs)):
+                seconds, value = timed(call)
+                took[name].append(seconds)
+                print(f"{name}: {seconds:.1f} s, {value:.9g}", flush=True)
+        print(f"torch-fidelity / ours, shortest of each: {min(took['theirs']) / min(took['ours']):.2f}")
+
+
+def torch_fidelity(packages: str) -> Callable[..., dict[str, float]]:
+    """Its `calculate_metrics`."""
+    import torch
+
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, sys.modules[name])
+    for name in ("CIFAR10", "STL10", "CIFAR100"):
+        setattr(sys.modules["torchvision.datasets"], name, object)
+    sys.modules["torchvision.transforms.functional"].pil_to_tensor = (  # type: ignore[attr-defined]
+        lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    )
+    sys.path.append(packages)
+    from torch_fidelity import calculate_metrics  # type: ignore[import-not-found]
+
+    return calculate_metrics  # type: ignore[no-any-return]
+
+
+def share(bundle: str, shards: str, samples: int = 256, inception: int = 1) -> None:
+    """Prints how much of an evaluation is not drawing and not the extractor's network."""
+    from tests.training.evaluation.extractors.tiny_weights import inception_file
+    from training.cascade.cascade import Cascade
+    from training.commands import evaluate
+    from training.config.commands import EvaluateCommand
+    from training.evaluation.extractors.base import Extractor
+
+    spent = {"drawing": 0.0, "features": 0.0, "figures and report": 0.0}
+
+    def counted(kind: type, name: str, what: str) -> None:
+        original = getattr(kind, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            seconds, value = timed(lambda: original(*arguments, **options))
+            spent[what] += seconds
+            return value
+
+        setattr(kind, name, call)
+
+    counted(Cascade, "draw", "drawing")
+    counted(Extractor, "pictures", "features")
+    counted(evaluate.Evaluation, "result", "figures and report")
+    with tempfile.TemporaryDirectory() as place:
+        config = EvaluateCommand()
+        config.bundle.dir, config.evaluation.reference, config.evaluation.output = bundle, shards, f"{place}/out"
+        config.evaluation.kind, config.evaluation.samples, config.cluster.gpus = "pictures", samples, False
+        if inception:
+            config.evaluation.extractors = {"inception": inception_file(Path(place))}
+        seconds, result = timed(lambda: evaluate.main(config))
+    parts = spent | {"reading and the rest": seconds - sum(spent.values())}
+    print(json.dumps({"seconds": round(seconds, 1), "n": result["n"], **{k: round(v, 2) for k, v in parts.items()}}))
+    print(f"not the network: {1 - (spent['drawing'] + spent['features']) / seconds:.1%}")
+
+
+WHAT: dict[str, Callable[..., None]] = {
+    "frechet": frechet,
+    "memory": memory,
+    "fill": fill,
+    "figures": figures,
+    "whole": whole,
+    "share": share,
+}
+
 if __name__ == "__main__":
-    main(**{key: int(value) for key, value in (word.split("=") for word in sys.argv[1:])})
+    given = [word for word in sys.argv[2:] if "=" not in word]
+    options = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
+    WHAT[sys.argv[1] if len(sys.argv) > 1 else "frechet"](
+        *given, **{key: int(value) if value.isdecimal() else value for key, value in options.items()}
+    )

@@ -39,7 +39,8 @@ def about(key: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise type(error)(str(error).replace("data.shards", key)) from error
+        sentence = str(error).replace("data.shards", key)
+        raise type(error)(sentence if key in sentence else f"{key}: {sentence}") from error
 
 
 def of_file(error: OSError) -> UserError:

@@ -405,9 +405,11 @@ def _glob_regex(pattern: str) -> str:
 def _hint(pattern: str, patience: Patience) -> str:
     """What is there instead, for the error of an empty pattern."""
     if not is_remote(pattern):
-        where = parent(pattern)
+        where = pattern if os.path.isdir(pattern) else parent(pattern)
         if os.path.isdir(where):
-            return ""
+            other = min((name for name in os.listdir(where) if not name.startswith(".")), default=None)
+            holds = f"holds for instance {other!r}; `cascade prepare` makes shards of pictures" if other else "is empty"
+            return f" (the directory {where!r} {holds})"
         return f" (the directory {where!r} does not exist; `cascade prepare` makes shards of pictures)"
     door = _door(pattern)
     bucket, key = door.split(pattern)

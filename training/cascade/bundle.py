@@ -250,6 +250,11 @@ def _check_chain(stages: Sequence[StageWeights]) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"bundle.runs: two stages have the same name ({', '.join(names)})")
     for before, after in pairwise(stages):
+        if not after.config.low_res_size:
+            raise ConfigError(
+                f"bundle.runs: {after.config.name} draws from text alone, but {before.config.name} comes before it; "
+                f"name the runs base first"
+            )
         if after.config.low_res_size != before.config.image_size:
             raise ConfigError(
                 f"bundle.runs: {after.config.name} starts from {after.config.low_res_size} px pictures but "

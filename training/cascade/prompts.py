@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from data_pipeline.storage import store
 
 TABLES = (".tsv", ".csv")
@@ -17,6 +17,9 @@ LINES = ".jsonl"
 PROMPT_COLUMNS = ("prompt", "prompt_en", "prompt_cn", "prompt_zh")
 """Of PartiPrompts and most lists, and of OneIG-Bench in English and Chinese."""
 FILES = (".txt", *TABLES, LINES)
+LONGEST = 10_000
+"""Characters of a prompt. Text encoders read some hundred tokens: what is longer is no prompt but a file without line
+breaks, or the wrong column."""
 
 
 def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> list[str]:
@@ -26,7 +29,8 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
 
     Raises:
         ConfigError: neither text nor a list of it, a directory, or a file with another ending; `key` is named.
-        DataError: the file is missing, is not UTF-8, a table without a `Prompt` column, or lines without a `prompt`.
+        DataError: the file is missing, is not UTF-8, a table without a `Prompt` column, lines without a `prompt`, a
+            prompt of more than `LONGEST` characters, or one with a NUL.
     """
     if given is None:
         return []
@@ -45,6 +49,9 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
             print(f"{key}: {blank} of {len(found)} are blank and skipped; from Python an empty one draws without text")
     else:
         raise ConfigError(f"{key}={given}: give a text file with one prompt per line, or a list of prompts")
+    if not (isinstance(given, str) and given.lower().endswith(FILES)):
+        for number, prompt in enumerate(found, 1):
+            _check(prompt, f"{key}: prompt {number}", ConfigError)
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
 
 
@@ -55,13 +62,29 @@ def read_categories(given: Any, key: str = "prompts") -> list[str]:
     return found if any(found) else []
 
 
+def _check(prompt: str, where: str, error: type[CascadeError] = DataError) -> str:
+    """Refuses what is no prompt; `where` names it."""
+    if len(prompt.strip()) > LONGEST:
+        raise error(
+            f"{where} has {len(prompt.strip()):,} characters; a prompt may have up to {LONGEST:,} (text encoders read "
+            "some hundred tokens): put each prompt on a line of its own"
+        )
+    if "\0" in prompt:
+        raise error(f"{where} holds a NUL character, so this is not a list of prompts; save it as UTF-8 text")
+    return prompt
+
+
 def _text(path: str, key: str) -> str:
     if not store.exists(path):
         raise DataError(f"{key}={path}: no such file; it should hold one prompt per line")
+    data = store.read_bytes(path)
     try:
-        return store.read_bytes(path).decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{key}={path}: not UTF-8 text ({error})") from error
+        line = len(re.split(rb"\r\n|\r|\n", data[: error.start]))
+        raise DataError(
+            f"{key}={path}: line {line} is not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        ) from error
 
 
 def _from_file(path: str, key: str) -> list[str]:
@@ -69,7 +92,8 @@ def _from_file(path: str, key: str) -> list[str]:
     if path.lower().endswith(LINES):
         return [line["prompt"] for line in _objects(text, path, key)]
     if not path.lower().endswith(TABLES):
-        return re.split(r"\r\n|\r|\n", text)
+        lines = re.split(r"\r\n|\r|\n", text)
+        return [_check(line, f"{key}={path}: line {number}") for number, line in enumerate(lines, 1)]
     return [row["prompt"] for row in _rows(text, path, key)]
 
 
@@ -94,6 +118,7 @@ def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
             raise DataError(f"{key}={path}: line {number} is not JSON ({error})") from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise DataError(f"{key}={path}: line {number} has no text in a field `prompt`")
+        _check(value["prompt"], f"{key}={path}: line {number}")
         found.append(value)
     return found
 
@@ -106,8 +131,20 @@ def _rows(text: str, path: str, key: str) -> list[dict[str, Any]]:
     tabs = path.lower().endswith(".tsv")
     # quotation marks in a .tsv belong to the prompt
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
-    header = [title.strip().lower() for title in next(rows, [])]
+    try:
+        header = [title.strip().lower() for title in next(rows, [])]
+        numbered = [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise DataError(f"{key}={path}: line {rows.line_num} cannot be read as a table ({error})") from error
     place = next((header.index(name) for name in PROMPT_COLUMNS if name in header), None)
     if place is None:
-        raise DataError(f"{key}={path}: the table has no column `Prompt` (columns: {', '.join(header) or 'none'})")
-    return [dict(zip(header, row, strict=False)) | {"prompt": row[place]} for row in rows if len(row) > place]
+        columns = ", ".join(header)[:200] or "none"
+        raise DataError(f"{key}={path}: the table has no column `Prompt` (columns: {columns})")
+    found = []
+    for line, row in numbered:
+        where = f"{key}={path}: line {line}"
+        if len(row) > place:
+            found.append(dict(zip(header, row, strict=False)) | {"prompt": _check(row[place], where)})
+        elif any(cell.strip() for cell in row):
+            raise DataError(f"{where} has {len(row)} of {len(header)} columns and no prompt")
+    return found

@@ -23,8 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.progress import progress
 from training.cascade.bundle import checkpoint_dir
@@ -39,6 +37,7 @@ from training.config.experiment import Experiment, RunConfig
 from training.evaluation import comparison, page, report
 from training.evaluation.extractors.answers import open_answerer
 from training.evaluation.extractors.base import open_extractors
+from training.evaluation.parts import spilled
 from training.evaluation.references import RULE, SUFFIX, ReferenceFile, References
 from training.processes.ranks import gpu_of, read_ranks
 from training.run.directory import RunDir, replace_file, try_to_write
@@ -133,24 +132,24 @@ def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:
     size = _last_size(config)
     references = References(settings.reference, config.data, size, config.seed)
     most = settings.reference_samples or references.count
-    features: dict[str, list[np.ndarray]] = {extractor.name: [] for extractor in extractors}
     captions: list[str] = []
-    with progress(unit="picture", desc="reference", total=min(most, references.count)) as bar:
-        for real in references.chunks(PART, most):
-            for extractor in extractors:
-                features[extractor.name].append(extractor.pictures(real.pictures))
-            captions += real.captions
-            bar.update(len(real.captions))
-    facts = {
-        "rule": RULE,
-        "size": size,
-        "extractors": {extractor.name: extractor.describe() for extractor in extractors},
-        "fingerprint": f"{references.fingerprint}:{len(captions)}:{config.seed}",
-        "shards": str(settings.reference),
-        "broken": references.broken,
-    }
     file = output / REFERENCE_FILE
-    ReferenceFile({name: np.concatenate(parts) for name, parts in features.items()}, captions, facts).write(file)
+    with spilled(output, {extractor.name: extractor.width for extractor in extractors}) as features:
+        with progress(unit="picture", desc="reference", total=min(most, references.count)) as bar:
+            for real in references.chunks(PART, most):
+                for extractor in extractors:
+                    features.add(extractor.name, extractor.pictures(real.pictures))
+                captions += real.captions
+                bar.update(len(real.captions))
+        facts = {
+            "rule": RULE,
+            "size": size,
+            "extractors": {extractor.name: extractor.describe() for extractor in extractors},
+            "fingerprint": f"{references.fingerprint}:{len(captions)}:{config.seed}",
+            "shards": str(settings.reference),
+            "broken": references.broken,
+        }
+        ReferenceFile(features.rows(), captions, facts).write(file)
     print(
         f"{file}: {len(captions)} pictures at {size} px, {references.broken} left out; use evaluation.reference={file}"
     )

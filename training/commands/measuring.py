@@ -23,6 +23,7 @@ from training.evaluation import comparison, copies, measure, page, report, shown
 from training.evaluation.extractors.answers import Answerer
 from training.evaluation.extractors.base import Extractor
 from training.evaluation.metrics.figure import Figure
+from training.evaluation.metrics.rows import Rows
 from training.evaluation.parts import Parts, settings_sha256
 from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
 from training.pictures import sheets
@@ -61,7 +62,9 @@ class Evaluation:
         given = self.settings.prompts
         self.prompts = read_prompts(given, "evaluation.prompts")
         if given and len(self.prompts) < 2:
-            raise ConfigError(f"evaluation.prompts={given}: {len(self.prompts)} prompts; give two or more")
+            raise ConfigError(
+                f"evaluation.prompts={given}: it holds {len(self.prompts) or 'no'} prompt; give two or more"
+            )
         self.categories = read_categories(given, "evaluation.prompts")
         self.lines = read_lines(given, "evaluation.prompts")
         asked = sum("vqa_list" in line for line in self.lines)
@@ -315,14 +318,14 @@ class Evaluation:
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
         kept: dict[str, Figure],
-        reference: Mapping[str, np.ndarray],
+        reference: Mapping[str, Rows],
     ) -> dict[str, Any]:
         """What only this kind of evaluation adds to the result; writes samples.png, and adds its figures to `kept`."""
         pictures, at = self._of_chosen(arrays)
         true: Any = () if self.prompts else arrays.get("original", ())
         places = [int(arrays["place"][i]) for i in at]
-        beside = [Image.fromarray(true[place]) for place in places] if max(places, default=0) < len(true) else []
-        sheet = report.sheet_of_pictures(images_of(pictures), [captions[i] for i in at], beside)
+        beside = {i: Image.fromarray(true[place]) for i, place in enumerate(places) if place < len(true)}
+        sheet = report.sheet_of_pictures(ImagesOf(pictures), [captions[i] for i in at], beside)
         sheets.save(sheet, self._output / "samples.png")
         return {}
 
@@ -348,14 +351,14 @@ class Evaluation:
             score=np.full(len(at), np.nan) if scores is None else scores[at],
         ).write(self._output)
 
-    def _find_copies(self, samples: Mapping[str, np.ndarray], shown_at: np.ndarray) -> copies.Copies | None:
+    def _find_copies(self, samples: Mapping[str, Rows], shown_at: np.ndarray) -> copies.Copies | None:
         """Nearest training pictures; None without `evaluation.training`."""
         if self.training is None:
             return None
         extractor = self._sees_copies
         rows = [int(at) for at in shown_at]
         return copies.find_copies(
-            samples[extractor.name], rows, extractor, self.training, self.settings.training_samples
+            samples[extractor.name], rows, extractor, self.training, self.settings.training_samples, self._output
         )
 
     @property
@@ -367,7 +370,7 @@ class Evaluation:
         self,
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
-        samples: Mapping[str, np.ndarray],
+        samples: Mapping[str, Rows],
         found: copies.Copies | None,
     ) -> list[page.Section]:
         """The pictures of the page: samples by category, best and worst by score, and each beside its nearest training
@@ -387,13 +390,13 @@ class Evaluation:
             return [*sections, page.copies_section(final, texts, *near, name, "training")]
         name = self.extractors[-1].name
         known = self._reference_features(arrays).get(name, np.zeros((0, 1)))
-        originals = dict(enumerate(arrays.get("original", np.zeros((0,)))))
+        originals = arrays.get("original", ())
         return [*sections, page.nearest_section(final, texts, samples[name][at], known, originals, name)]
 
-    def _reference_features(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _reference_features(self, arrays: Mapping[str, Any]) -> dict[str, Rows]:
         if self.file is not None:
             most = self.settings.reference_samples or len(self.file.captions)
-            return {e.name: self.file.features[e.name][:most] for e in self.extractors}
+            return {e.name: self.file.features[e.name].first(most) for e in self.extractors}
         return {e.name: arrays[f"y/{e.name}"] for e in self.extractors} if self.source is not None else {}
 
     # ------------------------------------------------------------------------------------------------ protocol
@@ -406,8 +409,9 @@ class Evaluation:
         if self.settings.kind == "pictures" and wanted > n["reference"]:
             found.append(f"evaluation.reference_samples={wanted}: there are only {n['reference']} pictures")
         if self.cut:
+            most = self.cascade.encoder.max_tokens
             found.append(
-                f"{self.cut} captions are cut after {self.cascade.encoder.max_tokens} tokens (text.max_tokens)"
+                f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} cut after {most} tokens (text.max_tokens)"
             )
         if n["broken"]:
             found.append(f"{n['broken']} reference pictures cannot be read and are left out")
@@ -469,6 +473,14 @@ class Evaluation:
         }
 
 
-def images_of(pictures: Mapping[str, np.ndarray]) -> list[list[Image.Image]]:
-    """Per picture that of every stage."""
-    return [[Image.fromarray(picture) for picture in stages] for stages in zip(*pictures.values(), strict=True)]
+class ImagesOf(Sequence[list[Image.Image]]):
+    """Per sample the picture of every stage, made when it is asked for."""
+
+    def __init__(self, pictures: Mapping[str, Any]) -> None:
+        self.stages = list(pictures.values())
+
+    def __len__(self) -> int:
+        return len(self.stages[0])
+
+    def __getitem__(self, which: Any) -> Any:
+        return [Image.fromarray(stage[which]) for stage in self.stages]

@@ -4,7 +4,7 @@ OUTPUT/
     00000-a_red_circle.png          the final picture; prompt, seed and settings stand in its PNG text
     STAGE/00000-a_red_circle.png    what an earlier stage drew
     words/00000-a_red_circle.png    explain=true: which words drew which pixels
-    grid.png                        the first pictures with their captions, all stages side by side
+    sheet/grid.png                  the first pictures with their captions, all stages side by side
     earlier/                        pictures of prompts that are no longer on the list
     LAYOUT/                         layout=geneval and others: the pictures as another tool reads them
 """
@@ -47,6 +47,7 @@ EARLIER = "earlier"
 """Directory for pictures of prompts that are no longer on the list."""
 DAMAGED = (OSError, SyntaxError, ValueError)
 """What Pillow says of files that are no whole pictures."""
+SHEET = "sheet"
 DIVERSITY_FEATURES = "colour_grid_4x4"
 
 
@@ -75,10 +76,8 @@ def main(config: SampleCommand) -> dict[str, Any]:
     own = config.prompts is None
     prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
     if not prompts:
-        empty = "" if own else f"={config.prompts}"
-        raise ConfigError(
-            f"prompts{empty}: give a text file with one prompt per line, or a list: prompts=['a red circle']"
-        )
+        given = "prompts: " if own else f"prompts={config.prompts}: no prompt in it; "
+        raise ConfigError(f"{given}give a text file with one prompt per line, or a list: prompts=['a red circle']")
     try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
@@ -353,15 +352,19 @@ def write_drawing(
 
 
 def write_grid(output: Path, jobs: list[SampleJob], stages: Sequence[Stage], columns: int) -> Path:
-    """grid.png: every picture's stages side by side, base first."""
+    """sheet/grid.png: every picture's stages side by side, base first. It lies in a directory of its own, because other
+    tools take every PNG beside the samples for one of them."""
     earlier = [stage.config.name for stage in stages[:-1]]
     labels = [f"{stage.config.image_size} px" for stage in stages]
     cells = []
     for job in jobs:
         files = [*(output / stage / f"{job.name}.png" for stage in earlier), output / f"{job.name}.png"]
         cells.append(Cell([_open(file) for file in files], job.prompt, labels))
-    save(sheet(cells, columns), output / "grid.png")
-    return output / "grid.png"
+    file = output / SHEET / "grid.png"
+    file.parent.mkdir(exist_ok=True)
+    save(sheet(cells, columns), file)
+    (output / file.name).unlink(missing_ok=True)  # where earlier versions wrote it
+    return file
 
 
 def _open(file: Path) -> Image.Image:

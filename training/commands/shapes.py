@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from PIL import Image
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.images import box_average
 from data_pipeline.content.synthetic import ShapeSpec, caption, example, parse, render
-from training.commands.measuring import PART, Evaluation, images_of
+from training.commands.measuring import PART, Evaluation, ImagesOf
 from training.evaluation import oracle, report
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 from training.evaluation.metrics.psnr import psnr
+from training.evaluation.metrics.rows import Rows
 from training.evaluation.references import SUFFIX, Real
 from training.pictures import sheets
 
@@ -83,26 +84,21 @@ class ShapesEvaluation(Evaluation):
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
         kept: dict[str, Figure],
-        reference: Mapping[str, np.ndarray],
+        reference: Mapping[str, Rows],
     ) -> dict[str, Any]:
         """What the oracle reads, PSNR, and the distances of real drawings of the same captions (`floors`)."""
         shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
         specs = [_spec(text) for text in captions]
         stages = list(shown.values())
-        first, final = stages[0], stages[-1]
-        real = self._real()
-        base = [np.asarray(_enlarged(Image.fromarray(picture), self.size)) for picture in first]
-        readings, scores = _read_all(final, specs)
+        readings, scores = _read_all(stages[-1], specs)
         several = self.settings.images_per_prompt
-        true = [] if self.prompts else [Image.fromarray(p) for p in real.pictures for _ in range(several)]
-        sheet = report.sheet_of_shapes(images_of(shown), captions, readings, scores, true)
-        sheets.save(sheet, self._output / "samples.png")
-        # the same captions drawn again: what a perfect cascade would score
-        again = np.stack([render(spec, self.size, AGAIN + index) for index, spec in enumerate(specs)])
-        floors = {
-            e.name: frechet_distance(Moments.of(e.pictures(again)), Moments.of(reference[e.name]))
-            for e in self.extractors
-        }
+        on_sheet = report.places_on_sheet(scores)
+        real, read, true = self._real({place // several for place in on_sheet})
+        beside = {} if self.prompts else {place: Image.fromarray(true[place // several]) for place in on_sheet}
+        sheets.save(
+            report.sheet_of_shapes(ImagesOf(shown), captions, readings, scores, beside), self._output / "samples.png"
+        )
+        base = (np.asarray(_enlarged(Image.fromarray(picture), self.size)) for picture in stages[0])
         shares = report.shares(scores)
         kept |= {f"samples.{field}": figure for field, figure in shares.items()}
         restored = self._psnr(real)
@@ -111,30 +107,48 @@ class ShapesEvaluation(Evaluation):
         return {
             "samples": {field: figure.as_dict() for field, figure in shares.items()},
             "base": {field: f.as_dict() for field, f in report.shares(_read_all(base, specs)[1]).items()},
-            "real": {
-                field: f.as_dict()
-                for field, f in report.shares(_read_all(real.pictures, [_spec(t) for t in real.captions])[1]).items()
-            },
+            "real": {field: f.as_dict() for field, f in report.shares(read).items()},
             "by_word": {
                 field: {word: figure.as_dict() for word, figure in words.items()}
                 for field, words in report.shares_by_word(scores, specs).items()
             },
-            "psnr": {**list(psnrs.values())[-1], "n": self._psnr_count(real), "stages": psnrs} if psnrs else {},
-            "floors": floors,
+            "psnr": {**list(psnrs.values())[-1], "n": len(real.captions), "stages": psnrs} if psnrs else {},
+            "floors": self._floors(specs, reference),
         }
 
-    def _real(self) -> Real:
+    def _real(self, wanted: Container[int]) -> tuple[Real, list[dict[str, bool]], dict[int, np.ndarray]]:
+        """Of the real drawings: the first ones, which are restored; what the oracle gets right of all; and the pictures
+        of the wanted places."""
         assert self.source is not None
-        parts = list(self.source.chunks(PART, self._reference_count))
-        return Real(np.concatenate([part.pictures for part in parts]), [c for part in parts for c in part.captions])
+        first: list[np.ndarray] = []
+        captions: list[str] = []
+        scores: list[dict[str, bool]] = []
+        pictures: dict[int, np.ndarray] = {}
+        for part in self.source.chunks(PART, self._reference_count):
+            for place, picture in enumerate(part.pictures, len(scores)):
+                if place in wanted:
+                    pictures[place] = picture.copy()
+            scores += _read_all(part.pictures, [_spec(caption) for caption in part.captions])[1]
+            missing = max(0, self.settings.psnr_samples - len(captions))
+            first, captions = [*first, *part.pictures[:missing].copy()], [*captions, *part.captions[:missing]]
+        none = np.zeros((0, self.size, self.size, 3), np.uint8)
+        return Real(np.stack(first) if first else none, captions), scores, pictures
 
-    def _psnr_count(self, real: Real) -> int:
-        return min(self.settings.psnr_samples, len(real.captions))
+    def _floors(self, specs: Sequence[ShapeSpec], reference: Mapping[str, Rows]) -> dict[str, float]:
+        """Per feature space the distance of the same captions drawn again: what a perfect cascade would score."""
+        found: dict[str, Moments] = {}
+        for at in range(0, len(specs), PART):
+            rows = range(at, min(at + PART, len(specs)))
+            again = np.stack([render(specs[index], self.size, AGAIN + index) for index in rows])
+            for extractor in self.extractors:
+                own = Moments.of(extractor.pictures(again))
+                found[extractor.name] = found[extractor.name].merged(own) if at else own
+        return {name: frechet_distance(own, Moments.of(reference[name])) for name, own in found.items()}
 
     def _psnr(self, real: Real) -> dict[str, dict[str, Figure]]:
         """How well each super-resolution stage restores true pictures from their box-averaged low-res version (dB,
         mean over pictures), without and with the noise that sampling puts on it, and Pillow's bicubic instead."""
-        count = self._psnr_count(real)
+        count = len(real.captions)
         stages: dict[str, dict[str, Figure]] = {}
         own = {s.config.name: sampler for s, sampler in zip(self.stages, self.samplers, strict=True)}
         for stage in (s.config for s in self.stages if s.config.is_super_resolution and count):
@@ -176,7 +190,7 @@ def _spec(text: str) -> ShapeSpec:
 
 
 def _read_all(
-    pictures: Sequence[np.ndarray] | np.ndarray, specs: Sequence[ShapeSpec]
+    pictures: Iterable[np.ndarray], specs: Sequence[ShapeSpec]
 ) -> tuple[list[oracle.Reading], list[dict[str, bool]]]:
     readings = [oracle.read_drawing(picture, len(spec.objects)) for picture, spec in zip(pictures, specs, strict=True)]
     return readings, [oracle.score(reading, spec) for reading, spec in zip(readings, specs, strict=True)]

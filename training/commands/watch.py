@@ -63,9 +63,10 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
                 time.sleep(POLL_S)  # other processes still draw
             last = time.monotonic()
             continue
-        _log(run, store, output)
         done, wanted = _progress(store)
-        if drawable and (done >= wanted or run.asked_to_stop()):
+        ends = done >= wanted or run.asked_to_stop()
+        _log(run, store, output, live=not ends)
+        if drawable and ends:
             how = "complete" if done >= wanted else "asked to stop"
             print(f"{output / 'report.html'}: the run is {how}, and so are its evaluations")
             return write_series(output, config.figure)
@@ -75,6 +76,7 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
                     f"bundle.runs: a stage before {config.run.dir} has had no checkpoint for wait_s={config.wait_s:g} "
                     f"seconds; run the same command again once it has one"
                 )
+            _log(run, store, output, live=False)
             raise DataError(
                 f"{config.run.dir}: no new checkpoint for wait_s={config.wait_s:g} seconds, and the run is at "
                 f"step {max(done, 0)}, not complete; run the same command again to continue"
@@ -98,8 +100,13 @@ def evaluate_step(config: EvaluateCommand, store: CheckpointStore, output: Path,
             raise
 
 
-def _log(run: RunDir, store: CheckpointStore, output: Path) -> None:
-    """What W&B does not have yet, once: a file remembers it, also over a restart."""
+def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
+    """What W&B does not have yet, once: a file remembers it, also over a restart.
+
+    Args:
+        live: the training goes on. Online its figures then wait until it ends: two processes that write to one W&B run
+            number their rows alike, and the later ones replace the earlier ones. Offline each writes files of its own.
+    """
     ranks = read_ranks()
     if ranks is not None and not ranks.is_main:
         return
@@ -107,7 +114,12 @@ def _log(run: RunDir, store: CheckpointStore, output: Path) -> None:
     results = {int(file.parent.name.removeprefix("step-")): file for file in output.glob(f"step-*/{RESULT}")}
     fresh = {step: json.loads(results[step].read_text()) for step in sorted(results) if step not in logged}
     newest = store.newest_whole()
-    if fresh and newest >= 0 and log_checkpoints(run, store.open(newest).meta, fresh):
+    if not fresh or newest < 0:
+        return
+    meta = store.open(newest).meta
+    if live and meta["config"]["wandb"]["mode"] == "online":
+        return
+    if log_checkpoints(run, meta, fresh):
         replace_file(output / LOGGED, json.dumps({"steps": sorted([*logged, *fresh])}))
 
 

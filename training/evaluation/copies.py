@@ -7,6 +7,7 @@ to their own nearest other one, so fresh pictures of the same distribution lie a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from data_pipeline.common.progress import progress
 from training.evaluation.extractors.base import Extractor
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.neighbours import COPY, closeness
+from training.evaluation.metrics.rows import Rows
+from training.evaluation.parts import spilled
 from training.evaluation.references import References
 
 KEY = "evaluation.training"
@@ -39,21 +42,24 @@ class Copies:
         return Figure.mean(self.distance < COPY, is_share=True)
 
 
-def find_copies(samples: np.ndarray, shown: list[int], extractor: Extractor, training: References, most: int) -> Copies:
-    """Searches up to `most` training pictures. Their features are held, their pixels are not: the few that are shown
-    are read once more.
+def find_copies(
+    samples: Rows, shown: list[int], extractor: Extractor, training: References, most: int, folder: Path
+) -> Copies:
+    """Searches up to `most` training pictures. Their features go to a file, their pixels are not kept: the few that are
+    shown are read once more.
 
     Args:
         samples: (N, d) features.
         shown: places of the samples whose neighbours are wanted as pictures.
+        folder: where that file may lie.
     """
-    known = []
-    with progress(unit="picture", desc="training pictures", total=min(most, training.count)) as bar:
-        for real in training.chunks(CHUNK, most):
-            known.append(extractor.pictures(real.pictures))
-            bar.update(len(real.captions))
-    features = np.concatenate(known)
-    distance, place = closeness(samples, features)
+    with spilled(folder, {extractor.name: extractor.width}) as known:
+        with progress(unit="picture", desc="training pictures", total=min(most, training.count)) as bar:
+            for real in training.chunks(CHUNK, most):
+                known.add(extractor.name, extractor.pictures(real.pictures))
+                bar.update(len(real.captions))
+        features = known.rows()[extractor.name]
+        distance, place = closeness(samples, features)
     wanted = {int(place[i]) for i in shown}
     pictures: dict[int, np.ndarray] = {}
     for number, real in enumerate(training.chunks(CHUNK, max(2, *(place + 1 for place in wanted)))):

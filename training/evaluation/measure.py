@@ -1,6 +1,6 @@
 """From features to figures: which metrics are computed in which feature space.
 
-Shapes: N samples, M reference pictures, d features.
+Shapes: N samples, M reference pictures, d features; features are arrays or `Rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from training.evaluation.metrics.features import pair_distances
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import frechet_figure
 from training.evaluation.metrics.kernels import cmmd, kid
-from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, density_coverage, precision_recall
+from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, fidelity_and_variety
+from training.evaluation.metrics.rows import Rows, blocks
 
 LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "dino_mmd", "copies")
 LEAST_FRECHET = 10_000
@@ -25,7 +26,7 @@ Figures = dict[str, dict[str, Figure]]
 
 
 def against_reference(
-    samples: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], clip: str = "", dino: str = ""
+    samples: Mapping[str, Rows], reference: Mapping[str, Rows], clip: str = "", dino: str = ""
 ) -> Figures:
     """Every distance and share, in every feature space.
 
@@ -40,7 +41,7 @@ def against_reference(
         figures.setdefault("frechet", {})[name] = frechet_figure(x, y)
         figures.setdefault("kid", {})[name] = kid(x, y)
         if min(len(x), len(y)) > DENSITY_NEIGHBOURS:
-            for metric, figure in (precision_recall(x, y) | density_coverage(x, y)).items():
+            for metric, figure in fidelity_and_variety(x, y).items():
                 figures.setdefault(metric, {})[name] = figure
     if clip:
         figures["cmmd"] = {clip: cmmd(samples[clip], reference[clip])}
@@ -49,9 +50,7 @@ def against_reference(
     return figures
 
 
-def of_samples(
-    samples: Mapping[str, np.ndarray], prompts: np.ndarray, texts: np.ndarray | None = None, clip: str = ""
-) -> Figures:
+def of_samples(samples: Mapping[str, Rows], prompts: np.ndarray, texts: Rows | None = None, clip: str = "") -> Figures:
     """What needs no reference: how well pictures fit their captions, and how much those of one prompt differ.
 
     Args:
@@ -103,22 +102,25 @@ def mean_where(values: np.ndarray, chosen: np.ndarray) -> Figure:
     return Figure(mean, (sums - mean * counts) * len(values) / counts.sum())
 
 
-def cosines(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
+def cosines(pictures: Rows, texts: Rows) -> np.ndarray:
     """(N,): cosine of each picture's embedding with its caption's, -1 to 1 (Hessel et al. 2021, without the factor)."""
-    x, y = (np.asarray(v, dtype=np.float64) for v in (pictures, texts))
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.asarray((x * y).sum(axis=1) / norms.clip(min=1e-12))
+    found = np.zeros(len(pictures))
+    for (where, x), (_, y) in zip(blocks(pictures), blocks(texts), strict=True):
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        found[where] = (x * y).sum(axis=1) / norms.clip(min=1e-12)
+    return found
 
 
-def diversity_figure(features: np.ndarray, prompts: np.ndarray) -> Figure:
+def diversity_figure(features: Rows, prompts: np.ndarray) -> Figure:
     """Mean distance between two pictures of one prompt, over prompts with at least two."""
-    groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    order = np.argsort(prompts, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)
     several = [group for group in groups if len(group) > 1]
     per_prompt = np.array([pair_distances(features[group]).mean() for group in several])
     influences = np.zeros(len(features))
     for group, value in zip(several, per_prompt, strict=True):
         influences[group] = (value - per_prompt.mean()) * len(features) / (len(per_prompt) * len(group))
-    return Figure(float(per_prompt.mean()), influences)
+    return Figure(float(per_prompt.mean()), influences, least=0.0)
 
 
 def flattened(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

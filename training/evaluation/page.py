@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from training.evaluation.metrics.neighbours import COPY, closeness
+from training.evaluation.metrics.rows import Rows
 from training.evaluation.report import METRICS, protocol_rows
 from training.evaluation.shown import Shown, best_and_worst
 
@@ -22,6 +23,8 @@ LARGEST = 256
 """Pictures are embedded at most so wide, pixels."""
 SMALL = 128
 """The same for pictures of many checkpoints."""
+DETAILS = ("by_word.", "real.", "base.")
+"""Figures whose curves are folded up on the page over all checkpoints, lest pictures come far below."""
 MOST_CHECKPOINTS = 8
 """Columns of pictures of the page over all checkpoints."""
 
@@ -67,13 +70,15 @@ def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Show
     """
     steps = {int(step): figures for step, figures in series["steps"].items()}
     names = list(dict.fromkeys(name for figures in steps.values() for name in figures))
+    curves = [_curve(name, {s: f[name] for s, f in sorted(steps.items()) if name in f}) for name in names]
     return _rendered(
         "series.html.j2",
         title=f"Checkpoints of {run}",
         steps=len(steps),
         figure=series["figure"],
         best=series["best"],
-        curves=[_curve(name, {s: f[name] for s, f in sorted(steps.items()) if name in f}) for name in names],
+        curves=[curve for curve in curves if not curve["name"].startswith(DETAILS)],
+        details=[curve for curve in curves if curve["name"].startswith(DETAILS)],
         columns=(columns := _columns(sorted(pictures), series["best"]["step"])),
         grids=_grids({step: pictures[step] for step in columns}) if columns else [],
     )
@@ -118,7 +123,7 @@ def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
     low, high = min(ends), max(ends)
 
     def place(step: int, value: float) -> str:
-        x = 50 + 260 * (step - steps[0]) / ((steps[-1] - steps[0]) or 1)
+        x = 72 + 240 * (step - steps[0]) / ((steps[-1] - steps[0]) or 1)
         return f"{x:.1f},{150 - 140 * (value - low) / ((high - low) or 1):.1f}"
 
     line = [place(step, entry["value"]) for step, entry in entries.items()]
@@ -206,7 +211,7 @@ def category_sections(pictures: Pictures, captions: Sequence[str], categories: S
     return sections
 
 
-def extremes(pictures: Pictures, captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
+def extremes(pictures: Pictures | Rows, captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
     """Those of the shown samples that fit their captions best and worst.
 
     Args:
@@ -226,21 +231,22 @@ def extremes(pictures: Pictures, captions: Sequence[str], scores: np.ndarray, ti
 def nearest_section(
     pictures: Pictures,
     captions: Sequence[str],
-    features: np.ndarray,
-    known: np.ndarray,
-    originals: Mapping[int, np.ndarray],
+    features: Rows,
+    known: Rows,
+    originals: Rows | Sequence[np.ndarray],
     name: str,
 ) -> Section:
     """Beside each shown sample the nearest known picture; copies are framed.
 
     Args:
         features, known: (N, d) of the shown samples and (M, d) of the pictures searched.
-        originals: place -> picture, of those of the M pictures that are at hand.
+        originals: uint8 (M, H, W, 3), or as many of the first ones as are at hand.
     """
     if len(known) < 2:
         return Section("", [])
     ratios, places = closeness(features, known)
-    return copies_section(pictures, captions, ratios, places, originals, name, "reference")
+    found = {int(place): originals[int(place)] for place in places if place < len(originals)}
+    return copies_section(pictures, captions, ratios, places, found, name, "reference")
 
 
 def copies_section(

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,69 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.storage.atomic import replacing
 
 FOLDER = "parts"
+LARGE = ("x/", "y/", "text", "shown/", "original")
+"""Beginnings of the names of arrays of which only those rows are read that are asked for: memory does not grow with
+the number of pictures."""
+
+
+class Span(NamedTuple):
+    """Rows that lie in one file, one after the other."""
+
+    file: Path
+    offset: int
+    """Of the first, in bytes."""
+    rows: int
+
+
+class StoredRows:
+    """Rows of one array that lie in several files; a slice, one row, or rows by number are read when asked for."""
+
+    def __init__(self, spans: Sequence[Span], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """`shape` and `dtype` are those of one row."""
+        self._spans, self._row, self.dtype = [span for span in spans if span.rows], shape, dtype
+        self._ends = np.cumsum([span.rows for span in self._spans])
+        self._items = int(np.prod(shape, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...)."""
+        return (len(self), *self._row)
+
+    def first(self, count: int) -> StoredRows:
+        """The first rows, up to `count`."""
+        before = [0, *(int(end) for end in self._ends)]
+        spans = [
+            Span(s.file, s.offset, min(s.rows, max(0, count - at))) for s, at in zip(self._spans, before, strict=False)
+        ]
+        return StoredRows(spans, self._row, self.dtype)
+
+    def __getitem__(self, which: slice | int | Sequence[int] | np.ndarray) -> np.ndarray:
+        if isinstance(which, slice):
+            start, stop, step = which.indices(len(self))
+            return self._read(start, max(start, stop))[::step] if step > 0 else self[:][which]
+        if isinstance(which, (int, np.integer)):
+            place = range(len(self))[which]
+            return self._read(place, place + 1)[0]
+        rows = [self[int(place)] for place in which]
+        return np.stack(rows) if rows else np.zeros((0, *self._row), self.dtype)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        found = np.empty((stop - start, *self._row), self.dtype)
+        flat = found.reshape(stop - start, self._items)
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        at = start
+        for span, end in zip(self._spans[first:], self._ends[first:], strict=True):
+            if at >= stop:
+                break
+            begin, count = at - (int(end) - span.rows), min(stop, int(end)) - at
+            place = span.offset + begin * self._items * self.dtype.itemsize
+            read = np.fromfile(span.file, self.dtype, count * self._items, offset=place)
+            flat[at - start : at - start + count] = read.reshape(count, self._items)
+            at += count
+        return found
 
 
 class Parts:
@@ -47,23 +112,29 @@ class Parts:
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Appears whole or not at all."""
         with replacing(self.file(number), durable=False) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
 
-    def read(self) -> dict[str, np.ndarray]:
-        """All parts' arrays, each put together in order.
+    def read(self) -> dict[str, Any]:
+        """All parts' arrays, each put together in order; of `LARGE` ones `StoredRows`.
 
         Raises:
             DataError: a damaged file.
         """
-        found: dict[str, list[np.ndarray]] = {}
+        small: dict[str, list[np.ndarray]] = {}
+        large: dict[str, list[tuple[Span, tuple[int, ...], np.dtype[Any]]]] = {}
         for number in range(self.count):
             try:
-                with np.load(self.file(number)) as stored:
-                    for name in stored.files:
-                        found.setdefault(name, []).append(stored[name])
+                for name, value in _open(self.file(number)).items():
+                    if isinstance(value, tuple):
+                        large.setdefault(name, []).append(value)
+                    else:
+                        small.setdefault(name, []).append(value)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 raise DataError(f"{self.file(number)}: damaged ({error}); delete it and run the same again") from error
-        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+        found: dict[str, Any] = {name: np.concatenate(arrays) for name, arrays in small.items()}
+        return found | {
+            name: StoredRows([span for span, _, _ in parts], parts[0][1], parts[0][2]) for name, parts in large.items()
+        }
 
     def forget_others(self) -> None:
         """Removes the parts of earlier evaluations in the same directory."""
@@ -72,6 +143,63 @@ class Parts:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _open(file: Path) -> dict[str, Any]:
+    """Small arrays of an npz file as they are; of large ones the place of their rows, and the shape and type of one.
+
+    Raises:
+        ValueError, OSError, zipfile.BadZipFile: it is damaged.
+    """
+    found: dict[str, Any] = {}
+    with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
+        if (wrong := archive.testzip()) is not None:
+            raise ValueError(f"{wrong} does not match its checksum")
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if not name.startswith(LARGE):
+                with archive.open(entry) as member:
+                    found[name] = np.lib.format.read_array(member)
+                continue
+            raw.seek(entry.header_offset + 26)
+            lengths = int.from_bytes(raw.read(2), "little") + int.from_bytes(raw.read(2), "little")
+            raw.seek(lengths, 1)
+            version = np.lib.format.read_magic(raw)
+            reads = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = reads(raw)
+            found[name] = (Span(file, raw.tell(), shape[0]), tuple(shape[1:]), dtype)
+    return found
+
+
 def settings_sha256(facts: Any) -> str:
     """16 hexadecimal digits of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def spilled(folder: Path, widths: Mapping[str, int]) -> Iterator[Spilled]:
+    """A place for features, (N, d) each, of pictures of which nobody knows how many will come."""
+    with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as place:
+        yield Spilled(Path(place), widths)
+
+
+class Spilled:
+    """Features in files that grow."""
+
+    def __init__(self, folder: Path, widths: Mapping[str, int]) -> None:
+        self._folder, self._widths = folder, dict(widths)
+        self._counts = dict.fromkeys(widths, 0)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{list(self._widths).index(name)}"
+
+    def add(self, name: str, features: np.ndarray) -> None:
+        """Appends (B, d)."""
+        with open(self._file(name), "ab") as file:
+            file.write(np.ascontiguousarray(features, dtype=np.float32).data)
+        self._counts[name] += len(features)
+
+    def rows(self) -> dict[str, StoredRows]:
+        """What has been added so far, float32."""
+        return {
+            name: StoredRows([Span(self._file(name), 0, self._counts[name])], (width,), np.dtype(np.float32))
+            for name, width in self._widths.items()
+        }

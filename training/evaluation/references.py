@@ -6,7 +6,7 @@ Shapes: M pictures of H x W pixels, d features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from data_pipeline.common.errors import DataError, about
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.safetensors import header
 from training.evaluation.extractors.base import Extractor
+from training.evaluation.metrics.rows import blocks
+from training.evaluation.parts import Span, StoredRows
 
 KEY = "evaluation.reference"
 RULE = "middle square of the picture decoded at full scale, one antialiased bicubic resize, 8 bits in memory"
 FULL_SCALE = 1e6
 """Decode margin at which no JPEG is decoded at a reduced scale."""
 SUFFIX = ".safetensors"
+FLOATS = "F32"
+"""As the format spells it."""
 
 
 @dataclass
@@ -114,7 +119,7 @@ class References:
 class ReferenceFile:
     """Features of reference pictures with the rule that they were made by, in one safetensors file."""
 
-    features: dict[str, np.ndarray]
+    features: Mapping[str, StoredRows]
     """Extractor -> float32 (M, d)."""
     captions: list[str]
     facts: dict[str, Any]
@@ -122,27 +127,42 @@ class ReferenceFile:
 
     def write(self, path: Path) -> None:
         """Readers see the old or the whole new file."""
-        from safetensors.numpy import save
-
         meta = {"captions": json.dumps(self.captions), "facts": json.dumps(self.facts)}
+        tensors = {name: (FLOATS, rows.shape, 4 * int(np.prod(rows.shape))) for name, rows in self.features.items()}
         with replacing(path, durable=False) as file:
-            file.write(save(self.features, meta))
+            file.write(header(tensors, meta))
+            for rows in self.features.values():
+                for _, block in blocks(rows):
+                    file.write(block.astype(np.float32).tobytes())
 
     @classmethod
     def read(cls, path: str) -> ReferenceFile:
-        """Opens what `write` wrote. Raises `DataError` for anything else."""
+        """Opens what `write` wrote; features are read when they are asked for. Raises `DataError` for anything else."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, "np") as file:
-                meta = file.metadata() or {}
-                features = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return cls(features, json.loads(meta["captions"]), json.loads(meta["facts"]))
+            with safe_open(path, "np") as opened:  # which checks that the file is whole
+                meta = opened.metadata() or {}
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(size))
+            features = {
+                name: StoredRows(
+                    [Span(Path(path), 8 + size + entry["data_offsets"][0], entry["shape"][0])],
+                    tuple(entry["shape"][1:]),
+                    np.dtype({FLOATS: np.float32}[entry["dtype"]]),
+                )
+                for name, entry in entries.items()
+                if name != "__metadata__"
+            }
+            return cls(features, json.loads(meta["captions"]), json.loads(meta["facts"]))
         except FileNotFoundError as error:
             raise DataError(
                 f"{KEY}={path}: no such file; make it once with: cascade evaluate action=reference"
             ) from error
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except KeyError as error:
+            raise DataError(f"{KEY}={path}: not reference statistics of this project (it has no {error})") from error
+        except (SafetensorError, ValueError, OSError) as error:
             raise DataError(f"{KEY}={path}: not reference statistics of this project ({error})") from error
 
     def check(self, size: int, extractors: Sequence[Extractor], path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,15 +64,14 @@ def sheet_of_shapes(
     captions: Sequence[str],
     readings: Sequence[Reading],
     scores: Scores,
-    references: Sequence[Image.Image] = (),
+    references: Mapping[int, Image.Image] | None = None,
 ) -> Image.Image:
-    """Samples, all stages side by side, and the true picture of the caption where there are `references`, one per
-    sample; wrong ones framed, with what was seen and which words failed. Where there are too many, wrong ones are
+    """Samples, all stages side by side, and the true picture of the caption where `references` (sample -> picture) has
+    it; wrong ones framed, with what was seen and which words failed. Where there are too many, wrong ones are
     shown before right ones."""
     wrong = [i for i, score in enumerate(scores) if not score["all"]]
-    shown = sorted([*wrong, *(i for i, score in enumerate(scores) if score["all"])][:SHEET_CELLS])
     cells = []
-    for i in shown:
+    for i in places_on_sheet(scores):
         failed = [field for field in FIELDS[:-1] if not scores[i].get(field, True)]
         note = f"seen: {readings[i]}; wrong: {', '.join(failed)}" if failed else "right"
         labels = [f"{picture.width} px" for picture in images[i]]
@@ -83,12 +82,20 @@ def sheet_of_shapes(
     return sheet(cells, columns=4, title=title)
 
 
+def places_on_sheet(scores: Scores) -> list[int]:
+    """The samples that `sheet_of_shapes` shows."""
+    return sorted(sorted(range(len(scores)), key=lambda i: scores[i]["all"])[:SHEET_CELLS])
+
+
 def sheet_of_pictures(
-    images: Sequence[Sequence[Image.Image]], captions: Sequence[str], references: Sequence[Image.Image] = ()
+    images: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    references: Mapping[int, Image.Image] | None = None,
 ) -> Image.Image:
-    """The first samples with their captions, beside the true pictures of these where there are `references`."""
-    drawn = list(zip(images, captions, strict=True))[:SHEET_CELLS]
-    cells = [_beside(all_[-1:], ["sample"], text, references, i) for i, (all_, text) in enumerate(drawn)]
+    """The first samples with their captions, beside the true pictures of these where `references` (sample -> picture)
+    has them."""
+    shown = range(min(SHEET_CELLS, len(captions)))
+    cells = [_beside(images[i][-1:], ["sample"], captions[i], references, i) for i in shown]
     return sheet(cells, columns=3 if references else 6)
 
 
@@ -96,14 +103,14 @@ def _beside(
     pictures: Sequence[Image.Image],
     labels: Sequence[str],
     caption: str,
-    references: Sequence[Image.Image],
+    references: Mapping[int, Image.Image] | None,
     place: int,
     **more: Any,
 ) -> Cell:
     """A cell, with the reference of sample `place` at the right."""
-    if place >= len(references):
+    if place not in (references or {}):
         return Cell(list(pictures), caption, list(labels) if len(pictures) > 1 else [], **more)
-    return Cell([*pictures, references[place]], caption, [*labels, "reference"], **more)
+    return Cell([*pictures, (references or {})[place]], caption, [*labels, "reference"], **more)
 
 
 def markdown(result: dict[str, Any]) -> str:

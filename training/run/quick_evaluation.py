@@ -131,7 +131,6 @@ class QuickEvaluation:
         found = {}
         for metric, group in figures.items():
             for name, figure in group.items():
-                low, high = figure.interval()
                 found[f"evaluation/{metric}/{name}"] = float(figure.value)
-                found[f"evaluation/{metric}/{name}/plus_minus"] = float(high - low) / 2
+                found[f"evaluation/{metric}/{name}/plus_minus"] = figure.plus_minus()
         return found

@@ -104,7 +104,9 @@ def test_a_failure_leaves_the_old_bundle_alone(runs: list[str], tmp_path: Path) 
 
 
 def test_stages_must_fit(runs: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="base starts from 0 px pictures but sr makes 32 px"):
+    with pytest.raises(
+        ConfigError, match="base draws from text alone, but sr comes before it; name the runs base first"
+    ):
         bundle.collect(runs[::-1])
     with pytest.raises(ConfigError, match="same name"):
         bundle.collect([runs[0], runs[0]])
@@ -166,7 +168,7 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
         ({**content, "stages": []}, "no stages"),
         ({**content, "stages": ["a"]}, "or changed"),
         ({**content, "stages": [{**base, "file": "../other/base.safetensors"}, sr]}, "is no file of this directory"),
-        ({**content, "stages": [sr, base]}, "starts from 0 px pictures but sr makes 32"),
+        ({**content, "stages": [sr, base]}, "base draws from text alone, but sr comes before it"),
         ({**content, "stages": [{**base, "unet": {**base["unet"], "head_dim": 7}}, sr]}, "head_dim=7"),
     ):
         (path / "bundle.json").write_text(json.dumps(changed))

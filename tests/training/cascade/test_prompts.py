@@ -54,8 +54,8 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prompts=.*absent\.txt: no such file"):
         read_prompts(str(tmp_path / "absent.txt"))
     file = tmp_path / "latin.txt"
-    file.write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="not UTF-8"):
+    file.write_bytes(b"a cat\r\ncaf\xe9")
+    with pytest.raises(DataError, match=r"latin\.txt: line 2 is not UTF-8 text \(byte 0xe9\); save the file as UTF-8"):
         read_prompts(str(file))
     file = tmp_path / "t.tsv"
     file.write_text("a\tb\n")
@@ -63,3 +63,34 @@ def test_mistakes(tmp_path: Path) -> None:
         read_prompts(str(file))
     with pytest.raises(ConfigError, match="negative_prompts="):
         read_prompts({"a": 1}, "negative_prompts")
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", f"a cat\n{LONG}\n", r"line 2 has 100,000 characters; a prompt may have up to 10,000"),
+        ("p.txt", "a cat\r\n\r\na\0dog", "line 3 holds a NUL character"),
+        ("p.tsv", f"Prompt\tCategory\na cat\tx\n{LONG}\tx\n", "line 3 has 100,000 characters"),
+        ("p.csv", f'prompt\n"{LONG}{LONG}"\n', r"line 2 cannot be read as a table \(field larger"),
+        ("p.csv", "prompt\na cat\na \0 dog\n", "line 3 holds a NUL|line 3 cannot be read as a table .*NUL"),
+        ("p.csv", "id,prompt\n1,a cat\n\n2\n", "line 4 has 1 of 2 columns and no prompt"),
+        ("p.jsonl", f'{{"prompt": "a"}}\n\n{{"prompt": "{LONG}"}}', "line 3 has 100,000 characters"),
+        ("p.jsonl", '{"prompt": "a\\u0000b"}', "line 1 holds a NUL character"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, name: str, content: str, said: str) -> None:
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(DataError, match=rf"prompts=.*{name}: {said}"):
+        read_prompts(str(file))
+
+
+def test_prompts_of_a_list_are_refused_by_number() -> None:
+    with pytest.raises(ConfigError, match="prompts: prompt 2 has 100,000 characters"):
+        read_prompts(["a cat", LONG])
+    with pytest.raises(ConfigError, match="prompts: prompt 1 holds a NUL character"):
+        read_prompts("a\0cat")
+    assert len(read_prompts(["y" * 10_000])[0]) == 10_000

@@ -19,13 +19,16 @@ from data_pipeline.content.resize import resize_square
 from data_pipeline.content.synthetic import caption, example, parse, render
 from data_pipeline.shards.writer import ShardWriter
 from tests.training.evaluation.extractors import tiny_weights
-from tests.training.tiny import tiny_cascade
+from tests.training.saved_runs import make_run
+from tests.training.tiny import stage_config, tiny_cascade
+from tests.training.wandb_files import read_wandb
 from training.cascade import Cascade
+from training.cascade import bundle as bundled
 from training.cascade.requests import number_drawings
 from training.commands import evaluate, measuring
 from training.commands.shapes import ShapesEvaluation
 from training.config.commands import EvaluateCommand
-from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
+from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig, Experiment, RunConfig
 from training.evaluation import compare
 from training.evaluation import evaluate as evaluate_bundle
 from training.evaluation.extractors.base import open_extractors
@@ -33,6 +36,7 @@ from training.evaluation.measure import flattened
 from training.evaluation.parts import Parts
 from training.evaluation.references import ReferenceFile, References
 from training.evaluation.shown import Shown
+from training.run.directory import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def evaluation(tmp_path: Path) -> ShapesEvaluation:
 
 
 def test_a_perfect_cascade_scores_as_it_should(evaluation: ShapesEvaluation) -> None:
-    real = evaluation._real()
+    real = next(evaluation.source.chunks(16, 16))
     noise = np.random.default_rng(0).integers(-2, 3, real.pictures.shape)
     evaluation.cascade.truth = np.clip(real.pictures + noise, 0, 255).astype(np.uint8)  # type: ignore[attr-defined]
     evaluation.draw()
@@ -141,7 +145,7 @@ def test_a_perfect_cascade_scores_as_it_should(evaluation: ShapesEvaluation) -> 
 
 
 def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: ShapesEvaluation) -> None:
-    real = evaluation._real()
+    real = evaluation._real(())[0]
     evaluation.cascade.truth = real.pictures  # type: ignore[attr-defined]
     four = real.pictures[:4]
     low = [Image.fromarray(box_average(p, 4)).resize((64, 64), Image.Resampling.BICUBIC) for p in four]
@@ -283,6 +287,24 @@ def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: 
         evaluate.main(
             command(bundle, tmp_path / "o", kind="pictures", reference=photographs(tmp_path / "b", 4, broken=3))
         )
+
+
+def test_references_of_which_none_can_be_used_are_refused_by_their_key(bundle: str, tmp_path: Path) -> None:
+    for name in ("broken", "page", "pictures"):
+        (tmp_path / name).mkdir()
+    photographs(tmp_path / "broken", 6, broken=6)
+    (tmp_path / "page" / "0.tar").write_bytes(b"<?xml version='1.0'?>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    cases = {
+        "broken": r"evaluation\.reference: .*0\.tar: sample .* and all 64 substitutes for it are bad",
+        "page": r"evaluation\.reference: .*0\.tar: this is not a tar archive",
+        "pictures": r"evaluation\.reference=.*holds for instance 'a\.png'; `cascade prepare` makes shards of pictures",
+    }
+    for name, said in cases.items():
+        settings: dict[str, Any] = {"kind": "pictures", "reference": str(tmp_path / name)}
+        for keys in ({}, {"action": "reference"}):
+            with pytest.raises(DataError, match=said):
+                evaluate.main(command(bundle, tmp_path / "out", keys=keys, **settings))
 
 
 def test_constant_grey_and_16_bit_references_have_finite_figures(bundle: str, tmp_path: Path) -> None:
@@ -503,3 +525,23 @@ def test_the_best_setting_of_a_sweep_goes_into_the_bundle(tmp_path: Path, capsys
     config.bundle.dir = str(other)
     with pytest.raises(ConfigError, match=r"its sr is \w+, the evaluation was of \w+; name the bundle that was"):
         evaluate.main(config)
+
+
+def test_the_curve_of_a_sweep_goes_to_the_wandb_run_of_the_last_stage(tmp_path: Path, capsys) -> None:
+    runs = [
+        make_run(tmp_path / "base", stage_config("base", 16)),
+        make_run(tmp_path / "sr", stage_config("sr", 32, 16), wandb="offline"),
+    ]
+    bundled.write(str(tmp_path / "bundle"), bundled.collect(runs))
+    heldout = photographs(tmp_path / "heldout", 8)
+    keys: dict[str, Any] = {"kind": "pictures", "reference": heldout, "samples": 8}
+    paths = [str(tmp_path / str(guidance)) for guidance in (1, 6)]
+    for path, guidance in zip(paths, (1, 6), strict=True):
+        evaluate.main(command(str(tmp_path / "bundle"), Path(path), keys={"guidance": guidance, "steps": 2}, **keys))
+    evaluate.main(command("unused", tmp_path / "out", keys={"action": "pareto", "results": paths}))
+    assert f"{tmp_path / 'sr'}: W&B has the curve as `pareto`" in capsys.readouterr().out
+    run = RunDir(Experiment(run=RunConfig(dir=runs[1])))
+    (logged,) = [values["pareto.path"] for _, values in read_wandb(run) if "pareto.path" in values]
+    (file,) = Path(runs[1]).glob(f"wandb/offline-run-*/files/{logged}")
+    assert file.read_bytes() == (tmp_path / "out" / "pareto.png").read_bytes()
+    assert not list(Path(runs[0]).glob("wandb/*"))

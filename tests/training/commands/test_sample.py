@@ -39,7 +39,7 @@ def test_one_png_per_prompt_with_everything_in_its_metadata(bundle: str, tmp_pat
     result = sample.main(command(bundle, tmp_path, seed=4, guidance=[3, 1], negative_prompts="blurry"))
     names = [image["file"] for image in result["images"]]
     assert names == ["00000-a_red_circle.png", "00001-蓝天_白云.png"]
-    assert result["drawn"] == 2 and result["kept"] == 0 and result["grid"] == str(tmp_path / "grid.png")
+    assert result["drawn"] == 2 and result["kept"] == 0 and result["grid"] == str(tmp_path / "sheet" / "grid.png")
     assert result["images"][0]["seed"] == picture_seed(4, "a red circle", 0)
     json.dumps(result)
     for name, prompt in zip(names, PROMPTS, strict=True):
@@ -59,7 +59,7 @@ def test_one_png_per_prompt_with_everything_in_its_metadata(bundle: str, tmp_pat
 
 def test_the_grid_shows_base_beside_final(bundle: str, tmp_path: Path) -> None:
     sample.main(command(bundle, tmp_path, sampling=SamplingConfig(columns=1)))
-    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    grid = np.asarray(Image.open(tmp_path / "sheet" / "grid.png").convert("RGB"))
     base = np.asarray(Image.open(tmp_path / "base" / "00000-a_red_circle.png"))
     final = np.asarray(Image.open(tmp_path / "00000-a_red_circle.png"))
     shown = [np.kron(picture, np.ones((192 // len(picture),) * 2 + (1,), np.uint8)) for picture in (base, final)]
@@ -217,10 +217,11 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
 def test_pictures_of_other_prompts_are_set_aside(bundle: str, tmp_path: Path, capsys) -> None:
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a cat"]))
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")  # not drawn by this command: left alone
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")  # as an earlier version left it
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a dog"]))
     assert "1 pictures of other prompts are moved" in capsys.readouterr().out
     found = {file.name for file in tmp_path.glob("*.png")}
-    assert found == {"00000-a_red_circle.png", "00001-a_dog.png", "mine.png", "grid.png"}
+    assert found == {"00000-a_red_circle.png", "00001-a_dog.png", "mine.png"}
     assert {str(file.relative_to(tmp_path / "earlier")) for file in (tmp_path / "earlier").rglob("*.png")} == {
         "00001-a_cat.png",
         "base/00001-a_cat.png",

@@ -181,3 +181,23 @@ def test_a_run_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatch) -> N
         evaluate.main(command(tmp_path / "base", wait_s=0.1))
     with pytest.raises(ConfigError, match="watch=true: it belongs to action=evaluate"):
         command(tmp_path, action="compare", results=["a", "b"])
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("online", ["sleep", "log"]), ("offline", ["log", "sleep"])])
+def test_online_figures_wait_for_the_end_of_the_training(
+    tmp_path: Path, monkeypatch, mode: str, expected: list[str]
+) -> None:
+    """Two processes that write to one W&B run at the same time would replace each other's rows."""
+    make_run(tmp_path / "base", stage_config("base", 32), steps=(5,), wandb=mode)
+    events: list[str] = []
+    sleep = watch.time.sleep
+
+    def note(seconds: float) -> None:
+        events.append("sleep")
+        sleep(seconds)
+
+    monkeypatch.setattr(watch.time, "sleep", note)
+    monkeypatch.setattr(watch, "log_checkpoints", lambda *_: events.append("log") or True)
+    with pytest.raises(DataError, match="no new checkpoint for"):
+        evaluate.main(command(tmp_path / "base", wait_s=0.1))
+    assert list(dict.fromkeys(events)) == expected and events.count("log") == 1

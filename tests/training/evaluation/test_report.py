@@ -51,7 +51,7 @@ def test_the_sheet_shows_the_wrong_ones_it_speaks_of() -> None:
 
     reading, scores = read_drawing(render(SPECS[0], 64)), [{"all": True}] * 60 + [{"colour": False, "all": False}] * 3
     images = [[Image.new("RGB", (16, 16), "white")]] * 63
-    references = [Image.new("RGB", (16, 16), (0, 0, 200 + (i >= 60))) for i in range(63)]
+    references = {i: Image.new("RGB", (16, 16), (0, 0, 200 + (i >= 60))) for i in range(63)}
     shown = np.asarray(sheet_of_shapes(images, ["x"] * 63, [reading] * 63, scores, references)).reshape(-1, 3)
     true = [int((shown == (0, 0, blue)).all(axis=-1).sum()) for blue in (200, 201)]
     assert true[0] > 44 * 180**2 and true[1] > 2.5 * 180**2, "the last three are there"

@@ -17,6 +17,8 @@ from training.evaluation.metrics import features
 
 INDEX = "model.safetensors.index.json"
 """Names the files of weights that are too large for one."""
+PROBE = 64
+"""Side of the grey picture that every network sees before others do."""
 NO_RULE = "none: computed from the pictures at their own size"
 
 
@@ -87,6 +89,13 @@ def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu")
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"evaluation.extractors.{name}.path={config.path}: not {config.kind} ({reason})") from error
+        try:
+            found[-1].pictures(np.full((1, PROBE, PROBE, 3), 128, np.uint8))
+        except DataError as error:
+            raise DataError(
+                f"evaluation.extractors.{name}.path={config.path}: its features of a grey picture are not finite; "
+                "these weights are damaged: fetch them again, and state the new sha256"
+            ) from error
     return found
 
 

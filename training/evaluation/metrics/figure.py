@@ -41,6 +41,8 @@ class Figure:
     carry. Between equal distributions it is all there is."""
     is_share: bool = False
     """A share of pictures, 0 to 1: its interval is Wilson's, which is right at 0 and 1 too."""
+    least: float = -math.inf
+    """What the value cannot be below, nor its interval."""
 
     @classmethod
     def mean(cls, values: np.ndarray, of: str = "samples", is_share: bool = False) -> Figure:
@@ -72,10 +74,15 @@ class Figure:
         """The 95 % confidence interval."""
         error = self.standard_error(prompts)
         if not self.is_share:
-            return self.value - Z * error, self.value + Z * error
+            return max(self.least, self.value - Z * error), self.value + Z * error
         spread = self.value * (1 - self.value)
         clusters = self.n if prompts is None or not len(self.samples) else len(np.unique(prompts))
         return wilson(self.value, spread / error**2 if error else clusters)
+
+    def plus_minus(self) -> float:
+        """Half the width of the 95 % interval, before `least` cuts it."""
+        low, high = replace(self, least=-math.inf).interval()
+        return (high - low) / 2
 
     def as_dict(self, prompts: np.ndarray | None = None) -> dict[str, Any]:
         """What stands in result.json: value, interval, n, and `detectable`: the smallest difference between two

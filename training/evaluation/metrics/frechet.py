@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, from mergeable float64 moments; no model and no pictures here.
 
-Shapes: N samples, d features.
+Shapes: N samples, d features; arrays or `Rows`, of which a block at a time is in memory.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.evaluation.metrics.figure import Figure
+from training.evaluation.metrics.rows import Rows, blocks
 
 SMALLEST = -1e-3
 """Rounding may take a distance of zero this far below it, relative to the traces; anything lower is an error."""
 SINGULAR = 1e-10
 """Eigenvalues below this share of the largest are rounding."""
-BLOCK = 1024
-"""Rows whose influences are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,14 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
-        """Of features (N, d), N >= 1, any dtype."""
-        x = np.asarray(features, dtype=np.float64)
-        mean = x.mean(axis=0)
-        centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+    def of(cls, features: Rows) -> Moments:
+        """Of features (N, d), N >= 1, any dtype. Raises `ValueError` where they are not finite."""
+        mean = sum(block.sum(axis=0) for _, block in blocks(features)) / len(features)
+        scatter = np.zeros((features.shape[1], features.shape[1]))
+        for _, block in blocks(features):
+            centred = block - mean
+            scatter += centred.T @ centred
+        return cls(len(features), np.asarray(mean), scatter)
 
     def merged(self, other: Moments) -> Moments:
         """Of the two sets together (Chan et al. 1979)."""
@@ -70,7 +71,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return _distance(a, b, np.linalg.eigvalsh(factor.T @ second @ factor))
 
 
-def frechet_figure(samples: np.ndarray, reference: np.ndarray) -> Figure:
+def frechet_figure(samples: Rows, reference: Rows) -> Figure:
     """The distance of two sets of features, (N, d) and (M, d), with its uncertainty.
 
     A picture x changes it by 2 (m_a - m_b)(x - m_a) + (x - m_a)^T (1 - T)(x - m_a), less the mean of that, where T is
@@ -97,16 +98,16 @@ def frechet_figure(samples: np.ndarray, reference: np.ndarray) -> Figure:
         _distance(a, b, cross),
         _influences(samples, a, shift, there),
         _influences(reference, b, -shift, again),
+        least=0.0,
     )
 
 
-def _influences(features: np.ndarray, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
-    """(N,), of mean 0, a block of rows at a time."""
-    found = []
-    for at in range(0, len(features), BLOCK):
-        x = np.asarray(features[at : at + BLOCK], dtype=np.float64) - moments.mean
-        found.append(2 * (x @ shift) + np.square(x).sum(axis=1) - ((x @ carried) * x).sum(axis=1))
-    values = np.concatenate(found)
+def _influences(features: Rows, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
+    """(N,), of mean 0."""
+    values = np.zeros(len(features))
+    for where, block in blocks(features):
+        x = block - moments.mean
+        values[where] = 2 * (x @ shift) + np.square(x).sum(axis=1) - ((x @ carried) * x).sum(axis=1)
     return np.asarray(values - values.mean())
 
 

@@ -1,15 +1,17 @@
 """Fidelity and variety apart, by nearest neighbours; and the training pictures nearest to a sample.
 
-Shapes: N samples, M reference pictures, d features. Distances are made block by block, never whole.
+Shapes: N samples, M reference pictures, d features; arrays or `Rows`. Distances are made tile by tile, never whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from training.evaluation.metrics.figure import Figure
+from training.evaluation.metrics.rows import Rows, blocks
 
 NEIGHBOURS = 3
 """Of precision and recall, as published."""
@@ -17,62 +19,69 @@ DENSITY_NEIGHBOURS = 5
 """Of density and coverage, as published."""
 RARE, COPY = 0.01, 0.5
 """See `closeness`."""
-BLOCK = 1024
 
 
-def precision_recall(samples: np.ndarray, reference: np.ndarray, k: int = NEIGHBOURS) -> dict[str, Figure]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): the share of samples inside a ball around any reference
-    picture that reaches to its k-th neighbour, and the share of reference pictures inside such a ball of a sample.
-    The intervals take the balls as given.
+def fidelity_and_variety(
+    samples: Rows, reference: Rows, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
+) -> dict[str, Figure]:
+    """Four figures of all pictures, from three walks over the distances. The intervals take the balls as given.
 
-    Raises:
-        ValueError: k or fewer pictures on either side.
-    """
-    inside_reference = _balls(samples, reference, k) > 0
-    inside_samples = _balls(reference, samples, k) > 0
-    return {
-        "precision": Figure.mean(inside_reference, is_share=True),
-        "recall": Figure.mean(inside_samples, of="reference", is_share=True),
-    }
-
-
-def density_coverage(samples: np.ndarray, reference: np.ndarray, k: int = DENSITY_NEIGHBOURS) -> dict[str, Figure]:
-    """Density and coverage (Naeem et al. 2020): reference balls that a sample lies in, by k, which an outlier of the
-    reference moves little; and the share of reference balls that hold a sample.
+    `precision`, `recall` (Kynkaanniemi et al. 2019): the share of samples inside a ball around any reference picture
+    that reaches to its k-th neighbour, and the share of reference pictures inside such a ball of a sample. `density`,
+    `coverage` (Naeem et al. 2020), with balls to the `density_k`-th neighbour: reference balls that a sample lies in,
+    by `density_k`, which an outlier of the reference moves little; and the share of reference balls that hold a sample.
 
     Raises:
-        ValueError: k or fewer reference pictures.
+        ValueError: k or fewer samples, `density_k` or fewer reference pictures, or features that are not finite.
     """
-    radii = kth_distances(reference, k)
-    covered = np.array([nearest for block in _distances(reference, samples) for nearest in block.min(axis=1)]) <= radii
+    around_reference = kth_distances(reference, k, density_k)
+    around_samples = kth_distances(samples, k)[:, 0]
+    precise, density = np.zeros(len(samples), bool), np.zeros(len(samples))
+    recalled, nearest_sample = np.zeros(len(reference), bool), np.full(len(reference), np.inf)
+    for rows, columns, distances in _tiles(samples, reference):
+        precise[rows] |= (distances <= around_reference[columns, 0]).any(axis=1)
+        recalled[columns] |= (distances <= around_samples[rows, None]).any(axis=0)
+        density[rows] += (distances <= around_reference[columns, 1]).sum(axis=1)
+        nearest_sample[columns] = np.minimum(nearest_sample[columns], distances.min(axis=0))
+    covered = nearest_sample <= around_reference[:, 1]
     return {
-        "density": Figure.mean(_balls(samples, reference, k) / k),
+        "precision": Figure.mean(precise, is_share=True),
+        "recall": Figure.mean(recalled, of="reference", is_share=True),
+        "density": replace(Figure.mean(density / density_k), least=0.0),
         "coverage": Figure.mean(covered, of="reference", is_share=True),
     }
 
 
-def kth_distances(features: np.ndarray, k: int) -> np.ndarray:
-    """(N,): distance of each row to its k-th nearest other row.
+def kth_distances(features: Rows, *ks: int) -> np.ndarray:
+    """(N, len(ks)): distance of each row to its k-th nearest other row.
 
     Raises:
         ValueError: there is no such neighbour.
     """
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} pictures: the {k}. neighbour needs at least {k + 1}")
-    return np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _distances(features, features)])
+    most = max(ks)
+    if len(features) <= most:
+        raise ValueError(f"{len(features)} pictures: the {most}. neighbour needs at least {most + 1}")
+    least = np.full((len(features), most + 1), np.inf)  # of each row, itself among them
+    for rows, _, distances in _tiles(features, features):
+        both = np.concatenate([least[rows], distances], axis=1)
+        least[rows] = np.partition(both, most, axis=1)[:, : most + 1]
+    return np.sort(least, axis=1)[:, list(ks)]
 
 
-def nearest(queries: np.ndarray, features: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: Rows, features: Rows, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(Q, k) places of the nearest rows of (M, d) features, nearest first, and their distances."""
-    places, distances = [], []
-    for block in _distances(queries, features):
-        order = np.argsort(block, axis=1, kind="stable")[:, :k]
-        places.append(order)
-        distances.append(np.take_along_axis(block, order, axis=1))
-    return np.concatenate(places), np.concatenate(distances)
+    k = min(k, len(features))
+    places = np.zeros((len(queries), k), dtype=np.int64)
+    least = np.full((len(queries), k), np.inf)
+    for rows, columns, distances in _tiles(queries, features):
+        here = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
+        both, at = np.concatenate([least[rows], distances], axis=1), np.concatenate([places[rows], here], axis=1)
+        order = np.argsort(both, axis=1, kind="stable")[:, :k]
+        least[rows], places[rows] = np.take_along_axis(both, order, axis=1), np.take_along_axis(at, order, axis=1)
+    return places, least
 
 
-def closeness(samples: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def closeness(samples: Rows, training: Rows) -> tuple[np.ndarray, np.ndarray]:
     """How near each sample is to a training picture, and which one that is.
 
     Returns:
@@ -88,21 +97,13 @@ def closeness(samples: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np
     return distances[:, 0] / unit, places[:, 0]
 
 
-def _balls(points: np.ndarray, centres: np.ndarray, k: int) -> np.ndarray:
-    """(N,): in how many of the centres' balls each point lies."""
-    radii = kth_distances(centres, k)
-    return np.concatenate([(block <= radii).sum(axis=1) for block in _distances(points, centres)])
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
-    """Euclidean distances of rows, a block of rows of `a` at a time. A row's distance to itself is exactly 0."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("the features are not finite")
-    squares = np.square(y).sum(axis=1)
-    for start in range(0, len(x), BLOCK):
-        rows = x[start : start + BLOCK]
-        found = np.square(rows).sum(axis=1)[:, None] + squares - 2 * (rows @ y.T)
-        if a is b:
-            np.fill_diagonal(found[:, start:], 0.0)
-        yield np.sqrt(np.maximum(found, 0))
+def _tiles(a: Rows, b: Rows) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """(rows of a, rows of b, Euclidean distances between them) until all pairs have come, the rows of `a` in order. A
+    row's distance to itself is exactly 0."""
+    for rows, x in blocks(a):
+        for columns, y in blocks(b):
+            squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * (x @ y.T)
+            if a is b and rows == columns:
+                np.fill_diagonal(squares, 0.0)
+            np.maximum(squares, 0, out=squares)
+            yield rows, columns, np.sqrt(squares, out=squares)

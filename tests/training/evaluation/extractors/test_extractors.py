@@ -118,3 +118,14 @@ def test_without_weights_two_feature_spaces_always_stand() -> None:
     assert [e.name for e in found] == ["colour_grid_4x4", "random_filters_64"]
     assert [e.pictures(PICTURES).shape[1] for e in found] == [e.width for e in found]
     assert sum(p.numel() for p in Inception().parameters()) == 21_785_568
+
+
+def test_weights_that_are_not_finite_are_refused_before_pictures_are_drawn(inception, folder: Path) -> None:
+    state = torch.load(inception.path)
+    state["Conv2d_1a_3x3.conv.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, folder / "nan.pth")
+    damaged = tiny_weights.stated("inception", folder / "nan.pth")
+    with pytest.raises(
+        DataError, match=r"extractors\.mine\.path=.*nan\.pth: its features of a grey picture are not finite"
+    ):
+        open_extractors({"mine": damaged})

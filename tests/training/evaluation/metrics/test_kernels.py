@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from training.evaluation.metrics import kernels
+from training.evaluation.metrics import rows
+from training.evaluation.metrics.frechet import frechet_figure
 from training.evaluation.metrics.kernels import cmmd, cubic, discrepancy, gaussian, kid
 
 
@@ -18,7 +20,7 @@ def clouds(n: int, m: int, seed: int = 0, shift: float = 0.3) -> tuple[np.ndarra
 
 
 def test_kid_is_the_double_loop_over_distinct_pairs(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK", 7)
+    monkeypatch.setattr(rows, "BLOCK", 7)
     x, y = clouds(20, 15)
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,3 +66,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         discrepancy(x * np.nan, y, gaussian(1.0))
     assert kid(x, x).value < 0 and cubic(x, y).shape == (5, 5)
+
+
+def test_intervals_of_what_cannot_be_negative_begin_at_0() -> None:
+    x, y = clouds(20, 20)
+    assert [figure.least for figure in (kid(x, y), cmmd(x, y), frechet_figure(x, y))] == [-math.inf, 0, 0]
+    wide = replace(cmmd(x, y), value=0.001)
+    low, high = wide.interval()
+    assert low == 0 and wide.plus_minus() == pytest.approx(high - wide.value) and wide.minus(wide).interval() == (0, 0)

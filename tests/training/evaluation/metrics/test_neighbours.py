@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.evaluation.metrics import neighbours
-from training.evaluation.metrics.neighbours import COPY, closeness, density_coverage, nearest, precision_recall
+from training.evaluation.metrics import rows
+from training.evaluation.metrics.neighbours import COPY, closeness, fidelity_and_variety, nearest
 
 
 def cloud(count: int, seed: int, width: int = 3, shift: float = 0.0) -> np.ndarray:
@@ -16,25 +16,25 @@ def cloud(count: int, seed: int, width: int = 3, shift: float = 0.0) -> np.ndarr
 def test_disjoint_clouds_score_0_and_equal_ones_1() -> None:
     a = cloud(50, 0)
     for other, expected in ((cloud(50, 1, shift=100), 0.0), (a.copy(), 1.0)):
-        found = precision_recall(a, other) | density_coverage(a, other)
+        found = fidelity_and_variety(a, other)
         assert [found[name].value for name in ("precision", "recall", "coverage")] == [expected] * 3
         assert found["density"].value == pytest.approx(expected, abs=0.3)
 
 
 def test_samples_of_one_mode_are_precise_but_recall_half() -> None:
     reference = np.concatenate([cloud(200, 0), cloud(200, 1, shift=50)])
-    found = precision_recall(cloud(200, 2), reference)
+    found = fidelity_and_variety(cloud(200, 2), reference)
     assert found["precision"].value > 0.9 and found["recall"].value < 0.51
     assert found["recall"].n == 400 and found["precision"].interval()[1] <= 1
 
 
 def test_against_double_loops(monkeypatch) -> None:
-    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(rows, "BLOCK", 7)
     x, y = cloud(30, 0), cloud(25, 1, shift=0.5)
     between = np.linalg.norm(x[:, None] - y[None], axis=-1)
     radius_x = np.sort(np.linalg.norm(x[:, None] - x[None], axis=-1), axis=1)
     radius_y = np.sort(np.linalg.norm(y[:, None] - y[None], axis=-1), axis=1)
-    found = precision_recall(x, y, 3) | density_coverage(x, y, 5)
+    found = fidelity_and_variety(x, y, 3, 5)
     assert found["precision"].value == np.mean((between <= radius_y[:, 3]).any(axis=1))
     assert found["recall"].value == np.mean((radius_x[:, 3] >= between.T).any(axis=1))
     assert found["density"].value == pytest.approx(np.mean((between <= radius_y[:, 5]).sum(axis=1) / 5))
@@ -55,7 +55,7 @@ def test_a_planted_copy_is_found_and_its_absence_not_reported() -> None:
 
 
 def test_too_few_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 pictures: the 3\. neighbour needs at least 4"):
-        precision_recall(cloud(9, 0), cloud(3, 1))
+    with pytest.raises(ValueError, match=r"3 pictures: the 5\. neighbour needs at least 6"):
+        fidelity_and_variety(cloud(9, 0), cloud(3, 1))
     with pytest.raises(ValueError, match="not finite"):
         nearest(cloud(3, 0) * np.nan, cloud(3, 0))
