@@ -42,7 +42,7 @@ def bisect(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         steps = [step for step in steps if config.steps_between[0] <= step <= config.steps_between[1]]
     if len(steps) < 2:
         raise DataError(
-            f"{config.run.dir}: {len(steps)} checkpoint; a search needs at least two (checkpoint.keep_every)"
+            f"{config.run.dir}: {len(steps) or 'no'} checkpoint there; a search needs two (checkpoint.keep_every)"
         )
     figure, evaluated = config.figure, []
 

@@ -119,7 +119,9 @@ class Evaluation:
         shards = self.settings.training
         if not shards:
             return None
-        return References(shards, self.config.data, self.size, self.config.seed, key=copies.KEY)
+        found = References(shards, self.config.data, self.size, self.config.seed, key=copies.KEY)
+        found.check()  # they are read when all has been drawn
+        return found
 
     @property
     def _output(self) -> Path:

@@ -83,7 +83,7 @@ def read_result(path: str) -> Evaluated:
             }
             return Evaluated(path, result, figures, stored["prompts"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"results: {file.parent / INFLUENCES}: missing or damaged; evaluate again ({error})") from error
+        raise DataError(f"results: {file.parent / INFLUENCES}: missing or damaged; evaluate again") from error
 
 
 def field_of(result: Mapping[str, Any], name: str) -> Any:

@@ -106,13 +106,17 @@ class References:
                     given, pictures, captions = given + size, [], []
         finally:
             loader.close()
-        if captions:
-            yield Real(np.stack(pictures), captions)
         if given + len(captions) < 2:
             raise DataError(
                 f"{self.key}={self.data.shards}: {self.broken} of {self.count} pictures cannot be read, which leaves "
                 "fewer than 2; look at them with `cascade verify`"
             )
+        if captions:
+            yield Real(np.stack(pictures), captions)
+
+    def check(self) -> None:
+        """Reads two pictures. Raises `DataError` as `chunks`."""
+        next(self.chunks(2, 2))
 
 
 @dataclass

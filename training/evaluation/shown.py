@@ -53,9 +53,11 @@ def choose_places(categories: Sequence[str], count: int) -> list[int]:
     Args:
         categories: of all prompts; empty where they have none.
     """
+    if not categories:
+        return list(range(min(count, CELLS)))
     places: dict[str, list[int]] = {}
-    for place in range(count):
-        places.setdefault(categories[place] if categories else "", []).append(place)
+    for place in range(min(count, len(categories))):
+        places.setdefault(categories[place], []).append(place)
     each = max(1, CELLS // max(1, len(places)))
     return sorted(place for group in places.values() for place in group[:each])[:CELLS]
 

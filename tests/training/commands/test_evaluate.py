@@ -305,6 +305,11 @@ def test_references_of_which_none_can_be_used_are_refused_by_their_key(bundle: s
         for keys in ({}, {"action": "reference"}):
             with pytest.raises(DataError, match=said):
                 evaluate.main(command(bundle, tmp_path / "out", keys=keys, **settings))
+    good = photographs(tmp_path, 4)
+    settings = {"kind": "pictures", "reference": good, "training": str(tmp_path / "broken")}
+    with pytest.raises(DataError, match=r"evaluation\.training: .* all 64 substitutes"):
+        evaluate.main(command(bundle, tmp_path / "out", **settings))
+    assert not list((tmp_path / "out").rglob("*.npz")), "nothing has been drawn"
 
 
 def test_constant_grey_and_16_bit_references_have_finite_figures(bundle: str, tmp_path: Path) -> None:

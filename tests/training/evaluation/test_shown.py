@@ -39,3 +39,8 @@ def test_checkpoints_stand_side_by_side(tmp_path: Path) -> None:
     assert "Category" not in series_html("RUN", series, {})
     (tmp_path / "shown.npz").write_bytes(b"damaged")
     assert Shown.read(tmp_path) is None and Shown.read(tmp_path / "nowhere") is None
+
+
+def test_places_are_chosen_at_once_however_many_are_asked_for() -> None:
+    assert choose_places([], 1 << 60) == list(range(48)) and choose_places([], 3) == [0, 1, 2]
+    assert choose_places(["a", "b", "a"], 1 << 60) == [0, 1, 2]

@@ -130,4 +130,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     """95 % interval of a share of `count` independent trials (Wilson 1927)."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (
+        0.0 if share <= 0 else centre - half,
+        1.0 if share >= 1 else centre + half,
+    )  # as the formula, but for rounding
