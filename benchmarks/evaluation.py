@@ -6,12 +6,13 @@ python -m benchmarks.evaluation whole PACKAGES [count=128] [size=256]  a whole F
 python -m benchmarks.evaluation share BUNDLE SHARDS [samples=256] [inception=1]   time of an evaluation by what takes it
 
 `whole`: PACKAGES is where `pip install --no-deps --target PACKAGES torch-fidelity==0.4.0` put it. It needs torchvision,
-which cannot be imported beside the CPU build of torch; the one function of it that a FID calls stands in here.
+which cannot be imported beside the CPU build of torch; the two functions of it that a FID calls stand in here.
 Inception has random weights: the values are equal only if pictures, resize and network are.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -170,6 +171,9 @@ def torch_fidelity(packages: str) -> Callable[..., dict[str, float]]:
             setattr(sys.modules[parent], child, sys.modules[name])
     for name in ("CIFAR10", "STL10", "CIFAR100"):
         setattr(sys.modules["torchvision.datasets"], name, object)
+    sys.modules["torchvision.transforms"].Compose = (  # type: ignore[attr-defined]
+        lambda steps: lambda image: functools.reduce(lambda found, step: step(found), steps, image)
+    )
     sys.modules["torchvision.transforms.functional"].pil_to_tensor = (  # type: ignore[attr-defined]
         lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     )

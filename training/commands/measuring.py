@@ -23,7 +23,7 @@ from training.evaluation import comparison, copies, measure, page, report, shown
 from training.evaluation.extractors.answers import Answerer
 from training.evaluation.extractors.base import Extractor
 from training.evaluation.metrics.figure import Figure
-from training.evaluation.metrics.rows import Rows
+from training.evaluation.metrics.rows import FeatureRows
 from training.evaluation.parts import Parts, settings_sha256
 from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, References
 from training.pictures import sheets
@@ -320,7 +320,7 @@ class Evaluation:
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
         kept: dict[str, Figure],
-        reference: Mapping[str, Rows],
+        reference: Mapping[str, FeatureRows],
     ) -> dict[str, Any]:
         """What only this kind of evaluation adds to the result; writes samples.png, and adds its figures to `kept`."""
         pictures, at = self._of_chosen(arrays)
@@ -353,7 +353,7 @@ class Evaluation:
             score=np.full(len(at), np.nan) if scores is None else scores[at],
         ).write(self._output)
 
-    def _find_copies(self, samples: Mapping[str, Rows], shown_at: np.ndarray) -> copies.Copies | None:
+    def _find_copies(self, samples: Mapping[str, FeatureRows], shown_at: np.ndarray) -> copies.Copies | None:
         """Nearest training pictures; None without `evaluation.training`."""
         if self.training is None:
             return None
@@ -372,7 +372,7 @@ class Evaluation:
         self,
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
-        samples: Mapping[str, Rows],
+        samples: Mapping[str, FeatureRows],
         found: copies.Copies | None,
     ) -> list[page.Section]:
         """The pictures of the page: samples by category, best and worst by score, and each beside its nearest training
@@ -395,7 +395,7 @@ class Evaluation:
         originals = arrays.get("original", ())
         return [*sections, page.nearest_section(final, texts, samples[name][at], known, originals, name)]
 
-    def _reference_features(self, arrays: Mapping[str, Any]) -> dict[str, Rows]:
+    def _reference_features(self, arrays: Mapping[str, Any]) -> dict[str, FeatureRows]:
         if self.file is not None:
             most = self.settings.reference_samples or len(self.file.captions)
             return {e.name: self.file.features[e.name].first(most) for e in self.extractors}

@@ -17,7 +17,7 @@ from training.evaluation import oracle, report
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
 from training.evaluation.metrics.psnr import psnr
-from training.evaluation.metrics.rows import Rows
+from training.evaluation.metrics.rows import FeatureRows
 from training.evaluation.references import SUFFIX, Real
 from training.pictures import sheets
 
@@ -84,7 +84,7 @@ class ShapesEvaluation(Evaluation):
         arrays: Mapping[str, np.ndarray],
         captions: Sequence[str],
         kept: dict[str, Figure],
-        reference: Mapping[str, Rows],
+        reference: Mapping[str, FeatureRows],
     ) -> dict[str, Any]:
         """What the oracle reads, PSNR, and the distances of real drawings of the same captions (`floors`)."""
         shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
@@ -134,7 +134,7 @@ class ShapesEvaluation(Evaluation):
         none = np.zeros((0, self.size, self.size, 3), np.uint8)
         return Real(np.stack(first) if first else none, captions), scores, pictures
 
-    def _floors(self, specs: Sequence[ShapeSpec], reference: Mapping[str, Rows]) -> dict[str, float]:
+    def _floors(self, specs: Sequence[ShapeSpec], reference: Mapping[str, FeatureRows]) -> dict[str, float]:
         """Per feature space the distance of the same captions drawn again: what a perfect cascade would score."""
         found: dict[str, Moments] = {}
         for at in range(0, len(specs), PART):

@@ -16,7 +16,7 @@ from data_pipeline.common.progress import progress
 from training.evaluation.extractors.base import Extractor
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.neighbours import COPY, closeness
-from training.evaluation.metrics.rows import Rows
+from training.evaluation.metrics.rows import FeatureRows
 from training.evaluation.parts import spilled
 from training.evaluation.references import References
 
@@ -43,7 +43,7 @@ class Copies:
 
 
 def find_copies(
-    samples: Rows, shown: list[int], extractor: Extractor, training: References, most: int, folder: Path
+    samples: FeatureRows, shown: list[int], extractor: Extractor, training: References, most: int, folder: Path
 ) -> Copies:
     """Searches up to `most` training pictures. Their features go to a file, their pixels are not kept: the few that are
     shown are read once more.

@@ -1,6 +1,6 @@
 """From features to figures: which metrics are computed in which feature space.
 
-Shapes: N samples, M reference pictures, d features; features are arrays or `Rows`.
+Shapes: N samples, M reference pictures, d features; features are arrays or `FeatureRows`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import frechet_figure
 from training.evaluation.metrics.kernels import cmmd, kid
 from training.evaluation.metrics.neighbours import DENSITY_NEIGHBOURS, fidelity_and_variety
-from training.evaluation.metrics.rows import Rows, blocks
+from training.evaluation.metrics.rows import FeatureRows, blocks
 
 LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "dino_mmd", "copies")
 LEAST_FRECHET = 10_000
@@ -26,7 +26,7 @@ Figures = dict[str, dict[str, Figure]]
 
 
 def against_reference(
-    samples: Mapping[str, Rows], reference: Mapping[str, Rows], clip: str = "", dino: str = ""
+    samples: Mapping[str, FeatureRows], reference: Mapping[str, FeatureRows], clip: str = "", dino: str = ""
 ) -> Figures:
     """Every distance and share, in every feature space.
 
@@ -50,7 +50,9 @@ def against_reference(
     return figures
 
 
-def of_samples(samples: Mapping[str, Rows], prompts: np.ndarray, texts: Rows | None = None, clip: str = "") -> Figures:
+def of_samples(
+    samples: Mapping[str, FeatureRows], prompts: np.ndarray, texts: FeatureRows | None = None, clip: str = ""
+) -> Figures:
     """What needs no reference: how well pictures fit their captions, and how much those of one prompt differ.
 
     Args:
@@ -102,7 +104,7 @@ def mean_where(values: np.ndarray, chosen: np.ndarray) -> Figure:
     return Figure(mean, (sums - mean * counts) * len(values) / counts.sum())
 
 
-def cosines(pictures: Rows, texts: Rows) -> np.ndarray:
+def cosines(pictures: FeatureRows, texts: FeatureRows) -> np.ndarray:
     """(N,): cosine of each picture's embedding with its caption's, -1 to 1 (Hessel et al. 2021, without the factor)."""
     found = np.zeros(len(pictures))
     for (where, x), (_, y) in zip(blocks(pictures), blocks(texts), strict=True):
@@ -111,7 +113,7 @@ def cosines(pictures: Rows, texts: Rows) -> np.ndarray:
     return found
 
 
-def diversity_figure(features: Rows, prompts: np.ndarray) -> Figure:
+def diversity_figure(features: FeatureRows, prompts: np.ndarray) -> Figure:
     """Mean distance between two pictures of one prompt, over prompts with at least two."""
     order = np.argsort(prompts, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from training.evaluation.metrics.neighbours import COPY, closeness
-from training.evaluation.metrics.rows import Rows
+from training.evaluation.metrics.rows import FeatureRows
 from training.evaluation.report import METRICS, protocol_rows
 from training.evaluation.shown import Shown, best_and_worst
 
@@ -211,7 +211,9 @@ def category_sections(pictures: Pictures, captions: Sequence[str], categories: S
     return sections
 
 
-def extremes(pictures: Pictures | Rows, captions: Sequence[str], scores: np.ndarray, title: str) -> list[Section]:
+def extremes(
+    pictures: Pictures | FeatureRows, captions: Sequence[str], scores: np.ndarray, title: str
+) -> list[Section]:
     """Those of the shown samples that fit their captions best and worst.
 
     Args:
@@ -231,9 +233,9 @@ def extremes(pictures: Pictures | Rows, captions: Sequence[str], scores: np.ndar
 def nearest_section(
     pictures: Pictures,
     captions: Sequence[str],
-    features: Rows,
-    known: Rows,
-    originals: Rows | Sequence[np.ndarray],
+    features: FeatureRows,
+    known: FeatureRows,
+    originals: FeatureRows | Sequence[np.ndarray],
     name: str,
 ) -> Section:
     """Beside each shown sample the nearest known picture; copies are framed.

@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, from mergeable float64 moments; no model and no pictures here.
 
-Shapes: N samples, d features; arrays or `Rows`, of which a block at a time is in memory.
+Shapes: N samples, d features; arrays or `FeatureRows`, of which a block at a time is in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.evaluation.metrics.figure import Figure
-from training.evaluation.metrics.rows import Rows, blocks
+from training.evaluation.metrics.rows import FeatureRows, blocks
 
 SMALLEST = -1e-3
 """Rounding may take a distance of zero this far below it, relative to the traces; anything lower is an error."""
@@ -27,7 +27,7 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: Rows) -> Moments:
+    def of(cls, features: FeatureRows) -> Moments:
         """Of features (N, d), N >= 1, any dtype. Raises `ValueError` where they are not finite."""
         mean = sum(block.sum(axis=0) for _, block in blocks(features)) / len(features)
         scatter = np.zeros((features.shape[1], features.shape[1]))
@@ -71,7 +71,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return _distance(a, b, np.linalg.eigvalsh(factor.T @ second @ factor))
 
 
-def frechet_figure(samples: Rows, reference: Rows) -> Figure:
+def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
     """The distance of two sets of features, (N, d) and (M, d), with its uncertainty.
 
     A picture x changes it by 2 (m_a - m_b)(x - m_a) + (x - m_a)^T (1 - T)(x - m_a), less the mean of that, where T is
@@ -102,7 +102,7 @@ def frechet_figure(samples: Rows, reference: Rows) -> Figure:
     )
 
 
-def _influences(features: Rows, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
+def _influences(features: FeatureRows, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
     """(N,), of mean 0."""
     values = np.zeros(len(features))
     for where, block in blocks(features):

@@ -1,6 +1,6 @@
 """Maximum mean discrepancies between two sets of features: KID and CMMD.
 
-Shapes: N samples, M reference pictures, d features; arrays or `Rows`. Kernel matrices are made tile by
+Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Kernel matrices are made tile by
 tile, never whole.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from training.evaluation.metrics.figure import Figure
-from training.evaluation.metrics.rows import Rows, blocks
+from training.evaluation.metrics.rows import FeatureRows, blocks
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
@@ -36,13 +36,13 @@ def gaussian(sigma: float) -> Kernel:
     return kernel
 
 
-def kid(samples: Rows, reference: Rows) -> Figure:
+def kid(samples: FeatureRows, reference: FeatureRows) -> Figure:
     """Kernel Inception distance (Binkowski et al. 2018): unbiased, so about 0, and sometimes below, between equal
     distributions of any size. Over all pairs at once, where other tools average over random subsets of 1,000."""
     return discrepancy(samples, reference, cubic)
 
 
-def cmmd(samples: Rows, reference: Rows) -> Figure:
+def cmmd(samples: FeatureRows, reference: FeatureRows) -> Figure:
     """CLIP maximum mean discrepancy (Jayasumana et al. 2023): Gaussian kernel of width 10 on normalised embeddings,
     1,000-fold; the biased estimate with the diagonal, as published."""
     gauss = gaussian(CMMD_SIGMA)
@@ -51,7 +51,9 @@ def cmmd(samples: Rows, reference: Rows) -> Figure:
     )
 
 
-def discrepancy(samples: Rows, reference: Rows, kernel: Kernel, unbiased: bool = True, scale: float = 1.0) -> Figure:
+def discrepancy(
+    samples: FeatureRows, reference: FeatureRows, kernel: Kernel, unbiased: bool = True, scale: float = 1.0
+) -> Figure:
     """Squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 without, eq. 5 with the diagonal).
 
     The influences are those of Hoeffding's decomposition; its second-order part, which is all that is left between
@@ -88,14 +90,14 @@ def discrepancy(samples: Rows, reference: Rows, kernel: Kernel, unbiased: bool =
     )
 
 
-def _check(x: Rows, y: Rows) -> None:
+def _check(x: FeatureRows, y: FeatureRows) -> None:
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of different width: {x.shape[1]} and {y.shape[1]}")
     if min(len(x), len(y)) < 2:
         raise ValueError(f"a discrepancy needs at least 2 rows on each side, not {len(x)} and {len(y)}")
 
 
-def _among(x: Rows, kernel: Kernel) -> tuple[np.ndarray, float, np.ndarray]:
+def _among(x: FeatureRows, kernel: Kernel) -> tuple[np.ndarray, float, np.ndarray]:
     """Of the kernel matrix of x with itself: its rows' sums (N,), the sum of its squares, and its diagonal (N,)."""
     sums, diagonal, squares = np.zeros(len(x)), np.zeros(len(x)), 0.0
     for rows, first in blocks(x):
@@ -113,7 +115,7 @@ def _among(x: Rows, kernel: Kernel) -> tuple[np.ndarray, float, np.ndarray]:
     return sums, squares, diagonal
 
 
-def _across(x: Rows, y: Rows, kernel: Kernel) -> tuple[np.ndarray, np.ndarray, float]:
+def _across(x: FeatureRows, y: FeatureRows, kernel: Kernel) -> tuple[np.ndarray, np.ndarray, float]:
     """Of the kernel matrix of x with y: its rows' sums (N,), its columns' (M,), and the sum of its squares."""
     over_y, over_x, squares = np.zeros(len(x)), np.zeros(len(y)), 0.0
     for rows, first in blocks(x):

@@ -1,6 +1,7 @@
 """Fidelity and variety apart, by nearest neighbours; and the training pictures nearest to a sample.
 
-Shapes: N samples, M reference pictures, d features; arrays or `Rows`. Distances are made tile by tile, never whole.
+Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Distances are made tile by
+tile, never whole.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from training.evaluation.metrics.figure import Figure
-from training.evaluation.metrics.rows import Rows, blocks
+from training.evaluation.metrics.rows import FeatureRows, blocks
 
 NEIGHBOURS = 3
 """Of precision and recall, as published."""
@@ -22,7 +23,7 @@ RARE, COPY = 0.01, 0.5
 
 
 def fidelity_and_variety(
-    samples: Rows, reference: Rows, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
+    samples: FeatureRows, reference: FeatureRows, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
 ) -> dict[str, Figure]:
     """Four figures of all pictures, from three walks over the distances. The intervals take the balls as given.
 
@@ -52,7 +53,7 @@ def fidelity_and_variety(
     }
 
 
-def kth_distances(features: Rows, *ks: int) -> np.ndarray:
+def kth_distances(features: FeatureRows, *ks: int) -> np.ndarray:
     """(N, len(ks)): distance of each row to its k-th nearest other row.
 
     Raises:
@@ -68,7 +69,7 @@ def kth_distances(features: Rows, *ks: int) -> np.ndarray:
     return np.sort(least, axis=1)[:, list(ks)]
 
 
-def nearest(queries: Rows, features: Rows, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: FeatureRows, features: FeatureRows, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(Q, k) places of the nearest rows of (M, d) features, nearest first, and their distances."""
     k = min(k, len(features))
     places = np.zeros((len(queries), k), dtype=np.int64)
@@ -81,7 +82,7 @@ def nearest(queries: Rows, features: Rows, k: int = 1) -> tuple[np.ndarray, np.n
     return places, least
 
 
-def closeness(samples: Rows, training: Rows) -> tuple[np.ndarray, np.ndarray]:
+def closeness(samples: FeatureRows, training: FeatureRows) -> tuple[np.ndarray, np.ndarray]:
     """How near each sample is to a training picture, and which one that is.
 
     Returns:
@@ -97,7 +98,7 @@ def closeness(samples: Rows, training: Rows) -> tuple[np.ndarray, np.ndarray]:
     return distances[:, 0] / unit, places[:, 0]
 
 
-def _tiles(a: Rows, b: Rows) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def _tiles(a: FeatureRows, b: FeatureRows) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """(rows of a, rows of b, Euclidean distances between them) until all pairs have come, the rows of `a` in order. A
     row's distance to itself is exactly 0."""
     for rows, x in blocks(a):

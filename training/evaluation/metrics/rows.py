@@ -14,18 +14,20 @@ BLOCK = 1024
 """Rows in memory at a time."""
 
 
-class Rows(Protocol):
+class FeatureRows(Protocol):
     """(N, d) rows: a numpy array, or what reads them from files."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(N, d)."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, which: Any, /) -> Any: ...
 
 
-def blocks(rows: Rows) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks(rows: FeatureRows) -> Iterator[tuple[slice, np.ndarray]]:
     """(where, float64 (B, d)) of all rows, up to `BLOCK` at a time.
 
     Raises:
