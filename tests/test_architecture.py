@@ -40,6 +40,7 @@ ROOMS = {
         "cascade",
         "run",
         "train",
+        "ablation",
         "commands",
     ],
 }

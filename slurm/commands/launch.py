@@ -30,7 +30,7 @@ from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, local_record, render_local
 from slurm.queue import living, submit
 from training.cli.compose import composed, validate
-from training.cli.overrides import keys_given
+from training.cli.overrides import keys_given, typed_words
 from training.config.cluster import EMITTED
 from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
@@ -113,12 +113,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
 
 def given_overrides() -> list[str]:
     """What the user typed after `cascade launch`, without the keys that are the launcher's own."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return []
-    typed = [str(word) for word in HydraConfig.get().overrides.task]
-    return [word for word in typed if word.partition("=")[0].lstrip("+~") not in OWN_KEYS]
+    return [word for word in typed_words() if word.partition("=")[0].lstrip("+~") not in OWN_KEYS]
 
 
 # -------------------------------------------------------------------------------------------------- which jobs
@@ -155,8 +150,8 @@ def _split(entry: str) -> list[str]:
     return words
 
 
-NOT_SUBMITTED = ("launch", "status", "compare", "logs", "resume", "stop")
-"""Commands for the machine that one sits at."""
+NOT_SUBMITTED = ("ablate", "launch", "status", "compare", "logs", "resume", "stop")
+"""Commands for the machine that one sits at (`ablate` shows the trainings that it needs, to be launched)."""
 
 
 def compose_all(entries: list[GraphNode], words: list[str], config: LaunchCommand) -> list[Job]:

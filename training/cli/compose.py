@@ -138,15 +138,43 @@ def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: one sentence that names the key and what would be valid.
     """
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
+
+    with _hydra_for(verb):
+        return compose(verb, overrides=normalise(verb, overrides))
+
+
+def ingredients_of(verb: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The ingredients that `composed` takes, in their order, whoever names them.
+
+    Raises:
+        ConfigError: one sentence that names the key and what would be valid.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with _hydra_for(verb):
+        found = (
+            GlobalHydra.instance().config_loader().compute_defaults_list(verb, normalise(verb, overrides), RunMode.RUN)
+        )
+    paths = [str(one.config_path) for one in found.defaults]
+    return [path.removeprefix("ingredient/") for path in paths if path.startswith("ingredient/")]
+
+
+@contextlib.contextmanager
+def _hydra_for(verb: str) -> Iterator[None]:
+    """Hydra, with the command known to it; inside a running command that command's own. Its errors become sentences."""
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_schema(verb)
-    words = normalise(verb, overrides)
     try:
         if GlobalHydra.instance().is_initialized():
-            return compose(verb, overrides=words)
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose(verb, overrides=words)
+            yield
+        else:
+            with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+                yield
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(explain(error, COMMANDS[verb].config)) from error

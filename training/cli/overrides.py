@@ -58,6 +58,13 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
     return [_normalise_one(verb, word) for word in [*from_environment(verb, rest), *rest]]
 
 
+def typed_words() -> list[str]:
+    """The overrides of the command that is running, as `normalise` left them; none outside a command."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [str(word) for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+
+
 ENVIRONMENT = {
     "WANDB_MODE": "wandb.mode",
     "WANDB_PROJECT": "wandb.project",

@@ -360,6 +360,35 @@ class CaptionCommand(Experiment):
         require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
 
 
+@dataclass
+class AblateConfig:
+    """How `cascade ablate` measures ingredients."""
+
+    seeds: int = 3
+    """Trainings of each arm, with the seeds `seed`, `seed` + 1, ...; an interval needs two at least."""
+    output: str | None = None
+    """Directory of the trainings, ablate.json and ablate.png; null: RUN_DIR-ablation."""
+    levels: list[float] = field(default_factory=lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
+    """log-SNRs at which all arms are asked for the picture, from noise (negative) to clean."""
+    together: bool = False
+    """Also train with all ingredients that the experiment does not name itself at once."""
+    dry_run: bool = False
+    """Show the arms and the command of each training, and train none."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 2, f"ablate.seeds={self.seeds}: it must be at least 2; one training has no interval")
+        require(self.output != "", "ablate.output: it is empty; name a directory, or leave it at null")
+        distinct = self.levels and self.levels == sorted({*self.levels})
+        require(bool(distinct), f"ablate.levels={self.levels}: give rising log-SNRs, one at least")
+
+
+@dataclass
+class AblateCommand(Experiment):
+    """`cascade ablate`: an experiment, and how its ingredients are measured."""
+
+    ablate: AblateConfig = field(default_factory=AblateConfig)
+
+
 @dataclass(frozen=True)
 class Verb:
     """One command: everything that the program knows about it."""
@@ -473,6 +502,19 @@ COMMANDS: dict[str, Verb] = {
         local=("run.dir",),
         trains=True,
         distributed=True,
+    ),
+    "ablate": Verb(
+        AblateCommand,
+        "training.ablation.ablate",
+        "what ingredients gain: paired trainings with and without each",
+        (
+            "cascade ablate experiment=demo ingredient=muon train.steps=200",
+            "cascade ablate experiment=demo 'ingredient=[muon,x_pred_v_loss]' ablate.seeds=5 ablate.dry_run=true",
+        ),
+        ("ablate", *EVERYTHING),
+        outputs=("run.dir", "ablate.output"),
+        local=("run.dir", "ablate.output"),
+        trains=True,
     ),
     "bundle": Verb(
         Experiment,

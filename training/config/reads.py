@@ -138,6 +138,7 @@ READS: dict[str, Reads] = {
     "embed": _fixed(*SHARDS, "data.captions", "text", "cluster", "output", "part", "parts", "dtype", "batch"),
     "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", "cluster", "vlm", "output", "part", "parts", "batch"),
     "train": _fixed(*TRAINING),
+    "ablate": _fixed(*TRAINING, "ablate"),
     "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
     "sample": _sample,
     "evaluate": _evaluate,

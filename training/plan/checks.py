@@ -179,9 +179,12 @@ def check_heldout(config: Experiment, training: Sequence[str]) -> list[str]:
         DataError: they are missing; ConfigError: training reads them as well, so the loss on them would fall while the
             model learns by heart.
     """
+    return heldout_apart(config, training) if config.validation.every and validation_shards(config)[1] else []
+
+
+def heldout_apart(config: Experiment, training: Sequence[str]) -> list[str]:
+    """The same, whether or not the training itself validates; some are named."""
     key, shards = validation_shards(config)
-    if not config.validation.every or not shards:
-        return []
     from data_pipeline.shards.dataset import patience_of
     from data_pipeline.storage import store
 

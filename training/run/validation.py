@@ -12,6 +12,7 @@ import torch
 from data_pipeline.common.errors import about
 from data_pipeline.config import divisors
 from data_pipeline.reading.loader import Batch, Loader
+from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment
 from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
@@ -73,26 +74,52 @@ class Validation:
         """The mean loss, and the loss of each sample; their times are spread evenly over (0, 1). Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
         singles = torch.zeros(self.count, dtype=torch.float64)
-        total, device = torch.zeros((), dtype=torch.float64, device=self.ranks.device), self.ranks.device
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for batch in self._batches:
-            text, mask = self._text(batch)
-            _, each = loss(
-                model,
-                batch.images.to(device),
-                text.to(device),
-                mask.to(device),
-                config=diffusion,
-                seed=SEED,
-                positions=batch.positions,
-                low_res=None if batch.low_res is None else batch.low_res.to(device),
-                image_size=self.config.stage.image_size,
-                sizes=batch.frames.to(device),
-                t=((batch.positions + 0.5) / self.count).to(device),
-            )
+            each = self._ask(model, batch, diffusion, t=((batch.positions + 0.5) / self.count).to(self.ranks.device))
             total += each["loss"].double().sum()
             singles[batch.positions] = each["loss"].double().cpu()
         summed = all_sum([float(total), *singles.tolist()], self.ranks)
         return summed[0] / self.count, summed[1:]
+
+    @torch.no_grad()
+    def at_levels(self, model: Callable[..., Any], levels: Sequence[float]) -> list[float]:
+        """The mean x0 error at each of these log-SNRs: a question that depends on neither schedule, weighting nor
+        parametrisation, so that runs which differ in them can be compared. Super-resolution starts from the true
+        low-res picture, without augmentation, whose levels belong to a schedule. Collective."""
+        diffusion = replace(self.config.stage.diffusion, text_drop=0.0, aug_max=0.0)
+        sums = torch.zeros(len(levels), dtype=torch.float64, device=self.ranks.device)
+        for batch in self._batches:
+            for place, level in enumerate(levels):
+                log_snr = torch.full((len(batch.positions),), level, device=self.ranks.device)
+                sums[place] += self._ask(model, batch, diffusion, log_snr=log_snr)["x0_error"].double().sum()
+        return [total / self.count for total in all_sum(sums.tolist(), self.ranks)]
+
+    def _ask(
+        self,
+        model: Callable[..., Any],
+        batch: Batch,
+        diffusion: DiffusionConfig,
+        t: torch.Tensor | None = None,
+        log_snr: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What `loss` says of each sample."""
+        device = self.ranks.device
+        text, mask = self._text(batch)
+        return loss(
+            model,
+            batch.images.to(device),
+            text.to(device),
+            mask.to(device),
+            config=diffusion,
+            seed=SEED,
+            positions=batch.positions,
+            low_res=None if batch.low_res is None else batch.low_res.to(device),
+            image_size=self.config.stage.image_size,
+            sizes=batch.frames.to(device),
+            t=t,
+            log_snr=log_snr,
+        )[1]
 
 
 def by_noise_level(losses: Sequence[float]) -> dict[str, float]:

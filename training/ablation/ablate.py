@@ -1,0 +1,296 @@
+"""`cascade ablate`: what ingredients gain in one's own stage, on one's own data.
+
+    OUTPUT/ARM/seed-#/    the trainings: ordinary runs, which `cascade status` lists and `cascade bundle` takes
+    OUTPUT/ablate.json    errors of every training, gains with their intervals, what differs, what it cost
+    OUTPUT/ablate.png     gains by noise level
+
+Trainings of one seed share data, order, initial weights, text dropout and noise, so their differences are paired. All
+are asked the same: the x0 error of the averaged weights on held-out samples at fixed log-SNRs. A validation loss would
+not do: its weights and its noise levels change with the ingredient.
+
+The same command again goes on where it stopped; more seeds or ingredients train what is missing. A training that was
+done elsewhere (`cascade launch` with the words that dry_run shows) counts like one that was done here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.progress import progress
+from data_pipeline.reading.loader import Batch
+from training.ablation.arms import EXPERIMENT, Arm, Comparison, arms_of, is_done
+from training.ablation.gains import Gain, gain, percent, verdict
+from training.checkpoint.provenance import code_version
+from training.cli.overrides import typed_words
+from training.config.commands import AblateCommand
+from training.config.experiment import Experiment
+from training.pictures.intervals import panels
+from training.pictures.sheets import save
+from training.plan.checks import check_named, heldout_apart, validation_shards
+from training.processes.launcher import launch
+from training.processes.ranks import Ranks, read_ranks
+from training.run.directory import replace_file, try_to_write
+
+RESULT, PICTURE = "ablate.json", "ablate.png"
+MEAN = "mean"
+"""Beside the levels: the mean over them, so each counts alike."""
+
+
+def main(config: AblateCommand) -> dict[str, Any]:
+    """Trains what is missing, measures every training, and says what each ingredient gains.
+
+    Returns:
+        What ablate.json holds; with `ablate.dry_run`, only `output` and `trainings`, a command for each.
+
+    Raises:
+        ConfigError: no ingredient, no held-out data, or settings that could not be trained or compared.
+        SystemExit: a training failed or was stopped; the same command goes on.
+    """
+    if read_ranks() is not None:
+        raise ConfigError("cascade ablate starts the processes of its trainings itself: start it once, without srun")
+    words = typed_words()
+    arms, comparisons = arms_of(words, config)
+    output = Path(config.ablate.output or f"{config.run.dir}-ablation")
+    base = arms[0].config
+    check_question(base, arms, config.ablate.levels)
+    if config.ablate.dry_run:
+        return show(arms, comparisons, output, config.ablate.seeds)
+    try_to_write(output, "ablate.output")
+    train_all(arms, output, config.ablate.seeds)
+    errors = measure(arms, output, config)
+    result = {
+        "output": str(output),
+        "words": words,
+        "levels": config.ablate.levels,
+        "seeds": [base.seed + number for number in range(config.ablate.seeds)],
+        "samples": base.validation.samples,
+        "heldout": validation_shards(base)[1],
+        "steps": base.train.steps,
+        "arms": {
+            arm.name: {"ingredients": arm.ingredients, "errors": errors[arm.name], **_cost(arm, output, config)}
+            for arm in arms
+        },
+        "code": code_version(),
+    }
+    result["gains"] = {one.name: gains_of(one, result) for one in comparisons}
+    replace_file(output / RESULT, json.dumps(result, indent=1))
+    save(picture(result), output / PICTURE)
+    print(table(result))
+    print(f"{output / PICTURE}: by noise level; {output / RESULT}: all figures")
+    return result
+
+
+def check_question(base: Experiment, arms: Sequence[Arm], levels: Sequence[float]) -> None:
+    """There are held-out pictures, apart from the training's, and all arms are trained at the levels asked for.
+
+    Raises:
+        ConfigError: it names the key.
+    """
+    from data_pipeline.shards.mixture import open_dataset
+    from training.diffusion.schedule import Schedule
+
+    check_named("train", base)
+    if not validation_shards(base)[1]:
+        raise ConfigError("validation.shards: no held-out shards are named, on which the arms could be measured")
+    for arm in arms:
+        stage = arm.config.stage
+        schedule = Schedule.of(stage.diffusion, stage.image_size)
+        outside = [level for level in levels if not schedule.low <= level <= schedule.high]
+        if outside:
+            raise ConfigError(
+                f"ablate.levels={list(levels)}: {arm.name} is trained at log-SNRs from {schedule.low:g} to "
+                f"{schedule.high:g}; leave out {', '.join(f'{level:g}' for level in outside)}"
+            )
+    heldout_apart(base, open_dataset(base.data).urls)
+
+
+def show(arms: Sequence[Arm], comparisons: Sequence[Comparison], output: Path, seeds: int) -> dict[str, Any]:
+    """Prints what differs between the arms, and a command for each training."""
+    for one in comparisons:
+        print(f"{one.name}: {one.with_it} against {one.without}")
+        for key, without, with_it in one.changes:
+            print(f"  {key}: {without} -> {with_it}")
+    trainings = {f"{arm.name}/seed-{number}": arm.command(output, number) for number in range(seeds) for arm in arms}
+    for command in trainings.values():
+        print(command)
+    return {"output": str(output), "trainings": trainings}
+
+
+def train_all(arms: Sequence[Arm], output: Path, seeds: int) -> None:
+    """All arms of the first seed, then those of the next: what is there after an interruption is paired.
+
+    Raises:
+        SystemExit: a training failed or was stopped.
+    """
+    runs = [(arm, number, arm.run(output, number)) for number in range(seeds) for arm in arms]
+    missing = [(arm, number, run) for arm, number, run in runs if not is_done(run)]
+    if len(missing) < len(runs):
+        print(f"{len(runs) - len(missing)} of {len(runs)} trainings are done already", flush=True)
+    for place, (arm, _, run) in enumerate(missing, len(runs) - len(missing) + 1):
+        print(f"==> training {place} of {len(runs)}: {arm.name}, seed {run.seed}", flush=True)
+        launch("training.train", run)
+
+
+def measure(arms: Sequence[Arm], output: Path, config: AblateCommand) -> dict[str, list[list[float]]]:
+    """Arm -> for each seed the mean x0 errors at the levels. All read the held-out samples as the experiment does."""
+    import torch
+
+    from training.cascade.bundle import collect, load_unet
+    from training.run.validation import Validation
+    from training.text.encoder import build_text_encoder
+    from training.text.identity import pinned
+
+    ranks = Ranks(device="cuda:0" if config.cluster.gpus and torch.cuda.is_available() else "cpu")
+    found: dict[str, list[list[float]]] = {}
+    with progress(total=len(arms) * config.ablate.seeds, desc="measuring", unit="training") as bar:
+        for arm in arms:
+            text = build_text_encoder(pinned(arm.config.text), ranks.device)
+            question = replace(arm.config, data=arms[0].config.data, validation=arms[0].config.validation)
+            validation = Validation(question, ranks, partial(_encoded, text))
+            found[arm.name] = []
+            for number in range(config.ablate.seeds):
+                weights = collect([arm.run(output, number).run.dir]).stages[0]
+                unet = load_unet(weights).to(ranks.device)
+                found[arm.name].append(validation.at_levels(unet, config.ablate.levels))
+                bar.update()
+    return found
+
+
+def _encoded(encoder: Any, batch: Batch) -> tuple[Any, Any]:
+    return encoder.encode(batch.captions)  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def gains_of(one: Comparison, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The gain at each level and of the mean, as changes of the x0 error in per cent: less is better."""
+    without, with_it = (result["arms"][name] for name in (one.without, one.with_it))
+    pairs = list(zip(without["errors"], with_it["errors"], strict=True))
+    by_level = [
+        gain([math.log(b[place]) - math.log(a[place]) for a, b in pairs]) for place in range(len(result["levels"]))
+    ]
+    mean = gain([statistics.fmean(math.log(y) - math.log(x) for x, y in zip(a, b, strict=True)) for a, b in pairs])
+    more = mean.seeds_for_half - mean.seeds
+    hours = [arm["device_hours"] for arm in (without, with_it)]
+    seconds = [arm["step_seconds"] for arm in (without, with_it)]
+    return {
+        "with": one.with_it,
+        "without": one.without,
+        "changes": {key: [before, after] for key, before, after in one.changes},
+        MEAN: _as_dict(mean),
+        "by_level": [_as_dict(each) for each in by_level],
+        "time": seconds[1] / seconds[0] if None not in seconds else None,
+        "half": {
+            "seeds": mean.seeds_for_half,
+            "trainings": 2 * more,
+            "device_hours": more * sum(hours) if None not in hours else None,
+        },
+    }
+
+
+def _as_dict(found: Gain) -> dict[str, Any]:
+    return {
+        "percent": percent(found.mean),
+        "interval": [percent(found.mean - found.half), percent(found.mean + found.half)],
+        "detectable": -percent(-found.detectable),
+        "verdict": verdict(found),
+    }
+
+
+def _cost(arm: Arm, output: Path, config: AblateCommand) -> dict[str, float | None]:
+    """Means over seeds: device hours of a training, median seconds of its steps; None where they are not recorded."""
+    hours, seconds = [], []
+    for number in range(config.ablate.seeds):
+        lines = _metrics(Path(arm.run(output, number).run.dir) / "metrics.jsonl")
+        if lines:
+            hours.append(lines[-1]["device_hours"])
+            seconds.append(statistics.median(line["step_seconds"] for line in lines))
+    if len(hours) < config.ablate.seeds:
+        return {"device_hours": None, "step_seconds": None}
+    return {"device_hours": statistics.fmean(hours), "step_seconds": statistics.fmean(seconds)}
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a run; one that a crash has cut short is left out."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"device_hours", "step_seconds"} <= {*line}:
+            found.append(line)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- shown
+
+
+def picture(result: Mapping[str, Any]) -> Any:
+    """Gains by level, one panel for each ingredient."""
+    rows = {}
+    for name, found in result["gains"].items():
+        row = [(f"{level:g}", each) for level, each in zip(result["levels"], found["by_level"], strict=True)]
+        row += [(MEAN, found[MEAN])] if len(row) > 1 else []
+        rows[f"{name}: {found[MEAN]['verdict']}"] = [
+            (label, sum(each["interval"]) / 2, (each["interval"][1] - each["interval"][0]) / 2) for label, each in row
+        ]
+    title = f"x0 error with and without, by log-SNR, {len(result['seeds'])} seeds, 95 %: below 0 is better"
+    return panels(title, rows, " %")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    n, levels = len(result["seeds"]), result["levels"]
+    lines = [["ingredient", "x0 error", "95 % interval", "", "detectable", "time"]]
+    tails = []
+    for name, found in result["gains"].items():
+        mean, half = found[MEAN], found["half"]
+        low, high = mean["interval"]
+        time = "" if found["time"] is None else f"x {found['time']:.2f}"
+        lines.append([name, _signed(mean["percent"]), f"{_signed(low)} to {_signed(high)}", mean["verdict"]])
+        lines[-1] += [f"{mean['detectable']:.1f} %", time]
+        price = "" if half["device_hours"] is None else f", {half['device_hours']:.3g} device hours more"
+        more = f"{half['seeds']} seeds, {half['trainings']} trainings{price}"
+        tails.append(f"{name}: half of what is detectable here takes {more}")
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    by_level = [
+        f"{name:<{widths[0]}}  "
+        + " ".join(
+            f"{each['percent']:+7.1f}{'*' if each['verdict'] != 'undecided' else ' '}" for each in found["by_level"]
+        )
+        for name, found in result["gains"].items()
+    ]
+    heading = f"{'log-SNR':<{widths[0]}}  " + " ".join(f"{level:>7g} " for level in levels)
+    return "\n".join(
+        [
+            f"x0 error of the averaged weights on {result['samples']} held-out samples after {result['steps']} steps, "
+            f"{n} seeds, paired; {EXPERIMENT}: "
+            + " ".join(f"{e:.3g}" for e in _means(result["arms"][EXPERIMENT]["errors"])),
+            *rows,
+            "",
+            heading,
+            *by_level,
+            "* its interval leaves out 0",
+            "",
+            *tails,
+        ]
+    )
+
+
+def _means(errors: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*errors, strict=True)]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f} %"
