@@ -1,21 +1,30 @@
-"""The gain of single ingredients: small base stages trained on drawn scenes, with and without each, paired.
+"""The gain of single ingredients on a ladder of small tasks: base stages trained with and without each, paired.
 
-    python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [experiment=demo] [size=16] [objects=1]
-        [widths=32,64] [steps=250] [batch=32] [seeds=3]
+    python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
+        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [pictures=PATTERN] [device=cpu]
 
+    OUTPUT/settings.json   what all arms share; another answer needs another OUTPUT
     OUTPUT/results.jsonl   one line per run; the same command again trains only what is missing
-    OUTPUT/ladder.md       the table
+    OUTPUT/ladder.md       the tables
+
+    scene   one, relations (two objects), three, four (of different colours), counts (two to four equal ones)
+    model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
+    stage   a base stage of conf/stage, whose diffusion and sampler settings are those of `none` (guidance is that of
+            the demo); the network is that of `model`
+    pictures=FOLDER or SHARD.tar   crops of photographs instead of drawn scenes, without captions
 
 Of each seed, all arms see the same pictures in the same order, the same initial weights, text dropout and noise: these
 are functions of (seed, position, stream). The arm `none` is the experiment with `ingredient=[]`. An arm that changes
-sampling alone (guidance_interval) draws with the network of `none`.
+sampling alone (guidance_interval) draws with the network of `none`. `cascade ablate` is the same on one's own stage and
+data; the ladder needs neither shards nor a run's files, and reads words from the pictures that it draws.
 
-Two figures of the averaged weights, on held-out combinations of words:
+Two figures of the averaged weights, on held-out combinations of words (or photographs):
   error    the mean over fixed log-SNRs (LEVELS) of the logarithm of the x0 error: a question that depends on neither
            schedule, weighting nor parametrisation. Differences are relative changes of the error.
-  words    the share of words (background, colour, size, shape) that the oracle reads right in sampled pictures.
+  words    the share of words (background, colour, size, shape, relation) that the oracle reads right in sampled
+           pictures; of one object, or of two and their relation.
 A gain is the mean over seeds of the paired difference, with Student's 95 % interval over seeds; `detectable` is the
-gain that this many seeds would show four times in five. Half of it costs four times the seeds.
+gain that this many seeds would show four times in five (training/ablation/gains.py).
 """
 
 from __future__ import annotations
@@ -23,15 +32,20 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.content.synthetic import caption, example
+from data_pipeline.content.images import training_view
+from data_pipeline.content.synthetic import ShapeSpec, caption, crowd_at, example, render
+from data_pipeline.order.chance import hash_bits
+from training.ablation.gains import Gain, gain, percent, verdict
 from training.cli.compose import load_config
 from training.config.experiment import Experiment
 from training.config.unet import for_stage
@@ -46,39 +60,95 @@ from training.text.encoder import build_text_encoder
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """log-SNRs at which every arm is asked."""
 HELDOUT, SAMPLES, QUESTION_SEED = 64, 64, 20_220_523
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Two-sided 95 % quantile by number of seeds."""
-POWER = 0.8416
-"""Normal quantile of four times in five."""
+MOST_PICTURES = 4000
+"""Different pictures of a run; then they come again."""
+DRAWN = {"one": (1, False), "relations": (2, False), "three": (3, False), "four": (4, False), "counts": (4, True)}
+"""Scene -> objects, and whether they are equal."""
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"size": 16, "widths": "32,64", "blocks": "1,1", "preset": "demo_base", "steps": 400, "batch": 32},
+    "medium": {"size": 32, "widths": "64,128", "blocks": "2,2", "preset": "demo_base", "steps": 1000, "batch": 32},
+    "large": {"size": 64, "widths": "", "blocks": "", "preset": "base64_100m", "steps": 5000, "batch": 256},
+}
+"""Name -> what the words of the same names stand for where they are not given."""
+SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch")
+RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
+"""The demo's, whatever the stage."""
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
-Pictures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Any]]
+
+class Pictures(NamedTuple):
+    """Some pictures, and what is said of them."""
+
+    images: torch.Tensor
+    """uint8 (N, 3, H, W)."""
+    text: torch.Tensor
+    mask: torch.Tensor
+    frames: torch.Tensor
+    """(N, 6): see `View.frame`."""
+    specs: list[ShapeSpec]
+    """What drawn ones show; empty for photographs."""
 
 
-def pictures(indices: range, config: Experiment, size: int, objects: int, heldout: bool) -> Pictures:
-    """uint8 pictures (N, 3, H, W), their text (N, T, D), its mask, and what they show."""
-    made = [example(i, size, config.seed, heldout, objects) for i in indices]
-    encoder = build_text_encoder(config.text, "cpu")
-    text, mask = encoder.encode([caption(spec) for _, spec in made])
-    stacked = torch.from_numpy(np.stack([picture for picture, _ in made])).permute(0, 3, 1, 2).contiguous()
-    return stacked, text, mask, [spec for _, spec in made]
+def drawn(indices: range, scene: str, size: int, seed: int, heldout: bool) -> list[tuple[np.ndarray, ShapeSpec]]:
+    """Pictures of a scene, and what they show."""
+    objects, equal = DRAWN[scene]
+    if scene in ("one", "relations"):
+        return [example(i, size, seed, heldout, objects) for i in indices]
+    specs = [crowd_at(i, seed, objects, equal, heldout) for i in indices]
+    places = [hash_bits(seed, i, f"ladder place {heldout}") for i in indices]
+    return [(render(spec, size, place), spec) for spec, place in zip(specs, places, strict=True)]
+
+
+def photographs(pattern: str) -> list[bytes]:
+    """The encoded pictures of a folder or of a shard, in the order of their names."""
+    path = Path(pattern)
+    if path.suffix == ".tar":
+        with tarfile.open(path) as archive:
+            members = [one for one in archive if one.name.lower().endswith(ENDINGS)]
+            return [archive.extractfile(one).read() for one in members]  # type: ignore[union-attr]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS) if path.is_dir() else []
+    if len(files) < 4:
+        raise SystemExit(f"pictures={pattern}: it must be a .tar, or a folder with four pictures or more")
+    return [file.read_bytes() for file in files]
+
+
+def pictures(indices: range, config: Experiment, settings: dict[str, Any], heldout: bool) -> Pictures:
+    """Pictures `indices` of the training's or of the held-out ones; a quarter of photographs is held out."""
+    size, specs = settings["size"], []
+    if settings["pictures"]:
+        encoded = photographs(settings["pictures"])
+        cut = len(encoded) * 3 // 4
+        encoded = encoded[cut:] if heldout else encoded[:cut]
+        views = [
+            training_view(encoded[i % len(encoded)], size=size, crop="random", flip=0.5, seed=config.seed, position=i)
+            for i in indices
+        ]
+        made, frames, captions = [v.high for v in views], [v.frame for v in views], [""] * len(views)
+    else:
+        both = drawn(indices, settings["scene"], size, config.seed, heldout)
+        made, specs = [picture for picture, _ in both], [spec for _, spec in both]
+        frames, captions = [(size, size, 0, 0, size, size)] * len(made), [caption(spec) for spec in specs]
+    text, mask = build_text_encoder(config.text, "cpu").encode(captions)
+    stacked = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
+    return Pictures(stacked, text, mask, torch.tensor(frames, dtype=torch.float32), specs)
 
 
 @torch.no_grad()
-def log_errors(model: Any, data: Pictures, config: Experiment) -> list[float]:
+def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> list[float]:
     """ln(mean x0 error) at each of LEVELS, with fixed noise and no text dropout."""
-    images, text, mask, _ = data
     diffusion, found = config.stage.diffusion, []
     kept, diffusion.text_drop = diffusion.text_drop, 0.0
     for level in LEVELS:
         _, each = loss(
             model,
-            images,
-            text,
-            mask,
+            data.images.to(device),
+            data.text.to(device),
+            data.mask.to(device),
             config=diffusion,
             seed=QUESTION_SEED,
-            positions=torch.arange(len(images)),
-            log_snr=torch.full((len(images),), level),
+            positions=torch.arange(len(data.images)),
+            log_snr=torch.full((len(data.images),), level, device=device),
+            sizes=data.frames.to(device),
         )
         found.append(math.log(each["x0_error"].mean().item()))
     diffusion.text_drop = kept
@@ -86,146 +156,204 @@ def log_errors(model: Any, data: Pictures, config: Experiment) -> list[float]:
 
 
 @torch.no_grad()
-def words_right(model: Any, data: Pictures, config: Experiment) -> float:
+def words_right(model: Any, data: Pictures, config: Experiment, device: str) -> float:
     """Share of words that the oracle reads right in pictures sampled from held-out captions."""
-    images, text, mask, specs = data
-    size, right = images.shape[-1], []
-    drawn = sample_stage(
+    size, right = data.images.shape[-1], []
+    made = sample_stage(
         model,
-        text[:SAMPLES],
-        mask[:SAMPLES],
+        data.text[:SAMPLES].to(device),
+        data.mask[:SAMPLES].to(device),
         config=config.stage.diffusion,
         sampler=config.stage.sampler,
         image_size=size,
         seeds=range(SAMPLES),
     )
-    for picture, spec in zip(((drawn + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), specs, strict=False):
+    for picture, spec in zip(
+        ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy(), data.specs, strict=False
+    ):
         large = np.asarray(Image.fromarray(picture).resize((64, 64), Image.Resampling.BICUBIC))
         right.append(np.mean(list(oracle.score(oracle.read_drawing(large, len(spec.objects)), spec).values())))
     return float(np.mean(right))
 
 
-def train(config: Experiment, data: Pictures, size: int) -> Any:
+def train(config: Experiment, data: Pictures, device: str) -> Any:
     """The engine after `train.steps` steps on the pictures in their order."""
     torch.manual_seed(config.seed)
-    images, text, mask, _ = data
-    engine = build_engine(UNet(for_stage(config.stage, config.text.dim)), config, Ranks())
+    model = UNet(for_stage(config.stage, config.text.dim)).to(device)
+    engine = build_engine(model, config, Ranks(device=device))
     batch = config.data.global_batch
     for step in range(config.train.steps):
         positions = torch.arange(step * batch, (step + 1) * batch)
-        rows = positions % len(images)
+        rows = positions % len(data.images)
         mean, _ = loss(
             engine,
-            images[rows],
-            text[rows],
-            mask[rows],
+            data.images[rows].to(device),
+            data.text[rows].to(device),
+            data.mask[rows].to(device),
             config=config.stage.diffusion,
             seed=config.seed,
             positions=positions,
-            image_size=size,
+            image_size=config.stage.image_size,
             global_batch=batch,
+            sizes=data.frames[rows].to(device),
         )
         engine.backward(mean)
         engine.step(step, mean.detach())
     return engine
 
 
-def row(name: str, arm: list[float], none: list[float]) -> dict[str, float]:
-    """Mean paired difference over seeds, half its 95 % interval, and the smallest gain that is likely to be seen."""
-    apart = np.array(arm) - np.array(none)
-    error = float(apart.std(ddof=1) / math.sqrt(len(apart)))
-    return {
-        "gain": float(apart.mean()),
-        "half": STUDENT[len(apart)] * error,
-        "detectable": (STUDENT[len(apart)] + POWER) * error,
-    }
+def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
+    """What an arm trains: ingredients joined by +, or `none`."""
+    words = [f"stage.model.preset={settings['preset']}"]
+    if settings["widths"]:
+        words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
+    if settings["blocks"]:
+        words += [f"stage.model.overrides.blocks=[{settings['blocks']}]", "stage.model.overrides.head_dim=32"]
+    return load_config(
+        "train",
+        [
+            "experiment=demo",
+            f"stage={settings['stage']}",
+            f"ingredient=[{'' if arm == 'none' else arm.replace('+', ',')}]",
+            f"stage.image_size={settings['size']}",
+            *words,
+            *RECIPE,
+            f"train.steps={settings['steps']}",
+            f"data.global_batch={settings['batch']}",
+            f"seed={seed}",
+            *(["text.max_tokens=40"] if settings["scene"] in ("three", "four") else []),
+            "zero=zero0",
+            "cluster.processes=1",
+        ],
+    )
 
 
-def table(lines: list[dict[str, Any]], seeds: int) -> str:
-    """The results as Markdown."""
-    by = {(line["arm"], line["seed"]): line for line in lines}
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def gains_of(lines: Sequence[dict[str, Any]], arm: str, figure: Any) -> Gain:
+    """Of an arm against `none`, over the seeds that both have."""
+    own, none = ({line["seed"]: figure(line) for line in lines if line["arm"] == name} for name in (arm, "none"))
+    return gain([own[seed] - none[seed] for seed in sorted({*own} & {*none})])
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """The results as two Markdown tables: gains, and gains by noise level (in bold where the interval leaves out 0)."""
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    none = [line for line in lines if line["arm"] == "none"]
+    has_words = all(line.get("words") is not None for line in lines)
     said = [
-        "| ingredient | x0 error at fixed levels | detectable | words right | detectable | time |",
-        "|---|---|---|---|---|---|",
+        "| ingredient | x0 error | detectable | " + ("words right | detectable | " if has_words else "") + "time |",
+        "|---|---|---|" + ("---|---|" if has_words else "") + "---|",
     ]
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        mine = [by[arm, seed] for seed in range(seeds)]
-        none = [by["none", seed] for seed in range(seeds)]
-        clock = sum(line["seconds"] for line in mine) / sum(line["seconds"] for line in none)
+    error = math.exp(float(np.mean([line["error"] for line in none])))
+    words = f"{np.mean([line['words'] for line in none]):.1%} | | " if has_words else ""
+    said.append(f"| none | {error:.4f} | | {words}1 |")
+    for arm in arms:
         if arm == "none":
-            error, words = (float(np.mean([line[key] for line in mine])) for key in ("error", "words"))
-            said.append(f"| none | {math.exp(error):.4f} | | {words:.1%} | | 1 |")
             continue
-        error_row, words_row = (row(arm, [m[key] for m in mine], [n[key] for n in none]) for key in ("error", "words"))
-        said.append(
-            f"| {arm} | {error_row['gain']:+.1%} ± {error_row['half']:.1%} | {error_row['detectable']:.1%} "
-            f"| {100 * words_row['gain']:+.1f} ± {100 * words_row['half']:.1f} points "
-            f"| {100 * words_row['detectable']:.1f} | {clock:.2f} |"
-        )
+        found = gains_of(lines, arm, lambda line: line["error"])
+        row = f"| {arm} | {_in_percent(found)} | {-percent(-found.detectable):.1f} % "
+        if has_words:
+            right = gains_of(lines, arm, lambda line: 100 * line["words"])
+            shown = f"{right.mean:+.1f} ± {right.half:.1f} points"
+            row += f"| {f'**{shown}**' if right.is_seen else shown} | {right.detectable:.1f} "
+        clock = sum(line["seconds"] for line in lines if line["arm"] == arm) / sum(line["seconds"] for line in none)
+        said.append(f"{row}| {clock:.2f} |")
+    said += ["", "| x0 error at log-SNR | " + " | ".join(f"{level:g}" for level in LEVELS) + " |"]
+    said.append("|---" * (len(LEVELS) + 1) + "|")
+    means = [math.exp(float(np.mean([line["levels"][i] for line in none]))) for i in range(len(LEVELS))]
+    said.append("| none | " + " | ".join(f"{mean:.2g}" for mean in means) + " |")
+    for arm in arms:
+        if arm != "none":
+            cells = [_short(gains_of(lines, arm, lambda line, i=i: line["levels"][i])) for i in range(len(LEVELS))]
+            said.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(said) + "\n"
 
 
+def _in_percent(found: Gain) -> str:
+    low, high = percent(found.mean - found.half), percent(found.mean + found.half)
+    shown = f"{percent(found.mean):+.1f} % ({low:+.1f} to {high:+.1f})"
+    return f"**{shown}**" if verdict(found) != "undecided" else shown
+
+
+def _short(found: Gain) -> str:
+    return f"**{percent(found.mean):+.0f} %**" if found.is_seen else f"{percent(found.mean):+.0f} %"
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def settings_of(given: dict[str, str]) -> dict[str, Any]:
+    """What all arms share.
+
+    Raises:
+        SystemExit: a word that is not known.
+    """
+    unknown = {*given} - {*SHARED, "ingredients", "seeds", "device"}
+    model, scene = given.get("model", "small"), given.get("scene", "one")
+    if unknown or model not in MODELS or scene not in DRAWN:
+        wrong = ", ".join(sorted(unknown)) or f"model={model} scene={scene}"
+        raise SystemExit(
+            f"{wrong}: not known; models are {', '.join(MODELS)}, scenes {', '.join(DRAWN)}, words "
+            f"{', '.join((*SHARED, 'ingredients', 'seeds', 'device'))}"
+        )
+    found = {"stage": "demo_base", "pictures": "", **MODELS[model], **given, "model": model, "scene": scene}
+    return {key: int(found[key]) if key in ("size", "steps", "batch") else found[key] for key in SHARED}
+
+
 def main(words: list[str]) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains what is missing and prints the tables."""
     output = Path(words[0])
     given = dict(word.split("=", 1) for word in words[1:])
-    names = given.get("ingredients", "x_pred_v_loss,sigmoid_weighting,min_snr,muon").split(",")
-    size, objects, seeds = (int(given.get(k, d)) for k, d in (("size", 16), ("objects", 1), ("seeds", 3)))
-    if seeds not in STUDENT:
-        raise SystemExit(f"seeds={seeds}: it must be one of {', '.join(map(str, STUDENT))}")
-    steps, batch = int(given.get("steps", 250)), int(given.get("batch", 32))
+    settings, device = settings_of(given), given.get("device", "cpu")
+    arms = ["none", *given.get("ingredients", "x_pred_v_loss,sigmoid_weighting,min_snr,muon").split(",")]
+    seeds = int(given.get("seeds", 3))
+    if seeds < 2:
+        raise SystemExit(f"seeds={seeds}: an interval needs two at least")
     output.mkdir(parents=True, exist_ok=True)
-    results = output / "results.jsonl"
+    results, shared = output / "results.jsonl", output / "settings.json"
+    if shared.exists() and (before := json.loads(shared.read_text())) != settings:
+        changed = next(key for key in SHARED if before.get(key) != settings[key])
+        raise SystemExit(
+            f"{changed}={settings[changed]}: {output} was made with {before.get(changed)}; choose another directory"
+        )
+    shared.write_text(json.dumps(settings, indent=1))
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {(line["arm"], line["seed"]) for line in lines}
     for seed in range(seeds):
-        data = heldout = None
+        missing = [arm for arm in arms if (arm, seed) not in {(line["arm"], line["seed"]) for line in lines}]
+        if not missing:
+            continue
+        first = config_of("none", seed, settings)
+        data = pictures(range(min(settings["steps"] * settings["batch"], MOST_PICTURES)), first, settings, False)
+        heldout = pictures(range(HELDOUT), first, settings, True)
         trained: list[tuple[Any, Any, float]] = []
-        for arm in ("none", *names):
-            if (arm, seed) in done:
-                continue
-            config = load_config(
-                "train",
-                [
-                    f"experiment={given.get('experiment', 'demo')}",
-                    f"ingredient=[{'' if arm == 'none' else arm.replace('+', ',')}]",
-                    f"stage.image_size={size}",
-                    f"stage.model.overrides.widths=[{given.get('widths', '32,64')}]",
-                    "stage.model.overrides.blocks=[1,1]",
-                    "stage.model.overrides.head_dim=32",
-                    f"train.steps={steps}",
-                    f"data.global_batch={batch}",
-                    f"seed={seed}",
-                    "zero=zero0",
-                    "cluster.processes=1",
-                ],
-            )
-            if data is None or heldout is None:
-                data = pictures(range(min(steps * batch, 4000)), config, size, objects, heldout=False)
-                heldout = pictures(range(HELDOUT), config, size, objects, heldout=True)
+        for arm in missing:
+            config = config_of(arm, seed, settings)
             learns = (config.stage.diffusion, config.stage.model, config.optimizer)
             same = next((one for one in trained if one[0] == learns), None)
             if same is None:
                 began = time.process_time()
-                engine = train(config, data, size)
+                engine = train(config, data, device)
                 same = (learns, engine, time.process_time() - began)
                 trained.append(same)
             _, engine, seconds = same
+            reads = heldout.specs and len(heldout.specs[0].objects) <= 2 and not heldout.specs[0].is_count
             with engine.averaged() as model:
-                levels = log_errors(model, heldout, config)
+                levels = log_errors(model, heldout, config, device)
                 line = {
                     "arm": arm,
                     "seed": seed,
                     "error": sum(levels) / len(levels),
                     "levels": levels,
-                    "words": words_right(model, heldout, config),
+                    "words": words_right(model, heldout, config, device) if reads else None,
                     "seconds": round(seconds, 1),
                 }
             lines.append(line)
             print(json.dumps(line), flush=True)
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    said = table(lines, seeds)
+    said = table([line for line in lines if line["arm"] in arms and line["seed"] < seeds])
     (output / "ladder.md").write_text(said)
     print(said)
 

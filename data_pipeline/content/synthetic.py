@@ -1,7 +1,9 @@
 """Renders captioned shapes: the data of the demo and the tests. Pure functions of their arguments, no files.
 
-A picture shows one shape ("a large red circle on a white background") or two and their relation
-("a large red circle to the left of a small blue square on a white background"). Colours and backgrounds are far apart
+A picture shows one shape ("a large red circle on a white background"), two and their relation
+("a large red circle to the left of a small blue square on a white background"), three or four of different colours
+("a large red circle, a small blue square and a small cyan cross on a white background"), or two to four equal ones
+("three small red circles on a white background"). Colours and backgrounds are far apart
 in RGB, so that a program can recognise them; each shape has crisp edges and a thin dark outline that 64 pixels resolve
 and 16 do not, so that a super-resolution stage has something to add.
 """
@@ -48,8 +50,12 @@ PAIR_SCALE = 0.62
 """Scale of each of two objects relative to a single one, so that both fit."""
 PAIR_DISTANCE = 0.23
 """Distance of each of two objects from the centre."""
+CELL_SCALE, CELL_DISTANCE = 0.55, 0.25
+"""The same of several objects in the quarters of the picture; the distance is that along each side."""
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+"""How many equal objects a picture may show."""
 JITTER = {1: 0.05, 2: 0.02}
-"""Largest random shift of an object, by the number of objects."""
+"""Largest random shift of an object, by the number of objects; of several in their quarters it is that of two."""
 HELDOUT_SHARE = 0.1
 _HELDOUT_SALT = 279
 """Chosen so that the few held-out combinations contain every word several times."""
@@ -70,15 +76,26 @@ class Thing:
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """What a picture shows: a background and either one object or two, with the relation of the first to the second."""
+    """What a picture shows: a background, and one object, or two with the relation of the first to the second, or
+    several in its quarters: three or four of different colours, or two to four equal ones."""
 
     background: str
     objects: tuple[Thing, ...]
     relation: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.objects) not in (1, 2) or (self.relation is not None) != (len(self.objects) == 2):
-            raise ValueError("a picture shows one object, or two and their relation")
+        count, colours = len(self.objects), len({thing.colour for thing in self.objects})
+        allowed = self.relation is not None if count == 2 and not self.is_count else self.relation is None
+        if not allowed or not (count == 1 or self.is_count or count == 2 or (count in (3, 4) and colours == count)):
+            raise ValueError(
+                "a picture shows one object, or two and their relation, or three or four of different colours, or two "
+                "to four equal ones"
+            )
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it shows a number of equal objects."""
+        return self.relation is None and len(self.objects) in NUMBERS and len({*self.objects}) == 1
 
     def to_json(self) -> dict[str, object]:
         """Plain values for the .json member of a shard."""
@@ -88,31 +105,56 @@ class ShapeSpec:
 
 def caption(spec: ShapeSpec) -> str:
     """The caption that describes the spec exactly; `parse` is its inverse."""
-    things = f" {spec.relation} ".join(str(thing) for thing in spec.objects)
+    first, named = spec.objects[0], [str(thing) for thing in spec.objects]
+    if spec.is_count:
+        things = f"{NUMBERS[len(named)]} {first.size} {first.colour} {first.shape}{_plural(first.shape)}"
+    elif len(named) > 2:
+        things = f"{', '.join(named[:-1])} and {named[-1]}"
+    else:
+        things = f" {spec.relation} ".join(named)
     return f"{things} on a {spec.background} background"
 
 
+def _plural(shape: str) -> str:
+    return "es" if shape.endswith("s") else "s"
+
+
 def _thing_pattern(number: int) -> str:
-    words = [f"(?P<{name}{number}>{'|'.join(options)})" for name, options in _THING_WORDS.items()]
-    return "an? " + " ".join(words)
+    return f"an? {_words_pattern(number)}"
+
+
+def _words_pattern(number: int) -> str:
+    return " ".join(f"(?P<{name}{number}>{'|'.join(options)})" for name, options in _THING_WORDS.items())
 
 
 _THING_WORDS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}
-_CAPTION = re.compile(
-    f"{_thing_pattern(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) {_thing_pattern(1)})?"
-    f" on a (?P<background>{'|'.join(BACKGROUNDS)}) background"
+_GROUND = f" on a (?P<background>{'|'.join(BACKGROUNDS)}) background"
+_CAPTIONS = (
+    re.compile(f"{_thing_pattern(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) {_thing_pattern(1)})?{_GROUND}"),
+    re.compile(f"{_thing_pattern(0)}, {_thing_pattern(1)}(?:, {_thing_pattern(2)})? and {_thing_pattern(3)}{_GROUND}"),
+    re.compile(f"(?P<number>{'|'.join(NUMBERS.values())}) {_words_pattern(0)}e?s{_GROUND}"),
 )
 
 
 def parse(text: str) -> ShapeSpec | None:
     """The spec with this caption, or None for any other text. Ignores whitespace and case."""
-    match = _CAPTION.fullmatch(" ".join(text.lower().split()))
-    if match is None:
-        return None
-    word = match.groupdict()
-    count = 2 if word["relation"] else 1
-    things = tuple(Thing(word[f"colour{i}"], word[f"size{i}"], word[f"shape{i}"]) for i in range(count))
-    return ShapeSpec(word["background"], things, word["relation"])
+    plain = " ".join(text.lower().split())
+    for pattern in _CAPTIONS:
+        if match := pattern.fullmatch(plain):
+            word = match.groupdict()
+            things = [
+                Thing(*(word[f"{name}{i}"] for name in ("colour", "size", "shape")))
+                for i in range(len(NUMBERS) + 1)
+                if word.get(f"shape{i}")
+            ]
+            if number := word.get("number"):
+                things *= next(count for count, name in NUMBERS.items() if name == number)
+            try:
+                spec = ShapeSpec(word["background"], tuple(things), word.get("relation"))
+            except ValueError:  # two of one colour
+                return None
+            return spec if caption(spec) == plain else None
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -160,6 +202,31 @@ def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
     return tuple(sorted(range(count), key=lambda i: hash_bits(seed, cycle * count + i, "synthetic order")))
 
 
+def crowd_at(index: int, seed: int, objects: int, equal: bool = False, heldout: bool = False) -> ShapeSpec:
+    """The spec of picture `index` of those with several objects, drawn at random (there are too many to go through):
+    `objects` (3 or 4) of different colours or, with `equal`, 2 to `objects` equal ones."""
+    things, attempt = _things(), 0
+    while True:
+
+        def draw(what: str, among: int, attempt: int = attempt) -> int:
+            return hash_bits(seed, index, f"synthetic crowd {attempt} {heldout} {objects} {what}") % among
+
+        background = list(BACKGROUNDS)[draw("background", len(BACKGROUNDS))]
+        if equal:
+            picked = [things[draw("thing", len(things))]] * (2 + draw("number", objects - 1))
+        else:
+            colours = list(COLOURS)
+            picked = []
+            for number in range(objects):
+                colour = colours.pop(draw(f"colour {number}", len(colours)))
+                own = [thing for thing in things if thing.colour == colour]
+                picked.append(own[draw(f"thing {number}", len(own))])
+        spec = ShapeSpec(background, tuple(picked))
+        if is_heldout(spec) == heldout:
+            return spec
+        attempt += 1
+
+
 def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
     """Picture `index` of a split, uint8 (size, size, 3), and its spec."""
     spec = spec_at(index, seed, heldout, objects)
@@ -191,6 +258,8 @@ def render(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
 
 def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float], float]]:
     """Object, centre and radius, in units of the side."""
+    if spec.is_count or len(spec.objects) > 2:
+        return _quarters(spec, seed)
     alone = len(spec.objects) == 1
     direction = (0, 0) if spec.relation is None else RELATIONS[spec.relation]
     reach = JITTER[len(spec.objects)]
@@ -204,6 +273,21 @@ def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float]
             for axis in (0, 1)
         ]
         places.append((thing, (centre[0], centre[1]), SIZES[thing.size] * (1.0 if alone else PAIR_SCALE)))
+    return places
+
+
+def _quarters(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float], float]]:
+    """The same of several objects, each in a quarter of the picture of its own."""
+    quarters = sorted(itertools.product((-1, 1), repeat=2), key=lambda q: hash_bits(seed, 0, f"synthetic quarter {q}"))
+    places = []
+    for number, (thing, quarter) in enumerate(zip(spec.objects, quarters, strict=False)):
+        x, y = (
+            0.5
+            + CELL_DISTANCE * quarter[axis]
+            + JITTER[2] * (2 * hash_uniform(seed, number, f"synthetic jitter {axis}") - 1)
+            for axis in (0, 1)
+        )
+        places.append((thing, (x, y), SIZES[thing.size] * CELL_SCALE))
     return places
 
 

@@ -101,7 +101,10 @@ def _paired(a: str, b: str, table: Mapping[str, Sequence[Any]], names: Sequence[
     i, j = names.index(a), names.index(b)
     other = [key for key, values in table.items() if key.startswith(SAME_QUESTION) and values[i] != values[j]]
     if other:
-        return {"runs": [a, b], "why": f"their validations ask different questions ({', '.join(other)})"}
+        why = f"their validations ask different questions ({', '.join(other)})"
+        if any(key.startswith("stage.diffusion.") for key in other):
+            why += "; cascade ablate asks all arms the same, at fixed noise levels"
+        return {"runs": [a, b], "why": why}
     steps = sorted({*losses[0]} & {*losses[1]})
     if not steps:
         return {"runs": [a, b], "why": "they were never validated at the same step"}

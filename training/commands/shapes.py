@@ -186,6 +186,11 @@ def _spec(text: str) -> ShapeSpec:
             f"evaluation.kind=shapes: '{text[:80]}' is not a caption of drawn shapes; "
             "for other data use evaluation=pictures"
         )
+    if len(spec.objects) > 2 or spec.is_count:
+        raise ConfigError(
+            f"evaluation.kind=shapes: '{text[:80]}': one object or two with their relation can be read from a picture; "
+            "for more use evaluation=pictures"
+        )
     return spec
 
 

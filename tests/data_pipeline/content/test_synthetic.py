@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from data_pipeline.content import synthetic
-from data_pipeline.content.synthetic import ShapeSpec, Thing, caption, combinations, example, parse, render, spec_at
+from data_pipeline.content.synthetic import (
+    ShapeSpec,
+    Thing,
+    caption,
+    combinations,
+    crowd_at,
+    example,
+    parse,
+    render,
+    spec_at,
+)
 
 HELDOUT_BEGINS = [
     "a large blue circle on a black background",
@@ -109,5 +119,38 @@ def test_every_colour_is_far_from_every_other_and_from_the_backgrounds() -> None
 
 
 def test_a_spec_needs_a_relation_exactly_for_two_objects() -> None:
-    with pytest.raises(ValueError, match="one object, or two and their relation"):
-        ShapeSpec("white", PAIR.objects)
+    for objects in (PAIR.objects, (*PAIR.objects, PAIR.objects[0])):
+        with pytest.raises(ValueError, match="one object, or two and their relation, or three or four of different"):
+            ShapeSpec("white", objects)
+    with pytest.raises(ValueError, match="two to four equal ones"):
+        ShapeSpec("white", RED_CIRCLE.objects * 5)
+
+
+@pytest.mark.parametrize(("objects", "equal"), [(3, False), (4, False), (4, True)])
+def test_several_objects_have_captions_of_their_own(objects: int, equal: bool) -> None:
+    specs = [crowd_at(i, 0, objects, equal, heldout) for heldout in (False, True) for i in range(60)]
+    assert len(set(specs)) > 80 and all(parse(caption(spec)) == spec for spec in specs)
+    assert [synthetic.is_heldout(spec) for spec in specs] == [False] * 60 + [True] * 60
+    assert {len(spec.objects) for spec in specs} == ({2, 3, 4} if equal else {objects})
+    assert all(spec.is_count == equal for spec in specs)
+    assert specs[:60] == [crowd_at(i, 0, objects, equal) for i in range(60)]
+
+
+def test_several_objects_are_named_in_plain_words() -> None:
+    crosses = ShapeSpec("grey", (Thing("cyan", "small", "cross"),) * 3)
+    assert caption(crosses) == "three small cyan crosses on a grey background"
+    trio = ShapeSpec("white", (*PAIR.objects, Thing("cyan", "small", "cross")))
+    assert caption(trio) == "a large red circle, a small blue square and a small cyan cross on a white background"
+    assert parse("three small cyan crosss on a grey background") is None
+    assert parse(caption(trio).replace("cyan", "red")) is None, "colours tell them apart"
+
+
+def test_several_objects_do_not_touch() -> None:
+    """Each lies in a quarter of its own, whole."""
+    for seed in range(20):
+        spec = ShapeSpec("white", tuple(Thing(colour, "large", "triangle") for colour in list(synthetic.COLOURS)[:4]))
+        picture = render(spec, 64, seed).astype(int)
+        shown = np.abs(picture - synthetic.BACKGROUNDS["white"]).max(axis=2) > 4
+        assert not shown[:, [0, 31, 32, 63]].any() and not shown[[0, 31, 32, 63]].any()
+        for rows, columns in itertools.product((slice(0, 32), slice(32, 64)), repeat=2):
+            assert shown[rows, columns].sum() > 100

@@ -1,0 +1,83 @@
+"""The ladder of small tasks: two steps of each kind, what goes on where it stopped, and its table by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import ladder
+
+TINY = ["steps=2", "batch=4", "widths=8,16", "seeds=2"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "HELDOUT", 4)
+    monkeypatch.setattr(ladder, "SAMPLES", 2)
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path, capsys: Any) -> None:
+    ladder.main([str(tmp_path), "ingredients=guidance_interval", *TINY])
+    first = results(tmp_path)
+    assert [(line["arm"], line["seed"]) for line in first] == [
+        (arm, seed) for seed in (0, 1) for arm in ("none", "guidance_interval")
+    ]
+    assert first[0]["levels"] == first[1]["levels"] and first[0]["error"] == pytest.approx(sum(first[0]["levels"]) / 7)
+    assert 0 <= first[0]["words"] <= 1
+    ladder.main([str(tmp_path), "ingredients=guidance_interval,min_snr+muon", *TINY])
+    assert results(tmp_path)[:4] == first and [line["arm"] for line in results(tmp_path)[4:]] == ["min_snr+muon"] * 2
+    assert "min_snr+muon" in (tmp_path / "ladder.md").read_text()
+    with pytest.raises(SystemExit, match=r"steps=3: .* was made with 2"):
+        ladder.main([str(tmp_path), *TINY, "steps=3"])
+    ladder.main([str(tmp_path / "again"), "ingredients=guidance_interval", *TINY])
+    again = results(tmp_path / "again")
+    assert [line["levels"] for line in again] == [line["levels"] for line in first], "the same seed is the same run"
+
+
+def test_scenes_that_no_oracle_reads_and_photographs(tmp_path: Path) -> None:
+    assert ladder.config_of("none", 1, ladder.settings_of({"stage": "base64"})).stage.diffusion.weighting == "min_snr"
+    for scene in ("relations", "three", "counts"):
+        ladder.main([str(tmp_path / scene), "ingredients=muon", f"scene={scene}", *TINY])
+        assert (results(tmp_path / scene)[0]["words"] is None) == (scene != "relations")
+    assert "words" not in (tmp_path / "three" / "ladder.md").read_text()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(8):
+        Image.effect_noise((40, 30 + number), 60).convert("RGB").save(folder / f"{number}.jpg")
+    ladder.main([str(tmp_path / "photos"), "ingredients=size_condition", f"pictures={folder}", *TINY])
+    lines = results(tmp_path / "photos")
+    assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
+
+
+def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    for word in ("objects=2", "scene=five", "model=huge", "seeds=1"):
+        with pytest.raises(SystemExit, match=word.partition("=")[0]):
+            ladder.main([str(tmp_path), word])
+
+
+def test_the_table_by_hand() -> None:
+    """Two seeds whose logarithms differ by -0.2 and -0.4 at every level, and whose words by 0.10 and 0.20."""
+    lines = []
+    for seed, (apart, words) in enumerate([(-0.2, 0.1), (-0.4, 0.2)]):
+        for arm, shift, more in (("none", 0.0, 0.0), ("muon", apart, words)):
+            line = {"arm": arm, "seed": seed, "error": -2 + shift, "levels": [-2 + shift] * 7, "words": 0.5 + more}
+            lines.append({**line, "seconds": 10.0 if arm == "none" else 17.0})
+    half = 12.7062 * 0.1
+    low, high = (100 * math.expm1(-0.3 + sign * half) for sign in (-1, 1))
+    detectable = 100 * (1 - math.exp(-(12.7062 + 1.37638) * 0.1))
+    rows = ladder.table(lines).splitlines()
+    assert rows[2] == f"| none | {math.exp(-2):.4f} | | 50.0% | | 1 |"
+    assert rows[3] == (
+        f"| muon | {100 * math.expm1(-0.3):+.1f} % ({low:+.1f} to {high:+.1f}) | {detectable:.1f} % "
+        f"| +15.0 ± 63.5 points | 70.4 | 1.70 |"
+    )
+    assert rows[-1] == "| muon" + " | -26 %" * 7 + " |"
