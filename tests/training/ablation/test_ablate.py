@@ -153,6 +153,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
 
     def launch(module: str, config: Experiment) -> None:
         started.append(config)
+        Path(config.run.dir).parent.mkdir(parents=True, exist_ok=True)
         running = forks.start(config, max(1, config.cluster.processes), module)
         codes = running.codes()
         assert codes == [0] * len(codes), running.text
@@ -162,21 +163,21 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
 
 
 def test_an_ablation_from_the_first_start_to_the_table(
-    tmp_path: Path, shards: str, heldout: str, trained: list[Experiment], capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: str, heldout: str, trained: list[Experiment], capsys: Any
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "of mine"
     words = ["ablate", *TINY.split(), "ingredient=[muon,min_snr]", f"data.shards={shards}", "ablate.seeds=2"]
-    words += [f"validation.shards={heldout}", "ablate.output=of mine", "ablate.levels=[-2,0,2]", "json=true"]
+    words += [f"validation.shards={heldout}", f"ablate.output={output}", "ablate.levels=[-2,0,2]", "json=true"]
     cli.main([*words[:-4], "ablate.dry_run=true", *words[-4:]])
-    assert not trained and not Path("of mine").exists()
+    assert not trained and not output.exists()
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])["trainings"]
     assert list(shown)[:3] == ["experiment/seed-0", "with-muon/seed-0", "with-min_snr/seed-0"] and len(shown) == 6
 
     cli.main(words)
     said = capsys.readouterr().out
     result = json.loads(said.splitlines()[-1])
-    assert result == json.loads(Path("of mine/ablate.json").read_text())
-    assert [run.run.dir for run in trained] == [f"of mine/{name}" for name in shown]
+    assert result == json.loads((output / "ablate.json").read_text())
+    assert [run.run.dir for run in trained] == [f"{output}/{name}" for name in shown]
     assert [run.seed for run in trained] == [0, 0, 0, 1, 1, 1] and trained[1].optimizer.name == "muon"
     assert "==> training 6 of 6: with-min_snr, seed 1" in said and "half of what is detectable here takes" in said
     plain, muon = (result["arms"][name]["errors"] for name in ("experiment", "with-muon"))
@@ -186,7 +187,7 @@ def test_an_ablation_from_the_first_start_to_the_table(
     mean = sum(map(sum, apart)) / 6
     assert result["gains"]["muon"]["mean"]["percent"] == pytest.approx(100 * math.expm1(mean))
     assert result["gains"]["muon"]["half"]["device_hours"] > 0 and result["gains"]["muon"]["time"] > 0
-    assert Image.open("of mine/ablate.png").height > 400
+    assert Image.open(output / "ablate.png").height > 400
 
     # finished trainings are not started again; another ingredient and another seed add what is missing
     trained.clear()
@@ -194,7 +195,7 @@ def test_an_ablation_from_the_first_start_to_the_table(
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not trained and again["arms"]["with-muon"]["errors"] == muon, "the same question has the same answer"
     cli.main([word for word in words if not word.startswith("ingredient")] + ["ingredient=muon", "ablate.seeds=3"])
-    assert [run.run.dir for run in trained] == ["of mine/experiment/seed-2", "of mine/with-muon/seed-2"]
+    assert [run.run.dir for run in trained] == [f"{output}/experiment/seed-2", f"{output}/with-muon/seed-2"]
     assert "4 of 6 trainings are done already" in capsys.readouterr().out
 
     # what would make the arms unlike is refused; what only changes the course of a run is not
@@ -202,7 +203,7 @@ def test_an_ablation_from_the_first_start_to_the_table(
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "optimizer.lr=3e-4"])
     assert ended.value.code == 2 and not trained
-    assert "optimizer.lr=0.0003: of mine/experiment/seed-0 was trained with" in capsys.readouterr().err
+    assert f"optimizer.lr=0.0003: {output}/experiment/seed-0 was trained with" in capsys.readouterr().err
     cli.main([*words, "train.log_every=7", "cluster.processes=2"])
     assert not trained
 
@@ -222,14 +223,16 @@ def test_a_training_that_was_stopped_early_is_not_compared(tmp_path: Path, shard
         is_done(longer)
 
 
-def test_two_processes(
-    tmp_path: Path, shards: str, heldout: str, trained: list[Experiment], capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = [*TINY.replace("cluster.processes=1", "cluster.processes=2").split(), "ingredient=min_snr", "json=true"]
+def test_two_processes(tmp_path: Path, shards: str, heldout: str, trained: list[Experiment], capsys: Any) -> None:
+    words = [
+        *TINY.replace("cluster.processes=1", "cluster.processes=2").split(),
+        "ingredient=min_snr",
+        "json=true",
+        f"run={tmp_path}/run",
+    ]
     cli.main(["ablate", *words, f"data.shards={shards}", f"evaluation.reference={heldout}", "ablate.seeds=2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["heldout"] == heldout and result["output"] == "runs/default/demo_base-ablation"
+    assert result["heldout"] == heldout and result["output"] == f"{tmp_path}/run-ablation"
     assert [len(run) for run in result["arms"]["experiment"]["errors"]] == [7, 7]
     assert all(math.isfinite(error) for errors in result["arms"]["with-min_snr"]["errors"] for error in errors)
 
