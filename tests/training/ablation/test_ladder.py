@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import ladder
 
-TINY = ["steps=2", "batch=4", "widths=8,16", "seeds=2"]
+TINY = ["steps=2", "batch=4", "widths=32,32", "seeds=2"]
 
 
 @pytest.fixture(autouse=True)
