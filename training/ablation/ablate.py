@@ -65,7 +65,7 @@ def main(config: AblateCommand) -> dict[str, Any]:
         return show(arms, comparisons, output, config.ablate.seeds)
     try_to_write(output, "ablate.output")
     train_all(arms, output, config.ablate.seeds)
-    errors = measure(arms, output, config)
+    errors = measure_arms(arms, output, config)
     result = {
         "output": str(output),
         "words": words,
@@ -82,8 +82,8 @@ def main(config: AblateCommand) -> dict[str, Any]:
     }
     result["gains"] = {one.name: gains_of(one, result) for one in comparisons}
     replace_file(output / RESULT, json.dumps(result, indent=1))
-    save(picture(result), output / PICTURE)
-    print(table(result))
+    save(gains_picture(result), output / PICTURE)
+    print(gains_table(result))
     print(f"{output / PICTURE}: by noise level; {output / RESULT}: all figures")
     return result
 
@@ -139,7 +139,7 @@ def train_all(arms: Sequence[Arm], output: Path, seeds: int) -> None:
         launch("training.train", run)
 
 
-def measure(arms: Sequence[Arm], output: Path, config: AblateCommand) -> dict[str, list[list[float]]]:
+def measure_arms(arms: Sequence[Arm], output: Path, config: AblateCommand) -> dict[str, list[list[float]]]:
     """Arm -> for each seed the mean x0 errors at the levels. All read the held-out samples as the experiment does."""
     import torch
 
@@ -235,7 +235,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- shown
 
 
-def picture(result: Mapping[str, Any]) -> Any:
+def gains_picture(result: Mapping[str, Any]) -> Any:
     """Gains by level, one panel for each ingredient."""
     rows = {}
     for name, found in result["gains"].items():
@@ -246,7 +246,7 @@ def picture(result: Mapping[str, Any]) -> Any:
     return panels(title, rows, " %")
 
 
-def table(result: Mapping[str, Any]) -> str:
+def gains_table(result: Mapping[str, Any]) -> str:
     """For the terminal."""
     n, levels = len(result["seeds"]), result["levels"]
     lines = [["ingredient", "x0 error", "95 % interval", "", "detectable", "time"]]
