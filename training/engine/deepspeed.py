@@ -80,6 +80,18 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compile_function
 
 
+def _keep_compiler_out_of_hooks(model: torch.nn.Module) -> None:
+    """ZeRO 3 fetches the weights of each module in hooks. DeepSpeed tells torch's compiler to leave two of its four
+    alone; it would trace through the others, for each shape anew, and compile no more of the model for it."""
+    if all(module._compiled_call_impl is None for module in model.modules()):
+        return
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in hooks.items():
+                if hook.__module__.startswith("deepspeed."):
+                    hooks[number] = torch.compiler.disable(hook)
+
+
 def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` wants."""
     on_gpu = ranks.device != "cpu"
@@ -126,6 +138,7 @@ class ZeroEngine(WeightKeeper):
             self._decide_with_the_norm()
         if config.zero.stage == 3:
             self._gather_persistent_at_once()
+            _keep_compiler_out_of_hooks(self._engine.module)
         self._pieces = self._layout()
         layout: Layout = gather_objects(self._pieces, ranks)
         self._assembler = Assembler(layout, shapes, ranks.rank)
