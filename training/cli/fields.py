@@ -16,13 +16,18 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 @dataclass(frozen=True)
 class Key:
-    """One setting: its dotted name, its type, and the text under the field."""
+    """One setting: its dotted name, its type, and the class that has it as a field."""
 
     name: str
     type: Any
-    doc: str
+    owner: Any
     is_sentence: bool = False
     """Free text: whatever is typed is one text."""
+
+    @property
+    def doc(self) -> str:
+        """The text under the field."""
+        return field_docs(self.owner).get(self.name.rpartition(".")[2], "")
 
     @property
     def is_section(self) -> bool:
@@ -42,14 +47,19 @@ class Key:
 
 def keys_of(root: type) -> dict[str, Key]:
     """All keys of a config class by dotted name, sections included, in the order of the source."""
+    return _keys_of(root)
+
+
+@functools.lru_cache(None)
+def _keys_of(root: type) -> dict[str, Key]:
     return {key.name: key for key in _walk(root, "")}
 
 
 def _walk(root: type, prefix: str) -> Iterator[Key]:
-    hints, docs = typing.get_type_hints(root), field_docs(root)
+    hints = typing.get_type_hints(root)
     for item in fields(root):
         kind = hints[item.name]
-        yield Key(prefix + item.name, kind, docs.get(item.name, ""), item.metadata.get("sentences", False))
+        yield Key(prefix + item.name, kind, root, item.metadata.get("sentences", False))
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{item.name}.")
 
