@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.s3 import S3Server
+from tests.training import forks
 
 PHOTOS = Path(__file__).parents[1] / "fixtures" / "photos"
 SMALL = (
@@ -27,13 +27,7 @@ SMALL = (
 
 
 def cascade(*words: str, env: dict[str, str] | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "training.cli", *words],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forks.command(*words, env={**os.environ, **(env or {})})
     assert done.returncode == code, f"{words}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -1,7 +1,8 @@
 """Starts the processes of a run from a server that has torch and DeepSpeed imported already: a start costs a second,
 not ten.
 
-They are what `training.processes.launcher.launch` starts, with the same entry; only the launcher itself is left out.
+Those of `start` are what `training.processes.launcher.launch` starts, with the same entry; only the launcher itself is
+left out. `command` is a command line with all that it starts.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.training import forking
 from training.config.experiment import Experiment
 from training.processes.launcher import free_port, worker
 
@@ -64,19 +68,56 @@ def start(config: Experiment, ranks: int = 1, module: str = "training.train", **
     """`module.main(config)` in `ranks` processes, with more environment variables."""
     scratch = Path(tempfile.mkdtemp(prefix="forks-", dir=str(Path(config.run.dir).parent)))
     (scratch / "config.json").write_text(json.dumps(asdict(config)))
+    words = (module, type(config).__name__, f"{scratch}/config.json", f"{scratch}/result.json")
+    return Running(_start(worker, words, ranks, scratch, variables), scratch / "output", scratch / "result.json")
+
+
+def call(function: Callable[..., Any], ranks: int, scratch: Path, *arguments: str) -> Running:
+    """`function(*arguments)` in `ranks` processes."""
+    return Running(_start(function, arguments, ranks, scratch, {}), scratch / "output", scratch / "result.json")
+
+
+def command(
+    *words: str, module: str = "training.cli", env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m training.cli WORDS...` and the processes that it starts, as forks; `env` is the whole environment."""
+    with tempfile.TemporaryDirectory(prefix="forks-") as scratch:
+        environ, place = dict(os.environ if env is None else env), str(cwd or Path.cwd())
+        process = _server.Process(target=_command, args=(module, words, environ, place, scratch))
+        process.start()
+        process.join()
+        out, err = (Path(scratch, name).read_text() for name in ("out", "err"))
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+
+def _start(
+    function: Callable[..., Any], arguments: tuple[str, ...], ranks: int, scratch: Path, variables: dict[str, str]
+) -> list[Any]:
     processes = []
     environ = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
         own = {**environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        processes.append(_server.Process(target=_child, args=(own, str(scratch), module, type(config).__name__)))
+        processes.append(_server.Process(target=_child, args=(own, str(scratch / "output"), function, arguments)))
         processes[-1].start()
-    return Running(processes, scratch / "output", scratch / "result.json")
+    return processes
 
 
-def _child(environ: dict[str, str], scratch: str, module: str, config_class: str) -> None:
+def _child(environ: dict[str, str], output: str, function: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     os.environ.update(environ)
-    out = os.open(f"{scratch}/output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.exit(worker(module, config_class, f"{scratch}/config.json", f"{scratch}/result.json"))
+    forking.fork_modules()
+    sys.exit(function(*arguments))
+
+
+def _command(module: str, words: tuple[str, ...], environ: dict[str, str], cwd: str, scratch: str) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{scratch}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    forking.fork_modules()
+    forking.run(module, words)

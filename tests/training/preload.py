@@ -1,11 +1,29 @@
-"""What the server of tests/training/forks.py imports once."""
+"""What the server of tests/training/forks.py imports once: what the ranks of a run would import each."""
+
+import importlib
 
 import torch
 
 import training.run.session
 import training.train
+from training.cli.compose import load_config
 from training.engine.deepspeed import import_deepspeed
 
 torch.set_num_threads(1)
 import_deepspeed()
+load_config("train", ["data.shards=none"])
+for name in (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.module_inject.auto_ep_presets.registry",
+    "deepspeed.moe.ep_router",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.ma",
+    "numpy.random",
+    "peft",
+    "s3fs",
+    "safetensors.torch",
+    "training.cli.main",
+    "training.optim.adamw",
+):
+    importlib.import_module(name)
 __all__ = ["training"]

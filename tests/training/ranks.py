@@ -9,19 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.training import forks
 from training.config.experiment import Experiment
 from training.processes.endings import run_program
 from training.processes.launcher import run_processes
 from training.processes.ranks import read_ranks
 
 
-def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> list[Any]:
-    """`function(ranks, *arguments)` on every rank; arguments and results are JSON values."""
+def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any, fresh: bool = False) -> list[Any]:
+    """`function(ranks, *arguments)` on every rank; arguments and results are JSON values.
+
+    Args:
+        fresh: in interpreters of their own, which share no memory; else in forks of one that has imported everything.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    where = f"{function.__module__}:{function.__name__}"
-    command = [sys.executable, "-m", "tests.training.ranks", where, str(scratch), json.dumps(arguments)]
-    code = run_processes(command, processes)
-    assert code == 0, f"{where} ended with {code}"
+    words = f"{function.__module__}:{function.__name__}", str(scratch), json.dumps(arguments)
+    if fresh:
+        code = run_processes([sys.executable, "-m", "tests.training.ranks", *words], processes)
+        assert code == 0, f"{words[0]} ended with {code}"
+    else:
+        running = forks.call(main, processes, scratch, *words)
+        assert running.codes() == [0] * processes, running.text
     return [json.loads((scratch / f"result-{rank}.json").read_text()) for rank in range(processes)]
 
 

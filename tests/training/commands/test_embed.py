@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from data_pipeline.shards.embeddings import Embeddings, pad
 from data_pipeline.shards.index import load_index
 from data_pipeline.storage import store
 from tests.data_pipeline.photos import copy_shards, samples
+from tests.training import forks
 from tests.training.text.tiny_models import tiny_model
 from tests.training.text.tiny_t5 import tiny_t5
 from training.commands.embed import main, share
@@ -123,7 +122,7 @@ def test_processes_of_one_machine_share_the_shards(shards: Path, tmp_path: Path)
     alone = main(config(shards, output=str(tmp_path / "alone")))
     words = ["embed", f"data.shards={shards}", f"output={tmp_path}/two", "cluster.processes=2", "json=true"]
     words += ["text.dim=32", "text.max_tokens=16", 'data.captions.sources={"txt":1.0,"json:captions":1.0}']
-    done = subprocess.run([sys.executable, "-m", "training.cli", *words], capture_output=True, text=True)
+    done = forks.command(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == alone
     for path in (tmp_path / "alone").iterdir():
