@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,51 @@ from training.cli import main as cli
 from training.cli.compose import load_config
 from training.config.commands import COMMANDS
 
-PROGRAM = """
-import sys
+SERVER = """
+import json, os, sys, traceback
+from training.cli.compose import load_config
 from training.cli.main import main
-try:
-    main(sys.argv[1:])
-finally:
-    heavy = {"torch", "deepspeed", "transformers", "s3fs", "wandb"} & set(sys.modules)
-    print("heavy:", sorted(heavy), file=sys.stderr)
+
+load_config("train", ["data.shards=none"])
+for line in sys.stdin:
+    words, cwd, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        for stream, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        os.chdir(cwd)
+        code = 1
+        try:
+            main(words)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        heavy = {"torch", "deepspeed", "transformers", "s3fs", "wandb"} & set(sys.modules)
+        print("heavy:", sorted(heavy), file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+"""Each command line in a fork of one process that has composed a config before, as a start of Python and Hydra takes a
+second. What that process imports counts as well."""
 
 
-def cascade(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+@lru_cache(maxsize=1)
+def server() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def cascade(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`cascade WORDS...` in a process of its own; its last line on stderr tells which heavy packages were imported."""
-    return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=cwd, timeout=60)
+    asking, answering = server().stdin, server().stdout
+    assert asking is not None and answering is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        print(json.dumps([words, str(cwd), str(out), str(err)]), file=asking, flush=True)
+        code = int(answering.readline())
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
 def mistake(*words: str, cwd: Path) -> str:
