@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from slurm.commands.launch import main
+from tests.training import forks
 from training.cli.compose import load_config
 
 TWO_NODES = ["cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.cpus_per_task=1", "cluster.gpus=false"]
@@ -34,8 +34,7 @@ def launch(*words: str, own: list[str] | None = None) -> dict:
 
 def cascade(*words: str, env: dict[str, str], cwd: Path) -> dict:
     """A command line; returns its JSON answer."""
-    command = [sys.executable, "-m", "training.cli", *words, "json=true"]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = forks.command(*words, "json=true", env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from data_pipeline.common.errors import ConfigError, UserError
 from slurm.queue import job_states
 from tests.slurm.conftest import Slurm, until
 from tests.slurm.launching import TWO_NODES, cascade, launch
+from tests.training import forks
 from training.cli import main as cli
 from training.cli.compose import load_config
 
@@ -66,8 +66,9 @@ def test_the_frozen_settings_are_a_command_line(here: Path) -> None:
     answer = launch("cluster=slurm", "experiment=demo", "train.steps=7", own=["dry_run=true"])
     words = re.search(r"--config-dir (\S+) --config-name (\S+)", Path(answer["script"]).read_text())
     assert words
-    command = [sys.executable, "-m", "training.cli", "train", "--config-dir", words[1], "--config-name", words[2]]
-    done = subprocess.run([*command, "--cfg", "job", "--resolve"], capture_output=True, text=True, check=True)
+    command = ["train", "--config-dir", words[1], "--config-name", words[2]]
+    done = forks.command(*command, "--cfg", "job", "--resolve")
+    assert done.returncode == 0, done.stderr
     shown = OmegaConf.create(done.stdout)
     assert (shown.train.steps, shown.run.dir, shown.stage.name) == (7, "runs/demo/demo_base", "demo_base")
 
@@ -156,10 +157,8 @@ def test_blanks_and_line_ends(here: Path) -> None:
 
 def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
     words = ["launch", "cluster=slurm", "experiment=demo", "dry_run=true", "json=true", "--multirun"]
-    done = subprocess.run(
-        [sys.executable, "-m", "training.cli", *words, "optimizer.lr=1e-4,3e-4"],
-        capture_output=True, text=True, cwd=here, env=dict(os.environ), check=True,
-    )  # fmt: skip
+    done = forks.command(*words, "optimizer.lr=1e-4,3e-4", cwd=here)
+    assert done.returncode == 0, done.stderr
     scripts = [json.loads(line)["script"] for line in done.stdout.splitlines() if line.startswith('{"')]
     runs = [Path(script).parent.parent for script in scripts]
     assert [run.name for run in runs] == ["optimizer.lr=0.0001", "optimizer.lr=0.0003"]
