@@ -43,6 +43,8 @@ class Inside(build_py):
         for name in INSIDE:
             shutil.rmtree(whole / name, ignore_errors=True)
             shutil.move(Path(self.build_lib, name), whole / name)
+        (whole / "docs").mkdir(exist_ok=True)  # `cascade status` looks errors up there
+        shutil.copy(Path(__file__).with_name("docs") / "training.md", whole / "docs")
         for path in whole.rglob("*.py"):
             path.write_text(moved(path.read_text("utf-8")), "utf-8")
 

@@ -66,6 +66,12 @@ loader.close()
     assert done.returncode == 0, done.stderr
 
 
+def test_remedies_for_errors_are_in_it(site: Path) -> None:
+    known = "from cascade_t2i.slurm.jobs.remedies import remedy; print(remedy('', 2))"
+    done = run(site, "-c", known)
+    assert done.returncode == 0 and "start again" in done.stdout, done.stderr
+
+
 def test_every_name_of_the_short_import_is_there() -> None:
     assert {name for name in cascade_t2i.__all__ if getattr(cascade_t2i, name)} <= {*dir(cascade_t2i)}
     with pytest.raises(AttributeError, match="no attribute 'cascade'"):

@@ -7,11 +7,13 @@ boundary.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
@@ -63,6 +65,24 @@ def main(config: Experiment) -> dict[str, Any]:
         ranks = Ranks()
     with Signals() as signals, closing(Watchdog(ranks, None, *Watchdog.limits(config.train))) as watchdog:
         return train(config, ranks, signals, watchdog)
+
+
+def objective(result: dict[str, Any]) -> float | None:
+    """What a sweeper (Optuna, ...) minimises: the last validation loss or, without validation, the mean of the loss
+    over the last tenth of the lines of metrics.jsonl.
+
+    Args:
+        result: what `main` returned.
+    """
+    try:
+        lines = Path(result["run_dir"], "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return None
+    rows = [json.loads(line) for line in lines]
+    validated = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    last = validated[-1:] or losses[-max(len(losses) // 10, 1) :]
+    return sum(last) / len(last) if last else None
 
 
 def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog) -> dict[str, Any]:

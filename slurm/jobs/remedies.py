@@ -7,7 +7,7 @@ from pathlib import Path
 
 import training
 
-PAGE = Path(training.__file__).parents[1] / "docs" / "training.md"
+PAGE = Path(training.__file__).parents[1] / "docs/training.md"
 ENTRY = re.compile(r"^(\*\*`.*?)(?=^\*\*`|^#|\Z)", re.DOTALL | re.MULTILINE)
 QUOTED = re.compile(r"\*\*`(.+?)`\*\*", re.DOTALL)
 LEADING = re.compile(r"^(?:(?:\*\*`.+?`\*\*|\(code [^)]*\)|[,;:]|the same with|or|\([^)]*\))\s*)+", re.DOTALL)

@@ -18,7 +18,7 @@ from tests.training import forks
 from tests.training.runs import STEPS, chaos, curve, experiment, metrics, newest, same_tensors, store
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment, ProfileConfig
-from training.train import main
+from training.train import main, objective
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +334,17 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
     assert not re.search("W&B (is switched off|failed)", rest + done.stdout), "no trouble with it"
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1, "one W&B run over both starts"
+
+
+@pytest.mark.parametrize(
+    ("lines", "value"),
+    [
+        ([{"step": n, "loss": float(n)} for n in range(1, 21)], 19.5),
+        ([{"loss": 1.0}, {"validation_loss": 0.5}, {"loss": 0.9}, {"validation_loss": 0.25}, {"loss": 0.8}], 0.25),
+        ([{"loss": None}, {"step": 1}], None),
+    ],
+)
+def test_what_a_sweeper_minimises(tmp_path: Path, lines: list[dict[str, Any]], value: float | None) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert objective({"run_dir": str(tmp_path)}) == value
+    assert objective({"run_dir": str(tmp_path / "none")}) is None

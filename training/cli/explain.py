@@ -25,6 +25,8 @@ SYNONYMS = {
     "num_train_epochs": "train.steps (epochs x samples / data.global_batch)",
     "gradient_accumulation_steps": "data.micro_batch (the rest of a rank's share is accumulated)",
     "mixed_precision": "precision=bf16",
+    "fp16": "precision=bf16",
+    "bf16": "precision=bf16",
     "resolution": "stage (stage=base64; the size is stage.image_size)",
     "image_size": "stage.image_size",
     "output_dir": "run.dir",
@@ -92,11 +94,17 @@ def _ambiguous(text: str, root: type) -> str:
     if not word:
         return ""
     key, _, value = word.partition("=")
-    known = keys_of(root).get(key.lstrip("+"))
+    key, keys = key.lstrip("+"), keys_of(root)
+    known = keys.get(key)
+    inside = any(one.is_open and key.startswith(f"{name}.") for name, one in keys.items())
+    if known is None and key not in groups() and not inside:
+        return _no_such_key(key, root)
     if known is not None and known.is_text:
         one = f"'{key}=\"{value}\"'"
         return f"{word}: several values; write {one} for a text with a comma, or add --multirun for one run per value"
-    return f"{word}: several values; write {key}=[{value}] for a list, or add --multirun for one run per value"
+    number = known is not None and known.type in (int, float, bool)
+    how = "" if number else f"write {key}=[{value}] for a list, or "
+    return f"{word}: several values; {how}add --multirun for one run per value"
 
 
 def _unknown_option(text: str, root: type) -> str:
@@ -114,14 +122,19 @@ def _unknown_option(text: str, root: type) -> str:
 def _unknown_key(text: str, root: type) -> str:
     if not re.search(r"Key '.*' (is )?not in ", text):
         return ""
-    keys, full = keys_of(root), _search(r"full_key: (\S+)", text)
+    full = _search(r"full_key: (\S+)", text)
     typed = _search(r"Could not override '(\S+)'", text)
     full = typed if typed.startswith(full + ".") else full
     if root is LaunchCommand:
         owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
         if owners:
             return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
-    if near := meant(full, keys) or " or ".join(suggest(full, keys)):
+    return _no_such_key(full, root)
+
+
+def _no_such_key(full: str, root: type) -> str:
+    keys = keys_of(root)
+    if near := meant(full, keys) or " or ".join(suggest(full, keys) or suggest(full.lower(), keys)):
         return f"{full}: no such key; did you mean {near}?"
     section = full.rpartition(".")[0]
     while section and section not in keys:
@@ -146,7 +159,10 @@ def flag(words: str, root: type) -> str:
     key = name if name in groups() or name in keys_of(root) else name.replace("-", "_")
     candidates = [key]
     if key not in groups() and key not in keys_of(root):
-        near = re.split(r"[\s=]", meant(key, keys_of(root)))[0]
+        words = meant(key, keys_of(root))
+        if words.startswith("the "):
+            return f"{first}: no such option; it is {words}; options are listed by --help"
+        near = re.split(r"[\s=]", words)[0]
         candidates = [near] if near else suggest(key, keys_of(root))
     how = "; write " + " or ".join(f"{key}={value or '...'}" for key in candidates) if candidates else ""
     return f"{first}: no such option{how}; settings are key=value, options are listed by --help"

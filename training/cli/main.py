@@ -68,8 +68,11 @@ def _main(words: list[str]) -> None:
         _hydra(verb, rest)
 
 
-def run(verb: str, config: Experiment) -> None:
+def run(verb: str, config: Experiment) -> dict[str, Any] | None:
     """Imports the verb's module, calls its `main(config)`, and prints what it returns as one JSON line when json=true.
+
+    Returns:
+        What `main` returns.
 
     Raises:
         SystemExit: the command failed; why stands on stderr.
@@ -80,6 +83,7 @@ def run(verb: str, config: Experiment) -> None:
                 result = importlib.import_module(COMMANDS[verb].module).main(config)
             if config.json and result is not None:
                 print(json.dumps(result), flush=True)
+            return result
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None
@@ -118,6 +122,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
             _run_hydra(arguments, parser, _task(verb, swept), config_path=str(CONF_DIR), config_name=verb)
         if arguments.multirun:
             _after_sweep(verb)
+            _end_workers()
     except CascadeError:
         raise
     except Exception as error:
@@ -132,10 +137,18 @@ def _after_sweep(verb: str) -> None:
         finish()
 
 
-def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:
-    """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit."""
+def _end_workers() -> None:
+    """Ends the idle processes of Hydra's joblib launcher, which the end of a program (`run_program`) would wait for."""
+    executor = getattr(sys.modules.get("joblib.externals.loky.reusable_executor"), "_executor", None)
+    if executor is not None:
+        executor.shutdown(wait=True)
 
-    def task(cfg: Any) -> None:
+
+def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], float | None]:
+    """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit, and
+    returns what a sweeper minimises: `objective` of the command's module, where there is one."""
+
+    def task(cfg: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         from training.cli.compose import validate
@@ -144,7 +157,9 @@ def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], None]:
             with _errors(verb, cfg.debug):
                 _separate(verb, cfg, swept)
                 config = validate(verb, cfg, HydraConfig.get().overrides.task)
-            run(verb, config)
+            result = run(verb, config)
+            judge = getattr(sys.modules.get(COMMANDS[verb].module), "objective", None)
+            return judge(result) if judge and result else None
 
     return task
 

@@ -40,7 +40,7 @@ from training.evaluation.extractors.base import open_extractors
 from training.evaluation.parts import spilled
 from training.evaluation.references import RULE, SUFFIX, ReferenceFile, References
 from training.processes.ranks import gpu_of, read_ranks
-from training.run.directory import RunDir, replace_file, try_to_write
+from training.run.directory import RunDir, leaving_nothing_empty, replace_file, try_to_write
 from training.run.reporting.tracking import log_picture
 
 REFERENCE_FILE = f"reference{SUFFIX}"
@@ -48,6 +48,11 @@ REFERENCE_FILE = f"reference{SUFFIX}"
 
 def main(config: EvaluateCommand) -> dict[str, Any]:
     """Evaluates the bundle `bundle.dir`, or does another `action`; returns what result.json holds."""
+    with leaving_nothing_empty(Path(config.evaluation.output)):
+        return _do(config)
+
+
+def _do(config: EvaluateCommand) -> dict[str, Any]:
     if config.action == "compare":
         differences = comparison.compare_results(config.results)
         print(comparison.as_text(differences))

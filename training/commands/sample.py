@@ -38,7 +38,7 @@ from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
 from training.processes.ranks import gpu_of, read_ranks
-from training.run.directory import try_to_write
+from training.run.directory import leaving_nothing_empty, try_to_write
 
 SAVE_EVERY = 4
 """Batches per device after which pictures are written: what an interruption can cost."""
@@ -69,10 +69,15 @@ class SampleJob:
 
 def main(config: SampleCommand) -> dict[str, Any]:
     """Draws `prompts` (or the experiment's) and writes pictures and grid; keeps pictures that are already there."""
-    began = time.monotonic()
     if config.batch < 1:
         raise ConfigError(f"batch={config.batch}: it must be at least 1")
     output = Path(config.output or config.sampling.output)
+    with leaving_nothing_empty(output):
+        return _sample(config, output)
+
+
+def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
+    began = time.monotonic()
     own = config.prompts is None
     prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
     if not prompts:

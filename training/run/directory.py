@@ -13,13 +13,13 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment
@@ -269,6 +269,20 @@ def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
         probe.unlink()
     except OSError as error:
         raise DataError(f"{key}={folder}: cannot be written ({error.strerror}); choose another {key}") from error
+
+
+@contextmanager
+def leaving_nothing_empty(folder: Path) -> Iterator[None]:
+    """Takes the directories away again that a command has made for its results, where it was refused before it wrote
+    any."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except CascadeError:
+        for path in made:
+            with suppress(OSError):  # not empty, or not made
+                path.rmdir()
+        raise
 
 
 def replace_file(path: Path, text: str) -> None:

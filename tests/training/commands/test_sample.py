@@ -13,9 +13,9 @@ from data_pipeline.common.errors import ConfigError, DataError
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
 from training.cascade.requests import picture_seed
-from training.commands import sample
-from training.config.commands import SampleCommand
-from training.config.experiment import SamplingConfig
+from training.commands import evaluate, sample
+from training.config.commands import EvaluateCommand, SampleCommand
+from training.config.experiment import BundleConfig, EvaluationConfig, SamplingConfig
 
 PROMPTS = ["a red circle", "蓝天 ★ 白云"]
 
@@ -226,3 +226,13 @@ def test_pictures_of_other_prompts_are_set_aside(bundle: str, tmp_path: Path, ca
         "00001-a_cat.png",
         "base/00001-a_cat.png",
     }
+
+
+def test_a_refused_command_leaves_no_empty_directory(tmp_path: Path) -> None:
+    bundle, output = BundleConfig(dir=str(tmp_path / "none")), tmp_path / "runs" / "mine"
+    with pytest.raises(DataError):
+        sample.main(SampleCommand(prompts=["a"], from_bundle=bundle.dir, output=str(output / "samples")))
+    evaluation = EvaluationConfig(output=str(output / "evaluation"))
+    with pytest.raises(DataError):
+        evaluate.main(EvaluateCommand(bundle=bundle, evaluation=evaluation))
+    assert not list(tmp_path.iterdir())
