@@ -143,8 +143,8 @@ def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dino__path": None}, "repa.weight=0.5: it compares with a frozen encoder; set dino.path"),
-        ({"repa__weight": 0.0}, "nothing compares with it"),
+        ({"dino__path": None}, "repa.weight=0.5: it compares by a frozen encoder; set dino.path"),
+        ({"repa__weight": 0.0}, "nothing compares by it"),
         ({"repa__until": 0}, "set repa.until"),
         ({"lora__rank": 4}, "train nothing that could be aligned"),
     ],
@@ -154,3 +154,21 @@ def test_what_does_not_fit_together(
 ) -> None:
     problems = training_problems(experiment(tmp_path, shards, **{**repa, **change}), 1)
     assert len(problems) == 1 and sentence in problems[0]
+
+
+def test_perceptual(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
+    """Both losses by the one encoder; the perceptual one goes on after the other has ended."""
+    both = {**repa, "perceptual__weight": 0.5}
+    whole = train(experiment(tmp_path / "one", shards, **both, train__steps=4, zero__stage=0))
+    again = resumed(tmp_path / "again", shards, 1, **both, zero__stage=0)
+    assert same_tensors(newest(whole), newest(again))
+    assert close(whole, train(experiment(tmp_path / "three", shards, **both, train__steps=4, zero__stage=3), 2))
+    plan = planned(whole)
+    alone = experiment(tmp_path, shards, **{**both, "repa__weight": 0.0}, train__steps=4)
+    without = planned(alone)
+    assert plan["picture_encoder"]["flops_per_image"] > without["picture_encoder"]["flops_per_image"] > 0
+    assert without["parameters"] < plan["parameters"]
+    assert without["memory"]["activations"] > planned(experiment(tmp_path, shards))["memory"]["activations"]
+    now = to_dict(experiment(tmp_path, shards, **{**both, "perceptual__log_snr_above": 0.0}))
+    with pytest.raises(ConfigError, match=r"perceptual.log_snr_above=0.0: RUN was made with"):
+        check_same_run(to_dict(whole), {**now, "repa": to_dict(whole)["repa"]}, "RUN")

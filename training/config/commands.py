@@ -427,6 +427,7 @@ EVERYTHING = (
     "lora",
     "dino",
     "repa",
+    "perceptual",
     "zero",
     "precision",
     "validation",

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
 from training.config.cluster import ClusterConfig
 from training.config.diffusion import DiffusionConfig, SamplerConfig
-from training.config.features import DinoConfig, RepaConfig
+from training.config.features import DinoConfig, PerceptualConfig, RepaConfig
 
 MOST_PROFILED = 50
 """Steps of a trace: more make a file that no viewer opens."""
@@ -563,6 +563,7 @@ class Experiment:
     lora: LoraConfig = field(default_factory=LoraConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     repa: RepaConfig = field(default_factory=RepaConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from data_pipeline.config import at_least
+from data_pipeline.config import at_least, require
 
 
 @dataclass
 class DinoConfig:
-    """The frozen picture encoder that `repa` compares with."""
+    """The frozen picture encoder that `repa` and `perceptual` compare by."""
 
     path: str | None = None
     """Directory of a DINOv2 model as transformers stores it (config.json, model.safetensors); never downloaded."""
@@ -36,3 +37,18 @@ class RepaConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "repa", weight=0, until=0, width=1)
+
+
+@dataclass
+class PerceptualConfig:
+    """The estimate of the clean picture is compared with it by the encoder's features, where noise is low enough."""
+
+    weight: float = 0.0
+    """Of 1 - cosine, the mean over the encoder's patches, beside the diffusion loss; 0: off."""
+    log_snr_above: float = -1.69
+    """Log signal-to-noise ratio from which it counts."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "perceptual", weight=0)
+        value = self.log_snr_above
+        require(math.isfinite(value), f"perceptual.log_snr_above={value}: it must be a number")

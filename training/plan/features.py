@@ -1,4 +1,4 @@
-"""What the frozen picture encoder of `repa` costs a training: counted on its structure, without its weights."""
+"""What the frozen picture encoder of `repa` and `perceptual` costs: counted on its structure, without its weights."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ def align_of(config: Experiment) -> Align | None:
 
 
 def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> FeatureCost:
-    """One pass over each clean picture while `repa` counts, and the small network in every step.
+    """One pass over each clean picture while `repa` counts, and the small network in every step; with `perceptual` one
+    over each picture, and one there and back over each estimate, in every step.
 
     Raises:
         DataError: dino.path holds no such encoder.
     """
-    align = align_of(config)
-    if align is None:
+    align, perceptual = align_of(config), bool(config.perceptual.weight)
+    if align is None and not perceptual:
         return FeatureCost()
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Dinov2Model
@@ -71,29 +72,32 @@ def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> Fe
         model = Dinov2Model(settings).eval()
         model(pixel_values=torch.empty(1, *shape))
     once, parameters = counter.get_total_flops(), sum(p.numel() for p in model.parameters())
-    counted = min(config.repa.until, config.train.steps) / config.train.steps
-    width, features = align
-    places = (size // unet.divisor) ** 2
-    layers = unet.widths[-1] * width + width * width + width * features
+    passes = 3.0 if perceptual else min(config.repa.until, config.train.steps) / config.train.steps
+    places, layers = (size // unet.divisor) ** 2, 0
+    if align is not None:
+        width, features = align
+        layers = unet.widths[-1] * width + width * width + width * features
     return FeatureCost(
         parameters,
         parameters * dtype.itemsize,
-        counted * once + 3 * 2 * layers * places,
-        Passes(*(_follow(settings, shape, dtype, batch) for batch in (2, 3))),
+        passes * once + 3 * 2 * layers * places,
+        Passes(*(_follow(settings, shape, dtype, batch, learn=perceptual) for batch in (2, 3))),
     )
 
 
-def _follow(settings: Any, shape: tuple[int, ...], dtype: torch.dtype, batch: int) -> Pass:
-    """A pass without gradients over so many pictures."""
+def _follow(settings: Any, shape: tuple[int, ...], dtype: torch.dtype, batch: int, *, learn: bool) -> Pass:
+    """A pass over so many pictures, with `learn` there and back."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import Dinov2Model
 
     with torch.device("meta"):
-        model = Dinov2Model(settings).eval().to(dtype)
+        model = Dinov2Model(settings).eval().requires_grad_(False).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         live = live_bytes()
-        pictures = torch.empty(batch, *shape, dtype=dtype)
-        with live, torch.no_grad():
-            model(pixel_values=pictures)
+        pictures = torch.empty(batch, *shape, dtype=dtype, requires_grad=learn)
+        with live, torch.set_grad_enabled(learn):
+            features = model(pixel_values=pictures).last_hidden_state
+            if learn:
+                features.mean().backward()
     return Pass(np.array(live.activations), np.array(live.gradients), live.largest)

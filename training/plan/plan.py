@@ -256,8 +256,8 @@ def features_plan(config: PlanCommand, features: FeatureCost, device: Device) ->
     images = config.train.steps * config.data.global_batch
     return {
         "parameters": features.parameters,
-        "weight": config.repa.weight,
-        "until": config.repa.until,
+        "repa": {"weight": config.repa.weight, "until": config.repa.until},
+        "perceptual": {"weight": config.perceptual.weight, "log_snr_above": config.perceptual.log_snr_above},
         "flops_per_image": features.flops_per_image,
         "gpu_hours": images * features.flops_per_image / (config.mfu * device.peak) / HOUR,
     }

@@ -132,12 +132,16 @@ def _text(text: dict[str, Any]) -> list[tuple[str, str]]:
 def _features(features: dict[str, Any] | None) -> list[tuple[str, str]]:
     if features is None:
         return []
+    repa, perceptual = features["repa"], features["perceptual"]
+    losses = [f"repa {repa['weight']:g} up to step {repa['until']:,}"] if repa["weight"] else []
+    if perceptual["weight"]:
+        losses.append(f"perceptual {perceptual['weight']:g} from log-SNR {perceptual['log_snr_above']:g} on")
     return [
         (
             "picture encoder",
-            f"dinov2, {features['parameters'] / 1e6:,.0f} M parameters (counted); repa {features['weight']:g} up to "
-            f"step {features['until']:,}: {features['flops_per_image'] / 1e9:,.1f} GFLOP per image on average, "
-            f"{features['gpu_hours']:,.1f} GPU hours in all",
+            f"dinov2, {features['parameters'] / 1e6:,.0f} M parameters (counted); {', '.join(losses)}: "
+            f"{features['flops_per_image'] / 1e9:,.1f} GFLOP per image on average, "
+            f"{features['gpu_hours']:,.1f} GPU hours",
         )
     ]
 

@@ -43,6 +43,7 @@ FIXED = {
     "dino.side": "the weights were trained with it",
     "dino.sha": "the weights were trained with that encoder (see dino.path)",
     "repa": "the weights were trained with it",
+    "perceptual": "the weights were trained with it",
     "optimizer.name": "its saved moments would be lost",
     "data.global_batch": "the position in the data counts in it",
     "data.lanes": "the order of the data follows from it",

@@ -18,6 +18,7 @@ from training.diffusion.objective import loss
 from training.engine.start import build_engine
 from training.model.alignment import Alignment, repa_term
 from training.model.dinov2 import Dinov2, dino_settings
+from training.model.perceptual import perceptual_term
 from training.model.unet import UNet
 from training.optim.averages import state_name
 from training.optim.base import skip_compiler
@@ -119,12 +120,14 @@ class TrainingState:
     def _beside(self, step: int, x0: torch.Tensor, estimate: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         """The losses on features of each sample, (B,)."""
         assert self._dino is not None
-        repa, total = self.config.repa, torch.zeros(len(x0), device=x0.device)
+        repa, perceptual, total = self.config.repa, self.config.perceptual, torch.zeros(len(x0), device=x0.device)
         aligned = bool(repa.weight) and step < repa.until
-        wanted, grid = self._dino(x0) if aligned else (None, (1, 1))
+        wanted, grid = self._dino(x0) if aligned or perceptual.weight else (None, (1, 1))
         if repa.weight:
             module: Any = self.engine.module
-            total = total + repa_term(module.alignment.take(), wanted, grid, repa)
+            total = total + repa_term(module.alignment.take(), wanted if aligned else None, grid, repa)
+        if perceptual.weight and wanted is not None:
+            total = total + perceptual_term(self._dino(estimate, learn=True)[0], wanted, log_snr, perceptual)
         return total
 
     def meta(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.common.errors import ConfigError, DataError
 from tests.training.evaluation.extractors.tiny_weights import dinov2_folder
-from training.config.features import DinoConfig, RepaConfig
+from training.config.features import DinoConfig, PerceptualConfig, RepaConfig
 from training.config.unet import PRESETS
 from training.model.alignment import Alignment, alignment_loss, repa_term, token_distance
 from training.model.dinov2 import Dinov2, patch_grid, pinned_dino, prepared
+from training.model.perceptual import perceptual_term
 from training.model.unet import UNet
 
 
@@ -108,3 +110,22 @@ def test_another_encoder_or_a_damaged_one_is_refused(dino: Path, tmp_path: Path)
     (other / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(DataError, match=r"a model of type clip, not dinov2"):
         Dinov2(DinoConfig(path=str(other)), torch.float32, "cpu")
+
+
+def test_the_perceptual_loss_is_the_papers_and_ends_at_high_noise(dino: Path) -> None:
+    """PixelGen: the mean over patches of 1 - cosine, none in the noisiest 30 % of its times."""
+    torch.manual_seed(0)
+    seen, wanted = torch.randn(4, 5, 7), torch.randn(4, 5, 7)
+    config = PerceptualConfig(weight=0.01)
+    assert config.log_snr_above == pytest.approx(2 * math.log(0.3 / 0.7), abs=0.01)
+    term = perceptual_term(seen, wanted, torch.tensor([-20.0, -1.7, -1.68, 20.0]), config)
+    plain = 1 - F.cosine_similarity(seen, wanted, dim=-1).mean(1)
+    torch.testing.assert_close(term, 0.01 * plain * torch.tensor([0.0, 0.0, 1.0, 1.0]))
+
+    encoder = Dinov2(DinoConfig(path=str(dino), side=28), torch.float32, "cpu")
+    clean = torch.rand(2, 3, 16, 16) * 2 - 1
+    estimate = (clean + 0.3 * torch.randn_like(clean)).requires_grad_()
+    term = perceptual_term(encoder(estimate, learn=True)[0], encoder(clean)[0], torch.tensor([0.0, -9.0]), config)
+    term.sum().backward()
+    assert estimate.grad is not None and estimate.grad[0].any() and not estimate.grad[1].any()
+    assert all(weight.grad is None for weight in encoder.model.parameters()), "it stays frozen"
