@@ -331,10 +331,6 @@ class DataConfig:
         )
 
         self.ratios()
-        require(
-            not (self.buckets and is_mixture(self.shards)),
-            "data.buckets: a mixture of data sets trains on squares; leave one of the two out",
-        )
         if is_mixture(self.shards):
             written = [self.shards] if isinstance(self.shards, Mapping) else self.shards
             pairs = zip(written, self.datasets(), strict=True)

@@ -110,6 +110,10 @@ class Shares:
         own = (own + self._dealt[row, datasets, lane]) * self.lanes + lane
         return datasets, own
 
+    def before(self, row: int) -> np.ndarray:
+        """What each lane has given to each data set when a row of the schedule begins, (data sets, L) int64."""
+        return self._dealt[row]
+
     def expected(self, positions: np.ndarray) -> np.ndarray:
         """The share of each data set in force at each position, (n, data sets) float64; each row adds up to 1."""
         row = np.searchsorted(self._starts, np.asarray(positions) // self.lanes, side="right") - 1
@@ -209,11 +213,88 @@ class StepShares:
         return self._shares.join(part, steps) * self._batch + inside
 
 
-class MixedOrder:
-    """The order of a mixture: `Order` of each data set, dealt out by `Shares`, or of each bucket, by `StepShares`.
-    Shards are numbered through, data set after data set."""
+class MixedSteps:
+    """Deals whole steps to buckets, and the positions of each bucket's steps to data sets: a step has one shape, and in
+    each bucket the data sets have their shares exactly.
 
-    def __init__(self, orders: Sequence[Order], shares: Shares | StepShares) -> None:
+    A *part* is what a data set has in a bucket.
+
+    Args:
+        global_batch: samples per step, a multiple of `lanes`.
+        lanes: L, as for `Shares`.
+        places: (bucket, data set) of each part.
+        schedule: (position, weight of each part) from each position on; the first is 0, each a multiple of
+            `global_batch`.
+        ranking: the data sets in the order in which they are split.
+    """
+
+    def __init__(
+        self,
+        global_batch: int,
+        lanes: int,
+        places: Sequence[tuple[int, int]],
+        schedule: Sequence[tuple[int, Sequence[Fraction]]],
+        ranking: Sequence[int],
+    ) -> None:
+        buckets = 1 + max(bucket for bucket, _ in places)
+        self._places = list(places)
+        self._parts = np.full((buckets, 1 + max(ranking)), -1, np.int64)
+        for part, place in enumerate(places):
+            self._parts[place] = part
+        self._starts = np.array([position for position, _ in schedule], np.int64)
+        self._weights = np.array([[float(weight) for weight in row] for _, row in schedule])
+
+        def weights(row: Sequence[Fraction], bucket: int) -> list[Fraction]:
+            own = [Fraction(0)] * self._parts.shape[1]
+            for (of, dataset), weight in zip(places, row, strict=True):
+                own[dataset] += weight if of == bucket else 0
+            return own
+
+        steps = [
+            (position // global_batch, [sum(weights(row, bucket), Fraction(0)) for bucket in range(buckets)])
+            for position, row in schedule
+        ]
+        shares = Shares(1, steps)
+        self._steps = StepShares(global_batch, shares)
+        self._inside = []
+        for bucket in range(buckets):
+            rows = [
+                (int(shares.before(number)[bucket, 0]) * global_batch, weights(row, bucket))
+                for number, (_, row) in enumerate(schedule)
+            ]
+            taken = [(start, own) for start, own in rows if any(own)]  # of the others no step comes
+            self._inside.append(Shares(lanes, [(0, taken[0][1]), *taken[1:]], ranking))
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(part, position in its own order) of each position, as `Shares.split`."""
+        buckets, own = self._steps.split(positions)
+        parts = np.empty_like(buckets)
+        for bucket in np.unique(buckets):
+            here = np.flatnonzero(buckets == bucket)
+            datasets, own[here] = self._inside[bucket].split(own[here])
+            parts[here] = self._parts[bucket, datasets]
+        return parts, own
+
+    def expected(self, positions: np.ndarray) -> np.ndarray:
+        """The share of each part in force at each position, (n, parts) float64; each row adds up to 1."""
+        row = np.searchsorted(self._starts, np.asarray(positions), side="right") - 1
+        return self._weights[row] / self._weights[row].sum(axis=1, keepdims=True)
+
+    def join(self, part: int, own: np.ndarray) -> np.ndarray:
+        """As `Shares.join`."""
+        bucket, dataset = self._places[part]
+        inside = self._inside[bucket].join(dataset, own)
+        positions = np.full(len(inside), -1, np.int64)
+        comes = inside >= 0
+        positions[comes] = self._steps.join(bucket, inside[comes])
+        return positions
+
+
+class MixedOrder:
+    """The order of a mixture: `Order` of each data set, dealt out by `Shares`, of each bucket, by `StepShares`, or of
+    what each data set has in each bucket, by `MixedSteps`. Shards are numbered through, data set after data set."""
+
+    def __init__(self, orders: Sequence[Order], shares: Shares | StepShares | MixedSteps) -> None:
         self.orders, self.shares = list(orders), shares
         self.counts = np.concatenate([order.counts for order in orders])
         self.samples = int(self.counts.sum())

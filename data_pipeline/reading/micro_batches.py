@@ -211,7 +211,8 @@ class Decoding:
         dataset = sample.get("__dataset__", "")
         shape = None
         if config.buckets:
-            shape, dataset = self._shapes[dataset], ""
+            dataset, _, bucket = dataset.rpartition("/")
+            shape = self._shapes[bucket]
         if self._caption_files:
             files = self._caption_files[dataset]
             sample[captions.FROM_FILES] = files.of(sample["__url__"], sample["__key__"])

@@ -78,8 +78,9 @@ def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[
     """What differs of the order up to the position of `before`."""
     position = int(before["position"])
     changes = _differences({"buckets": [], **now}, {"buckets": [], **before}, {**_RUN, "buckets": "data.buckets"})
-    if now.get("buckets") or before.get("buckets"):
-        parts = (now.get("datasets"), before.get("datasets"))
+    parts = (now.get("datasets"), before.get("datasets"))
+    mixed = all(any("/" in name for name in found or ()) for found in parts)  # NAME/SHAPE
+    if not mixed and (now.get("buckets") or before.get("buckets")):
         return changes + (["the pictures of a bucket"] if not changes and parts[0] != parts[1] else [])
     old, new = _rows(before), _rows(now)
     changed = _shares_changed(new, old, position)

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.order.mixture import MixedOrder, Shares, StepShares
+from data_pipeline.order.mixture import MixedOrder, MixedSteps, Shares, StepShares
 from data_pipeline.order.order import Order
 from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, window_of
 from data_pipeline.shards.index import ShardIndex
@@ -101,6 +101,41 @@ class Buckets(Mixture):
         return {"": self}
 
 
+class MixedBuckets(Mixture):
+    """Several data sets, the pictures of each sorted by shape; a part is what a data set has in a bucket, called
+    NAME/SHAPE. Of its share of the samples, a data set gives each bucket what its pictures fill."""
+
+    def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
+        super().__init__(parts, configs, config)
+        self.buckets = list(config.buckets)
+        names, shapes = [dataset.name for dataset in config.datasets()], list(config.ratios())
+        pairs = [name.rpartition("/")[::2] for name in self.names_of_parts]
+        self.places = [(shapes.index(shape), names.index(name)) for name, shape in pairs]
+        """(bucket, data set) of each part."""
+        whole = [
+            sum(self.parts[n].samples for n, (_, of) in enumerate(self.places) if of == d) for d in range(len(names))
+        ]
+        self.schedule = [
+            (
+                position,
+                [
+                    shares[of] * Fraction(part.samples, whole[of])
+                    for part, (_, of) in zip(self.parts, self.places, strict=True)
+                ],
+            )
+            for position, shares in config.schedule()
+        ]
+        self._shares = [
+            (position, {name: str(share) for name, share in zip(self.names_of_parts, row, strict=True) if share})
+            for position, row in self.schedule
+        ]
+        self.ranking = sorted(range(len(names)), key=lambda number: names[number])
+
+    def sets(self) -> dict[str, Dataset]:
+        """By data set one of its parts, which has all of its shards."""
+        return {name.rpartition("/")[0]: part for name, part in zip(self.names_of_parts, self.parts, strict=True)}
+
+
 def _mixed_window(part: Dataset, config: DataConfig) -> int:
     return window_of(part, config) if config.window else max(window_of(part, config) // MIXED, 1)
 
@@ -112,6 +147,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: shards are missing or no tar archives, or filters leave nothing; StoreError: the store stayed broken.
     """
     patience = patience_of(config)
+    if config.buckets and config.datasets():
+        return _open_mixed_buckets(config)
     if config.buckets:
         urls = store.expand(config.shards, patience)
         load_or_build(urls, config)  # which says what is left out
@@ -130,6 +167,21 @@ def open_dataset(config: DataConfig) -> Dataset:
     return Mixture(parts, configs, config)
 
 
+def _open_mixed_buckets(config: DataConfig) -> MixedBuckets:
+    parts, configs = {}, {}
+    for name, own in config.parts().items():
+        try:
+            urls = store.expand(own.shards, patience_of(config))
+            load_or_build(urls, own)  # which says what is left out
+        except DataError as error:
+            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
+        for shape, cut in own.bucket_parts().items():
+            found = load_or_build(urls, cut, may_be_empty=True)
+            if found.samples:
+                parts[f"{name}/{shape}"], configs[f"{name}/{shape}"] = found, cut
+    return MixedBuckets(parts, configs, config)
+
+
 def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order | MixedOrder:
     """The order of a run, of which a process will follow its share of the lanes."""
     lanes = config.lane_count
@@ -142,6 +194,9 @@ def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 
     for part, window in zip(dataset.parts, dataset.windows, strict=True):
         part.expect(lanes / world_size, window)
         orders.append(Order(part.counts, seed, lanes, window))
+    if isinstance(dataset, MixedBuckets):
+        steps = MixedSteps(config.global_batch, lanes, dataset.places, dataset.schedule, dataset.ranking)
+        return MixedOrder(orders, steps)
     if isinstance(dataset, Buckets):
         return MixedOrder(orders, StepShares(config.global_batch, Shares(1, dataset.schedule)))
     names = sorted(range(len(orders)), key=lambda number: dataset.names_of_parts[number])

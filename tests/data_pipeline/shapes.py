@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,11 @@ def png(width: int, height: int, number: int) -> bytes:
     return out.getvalue()
 
 
-def write_shapes(home: Path) -> str:
+def write_shapes(home: Path, shapes: Sequence[tuple[int, int]] = SHAPES) -> str:
     """63 pictures in three shards; returns the directory."""
     for shard, count in enumerate((23, 9, 31)):
         with ShardWriter(str(home / f"{shard:05d}.tar")) as writer:
             for number in range(count):
-                width, height = SHAPES[(number * 7 + shard) % len(SHAPES)]
+                width, height = shapes[(number * 7 + shard) % len(shapes)]
                 writer.write(f"{shard}-{number:03d}", {"png": png(width, height, number), "txt": b"a picture"})
     return str(home)

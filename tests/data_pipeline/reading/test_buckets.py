@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.content.images import bucket_shape, training_pair
-from data_pipeline.order.mixture import MixedOrder, Shares, StepShares
+from data_pipeline.order.mixture import MixedOrder, MixedSteps, Shares, StepShares
 from data_pipeline.order.order import Order
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.reading.state import check_state
@@ -135,5 +136,97 @@ def test_shapes_have_about_the_pixels_of_the_square() -> None:
 def test_a_wrong_bucket_is_refused(buckets: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"data.buckets: .*{message}"):
         DataConfig(buckets=buckets)
-    with pytest.raises(ConfigError, match="a mixture of data sets trains on squares"):
-        DataConfig(buckets=BUCKETS, shards=[{"name": "a", "shards": "x"}])
+
+
+# ------------------------------------------------------------------------------------------- of several data sets
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The second one has no upright pictures."""
+    homes = [tmp_path_factory.mktemp(name) for name in ("set a", "set b")]
+    return [write_shapes(homes[0]), write_shapes(homes[1], ((40, 30), (36, 36)))]
+
+
+def mixed(folders: list[str], *, start: int = 0, **others: Any) -> DataConfig:
+    first = {"name": "a", "shards": folders[0], "weight": 0.75}
+    return config(  # type: ignore[arg-type]
+        [first, {"name": "b", "shards": folders[1], "weight": 0.25, "start": start}], **others
+    )
+
+
+def test_data_sets_share_each_step_and_each_step_has_one_shape(folders: list[str]) -> None:
+    shapes = {(32, 32): "1x1", (28, 36): "4x3", (36, 28): "3x4"}
+    kept: Counter[tuple[str, str]] = Counter()
+    for (batch,) in steps(mixed(folders), 100):
+        shape = shapes[(batch.images.shape[2], batch.images.shape[3])]
+        kept.update((name, shape) for name in batch.datasets)
+    parts = dict(zip(dataset_parts(folders), open_dataset(mixed(folders)).parts, strict=True))  # type: ignore[attr-defined]
+    assert set(kept) == set(parts) and ("b", "3x4") not in kept
+    for (name, shape), part in parts.items():
+        wanted = {"a": 0.75, "b": 0.25}[name] * part.samples / 63
+        assert kept[name, shape] / 800 == pytest.approx(wanted, abs=3 * 8 / 800), "as far as whole steps allow"
+
+
+def dataset_parts(folders: list[str]) -> list[tuple[str, str]]:
+    names = open_dataset(mixed(folders)).names_of_parts  # type: ignore[attr-defined]
+    return [name.rpartition("/")[::2] for name in names]
+
+
+def test_ranks_and_a_data_set_more_change_nothing_before(folders: list[str]) -> None:
+    whole = [step[0] for step in steps(mixed(folders), 6)]
+    parts = [steps(mixed(folders, micro_batch=2), 4, rank=rank, world_size=2, position=16) for rank in (0, 1)]
+    for number, expected in enumerate(whole[2:]):
+        mine = [batch for rank in parts for batch in rank[number]]
+        assert torch.equal(torch.cat([batch.images for batch in mine]), expected.images)
+        assert [name for batch in mine for name in batch.datasets] == expected.datasets
+    alone = config([{"name": "a", "shards": folders[0]}])  # type: ignore[arg-type]
+    later = mixed(folders, start=24)
+    before, now = (Loader(data, image_size=32, multiple=4) for data in (alone, later))
+    earlier = {**before.state(), "position": 24}
+    check_state({**now.state(), "position": 24}, earlier)
+    keys = [[step[0].keys for step in steps(data, 6)] for data in (alone, later)]
+    assert keys[0][:3] == keys[1][:3] and any("b" in step[0].datasets for step in steps(later, 6)[3:])
+    with pytest.raises(ConfigError, match="a change from there on has a position"):
+        check_state(Loader(mixed(folders), image_size=32).state(), earlier)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=3),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    lanes=st.sampled_from([1, 2, 4]),
+    change=st.integers(1, 60),
+)
+def test_each_part_comes_in_its_share_and_order(
+    counts: list[list[int]], weights: list[int], lanes: int, change: int
+) -> None:
+    """counts: of each data set by bucket. From step `change` on the first data set weighs as much again."""
+    counts = [[*row[:2], row[2] + 1] for row in counts]
+    places = [(b, d) for d, row in enumerate(counts) for b in range(3) if row[b]]
+    used = sorted({b for b, _ in places})
+    places = [(used.index(b), d) for b, d in places]
+    batch, sizes = 2 * lanes, [n for row in counts for n in row if n]
+
+    def row(first: int) -> list[Fraction]:
+        own = [first * weights[0], *weights[1:]]
+        return [Fraction(own[d] * n, sum(counts[d])) for (_, d), n in zip(places, sizes, strict=True)]
+
+    shares = MixedSteps(batch, lanes, places, [(0, row(1)), (change * batch, row(2))], range(len(counts)))
+    order = MixedOrder([Order([n], 3, lanes, 4) for n in sizes], shares)
+    positions = np.arange(batch * 240)
+    parts, own = shares.split(positions)
+    of_bucket = np.array([bucket for bucket, _ in places])[parts]
+    assert all(len(set(step)) == 1 for step in of_bucket.reshape(-1, batch).tolist())
+    for part in range(len(places)):
+        here = parts == part
+        assert np.array_equal(np.sort(own[here]), np.arange(here.sum())) or here.sum() == 0 or lanes > 1
+        assert len(np.unique(own[here])) == here.sum(), "no own position twice"
+        assert np.array_equal(shares.join(part, own[here]), positions[here]), "the inverse"
+        expected = shares.expected(positions)[:, part].sum()
+        assert abs(here.sum() - expected) <= 8 * batch
+    epochs, shards, rows = order.locate_many(positions)
+    assert set(Counter(zip(epochs.tolist(), shards.tolist(), rows.tolist(), strict=True)).values()) == {1}
+    once = MixedSteps(batch, lanes, places, [(0, row(1))], range(len(counts)))
+    past = positions[: change * batch]
+    assert all(np.array_equal(a, b) for a, b in zip(once.split(past), shares.split(past), strict=True))
