@@ -26,6 +26,7 @@ from slurm.jobs.records import EVENTS, append, json_lines
 from slurm.script import environment_lines, setup
 from slurm.supervise import End, history, judge, last_step, record_end
 from training.config.cluster import ClusterConfig
+from training.config.commands import COMMANDS
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 POLL_S = 0.2
@@ -195,7 +196,7 @@ class LocalRunner:
 
     def _again(self, record: dict[str, Any], code: int) -> bool:
         """Whether a job that failed starts again, as it would within an allocation."""
-        home, trains = Path(record["home"]), record["verb"] == "train"
+        home, trains = Path(record["home"]), COMMANDS[record["verb"]].makes_run
         end = End(code, record["job"], step=last_step(home) if trains else -1, why=f"ended with code {code}")
         before = [one for one in history(home) if trains or one.job == record["job"]]
         verdict = judge(end, before, requeue=False, most=record["most"], limit_s=float("inf"), spare=False)

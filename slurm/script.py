@@ -12,13 +12,20 @@ from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
 from slurm.options import directives
 from training.config.cluster import ClusterConfig, slurm_seconds
+from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 FIRST_PORT, PORTS = 20000, 10000
 """Meeting ports: below those that Linux gives to outgoing connections (from 32768)."""
-WRITES = {"train": "run.dir", "sample": "sampling.output", "evaluate": "evaluation.output", "bundle": "bundle.dir"}
+WRITES = {
+    "train": "run.dir",
+    "distill": "run.dir",
+    "sample": "sampling.output",
+    "evaluate": "evaluation.output",
+    "bundle": "bundle.dir",
+}
 
 
 def log_file(job: Job) -> Path:
@@ -43,7 +50,7 @@ def render_script(job: Job) -> str:
     again = cluster.requeue
     options = directives(
         cluster=cluster,
-        name=f"{job.config.run.name}-{job.config.stage.name if job.verb == 'train' else job.name}",
+        name=f"{job.config.run.name}-{job.config.stage.name if COMMANDS[job.verb].makes_run else job.name}",
         nodes=_range(job),
         processes=job.processes,
         cpus=job.cpus,
@@ -217,7 +224,7 @@ load_module() {    # also where `module load` says 0 although it has failed
 def allowed_nodes(job: Job) -> list[int]:
     """Numbers of nodes that a training may run on, most first: those whose processes can share its data."""
     cluster = job.config.cluster
-    if job.verb != "train" or not cluster.min_nodes:
+    if not COMMANDS[job.verb].makes_run or not cluster.min_nodes:
         return [cluster.nodes if job.is_distributed else 1]
     counts = range(cluster.nodes, cluster.min_nodes - 1, -1)
     return [n for n in counts if not training_problems(job.config, n * job.processes)]

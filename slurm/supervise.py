@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.task import FAILED, STOPPED
+from training.config.commands import COMMANDS
 from training.processes.exit_codes import (
     EXIT_CRASH,
     EXIT_HUNG,
@@ -222,10 +223,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--requeue", action="store_true")
     parser.add_argument("--spare", action="store_true")
     given = parser.parse_args(words)
-    step = last_step(given.run_dir) if given.verb == "train" else -1
+    trains = COMMANDS[given.verb].makes_run
+    step = last_step(given.run_dir) if trains else -1
     numbers = {"restart": given.restart, "attempt": given.attempt, "step": step, "elapsed_s": float(given.elapsed)}
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
-    before = [one for one in history(given.run_dir) if given.verb == "train" or one.job == given.job]
+    before = [one for one in history(given.run_dir) if trains or one.job == given.job]
     slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()
     rules = {"requeue": given.requeue, "most": given.most, "limit_s": given.limit, "spare": given.spare}
     verdict = judge(end, before, **rules, slow=slow)

@@ -130,7 +130,7 @@ def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
     for text in chain:
         verb, *own = _split(str(text))
         stage = next((word.partition("=")[2] for word in [*own, *words] if word.startswith("stage=")), "")
-        name = f"{verb}-{stage}" if stage and verb == "train" else verb
+        name = f"{verb}-{stage}" if stage and COMMANDS[verb].makes_run else verb
         taken = [entry.name for entry in entries]
         while name in taken:
             name += "+"
@@ -245,8 +245,8 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
             f"write the script only (to {jobs[0].script.parent})"
         )
     for job in jobs:
-        for other in living(job.run_dir) if job.verb == "train" else []:
-            if other["verb"] != "train":
+        for other in living(job.run_dir) if COMMANDS[job.verb].makes_run else []:
+            if not COMMANDS[other["verb"]].makes_run:
                 continue
             raise UserError(
                 f"run.dir={job.config.run.dir}: job {other['job']} of this run is in the queue ({other['state']}); two "

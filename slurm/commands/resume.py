@@ -10,7 +10,7 @@ from data_pipeline.common.errors import DataError
 from slurm.jobs.records import SUBMITTED, append, find_runs, is_complete
 from slurm.local import LocalRunner, local_record
 from slurm.queue import job_states, submit
-from training.config.commands import ResumeCommand
+from training.config.commands import COMMANDS, ResumeCommand
 
 
 def main(config: ResumeCommand) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _goes_with(job: dict[str, Any], newest: dict[str, Any]) -> bool:
 
 def _is_done(job: dict[str, Any]) -> bool:
     """A training is done when its last checkpoint is there, all others when they have ended well."""
-    if job["verb"] == "train":
+    if COMMANDS[job["verb"]].makes_run:
         return is_complete(Path(job["home"]))
     return bool(job["state"] == "complete")
 

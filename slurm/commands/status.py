@@ -13,7 +13,7 @@ from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
 from slurm.jobs.remedies import remedy
 from slurm.pages.page import status_html
 from slurm.queue import job_states, living
-from training.config.commands import StatusCommand
+from training.config.commands import COMMANDS, StatusCommand
 from training.run.directory import replace_file, try_to_write
 from training.run.reporting.tracking import duration
 
@@ -36,7 +36,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
     while True:
         runs = [run for run in find_runs(folder) if run.name != JOBS]
         rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or row["job"]]
-        jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if job["verb"] != "train"]
+        jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
         if not rows and not jobs:
             raise DataError(f"{folder}: no run is there; name a run, or the directory of an experiment, with run=DIR")
         if rows and config.sort not in rows[0]:
@@ -57,7 +57,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
 def row_of(run: Path, price: float) -> dict[str, Any]:
     """A run's files, and what the queue says of its job."""
     row = run_summary(run, price)
-    jobs = [job for job in living(run) if job["verb"] == "train"]
+    jobs = [job for job in living(run) if trains(job)]
     job = jobs[-1] if jobs else None
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
@@ -66,6 +66,11 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
+
+
+def trains(job: dict[str, Any]) -> bool:
+    """Whether a job is a run's training, by its record."""
+    return COMMANDS[job["verb"]].makes_run
 
 
 def job_row(job: dict[str, Any]) -> dict[str, Any]:

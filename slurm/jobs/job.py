@@ -10,7 +10,7 @@ from slurm.jobs.graph import SUCCEEDED
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
-ON_GPU = ("train", "embed", "caption", "sample", "evaluate")
+ON_GPU = ("train", "distill", "embed", "caption", "sample", "evaluate")
 """Commands that use GPUs: one per process."""
 WHOLE_NODE = ("embed", "caption", "verify", "prepare")
 """Commands of one task that share their work among as many processes as a node has."""

@@ -163,10 +163,17 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
         "code": meta.get("code", {}).get("commit"),
         "text": text.get("sha"),
         **({"lora": base} if base else {}),
+        **({"distilled": {**taught, **_lesson(checkpoint)}} if (taught := meta.get("teacher")) else {}),
         **({"data": data["fingerprint"]} if (data := meta.get("data") or {}).get("fingerprint") else {}),
         **({"licences": data["licences"]} if data.get("licences") else {}),
     }
     return StageWeights(config, unet, tensors, origin)
+
+
+def _lesson(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a distilled stage has learnt: the student's steps, and the teacher's steps, solver and guidance."""
+    settings = _settings(checkpoint, "distill")
+    return {key: settings[key] for key in ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")}
 
 
 @dataclass
@@ -200,8 +207,8 @@ class _Merged(_Averages):
         return merged(plain, super().__call__(), self.base["scale"])
 
 
-def stage_weights(path: str, stage: str) -> StageWeights:
-    """One stage of a bundle, of a run, or of one checkpoint.
+def stage_weights(path: str, stage: str, key: str = "train.init_from") -> StageWeights:
+    """One stage of a bundle, of a run, or of one checkpoint; `key`: the setting that names it.
 
     Raises:
         ConfigError: the bundle has no such stage.
@@ -210,11 +217,11 @@ def stage_weights(path: str, stage: str) -> StageWeights:
     try:
         opened = read(path) if open_folder(in_cache(path, INDEX)).size(INDEX) is not None else collect([path])
     except NoCheckpoint as error:
-        raise DataError(f"train.init_from={path}: neither a bundle nor a run with a checkpoint is there") from error
+        raise DataError(f"{key}={path}: neither a bundle nor a run with a checkpoint is there") from error
     found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
     if not found:
         names = ", ".join(weights.config.name for weights in opened.stages)
-        raise ConfigError(f"train.init_from={path}: no stage {stage} in it; it has {names}")
+        raise ConfigError(f"{key}={path}: no stage {stage} in it; it has {names}")
     return found[0]
 
 
@@ -419,8 +426,10 @@ def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:
         size, origin = stage["config"]["image_size"], stage["origin"]
         start = stage["config"]["low_res_size"]
         kind = f"{start} -> {size} px" if start else f"{size} px from text"
+        taught = origin.get("distilled")
+        few = f"distilled to {taught['steps']} steps with guidance {taught['guidance']:g}, " if taught else ""
         lines[stage["file"]] = (
-            f"{kind}, {stage['parameters']:,} weights, averaged with decay {origin.get('ema_decay')}, "
+            f"{kind}, {few}{stage['parameters']:,} weights, averaged with decay {origin.get('ema_decay')}, "
             f"step {origin.get('step')} of {origin.get('run')}, code {origin.get('code')}"
         )
     return lines

@@ -34,6 +34,7 @@ from training.cascade.requests import (
     Pictures,
     Words,
     as_list,
+    check_distilled,
     number_drawings,
     plan_places,
     plan_sizes,
@@ -257,7 +258,7 @@ class Cascade:
             devices: share the pictures among these, for example ["cuda:0", "cuda:1"]; None: the device of `to`.
 
         Raises:
-            ConfigError: arguments that do not fit each other or the cascade.
+            ConfigError: arguments that do not fit each other or the cascade, or what a distilled stage has not learnt.
         """
         if not isinstance(prompts, Sequence):
             raise ConfigError(f"prompts={prompts}: give a caption, or a list of captions")
@@ -272,6 +273,10 @@ class Cascade:
         chosen = [self.stages[index] for index, _ in plan]
         sizes = plan_sizes(size, [stage.config for stage in chosen], [stage.unet.config.divisor for stage in chosen])
         strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
+        for (index, sampler), redrawn in zip(plan, strengths, strict=True):
+            check_distilled(self.stages[index].config, self.stages[index].origin, sampler, redrawn)
+        if any(negatives) and all(sampler.guidance == 1 for _, sampler in plan):
+            raise ConfigError("negative_prompts: no stage drawn has guidance to steer by (guidance=1)")
         if not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"batch={batch}: it must be at least 1")
         if mask is not None and image is None:

@@ -139,6 +139,30 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     return plan
 
 
+DISTILLED = {"name": "sampler", "steps": "steps", "guidance": "guidance", "spacing": "spacing"}
+"""Settings of a sampler that a distilled stage has learnt, and what they are called where pictures are asked for."""
+
+
+def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: SamplerConfig, strength: float) -> None:
+    """A distilled stage knows its own noise levels alone, and has its guidance in its weights.
+
+    Raises:
+        ConfigError: another sampler, or a start between its levels.
+    """
+    taught = origin.get("distilled")
+    if not taught:
+        return
+    learnt = (
+        f"{config.name} is distilled to {taught['steps']} steps with guidance {taught['guidance']:g} in its weights"
+    )
+    for field_name, key in DISTILLED.items():
+        own, given = getattr(config.sampler, field_name), getattr(sampler, field_name)
+        if own != given:
+            raise ConfigError(f"{key}={given}: {learnt}, so only {own} draws; leave it out, or distil another student")
+    if strength < 1:
+        raise ConfigError(f"strength={strength:g}: {learnt}, and cannot start in between; draw with its teacher")
+
+
 def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
     if wanted is None:
         return list(range(len(names)))

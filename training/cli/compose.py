@@ -32,7 +32,8 @@ def register_schema(verb: str) -> None:
 
     configs = ConfigStore.instance()
     configs.store(name=f"schema_{verb}", node=COMMANDS[verb].config)
-    configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"]})
+    own = {"run": {"dir": place}} if (place := COMMANDS[verb].run_dir) else {}
+    configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"], **own})
 
 
 def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experiment:

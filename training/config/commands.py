@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.config import at_least, require
+from training.config.diffusion import DistillConfig
 from training.config.experiment import SENTENCES, Experiment
 
 
@@ -115,6 +116,13 @@ class SampleCommand(SamplerKeys):
     """Pictures drawn at once per device."""
     explain: bool = False
     """Heat maps of which words drew which pixels."""
+
+
+@dataclass
+class DistillCommand(Experiment):
+    """`cascade distill`: an experiment's stage as the teacher of a student of four steps, unless it says otherwise."""
+
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=4))
 
 
 @dataclass
@@ -261,6 +269,7 @@ class PlanCommand(Experiment):
     """GB/s that one node writes to the checkpoint store."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.mfu <= 1, f"mfu={self.mfu}: it must lie above 0 and at most at 1")
         require(self.store_gb_s > 0, f"store_gb_s={self.store_gb_s}: it must be positive")
         for name in ("price", "memory_gib"):
@@ -410,10 +419,17 @@ class Verb:
     """It draws with the stages and settings of a bundle: `stage.*` would change nothing, and is refused."""
     trains: bool = False
     """It builds a model for training: its stage, batch and processes must fit each other."""
+    run_dir: str = ""
+    """Where its run lies, in place of conf/base.yaml's run.dir."""
     bare: str = ""
     """Key of the list of words that are typed without a key."""
     distributed: bool = False
     """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
+
+    @property
+    def makes_run(self) -> bool:
+        """Whether it trains in a run directory, where the same command resumes."""
+        return self.trains and self.distributed
 
 
 EVERYTHING = (
@@ -516,6 +532,23 @@ COMMANDS: dict[str, Verb] = {
         outputs=("run.dir", "ablate.output"),
         local=("run.dir", "ablate.output"),
         trains=True,
+    ),
+    "distill": Verb(
+        DistillCommand,
+        "training.train",
+        "teach a trained stage to draw in a few steps, guidance included; the same command again resumes",
+        (
+            "cascade distill experiment=demo stage=demo_base train.steps=400 optimizer.lr=1e-3",
+            "cascade distill experiment=demo stage=demo_sr distill.steps=2 train.steps=200 optimizer.lr=1e-3",
+            "cascade distill stage=base64 run.name=first distill.steps=4 distill.guidance=4 train.steps=20000 \\\n"
+            "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048",
+        ),
+        ("distill", *EVERYTHING),
+        outputs=("run.dir",),
+        local=("run.dir",),
+        trains=True,
+        distributed=True,
+        run_dir="runs/${run.name}/${stage.name}_${distill.steps}steps",
     ),
     "bundle": Verb(
         Experiment,

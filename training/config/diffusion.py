@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SCHEDULES = ("cosine", "linear", "edm", "logit_normal")
 PARAMETRIZATIONS = ("eps", "x0", "v", "edm")
@@ -16,6 +16,9 @@ SPACINGS = ("auto", "time", "log_snr", "karras")
 MOST_LOG_SNR = 80.0
 """Beyond this, sigma or alpha would be subnormal in fp32."""
 
+
+SOLVERS = ("ddim", "dpmpp_2m")
+"""Samplers without chance whose steps a student can be taught."""
 
 NUMBERS = {
     "min_snr_gamma": "above",
@@ -146,3 +149,61 @@ class SamplerConfig:
             value = getattr(self, key)
             if not 0 <= value <= 1:
                 raise ValueError(f"stage.sampler.{key}={value}: it must lie between 0 and 1")
+
+
+@dataclass
+class DistillConfig:
+    """`cascade distill`: a student of the same network learns to go in one step where its teacher goes in several,
+    guidance included. `spacing` and thresholds of stage.sampler hold for both."""
+
+    steps: int = 0
+    """Steps of the student, 1 to 8 as a rule; 0: no distillation."""
+    teacher: str | None = None
+    """The trained stage: its run, one of its checkpoints, or a bundle. It stays frozen, and the student starts from
+    its averaged weights."""
+    teacher_steps: int = 20
+    """Steps of the teacher over the same noise levels, rounded up to a multiple of `steps`."""
+    solver: str = "dpmpp_2m"
+    """How the teacher steps: `ddim`, or `dpmpp_2m`, which begins anew at each of the student's levels."""
+    guidance: float = 3.0
+    """Guidance weight that is folded into the student; 1: none."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Times t between which it applies."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"distill.steps={self.steps}: it must be at least 1; 0: no distillation")
+        if not self.steps:
+            return
+        if self.solver not in SOLVERS:
+            raise ValueError(f"distill.solver={self.solver}: only ddim and dpmpp_2m have steps without chance to learn")
+        if self.teacher_steps < self.steps:
+            raise ValueError(
+                f"distill.teacher_steps={self.teacher_steps}: a teacher of fewer steps than distill.steps={self.steps} "
+                "has nothing to teach"
+            )
+        self.teacher_sampler(SamplerConfig())
+
+    @property
+    def substeps(self) -> int:
+        """Steps of the teacher for one of the student."""
+        return -(-self.teacher_steps // self.steps)
+
+    @property
+    def teacher_passes(self) -> int:
+        """Forward passes of the teacher per picture of a training step."""
+        return self.substeps * (1 if self.guidance == 1.0 else 2) if self.steps else 0
+
+    def teacher_sampler(self, shared: SamplerConfig) -> SamplerConfig:
+        """How the teacher is sampled; `shared`: stage.sampler, for spacing and thresholds."""
+        return replace(
+            shared,
+            name=self.solver,
+            steps=self.substeps * self.steps,
+            guidance=self.guidance,
+            guidance_interval=list(self.guidance_interval),
+        )
+
+    def student_sampler(self, shared: SamplerConfig) -> SamplerConfig:
+        """How the student is sampled."""
+        return replace(shared, name="ddim", steps=self.steps, guidance=1.0, guidance_interval=[0.0, 1.0])

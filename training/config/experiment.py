@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
 from training.config.cluster import ClusterConfig
-from training.config.diffusion import DiffusionConfig, SamplerConfig
+from training.config.diffusion import DiffusionConfig, DistillConfig, SamplerConfig
 from training.config.features import DinoConfig, PerceptualConfig, RepaConfig
 
 MOST_PROFILED = 50
@@ -564,6 +564,7 @@ class Experiment:
     dino: DinoConfig = field(default_factory=DinoConfig)
     repa: RepaConfig = field(default_factory=RepaConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -586,3 +587,10 @@ class Experiment:
             self.lora.rank == 0 or bool(self.train.init_from),
             f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",
         )
+        if self.distill.steps:  # all that draws with the stage draws as the student is meant to be drawn
+            self.stage = replace(self.stage, sampler=self.distill.student_sampler(self.stage.sampler))
+
+    @property
+    def starts_from(self) -> str | None:
+        """Whose weights a fresh run begins with."""
+        return self.train.init_from or (self.distill.teacher if self.distill.steps else None)

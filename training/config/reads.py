@@ -34,6 +34,24 @@ TRAINING = (
     "evaluation.extractors",
     "evaluation.batch",
 )
+
+
+def _sections(without: str) -> Iterable[str]:
+    return (section for section in TRAINING if section != without)
+
+
+def _distill(config: Any) -> Iterable[str]:
+    """The student's sampler is decided: what it is taught."""
+    stage = [f"stage.{field.name}" for field in fields(config.stage) if field.name != "sampler"]
+    shared = ("spacing", "threshold", "threshold_percentile", "aug_level", "original_side")
+    return (*_sections("stage"), *stage, *(f"stage.sampler.{name}" for name in shared), "distill")
+
+
+def _plan(config: Any) -> Iterable[str]:
+    own = ("doctor", "mfu", "gpu", "memory_gib", "price", "store_gb_s", "distill")
+    return (*(_distill(config) if config.distill.steps else TRAINING), *own)
+
+
 SUBMITTING = ("cluster", "run.")
 """What `launch` reads itself, for the scripts and where they go."""
 Reads = Callable[[Any], Iterable[str]]
@@ -139,11 +157,12 @@ READS: dict[str, Reads] = {
     "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", "cluster", "vlm", "output", "part", "parts", "batch"),
     "train": _fixed(*TRAINING),
     "ablate": _fixed(*TRAINING, "ablate"),
+    "distill": _distill,
     "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
     "sample": _sample,
     "evaluate": _evaluate,
     "checkpoints": _checkpoints,
-    "plan": _fixed(*TRAINING, "doctor", "mfu", "gpu", "memory_gib", "price", "store_gb_s"),
+    "plan": _plan,
     "launch": _fixed(""),
     "status": _fixed(*PLACE, "sort", "watch", "price", "html"),
     "logs": _fixed(*PLACE, "rank", "lines", "follow"),

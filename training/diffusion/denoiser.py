@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from torch import Tensor
 from training.config.diffusion import DiffusionConfig
 from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
 
-Denoise = Callable[[Tensor, float], Tensor]
-"""(z (B, 3, H, W), log-SNR) -> the estimate of x0."""
+Denoise = Callable[[Tensor, Any], Tensor]
+"""(z (B, 3, H, W), log-SNR: one number, or fp32 (B,)) -> the estimate of x0."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,17 @@ def guided(
     def twice(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else torch.cat([rows, rows])
 
-    def denoise(z: Tensor, log_snr: float) -> Tensor:
-        level = torch.full((len(z),), log_snr, dtype=torch.float32, device=z.device)
-        w = guidance if noisiest <= log_snr <= cleanest else 1.0
-        if w in (0.0, 1.0):
+    def denoise(z: Tensor, log_snr: float | Tensor) -> Tensor:
+        w: float | Tensor
+        if isinstance(log_snr, Tensor):
+            level, w = log_snr, guidance
+            if guidance != 1.0 and interval != (0.0, 1.0):
+                inside = (level >= noisiest) & (level <= cleanest)
+                w = per_sample(torch.where(inside, guidance, 1.0))
+        else:
+            level = torch.full((len(z),), log_snr, dtype=torch.float32, device=z.device)
+            w = guidance if noisiest <= log_snr <= cleanest else 1.0
+        if not isinstance(w, Tensor) and w in (0.0, 1.0):
             words, mask = (text, text_mask) if w == 1.0 else (null_text, null_mask)
             return predict_x0(model, z, level, words, mask, config=config, **given)
         both = predict_x0(

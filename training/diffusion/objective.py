@@ -16,8 +16,9 @@ from torch import Tensor
 from training.config.diffusion import DiffusionConfig
 from training.diffusion import random
 from training.diffusion.denoiser import augment, network_output, scaling, target, to_unit, upsample, x0_of
+from training.diffusion.distillation import Lesson
 from training.diffusion.random import Stream
-from training.diffusion.schedule import Schedule, add_noise, per_sample
+from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
 
 RARE = 1e-3
 """A noise level that is drawn less often than this (per unit of log-SNR) is not weighted up further."""
@@ -102,6 +103,7 @@ def loss(
     sizes: Tensor | None = None,
     extra: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     normal: Callable[..., Tensor] = random.normal,
+    lesson: Lesson | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted squared error of one micro-batch.
 
@@ -117,6 +119,8 @@ def loss(
         sizes: (B, 6), what a network with `size_condition` is told of the originals; others are not told.
         extra: (x0, the network's estimate of it, log_snr) -> what is added to the loss of each sample (B,).
         normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
+        lesson: distillation: times become the student's own levels, and a teacher's steps the target in place of the
+            picture.
 
     Returns:
         The mean loss (fp32 scalar) and per-sample fp32 tensors (B,): `loss`, `t`, `log_snr`, `x0_error` (mean squared,
@@ -128,7 +132,7 @@ def loss(
     if log_snr is None:
         if t is None:
             t = times(seed, positions, global_batch=global_batch if config.stratified else 0)
-        log_snr = schedule.log_snr(t)
+        log_snr = schedule.log_snr(t) if lesson is None else lesson.start(t)
     elif t is None:
         t = torch.full_like(log_snr, math.nan)
     eps = normal(seed, positions, Stream.NOISE, tuple(x0.shape[1:]))
@@ -144,6 +148,10 @@ def loss(
         low_res, aug_log_snr = augment(low_res, level, noise, schedule)
         low_res = upsample(low_res, (x0.shape[-2], x0.shape[-1]))
 
+    if lesson is not None:
+        x0 = lesson.target(z, t, text, text_mask, low_res, aug_log_snr, sizes)
+        alpha, sigma = alpha_sigma(per_sample(log_snr))
+        eps = (z - alpha * x0) / sigma
     given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes if config.size_condition else None}
     out = network_output(model, z, log_snr, text, text_mask, config=config, **given)
     clean = x0 - low_res if config.residual and low_res is not None else x0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from training.config.diffusion import DiffusionConfig, SamplerConfig
 from training.diffusion import random
 from training.diffusion.denoiser import Denoise, augment, guided, to_unit, upsample
 from training.diffusion.random import Stream
-from training.diffusion.schedule import EDM_SIGMA_MAX, EDM_SIGMA_MIN, Schedule
+from training.diffusion.schedule import EDM_SIGMA_MAX, EDM_SIGMA_MIN, Schedule, alpha_sigma, per_sample
 
 RHO = 7.0
 
 
-def alpha_sigma_at(log_snr: float) -> tuple[float, float]:
-    """alpha and sigma of one log-SNR as Python floats."""
+def alpha_sigma_at(log_snr: float | Tensor) -> tuple[Any, Any]:
+    """alpha and sigma of one log-SNR as Python floats; of a tensor (B,), as tensors (B, 1, 1, 1)."""
+    if isinstance(log_snr, Tensor):
+        return alpha_sigma(per_sample(log_snr))
     return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
 
@@ -54,8 +57,9 @@ def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
     return x0.clamp(-size, size) / size
 
 
-def ddim_step(z: Tensor, x0: Tensor, now: float, then: float) -> Tensor:
-    """Deterministic step: alpha_s x0 + sigma_s eps, eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0)."""
+def ddim_step(z: Tensor, x0: Tensor, now: float | Tensor, then: float | Tensor) -> Tensor:
+    """Deterministic step: alpha_s x0 + sigma_s eps, eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0).
+    `now`, `then`: log-SNRs, of all samples or (B,)."""
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
     return sigma_s / sigma * z + (alpha_s - alpha * sigma_s / sigma) * x0

@@ -26,10 +26,14 @@ def check(verb: str, config: Experiment) -> None:
         ConfigError, ValueError: the sentence names the keys.
     """
     check_local(verb, config)
+    require(
+        verb != "distill" or config.distill.steps > 0,
+        "distill.steps=0: give the number of steps that the student is to draw in",
+    )
     if not COMMANDS[verb].trains:
         return
     check_model(config.stage, config.text.dim)
-    if verb == "train":  # plan and doctor list them all
+    if COMMANDS[verb].makes_run:  # plan and doctor list them all
         for problem in training_problems(config, planned_world_size(config.cluster)):
             raise ConfigError(problem)
 
@@ -50,11 +54,12 @@ def training_problems(config: Experiment, world_size: int) -> list[str]:
 
 def check_named(verb: str, config: Experiment) -> None:
     """Refuses a training that names no data, before a process is started or a job submitted for it."""
+    training = COMMANDS[verb].makes_run
     require(
-        verb != "train" or bool(config.data.shards),
+        not training or bool(config.data.shards),
         "data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards",
     )
-    if verb == "train":
+    if training:
         check_shares(config)
 
 
@@ -271,6 +276,27 @@ def check_buckets(config: Experiment, _world_size: int) -> None:
     )
 
 
+def check_distillation(config: Experiment, _world_size: int) -> None:
+    """It has a teacher, of another run."""
+    if not config.distill.steps:
+        return
+    require(
+        bool(config.distill.teacher), "distill.teacher: name the run, checkpoint or bundle of the stage that teaches"
+    )
+    require(
+        config.distill.teacher != config.run.dir,
+        f"run.dir={config.run.dir}: it is the teacher's (distill.teacher); the student needs a run of its own",
+    )
+    for name in ("repa", "perceptual"):
+        weight = getattr(config, name).weight
+        require(not weight, f"{name}.weight={weight}: a student learns from its teacher alone; set it to 0")
+    require(  # Salimans & Ho 2022, section 4
+        config.stage.diffusion.parametrization != "eps",
+        "stage.diffusion.parametrization=eps: where a student of few steps begins, in pure noise, noise says nothing "
+        "of the picture; distil a stage of x0, v or edm",
+    )
+
+
 def check_mixture(config: Experiment, _world_size: int) -> None:
     """The shares of a mixture change between two steps."""
     config.data.check_changes()
@@ -286,6 +312,7 @@ RULES = (
     check_zero,
     check_validation,
     check_deterministic,
+    check_distillation,
 )
 """What settings and a number of processes must agree in."""
 

@@ -7,7 +7,7 @@ from training.config.experiment import Experiment
 from training.config.unet import PRESETS, for_stage
 from training.plan.devices import free_memory, has_bf16
 from training.plan.features import align_of
-from training.plan.memory import Setup, least, parameter_count, parameter_shapes
+from training.plan.memory import Setup, least, parameter_count, parameter_shapes, teacher_bytes
 from training.plan.table import gib
 from training.processes.ranks import Ranks, process_count
 
@@ -47,6 +47,7 @@ def check_memory(config: Experiment, ranks: Ranks) -> None:
         config.optimizer.name,
         on_gpu,
         parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
+        teacher=teacher_bytes(config),
     )
     needed = least(setup)
     if on_gpu:

@@ -58,19 +58,27 @@ def forward_flops(config: UNetConfig, size: int, tokens: int) -> int:
     return int(counter.get_total_flops())
 
 
-def training_flops(config: UNetConfig, size: int, tokens: int, frozen: bool = False) -> int:
+def training_flops(config: UNetConfig, size: int, tokens: int, frozen: bool = False, teacher_passes: int = 0) -> int:
     """Of one picture's share of a step: the backward pass costs twice the forward one, once where the weights are
     `frozen` (their gradients are not computed; adapters beside them are not counted). Recomputed activations do not
-    count either (the work is the same, so MFU falls when they are recomputed)."""
-    return (2 if frozen else 3) * forward_flops(config, size, tokens)
+    count either (the work is the same, so MFU falls when they are recomputed). A teacher of the same network adds its
+    forward passes."""
+    return ((2 if frozen else 3) + teacher_passes) * forward_flops(config, size, tokens)
 
 
 def flops_and_peak(
-    config: UNetConfig, size: int, tokens: int, device: str, stated_tflops: float, frozen: bool = False
+    config: UNetConfig,
+    size: int,
+    tokens: int,
+    device: str,
+    stated_tflops: float,
+    frozen: bool = False,
+    teacher_passes: int = 0,
 ) -> tuple[float, float]:
     """FLOPs of training on one picture (see `training_flops`), and the peak of the device per second: the stated one,
     else the data sheet's. Zeros where no peak is known."""
     import torch
 
     peak = stated_tflops or (device != "cpu" and peak_tflops(torch.cuda.get_device_name())) or 0.0
-    return (float(training_flops(config, size, tokens, frozen)), peak * 1e12) if peak else (0.0, 0.0)
+    flops = float(training_flops(config, size, tokens, frozen, teacher_passes)) if peak else 0.0
+    return flops, peak * 1e12

@@ -241,6 +241,8 @@ class Setup:
     """Bytes of the process without any tensor (`process_floor`)."""
     features: int = 0
     """Bytes of the frozen picture encoder."""
+    teacher: int = 0
+    """Bytes of a distillation's teacher (`teacher_bytes`), whole in every process."""
 
     @property
     def trained(self) -> int:
@@ -275,6 +277,14 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)
 
 
+def teacher_bytes(config: Experiment) -> int:
+    """Weights of a distillation's teacher, in the network's precision. What its passes hold is less than what the
+    student's keep for the backward pass, which comes after them."""
+    if not config.distill.steps:
+        return 0
+    return parameter_count(config.stage, config.text.dim) * (2 if config.precision.dtype == "bf16" else 4)
+
+
 def kept(setup: Setup) -> dict[str, int]:
     """Bytes that a process holds between two steps, on the device; under `host` what is offloaded, and the copy from
     which checkpoints are written."""
@@ -286,6 +296,7 @@ def kept(setup: Setup) -> dict[str, int]:
         "moments": optimizer.state_bytes(setup.shapes, share),
         "ema": 4 * share * setup.averages,
         "gradients": b * share if stage == 3 else 0,
+        "teacher": setup.teacher,
     }
     host = 4 * share * (1 + setup.averages) + optimizer.saved_bytes(setup.shapes, share)
     if setup.zero.offload_optimizer:

@@ -32,6 +32,7 @@ from training.plan.memory import (
     parameter_count,
     parameter_shapes,
     process_floor,
+    teacher_bytes,
 )
 from training.plan.table import gib, table
 from training.processes.interval import best_interval, between_failures
@@ -94,9 +95,11 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
         process_floor(config, device.on_gpu),
         features.bytes,
+        teacher_bytes(config),
     )
     passes = features.added_to(follow(unet, size, tokens, dtype, config.lora, align))
-    training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank))
+    taught = config.distill.teacher_passes
+    training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank), teacher_passes=taught)
     text = text_cost(config.text)
     precomputed = bool(config.data.embeddings)
     fits = {**batch_fits(config, world, problems), **data_fits(config, problems)}
@@ -109,6 +112,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         "parameters": setup.parameters,
         "trained_parameters": setup.trained,
         "flops_per_image": training,
+        "teacher_passes": taught,
         "gpu": device.name,
         "peak_flops": device.peak,
         "peak_basis": device.basis,

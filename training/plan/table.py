@@ -10,6 +10,7 @@ PARTS = (
     "gradients",
     "moments",
     "ema",
+    "teacher",
     "activations",
     "buffers",
     "text_encoder",
@@ -36,13 +37,15 @@ def table(plan: dict[str, Any]) -> str:
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
     frozen = plan["trained_parameters"] < plan["parameters"]
     trained = f", of which {plan['trained_parameters'] / 1e6:,.2f} M are trained (lora)" if frozen else ""
+    taught = f"{plan['teacher_passes']} of them the teacher's, " if plan["teacher_passes"] else ""
     return [
         ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
         ("diffusion", ", ".join(f"{name} {value}" for name, value in plan["diffusion"].items())),
         ("parameters", f"{plan['parameters'] / 1e6:,.1f} M{trained}"),
         (
             "FLOPs per image",
-            f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training ({3 - frozen} x forward, counted)",
+            f"{plan['flops_per_image'] / 1e9:,.1f} GFLOP in training ({3 - frozen + plan['teacher_passes']} x forward, "
+            f"{taught}counted)",
         ),
         (
             "devices",

@@ -51,6 +51,11 @@ FIXED = {
     "data.window": "the order of the data follows from it",
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
+LESSON = (
+    *(f"distill.{name}" for name in ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")),
+    *(f"stage.sampler.{name}" for name in ("spacing", "threshold", "threshold_percentile")),
+)
+"""Fixed as well where a run is a distillation; elsewhere `distill` has no effect."""
 STOP = "stop.json"
 """Beside the metrics: another program asks the run to stop at the next step. It lasts until it is deleted."""
 PROBE_BYTES = 1 << 14
@@ -83,9 +88,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of the settings that differ."""
+    """(dotted key, value before, value now) of the settings that differ; those of a distillation where there is
+    one."""
     old, new = flatten(before), flatten(now)
-    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted({*old, *new}) if _is_taught(before, now) or not key.startswith("distill.")]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def _is_taught(*settings: dict[str, Any]) -> bool:
+    return any((config.get("distill") or {}).get("steps") for config in settings)
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
@@ -95,6 +106,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> l
     kept = dict(FIXED)
     if all(config.get("train", {}).get("deterministic_reduction") for config in (before, now)):
         kept["data.micro_batch"] = "train.deterministic_reduction adds gradients up by micro-batch"
+    if _is_taught(before, now):
+        kept |= dict.fromkeys(LESSON, "the teacher's targets follow from it")
     known, default = flatten(before), flatten(to_dict(Experiment()))
     for key, old, new in differences(before, now):
         old = old if key in known else default.get(key)  # a key that the code did not have yet was at its default

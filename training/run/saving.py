@@ -54,9 +54,9 @@ class Saving:
         """The newest step that is committed, -1: none."""
         return self.writer.last_step
 
-    def downloads(self, also: str | None = None) -> AbstractContextManager[Share | None]:
+    def downloads(self, *also: str | None) -> AbstractContextManager[Share | None]:
         """While checkpoints (and `also`) are read: what comes from an object store is fetched once per machine."""
-        remote = "://" in self.run.checkpoints or "://" in (also or "")
+        remote = any("://" in (place or "") for place in (self.run.checkpoints, *also))
         return shared_downloads(self.ranks) if remote else nullcontext()
 
     def resume(self, check: Callable[[Checkpoint | None], None], share: Share | None) -> Checkpoint | None:

@@ -65,7 +65,7 @@ class Session:
         watchdog.phase("checkpoint")
         self.saving = Saving(self.run, config, ranks, lambda step, place: self.report.tracker.checkpoint(step, place))
         downloads = ExitStack()
-        share = downloads.enter_context(self.saving.downloads(config.train.init_from))
+        share = downloads.enter_context(self.saving.downloads(config.train.init_from, config.distill.teacher))
         checkpoint = self.saving.resume(self._check_checkpoint, share)
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
@@ -134,6 +134,7 @@ class Session:
             self.ranks.device,
             config.train.peak_tflops,
             frozen=bool(state.lora),
+            teacher_passes=config.distill.teacher_passes,
         )
         return Report(
             self.run,
@@ -306,13 +307,13 @@ class Session:
     def validate(self, step: int) -> dict[str, float]:
         """Validation loss of the raw and of the averaged weights. Collective."""
         assert self.validation is not None
-        engine = self.state.engine
+        engine, lesson = self.state.engine, self.state.lesson
         with self.phase("validation", step), self.state.stance("force_eager"):
             engine.module.eval()
-            raw, _ = self.validation.measure(engine.module)
+            raw, _ = self.validation.measure(engine.module, lesson)
             engine.module.train()
             with engine.averaged(0) as module:
-                averaged, losses = self.validation.measure(module)
+                averaged, losses = self.validation.measure(module, lesson)
         self._validated, self._validated_step = averaged, step
         if self.ranks.is_main:
             self.run.record_validation(step, losses)

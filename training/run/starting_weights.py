@@ -1,18 +1,21 @@
-"""`train.init_from`: a fresh run that begins with the weights of another one; under `lora` they stay as they are."""
+"""Weights of other runs: those that a fresh run begins with (`train.init_from`; under `lora` they stay as they are),
+and the teacher's of a distillation."""
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from data_pipeline.common.errors import ConfigError
-from training.cascade.bundle import check_base, stage_weights
+from data_pipeline.common.errors import ConfigError, DataError
+from training.cascade.bundle import check_base, load_unet, stage_weights
 from training.config.diffusion import DiffusionConfig
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, StageConfig
 from training.model.lora import add_adapters, weights_sha256
+from training.model.unet import UNet
 
 MEANING = ("parametrization", "residual", "sigma_data")
 """Settings that say what a network's output is."""
@@ -35,9 +38,10 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
         ConfigError: no such stage, weights of another network, no layers to adapt.
         DataError: the weights are not those of `base`.
     """
-    lora, path = config.lora, _absolute(str(config.train.init_from))
-    found = stage_weights(path, config.stage.name)
-    _check_meaning(found.config.diffusion, config.stage.diffusion, path)
+    lora, path = config.lora, _absolute(str(config.starts_from))
+    key = "train.init_from" if config.train.init_from else "distill.teacher"
+    found = stage_weights(path, config.stage.name, key)
+    _check_meaning(found.config.diffusion, config.stage.diffusion, f"{key}={path}")
     tensors = found.tensors()
     if base:
         check_base(tensors, base)
@@ -46,7 +50,7 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
         model.load_state_dict({**tensors, **own})
     except RuntimeError as error:
         raise ConfigError(
-            f"train.init_from={path}: weights of another network ({str(error).splitlines()[-1].strip()})"
+            f"{key}={path}: weights of another network ({str(error).splitlines()[-1].strip()})"
         ) from error
     log.info("weights taken from %s", path)
     if found.origin.get("text") not in (None, config.text.sha):
@@ -59,16 +63,59 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     return {**(base or {"sha256": weights_sha256(tensors), "scale": lora.scale}), "path": where}
 
 
+@dataclass
+class Teacher:
+    """A frozen network that a student learns from.
+
+    Attributes:
+        unet: its averaged weights, in evaluation mode.
+        config: of its stage.
+        record: for the run's checkpoints: `path` (of the one checkpoint, where distill.teacher is a run) and `sha256`
+            of the weights.
+    """
+
+    unet: UNet
+    config: StageConfig
+    record: dict[str, Any]
+
+
+def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
+    """The teacher of a distillation, on the CPU.
+
+    Args:
+        known: its record at the first start of the run; the weights must be those again, wherever they lie now.
+
+    Raises:
+        ConfigError: no such stage, one of other pictures, or one trained with another text encoder.
+        DataError: no weights there, or others than `known`.
+    """
+    stage, path = config.stage, _absolute(str(config.distill.teacher))
+    key = f"distill.teacher={path}"
+    found = stage_weights(path, stage.name, "distill.teacher")
+    for name in ("image_size", "low_res_size"):
+        theirs, own = getattr(found.config, name), getattr(stage, name)
+        if theirs != own:
+            raise ConfigError(f"{key}: a stage of stage.{name}={theirs}, not {own}; name the teacher of this stage")
+    if found.origin.get("text") not in (None, config.text.sha):
+        raise ConfigError(
+            f"{key}: trained with another text encoder (text.sha={found.origin['text']}) than this run's; use that one"
+        )
+    unet = load_unet(found)
+    sha256 = weights_sha256(unet.state_dict())
+    if known and known["sha256"] != sha256:
+        raise DataError(f"{key}: other weights than this run's teacher so far, {known['path']}; name those")
+    record = {"path": path if found.sha256 else _absolute(found.origin["checkpoint"]), "sha256": sha256}
+    return Teacher(unet, found.config, record)
+
+
 def _absolute(path: str) -> str:
     """Adapters outlive the directory that a command is given in; names that are no files (s3://, a cache) stay."""
     return os.path.abspath(path) if "://" not in path and os.path.exists(path) else path
 
 
-def _check_meaning(before: DiffusionConfig, now: DiffusionConfig, path: str) -> None:
+def _check_meaning(before: DiffusionConfig, now: DiffusionConfig, where: str) -> None:
     """Refuses weights whose output would be taken for something else."""
     for name in MEANING:
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
-            raise ConfigError(
-                f"stage.diffusion.{name}={new}: the weights of train.init_from={path} were trained with {old}; set that"
-            )
+            raise ConfigError(f"stage.diffusion.{name}={new}: the weights of {where} were trained with {old}; set that")

@@ -14,6 +14,7 @@ from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
 from training.config.unet import for_stage
 from training.diffusion import random
+from training.diffusion.distillation import Lesson
 from training.diffusion.objective import loss
 from training.engine.start import build_engine
 from training.model.alignment import Alignment, repa_term
@@ -25,7 +26,7 @@ from training.optim.base import skip_compiler
 from training.optim.registry import states_to_load
 from training.processes.collectives import each
 from training.processes.ranks import Ranks, thread_count
-from training.run.starting_weights import begin_with
+from training.run.starting_weights import begin_with, open_teacher
 
 log = logging.getLogger("cascade")
 
@@ -45,9 +46,12 @@ class TrainingState:
         self.config, self.ranks = config, ranks
         self.lora: dict[str, Any] | None = checkpoint.meta.get("lora") if checkpoint else None
         """The frozen weights below the adapters: path, sha256, scale."""
+        self.teacher: dict[str, Any] | None = checkpoint.meta.get("teacher") if checkpoint else None
+        """Whose steps the student learns: path, sha256."""
         self.unet = for_stage(config.stage, text_dim)
         self._dino = each(self._open_dino, ranks)
         model = each(lambda: self._build_model(fresh=checkpoint is None), ranks)
+        self.lesson = each(self._open_lesson, ranks) if config.distill.steps else None
         self.engine = build_engine(model, config, ranks, accumulate)
         self.ema_since = [0 for _ in config.ema.decays]
         """Updates after which each average began."""
@@ -67,7 +71,7 @@ class TrainingState:
         if repa.weight:
             features = dino_settings(str(self.config.dino.path)).hidden_size
             model.alignment = Alignment(self.unet.widths[-1], repa.width, features)
-        if self.config.train.init_from and (fresh or self.lora):
+        if self.config.starts_from and (fresh or self.lora):
             self.lora = begin_with(model, self.config, self.lora)
         if self.config.precision.compile:
             model.compile_blocks()
@@ -80,6 +84,32 @@ class TrainingState:
             return None
         dtype = torch.bfloat16 if self.config.precision.dtype == "bf16" else torch.float32
         return Dinov2(self.config.dino, dtype, self.ranks.device)
+
+    def _open_lesson(self) -> Lesson:
+        config = self.config
+        teacher = open_teacher(config, self.teacher)
+        self.teacher = teacher.record
+        log.info("taught by %s (sha256 %s)", teacher.record["path"], teacher.record["sha256"][:16])
+        unet, precision = teacher.unet, config.precision
+        dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
+        layout = torch.channels_last if precision.channels_last else torch.preserve_format
+        unet.to(device=self.ranks.device, dtype=dtype)
+        if precision.compile:
+            unet.compile_blocks()
+
+        def answer(x: Any, log_snr: Any, text: Any, mask: Any, low_res: Any, *others: Any) -> torch.Tensor:
+            """As an engine gives it: pictures and text in the weights' type, noise levels and sizes in fp32."""
+            low_res = None if low_res is None else low_res.to(dtype, memory_format=layout)
+            return unet(x.to(dtype, memory_format=layout), log_snr, text.to(dtype), mask, low_res, *others)
+
+        return Lesson.of(
+            answer,
+            teacher.config.diffusion,
+            config.distill.teacher_sampler(config.stage.sampler),
+            config.stage.diffusion,
+            config.distill.steps,
+            config.stage.image_size,
+        )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Sets weights, moments and averages to the checkpoint's. Collective."""
@@ -115,6 +145,7 @@ class TrainingState:
             sizes=batch.frames,
             extra=partial(self._beside, step) if self._dino is not None else None,
             normal=self._normal,
+            lesson=self.lesson,
         )
 
     def _beside(self, step: int, x0: torch.Tensor, estimate: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
@@ -132,4 +163,5 @@ class TrainingState:
 
     def meta(self) -> dict[str, Any]:
         """What belongs to the tensors in a checkpoint."""
-        return {"updates": self.engine.updates, "ema_since": self.ema_since, "lora": self.lora}
+        own = {"lora": self.lora, "teacher": self.teacher}
+        return {"updates": self.engine.updates, "ema_since": self.ema_since, **own}

@@ -14,6 +14,7 @@ from data_pipeline.config import divisors
 from data_pipeline.reading.loader import Batch, Loader
 from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment
+from training.diffusion.distillation import Lesson
 from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
 from training.processes.collectives import all_sum
@@ -70,13 +71,15 @@ class Validation:
             loader.close()
 
     @torch.no_grad()
-    def measure(self, model: Callable[..., Any]) -> tuple[float, list[float]]:
-        """The mean loss, and the loss of each sample; their times are spread evenly over (0, 1). Collective."""
+    def measure(self, model: Callable[..., Any], lesson: Lesson | None = None) -> tuple[float, list[float]]:
+        """The mean loss, and the loss of each sample; their times are spread evenly over (0, 1). With a `lesson` it is
+        the student's distance from its teacher. Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
         singles = torch.zeros(self.count, dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for batch in self._batches:
-            each = self._ask(model, batch, diffusion, t=((batch.positions + 0.5) / self.count).to(self.ranks.device))
+            t = ((batch.positions + 0.5) / self.count).to(self.ranks.device)
+            each = self._ask(model, batch, diffusion, t=t, lesson=lesson)
             total += each["loss"].double().sum()
             singles[batch.positions] = each["loss"].double().cpu()
         summed = all_sum([float(total), *singles.tolist()], self.ranks)
@@ -102,6 +105,7 @@ class Validation:
         diffusion: DiffusionConfig,
         t: torch.Tensor | None = None,
         log_snr: torch.Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> dict[str, torch.Tensor]:
         """What `loss` says of each sample."""
         device = self.ranks.device
@@ -119,6 +123,7 @@ class Validation:
             sizes=batch.frames.to(device),
             t=t,
             log_snr=log_snr,
+            lesson=lesson,
         )[1]
 
 

@@ -103,8 +103,11 @@ def test_every_key_of_the_tables_exists() -> None:
     ("line", "sentence"),
     [
         ("sample data.shards=x", "cascade sample would not use it; it is a setting of index, verify"),
-        ("sample optimizer=adafactor", "optimizer: cascade sample would not use it; it is a setting of train, ablate"),
-        ("sample ingredient=min_snr", "cascade sample would not use it; it is a setting of .*train, ablate"),
+        (
+            "sample optimizer=adafactor",
+            "optimizer: cascade sample would not use it; it is a setting of train, ablate, distill",
+        ),
+        ("sample ingredient=min_snr", "cascade sample would not use it; it is a setting of .*train, ablate, distill"),
         ("sample strength=0.5", "it belongs to image=FILE, not image=null"),
         (
             "evaluate action=compare results=[a,b] guidance=3",
@@ -113,7 +116,10 @@ def test_every_key_of_the_tables_exists() -> None:
         ("evaluate figure=kid.x", "figure: .* it belongs to watch=true, not watch=false"),
         ("evaluate ++data.crop=random", "data.crop: cascade evaluate would not use it"),
         ("evaluate run=x", "run.dir: .* it belongs to watch=true"),
-        ("bundle tracking=disabled", "wandb: cascade bundle would not use it; it is a setting of train, ablate"),
+        (
+            "bundle tracking=disabled",
+            "wandb: cascade bundle would not use it; it is a setting of train, ablate, distill",
+        ),
         ("prepare prepare.max_side=3", "it belongs to prepare.kind=folder or .*, not prepare.kind=draw"),
         ("train evaluation.images_per_prompt=4", "it is a setting of evaluate"),
         ("checkpoints average=1", "it belongs to action=export, not action=list"),
