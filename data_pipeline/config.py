@@ -73,6 +73,9 @@ class FilterConfig:
     [CC0, "CC BY *"]. `unknown` lets those in that name none. Empty: any."""
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.licences, (list, tuple)), f"data.filter.licences={self.licences}: it must be a list: [CC0]"
+        )
         self.licences = [" ".join(str(licence).split()) for licence in self.licences]
         require(all(self.licences), "data.filter.licences: a licence is empty; samples without one are `unknown`")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.shards.dataset import Dataset, load_or_build, window_of
 from data_pipeline.shards.index import ShardIndex, index_url, load_index, save_index
@@ -247,6 +247,12 @@ def test_samples_of_some_licences(licensed: Path, allowed: list[str], keys: str,
     data = load(licensed, licences=allowed)
     assert "".join(data.key(0, row) for row in range(data.samples)) == keys
     assert data.dropped == {"missing_image": 1, **dropped}
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("CC0", "licences=CC0: it must be a list"), ([" "], "a licence is empty")])
+def test_what_is_no_list_of_licences_is_refused(wrong: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        FilterConfig(licences=wrong)
 
 
 def test_licences_are_counted_of_what_takes_part(licensed: Path) -> None:
