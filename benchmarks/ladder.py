@@ -258,7 +258,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             right = gains_of(lines, arm, lambda line: 100 * line["words"])
             shown = f"{right.mean:+.1f} ± {right.half:.1f} points"
             row += f"| {f'**{shown}**' if right.is_seen else shown} | {right.detectable:.1f} "
-        clock = sum(line["seconds"] for line in lines if line["arm"] == arm) / sum(line["seconds"] for line in none)
+        clock = np.mean([line["seconds"] for line in lines if line["arm"] == arm]) / np.mean(
+            [line["seconds"] for line in none]
+        )
         said.append(f"{row}| {clock:.2f} |")
     said += ["", "| x0 error at log-SNR | " + " | ".join(f"{level:g}" for level in LEVELS) + " |"]
     said.append("|---" * (len(LEVELS) + 1) + "|")

@@ -20,21 +20,21 @@ from training.checkpoint.store import CheckpointStore
 from training.cli.compose import ingredients_of, load_config
 from training.config.commands import AblateCommand
 from training.config.experiment import Experiment
-from training.run.directory import RunDir, differences, to_dict
+from training.run.directory import RunDir, differences, flatten, to_dict
 
 EXPERIMENT = "experiment"
 """The arm that all others are compared with."""
 OWN = ("ablate.", "json", "run", "run.dir")
 """Settings of the command that its trainings do not take over."""
-LEARNS = ("seed", "stage", "text", "optimizer", "ema", "lora", "precision", "data", "train.steps", "train.init_from")
-"""Settings (and all below them) that change what is learned; with others, a finished training is still the same."""
-UNIMPORTANT = (
-    "stage.sampler",
-    "text.sha",
+LEAVE_ALONE = (
+    *("json", "debug", "run", "wandb", "trackers", "cluster", "zero", "checkpoint", "validation", "evaluation"),
+    *("prepare", "bundle", "sampling", "stage.sampler", "text.sha"),
+    *(f"train.{name}" for name in ("log_every", "sample_every", "sample_prompts", "profile", "peak_tflops")),
+    *(f"train.{name}" for name in ("stall_s", "timeout_s", "timeout_first_s", "deterministic_reduction")),
     *(f"data.{name}" for name in ("threads", "own_process", "prefetch_mb", "index_dir", "cache_dir", "cache_gb")),
     *(f"data.{name}" for name in ("deadline_s", "stall_s", "max_bad_share", "micro_batch")),
 )
-"""Of those, the ones that do not."""
+"""Settings (and all below them) with which the same is learned; others may change it, and so must be alike."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,7 @@ def _changes(name: str, without: Arm, with_it: Arm) -> tuple[tuple[str, Any, Any
 
 def learns(key: str) -> bool:
     """Whether what a training learns depends on this setting."""
-    return _under(key, LEARNS) and not _under(key, UNIMPORTANT)
-
-
-def _under(key: str, sections: Sequence[str]) -> bool:
-    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+    return not any(f"{key}.".startswith(f"{section}.") for section in LEAVE_ALONE)
 
 
 def _check_same_question(base: Arm, other: Arm) -> None:
@@ -197,7 +193,7 @@ def _check_settings(run: Experiment, path: Path) -> None:
         return
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{file}: cannot be read ({error}); choose another ablate.output") from error
-    changed = [one for one in differences(before, to_dict(run)) if learns(one[0])] if isinstance(before, dict) else []
+    changed = _changed(before, to_dict(run)) if isinstance(before, dict) else []
     if changed:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -205,3 +201,14 @@ def _check_settings(run: Experiment, path: Path) -> None:
             f"{key}={new}: {path} was trained with {old}{more}, and all arms must be trained alike; set it back, or "
             "choose another ablate.output"
         )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What would be learned differently; a key that the code did not have yet was at its default."""
+    known, defaults = flatten(before), flatten(to_dict(Experiment()))
+    found = [
+        (key, old if key in known else defaults.get(key), new)
+        for key, old, new in differences(before, now)
+        if learns(key)
+    ]
+    return [(key, old, new) for key, old, new in found if old != new]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError, DataError
@@ -134,6 +135,7 @@ def test_what_is_learned_depends_on_some_settings_alone() -> None:
         "data.captions.clean",
         "optimizer.options.momentum",
         "train.steps",
+        "repa.weight",
     ):
         assert learns(key), key
     for key in ("stage.sampler.steps", "data.threads", "train.log_every", "wandb.name", "cluster.processes"):
@@ -213,10 +215,14 @@ def test_a_training_that_was_stopped_early_is_not_compared(tmp_path: Path, shard
     run = found[0].run(tmp_path, 0)
     assert not is_done(run)
     ablate.launch("training.train", run)
+    file = Path(run.run.dir) / "config.yaml"
+    older = yaml.safe_load(file.read_text())
+    del older["repa"], older["stage"]["diffusion"]["size_condition"]
+    file.write_text(yaml.safe_dump(older))
+    assert is_done(run), "a setting that the code did not have yet was at its default"
     longer = replace(run, train=replace(run.train, steps=3))
     with pytest.raises(ConfigError, match=r"train.steps=3: .* was trained with 2"):
         is_done(longer)
-    file = Path(run.run.dir) / "config.yaml"
     file.write_text(file.read_text().replace("  steps: 2\n", "  steps: 3\n"))
     RunDir(longer).ask_to_stop("worse and worse")
     with pytest.raises(DataError, match=r"told to stop early, at step 2 \(worse and worse\)"):
