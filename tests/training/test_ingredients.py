@@ -136,6 +136,8 @@ def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, 
         now = to_dict(experiment(tmp_path, shards, **{**repa, key: value}))
         with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}=.*: RUN was made with"):
             check_same_run(to_dict(experiment(tmp_path, shards, **repa)), now, "RUN")
+    unused = experiment(tmp_path, shards, **{**repa, "repa__weight": 0.0})
+    assert "nothing compares by this encoder" in planned(unused)["remarks"][0] and planned(unused)["ok"]
     config.dino.path = str(tmp_path)
     assert any("no config.json can be read there" in problem for problem in planned(config)["problems"])
 
@@ -144,7 +146,6 @@ def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, 
     ("change", "sentence"),
     [
         ({"dino__path": None}, "repa.weight=0.5: it compares by a frozen encoder; set dino.path"),
-        ({"repa__weight": 0.0}, "nothing compares by it"),
         ({"repa__until": 0}, "set repa.until"),
         ({"lora__rank": 4}, "train nothing that could be aligned"),
     ],

@@ -10,11 +10,15 @@ import pytest
 
 from data_pipeline.commands import prepare
 from data_pipeline.common.errors import ConfigError
+from tests.data_pipeline.shapes import write_shapes
 from tests.training import forks
-from tests.training.runs import experiment, metrics, newest
+from tests.training.runs import curve, experiment, metrics, newest
+from tests.training.text.tiny_models import tiny_model
+from training.cascade.cascade import Cascade
+from training.cli import main as cli
 from training.commands import embed
 from training.config.commands import EmbedCommand, PlanCommand
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, TextConfig
 from training.config.plain import from_plain
 from training.plan.checks import check_named
 from training.plan.plan import make_plan
@@ -88,3 +92,69 @@ def test_embeddings_of_a_mixture_lie_by_data_set(folders: list[str], tmp_path: P
     assert running.codes() == [0], running.text
     losses = [json.loads(path.read_text().splitlines()[-1])["loss"] for path in tmp_path.glob("*/metrics.jsonl")]
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=0.02), "bf16 embeddings"
+
+
+def test_shapes_of_a_mixture_train_under_any_zero_stage(tmp_path: Path) -> None:
+    """ZeRO 2 on two processes, ZeRO 3 on one that goes on with a data set more, and what the plan says of it."""
+    homes = [tmp_path / name for name in ("set a", "set b")]
+    for home in homes:
+        home.mkdir()
+    shards = entries([write_shapes(homes[0]), write_shapes(homes[1], ((40, 30), (36, 36)))], 0.75, 0.25)
+    later: Any = [shards[0], {**shards[1], "start": 16}]
+    changes = {"data__buckets": ["1x1", "4x3", "3x4"], "optimizer__decay": "constant"}
+    config = experiment(tmp_path, shards[:1], **changes, train__steps=2, zero__stage=2)  # type: ignore[arg-type]
+    running = forks.start(config, 2)
+    assert running.codes() == [0, 0], running.text
+    config.train.steps, config.zero.stage, config.data.shards = 6, 3, later
+    running = forks.start(config, 1)
+    assert running.codes() == [0], running.text
+    alone = experiment(tmp_path / "alone", later, **changes, train__steps=6, zero__stage=0)  # type: ignore[arg-type]
+    Path(alone.run.dir).parent.mkdir()
+    running = forks.start(alone, 1)
+    assert running.codes() == [0], running.text
+    for mine, wanted in zip(curve(config), curve(alone), strict=True):
+        assert mine[:2] == wanted[:2] and mine[2:] == pytest.approx(wanted[2:], rel=1e-4)
+    last = metrics(config)[-1]
+    assert last["samples_dataset/a"] + last["samples_dataset/b"] == 48 and 0 < last["samples_dataset/b"] < 32
+    plan = make_plan(from_plain(PlanCommand, {**to_dict(config), "gpu": "h100"}))
+    assert plan["data"]["dataset_epochs"] == pytest.approx({"a": (16 + 0.75 * 32) / 63, "b": 0.25 * 32 / 63})
+    shapes = plan["data"]["buckets"]
+    assert [(one["width"], one["height"]) for one in shapes.values()] == [(12, 20), (16, 16), (20, 12)]
+    assert sum(one["samples"] for one in shapes.values()) == 126 and not plan["problems"]
+
+
+def test_a_sweep_over_weights_of_a_mixture(folders: list[str], tmp_path: Path) -> None:
+    """Each training of it has its own directory and mixture."""
+    pairs = [f"[{{name: a, shards: '{folders[0]}', weight: {w}}}, {{name: b, shards: '{folders[1]}'}}]" for w in (1, 3)]
+    words = ["stage.model.preset=tiny_base", "text.dim=32", "data.global_batch=8", "zero=zero2", "train.steps=2"]
+    words += ["train.log_every=1", "train.sample_every=0", "tracking=disabled", f"run.dir={tmp_path}/a run"]
+    cli.main(["train", "--multirun", *words, "cluster.threads=1", f"data.shards={','.join(pairs)}"])
+    shares = [json.loads(file.read_text().splitlines()[-1]) for file in sorted(tmp_path.glob("a run/*/metrics.jsonl"))]
+    assert sorted(line["samples_dataset/a"] for line in shares) == [8, 12]
+
+
+def test_two_encoders_from_embedding_to_pictures(folders: list[str], tmp_path: Path) -> None:
+    """Embedded ahead and encoded in training alike, kept by the bundle, and needed to draw from it."""
+    clip = {"kind": "clip", "path": tiny_model("clip", tmp_path / "a clip"), "dim": 16, "max_tokens": 8, "layer": -2}
+    gemma = tiny_model("gemma2", tmp_path / "a gemma")
+    text = TextConfig(kind="hidden", path=gemma, dim=16, max_tokens=20, also=clip)
+    config = experiment(tmp_path, folders[0], train__steps=3, zero__stage=0, text=text)
+    place = str(tmp_path / "embedded")
+    command = EmbedCommand(data=config.data, text=text, output=place, json=True)
+    assert embed.main(command)["captions"] == 24
+    losses = []
+    for embeddings, run in ((None, "online"), (place, "embedded run")):
+        config.data.embeddings, config.run.dir = embeddings, str(tmp_path / run)
+        running = forks.start(config, 1)
+        assert running.codes() == [0], running.text
+        losses.append([line["loss"] for line in metrics(config)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02), "bf16 embeddings"
+
+    Cascade.from_runs([config.run.dir]).save(str(tmp_path / "a bundle"))
+    loaded = Cascade.from_pretrained(str(tmp_path / "a bundle"))
+    assert loaded.text.also == clip and loaded.encoder.max_tokens == 20
+    drawn = loaded.draw(["a red circle", "a blue square"], steps=2)
+    assert len(drawn) == 2 and drawn[0].image.size == (16, 16)
+    config.text = TextConfig(**{**vars(text), "also": {**clip, "layer": -1}, "sha": None})
+    running = forks.start(config, 1)
+    assert running.codes() == [2] and "text" in running.text, "another second encoder is another one"

@@ -29,6 +29,7 @@ OWN = ("ablate.", "json", "run", "run.dir")
 LEAVE_ALONE = (
     *("json", "debug", "run", "wandb", "trackers", "cluster", "zero", "checkpoint", "validation", "evaluation"),
     *("prepare", "bundle", "sampling", "stage.sampler", "text.sha"),
+    *("dino.path", "dino.sha"),
     *(f"train.{name}" for name in ("log_every", "sample_every", "sample_prompts", "profile", "peak_tflops")),
     *(f"train.{name}" for name in ("stall_s", "timeout_s", "timeout_first_s", "deterministic_reduction")),
     *(f"data.{name}" for name in ("threads", "own_process", "prefetch_mb", "index_dir", "cache_dir", "cache_gb")),

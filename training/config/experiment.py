@@ -577,6 +577,11 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    @property
+    def compares_features(self) -> bool:
+        """Whether a loss needs the frozen picture encoder."""
+        return bool(self.repa.weight or self.perceptual.weight)
+
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -226,6 +227,12 @@ def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
     config = replace(PRESETS[preset], **values)
     config.check()
     return config
+
+
+def side_multiple(stage: Any, text_dim: int) -> int:
+    """What the sides of a stage's pictures are multiples of: the U-Net halves them, and low-res pixels are whole."""
+    factor = stage.image_size // stage.low_res_size if stage.low_res_size else 1
+    return math.lcm(for_stage(stage, text_dim).divisor, factor)
 
 
 def for_stage(stage: Any, text_dim: int) -> UNetConfig:

@@ -243,7 +243,7 @@ def check_the_optimizer(config: Experiment, _world_size: int) -> None:
 
 
 def check_features(config: Experiment, _world_size: int) -> None:
-    """Losses on features have their encoder, and the encoder a loss."""
+    """Losses on features have their encoder."""
     repa, path = config.repa, config.dino.path
     for name in ("repa", "perceptual"):
         weight = getattr(config, name).weight
@@ -252,10 +252,6 @@ def check_features(config: Experiment, _world_size: int) -> None:
             f"{name}.weight={weight}: it compares by a frozen encoder; set dino.path to the directory of a DINOv2 "
             "model (hf download facebook/dinov2-base --local-dir DIR on a machine with internet)",
         )
-    require(
-        not path or bool(repa.weight or config.perceptual.weight),
-        f"dino.path={path}: nothing compares by it; set repa.weight or perceptual.weight, or leave it out",
-    )
     require(
         not repa.weight or repa.until > 0,
         f"repa.weight={repa.weight}: set repa.until, the step from which it no longer counts: late it hurts",

@@ -20,6 +20,11 @@ def remarks(config: Experiment, device: str) -> list[str]:
             "precision.dtype=bf16: this CPU has no bf16 arithmetic, so it is emulated, up to 25 times slower; use "
             "precision=fp32"
         )
+    if config.dino.path and not config.compares_features:
+        found.append(
+            f"dino.path={config.dino.path}: nothing compares by this encoder, and it is not loaded; ingredient=repa "
+            "or ingredient=perceptual would"
+        )
     stage = config.stage
     preset = PRESETS.get(stage.model.preset)
     if stage.is_super_resolution and preset is not None and not preset.low_res:

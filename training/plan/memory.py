@@ -271,7 +271,7 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
         "zero3": config.zero.stage == 3,
         "wandb": config.wandb.mode != "disabled",
         "transformers": not peft
-        and ((config.text.kind != "words" and not config.data.embeddings) or bool(config.dino.path)),
+        and ((config.text.kind != "words" and not config.data.embeddings) or config.compares_features),
         "peft": peft,
     }
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)

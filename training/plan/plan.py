@@ -7,15 +7,17 @@ Parameters and FLOPs are counted, activations followed through a pass without da
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.config import DataConfig, divisors
+from data_pipeline.content.images import bucket_shape
 from data_pipeline.storage import store
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
-from training.config.unet import for_stage
+from training.config.unet import for_stage, side_multiple
 from training.optim.registry import optimizer_class
 from training.plan.checks import check_heldout, check_shares, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
@@ -314,6 +316,7 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
             samples, total = (None if kept is None or samples is None else samples + kept), total + whole
             if name:
                 facts["datasets"][name] = kept
+        facts["buckets"] = bucket_facts(config, shards)
     except CascadeError as error:
         problems.append(str(error))
         return {"shards": False, "data": facts}
@@ -328,6 +331,9 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
         return {"shards": True, "data": facts}
     images = config.train.steps * config.data.global_batch
     facts |= {"samples": samples, "epochs": images / max(samples, 1)}
+    facts["dataset_epochs"] = {
+        name: count / max(facts["datasets"][name], 1) for name, count in images_by_dataset(config.data, images).items()
+    }
     facts |= {"bytes_per_sample": size / max(total, 1), "basis": "index"}
     enough = samples >= config.data.global_batch
     if not enough:
@@ -336,6 +342,32 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
             f"so every step would repeat pictures"
         )
     return {"shards": enough, "data": facts}
+
+
+def images_by_dataset(data: DataConfig, images: int) -> dict[str, float]:
+    """How many of the first `images` samples of a run each data set of a mixture gives; empty without one."""
+    names, rows = [dataset.name for dataset in data.datasets()], data.schedule()
+    found = dict.fromkeys(names, 0.0)
+    for number, (start, shares) in enumerate(rows if names else ()):
+        end = rows[number + 1][0] if number + 1 < len(rows) else images
+        for name, share in zip(names, shares, strict=True):
+            found[name] += float(share) * max(min(end, images) - start, 0)
+    return found
+
+
+def bucket_facts(config: PlanCommand, shards: Sequence[tuple[str, store.Entry, DataConfig]]) -> dict[str, Any]:
+    """Width, height and (where all shards have an index) samples of each of `data.buckets`."""
+    multiple = side_multiple(config.stage, config.text.dim) if config.data.buckets else 1
+    found: dict[str, Any] = {}
+    for shape, ratio in config.data.ratios().items():
+        width, height = bucket_shape(ratio, config.stage.image_size, multiple)
+        found[shape] = {"width": width, "height": height, "samples": 0}
+    for name, own in config.data.parts().items() if found else ():
+        entries = [entry for dataset, entry, _ in shards if dataset == name]
+        for shape, cut in own.bucket_parts().items():
+            kept, before = indexed_samples(cut, entries)[0], found[shape]["samples"]
+            found[shape]["samples"] = None if kept is None or before is None else before + kept
+    return found
 
 
 def indexed_samples(data: DataConfig, entries: list[store.Entry]) -> tuple[int | None, int]:

@@ -94,6 +94,7 @@ def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
         *_text(plan["text_encoder"]),
         *_features(plan["picture_encoder"]),
         ("data", _data(plan["data"])),
+        *_buckets(plan["data"].get("buckets") or {}),
         ("store", f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read ({plan['data']['basis']} bytes each)"),
         (
             "checkpoint",
@@ -155,8 +156,19 @@ def _data(data: dict[str, Any]) -> str:
     row = f"{data['shards']:,} shards, {gib(data['bytes'])}"
     if data["samples"] is None:
         return f"{row}, no index yet (cascade index)"
-    sets = ", ".join(f"{name} {samples:,}" for name, samples in data.get("datasets", {}).items())
+    epochs = data.get("dataset_epochs", {})
+    sets = ", ".join(
+        f"{name} {samples:,} in {epochs[name]:,.2f} epochs" for name, samples in data.get("datasets", {}).items()
+    )
     return f"{row}, {data['samples']:,} samples{f' ({sets})' if sets else ''}, {data['epochs']:,.2f} epochs"
+
+
+def _buckets(buckets: dict[str, Any]) -> list[tuple[str, str]]:
+    def told(shape: str, facts: dict[str, Any]) -> str:
+        known = "" if facts["samples"] is None else f" {facts['samples']:,} pictures"
+        return f"{shape} of {facts['width']} x {facts['height']} px{known}"
+
+    return [("  shapes", ", ".join(told(*pair) for pair in buckets.items()))] if buckets else []
 
 
 def _fits(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -50,7 +50,8 @@ class Session:
     def __init__(self, config: Experiment, ranks: Ranks, watchdog: Watchdog) -> None:
         watchdog.phase("run directory")
         config = replace(config, text=each(lambda: pinned(config.text), ranks))
-        config = replace(config, dino=each(lambda: pinned_dino(config.dino), ranks))
+        if config.compares_features:
+            config = replace(config, dino=each(lambda: pinned_dino(config.dino), ranks))
         self.config, self.ranks, self.watchdog = config, ranks, watchdog
         self._config = to_dict(config)
         self._code = code_version() if ranks.is_main else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from data_pipeline.common.errors import BAD_REASONS, CascadeError
 from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
 from training.config.experiment import Experiment
-from training.config.unet import for_stage
+from training.config.unet import side_multiple
 from training.processes.collectives import all_sum, errors_of_all, gather_objects
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
@@ -34,10 +33,8 @@ class Encoder(Protocol):
 
 def open_loader(config: Experiment, ranks: Ranks, run: RunDir, position: int, **others: Any) -> Loader:
     """The loader of this rank from `position` on, unless `others` say otherwise."""
-    stage, multiple = config.stage, 1
-    if config.data.buckets:
-        factor = stage.image_size // stage.low_res_size if stage.low_res_size else 1
-        multiple = math.lcm(for_stage(stage, config.text.dim).divisor, factor)
+    stage = config.stage
+    multiple = side_multiple(stage, config.text.dim) if config.data.buckets else 1
     return Loader(
         config.data,
         image_size=stage.image_size,

@@ -80,7 +80,7 @@ class TrainingState:
         return model
 
     def _open_dino(self) -> Dinov2 | None:
-        if not self.config.dino.path:
+        if not self.config.compares_features:
             return None
         dtype = torch.bfloat16 if self.config.precision.dtype == "bf16" else torch.float32
         return Dinov2(self.config.dino, dtype, self.ranks.device)
