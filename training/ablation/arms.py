@@ -28,7 +28,7 @@ OWN = ("ablate.", "json", "run", "run.dir")
 """Settings of the command that its trainings do not take over."""
 LEAVE_ALONE = (
     *("json", "debug", "run", "wandb", "trackers", "cluster", "zero", "checkpoint", "validation", "evaluation"),
-    *("prepare", "bundle", "sampling", "stage.sampler", "text.sha"),
+    *("prepare", "bundle", "sampling", "stage.sampler", "text.sha", "distill"),
     *("dino.path", "dino.sha"),
     *(f"train.{name}" for name in ("log_every", "sample_every", "sample_prompts", "profile", "peak_tflops")),
     *(f"train.{name}" for name in ("stall_s", "timeout_s", "timeout_first_s", "deterministic_reduction")),
