@@ -159,7 +159,8 @@ def ingredients_of(verb: str, overrides: Sequence[str] = ()) -> list[str]:
             GlobalHydra.instance().config_loader().compute_defaults_list(verb, normalise(verb, overrides), RunMode.RUN)
         )
     paths = [str(one.config_path) for one in found.defaults]
-    return [path.removeprefix("ingredient/") for path in paths if path.startswith("ingredient/")]
+    names = [path.removeprefix("ingredient/") for path in paths if path.startswith("ingredient/")]
+    return list(dict.fromkeys(names))  # the command line replaces the recipe's and the experiment's
 
 
 @contextlib.contextmanager

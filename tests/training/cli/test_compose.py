@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError
-from training.cli.compose import load_config, searching
+from training.cli.compose import ingredients_of, load_config, searching
 from training.cli.explain import SYNONYMS
 from training.cli.fields import keys_of
 from training.cli.overrides import ALIASES, CONF_DIR, groups
@@ -122,6 +122,18 @@ def test_ingredients_win_over_the_experiment_in_their_order() -> None:
     assert composed("ingredient=[x_pred_v_loss]", "stage.diffusion.weighting=v")[2] == "v"
     with pytest.raises(ConfigError, match=r"ingredient=nothing: no such option; the options are .*min_snr"):
         composed("ingredient=[min_snr,nothing]")
+
+
+def test_a_recipe_names_the_ingredients_of_one_stage_and_the_command_line_replaces_them() -> None:
+    def composed(stage: str, *words: str) -> tuple[list[str], str, str]:
+        overrides = ["experiment=modern", f"stage={stage}", *words]
+        config = load_config("plan", overrides)
+        return ingredients_of("plan", overrides), config.stage.diffusion.parametrization, config.optimizer.name
+
+    assert composed("base64") == (["x_pred_v_loss", "muon"], "x0", "muon")
+    assert composed("base64", "ingredient=[]") == ([], "v", "adamw")
+    assert composed("base64", "ingredient=[muon]") == (["muon"], "v", "muon")
+    assert composed("sr256") == ([], "v", "adamw")
 
 
 def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(tmp_path: Path) -> None:
