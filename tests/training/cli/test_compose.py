@@ -29,7 +29,8 @@ def overrides_for(path: str) -> tuple[str, list[str]]:
         return "train", []
     if parts[0] == "recipe":
         return "train", [f"experiment={parts[1]}", f"stage={parts[2]}"]
-    return "train", [f"{parts[0]}={parts[1]}"]
+    needed = ["dino.path=models/dinov2"] if parts[1] in ("repa", "perceptual") else []
+    return "train", [f"{parts[0]}={parts[1]}", *needed]
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -214,7 +215,7 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("json=maybe", "json=maybe: it must be true or false"),
         ("train=5", "train=5: it must be a section; its keys are steps,"),
         ("data.captions.sources={txt: much}", "data.captions.sources.txt={txt:much}: it must be a number"),
-        ("seed=1,2", "seed=1,2: several values; write seed=[1,2] for a list, or add --multirun"),
+        ("seed=1,2", "seed=1,2: several values; add --multirun for one run per value"),
         ("seed=${sed}", "seed: ${sed} names a key that does not exist"),
         ("demo", "'demo': a setting is key=value"),
         ("=5", "'=5': a setting is key=value"),
