@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline.common.errors import ConfigError
 from tests.training import forks
 from tests.training.evaluation.extractors.tiny_weights import dinov2_folder
 from tests.training.runs import curve, experiment, newest, same_tensors
 from training.cascade.cascade import Cascade
+from training.cli.compose import load_config
+from training.commands import checkpoints
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
@@ -112,6 +115,11 @@ def test_repa(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
     cascade.save(str(tmp_path / "bundle"))
     loaded, other = Cascade.from_pretrained(str(tmp_path / "bundle")), Cascade.from_runs([plain.run.dir])
     assert loaded.stages[0].unet.state_dict().keys() == other.stages[0].unet.state_dict().keys()
+    export = load_config(
+        "checkpoints", [f"run.dir={whole.run.dir}", "action=export", f"output={tmp_path}/w.safetensors"]
+    )
+    checkpoints.main(export)
+    loaded.stages[0].unet.load_state_dict(load_file(tmp_path / "w.safetensors"))
     after = experiment(tmp_path / "after", shards, **repa, train__steps=1, train__init_from=whole.run.dir)
     assert "weights taken from" in forks_text(after), "a bundle's weights begin another run with a new small network"
 

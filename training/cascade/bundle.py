@@ -29,6 +29,7 @@ from training.checkpoint.safetensors import Digest, chunks
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config.experiment import Experiment, StageConfig, TextConfig
 from training.config.unet import UNetConfig, for_stage
+from training.model.alignment import BESIDE
 from training.model.lora import merged, weights_sha256
 from training.model.unet import UNet
 from training.optim.averages import state_name
@@ -146,7 +147,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
     text, decays = _settings(checkpoint, "text"), _settings(checkpoint, "ema").get("decays") or [None]
     prefix = f"{state_name(0)}/"
     names = {name.removeprefix(prefix): name for name in checkpoint.names(prefix)}
-    names = {short: name for short, name in names.items() if not short.startswith("alignment.")}
+    names = {short: name for short, name in names.items() if not short.startswith(BESIDE)}
     unet = for_stage(config, text.get("dim", 0))
     tensors: Callable[[], dict[str, Tensor]]
     if base := meta.get("lora"):

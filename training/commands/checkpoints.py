@@ -20,6 +20,7 @@ from training.cascade.bundle import checkpoint_dir
 from training.checkpoint.safetensors import Digest, chunks
 from training.checkpoint.store import Checkpoint, CheckpointStore
 from training.config.commands import CheckpointsCommand
+from training.model.alignment import BESIDE
 from training.optim.averages import posthoc_weights, state_name
 from training.run.directory import differences
 
@@ -155,7 +156,7 @@ def _whole(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _weights(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
-    names = checkpoint.names(f"{kind}/")
+    names = [name for name in checkpoint.names(f"{kind}/") if not name.startswith(f"{kind}/{BESIDE}")]
     if not names:
         decays = checkpoint.meta["config"]["ema"]["decays"]
         raise ConfigError(
@@ -196,6 +197,8 @@ def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[
         )
     tensors = {}
     for name in (name.removeprefix("param/") for name in last.names("param/")):
+        if name.startswith(BESIDE):
+            continue
         total = torch.zeros(last.shape(f"param/{name}"), dtype=torch.float64)
         for (checkpoint, kind, _, _), weight in zip(stored, weights, strict=True):
             total += float(weight) * checkpoint.read(f"{kind}/{name}").double()

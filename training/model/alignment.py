@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from training.config.features import RepaConfig
 
+BESIDE = "alignment."
+"""Begins the names of weights that are trained with the U-Net, and that nothing is drawn with."""
+
 
 class Alignment(nn.Module):
     """Three linear layers with SiLU between them (REPA, section 3.2), at every place of a feature map.

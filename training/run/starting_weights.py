@@ -14,6 +14,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from training.cascade.bundle import check_base, load_unet, stage_weights
 from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment, StageConfig
+from training.model.alignment import BESIDE
 from training.model.lora import add_adapters, weights_sha256
 from training.model.unet import UNet
 
@@ -46,7 +47,7 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     if base:
         check_base(tensors, base)
     try:
-        own = {name: value for name, value in model.state_dict().items() if name.startswith("alignment.")}
+        own = {name: value for name, value in model.state_dict().items() if name.startswith(BESIDE)}
         model.load_state_dict({**tensors, **own})
     except RuntimeError as error:
         raise ConfigError(
