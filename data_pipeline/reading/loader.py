@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig
 from data_pipeline.order.order import check_world_size
 from data_pipeline.reading.micro_batches import Decoded, Decoding, MicroBatch, Work, caption_files_of, embeddings_of
@@ -77,6 +78,7 @@ class Loader:
             start with the first batch.
         multiple: the sides of pictures of `data.buckets` are multiples of this.
         decode: (raw sample, position) -> `Decoded`, in threads; the default decodes pictures and chooses captions.
+        team: the processes that open it together, so that one of them lists the shards and reads what is known of them.
 
     Raises:
         ConfigError: the batch cannot be shared so.
@@ -98,10 +100,13 @@ class Loader:
         own_process: bool = False,
         multiple: int = 1,
         decode: Callable[[Sample, int], Decoded] | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.config, self.seed, self.position = config, seed, position
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
-        self.dataset = open_dataset(config)
+        self.dataset = open_dataset(config, team)
+        self.embeddings = team.once(lambda: embeddings_of(self.dataset, config))
+        """Precomputed ones; who trains with them calls their `check` first."""
         self._work = Work(
             self.dataset,
             config,
@@ -114,10 +119,9 @@ class Loader:
             position,
             micro_batch,
             multiple,
+            self.embeddings,
+            team.once(lambda: caption_files_of(self.dataset, config)),
         )
-        caption_files_of(self.dataset, config)  # a missing one is told before a process starts
-        self.embeddings = embeddings_of(self.dataset, config)
-        """Precomputed ones; who trains with them calls their `check` first."""
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
         """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`; of a mixture
         also `samples_dataset/NAME` and `bad_dataset/NAME`."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from data_pipeline.order.sharing import Chunks
 from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.reading.rows import RowReader, Sample, Taken, replace
 from data_pipeline.shards.caption_files import CaptionFiles
-from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.dataset import Dataset, node_cache
 from data_pipeline.shards.embeddings import DatasetEmbeddings
 from data_pipeline.shards.index import IMAGE_EXTENSIONS
 from data_pipeline.shards.mixture import order_of
@@ -49,6 +49,10 @@ class Work:
     micro_batch: int
     multiple: int = 1
     """Of the sides of the pictures of `data.buckets`."""
+    embeddings: DatasetEmbeddings | None = None
+    """Precomputed ones of the captions; None: `data.embeddings` is not set."""
+    caption_files: dict[str, CaptionFiles] = field(default_factory=dict)
+    """See `caption_files_of`."""
 
     @property
     def share(self) -> int:
@@ -99,7 +103,7 @@ def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | N
     if not config.embeddings:
         return None
     digests = {name: {one.entry.url: one.digest for one in part.summaries} for name, part in dataset.sets().items()}
-    return DatasetEmbeddings(config.embeddings, digests)
+    return DatasetEmbeddings(config.embeddings, digests, node_cache(config))
 
 
 def caption_files_of(dataset: Dataset, config: DataConfig) -> dict[str, CaptionFiles]:
@@ -121,13 +125,13 @@ class Decoding:
     def __init__(self, work: Work, decode: Callable[[Sample, int], Decoded] | None = None) -> None:
         self._work = work
         self._decode = decode or self._decode_pair
-        self._embeddings = embeddings_of(work.dataset, work.config)
+        self._embeddings = work.embeddings
         self._captions = {name: own.captions for name, own in work.config.parts().items()}
         self._shapes = {
             name: images.bucket_shape(ratio, work.image_size, work.multiple)
             for name, ratio in work.config.ratios().items()
         }
-        self._caption_files = caption_files_of(work.dataset, work.config)
+        self._caption_files = work.caption_files
         self._reader = RowReader(work.dataset, work.config, None if decode else MEMBERS)
         self._stop = threading.Event()
         self._queue: queue.Queue[Future[Taken]] = queue.Queue(_decoded_ahead(work))

@@ -15,11 +15,10 @@ from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig
 from data_pipeline.order.chance import hash_below
-from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.dataset import Dataset, node_cache
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.tar import MAX_MEMBER, Gunzip
 from data_pipeline.storage import store
-from data_pipeline.storage.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class RowReader:
         self.dataset, self.config, self._extensions = dataset, config, extensions
         self._direct = [not s.compressed and not store.is_remote(s.entry.url) for s in dataset.summaries]
         self._files: Recent[int, _File] = Recent(_OPEN_FILES)
-        self.cache = DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+        self.cache = node_cache(config)
 
     def read(self, shard: int, row: int) -> Sample:
         """One sample: `__key__`, `__url__` and the bytes of each member by extension; of a mixture also `__dataset__`.

@@ -19,6 +19,7 @@ import numpy as np
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.common.recent import Recent
+from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig, FilterConfig, MembersConfig
 from data_pipeline.content.members import advice
 from data_pipeline.shards.filters import keep_rows
@@ -28,6 +29,7 @@ from data_pipeline.shards.index import (
     index_shard,
     load_index,
     load_meta,
+    parse_index,
     read_index,
     save_index,
 )
@@ -40,6 +42,7 @@ from data_pipeline.shards.summaries import (
     write_summaries,
 )
 from data_pipeline.storage import store
+from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.retry import Patience
 
 logger = logging.getLogger(__name__)
@@ -54,12 +57,21 @@ _WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
 
 
 class Dataset:
-    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads."""
+    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads.
+
+    Args:
+        cache: keeps indexes of an object store on the node's disk.
+    """
 
     def __init__(
-        self, summaries: list[Summary], rules: FilterConfig, patience: Patience, names: MembersConfig | None = None
+        self,
+        summaries: list[Summary],
+        rules: FilterConfig,
+        patience: Patience,
+        names: MembersConfig | None = None,
+        cache: DiskCache | None = None,
     ) -> None:
-        self.summaries, self.rules, self.patience = summaries, rules, patience
+        self.summaries, self.rules, self.patience, self.cache = summaries, rules, patience, cache
         self.names = names or MembersConfig()
         self.urls = [summary.entry.url for summary in summaries]
         self.counts = np.array([summary.kept for summary in summaries], np.int64)
@@ -127,8 +139,8 @@ class Dataset:
         if known is not None:
             return known
         summary = self.summaries[shard]
-        index = read_index(summary.entry.url, summary.place, self.patience)
-        if index is None or index.digest != summary.digest:
+        index = self._stored_index(summary)
+        if index is None:
             index = index_shard(summary.entry.url, self.patience, names=self.names)
             if index.digest != summary.digest:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
@@ -136,6 +148,20 @@ class Dataset:
             with suppress(CascadeError, OSError):
                 save_index(index, summary.place, self.patience)
         return self._cache.put(shard, (index, keep_rows(index, self.rules)[0]))
+
+    def _stored_index(self, summary: Summary) -> ShardIndex | None:
+        """From the node's disk, else from where it lies; None: it is not there, damaged, or of another content."""
+        url, place = summary.entry.url, summary.place
+        if self.cache is not None and store.is_remote(place):
+            for fresh in (False, True):  # what is on the disk may be damaged
+                content = self.cache.whole(
+                    f"{place}#{summary.digest}", lambda: store.read_bytes(place, self.patience), fresh
+                )
+                index = None if content is None else parse_index(url, place, content)
+                if index is not None and index.digest == summary.digest:
+                    return index
+        index = read_index(url, place, self.patience)
+        return index if index is not None and index.digest == summary.digest else None
 
     def sets(self) -> dict[str, Dataset]:
         """The data sets by name; where there is one, its name is empty."""
@@ -165,47 +191,80 @@ def window_of(dataset: Dataset, config: DataConfig) -> int:
     return 1 << int(math.log2(samples))
 
 
+def node_cache(config: DataConfig) -> DiskCache | None:
+    """`data.cache_dir`, which the processes of a node share; None: it is not set."""
+    return DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+
+
 def patience_of(config: DataConfig) -> Patience:
     """The stall and deadline limits of the data settings."""
     return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True, reads=True)
 
 
-def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = False) -> Dataset:
+def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = False, team: Team = ALONE) -> Dataset:
     """The data set of these shards; shards without a fitting index are indexed first, and the log says so.
 
     Args:
         may_be_empty: it is a part of one that is told of as a whole: nothing is said of what is left out.
+        team: the first of its processes asks the store; all index what is missing, each its share.
 
     Raises:
         DataError: a shard is missing or no tar archive, or the filters leave nothing.
         StoreError: the store stayed broken.
     """
     patience = patience_of(config)
+    entries, loaded, known_at, known = team.once(lambda: _look_up(urls, config, patience))
+    missing = [number for number, summary in enumerate(loaded) if summary is None]
+    if missing:
+        logger.warning(
+            "no index for %d of %d shards: building it now, once (`cascade index` does it ahead)",
+            len(missing),
+            len(urls),
+        )
+        mine = missing[team.rank :: team.count]
+        for built in team.everyone(lambda: dict(_build_all(mine, entries, config, patience))):
+            for number, summary in built.items():
+                loaded[number] = summary
+    summaries = _seen_here([summary for summary in loaded if summary is not None], config, patience)
+    if known < len(summaries) and team.rank == 0:
+        write_summaries(known_at, summaries, patience)
+    dataset = Dataset(summaries, config.filter, patience, config.members, node_cache(config))
+    if not may_be_empty:
+        team.once(lambda: _report(dataset))
+    return dataset
+
+
+def _look_up(
+    urls: list[str], config: DataConfig, patience: Patience
+) -> tuple[list[store.Entry], list[Summary | None], str, int]:
+    """The shards as the store describes them, the summary of each that has a fitting index, the file of summaries, and
+    how many it had."""
     entries = store.describe(urls, patience)
     known_at = summary_url(entries, config.filter, config.index_dir, config.members)
     known = read_summaries(known_at, entries, patience)
     with ThreadPoolExecutor(_THREADS) as pool:
         loaded = list(pool.map(lambda entry: known.get(entry.url) or _load(entry, config, patience), entries))
-        missing = [number for number, summary in enumerate(loaded) if summary is None]
-        if missing:
-            logger.warning(
-                "no index for %d of %d shards: building it now, once (`cascade index` does it ahead)",
-                len(missing),
-                len(urls),
-            )
-            for number, summary in _build_all(missing, entries, config, patience, pool):
-                loaded[number] = summary
-    summaries = [summary for summary in loaded if summary is not None]
-    if len(known) < len(summaries):
-        write_summaries(known_at, summaries, patience)
-    dataset = Dataset(summaries, config.filter, patience, config.members)
-    if not may_be_empty:
-        _report(dataset)
-    return dataset
+    return entries, loaded, known_at, len(known)
+
+
+def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience) -> list[Summary]:
+    """The same, of indexes that this machine has as well: those of a store that cannot be written lie in a directory
+    (`data.index_dir`), which need not be a shared one."""
+    apart = [
+        number
+        for number, one in enumerate(summaries)
+        if store.is_remote(one.entry.url) and not store.is_remote(one.place)
+    ]
+    if not apart or all(os.path.exists(summaries[apart[end]].place) for end in (0, -1)):
+        return summaries
+    here = list(summaries)
+    for number, summary in _build_all(apart, [one.entry for one in summaries], config, patience):
+        here[number] = summary
+    return here
 
 
 def _build_all(
-    missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience, pool: ThreadPoolExecutor
+    missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience
 ) -> Iterator[tuple[int, Summary]]:
     """Indexes shards with a progress bar. Ranks begin at different places and take what others have finished."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -219,7 +278,9 @@ def _build_all(
             found = summarize(index, entries[number], index.place, config.filter)
         return number, found
 
-    yield from progress(pool.map(build, order), total=len(order), desc="index", unit="shard", disable=len(order) < 8)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        built = pool.map(build, order)
+        yield from progress(built, total=len(order), desc="index", unit="shard", disable=len(order) < 8)
 
 
 def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary | None:

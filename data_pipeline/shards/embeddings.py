@@ -23,6 +23,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from data_pipeline.common.recent import Recent
 from data_pipeline.shards.index import key_hash
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import naming, replacing, scratch
+from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.safetensors import header
 
 VERSION = 2
@@ -155,18 +157,22 @@ def _write_local(path: str, head: bytes, tokens: Any) -> None:
 class Sidecar:
     """One sidecar: its facts, and the tokens of any caption for one read. Memory: about 150 bytes per caption.
 
+    Args:
+        cache: keeps pieces of an object store on the node's disk.
+
     Raises:
         DataError: the file is missing or is no such file.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, cache: DiskCache | None = None) -> None:
+        self.url, self._cache = url, cache if store.is_remote(url) else None
         try:
-            there = store.size(url)
-            (size,) = struct.unpack("<Q", store.read_range(url, 0, min(8, there)))
+            self._entry = store.entry(url)
+            there = self._entry.size
+            (size,) = struct.unpack("<Q", self._read(0, min(8, there)))
             if 8 + size > there:
                 raise ValueError(f"it ends at byte {there}, inside its header")
-            header = json.loads(store.read_range(url, 8, 8 + size))
+            header = json.loads(self._read(8, 8 + size))
             self.facts: dict[str, Any] = json.loads(header["__metadata__"]["cascade"])
             if self.facts["version"] != VERSION:
                 raise ValueError(f"version {self.facts['version']}")
@@ -195,8 +201,18 @@ class Sidecar:
     def _whole(self, name: str) -> np.ndarray:
         entry = self._header[name]
         begin, end = entry["data_offsets"]
-        data = store.read_range(self.url, self._base + begin, self._base + end) if end > begin else b""
+        data = self._read(self._base + begin, self._base + end)
         return np.frombuffer(data, _NAMES[entry["dtype"]])
+
+    def _read(self, begin: int, end: int, fresh: bool = False) -> bytes:
+        """Bytes [begin, end); `fresh`: past the disk cache."""
+        if end <= begin:
+            return b""
+        if self._cache is None:
+            return store.read_range(self.url, begin, end)
+        etag, size = self._entry.etag, self._entry.size
+        fetch = partial(store.read_range, self.url, etag=etag or None)
+        return self._cache.read(etag or self.url, size, begin, end, fetch, fresh)
 
     def tokens(self, key: str, caption: str) -> np.ndarray:
         """fp32 (T, D).
@@ -215,9 +231,12 @@ class Sidecar:
         first, last = int(self._starts[row]), int(self._starts[row + 1])
         width = self._dim * self._kind.itemsize
         begin = self._base + self._at
-        data = store.read_range(self.url, begin + first * width, begin + last * width) if last > first else b""
         scales = np.zeros(0, "<f4") if self._scales is None else self._scales[first:last]
-        if _checksum(data, scales) != self._checksums[row]:
+        for fresh in (False, True)[: 1 + (self._cache is not None)]:  # what is on the disk may be damaged
+            data = self._read(begin + first * width, begin + last * width, fresh)
+            if _checksum(data, scales) == self._checksums[row]:
+                break
+        else:
             raise BadSample("checksum", f"its embedding in {self.url} is damaged; remove that and run `cascade embed`")
         values = np.frombuffer(data, self._kind).reshape(last - first, self._dim)
         if self._scales is None:
@@ -231,12 +250,14 @@ class Embeddings:
     Args:
         folders: `data.embeddings`: a directory or s3:// prefix, or a list of them.
         shards: URL -> digest of every shard of the data set.
+        cache: keeps pieces of an object store on the node's disk.
 
     Raises:
         DataError: a shard has no sidecar.
     """
 
-    def __init__(self, folders: Any, shards: Mapping[str, str]) -> None:
+    def __init__(self, folders: Any, shards: Mapping[str, str], cache: DiskCache | None = None) -> None:
+        self._cache = cache
         places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
         self._digests = dict(shards)
         there = {folder: set(store.list_dir(folder)) for folder in places}
@@ -276,7 +297,7 @@ class Embeddings:
         known = self._open.get(shard)
         if known is not None:
             return known
-        found = [Sidecar(url) for url in self._urls[shard]]
+        found = [Sidecar(url, self._cache) for url in self._urls[shard]]
         fitting = [sidecar for sidecar in found if sidecar.facts.get("digest") == self._digests[shard]]
         if not fitting:
             raise DataError(
@@ -293,15 +314,16 @@ class DatasetEmbeddings:
     Args:
         folders: `data.embeddings`.
         shards: URL -> digest of the shards of each data set by its name; of no mixture, the name is empty.
+        cache: as `Embeddings` has it.
 
     Raises:
         DataError: a shard has no sidecar.
     """
 
-    def __init__(self, folders: Any, shards: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, folders: Any, shards: Mapping[str, Mapping[str, str]], cache: DiskCache | None = None) -> None:
         places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
         self._sets = {
-            name: Embeddings([*(store.join(place, name) for place in places if name), *places], own)
+            name: Embeddings([*(store.join(place, name) for place in places if name), *places], own, cache)
             for name, own in shards.items()
         }
 

@@ -46,6 +46,7 @@ __all__ = [
     "key_hash",
     "load_index",
     "load_meta",
+    "parse_index",
     "read_index",
     "save_index",
     "store_index",
@@ -378,8 +379,16 @@ _UNREADABLE = (DataError, pa.ArrowException, OSError, KeyError, TypeError, Value
 def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex | None:
     """The index at `url`, or None when there is none that this version can read, or it is damaged."""
     try:
-        content = io.BytesIO(store.read_bytes(url, patience))
-        table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
+        content = store.read_bytes(url, patience)
+    except _UNREADABLE:
+        return None
+    return parse_index(shard, url, content)
+
+
+def parse_index(shard: str, url: str, content: bytes) -> ShardIndex | None:
+    """The same from the bytes of its file."""
+    try:
+        table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read(use_threads=False)
         meta = _facts(table.schema.metadata)
         if meta["version"] < VERSION:
             unknown = pa.nulls(len(table), SCHEMA.field("licence").type)

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.order.mixture import MixedOrder, MixedSteps, Shares, StepShares
 from data_pipeline.order.order import Order
@@ -140,8 +141,11 @@ def _mixed_window(part: Dataset, config: DataConfig) -> int:
     return window_of(part, config) if config.window else max(window_of(part, config) // MIXED, 1)
 
 
-def open_dataset(config: DataConfig) -> Dataset:
+def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
     """What `data.shards` names; a `Mixture` where it is one. Shards without a fitting index are indexed first.
+
+    Args:
+        team: processes that open it together, so that one of them asks the store.
 
     Raises:
         DataError: shards are missing or no tar archives, or filters leave nothing; StoreError: the store stayed broken.
@@ -150,18 +154,18 @@ def open_dataset(config: DataConfig) -> Dataset:
     if config.buckets and config.datasets():
         return _open_mixed_buckets(config)
     if config.buckets:
-        urls = store.expand(config.shards, patience)
-        load_or_build(urls, config)  # which says what is left out
+        urls = team.once(lambda: store.expand(config.shards, patience))
+        load_or_build(urls, config, team=team)  # which says what is left out
         configs = config.bucket_parts()
-        found = {name: load_or_build(urls, own, may_be_empty=True) for name, own in configs.items()}
+        found = {name: load_or_build(urls, own, may_be_empty=True, team=team) for name, own in configs.items()}
         return Buckets({name: part for name, part in found.items() if part.samples}, configs, config)
     configs = config.parts()
     if "" in configs:
-        return load_or_build(store.expand(config.shards, patience), config)
+        return load_or_build(team.once(lambda: store.expand(config.shards, patience)), config, team=team)
     parts = {}
     for name, own in configs.items():
         try:
-            parts[name] = load_or_build(store.expand(own.shards, patience), own)
+            parts[name] = load_or_build(team.once(partial(store.expand, own.shards, patience)), own, team=team)
         except DataError as error:
             raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
     return Mixture(parts, configs, config)

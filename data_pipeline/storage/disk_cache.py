@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,36 @@ class DiskCache:
                 part = self._bring_or_pass(path, low, high, fetch, fresh)[first - low : last - low]
             parts.append(part)
         return b"".join(parts)
+
+    def whole(self, name: str, fetch: Callable[[], bytes], fresh: bool = False) -> bytes | None:
+        """A small object that the caller verifies, under a name that is another when its content is; None: there is
+        none (`fetch` raised DataError).
+
+        Args:
+            fetch: brings it.
+            fresh: do not take what is there.
+        """
+        path = self.folder / "pieces" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}-whole"
+        try:
+            if not fresh and path.exists():
+                os.utime(path)
+                return path.read_bytes()
+            with self._locked(f"locks/{zlib.crc32(path.name.encode()) % _LOCKS:03d}"):
+                if not fresh and path.exists():
+                    return path.read_bytes()
+                data = fetch()
+                partial = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
+                if self._reserve(len(data), partial):
+                    self._keep(data, partial, path)
+                return data
+        except DataError:
+            return None
+        except OSError as error:  # the cache's own: a store fails with other kinds
+            self._say(error)
+        try:
+            return fetch()
+        except DataError:
+            return None
 
     def _bring_or_pass(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
         """The same as `_bring`; a folder that was deleted meanwhile is made again, and one that cannot be used any more

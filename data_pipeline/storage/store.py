@@ -242,6 +242,11 @@ def size(url: str, patience: Patience = DEFAULT) -> int:
         raise _local_error(url, error) from error
 
 
+def entry(url: str, patience: Patience = DEFAULT) -> Entry:
+    """One file or object as `describe` gives it, for one request."""
+    return Entry(url, *_door(url).head(url, patience)) if is_remote(url) else describe([url], patience)[0]
+
+
 def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
     """Names of the files and directories right below `url`, sorted; empty when it does not exist."""
     if not is_remote(url):

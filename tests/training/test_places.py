@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.storage.store import write_bytes
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 from tests.training import forks
@@ -19,7 +20,8 @@ from tests.training.runs import chaos, curve, experiment, metrics
 from training.cascade import bundle
 from training.checkpoint.store import CheckpointStore
 from training.commands.checkpoints import main as checkpoints
-from training.config.commands import CheckpointsCommand
+from training.commands.embed import main as embed
+from training.config.commands import CheckpointsCommand, EmbedCommand
 from training.config.experiment import Experiment
 from training.processes.ranks import Ranks
 
@@ -162,3 +164,34 @@ def test_each_byte_is_fetched_once_however_many_ranks_resume(
             counts.append(len(proxy.log))
     assert counts[0] == counts[1] == counts[2] < 20, counts
     assert not list(scratch.iterdir()), "no copy is left"
+
+
+def test_eight_ranks_ask_the_store_for_their_data_as_often_as_one(
+    tmp_path: Path, shards: str, bucket: str, s3_server: S3Server
+) -> None:
+    """One rank lists the shards and reads what is known of them; what several ranks of a node read (shards, indexes,
+    embeddings) goes through its disk once where `data.cache_dir` is set."""
+    home, counts, keys = f"s3://{bucket}/data", {}, set()
+    for file in Path(shards).glob("*.*"):
+        if file.is_file():
+            write_bytes(f"{home}/{file.name}", file.read_bytes())
+    config = experiment(tmp_path, home, data__global_batch=16, checkpoint__dir=f"s3://{bucket}/ck")
+    embed(EmbedCommand(data=config.data, text=config.text, output=f"s3://{bucket}/text"))
+    config.data.embeddings = f"s3://{bucket}/text"
+    with FaultProxy(s3_server.host, s3_server.port) as proxy:
+        for ranks, cache in ((1, "one"), (8, None), (8, "eight")):
+            proxy.log.clear()
+            config.data.cache_dir = cache and str(tmp_path / cache)
+            variables = {**s3_server.env, "AWS_ENDPOINT_URL": proxy.endpoint}
+            running = forks.start(config, ranks, "tests.training.opening", **variables)
+            assert running.codes() == [0] * ranks, running.text
+            keys.add(tuple(json.loads(running.result.read_text())["keys"]))
+            found: list[Counter[str]] = [Counter() for _ in range(4)]
+            part = 0
+            for method, address, _, _ in proxy.log:
+                part += "mark-" in address
+                if "mark-" not in address:
+                    found[part][f"{method} {address.partition('?')[0].rpartition('/')[2]}"] += 1
+            counts[ranks, cache] = found
+    print(counts)
+    assert len(keys) == 1, "all have the same samples"

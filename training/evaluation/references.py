@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.errors import DataError, about
+from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage.atomic import replacing
@@ -43,14 +44,14 @@ class References:
     """The pictures of held-out shards in a fixed shuffled order, each at most once.
 
     A picture that cannot be read is left out (training would put another one in its place) and counted. `key` names the
-    setting in messages.
+    setting in messages, `team` the processes that open them together.
 
     Raises:
         DataError: no shards there, or fewer than two pictures in them.
     """
 
-    def __init__(self, shards: Any, data: DataConfig, size: int, seed: int, key: str = KEY) -> None:
-        self.key = key
+    def __init__(self, shards: Any, data: DataConfig, size: int, seed: int, key: str = KEY, team: Team = ALONE) -> None:
+        self.key, self._team = key, team
         self.data = replace(
             data,
             shards=shards,
@@ -78,7 +79,7 @@ class References:
             raise DataError(f"{key}={shards}: {self.count} picture; at least 2 are needed")
 
     def _open(self) -> Loader:
-        return Loader(self.data, image_size=self.size, seed=self.seed)
+        return Loader(self.data, image_size=self.size, seed=self.seed, team=self._team)
 
     def chunks(self, size: int, most: int) -> Iterator[Real]:
         """Up to `most` pictures, `size` at a time.

@@ -1,8 +1,8 @@
 """What the ranks of a run tell each other, besides gradients.
 
 All that happens again and again (saving, rolling back, drawing, measuring) sends plain tensors: numbers, rows of equal
-shape, or JSON as bytes. Objects are pickled in two cases only: `gather_objects` while a run starts, and errors, which
-are sent once it is known that some rank has one.
+shape, or JSON as bytes. Objects are pickled in two cases only: while a run starts (`gather_objects`, `RankTeam`), and
+errors, which are sent once it is known that some rank has one.
 
 Importing this file does not import torch.
 """
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.common.team import Team
 from training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -118,6 +119,35 @@ def together(call: Callable[[], Any], ranks: Ranks) -> Any:
         raise box[0]
     sent = from_main(_tensor_of(data) if ranks.is_main else torch.empty(int(size), dtype=torch.uint8), ranks)
     return json.loads(sent.numpy().tobytes())
+
+
+class RankTeam(Team):
+    """The ranks of a run as those who open a data set together; its methods are collective, and pickle what they send:
+    for the start of a run."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.rank, self.count = ranks, ranks.rank, ranks.world_size
+
+    def once(self, call: Callable[[], Any]) -> Any:
+        """Rank 0's `call()`, or its error, on every rank."""
+        if self.count == 1:
+            return call()
+        import torch.distributed as dist
+
+        box: list[Any] = [None, None]
+        if self._ranks.is_main:
+            try:
+                box[0] = call()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self._ranks.control)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def everyone(self, call: Callable[[], Any]) -> list[Any]:
+        """Every rank's `call()`, or the first error, on every rank."""
+        return gather_objects(each(call, self._ranks), self._ranks)
 
 
 def each(call: Callable[[], Any], ranks: Ranks) -> Any:

@@ -20,7 +20,7 @@ from training.diffusion.sampler import sample_stage
 from training.evaluation import measure
 from training.evaluation.extractors.base import open_extractors
 from training.evaluation.references import References
-from training.processes.collectives import gather_objects, gather_rows, together
+from training.processes.collectives import RankTeam, each, gather_objects, gather_rows, together
 from training.processes.ranks import Ranks
 
 CHUNK = 64
@@ -41,9 +41,9 @@ class QuickEvaluation:
     def __init__(self, config: Experiment, ranks: Ranks, encode: Encode) -> None:
         self.config, self.ranks, self._encode = config, ranks, encode
         settings, stage = config.evaluation, config.stage
-        self.extractors = open_extractors(settings.extractors, ranks.device)
+        self.extractors = each(lambda: open_extractors(settings.extractors, ranks.device), ranks)
         self._clip = next((e.name for e in self.extractors if e.texts is not None), "")
-        reference = References(settings.reference, config.data, stage.image_size, config.seed)
+        reference = References(settings.reference, config.data, stage.image_size, config.seed, team=RankTeam(ranks))
         features: dict[str, list[np.ndarray]] = {e.name: [] for e in self.extractors}
         captions: list[str] = []
         low: list[np.ndarray] = []

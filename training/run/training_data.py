@@ -13,7 +13,7 @@ from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
 from training.config.experiment import Experiment
 from training.config.unet import side_multiple
-from training.processes.collectives import all_sum, errors_of_all, gather_objects
+from training.processes.collectives import RankTeam, all_sum, errors_of_all, gather_objects
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 from training.text.identity import identity
@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
 
 def open_loader(config: Experiment, ranks: Ranks, run: RunDir, position: int, **others: Any) -> Loader:
-    """The loader of this rank from `position` on, unless `others` say otherwise."""
+    """The loader of this rank from `position` on, unless `others` say otherwise (`team`: all ranks open it)."""
     stage = config.stage
     multiple = side_multiple(stage, config.text.dim) if config.data.buckets else 1
     return Loader(
@@ -66,7 +66,9 @@ class TrainingData:
         self._earlier: dict[str, int] = meta.get("data_counters", {})
         self._batches: list[Batch] | None = None
         self._failure: Exception | None = None
-        self.loader = open_loader(config, ranks, run, self.position, own_process=config.data.own_process)
+        self.loader = open_loader(
+            config, ranks, run, self.position, own_process=config.data.own_process, team=RankTeam(ranks)
+        )
 
     def check(self, meta: Mapping[str, Any]) -> None:
         """Refuses other data than the checkpoint's, and embeddings of another text encoder."""

@@ -17,7 +17,7 @@ from training.config.experiment import Experiment
 from training.diffusion.distillation import Lesson
 from training.diffusion.objective import loss
 from training.plan.checks import check_validation, validation_shards
-from training.processes.collectives import all_sum
+from training.processes.collectives import RankTeam, all_sum
 from training.processes.ranks import Ranks
 from training.run.reporting.metering import BANDS
 
@@ -64,6 +64,7 @@ class Validation:
                 seed=SEED,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
+                team=RankTeam(ranks),
             )
         try:
             self._batches = next(loader)
