@@ -277,15 +277,16 @@ def checkpoint_plan(
     size = 4 * setup.trained * (1 + setup.averages) + states
     settings = config.checkpoint
     blocked = size / setup.world_size / COPY_BYTES_PER_SECOND
+    written = size / (config.store_gb_s * 1e9 * nodes)
     every_s = (
-        best_interval(blocked, between_failures(0, 0.0, nodes))
+        max(written, best_interval(blocked, between_failures(0, 0.0, nodes)))
         if settings.every == "auto"
         else settings.every * seconds_per_step
     )
     kept = settings.keep_last + (config.train.steps // settings.keep_every if settings.keep_every else 0)
     return {
         "checkpoint_bytes": size,
-        "checkpoint_seconds": size / (config.store_gb_s * 1e9 * nodes),
+        "checkpoint_seconds": written,
         "checkpoint_blocked_seconds": blocked,
         "checkpoint_every_seconds": every_s,
         "checkpoints_kept": kept,

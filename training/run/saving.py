@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from statistics import median
 from typing import Any
 
 from training.checkpoint.downloads import Share, shared_downloads
@@ -22,7 +25,37 @@ from training.run.directory import RunDir
 log = logging.getLogger("cascade")
 
 FIRST = 20
-"""checkpoint.every=auto: steps to the first checkpoint of a start, which shows what one costs."""
+"""checkpoint.every=auto: steps to the first checkpoint of a start, and from there to the second: the two show what one
+costs, the first while it is written."""
+
+
+class Pace:
+    """How long steps take while a checkpoint is written in the background, and while none is."""
+
+    CALM = 200
+    """Steps without writing that are remembered."""
+
+    def __init__(self) -> None:
+        self._calm: deque[float] = deque(maxlen=self.CALM)
+        self._writing: list[float] = []
+        self._before: float | None = None
+
+    def step(self, now: float, writing: bool) -> None:
+        """A step ended at `now` (seconds of any steady clock)."""
+        if self._before is not None:
+            (self._writing if writing else self._calm).append(now - self._before)
+        self._before = now
+
+    def begin(self, now: float) -> None:
+        """The next step begins at `now`: what has passed since the last one was none."""
+        self._before = now
+
+    def slowed_s(self) -> float:
+        """Seconds that the steps beside the last writing took longer, all together; forgets them."""
+        steps, self._writing = self._writing, []
+        if not steps or not self._calm:
+            return 0.0
+        return max(0.0, median(steps) - median(self._calm)) * len(steps)
 
 
 class Saving:
@@ -39,6 +72,7 @@ class Saving:
         self._announced = -1
         self._last, self._since, self._next = 0, time.monotonic(), FIRST
         """Of checkpoint.every=auto: the step of the last one, when that was, and the step of the next."""
+        self._pace = Pace()
         self.rollbacks = 0
         """All of this run."""
         self.recent_rollbacks = 0
@@ -96,27 +130,40 @@ class Saving:
         if self.config.checkpoint.every == "auto":
             self._next = step + self._best_every(step, time.monotonic() - began)
             self._last, self._since = step, time.monotonic()
+            self._pace.begin(self._since)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint belongs after this step."""
         every = self.config.checkpoint.every
-        return bool(step >= self._next if every == "auto" else step % every == 0)
+        if every != "auto":
+            return bool(step % every == 0)
+        self._pace.step(time.monotonic(), self.writer.busy)
+        return step >= self._next
 
-    def _best_every(self, step: int, cost_s: float) -> int:
-        """Steps to the next checkpoint (checkpoint.every=auto), from what this one has cost and the run has lived
-        through. Rank 0 decides."""
+    def _best_every(self, step: int, waited_s: float) -> int:
+        """Steps to the next checkpoint (checkpoint.every=auto): from what the loop has waited for this one, what the
+        one before has cost the steps beside which it was written, and what the run has lived through; never so few that
+        the next would wait for this one. Rank 0 decides."""
 
         def decide() -> int:
+            written_s, slowed_s = self.writer.seconds, self._pace.slowed_s()
+            if not written_s:  # this one is the first, and on its way
+                return FIRST
+            cost_s = waited_s + slowed_s
             step_s = max(0.0, began - self._since) / max(1, step - self._last)
             cluster, path = self.config.cluster, self.run.path
             nodes = cluster.nodes if cluster.kind != "local" else 1
             mean_s = between_failures(failures_of(path), ran_seconds(path, self.ranks.world_size), nodes)
-            every = max(1, round(best_interval(cost_s, mean_s) / step_s)) if step_s else FIRST
-            said = "checkpoint.every=auto: the next in %d steps (one costs %.2f s, a failure is expected every %.1f h)"
-            log.info(said, every, cost_s, mean_s / 3600)
+            best_s = max(best_interval(cost_s, mean_s), written_s)
+            every = max(1, math.ceil(best_s / step_s)) if step_s else FIRST
+            said = (
+                "checkpoint.every=auto: the next in %d steps (one is written in %.2f s and costs %.2f s: waiting %.2f "
+                "s, slower steps %.2f s; a failure is expected every %.1f h)"
+            )
+            log.info(said, every, written_s, cost_s, waited_s, slowed_s, mean_s / 3600)
             return every
 
-        began = time.monotonic() - cost_s
+        began = time.monotonic() - waited_s
         return int(together(decide, self.ranks))
 
     def finish(self) -> None:

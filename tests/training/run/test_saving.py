@@ -106,3 +106,28 @@ def test_it_saves_as_often_as_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run.saving._since, run.saving._last = time.monotonic() - 100.0, 20
     run.save(40)  # 5 s per step
     assert next(step for step in range(41, 200) if run.saving.is_due(step)) == 100
+    run.saving.writer.seconds = 1000.0  # it takes so long in the background
+    run.saving._since, run.saving._last = time.monotonic() - 100.0, 80
+    monkeypatch.setattr(run.saving.writer, "wait", lambda: None)
+    run.save(100)
+    assert next(step for step in range(101, 400) if run.saving.is_due(step)) == 300, "it would wait for this one"
+
+
+def test_the_cost_of_writing_in_the_background_is_learnt_from_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, costs = Run(tmp_path), []
+    run.saving.config.checkpoint.every = "auto"
+    monkeypatch.setattr(saving, "best_interval", lambda cost_s, between_s: costs.append(cost_s) or 300.0)
+    monkeypatch.setattr(run.saving.writer, "start", lambda *_: None)
+    run.save(20, wait=False)
+    assert not costs and run.saving._next == 40, "nobody knows yet how long it is written"
+    pace, run.saving.writer.seconds = run.saving._pace, 2.0
+    pace.begin(0.0)
+    for second in range(1, 11):
+        pace.step(second * 1.0, writing=False)
+    for number in range(1, 5):
+        pace.step(10.0 + number * 1.5, writing=True)
+    run.save(40, wait=False)
+    assert costs == [pytest.approx(4 * 0.5, abs=0.5)], "four steps took half a second longer; and what the loop waited"
+    assert pace.slowed_s() == 0.0
