@@ -19,6 +19,7 @@ from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
+from training.config.cluster import slurm_mebibytes
 from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
 PORT = 29400
@@ -87,7 +88,7 @@ def manifest(job: Job) -> str:
     tasks = _tasks(job)
     name = job_name(job)
     resources = {"cpu": str(job.cpus * job.processes or 1)}
-    resources |= {"memory": cluster.mem} if cluster.mem else {}
+    resources |= {"memory": f"{slurm_mebibytes('cluster.mem', cluster.mem)}Mi"} if cluster.mem else {}
     resources |= {"nvidia.com/gpu": str(job.gpus)} if job.gpus else {}
     volumes, mounts = _volumes(cluster.container_mounts)
     container = {

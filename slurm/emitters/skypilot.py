@@ -6,6 +6,7 @@ one, their tasks may run beside each other. Run directory, code and data must be
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import yaml
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
+from training.config.cluster import slurm_mebibytes
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 PORT = 29400
@@ -57,7 +59,7 @@ def task(job: Job) -> dict[str, Any]:
     if job.cpus:
         resources["cpus"] = f"{job.cpus * job.processes}+"
     if cluster.mem:
-        resources["memory"] = f"{re.sub(r'[^0-9.]', '', cluster.mem)}+"
+        resources["memory"] = f"{math.ceil(slurm_mebibytes('cluster.mem', cluster.mem) / 1024)}+"
     if cluster.container:
         resources["image_id"] = f"docker:{cluster.container}"
     recovery: dict[str, Any] = {"max_restarts_on_errors": cluster.max_restarts_without_progress}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError
 from tests.slurm.launching import install, launch
+from training.config.cluster import slurm_mebibytes
 
 K8S = [
     "cluster=kubernetes",
@@ -104,6 +107,63 @@ def test_skypilot_has_a_task_per_job_and_a_pipeline(here: Path) -> None:
     assert "RANK=$((SKYPILOT_NODE_RANK * 2 + local))" in train["run"] and "WORLD_SIZE=4" in train["run"]
     single = yaml.safe_load(Path(answer["jobs"][3]["script"]).read_text())
     assert single == train
+
+
+ACCEPTED = """
+import os, sys, yaml
+from pathlib import Path
+from sky.catalog import common
+catalog = Path(common.get_catalog_path("common/accelerators.csv"))  # which it would download
+catalog.parent.mkdir(parents=True, exist_ok=True)
+catalog.write_text("AcceleratorName,Clouds\\nH100,\\"['AWS','GCP']\\"\\n")
+import sky
+from sky.utils import dag_utils
+for path in sys.argv[1:]:
+    if "pipeline" in path:
+        dag = dag_utils.load_chain_dag_from_yaml(path)
+        print(dag.name, [task.name for task in dag.tasks])
+        continue
+    task = sky.Task.from_yaml(path)
+    task.validate(skip_file_mounts=True)  # there is no such bucket
+    (resources,) = task.resources
+    print(task.name, task.num_nodes, resources.accelerators, resources.cpus, resources.memory, resources.job_recovery)
+"""
+"""Where SkyPilot's own classes read the files."""
+
+
+@pytest.mark.skipif(
+    not shutil.which("sky"), reason="SkyPilot is not installed: pip install skypilot, and `sky` on PATH"
+)
+def test_skypilot_takes_every_file(here: Path) -> None:
+    asked = ["cluster.nodes=2", "cluster.cpus_per_task=4", "cluster.mem=64000M", "cluster.container=me/cascade:1"]
+    answer = launch(*SKY, *asked, "cluster.container_mounts=['s3://bucket/x:/work']", own=["verb=all"])
+    files = [job["script"] for job in answer["jobs"]] + [str(next(here.rglob("pipeline-001.sky.yaml")))]
+    python = Path(str(shutil.which("sky"))).resolve().parent / "python"
+    done = subprocess.run(
+        [python, "-c", ACCEPTED, *files], env={**os.environ, "HOME": str(here)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if not line.startswith("<")]
+    names = [f"demo-{job['name'].replace('_', '-')}" for job in answer["jobs"]]
+    assert said[-1] == f"demo {names}"
+    (train,) = (line for line in said if line.startswith("demo-train-demo-base "))
+    assert train.startswith("demo-train-demo-base 2 {'H100': 2} 8+ 63+ ") and "[75]" in train
+
+
+def test_what_only_slurm_follows_is_refused_elsewhere() -> None:
+    for words in (["cluster.modules=[cuda]"], ["cluster.partition=a"], ["cluster.gpus_per=task"]):
+        for kind in (K8S, SKY):
+            with pytest.raises(ConfigError, match="only cluster=slurm follows it"):
+                launch(*kind, *words, own=["dry_run=true"])
+
+
+@pytest.mark.parametrize(
+    ("given", "mebibytes"), [("200G", 204800), ("64000M", 64000), ("64000", 64000), ("1t", 1 << 20), ("1K", 1)]
+)
+def test_memory_as_slurm_has_it(given: str, mebibytes: int) -> None:
+    assert slurm_mebibytes("cluster.mem", given) == mebibytes
+    with pytest.raises(ConfigError, match=r"cluster\.mem=much"):
+        slurm_mebibytes("cluster.mem", "much")
 
 
 @pytest.mark.parametrize(

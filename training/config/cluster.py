@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,11 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import at_least, require
 
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+SLURM_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 EMITTED = ("kubernetes", "skypilot")
 """Schedulers for which files are written, which their own tools submit."""
+SLURM_ONLY = ("partition", "account", "sbatch", "modules", "conda", "venv", "min_nodes", "preflight_exclude")
+"""Keys that nothing but Slurm's script follows."""
 EARLY_S = 60
 """Slurm may send the signal so many seconds before it is due (sbatch(1), --signal)."""
 
@@ -107,6 +111,28 @@ class ClusterConfig:
             bool(self.container) or not self.container_mounts or self.kind == "skypilot",
             "cluster.container_mounts: it needs cluster.container, the image that they are mounted into",
         )
+        require(
+            self.gpus_per == "node" or self.kind not in EMITTED,
+            f"cluster.gpus_per={self.gpus_per}: only cluster=slurm follows it, not {self.kind}",
+        )
+        for key in SLURM_ONLY if self.kind in EMITTED else ():
+            require(
+                not getattr(self, key),
+                f"cluster.{key}={getattr(self, key)}: only cluster=slurm follows it, not {self.kind}; put what the "
+                f"program needs into the image or cluster.setup",
+            )
+
+
+def slurm_mebibytes(key: str, size: str) -> int:
+    """An amount of memory as Slurm has it (200G, 64000M, or 64000, which are mebibytes too), in MiB, rounded up.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = SLURM_MEMORY.fullmatch(size.strip())
+    if not match:
+        raise ConfigError(f"{key}={size}: it must be an amount of memory as Slurm has it, 200G or 64000M")
+    return math.ceil(int(match["number"]) * 1024.0 ** ("KMGT".index(match["unit"].upper() or "M") - 1))
 
 
 def slurm_seconds(key: str, limit: str) -> float:
