@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.processes.endings import Terminated, ends_at_once, run_program, say
+from training.processes.exit_codes import EXIT_NOT_FINITE
+from training.processes.ranks import is_search
 
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that already stand in the default paths."""
@@ -116,10 +119,10 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
         variables["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb} ", " ", 1)  # Hydra knows no verbs
     else:
         arguments.overrides = normalise(verb, arguments.overrides)
-    swept = _swept_keys(arguments.overrides) if arguments.multirun else []
+    fixed = _fixed_keys(arguments.overrides) if arguments.multirun else None
     try:
         with _environment(**variables):
-            _run_hydra(arguments, parser, _task(verb, swept), config_path=str(CONF_DIR), config_name=verb)
+            _run_hydra(arguments, parser, _task(verb, fixed), config_path=str(CONF_DIR), config_name=verb)
         if arguments.multirun:
             _after_sweep(verb)
             _end_workers()
@@ -144,9 +147,14 @@ def _end_workers() -> None:
         executor.shutdown(wait=True)
 
 
-def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], float | None]:
+def _task(verb: str, fixed: Sequence[str] | None) -> Callable[[Any], float | None]:
     """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit, and
-    returns what a sweeper minimises: `objective` of the command's module, where there is one."""
+    returns what a sweeper minimises: `objective` of the command's module, where there is one (infinity for a run that
+    did not stay finite).
+
+    Args:
+        fixed: keys that are the same in all jobs of a --multirun; None: it is none.
+    """
 
     def task(cfg: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
@@ -155,9 +163,15 @@ def _task(verb: str, swept: Sequence[str]) -> Callable[[Any], float | None]:
 
         with _environment(HYDRA_FULL_ERROR=None):
             with _errors(verb, cfg.debug):
-                _separate(verb, cfg, swept)
+                if fixed is not None:
+                    _separate(verb, cfg, fixed)
                 config = validate(verb, cfg, HydraConfig.get().overrides.task)
-            result = run(verb, config)
+            try:
+                result = run(verb, config)
+            except SystemExit as end:
+                if fixed is None or end.code != EXIT_NOT_FINITE or not is_search():
+                    raise
+                return math.inf  # a sweeper goes on with other values
             judge = getattr(sys.modules.get(COMMANDS[verb].module), "objective", None)
             return judge(result) if judge and result else None
 
@@ -214,21 +228,20 @@ def _complete(words: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------- --multirun
 
 
-def _swept_keys(overrides: Sequence[str]) -> list[str]:
+def _fixed_keys(overrides: Sequence[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [o.key_or_group for o in parsed if o.is_sweep_override()]
+    return [o.key_or_group for o in parsed if not o.is_sweep_override()]
 
 
-def _separate(verb: str, cfg: Any, swept: Sequence[str]) -> None:
-    """Gives each job of a --multirun its own output: RUN_DIR/seed=1, RUN_DIR/seed=2 ..."""
-    if not swept:
-        return
+def _separate(verb: str, cfg: Any, fixed: Sequence[str]) -> None:
+    """Gives each job of a --multirun its own output: RUN_DIR/seed=1, RUN_DIR/seed=2 ... The keys that differ may stand
+    on the command line, or (with another sweeper) in its `hydra.sweeper.params`."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    words = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
+    words = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") not in fixed]
     suffix = ",".join(w.lstrip("+").replace("/", "-") for w in words if w.partition("=")[0] not in NAMING)
     keys = COMMANDS[verb].outputs
     for key in keys if suffix else ():

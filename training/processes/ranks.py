@@ -111,6 +111,13 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def is_search() -> bool:
+    """Whether this is one job of a --multirun whose sweeper (Optuna, Ax) chooses the next ones by what this returns."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return is_sweep() and "BasicSweeper" not in str(HydraConfig.get().sweeper._target_)
+
+
 def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
     """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
     this process may use. OMP_NUM_THREADS=4,2 (a number for each level of nested regions) says 4.
