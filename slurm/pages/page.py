@@ -46,7 +46,7 @@ def _charts(run: Path) -> list[dict[str, Any]]:
     wanted = [
         ("Training loss", {"loss": curves.get("loss", [])}),
         ("Validation loss", {name: curves.get(name, []) for name in ("validation_loss", "validation_loss_ema")}),
-        (f"{what} by noise level (0 clean, 1 noise)", levels),
+        (f"{what} by noise level", {f"t {level}": points for level, points in levels.items()}),
         ("Images per second", {"images_per_second": curves.get("images_per_second", [])}),
     ]
     return [{"title": title, **drawn(found)} for title, found in wanted if any(found.values())]
