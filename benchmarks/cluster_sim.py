@@ -14,12 +14,16 @@ docs/cluster.md.
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from training.processes.interval import NODE_S, best_interval
@@ -137,65 +141,132 @@ def rows(rate: float = 1.0) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ check
 
 
-STEPS, EVERY = 240, 20
+STEPS, EVERY, KILLS = 400, 40, 4
+"""Of the run that is checked: steps, steps between checkpoints, and how often its process is killed."""
+KILL_AT = (EVERY + EVERY // 2, 2 * EVERY - 5)
+"""Steps at which runs are killed to see what a restart takes."""
+POLL_S = 0.01
 
 
-def check() -> dict[str, float]:
-    """A training of the demo's base stage on this machine, once in peace and once with its ranks killed, restarted as a
-    job's script does; and what the simulation makes of the same failures, with the costs of the first."""
+@dataclass(frozen=True)
+class Measured:
+    """What checkpoints and restarts cost here, all times in seconds.
+
+    Attributes:
+        step_s: one step beside which no checkpoint is written (median); blocked_s: what the loop loses to one
+        checkpoint, waiting and slower steps together; write_s: from there until it is whole; start_s: from a start to
+        the first step; restart_s: the same where it resumes; detect_s: until a death is noticed.
+    """
+
+    step_s: float
+    blocked_s: float
+    write_s: float
+    start_s: float
+    restart_s: float
+    detect_s: float
+
+
+@dataclass
+class Trained:
+    """What was seen of one run, started until it was complete. All are times (time.time)."""
+
+    began: float = 0.0
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    """Each step that ended, and when; those that were lost come again."""
+    whole: dict[int, float] = field(default_factory=dict)
+    """When the checkpoint of a step was whole."""
+    kills: list[tuple[float, float, float]] = field(default_factory=list)
+    """When the process was killed, when that was noticed, and when the next one's first step ended."""
+
+
+def check() -> dict[str, Any]:
+    """Trains the demo's base stage on this machine, with checkpoints written in the background: runs from which the
+    costs are measured, before and after one whose process is killed at random times and started again; and what the
+    simulation makes of the same failures with these costs."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="cascade-sim-") as scratch:
-        calm = _train(Path(scratch), "calm", [])
-        step_s = (calm["last"] - calm["first"]) / (STEPS - 1)
-        start_s = calm["first"] - calm["began"]
+        costs = [measure(Path(scratch), "before")]
         rng = random.Random(7)
-        work = STEPS * step_s
-        kills = sorted(start_s + rng.uniform(0.1, 0.9) * work * (n + 1) / 3 for n in range(3))
-        real = _train(Path(scratch), "killed", kills)
-    run = Assumed(nodes=1, blocked_s=0.0, write_s=0.0, detect_s=real["detect"], restart_s=start_s, requeued=0.0)
-    shifted = [at - start_s for at in real["kills"]]  # the simulation begins with the first step
-    said = simulate(run, EVERY * step_s, work, shifted)
-    took = real["ended"] - real["began"] - start_s - (calm["ended"] - calm["last"])
-    return {"real_s": took, "simulated_s": said["total"], "error": said["total"] / took - 1, "step_s": step_s,
-            "start_s": start_s, "kills": len(real["kills"])}  # fmt: skip
+        work = STEPS * costs[0].step_s
+        kills = [work * (number + rng.uniform(0.1, 0.9)) / KILLS for number in range(KILLS)]
+        real = _train(Path(scratch), "killed", STEPS, kills_s=kills)
+        costs.append(measure(Path(scratch), "after"))
+    mean = Measured(**{name: (value + asdict(costs[1])[name]) / 2 for name, value in asdict(costs[0]).items()})
+    found = {name: value for name, value in asdict(mean).items() if name not in ("step_s", "start_s")}
+    zero = real.steps[0][1] - mean.step_s  # the simulation begins with the first step
+    failures = [at - zero for at, _, _ in real.kills]
+    said = simulate(Assumed(nodes=1, requeued=0.0, **found), EVERY * mean.step_s, STEPS * mean.step_s, failures)
+    took = real.steps[-1][1] - zero
+    error = said["total"] / took - 1
+    return {"real_s": took, "simulated_s": said["total"], "error": error, "kills": len(failures), "spent": said,
+            "before": asdict(costs[0]), "after": asdict(costs[1]), "load": [load, os.getloadavg()[0]]}  # fmt: skip
 
 
-def _train(folder: Path, name: str, kills: list[float]) -> dict:
-    """Times (time.time) of one run: began, first and last line of metrics, ended."""
-    import os
-    import signal
-    import subprocess
+def measure(folder: Path, name: str) -> Measured:
+    """From a run in peace, and those that are killed at KILL_AT."""
+    calm = _train(folder, f"{name}-calm", STEPS)
+    ends = dict(calm.steps)
+    took = {step: ends[step] - ends[step - 1] for step in ends if step > 1}
+    half = EVERY // 2
+    beside = {step for step in took if step > EVERY and 1 <= step % EVERY <= half}
+    quiet = median(took[step] for step in took if step not in beside and step > half)
+    blocked = sum(took[step] - quiet for step in beside) / len({(step - 1) // EVERY for step in beside})
+    again = [_train(folder, f"{name}-{step}", 2 * EVERY, kill_at=step).kills[0] for step in KILL_AT]
+    return Measured(
+        step_s=quiet,
+        blocked_s=max(0.0, blocked),
+        write_s=max(0.0, median(calm.whole[step] - ends[step] for step in calm.whole if step < STEPS) - blocked),
+        start_s=ends[1] - calm.began - quiet,
+        restart_s=fmean(first - noticed for _, noticed, first in again) - quiet,
+        detect_s=fmean(noticed - killed for killed, noticed, _ in again),
+    )
 
+
+def _train(folder: Path, name: str, steps: int, kills_s: Sequence[float] = (), kill_at: int = 0) -> Trained:
+    """Trains `steps` steps. The process is killed `kills_s` after its first step, or once, at step `kill_at`, and
+    started again."""
     run = folder / name
-    words = ["experiment=demo", f"data.shards={folder}/data/train", f"prepare.output={folder}/data"]
     if not (folder / "data").exists():
-        drawn = ["prepare.draw.count=400", "prepare.draw.heldout=8"]
-        subprocess.run([*_CASCADE, "prepare", *words[::2], words[2], *drawn], check=True, capture_output=True)
-    command = [*_CASCADE, "train", *words[:2], f"run.dir={run}", f"train.steps={STEPS}", f"checkpoint.every={EVERY}",
-               "train.log_every=1", "train.sample_every=0", "data.global_batch=16", "tracking=disabled",
-               "checkpoint.background=false"]  # fmt: skip
-    found: dict = {"began": time.time(), "kills": [], "detect": 0.0}
+        drawn = ["prepare.draw.count=400", "prepare.draw.heldout=8", f"prepare.output={folder}/data"]
+        subprocess.run([*_CASCADE, "prepare", "experiment=demo", *drawn], check=True, capture_output=True)
+    command = [*_CASCADE, "train", "experiment=demo", f"data.shards={folder}/data/train", f"run.dir={run}",
+               f"train.steps={steps}", f"checkpoint.every={EVERY}", "checkpoint.keep_last=1000", "train.log_every=1",
+               "train.sample_every=0", "data.global_batch=16", "tracking=disabled", "validation.every=0"]  # fmt: skip
+    found, due = Trained(began=time.time()), list(kills_s)
     while True:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        killed = 0.0
+        before, killed = _step(run), 0.0
         while child.poll() is None:
-            now = time.time() - found["began"]
-            if kills and now >= kills[0] and (run / "metrics.jsonl").exists():
-                ranks = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-                if ranks:
-                    kills.pop(0)
-                    os.kill(int(ranks[-1]), signal.SIGKILL)
-                    killed = time.time()
-                    found["kills"].append(killed - found["began"])
-            if "first" not in found and (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size:
-                found["first"] = time.time()
-            time.sleep(0.05)
-        if killed:
-            found["detect"] += (time.time() - killed) / 3
+            now, step = time.time(), _step(run)
+            if step and step != before:  # the lines of steps that are lost are dropped when a run resumes
+                before = step
+                resumed = not found.kills or found.kills[-1][2]
+                if not resumed and step % EVERY == 1:
+                    found.kills[-1] = (*found.kills[-1][:2], now)
+                    resumed = True
+                if resumed:
+                    found.steps.append((step, now))
+                    late = bool(due) and now - found.steps[0][1] >= due[0]
+                    if not killed and (late or (kill_at and step >= kill_at)):
+                        child.kill()
+                        killed, kill_at, due = time.time(), 0, due[1:]
+            for path in run.glob("checkpoints/step-*/manifest.json"):
+                found.whole.setdefault(int(path.parent.name.partition("-")[2]), path.stat().st_mtime)
+            time.sleep(POLL_S)
         if child.returncode == 0:
-            break
-    found["ended"] = time.time()
-    found["last"] = (run / "metrics.jsonl").stat().st_mtime
-    return found
+            return found
+        found.kills.append((killed, time.time(), 0.0))
+
+
+def _step(run: Path) -> int:
+    """The last step in the run's metrics; 0: there is none."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().split(b"\n")
+        return int(json.loads(lines[-2])["step"])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 _CASCADE = [sys.executable, "-P", "-m", "training.cli"]
@@ -204,7 +275,7 @@ _CASCADE = [sys.executable, "-P", "-m", "training.cli"]
 def main() -> None:
     """Prints the table, or the check, as lines of JSON."""
     if sys.argv[1:] == ["check"]:
-        print(json.dumps({name: round(value, 4) for name, value in check().items()}))
+        print(json.dumps(check(), default=float))
         return
     print(json.dumps({"assumed": asdict(replace(Assumed(nodes=0), nodes=0))}))
     for row in rows(float(sys.argv[1]) if sys.argv[1:] else 1.0):

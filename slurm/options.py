@@ -17,13 +17,25 @@ FOLLOWED = {
 }
 """Options that the script follows as well -> the key that sets both."""
 SHORT = {"A": "account", "p": "partition", "t": "time", "o": "output", "e": "error", "J": "job-name", "a": "array"}
-SHORT |= {"G": "gpus", "w": "nodelist", "x": "exclude", "q": "qos", "C": "constraint", "d": "dependency", "D": "chdir"}
+SHORT |= {
+    "G": "gpus",
+    "w": "nodelist",
+    "x": "exclude",
+    "q": "qos",
+    "C": "constraint",
+    "d": "dependency",
+    "D": "chdir",
+    "M": "clusters",
+    "W": "wait",
+}
 EXCLUSIVE = (
     ("mem", "mem-per-cpu", "mem-per-gpu"),
     ("gpus-per-node", "gpus-per-task", "gpus", "gres", "gpus-per-socket"),
 )
 """Options of which Slurm takes one."""
 REFUSED = {
+    "clusters": "status, stop and resume would not find the job there; set SLURM_CLUSTERS in your environment",
+    "wait": "a launch ends when the job is submitted; look at it with `cascade status`",
     "het-group": "a job of several parts cannot train one model; submit each command as a job of its own",
     "wrap": "the script runs the command already",
     "chdir": "settings name paths in this directory; run `cascade launch` where the job is to run",

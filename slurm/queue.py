@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from data_pipeline.common.errors import UserError
 from slurm.jobs.graph import BEGUN, SUCCEEDED
 from slurm.jobs.records import EVENTS, json_lines, submissions
 from slurm.local import local_state
+from slurm.options import EXCLUSIVE
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
 """Variables that are the user's way to a cluster. All other SLURM_* and SRUN_* describe an allocation."""
@@ -20,6 +23,42 @@ PATIENCE_S = 60
 LAST = 10
 """Jobs of a run that are looked up in the queue."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED")
+_silent_until = 0.0
+"""Until then squeue, which has let a question wait for so long, is not asked again."""
+UNKNOWN = "UNKNOWN"
+"""State of a job when squeue does not answer: it may live."""
+ACCEPTED = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
+"""sbatch's word that it has taken a job; sites' wrappers print other lines beside it."""
+DEFAULTS = {
+    "TIMELIMIT": "time",
+    "ARRAY_INX": "array",
+    "MEM_PER_NODE": "mem",
+    "NO_REQUEUE": "requeue",
+}
+"""SBATCH_* whose name is not that of their option."""
+OURS = ("array", "output", "error", "input", "open-mode", "signal", "requeue", "wait", "job-name")
+"""Options that the scripts rely on, whether they name them or not."""
+HINTS = {
+    "job array specification": "an array has at most MaxArraySize tasks (`scontrol show config | grep MaxArraySize`): "
+    "lower embed_tasks, or sweep fewer values at a time",
+    **dict.fromkeys(
+        ("MaxSubmitJob", "job submit limit"),
+        "the site limits how many jobs you may have in the queue: wait until some have ended, or submit fewer "
+        "(evaluate_checkpoints=false, embed_tasks=1, a chain with verb=[...])",
+    ),
+    "account": "set cluster.account and cluster.partition to a pair that you may use (`sacctmgr show assoc`)",
+    "partition": "set cluster.partition; `sinfo -s` lists those there are",
+    "qos": "set 'cluster.sbatch={qos: NAME}' to one that you may use",
+    "time limit": "set cluster.time within the partition's limit (`sinfo -o '%P %l'`)",
+    "gres": "set cluster.gpus=false, or name the kind of GPU: 'cluster.sbatch={gres: \"gpu:a100:8\"}'",
+    "Memory specification": "set cluster.mem, or 'cluster.sbatch={mem-per-cpu: 4G}'",
+    "node configuration": "no node has what one is asked for: cluster.processes, cluster.cpus_per_task, cluster.mem "
+    "and the partition (`sinfo -N -l`)",
+    "node count": "the partition has fewer nodes, or allows fewer to a job: cluster.nodes, cluster.partition",
+    "contact slurm controller": "Slurm does not answer; try again later",
+    "timed out": "Slurm does not answer; look with `squeue --me` whether it has taken the job before you try again",
+}
+"""Part of a refusal -> what to do about it; the first that occurs."""
 
 
 def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -29,6 +68,25 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
         name: value
         for name, value in environ.items()
         if name in KEPT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_", "CASCADE_"))
+    }
+
+
+def submission_environment(script: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """`clean_environment` without those SBATCH_* that would overrule what the script says: to sbatch they count for
+    more than its #SBATCH lines."""
+    said = {line[10:].partition("=")[0] for line in script.splitlines() if line.startswith("#SBATCH --")}
+    for group in EXCLUSIVE:
+        said |= {*group} if said & {*group} else set()
+    settled = {*said, *OURS}
+
+    def option(name: str) -> str:
+        bare = name.removeprefix("SBATCH_")
+        return DEFAULTS.get(bare, bare.lower().replace("_", "-"))
+
+    return {
+        name: value
+        for name, value in clean_environment(environ).items()
+        if not name.startswith("SBATCH_") or option(name) not in settled
     }
 
 
@@ -57,12 +115,28 @@ def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED) -> in
         else []
     )
     done = subprocess.run(
-        [sbatch, "--parsable", *words, str(script)], capture_output=True, text=True, env=clean_environment()
+        [sbatch, "--parsable", *words, str(script)],
+        capture_output=True,
+        text=True,
+        env=submission_environment(script.read_text()),
     )
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"Slurm refused {script}: {reason}")
-    return int(done.stdout.strip().partition(";")[0])
+        hint = next((hint for part, hint in HINTS.items() if part.lower() in reason.lower()), "")
+        raise UserError(f"Slurm refused {script}: {reason}{f'; {hint}' if hint else ''}")
+    found = [match[1] for line in done.stdout.splitlines() if (match := ACCEPTED.fullmatch(line.strip()))]
+    if not found:
+        raise UserError(
+            f"{script}: sbatch said no job number, but {done.stdout.strip()[:200]!r}; look with `squeue --me` whether "
+            f"it has taken the job"
+        )
+    return int(found[-1])
+
+
+def withdraw(jobs: Sequence[int]) -> None:
+    """Cancels jobs of a launch that could not be submitted whole."""
+    if jobs:
+        ask("scancel", *map(str, jobs))
 
 
 def ask(*command: str) -> str | None:
@@ -74,13 +148,33 @@ def ask(*command: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def _squeue(job: int) -> str | None:
+    """The lines that squeue has on a job, none if it has forgotten it; None: it does not answer."""
+    global _silent_until
+    if time.monotonic() < _silent_until:
+        return None
+    words = ["squeue", "-h", "-r", "-j", str(job), "-o", "%T|%R"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, env=clean_environment())
+    except subprocess.TimeoutExpired:
+        _silent_until = time.monotonic() + PATIENCE_S
+        return None
+    except OSError:
+        return None
+    if done.returncode:
+        return "" if "invalid job id" in done.stderr.lower() else None
+    return done.stdout
+
+
 def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
     """Job number -> (state, reason or nodes) of those that the queue still holds; a job that it has forgotten is
-    missing."""
+    missing. UNKNOWN: squeue does not answer, and is not asked about the others."""
     found: dict[int, tuple[str, str]] = {}
     for job in jobs:  # one by one: squeue refuses the whole list for one number that it has forgotten
-        answer = ask("squeue", "-h", "-r", "-j", str(job), "-o", "%T|%R")
-        for line in (answer or "").splitlines():
+        answer = _squeue(job)
+        if answer is None:
+            return found | {one: (UNKNOWN, "squeue does not answer") for one in jobs if one not in found}
+        for line in answer.splitlines():
             state, _, reason = line.partition("|")
             if state in LIVING:
                 found[job] = (state, reason.strip("()"))
@@ -102,8 +196,9 @@ def living(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def job_states(home: Path) -> list[dict[str, Any]]:
-    """The newest job of each name in a home: its record with `state` (pending, running, complete, failed or cancelled),
-    `reason` (why it waits, or where it runs) and `code` (its exit code; None while there is none)."""
+    """The newest job of each name in a home: its record with `state` (pending, running, complete, failed, cancelled or,
+    where squeue does not answer, unknown), `reason` (why it waits, or where it runs) and `code` (its exit code; None
+    while there is none)."""
     newest = {record["name"]: record for record in submissions(home)}
     held = {record["job"]: record for record in living(home)}
     events = json_lines(home / "launch" / EVENTS)
@@ -115,7 +210,9 @@ def job_states(home: Path) -> list[dict[str, Any]]:
         state, reason = "cancelled", None
         if record["job"] in held:
             reason = held[record["job"]]["reason"]
-            state = "pending" if held[record["job"]]["state"] in ("PENDING", "REQUEUED") else "running"
+            state = {"PENDING": "pending", "REQUEUED": "pending", UNKNOWN: "unknown"}.get(
+                held[record["job"]]["state"], "running"
+            )
         elif ends and ends[-1]["what"] == "ended":
             state = "failed" if code else "complete"
         found.append({"home": str(home), **record, "state": state, "reason": reason, "code": code})

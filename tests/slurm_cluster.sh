@@ -12,6 +12,7 @@
 #   slurm_cluster.sh stop         end all, remove namespaces and bridge; may be repeated
 #   slurm_cluster.sh crash I      kill everything on node nI
 #   slurm_cluster.sh boot I       start node nI again
+#   slurm_cluster.sh slow I P     from now on node nI gets P percent of one core (a cgroup); `boot` ends that
 #
 # SLURM_LAB: directory for state and logs; its etc/slurm.conf is what SLURM_CONF must name.
 # SLURM_LAB_NET: first three numbers of the addresses; SLURM_LAB_TAG: prefix of interfaces. Two clusters need different ones.
@@ -147,6 +148,21 @@ host_down() {   # SIGKILL to unshare ends the namespace's first process, and so 
   kill -KILL "$p"
   for i in $(seq 100); do alive "$p" || { [ -n "$k" ] && alive "$k"; } || break; sleep 0.05; done
   rm -f "$LAB/run/$1.unshare"
+  rmdir "$(cgroup "$1")" 2>/dev/null
+}
+
+cgroup() { if [ -d /sys/fs/cgroup/cpu ]; then echo "/sys/fs/cgroup/cpu/$TAG-$1"; else echo "/sys/fs/cgroup/$TAG-$1"; fi; }
+
+slow() {
+  local h=$1 percent=$2 p ns dir q
+  p=$(mine "$LAB/run/$h.unshare") || die "$h is not running"
+  ns=$(readlink "/proc/$(cut -d' ' -f1 "/proc/$p/task/$p/children")/ns/pid")
+  dir=$(cgroup "$h")
+  [ -d /sys/fs/cgroup/cpu ] || echo +cpu > /sys/fs/cgroup/cgroup.subtree_control
+  mkdir -p "$dir" || die "no cgroup can be made here"
+  if [ -e "$dir/cpu.max" ]; then echo "$((percent * 200)) 20000" > "$dir/cpu.max"
+  else echo 20000 > "$dir/cpu.cfs_period_us" && echo "$((percent * 200))" > "$dir/cpu.cfs_quota_us"; fi || die "no limit of CPU time here"
+  for q in /proc/[0-9]*; do [ "$(readlink "$q/ns/pid")" != "$ns" ] || echo "${q#/proc/}" > "$dir/cgroup.procs"; done 2>/dev/null
 }
 
 idle() { sinfo -h -N -p low -t idle -o %N 2>/dev/null | wc -l; }
@@ -182,6 +198,7 @@ case "${1:-}" in
   start) start "${2:-2}";;
   stop) stop;;
   crash) host_down "n$2";;
+  slow) slow "n$2" "$3";;
   boot) host_down "n$2"; host_up "n$2";;
   __inside) inside "$2";;
   *) sed -n '2,/^set -u/p' "$SELF" | sed '/^set -u/d; s/^# \{0,1\}//'; exit 2;;

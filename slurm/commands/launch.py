@@ -28,7 +28,7 @@ from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
 from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, local_record, render_local
-from slurm.queue import living, submit
+from slurm.queue import UNKNOWN, living, submit, withdraw
 from training.cli.compose import composed, validate
 from training.cli.overrides import keys_given, typed_words
 from training.config.cluster import EMITTED
@@ -36,7 +36,7 @@ from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 from training.config.reads import refuse_unread_by_all
 from training.plan.checks import check_named
-from training.processes.ranks import is_sweep
+from training.processes.ranks import is_search, is_sweep
 
 SWEPT: list[tuple[Job, LaunchCommand]] = []
 """Jobs of a --multirun, which Hydra composes one after the other, until all are there."""
@@ -83,6 +83,11 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         )
     if config.cluster.kind == "skypilot" and config.embed_tasks > 1:
         raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no arrays; leave it out")
+    if is_search():
+        raise ConfigError(
+            "hydra/sweeper: it chooses values by the result of the runs before, and a launch only submits; give it to "
+            "`cascade train` inside an allocation"
+        )
     if in_sweep and len(entries) > 1:
         raise ConfigError("--multirun: a sweep is one job array of one command; sweep verb=train, for example")
     if config.script and len(entries) > 1:
@@ -248,10 +253,12 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
         for other in living(job.run_dir) if COMMANDS[job.verb].makes_run else []:
             if not COMMANDS[other["verb"]].makes_run:
                 continue
+            is_there = f"is in the queue ({other['state']})"
+            if other["state"] == UNKNOWN:
+                is_there = f"may be in the queue: {other['reason']}"
             raise UserError(
-                f"run.dir={job.config.run.dir}: job {other['job']} of this run is in the queue ({other['state']}); two "
-                f"starts of one run push each other out: `cascade stop run={job.config.run.dir}` first, or another "
-                f"run.dir"
+                f"run.dir={job.config.run.dir}: job {other['job']} of this run {is_there}; two starts of "
+                f"one run push each other out: `cascade stop run={job.config.run.dir}` first, or another run.dir"
             )
 
 
@@ -275,7 +282,13 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
             print(job.script.read_text())
         else:
             after = [other.job_id for other in jobs if other.name in job.after]
-            job.job_id = submit(job.script, [number for number in after if number], job.when)
+            try:
+                job.job_id = submit(job.script, [number for number in after if number], job.when)
+            except UserError as error:
+                done = [other.job_id for other in jobs if other.job_id]
+                withdraw(done)
+                said = f"; the {len(done)} jobs of this launch before it are cancelled" if done else ""
+                raise UserError(f"{error}{said}") from error
             log = str(log_of(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
             append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
             print(f"submitted job {job.job_id}: {job.title if len(jobs) == 1 else job.name}", flush=True)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, UserError
 from slurm.jobs.records import SUBMITTED, append, find_runs, is_complete
 from slurm.local import LocalRunner, local_record
 from slurm.queue import job_states, submit
@@ -29,6 +29,12 @@ def main(config: ResumeCommand) -> dict[str, Any]:
         raise DataError(
             f"{folder}: nothing was launched there, so there is no record to resume from; start the same "
             f"`cascade train` again, or launch it"
+        )
+    unknown = [job for job in found if job["state"] == "unknown"]
+    if unknown:
+        raise UserError(
+            f"{folder}: {unknown[0]['reason']}, so nobody knows whether job {unknown[0]['job']} lives: a second copy "
+            f"would push it out; try again when it does"
         )
     newest = max(found, key=lambda job: job["time"])
     jobs = sorted((job for job in found if _goes_with(job, newest)), key=lambda job: job["time"])

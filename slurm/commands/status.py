@@ -62,7 +62,7 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
     row["job"] = job["job"] if job else None
-    row["why"] = job["reason"] if job and row["state"] == "pending" else None
+    row["why"] = job["reason"] if job and row["state"] in ("pending", "unknown") else None
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
@@ -81,6 +81,7 @@ def job_row(job: dict[str, Any]) -> dict[str, Any]:
 def _job_line(job: dict[str, Any]) -> str:
     notes = {
         "pending": f", waits: {job['reason']}",
+        "unknown": f": {job['reason']}",
         "running": f" on {job['reason']}",
         "failed": f" with code {job['code']}, see {job['log']}",
     }
@@ -93,7 +94,7 @@ def status_table(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     for row in rows:
-        notes = [f"waits: {row['why']}"] if row["why"] else []
+        notes = [f"{'waits' if row['state'] == 'pending' else 'state'}: {row['why']}"] if row["why"] else []
         notes += [f"error: {row['error']}"] if row["error"] else []
         notes += [f"what to do (docs/training.md): {row['remedy']}"] if row["remedy"] else []
         notes += [f"last restart: {row['causes'][-1]}"] if row["causes"] and not row["error"] else []

@@ -11,11 +11,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from data_pipeline.common.errors import UserError
 from training.checkpoint.provenance import FROZEN, code_version
 
 TOP = __name__.partition(".")[0]
 PACKAGES = ("training", "data_pipeline", "slurm", "conf") if TOP == "slurm" else (TOP,)
 """An installed wheel has everything inside one package (setup.py)."""
+MOST_BYTES = 200 << 20
+"""Of the code that is copied; the packages have a hundredth of it."""
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 DIFF = "changes.diff"
 """What the working tree had on top of its commit."""
@@ -26,15 +29,19 @@ def freeze(folder: Path) -> Path:
 
     Untracked files come along. Beside the packages lie the commit (`frozen.json`) and the difference of the working
     tree from it (`changes.diff`).
+
+    Raises:
+        UserError: something large lies among the code.
     """
     sources = {name: _place(name) for name in PACKAGES}
+    _check_size(sources)
     target = folder / _digest(sources)
     if target.exists():
         return target
     scratch = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     for name, source in sources.items():
-        shutil.copytree(source, scratch / name, ignore=LEFT_OUT)
+        shutil.copytree(source, scratch / name, ignore=LEFT_OUT, ignore_dangling_symlinks=True)
     version = code_version()
     (scratch / FROZEN).write_text(json.dumps({key: version[key] for key in ("commit", "dirty")}))
     if version["dirty"]:
@@ -48,6 +55,27 @@ def freeze(folder: Path) -> Path:
     return target
 
 
+def _files(source: Path) -> list[Path]:
+    """What is copied of a package, sorted."""
+    paths = sorted(source.rglob("*"))
+    return [
+        path
+        for path in paths
+        if path.is_file()
+        and not any(part == "__pycache__" or part[0] == "." for part in path.relative_to(source).parts)
+    ]
+
+
+def _check_size(sources: dict[str, Path]) -> None:
+    sizes = {path: path.stat().st_size for source in sources.values() for path in _files(source)}
+    if sum(sizes.values()) > MOST_BYTES:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise UserError(
+            f"{largest}: {sizes[largest] / 1e6:.0f} MB among the code, of which every launch keeps a copy "
+            f"({sum(sizes.values()) / 1e6:.0f} MB in all); keep data and weights elsewhere"
+        )
+
+
 def _place(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.submodule_search_locations
@@ -57,8 +85,6 @@ def _place(name: str) -> Path:
 def _digest(sources: dict[str, Path]) -> str:
     digest = hashlib.sha256()
     for name, source in sources.items():
-        for path in sorted(source.rglob("*")):
-            inside = path.relative_to(source)
-            if path.is_file() and "__pycache__" not in inside.parts and not path.name.startswith("."):
-                digest.update(f"{name}/{inside}\0".encode() + path.read_bytes())
+        for path in _files(source):
+            digest.update(f"{name}/{path.relative_to(source)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

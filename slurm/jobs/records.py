@@ -125,7 +125,7 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
 
 
 def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, alive_s: float = 120.0) -> str:
-    """complete, pending, running, failed, stopped or new.
+    """complete, pending, running, failed, stopped, new, or unknown where squeue does not answer.
 
     Args:
         job: the run's job in the queue, with its `state`; None where there is none.
@@ -134,6 +134,8 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
     """
     if row["steps"] and row["checkpoint"] >= row["steps"]:
         return "complete"
+    if job is not None and job["state"] == "UNKNOWN":  # squeue does not answer
+        return "running" if idle_s < alive_s else "unknown"
     if job is not None:
         return "pending" if job["state"] in ("PENDING", "REQUEUED") else "running"
     if row["error"]:

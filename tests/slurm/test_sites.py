@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm.commands import resume, status
+from slurm.jobs import frozen
 from slurm.queue import clean_environment
 from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
+from training.cli.compose import load_config
 
 OK = "ended with code 0"
 
@@ -199,6 +203,26 @@ def test_the_job_imports_the_code_of_its_submission(site: Path, here: Path, prog
     assert OmegaConf.load(code / "frozen.json").keys() == {"commit", "dirty"}
 
 
+def test_a_checkout_as_people_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without git, with a link into nothing, hidden and untracked files; with data among the code."""
+    tree = tmp_path / "tree"
+    for name in frozen.PACKAGES:
+        (tree / name).mkdir(parents=True)
+        (tree / name / "__init__.py").write_text("")
+    (tree / "conf/untracked.yaml").write_text("a: 1")
+    (tree / "conf/.secret").write_text("x")
+    (tree / "conf/gone.yaml").symlink_to("/nowhere")
+    monkeypatch.setattr(frozen, "_place", lambda name: tree / name)
+    monkeypatch.setattr(frozen, "code_version", lambda: {"commit": None, "dirty": True, "versions": {}})
+    code = frozen.freeze(tmp_path / "code")
+    assert {path.name for path in (code / "conf").iterdir()} == {"__init__.py", "untracked.yaml"}
+    assert OmegaConf.load(code / "frozen.json") == {"commit": None, "dirty": True}
+    with open(tree / "conf/weights.bin", "wb") as file:
+        file.truncate(frozen.MOST_BYTES + 1)
+    with pytest.raises(UserError, match=r"weights\.bin: 210 MB among the code"):
+        frozen.freeze(tmp_path / "code")
+
+
 def test_a_module_of_the_directory_replaces_nothing(site: Path, here: Path) -> None:
     (here / "training.py").write_text("raise SystemExit('shadowed')")
     (here / "slurm.py").write_text("raise SystemExit('shadowed')")
@@ -216,8 +240,88 @@ def test_a_run_that_lives_is_not_launched_again(site: Path, here: Path, monkeypa
     launch(*ONE_TASK)
     with pytest.raises(UserError, match=r"job 4711 of this run is in the queue \(PENDING\)"):
         launch(*ONE_TASK)
-    install(site, squeue="exit 1")
+    install(site, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert launch(*ONE_TASK)["job_id"] == 4711
+    install(site, squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(UserError, match="job 4711 of this run may be in the queue: squeue does not answer"):
+        launch(*ONE_TASK)
+    state = status.main(load_config("status", ["run.dir=runs/demo"]))["runs"][0]
+    assert (state["state"], state["why"]) == ("unknown", "squeue does not answer")
+    with pytest.raises(UserError, match="nobody knows whether job 4711 lives"):
+        resume.main(load_config("resume", ["run.dir=runs/demo"]))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "4711",
+        "4711;gpu",
+        "lua: please read the news\n4711",
+        "Submitted batch job 4711 on cluster gpu",
+        "4711\n==> thanks",
+    ],
+)
+def test_what_sbatch_may_say(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    install(site, sbatch=f"printf '%s\n' {shlex.quote(said)}; echo 'sbatch: warning: old partition' >&2")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    assert launch(*ONE_TASK)["job_id"] == 4711
+
+
+def test_a_number_that_sbatch_does_not_say(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(site, sbatch="echo welcome to 12 nodes")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="sbatch said no job number, but 'welcome to 12 nodes'"):
+        launch(*ONE_TASK)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "hint"),
+    [
+        ("Batch job submission failed: Invalid job array specification", "at most MaxArraySize tasks"),
+        ("QOSMaxSubmitJobPerUserLimit", "limits how many jobs you may have in the queue"),
+        (
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            "limits how many jobs",
+        ),
+        ("Invalid account or account/partition combination specified", "set cluster.account and cluster.partition"),
+        ("invalid partition specified: gpu", "set cluster.partition; `sinfo -s`"),
+        ("Requested node configuration is not available", "no node has what one is asked for"),
+        ("Socket timed out on send/recv operation", "`squeue --me` whether it has taken the job"),
+    ],
+)
+def test_a_graph_is_submitted_whole_or_not_at_all(
+    site: Path, here: Path, monkeypatch: pytest.MonkeyPatch, refusal: str, hint: str
+) -> None:
+    refuse = f"[ $n -lt 2 ] || {{ echo {shlex.quote(refusal)} >&2; exit 1; }}"
+    refuse = f"n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) > n\n{refuse}"
+    install(site, sbatch=f"{refuse}\necho $((100 + n))", scancel='echo "$*" > cancelled')
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=re.escape(refusal) + ".*" + re.escape(hint)) as error:
+        launch(*ONE_TASK, own=["verb=all"])
+    assert "the 2 jobs of this launch before it are cancelled" in str(error.value)
+    assert (here / "cancelled").read_text() == "100 101\n"
+
+
+def test_the_users_defaults_do_not_overrule_the_script(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To sbatch its variables count for more than the script's lines."""
+    install(site, sbatch="env | grep SBATCH_ > given; echo 1")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    overruling = (
+        "SIGNAL",
+        "TIMELIMIT",
+        "ARRAY_INX",
+        "NO_REQUEUE",
+        "REQUEUE",
+        "OUTPUT",
+        "OPEN_MODE",
+        "WAIT",
+        "PARTITION",
+    )
+    kept = ("ACCOUNT", "QOS", "RESERVATION", "EXPORT")
+    for name in (*overruling, *kept, "MEM_PER_CPU"):
+        monkeypatch.setenv(f"SBATCH_{name}", "x")
+    launch(*ONE_TASK, "cluster.partition=mine", "cluster.mem=4G")
+    assert sorted((here / "given").read_text().split()) == sorted(f"SBATCH_{name}=x" for name in kept)
 
 
 def test_a_training_without_data_is_refused_before_it_waits(here: Path) -> None:

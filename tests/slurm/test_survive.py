@@ -6,14 +6,15 @@ import json
 import os
 import re
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from slurm.supervise import history
-from tests.slurm.conftest import Slurm, until
-from tests.slurm.launching import TWO_NODES, launch
+from tests.slurm.conftest import SCRIPT, Slurm, until
+from tests.slurm.launching import TWO_NODES, cascade, launch
 
 ONE_NODE = [word for word in TWO_NODES if not word.startswith("cluster.nodes")]
 COUNT = "n=$(cat starts 2>/dev/null | wc -l)\necho start >> starts\n"
@@ -99,3 +100,87 @@ def test_a_site_that_exports_nothing(on_cluster: Slurm, here: Path, program, mon
     assert on_cluster.wait(answer["job_id"], log=log) == "COMPLETED"
     assert log.read_text().count("FOO=bar CASCADE_SRUN=1") == 2
     assert json.loads((here / "50%n of ö/launch/jobs.jsonl").read_text())["job"] == answer["job_id"]
+
+
+# ------------------------------------------------------------------------------------------- with a real training
+
+TINY = [
+    "data.shards=data/demo/train", "data.global_batch=4", "stage.model.preset=tiny_base", "text.dim=32",
+    "train.log_every=1", "train.sample_every=0", "tracking=disabled", "checkpoint.every=5", "optimizer.warmup_steps=2",
+]  # fmt: skip
+DRAWN = ["prepare", "experiment=demo", "prepare.draw.count=64", "prepare.draw.heldout=8"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def last_step(run: Path) -> int:
+    """Also while a line is being written."""
+    with suppress(OSError, ValueError):
+        return max(losses(run), default=0)
+    return 0
+
+
+def signal_rank(rank: int, run: Path, number: int) -> None:
+    """To the program of a rank, not to what stands in front of it."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
+            mine = f"SLURM_PROCID={rank}".encode() in variables and str(run).encode() in words
+            if mine and b"training.cli" in words and b"slurm.task" not in words:
+                os.kill(int(path.name), number)
+
+
+@pytest.mark.slurm
+def test_what_happens_in_a_month_changes_no_step(slurm: Slurm, here: Path) -> None:
+    """A rank killed, one that stands still, a node that crashes: each step has the loss of a run in peace."""
+    cascade(*DRAWN, env=slurm.env, cwd=here)
+    words = [*TINY, "train.steps=200", "train.timeout_s=10", "data.own_process=false"]
+    answer = cascade("launch", *TWO_NODES, *words, "run.dir=runs/a", env=slurm.env, cwd=here)
+    job, run, log = answer["job_id"], here / "runs/a", log_of(answer)
+
+    def reached(step: int) -> int:
+        """Waits until some step from there on has ended; the last that had."""
+        until(lambda: last_step(run) >= step, 180, lambda: log.read_text()[-3000:])
+        return last_step(run)
+
+    signal_rank(1, run, signal.SIGKILL) if reached(12) else None
+    until(lambda: len(history(run)) == 1, 60, lambda: log.read_text())
+    until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 2, 60)
+    signal_rank(0, run, signal.SIGSTOP) if reached(last_step(run) + 8) else None
+    until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
+    until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
+    assert reached(last_step(run) + 8) < 200, "too quick for this test: raise train.steps"
+    subprocess.run([SCRIPT, "crash", "2"], env=slurm.env, check=True)
+    subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
+    assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
+
+    killed, still, *_ = history(run)
+    assert (killed.rank, killed.code, killed.action) == (1, 137, "restart")
+    assert (still.code, still.action) == (78, "restart") and "stood still" in still.why
+    calm = cascade("train", *words, "cluster.processes=2", "run.dir=runs/calm", env=slurm.env, cwd=here)
+    assert calm["step"] == 200 and losses(run) == losses(here / "runs/calm")
+
+
+@pytest.mark.slurm
+def test_a_slow_node_is_named_and_left_out(slurm: Slurm, here: Path) -> None:
+    """It gets a quarter of a core."""
+    done = subprocess.run([SCRIPT, "slow", "2", "25"], env=slurm.env, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a node cannot be made slow here: {done.stderr}")
+    try:
+        cascade(*DRAWN, env=slurm.env, cwd=here)
+        asked = ["cluster.preflight=true", "cluster.preflight_exclude=true", "cluster.min_nodes=1", "train.steps=2"]
+        answer = cascade("launch", *TWO_NODES, *TINY, *asked, "run.dir=runs/a", env=slurm.env, cwd=here)
+        log, run = log_of(answer), here / "runs/a"
+        assert slurm.wait(answer["job_id"], timeout=240, log=log) == "COMPLETED"
+        assert re.search(r"preflight: rank 1 on n2 computes .* times slower than usual", log.read_text())
+        (end,) = history(run)
+        assert (end.code, end.action) == (79, "restart n2") and "n2 is slow: restart without it" in log.read_text()
+        starts = json.loads((run / "code.json").read_text())["starts"]
+        assert [start["world_size"] for start in starts] == [1] and last_step(run) == 2
+    finally:
+        subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
+        until(lambda: slurm.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == ["n1", "n1", "n2", "n2"], 60)
