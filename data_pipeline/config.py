@@ -297,7 +297,7 @@ class DataConfig:
     index_dir: str | None = None
     """Where indexes are kept when the shards' own directory cannot be written."""
     cache_dir: str | None = None
-    """Disk cache for remote shards, shared by the processes of a node."""
+    """Disk cache for remote shards, their indexes and embeddings, shared by the processes of a node."""
     cache_gb: float = 50.0
     """Size up to which the disk cache grows per node, GB; the shards used longest ago make room."""
     max_bad_share: float = 0.01

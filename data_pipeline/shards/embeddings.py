@@ -272,15 +272,15 @@ class Embeddings:
         self._open: Recent[str, Sidecar] = Recent(_OPEN_SIDECARS)
         self._identity: dict[str, Any] | None = None
 
-    def check(self, identity: Mapping[str, Any]) -> None:
-        """From here on only sidecars of this encoder are read; the first one is looked at now.
+    def check(self, identity: Mapping[str, Any], look: bool = True) -> None:
+        """From here on only sidecars of this encoder are read; the first one is looked at now (`look`).
 
         Raises:
             ConfigError: it was made by another encoder.
         """
         self._identity = dict(identity)
         first = next(iter(self._urls), None)
-        if first is not None:
+        if first is not None and look:
             self._sidecar(first)
 
     def lookup(self, shard: str, key: str, caption: str) -> np.ndarray:
@@ -327,10 +327,10 @@ class DatasetEmbeddings:
             for name, own in shards.items()
         }
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def check(self, identity: Mapping[str, Any], look: bool = True) -> None:
         """As `Embeddings.check`."""
         for embeddings in self._sets.values():
-            embeddings.check(identity)
+            embeddings.check(identity, look)
 
     def lookup(self, shard: str, key: str, caption: str, dataset: str = "") -> np.ndarray:
         """As `Embeddings.lookup`."""

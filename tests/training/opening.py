@@ -20,6 +20,7 @@ def main(config: Experiment) -> dict[str, Any]:
     assert ranks is not None
     ranks = init_distributed(ranks, config)
     data = TrainingData(config, ranks, RunDir(config), {})
+    data.check({})
     keys: list[str] = []
     for number in range(STEPS + 1):
         barrier(ranks)

@@ -13,7 +13,7 @@ from data_pipeline.reading.loader import Batch, Loader
 from data_pipeline.shards.embeddings import pad
 from training.config.experiment import Experiment
 from training.config.unet import side_multiple
-from training.processes.collectives import RankTeam, all_sum, errors_of_all, gather_objects
+from training.processes.collectives import RankTeam, all_sum, errors_of_all, gather_objects, together
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 from training.text.identity import identity
@@ -71,11 +71,14 @@ class TrainingData:
         )
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Refuses other data than the checkpoint's, and embeddings of another text encoder."""
+        """Refuses other data than the checkpoint's, and embeddings of another text encoder. Collective."""
         if meta:
             self.loader.check_state(meta["data"])
-        if self.loader.embeddings is not None:
-            self.loader.embeddings.check(identity(self.config.text))
+        embeddings = self.loader.embeddings
+        if embeddings is not None:
+            encoder = identity(self.config.text)
+            embeddings.check(encoder, look=False)
+            together(lambda: embeddings.check(encoder), self.ranks)
 
     @property
     def accumulate(self) -> int:
