@@ -175,7 +175,8 @@ def test_eight_ranks_ask_the_store_for_their_data_as_often_as_one(
     for file in Path(shards).glob("*.*"):
         if file.is_file():
             write_bytes(f"{home}/{file.name}", file.read_bytes())
-    config = experiment(tmp_path, home, data__global_batch=16, checkpoint__dir=f"s3://{bucket}/ck")
+    small = {"data__global_batch": 16, "data__prefetch_mb": 1, "data__threads": 1}
+    config = experiment(tmp_path, home, checkpoint__dir=f"s3://{bucket}/ck", **small)
     embed(EmbedCommand(data=config.data, text=config.text, output=f"s3://{bucket}/text"))
     config.data.embeddings = f"s3://{bucket}/text"
     with FaultProxy(s3_server.host, s3_server.port) as proxy:
@@ -193,5 +194,12 @@ def test_eight_ranks_ask_the_store_for_their_data_as_often_as_one(
                 if "mark-" not in address:
                     found[part][f"{method} {address.partition('?')[0].rpartition('/')[2]}"] += 1
             counts[ranks, cache] = found
-    print(counts)
     assert len(keys) == 1, "all have the same samples"
+    (alone, *_), (bare, *_), (start, *steps) = counts[1, "one"], counts[8, None], counts[8, "eight"]
+    assert start == alone and sum(alone.values()) <= 12, "a listing, and each index once"
+    assert {name: n for name, n in bare.items() if "embeddings" not in name} == {
+        name: n for name, n in alone.items() if "embeddings" not in name
+    }
+    fetched = sum(steps, Counter({name: n for name, n in start.items() if "embeddings" in name}))
+    assert {n for name, n in fetched.items() if name.startswith("GET")} == {1}, "each byte once for all ranks of a node"
+    assert max(fetched.values()) <= 8, "and a question per file and rank"
