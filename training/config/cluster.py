@@ -116,9 +116,10 @@ class ClusterConfig:
             f"cluster.gpus_per={self.gpus_per}: only cluster=slurm follows it, not {self.kind}",
         )
         for key in SLURM_ONLY if self.kind in EMITTED else ():
+            value = getattr(self, key)
             require(
-                not getattr(self, key),
-                f"cluster.{key}={getattr(self, key)}: only cluster=slurm follows it, not {self.kind}; put what the "
+                not value or (key == "sbatch" and [*value] == ["array"]),  # tasks of `embed`, which all can have
+                f"cluster.{key}={value}: only cluster=slurm follows it, not {self.kind}; put what the "
                 f"program needs into the image or cluster.setup",
             )
 
