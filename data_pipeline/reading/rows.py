@@ -78,6 +78,7 @@ class RowReader:
         self._direct = [not s.compressed and not store.is_remote(s.entry.url) for s in dataset.summaries]
         self._files: Recent[int, _File] = Recent(_OPEN_FILES)
         self.cache = node_cache(config)
+        dataset.keep_in(self.cache)
 
     def read(self, shard: int, row: int) -> Sample:
         """One sample: `__key__`, `__url__` and the bytes of each member by extension; of a mixture also `__dataset__`.

@@ -57,21 +57,14 @@ _WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
 
 
 class Dataset:
-    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads.
-
-    Args:
-        cache: keeps indexes of an object store on the node's disk.
-    """
+    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads."""
 
     def __init__(
-        self,
-        summaries: list[Summary],
-        rules: FilterConfig,
-        patience: Patience,
-        names: MembersConfig | None = None,
-        cache: DiskCache | None = None,
+        self, summaries: list[Summary], rules: FilterConfig, patience: Patience, names: MembersConfig | None = None
     ) -> None:
-        self.summaries, self.rules, self.patience, self.cache = summaries, rules, patience, cache
+        self.summaries, self.rules, self.patience = summaries, rules, patience
+        self.cache: DiskCache | None = None
+        """Keeps indexes of an object store on the node's disk."""
         self.names = names or MembersConfig()
         self.urls = [summary.entry.url for summary in summaries]
         self.counts = np.array([summary.kept for summary in summaries], np.int64)
@@ -127,6 +120,10 @@ class Dataset:
     def mean_bytes(self) -> float:
         """Bytes of shard per sample."""
         return sum(summary.entry.size for summary in self.summaries) / max(self.total, 1)
+
+    def keep_in(self, cache: DiskCache | None) -> None:
+        """From now on indexes of an object store are kept there."""
+        self.cache = cache
 
     def expect(self, lanes: float, window: int) -> None:
         """Keeps as many indexes as windows of so many lanes need: a lane is in one window and will be in the next."""
@@ -228,7 +225,7 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
     summaries = _seen_here([summary for summary in loaded if summary is not None], config, patience)
     if known < len(summaries) and team.rank == 0:
         write_summaries(known_at, summaries, patience)
-    dataset = Dataset(summaries, config.filter, patience, config.members, node_cache(config))
+    dataset = Dataset(summaries, config.filter, patience, config.members)
     if not may_be_empty:
         team.once(lambda: _report(dataset))
     return dataset

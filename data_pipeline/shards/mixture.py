@@ -19,6 +19,7 @@ from data_pipeline.order.order import Order
 from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, window_of
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.storage import store
+from data_pipeline.storage.disk_cache import DiskCache
 
 MIXED = 4
 """Data sets whose windows share the memory of one, where `window` is not given: a number that stays as it is when data
@@ -42,6 +43,11 @@ class Mixture(Dataset):
         self.buckets: list[str] = []
         self.ends = np.cumsum([len(part.urls) for part in self.parts])
         self.windows = [_mixed_window(part, configs[name]) for name, part in parts.items()]
+
+    def keep_in(self, cache: DiskCache | None) -> None:
+        """As `Dataset.keep_in`."""
+        for part in self.parts:
+            part.keep_in(cache)
 
     def sets(self) -> dict[str, Dataset]:
         """The data sets by their names."""
