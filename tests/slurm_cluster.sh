@@ -148,7 +148,7 @@ host_down() {   # SIGKILL to unshare ends the namespace's first process, and so 
   kill -KILL "$p"
   for i in $(seq 100); do alive "$p" || { [ -n "$k" ] && alive "$k"; } || break; sleep 0.05; done
   rm -f "$LAB/run/$1.unshare"
-  rmdir "$(cgroup "$1")" 2>/dev/null
+  rmdir "$(cgroup "$1")" 2>/dev/null || true
 }
 
 cgroup() { if [ -d /sys/fs/cgroup/cpu ]; then echo "/sys/fs/cgroup/cpu/$TAG-$1"; else echo "/sys/fs/cgroup/$TAG-$1"; fi; }
