@@ -117,7 +117,7 @@ class Session:
             log.info("changed since: %s", change)
 
     def _open_validation(self) -> Validation:
-        check_heldout(self.config, self.data.loader.dataset.urls)
+        together(lambda: check_heldout(self.config, self.data.loader.dataset.urls), self.ranks)
         return Validation(self.config, self.ranks, self._text)
 
     def _record_start(self) -> None:
