@@ -28,6 +28,8 @@ least half of what is read is wanted (neighbours may belong to other workers, or
 RANGE = 4 << 20
 """Bytes per request where whole windows are read."""
 CONNECTIONS = 16
+_AT_A_TIME = 256
+"""Samples for which units are requested before the next sample is given."""
 LOCATED = 512
 """Positions located together: alone, each would cost several times as much."""
 
@@ -141,8 +143,9 @@ class Prefetcher:
         return bool(self._ahead)
 
     def _pump(self) -> None:
-        """Requests units in the order of need: always the one that is needed now, others as the budget allows."""
-        while True:
+        """Requests units in the order of need: always the one that is needed now, others as the budget allows, and of
+        these only some at a time: small ones would fill the budget by the ten thousand before the first is given."""
+        for _ in range(_AT_A_TIME):
             if self._requested >= len(self._ahead) and not self._fill(self._requested + 1):
                 return
             if self._requested >= len(self._ahead):

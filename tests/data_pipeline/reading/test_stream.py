@@ -281,3 +281,18 @@ def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: st
     assert [len(batch["__key__"]) for batch in batched] == [16] * 4, "a substitute has the keys of any other sample"
     halves = [s for rank in range(2) for s in stream(str(tmp_path), stop=64, rank=rank, world_size=2)]
     assert {s["__position__"]: s["__key__"] for s in halves} == {p: s["__key__"] for p, s in read.items()}
+
+
+def test_the_first_sample_does_not_wait_until_the_budget_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few small samples on a network or in a .tar.gz, the budget holds tens of thousands of epochs."""
+    with tarfile.open(tmp_path / "a.tar.gz", mode="w:gz") as tar:
+        for name in ("0.jpg", "0.txt", "1.jpg", "1.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 9
+            tar.addfile(info, io.BytesIO(b"x" * 9))
+    asked, plan = [], Prefetcher._plan
+    monkeypatch.setattr(Prefetcher, "_plan", lambda self, *place: asked.append(place) or plan(self, *place))
+    first = next(iter(stream(str(tmp_path / "a.tar.gz"))))
+    assert first["__key__"] in ("0", "1") and len(asked) <= 256

@@ -127,3 +127,21 @@ def test_a_changed_or_shorter_object_is_noticed(bucket: str) -> None:
     for start in (8, 20):
         with pytest.raises(DataError, match="index"):
             store.read_range(url, start, 30)
+
+
+def test_a_versioned_bucket_is_read_as_it_is_now(bucket: str, s3_server: S3Server) -> None:
+    """What was overwritten or removed stays in the bucket as versions and delete markers, and is not seen."""
+    client = s3_server.client()
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    place = f"s3://{bucket}/run/a.json"
+    store.write_bytes(place, b"one")
+    store.write_bytes(place, b"second")
+    assert (store.read_bytes(place), store.sizes(f"s3://{bucket}/run")) == (b"second", {"a.json": 6})
+    store.remove(f"s3://{bucket}/run")
+    assert not store.exists(place) and store.list_dir(f"s3://{bucket}/run") == []
+    with pytest.raises(DataError, match="no such object"):
+        store.read_bytes(place)
+    assert store.create(place, b"three") and not store.create(place, b"four")
+    assert store.read_bytes(place) == b"three"
+    found = client.list_object_versions(Bucket=bucket)
+    assert len(found["Versions"]) == 3 and found["DeleteMarkers"]
