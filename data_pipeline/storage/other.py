@@ -196,7 +196,13 @@ class OtherStream:
         begin, end = self._fetched, min(self._fetched + PIECE, self._end)
         if begin >= end:
             return False
-        data = _call(self.url, lambda fs: fs.cat_file(self.url, start=begin, end=end), self._patience, self._backoff)
+        exact = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}  # else it reads 5 MB for each range
+        data = _call(
+            self.url,
+            lambda fs: fs.cat_file(self.url, start=begin, end=end, **exact),
+            self._patience,
+            self._backoff,
+        )
         if len(data) > end - begin and not begin:  # it answers ranges with the whole object
             data = data[: self._end]
         elif len(data) > end - begin:

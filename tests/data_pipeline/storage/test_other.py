@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -144,3 +148,52 @@ def test_what_a_server_refuses_or_cannot_be_is_told_at_once(web: str, tmp_path: 
         store.read_bytes(f"{web}/x", QUICK)
     with pytest.raises(DataError, match=r"needs the package gcsfs: pip install 'cascade-t2i\[gs\]'"):
         store.read_bytes("gs://bucket/x")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's API as listing and reading one data set need."""
+
+    content = b"0123456789" * 100
+    ranges: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            asked = self.headers.get("Range")
+            first, last = map(int, asked.split("=")[1].split("-")) if asked else (0, len(self.content) - 1)
+            if self.command == "GET":
+                self.ranges.append(asked)
+            return self._answer(206 if asked else 200, self.content[first : last + 1])
+        if "/tree/" in self.path:
+            return self._json([{"type": "file", "path": "data/a.tar", "size": len(self.content), "oid": "f" * 40}])
+        self._json({"id": "o/r", "sha": "c" * 40, "private": False, "siblings": []})
+
+    do_HEAD = do_GET
+
+    def _json(self, value: object) -> None:
+        self._answer(200, json.dumps(value).encode())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Says nothing."""
+
+
+def test_a_data_set_of_the_hub_is_listed_and_read_in_exact_ranges() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = """
+from data_pipeline.storage import store
+place = "hf://datasets/o/r/data/a.tar"
+assert store.expand("hf://datasets/o/r/data") == [place] and store.size(place) == 1000
+print(store.read_range(place, 5, 15).decode())
+"""
+    environ = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ)
+    server.shutdown()
+    assert done.stdout == "5678901234\n", done.stderr
+    assert Hub.ranges == ["bytes=5-14"]
