@@ -46,31 +46,31 @@ def positive(settings: Any, section: str, *names: str) -> None:
 
 @dataclass
 class FilterConfig:
-    """Which samples take part, judged from the index before a byte is downloaded; null switches a rule off."""
+    """Which samples are used, decided from the index before anything is downloaded; null disables a filter."""
 
     min_side: int | None = None
-    """Shorter side of the stored picture, pixels."""
+    """Minimum of the shorter side of the stored picture, pixels."""
     max_aspect: float | None = None
-    """Longer side / shorter side."""
+    """Maximum of longer side / shorter side."""
     min_aesthetic: float | None = None
-    """Least aesthetic score in the `.json`, in that score's own unit."""
+    """Minimum aesthetic score in the `.json`, in the unit of that score."""
     max_watermark: float | None = None
-    """Greatest probability of a watermark in the `.json`, 0 to 1."""
+    """Maximum watermark probability in the `.json`, 0 to 1."""
     max_unsafe: float | None = None
-    """Greatest probability of unsafe content in the `.json`, 0 to 1."""
+    """Maximum probability of unsafe content in the `.json`, 0 to 1."""
     min_similarity: float | None = None
-    """Least similarity of picture and caption in the `.json`, -1 to 1."""
+    """Minimum similarity of picture and caption in the `.json`, -1 to 1."""
     min_ratio: float | None = None
-    """Width / height, of pictures as stored; those of unknown size count as squares."""
+    """Minimum of width / height of the stored picture; pictures of unknown size count as squares."""
     below_ratio: float | None = None
-    """Width / height must lie below this."""
+    """Exclusive maximum of width / height."""
     min_caption: int | None = None
-    """Caption length in characters."""
+    """Minimum caption length, characters."""
     max_caption: int | None = None
-    """Caption length in characters."""
+    """Maximum caption length, characters."""
     licences: list[str] = field(default_factory=list)
-    """Licences in the `.json` that samples may have, as written there (case aside); `*` stands for any text:
-    [CC0, "CC BY *"]. `unknown` lets those in that name none. Empty: any."""
+    """Accepted licences, as written in the `.json` (case-insensitive); `*` matches any text: [CC0, "CC BY *"].
+    `unknown` accepts samples that state none. Empty: any."""
 
     def __post_init__(self) -> None:
         require(
@@ -80,7 +80,7 @@ class FilterConfig:
         require(all(self.licences), "data.filter.licences: a licence is empty; samples without one are `unknown`")
 
     def in_force(self) -> dict[str, Any]:
-        """The rules that are not switched off."""
+        """The filters that are not disabled."""
         return {name: value for name, value in vars(self).items() if value is not None and value != []}
 
 
@@ -89,29 +89,30 @@ class CaptionConfig:
     """Which caption a sample is trained with, and how it is cleaned."""
 
     sources: dict[str, float] = field(default_factory=dict)
-    """Weight per source: `txt` (the .txt member), `txt:lines` (a caption on each of its lines), `json:FIELD` (a text or
-    a list of texts in the .json member; `json:meta.caption` is a field of a field) or `file:NAME` (of `files`); those
-    not named are not used. Empty: the .txt, and where that is missing or empty the .json's caption, text or prompt."""
+    """Weight of each source: `txt` (the .txt member), `txt:lines` (one caption per line of it), `json:FIELD` (a string
+    or a list of strings in the .json member; `json:meta.caption` is a nested field) or `file:NAME` (from `files`);
+    sources not listed are not used. Empty: the .txt or, if it is missing or empty, the caption, text or prompt in the
+    .json."""
     files: dict[str, str] = field(default_factory=dict)
-    """Directories (or s3:// prefixes) of captions that `cascade caption` wrote, by a name of yours."""
+    """Directories (or s3:// prefixes) of captions written by `cascade caption`, each under a name of your choice."""
     encoding: str | None = None
-    """Of texts that are not UTF-8 and have no byte order mark: `cp1252`, `gb18030`, `shift_jis`, ...; null: they count
-    as `bad_text`."""
+    """Encoding of texts that are not UTF-8 and have no byte order mark: `cp1252`, `gb18030`, `shift_jis`, ...; null:
+    such texts are `bad_text`."""
     clean: bool = True
-    """Strip HTML, URLs and control characters, collapse white space."""
+    """Strip HTML, URLs and control characters, and collapse white space."""
     max_characters: int = 1000
-    """Captions are cut to this many characters before the tokenizer sees them."""
+    """Captions are truncated to this many characters before tokenization."""
 
     def __post_init__(self) -> None:
         for source, weight in self.sources.items():
             kind, _, name = source.partition(":")
             require(
                 source in ("txt", "txt:lines") or (kind in ("json", "file") and bool(name)),
-                f"data.captions.sources: {source!r} is neither txt nor json:FIELD, nor txt:lines or file:NAME",
+                f"data.captions.sources: {source!r} is not a source; use txt, txt:lines, json:FIELD or file:NAME",
             )
             require(
                 kind != "file" or name in self.files,
-                f"data.captions.sources: {source}: data.captions.files has no {name!r}; name its directory there: "
+                f"data.captions.sources: {source}: data.captions.files has no {name!r}; give its directory with "
                 f"data.captions.files={{{name}: DIR}}",
             )
             require(weight >= 0, f"data.captions.sources: the weight of {source} is {weight}; it must not be negative")
@@ -122,7 +123,7 @@ class CaptionConfig:
         for name in self.files:
             require(
                 f"file:{name}" in self.sources,
-                f"data.captions.files: {name} is in no source; add file:{name} to data.captions.sources",
+                f"data.captions.files: {name} is not used; add file:{name} to data.captions.sources",
             )
         at_least(self, "data.captions", max_characters=1)
         require(
@@ -143,18 +144,18 @@ class CaptionConfig:
 
 @dataclass
 class MembersConfig:
-    """Which file of a sample is what, where the names do not say: `data.members={image: [input.jpg], caption: [cap]}`.
+    """Which member of a sample is what, for unusual names: `data.members={image: [input.jpg], caption: [cap]}`.
 
-    A name is what follows the key: all of it (`image.jpg`), without its ending (`image`), its ending (`jpg`), or a glob
-    (`*.jpg`); of several names the first that a sample has counts.
+    An entry matches what follows the key: all of it (`image.jpg`), the part before the extension (`image`), the
+    extension (`jpg`), or a glob (`*.jpg`). The first entry that a sample has is used.
     """
 
     image: list[str] = field(default_factory=list)
-    """Names of the picture. Empty: a known ending (jpg, png, ...); of named pictures image, img, picture or photo."""
+    """The picture. Empty: a known extension (jpg, png, ...); among named pictures: image, img, picture or photo."""
     caption: list[str] = field(default_factory=list)
-    """Names of the caption. Empty: txt, caption, captions, text, cap, prompt, tags, the first with text."""
+    """The caption. Empty: the first of txt, caption, captions, text, cap, prompt, tags that has text."""
     json: list[str] = field(default_factory=list)
-    """Names of the JSON facts. Empty: json."""
+    """The JSON metadata. Empty: json."""
 
     def __post_init__(self) -> None:
         for name in ("image", "caption", "json"):
@@ -164,7 +165,7 @@ class MembersConfig:
 
     @property
     def tag(self) -> str:
-        """Distinguishes indexes that were made with other names; empty for the default."""
+        """Distinguishes indexes built with other names; empty for the default."""
         if not (self.image or self.caption or self.json):
             return ""
         names = json.dumps([self.image, self.caption, self.json])
@@ -173,28 +174,27 @@ class MembersConfig:
 
 @dataclass
 class DatasetConfig:
-    """One data set of a mixture: an entry of `data.shards`. What it does not say is as in `data`."""
+    """One data set of a mixture: an entry of `data.shards`. Keys that it does not set are taken from `data`."""
 
     name: str
-    """What metrics call it; a word."""
+    """A single word, used in metrics."""
     shards: Any
-    """As `data.shards`, but no mixture."""
+    """As `data.shards`, but not a mixture."""
     weight: Any = 1.0
-    """Its share of the samples, as a ratio to the weights of the others; or the weight from each position on: {0: 0.7,
-    640000: 0.3}."""
+    """Its share of the samples, relative to the other weights; or a schedule by position: {0: 0.7, 640000: 0.3}."""
     start: int = 0
-    """Position of the run (samples consumed since its step 0) from which it takes part."""
+    """Position of the run (samples consumed since step 0) from which it is used."""
     end: int | None = None
-    """Position from which it no longer does; null: never."""
+    """Position from which it is no longer used; null: never."""
     window: int | None = None
-    """Its own `data.window`."""
+    """Overrides `data.window`."""
     filter: dict[str, Any] = field(default_factory=dict)
     captions: dict[str, Any] = field(default_factory=dict)
     members: dict[str, Any] = field(default_factory=dict)
-    """Keys of `data.filter`, `data.captions`, `data.members` that differ for it."""
+    """Overrides of `data.filter`, `data.captions` and `data.members`."""
 
     def weight_at(self, position: int) -> Fraction:
-        """Its weight at a position, exactly as written."""
+        """Its exact weight at a position."""
         if position < self.start or (self.end is not None and position >= self.end):
             return Fraction(0)
         if not isinstance(self.weight, Mapping):
@@ -219,16 +219,14 @@ def is_mixture(shards: Any) -> bool:
 def _dataset_of(entry: Any) -> DatasetConfig:
     """An entry of a mixture, checked. Raises ConfigError."""
     example = "{name: a, shards: 'a/*.tar', weight: 0.7}"
-    require(
-        isinstance(entry, Mapping), f"data.shards: {entry!r} stands in a mixture; each entry has the form {example}"
-    )
+    require(isinstance(entry, Mapping), f"data.shards: {entry!r}: each entry of a mixture must have the form {example}")
     known = [one.name for one in fields(DatasetConfig)]
     for key in entry:
-        require(key in known, f"data.shards: a data set has no {key!r}; its keys are {', '.join(known)}")
+        require(key in known, f"data.shards: unknown key {key!r} of a data set; the keys are {', '.join(known)}")
     name = entry.get("name")
     require(
         isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None,
-        f"data.shards: name={name!r}: each data set has a name, a word of letters, digits, `_`, `-` and `.`",
+        f"data.shards: name={name!r}: each data set needs a name of letters, digits, `_`, `-` and `.`",
     )
     where = f"data.shards: data set {name}:"
     require(
@@ -236,7 +234,7 @@ def _dataset_of(entry: Any) -> DatasetConfig:
     )
     dataset = DatasetConfig(**dict(entry))
     if isinstance(dataset.weight, Mapping):
-        require(bool(dataset.weight), f"{where} weight is empty; give a number, or one from each position on")
+        require(bool(dataset.weight), f"{where} weight is empty; give a number, or a number for each position")
         dataset.weight = {str(position): value for position, value in dataset.weight.items()}
         require(
             all(position.isdecimal() for position in dataset.weight),
@@ -245,23 +243,23 @@ def _dataset_of(entry: Any) -> DatasetConfig:
     weights = dataset.weight.values() if isinstance(dataset.weight, Mapping) else [dataset.weight]
     for weight in weights:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        require(number and 0 <= weight < float("inf"), f"{where} weight={weight}: it must be a number not below 0")
+        require(number and 0 <= weight < float("inf"), f"{where} weight={weight}: it must be a number of at least 0")
     for key in ("start", "end", "window"):
         value = getattr(dataset, key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         require(whole or (value is None and key != "start"), f"{where} {key}={value}: it must be a whole number")
     require(
         dataset.end is None or dataset.end > dataset.start,
-        f"{where} end={dataset.end}: it must lie behind start={dataset.start}",
+        f"{where} end={dataset.end}: it must be greater than start={dataset.start}",
     )
     for key in ("filter", "captions", "members"):
-        require(isinstance(getattr(dataset, key), Mapping), f"{where} {key} must be a mapping, as data.{key} is")
+        require(isinstance(getattr(dataset, key), Mapping), f"{where} {key} must be a mapping, like data.{key}")
     return dataset
 
 
 @dataclass
 class DataConfig:
-    """Where the samples come from, how they are decoded, and how a batch is made of them."""
+    """Where the samples come from, and how they are decoded and batched."""
 
     shards: Any = None
     """A glob, brace pattern, directory, s3:// URL pattern, or a list of these; or a mixture of data sets: a list of
@@ -269,48 +267,48 @@ class DataConfig:
     global_batch: int = 64
     """Samples per optimizer step over all ranks."""
     lanes: int = 0
-    """Fixed interleaved sub-streams; must divide `global_batch`; world sizes divide it. 0: `global_batch` up to 64,
-    else its largest divisor not above 256."""
+    """Number of fixed interleaved substreams. It must divide `global_batch`, and the number of processes must divide
+    it. 0: `global_batch` if that is at most 64, otherwise its largest divisor up to 256."""
     window: int = 0
-    """Samples shuffled together inside a lane; 0: a power of two up to 1,024, as many as 0.7 GB hold over all lanes (of
-    a global batch above 256 samples, more in proportion)."""
+    """Samples shuffled together within a lane; 0: the largest power of two, up to 1,024, for which the windows of all
+    lanes fit into 0.7 GB (proportionally more for a global batch above 256)."""
     micro_batch: int = 0
-    """Samples per forward pass and rank; 0: the whole share of the rank. Gradient accumulation follows from it."""
+    """Samples per forward pass and rank; 0: the rank's whole share of the batch. Determines gradient accumulation."""
     threads: int = 2
     """Decoding threads per rank."""
     own_process: bool = True
-    """They belong to a process of their own beside each rank, where they do not hold up the training's Python code."""
+    """Run the decoding threads in a separate process per rank, so that they do not slow down the training process."""
     prefetch_mb: int = 1024
-    """Budget for raw and decoded samples held ahead of the trainer, per rank."""
+    """Memory for prefetched samples, raw and decoded, per rank."""
     decode_margin: float = 2.0
-    """JPEGs are decoded at the smallest DCT scale that is still this many times the target size."""
+    """JPEGs are decoded at the smallest DCT scale that gives at least this many times the target size."""
     max_pixels: int = 64_000_000
-    """Pictures larger than this (judged from the header) are dropped as `too_large`."""
+    """Pictures with more pixels (according to the header) are dropped as `too_large`."""
     crop: str = "random"
     """`random` or `center`: which square of the picture is used."""
     flip: float = 0.0
-    """Probability of a horizontal flip. Off by default: captions may say left and right."""
+    """Probability of a horizontal flip. Off by default, because captions may mention left and right."""
     background: int = 255
-    """Grey value that transparent pixels are composited over."""
+    """Grey value placed behind transparent pixels."""
     srgb: bool = True
     """Convert the colours of pictures with an ICC profile (Adobe RGB, Display P3) to sRGB; false: pixels as stored."""
     index_dir: str | None = None
-    """Where indexes are kept when the shards' own directory cannot be written."""
+    """Directory for indexes when the shards' own directory is not writable."""
     cache_dir: str | None = None
     """Disk cache for remote shards, their indexes and embeddings, shared by the processes of a node."""
     cache_gb: float = 50.0
-    """Size up to which the disk cache grows per node, GB; the shards used longest ago make room."""
+    """Maximum size of the disk cache per node, GB; the least recently used shards are evicted."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the consumed samples was broken (of the first 1,000: clearly more)."""
+    """The run stops if more than this share of samples is bad (within the first 1,000: significantly more)."""
     deadline_s: float = 600.0
-    """How long a broken store is retried without a byte of progress."""
+    """How long to retry a failing store without receiving a byte."""
     stall_s: float = 20.0
-    """A read without a byte for this long is broken off and continued by a new connection."""
+    """A read that receives nothing for this long is aborted and resumed on a new connection."""
     buckets: list[str] = field(default_factory=list)
-    """Shapes of the training pictures, [1x1,4x3,3x4,16x9,9x16]: each picture is cut to the nearest one, of as many
-    pixels as a square of the stage, and all pictures of a step have one shape. Empty: squares."""
+    """Shapes of the training pictures, [1x1,4x3,3x4,16x9,9x16]: each picture is cropped to the nearest shape, with
+    about as many pixels as the stage's square; all pictures of a step have the same shape. Empty: squares."""
     embeddings: Any = None
-    """Sidecar shards of precomputed text embeddings; null: encode online."""
+    """Directory of precomputed text embeddings (`cascade embed`); null: encode captions during training."""
     members: MembersConfig = field(default_factory=MembersConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -364,8 +362,8 @@ class DataConfig:
                 below = position // self.global_batch * self.global_batch
                 require(
                     position == below,
-                    f"data.shards: data set {dataset.name}: position {position}: shares change between two steps, at "
-                    f"multiples of data.global_batch={self.global_batch}; the nearest are {below} and "
+                    f"data.shards: data set {dataset.name}: position {position}: shares can only change between steps, "
+                    f"at multiples of data.global_batch={self.global_batch}; the nearest are {below} and "
                     f"{below + self.global_batch}",
                 )
 
@@ -382,11 +380,11 @@ class DataConfig:
         found: dict[str, float] = {}
         for name in self.buckets:
             match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", str(name))
-            require(match is not None, f"data.buckets: {name!r} is no shape; write WIDTHxHEIGHT, such as 4x3")
+            require(match is not None, f"data.buckets: {name!r} is not a shape; write WIDTHxHEIGHT, such as 4x3")
             assert match is not None
             ratio = int(match[1]) / int(match[2])
-            require(ratio not in found.values(), f"data.buckets: {name} is there twice")
-            require(1 / 8 <= ratio <= 8, f"data.buckets: {name}: the longer side may be 8 times the shorter one")
+            require(ratio not in found.values(), f"data.buckets: {name} is listed twice")
+            require(1 / 8 <= ratio <= 8, f"data.buckets: {name}: the longer side must be at most 8 times the shorter")
             found[str(name)] = ratio
         return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
@@ -476,15 +474,15 @@ class DrawConfig:
     """The captioned shapes that `cascade prepare` draws (see data_pipeline/content/synthetic.py)."""
 
     count: int = 6000
-    """Training pictures."""
+    """Number of training pictures."""
     heldout: int = 512
-    """Pictures of caption combinations that training never sees."""
+    """Number of pictures with caption combinations that training never sees."""
     size: int = 64
-    """Side in pixels."""
+    """Side of the pictures, pixels."""
     objects: int = 1
-    """Objects per picture: 1, or 2 with their relation."""
+    """Objects per picture: 1, or 2 and their relation."""
     samples_per_shard: int = 1000
-    """Samples in each shard."""
+    """Samples per shard."""
 
     def __post_init__(self) -> None:
         at_least(self, "prepare.draw", count=0, heldout=0, size=8, samples_per_shard=1)
@@ -493,29 +491,29 @@ class DrawConfig:
 
 @dataclass
 class PrepareConfig:
-    """`cascade prepare`: what to draw, import or repack, and where to."""
+    """`cascade prepare`: what to draw, import or repack, and where to write it."""
 
     kind: str = "draw"
-    """`draw` (captioned shapes), `folder` (pictures with captions beside them), `table` (csv, tsv, json, jsonl or
-    parquet, with paths or the pictures themselves), `shards` (repack)."""
+    """`draw` (captioned shapes), `folder` (pictures with caption files), `table` (csv, tsv, json, jsonl or parquet,
+    with paths or the pictures themselves) or `shards` (repack)."""
     source: str | None = None
-    """Folder of pictures, table, or shards, by `kind`."""
+    """The folder, table or shards to read, depending on `kind`."""
     images: str | None = None
-    """Folder that the paths of a table are relative to; null: the table's own folder, and the folders below it."""
+    """Folder that the paths of a table are relative to; null: the table's own folder, and its subfolders."""
     captions: str = "files"
-    """Of a folder's pictures that have no text beside them: `files` (such pictures are left out), `folder` (the name of
-    the folder that a picture lies in: a class) or `name` (its own name)."""
+    """Captions of a folder's pictures that have no caption file: `files` (none: such pictures are dropped), `folder`
+    (the name of the picture's folder: a class) or `name` (the picture's own name)."""
     output: str = "data/demo"
-    """Directory or s3:// prefix that the shards go to."""
+    """Directory or s3:// prefix for the shards."""
     max_side: int | None = None
-    """Larger pictures are shrunk to this longer side; null keeps the bytes as they are."""
+    """Shrink pictures whose longer side is larger than this, pixels; null: keep the files as they are."""
     quality: int = 92
     """JPEG quality of re-encoded pictures."""
     samples_per_shard: int = 1000
-    """Samples in each shard."""
+    """Samples per shard."""
     heldout: int = 0
-    """Samples kept apart for evaluation, spread over the source: they go to OUTPUT/heldout and the others to
-    OUTPUT/train; 0: all go to OUTPUT. (Drawings have prepare.draw.heldout.)"""
+    """Samples to hold out for evaluation, spread over the source: they go to OUTPUT/heldout, the rest to OUTPUT/train;
+    0: all go to OUTPUT. (For drawings, use prepare.draw.heldout.)"""
     deduplicate: str = "none"
     """`none`, `exact` (bytes) or `perceptual`."""
     draw: DrawConfig = field(default_factory=DrawConfig)
@@ -532,7 +530,7 @@ class PrepareConfig:
         at_least(self, "prepare", samples_per_shard=1, heldout=0)
         require(
             self.heldout == 0 or self.kind != "draw",
-            f"prepare.heldout={self.heldout}: for drawings set prepare.draw.heldout",
+            f"prepare.heldout={self.heldout}: for prepare.kind=draw, use prepare.draw.heldout",
         )
         require(
             self.max_side is None or self.max_side >= 1,
@@ -542,7 +540,7 @@ class PrepareConfig:
         require(self.kind == "draw" or bool(self.source), f"prepare.source: prepare.kind={self.kind} needs one")
         require(
             self.images is None or self.kind == "table",
-            f"prepare.images={self.images}: only prepare.kind=table reads it",
+            f"prepare.images={self.images}: only prepare.kind=table uses it",
         )
         require(
             self.captions in ("files", "folder", "name"),

@@ -137,7 +137,7 @@ def test_the_interval_of_a_paired_difference() -> None:
     ("words", "error", "part"),
     [
         (["A"], ConfigError, "name two runs or more"),
-        (["A", "A"], ConfigError, "one is named twice"),
+        (["A", "A"], ConfigError, "the same run is listed twice"),
         (["A", "nowhere"], DataError, "nowhere: it has no config.yaml"),
         (["A", "B", "curves=[colour]"], DataError, "has none of them"),
         (["A", "B", "output=x.jpg"], ConfigError, "it must end in .png"),

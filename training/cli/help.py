@@ -20,11 +20,11 @@ from training.config.experiment import Experiment
 FLAGS = """\
   --cfg job              show the composed settings instead of running (--resolve: with references filled in)
   --multirun, -m         run once per combination of comma-separated values: seed=1,2,3
-  --info                 how the settings came about (all, config, defaults, searchpath, ...)
-  --config-dir DIR       look for config files there too; --config-name NAME starts from another file
+  --info                 show how the settings were composed (all, config, defaults, searchpath, ...)
+  --config-dir DIR       also search DIR for config files; --config-name NAME starts from another file
   -sc install=bash       shell completion: eval "$(cascade -sc install=bash)"  (also fish, zsh)
-  --hydra-help           everything else that Hydra, which reads this command line, can do"""
-COMMON = {"json": "the last line on stdout is one JSON object", "debug": "show tracebacks"}
+  --hydra-help           other options of Hydra, which parses this command line"""
+COMMON = {"json": "print a JSON object as the last line on stdout", "debug": "show tracebacks"}
 
 
 def version() -> str:
@@ -40,13 +40,13 @@ def overview() -> str:
     """The list of commands."""
     rows = "\n".join(f"  {name:<12} {verb.line}" for name, verb in COMMANDS.items())
     return f"""\
-cascade: train an Imagen-style cascade of diffusion models on your own machines, and use it.
+cascade: train an Imagen-style cascade of diffusion models on your own machines, and sample from it.
 
 usage: cascade COMMAND key=value ...
 
 {rows}
 
-A small cascade from nothing, in minutes, on a CPU:
+Train a small cascade from scratch, in minutes, on a CPU:
   cascade prepare  experiment=demo
   cascade train    experiment=demo stage=demo_base
   cascade train    experiment=demo stage=demo_sr
@@ -57,9 +57,9 @@ A small cascade from nothing, in minutes, on a CPU:
 Any setting can be given on the command line: cascade train experiment=demo train.steps=50 zero.stage=2
   json=true            {COMMON["json"]}
   debug=true           {COMMON["debug"]}
-  cascade COMMAND --help     its settings with their defaults
-  cascade COMMAND --cfg job  all settings as they would be used
-  cascade --version          which version this is
+  cascade COMMAND --help     the settings of a command and their defaults
+  cascade COMMAND --cfg job  all settings, as the command would use them
+  cascade --version          show the version
 
 experiments: {", ".join(groups().get("experiment", []))}"""
 
@@ -73,13 +73,13 @@ def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
     config = load_config(verb, overrides)
     known = COMMANDS[verb]
     blocks = [f"cascade {verb}: {known.line}", "examples:", *(f"  {example}" for example in known.examples), ""]
-    blocks += ["groups (GROUP=OPTION takes a file of conf/GROUP/):"]
+    blocks += ["groups (GROUP=OPTION loads conf/GROUP/OPTION.yaml):"]
     defaults = group_defaults()
     for group, options in groups().items():
         named = ", ".join(f"[{o}]" if o == defaults.get(group) else o for o in options)
         blocks += _wrapped(f"  {group:<12} ", named)
     own = [f.name for f in fields(known.config) if f.name not in {f.name for f in fields(Experiment)}]
-    blocks += ["", "keys (with the values in force):"]
+    blocks += ["", "keys (with their current values):"]
     for section in [*own, *known.sections]:
         blocks += _key_lines(known.config, config, section)
     blocks += ["", "  json=false  " + COMMON["json"], "  debug=false  " + COMMON["debug"], "", "flags:", FLAGS]

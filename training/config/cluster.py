@@ -1,4 +1,4 @@
-"""Where the processes of a command run, and what a scheduler is asked for."""
+"""Where the processes of a command run, and what to request from a scheduler."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from data_pipeline.config import at_least, require
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 SLURM_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 EMITTED = ("kubernetes", "skypilot")
-"""Schedulers for which files are written, which their own tools submit."""
+"""Schedulers for which files are written that their own tools submit."""
 SLURM_ONLY = ("partition", "account", "sbatch", "modules", "conda", "venv", "min_nodes", "preflight_exclude")
-"""Keys that nothing but Slurm's script follows."""
+"""Keys that only Slurm's script uses."""
 EARLY_S = 60
-"""Slurm may send the signal so many seconds before it is due (sbatch(1), --signal)."""
+"""Slurm may send the signal up to this many seconds early (sbatch(1), --signal)."""
 
 
 @dataclass
 class ClusterConfig:
-    """Where processes run. `kind: local` starts them on this machine, `kind: slurm` is what `cascade launch` submits
-    to; for `kubernetes` and `skypilot` it writes files that their own tools submit."""
+    """Where processes run. With `kind: local`, they start on this machine; with `kind: slurm`, `cascade launch` submits
+    to Slurm; for `kubernetes` and `skypilot`, it writes files that their own tools submit."""
 
     kind: str = "local"
     """`local`, `slurm`, `kubernetes` or `skypilot`."""
@@ -32,58 +32,58 @@ class ClusterConfig:
     threads: int = 0
     """CPU threads per process for torch; 0: cores / processes."""
     nodes: int = 1
-    """Nodes of a training; with `min_nodes` the most."""
+    """Number of nodes of a training; with `min_nodes`, the maximum."""
     min_nodes: int = 0
-    """Fewest nodes of a training (Slurm): it starts on any number up to `nodes` whose processes can share the data, and
-    goes on without a node that has failed. 0: exactly `nodes`."""
+    """Minimum number of nodes (Slurm): the training starts on any number up to `nodes` whose processes can share the
+    data, and continues without a node that has failed. 0: exactly `nodes`."""
     partition: str | None = None
     """Slurm partition; null: the site's default."""
     account: str | None = None
-    """Slurm account that pays; null: the user's default."""
+    """Slurm account to charge; null: the user's default."""
     time: str = "24:00:00"
-    """Time limit as Slurm has it: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED."""
+    """Time limit in Slurm's format: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED."""
     cpus_per_task: int = 0
     """CPU cores per process; 0: the scheduler's default."""
     mem: str | None = None
-    """Memory per node as Slurm has it, for example 200G; null: the site's default."""
+    """Memory per node in Slurm's format, for example 200G; null: the site's default."""
     gpus: bool = True
-    """Ask for one GPU per process."""
+    """Request one GPU per process."""
     gpus_per: str = "node"
-    """`node`: each process sees all GPUs of its node and takes its own; `task`: it sees its own alone (Slurm)."""
+    """`node`: each process sees all GPUs of its node and uses its own; `task`: it only sees its own (Slurm)."""
     requeue: bool = True
-    """Requeue the job when its time is up, when it is preempted, and when restarting inside the allocation failed."""
+    """Requeue the job at its time limit, on preemption, and when restarting within the allocation fails."""
     signal_s: int = 120
     """Seconds before the time limit at which the job saves and requeues itself."""
     max_restarts_without_progress: int = 3
-    """After so many restarts in a row from the same checkpoint the job ends."""
+    """Consecutive restarts from the same checkpoint before the job ends."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """More #SBATCH options, as `option: value`; null removes a default."""
+    """Additional #SBATCH options, as `option: value`; null removes a default."""
     modules: list[str] = field(default_factory=list)
-    """Environment modules to load; one that does not load ends the job."""
+    """Environment modules to load; a module that fails to load ends the job."""
     conda: str | None = None
     """Conda environment to activate: a name or a directory."""
     venv: str | None = None
     """Virtual environment to activate: a directory."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the program (exports, `source` ...); one that fails ends the job and is named."""
+    """Shell lines to run before the program (exports, `source` ...); a line that fails ends the job and is named."""
     python: str | None = None
-    """Interpreter of the program; null: that of the environment which modules, conda, venv, setup or the container
-    bring, else the one that `cascade launch` ran with."""
+    """Python interpreter; null: that of the environment set up by modules, conda, venv, setup or the container,
+    otherwise the one that ran `cascade launch`."""
     container: str | None = None
-    """Image that the processes run in, with this project's dependencies, as pyxis or apptainer takes it."""
+    """Container image with this project's dependencies, in the form that pyxis or apptainer expects."""
     container_runtime: str = "pyxis"
     """`pyxis` (srun --container-image) or `apptainer`."""
     container_mounts: list[str] = field(default_factory=list)
     """HOST:CONTAINER directories; the working directory, the run directory and the code are always mounted.
-    Kubernetes: CLAIM:PATH, and SkyPilot: s3://BUCKET:PATH, and all of them must be named."""
+    Kubernetes: CLAIM:PATH, SkyPilot: s3://BUCKET:PATH; there, all mounts must be listed."""
     accelerator: str | None = None
-    """Kind of GPU that SkyPilot looks for (H100)."""
+    """GPU type that SkyPilot requests (H100)."""
     preflight: bool = False
-    """Measure devices, links, store and clocks when a training starts, and name what is slow."""
+    """Measure devices, links, store and clocks when a training starts, and report what is slow."""
     preflight_exclude: bool = False
-    """Start again without a node that the preflight found slow (Slurm)."""
+    """Restart without a node that the preflight found slow (Slurm)."""
     interface: str | None = None
-    """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo takes the one that leads to the first node."""
+    """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo uses the one that leads to the first node."""
 
     def __post_init__(self) -> None:
         kinds = ("local", "slurm", *EMITTED)
@@ -92,7 +92,7 @@ class ClusterConfig:
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
             self.min_nodes <= self.nodes,
-            f"cluster.min_nodes={self.min_nodes}: it must not be above cluster.nodes={self.nodes}",
+            f"cluster.min_nodes={self.min_nodes}: it must be at most cluster.nodes={self.nodes}",
         )
         require(self.gpus_per in ("node", "task"), f"cluster.gpus_per={self.gpus_per}: it must be node or task")
         require(
@@ -101,7 +101,7 @@ class ClusterConfig:
         )
         require(
             not (self.conda and self.venv),
-            f"cluster.conda={self.conda} and cluster.venv={self.venv}: one environment replaces the other; set one",
+            f"cluster.conda={self.conda} and cluster.venv={self.venv}: set only one of them",
         )
         require(
             self.preflight or not self.preflight_exclude,
@@ -109,7 +109,7 @@ class ClusterConfig:
         )
         require(
             bool(self.container) or not self.container_mounts or self.kind == "skypilot",
-            "cluster.container_mounts: it needs cluster.container, the image that they are mounted into",
+            "cluster.container_mounts: it needs cluster.container, the image to mount them in",
         )
         require(
             self.gpus_per == "node" or self.kind not in EMITTED,
@@ -140,13 +140,13 @@ def slurm_seconds(key: str, limit: str) -> float:
     """A Slurm time limit in seconds; infinite for UNLIMITED.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a time limit.
     """
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     match = SLURM_TIME.fullmatch(limit)
     if not match:
-        raise ConfigError(f"{key}={limit}: it must be a time limit as Slurm has it, 24:00:00 or 2-12:00:00")
+        raise ConfigError(f"{key}={limit}: it must be a time limit in Slurm's format, such as 24:00:00 or 2-12:00:00")
     parts = [int(part) for part in match["rest"].split(":")]
     units = (60, 1, 1) if not match["days"] and len(parts) < 3 else (3600, 60, 1)
     seconds = sum(part * unit for part, unit in zip(parts, units, strict=False))

@@ -1,5 +1,5 @@
-"""The commands: what each one takes besides an experiment's sections, and the one table of what is known about them.
-Imports neither torch nor deepspeed.
+"""The commands: the keys of each one besides an experiment's sections, and the table that describes them all. Imports
+neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from training.config.experiment import SENTENCES, Experiment
 
 @dataclass
 class SamplerKeys(Experiment):
-    """What `sample` and `evaluate` may change of a bundle's own sampler settings: one value, one per stage drawn, or a
-    mapping by stage name."""
+    """The sampler settings of a bundle that `sample` and `evaluate` can override: with one value, one per stage drawn,
+    or a mapping by stage name."""
 
     guidance: Any = None
-    """One number, or one per stage; null: the bundle's."""
+    """Guidance weight: one number, or one per stage; null: the bundle's."""
     steps: Any = None
-    """Sampling steps, one number or one per stage; null: the bundle's."""
+    """Number of sampling steps: one number, or one per stage; null: the bundle's."""
     sampler: Any = None
-    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`, one or one per stage; null: the bundle's."""
+    """`ddpm`, `ddim`, `heun` or `dpmpp_2m`: one name, or one per stage; null: the bundle's."""
     aug_level: Any = None
-    """Noise put on the picture that super-resolution starts from, one number or one per stage; null: the bundle's."""
+    """Level of the noise added to the low-res input of super-resolution: one number, or one per stage; null: the
+    bundle's."""
     spacing: Any = None
-    """Where the steps lie: `time`, `log_snr`, `karras` or `auto`, one or one per stage; null: the bundle's."""
+    """Spacing of the steps, `time`, `log_snr`, `karras` or `auto`: one name, or one per stage; null: the bundle's."""
     threshold: Any = None
-    """`none`, `static` or `dynamic`, one or one per stage; null: the bundle's."""
+    """`none`, `static` or `dynamic`: one name, or one per stage; null: the bundle's."""
     original_side: Any = None
-    """Stages with size_condition: shorter side of the original that a picture is drawn as if from, pixels, one or one
-    per stage; null: the bundle's."""
+    """Stages with size_condition: shorter side of the original picture to condition on, pixels: one number, or one per
+    stage; null: the bundle's."""
 
     @property
     def sampler_settings(self) -> dict[str, Any]:
-        """Of `Cascade.draw`."""
+        """The arguments of `Cascade.draw` for these keys."""
         return {key: getattr(self, key) for key in SAMPLER_KEYS}
 
 
@@ -45,29 +46,29 @@ ACTIONS = ("evaluate", "reference", "compare", "pareto", "bisect")
 
 @dataclass
 class EvaluateCommand(SamplerKeys):
-    """`cascade evaluate`: its own keys stand at the top level."""
+    """`cascade evaluate`: its own keys are at the top level."""
 
     action: str = "evaluate"
-    """`evaluate` a bundle; make `reference` statistics; `compare` results picture by picture; `pareto`: the curve of
-    distance against CLIP score over results of a sweep; `bisect`: the stored checkpoint of `run` at which `figure`
-    turned worse."""
+    """`evaluate` a bundle; make `reference` statistics; `compare` results picture by picture; `pareto`: plot distance
+    against CLIP score over the results of a sweep; `bisect`: find the stored checkpoint of `run` at which `figure`
+    became worse."""
     results: list[str] = field(default_factory=list)
     """`compare`, `pareto`: result.json files or their directories."""
     record: bool = False
-    """`evaluate`: also write the figures and their protocol into the bundle's model card; `pareto`: those of the point
-    with the least distance, whose sampler settings become the bundle's."""
+    """`evaluate`: also write the figures and their protocol to the bundle's model card; `pareto`: write those of the
+    point with the smallest distance, and make its sampler settings the bundle's."""
     watch: bool = False
     """Evaluate each committed checkpoint of the run `run.dir` once, newest first, until the run is complete."""
     figure: str = ""
-    """`watch`, `bisect`: the figure that decides which checkpoint is better, for example kid.inception; empty: KID by
-    the last features."""
+    """`watch`, `bisect`: the figure that decides which checkpoint is better, for example kid.inception; empty: KID on
+    the last feature space."""
     stop_after: int = 0
-    """`watch`: ask the run to stop once so many checkpoints in a row are worse than the best by more than chance; 0:
+    """`watch`: stop the run after this many consecutive checkpoints that are significantly worse than the best; 0:
     never."""
     steps_between: list[int] = field(default_factory=list)
     """`bisect`: a good and a bad step, [GOOD,BAD]; empty: the first and the newest checkpoint."""
     wait_s: float = 3600.0
-    """`watch`: give up after so long without a new checkpoint."""
+    """`watch`: give up after this many seconds without a new checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,19 +79,19 @@ class EvaluateCommand(SamplerKeys):
         at_least(self, "evaluate", stop_after=0)
         require(self.wait_s > 0, f"wait_s={self.wait_s}: it must be positive")
         needs = self.action in ("compare", "pareto")
-        require(needs or not self.results, f"results: action={self.action} reads none; say action=compare or pareto")
+        require(needs or not self.results, f"results: only action=compare and action=pareto use it, not {self.action}")
         require(not needs or len(self.results) > 1, f"results: action={self.action} needs at least two: results=[A,B]")
 
 
 @dataclass
 class SampleCommand(SamplerKeys):
-    """`cascade sample`: its own keys stand at the top level."""
+    """`cascade sample`: its own keys are at the top level."""
 
     prompts: Any = field(default=None, metadata=SENTENCES)
-    """One prompt, a text file with one per line, or a list: '["a red circle, on white","a blue square"]'; null: the
-    experiment's."""
+    """One prompt, a text file with one prompt per line, or a list: '["a red circle, on white","a blue square"]'; null:
+    the experiment's."""
     negative_prompts: Any = field(default=None, metadata=SENTENCES)
-    """One for all prompts, or a list or file with one for each."""
+    """One negative prompt for all prompts, or a list or file with one for each."""
     from_bundle: str | None = None
     """Bundle directory; null: bundle.dir."""
     output: str | None = None
@@ -98,24 +99,25 @@ class SampleCommand(SamplerKeys):
     num_images: int = 1
     """Pictures per prompt."""
     layout: str | None = None
-    """Also arrange the pictures as another tool reads them: `flat`, `geneval`, `geneval2`, `dpg`,
-    `t2i_compbench`, `parti` or `oneig`."""
+    """Also write the pictures in the layout of another tool: `flat`, `geneval`, `geneval2`, `dpg`, `t2i_compbench`,
+    `parti` or `oneig`."""
     size: Any = None
-    """Width and height of the final pictures, [WIDTH,HEIGHT] in pixels; null: what the last stage was trained for."""
+    """Width and height of the final pictures, [WIDTH,HEIGHT] in pixels; null: the size the last stage was trained
+    for."""
     stages: Any = None
-    """How many of the first stages to draw, or names of stages; null: all."""
+    """How many stages to run, from the first, or names of stages; null: all."""
     low_res: Any = None
-    """Picture file, or one per prompt, to start from when the first of `stages` is super-resolution."""
+    """Picture file, or one per prompt, to start from if the first of `stages` is super-resolution."""
     image: Any = None
     """Picture file, or one per prompt, to redraw (by `strength`, or where `mask` is light)."""
     mask: Any = None
-    """Picture file, or one per prompt: `image` is redrawn where it is light; null: everywhere."""
+    """Picture file, or one per prompt: `image` is redrawn where the mask is light; null: everywhere."""
     strength: Any = 1.0
-    """How much of `image` is redrawn, above 0 to 1: one number for the first stage drawn, or one per stage."""
+    """How much of `image` is redrawn, above 0 and up to 1: one number for the first stage drawn, or one per stage."""
     batch: int = 16
     """Pictures drawn at once per device."""
     explain: bool = False
-    """Heat maps of which words drew which pixels."""
+    """Also write heat maps that show which pixels attended to which word."""
 
 
 @dataclass
@@ -127,34 +129,34 @@ class DistillCommand(Experiment):
 
 @dataclass
 class OrderCommand(Experiment):
-    """`cascade order`: what a run would read."""
+    """`cascade order`: which part of a run's data order to show."""
 
     world_size: int = 1
-    """Processes of the run that is shown."""
+    """Number of processes of the run."""
     workers: int = 0
-    """DataLoader workers of each process."""
+    """DataLoader workers per process."""
     position: int = 0
-    """Where to begin: samples consumed since step 0."""
+    """Where to start: samples consumed since step 0."""
     batches: int = 1
     """Global batches to show."""
     quality: bool = False
-    """Also report, as a last line, how well the batches mix the data."""
+    """Also print, as the last line, how well the batches are shuffled."""
 
 
 @dataclass
 class IndexCommand(Experiment):
-    """`cascade index`: which shards, and whether to do them again."""
+    """`cascade index`: whether to index shards again."""
 
     rebuild: bool = False
-    """Walk also shards that have an index, and write it anew."""
+    """Also index shards that already have an index."""
 
 
 @dataclass
 class VerifyCommand(Experiment):
-    """`cascade verify`: an experiment, and where its report goes."""
+    """`cascade verify`: its report."""
 
     report: bool = False
-    """Also write one HTML page about the data."""
+    """Also write an HTML page about the data."""
     output: str = "verify"
     """Directory for the quarantine file and the report."""
 
@@ -164,22 +166,22 @@ class LaunchCommand(Experiment):
     """`cascade launch`: which command to submit, and how."""
 
     verb: Any = "train"
-    """Which command to submit; a list ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a
-    chain, each job after the success of the one before; `all`: the whole cascade of the experiment, as a graph."""
+    """The command to submit; a list such as ["train stage=demo_base", "train stage=demo_sr", bundle] is submitted as a
+    chain, each job starting after the previous one succeeds; `all`: the whole cascade of the experiment, as a graph."""
     embed_tasks: int = 1
-    """verb=all: tasks of an array that share the text embedding."""
+    """verb=all: array tasks that divide the text embedding among them."""
     evaluate_checkpoints: bool = True
-    """verb=all: a job beside each stage evaluates its checkpoints as they come (on one device)."""
+    """verb=all: for each stage, an additional job evaluates its checkpoints as they appear (on one device)."""
     at_once: int = 0
-    """Jobs of a launch on this machine, or of a --multirun, that run at the same time; 0: one here, all of a sweep."""
+    """Maximum number of concurrent jobs of a local launch or a --multirun; 0: one locally, no limit for a sweep."""
     overrides: list[str] = field(default_factory=list)
-    """More key=value words for the submitted command."""
+    """Additional key=value overrides for the submitted command."""
     dry_run: bool = False
     """Print and write the script without submitting it."""
     script: str | None = None
-    """Where the script is written; null: RUN_DIR/launch/."""
+    """Where to write the script; null: RUN_DIR/launch/."""
     separate: str = ""
-    """Appended to run.dir; --multirun sets it, so that each job has its own."""
+    """Appended to run.dir; set by --multirun, so that each job has its own run directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,16 +191,16 @@ class LaunchCommand(Experiment):
 
 @dataclass
 class StatusCommand(Experiment):
-    """`cascade status`: how the runs of a directory are listed."""
+    """`cascade status`: how to list the runs of a directory."""
 
     sort: str = "stage"
-    """Column of the JSON answer to sort by: stage, state, step, validation_loss ..."""
+    """Column of the JSON output to sort by: stage, state, step, validation_loss ..."""
     watch: float = 0.0
-    """Seconds between two looks; 0: look once."""
+    """Seconds between updates; 0: print once."""
     price: float = 2.0
     """Dollars per GPU hour."""
     html: str | None = None
-    """File of a page with curves and sample grids, which needs no server."""
+    """Also write this file: a self-contained page with curves and sample grids."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,27 +210,27 @@ class StatusCommand(Experiment):
 
 @dataclass
 class CompareCommand(Experiment):
-    """`cascade compare`: which runs are set side by side."""
+    """`cascade compare`: which runs to compare."""
 
     runs: list[str] = field(default_factory=list)
-    """Run directories; also typed without a key."""
+    """Run directories; the key can be omitted."""
     curves: list[str] = field(default_factory=lambda: ["loss", "validation_loss_ema"])
-    """Numbers of metrics.jsonl to draw."""
+    """Metrics in metrics.jsonl to plot."""
     output: str = "compare.png"
-    """Picture of the curves."""
+    """File for the plot."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len({*self.runs}) == len(self.runs), "runs: one is named twice")
+        require(len({*self.runs}) == len(self.runs), "runs: the same run is listed twice")
         require(self.output.endswith(".png"), f"output={self.output}: it must end in .png")
 
 
 @dataclass
 class ResumeCommand(Experiment):
-    """`cascade resume`: which run, or directory of an experiment, goes on."""
+    """`cascade resume`: how to resume a launch."""
 
     at_once: int = 1
-    """Jobs that run at the same time, of a launch on this machine."""
+    """Maximum number of concurrent jobs of a local launch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,14 +239,14 @@ class ResumeCommand(Experiment):
 
 @dataclass
 class LogsCommand(Experiment):
-    """`cascade logs`: which log of a run, and how much of it."""
+    """`cascade logs`: which log of a run to show, and how much of it."""
 
     rank: int | None = None
-    """The log of this process; null: that of the newest job, which has what was printed."""
+    """Show the log of this rank; null: the output of the newest job."""
     lines: int = 40
-    """Last lines shown."""
+    """Number of last lines to show."""
     follow: bool = False
-    """Go on with what is added, until Ctrl-C."""
+    """Keep printing new lines until Ctrl-C."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,20 +255,21 @@ class LogsCommand(Experiment):
 
 @dataclass
 class PlanCommand(Experiment):
-    """`cascade plan`: an experiment, and the hardware to plan it for."""
+    """`cascade plan`: the hardware to plan for."""
 
     doctor: bool = False
-    """Also try the real thing: credentials, stores, weights, one batch, one step, one checkpoint there and back."""
+    """Also test everything for real: credentials, stores, weights, one batch, one step, writing and reading one
+    checkpoint."""
     mfu: float = 0.4
-    """Model FLOPs utilisation to assume."""
+    """Model FLOPs utilization (MFU) to assume."""
     gpu: str | None = None
-    """h100, h200, a100, ... or cpu (measured now); null: h100, or cpu where cluster.gpus=false."""
+    """h100, h200, a100, ... or cpu (measured on this machine); null: h100, or cpu if cluster.gpus=false."""
     memory_gib: float = 0.0
-    """Memory per GPU; 0: the data sheet's, or this machine's share per process."""
+    """Memory per GPU, GiB; 0: from the data sheet, or this machine's memory per process."""
     price: float = 2.0
     """Dollars per GPU hour."""
     store_gb_s: float = 1.0
-    """GB/s that one node writes to the checkpoint store."""
+    """Write speed of one node to the checkpoint store, GB/s."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,13 +286,13 @@ class CheckpointsCommand(Experiment):
     action: str = "list"
     """`list`, `verify`, `diff` or `export`."""
     steps: list[int] = field(default_factory=list)
-    """Which ones; empty: all (verify), the newest (export), the two newest (diff)."""
+    """Steps of the checkpoints; empty: all (verify), the newest (export), the two newest (diff)."""
     output: str | None = None
     """`export`: the safetensors file to write."""
     average: int = 0
-    """`export`: which of ema.decays; -1: the raw weights."""
+    """`export`: index of the average in ema.decays; -1: the raw weights."""
     sigma_rel: float | None = None
-    """`export`: the average of this relative width, made from the stored ones (ema.profile=power)."""
+    """`export`: reconstruct the average of this relative width from the stored ones (ema.profile=power)."""
 
     def __post_init__(self) -> None:
         actions = ("list", "verify", "diff", "export")
@@ -303,24 +306,24 @@ class CheckpointsCommand(Experiment):
 
 @dataclass
 class EmbedCommand(Experiment):
-    """`cascade embed`: where the embeddings go, and which share of the shards this process does."""
+    """`cascade embed`: where the embeddings go, and which share of the shards this process handles."""
 
     output: str | None = None
-    """Directory or s3:// prefix of the sidecars; null: beside the shards. Training reads them by data.embeddings."""
+    """Directory or s3:// prefix for the embeddings; null: next to the shards. Training reads it as data.embeddings."""
     part: int = 0
-    """Which of `parts` shares of the shards this command does, from 0."""
+    """Which of the `parts` shares this process handles, from 0."""
     parts: int = 1
-    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
-    themselves."""
+    """Number of shares: this process handles the shards whose number is `part` modulo `parts`. The tasks of a Slurm
+    array divide the work automatically."""
     dtype: str = "bf16"
     """`bf16` or `int8` (half the size)."""
     batch: int = 64
-    """Captions encoded together."""
+    """Captions per batch."""
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "int8"), f"dtype={self.dtype}: it must be bf16 or int8")
         require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
-        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
+        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts - 1={self.parts - 1}")
 
 
 @dataclass
@@ -328,45 +331,45 @@ class VlmConfig:
     """The vision-language model of `cascade caption`."""
 
     path: str | None = None
-    """Its directory on this machine, as transformers stores it with its processor (LLaVA, Qwen-VL, SmolVLM, ...)."""
+    """Local directory of the model, with its processor, in transformers format (LLaVA, Qwen-VL, SmolVLM, ...)."""
     prompt: str = field(
         default="Describe this picture in two or three sentences: what it shows, where, the colours and the style.",
         metadata=SENTENCES,
     )
-    """What it is asked."""
+    """The prompt for every picture."""
     max_tokens: int = 128
-    """Longest answer, in its tokens."""
+    """Maximum length of a caption, in tokens of the model."""
     side: int = 448
-    """Pictures are decoded to about this shorter side, pixels."""
+    """Pictures are decoded so that their shorter side is about this long, pixels."""
     dtype: str = "bf16"
-    """`bf16` or `fp32`."""
+    """Number format of the model: `bf16` or `fp32`."""
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bf16", "fp32"), f"vlm.dtype={self.dtype}: it must be bf16 or fp32")
-        require(bool(self.prompt), "vlm.prompt: it is empty; say what is asked")
+        require(bool(self.prompt), "vlm.prompt: it is empty; give the model a prompt")
         for name in ("max_tokens", "side"):
             require(getattr(self, name) >= 1, f"vlm.{name}={getattr(self, name)}: it must be at least 1")
 
 
 @dataclass
 class CaptionCommand(Experiment):
-    """`cascade caption`: which model describes the pictures, and which share of the shards this process does."""
+    """`cascade caption`: which model describes the pictures, and which share of the shards this process handles."""
 
     vlm: VlmConfig = field(default_factory=VlmConfig)
     output: str | None = None
-    """Directory or s3:// prefix of the captions. Training reads them by data.captions.files."""
+    """Directory or s3:// prefix for the captions. Training reads it as data.captions.files."""
     part: int = 0
-    """Which share of the shards this process does, see `parts`."""
+    """Which of the `parts` shares this process handles, from 0."""
     parts: int = 1
-    """This process does the shards whose number is `part` modulo `parts`; tasks of a Slurm array share by
-    themselves."""
+    """Number of shares: this process handles the shards whose number is `part` modulo `parts`. The tasks of a Slurm
+    array divide the work automatically."""
     batch: int = 16
-    """Pictures described together."""
+    """Pictures per batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
-        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts={self.parts} less 1")
+        require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts - 1={self.parts - 1}")
 
 
 @dataclass
@@ -405,24 +408,25 @@ class Verb:
     config: type[Experiment]
     """Its settings."""
     module: str
-    """Whose `main(config)` does it."""
+    """The module whose `main(config)` runs it."""
     line: str
-    """What it does, in the list of commands."""
+    """Its description in the list of commands."""
     examples: tuple[str, ...]
+    """Command lines shown by its help."""
     sections: tuple[str, ...]
-    """Whose keys its help lists beside its own; all others exist too."""
+    """Sections that its help lists in addition to its own keys; all other sections exist too."""
     outputs: tuple[str, ...] = ()
-    """Keys of the paths to which it writes; each job of a --multirun appends the values that differ."""
+    """Keys of the paths it writes to; each job of a --multirun appends the values that differ."""
     local: tuple[str, ...] = ()
-    """Keys that must name local directories: what is written file by file, and read by people, lies on a disk."""
+    """Keys that must name local directories: files that people read, and that are written incrementally, stay local."""
     draws: bool = False
-    """It draws with the stages and settings of a bundle: `stage.*` would change nothing, and is refused."""
+    """It samples with the stages and settings of a bundle: `stage.*` would have no effect, and is refused."""
     trains: bool = False
-    """It builds a model for training: its stage, batch and processes must fit each other."""
+    """It builds a model for training: stage, batch and number of processes must be compatible."""
     run_dir: str = ""
-    """Where its run lies, in place of conf/base.yaml's run.dir."""
+    """Its run directory, in place of conf/base.yaml's run.dir."""
     bare: str = ""
-    """Key of the list of words that are typed without a key."""
+    """Key of the list that arguments without a key belong to."""
     distributed: bool = False
     """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
 
@@ -469,14 +473,14 @@ COMMANDS: dict[str, Verb] = {
     "index": Verb(
         IndexCommand,
         "data_pipeline.commands.index",
-        "walk shards once and write their index",
+        "read shards once and write their index",
         ("cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'",),
         ("data",),
     ),
     "verify": Verb(
         VerifyCommand,
         "data_pipeline.commands.verify",
-        "read and decode every sample as training would; report what is broken",
+        "read and decode every sample as training would, and report damage",
         ("cascade verify data.shards=data/mine report=true output=verify",),
         ("data", "stage"),
         outputs=("output",),
@@ -491,7 +495,7 @@ COMMANDS: dict[str, Verb] = {
     "embed": Verb(
         EmbedCommand,
         "training.commands.embed",
-        "compute the text embeddings of all captions once, beside the shards",
+        "compute the text embeddings of all captions once, next to the shards",
         ("cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5",),
         ("data", "text"),
         outputs=("output",),
@@ -499,7 +503,7 @@ COMMANDS: dict[str, Verb] = {
     "caption": Verb(
         CaptionCommand,
         "training.commands.caption",
-        "describe the pictures by a local vision-language model, beside the shards",
+        "caption the pictures with a local vision-language model",
         ("cascade caption data.shards=data/mine vlm.path=models/vlm output=data/mine-captions",),
         ("vlm", "data"),
         outputs=("output",),
@@ -507,7 +511,7 @@ COMMANDS: dict[str, Verb] = {
     "train": Verb(
         Experiment,
         "training.train",
-        "train one stage; the same command again resumes",
+        "train one stage; repeat the command to resume",
         (
             "cascade train experiment=demo stage=demo_sr",
             "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
@@ -578,7 +582,7 @@ COMMANDS: dict[str, Verb] = {
     "evaluate": Verb(
         EvaluateCommand,
         "training.commands.evaluate",
-        "measure a bundle on held-out captions, or compare measured ones",
+        "evaluate a bundle on held-out captions, or compare results",
         (
             "cascade evaluate experiment=demo",
             "cascade evaluate experiment=demo guidance=1.5 evaluation.output=runs/demo/guided",
@@ -603,7 +607,7 @@ COMMANDS: dict[str, Verb] = {
     "plan": Verb(
         PlanCommand,
         "training.plan.plan",
-        "memory, time and cost before an allocation is spent",
+        "estimate memory, time and cost before spending an allocation",
         (
             "cascade plan experiment=modern stage=base64 cluster=slurm cluster.nodes=8",
             "cascade plan experiment=demo doctor=true",
@@ -631,14 +635,14 @@ COMMANDS: dict[str, Verb] = {
     "status": Verb(
         StatusCommand,
         "slurm.commands.status",
-        "how the runs of a directory get on: state, speed, restarts, end, cost",
+        "show the runs of a directory: state, speed, restarts, time left, cost",
         ("cascade status run=runs/demo", "cascade status run=runs/sweep sort=validation_loss"),
         ("run",),
     ),
     "compare": Verb(
         CompareCommand,
         "slurm.commands.compare",
-        "what differs between runs: settings, curves, validation loss sample by sample",
+        "compare runs: settings, curves, validation loss sample by sample",
         ("cascade compare runs/a/base64 runs/b/base64 output=compare.png",),
         ("run",),
         local=("output",),
@@ -647,21 +651,21 @@ COMMANDS: dict[str, Verb] = {
     "logs": Verb(
         LogsCommand,
         "slurm.commands.logs",
-        "the end of a run's log, of its job or of one rank",
+        "show the end of a run's log, of its job or of one rank",
         ("cascade logs run=runs/demo/demo_base rank=3 follow=true",),
         ("run",),
     ),
     "resume": Verb(
         ResumeCommand,
         "slurm.commands.resume",
-        "submit again what a launch has not finished",
+        "resubmit the unfinished jobs of a launch",
         ("cascade resume run=runs/demo", "cascade resume run=runs/demo/demo_base"),
         ("run",),
     ),
     "stop": Verb(
         Experiment,
         "slurm.commands.stop",
-        "cancel the jobs of a run or of an experiment; a training saves first",
+        "cancel the jobs of a run or an experiment; trainings save first",
         ("cascade stop run=runs/demo",),
         ("run",),
     ),

@@ -48,23 +48,23 @@ class DiffusionConfig:
     """What the network outputs: `eps`, `x0`, `v`, or `edm` (preconditioned denoiser)."""
     weighting: str = "v"
     """Weight of the x0 error: `paper` (= error in eps), `v` (SNR + 1, capped), `min_snr`, `edm`, `flow_v` (= error in
-    the velocity of a straight path), `sigmoid` (the same at every schedule)."""
+    the velocity of a straight path), `sigmoid` (independent of the schedule)."""
     sigmoid_bias: float = 2.0
-    """`sigmoid`: the log signal-to-noise ratio above which the weight of the error in eps falls."""
+    """`sigmoid`: the log signal-to-noise ratio above which the weight of the eps error falls."""
     min_snr_gamma: float = 5.0
-    """`min_snr`: the signal-to-noise ratio at which the weight is cut off."""
+    """`min_snr`: the signal-to-noise ratio at which the weight is capped."""
     max_weight: float = 0.0
     """Cap on the weight of the x0 error; 0: none."""
     log_snr_min: float = -20.0
-    """Least log signal-to-noise ratio (nearly pure noise)."""
+    """Minimum log signal-to-noise ratio (nearly pure noise)."""
     log_snr_max: float = 20.0
-    """Greatest log signal-to-noise ratio (nearly clean)."""
+    """Maximum log signal-to-noise ratio (nearly clean)."""
     shift_from: int = 0
     """Reference resolution of the resolution shift 2 ln(shift_from / image_size); 0: no shift."""
     residual: bool = False
-    """Super-resolution with x0 output: the network predicts the difference from the up-sampled low-res picture."""
+    """Super-resolution with x0 output: the network predicts the difference from the upsampled low-res picture."""
     text_drop: float = 0.1
-    """Share of samples trained without text, for classifier-free guidance."""
+    """Probability of training a sample without its text, for classifier-free guidance."""
     null_text: str = "zero"
     """The token that represents no text: `zero` or `learned`; stored in the checkpoint."""
     aug_max: float = 1.0
@@ -111,26 +111,26 @@ class SamplerConfig:
     name: str = "dpmpp_2m"
     """`ddpm`, `ddim`, `heun` or `dpmpp_2m`."""
     steps: int = 20
-    """Steps from noise to picture; heun calls the network twice in each."""
+    """Number of sampling steps; heun evaluates the network twice per step."""
     guidance: float = 3.0
     """Guidance weight w; 1: no guidance."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Times t between which guidance applies."""
+    """First and last time t at which guidance is applied."""
     spacing: str = "auto"
     """Spacing of the steps: uniform in `time` or `log_snr`, or `karras` (rho 7); auto: karras for the edm schedule,
-    else time. Use `log_snr` with few steps of dpmpp_2m: uniform in time they flatten fine detail."""
+    otherwise time. Use `log_snr` for few steps of dpmpp_2m: spacing them in time blurs fine detail."""
     threshold: str = "dynamic"
-    """On the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen section
-    2.3)."""
+    """Thresholding of the guided x0: `none`, `static` (clip to [-1, 1]) or `dynamic` (per-picture percentile, Imagen
+    section 2.3)."""
     threshold_percentile: float = 0.995
-    """`dynamic`: share of a picture's values that stay inside the threshold, 0 to 1."""
+    """`dynamic`: fraction of a picture's values that lie within the threshold, 0 to 1."""
     aug_level: float = 0.1
     """Super-resolution: level (a time in [0, 1]) of the noise added to the low-res input."""
     original_side: float = 1024.0
     """`stage.diffusion.size_condition`: draw as if from an uncropped original whose shorter side has this many
     pixels."""
     gamma: float = 0.3
-    """ddpm: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
+    """`ddpm`: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
 
     def __post_init__(self) -> None:
         _one_of("stage.sampler.name", self.name, SAMPLERS)

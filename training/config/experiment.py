@@ -1,8 +1,9 @@
-"""Every setting that an experiment composes, as typed dataclasses that refuse what cannot work. Imports neither torch
-nor deepspeed. What single commands add, and the list of commands, is in commands.py.
+"""Every setting of an experiment, as typed dataclasses that refuse invalid values. Imports neither torch nor deepspeed.
+The keys of single commands, and the table of commands, are in commands.py.
 
-`conf/*.yaml` composes the values (Hydra), these classes own their validity: unknown keys and wrong types are refused by
-OmegaConf's structured configs, impossible values by `__post_init__`, impossible combinations by `plan/checks.py`.
+Hydra composes the values from `conf/*.yaml`; these classes decide what is valid. Unknown keys and wrong types are
+refused by OmegaConf's structured configs, invalid values by `__post_init__`, and invalid combinations by
+`plan/checks.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from training.config.diffusion import DiffusionConfig, DistillConfig, SamplerCon
 from training.config.features import DinoConfig, PerceptualConfig, RepaConfig
 
 MOST_PROFILED = 50
-"""Steps of a trace: more make a file that no viewer opens."""
+"""Maximum number of steps in a trace: viewers cannot open larger files."""
 SENTENCES = {"sentences": True}
-"""Marks a field of free text: on the command line `a red circle, on white` is one text (training/cli/overrides.py)."""
+"""Marks a field of free text: on the command line, `a red circle, on white` is one text (training/cli/overrides.py)."""
 
 
 @dataclass
@@ -26,9 +27,9 @@ class RunConfig:
     """Where a run lives. One run = one stage's training, in one directory, over any number of restarts."""
 
     name: str = "default"
-    """Of the experiment; the directories of its data, runs and results carry it."""
+    """Name of the experiment, part of the paths of its data, runs and results."""
     dir: str = "runs/default/stage"
-    """Of this stage's run: checkpoints, logs, metrics, sample grids."""
+    """Directory of this stage's run: checkpoints, logs, metrics, sample grids."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir: it is empty; name a directory")
@@ -36,7 +37,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    """The U-Net of a stage: a preset, and what differs from it."""
+    """The U-Net of a stage: a preset and overrides."""
 
     preset: str = "demo_base"
     """A row of training/config/unet.py."""
@@ -51,9 +52,9 @@ class StageConfig:
     name: str = "demo_base"
     """Part of the run's directory and of file names in a bundle."""
     image_size: int = 16
-    """Side of the pictures this stage makes, pixels."""
+    """Side of the pictures this stage generates, pixels."""
     low_res_size: int = 0
-    """Side of the pictures it starts from; 0 for a base stage."""
+    """Side of the pictures it upsamples, pixels; 0 for a base stage."""
     crop_size: int = 0
     """Super-resolution only: train on crops of this side (output pixels); 0: whole pictures."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -63,7 +64,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", "..", "words"),
-            f"stage.name={self.name}: directories are named by it; it must be a word without a slash, and not `words`",
+            f"stage.name={self.name}: it names directories, so it must not be empty, contain a slash, or be `words`",
         )
         at_least(self, "stage", image_size=1, low_res_size=0, crop_size=0)
         if self.low_res_size:
@@ -83,7 +84,7 @@ class StageConfig:
 
     @property
     def is_super_resolution(self) -> bool:
-        """Whether the stage enlarges a smaller picture."""
+        """Whether the stage upsamples a smaller picture."""
         return self.low_res_size > 0
 
     @property
@@ -97,27 +98,27 @@ class TextConfig:
     """The frozen text encoder."""
 
     kind: str = "words"
-    """`words` (deterministic vectors per word, character and neighbour; no meaning, no download), `t5` (T5, mT5, umT5,
-    ByT5), `hidden` (hidden states of T5Gemma, Gemma, Qwen, Qwen-VL and other language models) or `clip`."""
+    """`words` (deterministic vectors from words, characters and neighbours: no semantics, no download), `t5` (T5, mT5,
+    umT5, ByT5), `hidden` (hidden states of T5Gemma, Gemma, Qwen, Qwen-VL and other language models) or `clip`."""
     path: str | None = None
-    """Of a model: a local directory or a name in the Hugging Face cache."""
+    """The model: a local directory or a name in the Hugging Face cache."""
     tokenizer: str | None = None
-    """Its tokenizer's directory; null: in `path`, or beside it as pipelines ship it (text_encoder_2, tokenizer_2)."""
+    """Directory of the tokenizer; null: in `path`, or next to it as in pipelines (text_encoder_2, tokenizer_2)."""
     max_tokens: int = 32
-    """Captions are cut to this many tokens (with `also`: of both encoders together)."""
+    """Captions are truncated to this many tokens (with `also`: of both encoders together)."""
     dim: int = 384
-    """Width of the embeddings; for a model it must equal the model's (with `also`: the larger of the two)."""
+    """Width of the embeddings; must equal the model's (with `also`: the larger of the two)."""
     layer: int = -1
-    """`hidden`, `clip`: which hidden states: -1 the last ones, after the final norm, -2 those of the layer before."""
+    """`hidden`, `clip`: which hidden states to use: -1 for the last (after the final norm), -2 for the layer before."""
     prefix: str = field(default="", metadata=SENTENCES)
-    """`hidden`: an instruction in front of each caption; the embeddings are those of the caption alone."""
+    """`hidden`: an instruction put before each caption; only the caption's own embeddings are used."""
     also: dict[str, Any] = field(default_factory=dict)
-    """A second encoder, whose tokens follow: {kind: clip, path: DIR, dim: 768, max_tokens: 77}."""
+    """A second encoder, whose tokens are appended: {kind: clip, path: DIR, dim: 768, max_tokens: 77}."""
     dtype: str = "fp32"
-    """`fp32` or `bf16`, for the frozen encoder."""
+    """Number format of the frozen encoder: `fp32` or `bf16`."""
     sha: str | None = None
-    """Hash of the encoder's weights and tokenizer. Null: found out at the start; checkpoints and bundles keep it and
-    refuse another encoder."""
+    """Hash of the encoder's weights and tokenizer; null: computed at the start. Checkpoints and bundles store it, and
+    refuse a different encoder."""
 
     def __post_init__(self) -> None:
         kinds = ("words", "t5", "hidden", "clip")
@@ -126,31 +127,31 @@ class TextConfig:
         at_least(self, "text", max_tokens=1, dim=1)
         require(
             self.kind == "words" or bool(self.path),
-            f"text.path: text={self.kind} needs a directory or a name in the HF cache",
+            f"text.path: text.kind={self.kind} needs a local directory or a name in the Hugging Face cache",
         )
-        require(self.layer == -1 or self.kind in ("hidden", "clip"), f"text.layer: text.kind={self.kind} has none")
-        require(not self.prefix or self.kind == "hidden", f"text.prefix: text.kind={self.kind} takes none")
-        require(self.kind != "words" or self.tokenizer is None, "text.tokenizer: text.kind=words takes none")
+        require(self.layer == -1 or self.kind in ("hidden", "clip"), f"text.layer: text.kind={self.kind} has no layers")
+        require(not self.prefix or self.kind == "hidden", f"text.prefix: text.kind={self.kind} does not use it")
+        require(self.kind != "words" or self.tokenizer is None, "text.tokenizer: text.kind=words does not use one")
         if self.also:
             self.encoders()
 
     def encoders(self) -> list[TextConfig]:
-        """This one and `also`, each by itself.
+        """This encoder and `also`, as separate configs.
 
         Raises:
-            ConfigError: `also` has an unknown key, an encoder more, or as many tokens as there are.
+            ConfigError: `also` has an unknown key or an `also` of its own, or leaves the first encoder no tokens.
         """
         if not self.also:
             return [self]
         known = [one.name for one in fields(self) if one.name not in ("also", "sha")]
         for key in self.also:
-            require(key in known, f"text.also: it has no {key!r}; its keys are {', '.join(known)}")
+            require(key in known, f"text.also: unknown key {key!r}; the keys are {', '.join(known)}")
         second = TextConfig(**{"dtype": self.dtype, **self.also})
         first = self.max_tokens - second.max_tokens
         require(
             first >= 1,
-            f"text.max_tokens={self.max_tokens}: it counts the tokens of both encoders, of which text.also.max_tokens="
-            f"{second.max_tokens} are the second's; the first needs some, too",
+            f"text.max_tokens={self.max_tokens}: it covers both encoders, so it must be larger than "
+            f"text.also.max_tokens={second.max_tokens}",
         )
         return [replace(self, also={}, sha=None, max_tokens=first), second]
 
@@ -160,25 +161,25 @@ class OptimizerConfig:
     """Optimizer, learning rate and its schedule, clipping."""
 
     name: str = "adamw"
-    """`adamw`, `adamw8bit` (moments of 8 bits), `adafactor`, `muon`: `optimizer=NAME` takes its file."""
+    """`adamw`, `adamw8bit` (8-bit moments), `adafactor` or `muon`; `optimizer=NAME` loads its defaults."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     """Decay rates of the first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled: per step, times the learning rate."""
+    """Decoupled weight decay: multiplied by the learning rate in each step."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from zero."""
     decay: str = "linear"
-    """`constant`, `cosine` or `linear`, after the warm-up, to zero at train.steps."""
+    """Decay of the learning rate, to zero at train.steps: `constant` (none), `cosine` or `linear`."""
     decay_from: float = 0.7
-    """Share of train.steps after which the decay starts."""
+    """Fraction of train.steps after which the decay starts."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient of a step; 0: none."""
+    """Gradients are clipped to this norm; 0: no clipping."""
     options: dict[str, float] = field(default_factory=dict)
-    """What only this optimizer has."""
+    """Settings specific to the optimizer."""
 
     def __post_init__(self) -> None:
         require(
@@ -189,7 +190,7 @@ class OptimizerConfig:
         at_least(self, "optimizer", weight_decay=0, warmup_steps=0, clip_norm=0)
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer.betas={self.betas}: it must be two numbers from 0 to below 1",
+            f"optimizer.betas={self.betas}: it must be two numbers of at least 0 and less than 1",
         )
         require(0 <= self.decay_from <= 1, f"optimizer.decay_from={self.decay_from}: it must lie between 0 and 1")
 
@@ -199,11 +200,11 @@ class EmaConfig:
     """Moving averages of the weights."""
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
-    """One average per decay; the first one is sampled from. Ramped up as (1 + n) / (10 + n). With `profile: power`
-    these are relative widths, for example [0.05, 0.1]."""
+    """One average per decay; sampling uses the first. Ramped up as (1 + n) / (10 + n). With `profile: power` these are
+    relative widths, for example [0.05, 0.1]."""
     profile: str = "constant"
-    """`constant` decay, or `power`: averages from which, with checkpoint.keep_every, `cascade checkpoints action=export
-    sigma_rel=...` makes one of any other width afterwards."""
+    """`constant` decay, or `power`: with checkpoint.keep_every, `cascade checkpoints action=export sigma_rel=...` can
+    later reconstruct an average of any width."""
 
     def __post_init__(self) -> None:
         require(bool(self.decays), "ema.decays: give at least one decay")
@@ -211,7 +212,7 @@ class EmaConfig:
             require(0 <= decay < 1, f"ema.decays: {decay} is not in [0, 1)")
             require(
                 self.profile != "power" or 0 < decay < 0.288,
-                f"ema.decays: {decay} is no relative width; ema.profile=power needs values between 0 and 0.288",
+                f"ema.decays: {decay} is not a relative width; ema.profile=power needs values between 0 and 0.288",
             )
         require(self.profile in ("constant", "power"), f"ema.profile={self.profile}: it must be constant or power")
 
@@ -272,38 +273,37 @@ class ProfileConfig:
 
 @dataclass
 class TrainConfig:
-    """The training loop: steps, logging, what to do about trouble."""
+    """The training loop: steps, logging, and how to handle failures."""
 
     steps: int = 1000
     """Optimizer steps of the whole run."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     sample_every: int = 500
-    """A grid of fixed prompts with fixed seeds every so many steps; 0: never."""
+    """Steps between two sample grids (fixed prompts, fixed seeds); 0: never."""
     sample_prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
     """Captions of the sample grid; empty, and for super-resolution: the first captions of the data."""
     init_from: str | None = None
-    """A bundle or checkpoint whose weights a fresh run of this stage starts from."""
+    """A bundle or checkpoint whose weights a new run of this stage starts from."""
     max_skipped: int = 10
-    """After this many steps in a row that could not be applied (loss or gradient not finite, loss a spike) the run
-    goes back to the weights of its last healthy checkpoint and steps past the data."""
+    """After this many consecutive skipped steps (loss or gradient not finite, or a loss spike), the run rolls back to
+    its last healthy checkpoint and skips the data in between."""
     max_rollbacks: int = 1
-    """Rollbacks without a healthy checkpoint in between, before the run stops (code 76)."""
+    """Rollbacks without a healthy checkpoint in between before the run stops (code 76)."""
     spike_factor: float = 20.0
-    """A step whose loss is more than this many times the median of the last 64 is not applied; 0: every finite one
-    is."""
+    """A step is skipped if its loss exceeds this many times the median of the last 64; 0: only if it is not finite."""
     stall_s: float = 120.0
-    """A rank that makes no progress for this many seconds is reported, with its stacks in its log file."""
+    """A rank that makes no progress for this many seconds is reported, and its stacks are written to its log."""
     peak_tflops: float = 0.0
-    """Stated peak of one device, for MFU; 0: the data sheet's figure for a known GPU, else no MFU."""
+    """Peak of one device, for MFU; 0: the data sheet's figure if the GPU is known, otherwise no MFU."""
     deterministic_reduction: bool = False
-    """Gradients, losses and norms are added up in an order that does not depend on the number of processes, so that any
-    number of them, and any ZeRO stage, trains the same bits. Needs data.micro_batch (which must then stay as it is) and
-    optimizer.name=adamw; costs memory for two to log2(micro-batches) more gradients per process, and time."""
+    """Sum gradients, losses and norms in an order that does not depend on the number of processes, so that any number
+    of processes and any ZeRO stage gives bit-identical training. Needs data.micro_batch (fixed for the run) and
+    optimizer.name=adamw; costs time, and memory for 2 to log2(micro-batches) more gradients per process."""
     timeout_first_s: float = 1800.0
-    """Time-out of the process groups up to the first step (compilation, warm-up)."""
+    """Time-out of the process groups until the first step (compilation, warm-up)."""
     timeout_s: float = 600.0
-    """The same afterwards."""
+    """Time-out of the process groups after the first step."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
@@ -318,12 +318,12 @@ class TrainConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adaptation of the weights of train.init_from, which stay frozen; needs the `peft` package."""
+    """Low-rank adaptation (LoRA) of the weights of train.init_from, which stay frozen; needs the `peft` package."""
 
     rank: int = 0
-    """Inner width of the adapters; 0: off, all weights are trained."""
+    """Rank of the adapters; 0: off, all weights are trained."""
     alpha: float = 0.0
-    """The adapters' sum is multiplied by alpha / rank; 0: alpha = rank."""
+    """The output of the adapters is scaled by alpha / rank; 0: alpha = rank."""
     targets: list[str] = field(
         default_factory=lambda: ["query", "key_value", "text_key_value", "out", "conv_in", "conv_out", "cond"]
     )
@@ -335,21 +335,20 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor of the adapters' sum."""
+        """Scale of the adapters' output."""
         return (self.alpha or self.rank) / self.rank if self.rank else 0.0
 
 
 @dataclass
 class ValidationConfig:
-    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable between steps and between
-    runs."""
+    """The loss on held-out pictures at fixed noise levels with fixed noise: comparable across steps and runs."""
 
     every: int = 0
     """Steps between two measurements; 0: never."""
     shards: Any = None
     """Held-out shards; null: evaluation.reference."""
     samples: int = 64
-    """Pictures; a multiple of the number of processes."""
+    """Number of pictures; a multiple of the number of processes."""
 
     def __post_init__(self) -> None:
         at_least(self, "validation", every=0, samples=1)
@@ -360,17 +359,17 @@ class CheckpointConfig:
     """Where checkpoints go, how often, and which are kept."""
 
     every: Any = 1000
-    """Steps between two checkpoints; `auto`: by what one costs and how often this run fails (Young and Daly)."""
+    """Steps between two checkpoints; `auto`: from their cost and this run's failure rate (Young and Daly)."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Keep each checkpoint whose step is a multiple of this for ever; 0: none."""
+    """Never delete a checkpoint whose step is a multiple of this; 0: no such checkpoints."""
     keep_best: bool = True
-    """Keep the one with the lowest validation loss (averaged weights)."""
+    """Keep the checkpoint with the lowest validation loss (averaged weights)."""
     dir: str | None = None
     """Where checkpoints go (a directory or s3://bucket/prefix); null: RUN_DIR/checkpoints."""
     background: bool = True
-    """Write in the background; the loop waits only for the copy to host memory."""
+    """Write in the background; training only waits for the copy to host memory."""
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint", keep_last=1, keep_every=0)
@@ -383,22 +382,22 @@ class CheckpointConfig:
 @dataclass
 class WandbConfig:
     """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP, WANDB_NOTES and
-    WANDB_TAGS hold for what the command line does not give."""
+    WANDB_TAGS apply unless the command line sets the key."""
 
     mode: str = "offline"
     """`online`, `offline` or `disabled`."""
     project: str = "cascade"
-    """At W&B, where the run is shown."""
+    """W&B project of the run."""
     entity: str | None = None
-    """User or team at W&B; null: the account's own."""
+    """W&B user or team; null: the account's default."""
     name: str | None = None
-    """Of the run; null: RUN_NAME/STAGE_NAME."""
+    """Name of the run; null: RUN_NAME/STAGE_NAME."""
     group: str | None = None
-    """Runs of one group are shown together."""
+    """Runs of a group are shown together."""
     notes: str | None = field(default=None, metadata=SENTENCES)
     """Free text about the run."""
     tags: list[str] = field(default_factory=list)
-    """Words to find the run by."""
+    """Tags of the run."""
 
     def __post_init__(self) -> None:
         require(
@@ -408,23 +407,23 @@ class WandbConfig:
         wrong = sorted(set(self.project) & set("/\\#?%:"))
         require(
             not wrong and 0 < len(self.project) <= 128,
-            f"wandb.project={self.project}: W&B takes 1 to 128 characters, and none of / \\ # ? % :",
+            f"wandb.project={self.project}: W&B accepts 1 to 128 characters, and none of / \\ # ? % :",
         )
         for name in ("name", "group"):
             value = getattr(self, name)
-            require(value is None or 0 < len(value) <= 128, f"wandb.{name}={value}: W&B takes 1 to 128 characters")
+            require(value is None or 0 < len(value) <= 128, f"wandb.{name}={value}: W&B accepts 1 to 128 characters")
         for tag in self.tags:
-            require(0 < len(tag) <= 64, f"wandb.tags: W&B takes tags of 1 to 64 characters, not {tag!r}")
+            require(0 < len(tag) <= 64, f"wandb.tags: W&B accepts tags of 1 to 64 characters, not {tag!r}")
 
 
 @dataclass
 class TrackersConfig:
-    """Where metrics go besides metrics.jsonl and W&B; any of them together."""
+    """Where to log metrics in addition to metrics.jsonl and W&B."""
 
     tensorboard: bool = False
     """Event files in RUN_DIR/tensorboard; needs the `tensorboardX` package."""
     csv: bool = False
-    """RUN_DIR/metrics.csv, brought up to date at each checkpoint and at the end."""
+    """RUN_DIR/metrics.csv, updated at each checkpoint and at the end."""
 
 
 @dataclass
@@ -436,7 +435,7 @@ class BundleConfig:
     dir: str = "runs/default/bundle"
     """The bundle: a directory or s3:// prefix."""
     text_path: str | None = None
-    """`sample` and `evaluate`: where the text encoder lies on this machine; null: where the bundle says."""
+    """`sample` and `evaluate`: path of the text encoder on this machine; null: the path stored in the bundle."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "bundle.dir: it is empty; name a directory or an s3:// prefix")
@@ -444,16 +443,16 @@ class BundleConfig:
 
 @dataclass
 class SamplingConfig:
-    """The prompts that `cascade sample` draws by default, and where to."""
+    """The default prompts and output of `cascade sample`."""
 
     prompts: list[str] = field(default_factory=list, metadata=SENTENCES)
     """The experiment's own prompts, used when the command line gives none."""
     output: str = "runs/default/samples"
     """Directory of the pictures."""
     columns: int = 4
-    """Prompts in a row of the grid."""
+    """Prompts per row of the grid."""
     certificate: str | None = None
-    """PEM file of a certificate chain: final pictures are signed as content credentials (C2PA); null: they are not."""
+    """PEM file of a certificate chain to sign the final pictures with (Content Credentials, C2PA); null: unsigned."""
     key: str | None = None
     """PEM file of the certificate's private key."""
 
@@ -461,7 +460,7 @@ class SamplingConfig:
         at_least(self, "sampling", columns=1)
         require(
             (self.certificate is None) == (self.key is None),
-            "sampling.certificate and sampling.key: signing needs both, the chain and its private key",
+            "sampling.certificate and sampling.key: signing needs both the certificate chain and its private key",
         )
 
 
@@ -470,16 +469,16 @@ EXTRACTORS = ("inception", "clip", "dinov2", "vlm")
 
 @dataclass
 class ExtractorConfig:
-    """A network that turns pictures into features: `extractor=[inception,clip]` chooses from conf/extractor."""
+    """A feature extractor: `extractor=[inception,clip]` selects from conf/extractor."""
 
     kind: str = "inception"
-    """`inception`, `clip` or `dinov2`; `vlm`: a vision-language model, whose answers to questions are scores."""
+    """`inception`, `clip` or `dinov2`; `vlm`: a vision-language model, which scores pictures by answering questions."""
     path: str = ""
     """Local file (inception) or directory (the others); nothing is downloaded."""
     sha256: str = ""
-    """Of the weights' file; required, so that figures of other weights are never compared."""
+    """SHA-256 of the weights; required, so that figures from different weights are never compared."""
     source: str = ""
-    """Where the weights can be fetched; for the message when they are missing."""
+    """Where to get the weights; shown if they are missing."""
     batch: int = 32
     """Pictures per forward pass."""
 
@@ -493,53 +492,52 @@ class ExtractorConfig:
 
 @dataclass
 class EvaluationConfig:
-    """`cascade evaluate`: what is measured on how many samples."""
+    """`cascade evaluate`: what to measure, and on how many samples."""
 
     every: int = 0
-    """`train`: steps between two measurements of figures on features, with the averaged weights on all ranks; 0:
-    never."""
+    """`train`: steps between two evaluations (feature-based figures, averaged weights, all ranks); 0: never."""
     kind: str = "shapes"
-    """`shapes`: the oracle that reads captioned shapes; `pictures`: figures on features only."""
+    """`shapes`: an oracle reads the captioned shapes; `pictures`: feature-based figures only."""
     reference: Any = None
-    """Held-out shards, or the file that `action=reference` made of them."""
+    """Held-out shards, or the file that `action=reference` made from them."""
     prompts: Any = None
     """`pictures`: a text file with one prompt per line, or a table with a column `Prompt`; null: the reference's
-    captions. With prompts no reference is needed."""
+    captions. With prompts, no reference is needed."""
     samples: int = 96
-    """Captions to sample; fewer where there are fewer."""
+    """Maximum number of captions to sample."""
     images_per_prompt: int = 1
-    """Pictures of each caption; from 2 on their diversity is measured."""
+    """Pictures per caption; with 2 or more, their diversity is measured."""
     reference_samples: int = 0
-    """`pictures`: reference pictures that the samples are compared with; 0: as many as samples."""
+    """`pictures`: number of reference pictures to compare the samples with; 0: as many as samples."""
     training: Any = None
-    """Shards that the model was trained on: each sample is compared with the nearest picture there, and copies are
+    """Shards that the model was trained on: each sample is compared with its nearest training picture, and copies are
     reported; null: the page shows the nearest reference pictures."""
     training_samples: int = 10000
-    """Pictures of `training` to look through."""
+    """Pictures of `training` to search."""
     from_stage: str | None = None
-    """Draw this stage and those after it from true low-res versions of the reference pictures; null: draw all stages
-    from text. The difference between the two is what the stages before it lose."""
+    """Sample from this stage on, starting from real low-res versions of the reference pictures; null: sample all
+    stages from text. The difference shows what the earlier stages lose."""
     psnr_samples: int = 32
-    """`shapes`: pictures that each super-resolution stage restores from their true low-res version; 0: none."""
+    """`shapes`: pictures that each super-resolution stage restores from their real low-res version; 0: none."""
     extractors: dict[str, ExtractorConfig] = field(default_factory=dict)
-    """Networks with local weights, by the name of their features; those without weights always stand beside them."""
+    """Extractors with local weights, by the name of their features; those without weights are always included."""
     batch: int = 32
     """Pictures drawn at once per device."""
     output: str = "runs/default/evaluation"
-    """Directory of result, report and parts."""
+    """Directory of the results, the report and the parts."""
 
     def __post_init__(self) -> None:
         require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
         at_least(self, "evaluation", every=0)
         require(
             not self.every or bool(self.reference),
-            f"evaluation.every={self.every}: name held-out shards in evaluation.reference to compare with",
+            f"evaluation.every={self.every}: set evaluation.reference to held-out shards to compare with",
         )
         at_least(self, "evaluation", samples=2, images_per_prompt=1, batch=1, reference_samples=0, psnr_samples=0)
         at_least(self, "evaluation", training_samples=2)
         require(
             self.kind == "pictures" or not self.prompts,
-            "evaluation.prompts: evaluation=shapes reads captions of drawn shapes; say evaluation=pictures",
+            "evaluation.prompts: evaluation=shapes only understands captions of drawn shapes; use evaluation=pictures",
         )
 
 
@@ -548,9 +546,9 @@ class Experiment:
     """All sections that an experiment composes; the base of every command's config."""
 
     seed: int = 0
-    """Of everything random: order, crops, captions, noise, initial weights."""
+    """Seed of everything random: order, crops, captions, noise, initial weights."""
     json: bool = False
-    """The last line on stdout is one JSON object."""
+    """Print a JSON object as the last line on stdout."""
     debug: bool = False
     """Show tracebacks."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -586,11 +584,11 @@ class Experiment:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
         require(
             self.wandb.mode == "disabled" or bool(self.wandb.name) or len(self.run.name + self.stage.name) < 128,
-            f"run.name={self.run.name}: W&B takes run names of at most 128 characters; set wandb.name",
+            f"run.name={self.run.name}: W&B accepts run names of at most 128 characters; set wandb.name",
         )
         require(
             self.lora.rank == 0 or bool(self.train.init_from),
-            f"lora.rank={self.lora.rank}: adapters change trained weights; name a bundle or run in train.init_from",
+            f"lora.rank={self.lora.rank}: LoRA adapts trained weights; set train.init_from to a bundle or run",
         )
         if self.distill.steps:  # all that draws with the stage draws as the student is meant to be drawn
             self.stage = replace(self.stage, sampler=self.distill.student_sampler(self.stage.sampler))

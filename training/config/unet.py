@@ -11,7 +11,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "float": (lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), "a number"),
-    "str": (lambda value: isinstance(value, str), "a word"),
+    "str": (lambda value: isinstance(value, str), "a string"),
 }
 
 
@@ -28,7 +28,7 @@ class UNetConfig:
     cross_attention: tuple[bool, ...] = (False, False)
     """Levels that attend to the text only."""
     attention_every_block: bool = True
-    """Attention after every residual block of such a level; false: only after the last one (down and up)."""
+    """Attention after every residual block of an attending level; false: only after the last one (down and up)."""
     head_dim: int = 64
     """Channels per attention head."""
     ff_mult: int = 0
@@ -36,7 +36,7 @@ class UNetConfig:
     patch: int = 1
     """Pixels per side folded into channels by the stem (pixel unshuffle)."""
     efficient: bool = False
-    """Efficient U-Net (Imagen, appendix B): down-sample before, up-sample after the convolutions."""
+    """Efficient U-Net (Imagen, appendix B): downsample before and upsample after the convolutions."""
     skip_scale: bool = True
     """Scale sums with the skip connections by 1/sqrt(2)."""
     text_dim: int = 384
@@ -44,16 +44,19 @@ class UNetConfig:
     text_width: int = 0
     """Text embeddings are first projected to this width; 0: no projection."""
     null_text: str = "zero"
-    """The always visible token that represents no text: `zero` (constant) or `learned` (a parameter)."""
+    """The token that represents no text and is always attended to: `zero` (constant) or `learned` (a parameter)."""
     cond_dim: int = 256
     """Width of the time + pooled-text embedding."""
     text_pool_heads: int = 4
+    """Heads of the attention that pools the text embeddings."""
     low_res: bool = False
-    """The stage takes an up-sampled low-res picture and its augmentation level."""
+    """The network takes an upsampled low-res picture and its augmentation level as input."""
     size_condition: bool = False
-    """It is told the picture's original size, crop and size (`stage.diffusion.size_condition`)."""
+    """The network is conditioned on the picture's original size, crop and size (`stage.diffusion.size_condition`)."""
     channels: int = 3
+    """Channels of the pictures."""
     dropout: float = 0.0
+    """Dropout in the residual blocks, 0 to below 1."""
     checkpoint_blocks: bool = False
     """Activation checkpointing per block."""
 
@@ -96,7 +99,7 @@ class UNetConfig:
 
     @property
     def divisor(self) -> int:
-        """The picture's side must be a multiple of this."""
+        """Sides of pictures must be multiples of this."""
         return self.patch * 2 ** (len(self.widths) - (0 if self.efficient else 1))
 
 

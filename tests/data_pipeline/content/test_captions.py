@@ -113,7 +113,7 @@ def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
     ("sources", "words"),
     [
         ({"txt": 0.0}, "at least one"),
-        ({"text": 1.0}, "neither txt nor json:FIELD"),
+        ({"text": 1.0}, "is not a source; use txt"),
         ({"txt": -1.0}, "must not be negative"),
     ],
 )

@@ -142,10 +142,10 @@ def test_the_schedule_follows_from_weights_starts_and_ends() -> None:
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ([{"name": "a", "wieght": 1}], "a data set has no 'wieght'; its keys are name, shards, weight"),
-        ([{"name": "a b"}], "name='a b': each data set has a name, a word"),
+        ([{"name": "a", "wieght": 1}], "unknown key 'wieght' of a data set; the keys are name, shards, weight"),
+        ([{"name": "a b"}], "name='a b': each data set needs a name"),
         ([{"name": "a"}, {"name": "a"}], "two data sets are called a"),
-        ([{"name": "a", "weight": -1}], "weight=-1: it must be a number not below 0"),
+        ([{"name": "a", "weight": -1}], "weight=-1: it must be a number of at least 0"),
         ([{"name": "a", "weight": 0}], "from position 0 on no data set has a weight"),
         ([{"name": "a", "end": 64}], "from position 64 on no data set has a weight"),
         ([{"name": "a"}, {"name": "b", "start": 12}], "at multiples of data.global_batch=8; the nearest are 8 and 16"),
@@ -160,5 +160,5 @@ def test_a_wrong_description_is_refused(entries: list[dict[str, Any]], message: 
 
 
 def test_an_entry_among_patterns_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'x' stands in a mixture; each entry has the form"):
+    with pytest.raises(ConfigError, match="'x': each entry of a mixture must have the form"):
         DataConfig(shards=["x", {"name": "a", "shards": "y"}])

@@ -131,7 +131,11 @@ def test_shapes_have_about_the_pixels_of_the_square() -> None:
 
 @pytest.mark.parametrize(
     "buckets, message",
-    [(["4:3"], "no shape; write WIDTHxHEIGHT"), (["1x1", "2x2"], "2x2 is there twice"), (["9x1"], "may be 8 times")],
+    [
+        (["4:3"], "not a shape; write WIDTHxHEIGHT"),
+        (["1x1", "2x2"], "2x2 is listed twice"),
+        (["9x1"], "at most 8 times"),
+    ],
 )
 def test_a_wrong_bucket_is_refused(buckets: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"data.buckets: .*{message}"):

@@ -451,7 +451,7 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         EvaluateCommand(action="guess")
     with pytest.raises(ConfigError, match="action=compare needs at least two"):
         EvaluateCommand(action="compare", results=["a"])
-    with pytest.raises(ConfigError, match="action=evaluate reads none"):
+    with pytest.raises(ConfigError, match="only action=compare and action=pareto use it, not evaluate"):
         EvaluateCommand(results=["a"])
     with pytest.raises(DataError, match=r"evaluation\.reference"):
         evaluate.main(command(bundle, tmp_path, kind="pictures", reference=str(tmp_path / "absent")))

@@ -54,5 +54,5 @@ def test_what_does_not_sign_is_refused(tmp_path: Path) -> None:
         Credentials(certificate, certificate)
     with pytest.raises(ConfigError, match=r"sampling\.key=nowhere: cannot be read"):
         Credentials(certificate, "nowhere")
-    with pytest.raises(ConfigError, match="signing needs both, the chain and its private key"):
+    with pytest.raises(ConfigError, match="signing needs both the certificate chain and its private key"):
         SamplingConfig(key=key)

@@ -212,7 +212,7 @@ def test_adapters_without_sense_are_refused(monkeypatch) -> None:
     unet = tiny_cascade().stages[0].unet
     with pytest.raises(ConfigError, match=r"lora.targets=\['attn'\]: this U-Net has no such layers, only .*conv_in"):
         add_adapters(unet, LoraConfig(rank=2, targets=["attn"]))
-    with pytest.raises(ConfigError, match=r"lora.rank=2: .* name a bundle or run in train.init_from"):
+    with pytest.raises(ConfigError, match=r"lora.rank=2: .* set train.init_from to a bundle or run"):
         Experiment(lora=LoraConfig(rank=2))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs the peft package: pip install 'cascade-t2i\[lora\]'"):

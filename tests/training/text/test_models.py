@@ -128,8 +128,8 @@ def test_two_encoders_follow_each_other(models: dict[str, str], tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"text.dim=48: the wider of .* has 16; set text.dim=16"):
         build_text_encoder(config(t5, "t5", max_tokens=24, dim=48, also=clip))
     for also, message in (
-        ({"kid": "clip"}, "text.also: it has no 'kid'; its keys are kind, path"),
-        ({**clip, "max_tokens": 24}, "the first needs some, too"),
+        ({"kid": "clip"}, "text.also: unknown key 'kid'; the keys are kind, path"),
+        ({**clip, "max_tokens": 24}, "it covers both encoders, so it must be larger than text.also.max_tokens=24"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(t5, "t5", max_tokens=24, also=also)
@@ -238,8 +238,8 @@ def test_another_kind_of_model_is_named(models: dict[str, str], t5: str) -> None
     with pytest.raises(ConfigError, match=r"set text.kind=t5"):
         build_text_encoder(config(t5))
     for settings, message in (
-        ({"kind": "t5", "layer": -2}, "text.layer: text.kind=t5 has none"),
-        ({"kind": "clip", "prefix": "x"}, "text.prefix: text.kind=clip takes none"),
+        ({"kind": "t5", "layer": -2}, "text.layer: text.kind=t5 has no layers"),
+        ({"kind": "clip", "prefix": "x"}, "text.prefix: text.kind=clip does not use it"),
         ({"kind": "bert"}, "it must be words, t5, hidden or clip"),
     ):
         with pytest.raises(ConfigError, match=message):
