@@ -9,6 +9,8 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from training.config.commands import ACTIONS, COMMANDS, EVERYTHING, SAMPLER_KEYS
+from training.config.experiment import OptimizerConfig
+from training.config.optimizers import OPTIMIZERS, unused_settings
 
 ALWAYS = ("json", "debug")
 SHARDS = ("data.shards", "data.members", "data.index_dir", "data.deadline_s", "data.stall_s")
@@ -27,7 +29,7 @@ PLACE = ("run.dir", "run.name", "stage.name")
 """run.dir is runs/RUN.NAME/STAGE.NAME unless it is given."""
 DEVICES = ("cluster", "precision.dtype")
 TRAINING = (
-    *(section for section in EVERYTHING if section != "evaluation"),
+    *(section for section in EVERYTHING if section not in ("evaluation", "optimizer")),
     "evaluation.every",
     "evaluation.reference",
     "evaluation.samples",
@@ -40,16 +42,27 @@ def _sections(without: str) -> Iterable[str]:
     return (section for section in TRAINING if section != without)
 
 
+def _optimizer(config: Any) -> Iterable[str]:
+    """The settings that the chosen optimizer and decay use."""
+    unused = unused_settings(config.optimizer)
+    return (f"optimizer.{one.name}" for one in fields(OptimizerConfig) if one.name not in unused)
+
+
+def _train(config: Any) -> Iterable[str]:
+    return (*TRAINING, *_optimizer(config))
+
+
 def _distill(config: Any) -> Iterable[str]:
     """The student's sampler is decided: what it is taught."""
     stage = [f"stage.{field.name}" for field in fields(config.stage) if field.name != "sampler"]
     shared = ("spacing", "threshold", "threshold_percentile", "aug_level", "original_side")
-    return (*_sections("stage"), *stage, *(f"stage.sampler.{name}" for name in shared), "distill")
+    sampler = (f"stage.sampler.{name}" for name in shared)
+    return (*_sections("stage"), *_optimizer(config), *stage, *sampler, "distill")
 
 
 def _plan(config: Any) -> Iterable[str]:
     own = ("doctor", "mfu", "gpu", "memory_gib", "price", "store_gb_s", "distill")
-    return (*(_distill(config) if config.distill.steps else TRAINING), *own)
+    return (*(_distill(config) if config.distill.steps else _train(config)), *own)
 
 
 SUBMITTING = ("cluster", "run.")
@@ -155,8 +168,8 @@ READS: dict[str, Reads] = {
     ),
     "embed": _fixed(*SHARDS, "data.captions", "text", "cluster", "output", "part", "parts", "dtype", "batch"),
     "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", "cluster", "vlm", "output", "part", "parts", "batch"),
-    "train": _fixed(*TRAINING),
-    "ablate": _fixed(*TRAINING, "ablate"),
+    "train": _train,
+    "ablate": lambda config: (*_train(config), "ablate"),
     "distill": _distill,
     "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
     "sample": _sample,
@@ -171,7 +184,12 @@ READS: dict[str, Reads] = {
     "stop": _fixed(*PLACE),
 }
 """Command -> its settings -> the keys that it reads, each with all below it (`launch`: all; each job reads its own)."""
+_OPTIMIZERS: dict[str, Sequence[Any]] = {
+    "optimizer.name": tuple(OPTIMIZERS),
+    "optimizer.decay": ("cosine", "linear", "constant"),
+}
 MODES: dict[str, dict[str, Sequence[Any]]] = {
+    **dict.fromkeys(("train", "plan", "ablate", "distill"), _OPTIMIZERS),
     "sample": {"from_bundle": (None,), "output": (None,), "image": ("FILE",)},
     "evaluate": {"watch": (False, True), "evaluation.kind": ("shapes", "pictures"), "action": ACTIONS},
     "checkpoints": {"action": ("list", "verify", "diff", "export")},

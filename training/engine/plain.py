@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import Experiment
+from training.config.optimizers import optimizer_entry
 from training.engine.base import (
     Judge,
     Snapshot,
@@ -25,7 +26,7 @@ from training.engine.fixed_order import FixedOrder, mark_borders
 from training.engine.snapshots import HostSnapshot
 from training.optim.averages import state_name
 from training.optim.pieces import Piece
-from training.optim.registry import build_optimizer, learning_rate, optimizer_entry
+from training.optim.registry import build_optimizer, learning_rate
 from training.processes.ranks import Ranks
 
 

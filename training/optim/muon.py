@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from training.config.experiment import OptimizerConfig
+from training.config.optimizers import options_of
 from training.optim.base import Sharding, TrainOptimizer, columns_of
 from training.optim.pieces import Piece
-from training.optim.registry import options_of
 
 LEAST_SIDE = 32
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -1,18 +1,17 @@
-"""Optimizers and learning-rate schedules by name.
+"""Builds the optimizers of training/config/optimizers.py, and the learning-rate schedule.
 
-Importing this file imports no torch: an optimizer is imported when it is built, or asked for the size of its states.
+This module does not import torch: an optimizer is imported when it is built, or when the size of its states is needed.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import ConfigError
 from training.config.experiment import EmaConfig, OptimizerConfig
+from training.config.optimizers import check_optimizer, optimizer_entry
 from training.optim.averages import state_name
 
 if TYPE_CHECKING:
@@ -21,61 +20,10 @@ if TYPE_CHECKING:
     from training.optim.base import TrainOptimizer
 
 
-@dataclass(frozen=True)
-class OptimizerEntry:
-    """Where an optimizer is, and what must be known of it before torch is imported."""
-
-    module: str
-    """In `training.optim`."""
-    name: str
-    """Of its class, a TrainOptimizer."""
-    by_value: bool = False
-    """It treats each value by itself, so that any slice of the weights, in any memory layout, moves as the whole
-    would."""
-    options: Mapping[str, float] = field(default_factory=dict)
-    """Settings that only this one has, `optimizer.options.KEY`, and their defaults."""
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerEntry("adamw", "AdamW", by_value=True),
-    "adamw8bit": OptimizerEntry("adamw8bit", "AdamW8bit"),
-    "adafactor": OptimizerEntry("adafactor", "Adafactor"),
-    "muon": OptimizerEntry("muon", "Muon", options={"momentum": 0.95, "iterations": 5}),
-}
-"""`optimizer.name` -> its class. To add one: its file, a line here, and conf/optimizer/NAME.yaml."""
-
-
-def optimizer_entry(name: str) -> OptimizerEntry:
-    """The line of OPTIMIZERS for `optimizer.name`; ConfigError where there is none."""
-    if name not in OPTIMIZERS:
-        *most, last = OPTIMIZERS
-        raise ConfigError(f"optimizer.name={name}: it must be {', '.join(most)} or {last}")
-    return OPTIMIZERS[name]
-
-
 def optimizer_class(name: str) -> type[TrainOptimizer]:
     """The class of an optimizer in OPTIMIZERS."""
     entry = optimizer_entry(name)
     return getattr(importlib.import_module(f"training.optim.{entry.module}"), entry.name)
-
-
-def check_optimizer(config: OptimizerConfig) -> None:
-    """Raises ConfigError for an optimizer that does not exist, and for options that it does not have."""
-    known = optimizer_entry(config.name).options
-    for key in config.options.keys() - known.keys():
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(f"optimizer.options.{key}: optimizer.name={config.name} has no such option; {has}")
-    if config.name == "muon":
-        momentum, iterations = (options_of(config)[key] for key in ("momentum", "iterations"))
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"optimizer.options.momentum={momentum}: it must lie between 0 and 1, 1 not included")
-        if iterations != int(iterations) or iterations < 1:
-            raise ConfigError(f"optimizer.options.iterations={iterations}: it must be a whole number from 1 on")
-
-
-def options_of(config: OptimizerConfig) -> dict[str, float]:
-    """The optimizer's own settings, defaults included."""
-    return {**optimizer_entry(config.name).options, **config.options}
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool) -> TrainOptimizer:

@@ -12,8 +12,8 @@ from data_pipeline.common.errors import ConfigError, about
 from data_pipeline.config import DataConfig, divisors, is_mixture, require
 from training.config.commands import COMMANDS
 from training.config.experiment import ClusterConfig, Experiment, StageConfig
+from training.config.optimizers import OPTIMIZERS, check_optimizer
 from training.config.unet import for_stage, resolve
-from training.optim.registry import OPTIMIZERS, check_optimizer
 from training.processes.ranks import process_count, read_ranks
 
 

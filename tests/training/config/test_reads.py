@@ -122,6 +122,15 @@ def test_every_key_of_the_tables_exists() -> None:
         ),
         ("prepare prepare.max_side=3", "it belongs to prepare.kind=folder or .*, not prepare.kind=draw"),
         ("train evaluation.images_per_prompt=4", "it is a setting of evaluate"),
+        (
+            "train optimizer=adafactor optimizer.betas=[0.9,0.95]",
+            "optimizer.betas: .* it belongs to optimizer.name=adamw or .*muon, not optimizer.name=adafactor",
+        ),
+        ("plan optimizer=adafactor optimizer.eps=1e-6", "optimizer.eps: cascade plan would not use it"),
+        (
+            "train optimizer.decay=constant optimizer.decay_from=0.5",
+            "it belongs to optimizer.decay=cosine or optimizer.decay=linear, not optimizer.decay=constant",
+        ),
         ("checkpoints average=1", "it belongs to action=export, not action=list"),
     ],
 )

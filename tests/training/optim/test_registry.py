@@ -13,9 +13,10 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import Experiment, OptimizerConfig, ZeroConfig
+from training.config.optimizers import OPTIMIZERS, OptimizerEntry, options_of
 from training.engine.start import build_engine
 from training.optim.base import TrainOptimizer
-from training.optim.registry import OPTIMIZERS, OptimizerEntry, learning_rate, options_of, states_to_load
+from training.optim.registry import learning_rate, states_to_load
 from training.plan.checks import training_problems
 from training.plan.memory import Setup, kept
 from training.processes.ranks import Ranks

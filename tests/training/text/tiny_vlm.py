@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ TEMPLATE = (
 )
 
 
-def word_tokenizer(special: dict[str, str]) -> Any:
+def word_tokenizer(special: dict[str, str], words: Sequence[str] = WORDS) -> Any:
     """A tokenizer of whole words, as `PreTrainedTokenizerFast`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<image>", *WORDS])}
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<image>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -28,12 +29,12 @@ def word_tokenizer(special: dict[str, str]) -> Any:
     )
 
 
-def tiny_vlm(path: Path, template: bool = True, seed: int = 10) -> str:
+def tiny_vlm(path: Path, template: bool = True, seed: int = 10, words: Sequence[str] = WORDS) -> str:
     """16 channels, one layer on each side, pictures of 16 pixels. The seed is one whose answers differ by picture."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(seed)
-    tokenizer = word_tokenizer({"additional_special_tokens": ["<image>"]})  # type: ignore[dict-item]
+    tokenizer = word_tokenizer({"additional_special_tokens": ["<image>"]}, words)  # type: ignore[dict-item]
     sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **sides},

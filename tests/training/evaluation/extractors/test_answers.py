@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError, DataError
-from tests.training.evaluation.extractors.tiny_vlm import save_tiny_vlm
+from tests.training.text.tiny_vlm import WORDS, tiny_vlm
 from tests.training.tiny import tiny_cascade
 from training.config.experiment import ExtractorConfig
 from training.evaluation import evaluate
@@ -24,8 +24,9 @@ from training.evaluation.metrics.answers import arithmetic_mean, geometric_mean
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ExtractorConfig:
-    file = save_tiny_vlm(tmp_path_factory.mktemp("vlm"))
-    return ExtractorConfig(kind="vlm", path=str(file.parent), sha256=file_sha256(file), batch=2)
+    folder = tmp_path_factory.mktemp("vlm")
+    tiny_vlm(folder, words=[*WORDS, "Yes", "yes", "no", "four", "4"])
+    return ExtractorConfig(kind="vlm", path=str(folder), sha256=file_sha256(folder / "model.safetensors"), batch=2)
 
 
 @pytest.fixture(scope="module")
