@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.commands.prepare_item import Item, Source, refuse_unsupported
 from data_pipeline.commands.prepare_table import TableSource
-from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.errors import BadSample, DataError, about
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig, PrepareConfig
 from data_pipeline.content.captions import read_json_or_nothing
@@ -39,7 +39,8 @@ class ShardSource:
         from data_pipeline.shards.dataset import load_or_build, patience_of
         from data_pipeline.storage import store
 
-        self.dataset = load_or_build(store.expand(shards, patience_of(config)), config)
+        with about("prepare.source"):
+            self.dataset = load_or_build(store.expand(shards, patience_of(config)), config)
         self.reader = RowReader(self.dataset, config)
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint

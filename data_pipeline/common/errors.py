@@ -33,14 +33,34 @@ class NotAnArchive(DataError):
     """A shard that can be read, and holds something else than a tar archive."""
 
 
+class ShardsError(DataError):
+    """The value of a setting that names shards cannot be used.
+
+    Args:
+        words: what follows the key, beginning with `=VALUE: ` or `: `.
+    """
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.key = "data.shards"
+        """The setting; it begins the message."""
+
+    def __str__(self) -> str:
+        return f"{self.key}{self.args[0]}"
+
+
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """For shards configured under a key other than `data.shards`: errors name that key."""
+    """Inside, shards are those of the setting `key`, and a `ShardsError` names it."""
     try:
         yield
+    except ShardsError as error:
+        error.key = key
+        raise
     except DataError as error:
-        sentence = str(error).replace("data.shards", key)
-        raise type(error)(sentence if key in sentence else f"{key}: {sentence}") from error
+        if str(error).startswith(key):
+            raise
+        raise type(error)(f"{key}: {error}") from error
 
 
 def of_file(error: OSError) -> UserError:

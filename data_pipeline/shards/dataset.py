@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.common.errors import CascadeError, DataError, ShardsError
 from data_pipeline.common.progress import progress
 from data_pipeline.common.recent import Recent
 from data_pipeline.common.team import ALONE, Team
@@ -306,8 +306,8 @@ def _report(dataset: Dataset) -> None:
         logger.warning("%d of %d samples are used; left out: %s%s", dataset.samples, dataset.total, reasons, hint)
     if not dataset.samples:
         reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped | dataset.problems).most_common())
-        raise DataError(
-            f"data.shards: no sample of {dataset.total} in {len(dataset.urls)} shards is left "
+        raise ShardsError(
+            f": no sample of {dataset.total} in {len(dataset.urls)} shards is left "
             f"({reasons or 'all empty'}{hint}); loosen data.filter, set data.members or give other shards"
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import about
 from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.order.mixture import MixedOrder, MixedSteps, Shares, StepShares
@@ -170,10 +171,8 @@ def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
         return load_or_build(team.once(lambda: store.expand(config.shards, patience)), config, team=team)
     parts = {}
     for name, own in configs.items():
-        try:
+        with about(f"data.shards, data set {name}"):
             parts[name] = load_or_build(team.once(partial(store.expand, own.shards, patience)), own, team=team)
-        except DataError as error:
-            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
     return Mixture(parts, configs, config)
 
 
@@ -229,10 +228,6 @@ def entries_of(config: DataConfig) -> list[tuple[str, store.Entry, DataConfig]]:
     patience = patience_of(config)
     found = []
     for name, own in config.parts().items():
-        try:
+        with about(f"data.shards, data set {name}") if name else nullcontext():
             found += [(name, entry, own) for entry in store.describe(store.expand(own.shards, patience), patience)]
-        except DataError as error:
-            if not name:
-                raise
-            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
     return found

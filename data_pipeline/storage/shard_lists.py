@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import suppress
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import ShardsError
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
@@ -21,7 +21,7 @@ def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -
         read: gives the content of a list's file.
 
     Raises:
-        DataError: a list that cannot be read or names itself, a command that does more than to copy one object.
+        ShardsError: a list that cannot be read or names itself, a command that does more than to copy one object.
     """
     if "::" in pattern and not os.path.exists(pattern):
         parts = [part for part in pattern.split("::") if part]
@@ -37,14 +37,14 @@ def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -
 
 def _listed(place: str, read: Callable[[str], bytes], depth: int) -> list[str]:
     if depth > 3:
-        raise DataError(f"data.shards=@{place}: the lists name each other")
+        raise ShardsError(f"=@{place}: the lists name each other")
     try:
         lines = read(place).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"data.shards=@{place}: a list of shards is a text file, one pattern per line") from error
+        raise ShardsError(f"=@{place}: a list of shards is a text file, one pattern per line") from error
     patterns = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not patterns:
-        raise DataError(f"data.shards=@{place}: the list is empty; it has one path or address per line")
+        raise ShardsError(f"=@{place}: the list is empty; it has one path or address per line")
     return [one for pattern in patterns for one in plain_patterns(_beside(place, pattern), read, depth + 1)]
 
 
@@ -76,7 +76,7 @@ def _piped(pattern: str) -> str:
         words = []
     if len(words) == 2 and words[0] == "cat" and not found:
         return words[1]
-    raise DataError(
-        f"data.shards={pattern}: commands are not run; give the address or the path itself, such as "
+    raise ShardsError(
+        f"={pattern}: commands are not run; give the address or the path itself, such as "
         "s3://bucket/{00000..00099}.tar (over s3:// a broken read then continues by itself)"
     )

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import DataError, system_words
+from data_pipeline.common.errors import DataError, ShardsError, system_words
 from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
@@ -327,7 +327,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
         DataError: nothing matches, no access, no such bucket; the sentence names which.
     """
     if not shards:
-        raise DataError("data.shards: it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
+        raise ShardsError(": it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
     given = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
     patterns = [one for item in given for one in plain_patterns(item, lambda url: read_bytes(url, patience))]
     urls: dict[str, None] = {}
@@ -335,7 +335,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
         for one in _braces(pattern):
             found = _expand_one(one, patience)
             if not found:
-                raise DataError(f"data.shards={one}: no .tar shard is there{_hint(one, patience)}")
+                raise ShardsError(f"={one}: no .tar shard is there{_hint(one, patience)}")
             urls.update(dict.fromkeys(found))
     return list(urls)
 
@@ -348,7 +348,7 @@ def _braces(pattern: str) -> Iterable[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"data.shards={pattern}: a brace is open or closed once too often") from error
+        raise ShardsError(f"={pattern}: a brace is open or closed once too often") from error
 
 
 def _expand_one(pattern: str, patience: Patience) -> list[str]:
@@ -455,7 +455,7 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
         some = f" (also {', '.join(map(basename, missing[1:6]))}{', ...' if len(missing) > 6 else ''})" if more else ""
         gaps = "; a glob such as *.tar takes the ones that are there" if len(missing) < len(urls) else ""
         what = "object" if is_remote(missing[0]) else "file"
-        raise DataError(f"data.shards: {missing[0]}{more}: no such {what}{some}{gaps}")
+        raise ShardsError(f": {missing[0]}{more}: no such {what}{some}{gaps}")
     return [listed[url] for url in urls]
 
 

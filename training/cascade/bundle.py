@@ -91,12 +91,13 @@ def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
         DataError: a run without a valid checkpoint.
     """
     if not runs:
-        raise ConfigError("bundle.runs: name the run directories of the stages, base first")
+        raise ConfigError("bundle.runs: list the run directories of the stages, base first")
     found = [_open_run(run, experiment) for run in runs]
     texts = [from_dict(TextConfig, _settings(checkpoint, "text"), str(checkpoint.folder)) for checkpoint in found]
     stages = [_stage_of(run, checkpoint) for run, checkpoint in zip(runs, found, strict=True)]
     _check_texts(runs, texts)
-    _check_chain(stages)
+    if problem := _check_chain(stages):
+        raise ConfigError(f"bundle.runs: {problem}")
     return Bundle(texts[0], stages)
 
 
@@ -253,21 +254,23 @@ def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
                 raise ConfigError(f"bundle.runs: {run} was trained with text.{key}={here} but {runs[0]} with {first}")
 
 
-def _check_chain(stages: Sequence[StageWeights]) -> None:
+def _check_chain(stages: Sequence[StageWeights]) -> str:
+    """Why the stages do not form a cascade; empty if they do."""
     names = [stage.config.name for stage in stages]
     if len(set(names)) < len(names):
-        raise ConfigError(f"bundle.runs: two stages have the same name ({', '.join(names)})")
+        return f"two stages have the same name ({', '.join(names)})"
     for before, after in pairwise(stages):
         if not after.config.low_res_size:
-            raise ConfigError(
-                f"bundle.runs: {after.config.name} draws from text alone, but {before.config.name} comes before it; "
-                f"name the runs base first"
+            return (
+                f"{after.config.name} draws from text alone, but {before.config.name} comes before it; list the stages "
+                "base first"
             )
         if after.config.low_res_size != before.config.image_size:
-            raise ConfigError(
-                f"bundle.runs: {after.config.name} starts from {after.config.low_res_size} px pictures but "
-                f"{before.config.name} makes {before.config.image_size} px; name the runs base first"
+            return (
+                f"{after.config.name} starts from {after.config.low_res_size} px pictures but {before.config.name} "
+                f"generates {before.config.image_size} px; list the stages base first"
             )
+    return ""
 
 
 def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
@@ -473,10 +476,11 @@ def read(path: str) -> Bundle:
             stages.append(StageWeights(config, unet, weights, entry["origin"], entry["sha256"]))
         if not stages:
             raise ValueError("it has no stages")
-        _check_chain(stages)
+        if problem := _check_chain(stages):
+            raise DataError(f"{where}: {problem}")
         return Bundle(from_dict(TextConfig, content["text"], where), stages)
     except ConfigError as error:
-        raise DataError(f"{where}: {str(error).removeprefix('bundle.runs: ')}") from error
+        raise DataError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: made by another version of this project, or changed ({error})") from error
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from data_pipeline.common.errors import BadSample, ConfigError, DataError
 from data_pipeline.content.images import to_rgb
 from data_pipeline.storage import store
-from training.config.experiment import SamplerConfig, StageConfig
+from training.config.diffusion import SamplerConfig, SamplerError
+from training.config.experiment import StageConfig
 from training.pictures.sheets import Cell, sheet
 
 Pictures = Any
@@ -132,9 +133,11 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
         given["name"] = given.pop("sampler", None)
         try:
             sampler = replace(configs[index].sampler, **{k: v for k, v in given.items() if v is not None})
-        except (ValueError, TypeError) as error:
-            words = str(error).replace("stage.sampler.name", "sampler").replace("stage.sampler.", "")
-            raise ConfigError(words) from error
+        except SamplerError as error:
+            key = "sampler" if error.key == "name" else error.key
+            raise ConfigError(f"{key}{error.words}") from error
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
         plan.append((index, sampler))
     return plan
 

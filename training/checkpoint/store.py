@@ -421,13 +421,14 @@ class CheckpointStore:
         found = []
         for name in manifests(sizes):
             try:
-                found.append(Found({**parse_manifest(folder.read(name), step), "name": name}, sizes, committed=True))
+                found.append(
+                    Found({**parse_manifest(folder.read(name), step, name), "name": name}, sizes, committed=True)
+                )
             except OSError as error:
                 problem = f"{folder}: its {name} cannot be read ({error.strerror or 'it is gone'})"
                 found.append(Found(problem=problem, committed=True))
             except DataError as error:
-                problem = f"{folder}: {str(error).replace(MANIFEST, name)}"
-                found.append(Found(problem=problem, committed=True))
+                found.append(Found(problem=f"{folder}: {error}", committed=True))
         return found or [Found(problem=f"{folder}: no {MANIFEST}, so the checkpoint was never finished")]
 
     def _plain_manifests(self, step: int) -> list[dict[str, Any]]:
@@ -509,8 +510,8 @@ def manifests(names: Iterable[str]) -> list[str]:
     return [name for _, name in sorted(later, reverse=True)] + [name for name in names if name == MANIFEST]
 
 
-def parse_manifest(content: bytes, step: int) -> dict[str, Any]:
-    """A manifest, with the tensors of all files under `tensors`.
+def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str, Any]:
+    """A manifest, with the tensors of all files under `tensors`; `name` is its file's.
 
     Raises:
         DataError: it is damaged, of another step or format.
@@ -534,7 +535,7 @@ def parse_manifest(content: bytes, step: int) -> dict[str, Any]:
             raise ValueError("its values have other types")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"its {MANIFEST} is damaged ({error!r})") from error
+        raise DataError(f"its {name} is damaged ({error!r})") from error
 
 
 def _manifest(

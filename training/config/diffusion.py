@@ -104,6 +104,22 @@ class DiffusionConfig:
                 raise ValueError(f"stage.diffusion.{key}={value}: it must lie between 0 and 1")
 
 
+class SamplerError(ValueError):
+    """An invalid sampler setting.
+
+    Args:
+        key: the field of `SamplerConfig`.
+        words: what follows the key, `=VALUE: ...`.
+    """
+
+    def __init__(self, key: str, words: str) -> None:
+        super().__init__(key, words)
+        self.key, self.words = key, words
+
+    def __str__(self) -> str:
+        return f"stage.sampler.{self.key}{self.words}"
+
+
 @dataclass
 class SamplerConfig:
     """How a stage is sampled: method, steps, guidance, thresholding."""
@@ -133,22 +149,22 @@ class SamplerConfig:
     """`ddpm`: posterior variance = lower bound^(1 - gamma) * upper bound^gamma."""
 
     def __post_init__(self) -> None:
-        _one_of("stage.sampler.name", self.name, SAMPLERS)
-        _one_of("stage.sampler.threshold", self.threshold, THRESHOLDS)
-        _one_of("stage.sampler.spacing", self.spacing, SPACINGS)
+        for key, allowed in (("name", SAMPLERS), ("threshold", THRESHOLDS), ("spacing", SPACINGS)):
+            if getattr(self, key) not in allowed:
+                raise SamplerError(key, f"={getattr(self, key)}: it must be one of {', '.join(allowed)}")
         if self.steps < 1:
-            raise ValueError(f"stage.sampler.steps={self.steps}: it must be at least 1")
+            raise SamplerError("steps", f"={self.steps}: it must be at least 1")
         low_high = list(self.guidance_interval)
         if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
-            raise ValueError(f"stage.sampler.guidance_interval={low_high}: give two times, 0 <= first <= second <= 1")
+            raise SamplerError("guidance_interval", f"={low_high}: give two times, 0 <= first <= second <= 1")
         if not (math.isfinite(self.original_side) and self.original_side > 0):
-            raise ValueError(f"stage.sampler.original_side={self.original_side}: it must be a number above 0")
+            raise SamplerError("original_side", f"={self.original_side}: it must be a number above 0")
         if not math.isfinite(self.guidance):
-            raise ValueError(f"stage.sampler.guidance={self.guidance}: it must be a finite number")
+            raise SamplerError("guidance", f"={self.guidance}: it must be a finite number")
         for key in ("aug_level", "threshold_percentile", "gamma"):
             value = getattr(self, key)
             if not 0 <= value <= 1:
-                raise ValueError(f"stage.sampler.{key}={value}: it must lie between 0 and 1")
+                raise SamplerError(key, f"={value}: it must lie between 0 and 1")
 
 
 @dataclass

@@ -108,13 +108,14 @@ LOST = (
     "remote process exited",  # what NCCL says of ncclRemoteError
     "peer may have exited",
 )
-"""What gloo, NCCL and the key-value store say when a peer is gone or silent."""
+"""What gloo, NCCL and the key-value store say when a peer is gone or silent. torch raises a plain RuntimeError (or
+DistBackendError) for these as for any other failure of a collective: only the wording tells them apart."""
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because of another process."""
-    said = str(error).lower()
-    return any(words in said for words in LOST)
+    message = str(error).lower()
+    return any(words in message for words in LOST)
 
 
 def say(sentence: str) -> None:

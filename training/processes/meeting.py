@@ -1,8 +1,8 @@
 """How the processes of a run find each other, and what they must agree on before a process group forms.
 
-Rank 0 opens a key-value store; every rank leaves a card there (its node and its device); rank 0 calls the roll, so that
-whoever does not come is named. A wrong device is an error on all ranks alike: without it one would choose gloo while
-the others wait in NCCL.
+Rank 0 opens a key-value store, every rank puts a card there (its node and device), and rank 0 checks who is missing, so
+that missing ranks can be named. A wrong device is an error on all ranks alike: otherwise one rank would choose gloo
+while the others wait in NCCL.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,7 +25,7 @@ from training.processes.ranks import Ranks, gpu_of
 
 POLL_S = 0.1
 READ_S = 10.0
-"""How long rank 0 waits until the others have read what it has put together."""
+"""How long rank 0 waits for the other ranks to read the cards."""
 FILES, FILES_PER_RANK = 256, 8
 """Open files that a process needs: so many, and so many per process (measured on rank 0: 31 + 6 per process, most of
 them connections of three gloo groups and the store; files of shards and checkpoints come on top)."""
@@ -141,19 +142,13 @@ def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
         cards = [store.get(f"card/{rank}").decode() for rank in range(ranks.world_size)]
         store.set("cards", f"[{','.join(cards)}]")
     everyone = [Card(**entry) for entry in json.loads(store.get("cards"))]
-    if ranks.is_main:
-        _wait_for_readers(store, ranks.world_size - 1)
-    else:
-        store.add("read", 1)
+    # The store ends with rank 0: if the cards make every rank stop, the others must have read them before.
+    if not ranks.is_main and store.add("read", 1) == ranks.world_size - 1:
+        store.set("read by all", "")
+    if ranks.is_main and ranks.world_size > 1:
+        with suppress(RuntimeError):  # a rank that has died meanwhile is noticed by the time-outs of the group
+            store.wait(["read by all"], timedelta(seconds=READ_S))
     return store, everyone
-
-
-def _wait_for_readers(store: Any, others: int) -> None:
-    """Rank 0 holds the store: where the cards make every rank end, the others must have read them before it does. One
-    that died meanwhile is noticed later, with the time-outs of the group."""
-    deadline = time.monotonic() + READ_S
-    while store.add("read", 0) < others and time.monotonic() < deadline:
-        time.sleep(POLL_S)
 
 
 def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:

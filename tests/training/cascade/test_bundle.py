@@ -105,12 +105,12 @@ def test_a_failure_leaves_the_old_bundle_alone(runs: list[str], tmp_path: Path) 
 
 def test_stages_must_fit(runs: list[str], tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="base draws from text alone, but sr comes before it; name the runs base first"
+        ConfigError, match="base draws from text alone, but sr comes before it; list the stages base first"
     ):
         bundle.collect(runs[::-1])
     with pytest.raises(ConfigError, match="same name"):
         bundle.collect([runs[0], runs[0]])
-    with pytest.raises(ConfigError, match=r"bundle\.runs: name the run directories"):
+    with pytest.raises(ConfigError, match=r"bundle\.runs: list the run directories"):
         bundle.collect([])
 
 
