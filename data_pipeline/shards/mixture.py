@@ -179,11 +179,9 @@ def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
 def _open_mixed_buckets(config: DataConfig) -> MixedBuckets:
     parts, configs = {}, {}
     for name, own in config.parts().items():
-        try:
+        with about(f"data.shards, data set {name}") if name else nullcontext():
             urls = store.expand(own.shards, patience_of(config))
             load_or_build(urls, own)  # which says what is left out
-        except DataError as error:
-            raise DataError(str(error).replace("data.shards", f"data.shards, data set {name}", 1)) from error
         for shape, cut in own.bucket_parts().items():
             found = load_or_build(urls, cut, may_be_empty=True)
             if found.samples:
