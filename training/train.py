@@ -57,7 +57,7 @@ def main(config: Experiment) -> dict[str, Any]:
             changes = run.changes(config)
             print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to continue")
             for change in changes:
-                print(f"changed since, without effect on what is trained: {change}")
+                print(f"changed since, with no effect on training: {change}")
             return {"step": done, "run_dir": str(run.path), "complete": True}
         if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot begin twice in one process
             return launch("training.train", config)

@@ -202,7 +202,7 @@ def test_refused_before_anything_is_written(here: Path, words: list[str], own: l
 def test_a_key_of_another_command_is_written_beside_its_name(here: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"output: a key of verify, embed, .*sample, checkpoints.* alone; write it beside the name, verb='NAME",
+        match=r"output: only a key of verify, embed, .*sample, checkpoints.*; write it after the command.s name",
     ):
         load_config("launch", ["verb=embed", "output=there"])
 

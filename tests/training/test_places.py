@@ -52,7 +52,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
         events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (5, 6)]
         first = chaos(config, 2, *events, {"what": "sigterm", "rank": 1, "step": 7}, **s3_server.env)
         assert first.codes() == [75, 75], first.text
-        assert "the weights are set back to the checkpoint of step 3; training continues with step 7" in first.text
+        assert "rolled back to the weights of step 3; training continues with step 7" in first.text
         assert (home / "run/samples/step-00000004.png").exists() and "validation_loss" in metrics(config)[3]
         second = forks.start(config, 2, **s3_server.env)
         assert second.codes() == [0, 0], second.text

@@ -167,7 +167,7 @@ def test_too_many_of_them_go_back_and_then_on(tmp_path: Path, shards: str) -> No
     events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (6, 7)]
     running = chaos(config, 2, *events)
     assert running.codes() == [0, 0], running.text
-    assert "the weights are set back to the checkpoint of step 4; training continues with step 8" in running.text
+    assert "rolled back to the weights of step 4; training continues with step 8" in running.text
     meta = newest(config).meta
     assert (meta["position"], meta["updates"]) == (96, 4 + 5), "no step of the data is taken twice"
     assert meta["counters"] == {"skipped": 2, "rollbacks": 0}
@@ -189,7 +189,7 @@ def test_a_streak_of_skipped_steps_outlives_a_kill(tmp_path: Path, shards: str) 
             assert newest(config).step == 4 and newest(config).meta["refused"] == 2
         running = chaos(config, 1, *nans)
         assert running.codes() == [0], running.text
-        assert "the weights are set back to the checkpoint of step 2; training continues with step 6" in running.text
+        assert "rolled back to the weights of step 2; training continues with step 6" in running.text
         curves.append(curve(config))
         lines.append([line["rollbacks"] for line in metrics(config)])
     assert curves[0] == curves[1]
@@ -200,7 +200,7 @@ def test_going_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=2)
     running = chaos(config, 1, *({"what": "nan", "rank": 0, "step": step} for step in range(5, 10)))
     assert running.codes() == [76]
-    assert "also after going back to the checkpoint of step 3" in running.text
+    assert "even after rolling back to the checkpoint of step 3" in running.text
     again = chaos(config, 1)
     assert again.codes() == [0], "a restart tries again from the newest checkpoint"
 
@@ -209,7 +209,7 @@ def test_nothing_to_go_back_to(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=1)
     running = chaos(config, 1, {"what": "nan", "rank": 0, "step": 1})
     assert running.codes() == [76]
-    assert "there is no checkpoint to go back to" in running.text
+    assert "there is no checkpoint to roll back to" in running.text
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])

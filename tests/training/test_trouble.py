@@ -31,7 +31,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     [
         (0, -1, "phase meeting rank 0 at 127.0.0.1:"),
         (0, 0, "(rank 0 has not answered for"),
-        (1, 0, "(rank 1 has not been heard of for"),
+        (1, 0, "(rank 1 has not reported for"),
     ],
 )
 def test_a_rank_that_freezes_during_the_start_is_named(

@@ -36,7 +36,7 @@ def counts(tmp_path: Path, shards: str, place: str, stage: int, ranks: int, env:
     bad = [{"what": "nan", "rank": 0, "step": step} for step in (ROLLED_BACK - 1, ROLLED_BACK)]
     running = forks.start(config, ranks, "tests.training.counting", CASCADE_CHAOS=json.dumps(bad), **env)
     assert running.codes() == [0] * ranks, running.text
-    assert f"set back to the checkpoint of step {SAVED}" in running.text
+    assert f"rolled back to the weights of step {SAVED}" in running.text
     reports = [json.loads((Path(config.run.dir) / f"counts-{rank}.json").read_text()) for rank in range(ranks)]
     for report in reports:
         assert report["objects"] == [] and "checkpoint" in report["threads"], report

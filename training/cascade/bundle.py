@@ -138,7 +138,7 @@ def _settings(checkpoint: Checkpoint, section: str) -> dict[str, Any]:
     """
     config = checkpoint.recorded("config")
     if not (isinstance(config, dict) and isinstance(config.get(section), dict)):
-        raise DataError(f"{checkpoint.folder}: it does not hold the settings ({section}) that it was trained with")
+        raise DataError(f"{checkpoint.folder}: it does not contain the settings ({section}) that it was trained with")
     return config[section]
 
 
@@ -231,7 +231,8 @@ def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
     """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
     if weights_sha256(plain) != base["sha256"]:
         raise DataError(
-            f"{base['path']}: these are not the weights that the adapters (lora) were trained with; restore those"
+            f"{base['path']}: these are not the weights that the LoRA adapters were trained with; restore the "
+            "original ones"
         )
 
 
@@ -242,7 +243,7 @@ def _check_names(unet: UNetConfig, shapes: dict[str, tuple[int, ...]], where: st
     if wrong:
         raise DataError(
             f"{where}: {len(wrong)} weights do not fit the U-Net of this version of the code (first: {wrong[0]}); "
-            f"bundle it with the version it was trained with"
+            f"bundle it with the version that trained it"
         )
 
 
@@ -358,7 +359,7 @@ def model_card(path: str, content: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Data are named by the fingerprint of their index.",
+        "Data sets are identified by the fingerprint of their index.",
         "",
         *_licences({stage["name"]: stage["origin"] for stage in content["stages"]}),
         "",
@@ -457,14 +458,14 @@ def read(path: str) -> Bundle:
         raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
     where = f"{path}/{INDEX}"
     if not isinstance(content, dict):
-        raise DataError(f"{where}: not what a bundle holds")
+        raise DataError(f"{where}: not the index of a bundle")
     if content.get("format") != FORMAT:
         raise DataError(f"{where}: format {content.get('format')} is not {FORMAT}, the one this version reads")
     stages = []
     try:
         for entry in content["stages"]:
             if not PLAIN_NAME.fullmatch(entry["file"]):
-                raise DataError(f"{where}: {entry['file']!r} is no file of this directory; bundle or copy it again")
+                raise DataError(f"{where}: {entry['file']!r} is not a file in this directory; bundle or copy it again")
             size = folder.size(entry["file"])
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"

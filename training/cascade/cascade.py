@@ -192,9 +192,9 @@ class Cascade:
         known = inspect.signature(self.draw).parameters
         if unknown := [name for name in options if name not in known]:
             side = self.stages[-1].config.image_size
-            other = f"pictures are {side} px; size=(WIDTH, HEIGHT) asks for others"
+            other = f"pictures are {side} px; use size=(WIDTH, HEIGHT) for other sizes"
             near = other if {"height", "width"} & set(unknown) else f"those are {', '.join(known)}"
-            raise ConfigError(f"{unknown[0]}: no option of a cascade; {near}")
+            raise ConfigError(f"{unknown[0]}: not an option of a cascade; {near}")
         whole = image is None or mask_image is not None
         return self.generate(
             prompt,
@@ -282,9 +282,9 @@ class Cascade:
         if mask is not None and image is None:
             raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
         if image is None and any(value < 1 for value in strengths):
-            raise ConfigError(f"strength={strength}: it says how much of `image` is redrawn, and no image is given")
+            raise ConfigError(f"strength={strength}: it needs `image`, the picture to redraw")
         if low_res is not None and not first.is_super_resolution:
-            raise ConfigError(f"low_res: {first.name} draws from the text alone; to redraw a picture give `image`")
+            raise ConfigError(f"low_res: {first.name} draws from text only; to redraw a picture, give `image`")
         start = image if low_res is None else low_res
         if first.is_super_resolution and start is None:
             raise ConfigError(f"low_res: {first.name} starts from {first.low_res_size} px pictures; give them")

@@ -37,7 +37,8 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
     if isinstance(given, str):
         if os.path.isdir(given):
             raise ConfigError(
-                f"{key}={given}: a directory; name a file of prompts, or draw the word: {key}=['{given}']"
+                f"{key}={given}: this is a directory; give a file of prompts, or write {key}=['{given}'] to use the "
+                f"word as a prompt"
             )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
             raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; rename it")
@@ -46,7 +47,9 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
         found = [str(item) for item in given]
         blank = 0 if keep_blank else sum(not item.strip() for item in found)
         if blank:
-            print(f"{key}: {blank} of {len(found)} are blank and skipped; from Python an empty one draws without text")
+            print(
+                f"{key}: {blank} of {len(found)} are blank and skipped; in Python, an empty prompt draws without text"
+            )
     else:
         raise ConfigError(f"{key}={given}: give a text file with one prompt per line, or a list of prompts")
     if not (isinstance(given, str) and given.lower().endswith(FILES)):

@@ -34,14 +34,14 @@ def record(path: str, result: Mapping[str, Any], samplers: bool = False) -> dict
     try:
         content = json.loads(folder.read(INDEX))
     except (OSError, ValueError) as error:
-        raise DataError(f"bundle.dir={path}: no bundle there to write into ({error})") from error
+        raise DataError(f"bundle.dir={path}: no bundle to write to ({error})") from error
     evaluated = {stage["name"]: stage for stage in result["protocol"]["stages"]}
     for stage in content["stages"]:
         there = evaluated.get(stage["name"], {}).get("sha256")
         if there != stage["sha256"]:
             raise ConfigError(
                 f"bundle.dir={path}: its {stage['name']} is {stage['sha256'][:12]}, the evaluation was of "
-                f"{str(there)[:12]}; name the bundle that was evaluated, with all its stages"
+                f"{str(there)[:12]}; use the bundle that was evaluated, with all its stages"
             )
     content["figures"] = {
         "values": {name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in flattened(result)},

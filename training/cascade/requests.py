@@ -77,7 +77,7 @@ def number_drawings(
     """
     for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
         if other := [text for text in texts if not _is_text(text)]:
-            raise ConfigError(f"{name}: {other[0]!r} is no text")
+            raise ConfigError(f"{name}: {other[0]!r} is not a string")
     for name, value in (("seed", seed), ("num_images", num_images)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value}: it must be a whole number")
@@ -123,7 +123,7 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     names = [config.name for config in configs]
     chosen = _chosen(names, wanted)
     if chosen != list(range(chosen[0], chosen[0] + len(chosen))):
-        raise ConfigError(f"stages={wanted}: they must follow each other as in {', '.join(names)}")
+        raise ConfigError(f"stages={wanted}: they must be consecutive, in the order {', '.join(names)}")
     told = [configs[index].name for index in chosen if configs[index].diffusion.size_condition]
     if settings.get("original_side") is not None and not told:
         raise ConfigError("original_side: no stage that is drawn was trained with stage.diffusion.size_condition=true")
@@ -174,13 +174,13 @@ def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
             raise ConfigError(f"stages={wanted}: the cascade has {len(names)} ({', '.join(names)})")
         return list(range(wanted))
     if not isinstance(wanted, (str, Sequence)):
-        raise ConfigError(f"stages={wanted}: give how many of the first, a name, or names ({', '.join(names)})")
+        raise ConfigError(f"stages={wanted}: give a number of stages, a name, or names ({', '.join(names)})")
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     for name in asked:
         if name not in names:
             raise ConfigError(f"stages={name}: no such stage; the cascade has {', '.join(names)}")
     if not asked:
-        raise ConfigError("stages: name at least one")
+        raise ConfigError("stages: give at least one")
     return [names.index(name) for name in asked]
 
 
@@ -230,7 +230,7 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
         values = [1.0 if value is None else value for value in given]
     for value in values:
         if not isinstance(value, NUMBER) or not 0 < value <= 1:
-            raise ConfigError(f"strength={value}: it must lie above 0 and at most at 1")
+            raise ConfigError(f"strength={value}: it must be above 0 and at most 1")
     return [float(value) for value in values]
 
 
@@ -340,7 +340,7 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     """A picture from a file or s3:// URL. Raises `DataError` for a file that is missing or no picture."""
     name = os.fspath(file)
     if not store.exists(name):
-        raise DataError(f"{name}: there is no such picture")
+        raise DataError(f"{name}: no such picture")
     try:
         image = Image.open(io.BytesIO(store.read_bytes(name)))
         image.load()
@@ -373,7 +373,7 @@ def _image(picture: Any) -> Image.Image:
         try:
             return to_rgb(ImageOps.exif_transpose(picture))
         except BadSample as error:
-            raise ConfigError(f"a picture that cannot be used: {error.detail}") from error
+            raise ConfigError(f"this picture cannot be used: {error.detail}") from error
     array = picture.permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.dtype == np.bool_:

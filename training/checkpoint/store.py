@@ -108,7 +108,7 @@ class Checkpoint:
             DataError: it is not there: another program's checkpoint, or a manifest changed by hand.
         """
         if key not in self.meta:
-            raise DataError(f"{self.folder}: its {MANIFEST} does not say {key}, so no training run has written it")
+            raise DataError(f"{self.folder}: its {MANIFEST} does not say {key}; it was not written by a training run")
         return self.meta[key]
 
     def names(self, prefix: str = "") -> list[str]:
@@ -521,7 +521,7 @@ def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str,
         if manifest["format"] != FORMAT:
             raise DataError(f"format {manifest['format']} is not {FORMAT}, the one this version reads")
         if manifest["step"] != step:
-            raise ValueError(f"it is of step {manifest['step']}")
+            raise ValueError(f"it is for step {manifest['step']}")
         if manifest.pop("sha256", "") not in ("", _digest(manifest)):  # older ones have none
             raise ValueError("it does not match its own checksum")
         tensors: dict[str, Any] = {}
@@ -532,7 +532,7 @@ def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str,
                 tensors[name] = {**where, "file": entry["name"], "shape": [int(n) for n in where["shape"]]}
         manifest["tensors"] = tensors
         if not (manifest["attempt"] >= 0 and isinstance(manifest["meta"], dict)):
-            raise ValueError("its values have other types")
+            raise ValueError("its values have the wrong types")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"its {name} is damaged ({error!r})") from error

@@ -62,7 +62,7 @@ class Pruner:
         if thread is not None:
             thread.join(seconds)
             if thread.is_alive():
-                log.warning("old checkpoints are still being deleted; the next start continues")
+                log.warning("old checkpoints are still being deleted; the next start will continue")
 
 
 class CheckpointWriter:

@@ -1,4 +1,7 @@
-"""Turns what Hydra and OmegaConf say about a wrong setting into one sentence: the key, and what would be valid."""
+"""Turns what Hydra and OmegaConf say about a wrong setting into one sentence: the key, and what would be valid.
+
+Both raise the same few exception classes for many different mistakes, so only their wording tells what was wrong.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ SYNONYMS = {
     "num_gpus": "cluster.processes",
     "nproc_per_node": "cluster.processes",
     "nnodes": "cluster.nodes",
-    "resume": "the same command again, which resumes by itself",
+    "resume": "the same command again, which resumes automatically",
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
     "cfg": "guidance",
@@ -128,7 +131,9 @@ def _unknown_key(text: str, root: type) -> str:
     if root is LaunchCommand:
         owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
         if owners:
-            return f"{full}: a key of {', '.join(owners)} alone; write it beside the name, verb='NAME {full}=...'"
+            return (
+                f"{full}: only a key of {', '.join(owners)}; write it after the command's name, verb='NAME {full}=...'"
+            )
     return _no_such_key(full, root)
 
 
@@ -218,4 +223,4 @@ def _interpolation(text: str, root: type) -> str:
     name = _search(r"Interpolation key '(.*?)' not found", text)
     key = _search(r"full_key: (\S+)", text)
     where = f"{key}: " if key else ""
-    return f"{where}${{{name}}} names a key that does not exist" if name else ""
+    return f"{where}${{{name}}} refers to a key that does not exist" if name else ""

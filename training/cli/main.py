@@ -112,7 +112,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
         if not Path(arguments.config_path).is_dir():
             raise ConfigError(f"--config-path={arguments.config_path}: there is no such directory")
         if arguments.config_dir:
-            raise ConfigError("--config-path and --config-dir: give one of them, both search a directory of yours")
+            raise ConfigError("--config-path and --config-dir: give only one of them; both name a config directory")
         arguments.config_dir, arguments.config_path = arguments.config_path, None
     variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
     if arguments.shell_completion:

@@ -133,7 +133,7 @@ def _normalise_one(verb: str, word: str) -> str:
         )
     if key in groups():
         if value in ("", "null", "none", "None"):
-            raise ConfigError(f"{word}: {_options(key)}; to leave a group at its default, do not name it")
+            raise ConfigError(f"{word}: {_options(key)}; to use a group's default, leave it out")
         if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
             value = f"'{value}'"
     known = keys_of(COMMANDS[verb].config)
@@ -154,10 +154,10 @@ def _removal(verb: str, word: str) -> str:
     """`~key`: takes a key out of a free mapping; all others are always there."""
     key = word[1:].partition("=")[0]
     if key in groups():
-        raise ConfigError(f"{word}: a group always has an option; name another, or leave {key}=... out")
+        raise ConfigError(f"{word}: a group always has an option; choose another one, or leave {key}=... out")
     known = keys_of(COMMANDS[verb].config)
     if key in known:
-        raise ConfigError(f"{word}: a setting is always there; give it another value: {key}=...")
+        raise ConfigError(f"{word}: a setting cannot be removed; change its value with: {key}=...")
     return word
 
 

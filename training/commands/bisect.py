@@ -36,8 +36,8 @@ def bisect(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
             or config.steps_between[0] >= config.steps_between[1]
         ):
             raise ConfigError(
-                f"steps_between={config.steps_between}: name a good and a later bad one of the stored checkpoints, "
-                f"which are {steps}"
+                f"steps_between={config.steps_between}: give a good and a later bad step; the stored checkpoints are "
+                f"{steps}"
             )
         steps = [step for step in steps if config.steps_between[0] <= step <= config.steps_between[1]]
     if len(steps) < 2:

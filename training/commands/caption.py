@@ -42,9 +42,9 @@ def main(config: CaptionCommand) -> dict[str, Any]:
         DataError: a shard or the model cannot be read, or a file of other settings is in the way.
     """
     if not config.vlm.path:
-        raise ConfigError("vlm.path: it is not set; name the directory of a vision-language model")
+        raise ConfigError("vlm.path: it is not set; give the directory of a vision-language model")
     if not config.output:
-        raise ConfigError("output: it is not set; name the directory or s3:// prefix of the captions")
+        raise ConfigError("output: it is not set; give a directory or s3:// prefix for the captions")
     return in_processes("training.commands.caption", config, _caption_share)
 
 

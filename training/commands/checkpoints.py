@@ -39,7 +39,7 @@ def main(config: CheckpointsCommand) -> dict[str, Any]:
     """
     store = CheckpointStore(checkpoint_dir(config.run.dir))
     if not store.steps():
-        raise DataError(f"{store.folder}: no checkpoints; name the run with run=DIR")
+        raise DataError(f"{store.folder}: no checkpoints; select the run with run=DIR")
     actions: dict[str, Callable[[CheckpointStore, CheckpointsCommand], dict[str, Any]]] = {
         "list": list_all,
         "verify": verify,
@@ -86,7 +86,7 @@ def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
     """Reads every byte of the chosen checkpoints."""
     rows = [describe_checkpoint(store, step, checksums=True) for step in config.steps or store.steps()]
     for row in rows:
-        print(f"step {row['step']}: {'; '.join(row['problems']) or 'every byte as it was written'}")
+        print(f"step {row['step']}: {'; '.join(row['problems']) or 'intact'}")
     damaged = [row["step"] for row in rows if row["problems"]]
     if damaged:
         names = ", ".join(str(step) for step in damaged)
@@ -97,7 +97,7 @@ def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
 def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
     """How far the raw weights moved between two checkpoints, relative to their norm, the farthest first."""
     if len(config.steps) not in (0, 2):
-        raise ConfigError(f"steps={config.steps}: action=diff compares two checkpoints")
+        raise ConfigError(f"steps={config.steps}: action=diff compares exactly two checkpoints")
     sound = (step for step in store.steps() if not describe_checkpoint(store, step)["problems"])
     steps = sorted(config.steps or list(sound)[:2])
     if len(steps) < 2:
@@ -130,9 +130,9 @@ def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
     """One safetensors file of fp32 weights by parameter name."""
     checkpoint = store.open(config.steps[0]) if config.steps else store.newest()
     if checkpoint is None:
-        raise DataError(f"{store.folder}: no checkpoint was ever finished")
+        raise DataError(f"{store.folder}: it has no finished checkpoint")
     if len(config.steps) > 1:
-        raise ConfigError(f"steps={config.steps}: action=export writes one checkpoint; name one")
+        raise ConfigError(f"steps={config.steps}: action=export writes one checkpoint; give one step")
     assert config.output is not None
     _whole(checkpoint)
     if config.sigma_rel is not None:
@@ -185,15 +185,15 @@ def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[
             if not since[index]:
                 stored.append((checkpoint, state_name(index), updates, width))
     if not stored:
-        raise ConfigError("sigma_rel: the run was not trained with ema.profile=power from its beginning")
+        raise ConfigError("sigma_rel: the run was not trained with ema.profile=power from the start")
     profiles = [(t, width) for _, _, t, width in stored]
     weights, left = posthoc_weights(profiles, last.meta["updates"], sigma_rel)
     if left > MOST_LEFT:
         fits = [s for s in WIDTHS if posthoc_weights(profiles, last.meta["updates"], s)[1] <= MOST_LEFT]
         reach = f"{min(fits):g} to {max(fits):g}" if fits else "none"
         raise ConfigError(
-            f"sigma_rel={sigma_rel}: the {len(stored)} averages stored up to step {last.step} do not add up to it "
-            f"(they reach {reach}); keep more checkpoints (checkpoint.keep_every), or more ema.decays"
+            f"sigma_rel={sigma_rel}: the {len(stored)} averages stored up to step {last.step} cannot be combined into "
+            f"it (they reach {reach}); keep more checkpoints (checkpoint.keep_every), or more ema.decays"
         )
     tensors = {}
     for name in (name.removeprefix("param/") for name in last.names("param/")):

@@ -102,7 +102,7 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     evaluation.draw(rank, world_size)
     if not evaluation.parts.all_done():
-        return {"rank": rank, "waits": "the process that finishes last writes the result"}
+        return {"rank": rank, "waits": "the last process to finish writes the result"}
     result = evaluation.result()
     result["seconds"] = round(time.monotonic() - began, 3)
     replace_file(output / "report.md", report.markdown(result))
@@ -111,7 +111,7 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     evaluation.parts.forget_others()
     if config.record:
         record(config.bundle.dir, result)
-        print(f"{config.bundle.dir}: its model card has the figures")
+        print(f"{config.bundle.dir}: the figures are in its model card")
     print(report.summary(result))
     print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")
     return result
@@ -132,7 +132,7 @@ def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:
     """Features of `evaluation.reference` in a file that names the rule they were made by."""
     settings = config.evaluation
     if not settings.reference:
-        raise ConfigError("evaluation.reference: name held-out shards, for example data/heldout")
+        raise ConfigError("evaluation.reference: set it to held-out shards, for example data/heldout")
     extractors = open_extractors(settings.extractors, _device(config))
     size = _last_size(config)
     references = References(settings.reference, config.data, size, config.seed)

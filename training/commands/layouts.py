@@ -68,7 +68,7 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
         raise ConfigError(f"layout={layout}: it must be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
     wanted = PICTURES.get(layout)
     if wanted and num_images != wanted:
-        raise ConfigError(f"layout={layout}: it reads {wanted} pictures of each prompt; say num_images={wanted}")
+        raise ConfigError(f"layout={layout}: it reads {wanted} pictures of each prompt; set num_images={wanted}")
     needed = NEEDED.get(layout)
     if needed and not all(needed in line for line in lines or [{}]):
         raise ConfigError(f"layout={layout}: give its own list, {KEPT_IN[layout]}, whose lines have the field {needed}")
@@ -83,7 +83,7 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
         for prompt in prompts:
             if len(_compbench_name(prompt, 0).encode()) > LONGEST_NAME:
                 raise ConfigError(
-                    f"layout={layout}: files are named by the prompt, and this is too long: {prompt[:60]!r}"
+                    f"layout={layout}: files are named after the prompt, and this one is too long: {prompt[:60]!r}"
                 )
 
 

@@ -70,7 +70,8 @@ class Evaluation:
         asked = sum("vqa_list" in line for line in self.lines)
         if asked not in (0, len(self.lines)):
             raise ConfigError(
-                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; all must, or none"
+                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; either all lines "
+                "need one, or none"
             )
         self.source: Any = None
         self.file: ReferenceFile | None = None
@@ -113,7 +114,7 @@ class Evaluation:
         elif reference:
             self.source = References(reference, self.config.data, self.size, self.config.seed)
         elif not self.prompts:
-            raise ConfigError("evaluation.reference: name held-out shards, for example data/heldout")
+            raise ConfigError("evaluation.reference: set it to held-out shards, for example data/heldout")
 
     def _open_training(self) -> References | None:
         shards = self.settings.training
@@ -416,7 +417,7 @@ class Evaluation:
                 f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} cut after {most} tokens (text.max_tokens)"
             )
         if n["broken"]:
-            found.append(f"{n['broken']} reference pictures cannot be read and are left out")
+            found.append(f"{n['broken']} reference pictures cannot be read and are skipped")
         return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
 
     @property

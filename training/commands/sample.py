@@ -105,7 +105,7 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
     missing = [job for job in share if not is_drawn(output, job, request)]
     if len(missing) < len(share):
-        print(f"{len(share) - len(missing)} of {len(share)} pictures are in {output} already and are kept")
+        print(f"{len(share) - len(missing)} of {len(share)} pictures are already in {output} and are kept")
     _draw(request, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),
@@ -377,7 +377,7 @@ def _open(file: Path) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except DAMAGED as error:
-        raise DataError(f"{file}: cannot be read ({error}); delete it and run the same command again") from error
+        raise DataError(f"{file}: cannot be read ({error}); delete it and repeat the command") from error
 
 
 def measure_diversity(output: Path, jobs: list[SampleJob]) -> dict[str, Any]:

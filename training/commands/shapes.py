@@ -56,7 +56,9 @@ class ShapesEvaluation(Evaluation):
     def _open_reference(self) -> None:
         reference = self.settings.reference
         if isinstance(reference, str) and reference.endswith(SUFFIX):
-            raise ConfigError(f"evaluation.reference={reference}: the oracle needs pictures; say evaluation=pictures")
+            raise ConfigError(
+                f"evaluation.reference={reference}: the oracle needs reference pictures; use evaluation=pictures"
+            )
         if reference:
             super()._open_reference()
         else:

@@ -149,7 +149,7 @@ def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[st
     runs, checkpoint = list(config.bundle.runs), f"{store.folder}/{step_name(step)}"
     places = [i for i, run in enumerate(runs) if Path(run).absolute() == Path(config.run.dir).absolute()]
     if not places and store.open(step).meta["config"]["stage"]["low_res_size"]:
-        raise ConfigError(f"bundle.runs: {config.run.dir} is not among them; name the stages before it, base first")
+        raise ConfigError(f"bundle.runs: {config.run.dir} is not listed; list it and the stages before it, base first")
     return [*runs[: places[0]], checkpoint] if places else [checkpoint]
 
 

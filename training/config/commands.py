@@ -273,7 +273,7 @@ class PlanCommand(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.mfu <= 1, f"mfu={self.mfu}: it must lie above 0 and at most at 1")
+        require(0 < self.mfu <= 1, f"mfu={self.mfu}: it must be above 0 and at most 1")
         require(self.store_gb_s > 0, f"store_gb_s={self.store_gb_s}: it must be positive")
         for name in ("price", "memory_gib"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: it must not be negative")

@@ -130,7 +130,7 @@ class Parts:
                     else:
                         small.setdefault(name, []).append(value)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.file(number)}: damaged ({error}); delete it and run the same again") from error
+                raise DataError(f"{self.file(number)}: damaged ({error}); delete it and repeat the command") from error
         found: dict[str, Any] = {name: np.concatenate(arrays) for name, arrays in small.items()}
         return found | {
             name: StoredRows([span for span, _, _ in parts], parts[0][1], parts[0][2]) for name, parts in large.items()

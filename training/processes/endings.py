@@ -193,7 +193,7 @@ def ends_at_once() -> Iterator[None]:
 
 
 def _end_by_force(number: int) -> None:
-    say(f"stopped by {signal.Signals(number).name}; the same command does what is left")
+    say(f"stopped by {signal.Signals(number).name}; repeat the command to resume")
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)

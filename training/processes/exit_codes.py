@@ -25,13 +25,13 @@ class Exit(NamedTuple):
 
 EXIT_CODES = {
     EXIT_DONE: Exit("all steps are done"),
-    EXIT_CRASH: Exit("a crash, a store out of reach, or a last checkpoint that was not written"),
+    EXIT_CRASH: Exit("a crash, an unreachable store, or a last checkpoint that was not written"),
     EXIT_USER_ERROR: Exit("a mistake in the configuration, the data or the credentials", final=True),
     EXIT_PREEMPTED: Exit("saved after SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP", agreed=True, restart=True),
-    EXIT_NOT_FINITE: Exit("too many steps could not be applied, also after rolling back", agreed=True, final=True),
+    EXIT_NOT_FINITE: Exit("too many skipped steps, even after rolling back", agreed=True, final=True),
     EXIT_SUPERSEDED: Exit("a newer start of the run owns its checkpoints", agreed=True, final=True),
     EXIT_HUNG: Exit("a rank died, or made no progress within the time-outs", restart=True),
-    EXIT_SLOW_NODE: Exit("the preflight found a slow node that the run is to do without"),
+    EXIT_SLOW_NODE: Exit("the preflight found a slow node to exclude"),
     EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True, final=True),
 }
 """All exit codes of a training run, but for 128 + n: killed by signal n."""

@@ -148,7 +148,7 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path 
 def _say_killed(rank: int, number: int) -> None:
     """It cannot say so itself."""
     name = signal.Signals(number).name
-    memory = ", mostly because the machine ran out of memory: lower data.micro_batch" if name == "SIGKILL" else ""
+    memory = ", usually because the machine ran out of memory: lower data.micro_batch" if name == "SIGKILL" else ""
     say(f"rank {rank} was killed by signal {number} ({name}){memory}")
 
 

@@ -78,7 +78,7 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
     for card in cards:
         if card.files < needed:
             raise ConfigError(
-                f"rank {card.rank} on {card.node} may have {card.files} files open (ulimit -Hn), and {len(cards)} "
+                f"rank {card.rank} on {card.node} may open {card.files} files (ulimit -Hn), and {len(cards)} "
                 f"processes need {needed}: raise the hard limit there"
             )
     seen: dict[str, Card] = {}
@@ -132,7 +132,7 @@ def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
     """Waits for all ranks; returns the store and everyone's card, in rank order.
 
     Raises:
-        RankLost: some ranks did not come within `timeout_s`; rank 0 names them.
+        RankLost: some ranks did not arrive within `timeout_s`; rank 0 names them.
         RuntimeError: on the others, when rank 0 is gone or does not answer.
     """
     store = open_store(ranks, timeout_s)
@@ -157,7 +157,7 @@ def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             named = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise RankLost(
-                f"rank {named} did not come within {timeout_s:.0f} s (train.timeout_first_s) ({meeting_place()}): "
+                f"rank {named} did not arrive within {timeout_s:.0f} s (train.timeout_first_s) ({meeting_place()}): "
                 f"it did not start, hangs, or does not reach this node; its output says more"
             )
         time.sleep(POLL_S)

@@ -76,7 +76,7 @@ def check_one_program(environ: Mapping[str, str] = os.environ) -> None:
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environ and tasks.isdecimal() and int(tasks) > 1:
         raise ConfigError(
-            f"srun has started {tasks} tasks of this command, which would be {tasks} rival runs: submit it with "
+            f"srun has started {tasks} tasks of this command, which would be {tasks} competing runs: submit it with "
             f"`cascade launch cluster=slurm cluster.nodes=N`, or set CASCADE_SRUN=1, MASTER_ADDR (the first node) and "
             f"MASTER_PORT for srun, so that its tasks are the ranks of one run"
         )

@@ -28,27 +28,27 @@ from training.processes.launcher import TYPED
 log = logging.getLogger(__name__)
 
 FIXED = {
-    "seed": "all randomness follows from it",
-    "stage.image_size": "the weights belong to it",
-    "stage.low_res_size": "the weights belong to it",
-    "stage.model": "the weights belong to it",
-    "stage.diffusion": "the weights belong to it",
-    "text.kind": "the weights belong to it",
-    "text.sha": "the weights belong to the text encoder that they were trained with (see text.path)",
-    "text.dim": "the weights belong to it",
-    "text.layer": "the weights belong to it",
-    "text.prefix": "the weights belong to it",
-    "text.also": "the weights belong to it",
-    "lora": "the weights belong to it",
+    "seed": "all randomness depends on it",
+    "stage.image_size": "the weights depend on it",
+    "stage.low_res_size": "the weights depend on it",
+    "stage.model": "the weights depend on it",
+    "stage.diffusion": "the weights depend on it",
+    "text.kind": "the weights depend on it",
+    "text.sha": "the weights depend on the text encoder they were trained with (see text.path)",
+    "text.dim": "the weights depend on it",
+    "text.layer": "the weights depend on it",
+    "text.prefix": "the weights depend on it",
+    "text.also": "the weights depend on it",
+    "lora": "the weights depend on it",
     "dino.side": "the weights were trained with it",
     "dino.sha": "the weights were trained with that encoder (see dino.path)",
     "repa": "the weights were trained with it",
     "perceptual": "the weights were trained with it",
     "optimizer.name": "its saved moments would be lost",
-    "data.global_batch": "the position in the data counts in it",
-    "data.lanes": "the order of the data follows from it",
-    "data.buckets": "the order of the data follows from it",
-    "data.window": "the order of the data follows from it",
+    "data.global_batch": "the position in the data is counted in it",
+    "data.lanes": "the order of the data depends on it",
+    "data.buckets": "the order of the data depends on it",
+    "data.window": "the order of the data depends on it",
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
 LESSON = (
@@ -243,7 +243,7 @@ class RunDir:
         if known and home and Path(home) != self.path.resolve():
             with suppress(OSError):
                 if (Path(home) / "wandb_id").read_text().strip() == known:
-                    log.warning("%s is a copy of %s: it gets a W&B run of its own", self.path, home)
+                    log.warning("%s is a copy of %s: it gets its own W&B run", self.path, home)
                     known = None
         if not known:
             known = uuid.uuid4().hex[:8]

@@ -92,8 +92,8 @@ def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = 
     answer = together(report, ranks)
     if answer["slow"] and answer["others"] and config.cluster.preflight_exclude:
         raise SlowNode(
-            f"the preflight found {', '.join(answer['slow'])} slow ({run.path / REPORT}): the run ends with code 79 so "
-            f"that the job can start again without it (cluster.preflight_exclude=true)"
+            f"the preflight found {', '.join(answer['slow'])} slow ({run.path / REPORT}): the run exits with code 79 "
+            f"so that the job can restart without it (cluster.preflight_exclude=true)"
         )
     return [Finding(**entry) for entry in answer["findings"]]
 
@@ -178,7 +178,8 @@ def judge_measured(found: Sequence[Measured]) -> list[Finding]:
     middle = statistics.median(one.clock_s for one in found)
     for one in {one.node: one for one in found}.values():
         if abs(one.clock_s - middle) > CLOCK_S:
-            said = f"the clock of {one.node} is {one.clock_s - middle:+.0f} s from the others'; start its time service"
+            ahead = one.clock_s - middle
+            said = f"the clock of {one.node} is {ahead:+.0f} s off the others'; check its time synchronization"
             findings.append(Finding(one.node, said, excludes=False))
     return findings
 

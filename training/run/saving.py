@@ -185,15 +185,15 @@ class Saving:
             NotFinite: that has been tried already, or there is nothing to go back to.
         """
         self.finish()
-        trouble = f"step {step}: the last {refused} steps could not be applied (train.max_skipped)"
-        advice = f"the skipped samples are named in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
+        trouble = f"step {step}: the last {refused} steps were skipped (train.max_skipped)"
+        advice = f"the skipped samples are listed in {self.run.path}/logs; lower optimizer.lr, or drop bad shards"
         with self.downloads() as share:
             checkpoint = self.store.newest(self.ranks, wanted=lambda meta: meta.get("healthy", True), share=share)
             if checkpoint is None:
-                raise NotFinite(f"{trouble}, and there is no checkpoint to go back to; {advice}")
+                raise NotFinite(f"{trouble}, and there is no checkpoint to roll back to; {advice}")
             if self.recent_rollbacks >= self.config.train.max_rollbacks:
                 raise NotFinite(
-                    f"{trouble}, also after going back to the checkpoint of step {checkpoint.step} "
+                    f"{trouble}, even after rolling back to the checkpoint of step {checkpoint.step} "
                     f"(train.max_rollbacks); {advice}"
                 )
             self.rollbacks += 1
@@ -201,8 +201,8 @@ class Saving:
             load(checkpoint)
         if self.ranks.is_main:
             log.warning(
-                "%s: the weights are set back to the checkpoint of step %d; training continues with step %d, past the "
-                "data in between",
+                "%s: rolled back to the weights of step %d; training continues with step %d and skips the data in "
+                "between",
                 trouble,
                 checkpoint.step,
                 step + 1,

@@ -59,7 +59,7 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     if not lora.rank:
         return None
     count = add_adapters(model, lora)
-    log.info("they stay as they are; adapters of rank %d hold %d numbers", lora.rank, count)
+    log.info("these weights are frozen; adapters of rank %d have %d parameters", lora.rank, count)
     where = path if found.sha256 else _absolute(found.origin["checkpoint"])
     return {**(base or {"sha256": weights_sha256(tensors), "scale": lora.scale}), "path": where}
 

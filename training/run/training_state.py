@@ -117,7 +117,7 @@ class TrainingState:
         kinds, self.ema_since = states_to_load(checkpoint.meta, checkpoint.names, config.optimizer.name, config.ema)
         new = [d for i, d in enumerate(config.ema.decays) if kinds[state_name(i)] == "param" and updates]
         if new and self.ranks.is_main:
-            log.info("ema.decays: %s not in the checkpoint; started from the weights of step %d", new, checkpoint.step)
+            log.info("ema.decays: %s not in the checkpoint; starting from the weights of step %d", new, checkpoint.step)
         self.engine.import_tensors(checkpoint.read, kinds, updates)
 
     def loss(

@@ -85,12 +85,12 @@ class Watchdog:
         said = str(error).splitlines()[0][:200]
         if step is None:
             return (
-                f"rank {self.ranks.rank}: another rank died or did not answer during the start ({after}): {said}; its "
-                f"own log or output says why, and the same command starts again"
+                f"rank {self.ranks.rank}: another rank died or did not answer during the start ({after}): {said}; the "
+                f"reason is in that rank's log or output; repeat the command to start again"
             )
         return (
             f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, {after}): "
-            f"{said}; its own log says why, and the same command resumes from the newest checkpoint"
+            f"{said}; the reason is in that rank's log; the same command resumes from the newest checkpoint"
         )
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Watchdog:
             if silent > (self.patient_s if self.patient or name in PATIENT else self.limit_s):
                 sentence = (
                     f"rank {self.ranks.rank}: no progress in {where}, phase {name}, for {silent:.0f} s"
-                    f"{self._others()}: it ends with code {EXIT_HUNG} so that the job can start again from the newest "
+                    f"{self._others()}: it exits with code {EXIT_HUNG} so that the job can restart from the newest "
                     f"checkpoint"
                 )
                 log.error("%s", sentence)
@@ -194,7 +194,7 @@ class _Beats(threading.Thread):
             where = "the start" if step is None else f"step {step}"
             age = time.time() - at
             if age > SILENT_S:
-                found.append(f"rank {rank} has not been heard of for {age:.0f} s (last in {where}, phase {name})")
+                found.append(f"rank {rank} has not reported for {age:.0f} s (last in {where}, phase {name})")
             elif (name, step) != here:
                 found.append(f"rank {rank} is in {where}, phase {name}, for {silent + age:.0f} s")
         return found

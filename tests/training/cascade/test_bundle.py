@@ -164,10 +164,10 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
     base, sr = content["stages"]
     base["config"].pop("colour")
     for changed, words in (
-        ([], "not what a bundle holds"),
+        ([], "not the index of a bundle"),
         ({**content, "stages": []}, "no stages"),
         ({**content, "stages": ["a"]}, "or changed"),
-        ({**content, "stages": [{**base, "file": "../other/base.safetensors"}, sr]}, "is no file of this directory"),
+        ({**content, "stages": [{**base, "file": "../other/base.safetensors"}, sr]}, "is not a file in this directory"),
         ({**content, "stages": [sr, base]}, "base draws from text alone, but sr comes before it"),
         ({**content, "stages": [{**base, "unet": {**base["unet"], "head_dim": 7}}, sr]}, "head_dim=7"),
     ):
@@ -215,7 +215,10 @@ def test_a_file_that_is_cut_while_its_weights_are_in_use_kills_nobody(runs: list
 def test_a_checkpoint_without_its_settings_is_named(runs: list[str]) -> None:
     manifest = Path(runs[0]) / "checkpoints" / "step-00000009" / "manifest.json"
     content = json.loads(manifest.read_text())
-    for meta, words in (({}, "does not say config"), ({"config": {"text": 3}}, r"does not hold the settings \(text\)")):
+    for meta, words in (
+        ({}, "does not say config"),
+        ({"config": {"text": 3}}, r"does not contain the settings \(text\)"),
+    ):
         manifest.write_text(json.dumps({**content, "meta": meta, "sha256": ""}))
         with pytest.raises(DataError, match=words):
             bundle.collect(runs)

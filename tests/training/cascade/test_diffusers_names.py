@@ -48,7 +48,7 @@ def test_picture_paths_are_read(cascade: Cascade, tmp_path: Path) -> None:
     by_path = cascade("red", image=tmp_path / "p.png")
     assert by_path[0].tobytes() == cascade("red", image=picture, strength=0.8)[0].tobytes()
     assert by_path[0].tobytes() != cascade("red")[0].tobytes()
-    with pytest.raises(DataError, match=r"absent\.png: there is no such picture"):
+    with pytest.raises(DataError, match=r"absent\.png: no such picture"):
         cascade("red", image="absent.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match="not a picture that can be read"):
@@ -56,9 +56,9 @@ def test_picture_paths_are_read(cascade: Cascade, tmp_path: Path) -> None:
 
 
 def test_what_it_does_not_have_is_refused(cascade: Cascade) -> None:
-    with pytest.raises(ConfigError, match="height: no option of a cascade; pictures are 32 px"):
+    with pytest.raises(ConfigError, match="height: not an option of a cascade; pictures are 32 px"):
         cascade("red", height=512)
-    with pytest.raises(ConfigError, match="eta: no option of a cascade; those are prompts"):
+    with pytest.raises(ConfigError, match="eta: not an option of a cascade; those are prompts"):
         cascade("red", eta=0.0)
     with pytest.raises(ConfigError, match="generator=list: give one"):
         cascade("red", generator=[torch.Generator()])

@@ -46,7 +46,7 @@ def test_skipped_blanks_are_said(capsys) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prompts=.*: a directory; name a file of prompts"):
+    with pytest.raises(ConfigError, match=r"prompts=.*: this is a directory; give a file of prompts"):
         read_prompts(str(tmp_path))
     (tmp_path / "prompts.md").write_text("a cat")
     with pytest.raises(ConfigError, match=r"prompts\.md: a file of prompts must end in \.txt, \.tsv, \.csv"):

@@ -216,7 +216,7 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("train=5", "train=5: it must be a section; its keys are steps,"),
         ("data.captions.sources={txt: much}", "data.captions.sources.txt={txt:much}: it must be a number"),
         ("seed=1,2", "seed=1,2: several values; add --multirun for one run per value"),
-        ("seed=${sed}", "seed: ${sed} names a key that does not exist"),
+        ("seed=${sed}", "seed: ${sed} refers to a key that does not exist"),
         ("demo", "'demo': a setting is key=value"),
         ("=5", "'=5': a setting is key=value"),
         ("stage=foo", "stage=foo: no such option; the options are base64, "),

@@ -152,7 +152,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "--config-path", "nowhere"], ["--config-path=nowhere: there is no such directory"]),
         (["train", "-m", "hydra/launcher=joblib_x"], ["hydra/launcher=joblib_x: no such option"]),
         (["train", "-m", "hydra/launcher=ray"], ["pip install hydra-ray-launcher"]),
-        (["train", "~train.steps"], ["~train.steps: a setting is always there", "train.steps=..."]),
+        (["train", "~train.steps"], ["~train.steps: a setting cannot be removed", "train.steps=..."]),
         (["train", "~experiment"], ["~experiment: a group always has an option"]),
         (["train", "~cluster.sbatch.qos"], ["~cluster.sbatch.qos: no such key"]),
         (["sample", "guidanc=3"], ["guidanc: no such key", "did you mean guidance?"]),

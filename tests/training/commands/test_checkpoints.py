@@ -134,13 +134,13 @@ def test_averages_that_are_damaged_or_began_later_are_left_out(
     config.ema.decays, config.ema.profile = WIDTHS, "power"
     meta = {"config": asdict(config), "updates": 40, "ema_since": [20, 20]}
     store.save(40, {"param/w": torch.ones(2), "ema/0/w": torch.ones(2), "ema/1/w": torch.ones(2)}, meta, Ranks())
-    with pytest.raises(ConfigError, match="from its beginning"):
+    with pytest.raises(ConfigError, match="from the start"):
         main(command(tmp_path / "later", "export", output=str(output), sigma_rel=0.07))
 
 
 def test_nothing_whole_to_export_or_compare(made: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
-    with pytest.raises(DataError, match="no checkpoint was ever finished"):
+    with pytest.raises(DataError, match="it has no finished checkpoint"):
         main(command(tmp_path / "run", "export", output=str(tmp_path / "x")))
     shutil.copytree(made, tmp_path / "other")
     damage(next((tmp_path / "other/checkpoints/step-00000200").glob("*.safetensors")))
@@ -155,7 +155,7 @@ def test_what_is_not_there(made: Path, tmp_path: Path) -> None:
         main(command(made, "export", steps=[41], output=str(tmp_path / "x")))
     with pytest.raises(ConfigError, match="averages 0 to 1"):
         main(command(made, "export", average=5, output=str(tmp_path / "x")))
-    with pytest.raises(ConfigError, match="writes one checkpoint; name one"):
+    with pytest.raises(ConfigError, match="writes one checkpoint; give one step"):
         main(command(made, "export", steps=[40, 80], output=str(tmp_path / "x")))
     with pytest.raises(ConfigError, match="action=show"):
         CheckpointsCommand(action="show")

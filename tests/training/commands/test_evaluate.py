@@ -441,7 +441,7 @@ def test_from_python_in_five_lines(bundle: str, heldout: str, tmp_path: Path) ->
 
 
 def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.reference: name held-out shards"):
+    with pytest.raises(ConfigError, match=r"evaluation\.reference: set it to held-out shards"):
         evaluate.main(command(bundle, tmp_path, kind="pictures"))
     with pytest.raises(DataError, match="no bundle there"):
         evaluate.main(command(str(tmp_path / "absent"), tmp_path))
@@ -528,7 +528,7 @@ def test_the_best_setting_of_a_sweep_goes_into_the_bundle(tmp_path: Path, capsys
         next(cascade.stages[1].unet.parameters()).add_(1)
     cascade.save(str(other))
     config.bundle.dir = str(other)
-    with pytest.raises(ConfigError, match=r"its sr is \w+, the evaluation was of \w+; name the bundle that was"):
+    with pytest.raises(ConfigError, match=r"its sr is \w+, the evaluation was of \w+; use the bundle that was"):
         evaluate.main(config)
 
 

@@ -67,7 +67,7 @@ def test_each_tool_finds_what_it_reads(command) -> None:
 def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layout=nothing: it must be flat"):
         command("nothing", 1)
-    with pytest.raises(ConfigError, match="it reads 4 pictures of each prompt; say num_images=4"):
+    with pytest.raises(ConfigError, match="it reads 4 pictures of each prompt; set num_images=4"):
         command("geneval", 1)
     with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, whose lines have the field item_id"):
         command("dpg", 4, prompts=["a cat"])

@@ -206,7 +206,7 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         sample.main(command(bundle, tmp_path, image=str(tmp_path / "cut.png")))
     with pytest.raises(ConfigError, match="batch=0"):
         sample.main(command(bundle, tmp_path, batch=0))
-    with pytest.raises(ConfigError, match=r"strength=0\.5: it says how much of `image`"):
+    with pytest.raises(ConfigError, match=r"strength=0\.5: it needs `image`"):
         sample.main(command(bundle, tmp_path, strength=0.5))
     with pytest.raises(ConfigError, match="stages=sr9: no such stage"):
         sample.main(command(bundle, tmp_path, stages="sr9"))

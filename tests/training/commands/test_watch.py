@@ -125,7 +125,7 @@ def test_bisection_finds_the_step(tmp_path: Path) -> None:
     assert (found["figure"], found["good"], found["bad"]) == ("kid.x", 12, 15)
     assert len(found["evaluated"]) == 5 < len(steps), "log2(n) + 2"
     assert bisect(replace(config, steps_between=[5, 12]), evaluated)["bad"] is None
-    with pytest.raises(ConfigError, match=r"steps_between=\[5, 6\]: name a good .* which are \[5, 9"):
+    with pytest.raises(ConfigError, match=r"steps_between=\[5, 6\]: give a good .* checkpoints are \[5, 9"):
         bisect(replace(config, steps_between=[5, 6]), evaluated)
     assert first_bad([1, 2], lambda step: True) == (1, 2)
 
@@ -149,7 +149,7 @@ def test_a_super_resolution_run_is_drawn_behind_the_stages_before_it(tmp_path: P
     with pytest.raises(ConfigError, match=r"figure=nothing: the results have samples\.background"):
         write_series(tmp_path / "sr" / "evaluations", "nothing")
     make_run(tmp_path / "other", stage_config("sr", 32, 16), steps=(7,))
-    with pytest.raises(ConfigError, match=r"bundle\.runs: .*other is not among them"):
+    with pytest.raises(ConfigError, match=r"bundle\.runs: .*other is not listed"):
         evaluate.main(command(tmp_path / "other", [base]))
 
 

@@ -43,7 +43,7 @@ def test_a_killed_process_is_128_plus_its_signal() -> None:
 def test_a_process_that_was_killed_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)"
     assert run_processes(program(body), 2, grace_s=0.5) == 128 + signal.SIGKILL
-    assert capfd.readouterr().err.startswith("rank 1 was killed by signal 9 (SIGKILL), mostly because the machine ran")
+    assert capfd.readouterr().err.startswith("rank 1 was killed by signal 9 (SIGKILL), usually because the machine ran")
 
 
 def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:

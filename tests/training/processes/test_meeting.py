@@ -39,7 +39,7 @@ def cpu(rank: int, node: str = "n1") -> Card:
         ([cpu(0), gpu(1)], LOCAL, "rank 0 on n1 has no GPU"),
         ([cpu(0, "n7")], SLURM, "rank 0 on n7 has no GPU (torch is a CPU build), but cluster.gpus=true asks for one"),
         ([gpu(0), Card(1, "n1", "cuda:0", "GPU-0")], SLURM, "ranks 0 and 1 share one GPU on n1"),
-        ([cpu(0), Card(1, "n2", "cpu", files=100)], LOCAL, "rank 1 on n2 may have 100 files open (ulimit -Hn)"),
+        ([cpu(0), Card(1, "n2", "cpu", files=100)], LOCAL, "rank 1 on n2 may open 100 files (ulimit -Hn)"),
     ],
 )
 def test_refused(cards: list[Card], cluster: ClusterConfig, sentence: str) -> None:
@@ -70,7 +70,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_ranks_that_do_not_come_are_named(place: int) -> None:
-    with pytest.raises(RankLost, match=f"rank 1, 2 did not come within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
+    with pytest.raises(RankLost, match=f"rank 1, 2 did not arrive within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
         meet(Ranks(0, 0, 3), cpu(0), 1.0)
 
 

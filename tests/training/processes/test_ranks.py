@@ -24,7 +24,7 @@ def test_ranks_from_srun_only_when_asked() -> None:
 
 def test_several_tasks_that_nobody_made_ranks_are_refused() -> None:
     step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    with pytest.raises(ConfigError, match="srun has started 2 tasks of this command, which would be 2 rival runs"):
+    with pytest.raises(ConfigError, match="srun has started 2 tasks of this command, which would be 2 competing runs"):
         read_ranks(step)
     assert read_ranks({**step, "SLURM_STEP_NUM_TASKS": "1"}) is None
     ranks = {**step, **LAUNCHER, "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "CASCADE_SRUN": "1"}

@@ -80,13 +80,13 @@ def test_a_checkpoint_that_fails_is_logged_and_the_next_one_is_written(
 
 def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with pytest.raises(NotFinite, match="there is no checkpoint to go back to"):
+    with pytest.raises(NotFinite, match="there is no checkpoint to roll back to"):
         run.saving.roll_back(2, 2, run.load)
     for step, healthy in ((3, True), (6, False)):
         run.value = float(step)
         run.save(step, healthy)
     assert run.saving.roll_back(7, 2, run.load).step == 3 and run.value == 3.0
-    with pytest.raises(NotFinite, match="also after going back to the checkpoint of step 3"):
+    with pytest.raises(NotFinite, match="even after rolling back to the checkpoint of step 3"):
         run.saving.roll_back(9, 2, run.load)
     run.save(9, healthy=False)
     again = Run(tmp_path)

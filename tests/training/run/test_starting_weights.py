@@ -124,8 +124,8 @@ def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
     other.save(copied)
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000006")
     running = forks.start(config)
-    assert running.codes() == [2] and "not the weights that the adapters (lora) were trained with" in running.text
-    with pytest.raises(DataError, match=r"not the weights that the adapters .lora. were trained with"):
+    assert running.codes() == [2] and "not the weights that the LoRA adapters were trained with" in running.text
+    with pytest.raises(DataError, match=r"not the weights that the LoRA adapters were trained with"):
         bundle.collect([config.run.dir]).stages[0].tensors()
 
 

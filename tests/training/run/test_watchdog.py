@@ -79,5 +79,5 @@ def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         dog.phase("backward", 12)
         assert gone.wait(30)
     assert "rank 1 is in step 12, phase data, for 33 s" in caplog.text
-    assert "rank 2 has not been heard of for 100" in caplog.text and "last in step 11, phase step" in caplog.text
+    assert "rank 2 has not reported for 100" in caplog.text and "last in step 11, phase step" in caplog.text
     assert "rank 3" not in caplog.text, "it is where rank 0 is"

@@ -132,7 +132,7 @@ class Tracker:
         kept = keep_lines(run.metrics, step)
         self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if kept:
-            log.info("metrics.jsonl: %d lines beyond step %d were taken out; these steps run again", kept, step)
+            log.info("metrics.jsonl: %d lines after step %d were removed; these steps run again", kept, step)
         self._sinks = Sinks(config.trackers, run.path, run.metrics, step)
         self._wandb = start_wandb(run, config, wandb_id, code)
 
@@ -189,7 +189,7 @@ class Tracker:
         try:
             add()
         except Exception as error:  # only a reference: the metrics go on
-            log.warning("W&B took no reference to the checkpoint of step %d (%s)", step, error)
+            log.warning("W&B did not accept a reference to the checkpoint of step %d (%s)", step, error)
 
     def close(self, exit_code: int = 0) -> None:
         """Ends the files and the W&B run."""
@@ -202,7 +202,8 @@ class Tracker:
         self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
         if offline:
             log.info(
-                "W&B: kept offline; wandb sync %s sends it", shlex.quote(f"{self.run.path}/wandb") + "/offline-run-*"
+                "W&B: kept offline; upload it with: wandb sync %s",
+                shlex.quote(f"{self.run.path}/wandb") + "/offline-run-*",
             )
         self._wandb = None
 
@@ -299,8 +300,8 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
             return None
         log.warning(
-            "W&B was not reached in %.0f s (%s): its files are written offline, nothing is lost; "
-            "later: wandb sync %s/wandb/offline-run-*",
+            "W&B was not reached in %.0f s (%s): its files are written offline, and nothing is lost; "
+            "upload them later with: wandb sync %s/wandb/offline-run-*",
             time.monotonic() - began,
             error,
             run.path,
@@ -375,6 +376,6 @@ def _log_later(run: RunDir, meta: Mapping[str, Any], add: Callable[[Any], None])
         ) as opened:
             add(opened)
     except Exception as error:  # whatever W&B raises costs no figure: they are in files
-        log.warning("W&B took no figures (%s); the files beside the run have them", error)
+        log.warning("W&B did not accept the figures (%s); they are in the run directory", error)
         return False
     return True

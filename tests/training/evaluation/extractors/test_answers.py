@@ -93,7 +93,7 @@ def test_stage_by_stage_in_the_report(config: ExtractorConfig, tmp_path: Path) -
     page = (tmp_path / "out" / "report.html").read_text()
     assert "VQAScore on base" in page and "Soft-TIFA by skill on count" in page and "prompts by VQAScore" in page
     file.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"prompt": "a"}) + "\n")
-    with pytest.raises(ConfigError, match="1 of 2 lines have a vqa_list; all must, or none"):
+    with pytest.raises(ConfigError, match="1 of 2 lines have a vqa_list; either all lines need one, or none"):
         evaluate(str(tmp_path / "bundle"), output=str(tmp_path / "out"), **settings)
 
 
