@@ -52,8 +52,8 @@ def render_array(jobs: Sequence[Job], texts: Sequence[str], at_once: int) -> str
         if lines != common[0]:
             other = next(line for line in [*lines, *common[0]] if (line in lines) != (line in common[0]))
             raise ConfigError(
-                f"--multirun: its jobs differ in {other.removeprefix('#SBATCH ')}, and one job array asks for the same "
-                f"for all; sweep cluster.* with launches of their own"
+                f"--multirun: its jobs differ in {other.removeprefix('#SBATCH ')}, but a job array requests the same "
+                f"for all; sweep cluster.* with separate launches"
             )
     name = next(line for line in asked[0] if line.startswith(OWN[0]))
     return SCRIPT.format(

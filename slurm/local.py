@@ -53,8 +53,8 @@ def render_local(job: Job) -> str:
     for name in OF_A_SCHEDULER:
         if getattr(cluster, name) != getattr(plain, name):
             raise ConfigError(
-                f"cluster.{name}={getattr(cluster, name)}: cluster=local runs on this machine alone and would not use "
-                f"it; leave it out, or say cluster=slurm"
+                f"cluster.{name}={getattr(cluster, name)}: cluster=local runs on this machine only and would not use "
+                f"it; leave it out, or use cluster=slurm"
             )
     return SCRIPT.format(
         title=job.title,

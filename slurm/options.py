@@ -36,9 +36,9 @@ EXCLUSIVE = (
 REFUSED = {
     "clusters": "status, stop and resume would not find the job there; set SLURM_CLUSTERS in your environment",
     "wait": "a launch ends when the job is submitted; look at it with `cascade status`",
-    "het-group": "a job of several parts cannot train one model; submit each command as a job of its own",
+    "het-group": "a job with several components cannot train one model; submit each command as a separate job",
     "wrap": "the script runs the command already",
-    "chdir": "settings name paths in this directory; run `cascade launch` where the job is to run",
+    "chdir": "settings contain paths in this directory; run `cascade launch` in the directory where the job should run",
     "test-only": "use dry_run=true",
 }
 WORK_S = 60
@@ -89,7 +89,7 @@ def directives(
     given = {_long(str(option)): value for option, value in cluster.sbatch.items()}
     for option, value in given.items():
         if option in FOLLOWED:
-            raise ConfigError(f"cluster.sbatch.{option}: the script would not follow it; set {FOLLOWED[option]}")
+            raise ConfigError(f"cluster.sbatch.{option}: the script would ignore it; set {FOLLOWED[option]}")
         if option in REFUSED and wanted(value):
             raise ConfigError(f"cluster.sbatch.{option}: {REFUSED[option]}")
     if wanted(given.get("array")) and not array:
@@ -131,7 +131,7 @@ def check_time(key: str, limit: Any, cluster: ClusterConfig) -> None:
     seconds = slurm_seconds(key, str(limit))
     if seconds < cluster.signal_s + EARLY_S + WORK_S:
         raise ConfigError(
-            f"{key}={limit}: of these {seconds:.0f} s nothing is left to work in: the signal to save comes "
+            f"{key}={limit}: these {seconds:.0f} s leave no time to work: the signal to save comes "
             f"cluster.signal_s={cluster.signal_s} s before the end, and Slurm may send it {EARLY_S} s early; set a "
             f"longer time, or a smaller cluster.signal_s"
         )
@@ -141,7 +141,7 @@ def quoted(name: str, value: Any) -> str:
     """A value as a directive has it: sbatch cuts at blanks, unless there are quotation marks."""
     text = str(value)
     if re.search(r"[\"\n\r]", text):
-        raise ConfigError(f"#SBATCH --{name}={text!r}: Slurm reads neither quotation marks nor line ends there")
+        raise ConfigError(f"#SBATCH --{name}={text!r}: it must not contain quotation marks or line breaks")
     return f'"{text}"' if re.search(r"[\s#'\\]", text) else text
 
 

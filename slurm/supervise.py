@@ -103,13 +103,13 @@ def judge(
     if idle > most:
         return Verdict(
             f"end {end.code}",
-            f"gave up: {idle} ends in a row without a checkpoint after {where}; the last: {end.why} "
+            f"gave up: {idle} failures in a row without a checkpoint after {where}; the last: {end.why} "
             f"(cluster.max_restarts_without_progress={most})",
         )
     if end.code == EXIT_PREEMPTED:
         if requeue:
             return Verdict("requeue", "not finished: requeue")
-        return Verdict(f"end {end.code}", "stopped before its end, submit it again to go on (cluster.requeue=false)")
+        return Verdict(f"end {end.code}", "stopped before the end; resubmit it to continue (cluster.requeue=false)")
     if end.code == UNEXPLAINED and idle > 1:
         return Verdict(f"end {end.code}", f"gave up: {end.why}, twice without a checkpoint in between")
     bad = tuple(sorted({*_blamed(before), *_blamed([*before, end]), *slow}))
@@ -155,7 +155,7 @@ def read_end(notes: Path, code: int, asked: bool, job: str, **others: Any) -> En
     if (notes / STOPPED).exists() and not found:
         return End(EXIT_PREEMPTED, job, why="asked to stop, saved", **others)
     if asked and (code or first):
-        return End(EXIT_PREEMPTED, job, why="asked to stop, ended before it had saved", **others)
+        return End(EXIT_PREEMPTED, job, why="asked to stop, ended before saving", **others)
     if first is None:
         return End(code, job, why=f"srun ended with code {code}" if code else "", **others)
     why = f"rank {first['rank']} on {first['node']} {_how(first['code'])}"
@@ -164,7 +164,7 @@ def read_end(notes: Path, code: int, asked: bool, job: str, **others: Any) -> En
 
 def _how(code: int) -> str:
     if code == EXIT_HUNG:
-        return f"lost another rank, or stood still (code {code})"
+        return f"lost another rank, or hung (code {code})"
     return f"was killed by signal {code - 128}" if code > 128 else f"ended with code {code}"
 
 

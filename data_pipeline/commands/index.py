@@ -101,7 +101,7 @@ def _copies(entries: list[_Shard], samples: int, patience: Patience) -> list[dic
     for pair in found:
         if pair["same_picture"]:
             logger.warning(
-                "data sets %s and %s share %d pictures (for example %s), which are trained on twice as often",
+                "data sets %s and %s share %d pictures (for example %s), so they are trained on twice as often",
                 *pair["datasets"],
                 pair["same_picture"],
                 pair["example"],

@@ -75,7 +75,7 @@ def main(config: PrepareSettings) -> dict[str, Any]:
     if not config.json:
         print_result(result)
     if result["dropped"] and not result["samples"]:
-        raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there says why")
+        raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there lists the reasons")
     return result
 
 
@@ -283,7 +283,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
     if not store.exists(place):
         if any(name.endswith(".tar") for name in store.list_dir(output)):
             raise DataError(
-                f"{output}: shards that `cascade prepare` did not write lie there; choose another prepare.output"
+                f"{output}: it contains shards that `cascade prepare` did not write; choose another prepare.output"
             )
         store.write_bytes(place, json.dumps(settings).encode())
         return
@@ -293,7 +293,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
     if changed:
         differences = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed)
         raise DataError(
-            f"{output}: it was prepared otherwise ({differences}); remove it or choose another prepare.output"
+            f"{output}: it was prepared with other settings ({differences}); remove it or choose another prepare.output"
         )
     for name in store.list_dir(output):
         if name.startswith(".") and name.endswith(".tmp"):  # of a run that was killed

@@ -70,7 +70,7 @@ class FolderSource:
             tars = "; tar shards are read with prepare.kind=shards" if ".t" in self.folder.suffix else ""
             raise DataError(f"prepare.source={folder}: it is an archive: unpack it and name the folder{tars}")
         if not self.folder.is_dir():
-            raise DataError(f"prepare.source={folder}: there is no such directory; name the folder of your pictures")
+            raise DataError(f"prepare.source={folder}: there is no such directory; give the folder of your pictures")
         self._endings: Counter[str] = Counter()
         """Of the files that are neither pictures nor used beside one."""
         self._alone: dict[tuple[Path, str], dict[str, Path]] = {}
@@ -170,12 +170,12 @@ class FolderSource:
             return
         for name in pictures:
             if used.image is None:
-                words = f"one of {', '.join(f'.{one}' for one in pictures)}; data.members.image chooses"
+                words = f"one of {', '.join(f'.{one}' for one in pictures)}; choose one with data.members.image"
                 yield _Entry(files[name], problem=BadSample(used.problem or "ambiguous_image", words))
             elif name == used.image or "." not in name:  # a.png beside a.jpg is a picture of its own
                 yield self._of(files[name], used, files)
             else:
-                words = f"beside {files[used.image].name}; data.members.image chooses"
+                words = f"beside {files[used.image].name}; choose one with data.members.image"
                 yield _Entry(files[name], problem=BadSample("unused_image", words))
 
     def _of(self, picture: Path, used: Roles, files: dict[str, Path]) -> _Entry:
@@ -213,7 +213,7 @@ class FolderSource:
             try:
                 table = TableSource(str(place), self.names)
             except DataError as error:
-                logger.warning("%s; it is not used", error)
+                logger.warning("%s; it is ignored", error)
                 continue
             if by_path is None:
                 by_path = {entry.path: entry for entry in self.entries}
@@ -249,8 +249,8 @@ class FolderSource:
                 )
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)
             return (
-                f"captions are looked for as {looked} and in the .json; there lie {beside}; data.members.caption names "
-                f"other endings{self._tables_hint()}"
+                f"captions are searched for as {looked} and in the .json; found {beside}; set data.members.caption for "
+                f"other extensions{self._tables_hint()}"
             )
         first = next((one.problem.detail for one in self.entries if one.problem and one.problem.reason == reason), "")
         return first

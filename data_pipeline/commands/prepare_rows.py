@@ -45,7 +45,7 @@ _OTHERS = (
     (b"\xd0\xcf\x11\xe0", "it is an Excel file: save it as .csv"),
     (b"version https://git-lfs", instead(b"version https://git-lfs")),
     (b"\x80\x04\x95", "it is a pickle, which is a program: save it as .csv or .parquet"),
-    (b"<", "it is HTML or XML, perhaps an error page: fetch or export the table again"),
+    (b"<", "it is HTML or XML, possibly an error page: download or export the table again"),
 )
 
 
@@ -68,7 +68,7 @@ def open_table(path: Path, known: Collection[str] = ()) -> Rows:
         known: names of columns, as `plain_name` has them, by which a header and its separator are recognized.
 
     Raises:
-        DataError: it is no table that can be read.
+        DataError: not a readable table.
     """
     import pyarrow as pa
 
@@ -97,7 +97,7 @@ def looks_like_picture(value: Any) -> bool:
 
 
 def _no_table(path: Path, why: str) -> DataError:
-    return DataError(f"prepare.source={path}: it is no table that can be read ({why})")
+    return DataError(f"prepare.source={path}: not a readable table ({why})")
 
 
 # ----------------------------------------------------------------------------------------------------------- bytes
@@ -168,7 +168,7 @@ def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
     if any(name.startswith("xl/") for name in names):
         raise _no_table(path, "it is an Excel file: save it as .csv")
     if len(names) != 1:
-        words = "name the table, or for pictures the folder with prepare.kind=folder"
+        words = "give the table, or for pictures the folder with prepare.kind=folder"
         raise _no_table(path, f"the archive holds {len(names)} files: unpack it and {words}")
     return archive.open(names[0])
 
@@ -199,7 +199,7 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
         if head.startswith(signature):
             raise _no_table(path, words)
     if path.suffix.lower() == ".parquet" or b"\0" in head:
-        raise _no_table(path, "it is neither Parquet nor text")
+        raise _no_table(path, "neither Parquet nor text")
     return DelimitedRows(file, known)
 
 
@@ -437,7 +437,7 @@ class ListRows:
     def row(self, number: int) -> dict[str, Any]:
         found = self._rows[number]
         if not isinstance(found, dict):
-            raise BadSample("bad_row", f"entry {number + 1}: it is no object")
+            raise BadSample("bad_row", f"entry {number + 1}: not an object")
         return found
 
 
@@ -470,7 +470,7 @@ class JsonLineRows:
         except (ValueError, RecursionError) as error:
             raise BadSample("bad_row", f"line {self._lines.lines[number]}: {error}") from error
         if not isinstance(value, dict):
-            raise BadSample("bad_row", f"line {self._lines.lines[number]}: it is no JSON object")
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: not a JSON object")
         return value
 
 

@@ -71,7 +71,7 @@ class ShardSource:
         for other in {*sample} - {extension, "txt", "json"} - self._left_out:
             if not other.startswith("__"):
                 self._left_out.add(other)
-                logger.warning("members .%s are left out: a picture, its caption and its .json are written", other)
+                logger.warning("members .%s are dropped: only a picture, its caption and its .json are written", other)
         key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
         facts = read_json_or_nothing(sample.get("json"))
         return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), facts)

@@ -133,7 +133,7 @@ class TableSource:
         urls = next((name for name in first.columns if plain_name(name) in _URL_COLUMNS), None)
         if urls and not pictures:
             raise DataError(
-                f"prepare.source={self.table}: its column {urls} holds addresses; fetch the pictures with img2dataset"
+                f"prepare.source={self.table}: its column {urls} contains URLs; download the pictures with img2dataset"
             )
         raise DataError(
             f"prepare.source={self.table}: it needs a column of paths or pictures ({', '.join(PATH_COLUMNS[:9])}, ...) "
@@ -182,7 +182,7 @@ class TableSource:
     def _tell_encoding(self) -> None:
         for path, part in zip(self.paths, self.parts, strict=True):
             if isinstance(part, DelimitedRows) and part.encoding != "utf-8":
-                logger.warning("%s: it is not UTF-8; it is read as %s", path, part.encoding)
+                logger.warning("%s: it is not UTF-8; reading it as %s", path, part.encoding)
 
     # ----------------------------------------------------------------------------------------------------- rows
 
@@ -320,10 +320,10 @@ class TableSource:
     def advice(self, reason: str) -> str:
         if reason == "missing_image":
             root = self._images or self.paths[0].parent
-            return f"paths are looked for in {root} and the folders below it; prepare.images names another folder"
+            return f"paths are searched for in {root} and its subfolders; set prepare.images for another folder"
         if reason == "missing_caption":
             return (
-                f"captions come from the column {', '.join(self.caption_columns)}; data.members.caption names another"
+                f"captions come from the column {', '.join(self.caption_columns)}; set data.members.caption for another"
             )
         return ""
 
@@ -336,7 +336,7 @@ class TableSource:
             )
         joined = sum(part.joined for part in self.parts if isinstance(part, DelimitedRows))
         if joined:
-            said.append(f"{joined} captions held the separator without quotes; it was taken as a part of them")
+            said.append(f"{joined} captions contain the separator without quotes; it was kept as part of the caption")
         return said
 
 
@@ -353,7 +353,7 @@ def _files(table: str) -> list[Path]:
         )
         if not found:
             raise DataError(
-                f"prepare.source={table}: it is a directory without .parquet or .arrow files; name the table in it"
+                f"prepare.source={table}: it is a directory without .parquet or .arrow files; give one of its tables"
             )
         return found
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))

@@ -63,7 +63,7 @@ class Tally:
         if not count or 2 * count < self.delivered + self.dropped.total():
             return ""
         words = advice(reason, self.layouts[reason]) or self.details.get(reason, "")
-        return f"{count} samples were left out as {reason}{f': {words}' if words else ''}"
+        return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
 
     def describe(self, index: ShardIndex) -> None:
         """Adds what a shard's index knows: sizes, aspects, caption lengths, scores."""

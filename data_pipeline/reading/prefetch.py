@@ -101,7 +101,7 @@ class Prefetcher:
         if window > budget and reader.cache is None and not self._all_direct:
             logger.warning(
                 "%.0f lanes of windows need about %.1f GB and data.prefetch_mb allows %.1f: samples are requested one "
-                "by one, which is slow; give more data.prefetch_mb, a smaller data.window, or data.cache_dir",
+                "by one, which is slow; increase data.prefetch_mb, reduce data.window, or set data.cache_dir",
                 lanes,
                 window / 1e9,
                 budget / 1e9,
@@ -201,7 +201,7 @@ class Prefetcher:
         if not self._said_scattered:
             self._said_scattered = True
             logger.warning(
-                "%s: the members of a sample lie far apart, so each is a request of its own, which is slow; `cascade "
+                "%s: the members of a sample are far apart, so each needs its own request, which is slow; `cascade "
                 "prepare prepare.kind=shards` packs samples together",
                 self._reader.dataset.urls[shard],
             )

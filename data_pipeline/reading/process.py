@@ -140,9 +140,9 @@ class DecodingProcess:
             code = 0
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         return (
-            f"rank {self._rank}: the process that reads and decodes its data {how}. Was the machine short of memory? "
-            "Then lower data.prefetch_mb or data.threads. Did a decoder crash? Its stack is in the output above. The "
-            "same command resumes from the last checkpoint"
+            f"rank {self._rank}: the process that reads and decodes its data {how}. If the machine ran out of memory, "
+            "lower data.prefetch_mb or data.threads; if a decoder crashed, its stack is in the output above. The same "
+            "command resumes from the last checkpoint"
         )
 
     def close(self) -> None:

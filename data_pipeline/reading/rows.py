@@ -94,7 +94,7 @@ class RowReader:
             sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
                 return self._named(sample, shard)
-        raise BadSample("checksum", f"{wrong} differs from its index; the shard was changed or damaged")
+        raise BadSample("checksum", f"{wrong} differs from its index; the shard has changed or is damaged")
 
     def places(self, index: ShardIndex, row: int) -> list[_Place]:
         """Extension, first byte, size and checksum of each member that is wanted; `row` is one of the file."""
@@ -149,7 +149,8 @@ class RowReader:
             index, physical, self.places(index, physical), lambda first, end: data[first - begin : end - begin]
         )
         if wrong:
-            logger.warning("%s: %s of %s does not verify; reading it again", index.url, wrong, sample["__key__"])
+            key = sample["__key__"]
+            logger.warning("%s: %s of %s does not match its checksum; reading it again", index.url, wrong, key)
             return self.read(shard, row)
         return self._named(sample, shard)
 

@@ -51,7 +51,7 @@ class PartReader:
         while count:
             piece = self._reader.read(min(count, 1 << 20))
             if not piece:
-                raise DataError(f"{self._entry.url}: it became shorter while it was being read")
+                raise DataError(f"{self._entry.url}: it was truncated while being read")
             count -= len(piece)
             self._position += len(piece)
             if keep:

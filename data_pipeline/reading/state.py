@@ -50,8 +50,8 @@ def check_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         changes = _differences(now, before, _NAMES)
     if changes:
         raise ConfigError(
-            f"data: the checkpoint at position {before.get('position')} was trained in another order: it changed "
-            f"{'; '.join(changes)}. Restore that, or start a new run (train.init_from takes over the weights)"
+            f"data: the checkpoint at position {before.get('position')} was trained in another order; it changed "
+            f"{'; '.join(changes)}. Restore the old order, or start a new run (train.init_from takes over the weights)"
         )
 
 
@@ -71,7 +71,7 @@ def check_past(now: DataConfig, before: DataConfig, position: int) -> None:
     """
     changed = _shares_changed(now.shares(), before.shares(), position)
     if changed:
-        raise ConfigError(f"data.shards: the run has consumed {position} samples, and there changed {changed}")
+        raise ConfigError(f"data.shards: the run has consumed {position} samples; up to there, it changed {changed}")
 
 
 def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ def read_captions(url: str) -> tuple[dict[str, list[str]], dict[str, Any]]:
             found[key].append(caption)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{url}: this is no whole file of captions ({error}); remove it and run `cascade caption` again"
+            f"{url}: not a complete file of captions ({error}); remove it and run `cascade caption` again"
         ) from error
     return dict(found), facts
 
@@ -83,8 +83,7 @@ class CaptionFiles:
                 place = store.basename(caption_file_url(shard, folder))
                 if place not in there:
                     raise DataError(
-                        f"data.captions.files: {name}={folder}: no {place} for {shard} lies there; run `cascade "
-                        "caption`"
+                        f"data.captions.files: {name}={folder}: no {place} for {shard} is there; run `cascade caption`"
                     )
         self._open: Recent[tuple[str, str], dict[str, list[str]]] = Recent(_OPEN)
 
@@ -103,5 +102,5 @@ class CaptionFiles:
         url = caption_file_url(shard, self._folders[name])
         found, facts = read_captions(url)
         if facts.get("digest") != self._digests[shard]:
-            raise DataError(f"{url}: it was made from other content than {shard} has now; run `cascade caption` again")
+            raise DataError(f"{url}: it was made from different contents of {shard}; run `cascade caption` again")
         return self._open.put((name, shard), found)

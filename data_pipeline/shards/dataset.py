@@ -141,7 +141,7 @@ class Dataset:
             index = index_shard(summary.entry.url, self.patience, names=self.names)
             if index.digest != summary.digest:
                 raise DataError(f"{summary.entry.url}: the shard changed while the run was using it")
-            logger.warning("%s: its index is missing or damaged and is rebuilt", summary.entry.url)
+            logger.warning("%s: its index is missing or damaged; rebuilding it", summary.entry.url)
             with suppress(CascadeError, OSError):
                 save_index(index, summary.place, self.patience)
         return self._cache.put(shard, (index, keep_rows(index, self.rules)[0]))
@@ -298,12 +298,13 @@ def _report(dataset: Dataset) -> None:
             logger.warning("%s: %s", summary.entry.url, ", ".join(f"{n} x {name}" for name, n in damage.items()))
         if summary.compressed:
             logger.warning(
-                "%s: it is compressed, so every read begins at its start; store it as plain tar", summary.entry.url
+                "%s: it is compressed, so every read starts at its beginning; store it as a plain tar",
+                summary.entry.url,
             )
     hint = _hint(dataset)
     if dataset.dropped:
         reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())
-        logger.warning("%d of %d samples are used; left out: %s%s", dataset.samples, dataset.total, reasons, hint)
+        logger.warning("%d of %d samples are used; dropped: %s%s", dataset.samples, dataset.total, reasons, hint)
     if not dataset.samples:
         reasons = ", ".join(f"{n} {name}" for name, n in (dataset.dropped | dataset.problems).most_common())
         raise ShardsError(

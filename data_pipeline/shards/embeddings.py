@@ -187,7 +187,7 @@ class Sidecar:
             if isinstance(error, DataError) and not store.exists(url):
                 raise
             raise DataError(
-                f"{url}: this is no whole file of embeddings of version {VERSION} ({error}); remove it and run "
+                f"{url}: not a complete file of embeddings of version {VERSION} ({error}); remove it and run "
                 "`cascade embed` again"
             ) from error
         self._starts, self._scales, self._checksums = small["starts"], small.get("scales"), small["checksums"]
@@ -267,7 +267,7 @@ class Embeddings:
             self._urls[shard] = [store.join(folder, name) for folder in places if name in there[folder]]
             if not self._urls[shard]:
                 raise DataError(
-                    f"data.embeddings={', '.join(places)}: no {name} for {shard} lies there; run `cascade embed`"
+                    f"data.embeddings={', '.join(places)}: no {name} for {shard} is there; run `cascade embed`"
                 )
         self._open: Recent[str, Sidecar] = Recent(_OPEN_SIDECARS)
         self._identity: dict[str, Any] | None = None
@@ -301,7 +301,7 @@ class Embeddings:
         fitting = [sidecar for sidecar in found if sidecar.facts.get("digest") == self._digests[shard]]
         if not fitting:
             raise DataError(
-                f"{found[0].url}: it was made from other content than {shard} has now; run `cascade embed` again"
+                f"{found[0].url}: it was made from different contents of {shard}; run `cascade embed` again"
             )
         if self._identity is not None:
             _check_identity(fitting[0], self._identity)
@@ -343,7 +343,7 @@ def _check_identity(sidecar: Sidecar, wanted: Mapping[str, Any]) -> None:
     if differing:
         changes = ", ".join(f"{name} {made.get(name)}, the run's is {wanted[name]}" for name in differing)
         raise ConfigError(
-            f"data.embeddings: {sidecar.url} was made by another text encoder ({changes}); give the run the same "
+            f"data.embeddings: {sidecar.url} was made with another text encoder ({changes}); give the run the same "
             "`text`, run `cascade embed` again, or set data.embeddings=null"
         )
 

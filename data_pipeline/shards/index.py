@@ -245,7 +245,7 @@ def index_shard(
         index, confirmed = _walk(entry, patience, names)
         if confirmed or index.meta["content"] == _content(entry, patience):
             return index
-        logger.warning("%s: a second read brought other bytes; it is indexed again", url)
+        logger.warning("%s: a second read returned different bytes; indexing it again", url)
     raise DataError(f"{url}: {_READS} times, two reads brought different bytes: the network or the store damages them")
 
 

@@ -98,7 +98,8 @@ def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: lis
     caption = next((name for name in used.captions if group[name].facts.get("length")), None)
     caption = caption or (used.captions[0] if used.captions else None)
     for name in used.unused_images:
-        words = f"{group[name].name!r} is a picture beside {image.name if image else ''!r}; data.members.image chooses"
+        beside = image.name if image else ""
+        words = f"{group[name].name!r} is a picture beside {beside!r}; choose one with data.members.image"
         problems.append(Problem("unused_image", group[name].part[0], words))
     called = _called(group, used.image, caption, used.json)
     data = group[used.json].facts if used.json else {}

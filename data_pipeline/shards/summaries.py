@@ -141,4 +141,4 @@ def write_summaries(url: str, summaries: list[Summary], patience: Patience = DEF
     try:
         store.write_bytes(url, out.getbuffer(), patience)
     except CascadeError as error:
-        logger.info("%s: the next start reads every index again", error)
+        logger.info("%s: the next start will read every index again", error)

@@ -58,7 +58,7 @@ class ShardWriter:
             DataError: a key that readers would cut at its first dot, or an extension with a slash.
         """
         if not key or "." in key.rpartition("/")[2] or any("/" in name or not name for name in members):
-            raise DataError(f"{self.path}: key {key!r} with {list(members)}: readers cut a key at its first dot")
+            raise DataError(f"{self.path}: key {key!r} with {list(members)}: readers split a key at its first dot")
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode, info.mtime = len(data), 0o444, 0

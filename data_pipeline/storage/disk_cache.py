@@ -146,7 +146,7 @@ class DiskCache:
             self._release(partial, len(data))
 
     def _say(self, error: OSError) -> None:
-        logger.warning("data.cache_dir=%s: %s; this piece is not kept", self.folder, error.strerror or error)
+        logger.warning("data.cache_dir=%s: %s; this piece is not cached", self.folder, error.strerror or error)
 
     def _reserve(self, size: int, partial: Path) -> bool:
         """Takes `size` bytes of the limit for a file that it begins, emptying the cache as needed; False when others

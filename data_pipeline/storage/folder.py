@@ -170,7 +170,7 @@ class RemoteFolder:
                 if isinstance(error, FileNotFoundError) or error.errno is None:
                     raise
                 raise NoRoom(
-                    f"TMPDIR={tempfile.gettempdir()}: it cannot take a copy of {self.url}/{name} ({error.strerror}); "
+                    f"TMPDIR={tempfile.gettempdir()}: no room for a copy of {self.url}/{name} ({error.strerror}); "
                     f"point TMPDIR at a disk with room for a whole checkpoint"
                 ) from error
         return path

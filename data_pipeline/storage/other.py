@@ -86,7 +86,7 @@ def split(url: str) -> tuple[str, str]:
     """`gs://bucket/some/key` -> (`bucket`, `some/key`); the host takes the place of the bucket where there is one."""
     root, _, key = url.partition("://")[2].partition("/")
     if not root:
-        raise DataError(f"{url}: it names no bucket; write {scheme_of(url)}://bucket/prefix")
+        raise DataError(f"{url}: it has no bucket; write {scheme_of(url)}://bucket/prefix")
     return root, key
 
 
@@ -192,7 +192,7 @@ class OtherStream:
         if self._end is None:
             self._end, found = head(self.url, self._patience)
             if self._etag and found != self._etag:
-                raise DataError(f"{self.url}: the object changed since it was indexed; run `cascade index` again")
+                raise DataError(f"{self.url}: the object has changed since it was indexed; run `cascade index` again")
         begin, end = self._fetched, min(self._fetched + PIECE, self._end)
         if begin >= end:
             return False
@@ -206,7 +206,7 @@ class OtherStream:
         if len(data) > end - begin and not begin:  # it answers ranges with the whole object
             data = data[: self._end]
         elif len(data) > end - begin:
-            raise DataError(f"{self.url}: its server does not answer range requests, which this reader needs")
+            raise DataError(f"{self.url}: its server does not support range requests, which are required")
         elif len(data) < end - begin:
             at = begin + len(data)
             raise DataError(
@@ -271,13 +271,13 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
     if info.get("type") == "directory":
         raise Missing(f"{url}: no such object")
     if info.get("size") is None:
-        raise DataError(f"{url}: its server does not say how large it is, which this reader needs")
+        raise DataError(f"{url}: its server does not report its size, which is required")
     return int(info["size"]), _etag(info)
 
 
 def _writable(url: str) -> None:
     if scheme_of(url) in _READ_ONLY:
-        raise DataError(f"{url}: {scheme_of(url)}:// can only be read")
+        raise DataError(f"{url}: {scheme_of(url)}:// is read-only")
 
 
 def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:

@@ -148,7 +148,7 @@ class Backoff:
         if silent >= deadline or self.patience.too_late():
             attempts = f"{self.attempts} attempt{'s' * (self.attempts > 1)}"
             raise StoreError(
-                f"{self.what}: no progress for {silent:.0f} s in {attempts}, so the run gives up; "
+                f"{self.what}: no progress for {silent:.0f} s in {attempts}; giving up; "
                 f"the last cause was {describe_error(cause)}{advice}"
             ) from cause
         longest = min(self.patience.cap_s, self.patience.base_s * 2.0 ** min(self.attempts - 1, 20))

@@ -56,7 +56,7 @@ def split(url: str) -> tuple[str, str]:
     """`s3://bucket/some/key` -> (`bucket`, `some/key`)."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
-        raise DataError(f"{url}: it names no bucket; write s3://bucket/prefix")
+        raise DataError(f"{url}: it has no bucket; write s3://bucket/prefix")
     return bucket, key
 
 
@@ -260,7 +260,7 @@ class S3Stream:
         self.etag = answer.get("ETag", "").strip('"') or None
         expected = self._fetched + int(answer["ContentLength"])
         if "Range" in arguments and not str(answer.get("ContentRange", "")).startswith(f"bytes {self._fetched}-"):
-            raise DataError(f"{self.url}: {endpoint()} does not answer range requests, which this reader needs")
+            raise DataError(f"{self.url}: {endpoint()} does not support range requests, which are required")
         if self._end is not None and expected < self._end:
             raise DataError(
                 f"{self.url}: the object ends at byte {expected}, its index says {self._end}; run `cascade index` again"

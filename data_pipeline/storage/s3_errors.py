@@ -92,9 +92,9 @@ def check_settings() -> None:
     for name in _SETTINGS:
         value = os.environ.get(name, "")
         if value != value.strip() or any(ord(letter) < 32 for letter in value):
-            raise DataError(f"{name} begins or ends with a blank, or contains a line break: set it again without")
+            raise DataError(f"{name} begins or ends with a blank, or contains a line break: set it again without it")
     if endpoint() != "AWS" and not _is_address(endpoint()):
-        raise DataError(f"{endpoint_variable()}={endpoint()} is no address such as https://host:port")
+        raise DataError(f"{endpoint_variable()}={endpoint()} is not a URL such as https://host:port")
     bundle = os.environ.get("AWS_CA_BUNDLE", "")
     if bundle and not os.access(bundle, os.R_OK):
         raise DataError(f"AWS_CA_BUNDLE={bundle}: no such file, or it cannot be read")
@@ -186,7 +186,8 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             return DataError(f"{url}: {where} does not speak TLS ({reason}); does it begin with http://?")
         if isinstance(cause, aiohttp.ClientHttpProxyError):
             return DataError(
-                f"{url}: the proxy refuses ({cause.status} {cause.message}); check HTTPS_PROXY and HTTP_PROXY"
+                f"{url}: the proxy refused the request ({cause.status} {cause.message}); check HTTPS_PROXY and "
+                "HTTP_PROXY"
             )
         if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME and not answered:
             proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
@@ -196,7 +197,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
         return (
             None
             if answered
-            else DataError(f"{url}: {where} does not answer as S3 does ({describe_error(error)[:200]})")
+            else DataError(f"{url}: {where} does not respond like an S3 store ({describe_error(error)[:200]})")
         )
     if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
         if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
@@ -230,7 +231,7 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
     words = " ".join(str(_response(error).get("Error", {}).get("Message", "")).split())
     said = f"{code}: {words}" if words else code
     path = urlsplit(endpoint()).path.strip("/")
-    hint = f" (its path {path!r} stands before the bucket)" if path else ""
+    hint = f" (its path {path!r} comes before the bucket)" if path else ""
     if code in TRANSIENT or status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS):
         return None
     if code in PATH_STYLE:
@@ -241,7 +242,7 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
     if code in DENIED or status in (401, 403):
         return Denied(
             f"{url}: {endpoint()} denies access to bucket {bucket!r} (HTTP {status}, {said}); check "
-            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and what they may do there"
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and their permissions"
         )
     if code == "NoSuchBucket":
         return DataError(
@@ -251,12 +252,14 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
     if code in ("NoSuchKey", "404", "NotFound"):
         return Missing(f"{url}: no such object in bucket {bucket!r} at {endpoint()}{hint}")
     if code in ("PreconditionFailed", "412"):
-        return Changed(f"{url}: the object changed since it was indexed (its ETag differs); run `cascade index` again")
+        return Changed(
+            f"{url}: the object has changed since it was indexed (its ETag differs); run `cascade index` again"
+        )
     if code in ("InvalidRange", "416"):
         return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
     if code in REGION or status in (301, 307):
-        return DataError(f"{url}: bucket {bucket!r} lives in another region ({said}); set AWS_DEFAULT_REGION")
-    return DataError(f"{url}: {endpoint()} refuses the request: {describe_error(client_error(error))}")
+        return DataError(f"{url}: bucket {bucket!r} is in another region ({said}); set AWS_DEFAULT_REGION")
+    return DataError(f"{url}: {endpoint()} rejected the request: {describe_error(client_error(error))}")
 
 
 def refusal_advice(error: BaseException) -> str:

@@ -37,14 +37,14 @@ def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -
 
 def _listed(place: str, read: Callable[[str], bytes], depth: int) -> list[str]:
     if depth > 3:
-        raise ShardsError(f"=@{place}: the lists name each other")
+        raise ShardsError(f"=@{place}: the lists include each other")
     try:
         lines = read(place).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ShardsError(f"=@{place}: a list of shards is a text file, one pattern per line") from error
+        raise ShardsError(f"=@{place}: a list of shards must be a text file with one pattern per line") from error
     patterns = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not patterns:
-        raise ShardsError(f"=@{place}: the list is empty; it has one path or address per line")
+        raise ShardsError(f"=@{place}: the list is empty; it needs one path or URL per line")
     return [one for pattern in patterns for one in plain_patterns(_beside(place, pattern), read, depth + 1)]
 
 
@@ -77,6 +77,6 @@ def _piped(pattern: str) -> str:
     if len(words) == 2 and words[0] == "cat" and not found:
         return words[1]
     raise ShardsError(
-        f"={pattern}: commands are not run; give the address or the path itself, such as "
-        "s3://bucket/{00000..00099}.tar (over s3:// a broken read then continues by itself)"
+        f"={pattern}: commands are not run; give the URL or path itself, such as  "
+        "s3://bucket/{00000..00099}.tar (over s3://, a broken read then resumes automatically)"
     )

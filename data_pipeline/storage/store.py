@@ -96,7 +96,7 @@ class LocalStream:
     def __init__(self, path: str, start: int = 0, end: int | None = None) -> None:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise DataError(f"{path}: this is not a regular file")
+                raise DataError(f"{path}: not a regular file")
             self._file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise _local_error(path, error) from error
@@ -125,7 +125,7 @@ class LocalStream:
 
 def _local_error(path: str, error: OSError) -> DataError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: {'it links to nothing' if os.path.islink(path) else 'no such file'}")
+        return DataError(f"{path}: {'dangling link' if os.path.islink(path) else 'no such file'}")
     return DataError(f"{path}: {system_words(error)}")
 
 
@@ -299,7 +299,7 @@ def remove(url: str, patience: Patience = DEFAULT) -> None:
     if is_remote(url):
         _, key = _door(url).split(url)
         if not key.strip("/"):
-            raise DataError(f"{url}: refusing to remove a whole bucket")
+            raise DataError(f"{url}: refusing to delete a whole bucket")
         below = _door(url).listing(url.rstrip("/") + "/", patience=patience)
         _door(url).delete(url, [key.rstrip("/"), *(name for name, _, _ in below)], patience)
         return
@@ -335,7 +335,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
         for one in _braces(pattern):
             found = _expand_one(one, patience)
             if not found:
-                raise ShardsError(f"={one}: no .tar shard is there{_hint(one, patience)}")
+                raise ShardsError(f"={one}: no .tar shards found{_hint(one, patience)}")
             urls.update(dict.fromkeys(found))
     return list(urls)
 
@@ -348,7 +348,7 @@ def _braces(pattern: str) -> Iterable[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise ShardsError(f"={pattern}: a brace is open or closed once too often") from error
+        raise ShardsError(f"={pattern}: unbalanced braces") from error
 
 
 def _expand_one(pattern: str, patience: Patience) -> list[str]:
@@ -370,7 +370,7 @@ def _shards_among(found: list[str]) -> list[str]:
 def _no_directories(paths: list[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path) and _is_shard_name(path):
-            logger.warning("%s: this is a directory, no shard; it is left out", path)
+            logger.warning("%s: this is a directory, not a shard; skipping it", path)
     return [path for path in paths if not os.path.isdir(path)]
 
 
@@ -413,16 +413,16 @@ def _hint(pattern: str, patience: Patience) -> str:
         where = pattern if os.path.isdir(pattern) else parent(pattern)
         if os.path.isdir(where):
             other = min((name for name in os.listdir(where) if not name.startswith(".")), default=None)
-            holds = f"holds for instance {other!r}; `cascade prepare` makes shards of pictures" if other else "is empty"
-            return f" (the directory {where!r} {holds})"
-        return f" (the directory {where!r} does not exist; `cascade prepare` makes shards of pictures)"
+            holds = f"contains, for example, {other!r}; `cascade prepare` makes shards from pictures"
+            return f" (the directory {where!r} {holds if other else 'is empty'})"
+        return f" (the directory {where!r} does not exist; `cascade prepare` makes shards from pictures)"
     door = _door(pattern)
     bucket, key = door.split(pattern)
     prefix = re.split(r"[*?\[{]", key)[0].rpartition("/")[0]
     other = next(iter(door.listing(f"{door.root(pattern)}/{prefix}", patience=patience)), None)
     if other is None:
         return f" (bucket {bucket!r} at {door.endpoint()} is empty below {prefix!r})"
-    return f" (bucket {bucket!r} holds for instance {other[0]!r})"
+    return f" (bucket {bucket!r} contains, for example, {other[0]!r})"
 
 
 def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
@@ -453,7 +453,7 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
     if missing:
         more = f" and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else ""
         some = f" (also {', '.join(map(basename, missing[1:6]))}{', ...' if len(missing) > 6 else ''})" if more else ""
-        gaps = "; a glob such as *.tar takes the ones that are there" if len(missing) < len(urls) else ""
+        gaps = "; a glob such as *.tar uses those that exist" if len(missing) < len(urls) else ""
         what = "object" if is_remote(missing[0]) else "file"
         raise ShardsError(f": {missing[0]}{more}: no such {what}{some}{gaps}")
     return [listed[url] for url in urls]
@@ -466,7 +466,7 @@ def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict
         try:
             found = [one for one in door.listing(prefix + "/", "/", patience) if one[1] != -1]
             if any(length < 0 or not etag for _, length, etag in found):
-                raise s3.Denied("this listing tells no sizes or versions")
+                raise s3.Denied("this listing has no sizes or versions")
             return {
                 url: Entry(url, length, etag)
                 for url, length, etag in ((f"{root}/{name}", length, etag) for name, length, etag in found)

@@ -37,7 +37,7 @@ def main(config: CompareCommand) -> dict[str, Any]:
         DataError: a directory is no run, or none of the runs has any of the curves.
     """
     if len(config.runs) < 2:
-        raise ConfigError("runs: name two runs or more: cascade compare runs/a/base64 runs/b/base64")
+        raise ConfigError("runs: give at least two runs: cascade compare runs/a/base64 runs/b/base64")
     runs = {name: Path(name) for name in config.runs}
     settings = {name: _settings(path) for name, path in runs.items()}
     table = differing(settings)
@@ -49,7 +49,7 @@ def main(config: CompareCommand) -> dict[str, Any]:
         if curves:
             charts[number] = curves
     if not charts:
-        raise DataError(f"curves={config.curves}: metrics.jsonl of these runs has none of them")
+        raise DataError(f"curves={config.curves}: none of them is in metrics.jsonl of these runs")
     for number, curves in charts.items():
         print("\n" + text_of(number, curves), flush=True)
     Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _settings(run: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict):
-        raise DataError(f"{run}: it has no config.yaml, so it is no run; name run directories")
+        raise DataError(f"{run}: not a run (no config.yaml); give run directories")
     return flatten(found)
 
 
@@ -101,13 +101,13 @@ def _paired(a: str, b: str, table: Mapping[str, Sequence[Any]], names: Sequence[
     i, j = names.index(a), names.index(b)
     other = [key for key, values in table.items() if key.startswith(SAME_QUESTION) and values[i] != values[j]]
     if other:
-        why = f"their validations ask different questions ({', '.join(other)})"
+        why = f"their validations use different settings ({', '.join(other)})"
         if any(key.startswith("stage.diffusion.") for key in other):
-            why += "; cascade ablate asks all arms the same, at fixed noise levels"
+            why += "; cascade ablate measures all arms alike, at fixed noise levels"
         return {"runs": [a, b], "why": why}
     steps = sorted({*losses[0]} & {*losses[1]})
     if not steps:
-        return {"runs": [a, b], "why": "they were never validated at the same step"}
+        return {"runs": [a, b], "why": "they were not validated at the same step"}
     pair = [losses[0][steps[-1]], losses[1][steps[-1]]]
     if len(pair[0]) != len(pair[1]):
         return {"runs": [a, b], "why": "their validations have different numbers of samples"}
@@ -138,7 +138,7 @@ def _sentence(pair: Mapping[str, Any]) -> str:
     if "why" in pair:
         return f"validation loss of {b} and {a}: not compared, {pair['why']}"
     low, high = pair["interval"]
-    said = "no difference is seen" if low <= 0 <= high else f"{b if high < 0 else a} is better"
+    said = "no significant difference" if low <= 0 <= high else f"{b if high < 0 else a} is better"
     return (
         f"validation loss of {b} minus {a} at step {pair['step']}: {pair['difference']:+.5f} "
         f"[{low:+.5f}, {high:+.5f}] (95 %, paired over {pair['n']} held-out samples): {said}"

@@ -69,8 +69,8 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     entries = plan_entries(config, words)
     if local and len(entries) == 1:
         raise ConfigError(
-            f"cluster=local: one command needs no launch, `cascade {entries[0].verb} ...` is the same; verb=all or a "
-            f"list of commands run here in order, and cluster=slurm submits"
+            f"cluster=local: a single command needs no launch: `cascade {entries[0].verb} ...` is the same; verb=all "
+            f"or a list of commands runs here in order, and cluster=slurm submits"
         )
     in_sweep = is_sweep()
     if config.at_once and not local and not in_sweep:
@@ -79,10 +79,10 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         )
     if config.cluster.kind in EMITTED and (in_sweep or config.script):
         raise ConfigError(
-            f"cluster.kind={config.cluster.kind}: script= and --multirun are for Slurm; launch a run for each value"
+            f"cluster.kind={config.cluster.kind}: script= and --multirun are for Slurm; launch each value separately"
         )
     if config.cluster.kind == "skypilot" and config.embed_tasks > 1:
-        raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no arrays; leave it out")
+        raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no job arrays; leave it out")
     if is_search():
         raise ConfigError(
             "hydra/sweeper: it chooses values by the result of the runs before, and a launch only submits; give it to "
@@ -130,7 +130,7 @@ def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
         return cascade_graph(config, words)
     chain = config.verb if isinstance(config.verb, list) else [config.verb]
     if not chain:
-        raise ConfigError("verb=[]: name at least one command")
+        raise ConfigError("verb=[]: give at least one command")
     entries: list[GraphNode] = []
     for text in chain:
         verb, *own = _split(str(text))
@@ -148,7 +148,7 @@ def _split(entry: str) -> list[str]:
     try:
         words = shlex.split(entry) or [""]
     except ValueError as error:
-        raise ConfigError(f"verb={entry}: a quotation mark is open ({error})") from error
+        raise ConfigError(f"verb={entry}: unbalanced quotation marks ({error})") from error
     others = [verb for verb in COMMANDS if verb not in NOT_SUBMITTED]
     if words[0] not in others:
         raise ConfigError(f"verb={entry}: it must be one of {', '.join(others)}, or all")

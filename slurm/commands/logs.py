@@ -40,5 +40,5 @@ def chosen(folder: Path, rank: int | None) -> Path:
     path = folder / f"rank-{rank or 0}.log"
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in folder.glob("*.log"))) or "nothing yet"
-        raise DataError(f"{path}: there is no such log; there is {there}")
+        raise DataError(f"{path}: no such log; there is {there}")
     return path

@@ -27,8 +27,8 @@ def main(config: ResumeCommand) -> dict[str, Any]:
     found = [job for home in find_runs(folder) for job in job_states(home)]
     if not found:
         raise DataError(
-            f"{folder}: nothing was launched there, so there is no record to resume from; start the same "
-            f"`cascade train` again, or launch it"
+            f"{folder}: nothing was launched from there, so there is nothing to resume; repeat the `cascade "
+            f"train` command, or launch it"
         )
     unknown = [job for job in found if job["state"] == "unknown"]
     if unknown:
@@ -41,7 +41,7 @@ def main(config: ResumeCommand) -> dict[str, Any]:
     left = {job["name"]: job["state"] for job in jobs if job["state"] in ("pending", "running") or _is_done(job)}
     again = [job for job in jobs if job["name"] not in left]
     for name, state in left.items():
-        print(f"{name}: {state}, left alone", flush=True)
+        print(f"{name}: {state}, skipped", flush=True)
     if not again:
         print(f"{folder}: nothing to resume", flush=True)
     if again and "runner" in newest:

@@ -38,7 +38,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
         rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or row["job"]]
         jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
         if not rows and not jobs:
-            raise DataError(f"{folder}: no run is there; name a run, or the directory of an experiment, with run=DIR")
+            raise DataError(f"{folder}: no run there; give a run, or the directory of an experiment, with run=DIR")
         if rows and config.sort not in rows[0]:
             raise ConfigError(f"sort={config.sort}: it must be one of {', '.join(rows[0])}")
         rows.sort(key=lambda row: (row[config.sort] is None, row[config.sort]))

@@ -23,14 +23,16 @@ def main(config: Experiment) -> dict[str, Any]:
     """
     runs = find_runs(Path(config.run.dir))
     if not runs:
-        raise DataError(f"{config.run.dir}: no run is there; name a run, or the directory of an experiment")
+        raise DataError(f"{config.run.dir}: no run there; give a run, or the directory of an experiment")
     jobs = [job for run in runs for job in living(run)]
     for job in jobs:
         if "runner" in job:
             local_stop(job, job["state"])
         elif ask("scancel", str(job["job"])) is None:
-            raise UserError(f"job {job['job']} ({job['name']}): `scancel {job['job']}` failed; is it yours?")
+            raise UserError(
+                f"job {job['job']} ({job['name']}): `scancel {job['job']}` failed; does the job belong to you?"
+            )
         print(f"cancelled job {job['job']} ({job['name']}), which was {job['state']}", flush=True)
     if not jobs:
-        print(f"{config.run.dir}: no job of it is in the queue", flush=True)
+        print(f"{config.run.dir}: none of its jobs is in the queue", flush=True)
     return {"stopped": [job["job"] for job in jobs]}

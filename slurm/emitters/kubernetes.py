@@ -83,7 +83,7 @@ def manifest(job: Job) -> str:
     """
     cluster = job.config.cluster
     if not cluster.container:
-        raise ConfigError("cluster.container: Kubernetes runs images; name one with this project's dependencies")
+        raise ConfigError("cluster.container: Kubernetes needs an image with this project's dependencies")
     nodes = cluster.nodes if job.is_distributed else 1
     tasks = _tasks(job)
     name = job_name(job)

@@ -54,7 +54,7 @@ def task(job: Job) -> dict[str, Any]:
     resources: dict[str, Any] = {}
     if job.gpus:
         if not cluster.accelerator:
-            raise ConfigError("cluster.accelerator: SkyPilot looks for a kind of GPU; name it, for example H100")
+            raise ConfigError("cluster.accelerator: SkyPilot needs a GPU type, for example H100")
         resources["accelerators"] = f"{cluster.accelerator}:{job.gpus}"
     if job.cpus:
         resources["cpus"] = f"{job.cpus * job.processes}+"

@@ -52,9 +52,9 @@ def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[Grap
         ConfigError: no stages or no data are named, or a word that cannot be meant for all.
     """
     if not config.bundle.runs:
-        raise ConfigError("verb=all: bundle.runs names no stage; choose an experiment, experiment=demo")
+        raise ConfigError("verb=all: bundle.runs lists no stages; choose an experiment, for example experiment=demo")
     if not config.data.shards:
-        raise ConfigError("verb=all: data.shards names no data; data.shards='s3://bucket/{0000..0999}.tar'")
+        raise ConfigError("verb=all: data.shards is not set; for example, data.shards='s3://bucket/{0000..0999}.tar'")
     for word in words:
         key = word.partition("=")[0].lstrip("+")
         if key in ("run", "run.dir", "stage"):

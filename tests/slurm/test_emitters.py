@@ -172,10 +172,10 @@ def test_memory_as_slurm_has_it(given: str, mebibytes: int) -> None:
         (
             ["cluster=kubernetes", "experiment=demo", "cluster.processes=1"],
             [],
-            "cluster.container: Kubernetes runs",
+            "cluster.container: Kubernetes needs an image",
         ),
         ([*K8S, "cluster.container_mounts=['a:b']"], [], "for Kubernetes it must be CLAIM:/PATH"),
-        ([*SKY, "cluster.accelerator=null"], [], "cluster.accelerator: SkyPilot looks for a kind of GPU"),
+        ([*SKY, "cluster.accelerator=null"], [], "cluster.accelerator: SkyPilot needs a GPU type"),
         (SKY, ["embed_tasks=2", "verb=all"], "embed_tasks=2: SkyPilot has no arrays"),
         (SKY, ["script=x.yml"], "script= and --multirun are for Slurm"),
     ],

@@ -136,7 +136,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def test_a_cascade_without_stages_is_refused(here: Path) -> None:
-    with pytest.raises(ConfigError, match=r"bundle\.runs names no stage"):
+    with pytest.raises(ConfigError, match=r"bundle\.runs lists no stages"):
         launch("cluster=slurm", own=["verb=all", "dry_run=true"])
 
 

@@ -170,5 +170,5 @@ def test_what_only_a_scheduler_could_do_is_refused(here: Path, word: str) -> Non
 
 
 def test_a_directory_that_nothing_was_launched_in(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing was launched there"):
+    with pytest.raises(DataError, match="nothing was launched from there"):
         resume.main(load_config("resume", [f"run.dir={tmp_path}"]))

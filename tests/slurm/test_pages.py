@@ -123,7 +123,7 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_validations_that_ask_different_questions_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", validation={"samples": 8})]
     (pair,) = compared(*map(str, runs), f"output={tmp_path / 'x.png'}")["paired"]
-    assert pair["why"] == "their validations ask different questions (validation.samples)"
+    assert pair["why"] == "their validations use different settings (validation.samples)"
 
 
 def test_the_interval_of_a_paired_difference() -> None:
@@ -136,10 +136,10 @@ def test_the_interval_of_a_paired_difference() -> None:
 @pytest.mark.parametrize(
     ("words", "error", "part"),
     [
-        (["A"], ConfigError, "name two runs or more"),
+        (["A"], ConfigError, "give at least two runs"),
         (["A", "A"], ConfigError, "the same run is listed twice"),
         (["A", "nowhere"], DataError, "nowhere: it has no config.yaml"),
-        (["A", "B", "curves=[colour]"], DataError, "has none of them"),
+        (["A", "B", "curves=[colour]"], DataError, "none of them is in metrics.jsonl"),
         (["A", "B", "output=x.jpg"], ConfigError, "it must end in .png"),
     ],
 )

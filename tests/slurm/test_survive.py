@@ -63,7 +63,7 @@ def test_it_gives_up_without_progress(on_cluster: Slurm, here: Path, program) ->
     answer = launch(*ONE_NODE, "run=runs/a", "data.shards=x", "cluster.max_restarts_without_progress=1")
     assert on_cluster.wait(answer["job_id"], log=log_of(answer)) == "FAILED"
     assert on_cluster.field(answer["job_id"], "ExitCode") == "78:0"
-    assert "gave up: 2 ends in a row without a checkpoint after the beginning" in log_of(answer).read_text()
+    assert "gave up: 2 failures in a row without a checkpoint after the beginning" in log_of(answer).read_text()
     assert (here / "starts").read_text().count("start") == 2
 
 

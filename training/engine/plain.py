@@ -35,7 +35,9 @@ class PlainEngine(WeightKeeper):
 
     def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
         if ranks.world_size > 1:
-            raise ConfigError(f"zero.stage=0: it is for one process, not {ranks.world_size}; use zero.stage=1, 2 or 3")
+            raise ConfigError(
+                f"zero.stage=0: it only works with one process, not {ranks.world_size}; use zero.stage=1, 2 or 3"
+            )
         if config.precision.dtype != "fp32":
             raise ConfigError("precision.dtype=bf16: it needs zero.stage=1, 2 or 3 (fp32 master weights), not 0")
         super().__init__(config, ranks, model.to(ranks.device))

@@ -108,8 +108,8 @@ def check_same_question(first: Evaluated, other: Evaluated) -> None:
             key = next(key for key in {**here, **there} if here.get(key) != there.get(key))
             name, here, there = f"{name}.{key}", here.get(key), there.get(key)
         raise ConfigError(
-            f"results: {first.path} and {other.path} cannot be compared: {name} is {here} in the one and {there} in "
-            "the other"
+            f"results: {first.path} and {other.path} cannot be compared: {name} is {here} in the first and {there} "
+            "in the second"
         )
 
 
@@ -126,7 +126,7 @@ def compare_results(results: Sequence[str]) -> dict[str, Any]:
         DataError: a result that cannot be read.
     """
     if len(results) < 2:
-        raise ConfigError("results: name at least two evaluations: results=[A,B]")
+        raise ConfigError("results: give at least two evaluations: results=[A,B]")
     first, *others = [read_result(str(path)) for path in results]
     for other in others:
         check_same_question(first, other)

@@ -78,9 +78,7 @@ def _axes(results: Sequence[Evaluated]) -> tuple[str, str]:
             second = next((name for name in names if name.startswith(y)), None)
             if first and second:
                 return first, second
-    raise ConfigError(
-        "results: they hold no distance together with a CLIP score or a recall; evaluate with a reference"
-    )
+    raise ConfigError("results: none has both a distance and a CLIP score or recall; evaluate with a reference")
 
 
 def _figure(result: Evaluated, name: str) -> dict[str, Any]:

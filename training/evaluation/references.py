@@ -162,9 +162,7 @@ class ReferenceFile:
             }
             return cls(features, json.loads(meta["captions"]), json.loads(meta["facts"]))
         except FileNotFoundError as error:
-            raise DataError(
-                f"{KEY}={path}: no such file; make it once with: cascade evaluate action=reference"
-            ) from error
+            raise DataError(f"{KEY}={path}: no such file; make it with: cascade evaluate action=reference") from error
         except KeyError as error:
             raise DataError(f"{KEY}={path}: not reference statistics of this project (it has no {error})") from error
         except (SafetensorError, ValueError, OSError) as error:
@@ -185,7 +183,7 @@ class ReferenceFile:
             if there is None:
                 raise DataError(
                     f"{KEY}={path}: it holds no features of {extractor.name}, only of "
-                    f"{', '.join(self.facts['extractors'])}; make it again with: cascade evaluate action=reference"
+                    f"{', '.join(self.facts['extractors'])}; rebuild it with: cascade evaluate action=reference"
                 )
             for field, value in wanted.items():
                 if there[field] != value:

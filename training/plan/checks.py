@@ -160,7 +160,9 @@ def check_zero(config: Experiment, world_size: int) -> None:
     """ZeRO 0 is the plain engine: one process, fp32."""
     if config.zero.stage:
         return
-    require(world_size == 1, f"zero.stage=0: it is for one process, not {world_size}; use zero.stage=1, 2 or 3")
+    require(
+        world_size == 1, f"zero.stage=0: it only works with one process, not {world_size}; use zero.stage=1, 2 or 3"
+    )
     require(
         config.precision.dtype == "fp32",
         f"zero.stage=0 with precision.dtype={config.precision.dtype}: use zero.stage=1, or precision.dtype=fp32",
@@ -195,13 +197,13 @@ def heldout_apart(config: Experiment, training: Sequence[str]) -> list[str]:
 
     require(
         not is_mixture(shards),
-        f"{key}: only data.shards takes a mixture of data sets; give a pattern or a list of them",
+        f"{key}: only data.shards can be a mixture of data sets; give a pattern or a list of patterns",
     )
     with about(key):
         heldout = store.expand(shards, patience_of(config.data))
     both = sorted({*training} & {*heldout})
     named = f"{both[0]}{f' and {len(both) - 1} more' if len(both) > 1 else ''}" if both else ""
-    require(not both, f"{key}: data.shards names {named} as well; hold out shards that training does not read")
+    require(not both, f"{key}: {named} is in data.shards as well; use shards that training does not read")
     return heldout
 
 
@@ -228,7 +230,7 @@ def check_deterministic(config: Experiment, _world_size: int) -> None:
     key = "train.deterministic_reduction=true"
     require(config.data.micro_batch > 0, f"{key}: set data.micro_batch, which every number of processes must share")
     name, by_value = config.optimizer.name, [n for n, entry in OPTIMIZERS.items() if entry.by_value]
-    require(name in by_value, f"{key}: optimizer.name={name} cuts its states by process; use {' or '.join(by_value)}")
+    require(name in by_value, f"{key}: optimizer.name={name} splits its states by process; use {' or '.join(by_value)}")
     require(not config.zero.offload_optimizer, f"{key}: zero.offload_optimizer=true adds gradients up by itself")
 
 
@@ -267,8 +269,8 @@ def check_buckets(config: Experiment, _world_size: int) -> None:
     """Crops are squares."""
     require(
         not (config.data.buckets and config.stage.crop_size),
-        f"data.buckets: stage.crop_size={config.stage.crop_size} trains on square crops, which serve all shapes; leave "
-        "data.buckets out",
+        f"data.buckets: stage.crop_size={config.stage.crop_size} trains on square crops, which cover all shapes; "
+        "leave data.buckets out",
     )
 
 

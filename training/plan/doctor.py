@@ -61,7 +61,7 @@ def examine(config: PlanCommand) -> dict[str, Any]:
             except (CascadeError, OSError) as error:
                 detail, good = str(error), False
             except SystemExit as ended:  # a training process failed, and has printed why
-                detail, good = f"ended with code {ended.code}; its own words stand above", False
+                detail, good = f"ended with code {ended.code}; see its output above", False
             found.append({"name": name, "ok": good, "detail": detail, "seconds": round(time.monotonic() - began, 3)})
             print(f"doctor: {'ok  ' if good else 'FAIL'}  {name}: {detail}", flush=True)
     failed = [check["name"] for check in found if not check["ok"]]
@@ -153,9 +153,9 @@ def checkpoint_store(config: PlanCommand) -> str:
         began = time.monotonic()
         folder.write("probe", [content])
         if folder.read("probe") != content:
-            raise UserError(f"{where}: what was read back is not what was written")
+            raise UserError(f"{where}: the data read back differs from the data written")
         seconds = time.monotonic() - began
-    return f"{where}: {PROBE_BYTES / 2**20:.0f} MiB there and back in {seconds:.2f} s, and removed"
+    return f"{where}: {PROBE_BYTES / 2**20:.0f} MiB written and read back in {seconds:.2f} s, and removed"
 
 
 def batch(config: PlanCommand) -> str:
@@ -201,7 +201,7 @@ class Trial:
     def round_trip(self) -> str:
         """A second start resumes from the checkpoint of the first and goes on."""
         if not self.done:
-            raise UserError("there is no checkpoint to come back from, because the step failed")
+            raise UserError("there is no checkpoint to resume from, because the step failed")
         size = sum(store.size(url) for url in self._files())
         line, seconds = self._train(2)
         lines = [json.loads(text) for text in (Path(self.run) / "metrics.jsonl").read_text().splitlines()]
@@ -248,7 +248,7 @@ class Trial:
         count = parameter_count(self.config.stage, self.config.text.dim)
         if self.config.cluster.gpus and not torch.cuda.is_available() and count > CPU_PARAMETERS:
             raise UserError(
-                f"{count / 1e6:,.0f} M parameters are not tried without a GPU: run the doctor inside an allocation, "
+                f"{count / 1e6:,.0f} M parameters are not tested without a GPU: run the doctor inside an allocation, "
                 f"for example srun --gpus=1 cascade plan doctor=true ..."
             )
 
@@ -295,4 +295,4 @@ def scratch_in(place: str) -> Iterator[str]:
         try:
             store.remove(path)
         except (CascadeError, OSError) as error:
-            print(f"doctor: {path} was not removed ({error})", flush=True)
+            print(f"doctor: {path} was not deleted ({error})", flush=True)

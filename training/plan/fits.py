@@ -29,8 +29,8 @@ def remarks(config: Experiment, device: str) -> list[str]:
     preset = PRESETS.get(stage.model.preset)
     if stage.is_super_resolution and preset is not None and not preset.low_res:
         found.append(
-            f"stage.model.preset={stage.model.preset} is a base stage's, and {stage.name} is super-resolution: it gets "
-            "three more input channels; presets for super-resolution train faster at this size"
+            f"stage.model.preset={stage.model.preset} is for a base stage, but {stage.name} is super-resolution: it "
+            "gets three more input channels; presets for super-resolution train faster at this size"
         )
     return found
 

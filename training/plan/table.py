@@ -108,7 +108,7 @@ def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _text(text: dict[str, Any]) -> list[tuple[str, str]]:
     if not text["parameters"]:
-        return [("text encoder", f"{text['kind']}: {text['basis']}, costs nothing worth counting")]
+        return [("text encoder", f"{text['kind']}: {text['basis']}, negligible cost")]
     online, once = text["online"], text["precomputed"]
     price = (
         "number of samples not known"

@@ -42,7 +42,7 @@ def pinned(config: TextConfig) -> TextConfig:
     if config.sha not in (None, found):
         where = f"the one at text.path={config.path}" if config.path else "the `words` encoder of this version"
         raise ConfigError(
-            f"text.sha={config.sha}: this is another text encoder than {where}, which is {found}; use the encoder "
+            f"text.sha={config.sha}: this is not the same text encoder as {where}, which is {found}; use the encoder "
             "that the weights were trained with"
         )
     return replace(config, sha=found)
@@ -94,7 +94,7 @@ def folder_hash(path: str, key: str) -> str:
     names = [name for name in there if name.endswith((".safetensors", ".bin", ".json", ".model", ".jinja", ".txt"))]
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise DataError(
-            f"{key}={path}: no model is there; fetch one on a machine with internet: hf download MODEL --local-dir "
+            f"{key}={path}: no model there; fetch one on a machine with internet access: hf download MODEL --local-dir "
             f"{path}"
         )
     return _hash_files(path, names)
@@ -115,7 +115,7 @@ def _encoder_folder(path: str) -> str:
     except OSError:  # not a valid repository name
         found = [None]
     if found[0] is None:
-        raise DataError(f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}")
+        raise DataError(f"text.path={path}: no encoder there or in the Hugging Face cache; {fetch_hint(path)}")
     return os.path.dirname(found[0])
 
 
@@ -136,4 +136,4 @@ def fetch_hint(path: str) -> str:
     """How to get the weights of a text encoder."""
     looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
     command = f"hf download google/t5-v1_1-xxl --local-dir {path}" if looks_local else f"hf download {path}"
-    return f"fetch it on a machine with internet: {command}"
+    return f"fetch it on a machine with internet access: {command}"

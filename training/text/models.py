@@ -64,15 +64,15 @@ def model_settings(kind: str, path: str) -> Any:
         inside = sorted(name for name in os.listdir(path) if name.startswith("text_encoder")) if _is_dir(path) else []
         if inside:
             raise DataError(
-                f"text.path={path}: this is a pipeline; name one of its encoders: "
+                f"text.path={path}: this is a pipeline; give one of its encoders: "
                 f"{', '.join(os.path.join(path, name) for name in inside)}"
             ) from error
         if _is_dir(path) and not os.path.exists(os.path.join(path, "config.json")) and os.listdir(path):
             raise DataError(
-                f"text.path={path}: config.json is missing there; put the encoder's beside its weights"
+                f"text.path={path}: config.json is missing there; put the encoder's config.json next to its weights"
             ) from error
         raise DataError(
-            f"text.path={path}: no encoder there nor in the Hugging Face cache; {fetch_hint(path)}"
+            f"text.path={path}: no encoder there or in the Hugging Face cache; {fetch_hint(path)}"
         ) from error
     if settings.model_type not in TYPES[kind]:
         other = next((name for name, types in TYPES.items() if settings.model_type in types), None)
@@ -141,7 +141,8 @@ def load_text_model(kind: str, path: str, tokenizer: str | None, dtype: torch.dt
     lacking = [name for name in report["missing_keys"] if not (checked and _EMBEDDINGS.search(name))]
     if lacking:
         raise DataError(
-            f"text.path={path}: its weights lack {len(lacking)} tensors ({sorted(lacking)[0]}, ...); {fetch_hint(path)}"
+            f"text.path={path}: its weights are missing {len(lacking)} tensors ({sorted(lacking)[0]}, ...); "
+            f"{fetch_hint(path)}"
         )
     own = text_settings(settings)
     layers = own.num_layers if settings.model_type in T5_TYPES else own.num_hidden_layers
@@ -164,7 +165,7 @@ def _load_tokenizer(path: str, tokenizer: str | None) -> Any:
     place = tokenizer_folder(path, tokenizer)
     lacking = DataError(
         f"text.{'tokenizer' if tokenizer else 'path'}={place}: its tokenizer files are missing or unreadable: put "
-        f"tokenizer.json (or spiece.model, vocab.json with merges.txt) there, or name their folder in text.tokenizer; "
+        f"tokenizer.json (or spiece.model, vocab.json with merges.txt) there, or set text.tokenizer to their folder; "
         f"{fetch_hint(path)}"
     )
     try:

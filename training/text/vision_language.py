@@ -32,6 +32,6 @@ def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             f"{key}={path}: not a vlm: it cannot be loaded as a vision-language model with its processor ({reason})"
         ) from error
     if report["missing_keys"]:
-        raise DataError(f"{key}={path}: its weights lack {len(report['missing_keys'])} tensors")
+        raise DataError(f"{key}={path}: its weights are missing {len(report['missing_keys'])} tensors")
     processor.tokenizer.padding_side = "left"
     return model.eval().requires_grad_(False), processor

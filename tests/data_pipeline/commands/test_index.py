@@ -106,7 +106,7 @@ def test_unreadable_shards_are_counted_and_the_rest_indexed(tmp_path: Path, capl
     for pattern in (str(tmp_path), str(tmp_path / "*.tar")):
         result = run(pattern)
         assert result["problems"] == {"unreadable_shard": 1} and result["samples"] == 7
-    assert "links to nothing" in caplog.text and "this is a directory, no shard" in caplog.text
+    assert "dangling link" in caplog.text and "this is a directory, not a shard" in caplog.text
 
 
 def test_a_listing_is_held_to_the_runs_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,5 +152,5 @@ def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no \.tar shard is there"):
+    with pytest.raises(DataError, match=r"no \.tar shards found"):
         run(str(tmp_path))

@@ -211,7 +211,7 @@ def test_into_a_bucket_the_same_objects_come_and_broken_off_work_continues(
     assert imported(there, "folder", folder, samples_per_shard=3) == result
     assert objects(there) == contents(tmp_path / "local")
     assert modified(s3_server, bucket, "deep/out/00000.tar") == before, "what was done is not done again"
-    with pytest.raises(DataError, match=rf"{there}: it was prepared otherwise"):
+    with pytest.raises(DataError, match=rf"{there}: it was prepared with other settings"):
         imported(there, "folder", folder, quality=50)
 
 
@@ -345,7 +345,7 @@ def test_settings_that_cannot_work_are_named(section: type, values: dict[str, An
         ("folder", ".", "no pictures"),
         ("table", "nowhere.csv", "no such file"),
         ("table", "notes.csv", "a column of paths .* it has one, two"),
-        ("table", "junk.parquet", "no table that can be read"),
+        ("table", "junk.parquet", "not a readable table"),
         ("shards", "nothing-*.tar", "nothing-"),
     ],
 )

@@ -45,13 +45,13 @@ def test_a_corrected_caption_and_a_picture_that_came_later_are_another_source(fo
     caption = next(folder.glob("*.txt"))
     caption.write_text(caption.read_text()[::-1])
     os.utime(caption, ns=(1, 1))
-    with pytest.raises(DataError, match="it was prepared otherwise"):
+    with pytest.raises(DataError, match="it was prepared with other settings"):
         imported(tmp_path / "out", "folder", folder)
     picture = next(folder.glob("*.jpg"))
     (folder / "table.csv").write_text(f"path,caption\n{picture.name},one\nlater.jpg,two\n")
     assert imported(tmp_path / "table", "table", folder / "table.csv")["dropped"] == {"missing_image": 1}
     (folder / "later.jpg").write_bytes(picture.read_bytes())
-    with pytest.raises(DataError, match="it was prepared otherwise"):
+    with pytest.raises(DataError, match="it was prepared with other settings"):
         imported(tmp_path / "table", "table", folder / "table.csv")
 
 

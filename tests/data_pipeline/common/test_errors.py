@@ -19,7 +19,7 @@ def test_shards_of_another_setting_are_named_by_it(tmp_path: Path) -> None:
         store.expand(missing)
     with pytest.raises(ShardsError) as other, about("validation.shards"):
         store.expand(missing)
-    assert str(plain.value).startswith(f"data.shards={missing}: no .tar shard is there")
+    assert str(plain.value).startswith(f"data.shards={missing}: no .tar shards found")
     assert str(other.value) == str(plain.value).replace("data.shards=", "validation.shards="), "the path stays"
     copy = pickle.loads(pickle.dumps(other.value))
     assert type(copy) is ShardsError and str(copy) == str(other.value), "as another process sends it"
@@ -30,5 +30,5 @@ def test_shards_of_another_setting_are_named_by_it(tmp_path: Path) -> None:
 def test_a_data_set_of_a_mixture_is_named(tmp_path: Path) -> None:
     config = DataConfig(shards=[{"name": "art", "shards": str(tmp_path / "none")}])
     for opened in (open_dataset, entries_of):
-        with pytest.raises(ShardsError, match=r"^data\.shards, data set art=.*none: no .tar shard is there"):
+        with pytest.raises(ShardsError, match=r"^data\.shards, data set art=.*none: no .tar shards found"):
             opened(config)

@@ -125,7 +125,7 @@ def test_indexes_that_went_while_their_summaries_stayed_are_written_again(
     for index in tmp_path.glob("*.index.parquet"):
         index.unlink()
     data = load(tmp_path)
-    assert data.key(1, 2) and "its index is missing or damaged and is rebuilt" in caplog.text
+    assert data.key(1, 2) and "its index is missing or damaged; rebuilding it" in caplog.text
     assert [path.name for path in tmp_path.glob("*.index.parquet")] == ["00001.index.parquet"]
 
 

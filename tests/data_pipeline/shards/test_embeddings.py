@@ -112,7 +112,7 @@ def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(tmp_path: 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}", b"x" * 500, b"\xff" * 8 + b"{"])
 def test_other_files_are_refused_with_the_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(DataError, match=r"no whole file of embeddings .* run `cascade embed` again"):
+    with pytest.raises(DataError, match=r"not a complete file of embeddings .* run `cascade embed` again"):
         Sidecar(str(tmp_path / "a"))
 
 
@@ -146,7 +146,7 @@ def test_samples_are_joined_by_shard_key_and_caption(folder: Path) -> None:
 
 def test_a_shard_without_sidecar_is_refused_at_once(folder: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no 00002.embeddings.safetensors for /data/00002.tar lies there; run `cascade embed`"
+        DataError, match=r"no 00002.embeddings.safetensors for /data/00002.tar is there; run `cascade embed`"
     ):
         Embeddings(str(folder), {**SHARDS, "/data/00002.tar": "x"})
 
@@ -163,7 +163,7 @@ def test_a_sample_or_caption_that_was_not_embedded_is_refused(folder: Path, key:
 def test_a_shard_that_changed_is_refused(folder: Path) -> None:
     embeddings = Embeddings(str(folder), {**SHARDS, "/data/00001.tar": "new"})
     embeddings.lookup("/data/00000.tar", "key0", "caption 0")
-    with pytest.raises(DataError, match="made from other content"):
+    with pytest.raises(DataError, match="made from different contents"):
         embeddings.lookup("/data/00001.tar", "key0", "caption 0")
 
 

@@ -115,7 +115,7 @@ def test_an_object_that_changes_during_a_read_is_noticed(url: str, proxy: FaultP
         assert stream.read(1_000_000) == DATA[:1_000_000]
         bucket, key = s3.split(url)
         s3_server.client().put_object(Bucket=bucket, Key=key, Body=DATA[::-1])
-        with pytest.raises(DataError, match=rf"{url}: the object changed"):
+        with pytest.raises(DataError, match=rf"{url}: the object has changed"):
             stream.read()
 
 
@@ -230,7 +230,7 @@ def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str,
 
 def test_what_a_store_cannot_do_is_not_retried(url: str, proxy: FaultProxy) -> None:
     proxy.plan([], default="status:501")
-    with pytest.raises(DataError, match="refuses the request"):
+    with pytest.raises(DataError, match="rejected the request"):
         store.write_bytes(url, b"x", QUICK)
     assert len(proxy.log) == 1
 
@@ -312,7 +312,7 @@ def test_a_byte_that_flips_while_a_shard_is_indexed_is_noticed(
     proxy.choose = lambda method, path, wanted: next(flips) if method == "GET" and path.endswith("x.tar") else "ok"
     index = index_shard(f"s3://{bucket}/x.tar", QUICK)
     assert index.digest == whole.digest
-    assert "a second read brought other bytes" in caplog.text
+    assert "a second read returned different bytes" in caplog.text
     flips = iter(f"flip:{n}" for n in range(3000, 4000))
     with pytest.raises(DataError, match="the network or the store damages them"):
         index_shard(f"s3://{bucket}/x.tar", QUICK)

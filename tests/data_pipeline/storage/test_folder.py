@@ -80,7 +80,7 @@ def test_a_full_directory_for_temporary_files_is_not_called_damage(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(NoRoom, match=r"TMPDIR=.*cannot take a copy of s3://.*point TMPDIR at a disk with room"):
+        with pytest.raises(NoRoom, match=r"TMPDIR=.*no room for a copy of s3://.*point TMPDIR at a disk with room"):
             store.newest()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

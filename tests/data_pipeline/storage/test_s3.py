@@ -77,7 +77,7 @@ def test_more_than_a_page_of_objects(bucket: str, monkeypatch: pytest.MonkeyPatc
 
 def mistakes(bucket: str) -> dict[str, str]:
     return {
-        f"s3://{bucket}/*.tar": f"no .tar shard is there .*{bucket}' .* is empty",
+        f"s3://{bucket}/*.tar": f"no .tar shards found .*{bucket}' .* is empty",
         f"s3://{bucket}/00000.tar": "no such object",
         f"s3://{bucket}/{{00000..00009}}.tar": r"00000\.tar and 9 more of 10: no such object",
         "s3://no-such-bucket/x/": "the bucket 'no-such-bucket' does not exist .*AWS_ENDPOINT_URL",
@@ -94,7 +94,7 @@ def test_mistakes_are_named_at_once(bucket: str) -> None:
 def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
     s3.forget()
-    with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is no address"):
+    with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is not a URL"):
         store.expand(f"s3://{bucket}/")
 
 

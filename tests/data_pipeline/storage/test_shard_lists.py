@@ -31,7 +31,7 @@ def test_the_equivalent_in_our_syntax(pattern: str, expected: list[str]) -> None
 
 @pytest.mark.parametrize("command", ["gunzip < a.tar.gz", "cat a.tar | tee b", "curl s3://a s3://b", "echo 'a"])
 def test_commands_are_not_run(command: str) -> None:
-    with pytest.raises(DataError, match="commands are not run; give the address"):
+    with pytest.raises(DataError, match="commands are not run; give the URL"):
         plain_patterns(f"pipe:{command}", nothing)
 
 
@@ -56,7 +56,7 @@ def test_lists_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             store.expand(f"@{tmp_path / name}")
     (tmp_path / "loop").write_text(f"@{tmp_path / 'loop'}")
-    with pytest.raises(DataError, match="name each other"):
+    with pytest.raises(DataError, match="include each other"):
         store.expand(f"@{tmp_path / 'loop'}")
     with pytest.raises(DataError, match="no such file"):
         store.expand(f"@{tmp_path / 'nowhere'}")

@@ -45,12 +45,12 @@ def test_expand_a_list_without_repetition(folder: Path) -> None:
     "pattern, message",
     [
         ("", r"data\.shards: it is not set"),
-        ("{folder}/*.zip", "no .tar shard is there"),
-        ("{folder}/{{0,9}}*.tar", r"9\*\.tar: no .tar shard is there"),
-        ("{folder}/none/*.tar", "no .tar shard is there .*none' does not exist"),
+        ("{folder}/*.zip", "no .tar shards found"),
+        ("{folder}/{{0,9}}*.tar", r"9\*\.tar: no .tar shards found"),
+        ("{folder}/none/*.tar", "no .tar shards found .*none' does not exist"),
         ("{folder}/{{0..1.tar", "no .tar shard|brace"),
         ("ftp://host/0.tar", "only file paths and s3://"),
-        ("s3:///x.tar", "names no bucket"),
+        ("s3:///x.tar", "it has no bucket"),
     ],
 )
 def test_expand_says_what_is_wrong(folder: Path, pattern: str, message: str) -> None:

@@ -240,7 +240,7 @@ def test_crafted_manifests_are_damage(store: CheckpointStore) -> None:
             store.open(5)
         found = store.newest()
         assert found is not None and found.step == 3
-    with pytest.raises(DataError, match="does not say config, so it was not written by a training run"):
+    with pytest.raises(DataError, match="does not say config; it was not written by a training run"):
         store.open(3).recorded("config")
 
 

@@ -417,8 +417,8 @@ def test_two_evaluations_are_compared_and_other_questions_refused(
     assert all(e["value"] == 0 and e["verdict"] == "undecided" for e in same["others"][0]["figures"].values())
     assert "paired, 95 % intervals" in capsys.readouterr().out
     for name, change, field in (
-        ("n", {"samples": 12}, r"n\.samples is 16 in the one and 12"),
-        ("ref", {"reference_samples": 18}, r"n\.reference is 16 in the one and 18"),
+        ("n", {"samples": 12}, r"n\.samples is 16 in the first and 12"),
+        ("ref", {"reference_samples": 18}, r"n\.reference is 16 in the first and 18"),
     ):
         evaluate.main(command(bundle, tmp_path / name, **(settings | change)))
         with pytest.raises(ConfigError, match=f"cannot be compared: {field}"):

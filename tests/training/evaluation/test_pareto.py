@@ -43,5 +43,5 @@ def test_a_sweep_becomes_a_curve(tmp_path: Path, capsys) -> None:
     assert "2 of 4 settings are on the front" in capsys.readouterr().out
     (tmp_path / "other").mkdir()
     other = evaluated(tmp_path / "other", 1.0, 0.3, 1.0, seed=5)
-    with pytest.raises(ConfigError, match=r"protocol\.seed is None in the one and 5"):
+    with pytest.raises(ConfigError, match=r"protocol\.seed is None in the first and 5"):
         draw_curve([paths[0], other], tmp_path / "out")

@@ -169,7 +169,7 @@ def test_the_doctor_tries_the_real_things(drawn: PlanCommand, capfd: pytest.Capt
     ]
     assert [check["name"] for check in found["checks"]] == names
     said = capfd.readouterr().out
-    assert "1 MiB there and back" in said and "resuming from step 1" in said and "4 pictures in" in said
+    assert "1 MiB written and read back" in said and "resuming from step 1" in said and "4 pictures in" in said
     assert not list(Path(drawn.run.dir).parent.glob("*doctor*")), "nothing is left behind"
 
 
@@ -184,7 +184,7 @@ def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: py
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "zero.stage=0: it is for one process": {"zero__stage": 0},
+    "zero.stage=0: it only works with one process": {"zero__stage": 0},
     "3 processes": {"cluster__processes": 3},
     "data.micro_batch=3: it must divide": {"data__micro_batch": 3},
     "validation.shards: validation.every=5, but no held-out": {"validation__every": 5},
@@ -235,7 +235,7 @@ def test_the_doctor_tries_the_checkpoint_store_itself(drawn: PlanCommand, monkey
 
 def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:
     drawn.stage.model.preset, drawn.stage.image_size = "base64", 64
-    with ExitStack() as scratch, pytest.raises(UserError, match=r"1,9\d\d M parameters are not tried without a GPU"):
+    with ExitStack() as scratch, pytest.raises(UserError, match=r"1,9\d\d M parameters are not tested without a GPU"):
         Trial(drawn, scratch).step()
 
 

@@ -221,7 +221,7 @@ def test_missing_t5_is_one_sentence_with_the_remedy(tmp_path: Path) -> None:
 
 def test_incomplete_t5_is_refused(tmp_path: Path) -> None:
     """transformers would fill missing weights with random numbers."""
-    with pytest.raises(DataError, match="weights lack"):
+    with pytest.raises(DataError, match="weights are missing"):
         T5Encoder(t5_config(tiny_t5(tmp_path / "lacking", drop="encoder.block.0.layer.0.SelfAttention.q")))
     no_weights = tiny_t5(tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()

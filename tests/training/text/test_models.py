@@ -162,9 +162,9 @@ def test_a_pipelines_encoder_finds_its_tokenizer(t5: str, tmp_path: Path) -> Non
     assert identity(config(str(folder), "t5"))["tokenizer"] == identity(config(t5, "t5"))["tokenizer"]
     shutil.move(folder.parent / "tokenizer_2", tmp_path / "words")
     same(folder, t5, tokenizer=str(tmp_path / "words"))
-    with pytest.raises(DataError, match=r"tokenizer files are missing.*name their folder in text.tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer files are missing.*set text.tokenizer to their folder"):
         build_text_encoder(config(str(folder), "t5"))
-    with pytest.raises(DataError, match=r"this is a pipeline; name one of its encoders: .*text_encoder_2"):
+    with pytest.raises(DataError, match=r"this is a pipeline; give one of its encoders: .*text_encoder_2"):
         build_text_encoder(config(str(folder.parent), "t5"))
 
 

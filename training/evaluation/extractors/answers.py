@@ -134,8 +134,8 @@ def open_answerer(configs: Mapping[str, ExtractorConfig], device: str = "cpu") -
         model, processor = load_vlm(f"evaluation.extractors.{name}.path", config.path, "auto")
         if getattr(processor, "chat_template", None) is None:
             raise DataError(
-                f"evaluation.extractors.{name}.path={config.path}: its processor has no chat template, so it answers "
-                "no questions; use an instruction-tuned model"
+                f"evaluation.extractors.{name}.path={config.path}: its processor has no chat template, so it cannot "
+                "answer questions; use an instruction-tuned model"
             )
         return Answerer(name, model.to(device), processor, digest, config.batch, device)
     return None

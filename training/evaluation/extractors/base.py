@@ -116,7 +116,7 @@ def verified(name: str, config: ExtractorConfig) -> str:
         )
     digest = file_sha256(file) if file.name != INDEX else _sha256_of_all(file)
     if not config.sha256:
-        raise ConfigError(f"{key}.sha256: state which weights these are, so that figures can be compared: {digest}")
+        raise ConfigError(f"{key}.sha256: state the SHA-256 of the weights, so that figures can be compared: {digest}")
     if digest != config.sha256.lower():
         raise DataError(
             f"{key}.path={config.path}: {file.name} has the SHA-256 {digest}, not {config.sha256} ({key}.sha256); "

@@ -98,7 +98,7 @@ def test_stage_by_stage_in_the_report(config: ExtractorConfig, tmp_path: Path) -
 
 
 def test_what_is_no_such_model_is_refused(config: ExtractorConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"judge\.sha256: state which weights these are"):
+    with pytest.raises(ConfigError, match=r"judge\.sha256: state the SHA-256 of the weights"):
         open_answerer({"judge": ExtractorConfig(kind="vlm", path=config.path)})
     shutil.copytree(config.path, tmp_path / "vlm")
     (tmp_path / "vlm" / "chat_template.jinja").unlink()
