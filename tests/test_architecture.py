@@ -52,8 +52,11 @@ ONE_ROOM_KNOWS = {
 }
 """Packages that only these rooms import."""
 MOST_FILES = 12
-ONE_INTERFACE = ("data_pipeline/storage/s3.py", "data_pipeline/storage/s3_errors.py", "data_pipeline/storage/other.py")
-"""Two back ends of one interface: there, equal names are meant."""
+ONE_INTERFACE = (
+    *("data_pipeline/storage/s3.py", "data_pipeline/storage/s3_errors.py", "data_pipeline/storage/other.py"),
+    *("slurm/emitters/kubernetes.py", "slurm/emitters/skypilot.py"),
+)
+"""Back ends of one interface: there, equal names are meant."""
 
 
 def sources() -> list[Path]:

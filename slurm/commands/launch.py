@@ -21,8 +21,7 @@ from omegaconf import OmegaConf
 import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm.array import render_array, sweep_folder
-from slurm.emitters.kubernetes import apply_script, manifest
-from slurm.emitters.skypilot import manifest_of_task, pipeline
+from slurm.emitters import emitter
 from slurm.jobs.frozen import freeze
 from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
@@ -41,8 +40,8 @@ from training.processes.ranks import is_search, is_sweep
 SWEPT: list[tuple[Job, LaunchCommand]] = []
 """Jobs of a --multirun, which Hydra composes one after the other, until all are there."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
-ENDINGS = {"local": "sh", "slurm": "sbatch", "kubernetes": "k8s.yaml", "skypilot": "sky.yaml"}
-"""Of the files that are made for each kind of cluster."""
+ENDINGS = {"local": "sh", "slurm": "sbatch"}
+"""Extensions of the scripts; emitters have their own."""
 FROZEN = """\
 # {title}
 defaults:
@@ -81,8 +80,8 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         raise ConfigError(
             f"cluster.kind={config.cluster.kind}: script= and --multirun are for Slurm; launch each value separately"
         )
-    if config.cluster.kind == "skypilot" and config.embed_tasks > 1:
-        raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no job arrays; leave it out")
+    if config.cluster.kind in EMITTED:
+        emitter(config.cluster.kind).check_launch(config)
     if is_search():
         raise ConfigError(
             "hydra/sweeper: it chooses values by the result of the runs before, and a launch only submits; give it to "
@@ -191,7 +190,8 @@ def _job(
         raise ConfigError(f"script={script}: choose another extension: the settings file next to it uses this name")
     taken = [job.script for job in others]
     home = Path(entry.home or config.run.dir).absolute()
-    ending = ENDINGS[config.cluster.kind]
+    kind = config.cluster.kind
+    ending = emitter(kind).ENDING if kind in EMITTED else ENDINGS[kind]
     path = (Path(script) if script else next_script(home / "launch", entry.verb, taken, ending)).absolute()
     title = " ".join(f"cascade {entry.verb} {shlex.join(word.lstrip('+') for word in words)}".split())
     text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
@@ -215,8 +215,10 @@ def _job(
 
 def script_text(job: Job) -> str:
     """The text of the job's script."""
-    renderers = {"local": render_local, "kubernetes": manifest, "skypilot": manifest_of_task}
-    return renderers.get(job.config.cluster.kind, slurm.script.render_script)(job)
+    kind = job.config.cluster.kind
+    if kind in EMITTED:
+        return emitter(kind).manifest(job)
+    return render_local(job) if kind == "local" else slurm.script.render_script(job)
 
 
 def log_of(job: Job) -> Path:
@@ -297,26 +299,14 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
 
 
 def emit(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
-    """Shows the files of another scheduler, and says how its own tools take them; nothing has failed yet."""
-    name = config.cluster.kind
-    folder = jobs[0].script.parent
+    """Shows the files for another scheduler, and how to submit them with its own tools; nothing has failed yet."""
+    target = emitter(config.cluster.kind)
     if config.dry_run:
         print("\n".join(job.script.read_text() for job in jobs))
-    if name == "kubernetes":
-        whole = next_script(folder, "apply", [], "k8s.sh")
-        whole.write_text(apply_script(jobs, whole))
-        print(
-            f"files: {', '.join(str(job.script) for job in jobs)}\nsubmit: bash {shlex.quote(str(whole))}", flush=True
-        )
-        return {}
-    whole = next_script(folder, "pipeline", [], "sky.yaml")
-    whole.write_text(pipeline(config.run.name, jobs))
-    how = (
-        f"sky launch {shlex.quote(str(jobs[0].script))}"
-        if len(jobs) == 1
-        else f"sky jobs launch {shlex.quote(str(whole))}"
-    )
-    print(f"files: {', '.join(str(job.script) for job in jobs)}\nsubmit: {how}", flush=True)
+    name, ending = target.WHOLE
+    path = next_script(jobs[0].script.parent, name, [], ending)
+    path.write_text(target.whole(config.run.name, jobs, path))
+    print(f"files: {', '.join(str(job.script) for job in jobs)}\nsubmit: {target.how(jobs, path)}", flush=True)
     return {}
 
 

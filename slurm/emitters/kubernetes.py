@@ -20,8 +20,10 @@ from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
 from training.config.cluster import slurm_mebibytes
+from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
+ENDING, WHOLE = "k8s.yaml", ("apply", "k8s.sh")
 PORT = 29400
 NODE = """\
 export MASTER_ADDR={first} MASTER_PORT={port} WORLD_SIZE={world}
@@ -168,12 +170,18 @@ def _volumes(wanted: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str
     return volumes, mounts
 
 
-def apply_script(jobs: Sequence[Job], path: Path) -> str:
-    """The shell script that applies the jobs in the order of the graph, those that may run together together.
+def check_launch(config: LaunchCommand) -> None:
+    """Nothing of a launch as a whole is refused."""
 
-    Args:
-        path: where it will stand.
-    """
+
+def how(jobs: Sequence[Job], path: Path) -> str:
+    """The command that runs the script."""
+    return f"bash {shlex.quote(str(path))}"
+
+
+def whole(name: str, jobs: Sequence[Job], path: Path) -> str:
+    """The shell script that applies the jobs in the order of the graph, those that may run together at the same
+    time."""
     names = {job.name: job_name(job) for job in jobs}
     lines = []
     for job in jobs:

@@ -19,8 +19,10 @@ from data_pipeline.common.errors import ConfigError
 from slurm.jobs.job import Job
 from slurm.script import environment_lines
 from training.config.cluster import slurm_mebibytes
+from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED
 
+ENDING, WHOLE = "sky.yaml", ("pipeline", "sky.yaml")
 PORT = 29400
 RUN = """\
 export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={port} WORLD_SIZE={world}
@@ -73,13 +75,25 @@ def task(job: Job) -> dict[str, Any]:
     return {**found, "run": _run(job, nodes)}
 
 
-def manifest_of_task(job: Job) -> str:
+def check_launch(config: LaunchCommand) -> None:
+    """Raises ConfigError for an array of jobs."""
+    if config.embed_tasks > 1:
+        raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no job arrays; leave it out")
+
+
+def how(jobs: Sequence[Job], path: Path) -> str:
+    """The command that launches the only task, or the pipeline."""
+    only = len(jobs) == 1
+    return f"sky launch {shlex.quote(str(jobs[0].script))}" if only else f"sky jobs launch {shlex.quote(str(path))}"
+
+
+def manifest(job: Job) -> str:
     """The task as YAML."""
     return f"# {job.title}\n" + yaml.safe_dump(task(job), sort_keys=False, width=1000)
 
 
-def pipeline(name: str, jobs: Sequence[Job]) -> str:
-    """All tasks in order, each after the success of the one before, as YAML."""
+def whole(name: str, jobs: Sequence[Job], path: Path) -> str:
+    """All tasks in order, each after the previous one succeeds, as YAML."""
     return yaml.safe_dump_all([{"name": name}, *(task(job) for job in jobs)], sort_keys=False, width=1000)
 
 

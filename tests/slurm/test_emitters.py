@@ -176,7 +176,7 @@ def test_memory_as_slurm_has_it(given: str, mebibytes: int) -> None:
         ),
         ([*K8S, "cluster.container_mounts=['a:b']"], [], "for Kubernetes it must be CLAIM:/PATH"),
         ([*SKY, "cluster.accelerator=null"], [], "cluster.accelerator: SkyPilot needs a GPU type"),
-        (SKY, ["embed_tasks=2", "verb=all"], "embed_tasks=2: SkyPilot has no arrays"),
+        (SKY, ["embed_tasks=2", "verb=all"], "embed_tasks=2: SkyPilot has no job arrays"),
         (SKY, ["script=x.yml"], "script= and --multirun are for Slurm"),
     ],
 )

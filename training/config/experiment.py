@@ -93,6 +93,10 @@ class StageConfig:
         return self.crop_size or self.image_size
 
 
+TEXT_KINDS = ("words", "t5", "hidden", "clip")
+"""Text encoders: `text.kind`; training/text/encoder.py builds them."""
+
+
 @dataclass
 class TextConfig:
     """The frozen text encoder."""
@@ -121,8 +125,8 @@ class TextConfig:
     refuse a different encoder."""
 
     def __post_init__(self) -> None:
-        kinds = ("words", "t5", "hidden", "clip")
-        require(self.kind in kinds, f"text.kind={self.kind}: it must be {', '.join(kinds[:-1])} or {kinds[-1]}")
+        *most, last = TEXT_KINDS
+        require(self.kind in TEXT_KINDS, f"text.kind={self.kind}: it must be {', '.join(most)} or {last}")
         require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
         at_least(self, "text", max_tokens=1, dim=1)
         require(

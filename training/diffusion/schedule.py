@@ -55,9 +55,18 @@ def linear_density(log_snr: Tensor) -> Tensor:
     return torch.sigmoid(-log_snr) / (20 * ((u - 1e-4) / 10).clamp(min=1e-12).sqrt())
 
 
-def normal_density(log_snr: Tensor, mean: float, std: float) -> Tensor:
+def edm_density(log_snr: Tensor) -> Tensor:
+    """Of ln sigma ~ N(-1.2, 1.2^2), with lambda = -2 ln sigma."""
+    return normal_density(log_snr, -2 * EDM_MEAN, 2 * EDM_STD)
+
+
+def normal_density(log_snr: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Of N(mean, std^2)."""
     return torch.exp(-((log_snr - mean) / std).square() / 2) / (std * math.sqrt(2 * math.pi))
+
+
+DENSITIES = {"cosine": cosine_density, "linear": linear_density, "edm": edm_density, "logit_normal": normal_density}
+"""Density of lambda, not shifted, for each of `CURVES` with t uniform: 1 / |dlambda / dt|."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,9 @@ class Schedule:
     def density(self, log_snr: Tensor) -> Tensor:
         """Density of lambda where t is uniform, which is 1 / |dlambda / dt|; the ends' clamp is left aside."""
         own = log_snr - self.shift
-        if self.kind == "cosine":
-            return cosine_density(own)
-        if self.kind == "linear":
-            return linear_density(own)
-        if self.kind == "edm":
-            return normal_density(own, -2 * EDM_MEAN, 2 * EDM_STD)
-        return normal_density(own, self.mean, self.std)
+        if self.kind == "logit_normal":
+            return normal_density(own, self.mean, self.std)
+        return DENSITIES[self.kind](own)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """fp32 lambda at times in [0, 1], any shape; computed in fp64, where cos(pi/2) is still positive."""

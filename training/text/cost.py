@@ -82,11 +82,13 @@ def text_cost(text: TextConfig) -> TextCost:
 
 def _model_cost(text: TextConfig) -> TextCost:
     """Counted on the structure of the tower that reads text, without its weights: each matrix but the embeddings
-    multiplies every token once."""
+    multiplies every token once. An encoder that transformers does not load is not counted."""
     import torch
 
-    from training.text.models import model_class, model_settings, text_settings, tower
+    from training.text.models import TYPES, model_class, model_settings, text_settings, tower
 
+    if text.kind not in TYPES:
+        return TextCost(0, "not counted", 0, 0.0)
     try:
         settings = model_settings(text.kind, str(text.path))
     except DataError:

@@ -263,10 +263,18 @@ class PairEncoder(TextEncoder):
         return [*first._token_spans(caption)[: first.max_tokens], *second._token_spans(caption)]
 
 
+ENCODERS: dict[str, type[TextEncoder]] = {
+    "words": WordEncoder,
+    "t5": T5Encoder,
+    "hidden": ModelEncoder,
+    "clip": ModelEncoder,
+}
+"""`text.kind` -> its class. To add one: its class and a line here, its name in TEXT_KINDS, and conf/text/NAME.yaml."""
+
+
 def _build(config: TextConfig, device: torch.device | str, any_width: bool = False) -> TextEncoder:
-    if config.kind == "words":
-        return WordEncoder(config, device)
-    return (T5Encoder if config.kind == "t5" else ModelEncoder)(config, device, any_width)
+    kind = ENCODERS[config.kind]
+    return kind(config, device, any_width) if issubclass(kind, ModelEncoder) else kind(config, device)
 
 
 def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:

@@ -77,7 +77,7 @@ def test_diff(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["moved"] == {"w": pytest.approx(2.0)}
     assert {"key": "train.steps", "before": 40, "after": 360} in found["settings"]
     assert main(command(made, "diff"))["steps"] == [360, 400]
-    with pytest.raises(ConfigError, match="compares two"):
+    with pytest.raises(ConfigError, match="compares exactly two"):
         main(command(made, "diff", steps=[1]))
 
 

@@ -90,7 +90,7 @@ def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one
         run.saving.roll_back(9, 2, run.load)
     run.save(9, healthy=False)
     again = Run(tmp_path)
-    with pytest.raises(NotFinite, match="also after"):
+    with pytest.raises(NotFinite, match="even after"):
         again.saving.roll_back(11, 2, again.load)
     again.save(12)
     assert again.saving.roll_back(14, 2, again.load).step == 12
