@@ -87,7 +87,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         kinds = ("local", "slurm", *EMITTED)
-        require(self.kind in kinds, f"cluster.kind={self.kind}: it must be local or slurm, kubernetes or skypilot")
+        require(self.kind in kinds, f"cluster.kind={self.kind}: it must be {', '.join(kinds[:-1])} or {kinds[-1]}")
         at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
