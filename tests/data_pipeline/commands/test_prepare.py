@@ -80,7 +80,7 @@ def test_the_same_settings_give_the_same_bytes_and_finish_what_was_broken_off(tm
 
 def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
     drawn(tmp_path)
-    with pytest.raises(DataError, match=r"prepared otherwise \(size was 32, now 16\)"):
+    with pytest.raises(DataError, match=r"prepared with other settings \(size was 32, now 16\)"):
         drawn(tmp_path, size=16)
 
 
