@@ -82,8 +82,8 @@ def test_what_the_page_of_training_says_about_a_failure() -> None:
     said = remedy("rank 3: another rank died or did not answer within the time-outs (step 5, phase step, rank 1)")
     assert said and "the one named in brackets is not" in said and not said.startswith(("(", "*"))
     assert "optimizer.lr" in str(remedy("gave up", 76)), "by its code"
-    assert "optimizer.lr" in str(remedy("the last 5 steps could not be applied, also after going back to the "
-                                              "checkpoint of step 10 (train.max_rollbacks)"))  # fmt: skip
+    words = "the last 5 steps were skipped (train.max_skipped), even after rolling back to the checkpoint of step 10"
+    assert "optimizer.lr" in str(remedy(f"{words} (train.max_rollbacks)"))
     assert "memory_gb" in str(remedy("something else", 137)) or remedy("something else", 137) is None
     assert "look at the named rank's node" in str(remedy("something else", 78))
     assert remedy("something else") is None

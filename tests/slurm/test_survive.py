@@ -159,7 +159,7 @@ def test_what_happens_in_a_month_changes_no_step(slurm: Slurm, here: Path) -> No
 
     killed, still, *_ = history(run)
     assert (killed.rank, killed.code, killed.action) == (1, 137, "restart")
-    assert (still.code, still.action) == (78, "restart") and "stood still" in still.why
+    assert (still.code, still.action) == (78, "restart") and "hung" in still.why
     calm = cascade("train", *words, "cluster.processes=2", "run.dir=runs/calm", env=slurm.env, cwd=here)
     assert calm["step"] == 80 and losses(run) == losses(here / "runs/calm")
 

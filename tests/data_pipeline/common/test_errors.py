@@ -23,7 +23,7 @@ def test_shards_of_another_setting_are_named_by_it(tmp_path: Path) -> None:
     assert str(other.value) == str(plain.value).replace("data.shards=", "validation.shards="), "the path stays"
     copy = pickle.loads(pickle.dumps(other.value))
     assert type(copy) is ShardsError and str(copy) == str(other.value), "as another process sends it"
-    with pytest.raises(DataError, match=r"^data\.shards is full$"), about("validation.shards"):
+    with pytest.raises(DataError, match=r"^validation\.shards: data\.shards is full$"), about("validation.shards"):
         raise DataError("data.shards is full")
 
 

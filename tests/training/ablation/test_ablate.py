@@ -108,7 +108,7 @@ def test_what_cannot_be_measured_is_refused(line: str, sentence: str) -> None:
     ("words", "sentence"),
     [
         ("evaluation.reference=null", "validation.shards: no held-out shards are named"),
-        ("evaluation.reference={shards}", "evaluation.reference: data.shards names .* as well"),
+        ("evaluation.reference={shards}", "evaluation.reference: .* is in data.shards as well"),
         (
             "ablate.levels=[-9,0] evaluation.reference={heldout}",
             "with-x_pred_v_loss is trained at log-SNRs from -8 to 8",

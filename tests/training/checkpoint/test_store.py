@@ -206,7 +206,7 @@ def test_pruning_never_trades_a_healthy_one_for_a_damaged_one(store: CheckpointS
     [
         (lambda m: {**m, "meta": {**m["meta"], "position": 7}}, "its own checksum"),
         (lambda m: {**m, "step": 4}, "of step 4"),
-        (lambda m: {**m, "meta": None, "sha256": ""}, "other types"),
+        (lambda m: {**m, "meta": None, "sha256": ""}, "wrong types"),
         (lambda m: {**m, "files": [{**f, "tensors": []} for f in m["files"]], "sha256": ""}, "damaged"),
         (lambda m: {**m, "files": [{"name": f["name"], "tensors": {}} for f in m["files"]], "sha256": ""}, "bytes"),
     ],

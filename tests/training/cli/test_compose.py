@@ -446,5 +446,5 @@ def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
     ["wandb.project=a/b", "wandb.project=''", f"wandb.tags=[{'x' * 65}]", "wandb.tags=['']", f"wandb.name={'n' * 129}"],
 )
 def test_what_wandb_would_refuse_is_refused_at_the_start(word: str) -> None:
-    with pytest.raises(ConfigError, match="W&B takes"):
+    with pytest.raises(ConfigError, match="W&B accepts"):
         load_config("train", [word])

@@ -298,7 +298,7 @@ def test_references_of_which_none_can_be_used_are_refused_by_their_key(bundle: s
     cases = {
         "broken": r"evaluation\.reference: .*0\.tar: sample .* and all 64 substitutes for it are bad",
         "page": r"evaluation\.reference: .*0\.tar: this is not a tar archive",
-        "pictures": r"evaluation\.reference=.*holds for instance 'a\.png'; `cascade prepare` makes shards of pictures",
+        "pictures": r"evaluation\.reference=.*contains, for example, 'a\.png'; `cascade prepare` makes shards",
     }
     for name, said in cases.items():
         settings: dict[str, Any] = {"kind": "pictures", "reference": str(tmp_path / name)}
@@ -366,7 +366,7 @@ def test_reference_statistics_are_made_once(bundle: str, heldout: str, tmp_path:
     assert made["n"] == 20 and made["broken"] == 0
     again = evaluate.main(command(bundle, tmp_path / "again", kind="pictures", reference=made["reference"]))
     assert again["frechet"] == direct["frechet"] and again["n"] == direct["n"]
-    with pytest.raises(ConfigError, match="the oracle needs pictures"):
+    with pytest.raises(ConfigError, match="the oracle needs reference pictures"):
         evaluate.main(command(bundle, tmp_path / "x", reference=made["reference"]))
     stored = ReferenceFile.read(made["reference"])
     stored.facts["rule"] = "another"

@@ -75,7 +75,7 @@ def test_a_damaged_part_is_named(written: tuple[Parts, dict[str, np.ndarray]]) -
     content = bytearray(parts.file(2).read_bytes())
     content[content.index(whole["x/f"][6].tobytes()) + 2] ^= 1
     parts.file(2).write_bytes(content)
-    with pytest.raises(DataError, match=r"00002\.npz: damaged .*x/f\.npy.*delete it and run the same again"):
+    with pytest.raises(DataError, match=r"00002\.npz: damaged .*x/f\.npy.*delete it and repeat the command"):
         parts.read()
 
 

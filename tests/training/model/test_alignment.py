@@ -95,7 +95,7 @@ def test_a_picture_of_another_shape_keeps_its_shape() -> None:
 def test_another_encoder_or_a_damaged_one_is_refused(dino: Path, tmp_path: Path) -> None:
     config = pinned_dino(DinoConfig(path=str(dino)))
     assert pinned_dino(config) == config and pinned_dino(DinoConfig()) == DinoConfig()
-    with pytest.raises(DataError, match=r"dino\.path=.*no model is there; fetch one"):
+    with pytest.raises(DataError, match=r"dino\.path=.*no model there; fetch one"):
         pinned_dino(DinoConfig(path=str(tmp_path)))
     other = tmp_path / "other"
     shutil.copytree(dino, other)
