@@ -397,7 +397,7 @@ def test_prompts_need_no_reference_and_several_pictures_have_a_diversity(bundle:
         command(bundle, tmp_path / "both", **settings | {"reference": reference, "extractors": {"c": clip, "d": dino}})
     )
     assert set(found["cmmd"]) == {"c"} and set(found["dino_mmd"]) == {"d"} and found["dino_mmd"]["d"]["value"] > 0
-    with pytest.raises(ConfigError, match=r"evaluation\.prompts=.*1 prompts"):
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts=.*it holds 1 prompt; give two"):
         evaluate.main(command(bundle, tmp_path / "x", kind="pictures", prompts=["one"]))
 
 

@@ -188,7 +188,7 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts: give a text file"):
         sample.main(command(bundle, tmp_path, prompts=None))
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ConfigError, match=r"prompts=.*empty\.txt: give a text file"):
+    with pytest.raises(ConfigError, match=r"prompts=.*empty\.txt: no prompt in it; give a text file"):
         sample.main(command(bundle, tmp_path, prompts=str(tmp_path / "empty.txt")))
     with pytest.raises(DataError, match=r"output=.*empty\.txt: cannot be written .*choose another output"):
         sample.main(command(bundle, tmp_path / "empty.txt"))

@@ -190,14 +190,21 @@ def test_online_figures_wait_for_the_end_of_the_training(
     """Two processes that write to one W&B run at the same time would replace each other's rows."""
     make_run(tmp_path / "base", stage_config("base", 32), steps=(5,), wandb=mode)
     events: list[str] = []
-    sleep = watch.time.sleep
 
-    def note(seconds: float) -> None:
-        events.append("sleep")
-        sleep(seconds)
+    class Clock:
+        """A clock that only sleep moves."""
 
-    monkeypatch.setattr(watch.time, "sleep", note)
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            events.append("sleep")
+            self.now += seconds
+
+    monkeypatch.setattr(watch, "time", Clock())
     monkeypatch.setattr(watch, "log_checkpoints", lambda *_: events.append("log") or True)
     with pytest.raises(DataError, match="no new checkpoint for"):
-        evaluate.main(command(tmp_path / "base", wait_s=0.1))
+        evaluate.main(command(tmp_path / "base", wait_s=60))
     assert list(dict.fromkeys(events)) == expected and events.count("log") == 1
