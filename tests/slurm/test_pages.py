@@ -138,7 +138,7 @@ def test_the_interval_of_a_paired_difference() -> None:
     [
         (["A"], ConfigError, "give at least two runs"),
         (["A", "A"], ConfigError, "the same run is listed twice"),
-        (["A", "nowhere"], DataError, "nowhere: it has no config.yaml"),
+        (["A", "nowhere"], DataError, "nowhere: not a run"),
         (["A", "B", "curves=[colour]"], DataError, "none of them is in metrics.jsonl"),
         (["A", "B", "output=x.jpg"], ConfigError, "it must end in .png"),
     ],
