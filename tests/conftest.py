@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from tests.s3 import S3Server, start_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """One thread for each of the many processes: threads of tiny tensors that share cores wait for each other, spinning."""
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell starts what it puts into the background with SIGINT ignored, and processes under test would inherit that."""
 
 SLOW_FIRST = (
     "tests/slurm/",

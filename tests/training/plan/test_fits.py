@@ -28,4 +28,4 @@ def test_processes_of_a_machine_share_its_memory() -> None:
 def test_a_base_stages_preset_for_super_resolution_is_said() -> None:
     assert remarks(load_config("train", ["stage=demo_sr"]), "cuda") == []
     found = remarks(load_config("train", ["stage=demo_sr", "stage.model.preset=demo_base"]), "cuda")
-    assert len(found) == 1 and "stage.model.preset=demo_base is a base stage's" in found[0]
+    assert len(found) == 1 and "stage.model.preset=demo_base is for a base stage" in found[0]

@@ -214,7 +214,7 @@ def test_held_out_shards_are_named_by_their_own_key_and_held_out(drawn: PlanComm
     drawn.validation.every, drawn.validation.shards = 1, str(Path(str(drawn.data.shards)) / "nowhere")
     assert any(problem.startswith("validation.shards=") for problem in make_plan(drawn)["problems"])
     drawn.validation.shards = drawn.data.shards
-    assert any("data.shards names" in problem for problem in make_plan(drawn)["problems"])
+    assert any("is in data.shards as well" in problem for problem in make_plan(drawn)["problems"])
     drawn.validation.shards = str(Path(str(drawn.data.shards)).parent / "heldout")
     assert not make_plan(drawn)["problems"]
 
