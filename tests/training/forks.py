@@ -7,8 +7,10 @@ left out. `command` is a command line with all that it starts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from training.processes.launcher import free_port, worker
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.training.preload"])
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -84,6 +87,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="forks-") as scratch:
         environ, place = dict(os.environ if env is None else env), str(cwd or Path.cwd())
         process = _server.Process(target=_command, args=(module, words, environ, place, scratch))
+        serve()
         process.start()
         process.join()
         out, err = (Path(scratch, name).read_text() for name in ("out", "err"))
@@ -91,9 +95,17 @@ def command(
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 
+def serve() -> None:
+    """Starts the server, if it does not run, where it finds `tests`: it looks in its working directory, then among the
+    installed packages, one of which has brought a `tests` of its own."""
+    with contextlib.chdir(ROOT):
+        multiprocessing.forkserver.ensure_running()
+
+
 def _start(
     function: Callable[..., Any], arguments: tuple[str, ...], ranks: int, scratch: Path, variables: dict[str, str]
 ) -> list[Any]:
+    serve()
     processes = []
     environ = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):

@@ -66,7 +66,7 @@ def test_a_mixture_trains_resumes_with_a_data_set_more_and_is_planned(folders: l
 
     config.train.steps = 14
     config.data.shards = [shards[0], {**shards[1], "weight": 0.5, "start": 32}]
-    with pytest.raises(ConfigError, match=r"has consumed 96 samples, .*1/4 b from 32 on to .*{0: OLD, 96: NEW}"):
+    with pytest.raises(ConfigError, match=r"has consumed 96 samples; .*1/4 b from 32 on to .*{0: OLD, 96: NEW}"):
         check_named("train", config)
     planned = from_plain(PlanCommand, {**to_dict(config), "gpu": "h100"})
     plan = make_plan(planned)

@@ -528,8 +528,8 @@ def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str,
         for entry in manifest["files"]:
             if not (entry["bytes"] >= 0 and "/" not in entry["name"] and ("sha256" in entry or "xxh3" in entry)):
                 raise ValueError(f"it does not describe the file {entry['name']}")
-            for name, where in entry["tensors"].items():
-                tensors[name] = {**where, "file": entry["name"], "shape": [int(n) for n in where["shape"]]}
+            for tensor, where in entry["tensors"].items():
+                tensors[tensor] = {**where, "file": entry["name"], "shape": [int(n) for n in where["shape"]]}
         manifest["tensors"] = tensors
         if not (manifest["attempt"] >= 0 and isinstance(manifest["meta"], dict)):
             raise ValueError("its values have the wrong types")

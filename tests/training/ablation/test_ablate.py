@@ -96,7 +96,7 @@ def test_an_ingredient_of_the_experiments_own_is_left_out(tmp_path: Path) -> Non
         ("ingredient=muon ablate.levels=[2,0]", "give rising log-SNRs"),
         ("ingredient=muon ablate.output=s3://b/a", "ablate.output=s3://b/a: it must be a local directory"),
         ("ingredient=muon bundle.dir=x", "bundle.dir: cascade ablate would not use it"),
-        ("ingredient=muon zero=zero0 cluster.processes=2", "zero.stage=0: it is for one process, not 2"),
+        ("ingredient=muon zero=zero0 cluster.processes=2", "zero.stage=0: it only works with one process, not 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(line: str, sentence: str) -> None:

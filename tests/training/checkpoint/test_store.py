@@ -205,7 +205,7 @@ def test_pruning_never_trades_a_healthy_one_for_a_damaged_one(store: CheckpointS
     ("change", "words"),
     [
         (lambda m: {**m, "meta": {**m["meta"], "position": 7}}, "its own checksum"),
-        (lambda m: {**m, "step": 4}, "of step 4"),
+        (lambda m: {**m, "step": 4}, "it is for step 4"),
         (lambda m: {**m, "meta": None, "sha256": ""}, "wrong types"),
         (lambda m: {**m, "files": [{**f, "tensors": []} for f in m["files"]], "sha256": ""}, "damaged"),
         (lambda m: {**m, "files": [{"name": f["name"], "tensors": {}} for f in m["files"]], "sha256": ""}, "bytes"),
