@@ -22,12 +22,13 @@ from data_pipeline.common.children import die_with_parent_only
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
-from slurm.jobs.records import EVENTS, append, json_lines
+from slurm.jobs.records import EVENTS, append
 from slurm.script import environment_lines, setup
 from slurm.supervise import End, history, judge, last_step, record_end
 from training.config.cluster import ClusterConfig
 from training.config.commands import COMMANDS
 from training.processes.exit_codes import EXIT_PREEMPTED
+from training.run.directory import json_lines
 
 POLL_S = 0.2
 OF_A_SCHEDULER = ("nodes", "min_nodes", "partition", "account", "mem", "sbatch", "container", "interface", "gpus_per")

@@ -13,9 +13,10 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 from slurm.jobs.graph import BEGUN, SUCCEEDED
-from slurm.jobs.records import EVENTS, json_lines, submissions
+from slurm.jobs.records import EVENTS, submissions
 from slurm.local import local_state
 from slurm.options import EXCLUSIVE
+from training.run.directory import json_lines
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
 """Variables that are the user's way to a cluster. All other SLURM_* and SRUN_* describe an allocation."""

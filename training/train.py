@@ -7,7 +7,6 @@ boundary.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from training.processes.exit_codes import EXIT_CRASH, EXIT_DONE, EXIT_HUNG
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks
-from training.run.directory import STOP, RunDir
+from training.run.directory import STOP, RunDir, json_lines
 from training.run.watchdog import Watchdog
 
 log = logging.getLogger("cascade")
@@ -74,11 +73,7 @@ def objective(result: dict[str, Any]) -> float | None:
     Args:
         result: what `main` returned.
     """
-    try:
-        lines = Path(result["run_dir"], "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return None
-    rows = [json.loads(line) for line in lines]
+    rows = json_lines(Path(result["run_dir"], "metrics.jsonl"))
     validated = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     last = validated[-1:] or losses[-max(len(losses) // 10, 1) :]

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from data_pipeline.common.errors import BadSample, DataError, system_words
+from data_pipeline.common.one_way import OneWay
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead
 from data_pipeline.storage.atomic import naming, scratch
 
@@ -103,25 +104,11 @@ def _no_table(path: Path, why: str) -> DataError:
 # ----------------------------------------------------------------------------------------------------------- bytes
 
 
-class _Compressed(io.RawIOBase):
+def _compressed(file: IO[bytes], codec: str) -> OneWay:
     """What pyarrow unpacks (zstd, lz4), as a file."""
+    import pyarrow as pa
 
-    def __init__(self, file: IO[bytes], codec: str) -> None:
-        import pyarrow as pa
-
-        self._file, self._stream = file, pa.CompressedInputStream(pa.PythonFile(file), codec)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    return OneWay(pa.CompressedInputStream(pa.PythonFile(file), codec).read, file.close)
 
 
 def _plain(path: Path) -> IO[bytes]:
@@ -140,7 +127,7 @@ def _plain(path: Path) -> IO[bytes]:
                 file = _unpacked(opener(file))
         for magic, codec in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
             if head.startswith(magic):
-                file = _unpacked(_Compressed(file, codec))
+                file = _unpacked(_compressed(file, codec))
     head = file.read(_HEAD)
     file.seek(0)
     encoding = _wide_encoding(head)

@@ -10,27 +10,8 @@ import importlib
 import io
 from typing import Any, BinaryIO
 
+from data_pipeline.common.one_way import OneWay
 from data_pipeline.storage import s3, store
-
-
-class _Reader(io.RawIOBase):
-    """An object as a file that can be read once from the front."""
-
-    def __init__(self, url: str) -> None:
-        self._stream = s3.S3Stream(url)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
-        super().close()
 
 
 class _Writer(io.BytesIO):
@@ -60,7 +41,8 @@ def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> Binary
     """
     if mode == "wb":
         return _Writer(url)
-    return io.BufferedReader(_Reader(url), s3.PIECE)
+    stream = s3.S3Stream(url)
+    return io.BufferedReader(OneWay(stream.read, stream.close), s3.PIECE)
 
 
 def register_s3() -> None:

@@ -285,8 +285,13 @@ def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary
         found = load_meta(entry, config.index_dir, patience, config.members)
         if found is not None:
             return summarize_meta(found[0], entry, found[1])
-    index = load_index(entry.url, config.index_dir, entry, patience, config.members, bool(config.filter.licences))
+    index = stored_index(entry, config, patience)
     return None if index is None else summarize(index, entry, index.place, config.filter)
+
+
+def stored_index(entry: store.Entry, config: DataConfig, patience: Patience) -> ShardIndex | None:
+    """The index of a shard that is there and fits the shard and these settings."""
+    return load_index(entry.url, config.index_dir, entry, patience, config.members, bool(config.filter.licences))
 
 
 def _report(dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from training.checkpoint.store import CheckpointStore
 from training.processes.interval import HISTORY
+from training.run.directory import json_lines
 
 SUBMITTED = "jobs.jsonl"
 """In RUN_DIR/launch: one line per job that was submitted for the run."""
@@ -23,23 +24,6 @@ RECORD = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
 )
 """A line of logs/rank-N.log; lines between belong to the one before."""
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a half-written one is left out, a missing file is empty."""
-    found = []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def append(path: Path, value: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slurm.jobs.records import json_lines
+from training.run.directory import json_lines
 
 Curve = list[tuple[int, float]]
 """(step, value), steps rising."""

@@ -14,13 +14,14 @@ import pytest
 from data_pipeline.common.errors import ConfigError, DataError
 from slurm.commands import resume, status, stop
 from slurm.jobs.graph import BEGUN, SUCCEEDED
-from slurm.jobs.records import SUBMITTED, append, json_lines
+from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, is_alive, local_record
 from slurm.queue import job_states
 from slurm.supervise import history
 from tests.slurm.conftest import until
 from tests.slurm.launching import launch
 from training.cli.compose import load_config
+from training.run.directory import json_lines
 
 COUNT = "n=$(cat starts 2>/dev/null | wc -l)\necho start >> starts\n"
 

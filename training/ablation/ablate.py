@@ -37,7 +37,7 @@ from training.pictures.sheets import save
 from training.plan.checks import check_named, heldout_apart, validation_shards
 from training.processes.launcher import launch
 from training.processes.ranks import Ranks, read_ranks
-from training.run.directory import replace_file, try_to_write
+from training.run.directory import json_lines, replace_file, try_to_write
 
 RESULT, PICTURE = "ablate.json", "ablate.png"
 MEAN = "mean"
@@ -210,26 +210,14 @@ def _cost(arm: Arm, output: Path, config: AblateCommand) -> dict[str, float | No
     """Means over seeds: device hours of a training, median seconds of its steps; None where they are not recorded."""
     hours, seconds = [], []
     for number in range(config.ablate.seeds):
-        lines = _metrics(Path(arm.run(output, number).run.dir) / "metrics.jsonl")
+        lines = json_lines(Path(arm.run(output, number).run.dir) / "metrics.jsonl")
+        lines = [line for line in lines if {"device_hours", "step_seconds"} <= {*line}]
         if lines:
             hours.append(lines[-1]["device_hours"])
             seconds.append(statistics.median(line["step_seconds"] for line in lines))
     if len(hours) < config.ablate.seeds:
         return {"device_hours": None, "step_seconds": None}
     return {"device_hours": statistics.fmean(hours), "step_seconds": statistics.fmean(seconds)}
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a run; one that a crash has cut short is left out."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"device_hours", "step_seconds"} <= {*line}:
-            found.append(line)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- shown

@@ -20,7 +20,7 @@ from training.checkpoint.store import CheckpointStore
 from training.cli.compose import ingredients_of, load_config
 from training.config.commands import AblateCommand
 from training.config.experiment import Experiment
-from training.run.directory import RunDir, differences, flatten, to_dict
+from training.run.directory import RunDir, changed_since, differences, to_dict
 
 EXPERIMENT = "experiment"
 """The arm that all others are compared with."""
@@ -194,7 +194,8 @@ def _check_settings(run: Experiment, path: Path) -> None:
         return
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{file}: cannot be read ({error}); choose another ablate.output") from error
-    changed = _changed(before, to_dict(run)) if isinstance(before, dict) else []
+    changes = changed_since(before, to_dict(run)) if isinstance(before, dict) else []
+    changed = [change for change in changes if learns(change[0])]
     if changed:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -202,14 +203,3 @@ def _check_settings(run: Experiment, path: Path) -> None:
             f"{key}={new}: {path} was trained with {old}{more}, and all arms must be trained alike; set it back, or "
             "choose another ablate.output"
         )
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What would be learned differently; a key that the code did not have yet was at its default."""
-    known, defaults = flatten(before), flatten(to_dict(Experiment()))
-    found = [
-        (key, old if key in known else defaults.get(key), new)
-        for key, old, new in differences(before, now)
-        if learns(key)
-    ]
-    return [(key, old, new) for key, old, new in found if old != new]

@@ -27,6 +27,7 @@ from data_pipeline.storage.store import is_remote
 from training.checkpoint.provenance import code_version
 from training.checkpoint.safetensors import Digest, chunks
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
+from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment, StageConfig, TextConfig
 from training.config.unet import UNetConfig, for_stage
 from training.model.alignment import BESIDE
@@ -175,7 +176,7 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
 def _lesson(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a distilled stage has learnt: the student's steps, and the teacher's steps, solver and guidance."""
     settings = _settings(checkpoint, "distill")
-    return {key: settings[key] for key in ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")}
+    return {key: settings[key] for key in TAUGHT}
 
 
 @dataclass

@@ -16,8 +16,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.content import images
 from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.caption_files import caption_file_url, read_captions, write_captions
-from data_pipeline.shards.dataset import keep_rows, patience_of
-from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index, load_index
+from data_pipeline.shards.dataset import keep_rows, patience_of, stored_index
+from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
 from training.commands.sharing import in_processes, ranks_of, share
@@ -70,7 +70,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
     for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
-        index = load_index(entry.url, data.index_dir, entry, patience, data.members, bool(data.filter.licences))
+        index = stored_index(entry, data, patience)
         if index is None:
             index = build_index(entry, data.index_dir, patience, data.members)
         place = caption_file_url(entry.url, _folder_of(output, name))

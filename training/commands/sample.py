@@ -34,6 +34,7 @@ from training.cascade.requests import Drawing, as_list, number_drawings, plan_si
 from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
+from training.engine.base import DTYPES
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
@@ -180,7 +181,7 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
         if config.cluster.threads:
             torch.set_num_threads(config.cluster.threads)
         return cascade, ["cpu"]
-    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.precision.dtype]
     count = torch.cuda.device_count()
     devices = [f"cuda:{gpu_of(ranks.local_rank, count)}"] if ranks else [f"cuda:{i}" for i in range(count)]
     return cascade.to(devices[0], dtype), devices

@@ -167,6 +167,10 @@ class SamplerConfig:
                 raise SamplerError(key, f"={value}: it must lie between 0 and 1")
 
 
+TAUGHT = ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")
+"""Settings of a distillation that a student's weights depend on."""
+
+
 @dataclass
 class DistillConfig:
     """`cascade distill`: a student of the same network learns to go in one step where its teacher goes in several,

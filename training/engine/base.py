@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from training.config.experiment import EmaConfig, Experiment
+from training.config.experiment import EmaConfig, Experiment, PrecisionConfig
 from training.optim.averages import decays_at
 from training.optim.base import TrainOptimizer
 from training.processes.ranks import Ranks
@@ -31,6 +31,27 @@ class StepInfo:
     """Sums over the ranks."""
     problem: str = ""
     """Why the step was refused; empty where it was not."""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of the weights that are computed with, by `precision.dtype`."""
+
+
+def in_precision(
+    precision: PrecisionConfig,
+    x: torch.Tensor,
+    log_snr: torch.Tensor,
+    text: torch.Tensor,
+    mask: torch.Tensor,
+    low_res: torch.Tensor | None = None,
+    *others: Any,
+) -> tuple[Any, ...]:
+    """The arguments of `UNet.forward`, pictures and text in the weights' type, and pictures in the memory layout that
+    convolutions follow. Noise levels and sizes stay fp32: bf16 would round log-SNR 10.03 to 10."""
+    dtype = DTYPES[precision.dtype]
+    layout = torch.channels_last if precision.channels_last else torch.preserve_format
+    low_res = None if low_res is None else low_res.to(dtype, memory_format=layout)
+    return x.to(dtype, memory_format=layout), log_snr, text.to(dtype), mask, low_res, *others
 
 
 Judge = Callable[[float, Sequence[float]], str]

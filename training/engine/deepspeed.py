@@ -27,11 +27,13 @@ import torch
 
 from training.config.experiment import Experiment
 from training.engine.base import (
+    DTYPES,
     Judge,
     Snapshot,
     StepInfo,
     WeightKeeper,
     accept,
+    in_precision,
     saved_buffers,
     set_step,
     trained_parameters,
@@ -44,8 +46,6 @@ from training.optim.pieces import Assembler, Layout, Piece, Shapes, scatter
 from training.optim.registry import build_optimizer, learning_rate
 from training.processes.collectives import all_sum, gather_objects
 from training.processes.ranks import Ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def join_groups() -> None:
@@ -156,13 +156,8 @@ class ZeroEngine(WeightKeeper):
         self.set_timeout(config.train.timeout_first_s)
 
     def __call__(self, x: torch.Tensor, log_snr: torch.Tensor, text: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """`UNet.forward`; noise levels and sizes stay fp32 (bf16 would round log-SNR 10.03 to 10), pictures and text
-        take the weights' type."""
-        mask, low_res, *others = [*rest, None, None, None][: max(3, len(rest))]
-        layout = torch.channels_last if self.config.precision.channels_last else torch.preserve_format
-        low_res = None if low_res is None else low_res.to(self.dtype, memory_format=layout)
-        x = x.to(self.dtype, memory_format=layout)  # DeepSpeed takes weights in no other layout; convolutions follow x
-        return self._engine(x, log_snr, text.to(self.dtype), mask, low_res, *others).float()
+        """`UNet.forward`."""
+        return self._engine(*in_precision(self.config.precision, x, log_snr, text, *rest)).float()
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""

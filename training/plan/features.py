@@ -63,6 +63,7 @@ def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> Fe
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Dinov2Model
 
+    from training.model.alignment import Alignment
     from training.model.dinov2 import dino_settings, patch_grid
 
     settings, size = dino_settings(str(config.dino.path)), config.stage.train_size
@@ -75,8 +76,8 @@ def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> Fe
     passes = 3.0 if perceptual else min(config.repa.until, config.train.steps) / config.train.steps
     places, layers = (size // unet.divisor) ** 2, 0
     if align is not None:
-        width, features = align
-        layers = unet.widths[-1] * width + width * width + width * features
+        with torch.device("meta"):
+            layers = sum(p.numel() for p in Alignment(unet.widths[-1], *align).parameters() if p.ndim > 1)
     return FeatureCost(
         parameters,
         parameters * dtype.itemsize,

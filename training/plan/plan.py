@@ -18,6 +18,7 @@ from data_pipeline.storage import store
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment
 from training.config.unet import for_stage, side_multiple
+from training.engine.base import DTYPES
 from training.optim.registry import optimizer_class
 from training.plan.checks import check_heldout, check_shares, planned_world_size, training_problems
 from training.plan.devices import Device, planned_device
@@ -74,12 +75,11 @@ TOLD = ("schedule", "parametrization", "weighting")
 
 def make_plan(config: PlanCommand) -> dict[str, Any]:
     """All numbers of the table, by names that JSON readers can rely on."""
-    import torch
 
     unet = for_stage(config.stage, config.text.dim)
     size, tokens = config.stage.train_size, config.text.max_tokens
     device, world = planned_device(config), planned_world_size(config.cluster)
-    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.precision.dtype]
     problems: list[str] = []
     features, align = FeatureCost(), None
     try:
@@ -373,15 +373,14 @@ def bucket_facts(config: PlanCommand, shards: Sequence[tuple[str, store.Entry, D
 
 def indexed_samples(data: DataConfig, entries: list[store.Entry]) -> tuple[int | None, int]:
     """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
-    from data_pipeline.shards.dataset import patience_of
-    from data_pipeline.shards.index import load_index
+    from data_pipeline.shards.dataset import patience_of, stored_index
     from data_pipeline.shards.summaries import read_summaries, summarize, summary_url
 
     patience = patience_of(data)
     known = read_summaries(summary_url(entries, data.filter, data.index_dir, data.members), entries, patience)
     for entry in entries if len(known) + FEW_SHARDS >= len(entries) else ():
         if entry.url not in known:
-            index = load_index(entry.url, data.index_dir, entry, patience, data.members, bool(data.filter.licences))
+            index = stored_index(entry, data, patience)
             if index is None:
                 return None, 0
             known[entry.url] = summarize(index, entry, "", data.filter)

@@ -130,19 +130,11 @@ class RankTeam(Team):
 
     def once(self, call: Callable[[], Any]) -> Any:
         """Rank 0's `call()`, or its error, on every rank."""
-        if self.count == 1:
-            return call()
-        import torch.distributed as dist
+        box = [each(lambda: call() if self._ranks.is_main else None, self._ranks)]
+        if self.count > 1:
+            import torch.distributed as dist
 
-        box: list[Any] = [None, None]
-        if self._ranks.is_main:
-            try:
-                box[0] = call()
-            except Exception as error:
-                box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self._ranks.control)
-        if box[1] is not None:
-            raise box[1]
+            dist.broadcast_object_list(box, src=0, group=self._ranks.control)
         return box[0]
 
     def everyone(self, call: Callable[[], Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from typing import Any
 from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
 from training.checkpoint.store import CheckpointStore
+from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment
 from training.processes.launcher import TYPED
 
@@ -52,7 +53,7 @@ FIXED = {
 }
 """Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
 LESSON = (
-    *(f"distill.{name}" for name in ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")),
+    *(f"distill.{name}" for name in TAUGHT),
     *(f"stage.sampler.{name}" for name in ("spacing", "threshold", "threshold_percentile")),
 )
 """Fixed as well where a run is a distillation; elsewhere `distill` has no effect."""
@@ -95,6 +96,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
+def changed_since(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The `differences` from settings that an earlier version may have written: a key that it did not have yet was at
+    its default."""
+    known, defaults = flatten(before), flatten(to_dict(Experiment()))
+    found = [(key, old if key in known else defaults.get(key), new) for key, old, new in differences(before, now)]
+    return [(key, old, new) for key, old, new in found if old != new]
+
+
 def _is_taught(*settings: dict[str, Any]) -> bool:
     return any((config.get("distill") or {}).get("steps") for config in settings)
 
@@ -108,13 +117,10 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> l
         kept["data.micro_batch"] = "train.deterministic_reduction adds gradients up by micro-batch"
     if _is_taught(before, now):
         kept |= dict.fromkeys(LESSON, "the teacher's targets follow from it")
-    known, default = flatten(before), flatten(to_dict(Experiment()))
-    for key, old, new in differences(before, now):
-        old = old if key in known else default.get(key)  # a key that the code did not have yet was at its default
-        if old == new:
-            continue
+    has_old = {*flatten(before), *flatten(to_dict(Experiment()))}
+    for key, old, new in changed_since(before, now):
         for fixed, reason in kept.items():
-            if (key in known or key in default) and (key == fixed or key.startswith(f"{fixed}.")):
+            if key in has_old and (key == fixed or key.startswith(f"{fixed}.")):
                 raise ConfigError(
                     f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "
                     f"set it back, or start a new run with another run.dir"
@@ -297,6 +303,23 @@ def leaving_nothing_empty(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty, or not made
                 path.rmdir()
         raise
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a half-written one is left out, a missing file is empty."""
+    found = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def replace_file(path: Path, text: str) -> None:

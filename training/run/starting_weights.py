@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
-from training.cascade.bundle import check_base, load_unet, stage_weights
+from training.cascade.bundle import StageWeights, check_base, load_unet, stage_weights
 from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment, StageConfig
 from training.model.alignment import BESIDE
@@ -60,8 +60,7 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
         return None
     count = add_adapters(model, lora)
     log.info("these weights are frozen; adapters of rank %d have %d parameters", lora.rank, count)
-    where = path if found.sha256 else _absolute(found.origin["checkpoint"])
-    return {**(base or {"sha256": weights_sha256(tensors), "scale": lora.scale}), "path": where}
+    return {**(base or {"sha256": weights_sha256(tensors), "scale": lora.scale}), "path": _place_of(found, path)}
 
 
 @dataclass
@@ -105,8 +104,12 @@ def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
     sha256 = weights_sha256(unet.state_dict())
     if known and known["sha256"] != sha256:
         raise DataError(f"{key}: other weights than this run's teacher so far, {known['path']}; name those")
-    record = {"path": path if found.sha256 else _absolute(found.origin["checkpoint"]), "sha256": sha256}
-    return Teacher(unet, found.config, record)
+    return Teacher(unet, found.config, {"path": _place_of(found, path), "sha256": sha256})
+
+
+def _place_of(found: StageWeights, path: str) -> str:
+    """Where weights lie for good: the bundle, or the one checkpoint of a run."""
+    return path if found.sha256 else _absolute(found.origin["checkpoint"])
 
 
 def _absolute(path: str) -> str:

@@ -16,6 +16,7 @@ from training.config.unet import for_stage
 from training.diffusion import random
 from training.diffusion.distillation import Lesson
 from training.diffusion.objective import loss
+from training.engine.base import DTYPES, in_precision
 from training.engine.start import build_engine
 from training.model.alignment import Alignment, repa_term
 from training.model.dinov2 import Dinov2, dino_settings
@@ -82,8 +83,7 @@ class TrainingState:
     def _open_dino(self) -> Dinov2 | None:
         if not self.config.compares_features:
             return None
-        dtype = torch.bfloat16 if self.config.precision.dtype == "bf16" else torch.float32
-        return Dinov2(self.config.dino, dtype, self.ranks.device)
+        return Dinov2(self.config.dino, DTYPES[self.config.precision.dtype], self.ranks.device)
 
     def _open_lesson(self) -> Lesson:
         config = self.config
@@ -91,19 +91,12 @@ class TrainingState:
         self.teacher = teacher.record
         log.info("taught by %s (sha256 %s)", teacher.record["path"], teacher.record["sha256"][:16])
         unet, precision = teacher.unet, config.precision
-        dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
-        layout = torch.channels_last if precision.channels_last else torch.preserve_format
-        unet.to(device=self.ranks.device, dtype=dtype)
+        unet.to(device=self.ranks.device, dtype=DTYPES[precision.dtype])
         if precision.compile:
             unet.compile_blocks()
 
-        def answer(x: Any, log_snr: Any, text: Any, mask: Any, low_res: Any, *others: Any) -> torch.Tensor:
-            """As an engine gives it: pictures and text in the weights' type, noise levels and sizes in fp32."""
-            low_res = None if low_res is None else low_res.to(dtype, memory_format=layout)
-            return unet(x.to(dtype, memory_format=layout), log_snr, text.to(dtype), mask, low_res, *others)
-
         return Lesson.of(
-            answer,
+            lambda *given: unet(*in_precision(precision, *given)),
             teacher.config.diffusion,
             config.distill.teacher_sampler(config.stage.sampler),
             config.stage.diffusion,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from training.config.experiment import ExtractorConfig
 from training.evaluation.extractors.base import Extractor, in_batches
+from training.model.dinov2 import MEAN, STD
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINOV2_SIDE = 224
 """What FD-DINOv2 (Stein et al. 2023) uses; the checkpoint itself was finished at 518."""
 TOKENS = 77
@@ -64,7 +64,7 @@ def load_dinov2(name: str, config: ExtractorConfig, sha256: str, device: str) ->
     side = min(DINOV2_SIDE, model.config.image_size)
 
     def embed(batch: Tensor) -> Tensor:
-        return model(normalised(batch, IMAGENET_MEAN, IMAGENET_STD)).pooler_output
+        return model(normalised(batch, MEAN, STD)).pooler_output
 
     def pictures(given: np.ndarray) -> np.ndarray:
         return in_batches(resized(given, side), config.batch, device, embed)
