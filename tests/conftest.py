@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Slow files first where workers share them."""
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in SLOW_FIRST])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def messages_of_one_file() -> Iterator[None]:
+    """A training in this process starts logging to the terminal; the next file's tests would read its messages."""
+    before = {name: logging.getLogger(name).level for name in (None, "cascade", "training", "data_pipeline")}
+    yield
+    if tracking := sys.modules.get("training.run.reporting.tracking"):
+        tracking.stop_logging()
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")
