@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experimen
 
 def beside_bundle(config: Experiment) -> None:
     """Pictures and figures of a bundle that is not the run's go beside that bundle, unless a place is named: not into
-    runs/default, where those of the next bundle would follow."""
+    runs/default, where those of the next bundle would follow. A Pareto curve goes beside the results it compares."""
     run = f"runs/{config.run.name}"
+    if getattr(config, "action", "") == "pareto" and config.evaluation.output == f"{run}/evaluation":
+        folders = {Path(path).parent if path.endswith(".json") else Path(path) for path in map(str, config.results)}
+        config.evaluation.output = str(Path(os.path.commonpath([one.absolute().parent for one in folders])) / "pareto")
+        return
     bundle = getattr(config, "from_bundle", None) or config.bundle.dir
     if bundle == f"{run}/bundle":
         return

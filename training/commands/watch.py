@@ -25,7 +25,7 @@ from training.cascade.bundle import checkpoint_dir
 from training.checkpoint.store import CheckpointError, CheckpointStore, step_name
 from training.config.commands import EvaluateCommand
 from training.evaluation.comparison import RESULT
-from training.evaluation.series import evaluation_place, turned_worse, write_series
+from training.evaluation.series import best_so_far, evaluation_place, turned_worse, write_series
 from training.processes.ranks import read_ranks
 from training.run.directory import RunDir, read_json, replace_file
 from training.run.reporting.tracking import log_checkpoints
@@ -55,6 +55,7 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
             evaluate_step(config, store, output, step, evaluate)
             if (evaluation_place(output, step) / RESULT).exists():
                 series = write_series(output, config.figure)
+                print(best_so_far(series))
                 store.pin([series["best"]["step"]])
                 if config.stop_after and (reason := turned_worse(output, series, config.stop_after)):
                     print(f"{run.path}: {reason}: the run is asked to stop")
@@ -63,7 +64,7 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
                 time.sleep(POLL_S)  # other processes still draw
             last = time.monotonic()
             continue
-        done, wanted = _progress(store)
+        done, wanted = _progress(store, run)
         ends = done >= wanted or run.asked_to_stop()
         _log(run, store, output, live=not ends)
         if drawable and ends:
@@ -123,10 +124,15 @@ def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
         replace_file(output / LOGGED, json.dumps({"steps": sorted([*logged, *fresh])}))
 
 
-def _progress(store: CheckpointStore) -> tuple[int, float]:
-    """The newest whole step, and the run's train.steps; -1 and infinity before the first checkpoint."""
+def _progress(store: CheckpointStore, run: RunDir) -> tuple[int, float]:
+    """The newest whole step, and the run's train.steps; -1 and infinity before the first checkpoint. A run that has
+    been extended says so in its config.yaml before its next checkpoint does."""
     step = store.newest_whole()
-    return (step, store.open(step).meta["config"]["train"]["steps"]) if step >= 0 else (-1, math.inf)
+    if step < 0:
+        return -1, math.inf
+    wanted = store.open(step).meta["config"]["train"]["steps"]
+    recorded = run.recorded_config().get("train") or {}
+    return step, max(wanted, recorded.get("steps", 0))
 
 
 def _newest_unseen(store: CheckpointStore, output: Path) -> int | None:

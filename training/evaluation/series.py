@@ -56,8 +56,13 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
         drawn = {step: Shown.read(evaluation_place(output, step)) for step in found}
         known = {step: pictures for step, pictures in drawn.items() if pictures is not None}
         stream.write(page.series_html(str(output.parent), series, known).encode())
-    print(f"step {best} is the best of {len(found)} so far: {chosen} {found[best][chosen]['value']:.4g}")
     return series
+
+
+def best_so_far(series: dict[str, Any]) -> str:
+    """The best step and its figure, in a sentence."""
+    figure, best = series["figure"], series["best"]
+    return f"step {best['step']} is the best of {len(series['steps'])} so far: {figure} {best['value']:.4g}"
 
 
 def is_worse(output: Path, good: int, step: int, figure: str) -> bool:

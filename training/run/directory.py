@@ -171,13 +171,10 @@ class RunDir:
         Raises:
             ConfigError: a setting with which the run cannot go on.
         """
-        import yaml
-
-        try:
-            before = yaml.safe_load((self.path / "config.yaml").read_text())
-            known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        before = self.recorded_config()
+        if not isinstance(before.get("text"), dict):
             return []
+        known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
         for name in ("text", "dino"):
             if getattr(config, name).sha is None:  # found out at a start
                 known[name]["sha"] = None
@@ -208,13 +205,10 @@ class RunDir:
 
     def _last_place(self) -> str:
         """Where the start before kept its checkpoints; empty where there was none."""
-        import yaml
-
-        try:
-            before = yaml.safe_load((self.path / "config.yaml").read_text())["checkpoint"]["dir"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        before = self.recorded_config().get("checkpoint")
+        if not isinstance(before, dict) or "dir" not in before:
             return ""
-        return before or str(self.path / "checkpoints")
+        return before["dir"] or str(self.path / "checkpoints")
 
     def _last_saved(self) -> int:
         """The last step that any start of this run has saved or gone on from; -1: none."""
@@ -256,6 +250,16 @@ class RunDir:
         if not path.exists() or path.read_text().strip() != known:
             replace_file(path, known)
         return known
+
+    def recorded_config(self) -> dict[str, Any]:
+        """The settings of the last start, as config.yaml has them; empty where none can be read."""
+        import yaml
+
+        try:
+            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return recorded if isinstance(recorded, dict) else {}
 
     def write_config(self, config: Experiment) -> None:
         """Writes the resolved configuration to config.yaml."""

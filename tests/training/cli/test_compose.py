@@ -448,3 +448,11 @@ def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
 def test_what_wandb_would_refuse_is_refused_at_the_start(word: str) -> None:
     with pytest.raises(ConfigError, match="W&B accepts"):
         load_config("train", [word])
+
+
+def test_a_pareto_curve_lies_beside_the_results_it_compares() -> None:
+    words = ["action=pareto", "results=[runs/a/one,runs/a/two/result.json]"]
+    assert load_config("evaluate", words).evaluation.output == str(Path("runs/a/pareto").absolute())
+    assert load_config("evaluate", [*words, "evaluation.output=here"]).evaluation.output == "here"
+    other = load_config("evaluate", ["action=pareto", "results=[/x/demo/evaluation]"])
+    assert other.evaluation.output == "/x/demo/pareto"

@@ -63,7 +63,9 @@ def test_each_checkpoint_is_evaluated_once_and_the_best_is_never_pruned(tmp_path
     store.save(1002, {"param/x": torch.zeros(2)}, {"step": 1002}, Ranks())
     store.prune(keep_last=1)
     assert [step for step in store.steps() if store.is_committed(step)] == [1002, 5]
-    assert "the run is complete" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the run is complete" in printed
+    assert printed.count("is the best of") == len(results), "after each evaluation, not again at the end"
     logged = [values for _, values in read_wandb(RunDir(command(run))) if "checkpoint/step" in values]
     assert [values["checkpoint/step"] for values in logged] == [5, 9, 1000], "once, over both starts of watch"
     best = logged[[5, 9, 1000].index(series["best"]["step"])]
@@ -151,6 +153,23 @@ def test_a_super_resolution_run_is_drawn_behind_the_stages_before_it(tmp_path: P
     make_run(tmp_path / "other", stage_config("sr", 32, 16), steps=(7,))
     with pytest.raises(ConfigError, match=r"bundle\.runs: .*other is not listed"):
         evaluate.main(command(tmp_path / "other", [base]))
+
+
+def test_a_run_that_has_been_extended_is_waited_for(tmp_path: Path) -> None:
+    run = tmp_path / "base"
+    make_run(run, stage_config("base", 32), steps=(1000,))
+    extended = command(run, wait_s=0.1)
+    extended.train.steps = 2000
+    RunDir(extended).write_config(extended)
+    evaluated = []
+
+    def evaluate_one(_config: EvaluateCommand, _runs: list[str], place: Path) -> None:
+        evaluated.append(place.name)
+        write_result(place, np.zeros(4))
+
+    with pytest.raises(DataError, match=r"no new checkpoint for wait_s=0\.1 seconds, .* step 1000, not complete"):
+        watch.watch(extended, evaluate_one)
+    assert evaluated == ["step-00001000"]
 
 
 def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
