@@ -66,7 +66,8 @@ def beside_bundle(config: Experiment) -> None:
     runs/default, where those of the next bundle would follow. A Pareto curve goes beside the results it compares."""
     run = f"runs/{config.run.name}"
     if getattr(config, "action", "") == "pareto" and config.evaluation.output == f"{run}/evaluation":
-        folders = {Path(path).parent if path.endswith(".json") else Path(path) for path in map(str, config.results)}
+        results = map(str, getattr(config, "results", ()))
+        folders = [Path(path).parent if path.endswith(".json") else Path(path) for path in results]
         config.evaluation.output = str(Path(os.path.commonpath([one.absolute().parent for one in folders])) / "pareto")
         return
     bundle = getattr(config, "from_bundle", None) or config.bundle.dir

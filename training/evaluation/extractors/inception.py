@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from training.config.experiment import ExtractorConfig
 from training.evaluation.extractors.base import Extractor, in_batches
@@ -38,12 +39,22 @@ def load(name: str, config: ExtractorConfig, sha256: str, device: str) -> Extrac
     state = torch.load(config.path, map_location="cpu", weights_only=True)
     network = Inception()
     network.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith("fc.")})
-    network = network.eval().requires_grad_(False).to(device)
+    network = fused(network.eval().requires_grad_(False)).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def pictures(given: np.ndarray) -> np.ndarray:
         return in_batches(given, config.batch, device, network)
 
     return Extractor(name, WIDTH, pictures, rule=RULE, sha256=sha256)
+
+
+def fused(network: Inception) -> Inception:
+    """The network with each batch norm folded into its convolution: a pass less over each activation."""
+    for module in network.modules():
+        if isinstance(module, Convolution):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.add_module("bn", nn.Identity())
+    return network
 
 
 class Inception(nn.Module):
@@ -78,7 +89,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> (N, out, H', W')."""
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Block(nn.Module):
