@@ -1,4 +1,4 @@
-"""Exact, elastic streaming of WebDataset shards. Names are loaded on first use, because `ShardStream` imports torch."""
+"""Exact, elastic streaming of WebDataset shards. Names are imported on first use: `ShardStream` needs torch."""
 
 from __future__ import annotations
 

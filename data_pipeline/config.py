@@ -1,4 +1,4 @@
-"""Settings of the data pipeline, as typed dataclasses (no heavy imports: the command line validates with them)."""
+"""Settings of the data pipeline as typed dataclasses. No heavy imports: the command line validates with them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from data_pipeline.common.errors import ConfigError
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises `ConfigError(message)` unless `condition` holds."""
+    """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def at_least(settings: Any, section: str, **bounds: float) -> None:
-    """Raises `ConfigError` unless each named field is a number not below its bound."""
+    """Raise `ConfigError` unless each named field is at least its bound."""
     for name, bound in bounds.items():
         value = getattr(settings, name)
         require(value >= bound, f"{section}.{name}={value}: it must be at least {bound}")
 
 
 def _is_encoding(name: str) -> bool:
-    """Whether Python decodes bytes of that name to text."""
+    """Return whether Python can decode bytes to text with this encoding."""
     try:
         b"a".decode(codecs.lookup(name).name)
     except (LookupError, ValueError):
@@ -38,7 +38,7 @@ def _is_encoding(name: str) -> bool:
 
 
 def positive(settings: Any, section: str, *names: str) -> None:
-    """Raises `ConfigError` unless each named field is a number above 0."""
+    """Raise `ConfigError` unless each named field is above 0."""
     for name in names:
         value = getattr(settings, name)
         require(value > 0, f"{section}.{name}={value}: it must be positive")
@@ -46,7 +46,7 @@ def positive(settings: Any, section: str, *names: str) -> None:
 
 @dataclass
 class FilterConfig:
-    """Which samples are used, decided from the index before anything is downloaded; null disables a filter."""
+    """Which samples to use, decided from the index before any sample is downloaded; null disables a filter."""
 
     min_side: int | None = None
     """Minimum of the shorter side of the stored picture, pixels."""
@@ -80,24 +80,24 @@ class FilterConfig:
         require(all(self.licences), "data.filter.licences: a licence is empty; samples without one are `unknown`")
 
     def in_force(self) -> dict[str, Any]:
-        """The filters that are not disabled."""
+        """Return the filters that are not disabled, by name."""
         return {name: value for name, value in vars(self).items() if value is not None and value != []}
 
 
 @dataclass
 class CaptionConfig:
-    """Which caption a sample is trained with, and how it is cleaned."""
+    """Which caption to train a sample with, and how to clean it."""
 
     sources: dict[str, float] = field(default_factory=dict)
     """Weight of each source: `txt` (the .txt member), `txt:lines` (one caption per line of it), `json:FIELD` (a string
-    or a list of strings in the .json member; `json:meta.caption` is a nested field) or `file:NAME` (from `files`);
-    sources not listed are not used. Empty: the .txt or, if it is missing or empty, the caption, text or prompt in the
+    or a list of strings in the .json member; `json:meta.caption` is a nested field) or `file:NAME` (from `files`).
+    Sources not listed are not used. Empty: the .txt or, if it is missing or empty, the caption, text or prompt in the
     .json."""
     files: dict[str, str] = field(default_factory=dict)
     """Directories (or s3:// prefixes) of captions written by `cascade caption`, each under a name of your choice."""
     encoding: str | None = None
     """Encoding of texts that are not UTF-8 and have no byte order mark: `cp1252`, `gb18030`, `shift_jis`, ...; null:
-    such texts are `bad_text`."""
+    such texts are dropped as `bad_text`."""
     clean: bool = True
     """Strip HTML, URLs and control characters, and collapse white space."""
     max_characters: int = 1000
@@ -132,22 +132,22 @@ class CaptionConfig:
         )
 
     def of_members(self) -> CaptionConfig:
-        """Without `files`, which belong to the training's shards: for held-out ones."""
+        """Return these settings without `files`, which belong to the training shards: for held-out shards."""
         sources = {name: weight for name, weight in self.sources.items() if not name.startswith("file:")}
         return replace(self, files={}, sources=sources if any(sources.values()) else {})
 
     @property
     def weights(self) -> dict[str, float]:
-        """The sources in force."""
+        """The effective sources and their weights."""
         return self.sources or {"txt": 1.0}
 
 
 @dataclass
 class MembersConfig:
-    """Which member of a sample is what, for unusual names: `data.members={image: [input.jpg], caption: [cap]}`.
+    """Which member of a sample is which, for unusual names: `data.members={image: [input.jpg], caption: [cap]}`.
 
-    An entry matches what follows the key: all of it (`image.jpg`), the part before the extension (`image`), the
-    extension (`jpg`), or a glob (`*.jpg`). The first entry that a sample has is used.
+    An entry matches what follows the sample's key: all of it (`image.jpg`), the part before the extension (`image`),
+    the extension (`jpg`), or a glob (`*.jpg`). The first entry that matches a member is used.
     """
 
     image: list[str] = field(default_factory=list)
@@ -165,7 +165,7 @@ class MembersConfig:
 
     @property
     def tag(self) -> str:
-        """Distinguishes indexes built with other names; empty for the default."""
+        """A hash that distinguishes indexes built with these names; empty for the default."""
         if not (self.image or self.caption or self.json):
             return ""
         names = json.dumps([self.image, self.caption, self.json])
@@ -174,12 +174,12 @@ class MembersConfig:
 
 @dataclass
 class DatasetConfig:
-    """One data set of a mixture: an entry of `data.shards`. Keys that it does not set are taken from `data`."""
+    """One data set of a mixture, an entry of `data.shards`. Keys it does not set default to those of `data`."""
 
     name: str
     """A single word, used in metrics."""
     shards: Any
-    """As `data.shards`, but not a mixture."""
+    """Like `data.shards`, but not a mixture."""
     weight: Any = 1.0
     """Its share of the samples, relative to the other weights; or a schedule by position: {0: 0.7, 640000: 0.3}."""
     start: int = 0
@@ -194,7 +194,7 @@ class DatasetConfig:
     """Overrides of `data.filter`, `data.captions` and `data.members`."""
 
     def weight_at(self, position: int) -> Fraction:
-        """Its exact weight at a position."""
+        """Return the exact weight at a position; 0 before `start` and from `end` on."""
         if position < self.start or (self.end is not None and position >= self.end):
             return Fraction(0)
         if not isinstance(self.weight, Mapping):
@@ -204,20 +204,20 @@ class DatasetConfig:
 
     @property
     def changes(self) -> set[int]:
-        """Positions at which its weight changes."""
+        """The positions at which the weight changes."""
         since = {int(position) for position in self.weight} if isinstance(self.weight, Mapping) else set()
         return {self.start, *since} | ({self.end} if self.end is not None else set())
 
 
 def is_mixture(shards: Any) -> bool:
-    """Whether `data.shards` (or another key of shards) is a list of data sets."""
+    """Return whether `data.shards` (or another key of shards) lists data sets."""
     return isinstance(shards, Mapping) or (
         isinstance(shards, (list, tuple)) and any(isinstance(one, Mapping) for one in shards)
     )
 
 
 def _dataset_of(entry: Any) -> DatasetConfig:
-    """An entry of a mixture, checked. Raises ConfigError."""
+    """Check and convert an entry of a mixture. Raises `ConfigError`."""
     example = "{name: a, shards: 'a/*.tar', weight: 0.7}"
     require(isinstance(entry, Mapping), f"data.shards: {entry!r}: each entry of a mixture must have the form {example}")
     known = [one.name for one in fields(DatasetConfig)]
@@ -259,7 +259,7 @@ def _dataset_of(entry: Any) -> DatasetConfig:
 
 @dataclass
 class DataConfig:
-    """Where the samples come from, and how they are decoded and batched."""
+    """Where samples come from, and how they are decoded and batched."""
 
     shards: Any = None
     """A glob, brace pattern, directory, s3:// URL pattern, or a list of these; or a mixture of data sets: a list of
@@ -301,9 +301,9 @@ class DataConfig:
     max_bad_share: float = 0.01
     """The run stops if more than this share of samples is bad (within the first 1,000: significantly more)."""
     deadline_s: float = 600.0
-    """How long to retry a failing store without receiving a byte."""
+    """How long to keep retrying a store that fails without sending a byte, seconds."""
     stall_s: float = 20.0
-    """A read that receives nothing for this long is aborted and resumed on a new connection."""
+    """A read that receives nothing for this many seconds is aborted and resumed on a new connection."""
     buckets: list[str] = field(default_factory=list)
     """Shapes of the training pictures, [1x1,4x3,3x4,16x9,9x16]: each picture is cropped to the nearest shape, with
     about as many pixels as the stage's square; all pictures of a step have the same shape. Empty: squares."""
@@ -339,10 +339,10 @@ class DataConfig:
             self.parts()
 
     def datasets(self) -> list[DatasetConfig]:
-        """The data sets of a mixture; empty where `shards` is none.
+        """Return the data sets of a mixture; an empty list if `shards` is not a mixture.
 
         Raises:
-            ConfigError: one is described wrongly, or at some position none takes part.
+            ConfigError: an entry is invalid, two have the same name, or at some position none has a positive weight.
         """
         if not is_mixture(self.shards):
             return []
@@ -356,7 +356,7 @@ class DataConfig:
         return found
 
     def check_changes(self) -> None:
-        """Raises ConfigError where the shares of a mixture would change inside a step."""
+        """Raise `ConfigError` if the shares of a mixture would change in the middle of a step."""
         for dataset in self.datasets():
             for position in sorted(dataset.changes):
                 below = position // self.global_batch * self.global_batch
@@ -368,14 +368,14 @@ class DataConfig:
                 )
 
     def schedule(self) -> list[tuple[int, list[Fraction]]]:
-        """(position, share of each of the `datasets`) from each position on at which the shares change."""
+        """Return (position, share of each of the `datasets`) for each position from which the shares differ."""
         return _schedule(self.datasets())
 
     def ratios(self) -> dict[str, float]:
-        """Width / height of each of the `buckets`, ascending.
+        """Return width / height of each of the `buckets` by name, ascending.
 
         Raises:
-            ConfigError: one is no WIDTHxHEIGHT, or two are the same.
+            ConfigError: a bucket is not WIDTHxHEIGHT, is too elongated, or is listed twice.
         """
         found: dict[str, float] = {}
         for name in self.buckets:
@@ -389,8 +389,10 @@ class DataConfig:
         return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
     def bucket_parts(self) -> dict[str, DataConfig]:
-        """The settings of each bucket, as if its pictures were a data set alone: those whose ratio is nearest to its
-        own, in logarithms."""
+        """Return settings for each bucket by name, as if its pictures were a data set of their own.
+
+        A picture belongs to the bucket whose ratio is nearest on a logarithmic scale.
+        """
         ratios = self.ratios()
         names, values = list(ratios), list(ratios.values())
         bounds: list[float | None] = [None, *((a * b) ** 0.5 for a, b in pairwise(values)), None]
@@ -403,7 +405,10 @@ class DataConfig:
         return found
 
     def shares(self) -> list[tuple[int, dict[str, str]]]:
-        """The same by name, as exact fractions, without the data sets that have none; of no mixture {"": "1"}."""
+        """Return the `schedule` by name, as exact fractions, without data sets whose share is 0.
+
+        Without a mixture, the share is {"": "1"} from position 0.
+        """
         names = [dataset.name for dataset in self.datasets()] or [""]
         rows = self.schedule() if names != [""] else [(0, [Fraction(1)])]
         return [
@@ -412,10 +417,10 @@ class DataConfig:
         ]
 
     def parts(self) -> dict[str, DataConfig]:
-        """The settings of each data set of a mixture by its name, as if it were alone; of no mixture {"": these}.
+        """Return settings for each data set of a mixture by name, as if it were alone; without a mixture {"": self}.
 
         Raises:
-            ConfigError: a filter, caption source or member of a data set is none.
+            ConfigError: a data set overrides a filter, caption or member setting that does not exist or is invalid.
         """
         found = {}
         for dataset in self.datasets():
@@ -435,27 +440,27 @@ class DataConfig:
 
     @property
     def lane_count(self) -> int:
-        """The number of lanes in force."""
+        """The effective number of lanes."""
         if self.lanes:
             return self.lanes
         top = min(self.global_batch, 64 if self.global_batch <= 64 else 256)
         return next(n for n in range(top, 0, -1) if self.global_batch % n == 0)
 
     def share_of(self, world_size: int) -> int:
-        """Samples per optimizer step of each of `world_size` processes."""
+        """Return the samples per optimizer step of each of `world_size` processes."""
         return self.global_batch // world_size
 
     def micro_batch_of(self, world_size: int) -> int:
-        """Samples per forward pass of each of `world_size` processes."""
+        """Return the samples per forward pass of each of `world_size` processes."""
         return self.micro_batch or self.share_of(world_size)
 
     def accumulate_of(self, world_size: int) -> int:
-        """Micro-batches per optimizer step of each of `world_size` processes."""
+        """Return the micro-batches per optimizer step of each of `world_size` processes."""
         return self.share_of(world_size) // self.micro_batch_of(world_size)
 
 
 def divisors(number: int) -> list[int]:
-    """1 to `number`, those that divide it: how many processes can share lanes, and what micro-batches cut a share."""
+    """Return the divisors of `number`, ascending: possible numbers of processes, or sizes of a micro-batch."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -471,7 +476,7 @@ def _schedule(datasets: list[DatasetConfig]) -> list[tuple[int, list[Fraction]]]
 
 @dataclass
 class DrawConfig:
-    """The captioned shapes that `cascade prepare` draws (see data_pipeline/content/synthetic.py)."""
+    """The captioned shapes that `cascade prepare` draws; see data_pipeline/content/synthetic.py."""
 
     count: int = 6000
     """Number of training pictures."""
@@ -499,10 +504,10 @@ class PrepareConfig:
     source: str | None = None
     """The folder, table or shards to read, depending on `kind`."""
     images: str | None = None
-    """Folder that the paths of a table are relative to; null: the table's own folder, and its subfolders."""
+    """Folder that the paths in a table are relative to; null: the table's own folder and its subfolders."""
     captions: str = "files"
-    """Captions of a folder's pictures that have no caption file: `files` (none: such pictures are dropped), `folder`
-    (the name of the picture's folder: a class) or `name` (the picture's own name)."""
+    """Captions of a folder's pictures that have no caption file: `files` (none, such pictures are dropped), `folder`
+    (the name of the picture's folder, as a class) or `name` (the picture's file name)."""
     output: str = "data/demo"
     """Directory or s3:// prefix for the shards."""
     max_side: int | None = None
@@ -512,8 +517,8 @@ class PrepareConfig:
     samples_per_shard: int = 1000
     """Samples per shard."""
     heldout: int = 0
-    """Samples to hold out for evaluation, spread over the source: they go to OUTPUT/heldout, the rest to OUTPUT/train;
-    0: all go to OUTPUT. (For drawings, use prepare.draw.heldout.)"""
+    """Samples to hold out for evaluation, spread over the source. They go to OUTPUT/heldout, the rest to OUTPUT/train;
+    0: everything goes to OUTPUT. (For drawings, use prepare.draw.heldout.)"""
     deduplicate: str = "none"
     """`none`, `exact` (bytes) or `perceptual`."""
     draw: DrawConfig = field(default_factory=DrawConfig)

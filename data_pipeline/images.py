@@ -1,4 +1,4 @@
-"""Decoding pictures, for programs and notebooks: the public names of `data_pipeline.content.images`."""
+"""Decode pictures in your own programs and notebooks: the public names of `data_pipeline.content.images`."""
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.images import check_size, decode, dimensions, orientation_from_json, training_pair

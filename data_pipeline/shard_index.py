@@ -1,4 +1,4 @@
-"""Which samples a shard holds, for programs and notebooks: the public names of `data_pipeline.shards.index`."""
+"""Index shards in your own programs and notebooks: the public names of `data_pipeline.shards.index`."""
 
 from data_pipeline.shards.index import ShardIndex, index_shard, load_index
 

@@ -1,1 +1,1 @@
-"""The data commands: prepare, index, verify, order. Imports any room; no room imports it."""
+"""The data commands: prepare, index, verify, order. May import any folder; no folder imports it."""

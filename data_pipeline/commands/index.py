@@ -1,4 +1,4 @@
-"""`cascade index`: walks every shard once, checks it, and writes its index. What is indexed already is left alone."""
+"""`cascade index`: walks every shard once, checks it and stores its index. Shards with a valid index are skipped."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from data_pipeline.storage.retry import Patience
 logger = logging.getLogger(__name__)
 
 _WORTH_PROCESSES = 1 << 30
-"""Bytes to walk from which processes beat threads (a process takes about a second to start)."""
+"""Bytes to walk from which processes are faster than threads (a process takes about a second to start)."""
 
 _Shard = tuple[str, store.Entry, DataConfig]
-"""Data set, shard, the settings that hold for it."""
+"""Data set, shard, and the settings that apply to it."""
 Result = tuple[int, dict[str, int], list[str], dict[str, int], dict[str, int]]
-"""Samples, problems by reason, their details, samples left out by the filters by reason, the others by licence."""
+"""Samples; problems by reason; their details; samples dropped by the filters, by reason; remaining ones by licence."""
 
 
 class IndexSettings(Protocol):
-    """The parts of the command's config that are read here."""
+    """The settings of the command that are read here."""
 
     json: bool
     data: DataConfig
 
 
 def main(config: IndexSettings) -> dict[str, Any]:
-    """Runs `cascade index`; the last line on stdout is the result as JSON, in a terminal several for people.
+    """Run `cascade index`; print the result as a line of JSON, or readable lines in a terminal.
 
     Returns:
         {"shards": .., "samples": .., "problems": {reason: count}, "built": shards walked now, "remaining": samples that
-        pass data.filter, "dropped": {reason: count}, "licences": {licence: remaining samples}}; of a mixture also
+        pass data.filter, "dropped": {reason: count}, "licences": {licence: remaining samples}}; for a mixture also
         "datasets": {name: {"shards": .., "samples": .., "remaining": ..}} and "copies", see
-        `data_pipeline.shards.copies`
+        `data_pipeline.shards.copies`.
 
     Raises:
         DataError: no shards match, or the store denies access.
-        StoreError: the store stayed broken; what is indexed stays, and the command goes on from there.
+        StoreError: the store kept failing until the deadline. Finished indexes are kept; running again continues.
     """
     patience = patience_of(config.data)
     entries = entries_of(config.data)
@@ -59,7 +59,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     samples = built = 0
-    rebuild = getattr(config, "rebuild", False)  # other commands' settings do not have it
+    rebuild = getattr(config, "rebuild", False)  # other commands that index do not have this setting
     sets = {name: {"shards": 0, "samples": 0, "remaining": 0} for name, _, _ in entries if name}
     for (name, entry, _), fresh, (count, found, details, out, allowed) in _index_all(entries, patience, rebuild):
         samples += count
@@ -89,7 +89,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
 
 
 def _copies(entries: list[_Shard], samples: int, patience: Patience) -> list[dict[str, Any]]:
-    """What the data sets of a mixture have in common; a warning tells of pictures."""
+    """Find what the data sets of a mixture have in common, and warn of common pictures."""
 
     def indexes(wanted: str) -> Iterator[ShardIndex]:
         for name, entry, config in entries:
@@ -110,7 +110,7 @@ def _copies(entries: list[_Shard], samples: int, patience: Patience) -> list[dic
 
 
 def _index_all(entries: list[_Shard], patience: Patience, rebuild: bool) -> Iterator[tuple[_Shard, bool, Result]]:
-    """(shard, whether it was walked now, what was found) for every shard, with a progress bar."""
+    """Yield (shard, whether it was walked now, result) for every shard, with a progress bar."""
     todo: list[_Shard] = []
     known = (lambda _: None) if rebuild else _known(patience)
     with ThreadPoolExecutor(16) as pool, progress(total=len(entries), desc="index", unit="shard") as bar:
@@ -142,7 +142,7 @@ def _known(patience: Patience) -> Callable[[_Shard], Result | None]:
 
 
 def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: bool = False) -> Result:
-    """Walks one shard and stores its index; one that is no archive, or that cannot be opened, is a finding."""
+    """Walk one shard and store its index; a shard that is not an archive or cannot be opened counts as a problem."""
     try:
         if not store.is_remote(entry.url):
             store.open_stream(entry.url).close()
@@ -154,7 +154,7 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
         return 0, {"not_a_tar": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}, {}
     except CascadeError:
         raise
-    except Exception as error:  # unforeseen damage is still the shard's, and costs this one shard
+    except Exception as error:  # unforeseen damage affects only this shard
         return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}, {}
     return _result(index, config)
 

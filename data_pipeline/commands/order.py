@@ -1,4 +1,4 @@
-"""`cascade order`: which samples a run would read, one JSON line per global batch, and how well they are mixed."""
+"""`cascade order`: prints the samples a run would read, one JSON line per global batch, and how well they are mixed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.shards.mixture import Mixture, open_dataset, order_of
 
 
 class OrderSettings(Protocol):
-    """The parts of the command's config that are read here."""
+    """The settings of the command that are read here."""
 
     seed: int
     data: DataConfig
@@ -32,15 +32,14 @@ class OrderSettings(Protocol):
 
 
 def main(config: OrderSettings) -> None:
-    """Runs `cascade order`: prints `{"position": .., "ranks": [[key, ..], ..]}` per global batch; keys of a mixture are
-    `NAME:KEY`.
+    """Run `cascade order`: print `{"position": .., "ranks": [[key, ..], ..]}` per global batch.
 
-    With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`; of a mixture with the shares of
-    each data set by its name.
+    In a mixture, keys are `NAME:KEY`. With `quality` a last line follows: `{"distinct_shards": .., ...}`, see `mixing`;
+    in a mixture with the shares of each data set by its name.
 
     Raises:
-        ConfigError: the batch cannot be shared among `world_size` processes.
-        DataError: no shards match, or one is no archive.
+        ConfigError: the batch cannot be divided among `world_size` processes, or a number is negative.
+        DataError: no shards match, or one is not a tar archive.
     """
     for name in ("workers", "batches"):
         if getattr(config, name) < 0:
@@ -69,7 +68,7 @@ def _rounded(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _rank(config: OrderSettings, rank: int, micro_batch: int) -> Iterator[np.ndarray]:
-    """Positions of each step of one rank, collected from its workers in turn, as a DataLoader does."""
+    """Yield the positions of each step of one rank, collected from its workers in turn, as a DataLoader does."""
     count = max(config.workers, 1)
     workers = [
         iter(Chunks(config.data, rank, config.world_size, config.position, micro_batch, worker, count))

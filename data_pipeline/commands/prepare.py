@@ -1,9 +1,9 @@
-"""`cascade prepare`: draw, import or repack data into WebDataset shards with an index beside each.
+"""`cascade prepare`: draws, imports or repacks data into WebDataset shards with an index beside each.
 
-The output depends on the input and the settings alone: number i of the source goes to shard i // samples_per_shard,
-less what was dropped. So shards that exist are complete and stay, a broken-off run continues, and other settings than
-those an output was begun with are refused. Records of the work lie in OUTPUT/.prepare, what was dropped and why in
-OUTPUT/dropped.jsonl.
+The output depends only on the input and the settings: sample i of the source goes to shard i // samples_per_shard
+unless it is dropped. Existing shards are therefore complete and kept, an interrupted run can be resumed, and settings
+other than those an output was started with are an error. Progress is recorded in OUTPUT/.prepare; OUTPUT/dropped.jsonl
+lists dropped samples and reasons.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ VERSION = 1
 DROPPED = "dropped.jsonl"
 _AHEAD = 16
 _LONGEST = 500
-"""Characters of a name or detail in the report."""
+"""Most characters of a name or detail in the report."""
 
 Made = tuple[str, dict[str, bytes]]
 """Key and members of a finished sample."""
 
 
 class PrepareSettings(Protocol):
-    """The sections of an experiment that are read here."""
+    """The settings of the command that are read here."""
 
     seed: int
     json: bool
@@ -52,15 +52,15 @@ class PrepareSettings(Protocol):
 
 
 def main(config: PrepareSettings) -> dict[str, Any]:
-    """Runs `cascade prepare`; the last line on stdout is the result as JSON, in a terminal several for people.
+    """Run `cascade prepare`; print the result as a line of JSON, or readable lines in a terminal.
 
     Returns:
         {"output": .., "shards": .., "samples": .., "dropped": {reason: count}}; for drawings and with prepare.heldout
         also "heldout" and "heldout_shards".
 
     Raises:
-        DataError: the source cannot be read, the output cannot be written or holds something else, or every sample was
-            dropped.
+        DataError: the source cannot be read, the output cannot be written or contains something else, or every sample
+            was dropped.
     """
     settings = config.prepare
     try:
@@ -147,7 +147,7 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     def make(number: int) -> Made:
         if number in duplicates:
             same = duplicates[number]
-            how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits apart"
+            how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits differ"
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
         return _finish(source.read(number), settings, config.data.max_pixels, config.data.captions.encoding)
 
@@ -161,7 +161,7 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
 def _write_splits(
     settings: PrepareConfig, begun: dict[str, Any], source: Source, make: Callable[[int], Made], threads: int
 ) -> dict[str, Any]:
-    """Writes everything to one place, or what is held out and the rest to two."""
+    """Write everything to one place or, with prepare.heldout, training and held-out samples to two."""
     numbers, per_shard = range(len(source)), settings.samples_per_shard
     if not settings.heldout:
         return _write_all(settings.output, "", numbers, per_shard, make, "prepare", source.name, threads)
@@ -186,7 +186,7 @@ def _write_splits(
 
 
 def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
-    """What would help where most samples were dropped for one reason; empty otherwise."""
+    """Return a remedy if most samples were dropped for one reason; empty otherwise."""
     reason = max(result["dropped"], key=result["dropped"].get, default="")
     count = result["dropped"].get(reason, 0)
     if 2 * count <= result["samples"] + sum(result["dropped"].values()):
@@ -196,7 +196,7 @@ def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
 
 
 def _finish(item: Item, settings: PrepareConfig, max_pixels: int, encoding: str | None) -> Made:
-    """The members to write: the picture (smaller if it must be), its caption, and what is known about it."""
+    """Return the key and the members to write: the picture, shrunk if necessary, its caption and its metadata."""
     from data_pipeline.commands.prepare_item import dump_json
     from data_pipeline.content.images import check_size, dimensions
 
@@ -208,7 +208,7 @@ def _finish(item: Item, settings: PrepareConfig, max_pixels: int, encoding: str 
         extension = "jpg"
         meta.setdefault("original_width", width)
         meta.setdefault("original_height", height)
-        meta.pop("exif", None)  # its orientation is in the pixels now
+        meta.pop("exif", None)  # its orientation has been applied to the pixels
     else:
         meta["width"], meta["height"] = width, height
     text = _caption(item, encoding)
@@ -227,7 +227,7 @@ def _caption(item: Item, encoding: str | None) -> str:
 
 
 def _shrink(item: Item, settings: PrepareConfig, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
-    """The picture upright, its longer side prepare.max_side, as JPEG; and its (width, height)."""
+    """Return the upright picture with a longer side of prepare.max_side as JPEG, and its (width, height)."""
     from PIL import Image
 
     from data_pipeline.commands.prepare_item import dump_json
@@ -256,7 +256,7 @@ def _find_duplicates(source: Source, settings: PrepareConfig, data: DataConfig) 
             _caption(item, data.captions.encoding)
             return fingerprint(item.image, width * height, perceptual)
         except BadSample:
-            return None  # dropped, and reported, when its turn to be written comes: nothing may be dropped for its sake
+            return None  # it will be dropped when it is written, so no other picture may count as its duplicate
 
     prints: list[Print | None] = []
     with ThreadPoolExecutor(data.threads) as pool:
@@ -273,10 +273,10 @@ def _find_duplicates(source: Source, settings: PrepareConfig, data: DataConfig) 
 
 
 def _begin(output: str, settings: dict[str, Any]) -> None:
-    """Records the settings of a new output; checks that they are those of one that was begun before.
+    """Record the settings of a new output, or check that they are those of an output started before.
 
     Raises:
-        DataError: they are not, or shards lie there that this command did not write.
+        DataError: they differ, or the output contains shards that this command did not write.
     """
     settings = {"version": VERSION, **settings}
     place = _record(output, "settings.json")
@@ -288,7 +288,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
         store.write_bytes(place, json.dumps(settings).encode())
         return
     before = json.loads(store.read_bytes(place))
-    before.setdefault("max_pixels", settings.get("max_pixels"))  # older ones do not say
+    before.setdefault("max_pixels", settings.get("max_pixels"))  # not recorded by earlier versions
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         differences = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed)
@@ -296,7 +296,7 @@ def _begin(output: str, settings: dict[str, Any]) -> None:
             f"{output}: it was prepared with other settings ({differences}); remove it or choose another prepare.output"
         )
     for name in store.list_dir(output):
-        if name.startswith(".") and name.endswith(".tmp"):  # of a run that was killed
+        if name.startswith(".") and name.endswith(".tmp"):  # left by a run that was killed
             store.remove(store.join(output, name))
 
 
@@ -310,7 +310,7 @@ def _write_all(
     name: Callable[[int], str] = str,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Writes the shards that are not there yet, and the list of what was dropped."""
+    """Write the shards that are missing, and the list of dropped samples."""
     shards, samples, dropped = 0, 0, []
     with ThreadPoolExecutor(threads) as pool, progress(total=len(numbers), desc=label, unit="sample") as bar:
         for places in _ranges(len(numbers), per_shard):
@@ -334,12 +334,12 @@ def _write_all(
         "shards": shards,
         "samples": samples,
         "dropped": dict(sorted(reasons.items())),
-        "why": why,  # the first detail of each reason; main() leaves it out
+        "why": why,  # the first detail of each reason; removed by main()
     }
 
 
 def _done(output: str, shard: str) -> dict[str, Any] | None:
-    """The record of a shard that is complete."""
+    """Return the record of a complete shard; None if it is not complete."""
     place = _record(output, f"{shard}.json")
     if not store.exists(place):
         return None
@@ -348,7 +348,7 @@ def _done(output: str, shard: str) -> dict[str, Any] | None:
 
 
 def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]]) -> dict[str, Any]:
-    """Writes a shard, unless all its samples were dropped, and then the record that it is complete."""
+    """Write a shard, unless all its samples were dropped, and then the record that it is complete."""
     done: dict[str, Any] = {"samples": 0, "dropped": []}
     used: set[str] = set()
     writer = ShardWriter(store.join(output, f"{shard}.tar"))
@@ -377,7 +377,7 @@ def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]])
 
 
 class _Guarded:
-    """Makes one sample; a bad one becomes the line of the report about it."""
+    """Makes one sample; for a bad one, returns its line of the report instead."""
 
     def __init__(self, make: Callable[[int], Made], name: Callable[[int], str]) -> None:
         self.make, self.name = make, name

@@ -1,7 +1,8 @@
-"""Finding pictures that are the same, by their bytes or by what they show. Pure functions; `prepare.py` uses them.
+"""Finds duplicate pictures, by their bytes or by what they show. Pure functions, used by `prepare.py`.
 
-What a picture shows is a 128-bit difference hash (imagehash's horizontal and vertical ones: which neighbour is brighter
-on an 8 x 8 grid) and a 4 x 4 colour thumbnail. Both survive resizing and recompression, neither survives a crop.
+What a picture shows is represented by a 128-bit difference hash (imagehash's horizontal and vertical ones: which
+neighbour is brighter on an 8 x 8 grid) and a 4 x 4 colour thumbnail. Both survive resizing and recompression, but not
+cropping.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.images import decode
 
 MAX_BITS = 10
-"""Differing bits of 128 up to which two pictures may be the same."""
+"""Most bits of 128 in which the hashes of duplicates may differ."""
 MAX_COLOUR = 24
-"""Largest difference of any value of the thumbnails, of 255."""
+"""Most steps of 255 by which any value of the thumbnails of duplicates may differ."""
 _HASH_BITS = 128
-_BANDS = MAX_BITS + 1  # two hashes that differ in MAX_BITS bits agree in at least one of so many bands
+_BANDS = MAX_BITS + 1  # hashes that differ in at most MAX_BITS bits agree in at least one of this many bands
 
 
 @dataclass(frozen=True)
 class Print:
-    """What is compared of one picture."""
+    """The properties of a picture that are compared."""
 
     pixels: int
     exact: str
@@ -37,29 +38,35 @@ class Print:
     thumbnail: bytes = b""
 
     def to_json(self) -> list[Any]:
-        """Plain values for the record of what was compared."""
+        """Return the print as plain values."""
         return [self.pixels, self.exact, f"{self.shape:x}", self.thumbnail.hex()]
 
     @staticmethod
     def from_json(values: Sequence[Any]) -> Print:
-        """The inverse of `to_json`."""
+        """Return the print from the result of `to_json`."""
         return Print(int(values[0]), str(values[1]), int(values[2], 16), bytes.fromhex(values[3]))
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """`of` is the number of the picture that is kept instead; `bits` how far apart the two look (None: equal bytes)."""
+    """A duplicate: `of` is the number of the picture kept instead, `bits` how many bits of the hashes differ (None: the
+    bytes are equal)."""
 
     of: int
     bits: int | None
 
 
 def fingerprint(data: bytes, pixels: int, perceptual: bool) -> Print:
-    """The print of an encoded picture of so many pixels.
+    """Return the print of an encoded picture.
+
+    Args:
+        data: the encoded picture.
+        pixels: its width times height.
+        perceptual: include the hash and the thumbnail, for which it is decoded.
 
     Raises:
-        BadSample: it cannot be decoded (asked of perceptual prints only).
-        ConfigError: imagehash is not installed.
+        BadSample: it cannot be decoded (only if `perceptual`).
+        ConfigError: imagehash is not installed (only if `perceptual`).
     """
     exact = hashlib.blake2b(data, digest_size=16).hexdigest()
     if not perceptual:
@@ -77,11 +84,11 @@ def fingerprint(data: bytes, pixels: int, perceptual: bool) -> Print:
 
 
 def find(prints: Sequence[Print | None], perceptual: bool) -> dict[int, Duplicate]:
-    """Which pictures to drop, and for which others. The largest of a group stays, the first of equally large ones.
+    """Return the pictures to drop, by number. The largest of a group is kept, or the first of equally large ones.
 
     Args:
-        prints: one per picture, None for those that take no part.
-        perceptual: also pictures that show the same.
+        prints: one per picture; None for those to ignore.
+        perceptual: also drop pictures that show the same.
     """
     order = sorted((i for i, one in enumerate(prints) if one), key=lambda i: (-_known(prints[i]).pixels, i))
     same_bytes: dict[str, int] = {}
@@ -127,7 +134,7 @@ def _same_colours(a: Print, b: Print) -> bool:
 
 
 def _bands(shape: int) -> Iterable[tuple[int, int]]:
-    """(number of the band, its bits), for each of `_BANDS` nearly equal parts of the hash."""
+    """Yield (number, bits) of each of `_BANDS` nearly equal parts of the hash."""
     edges = [_HASH_BITS * i // _BANDS for i in range(_BANDS + 1)]
     for band in range(_BANDS):
         width = edges[band + 1] - edges[band]

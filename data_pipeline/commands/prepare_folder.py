@@ -1,4 +1,4 @@
-"""A folder of pictures as a source of `cascade prepare`, with what lies beside each: the layouts of shards."""
+"""A folder of pictures as a source of `cascade prepare`. Files beside a picture are grouped as in shards."""
 
 from __future__ import annotations
 
@@ -40,43 +40,53 @@ from data_pipeline.content.members import (
 logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Tables that `datasets` puts into a folder of pictures."""
+"""Tables that the `datasets` library puts into a folder of pictures."""
 _TABLES = ("csv", "tsv", "jsonl", "parquet", "json", "gz")
 _ARCHIVES = ("zip", "rar", "7z", "tar", "tgz")
 _CAPTION_NAMES = ("caption", "captions", "text", "prompt", "label", "description")
-"""`d/caption.txt` beside the one picture of a folder d."""
+"""Names of the caption beside the only picture of a folder, as in `DIR/caption.txt`."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A picture and what lies beside it."""
+    """A picture and the files that belong to it."""
 
     path: Path
     captions: tuple[Path, ...] = ()
-    """The preferred first."""
+    """Preferred ones first."""
     facts: Path | None = None
     problem: BadSample | None = None
     row: tuple[TableSource, int] | None = None
-    """Of a metadata table."""
+    """The table and the row of its metadata."""
 
 
 class FolderSource:
-    """Every picture below a folder, in the order of their paths, with the caption and .json of the same name beside it,
-    or those that a `metadata.jsonl` (.csv, .parquet) gives. Names as in `members.split_samples`."""
+    """The pictures below a folder, in the order of their paths, with their captions and metadata.
+
+    These come from files with the same name (see `members.split_samples`), or from a `metadata.jsonl` (.csv, .parquet).
+
+    Args:
+        folder: the folder.
+        names: `data.members`.
+        captions: `prepare.captions`.
+
+    Raises:
+        DataError: the folder does not exist, is an archive, or has no pictures below it.
+    """
 
     def __init__(self, folder: str, names: MembersConfig | None = None, captions: str = "files") -> None:
         self.folder, self.names, self.captions = Path(os.path.expanduser(folder)), names or MembersConfig(), captions
         if self.folder.is_file() and _is_archive(self.folder):
             tars = "; tar shards are read with prepare.kind=shards" if ".t" in self.folder.suffix else ""
-            raise DataError(f"prepare.source={folder}: it is an archive: unpack it and name the folder{tars}")
+            raise DataError(f"prepare.source={folder}: it is an archive: unpack it and give the folder{tars}")
         if not self.folder.is_dir():
             raise DataError(f"prepare.source={folder}: there is no such directory; give the folder of your pictures")
         self._endings: Counter[str] = Counter()
-        """Of the files that are neither pictures nor used beside one."""
+        """Extensions of files that are neither pictures nor used with one."""
         self._alone: dict[tuple[Path, str], dict[str, Path]] = {}
-        """Captions and facts without a picture of their name, by folder and name."""
+        """Captions and metadata without a picture of the same name, by folder and name."""
         self._joined = 0
-        """Pictures with a caption from another folder or under another name."""
+        """Number of pictures whose caption is in another folder or has another name."""
         found = list(self._entries())
         self._join_alone(found)
         found.sort(key=lambda one: (_is_unsupported(one), one.path.relative_to(self.folder).parts))
@@ -85,7 +95,7 @@ class FolderSource:
             shards = any(name.endswith(".tar") for name in os.listdir(self.folder))
             packed = next((path for path in sorted(self.folder.iterdir()) if _is_archive(path)), None)
             raise DataError(
-                f"prepare.source={folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}) lie below it"
+                f"prepare.source={folder}: it contains no pictures ({', '.join(IMAGE_EXTENSIONS)})"
                 f"{'; for shards set prepare.kind=shards' if shards else f'; unpack {packed.name}' if packed else ''}"
                 f"{self._tables_hint()}"
             )
@@ -97,11 +107,11 @@ class FolderSource:
         return len(self.entries)
 
     def name(self, number: int) -> str:
-        """Path below the folder, with forward slashes."""
+        """Return the path of picture `number` relative to the folder, with forward slashes."""
         return self.entries[number].path.relative_to(self.folder).as_posix()
 
     def read(self, number: int) -> Item:
-        """The picture with the caption and the metadata beside it."""
+        """Read picture `number` with its caption and metadata. Raises `BadSample`."""
         entry = self.entries[number]
         if entry.problem is not None:
             raise BadSample(entry.problem.reason, entry.problem.detail)
@@ -110,7 +120,7 @@ class FolderSource:
         if self.captions != "files" and caption is None:
             place = entry.path.relative_to(self.folder)
             if self.captions == "folder" and len(place.parts) < 2:
-                raise BadSample("missing_caption", "it lies in no folder below prepare.source")
+                raise BadSample("missing_caption", "it is not in a subfolder of prepare.source")
             caption = _words(place.parent.name if self.captions == "folder" else place.stem).encode("utf-8", "replace")
         if entry.row is not None and caption is None and json_caption(meta) is None:
             table, row = entry.row
@@ -172,7 +182,7 @@ class FolderSource:
             if used.image is None:
                 words = f"one of {', '.join(f'.{one}' for one in pictures)}; choose one with data.members.image"
                 yield _Entry(files[name], problem=BadSample(used.problem or "ambiguous_image", words))
-            elif name == used.image or "." not in name:  # a.png beside a.jpg is a picture of its own
+            elif name == used.image or "." not in name:  # a.png beside a.jpg is a separate picture
                 yield self._of(files[name], used, files)
             else:
                 words = f"beside {files[used.image].name}; choose one with data.members.image"
@@ -183,8 +193,8 @@ class FolderSource:
         return _Entry(picture, tuple(files[name] for name in used.captions), facts)
 
     def _join_alone(self, entries: list[_Entry]) -> None:
-        """Gives pictures without a caption the one of their name in a folder beside theirs (images/1.jpg,
-        captions/1.txt), or the `caption.txt` of a folder that holds no other picture."""
+        """Find captions for pictures without one: of the same name in a sibling folder (images/1.jpg, captions/1.txt),
+        or `caption.txt` in a folder with no other picture."""
         if not self._alone:
             return
         bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
@@ -213,7 +223,7 @@ class FolderSource:
             try:
                 table = TableSource(str(place), self.names)
             except DataError as error:
-                logger.warning("%s; it is ignored", error)
+                logger.warning("%s; ignoring it", error)
                 continue
             if by_path is None:
                 by_path = {entry.path: entry for entry in self.entries}
@@ -226,7 +236,7 @@ class FolderSource:
 
     def _tables_hint(self) -> str:
         if next(self.folder.rglob("*.parquet"), None) or next(self.folder.rglob("*.arrow"), None):
-            return f"; tables are there: prepare.kind=table {shlex.quote(f'prepare.source={self.folder}')}"
+            return f"; it contains tables: use prepare.kind=table {shlex.quote(f'prepare.source={self.folder}')}"
         tables = sorted(path for path in self.folder.iterdir() if path.suffix[1:].lower() in _TABLES)
         texts = [] if tables else sorted(path for path in self.folder.glob("*.txt") if path.stat().st_size < 1 << 28)
         for path in texts[:20]:
@@ -236,16 +246,16 @@ class FolderSource:
                     break
         if not tables:
             return ""
-        return f"; a table is there: prepare.kind=table {shlex.quote(f'prepare.source={tables[0]}')}"
+        return f"; there is a table: use prepare.kind=table {shlex.quote(f'prepare.source={tables[0]}')}"
 
     def advice(self, reason: str) -> str:
-        """What would help where most samples were dropped for `reason`; may be empty."""
+        """Return a remedy for the case that most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
             beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
             if not beside:
                 return (
-                    "nothing lies beside them; prepare.captions=folder takes the names of folders as captions, "
-                    "prepare.captions=name those of the files"
+                    "there are no other files beside them; prepare.captions=folder uses folder names as captions, "
+                    "prepare.captions=name file names"
                 )
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)
             return (
@@ -258,12 +268,12 @@ class FolderSource:
     def remarks(self) -> list[str]:
         said = [remark for table in self.tables for remark in table.remarks()]
         if self._joined:
-            said.append(f"{self._joined} pictures have captions from a folder beside theirs, or from its caption.txt")
+            said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said
 
 
 def _content(ending: str, path: Path) -> str | None:
-    """What a file is whose name does not say it; the others are not opened."""
+    """Return the picture format of a file, from its content, if its extension is unknown; others are not opened."""
     last = ending.rpartition(".")[2]
     if last in (*IMAGE_EXTENSIONS, *CAPTION_ENDINGS, *_TABLES):
         return None
@@ -279,7 +289,8 @@ def _is_unsupported(entry: _Entry) -> bool:
 
 
 def _look(entry: _Entry) -> str:
-    """What shows that a picture or a text beside it is another one: a corrected caption may be as long as before."""
+    """Return what changes when a picture or its texts do; for texts also the mtime, because a corrected caption may
+    have the same length."""
     texts = [*entry.captions[:1], *([entry.facts] if entry.facts else []), *entry.captions[1:]]
     return " ".join([str(file_size(entry.path)), *(f"{file_size(text)} {text.stat().st_mtime_ns}" for text in texts)])
 
@@ -289,19 +300,19 @@ def _is_archive(path: Path) -> bool:
 
 
 def _words(name: str) -> str:
-    """A name as a caption: blanks for underscores, without the repeats (`10_sks dog`) of other trainers."""
+    """Return a name as a caption: spaces for underscores, without other trainers' repeat counts (`10_sks dog`)."""
     return re.sub(r"^\d+_(?=\D)", "", name).replace("_", " ").strip()
 
 
 def _apart(one: Path, other: Path) -> int:
-    """In how many parts two paths of equal length differ; -1 for others."""
+    """Return in how many parts two paths of equal depth differ; -1 if their depths differ."""
     if len(one.parts) != len(other.parts):
         return -1
     return sum(a != b for a, b in zip(one.parts, other.parts, strict=True))
 
 
 def _has_words(paths: Iterable[Path]) -> bool:
-    """Whether a text has letters: YOLO's boxes are no captions."""
+    """Return whether any of the texts contains letters; YOLO's box files, for example, do not."""
     for path in paths:
         with suppress(OSError), open(path, "rb") as file:
             if re.search(rb"[^\W\d_]|[\x80-\xff]", file.read(4096)):

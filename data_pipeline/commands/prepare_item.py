@@ -1,4 +1,4 @@
-"""What every source of `cascade prepare` gives, and the little things that all of them need."""
+"""What every source of `cascade prepare` returns, and small helpers shared by the sources."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _PIECE = 1 << 20
 
 @dataclass
 class Item:
-    """One sample as found."""
+    """One sample as read from a source."""
 
     name: str
-    """What reports call it: a path, or shard and key."""
+    """Its name in reports: a path, or shard and key."""
     key: str
     extension: str
-    """Of the picture."""
+    """Extension of the picture."""
     image: bytes
+    """The encoded picture."""
     caption: bytes | None
-    """The .txt, as bytes."""
+    """The content of the .txt."""
     meta: dict[str, Any]
 
 
@@ -36,35 +37,35 @@ class Source(Protocol):
     """Where `prepare` imports from: numbered items, each with a name."""
 
     identity: str
-    """Changes when the content of the source does."""
+    """A hash that changes when the content of the source does."""
 
     def __len__(self) -> int: ...
 
     def name(self, number: int) -> str:
-        """Of item `number`, as it stands in messages and in the metadata."""
+        """Return the name of item `number` in messages and metadata."""
 
     def read(self, number: int) -> Item:
-        """Raises `BadSample` where the sample is damaged."""
+        """Read item `number`. Raises `BadSample` if it is damaged."""
 
     def advice(self, reason: str) -> str:
-        """What would help where most samples were dropped for this reason; may be empty."""
+        """Return a remedy for the case that most samples were dropped for this reason; may be empty."""
 
     def remarks(self) -> list[str]:
-        """What is to be said after all samples were read."""
+        """Return remarks to log after all samples have been read."""
 
 
 def nfc(name: str) -> str:
-    """A name with composed letters: a Mac may write the same one in two parts."""
+    """Return a name in Unicode normal form C; macOS may store names in form D."""
     return unicodedata.normalize("NFC", name)
 
 
 def nfd(name: str) -> str:
-    """A name with letters in parts."""
+    """Return a name in Unicode normal form D."""
     return unicodedata.normalize("NFD", name)
 
 
 def read_file(path: Path) -> bytes:
-    """Raises `BadSample("missing_image")` where it cannot be read, or stands for a file that is elsewhere."""
+    """Read a file. Raises `BadSample` (`missing_image`) if it cannot be read or is a Git LFS pointer."""
     try:
         data = path.read_bytes()
         if "LFS" in (words := instead(data[:99])):
@@ -76,7 +77,7 @@ def read_file(path: Path) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
+    """Return the size of a file in bytes; -1 if it does not exist."""
     try:
         return path.stat().st_size
     except (OSError, ValueError):
@@ -84,20 +85,20 @@ def file_size(path: Path) -> int:
 
 
 def refuse_unsupported(data: bytes) -> None:
-    """Raises `BadSample("unsupported_image")` for pictures that are known but not read, with what helps."""
+    """Raise `BadSample` (`unsupported_image`), with a remedy, for a known but unsupported format."""
     kind = picture_kind(data)
     if is_unsupported(kind):
         raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}")
 
 
 def image_ending(name: str, data: bytes) -> str:
-    """The ending under which a picture goes into a shard; readers look at the content."""
+    """Return the extension for a picture in a shard: its own if known, otherwise by content."""
     ending = name.rpartition(".")[2].lower()
     return ending if ending in IMAGE_EXTENSIONS else picture_kind(data) or IMAGE_EXTENSIONS[0]
 
 
 def plain(value: Any) -> Any:
-    """A value of a table as JSON has it; bytes as text."""
+    """Convert a value of a table for JSON: bytes become text; NaN and infinity become None."""
     if value is None or isinstance(value, (str, int, bool)):
         return value
     if isinstance(value, float):
@@ -112,12 +113,12 @@ def plain(value: Any) -> Any:
 
 
 def dump_json(meta: Mapping[str, Any]) -> bytes:
-    """The .json member: ASCII, the same bytes for the same values."""
+    """Return the .json member as ASCII; the same values give the same bytes."""
     return json.dumps(dict(meta), ensure_ascii=True).encode()
 
 
 def hash_lines(lines: Iterable[Any]) -> str:
-    """A short hash over lines, as hex: changes when any of them does."""
+    """Return a short hash of the lines, hexadecimal."""
     digest = hashlib.blake2b(digest_size=8)
     for line in lines:
         digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
@@ -125,7 +126,7 @@ def hash_lines(lines: Iterable[Any]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Of the content, read piece by piece."""
+    """Return a short hash of a file's content, hexadecimal, reading it piece by piece."""
     digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):

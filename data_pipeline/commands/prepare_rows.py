@@ -1,8 +1,8 @@
-"""The rows of a table, whatever it is: Parquet, text with any separator, JSON, JSON lines; compressed or not.
+"""Reads the rows of a table in any format: Parquet, Arrow, delimited text, JSON, JSON lines; compressed or not.
 
-What a file is is told by its content. Rows are read by number, from several threads, and memory does not grow with the
-table: of Parquet some batches of one row group are held, of text the places of the rows. JSON that is one value (COCO's
-captions, an array) is held whole.
+The format is detected from the content. Rows are read by number, from several threads, with little memory: Parquet
+keeps a few batches, text the offsets of its rows. JSON that is a single value (COCO's captions, an array) is loaded as
+a whole.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from data_pipeline.storage.atomic import naming, scratch
 
 _HEAD = 1 << 16
 _LONGEST_QUOTED = 200
-"""Lines up to which a quoted cell may go on; a quote that is left open longer is a character like any other."""
+"""Most lines that a quoted cell may span; a quote that stays open longer is treated as an ordinary character."""
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
 WIDE = {"caption", "captions", "text", "txt", "prompt", "description", "comment", "sentence", "title"}
-"""Columns whose cells may hold separators that nobody quoted."""
+"""Columns whose cells may contain unquoted separators."""
 _SEPARATORS = (",", "\t", ";", "|")
 _PICTURE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(#\d+)?$", re.IGNORECASE)
 _PICTURE_CELL = re.compile(rf'"?[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?"?\s*'.encode(), re.IGNORECASE)
@@ -51,25 +51,30 @@ _OTHERS = (
 
 
 class Rows(Protocol):
-    """A table whose rows are read by number."""
+    """A table whose rows are read by number. Thread-safe."""
 
     columns: list[str]
 
     def __len__(self) -> int: ...
 
     def row(self, number: int) -> dict[str, Any]:
-        """The cells by column. Raises `BadSample("bad_row")`, which names the line, where it cannot be parsed."""
+        """Return the cells of row `number` by column.
+
+        Raises:
+            BadSample: `bad_row`, it cannot be parsed; the detail names the line.
+        """
         ...
 
 
 def open_table(path: Path, known: Collection[str] = ()) -> Rows:
-    """The rows of a file.
+    """Open a table.
 
     Args:
-        known: names of columns, as `plain_name` has them, by which a header and its separator are recognized.
+        path: the file.
+        known: names of columns, normalized by `plain_name`, by which a header and its separator are recognized.
 
     Raises:
-        DataError: not a readable table.
+        DataError: it is not a readable table, or there is no room in TMPDIR to unpack it.
     """
     import pyarrow as pa
 
@@ -88,12 +93,12 @@ def open_table(path: Path, known: Collection[str] = ()) -> Rows:
 
 
 def plain_name(column: str) -> str:
-    """A column's name as it is compared: lower case, without blanks and quotes, `-` and blanks as `_`."""
+    """Normalize a column's name for comparison: lower case, no surrounding quotes, `_` for white space, `-` and `.`."""
     return re.sub(r"[\s\-.]+", "_", column.strip().strip("\"'").strip().lower())
 
 
 def looks_like_picture(value: Any) -> bool:
-    """Whether a cell names a picture file."""
+    """Return whether a cell is the name of a picture file."""
     return isinstance(value, str) and _PICTURE_NAME.search(value.strip()) is not None
 
 
@@ -105,14 +110,18 @@ def _no_table(path: Path, why: str) -> DataError:
 
 
 def _compressed(file: IO[bytes], codec: str) -> OneWay:
-    """What pyarrow unpacks (zstd, lz4), as a file."""
+    """Return a file of what pyarrow decompresses (zstd, lz4)."""
     import pyarrow as pa
 
     return OneWay(pa.CompressedInputStream(pa.PythonFile(file), codec).read, file.close)
 
 
 def _plain(path: Path) -> IO[bytes]:
-    """The content, uncompressed, as UTF-8 or in an encoding that contains ASCII, its lines ended by line feeds."""
+    """Return a file with the decompressed content in UTF-8 or another superset of ASCII, with line feeds as line ends.
+
+    Raises:
+        DataError: it is a format that is not a table.
+    """
     file: IO[bytes] = open(path, "rb")  # noqa: SIM115
     head = file.read(_HEAD)
     file.seek(0)
@@ -191,7 +200,7 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
 
 
 class _Lines:
-    """Pieces of a file by number, read from several threads."""
+    """Reads pieces of a file by number. Thread-safe."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -207,10 +216,9 @@ class _Lines:
 
 
 class DelimitedRows:
-    """Text with a separator, a header or none; cells may be quoted and then hold separators and line ends.
+    """Delimited text, with or without a header; quoted cells may contain separators and line ends.
 
-    A caption that holds the separator and is not quoted is put together again, where the header says how many cells
-    there are. Cells of other columns that are numbers become numbers.
+    An unquoted caption that contains the separator is put back together if a header tells the number of cells.
     """
 
     def __init__(self, file: IO[bytes], known: Collection[str]) -> None:
@@ -218,7 +226,7 @@ class DelimitedRows:
         self.columns, self._separator, self._headless = _header(*_first_line(file), known)
         self._wide = next((i for i, name in enumerate(self.columns) if plain_name(name) in WIDE), len(self.columns) - 1)
         self.joined = 0
-        """Rows whose caption held the separator without being quoted, of those read so far."""
+        """Number of rows read so far whose caption contains the separator unquoted."""
         self._encoding = "utf-8"
         self._find_rows(file, skip=0 if self._headless else 1)
 
@@ -226,7 +234,7 @@ class DelimitedRows:
         return len(self._lines.starts)
 
     def _find_rows(self, file: IO[bytes], skip: int) -> None:
-        """Notes where each row lies, and in which encoding the file is."""
+        """Record the offset of each row, and detect the encoding."""
         wide_good = wide_bad = False
         file.seek(0)
         separator = self._separator.encode()
@@ -252,7 +260,7 @@ class DelimitedRows:
 
     @property
     def encoding(self) -> str:
-        """`utf-8`, or `cp1252` for a file of which no row is UTF-8 beyond ASCII."""
+        """`utf-8`; `cp1252` if there are non-ASCII rows and none of them is valid UTF-8."""
         return self._encoding
 
     def row(self, number: int) -> dict[str, Any]:
@@ -273,7 +281,7 @@ class DelimitedRows:
 
 
 def typed(cell: Any) -> Any:
-    """A cell of a text table as JSON has it: a number, true, false, null, or the text as it stands."""
+    """Convert a cell of a text table to a JSON value: a number, true, false, null, or the text unchanged."""
     if not isinstance(cell, str):
         return cell
     text = cell.strip()
@@ -289,7 +297,7 @@ def typed(cell: Any) -> Any:
 
 def _cells(text: str, separator: str, literal: bool, most: int) -> list[str]:
     line = text.rstrip("\r\n")
-    if most:  # without a header there are two cells: the name of the picture, and the rest
+    if most:  # without a header there are two cells: the name of the picture and the caption
         parts = line.split(separator, most - 1) if separator != " " else line.split(None, most - 1)
         return [_unquoted(part.strip()) for part in parts]
     limit = csv.field_size_limit(1 << 27)
@@ -309,7 +317,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _between(text: str, cells: Sequence[str], separator: str, wide: int, extra: int, literal: bool) -> str:
-    """The cells that an unquoted separator has parted, with their separators and blanks as they were."""
+    """Rejoin cells split at unquoted separators, with separators and spaces as in the original if possible."""
     if literal or '"' not in text:
         raw = text.rstrip("\r\n").split(separator)
         if len(raw) == len(cells):
@@ -318,7 +326,7 @@ def _between(text: str, cells: Sequence[str], separator: str, wide: int, extra: 
 
 
 def _first_line(file: IO[bytes]) -> tuple[bytes, str]:
-    """The first line with something in it, and the separator where Excel's `sep=;` gives one."""
+    """Return the first non-blank line, and the separator if Excel's `sep=;` sets one."""
     separator = ""
     file.seek(0)
     for line in iter(lambda: file.readline(1 << 20), b""):
@@ -331,7 +339,7 @@ def _first_line(file: IO[bytes]) -> tuple[bytes, str]:
 
 
 def _header(first: bytes, separator: str, known: Collection[str]) -> tuple[list[str], str, bool]:
-    """(columns, separator, whether the table has no header)."""
+    """Return (columns, separator, whether the header is missing)."""
     text = first.decode("utf-8", "replace")
     best: tuple[tuple[int, int], list[str], str] | None = None
     for one in [separator] if separator else _SEPARATORS:
@@ -347,12 +355,12 @@ def _header(first: bytes, separator: str, known: Collection[str]) -> tuple[list[
                 return ["image", "caption"], one, True
     names = [name or f"column {i + 1}" for i, name in enumerate(best[1])]
     while len(names) > 1 and best[1][len(names) - 1] == "" and len(names) > best[0][0] + 1:
-        names.pop()  # separators at the end of the header
+        names.pop()  # the header ends with separators
     return names, best[2], False
 
 
 def _records(file: IO[bytes], separator: bytes, columns: int) -> Iterator[tuple[int, int, bytes, bool]]:
-    """(first byte, line number, content, whether its quotes are characters like any other) of each row."""
+    """Yield (first byte, line number, content, whether quotes are ordinary characters) of each row."""
     position, number = 0, 0
     waiting: list[bytes] = []
 
@@ -386,7 +394,7 @@ def _records(file: IO[bytes], separator: bytes, columns: int) -> Iterator[tuple[
 
 
 def _is_open(row: bytes, separator: bytes) -> bool:
-    """Whether a quoted cell has not ended."""
+    """Return whether the row ends inside a quoted cell."""
     at = 0
     while at < len(row):
         while row[at : at + 1] == b" ":
@@ -412,7 +420,7 @@ def _is_open(row: bytes, separator: bytes) -> bool:
 
 
 class ListRows:
-    """Rows in memory."""
+    """Rows held in memory."""
 
     def __init__(self, rows: list[Any]) -> None:
         self._rows = rows
@@ -477,7 +485,7 @@ def _json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
             return JsonLineRows(file)
     except (ValueError, RecursionError):
         if first.startswith(b"{") and first.endswith(b"}") and second.lstrip()[:1] == b"{":
-            return JsonLineRows(file)  # only its first line is broken
+            return JsonLineRows(file)  # only the first line is damaged
     file.seek(0)
     text = file.read()
     try:
@@ -490,7 +498,7 @@ def _json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
 
 
 def _values(text: str) -> list[Any]:
-    """JSON values one after the other, over any number of lines; those before the first that cannot be parsed."""
+    """Parse concatenated JSON values, over any number of lines, up to the first that cannot be parsed."""
     decoder, at = json.JSONDecoder(), 0
     values: list[Any] = []
     while True:
@@ -504,7 +512,7 @@ def _values(text: str) -> list[Any]:
 
 
 def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
-    """Rows of one JSON value: a list of objects, COCO's captions, columns, or captions by the names of pictures."""
+    """Return the rows in a JSON value: a list of objects, COCO's captions, columns, or captions by picture name."""
     if isinstance(value, list):
         return ListRows(value)
     names, cells = value.get("columns"), value.get("data")
@@ -512,7 +520,7 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
         return ListRows([dict(zip(map(str, names), row, strict=False)) for row in cells])  # pandas, orient="split"
     numbered = [one for one in value.values() if isinstance(one, dict)]
     if len(numbered) == len(value) > 1 and sum(plain_name(name) in known for name in value) > 1:
-        rows = dict.fromkeys(number for one in numbered for number in one)  # pandas' columns, each by row
+        rows = dict.fromkeys(number for one in numbered for number in one)  # pandas, orient="columns"
         return ListRows([{name: one.get(number) for name, one in value.items()} for number in rows])
     images, captions = value.get("images"), value.get("annotations")
     if isinstance(images, list) and isinstance(captions, list):
@@ -531,12 +539,12 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
         and all(isinstance(one, str) for one in value.values())
         and not {*map(plain_name, value)} & {*known}
     ):
-        return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without an ending
+        return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without extensions
     return ListRows([value])
 
 
 def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
-    """One row per picture, with its captions in their order."""
+    """Return one row per picture, with its captions in order."""
     captions: defaultdict[Any, list[str]] = defaultdict(list)
     for one in annotations:
         if isinstance(one, dict) and isinstance(one.get("caption"), str):
@@ -556,7 +564,7 @@ def _arrow_rows(path: Path, head: bytes) -> Rows:
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:
-    """Column of class numbers -> their names, where `datasets` wrote them into the file."""
+    """Return the class names of columns with class numbers, as stored in the schema by the `datasets` library."""
     try:
         said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = said["info"]["features"]
@@ -567,7 +575,7 @@ def class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def _value(cell: Any) -> Any:
-    """A cell as Python has it; as text where Python cannot (nanoseconds)."""
+    """Convert a cell to a Python value, or to text if Python has no such type (nanoseconds)."""
     from pyarrow import ArrowException
 
     try:
@@ -581,7 +589,7 @@ def _value(cell: Any) -> Any:
 
 
 class ArrowRows:
-    """A table that is mapped, as `datasets` saves them."""
+    """A memory-mapped Arrow table, as saved by the `datasets` library."""
 
     def __init__(self, table: Any) -> None:
         self._table, self.columns = table, list(table.column_names)
@@ -596,7 +604,7 @@ class ArrowRows:
 
 
 class ParquetRows:
-    """Rows of a Parquet file, read in batches of about 16 MB; asked for roughly in order, it goes on where it was."""
+    """A Parquet file, read in batches of about 16 MB; fast if rows are requested roughly in order."""
 
     def __init__(self, path: Path) -> None:
         from pyarrow import parquet
@@ -611,7 +619,7 @@ class ParquetRows:
             self._starts.append(self._starts[-1] + group.num_rows)
         self._row_bytes = [max(group.total_byte_size // max(group.num_rows, 1), 1) for group in groups]
         self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
-        """The last batches, and the first row of each."""
+        """The last batches, each with its first row's number."""
         self._batches: Iterator[Any] = iter(())
         self._next = -1
         self._lock = threading.Lock()
@@ -620,14 +628,14 @@ class ParquetRows:
         return int(self._starts[-1])
 
     def use(self, columns: Collection[str]) -> None:
-        """Reads no others from now on."""
+        """Read only these columns from now on."""
         self._wanted = [name for name in self.columns if name in columns]
 
     def row(self, number: int) -> dict[str, Any]:
         with self._lock:
             start, batch = self._batch(number)
         cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
-        try:  # of several columns with one name the first counts
+        try:  # reversed: of several columns with the same name, the first is used
             return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
         except UnicodeDecodeError as error:
             raise BadSample("bad_row", f"row {number + 1}: {error}") from error
@@ -648,7 +656,7 @@ class ParquetRows:
             self._next += len(batch)
 
     def _is_far(self, number: int) -> bool:
-        """Whether a later row group holds the row, so that what lies between need not be read."""
+        """Return whether the row is in a later row group, so that the rows before it can be skipped."""
         return any(self._next < start <= number for start in self._starts)
 
     def _open(self, group: int) -> None:

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: a folder, a table, or existing shards. Each is a numbered list of samples."""
+"""Sources of pictures and captions: a folder, a table or existing shards, each as a numbered list of samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ _BLOCK, _COMPRESSED_BLOCK, _BLOCKS_KEPT = 8 << 20, 128 << 20, 4
 
 
 class ShardSource:
-    """The samples of existing shards that pass `data.filter`, in the order of the shards."""
+    """The samples of existing shards that pass `data.filter`, in order.
+
+    Raises:
+        DataError: the shards are missing or not tar archives, or no sample is left.
+    """
 
     def __init__(self, shards: str, config: DataConfig) -> None:
         import numpy as np
@@ -83,13 +87,13 @@ class ShardSource:
         return []
 
     def _is_scattered(self, shard: int, row: int) -> bool:
-        """Whether blocks would bring far more than the sample; a compressed shard has no choice."""
+        """Return whether blocks would read far more than the sample. Compressed shards always use blocks."""
         index, rows = self.dataset.index(shard)
         return not index.compressed and len(runs_of(self.reader.places(index, int(rows[row])))) > 1
 
 
 class _Blocks:
-    """Bytes of remote or compressed shards, read in large blocks because neighbours are asked for one after another."""
+    """Reads remote or compressed shards in large blocks, because samples are requested roughly in order."""
 
     def __init__(self, dataset: Dataset, reader: RowReader) -> None:
         self._dataset, self._reader = dataset, reader
@@ -97,11 +101,11 @@ class _Blocks:
         self._lock = threading.Lock()
 
     def read(self, shard: int, row: int) -> tuple[int, bytes]:
-        """(first byte, bytes of the shard from there on) that hold a sample."""
+        """Return (first byte, bytes of the shard from there on) that contain a sample."""
         index, rows = self._dataset.index(shard)
         parts = index.parts(int(rows[row]))
         begin, end = parts[0].offset, max(part.offset + part.size for part in parts)
-        # a compressed shard is unpacked from its first byte for every block
+        # Every block of a compressed shard is unpacked from the first byte on, so blocks must be large.
         size = _COMPRESSED_BLOCK if index.compressed else _BLOCK
         blocks = [self._block(shard, number, size, index) for number in range(begin // size, -(-end // size))]
         return begin // size * size, b"".join(blocks)
@@ -122,12 +126,12 @@ class _Blocks:
 
 
 def open_source(settings: PrepareConfig, config: DataConfig) -> Source:
-    """The source that prepare.kind and prepare.source name. Raises `DataError` when there is none."""
+    """Open the source given by prepare.kind and prepare.source. Raises `DataError` if it cannot be read."""
     source = str(settings.source)
     if settings.kind == "folder":
         return FolderSource(source, config.members, settings.captions)
     if settings.kind == "table":
         return TableSource(source, config.members, settings.images)
     if source.lower().endswith((".zip", ".rar", ".7z")):
-        raise DataError(f"prepare.source={source}: it is no tar: unpack it and use prepare.kind=folder")
+        raise DataError(f"prepare.source={source}: it is not a tar archive: unpack it and use prepare.kind=folder")
     return ShardSource(source, config)

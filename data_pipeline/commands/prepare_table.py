@@ -1,4 +1,4 @@
-"""A table as a source of `cascade prepare`: which column is the picture, which the caption, and what a row gives."""
+"""A table as a source of `cascade prepare`: finds the columns of pictures and captions, and reads samples from rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ PATH_COLUMNS = (
     ),
     *("jpg", "jpeg", "png", "webp", "image_jpg", "image_bytes", "img_bytes", "image_data", "bytes"),
 )
-"""Columns of pictures, as paths or as bytes, the preferred first."""
+"""Names of columns of pictures, as paths or as bytes; preferred ones first."""
 CAPTION_COLUMNS = (
     *("caption", "text", "txt", "prompt", "description", "captions", "texts", "prompts", "sentences", "sentence"),
     *("caption_text", "image_caption", "comment", "comments", "alt", "alt_text", "title", "raw", "en"),
@@ -71,19 +71,23 @@ CAPTION_COLUMNS = (
 )
 _NUMBERED = re.compile(r"(.+?)_?\d+")
 _ID_COLUMNS = ("image_id", "img_id", "imageid", "image_key", "key", "id")
-"""Columns that name pictures where there are files of such names."""
+"""Columns used as names of pictures if files with these names exist."""
 _URL_COLUMNS = ("url", "image_url", "img_url", "image_urls")
 _LONGEST_TEXT = 1 << 20
 _KNOWN = {*PATH_COLUMNS, *CAPTION_COLUMNS}
 
 
 class TableSource:
-    """One row per picture: a column of paths or of pictures, a column of captions, more for the .json.
+    """A table with one row per picture: a column of paths or pictures, one of captions, and others for the .json.
 
     Args:
-        table: a file, or a pattern of several with the same columns.
-        names: `data.members`, whose names are looked for among the columns first.
-        images: folder that paths are relative to; None: the table's own, and the folders below it.
+        table: a file, a pattern of files with the same columns, or a directory of Parquet or Arrow files.
+        names: `data.members`; its names take precedence when choosing columns.
+        images: folder that paths are relative to; None: the table's own folder and its subfolders.
+
+    Raises:
+        DataError: a file or folder does not exist, a file is not a table, it has no rows, or there is no column of
+            pictures or captions.
     """
 
     def __init__(self, table: str, names: MembersConfig | None = None, images: str | None = None) -> None:
@@ -112,7 +116,7 @@ class TableSource:
     # -------------------------------------------------------------------------------------------------- columns
 
     def _columns(self) -> tuple[str, tuple[str, ...]]:
-        """The column of pictures and those of captions; `data.caption` is the field of an object."""
+        """Return the column of pictures and those of captions; `data.caption` is a field of an object."""
         first = self.parts[0]
         example = _with_fields(self._example(first))
         columns = list(dict.fromkeys([*map(str, first.columns), *example]))
@@ -142,7 +146,7 @@ class TableSource:
         )
 
     def _caption_columns(self, first: Rows, by_name: dict[str, str]) -> tuple[str, ...]:
-        """The preferred column of captions; several where they are numbered (`caption_1`, `caption_2`)."""
+        """Return the preferred column of captions, or several that are numbered (`caption_1`, `caption_2`)."""
         for name in (*map(plain_name, self.names.caption), *CAPTION_COLUMNS):
             if name in by_name:
                 return (by_name[name],)
@@ -161,7 +165,7 @@ class TableSource:
         return False
 
     def _example(self, part: Rows) -> dict[str, Any]:
-        """The first cell with something in it, of each column."""
+        """Return the first non-empty cell of each column."""
         example: dict[str, Any] = {}
         for number in range(min(len(part), 20)):
             with suppress(BadSample):
@@ -171,7 +175,7 @@ class TableSource:
         return example
 
     def _read_columns(self, part: ParquetRows) -> set[str]:
-        """All but those that hold other pictures or binary data, which are left out of the .json as well."""
+        """Return the columns to read: all except other pictures and binary data, which are not put into the .json."""
         example = self._example(part)
         wanted = {name for name in part.columns if _top(self.path_column, *self.caption_columns) & {name}}
         binary = [name for name in part.columns if name not in wanted and _holds_bytes(example.get(name))]
@@ -191,7 +195,7 @@ class TableSource:
         return self.parts[which], number - int(self._ends[which] - len(self.parts[which])), self.paths[which]
 
     def _cell(self, number: int) -> Any:
-        """What the column of pictures says; None where the row cannot be read."""
+        """Return the cell in the column of pictures; None if the row cannot be read."""
         part, row, _ = self._part(number)
         with suppress(BadSample):
             return _cell(part.row(row), self.path_column)
@@ -203,7 +207,7 @@ class TableSource:
         return given or f"{path.name}#{row + 1}"
 
     def row(self, number: int) -> tuple[Any, list[str | bytes], dict[str, Any]]:
-        """(the picture's cell, captions, facts) of a row. Raises `BadSample`."""
+        """Return (the picture's cell, captions, metadata) of a row. Raises `BadSample`."""
         part, local, path = self._part(number)
         row = {str(name): value for name, value in part.row(local).items()}
         cell = _cell(row, self.path_column)
@@ -221,7 +225,7 @@ class TableSource:
         return cell, captions, {"source": name, **facts}
 
     def _named(self, part: Rows, column: str, value: Any) -> Any:
-        """The name of a class that the file knows by number."""
+        """Return the name of a class given by number, if the file has class names; otherwise the value."""
         names = getattr(part, "classes", {}).get(column, [])
         known = isinstance(value, int) and 0 <= value < len(names)
         return names[value].replace("_", " ") if known else value
@@ -236,7 +240,7 @@ class TableSource:
         return True
 
     def picture(self, cell: Any) -> bytes:
-        """The encoded picture that a cell holds or names. Raises `BadSample("missing_image")`."""
+        """Return the encoded picture that a cell contains or names. Raises `BadSample` (`missing_image`)."""
         data = _bytes_of(cell)
         if data is not None:
             return data
@@ -251,8 +255,13 @@ class TableSource:
     # ---------------------------------------------------------------------------------------------------- files
 
     def find(self, given: str) -> Path:
-        """The file that a path in the table means: below `prepare.images` or the table's folder; else, where there is
-        none, the one of this name in a folder below."""
+        """Resolve a path in the table: relative to `prepare.images` or the table's folder, or by name in a subfolder.
+
+        The result need not exist.
+
+        Raises:
+            BadSample: `missing_image`, several files have this name.
+        """
         root = self._images or self.paths[0].parent
         given = given.removeprefix("file://")
         forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0])
@@ -276,7 +285,7 @@ class TableSource:
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:
-        """Pictures below the folder by name, with and without their ending; looked for when a path leads nowhere."""
+        """Pictures below the folder by name, with and without extension; for paths that do not exist."""
         root = self._images or self.paths[0].parent
         if root.name.lower().startswith("annotation"):
             root = root.parent  # COCO's layout
@@ -290,7 +299,7 @@ class TableSource:
         return found
 
     def _places(self) -> Iterator[Path]:
-        """The files of the pictures; none for pictures in the table itself."""
+        """Yield the files of the pictures; none if the table contains the pictures."""
         for part in self.parts:
             if _bytes_of(_cell(self._example(part), self.path_column)) is not None:
                 continue
@@ -341,7 +350,11 @@ class TableSource:
 
 
 def _files(table: str) -> list[Path]:
-    """The file, the files of a pattern, or the Parquet files of a directory."""
+    """Return the files that `table` names: a file, a pattern, or the Parquet (or Arrow) files of a directory.
+
+    Raises:
+        DataError: there are none.
+    """
     path = Path(os.path.expanduser(table))
     if path.is_file():
         return [path]
@@ -349,7 +362,7 @@ def _files(table: str) -> list[Path]:
         found = sorted(path.rglob("*.parquet")) or sorted(
             one
             for one in path.rglob("*.arrow")
-            if not one.name.startswith(("cache-", "tmp"))  # of datasets' map()
+            if not one.name.startswith(("cache-", "tmp"))  # written by map() of the datasets library
         )
         if not found:
             raise DataError(
@@ -363,7 +376,7 @@ def _files(table: str) -> list[Path]:
 
 
 def texts_of(cell: Any) -> list[str | bytes]:
-    """The captions in a cell: as `texts_in` finds them, a list that was written out as text, bytes, numbers."""
+    """Return the captions in a cell: those `texts_in` finds, a list written out as text, bytes, or a number."""
     if isinstance(cell, bytes):
         return [cell] if cell.strip() else []
     if isinstance(cell, str):
@@ -373,21 +386,21 @@ def texts_of(cell: Any) -> list[str | bytes]:
         return list(texts_in(cell))
     if isinstance(cell, (list, tuple)):
         return [text for one in cell for text in texts_of(one)]
-    return [] if cell is None or cell != cell else [str(cell)]  # NaN is no caption
+    return [] if cell is None or cell != cell else [str(cell)]  # NaN is not a caption
 
 
 def _top(*columns: str) -> set[str]:
-    """The columns that such fields lie in, and those of the whole name."""
+    """Return the columns that contain these fields, and the columns with the full names."""
     return {name for column in columns for name in (column, column.partition(".")[0])}
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:
-    """The cell, or the field of one."""
+    """Return a cell, or a field of a cell."""
     return row[column] if column in row else value_at(row, column)
 
 
 def _with_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the fields of its objects beside them, as `column.field`; pictures are no objects."""
+    """Return a row with the fields of its objects added as `column.field`; pictures do not count as objects."""
     found = dict(row)
     for name, value in row.items():
         if isinstance(value, dict) and not _is_picture_value(value):
@@ -396,7 +409,7 @@ def _with_fields(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written_list(text: str) -> list[str] | None:
-    """The list behind `["a", "b"]` or `['a', 'b']`; None for other texts."""
+    """Parse a list of strings written as `["a", "b"]` or `['a', 'b']`; None for other text."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]") and len(text) < _LONGEST_TEXT):
         return None
@@ -409,7 +422,10 @@ def _written_list(text: str) -> list[str] | None:
 
 
 def _bytes_of(cell: Any) -> bytes | None:
-    """The encoded picture in a cell: bytes, an object with bytes as `datasets` has them, a list of such, base64."""
+    """Return the encoded picture in a cell: bytes, an object with bytes (as in `datasets`), a list of these, or base64.
+
+    None if there is none.
+    """
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return bytes(cell) if len(cell) == 0 or picture_kind(bytes(cell[:4096])) or len(cell) > 4096 else None
     if isinstance(cell, dict):
@@ -426,7 +442,7 @@ def _bytes_of(cell: Any) -> bytes | None:
 
 
 def _path_of(cell: Any) -> str | None:
-    """The path in a cell; of an object its `path`, of a list the first."""
+    """Return the path in a cell, that of an object or the first of a list; None if there is none."""
     if isinstance(cell, bytes):
         return None if picture_kind(cell[:4096]) or len(cell) > 4096 or b"\0" in cell else os.fsdecode(cell)
     if isinstance(cell, dict):
@@ -444,7 +460,7 @@ def _is_picture_value(cell: Any) -> bool:
 
 
 def _holds_bytes(value: Any) -> bool:
-    """Whether a cell is binary data or holds some; short bytes that are text do not count."""
+    """Return whether a cell is or contains binary data; short bytes that are text do not count."""
     if isinstance(value, bytes):
         return len(value) > _LONGEST_TEXT or picture_kind(value[:4096]) is not None or b"\0" in value
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""`cascade verify`: reads and decodes every sample as training would, and says what is broken, where and why.
+"""`cascade verify`: reads and decodes every sample as training would, and reports what is broken, where and why.
 
-It never stops at damage, whatever it is: a shard or a sample that cannot be used becomes a counter and a line of the
-quarantine file. Nothing is written outside OUTPUT; memory is bounded by one shard's index and a few samples.
+It never stops at damage of any kind: an unusable shard or sample is counted and gets a line in the quarantine file.
+Nothing is written outside OUTPUT; memory is bounded by one shard's index and a few samples.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from data_pipeline.storage.retry import Patience
 
 logger = logging.getLogger(__name__)
 
-# of `count_mismatch` the samples that are missing count as dropped
 LOST = ("empty_shard", "truncated_shard", "corrupt_shard", "unsupported_member")
-"""Damage to a shard that costs samples; other findings (`bad_json`, `duplicate_key`, ...) cost none: warnings."""
+"""Damage that costs samples. Other problems (`bad_json`, `duplicate_key`, ...) cost none and are only warnings;
+`count_mismatch` counts the missing samples as dropped."""
 
 
 class VerifySettings(Protocol):
-    """The parts of the command's config that are read here."""
+    """The settings of the command that are read here."""
 
     seed: int
     json: bool
@@ -61,12 +61,12 @@ class VerifySettings(Protocol):
 
 
 def main(config: VerifySettings) -> dict[str, Any]:
-    """Runs `cascade verify`; the last line on stdout is the result as JSON, in a terminal several for people.
+    """Run `cascade verify`; print the result as a line of JSON, or readable lines in a terminal.
 
     Returns:
-        {"delivered": samples training can use, "dropped": {reason: count}, "warnings": {finding: count},
-        "captions.sources": {source: how many captions came from it}, "shards": .., "quarantine": path, "report": path
-        or None}
+        {"delivered": samples that training can use, "dropped": {reason: count}, "warnings": {problem: count},
+        "captions.sources": {source: number of captions from it}, "shards": .., "quarantine": path, "report": path or
+        None}
 
     Raises:
         DataError: no shards match, the store denies access, or `output` cannot be written.
@@ -81,7 +81,7 @@ def main(config: VerifySettings) -> dict[str, Any]:
                 _verify_shard(entry, config, data, patience, pool, tally, broken)
             except CascadeError as error:
                 broken.add(entry.url, None, 0, _shard_reason(error), str(error))
-            except Exception as error:  # unforeseen damage is still the shard's, not the user's
+            except Exception as error:  # unforeseen damage affects only this shard
                 broken.add(entry.url, None, 0, "corrupt_shard", f"{type(error).__name__}: {error}")
     page = store.join(config.output, "report.html") if config.report else None
     if page:
@@ -153,7 +153,7 @@ def _verify_shard(
 
 
 def _decode(sample: dict[str, Any], config: VerifySettings, data: DataConfig) -> Caption | BadSample:
-    """The caption that training would use the sample with, or why it would not use it."""
+    """Return the caption that training would use, or why it would not use the sample."""
     try:
         if "__error__" in sample:
             raise sample["__error__"]
@@ -182,13 +182,13 @@ def _decode(sample: dict[str, Any], config: VerifySettings, data: DataConfig) ->
 
 
 def _whole(sample: dict[str, Any], data: DataConfig) -> np.ndarray:
-    """The whole picture, upright, at about the size of the contact sheet's."""
+    """Return the whole picture, upright, at about the size for the contact sheet."""
     orientation = images.orientation_from_json(sample.get("json"))
     return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation, data.srgb)
 
 
 def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
-    """The members that training looks at, sample by sample in archive order, from one pass over the shard."""
+    """Yield the members that training uses, sample by sample in archive order, in one pass over the shard."""
     with PartReader(entry, index.compressed, patience) as reader:
         for row in rows:
             parts = {part.extension: part for part in index.parts(row)}
@@ -212,14 +212,14 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
 
 
 def _changed_rows(index: ShardIndex, data: DataConfig, patience: Patience) -> set[int]:
-    """Rows whose bytes are not those of the stored index, as a flipped bit on disk leaves them."""
+    """Return the rows whose bytes differ from the stored index, for example because of a flipped bit on disk."""
     places = index_url(index.url, data.members), cached_index_url(index.url, data.index_dir, data.members)
     stored = next(filter(None, (read_index(index.url, place, patience) for place in places)), None)
     if stored is None or stored.digest == index.digest or stored.meta["size"] != index.meta["size"]:
         return set()
     names = ("key", "offsets", "sizes")
     if any(not stored.column(name).equals(index.column(name)) for name in names):
-        return set()  # another shard of the same size: training builds the index anew
+        return set()  # a different shard of the same size, which training indexes again
     pairs = zip(stored.column("checksums").to_pylist(), index.column("checksums").to_pylist(), strict=True)
     return {row for row, (before, now) in enumerate(pairs) if before != now}
 
@@ -233,7 +233,7 @@ def _shard_reason(error: CascadeError) -> str:
 
 
 class _Quarantine:
-    """The file of what is broken, one JSON object per line."""
+    """The file that lists what is broken, one JSON object per line."""
 
     def __init__(self, url: str, tally: Tally) -> None:
         self._url, self._tally = url, tally
@@ -242,7 +242,7 @@ class _Quarantine:
         self._file = tempfile.TemporaryFile() if store.is_remote(url) else open(store.local_path(url), "wb")  # noqa: SIM115
 
     def add(self, shard: str, key: str | None, offset: int, reason: str, detail: str) -> None:
-        """Counts one loss and writes it down; a loss of a whole shard is also told at once."""
+        """Count and record one loss; the loss of a whole shard is also logged immediately."""
         self._tally.dropped[reason] += 1
         self.write(shard, key, offset, reason, detail)
         if key is None:

@@ -1,4 +1,4 @@
-"""What `cascade verify` counts, and the HTML page that shows it: one file, no scripts, nothing fetched."""
+"""The counts of `cascade verify`, and the HTML page that shows them: one file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTHS = (0, 1, 10, 20, 40, 60, 80, 120, 160, 240, 500, 1000, 2000)
 
 
 class Tally:
-    """Counts and a small sample of everything; its size does not grow with the data."""
+    """Counts, and a few examples of everything; its size does not grow with the data."""
 
     def __init__(self) -> None:
         self.delivered = 0
@@ -37,9 +37,9 @@ class Tally:
         self.warnings: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
-        """Where the captions of what was delivered came from."""
+        """Sources of the captions of delivered samples."""
         self.layouts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        """Of the samples left out for each problem."""
+        """Layouts of the samples dropped for each reason."""
         self.details: dict[str, str] = {}
         """The first detail of each reason."""
         self.histograms: dict[str, Counter[int]] = {"shorter side": Counter(), "aspect ratio": Counter()}
@@ -49,7 +49,7 @@ class Tally:
         self._sheet: list[tuple[int, int, str, str, bytes]] = []
 
     def result(self) -> dict[str, Any]:
-        """The counts, as the command prints them."""
+        """Return the counts as printed by the command."""
         return {
             "delivered": self.delivered,
             "dropped": dict(sorted((name, count) for name, count in self.dropped.items() if count)),
@@ -58,7 +58,7 @@ class Tally:
         }
 
     def hint(self) -> str:
-        """What would help where most samples were left out for one reason; empty otherwise."""
+        """Return a remedy if most samples were dropped for one reason; empty otherwise."""
         reason, count = self.dropped.most_common(1)[0] if self.dropped else ("", 0)
         if not count or 2 * count < self.delivered + self.dropped.total():
             return ""
@@ -66,7 +66,7 @@ class Tally:
         return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
 
     def describe(self, index: ShardIndex) -> None:
-        """Adds what a shard's index knows: sizes, aspects, caption lengths, scores."""
+        """Add the sizes, aspect ratios, caption lengths and scores in a shard's index to the histograms."""
         columns = {name: index.column(name).to_numpy().astype(float) for name in ("width", "height", "caption_length")}
         short = np.minimum(columns["width"], columns["height"])
         long = np.maximum(columns["width"], columns["height"])
@@ -81,7 +81,7 @@ class Tally:
             )
 
     def deliver(self, sample: dict[str, Any], caption: Caption, whole: Callable[[], np.ndarray]) -> None:
-        """Counts one good sample; a few, chosen by hash, are kept for the contact sheet, which `whole` decodes."""
+        """Count a good sample. A few, chosen by hash, are kept for the contact sheet, decoded by `whole`."""
         self.delivered += 1
         self.formats[sample["__extension__"]] += 1
         self.sources[caption.source] += 1
@@ -94,13 +94,13 @@ class Tally:
         (heapq.heappush if len(self._sheet) < _SHEET else heapq.heappushpop)(self._sheet, entry)
 
     def example(self, line: dict[str, Any]) -> None:
-        """Keeps the first lines of the quarantine file for the page."""
+        """Keep a line of the quarantine file for the page, if it is one of the first."""
         self.details.setdefault(line["reason"], line["detail"])
         if len(self.examples) < _EXAMPLES:
             self.examples.append(line)
 
     def sheet(self) -> list[tuple[str, str, bytes]]:
-        """(key, caption, JPEG) of the pictures kept, in the order they were read."""
+        """Return (key, caption, JPEG) of the pictures kept, in the order they were read."""
         return [(key, caption, jpeg) for _, _, key, caption, jpeg in sorted(self._sheet, key=lambda entry: entry[1])]
 
 
@@ -142,23 +142,23 @@ figcaption { font-size: .75rem; line-height: 1.25; overflow: hidden; max-height:
 
 
 def write_page(url: str, shards: Any, tally: Tally) -> None:
-    """Writes the page about the data behind `shards` to a path or s3:// URL."""
+    """Write the page about the data in `shards` to a path or URL."""
     store.write_bytes(url, page(shards, tally).encode("utf-8", "xmlcharrefreplace"))
 
 
 def page(shards: Any, tally: Tally) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML."""
     lost = sum(tally.dropped.values())
     listed = shards if isinstance(shards, (list, tuple)) else [shards]
     where = ", ".join(f"{one['name']}: {one['shards']}" if isinstance(one, dict) else str(one) for one in listed)
     charts = [
         _chart("Dropped, by reason", tally.dropped.most_common(), "bad"),
-        _chart("Findings that cost no sample", tally.warnings.most_common(), "bad"),
+        _chart("Problems that cost no sample", tally.warnings.most_common(), "bad"),
         _chart("Shorter side (pixels, as stored)", _binned(tally.histograms["shorter side"], SIDES)),
         _chart("Longer side / shorter side", _binned(tally.histograms["aspect ratio"], ASPECTS)),
         _chart("Caption length (characters)", _binned(tally.histograms["caption length"], LENGTHS)),
-        _chart("Format of what was delivered", tally.formats.most_common()),
-        _chart("Source of the captions", tally.sources.most_common()),
+        _chart("Format of delivered samples", tally.formats.most_common()),
+        _chart("Source of captions", tally.sources.most_common()),
         *(_chart(f"Score: {name}", sorted(counts.items())) for name, counts in tally.scores.items()),
     ]
     return f"""<!doctype html>
@@ -168,14 +168,14 @@ def page(shards: Any, tally: Tally) -> str:
 <div class="row"><p><span class="big">{tally.delivered:,}</span><br>samples that training can use</p>
 <p><span class="big">{lost:,}</span><br>dropped</p></div>
 <div class="charts">{"".join(charts)}</div>
-<h2>Some of them</h2><div class="sheet">{"".join(map(_figure, tally.sheet()))}</div>
+<h2>Examples</h2><div class="sheet">{"".join(map(_figure, tally.sheet()))}</div>
 {_table(tally.examples)}
 </body></html>
 """
 
 
 def _text(value: Any) -> str:
-    """Untrusted text as HTML; halves of surrogate pairs become visible escapes."""
+    """Escape untrusted text for HTML; lone surrogates become visible escapes."""
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 

@@ -1,1 +1,1 @@
-"""What every room uses: errors, thread pools, ordered parallel work, progress. Imports no other room."""
+"""Shared by all folders: errors, thread pools, ordered parallel work, progress. Imports no other folder."""

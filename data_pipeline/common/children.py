@@ -1,4 +1,4 @@
-"""What a process that we start does before its program begins."""
+"""Set-up of a child process between fork and exec."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """In the child, as `preexec_fn`: ends when its parent is killed, so that no orphan goes on working."""
+    """Kill this child when its parent dies, so that no orphan keeps working. Use as `preexec_fn`."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def die_with_parent_only() -> None:
-    """The same in a process group of its own: the terminal's Ctrl-C reaches it through the parent, once."""
+    """Like `die_with_parent`, in a process group of its own: the terminal's Ctrl-C reaches it once, from the parent."""
     os.setpgid(0, 0)
     die_with_parent()

@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one sentence that names the key, the file and the remedy."""
+"""Errors the user can fix: one sentence that names the key, the file and the remedy."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Shards that are missing, unreadable or not as described by the config."""
+    """Shards that are missing or unreadable, or do not match the config."""
 
 
 class NotAnArchive(DataError):
-    """A shard that can be read, and holds something else than a tar archive."""
+    """A readable shard that is not a tar archive."""
 
 
 class ShardsError(DataError):
     """The value of a setting that names shards cannot be used.
 
     Args:
-        words: what follows the key, beginning with `=VALUE: ` or `: `.
+        words: the message after the key, starting with `=VALUE: ` or `: `.
     """
 
     def __init__(self, words: str) -> None:
         super().__init__(words)
         self.key = "data.shards"
-        """The setting; it begins the message."""
+        """The setting; the message starts with it."""
 
     def __str__(self) -> str:
         return f"{self.key}{self.args[0]}"
@@ -51,7 +51,11 @@ class ShardsError(DataError):
 
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """Inside, shards are those of the setting `key`, and a `ShardsError` names it."""
+    """Make errors about shards name the setting `key`, for the duration of the block.
+
+    Raises:
+        ShardsError, DataError: as raised inside, starting with `key`.
+    """
     try:
         yield
     except ShardsError as error:
@@ -64,7 +68,7 @@ def about(key: str) -> Iterator[None]:
 
 
 def of_file(error: OSError) -> UserError:
-    """A system error as an error of the user's, naming the file."""
+    """Turn a system error into a `UserError` that names the file."""
     where = "" if error.errno in REMEDIES else " (debug=true shows where)"
     return UserError(f"{error.filename}: {system_words(error)}{where}")
 
@@ -76,17 +80,17 @@ REMEDIES = {
     errno.EIO: "the disk reports a fault, choose another",
     errno.EROFS: "choose a directory that can be written",
 }
-"""What to do about a disk."""
+"""errno -> what the user can do about it."""
 
 
 def system_words(error: OSError) -> str:
-    """What the system says of a failure, and what can be done about it."""
+    """Return the system's message for an error, with the remedy if there is one."""
     remedy = REMEDIES.get(error.errno or 0, "")
     return f"{error.strerror or error}{remedy and f'; {remedy}'}"
 
 
 class StoreError(CascadeError):
-    """An object store that kept failing until the deadline; the message names the object and the last cause."""
+    """An object store kept failing until the deadline; the message names the object and the last cause."""
 
 
 BAD_REASONS = (
@@ -102,14 +106,14 @@ BAD_REASONS = (
     "bad_json",
     "checksum",
 )
-"""Why a training sample can be bad."""
+"""The reasons a training sample can be bad, by which bad samples are counted."""
 
 
 class BadSample(Exception):
-    """One sample that cannot be used for training; it is counted under `reason` and replaced, not shown to the user.
+    """A sample that cannot be used for training. It is counted under `reason` and replaced, not reported as an error.
 
     Args:
-        reason: a short snake_case name, the key of the counter (`decode_error`, `missing_image`, ...).
+        reason: one of `BAD_REASONS`, the key of the counter.
         detail: what exactly is wrong, for the quarantine file.
     """
 

@@ -1,4 +1,4 @@
-"""A stream as a file."""
+"""A stream wrapped as a file object."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 
 class OneWay(io.RawIOBase):
-    """A file that can be read once, from the front.
+    """A file that can only be read once, front to back.
 
     Args:
-        read: at most so many bytes, fewer than one at the end only.
-        end: called when the file is closed.
+        read: returns at most that many bytes; none only at the end.
+        end: called once, when the file is closed.
     """
 
     def __init__(self, read: Callable[[int], bytes], end: Callable[[], object]) -> None:
         self._read, self._end = read, end
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Bytes read into the buffer; 0 at the end."""
+        """Fill the buffer and return the number of bytes read; 0 at the end."""
         data = self._read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
-        """Ends the stream, once."""
+        """End the stream; further calls do nothing."""
         if not self.closed:
             self._end()
         super().close()

@@ -1,4 +1,4 @@
-"""Runs work in threads and yields the results in order."""
+"""Parallel work with results in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ R = TypeVar("R")
 
 
 def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
-    """Yields (item, work(item)) in the order of the items; at most `ahead` results are pending at a time."""
+    """Yield (item, work(item)) in the order of the items, with at most `ahead` results pending.
+
+    Raises whatever `work` raised, when its item's turn comes.
+    """
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(work, item)))

@@ -1,4 +1,4 @@
-"""A thread pool whose threads never keep the process alive (concurrent.futures waits for its threads at exit)."""
+"""A thread pool that never keeps the process alive (concurrent.futures joins its threads at exit)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 CLOSE_S = 1.0
-"""How long closing waits for threads that are busy."""
+"""How long `close` waits for busy threads, seconds."""
 
 
 class DaemonPool:
@@ -28,7 +28,7 @@ class DaemonPool:
             thread.start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """The future result of `function(*arguments)`."""
+        """Queue `function(*arguments)` and return its future."""
         future: Future[Any] = Future()
         self._tasks.put((future, function, arguments))
         return future
@@ -41,13 +41,15 @@ class DaemonPool:
                 continue
             try:
                 future.set_result(function(*arguments))
-            except BaseException as error:  # raised where the result is awaited
+            except BaseException as error:  # re-raised by future.result()
                 future.set_exception(error)
             del task, future, function, arguments
 
     def close(self) -> None:
-        """Cancels pending work and waits up to `CLOSE_S` for running work: a thread still inside C++ code (decoding,
-        resizing) when the interpreter exits would abort the process."""
+        """Cancel pending work and wait up to `CLOSE_S` for running work.
+
+        A thread still in C++ code (decoding, resizing) when the interpreter exits would abort the process.
+        """
         self._closed = True
         for _ in self._threads:
             self._tasks.put(None)

@@ -10,7 +10,7 @@ LOG_INTERVAL_S = 15.0
 
 
 class _Lines:
-    """stderr for a bar outside a terminal: each update on its own line instead of overwriting the last."""
+    """stderr for a bar outside a terminal: writes each update on a line of its own instead of overwriting the last."""
 
     def write(self, text: str) -> None:
         if state := text.strip():
@@ -21,7 +21,7 @@ class _Lines:
 
 
 def progress(items: Iterable[Any] | None = None, **settings: Any) -> Any:
-    """A tqdm bar with tqdm's own `settings`, on stderr; none where there is nothing to do."""
+    """Return a tqdm bar on stderr, hidden if the total is 0. `settings` are passed to tqdm."""
     from tqdm import tqdm
 
     total = settings.get("total", len(items) if isinstance(items, Sized) else None)

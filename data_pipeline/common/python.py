@@ -1,4 +1,4 @@
-"""Starting Python again so that files of the working directory (a queue.py, a training/) shadow nothing."""
+"""Starts Python subprocesses in which files of the working directory (a queue.py, a training/) shadow nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ ROOT = str(Path(__file__).resolve().parents[__name__.count(".")])
 
 
 def module(name: str) -> list[str]:
-    """The command line that runs a module of ours with the interpreter of this process."""
+    """Return the command line that runs one of our modules with the current interpreter."""
     return [sys.executable, "-P", "-m", name]
 
 
 def environment() -> dict[str, str]:
-    """Variables for processes that we start, and for those that they start: the working directory is not searched, and
-    the packages are found also where they run from a checkout that is not installed."""
+    """Return environment variables for subprocesses and their own children.
+
+    They keep Python from importing from the working directory, and let it find our packages in a checkout that is not
+    installed.
+    """
     variables = {"PYTHONSAFEPATH": "1"}
     if ROOT not in sys.path[1:]:
         before = os.environ.get("PYTHONPATH")

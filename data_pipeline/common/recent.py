@@ -1,4 +1,4 @@
-"""A mapping that remembers what was used last."""
+"""A thread-safe LRU cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The values that were used last, for any number of threads. A pickled copy is empty.
+    """A least-recently-used cache for any number of threads. A pickled copy is empty.
 
     Args:
-        room: how much is kept; may be changed later.
-        size_of: how much of it a value takes (by default each takes 1).
+        room: the most to keep, in units of `size_of`; may be changed later.
+        size_of: the size of a value; by default each counts as 1.
     """
 
     def __init__(self, room: int, size_of: Callable[[V], int] | None = None) -> None:
@@ -26,7 +26,7 @@ class Recent(Generic[K, V]):
         self._lock = threading.Lock()
 
     def get(self, key: K) -> V | None:
-        """The value, which thereby counts as the last one used; None where it is not kept."""
+        """Return the value and mark it as most recently used; None if it is not cached."""
         with self._lock:
             if key not in self._kept:
                 return None
@@ -34,7 +34,7 @@ class Recent(Generic[K, V]):
             return self._kept[key]
 
     def put(self, key: K, value: V) -> V:
-        """Keeps a value, and drops those that were not used for the longest time if there is no room; returns it."""
+        """Store a value, evict the least recently used ones if there is no room, and return the value."""
         with self._lock:
             if key in self._kept:
                 self.size -= self._sized(self._kept.pop(key))
@@ -45,13 +45,13 @@ class Recent(Generic[K, V]):
         return value
 
     def change(self, function: Callable[[V], V]) -> None:
-        """Puts `function(value)` in the place of every value, of the same size."""
+        """Replace every value by `function(value)`, which must have the same size."""
         with self._lock:
             for key, value in self._kept.items():
                 self._kept[key] = function(value)
 
     def clear(self) -> None:
-        """Drops everything."""
+        """Evict everything."""
         with self._lock:
             self._kept.clear()
             self.size = 0

@@ -1,4 +1,4 @@
-"""The processes that open the same data set at the same time: one of them asks the store, the others are told."""
+"""Processes that open the same data set together: one asks the store and shares the answer with the others."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 
 class Team:
-    """This process, by itself. Processes that can talk to each other give a subclass whose methods are collective: all
-    call them in the same order, and an error of one is raised on all."""
+    """A team of one: this process alone.
+
+    Processes that can communicate pass a subclass whose methods are collective: every process calls them in the same
+    order, and an error on one is raised on all.
+    """
 
     rank, count = 0, 1
 
     def once(self, call: Callable[[], Any]) -> Any:
-        """What `call` gives on the first process, on every process."""
+        """Run `call` on the first process and return its result on every process."""
         return call()
 
     def everyone(self, call: Callable[[], Any]) -> list[Any]:
-        """What `call` gives on each process, in their order, on every process."""
+        """Run `call` on each process and return the results, by rank, on every process."""
         return [call()]
 
 

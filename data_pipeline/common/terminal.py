@@ -1,4 +1,4 @@
-"""Text from outside (keys, names, captions) as it may be shown: control characters become visible escapes."""
+"""Safe display of text from outside (keys, names, captions): control characters become visible escapes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 
 
 def visible(text: str) -> str:
-    """The text without what a terminal would obey: escape sequences, carriage returns, changes of direction."""
+    """Return the text with everything a terminal would act on escaped: control characters, changes of direction."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class VisibleFormatter(logging.Formatter):
-    """A formatter whose lines are safe to show."""
+    """A log formatter whose lines are safe to show in a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text, control characters shown instead of sent."""
+        """Format the record, with control characters escaped."""
         return visible(super().format(record))
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """What a command has found: lines for people in a terminal, one line of JSON for programs."""
+    """Print the result of a command: readable lines in a terminal, otherwise one line of JSON."""
     print(in_lines(result) if sys.stdout.isatty() else json.dumps(result), flush=True)
 
 
 def in_lines(result: Mapping[str, Any]) -> str:
-    """`name: value` per line; counts by name stand behind each other."""
+    """Return one `name: value` per line; a mapping of counts takes one line."""
     width = max(map(len, result), default=0) + 1
     return "\n".join(f"{name + ':':<{width}} {_in_words(value)}" for name, value in result.items())
 
@@ -43,6 +43,6 @@ def _in_words(value: Any) -> str:
 
 
 def guard_messages() -> None:
-    """Makes the messages of a program without logging of its own safe to show."""
+    """Make log messages safe to show in a program that configures no logging of its own."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter())

@@ -1,1 +1,1 @@
-"""Bytes to values: pictures and captions, decoded or drawn, without I/O. Imports order and common."""
+"""From bytes to values: decodes and draws pictures, reads captions; no I/O. Imports order and common."""

@@ -1,4 +1,4 @@
-"""Which caption a sample is trained with, and how it is cleaned. Pure functions of the sample's bytes."""
+"""Chooses and cleans the caption of a sample. Pure functions of the sample's bytes."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ _URL = re.compile(r"(?:https?://|www\.)\S+")
 _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
-"""Fields of a .json that hold a sample's caption, a text or a list of texts, the preferred first."""
+"""Fields of a .json that may hold the caption, as a string or a list of strings; preferred ones first."""
 _TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
-"""Fields of an object that stands for one caption."""
+"""Fields of an object that represents one caption."""
 _ANSWERING = ("gpt", "assistant", "model", "bot")
-"""Who says the caption in a conversation about a picture (LLaVA's layout, or that of chat models)."""
+"""Speakers whose turns are the captions in a conversation about a picture (LLaVA's layout or that of chat models)."""
 FROM_FILES = "__captions__"
-"""In a raw sample: its captions from `data.captions.files` by name, where a source asks for them."""
+"""Key of a raw sample for its captions from `data.captions.files`, {name: captions}; present if a source uses them."""
 _ROOM_TO_CLEAN = 20
-"""Texts are cut to this many times `max_characters` before cleaning, so that one huge text costs no more than that."""
+"""Texts are cut to this many times `max_characters` before cleaning, which bounds the cost of a huge text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption as training uses it, and the source it came from, see `CaptionConfig.sources`."""
+    """A caption as used in training, and the source it came from (see `CaptionConfig.sources`)."""
 
     text: str
     source: str
 
 
 def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, position: int) -> Caption:
-    """The caption of this sample at this position: a source with text, by weight, then one of its texts.
+    """Choose the caption of a sample at a position: draw a source that has text by weight, then one of its texts.
 
     Args:
-        sample: the members' bytes by extension; `txt` and `json` are looked at, and `FROM_FILES` where a source is one.
-        config: sources and their weights, cleaning, length. Without sources: the .txt, where that has no text the
+        sample: the members' bytes by extension. `txt` and `json` are read, and `FROM_FILES` if a `file:` source is set.
+        config: sources and their weights, cleaning, length. Without sources: the .txt or, if it has no text, the
             caption in the .json.
         seed, position: see `chance.py`; the same pair always gives the same caption.
 
     Returns:
-        Text without control characters, at most `config.max_characters` long, never empty.
+        Text without control characters, 1 to `config.max_characters` characters long.
 
     Raises:
-        BadSample: `missing_caption` when no source has text, `bad_text` when the only text is in no known encoding,
-            `bad_json` when captions are wanted from a .json member that cannot be parsed and no other source has text.
+        BadSample: no source has text (`missing_caption`), or none has text and the last failure was a text of unknown
+            encoding (`bad_text`) or a .json member that cannot be parsed (`bad_json`).
     """
     found, problem = _texts_by_source(sample, config)
     if not found:
@@ -66,7 +66,7 @@ def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, 
 
 
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
-    """Every caption `choose_caption` may return for this sample, each once; empty where it would raise `BadSample`."""
+    """Return every distinct caption `choose_caption` may return for a sample; empty if it would raise `BadSample`."""
     found, _ = _texts_by_source(sample, config)
     return list(dict.fromkeys(text for *_, texts in found for text in texts))
 
@@ -74,7 +74,7 @@ def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
 def _texts_by_source(
     sample: Mapping[str, Any], config: CaptionConfig
 ) -> tuple[list[tuple[float, str, list[str]]], BadSample | None]:
-    """(weight, source, cleaned texts) of each source that has any, and the last thing that went wrong with one."""
+    """Return (weight, source, cleaned texts) of each source that has text, and the last error of a source."""
     found: list[tuple[float, str, list[str]]] = []
     problem: BadSample | None = None
     meta: dict[str, Any] | None = None
@@ -111,7 +111,7 @@ def _cleaned(texts: list[str], config: CaptionConfig) -> list[str]:
 
 
 def json_caption(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
-    """The first field of a .json that holds captions, and its texts; None when none does."""
+    """Return the first field of a .json that holds captions, with its texts; None if there is none."""
     for name in JSON_CAPTIONS:
         texts = texts_in(meta.get(name))
         if texts:
@@ -120,7 +120,8 @@ def json_caption(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions in a value of JSON: a text, an object with one, a list of these; in a conversation the answers."""
+    """Return the captions in a JSON value: a string, an object with one, or a list of these; of a conversation, the
+    answers. Blank strings are skipped."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, Mapping):
@@ -134,12 +135,15 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _is_turn(value: Any) -> bool:
-    """Whether an object is what one speaker says: {from, value} or {role, content}."""
+    """Return whether a value is a turn of a conversation: {from, value} or {role, content}."""
     return isinstance(value, Mapping) and ("from" in value or "role" in value)
 
 
 def value_at(meta: Any, path: str) -> Any:
-    """What stands at `meta.caption` or `turns.1.value`; None where nothing does. A field may have dots in its name."""
+    """Return the value at a path such as `meta.caption` or `turns.1.value`; None if there is none.
+
+    A field whose name contains dots is found by its full name first.
+    """
     if not path:
         return meta
     if isinstance(meta, Mapping) and path in meta:
@@ -153,7 +157,7 @@ def value_at(meta: Any, path: str) -> Any:
 
 
 def _fields_with_text(value: Any, name: str = "", depth: int = 0) -> list[str]:
-    """Paths of the fields that hold text, as `json:FIELD` takes them."""
+    """Return the paths of the fields that hold text, in the form `json:FIELD` expects."""
     if isinstance(value, Mapping) and depth < 4:
         below = ((f"{name}.{key}".lstrip("."), one) for key, one in value.items())
         return [path for key, one in below for path in _fields_with_text(one, key, depth + 1)]
@@ -161,7 +165,7 @@ def _fields_with_text(value: Any, name: str = "", depth: int = 0) -> list[str]:
 
 
 def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
-    """Why no caption was found: what was asked, what is there, and the setting that would use it."""
+    """Explain why no caption was found: what was asked for, what is there, and which setting would use it."""
     asked = ", ".join(config.sources) or "the .txt and the .json"
     there = ", ".join(f".{name}" for name in sample if not name.startswith("__")) or "nothing"
     words = f"no text in {asked} (data.captions.sources, data.members.caption); the members are {there}"
@@ -175,7 +179,10 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
 
 
 def clean(text: str, config: CaptionConfig) -> str:
-    """One line of text for the tokenizer, which takes neither control characters nor halves of surrogate pairs."""
+    """Clean and truncate a text as `config` says; may return an empty string.
+
+    Control characters and lone surrogates are always removed: tokenizers do not accept them.
+    """
     text = text[: _ROOM_TO_CLEAN * config.max_characters]
     text = _CONTROL.sub("", text.encode("utf-8", "ignore").decode())
     if config.clean:
@@ -185,8 +192,11 @@ def clean(text: str, config: CaptionConfig) -> str:
 
 
 def decode_text(data: bytes, otherwise: str | None = None) -> str:
-    """UTF-8, or UTF-16/32 with a byte order mark; what is neither is in the encoding `otherwise`. Without one it would
-    be a guess: `BadSample("bad_text")`."""
+    """Decode UTF-8, UTF-16/32 with a byte order mark, or else the encoding `otherwise`.
+
+    Raises:
+        BadSample: `bad_text`, the bytes fit none of these; an encoding is never guessed.
+    """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
@@ -196,13 +206,18 @@ def decode_text(data: bytes, otherwise: str | None = None) -> str:
                 return data.decode(otherwise)
         tried = f"neither {encoding.removesuffix('-sig')} nor {otherwise}" if otherwise else "not UTF-8"
         raise BadSample(
-            "bad_text", f"a caption is {tried}; data.captions.encoding=cp1252 (or another) says what it is"
+            "bad_text", f"a caption is {tried}; set data.captions.encoding to its encoding, such as cp1252"
         ) from error
 
 
 def parse_json(member: bytes | None) -> dict[str, Any]:
-    """The .json member, a text or list of texts as {"caption": ...}; {} when there is none or it holds no object.
-    Raises `BadSample("bad_json")`."""
+    """Parse the .json member into an object; {} if there is none or it holds neither an object nor text.
+
+    A string or a list of strings becomes {"caption": ...}.
+
+    Raises:
+        BadSample: `bad_json`, it cannot be parsed.
+    """
     if not member:
         return {}
     try:
@@ -213,14 +228,14 @@ def parse_json(member: bytes | None) -> dict[str, Any]:
 
 
 def object_of(value: Any) -> dict[str, Any]:
-    """A JSON value as the facts of a sample: texts alone are its captions."""
+    """Return a JSON value as a sample's metadata: an object as is, bare text as {"caption": value}, otherwise {}."""
     if isinstance(value, dict):
         return value
     return {"caption": value} if texts_in(value) else {}
 
 
 def read_json_or_nothing(member: bytes | None) -> dict[str, Any]:
-    """The .json member; {} also where it cannot be parsed: the picture and its .txt are good without it."""
+    """Parse the .json member; {} if it cannot be parsed, because the picture and its .txt are usable without it."""
     try:
         return parse_json(member)
     except BadSample:

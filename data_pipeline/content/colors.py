@@ -1,4 +1,4 @@
-"""Colour profiles: pictures in Adobe RGB, Display P3 and other spaces -> sRGB, in which models are trained."""
+"""Colour profiles: converts pictures in Adobe RGB, Display P3 and other spaces to sRGB, in which models are trained."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image, ImageCms
 from data_pipeline.common.recent import Recent
 
 _NEAR = 3
-"""Steps of 255 up to which a profile counts as sRGB, and its pixels stay as they are."""
+"""A profile whose colours differ from sRGB by at most this many of 255 steps counts as sRGB; pixels are kept as is."""
 _KEPT = 16
 
 
 class _Transforms(threading.local):
-    """What converts from each profile seen lately; each thread has its own, since they hold state."""
+    """A cache of colour transforms by profile; one per thread, because transforms hold state."""
 
     def __init__(self) -> None:
         self.known: Recent[tuple[bytes, str], Any] = Recent(_KEPT)
@@ -32,8 +32,11 @@ _transforms = _Transforms()
 
 
 def convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image as RGB, its colours converted from an ICC profile to sRGB. Profiles that are damaged, of another kind of
-    pixels, or as good as sRGB change nothing; without a profile colours are taken for sRGB."""
+    """Convert an image to RGB, and its colours from an ICC profile to sRGB.
+
+    Profiles that are damaged, made for another pixel format or practically sRGB are ignored. Without a profile the
+    colours are assumed to be sRGB.
+    """
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     transform = _transforms.get(profile, image.mode) if profile else None
@@ -43,7 +46,7 @@ def convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def to_srgb(picture: np.ndarray, profile: bytes | None) -> np.ndarray:
-    """The same for uint8 (H, W, 3) in RGB, of which grey pictures have three equal channels."""
+    """Like `convert_profile`, for uint8 (H, W, 3) in RGB; a picture with a grey profile has three equal channels."""
     if not profile:
         return picture
     transform = _transforms.get(profile, "RGB")
@@ -56,7 +59,7 @@ def to_srgb(picture: np.ndarray, profile: bytes | None) -> np.ndarray:
 
 
 def icc_of_jpeg(data: bytes) -> bytes | None:
-    """The ICC profile of a JPEG, from its segments before the image data; None when there is none that is whole."""
+    """Return the ICC profile in a JPEG's segments before the image data; None if it is missing or incomplete."""
     parts: dict[int, bytes] = {}
     total, at = 0, 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
@@ -77,7 +80,7 @@ def icc_of_jpeg(data: bytes) -> bytes | None:
 
 
 def _transform(profile: bytes, mode: str) -> Any:
-    """What converts pixels of `mode` to sRGB; None where nothing is to be done or nothing can be."""
+    """Build the transform of pixels of `mode` to sRGB; None if none is needed or the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
@@ -94,7 +97,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _probe(mode: str) -> Image.Image:
-    """Colours all over the space."""
+    """Return an image of colours spread over the colour space."""
     if mode == "L":
         return Image.fromarray(np.arange(0, 256, 5, dtype=np.uint8)[None])
     steps = np.linspace(0, 255, 6).astype(np.uint8)

@@ -1,7 +1,8 @@
-"""Encoded pictures -> uint8 arrays (H, W, 3), RGB. Strict on damage, careful with what other readers get wrong.
+"""Decodes pictures to uint8 arrays (H, W, 3), RGB. Damaged files are errors; orientation, alpha, 16 bits and colour
+profiles are handled.
 
-JPEGs are decoded at the smallest DCT scale that still holds `margin` times the pixels needed: the discarded frequencies
-are never computed, which is where most of a plain reader's time goes. Everything else goes through Pillow.
+JPEGs are decoded at the smallest DCT scale that still gives `margin` times the pixels needed: the discarded frequencies
+are never computed, which saves most of the time of a full decode. All other formats go through Pillow.
 Every random choice is a function of (seed, position), see `chance.py`.
 """
 
@@ -26,20 +27,20 @@ from data_pipeline.order.chance import hash_below, hash_uniform
 __all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair", "training_view"]
 
 MIN_SIDE = 4
-"""Pictures with a side below this are counters and tracking pixels, never training data: `too_small`."""
+"""Pictures with a shorter side are counters and tracking pixels, not training data: `too_small`."""
 MAX_ASPECT = 20.0
-"""No square of a sliver longer than this shows anything: `aspect_ratio`."""
+"""Pictures more elongated than this have no meaningful square crop: `aspect_ratio`."""
 Image.init()
 FORMATS = tuple(
     name
     for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
     if name in Image.OPEN
 )
-"""What Pillow may try; its other readers start programs (EPS) or read vectors."""
+"""Formats Pillow may open; its other readers start programs (EPS) or read vector graphics."""
 _ORIENTATION_TAG = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DCT_EIGHTHS = (1, 2, 4, 8)
-"""Scales of the DCT that libjpeg-turbo has vector code for; 3/8 costs more than 4/8, and 5/8 to 7/8 more than all."""
+"""DCT scales with SIMD code in libjpeg-turbo; without it 3/8 is slower than 4/8, and 5/8 to 7/8 slower than 8/8."""
 _EXIF_WORDS = {
     "Horizontal (normal)": 1,
     "Mirrored horizontal": 2,
@@ -50,23 +51,23 @@ _EXIF_WORDS = {
     "Mirrored horizontal then rotated 90 CW": 7,
     "Rotated 90 CCW": 8,
 }
-"""How exifread, and so img2dataset's json, spells the orientation tag."""
+"""How exifread, and hence img2dataset's .json, spells the orientation tag."""
 
 
 class View(NamedTuple):
-    """What training sees of one picture."""
+    """What training gets of one picture."""
 
     high: np.ndarray
     """uint8 (S, S, 3), or (height, width, 3)."""
     low: np.ndarray | None
-    """The smaller picture that super-resolution starts from."""
+    """The smaller picture that super-resolution starts from, uint8; None if not asked for."""
     frame: tuple[float, ...]
-    """Pixels: original height and width; top and left of the used part in the whole picture as resized; height and
-    width of the used part as resized. The window of `crop_size` inside it does not count."""
+    """Six numbers in pixels: height and width of the original; top and left of the crop in the whole picture as
+    resized; height and width of the crop as resized. The window of `crop_size` inside the crop is not considered."""
 
 
 def training_pair(data: bytes, **settings: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The two pictures of `training_view`, whose arguments it takes."""
+    """Return `high` and `low` of `training_view`, with the same arguments."""
     view = training_view(data, **settings)
     return view.high, view.low
 
@@ -88,28 +89,30 @@ def training_view(
     orientation: int = 1,
     srgb: bool = True,
 ) -> View:
-    """One decode for the picture a stage learns to make and the smaller one it starts from.
+    """Decode a picture once, for both the target of a stage and the low-res picture it starts from.
 
-    A square of the picture is resized to `size` (antialiased bicubic); a window of `crop_size` is cut from that, on
-    the grid of the low-res pixels; each low-res pixel is the mean of its block of high-res pixels.
+    A square of the picture is resized to `size` (antialiased bicubic), and a window of `crop_size` is cut out of it,
+    aligned to the low-res pixels. Each low-res pixel is the mean of its block of high-res pixels.
 
     Args:
         size: side of the whole high-res picture, pixels.
         low_res_size: side of the whole low-res picture; 0: no pair. It must divide `size`.
         crop_size: side of the window, a multiple of size / low_res_size; 0: the whole picture.
-        shape: (width, height) in pixels to which the whole picture is cut instead of a square of `size`; multiples of
-            size / low_res_size, without `crop_size`.
-        crop: `random` or `center`, for the square and for the window.
+        shape: (width, height) in pixels of the crop, instead of a square of `size`; multiples of size / low_res_size.
+            Not combined with `crop_size`.
+        crop: `random` or `center`, for both the square and the window.
         flip: probability of a horizontal flip, 0 to 1.
+        seed, position: determine every random choice.
         margin, max_pixels, background, orientation, srgb: see `decode`.
 
     Returns:
-        high uint8 (S, S, 3) with S = crop_size or size, and low uint8 (S / factor, S / factor, 3) or None; with `shape`
-        (height, width, 3) and the same divided by the factor. And where they lie in the original.
+        `high`, uint8 (S, S, 3) with S = crop_size or size, and `low`, uint8 (S / factor, S / factor, 3) or None, where
+        factor = size / low_res_size; with `shape`, (height, width, 3) and the same sides divided by the factor. `frame`
+        says where the crop lies in the original.
 
     Raises:
         BadSample: see `decode`.
-        ValueError: sizes that do not fit together.
+        ValueError: the sizes do not fit together.
     """
     factor = size // low_res_size if low_res_size else 1
     if (low_res_size and size % low_res_size) or not 0 <= crop_size <= size or crop_size % factor:
@@ -146,15 +149,16 @@ def decode(
     orientation: int = 1,
     srgb: bool = True,
 ) -> np.ndarray:
-    """Decodes one picture upright, at full size or (JPEG) at a smaller scale that is enough for `target`.
+    """Decode one picture upright, at full size or (JPEG) at a smaller scale that is sufficient for `target`.
 
     Args:
-        target: the shorter side will be used at this many pixels; 0: full size.
-        margin: a JPEG's decoded shorter side is at least margin * target where the file holds as much. 2 costs no
-            visible quality (a median of 50 dB against a full decode); 1 is faster and softer.
-        max_pixels: larger pictures are refused from the header, before any memory is taken.
+        data: the encoded picture.
+        target: size at which the shorter side will be used, pixels; 0: decode at full size.
+        margin: the shorter side of a JPEG is decoded to at least margin * target pixels, if it has as many. 2 costs no
+            visible quality (median PSNR of 50 dB against a full decode); 1 is faster and softer.
+        max_pixels: larger pictures are rejected by their header, before memory is allocated.
         background: grey value, 0 to 255, behind transparent pixels.
-        orientation: EXIF orientation 1 to 8 known from elsewhere, used when the bytes themselves carry none.
+        orientation: EXIF orientation 1 to 8 known from elsewhere, used if the bytes themselves have none.
         srgb: convert the colours of an embedded ICC profile (Adobe RGB, Display P3) to sRGB.
 
     Returns:
@@ -168,7 +172,11 @@ def decode(
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """Stored (width, height) from the header alone. Raises `BadSample` (`empty_image`, `decode_error`, `too_large`)."""
+    """Return the stored (width, height), reading only the header; orientation is not applied.
+
+    Raises:
+        BadSample: `empty_image`, `decode_error`, `too_large` or `unsupported_image`.
+    """
     if not data:
         raise BadSample("empty_image", "the picture has no bytes")
     if data.startswith(b"\xff\xd8\xff"):
@@ -176,12 +184,12 @@ def dimensions(data: bytes) -> tuple[int, int]:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
             return width, height
         except ValueError:
-            pass  # subsampling that libjpeg-turbo's short cut does not know: Pillow may
+            pass  # subsampling that libjpeg-turbo's fast path does not support; Pillow may
     return _open(data).size
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises `BadSample` (`too_large`, `too_small`, `aspect_ratio`) for a picture that no training could use."""
+    """Raise `BadSample` (`too_large`, `too_small`, `aspect_ratio`) for a picture whose size rules it out."""
     if width * height > max_pixels:
         raise BadSample("too_large", f"{width} x {height} pixels")
     if min(width, height) < MIN_SIDE:
@@ -191,7 +199,10 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def orientation_from_json(member: bytes | None) -> int:
-    """The EXIF orientation (1 to 8) in img2dataset's json, which resizes without turning; 1 when it says nothing."""
+    """Return the EXIF orientation (1 to 8) in img2dataset's .json; 1 if there is none.
+
+    img2dataset resizes pictures without rotating them.
+    """
     if not member or b"Image Orientation" not in member:
         return 1
     try:
@@ -203,20 +214,20 @@ def orientation_from_json(member: bytes | None) -> int:
 
 
 Extent = tuple[float, float, float, float]
-"""(left, top, right, bottom) of the picture in decoded pixels: of a scaled JPEG, the last ones may be part pixels."""
+"""(left, top, right, bottom) of the picture in decoded pixels; in a scaled JPEG its edge may fall inside a pixel."""
 
 
 class _Scratch(threading.local):
-    """Memory for one decoded picture per thread: fresh memory costs a third of a decode, spent in page faults."""
+    """Reusable memory for one decoded picture per thread: page faults of new memory take a third of a decode."""
 
     limit = 24 << 20
-    """Larger pictures get memory of their own, which is not kept."""
+    """Bytes; larger pictures get memory of their own, which is not kept."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray | None:
-        """`size` bytes whose content lasts until the thread's next call; None for more than the limit."""
+        """Return at least `size` bytes, valid until this thread's next call; None above the limit."""
         if size > self.limit:
             return None
         if len(self._memory) < size:
@@ -230,10 +241,11 @@ _scratch = _Scratch()
 def _decode(
     data: bytes, least: int, max_pixels: int, background: int, orientation: int, scratch: _Scratch | None, srgb: bool
 ) -> tuple[np.ndarray, Extent, bytes | None, float]:
-    """The upright picture, its extent, the ICC profile that its colours still have, and the scale at which it was
-    decoded; a JPEG's shorter side is at least `least` pixels if the file has them.
+    """Decode a picture; the shorter side of a JPEG gets at least `least` pixels if the file has them.
 
-    With `scratch` the picture may lie in memory that the thread's next call overwrites.
+    Returns:
+        The upright picture, its extent, the ICC profile still to be applied, and the scale of the decode. With
+        `scratch` the picture may lie in memory that this thread's next call overwrites.
     """
     if not data:
         raise BadSample("empty_image", "the picture has no bytes")
@@ -248,7 +260,7 @@ def _decode(
 def _decode_jpeg(
     data: bytes, least: int, max_pixels: int, orientation: int, scratch: _Scratch | None
 ) -> tuple[np.ndarray, Extent, float] | None:
-    """The picture, its extent and its scale, or None where Pillow must do it (CMYK, rare subsampling)."""
+    """Return the picture, its extent and its scale, or None if only Pillow can decode it (CMYK, rare subsampling)."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -273,27 +285,27 @@ def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int,
     image = _open(data)
     check_size(*image.size, max_pixels)
     try:
-        turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow turns these by itself
+        turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow applies it to TIFFs itself
         try:
             image.load()
         except ValueError:
-            lean = without_text(data)  # Pillow refuses text of more than a megabyte, which may follow the pixels
+            lean = without_text(data)  # Pillow rejects text chunks above 1 MB; they may follow the pixels
             if len(lean) == len(data):
                 raise
             image = _open(lean)
             image.load()
         orientation = 1 if turned else _exif_orientation(image, orientation)
         rgb = to_rgb(image, background, srgb)
-        del image  # with its decoder it holds several times the memory of the pixels
+        del image  # together with its decoder it takes several times the memory of the pixels
         return _upright(np.asarray(rgb), orientation)
     except BadSample:
         raise
-    except Exception as error:  # Pillow's readers raise anything at all on damaged files
+    except Exception as error:  # Pillow's readers raise all kinds of errors on damaged files
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header."""
+    """Open a picture, reading only its header. Raises `BadSample`."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -312,7 +324,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def without_text(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, which may unpack to more than Pillow accepts; others as they are."""
+    """Return a PNG without its text and colour profile, which may be larger than Pillow accepts; other data as is."""
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)
@@ -325,9 +337,10 @@ def without_text(data: bytes) -> bytes:
 
 
 def to_rgb(image: Image.Image, background: int = 255, srgb: bool = True) -> Image.Image:
-    """8 bits per colour: 16-bit grey scaled, transparency composed on a grey of `background`, colours in sRGB.
+    """Convert an image to 8-bit RGB in sRGB, with 16-bit grey rescaled and transparency composed on grey.
 
     Args:
+        background: grey value, 0 to 255, behind transparent pixels.
         srgb: convert the colours of an embedded ICC profile.
 
     Raises:
@@ -348,13 +361,13 @@ def to_rgb(image: Image.Image, background: int = 255, srgb: bool = True) -> Imag
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    """Scales 0..65535 to 0..255; Pillow's own conversion clips, which turns most such pictures white."""
+    """Scale 0..65535 to 0..255; Pillow's own conversion clips, which turns most such pictures white."""
     values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether an EXIF block stands before the JPEG's image data; looks at the segments' headers only."""
+    """Return whether a JPEG has an EXIF block before its image data; reads only segment headers."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
@@ -375,7 +388,7 @@ def _exif_orientation(image: Image.Image, default: int) -> int:
 
 
 def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation (values outside 2..8 change nothing)."""
+    """Undo an EXIF orientation (values outside 2..8 change nothing)."""
     if orientation in (5, 6, 7, 8):
         picture = picture.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -386,7 +399,7 @@ def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _upright_extent(stored: np.ndarray, width: float, height: float, orientation: int) -> Extent:
-    """Where the `width` x `height` upper left part of the stored array lies once `_upright` has turned it."""
+    """Return where the upper left `width` x `height` part of the stored array lies after `_upright`."""
     rows, columns = stored.shape[:2]
     if orientation in (5, 6, 7, 8):
         rows, columns, width, height = columns, rows, height, width
@@ -396,9 +409,9 @@ def _upright_extent(stored: np.ndarray, width: float, height: float, orientation
 
 
 def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float, float, float]:
-    """The square used: (left, top, side) in decoded pixels.
+    """Return the square crop (left, top, side) in decoded pixels.
 
-    A random one begins at a whole pixel, where resizing is fastest; the central one lies exactly in the middle.
+    A random crop starts at a whole pixel, where resizing is fastest; a centred one is exact.
     """
     left, top, right, bottom = extent
     side = min(right - left, bottom - top)
@@ -413,7 +426,8 @@ def _square(extent: Extent, crop: str, seed: int, position: int) -> tuple[float,
 def _box(
     extent: Extent, shape: tuple[int, int], crop: str, seed: int, position: int
 ) -> tuple[float, float, float, float]:
-    """The largest part (left, top, right, bottom) of the shape (width, height), in decoded pixels."""
+    """Return the largest crop (left, top, right, bottom) with the proportions of `shape` (width, height), in decoded
+    pixels."""
     left, top, right, bottom = extent
     scale = min((right - left) / shape[0], (bottom - top) / shape[1])
     width, height = shape[0] * scale, shape[1] * scale
@@ -425,8 +439,8 @@ def _box(
 def _frame(
     extent: Extent, box: Extent, shape: tuple[int, int], shrunk: float, flipped: bool
 ) -> tuple[float, float, float, float, float, float]:
-    """`View.frame` of the part `box` that was resized to `shape` (width, height), of a picture decoded at the scale
-    `shrunk`; a flipped one counts from its own left."""
+    """Return the `View.frame` of the crop `box`, resized to `shape` (width, height), of a picture decoded at the scale
+    `shrunk`. In a flipped picture, left is measured after the flip."""
     left, top, right, bottom = extent
     scale = shape[0] / (box[2] - box[0])
     aside = right - box[2] if flipped else box[0] - left
@@ -434,13 +448,13 @@ def _frame(
 
 
 def bucket_shape(ratio: float, size: int, multiple: int) -> tuple[int, int]:
-    """(width, height) of about size x size pixels and of this width / height, both multiples of `multiple`."""
+    """Return (width, height), multiples of `multiple`, of about size x size pixels and about this width / height."""
     width, height = (max(round(size * side / multiple), 1) * multiple for side in (ratio**0.5, ratio**-0.5))
     return width, height
 
 
 def _window(size: int, window: int, factor: int, crop: str, seed: int, position: int) -> tuple[int, int, int]:
-    """(left, top, side) of the training window inside the resized picture, on multiples of `factor`."""
+    """Return (left, top, side) of the training window inside the resized picture, aligned to `factor`."""
     places = (size - window) // factor + 1
     if crop == "random":
         column, row = (hash_below(places, seed, position, f"window {axis}") for axis in "xy")

@@ -1,5 +1,5 @@
-"""Which file of a sample is the picture, which the caption, which the facts: by name, and where that says nothing by
-content. Pure functions that folders, shards and tables share."""
+"""Decides which file of a sample is the picture, the caption and the metadata: by name, or by content if the name
+is not known. Pure functions shared by folders, shards and tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif"),
     *("apng", "dib", "jp2", "j2k", "jpx", "jpf", "j2c", "jpc", "mpo", "ppm", "pgm", "pbm", "pnm", "qoi"),
 )
-"""Members that are pictures, the preferred first."""
+"""Extensions of pictures, preferred ones first."""
 CAPTION_ENDINGS = ("txt", "caption", "captions", "text", "cap", "prompt", "tags")
-"""Members that are captions, the preferred first."""
+"""Extensions of captions, preferred ones first."""
 _NAMED_IMAGES = ("image", "img", "picture", "photo", "pic")
-"""`K.image.jpg`: which of several named pictures is the one to learn."""
+"""Names, as in `KEY.image.jpg`, of the picture to train on among several; preferred ones first."""
 _NAMED_CAPTIONS = ("caption", "captions", "text", "prompt", "txt", "label")
 _MOST_NAMED_IMAGES = 8
-"""Pictures up to which one key's files may be the named members of one sample."""
+"""The most pictures that one key's files may have to count as named members of one sample."""
 
 _HINTS = {
     "heic": "convert it to JPEG first, with `heif-convert` or Python's pillow-heif",
@@ -33,7 +33,7 @@ _HINTS = {
     "other": "convert it to PNG first, for instance with ImageMagick's `magick`",
     "video": "take frames out of it first, for instance with `ffmpeg`",
 }
-"""Kinds of picture that are not read -> what helps."""
+"""Kind of unsupported picture -> remedy."""
 UNSUPPORTED = {
     **dict.fromkeys(("heic", "heif", "hif"), "heic"),
     "jxl": "jxl",
@@ -43,7 +43,7 @@ UNSUPPORTED = {
     **dict.fromkeys(("tga", "ico", "icns", "pcx", "sgi", "dds", "exr", "hdr", "pdf", "eps"), "other"),
     **dict.fromkeys(("mp4", "mov", "webm", "avi", "mkv"), "video"),
 }
-"""Endings of pictures that are not read -> their kind."""
+"""Extension of unsupported pictures -> their kind."""
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),
@@ -66,7 +66,7 @@ _SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<!--|<!DOCTYPE svg|<svg)[\s\S
 
 
 def picture_kind(data: bytes) -> str | None:
-    """What encoded bytes are, as an ending: one of `IMAGE_EXTENSIONS` or a kind of `UNSUPPORTED`; None: no picture."""
+    """Detect the format of encoded bytes: one of `IMAGE_EXTENSIONS` or a kind of `UNSUPPORTED`; None: not a picture."""
     for signature, ending in _SIGNATURES:
         if data.startswith(signature):
             return ending
@@ -85,7 +85,7 @@ def picture_kind(data: bytes) -> str | None:
 
 
 def instead(data: bytes) -> str:
-    """What lies where a picture or an archive should be, and what helps; empty where that is not known."""
+    """Say what the data is instead of a picture or archive, with the remedy; empty if that is not known."""
     if data.startswith(b"version https://git-lfs"):
         return "it stands for a file in Git LFS: fetch it with `git lfs pull`"
     if data.lstrip()[:1] in (b"<", b"{"):
@@ -94,22 +94,22 @@ def instead(data: bytes) -> str:
 
 
 def unsupported_hint(kind: str) -> str:
-    """What helps with a picture of an ending or kind that is not read."""
+    """Return the remedy for an unsupported picture, given its extension or kind. Raises `KeyError` for others."""
     return _HINTS[UNSUPPORTED.get(kind, kind)]
 
 
 def is_unsupported(kind: str | None) -> bool:
-    """Whether a name ends as pictures that are known but not read."""
+    """Return whether this is the extension or kind of a picture that is known but not supported."""
     return kind in _HINTS or kind in UNSUPPORTED
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Names of the members that are used, each as the sample has it; None where there is none."""
+    """Names of the members to use, as the sample spells them; None if there is none."""
 
     image: str | None = None
     captions: tuple[str, ...] = ()
-    """The preferred first; the first one with text counts."""
+    """Preferred ones first; the first one with text is used."""
     json: str | None = None
     unused_images: tuple[str, ...] = ()
     problem: str | None = None
@@ -117,17 +117,17 @@ class Roles:
 
 
 def ending(name: str) -> str:
-    """What stands after the last dot."""
+    """Return what follows the last dot; the whole name if it has none."""
     return name.rpartition(".")[2]
 
 
 def roles(kinds: Mapping[str, str | None], config: MembersConfig) -> Roles:
-    """Which members of one sample are used.
+    """Choose which members of a sample to use.
 
     Args:
-        kinds: name of each member (what follows the key, lower case) -> see `kind_of`.
-        config: names that come first. Without them a plain ending beats a named member (`K.jpg`, `K.image.jpg`), and of
-            several named pictures the one called image, img, picture or photo is taken.
+        kinds: name of each member (what follows the key, lower case) -> its kind, see `kind_of`.
+        config: names that take precedence. By default a plain extension (`KEY.jpg`) beats a named member
+            (`KEY.image.jpg`), and of several named pictures the one called image, img, picture, photo or pic is used.
     """
     pictures = [name for name, kind in kinds.items() if kind == "image"]
     texts = [name for name, kind in kinds.items() if kind == "text"]
@@ -147,10 +147,11 @@ def roles(kinds: Mapping[str, str | None], config: MembersConfig) -> Roles:
 
 
 def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None:
-    """`image`, `text`, `json`, `unsupported` (a picture that is not read) or None, for a member's name.
+    """Return the kind of a member: `image`, `text`, `json`, `unsupported` (a picture we cannot read) or None.
 
     Args:
-        content: `picture_kind` of its first bytes, which speaks where the ending is not known.
+        name: what follows the key, lower case.
+        content: `picture_kind` of its first bytes, used if the extension is not known.
     """
     last = ending(name)
     if last in IMAGE_EXTENSIONS:
@@ -165,7 +166,7 @@ def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None
 
 
 def matches(name: str, wanted: Iterable[str]) -> bool:
-    """Whether a member's name (`image.jpg`) is one of those named: whole, without its ending, its ending, a glob."""
+    """Return whether a member's name (`image.jpg`) matches an entry: as a whole, by stem, by extension or by glob."""
     return any(
         name == one or one in (name.rpartition(".")[0], ending(name)) or fnmatchcase(name, one) for one in wanted
     )
@@ -177,7 +178,7 @@ def _chosen(names: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
 
 
 def _image(pictures: list[str], names: list[str], config: MembersConfig) -> tuple[str | None, str | None]:
-    """(the picture, why there is none)."""
+    """Return (the picture, None) or (None, the reason there is none)."""
     if config.image:
         found = _chosen(names, config.image)
         return (found[0], None) if found else (None, "missing_image")
@@ -193,7 +194,7 @@ def _image(pictures: list[str], names: list[str], config: MembersConfig) -> tupl
 
 
 def _caption_rank(name: str) -> tuple[bool, int, int]:
-    """Plain endings first, then `K.caption.txt`; what lies beside one picture (`K.jpg.txt`) between the two."""
+    """Sort key of captions: plain extensions, then a caption of one picture (`KEY.jpg.txt`), then `KEY.caption.txt`."""
     stem, _, last = name.rpartition(".")
     word = stem.rpartition(".")[2]
     order = CAPTION_ENDINGS.index(last) if last in CAPTION_ENDINGS else 0
@@ -202,16 +203,17 @@ def _caption_rank(name: str) -> tuple[bool, int, int]:
 
 
 def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConfig) -> list[tuple[str, dict[str, str]]]:
-    """The samples among the files whose name is `key` up to its first dot.
+    """Group the files whose names are equal up to the first dot into samples.
 
-    webdataset's rule makes one sample of them. Names with dots of their own (`photo.v2.jpg`, `photo.v2.txt`) part at
-    the last dot instead, where that alone gives a picture and its caption.
+    By webdataset's rule they are one sample. Names that contain dots themselves (`photo.v2.jpg`, `photo.v2.txt`) are
+    split at the last dot instead, if only that gives a picture and its caption.
 
     Args:
-        kinds: what follows the key -> see `kind_of`.
+        key: the part of the names up to the first dot.
+        kinds: what follows the key -> its kind, see `kind_of`.
 
     Returns:
-        (key, {name within the sample: name in `kinds`}) of each.
+        (key, {name within the sample: name in `kinds`}) of each sample.
     """
     whole = {name: name for name in kinds}
     if not any("." in name for name in kinds) or any("." in name for name in (*config.image, *config.caption)):
@@ -242,10 +244,11 @@ def _has(kinds: Mapping[str, str | None], part: Mapping[str, str], kind: str) ->
 
 
 def advice(reason: str, layouts: Mapping[str, int]) -> str:
-    """What would let samples take part that were left out for `reason`; empty for reasons that names do not decide.
+    """Say how to include samples that were dropped for `reason`; empty if their names are not the cause.
 
     Args:
-        layouts: member names joined by "/", as in an index -> how many of those samples have them.
+        reason: one of `BAD_REASONS`.
+        layouts: member names joined by "/", as in an index -> number of dropped samples with these members.
     """
     seen: Counter[str] = Counter()
     for layout, count in layouts.items():
@@ -259,7 +262,7 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
     if reason == "missing_caption":
         others = [name for name in seen if kind_of(name, None, MembersConfig()) is None]
         if not others:
-            return ""  # what the samples hold says more
+            return ""  # the content of the samples is the cause
         example = next((name for name in others if ending(name) in ("cls", "classname", "label")), others[0])
         return f"their members are {members}; if one is the caption, 'data.members={{caption: [{example}]}}' names it"
     if reason not in ("missing_image", "ambiguous_image"):

@@ -1,11 +1,11 @@
-"""Renders captioned shapes: the data of the demo and the tests. Pure functions of their arguments, no files.
+"""Renders captioned shapes, the data of the demo and the tests. Pure functions of their arguments, no files.
 
 A picture shows one shape ("a large red circle on a white background"), two and their relation
 ("a large red circle to the left of a small blue square on a white background"), three or four of different colours
 ("a large red circle, a small blue square and a small cyan cross on a white background"), or two to four equal ones
-("three small red circles on a white background"). Colours and backgrounds are far apart
-in RGB, so that a program can recognise them; each shape has crisp edges and a thin dark outline that 64 pixels resolve
-and 16 do not, so that a super-resolution stage has something to add.
+("three small red circles on a white background"). Colours and backgrounds are far apart in RGB, so that a program can
+recognise them. Each shape has crisp edges and a thin dark outline that is visible at 64 pixels but not at 16, so that
+a super-resolution stage has something to add.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 205, 220),
 }
 SIZES: dict[str, float] = {"large": 0.34, "small": 0.19}
-"""Half the width of a shape as a share of the picture's side, when it is alone."""
+"""Half the width of a single shape, as a fraction of the picture's side."""
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 RELATIONS: dict[str, tuple[int, int]] = {
     "to the left of": (-1, 0),
@@ -42,7 +42,7 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "above": (0, -1),
     "below": (0, 1),
 }
-"""Relation of the first object to the second -> the direction (x to the right, y down) from the second to the first."""
+"""Relation of the first object to the second -> direction from the second to the first (x to the right, y down)."""
 
 OUTLINE_WIDTH = 0.025
 OUTLINE_SHADE = 0.45
@@ -51,20 +51,20 @@ PAIR_SCALE = 0.62
 PAIR_DISTANCE = 0.23
 """Distance of each of two objects from the centre."""
 CELL_SCALE, CELL_DISTANCE = 0.55, 0.25
-"""The same of several objects in the quarters of the picture; the distance is that along each side."""
+"""The same for several objects in the quarters of the picture; the distance is per axis."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-"""How many equal objects a picture may show."""
+"""Possible numbers of equal objects, in words."""
 JITTER = {1: 0.05, 2: 0.02}
-"""Largest random shift of an object, by the number of objects; of several in their quarters it is that of two."""
+"""Largest random shift per axis, by number of objects; objects in quarters use that of two."""
 HELDOUT_SHARE = 0.1
 _HELDOUT_SALT = 279
-"""Chosen so that the few held-out combinations contain every word several times."""
+"""Chosen such that the few held-out combinations contain every word several times."""
 _REFERENCE_SIDE = 64
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: words of `COLOURS`, `SIZES` and `SHAPES`."""
+    """One object, described by words of `COLOURS`, `SIZES` and `SHAPES`."""
 
     colour: str
     size: str
@@ -76,8 +76,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """What a picture shows: a background, and one object, or two with the relation of the first to the second, or
-    several in its quarters: three or four of different colours, or two to four equal ones."""
+    """What a picture shows on its background: one object; two and the relation of the first to the second; or, in its
+    quarters, three or four objects of different colours or two to four equal ones.
+
+    Raises:
+        ValueError: any other combination.
+    """
 
     background: str
     objects: tuple[Thing, ...]
@@ -94,17 +98,17 @@ class ShapeSpec:
 
     @property
     def is_count(self) -> bool:
-        """Whether it shows a number of equal objects."""
+        """Whether the picture shows two to four equal objects."""
         return self.relation is None and len(self.objects) in NUMBERS and len({*self.objects}) == 1
 
     def to_json(self) -> dict[str, object]:
-        """Plain values for the .json member of a shard."""
+        """Return the spec as plain values, for the .json member of a shard."""
         things = [{"colour": o.colour, "size": o.size, "shape": o.shape} for o in self.objects]
         return {"background": self.background, "objects": things, "relation": self.relation}
 
 
 def caption(spec: ShapeSpec) -> str:
-    """The caption that describes the spec exactly; `parse` is its inverse."""
+    """Return the caption that describes the spec exactly; `parse` is the inverse."""
     first, named = spec.objects[0], [str(thing) for thing in spec.objects]
     if spec.is_count:
         things = f"{NUMBERS[len(named)]} {first.size} {first.colour} {first.shape}{_plural(first.shape)}"
@@ -137,7 +141,7 @@ _CAPTIONS = (
 
 
 def parse(text: str) -> ShapeSpec | None:
-    """The spec with this caption, or None for any other text. Ignores whitespace and case."""
+    """Return the spec with this caption, ignoring white space and case; None for any other text."""
     plain = " ".join(text.lower().split())
     for pattern in _CAPTIONS:
         if match := pattern.fullmatch(plain):
@@ -151,7 +155,7 @@ def parse(text: str) -> ShapeSpec | None:
                 things *= next(count for count, name in NUMBERS.items() if name == number)
             try:
                 spec = ShapeSpec(word["background"], tuple(things), word.get("relation"))
-            except ValueError:  # two of one colour
+            except ValueError:  # two objects have the same colour
                 return None
             return spec if caption(spec) == plain else None
     return None
@@ -159,7 +163,7 @@ def parse(text: str) -> ShapeSpec | None:
 
 @lru_cache(maxsize=1)
 def _heldout_singles() -> frozenset[tuple[str, Thing]]:
-    """The (background, object) pairs that no training picture shows: those with the lowest hashes, a fixed set."""
+    """Return the (background, object) pairs that no training picture shows: a fixed set, those with lowest hashes."""
     singles = [(background, thing) for background in BACKGROUNDS for thing in _things()]
     order = sorted(singles, key=lambda single: hash_bits(_HELDOUT_SALT, 0, f"heldout {single[1]} on {single[0]}"))
     return frozenset(order[: round(HELDOUT_SHARE * len(singles))])
@@ -170,13 +174,20 @@ def _things() -> list[Thing]:
 
 
 def is_heldout(spec: ShapeSpec) -> bool:
-    """Whether the picture shows an object that training never sees on this background (it does see every word)."""
+    """Return whether the picture shows an object that training never sees on this background.
+
+    Training does see every word.
+    """
     return any((spec.background, thing) in _heldout_singles() for thing in spec.objects)
 
 
 @lru_cache(maxsize=4)
 def combinations(heldout: bool, objects: int = 1) -> tuple[ShapeSpec, ...]:
-    """All specs of a split that the vocabulary allows. Two objects always differ in colour."""
+    """Return all specs of a split with 1 or 2 objects; two objects always differ in colour.
+
+    Raises:
+        ValueError: any other number of objects.
+    """
     if objects == 1:
         every = (ShapeSpec(background, (thing,)) for background in BACKGROUNDS for thing in _things())
     elif objects == 2:
@@ -192,7 +203,7 @@ def combinations(heldout: bool, objects: int = 1) -> tuple[ShapeSpec, ...]:
 
 
 def spec_at(index: int, seed: int, heldout: bool = False, objects: int = 1) -> ShapeSpec:
-    """The spec of picture `index`: every combination once, in random order, then again in another order."""
+    """Return the spec of picture `index`: each combination once in random order, then all again in another order."""
     specs = combinations(heldout, objects)
     return specs[_permutation(len(specs), seed, index // len(specs))[index % len(specs)]]
 
@@ -203,8 +214,11 @@ def _permutation(count: int, seed: int, cycle: int) -> tuple[int, ...]:
 
 
 def crowd_at(index: int, seed: int, objects: int, equal: bool = False, heldout: bool = False) -> ShapeSpec:
-    """The spec of picture `index` of those with several objects, drawn at random (there are too many to go through):
-    `objects` (3 or 4) of different colours or, with `equal`, 2 to `objects` equal ones."""
+    """Return the spec of picture `index` with several objects: `objects` (3 or 4) of different colours or, with
+    `equal`, 2 to `objects` equal ones.
+
+    Drawn at random: there are too many combinations to enumerate.
+    """
     things, attempt = _things(), 0
     while True:
 
@@ -228,15 +242,15 @@ def crowd_at(index: int, seed: int, objects: int, equal: bool = False, heldout: 
 
 
 def example(index: int, size: int, seed: int, heldout: bool = False, objects: int = 1) -> tuple[np.ndarray, ShapeSpec]:
-    """Picture `index` of a split, uint8 (size, size, 3), and its spec."""
+    """Return picture `index` of a split, uint8 (size, size, 3), and its spec."""
     spec = spec_at(index, seed, heldout, objects)
     return render(spec, size, hash_bits(seed, index, f"synthetic place {heldout} {objects}")), spec
 
 
 def render(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
-    """Renders the picture; the same spec and seed give the same scene at every size.
+    """Render a picture; the same spec and seed give the same scene at every size.
 
-    Sizes below 64 are box averages of the picture rendered at 64 or the next multiple, as a camera would see it.
+    Sizes below 64 are box averages of the picture at the smallest multiple of the size that is at least 64.
 
     Returns:
         uint8 (size, size, 3).
@@ -257,7 +271,7 @@ def render(spec: ShapeSpec, size: int, seed: int = 0) -> np.ndarray:
 
 
 def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float], float]]:
-    """Object, centre and radius, in units of the side."""
+    """Return each object with its centre (x, y) and radius, in units of the side."""
     if spec.is_count or len(spec.objects) > 2:
         return _quarters(spec, seed)
     alone = len(spec.objects) == 1
@@ -277,7 +291,7 @@ def _places(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float]
 
 
 def _quarters(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, float], float]]:
-    """The same of several objects, each in a quarter of the picture of its own."""
+    """Like `_places`, for several objects, each in its own quarter of the picture."""
     quarters = sorted(itertools.product((-1, 1), repeat=2), key=lambda q: hash_bits(seed, 0, f"synthetic quarter {q}"))
     places = []
     for number, (thing, quarter) in enumerate(zip(spec.objects, quarters, strict=False)):
@@ -292,7 +306,7 @@ def _quarters(spec: ShapeSpec, seed: int) -> list[tuple[Thing, tuple[float, floa
 
 
 def _paint(canvas: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> None:
-    """Paints `colour` where the signed distance is negative, with edges antialiased over one rendered pixel."""
+    """Paint `colour` where the signed distance is negative, with edges antialiased over one rendered pixel."""
     coverage = np.clip(0.5 - distance * canvas.shape[0], 0, 1)[..., None]
     canvas += coverage * (colour - canvas)
 
@@ -310,7 +324,7 @@ def _square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Nearly equilateral, its point up: corners (0, -1), (-1.1, 0.85), (1.1, 0.85) times the radius."""
+    """Nearly equilateral, pointing up: corners (0, -1), (-1.1, 0.85), (1.1, 0.85) times the radius."""
     slope = np.hypot(1.85, 1.1)
     side = (1.85 * np.abs(x) - 1.1 * (y + radius)) / slope
     return np.maximum(side, y - 0.85 * radius)

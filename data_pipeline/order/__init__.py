@@ -1,1 +1,1 @@
-"""Which sample comes at which position: arithmetic without I/O. Imports common."""
+"""Which sample comes at which position: pure arithmetic, no I/O. Imports common."""

@@ -1,4 +1,5 @@
-"""How well an order mixes the data set, compared with a perfect shuffle, and whether a mixture keeps its shares."""
+"""Measures how well an order mixes the data set compared with a perfect shuffle, and how exactly a mixture keeps its
+shares."""
 
 from __future__ import annotations
 
@@ -11,14 +12,20 @@ from data_pipeline.order.order import Order
 
 
 def mixing(order: Order | MixedOrder, global_batch: int, position: int = 0, batches: int = 32) -> dict[str, Any]:
-    """Measured on some consecutive global batches.
+    """Measure the mixing of `batches` consecutive global batches.
+
+    Args:
+        order: the order to measure.
+        global_batch: samples per global batch.
+        position: first position to measure.
+        batches: number of global batches.
 
     Returns:
         distinct_shards: mean number of distinct shards in a global batch.
-        perfect_distinct_shards: the same for samples drawn at random (of a mixture: from each data set its share).
-        neighbour_correlation: how often two samples adjacent in a shard end up in the same global batch, as a multiple
-            of chance: 1 is a perfect shuffle, 0 means never.
-        datasets: of a mixture, see `shares_kept`.
+        perfect_distinct_shards: its expectation for samples drawn at random (in a mixture, each data set's share).
+        neighbour_correlation: how often two samples adjacent in a shard fall into the same global batch, as a multiple
+            of chance: 1 for a perfect shuffle, 0 for never.
+        datasets: for a mixture only, see `shares_kept`.
     """
     positions = position + np.arange(batches * global_batch, dtype=np.int64)
     epochs, shards, rows = (part.reshape(batches, -1) for part in order.locate_many(positions))
@@ -43,19 +50,21 @@ def mixing(order: Order | MixedOrder, global_batch: int, position: int = 0, batc
 
 
 def _chance(order: Order, drawn: float) -> float:
-    """How many pairs of neighbours meet in a batch that draws so many samples at random: each with probability (B / N)
-    ((B - 1) / (N - 1))."""
+    """Return the expected number of neighbouring pairs in a batch of B = `drawn` random samples.
+
+    Each pair meets with probability (B / N) ((B - 1) / (N - 1)).
+    """
     neighbours = int(np.maximum(order.counts - 1, 0).sum())
     other = max((drawn - 1) / max(order.samples - 1, 1), 0.0)
     return neighbours * (drawn / order.samples) * min(other, 1.0)
 
 
 def shares_kept(order: MixedOrder, positions: np.ndarray) -> list[dict[str, float]]:
-    """What each data set of a mixture has of some consecutive positions.
+    """Compare the samples that each data set of a mixture gets with its weight, over consecutive positions.
 
     Returns:
-        per data set `wanted`, its mean weight; `share`, its part of the samples; `largest_deviation`, how far its count
-        is ever from the sum of its weights, over all beginnings of the stretch, samples.
+        For each data set: `wanted`, its mean weight; `share`, its actual fraction of the samples; `largest_deviation`,
+        the largest difference in samples between its running count and the running sum of its weight.
     """
     datasets, _ = order.shares.split(positions)
     expected = order.shares.expected(positions)

@@ -1,22 +1,22 @@
-"""Which data set each position of a mixture belongs to, and where in that data set's own order it lies.
+"""Maps each position of a mixture to a data set and a position in that data set's own order.
 
-Position p lies in lane l = p mod L and is the k-th of that lane, k = p div L. Each lane deals its positions to the data
-sets by itself: of two, the first gets the k-th whenever floor(w (k + 1) + t) > floor(w k + t), with its share w of the
-weights and the lane's *phase* t. The c-th position that lane l gives to a data set is that data set's own position
-c L + l, so in its own order it stays in lane l: what a process reads of a data set is as sequential as if that were
-alone, on any number of processes. More than two are a tree of such splits.
+Position p lies in lane l = p mod L and is the k-th of that lane, k = p div L. Each lane deals out its positions
+independently: of two data sets, the first gets the k-th position whenever floor(w (k + 1) + t) > floor(w k + t), where
+w is its share and t the lane's *phase*. The c-th position that lane l gives to a data set is own position c L + l of
+that data set, which is again in lane l. A process therefore reads each data set as sequentially as if it were alone,
+on any number of processes. More than two data sets are handled by a tree of such splits.
 
-*Every own position exactly once*: c counts up by one in each lane, so (l, c) -> c L + l misses and repeats nothing; and
-`Order` is a permutation of each epoch's own positions.
+*Each own position occurs exactly once*: c counts up by one in each lane, so (l, c) -> c L + l neither skips nor repeats
+a position, and `Order` permutes the own positions of each epoch.
 
-*Exact shares*: the phases of the L lanes are i / L for i = 0 .. L - 1, in some order, and Hermite's identity sum_i
-floor(x + i / L) = floor(L x) with x = w k gives the count after k rounds of all lanes: floor(w n) of n = k L positions,
-however many those are. Inside a round, and for the deeper splits of more than two data sets, the order of the phases
-keeps the count within a few samples of w n: lane l has the rank of the fractional part of (l + 1) sqrt(prime) among the
-lanes, another prime on each level, so that any run of lanes has its share of every interval of phases.
+*Shares are exact*: the phases of the L lanes are i / L for i = 0 .. L - 1 in some order. By Hermite's identity sum_i
+floor(x + i / L) = floor(L x) with x = w k, a data set has exactly floor(w n) of the first n = k L positions, for every
+k. Within a round, and in the deeper splits of more than two data sets, the order of the phases keeps the count within a
+few samples of w n: the phase of lane l is the rank of the fractional part of (l + 1) sqrt(prime) among the lanes, with
+another prime on each level, so that any run of lanes has its share of every interval of phases.
 
-Where the weights change, all lanes begin anew at that round; what was dealt before stays as it was. Everything is
-integer arithmetic, with an inverse; memory is one number per change, data set and lane.
+When the weights change, all lanes start over at that round; positions dealt before are unaffected. Everything is
+invertible integer arithmetic; memory is one number per change, data set and lane.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from data_pipeline.order.order import Order
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _LARGEST = 1 << 20
-"""Of the denominators of shares: a weight given to six digits is met exactly, others within 1 in 10^12."""
+"""Largest denominator of a share: weights with up to six digits are exact, others accurate to 1 in 10^12."""
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Deals the positions of one stretch of each lane to two branches; `part` of `whole` go to the left one."""
+    """Deals each lane's positions between two schedule changes to two branches; `part` of `whole` go left."""
 
     part: int
     whole: int
     phase: np.ndarray
-    """Of each lane, times the number of lanes, int64 (L,)."""
+    """Phase of each lane times the number of lanes, int64 (L,)."""
     left: _Split | int
     right: _Split | int
-    """A data set's number, or a further split."""
+    """The number of a data set, or another split."""
 
     def before(self, count: np.ndarray, lane: np.ndarray) -> np.ndarray:
-        """How many of the first `count` positions of a lane go to the left."""
+        """Return how many of the first `count` positions of a lane go left."""
         lanes = len(self.phase)
         full, rest = np.divmod(count, self.whole)
         return self.part * full + (self.part * rest * lanes + self.whole * self.phase[lane]) // (self.whole * lanes)
 
     def of_left(self, number: np.ndarray, lane: np.ndarray) -> np.ndarray:
-        """Which position of the lane is the `number`-th that goes to the left."""
+        """Return which position of the lane is the `number`-th (from 0) to go left."""
         lanes, part = len(self.phase), self.part
         full, rest = np.divmod(number + 1, part)
         top = (rest * lanes - self.phase[lane]) * self.whole
         return self.whole * full - (-top // (part * lanes)) - 1
 
     def of_right(self, number: np.ndarray, lane: np.ndarray) -> np.ndarray:
-        """Which position of the lane is the `number`-th that goes to the right."""
+        """Return which position of the lane is the `number`-th (from 0) to go right."""
         lanes, part = len(self.phase), self.whole - self.part
         full, rest = np.divmod(number, part)
         return self.whole * full + (rest * lanes + self.phase[lane]) * self.whole // (part * lanes)
@@ -71,11 +71,11 @@ class Shares:
     """Deals positions to data sets.
 
     Args:
-        lanes: L.
-        schedule: (position, weight of each data set) from each position on; the first is 0, each a multiple of L.
-            Weights are not negative, at least one of each row is positive; only their ratios count.
-        ranking: the data sets in the order in which they are split; by it, and not by how they are listed, an order
-            keeps its meaning.
+        lanes: the number of lanes, L.
+        schedule: (position, weight of each data set from there on); the first position is 0, each is a multiple of L.
+            Weights are not negative and at least one per row is positive; only their ratios matter.
+        ranking: the order in which the data sets are split; it makes the result independent of the order in which
+            they are listed. By default the listed order.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Shares:
         for dataset in self._leaves(self._trees[-1]):
             dealt[-1, dataset] = np.iinfo(np.int64).max
         self._dealt = dealt
-        """What each lane has given to each data set when a row of the schedule begins, (rows + 1, data sets, L)."""
+        """Positions each lane has given to each data set by the start of each row, int64 (rows + 1, data sets, L)."""
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(data set, position in its own order) of each position, (n,) int64 each."""
+        """Return (data set, position in its own order) of each position, int64 (n,) each."""
         positions = np.asarray(positions, np.int64)
         rounds, lane = np.divmod(positions, self.lanes)
         row = np.searchsorted(self._starts, rounds, side="right") - 1
@@ -111,17 +111,20 @@ class Shares:
         return datasets, own
 
     def before(self, row: int) -> np.ndarray:
-        """What each lane has given to each data set when a row of the schedule begins, (data sets, L) int64."""
+        """Return the positions each lane has given to each data set by the start of a schedule row, int64
+        (data sets, L)."""
         return self._dealt[row]
 
     def expected(self, positions: np.ndarray) -> np.ndarray:
-        """The share of each data set in force at each position, (n, data sets) float64; each row adds up to 1."""
+        """Return the share of each data set at each position, float64 (n, data sets); each row sums to 1."""
         row = np.searchsorted(self._starts, np.asarray(positions) // self.lanes, side="right") - 1
         return self._weights[row] / self._weights[row].sum(axis=1, keepdims=True)
 
     def join(self, dataset: int, own: np.ndarray) -> np.ndarray:
-        """The positions of a data set's own positions, (n,) int64; -1 for those that never come, because its share ends
-        before."""
+        """Return the positions of a data set's own positions, int64 (n,), the inverse of `split`.
+
+        -1 marks own positions that are never reached, because the data set's share drops to 0 first.
+        """
         number, lane = np.divmod(np.asarray(own, np.int64), self.lanes)
         bounds = self._dealt[:, dataset, :][:, lane]
         row = (number >= bounds[1:]).sum(axis=0)
@@ -152,14 +155,14 @@ class Shares:
         return [tree] if isinstance(tree, int) else [*self._leaves(tree.left), *self._leaves(tree.right)]
 
     def _path(self, tree: _Split | int, dataset: int) -> list[tuple[_Split, bool]]:
-        """The splits from a data set up to the root, and whether it lies on their left."""
+        """Return the splits from a data set up to the root, each with whether the data set is on its left."""
         if isinstance(tree, int):
             return []
         is_left = dataset in self._leaves(tree.left)
         return [*self._path(tree.left if is_left else tree.right, dataset), (tree, is_left)]
 
     def _count(self, tree: _Split | int, count: np.ndarray, lane: np.ndarray, total: np.ndarray) -> None:
-        """Adds to `total`, (data sets, L), what the first `count` positions of each lane give to each data set."""
+        """Add to `total`, (data sets, L), how many of each lane's first `count` positions each data set gets."""
         if isinstance(tree, int):
             total[tree] += count
             return
@@ -176,7 +179,8 @@ class Shares:
         datasets: np.ndarray,
         own: np.ndarray,
     ) -> None:
-        """Writes the data set of the `count`-th position of each lane, and how many of it came before, at `here`."""
+        """Write to `datasets` and `own`, at `here`, the data set of each lane's `count`-th position and how many
+        positions of the lane that data set got before."""
         if isinstance(tree, int):
             datasets[here], own[here] = tree, count
             return
@@ -187,11 +191,11 @@ class Shares:
 
 
 class StepShares:
-    """Deals whole steps: all samples of one come from one part, and follow each other in its order.
+    """Deals whole steps: all samples of a step come from one part, consecutive in its order.
 
     Args:
         global_batch: samples per step, a multiple of the number of lanes.
-        shares: of the steps, with one lane.
+        shares: deals the steps to the parts, with one lane.
     """
 
     def __init__(self, global_batch: int, shares: Shares) -> None:
@@ -214,18 +218,18 @@ class StepShares:
 
 
 class MixedSteps:
-    """Deals whole steps to buckets, and the positions of each bucket's steps to data sets: a step has one shape, and in
-    each bucket the data sets have their shares exactly.
+    """Deals whole steps to buckets, and the positions of each bucket's steps to data sets.
 
-    A *part* is what a data set has in a bucket.
+    Every step then has one shape, and the data sets have exact shares within each bucket. A *part* is the samples of
+    one data set in one bucket.
 
     Args:
         global_batch: samples per step, a multiple of `lanes`.
-        lanes: L, as for `Shares`.
+        lanes: the number of lanes, as for `Shares`.
         places: (bucket, data set) of each part.
-        schedule: (position, weight of each part) from each position on; the first is 0, each a multiple of
+        schedule: (position, weight of each part from there on); the first position is 0, each is a multiple of
             `global_batch`.
-        ranking: the data sets in the order in which they are split.
+        ranking: the order in which the data sets are split, as for `Shares`.
     """
 
     def __init__(
@@ -262,11 +266,11 @@ class MixedSteps:
                 (int(shares.before(number)[bucket, 0]) * global_batch, weights(row, bucket))
                 for number, (_, row) in enumerate(schedule)
             ]
-            taken = [(start, own) for start, own in rows if any(own)]  # of the others no step comes
+            taken = [(start, own) for start, own in rows if any(own)]  # in the other rows the bucket gets no step
             self._inside.append(Shares(lanes, [(0, taken[0][1]), *taken[1:]], ranking))
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(part, position in its own order) of each position, as `Shares.split`."""
+        """Return (part, position in its own order) of each position, like `Shares.split`."""
         buckets, own = self._steps.split(positions)
         parts = np.empty_like(buckets)
         for bucket in np.unique(buckets):
@@ -276,7 +280,7 @@ class MixedSteps:
         return parts, own
 
     def expected(self, positions: np.ndarray) -> np.ndarray:
-        """The share of each part in force at each position, (n, parts) float64; each row adds up to 1."""
+        """Return the share of each part at each position, float64 (n, parts); each row sums to 1."""
         row = np.searchsorted(self._starts, np.asarray(positions), side="right") - 1
         return self._weights[row] / self._weights[row].sum(axis=1, keepdims=True)
 
@@ -291,8 +295,11 @@ class MixedSteps:
 
 
 class MixedOrder:
-    """The order of a mixture: `Order` of each data set, dealt out by `Shares`, of each bucket, by `StepShares`, or of
-    what each data set has in each bucket, by `MixedSteps`. Shards are numbered through, data set after data set."""
+    """The order of a mixture.
+
+    Combines the `Order` of each part: data sets by `Shares`, buckets by `StepShares`, or the data sets of each bucket
+    by `MixedSteps`. Shards are numbered consecutively, part after part.
+    """
 
     def __init__(self, orders: Sequence[Order], shares: Shares | StepShares | MixedSteps) -> None:
         self.orders, self.shares = list(orders), shares
@@ -302,12 +309,12 @@ class MixedOrder:
         self._first = ends - np.array([len(order.counts) for order in orders])
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(epoch of its data set, shard, row) of one position."""
+        """Return (epoch of its data set, shard, row) of one position."""
         epochs, shards, rows = self.locate_many(np.array([position], np.int64))
         return int(epochs[0]), int(shards[0]), int(rows[0])
 
     def locate_many(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(epochs, shards, rows) of many positions, (n,) int64 each."""
+        """Return (epochs, shards, rows) of many positions, int64 (n,) each."""
         datasets, own = self.shares.split(np.asarray(positions, np.int64))
         epochs, shards, rows = (np.empty_like(own) for _ in range(3))
         for dataset in np.unique(datasets):
@@ -317,7 +324,7 @@ class MixedOrder:
         return epochs, shards, rows
 
     def window_of(self, position: int) -> np.ndarray:
-        """All positions of the window of its data set that `position` lies in, (k,) int64, as on disk."""
+        """Return all positions in the same window of the same data set as `position`, int64 (k,), in order on disk."""
         datasets, own = self.shares.split(np.array([position], np.int64))
         dataset = int(datasets[0])
         positions = self.shares.join(dataset, self.orders[dataset].window_of(int(own[0])))

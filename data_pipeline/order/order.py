@@ -1,12 +1,12 @@
-"""Which sample comes when: pure arithmetic on (sample counts, seed, position).
+"""The order of samples: pure arithmetic on (sample counts, seed, position).
 
-L *lanes* interleave: position p (samples consumed since step 0, over all ranks) lies in lane p mod L. Epoch e = p div
-N covers each of the N samples once, and a batch may straddle two epochs. In epoch e the shards are permuted by (seed,
-e) and laid end to end, turned by a random offset; this *walk* is cut into L runs, one per lane, as long as the lane
-has positions in the epoch. In a lane, windows of consecutive samples of the walk are permuted by (seed, e, run,
-window). A rank serves a fixed set of lanes, so its reads stay sequential while every batch mixes L places of the data
-set; nothing depends on how many ranks or workers there are. Finding a position costs one permutation of the shards
-per epoch and one of `window` numbers.
+L *lanes* are interleaved: position p (samples consumed since step 0, over all ranks) lies in lane p mod L. Epoch e = p
+div N covers each of the N samples once; a batch may straddle two epochs. In epoch e the shards are permuted by (seed,
+e), laid end to end and rotated by a random offset. This *walk* is cut into L runs, one per lane, each as long as the
+lane has positions in the epoch. Within a run, windows of consecutive samples are permuted by (seed, e, run, window).
+A rank serves a fixed set of lanes, so its reads stay sequential while every batch mixes L places of the data set.
+Nothing depends on the number of ranks or workers. Locating a position costs one permutation of the shards per epoch and
+one of `window` numbers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SHARDS, _TURN, _WINDOW = 1, 2, 3
 
 
 def permutation(n: int, seed: int, *counter: int) -> np.ndarray:
-    """A permutation of range(n), (n,) int64, by the Philox 4x64 generator with key (seed, counter[0]).
+    """Return a permutation of range(n), int64 (n,), from the Philox 4x64 generator with key (seed, counter[0]).
 
-    The order of n random words rather than numpy's own shuffle: numpy guarantees the words between versions, not the
-    shuffle.
+    It sorts n random words instead of calling numpy's shuffle: numpy keeps the words stable across versions, but not
+    the shuffle.
     """
     words = _philox(seed, *counter).random_raw(n)
     return np.argsort(words, kind="stable")
@@ -45,8 +45,8 @@ class Order:
     Args:
         counts: samples per shard after filters, (shards,).
         seed: the run's seed.
-        lanes: number of interleaved sub-streams, at least 1.
-        window: samples shuffled together inside a lane, at least 1.
+        lanes: number of interleaved substreams, at least 1.
+        window: samples shuffled together within a lane, at least 1.
 
     Raises:
         ConfigError: there are no samples, or `lanes` or `window` is below 1.
@@ -64,12 +64,12 @@ class Order:
         self._windows: Recent[tuple[int, int, int], np.ndarray] = Recent(2 * self.lanes + 2)
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(epoch, shard, row) of one position; `row` counts the shard's samples that pass the filters."""
+        """Return (epoch, shard, row) of one position; `row` counts the samples of the shard that pass the filters."""
         epochs, shards, rows = self.locate_many(np.array([position], np.int64))
         return int(epochs[0]), int(shards[0]), int(rows[0])
 
     def locate_many(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(epochs, shards, rows) of many positions, (n,) int64 each."""
+        """Return (epochs, shards, rows) of many positions, int64 (n,) each."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, walk = self._walk(positions)
         shards, rows = np.empty_like(walk), np.empty_like(walk)
@@ -79,7 +79,7 @@ class Order:
         return epochs, shards, rows
 
     def window_of(self, position: int) -> np.ndarray:
-        """All positions of the window that `position` lies in, (k,) int64, in the order of the walk (as on disk)."""
+        """Return all positions in the same window as `position`, int64 (k,), in the order of the walk (as on disk)."""
         epoch, first = position // self.samples, position // self.samples * self.samples
         turn = (position - first) % self.lanes
         low, high = (
@@ -90,8 +90,8 @@ class Order:
         return first + turn + (low + np.argsort(shuffled)) * self.lanes
 
     def _bounds(self, turn: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(window, its begin, its end) in the lane's run, for an index in that run."""
-        # Windows start at a different offset in each lane; otherwise all lanes would start, and read, new ones at once.
+        """Return (window, its start, its end) in the lane's run, for an index in that run."""
+        # Each lane's windows have another offset: otherwise all lanes would start, and read, a new window at once.
         phase = turn * self.window // self.lanes
         length = self.samples // self.lanes + (turn < self.samples % self.lanes)
         window = (index + phase) // self.window
@@ -99,10 +99,10 @@ class Order:
         return window, low, np.minimum((window + 1) * self.window - phase, length)
 
     def _walk(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and place in the walk of each position."""
+        """Return the epoch and the place in the walk of each position."""
         epochs = positions // self.samples
-        first = epochs * self.samples  # the epoch's first position
-        turn = (positions - first) % self.lanes  # of the lane, counted from the lane of that first position
+        first = epochs * self.samples  # first position of the epoch
+        turn = (positions - first) % self.lanes  # the run, numbered from the lane of that first position
         base, rest = divmod(self.samples, self.lanes)
         begin = turn * base + np.minimum(turn, rest)
         index = (positions - first) // self.lanes  # in the lane's run
@@ -126,7 +126,7 @@ class Order:
         return found
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(shards in order, end of each in the walk, turn) of an epoch."""
+        """Return (shards in order, end of each in the walk, rotation) of an epoch."""
         found = self._epochs.get(epoch)
         if found is None:
             shards = permutation(len(self.counts), self.seed, _SHARDS, epoch)
@@ -143,17 +143,17 @@ class Order:
 
 
 def check_position(position: int) -> int:
-    """Returns `position` if it is a whole number of samples in [0, 2^62), else raises `ConfigError`."""
+    """Return `position` as an int. Raises `ConfigError` unless it is an integer in [0, 2^62)."""
     if not isinstance(position, (int, np.integer)) or not 0 <= position < 2**62:
         raise ConfigError(f"position={position}: it must be a whole number of samples, from 0 to 2**62")
     return int(position)
 
 
 def check_world_size(world_size: int, global_batch: int, lanes: int, micro_batch: int = 0) -> int:
-    """The effective micro-batch: `micro_batch`, or a rank's whole share of the global batch if it is 0.
+    """Return the effective micro-batch: `micro_batch`, or a rank's whole share of the global batch if it is 0.
 
     Raises:
-        ConfigError: the batch cannot be divided like this; the message lists the possible values.
+        ConfigError: the batch cannot be divided this way; the message lists the possible values.
     """
     if world_size not in divisors(lanes):
         allowed = ", ".join(map(str, divisors(lanes)))
@@ -172,13 +172,17 @@ def check_world_size(world_size: int, global_batch: int, lanes: int, micro_batch
 
 
 def rank_positions(step: int, global_batch: int, lanes: int, rank: int, world_size: int, start: int = 0) -> np.ndarray:
-    """Positions that one rank reads in one optimizer step, (global_batch / world_size,) int64, lane by lane.
+    """Return the positions one rank reads in one optimizer step, int64 (global_batch / world_size,), lane by lane.
 
-    Rank r serves the lanes l with floor(l world_size / lanes) = r. The lists of all ranks, one after the other, are
-    the same global batch for every world size that divides `lanes`.
+    Rank r serves the lanes l with floor(l world_size / lanes) = r. The concatenated positions of all ranks are the same
+    for every world size that divides `lanes`.
 
     Args:
+        step: optimizer step, counted from `start`.
         start: position of step 0.
+
+    Raises:
+        ConfigError: see `check_world_size`.
     """
     check_world_size(world_size, global_batch, lanes)
     first = start + step * global_batch

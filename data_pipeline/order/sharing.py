@@ -1,4 +1,4 @@
-"""Which positions a worker of a rank reads, chunk by chunk."""
+"""Which positions each worker of a rank reads, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from data_pipeline.order.order import rank_positions
 
 
 class Chunks:
-    """Positions of one worker of one rank, a chunk at a time; chunk c of the rank belongs to worker c mod W.
+    """Iterates over the positions of one worker of one rank, a chunk at a time, int64 (up to `size`,).
+
+    Chunk c of the rank belongs to worker c mod `workers`.
 
     Args:
+        position: the first position, a step's start.
         size: samples per chunk; it need not divide the rank's share of a step.
-        stop: position at which to end; None: never.
+        stop: position at which to stop; None: never.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Chunks:
             yield chunk
 
     def mine(self, positions: np.ndarray) -> np.ndarray:
-        """Which positions of this rank's lanes belong to this worker, (n,) bool."""
+        """Return which of the given positions, all in this rank's lanes, belong to this worker, bool (n,)."""
         since = positions - self.start
         rounds = self.batch // self.lanes
         lane = positions % self.lanes - self.rank * self.lanes // self.world_size

@@ -1,1 +1,1 @@
-"""Positions to batches: fetching, prefetching and decoding the samples of a run. Imports shards and below."""
+"""From positions to batches: fetches, prefetches and decodes the samples of a run. Imports shards and below."""

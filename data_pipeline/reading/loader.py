@@ -1,4 +1,4 @@
-"""This rank's micro-batches: decoded ahead, delivered in order, counted, resumable from a position alone."""
+"""The micro-batches of this rank: decoded ahead, delivered in order, counted, and resumable from a position alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from data_pipeline.shards.mixture import open_dataset
 logger = logging.getLogger(__name__)
 
 GRACE = 1000
-"""Consumed samples from which `data.max_bad_share` holds as it stands; before, it has the room that chance needs."""
+"""Consumed samples after which `data.max_bad_share` applies as is; before, there is an allowance for chance."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Batch:
     """One micro-batch of B samples."""
 
     positions: torch.Tensor
-    """int64 (B,)."""
+    """int64 (B,): samples consumed before each one, over all ranks."""
     keys: list[str]
     images: torch.Tensor
     """uint8 (B, 3, H, W)."""
@@ -44,15 +44,15 @@ class Batch:
     """uint8 (B, 3, h, w), aligned with `images`; None for a base stage."""
     captions: list[str]
     embeddings: list[np.ndarray] | None = None
-    """fp32 (T, D) of each caption, ragged; None unless `data.embeddings` is set."""
+    """fp32 (T, D) per caption, T varies; None unless `data.embeddings` is set."""
     datasets: list[str] = field(default_factory=list)
-    """The name of each sample's data set in a mixture; empty texts where there is one."""
+    """The name of each sample's data set in a mixture; otherwise empty strings."""
     frames: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 6))
-    """fp32 (B, 6), pixels: original height and width; top and left of the used part in the whole picture as resized;
-    height and width of the used part."""
+    """fp32 (B, 6), pixels: height and width of the original; top and left of the crop in the whole picture as resized;
+    height and width of the crop. See `images.View.frame`."""
 
     def to(self, device: str) -> Batch:
-        """The batch with its tensors there. Nothing waits for a GPU: they go through pinned memory."""
+        """Return the batch with its tensors on `device`. Copies to a GPU are asynchronous, from pinned memory."""
         if device == "cpu":
             return self
         low_res = None if self.low_res is None else _sent(self.low_res, device)
@@ -65,24 +65,25 @@ def _sent(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 class Loader:
-    """Batches of one rank, without end: `next(loader)` gives the micro-batches of one optimizer step.
+    """An endless iterator over the batches of one rank: `next(loader)` returns the micro-batches of an optimizer step.
 
     Args:
         config: the `data` section.
-        image_size, low_res_size, crop_size: of the stage, pixels (0: none).
-        seed: of the run; with the data it decides order, crops and captions.
+        image_size, low_res_size, crop_size: sizes of the stage, pixels (0: none); see `images.training_view`.
+        seed: seed of the run; together with the data it determines order, crops and captions.
         rank, world_size: this process; `world_size` must divide the number of lanes.
         position: samples consumed so far over all ranks.
-        quarantine: file to which a line of JSON is added for every bad sample that was met; None: none is written.
-        own_process: read and decode in a process of its own, which starts now; else in threads of this one, which
-            start with the first batch.
-        multiple: the sides of pictures of `data.buckets` are multiples of this.
-        decode: (raw sample, position) -> `Decoded`, in threads; the default decodes pictures and chooses captions.
-        team: the processes that open it together, so that one of them lists the shards and reads what is known of them.
+        quarantine: file that gets a line of JSON for every bad sample; None: no file.
+        own_process: read and decode in a separate process, started immediately; otherwise in threads of this process,
+            started with the first batch.
+        multiple: the sides of pictures in `data.buckets` are multiples of this.
+        decode: (raw sample, position) -> `Decoded`, called in threads; only without `own_process`. By default pictures
+            are decoded and captions chosen.
+        team: the processes that open the data together; one of them lists the shards and reads their indexes.
 
     Raises:
-        ConfigError: the batch cannot be shared so.
-        DataError: shards missing, denied or no tar archives.
+        ConfigError: the batch cannot be divided this way.
+        DataError: shards are missing, access is denied, or they are not tar archives.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Loader:
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset = open_dataset(config, team)
         self.embeddings = team.once(lambda: embeddings_of(self.dataset, config))
-        """Precomputed ones; who trains with them calls their `check` first."""
+        """Precomputed text embeddings, if any; call their `check` before training with them."""
         self._work = Work(
             self.dataset,
             config,
@@ -123,11 +124,11 @@ class Loader:
             team.once(lambda: caption_files_of(self.dataset, config)),
         )
         self.counters: dict[str, int] = {"samples": 0, "bad": 0}
-        """`samples` consumed by this rank, `bad` ones met among them, and each reason as `bad_REASON`; of a mixture
-        also `samples_dataset/NAME` and `bad_dataset/NAME`."""
+        """`samples` consumed by this rank, how many of them were `bad`, and bad samples by reason as `bad_REASON`; for
+        a mixture also `samples_dataset/NAME` and `bad_dataset/NAME`."""
         self.bad_shards: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
-        """Where the captions came from: `txt`, `json:FIELD`."""
+        """Captions by source: `txt`, `json:FIELD`, ..."""
         self._quarantine = quarantine
         self._decode = decode
         self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
@@ -138,12 +139,12 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of one optimizer step, positions in the order of `rank_positions`.
+        """Return the micro-batches of one optimizer step, with positions in the order of `rank_positions`.
 
         Raises:
-            DataError: a shard is gone, or, in one process, more than `data.max_bad_share` of the samples were bad.
-            StoreError: the object store stayed broken past `data.deadline_s`.
-            CascadeError: the process that decodes died.
+            DataError: a shard is gone, or (with one process) more than `data.max_bad_share` of the samples were bad.
+            StoreError: the object store kept failing for longer than `data.deadline_s`.
+            CascadeError: the decoding process died.
         """
         if self._decoding is None:
             self._decoding = Decoding(self._work, self._decode)
@@ -168,7 +169,7 @@ class Loader:
         )
 
     def _count(self, failures: list[dict[str, Any]], dataset: str) -> None:
-        """Counts one consumed sample and the bad ones it replaces."""
+        """Count one consumed sample and the bad ones it replaces."""
         self.counters["samples"] += 1
         for name in (f"samples_dataset/{dataset}", f"bad_dataset/{dataset}")[: 1 + bool(failures)] if dataset else ():
             self.counters[name] = self.counters.get(name, 0) + 1
@@ -180,7 +181,7 @@ class Loader:
             self.bad_shards[failure["shard"]] += 1
         self.counters["bad"] += 1
         if self._quarantine:
-            with suppress(OSError):  # a full disk costs the note, not the run
+            with suppress(OSError):  # a full disk must not stop the run
                 os.makedirs(os.path.dirname(self._quarantine) or ".", exist_ok=True)
                 with open(self._quarantine, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(failure) + "\n" for failure in failures)
@@ -189,12 +190,15 @@ class Loader:
             raise self.too_many_error(self.counters["samples"], self.counters["bad"], [self.bad_shards])
 
     def too_many(self, seen: int, bad: int) -> bool:
-        """Whether a run must stop of whose `seen` samples so many were bad. One of several processes sees a part of
-        them, which a single damaged shard may spoil: who trains with several asks this with the sums over all."""
+        """Return whether `bad` of `seen` samples are too many for the run to go on.
+
+        With several processes, call it with the sums over all: the part that one process sees may be dominated by a
+        single damaged shard.
+        """
         return bad > _allowed(seen, self.config.max_bad_share)
 
     def too_many_error(self, seen: int, bad: int, shards: Iterable[Counter[str]]) -> DataError:
-        """What then is to be said; `shards`: each process's `bad_shards`."""
+        """Return the error for `too_many`; `shards` are the `bad_shards` of each process."""
         worst = ", ".join(f"{shard} ({count})" for shard, count in sum(shards, Counter()).most_common(3))
         return DataError(
             f"{bad} of {seen} samples were bad, more than data.max_bad_share={self.config.max_bad_share}; the "
@@ -202,33 +206,34 @@ class Loader:
         )
 
     def close(self) -> None:
-        """Stops the decoding; samples decoded ahead are dropped."""
+        """Stop decoding and discard samples decoded ahead."""
         if self._decoding is not None:
             self._decoding.close()
         others = {source: count for source, count in self.sources.items() if source != "txt"}
         if others and not self.config.captions.sources:
             said = ", ".join(f"{count} of {self.sources.total()} from {source}" for source, count in others.items())
-            logger.warning("captions without a .txt: %s; data.captions.sources names what is wanted", said)
+            logger.warning("samples without a .txt: %s; set data.captions.sources to choose their captions", said)
 
     # ----------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the position, and what must be unchanged for it to mean the same samples."""
+        """Return the state for a checkpoint: the position, and all that determines which sample it refers to."""
         return state_of(self.dataset, self.config, self.seed, self.position)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuses to continue a run whose data or batch layout changed.
+        """Check that the run can continue from `state`: neither its data nor its batch layout has changed.
 
         Raises:
-            ConfigError: it names what changed, from what to what.
+            ConfigError: the message names what changed, with old and new values.
         """
         check_state(self.state(), state)
 
 
 def _allowed(seen: int, share: float) -> float:
-    """Bad samples among the first `seen` that do not stop a run.
+    """Return the largest number of bad samples among the first `seen` that does not stop a run.
 
-    Few samples say little about a share: up to `GRACE`, three standard deviations and two more samples are let pass.
+    Below `GRACE` samples it is the expected number plus three standard deviations and two, because a small number of
+    samples says little about the share.
     """
     expected = share * seen
     return expected if seen >= GRACE or not share else expected + 3 * math.sqrt(expected) + 2

@@ -1,4 +1,4 @@
-"""One rank's samples in order: read, decoded by threads, and stacked into micro-batches."""
+"""Reads the samples of one rank in order, decodes them in threads and stacks them into micro-batches."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from data_pipeline.shards.mixture import order_of
 from data_pipeline.storage.retry import NAP_S, check_asked, get_unless_asked
 
 MEMBERS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
-"""What training looks at."""
+"""Extensions of the members that training uses."""
 
 
 @dataclass
 class Work:
-    """What is to be decoded, without end. Picklable."""
+    """What `Decoding` has to read and decode. Picklable."""
 
     dataset: Dataset
     config: DataConfig
     image_size: int
     low_res_size: int
     crop_size: int
-    """Of the stage, pixels (0: none)."""
+    """Sizes of the stage, pixels (0: none)."""
     seed: int
     rank: int
     world_size: int
@@ -48,9 +48,9 @@ class Work:
     """Samples consumed before, over all ranks."""
     micro_batch: int
     multiple: int = 1
-    """Of the sides of the pictures of `data.buckets`."""
+    """The sides of pictures in `data.buckets` are multiples of this."""
     embeddings: DatasetEmbeddings | None = None
-    """Precomputed ones of the captions; None: `data.embeddings` is not set."""
+    """Precomputed embeddings of the captions; None: `data.embeddings` is not set."""
     caption_files: dict[str, CaptionFiles] = field(default_factory=dict)
     """See `caption_files_of`."""
 
@@ -62,25 +62,27 @@ class Work:
 
 @dataclass
 class Decoded:
-    """One sample, decoded: position, key, picture uint8 (H, W, 3), low-res picture or None, caption."""
+    """One decoded sample."""
 
     key: str
     image: np.ndarray
     """uint8 (H, W, 3)."""
     low_res: np.ndarray | None
+    """uint8 (h, w, 3); None for a base stage."""
     caption: str
     embedding: np.ndarray | None = None
+    """fp32 (T, D) of the caption; None unless `data.embeddings` is set."""
     source: str = "txt"
-    """Of the caption, see `captions.Caption`."""
+    """Source of the caption, see `captions.Caption`."""
     dataset: str = ""
-    """Its data set in a mixture."""
+    """Name of its data set in a mixture."""
     frame: tuple[float, ...] = (0.0,) * 6
     """Where the picture lies in its original, see `images.View`."""
 
 
 @dataclass
 class MicroBatch:
-    """B samples, as arrays; the fields are those of `data_pipeline.reading.loader.Batch`."""
+    """B samples as arrays; fields as in `data_pipeline.reading.loader.Batch`."""
 
     positions: np.ndarray
     keys: list[str]
@@ -89,17 +91,21 @@ class MicroBatch:
     captions: list[str]
     embeddings: list[np.ndarray] | None
     failures: list[list[dict[str, Any]]]
-    """Per sample: the bad ones that it stands in for."""
+    """Per sample: records of the bad samples it replaces."""
     sources: list[str]
-    """Per sample: where its caption came from."""
+    """Per sample: the source of its caption."""
     datasets: list[str]
-    """Per sample: the name of its data set; empty texts where there is one."""
+    """Per sample: the name of its data set in a mixture; otherwise empty strings."""
     frames: np.ndarray
     """fp32 (B, 6), see `images.View.frame`."""
 
 
 def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | None:
-    """The precomputed text embeddings of a data set; None unless `data.embeddings` is set."""
+    """Open the precomputed text embeddings of a data set; None unless `data.embeddings` is set.
+
+    Raises:
+        DataError: a shard has none.
+    """
     if not config.embeddings:
         return None
     digests = {name: {one.entry.url: one.digest for one in part.summaries} for name, part in dataset.sets().items()}
@@ -107,7 +113,11 @@ def embeddings_of(dataset: Dataset, config: DataConfig) -> DatasetEmbeddings | N
 
 
 def caption_files_of(dataset: Dataset, config: DataConfig) -> dict[str, CaptionFiles]:
-    """The files of captions of each data set (of no mixture, under ""); empty where none has any."""
+    """Open the caption files of each data set, by name ("" without a mixture); empty if no data set has any.
+
+    Raises:
+        DataError: a shard has none.
+    """
     found = {}
     for name, own in config.parts().items():
         part = dataset.sets()[name]
@@ -119,7 +129,7 @@ class Decoding:
     """An endless iterator of `MicroBatch`, decoded ahead by `data.threads` threads of this process.
 
     Args:
-        decode: (raw sample, position) -> `Decoded`; the default decodes pictures and chooses captions.
+        decode: (raw sample, position) -> `Decoded`; by default pictures are decoded and captions chosen.
     """
 
     def __init__(self, work: Work, decode: Callable[[Sample, int], Decoded] | None = None) -> None:
@@ -160,7 +170,7 @@ class Decoding:
         )
 
     def _next(self) -> Future[Taken]:
-        """The next sample, decoded."""
+        """Return the next sample's task once it is done."""
         task = get_unless_asked(self._queue)
         while True:
             with suppress(TimeoutError):
@@ -169,7 +179,7 @@ class Decoding:
             check_asked()
 
     def _feed(self) -> None:
-        """Hands every position to the decoding threads, in order, no further ahead than the queue holds."""
+        """Submit every position to the decoding threads, in order, no further ahead than the queue allows."""
         work, config = self._work, self._work.config
         ahead: Prefetcher | None = None
         try:
@@ -181,7 +191,7 @@ class Decoding:
                 task = self._pool.submit(self._take, position, shard, row, get)
                 if not self._offer(task):
                     return
-        except BaseException as error:  # it belongs to the trainer, who is waiting
+        except BaseException as error:  # raised by `__next__`, in the thread that is waiting
             failed: Future[Taken] = Future()
             failed.set_exception(error)
             self._offer(failed)
@@ -244,18 +254,19 @@ class Decoding:
         return Decoded(key, view.high, view.low, caption.text, text, caption.source, dataset, frame)
 
     def close(self) -> None:
-        """Stops the threads; samples decoded ahead are dropped."""
+        """Stop the threads and discard samples decoded ahead."""
         self._stop.set()
         self._pool.close()
 
 
 def _decoded_ahead(work: Work) -> int:
-    """Samples decoded ahead: a quarter of the budget, but enough for the threads and at most four steps."""
+    """Return how many samples to decode ahead: a quarter of `data.prefetch_mb`, but enough to keep the threads busy and
+    at most four steps (or 64 samples)."""
     side = work.crop_size or work.image_size
     fits = work.config.prefetch_mb * 2**18 // max(3 * (side**2 + (work.low_res_size and side**2)), 1)
     return max(2 * work.config.threads, min(fits, max(4 * work.share, 64)))
 
 
 def _stack(pictures: list[np.ndarray]) -> np.ndarray:
-    """uint8 (H, W, 3) pictures -> uint8 (B, 3, H, W)."""
+    """Stack uint8 (H, W, 3) pictures into uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().numpy()

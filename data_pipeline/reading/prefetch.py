@@ -1,4 +1,4 @@
-"""Positions in order -> how to get each sample: local ones on demand, remote ones by ranged requests ahead of need."""
+"""Fetches samples by position: local ones on demand, remote ones ahead of time by ranged requests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from data_pipeline.shards.mixture import window_bytes
 logger = logging.getLogger(__name__)
 
 SMALL_GAP, GAP = 64 << 10, 1 << 20
-"""Bytes between two wanted samples that are read through rather than skipped by a new request: always, and where at
-least half of what is read is wanted (neighbours may belong to other workers, or be filtered out)."""
+"""Gaps in bytes between two wanted samples up to which one request covers both: always, and if at least half of what it
+reads is wanted (the samples in between may belong to other workers or be filtered out)."""
 RANGE = 4 << 20
-"""Bytes per request where whole windows are read."""
+"""Largest request in bytes when whole windows are read."""
 CONNECTIONS = 16
 _AT_A_TIME = 256
-"""Samples for which units are requested before the next sample is given."""
+"""Most samples whose units are requested before the next sample is delivered."""
 LOCATED = 512
-"""Positions located together: alone, each would cost several times as much."""
+"""Positions located at once: one at a time, each would cost several times as much."""
 
 
 @dataclass
 class _Unit:
-    """Neighbouring samples of one shard that one request brings."""
+    """Neighbouring samples of one shard, fetched by one request."""
 
     shard: int
     rows: dict[int, tuple[int, int, int]]
@@ -44,17 +44,17 @@ class _Unit:
     begin: int
     end: int
     scattered: int = 0
-    """Bytes of its one sample, whose members lie far apart: each stretch is requested by itself. 0: neighbours."""
+    """Bytes of the unit's only sample if its members lie far apart, so that each run takes a request; otherwise 0."""
     future: Future[dict[int, Any]] | None = None
-    """The bytes of each sample that has not been collected, by position; of a scattered one the sample."""
+    """By position, the bytes of each sample not yet collected; of a scattered one the sample itself."""
 
     @property
     def size(self) -> int:
-        """Bytes to request."""
+        """The bytes to request."""
         return self.scattered or self.end - self.begin
 
     def is_near(self, begin: int) -> bool:
-        """Whether a sample that begins here is worth reading on to."""
+        """Return whether a sample that starts here is close enough to extend this unit to."""
         gap = begin - self.end
         if self.scattered or begin < self.begin or gap > GAP:
             return False
@@ -65,16 +65,19 @@ class _Unit:
 
 
 class Prefetcher:
-    """Walks positions in order and hands out, for each, how to get its sample; remote bytes are requested ahead.
+    """Iterates over positions in order, yielding for each a function that returns its sample; prefetches remote bytes.
 
-    Where the windows of all lanes fit into the budget, a window's neighbours come in ranges of some megabytes and
-    wait in memory for their turn; with a disk cache they wait there; else every sample is its own request.
+    If the windows of all lanes fit into the budget, neighbouring samples of a window are fetched in ranges of a few
+    megabytes and wait in memory for their turn; with a disk cache they wait there. Otherwise every sample is a request
+    of its own.
 
     Args:
-        positions: the positions to deliver, ascending inside each lane.
-        wanted: which of given positions this process will deliver, (n,) -> bool (n,); None: all of the lanes it meets.
-        lanes: number of lanes whose windows it holds, for the estimate of memory; a part, where workers share a lane.
-        budget: bytes of raw samples held.
+        reader: reads the samples.
+        order: maps positions to shards and rows.
+        positions: the positions to deliver, in batches, ascending within each lane.
+        lanes: number of lanes whose windows are held, to estimate memory; fractional if workers share a lane.
+        budget: most bytes of raw samples to hold.
+        wanted: tells which positions this process will deliver, (n,) -> bool (n,); None: all in the windows it reads.
     """
 
     def __init__(
@@ -88,14 +91,14 @@ class Prefetcher:
     ) -> None:
         self._reader, self._order, self._wanted = reader, order, wanted
         self._places = self._locate(iter(positions))
-        self._ahead: deque[tuple[int, int, int]] = deque()  # located, not yet handed out
-        self._requested = 0  # how many of those have had their unit requested
+        self._ahead: deque[tuple[int, int, int]] = deque()  # located, not yet delivered
+        self._requested = 0  # how many of these have their unit requested
         self._units: dict[int, _Unit] = {}
         self._budget, self._held = budget, 0
         self._lock = threading.Lock()
         self._said_scattered = False
         window = window_bytes(reader.dataset, reader.config) * lanes
-        self.whole_windows = window <= budget and reader.cache is None  # the disk cache keeps neighbours, too
+        self.whole_windows = window <= budget and reader.cache is None  # a disk cache keeps neighbours anyway
         self._pool: DaemonPool | None = None
         self._all_direct = all(map(reader.is_direct, range(len(reader.dataset.urls))))
         if window > budget and reader.cache is None and not self._all_direct:
@@ -108,7 +111,7 @@ class Prefetcher:
             )
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Callable[[], Sample]]]:
-        """(position, shard, row, a function that waits for the sample and returns it)."""
+        """Yield (position, shard, row, a function that waits for the sample and returns it)."""
         if self._all_direct:
             for position, shard, row in self._places:
                 yield position, shard, row, partial(self._reader.read, shard, row)
@@ -126,7 +129,7 @@ class Prefetcher:
             yield position, shard, row, _Wait(self, unit, position)
 
     def _locate(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[int, int, int]]:
-        """(position, shard, row) of every position in order."""
+        """Yield (position, shard, row) of every position in order."""
         while True:
             several: list[np.ndarray] = []
             while sum(map(len, several)) < LOCATED and (batch := next(batches, None)) is not None:
@@ -138,13 +141,16 @@ class Prefetcher:
             yield from zip(positions.tolist(), shards.tolist(), rows.tolist(), strict=True)
 
     def _fill(self, count: int) -> bool:
-        """Takes up located positions until `count` are ahead; whether any are."""
+        """Locate positions until `count` are ahead; return whether there are any."""
         self._ahead.extend(islice(self._places, max(count - len(self._ahead), 0)))
         return bool(self._ahead)
 
     def _pump(self) -> None:
-        """Requests units in the order of need: always the one that is needed now, others as the budget allows, and of
-        these only some at a time: small ones would fill the budget by the ten thousand before the first is given."""
+        """Request units in the order of need: always the one needed next, others as the budget allows.
+
+        The number per call is limited: otherwise tens of thousands of small units would be requested before the first
+        sample is delivered.
+        """
         for _ in range(_AT_A_TIME):
             if self._requested >= len(self._ahead) and not self._fill(self._requested + 1):
                 return
@@ -164,7 +170,7 @@ class Prefetcher:
             self._requested += 1
 
     def _plan(self, position: int, shard: int) -> _Unit:
-        """Makes the units of the window around a position."""
+        """Create the units of the window around a position; return the unit of the position itself."""
         compressed = self._reader.dataset.summaries[shard].compressed
         if self.whole_windows or compressed:
             positions = self._order.window_of(position)
@@ -207,7 +213,7 @@ class Prefetcher:
             )
 
     def _bring(self, unit: _Unit) -> dict[int, Any]:
-        """Requests a unit and cuts it up, so that each sample's memory is free once it is collected."""
+        """Fetch a unit and cut it up, so that the memory of each sample is released when it is collected."""
         if unit.scattered:
             return {position: self._reader.read(unit.shard, row) for position, (row, _, _) in unit.rows.items()}
         data = self._reader.read_range(unit.shard, unit.begin, unit.end)
@@ -217,7 +223,7 @@ class Prefetcher:
         return wanted
 
     def collect(self, unit: _Unit, position: int) -> Sample:
-        """Waits for a unit and takes one sample out of it."""
+        """Wait for a unit and take one sample out of it. Raises what reading it raised; see `RowReader.read`."""
         assert unit.future is not None
         if unit.scattered:
             try:
@@ -232,7 +238,7 @@ class Prefetcher:
         return self._reader.sample_from(unit.shard, row, begin, data)
 
     def close(self) -> None:
-        """Drops what is requested and not delivered."""
+        """Discard what has been requested but not delivered."""
         if self._pool is not None:
             self._pool.close()
 

@@ -1,8 +1,8 @@
-"""`Decoding` in a process of its own, so that neither its Python code nor its memory traffic holds up training.
+"""Runs `Decoding` in a separate process, so that neither its Python code nor its memory traffic slows down training.
 
-The child runs this module. Over one socket it is told its `Work`, and answers with micro-batches, with the records of
-its log, and at last with the error that ended it; the arrays go as they are, outside the pickle. When either side
-dies the other one sees the socket end.
+The child runs this module. It receives its `Work` over a socket and sends back micro-batches, log records and, at the
+end, the error that stopped it. Arrays travel outside the pickle, without a copy. If either side dies, the other sees
+the socket close.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from data_pipeline.reading.micro_batches import Decoding, MicroBatch, Work
 from data_pipeline.storage.retry import get_unless_asked
 
 HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Signals that mean the trainer, who may still need data before it stops."""
+"""Signals blocked in the child: they are meant for the trainer, which may still need data before it stops."""
 CLOSE_S = 2.0
 
 
 class Wire:
-    """Python objects over a socket; several threads may send, one receives."""
+    """Sends and receives Python objects over a socket. Any thread may send; only one may receive."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end, self._lock = end, threading.Lock()
 
     def send(self, value: Any) -> None:
-        """Sends one object; its arrays travel without a copy."""
+        """Send one object, its arrays without a copy."""
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
@@ -50,7 +50,7 @@ class Wire:
                 self._end.sendall(part)
 
     def receive(self) -> Any:
-        """The next object; its arrays may be written to.
+        """Receive the next object; its arrays are writable.
 
         Raises:
             EOFError: the other side is gone.
@@ -72,15 +72,15 @@ class Wire:
         return data
 
     def close(self) -> None:
-        """Wakes whoever waits, on both sides."""
+        """Shut the connection down, which wakes waiting threads on both sides."""
         with suppress(OSError):
             self._end.shutdown(socket.SHUT_RDWR)
 
 
 class DecodingProcess:
-    """An endless iterator of the same `MicroBatch`es as `Decoding(work)` gives.
+    """An endless iterator over the same `MicroBatch`es as `Decoding(work)`, decoded in a child process.
 
-    Raises (on `next`): what `Decoding` raises; `CascadeError` when the process died.
+    `next` raises what `Decoding` raises, and `CascadeError` if the child died.
     """
 
     def __init__(self, work: Work) -> None:
@@ -93,7 +93,7 @@ class DecodingProcess:
             PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
         )
         command = [*python.module("data_pipeline.reading.process"), str(theirs.fileno())]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # what is blocked stays so in the child
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # the child inherits the mask
         try:
             self._process = subprocess.Popen(command, env=environ, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         finally:
@@ -146,7 +146,7 @@ class DecodingProcess:
         )
 
     def close(self) -> None:
-        """Ends the process; what it had decoded ahead is dropped."""
+        """Stop the process and discard what it decoded ahead."""
         self._closed = True
         self._wire.close()
         try:
@@ -157,7 +157,7 @@ class DecodingProcess:
 
 
 class _Forward(logging.handlers.QueueHandler):
-    """Sends log records to the training process, which knows where they belong."""
+    """Sends log records to the training process, which has the log's handlers."""
 
     def __init__(self, wire: Wire) -> None:
         super().__init__(queue.SimpleQueue())
@@ -175,13 +175,17 @@ def _end_with_trainer(wire: Wire) -> None:
 
 
 def main(descriptor: int) -> None:
-    """The child: decodes until the trainer is gone."""
+    """Run the child: decode until the trainer is gone.
+
+    Args:
+        descriptor: file descriptor of the child's end of the socket.
+    """
     import faulthandler
 
     import torch
 
     faulthandler.enable()
-    torch.set_num_threads(1)  # data.threads of them resize side by side
+    torch.set_num_threads(1)  # data.threads threads already resize in parallel
     wire = Wire(socket.socket(fileno=descriptor))
     work = wire.receive()
     threading.Thread(target=_end_with_trainer, args=(wire,), daemon=True).start()
@@ -192,11 +196,11 @@ def main(descriptor: int) -> None:
                 wire.send(batch)
         except Exception as error:
             wire.send(_portable(error))
-    threading.Event().wait()  # the trainer has yet to read all this; it ends the process
+    threading.Event().wait()  # the trainer still has to read this; it ends the process
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error that can be sent, with its traceback as a note unless it explains itself."""
+    """Return an error that can be pickled, with its traceback as a note unless it is one of ours."""
     if isinstance(error, CascadeError):
         return error
     error.add_note("in the decoding process:\n" + traceback.format_exc())

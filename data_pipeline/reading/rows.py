@@ -1,4 +1,4 @@
-"""Raw samples by their place in the data set, verified against the index; substitutes for those that are bad."""
+"""Reads raw samples by shard and row, verified against the index; picks substitutes for bad ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 _OPEN_FILES = 512
 FAR = 512 << 10
-"""Bytes between two members of a sample that are not read for their sake."""
+"""Members of a sample further apart than this many bytes are read separately."""
 _ONE_READ = 24 << 10
-"""Members that end within so many bytes are read together: cutting them costs a copy, which for more is dearer than
-another system call."""
+"""Members that end within this many bytes are read together. Cutting them apart takes a copy, which for more bytes
+costs more than another system call."""
 _REREADS = 2
 _SAME_SHARD, _ANYWHERE = 16, 64
 
@@ -37,7 +37,7 @@ _Place = tuple[str, int, int, int]
 
 
 class _File:
-    """An open file that closes when the last user lets go of it."""
+    """An open file that closes when the last reference to it is dropped."""
 
     def __init__(self, url: str) -> None:
         self._url, self._descriptor = url, -1
@@ -47,7 +47,11 @@ class _File:
             raise DataError(f"{url}: {error.strerror or error}") from error
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end); where that is possible in one piece, without a copy."""
+        """Read bytes [begin, end), if possible with one system call and no copy.
+
+        Raises:
+            DataError: the file is shorter, or cannot be read.
+        """
         try:
             data = os.pread(self._descriptor, end - begin, begin)
             while len(data) < end - begin:
@@ -67,10 +71,12 @@ class _File:
 
 
 class RowReader:
-    """Reads any sample of a data set, every member verified against the index. Safe to use from several threads.
+    """Reads any sample of a data set and verifies every member against the index. Thread-safe.
 
     Args:
-        extensions: members that are wanted; others, however large, are not looked at. None: all.
+        dataset: what to read from.
+        config: its `data.cache_dir` is used.
+        extensions: extensions of the members to read; others are skipped, however large. None: read all.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
@@ -81,11 +87,15 @@ class RowReader:
         dataset.keep_in(self.cache)
 
     def read(self, shard: int, row: int) -> Sample:
-        """One sample: `__key__`, `__url__` and the bytes of each member by extension; of a mixture also `__dataset__`.
+        """Read one sample: `__key__`, `__url__` and the bytes of each member by extension; in a mixture `__dataset__`.
+
+        Args:
+            shard: number of the shard.
+            row: row of the shard, counting only samples that pass the filters.
 
         Raises:
-            BadSample: `checksum`, when the bytes differ from the index however often they are read.
-            DataError, StoreError: the shard is gone, changed or out of reach.
+            BadSample: `checksum`, the bytes differ from the index even after rereading.
+            DataError, StoreError: the shard is gone, has changed or is out of reach.
         """
         index, rows = self.dataset.index(shard)
         physical = rows.item(row)
@@ -97,7 +107,10 @@ class RowReader:
         raise BadSample("checksum", f"{wrong} differs from its index; the shard has changed or is damaged")
 
     def places(self, index: ShardIndex, row: int) -> list[_Place]:
-        """Extension, first byte, size and checksum of each member that is wanted; `row` is one of the file."""
+        """Return (extension, first byte, size, checksum) of each wanted member; `row` counts all samples of the file.
+
+        Without any wanted member, all members are returned.
+        """
         places = index.places(row)
         if self._extensions is None:
             return places
@@ -106,7 +119,7 @@ class RowReader:
 
     def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
         if self._direct[shard]:
-            # What is read with holds the file, so that no other thread's opening closes it.
+            # The bound method keeps the file open even if another thread evicts it from the cache.
             return _cut(index, row, parts, (self._files.get(shard) or self._open(shard)).read)
         runs = [(begin, self.read_range(shard, begin, end, fresh)) for begin, end in runs_of(parts)]
 
@@ -120,11 +133,15 @@ class RowReader:
         return self._files.put(shard, _File(self.dataset.urls[shard]))
 
     def is_direct(self, shard: int) -> bool:
-        """A plain local file, of which any sample is at hand for a system call or two."""
+        """Return whether the shard is a plain local file, any sample of which takes a system call or two."""
         return self._direct[shard]
 
     def read_range(self, shard: int, begin: int, end: int, fresh: bool = False) -> bytes:
-        """Bytes [begin, end) of a shard, after decompression; `fresh`: past the disk cache."""
+        """Read bytes [begin, end) of a shard, after decompression; `fresh` bypasses the disk cache.
+
+        Raises:
+            DataError, StoreError: the shard is gone, has changed or is out of reach.
+        """
         summary = self.dataset.summaries[shard]
         url, etag, patience = summary.entry.url, summary.entry.etag, self.dataset.patience
         if not summary.compressed:
@@ -142,7 +159,7 @@ class RowReader:
             return _skip_and_read(Gunzip(stream), begin, end, url)
 
     def sample_from(self, shard: int, row: int, begin: int, data: bytes) -> Sample:
-        """The sample out of bytes [begin, ...) of its shard; one that does not verify is read again by itself."""
+        """Cut a sample out of `data`, the bytes of its shard from `begin` on; if it does not verify, read it again."""
         index, rows = self.dataset.index(shard)
         physical = int(rows[row])
         sample, wrong = _cut(
@@ -155,20 +172,22 @@ class RowReader:
         return self._named(sample, shard)
 
     def _named(self, sample: Sample, shard: int) -> Sample:
-        """With the name of its data set, where there are several."""
+        """Add the name of the data set, in a mixture."""
         name = self.dataset.name_of(shard)
         if name:
             sample["__dataset__"] = name
         return sample
 
     def close(self) -> None:
-        """Closes the files that no thread is reading."""
+        """Close all files; those that a thread is reading close when it is done."""
         self._files.clear()
 
 
 def runs_of(parts: list[_Place]) -> list[tuple[int, int]]:
-    """(first byte, end byte) of the stretches of a shard that hold a sample: one, unless its members lie far apart, as
-    in a tar that was packed kind by kind."""
+    """Return the (first byte, end byte) runs of a shard that hold a sample.
+
+    There is one run unless the members lie far apart, as in a tar that was packed by file type.
+    """
     runs: list[tuple[int, int]] = []
     for _, offset, size, _ in parts:
         if runs and offset - runs[-1][1] <= FAR:
@@ -179,7 +198,10 @@ def runs_of(parts: list[_Place]) -> list[tuple[int, int]]:
 
 
 def _cut(index: ShardIndex, row: int, parts: list[_Place], read: Callable[[int, int], bytes]) -> tuple[Sample, str]:
-    """The sample, and the first member that does not verify; `read` gives bytes [begin, end) of the shard."""
+    """Return the sample and a description of the first member that does not verify, or "".
+
+    `read` returns bytes [begin, end) of the shard.
+    """
     sample: Sample = {"__key__": index.key(row), "__url__": index.url}
     wrong, data = "", b""
     begin = end = -1
@@ -209,8 +231,10 @@ def _skip_and_read(stream: Gunzip, begin: int, end: int, url: str) -> bytes:
 
 
 def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Iterator[tuple[int, int]]:
-    """Places to try instead of a bad sample, always the same: first in its own shard, then anywhere in its data
-    set."""
+    """Yield (shard, row) of substitutes for a bad sample: first in its shard, then anywhere in its data set.
+
+    The same arguments always give the same substitutes.
+    """
     for attempt in range(_ANYWHERE):
         if attempt < _SAME_SHARD:
             yield shard, hash_below(int(dataset.counts[shard]), seed, position, f"substitute/{attempt}")
@@ -224,7 +248,7 @@ def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Itera
 
 @dataclass
 class Taken:
-    """A sample that was delivered for a position, and the bad ones that it stands in for."""
+    """The sample delivered for a position, and records of the bad ones it replaces."""
 
     position: int
     value: Any
@@ -234,10 +258,10 @@ class Taken:
 def replace(
     reader: RowReader, seed: int, position: int, shard: int, row: int, bad: BadSample, use: Callable[[Sample], Any]
 ) -> Taken:
-    """`use` of a deterministic substitute for a sample that turned out to be bad.
+    """Replace a bad sample by the first substitute for which `use` does not raise `BadSample`.
 
     Raises:
-        DataError: none of the substitutes can be used either.
+        DataError: all substitutes are bad, too.
     """
     failures = [_record(reader.dataset, position, shard, row, bad)]
     for other, place in substitutes(reader.dataset, seed, position, shard):

@@ -1,4 +1,4 @@
-"""Chosen members of one shard in about their order in the archive, through one stream where that is cheaper."""
+"""Reads selected members of a shard roughly in archive order, through one stream where that is cheaper."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_pipeline.storage import store
 from data_pipeline.storage.retry import DEFAULT, Patience
 
 _LOCAL_GAP, _REMOTE_GAP = 1 << 16, 1 << 22
-"""Bytes between two parts that are read through rather than skipped by opening the shard anew."""
+"""Gaps in bytes up to which reading through is cheaper than reopening the shard at an offset."""
 
 
 class PartReader:
-    """Reads parts that an index names, from plain and from compressed shards, local and remote. Not thread-safe."""
+    """Reads the parts listed in an index from plain or compressed shards, local or remote. Not thread-safe."""
 
     def __init__(self, entry: store.Entry, compressed: bool, patience: Patience = DEFAULT) -> None:
         self._entry, self._compressed, self._patience = entry, compressed, patience
@@ -25,11 +25,11 @@ class PartReader:
         self._position = 0
 
     def read(self, part: Part) -> bytes:
-        """The bytes of one member.
+        """Read the bytes of one member.
 
         Raises:
-            BadSample: it is too large to hold.
-            DataError: the shard has become shorter since it was indexed.
+            BadSample: `too_large`, the member exceeds `MAX_MEMBER`.
+            DataError: the shard is missing, or shorter than when it was indexed.
         """
         if part.size > MAX_MEMBER:
             raise BadSample("too_large", f"member .{part.extension} has {part.size} bytes")
@@ -59,7 +59,7 @@ class PartReader:
         return bytes(kept)
 
     def close(self) -> None:
-        """Closes the stream."""
+        """Close the stream."""
         if self._stream is not None:
             self._stream.close()
 

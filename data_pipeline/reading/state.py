@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the data: the position, and all that must be unchanged for it to mean the same samples."""
+"""The data's part of a checkpoint: the position, and all that determines which sample it refers to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = {**_CONTENT, **_RUN, "window": "data.window"}
 
 
 def state_of(dataset: Dataset, config: DataConfig, seed: int, position: int) -> dict[str, Any]:
-    """The state at a position (samples consumed by all ranks together), for JSON; the same on all ranks."""
+    """Return the JSON-serializable state at a position (samples consumed by all ranks); the same on every rank."""
     state = {
         **dataset.describe(),
         "licences": dataset.licences,
@@ -36,13 +36,17 @@ def state_of(dataset: Dataset, config: DataConfig, seed: int, position: int) -> 
 
 
 def check_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Refuses to continue a run whose data or batch layout changed.
+    """Check that a run can continue: neither its data nor its batch layout has changed.
 
-    Of a mixture, what lies behind the position may change: weights from a later position on, and data sets that take
-    part from then on. One data set may become the first of a mixture.
+    What a mixture does after the position may change: weights, and data sets that join from there on. A single data set
+    may become the first of a mixture.
+
+    Args:
+        now: the state according to the current settings.
+        before: the state in the checkpoint.
 
     Raises:
-        ConfigError: it names what changed, from what to what.
+        ConfigError: the message names what changed, with old and new values.
     """
     if "datasets" in now or "datasets" in before:
         changes = _mixture_changes(now, before)
@@ -50,7 +54,7 @@ def check_state(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         changes = _differences(now, before, _NAMES)
     if changes:
         raise ConfigError(
-            f"data: the checkpoint at position {before.get('position')} was trained in another order; it changed "
+            f"data: the checkpoint at position {before.get('position')} was trained in another order; changed: "
             f"{'; '.join(changes)}. Restore the old order, or start a new run (train.init_from takes over the weights)"
         )
 
@@ -64,18 +68,18 @@ def _differences(now: Mapping[str, Any], before: Mapping[str, Any], names: Mappi
 
 
 def check_past(now: DataConfig, before: DataConfig, position: int) -> None:
-    """Refuses shares of data sets that differ before a position, judged from the settings alone.
+    """Check, from the settings alone, that the shares of the data sets up to a position have not changed.
 
     Raises:
-        ConfigError: it names both, and how a change from this position on is written.
+        ConfigError: the message names both, and how to write a change from this position on.
     """
     changed = _shares_changed(now.shares(), before.shares(), position)
     if changed:
-        raise ConfigError(f"data.shards: the run has consumed {position} samples; up to there, it changed {changed}")
+        raise ConfigError(f"data.shards: the run has consumed {position} samples; changed: {changed}")
 
 
 def _mixture_changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What differs of the order up to the position of `before`."""
+    """Describe how the order up to the position of `before` differs."""
     position = int(before["position"])
     changes = _differences({"buckets": [], **now}, {"buckets": [], **before}, {**_RUN, "buckets": "data.buckets"})
     parts = (now.get("datasets"), before.get("datasets"))
@@ -102,21 +106,23 @@ def _rows(state: Mapping[str, Any]) -> _Rows:
 
 
 def _past(rows: _Rows, position: int) -> _Rows:
-    """The rows that were in force before a position."""
+    """Return the rows that took effect before a position."""
     return [(since, shares) for since, shares in rows if since < max(position, 1)]
 
 
 def _shares_changed(now: _Rows, before: _Rows, position: int) -> str:
-    """What changed of the shares up to a position; empty where nothing did. One data set without a name may have got
-    one."""
+    """Describe how the shares up to a position changed; empty if they did not.
+
+    A single data set may get a name.
+    """
     old, new = _past(before, position), _past(now, position)
     alone = [len(rows) == 1 and len(rows[0][1]) == 1 for rows in (old, new)]
     unnamed = any("" in shares for rows in (old, new) for _, shares in rows)
     if old == new or (all(alone) and unnamed):
         return ""
     return (
-        f"the shares of the data sets up to there from {_told(old)} to {_told(new)}; a change from there on has a "
-        f"position (weight: {{0: OLD, {position}: NEW}}, and start: {position} for a new data set)"
+        f"the shares of the data sets before position {position} from {_told(old)} to {_told(new)}; give later changes "
+        f"their position (weight: {{0: OLD, {position}: NEW}}, and start: {position} for a new data set)"
     )
 
 

@@ -1,4 +1,4 @@
-"""A source stage for any webdataset pipeline: every sample once per epoch, in an order that nothing disturbs."""
+"""A source stage for any webdataset pipeline: every sample once per epoch, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -29,42 +29,43 @@ register_s3()
 
 
 class ShardStream(IterableDataset[Sample]):
-    """This rank's raw samples, from `position` on, without end.
+    """An endless stream of this rank's raw samples, starting at `position`.
 
         stream = ShardStream("s3://bucket/{00000..00999}.tar", seed=0, global_batch=2048, rank=rank, world_size=8)
         pipeline = wds.DataPipeline(stream, wds.map(decode), wds.batched(64))
         loader = wds.WebLoader(pipeline, num_workers=8, batch_size=None)
 
     Each sample is a dict with `__key__`, `__url__`, `__position__` (samples consumed before it, over all ranks) and
-    the bytes of each member by extension. Worker processes take turns in chunks of as many samples as their pipeline
-    puts into a batch (`wds.batched(n)`; none: single samples), so the loader's order is the same for any number of
-    workers. Where batches are made elsewhere (`DataLoader(stream, batch_size=n)`), say so by `micro_batch=n`, and by
-    `micro_batch=1` where none are (`batch_size=None`): several workers are refused without.
+    the bytes of each member by extension. Workers take turns in chunks of as many samples as their pipeline batches
+    (`wds.batched(n)`; without it, single samples), so the loader's order is the same for any number of workers. If
+    batches are made elsewhere, set `micro_batch=n` for `DataLoader(stream, batch_size=n)` and `micro_batch=1` for
+    `batch_size=None`; otherwise several workers raise an error.
 
-    To resume, pass the position reached: the number of samples that all ranks together have consumed; or keep
-    `stream.state(position)` and pass that, which also refuses data, filters or batches that changed. A sample that
-    does not verify is replaced by a deterministic substitute (`__failures__`, else empty, then says why, as JSON).
+    To resume, pass the position reached: the number of samples that all ranks together have consumed. Or save
+    `stream.state(position)` and pass it as `state`, which also checks that data, filters and batches have not changed.
+    A sample that does not verify is replaced by a deterministic substitute; `__failures__`, otherwise empty, then says
+    why, as JSON.
 
     Args:
         shards: a path, glob, brace pattern, directory, s3:// pattern, or a list of these; or a mixture, a list of
             `{"name": "a", "shards": PATTERN, "weight": 0.7}`, whose samples also have `__dataset__`.
-        seed: decides the order, with the content of the shards, `filter`, `lanes` and `window`.
+        seed: determines the order, together with the content of the shards, `filter`, `lanes` and `window`.
         global_batch: samples per step over all ranks.
         rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
         position: where to start.
-        lanes: interleaved sub-streams; 0: chosen from `global_batch`. `world_size` must divide it.
-        window: samples shuffled together inside a lane; None: as many as fit into memory, see `DataConfig`.
-        micro_batch: samples per chunk dealt to a worker; 0: as the pipeline batches them, or if there is none the
-            rank's whole share of a global batch.
-        state: what `state` of an earlier stream returned: begins at its position, with the same data only.
+        lanes: number of interleaved substreams; 0: chosen from `global_batch`. `world_size` must divide it.
+        window: samples shuffled together within a lane; None: as many as fit into memory, see `DataConfig`.
+        micro_batch: samples per chunk given to a worker; 0: the pipeline's batch size or, without workers, the rank's
+            whole share of a global batch.
+        state: the result of `state` of an earlier stream; starts at its position and requires the same data.
         filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`.
-        stop: position at which to end; None: never. (Several workers keep the exact order up to the last whole batch.)
+        stop: position at which to stop; None: never. With several workers the order is exact up to the last full batch.
         settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
 
     Raises:
-        ConfigError: the batch cannot be shared so, `position` is no number of samples, or `state` belongs to other data
-            or batches.
-        DataError: shards missing, denied or no tar archives.
+        ConfigError: a setting is invalid or unknown, the batch cannot be divided this way, or `state` belongs to other
+            data or batches.
+        DataError: shards are missing, access is denied, or they are not tar archives.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class ShardStream(IterableDataset[Sample]):
             self.position = check_position(state["position"])
 
     def state(self, position: int) -> dict[str, Any]:
-        """What a checkpoint keeps at a position (samples consumed by all ranks together); JSON can hold it."""
+        """Return the JSON-serializable state at a position (samples consumed by all ranks), for a checkpoint."""
         return state_of(self.dataset, self.config, self.seed, position)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -111,8 +112,8 @@ class ShardStream(IterableDataset[Sample]):
         size = self.config.micro_batch or (_batch_size(info.dataset) if info else 0)
         if not size and workers > 1:
             raise ConfigError(
-                f"ShardStream: a worker cannot see how a DataLoader with num_workers={workers} makes batches, on which "
-                "the order depends; give the stream micro_batch=n for batch_size=n, micro_batch=1 for "
+                f"ShardStream: the order depends on the batch size of the DataLoader (num_workers={workers}), which a "
+                "worker cannot see; give the stream micro_batch=n for batch_size=n, micro_batch=1 for "
                 "batch_size=None, or batch in the pipeline with wds.batched(n)"
             )
         size = size or self.micro_batch
@@ -143,12 +144,12 @@ def _settings(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
     unknown = sorted(set(values) - {field.name for field in fields(kind)})  # type: ignore[arg-type]
     if unknown:
         known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
-        raise ConfigError(f"{name}: there is no {', '.join(unknown)}; it knows {known}")
+        raise ConfigError(f"{name}: unknown setting {', '.join(unknown)}; the settings are {known}")
     return kind(**values)
 
 
 def _batch_size(pipeline: Any) -> int:
-    """Samples in each item that a webdataset pipeline delivers; 0 for anything else."""
+    """Return the samples per item that a webdataset pipeline delivers; 0 for anything else."""
     if not isinstance(pipeline, wds.DataPipeline):
         return 0
     size = 1

@@ -1,7 +1,6 @@
-"""s3:// for plain webdataset: `wds.WebDataset("s3://bucket/{000..999}.tar")` reads and `wds.TarWriter("s3://...")`
-writes.
+"""s3:// URLs for plain webdataset, in `wds.WebDataset("s3://bucket/{000..999}.tar")` and `wds.TarWriter("s3://...")`.
 
-Registered by `import data_pipeline.reading.stream` (so by using `ShardStream`) or by `data_pipeline.register_s3()`.
+Registered when `data_pipeline.reading.stream` is imported (as for `ShardStream`) or by `data_pipeline.register_s3()`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from data_pipeline.storage import s3, store
 
 
 class _Writer(io.BytesIO):
-    """An object that appears whole when the file is closed."""
+    """A file that is uploaded as a whole when it is closed."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -28,16 +27,16 @@ class _Writer(io.BytesIO):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
-            super().close()  # left by an exception: nothing appears
+            super().close()  # after an exception nothing is uploaded
         else:
             self.close()
 
 
 def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> BinaryIO:
-    """webdataset's opener: a file over our stream, which continues at the broken byte.
+    """Open an s3:// URL for webdataset. A broken connection is resumed at the byte where it broke.
 
     Raises:
-        DataError, StoreError: from reading, with the object's name.
+        DataError, StoreError: when reading or closing the file; the message names the object.
     """
     if mode == "wb":
         return _Writer(url)
@@ -46,6 +45,6 @@ def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> Binary
 
 
 def register_s3() -> None:
-    """Makes webdataset open s3:// URLs with `open_s3`."""
-    # `import webdataset.gopen as gopen` would give the function of that name instead of the module.
+    """Make webdataset open s3:// URLs with `open_s3`."""
+    # `import webdataset.gopen as gopen` would bind the function of that name instead of the module.
     importlib.import_module("webdataset.gopen").gopen_schemes["s3"] = open_s3

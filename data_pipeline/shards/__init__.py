@@ -1,1 +1,1 @@
-"""What a tar shard holds: walking, indexing, filtering, summarizing and writing it. Imports content and below."""
+"""Tar shards: walk, index, filter, summarize and write them. Imports content and below."""

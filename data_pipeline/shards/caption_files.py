@@ -1,8 +1,8 @@
-"""Captions that a model wrote for the pictures of a data set: one file per shard, joined to its samples by key.
+"""Captions written by a model for the pictures of a data set: one file per shard, joined to its samples by key.
 
-`00000.captions.parquet` belongs to `00000.tar`: a row per caption with `key` and `caption`, and under `cascade` in its
-metadata what it was made of: the digest of the shard, the model (hash of its files), the prompt and the settings.
-`cascade caption` writes them; `data.captions.files={NAME: DIR}` and the source `file:NAME` use them.
+`00000.captions.parquet` belongs to `00000.tar`. It has a row per caption with `key` and `caption`; under `cascade` in
+its metadata is what it was made from: the digest of the shard, the model (hash of its files), the prompt and the
+settings. `cascade caption` writes these files; `data.captions.files={NAME: DIR}` and the source `file:NAME` use them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SCHEMA_OF_CAPTIONS = pa.schema([("key", pa.string()), ("caption", pa.string())])
 
 
 def caption_file_url(shard: str, folder: str) -> str:
-    """Where the captions of a shard lie."""
+    """Return where the captions of a shard are stored."""
     return store.join(folder, re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".captions.parquet")
 
 
 def write_captions(url: str, rows: Iterable[tuple[str, str]], facts: Mapping[str, Any]) -> int:
-    """Writes (key, caption) rows and what they were made of; the file appears whole. Returns its bytes."""
+    """Write (key, caption) rows and what they were made from, atomically; return the size of the file in bytes."""
     pairs = list(rows)
     table = pa.table([[key for key, _ in pairs], [caption for _, caption in pairs]], schema=SCHEMA_OF_CAPTIONS)
     said = json.dumps({**facts, "version": CAPTION_FILES_VERSION}).encode()
@@ -43,10 +43,10 @@ def write_captions(url: str, rows: Iterable[tuple[str, str]], facts: Mapping[str
 
 
 def read_captions(url: str) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """(captions by key, what they were made of).
+    """Return the captions by key, and what they were made from.
 
     Raises:
-        DataError: there is no such file, or it is damaged.
+        DataError: the file is missing, damaged or of another version.
     """
     content = store.read_bytes(url)
     try:
@@ -65,7 +65,7 @@ def read_captions(url: str) -> tuple[dict[str, list[str]], dict[str, Any]]:
 
 
 class CaptionFiles:
-    """The caption files of a data set, opened as they are needed. Safe to use from several threads.
+    """The caption files of a data set, opened on demand. Thread-safe.
 
     Args:
         folders: `data.captions.files`: directory or s3:// prefix by name.
@@ -88,10 +88,10 @@ class CaptionFiles:
         self._open: Recent[tuple[str, str], dict[str, list[str]]] = Recent(_OPEN)
 
     def of(self, shard: str, key: str) -> dict[str, list[str]]:
-        """The captions of a sample by the name of their folder; none where its model wrote none.
+        """Return the captions of a sample by the name of their folder; an empty list if its model wrote none.
 
         Raises:
-            DataError: the file belongs to another shard.
+            DataError: a file is missing or damaged, or belongs to another shard.
         """
         return {name: self._file(name, shard).get(key, []) for name in self._folders}
 

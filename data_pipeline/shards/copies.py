@@ -1,4 +1,4 @@
-"""Samples that several data sets of a mixture hold, found in their indexes."""
+"""Finds samples that several data sets of a mixture share, from their indexes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import numpy as np
 from data_pipeline.shards.index import ShardIndex
 
 MOST = 20_000_000
-"""Samples that are compared; of more, those whose hashes are multiples of a number, which is the same fair part of
-every data set."""
+"""Most samples to compare. Of more, only those whose hash is divisible by some number are compared, which selects the
+same random fraction of every data set."""
 
 
 def copies(indexes: Mapping[str, Iterable[ShardIndex]], samples: int) -> list[dict[str, Any]]:
-    """Which pairs of data sets share samples, the most first.
+    """Return which pairs of data sets share samples, those with most in common first.
 
     Args:
-        indexes: of the shards of each data set, by its name; each is looked at once.
-        samples: in all of them, to decide how many are compared.
+        indexes: the indexes of the shards of each data set, by its name; each is read once.
+        samples: number of samples in all data sets, which decides what fraction is compared.
 
     Returns:
-        per pair with something in common `datasets`, `same_picture` (pictures with the same bytes), `same_key`, and an
-        `example`, the key of such a picture in the first of them.
+        For each pair with something in common: `datasets`, `same_picture` (number of pictures with the same bytes),
+        `same_key` (number of common keys) and `example`, the key of a common picture in the first data set, or None.
+        The numbers are estimates if only a fraction is compared.
     """
     every = 1 + samples // MOST
     found: dict[str, tuple[np.ndarray, np.ndarray, dict[int, str]]] = {}

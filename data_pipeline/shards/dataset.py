@@ -1,4 +1,4 @@
-"""All shards of a run together: how many samples each gives after the filters, and a fingerprint of the whole."""
+"""The shards of a run as one data set: samples per shard after the filters, and a fingerprint of the whole."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ logger = logging.getLogger(__name__)
 
 NOT_INDEXED = "not indexed"
 HARMLESS = ("bad_json", "unused_image")
-"""Findings that are not told at every start: they cost no sample."""
+"""Problems not reported at every start, because they cost no sample."""
 _CACHED = 64
-"""Indexes kept, unless `Dataset.expect` says otherwise."""
+"""Number of indexes kept in memory before `Dataset.expect` sets another."""
 _THREADS = 16
 _WINDOW_BYTES, _SMALLEST_WINDOW = 700_000_000, 8
 
 
 class Dataset:
-    """Shards, counts after filters, and lazily the indexes. Picklable; safe to use from several threads."""
+    """Shards, their sample counts after filters, and their indexes, loaded on demand. Picklable and thread-safe."""
 
     def __init__(
         self, summaries: list[Summary], rules: FilterConfig, patience: Patience, names: MembersConfig | None = None
     ) -> None:
         self.summaries, self.rules, self.patience = summaries, rules, patience
         self.cache: DiskCache | None = None
-        """Keeps indexes of an object store on the node's disk."""
+        """Caches indexes from an object store on the node's disk."""
         self.names = names or MembersConfig()
         self.urls = [summary.entry.url for summary in summaries]
         self.counts = np.array([summary.kept for summary in summaries], np.int64)
         self.samples = int(self.counts.sum())
-        """Samples that take part."""
+        """Samples that are used."""
         self.total = sum(summary.samples for summary in summaries)
         """Samples in the shards."""
         self.dropped: Counter[str] = Counter()
-        """Samples that do not take part, by reason."""
+        """Samples that are not used, by reason."""
         self.problems: Counter[str] = Counter()
         """Damage to shards found while indexing, by reason."""
         for summary in summaries:
@@ -85,11 +85,11 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what decides the order: shard names, contents and filters (not where the shards lie)."""
+        """Hash of what determines the order: names and contents of the shards, and filters; not their location."""
         return str(self._description["fingerprint"])
 
     def describe(self) -> dict[str, Any]:
-        """The fingerprint and its ingredients, for comparing two data sets."""
+        """Return the fingerprint and what it is made of, for comparing data sets."""
         return dict(self._description)
 
     @cached_property
@@ -108,8 +108,11 @@ class Dataset:
 
     @cached_property
     def licences(self) -> dict[str, int]:
-        """Licence -> samples that take part, the most frequent first. Those that name none are `unknown`; those in
-        indexes of earlier versions, which did not look, are `not indexed`."""
+        """Licence -> number of used samples, most frequent first.
+
+        Samples that state none count as `unknown`; those in indexes of earlier versions, which did not record licences,
+        as `not indexed`.
+        """
         counts: Counter[str] = Counter()
         for summary in self.summaries:
             counts.update(summary.licences)
@@ -118,20 +121,24 @@ class Dataset:
 
     @property
     def mean_bytes(self) -> float:
-        """Bytes of shard per sample."""
+        """Mean size of a sample in its shard, bytes."""
         return sum(summary.entry.size for summary in self.summaries) / max(self.total, 1)
 
     def keep_in(self, cache: DiskCache | None) -> None:
-        """From now on indexes of an object store are kept there."""
+        """Cache indexes from an object store in `cache` from now on; None: do not cache."""
         self.cache = cache
 
     def expect(self, lanes: float, window: int) -> None:
-        """Keeps as many indexes as windows of so many lanes need: a lane is in one window and will be in the next."""
+        """Keep as many indexes in memory as this many lanes need, each for its current window and the next."""
         shards = window * len(self.urls) / max(self.samples, 1)
         self._cache.room = math.ceil(lanes * (shards + 2)) + 8
 
     def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
-        """The index of a shard and its rows that take part."""
+        """Return the index of a shard and the rows that are used, int64 (n,). Rebuilds a missing or damaged index.
+
+        Raises:
+            DataError, StoreError: the shard is gone, has changed or is out of reach.
+        """
         known = self._cache.get(shard)
         if known is not None:
             return known
@@ -147,10 +154,10 @@ class Dataset:
         return self._cache.put(shard, (index, keep_rows(index, self.rules)[0]))
 
     def _stored_index(self, summary: Summary) -> ShardIndex | None:
-        """From the node's disk, else from where it lies; None: it is not there, damaged, or of another content."""
+        """Load an index from the node's disk or from its place; None if it is missing, damaged or out of date."""
         url, place = summary.entry.url, summary.place
         if self.cache is not None and store.is_remote(place):
-            for fresh in (False, True):  # what is on the disk may be damaged
+            for fresh in (False, True):  # the copy on the disk may be damaged
                 content = self.cache.whole(
                     f"{place}#{summary.digest}", lambda: store.read_bytes(place, self.patience), fresh
                 )
@@ -161,26 +168,29 @@ class Dataset:
         return index if index is not None and index.digest == summary.digest else None
 
     def sets(self) -> dict[str, Dataset]:
-        """The data sets by name; where there is one, its name is empty."""
+        """Return the data sets of a mixture by name; without a mixture, {"": self}."""
         return {"": self}
 
     def name_of(self, shard: int) -> str:
-        """The name, in a mixture, of the data set that a shard belongs to; empty where there is one data set."""
+        """Return the name of the data set that a shard belongs to; empty without a mixture."""
         return ""
 
     def alike(self, shard: int) -> tuple[int, np.ndarray]:
-        """The shards from which substitutes may come: the number of the first, and the samples in each."""
+        """Return the shards that substitutes may come from: the number of the first, and the samples in each."""
         return 0, self.counts
 
     def key(self, shard: int, row: int) -> str:
-        """The key of a sample; `row` counts the samples that take part."""
+        """Return the key of a sample; `row` counts the samples that are used."""
         index, rows = self.index(shard)
         return index.key(int(rows[row]))
 
 
 def window_of(dataset: Dataset, config: DataConfig) -> int:
-    """The window in force: `data.window`, or one whose samples memory can hold, so that over s3:// whole windows are
-    read. It depends on what the order depends on, and not on the number of processes."""
+    """Return the effective window: `data.window`, or the largest power of two for which memory can hold all windows.
+
+    Whole windows can then be read at once over s3://. It must not depend on the number of processes, because the order
+    depends on it.
+    """
     if config.window:
         return config.window
     room = _WINDOW_BYTES * max(config.global_batch / 256, 1) / config.lane_count
@@ -189,32 +199,34 @@ def window_of(dataset: Dataset, config: DataConfig) -> int:
 
 
 def node_cache(config: DataConfig) -> DiskCache | None:
-    """`data.cache_dir`, which the processes of a node share; None: it is not set."""
+    """Return the disk cache in `data.cache_dir`, which the processes of a node share; None if it is not set."""
     return DiskCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
 
 
 def patience_of(config: DataConfig) -> Patience:
-    """The stall and deadline limits of the data settings."""
+    """Return the retry limits (`data.stall_s`, `data.deadline_s`) for reading data."""
     return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True, reads=True)
 
 
 def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = False, team: Team = ALONE) -> Dataset:
-    """The data set of these shards; shards without a fitting index are indexed first, and the log says so.
+    """Return the data set of these shards, after indexing those without a valid index (which is logged).
 
     Args:
-        may_be_empty: it is a part of one that is told of as a whole: nothing is said of what is left out.
-        team: the first of its processes asks the store; all index what is missing, each its share.
+        urls: the shards.
+        config: the `data` section; its `shards` is not read.
+        may_be_empty: it is part of a data set that is reported as a whole: report nothing, and accept no samples.
+        team: the first process asks the store; missing indexes are built by all, each its share.
 
     Raises:
-        DataError: a shard is missing or no tar archive, or the filters leave nothing.
-        StoreError: the store stayed broken.
+        DataError: a shard is missing or not a tar archive, or the filters leave no sample.
+        StoreError: the store kept failing until the deadline.
     """
     patience = patience_of(config)
     entries, loaded, known_at, known = team.once(lambda: _look_up(urls, config, patience))
     missing = [number for number, summary in enumerate(loaded) if summary is None]
     if missing:
         logger.warning(
-            "no index for %d of %d shards: building it now, once (`cascade index` does it ahead)",
+            "no index for %d of %d shards: building it now, once (`cascade index` does it in advance)",
             len(missing),
             len(urls),
         )
@@ -234,8 +246,12 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
 def _look_up(
     urls: list[str], config: DataConfig, patience: Patience
 ) -> tuple[list[store.Entry], list[Summary | None], str, int]:
-    """The shards as the store describes them, the summary of each that has a fitting index, the file of summaries, and
-    how many it had."""
+    """Look up the shards in the store.
+
+    Returns:
+        The shards as the store describes them; the summary of each, None without a valid index; the URL of the file of
+        summaries; and how many summaries came from it.
+    """
     entries = store.describe(urls, patience)
     known_at = summary_url(entries, config.filter, config.index_dir, config.members)
     known = read_summaries(known_at, entries, patience)
@@ -245,8 +261,10 @@ def _look_up(
 
 
 def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience) -> list[Summary]:
-    """The same, of indexes that this machine has as well: those of a store that cannot be written lie in a directory
-    (`data.index_dir`), which need not be a shared one."""
+    """Return the summaries, after building indexes that another machine has but this one does not.
+
+    Indexes of a read-only store are kept in a directory (`data.index_dir`), which need not be shared.
+    """
     apart = [
         number
         for number, one in enumerate(summaries)
@@ -263,7 +281,7 @@ def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience)
 def _build_all(
     missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience
 ) -> Iterator[tuple[int, Summary]]:
-    """Indexes shards with a progress bar. Ranks begin at different places and take what others have finished."""
+    """Index shards with a progress bar. Ranks start at different places and reuse what others have finished."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start = rank * len(missing) // max(world, 1)
     order = missing[start:] + missing[:start]
@@ -290,7 +308,7 @@ def _load(entry: store.Entry, config: DataConfig, patience: Patience) -> Summary
 
 
 def stored_index(entry: store.Entry, config: DataConfig, patience: Patience) -> ShardIndex | None:
-    """The index of a shard that is there and fits the shard and these settings."""
+    """Return the stored index of a shard if it is valid for the shard and these settings, else None."""
     return load_index(entry.url, config.index_dir, entry, patience, config.members, bool(config.filter.licences))
 
 
@@ -319,7 +337,7 @@ def _report(dataset: Dataset) -> None:
 
 
 def _hint(dataset: Dataset) -> str:
-    """What would help where most samples were left out for one reason, judged by the first shard that has it."""
+    """Return a remedy if most samples were dropped for one reason, judged by the first shard affected."""
     reason, count = dataset.dropped.most_common(1)[0] if dataset.dropped else ("", 0)
     if not count or 2 * count < dataset.total:
         return ""

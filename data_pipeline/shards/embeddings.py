@@ -1,17 +1,17 @@
-"""Text embeddings computed ahead: one sidecar file per shard, joined to its samples by key and caption.
+"""Precomputed text embeddings: one sidecar file per shard, joined to its samples by key and caption.
 
 A sidecar `00000.embeddings.safetensors` belongs to `00000.tar`. It is a plain safetensors file with
 
-    tokens    bf16 or int8 (sum of T, D)   the tokens of all captions one after another, each at its true length T
-    scales    fp32 (sum of T,)             int8 only: what a token's integers are multiplied by
-    starts    int64 (captions + 1,)        where each caption's tokens begin
+    tokens    bf16 or int8 (sum of T, D)   the tokens of all captions, concatenated, each at its true length T
+    scales    fp32 (sum of T,)             int8 only: factor of each token's integers
+    starts    int64 (captions + 1,)        where each caption's tokens start
     keys      uint64 (captions,)           hash of the sample's key
     captions  uint64 (captions,)           hash of the caption's text
-    checksums uint64 (captions,)           xxh3-64 of its tokens and scales
+    checksums uint64 (captions,)           xxh3-64 of the caption's tokens and scales
 
-and, under `cascade` in its metadata, what it was made of: the digest of the shard and the identity of the encoder.
-Reading refuses whatever does not fit: another shard, another encoder, a key or a caption that is not there; a sample
-whose embedding is damaged counts as bad.
+and, under `cascade` in its metadata, what it was made from: the digest of the shard and the identity of the encoder.
+Reading raises an error if the shard or the encoder is another one, or if a key or caption is missing; a sample whose
+embedding is damaged counts as bad.
 """
 
 from __future__ import annotations
@@ -48,46 +48,46 @@ _NAMES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
 }
-"""What safetensors calls a dtype -> how numpy reads it (bf16 as its 16 bits)."""
+"""safetensors dtype -> numpy dtype (bf16 as its 16 bits)."""
 
 
 def sidecar_url(shard: str, folder: str | None = None) -> str:
-    """Where the sidecar of a shard lies: in `folder`, or beside the shard."""
+    """Return where the sidecar of a shard is stored: in `folder`, or beside the shard."""
     name = re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".embeddings.safetensors"
     return store.join(folder or store.parent(shard) or ".", name)
 
 
 def caption_hash(caption: str) -> int:
-    """64 bits of BLAKE2b of the UTF-8 caption: what tells that an embedding belongs to it."""
+    """Return a 64-bit BLAKE2b hash of the UTF-8 caption, by which its embedding is found."""
     return int.from_bytes(hashlib.blake2b(caption.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 -> the upper 16 bits as uint16, rounded to nearest, ties to even."""
+    """Convert fp32 to bf16 bit patterns, uint16 of the same shape, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """uint16 bit patterns -> fp32 of the same shape."""
+    """Convert bf16 bit patterns, uint16, to fp32 of the same shape."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """fp32 (T, D) -> int8 (T, D) and the fp32 (T,) scale of each token; the error is at most half a scale."""
+    """Quantize fp32 (T, D) to int8 (T, D) with an fp32 (T,) scale per token; the error is at most half a scale."""
     scales = np.abs(values).max(axis=1, initial=0.0).astype(np.float32) / 127
     steps = values / np.where(scales > 0, scales, 1)[:, None]
     return np.rint(steps).astype(np.int8), scales
 
 
 class SidecarWriter:
-    """Writes one sidecar; the file appears whole on `close`.
+    """Writes one sidecar, atomically, on `close`.
 
     Args:
         url: see `sidecar_url`.
-        facts: what it is made of, kept in its metadata.
-        dim: width D.
-        dtype: `bf16` (exact to 3 digits) or `int8` (half the size, exact to about 1 % of the largest value of a token).
+        facts: what it is made from, kept in its metadata.
+        dim: width D of the embeddings.
+        dtype: `bf16` (about 3 digits) or `int8` (half the size, accurate to about 1 % of a token's largest value).
     """
 
     def __init__(self, url: str, facts: Mapping[str, Any], dim: int, dtype: str = "bf16") -> None:
@@ -98,7 +98,7 @@ class SidecarWriter:
         self._hashes: list[tuple[int, int, int]] = []
 
     def add(self, key: str, caption: str, tokens: np.ndarray) -> None:
-        """One caption of one sample; `tokens` is fp32 (T, D)."""
+        """Add one caption of one sample; `tokens` is fp32 (T, D)."""
         scales = np.zeros(0, "<f4")
         if self._dtype == "int8":
             data, scales = to_int8(tokens)
@@ -112,7 +112,12 @@ class SidecarWriter:
         self._hashes.append((key_hash(key), caption_hash(caption), _checksum(content, scales)))
 
     def close(self) -> None:
-        """Writes the sidecar; it appears whole."""
+        """Write the sidecar atomically.
+
+        Raises:
+            DataError, StoreError: it cannot be written.
+            OSError: TMPDIR is full; the error names it.
+        """
         starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<i8")
         hashes = np.array(self._hashes, "<u8").reshape(-1, 3)
         arrays = {"starts": starts, "keys": hashes[:, 0], "captions": hashes[:, 1], "checksums": hashes[:, 2]}
@@ -145,7 +150,7 @@ def _checksum(content: bytes, scales: np.ndarray) -> int:
 
 
 def _write_local(path: str, head: bytes, tokens: Any) -> None:
-    """Head and tokens into a file that appears whole."""
+    """Write head and tokens to a file, atomically."""
     try:
         with replacing(path) as file:
             file.write(head)
@@ -155,13 +160,14 @@ def _write_local(path: str, head: bytes, tokens: Any) -> None:
 
 
 class Sidecar:
-    """One sidecar: its facts, and the tokens of any caption for one read. Memory: about 150 bytes per caption.
+    """An open sidecar: its facts, and the tokens of any caption with one read. Takes about 150 bytes per caption.
 
     Args:
-        cache: keeps pieces of an object store on the node's disk.
+        url: the file.
+        cache: caches parts of remote files on the node's disk.
 
     Raises:
-        DataError: the file is missing or is no such file.
+        DataError: the file is missing, incomplete or not a sidecar.
     """
 
     def __init__(self, url: str, cache: DiskCache | None = None) -> None:
@@ -205,7 +211,7 @@ class Sidecar:
         return np.frombuffer(data, _NAMES[entry["dtype"]])
 
     def _read(self, begin: int, end: int, fresh: bool = False) -> bytes:
-        """Bytes [begin, end); `fresh`: past the disk cache."""
+        """Read bytes [begin, end); `fresh` bypasses the disk cache."""
         if end <= begin:
             return b""
         if self._cache is None:
@@ -215,11 +221,11 @@ class Sidecar:
         return self._cache.read(etag or self.url, size, begin, end, fetch, fresh)
 
     def tokens(self, key: str, caption: str) -> np.ndarray:
-        """fp32 (T, D).
+        """Return the embedding of a caption, fp32 (T, D).
 
         Raises:
             DataError: the sample, or this caption of it, was not embedded.
-            BadSample: `checksum`, when its bytes are not those that were written.
+            BadSample: `checksum`, the bytes differ from those written.
         """
         row = self._rows.get((key_hash(key), caption_hash(caption)))
         if row is None:
@@ -232,7 +238,7 @@ class Sidecar:
         width = self._dim * self._kind.itemsize
         begin = self._base + self._at
         scales = np.zeros(0, "<f4") if self._scales is None else self._scales[first:last]
-        for fresh in (False, True)[: 1 + (self._cache is not None)]:  # what is on the disk may be damaged
+        for fresh in (False, True)[: 1 + (self._cache is not None)]:  # the copy on the disk may be damaged
             data = self._read(begin + first * width, begin + last * width, fresh)
             if _checksum(data, scales) == self._checksums[row]:
                 break
@@ -245,12 +251,12 @@ class Sidecar:
 
 
 class Embeddings:
-    """The sidecars of a data set, opened as they are needed. Safe to use from several threads.
+    """The sidecars of a data set, opened on demand. Thread-safe.
 
     Args:
         folders: `data.embeddings`: a directory or s3:// prefix, or a list of them.
         shards: URL -> digest of every shard of the data set.
-        cache: keeps pieces of an object store on the node's disk.
+        cache: caches parts of remote files on the node's disk.
 
     Raises:
         DataError: a shard has no sidecar.
@@ -273,10 +279,11 @@ class Embeddings:
         self._identity: dict[str, Any] | None = None
 
     def check(self, identity: Mapping[str, Any], look: bool = True) -> None:
-        """From here on only sidecars of this encoder are read; the first one is looked at now (`look`).
+        """Accept only sidecars of this encoder from now on; check the first one right away if `look`.
 
         Raises:
-            ConfigError: it was made by another encoder.
+            ConfigError: the first one was made by another encoder.
+            DataError: it is damaged, or belongs to another shard.
         """
         self._identity = dict(identity)
         first = next(iter(self._urls), None)
@@ -284,11 +291,11 @@ class Embeddings:
             self._sidecar(first)
 
     def lookup(self, shard: str, key: str, caption: str) -> np.ndarray:
-        """The embedding of one caption, fp32 (T, D).
+        """Return the embedding of one caption, fp32 (T, D).
 
         Raises:
-            DataError: it is not there, or the sidecar belongs to another shard.
-            BadSample: it is damaged.
+            DataError: it is missing, or the sidecar belongs to another shard.
+            BadSample: `checksum`, it is damaged.
             ConfigError: the sidecar was made by another encoder.
         """
         return self._sidecar(shard).tokens(key, caption)
@@ -309,12 +316,12 @@ class Embeddings:
 
 
 class DatasetEmbeddings:
-    """The sidecars of all data sets of a run: of a mixture, those of data set NAME lie in FOLDER/NAME, or in FOLDER.
+    """The sidecars of all data sets of a run. In a mixture, those of data set NAME are in FOLDER/NAME or in FOLDER.
 
     Args:
         folders: `data.embeddings`.
-        shards: URL -> digest of the shards of each data set by its name; of no mixture, the name is empty.
-        cache: as `Embeddings` has it.
+        shards: URL -> digest of the shards of each data set, by name ("" without a mixture).
+        cache: as for `Embeddings`.
 
     Raises:
         DataError: a shard has no sidecar.
@@ -328,12 +335,12 @@ class DatasetEmbeddings:
         }
 
     def check(self, identity: Mapping[str, Any], look: bool = True) -> None:
-        """As `Embeddings.check`."""
+        """Like `Embeddings.check`, for every data set."""
         for embeddings in self._sets.values():
             embeddings.check(identity, look)
 
     def lookup(self, shard: str, key: str, caption: str, dataset: str = "") -> np.ndarray:
-        """As `Embeddings.lookup`."""
+        """Like `Embeddings.lookup`, in the data set `dataset`."""
         return self._sets[dataset].lookup(shard, key, caption)
 
 
@@ -349,7 +356,11 @@ def _check_identity(sidecar: Sidecar, wanted: Mapping[str, Any]) -> None:
 
 
 def pad(rows: Sequence[np.ndarray], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged embeddings -> text fp32 (B, T, D), zero where there is no token, and mask bool (B, T)."""
+    """Pad embeddings, fp32 (length, D) each, to T = `max_tokens`; longer ones are truncated.
+
+    Returns:
+        text fp32 (B, T, D), zero in the padding, and mask bool (B, T), true for tokens.
+    """
     dim = rows[0].shape[1]
     text = np.zeros((len(rows), max_tokens, dim), np.float32)
     mask = np.zeros((len(rows), max_tokens), bool)

@@ -1,4 +1,4 @@
-"""Which samples take part, judged from the index alone, before a byte of them is read."""
+"""Decides which samples to use from the index alone, before any sample is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.samples import SCORES, UNKNOWN
 
 FILTERS_VERSION = 2
-"""Of the meaning of the rules: which rows the same index and settings keep."""
+"""Version of the rules' meaning: which rows the same index and settings keep."""
 
-# setting -> (index column, reason for the counter, whether a value fails); a sample without the value fails as
-# unknown_*
+# setting -> (index column, reason, whether a value fails); a sample without the value fails as unknown_COLUMN
 _Rule = tuple[str, str, Callable[[np.ndarray, float], np.ndarray]]
 _RULES: dict[str, _Rule] = {
     "min_side": ("side", "too_small", lambda value, limit: value < limit),
@@ -33,10 +32,11 @@ _RULES: dict[str, _Rule] = {
 
 
 def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Counter[str]]:
-    """Which rows of a shard take part, and how many the first rule that they broke threw out, by reason.
+    """Apply the filters to a shard.
 
     Returns:
-        (rows, (k,) int64 ascending; reason -> count, which sums to len(index) - k)
+        The rows that are kept, int64 (k,) ascending; and reason -> number of samples dropped, each counted under the
+        first rule it violates, so that the counts sum to len(index) - k.
     """
     keep = np.ones(len(index), bool)
     dropped: Counter[str] = Counter()
@@ -51,7 +51,7 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
             continue
         values = _values(index, column)
         if column in SCORES:
-            limit = float(np.float32(limit))  # as scores are kept: 0.3 is not above 0.3
+            limit = float(np.float32(limit))  # scores are stored as float32; a score of 0.3 must not exceed 0.3
         for failing, name in ((np.isnan(values), f"unknown_{column}"), (fails(values, limit), reason)):
             out = keep & failing
             if out.any():
@@ -69,7 +69,7 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
 
 
 def licences_of(index: ShardIndex) -> np.ndarray:
-    """(n,) text: each sample's licence, `UNKNOWN` where its .json names none."""
+    """Return the licence of each sample, str (n,); `UNKNOWN` if its .json states none."""
     return np.array([licence or UNKNOWN for licence in index.column("licence").to_pylist()], dtype=str)
 
 
@@ -80,7 +80,7 @@ def _is_allowed(licence: str, patterns: Sequence[str]) -> bool:
 
 
 def _values(index: ShardIndex, name: str) -> np.ndarray:
-    """A column as float64, nan where unknown."""
+    """Return a column as float64, NaN for unknown values; pictures of unknown size have ratio 1."""
     if name in ("side", "aspect", "ratio"):
         width, height = _values(index, "width"), _values(index, "height")
         if name == "ratio":

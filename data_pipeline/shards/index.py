@@ -1,4 +1,4 @@
-"""The index of one shard: where each member of each sample lies, and what filters ask about it.
+"""The index of one shard: where each member of each sample is, and the properties that filters use.
 
 One Parquet file per shard, one row per sample in archive order. Columns: `key`, `key_hash` (blake2b-64), `layout`
 (member extensions joined by "/"), `offsets`, `sizes` (bytes) and `checksums` (xxh3-64) per member, `width`, `height`
@@ -58,15 +58,16 @@ _DEFAULT_NAMES = MembersConfig()
 VERSION = 5
 _WITHOUT_LICENCES = 4
 _FEWER_LAYOUTS = 3
-"""Versions that are read as well: the older one knew fewer layouts, so it counts where every sample could be used."""
+"""Earlier versions that can still be read. Version 3 knew fewer layouts, so it is valid only if it found no unusable
+sample."""
 _MOST_LICENCES = 50
 OTHER_LICENCES = "other"
-"""What the rarer licences of a shard count as in its summary."""
+"""Name for the less frequent licences of a shard in its summary."""
 _MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
 _READS = 3
-"""Times that a remote shard is walked until two reads agree."""
+"""How often to walk a remote shard until two reads agree."""
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -86,7 +87,8 @@ SCHEMA = pa.schema(
 
 
 class Part(NamedTuple):
-    """Where one member of a sample lies."""
+    """One member of a sample: its extension, where its data starts in the archive (after decompression), its size in
+    bytes and its xxh3-64."""
 
     extension: str
     offset: int
@@ -95,48 +97,48 @@ class Part(NamedTuple):
 
 
 class ShardIndex:
-    """The index of one shard, in memory (about 150 bytes per sample)."""
+    """The index of one shard in memory; about 150 bytes per sample."""
 
     def __init__(self, url: str, table: pa.Table, meta: dict[str, Any]) -> None:
         self.url, self.table, self.meta = url, table, meta
         self.place = ""
-        """Where it is stored, once it is."""
+        """URL of the stored index; empty until it is stored."""
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     @property
     def digest(self) -> str:
-        """Hash of the keys, sizes and contents: the same wherever the shard lies."""
+        """Hash of the keys, sizes and contents, independent of the shard's location."""
         return str(self.meta["digest"])
 
     @property
     def problems(self) -> dict[str, int]:
-        """Reason -> how many samples it makes unusable."""
+        """Reason -> number of problems found while indexing."""
         return dict(self.meta["problems"])
 
     @property
     def compressed(self) -> bool:
-        """Whether the shard is gzip, so that it can only be read from its beginning."""
+        """Whether the shard is gzipped, so that it can only be read from the start."""
         return bool(self.meta["compressed"])
 
     @property
     def etag(self) -> str | None:
-        """What reads over s3:// insist on."""
+        """The ETag that reads of a remote shard must match; None for a local shard."""
         return self.meta["etag"] if store.is_remote(self.url) else None
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of the table, a value per sample."""
+        """Return a column of the table, one value per sample."""
         return self.table.column(name)
 
     def layouts_of(self, problem: str) -> Counter[str]:
-        """How often each layout occurs among the samples with this problem."""
+        """Count the layouts of the samples with this problem."""
         rows = zip(self.column("problem").to_pylist(), self.column("layout").to_pylist(), strict=True)
         return Counter(layout for found, layout in rows if found == problem)
 
     @cached_property
     def _members(self) -> tuple[memoryview, memoryview]:
-        """First part of each row; and of every part, side by side, its offset, size and checksum, uint64 (parts, 3)."""
+        """The first part of each row; and offset, size and checksum of every part, interleaved, uint64 (parts, 3)."""
         offsets = self.table.column("offsets").combine_chunks()
         flat = [self.table.column(name).combine_chunks().flatten().to_numpy() for name in ("sizes", "checksums")]
         columns = [array.astype(np.uint64, copy=False) for array in (offsets.flatten().to_numpy(), *flat)]
@@ -144,7 +146,7 @@ class ShardIndex:
 
     @cached_property
     def _layouts(self) -> tuple[list[tuple[list[str], Callable[..., tuple[int, ...]]]], memoryview]:
-        """The extensions of each layout with what unpacks as many members, and the layout of each row."""
+        """The extensions of each layout, with a function that unpacks as many members; and the layout of each row."""
         column = self.table.column("layout").combine_chunks()
         names = [str(layout).split("/") for layout in column.dictionary.to_pylist()]
         layouts = [(extensions, struct.Struct(f"{3 * len(extensions)}Q").unpack_from) for extensions in names]
@@ -158,16 +160,16 @@ class ShardIndex:
         return ends.data, data.to_pybytes() if data else b""
 
     def key(self, row: int) -> str:
-        """The key of sample `row`."""
+        """Return the key of sample `row`."""
         ends, data = self._keys
         return data[ends[row] : ends[row + 1]].decode()
 
     def parts(self, row: int) -> list[Part]:
-        """The members of sample `row` (a row of the file, before filters), in archive order."""
+        """Return the members of sample `row` (counted before filters), in archive order."""
         return [Part(*part) for part in self.places(row)]
 
     def places(self, row: int) -> list[tuple[str, int, int, int]]:
-        """The same as plain tuples, for the hot path."""
+        """Like `parts`, as plain tuples, for the hot path."""
         starts, members = self._members
         layouts, which = self._layouts
         extensions, unpack = layouts[which[row]]
@@ -175,7 +177,7 @@ class ShardIndex:
         return list(zip(extensions, numbers, numbers, numbers))  # noqa: B905 (they are one iterator)
 
     def picture_checksums(self) -> np.ndarray:
-        """The checksum of each sample's picture, (n,) uint64; 0 where it has none."""
+        """Return the checksum of each sample's picture, uint64 (n,); 0 for samples without one."""
         found = np.zeros(len(self), np.uint64)
         if not len(self):
             return found
@@ -190,7 +192,7 @@ class ShardIndex:
         return found
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """First byte and end byte of every sample, (n,) int64 each."""
+        """Return the first byte and the end byte of every sample, int64 (n,) each."""
         if not len(self):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         starts, members = self._members
@@ -200,8 +202,10 @@ class ShardIndex:
 
 
 def index_url(shard: str, names: MembersConfig = _DEFAULT_NAMES) -> str:
-    """Where the index of a shard lies: `00000.tar` -> `00000.index.parquet` beside it; under `data.members`, which
-    decides what an index says, it has a name of its own."""
+    """Return where the index of a shard is stored: `00000.tar` -> `00000.index.parquet` beside it.
+
+    With `data.members`, which changes the content of an index, the name contains a hash of that setting.
+    """
     tag = f".{names.tag}" if names.tag else ""
     return f"{_stem(shard)}{tag}.index.parquet"
 
@@ -211,14 +215,14 @@ def _stem(shard: str) -> str:
 
 
 def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _DEFAULT_NAMES) -> str:
-    """The same for shards whose own directory cannot be written."""
+    """Return where the index is stored if the shard's own directory is not writable."""
     where = store.parent(shard) if store.is_remote(shard) else os.path.abspath(store.parent(shard))
     folder = f"{store.basename(where)}-{hashlib.blake2b(where.encode(), digest_size=6).hexdigest()}"
     return store.join(store.join(index_dir or default_index_dir(), folder), store.basename(index_url(shard, names)))
 
 
 def default_index_dir() -> str:
-    """Where indexes are cached when they cannot lie beside their shards."""
+    """Return the default directory for indexes that cannot be stored beside their shards."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "cascade", "index")
 
@@ -226,19 +230,24 @@ def default_index_dir() -> str:
 def index_shard(
     url: str, patience: Patience = DEFAULT, entry: store.Entry | None = None, names: MembersConfig = _DEFAULT_NAMES
 ) -> ShardIndex:
-    """Walks a shard once and describes every sample of it; nothing is written.
+    """Index a shard by walking it once, without storing the index.
 
     Members may come in any order and need not be adjacent. The key is the name up to the first dot after the last
-    slash, as in webdataset; where names have dots of their own (`photo.v2.jpg`, `photo.v2.txt`) up to the last dot, see
-    `members.split_samples`.
+    slash, as in webdataset; for names that contain dots themselves (`photo.v2.jpg`, `photo.v2.txt`) up to the last
+    dot, see `members.split_samples`.
 
-    What came over a network is believed when its MD5s make up the object's ETag, or when a second read is the same.
+    A remote shard is trusted if the MD5s of its bytes match the object's ETag, or if a second read gives the same
+    bytes.
 
     Args:
+        url: the shard.
+        patience: retry limits.
+        entry: the shard as described by its store, if already known.
         names: `data.members`.
 
     Raises:
-        DataError: not a tar archive, missing, denied, or every read brings other bytes.
+        DataError: it is not a tar archive, is missing, access is denied, or repeated reads keep giving other bytes.
+        StoreError: the store kept failing until the deadline.
     """
     entry = entry or store.describe([url], patience)[0]
     for _ in range(_READS):
@@ -250,7 +259,7 @@ def index_shard(
 
 
 def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple[ShardIndex, bool]:
-    """The index of a shard, and whether its ETag confirms what was read (of a local file nothing is doubted)."""
+    """Return the index of a shard, and whether its ETag confirms the bytes; a local file is always confirmed."""
     url, remote = entry.url, store.is_remote(entry.url)
     problems: list[Problem] = []
     with store.open_stream(url, etag=entry.etag if remote else None, patience=patience) as stream:
@@ -283,7 +292,10 @@ def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple
 
 
 def count_licences(licences: Iterable[str | None]) -> dict[str, int]:
-    """Licence -> samples, the most frequent first; those without one are `unknown`, the rarest together `other`."""
+    """Return licence -> number of samples, most frequent first.
+
+    Samples without a licence count as `unknown`; all but the 50 most frequent licences are combined as `other`.
+    """
     counts = Counter(licence or UNKNOWN for licence in licences)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     found = dict(ranked[:_MOST_LICENCES])
@@ -293,15 +305,15 @@ def count_licences(licences: Iterable[str | None]) -> dict[str, int]:
 
 
 def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
-    """How many samples img2dataset says it wrote, from `NAME_stats.json` or `NAME.parquet` beside the shard.
+    """Return how many samples img2dataset reports, from `NAME_stats.json` or `NAME.parquet` beside the shard, or None.
 
-    A tar that was cut at a member's header cannot be told from a whole one in any other way.
+    This is the only way to notice a tar that was truncated exactly at a member's header.
     """
     stem = _stem(url)
     try:
         return int(json.loads(store.read_bytes(f"{stem}_stats.json", patience))["successes"])
     except (DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass  # img2dataset may have written neither, or was stopped
+        pass  # not made by img2dataset, or img2dataset was interrupted
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(f"{stem}.parquet", patience)), columns=["status"])
     except (DataError, pa.ArrowException, KeyError, OSError):
@@ -310,7 +322,7 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
 
 
 class _Probe:
-    """Passes a stream on, remembering its first two bytes and the checksum of all of it."""
+    """Passes a stream through and records its first two bytes and its checksum."""
 
     def __init__(self, stream: store.ByteStream, check: EtagCheck | None = None) -> None:
         self._stream, self.head, self.digest, self.check = stream, b"", xxhash.xxh3_64(), check
@@ -324,13 +336,13 @@ class _Probe:
         return data
 
     def drain(self) -> None:
-        """Reads what is left, so that the checksum is of all of it."""
+        """Read the rest of the stream, so that the checksum covers all of it."""
         while self.read(_PIECE):
             pass
 
 
 def _details(problems: list[Problem]) -> list[str]:
-    """The first of each kind, so that a harmless one does not hide the others."""
+    """Return the first few problems of each kind, so that a harmless kind does not hide the others."""
     shown: list[str] = []
     seen: Counter[str] = Counter()
     for problem in problems:
@@ -348,7 +360,11 @@ def _digest(samples: list[dict[str, Any]], names: MembersConfig) -> str:
 
 
 def save_index(index: ShardIndex, url: str, patience: Patience = DEFAULT) -> None:
-    """Writes the index as one Parquet file, its pages and its facts with checksums."""
+    """Write the index as one Parquet file, with checksums of its pages and metadata.
+
+    Raises:
+        DataError, StoreError: it cannot be written.
+    """
     facts = json.dumps(index.meta).encode()
     table = index.table.replace_schema_metadata({b"cascade": facts, b"cascade_xxh3": _checksum(facts)})
     out = io.BytesIO()
@@ -361,8 +377,11 @@ def _checksum(facts: bytes) -> bytes:
 
 
 def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """The facts about a shard in the file of its index. Raises `ValueError` where they are damaged or of another
-    version."""
+    """Return the facts about a shard from the metadata of its index file.
+
+    Raises:
+        ValueError: they are damaged or of another version. `KeyError` if they are missing.
+    """
     facts = metadata[b"cascade"]
     meta: dict[str, Any] = json.loads(facts)
     version = meta["version"]
@@ -373,11 +392,11 @@ def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
 
 
 _UNREADABLE = (DataError, pa.ArrowException, OSError, KeyError, TypeError, ValueError)
-"""What comes of a file that is missing, damaged or something else."""
+"""Errors from reading a file that is missing, damaged or something else."""
 
 
 def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex | None:
-    """The index at `url`, or None when there is none that this version can read, or it is damaged."""
+    """Read the index at `url`; None if it is missing, damaged or of a version we cannot read."""
     try:
         content = store.read_bytes(url, patience)
     except _UNREADABLE:
@@ -386,7 +405,7 @@ def read_index(shard: str, url: str, patience: Patience = DEFAULT) -> ShardIndex
 
 
 def parse_index(shard: str, url: str, content: bytes) -> ShardIndex | None:
-    """The same from the bytes of its file."""
+    """Like `read_index`, from the bytes of its file."""
     try:
         table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read(use_threads=False)
         meta = _facts(table.schema.metadata)
@@ -405,7 +424,7 @@ def parse_index(shard: str, url: str, content: bytes) -> ShardIndex | None:
 
 
 def _check_rows(table: pa.Table) -> None:
-    """Raises `ValueError` unless every sample has as many places as its layout names."""
+    """Raise `ValueError` unless every sample has as many offsets, sizes and checksums as its layout has members."""
     layouts = pc.count_substring(table.column("layout").cast(pa.string()), "/")
     for name in ("offsets", "sizes", "checksums"):
         counts = pc.list_value_length(table.column(name))
@@ -419,8 +438,10 @@ def load_meta(
     patience: Patience = DEFAULT,
     names: MembersConfig = _DEFAULT_NAMES,
 ) -> tuple[dict[str, Any], str] | None:
-    """The facts about a whole shard from its stored index, and where that lies, without reading the rows (ten times
-    faster); None when there is none for exactly this size and etag."""
+    """Return the facts about a shard from its stored index, and where that is; None without a valid index.
+
+    It does not read the rows, which makes it ten times faster than `load_index`.
+    """
     for where in (index_url(entry.url, names), cached_index_url(entry.url, index_dir, names)):
         try:
             meta = _facts(pq.read_metadata(io.BytesIO(store.read_bytes(where, patience))).metadata)
@@ -439,10 +460,17 @@ def load_index(
     names: MembersConfig = _DEFAULT_NAMES,
     licences: bool = False,
 ) -> ShardIndex | None:
-    """The stored index of a shard, from beside it or from the cache; None when there is none that still fits.
+    """Load the stored index of a shard, from beside it or from `index_dir`; None if there is no valid one.
+
+    An index is valid if the size and the ETag of the shard have not changed.
 
     Args:
-        licences: one that an earlier version made, which did not look at them, does not fit.
+        url: the shard.
+        index_dir: `data.index_dir`.
+        entry: the shard as described by its store, if already known.
+        patience: retry limits.
+        names: `data.members`.
+        licences: require an index with licences; earlier versions did not record them.
     """
     entry = entry or store.describe([url], patience)[0]
     for index in _stored(url, index_dir, patience, names):
@@ -465,14 +493,20 @@ def build_index(
     names: MembersConfig = _DEFAULT_NAMES,
     rebuild: bool = False,
 ) -> ShardIndex:
-    """Makes and stores the index of a shard that has none that fits. A copy of an indexed local file, of which only
-    the modification time is another, is read to see that its content is the same, but not walked again.
+    """Build and store the index of a shard that has no valid one.
+
+    If only the modification time of a local file has changed, its checksum is verified and the old index is kept.
 
     Args:
-        rebuild: walk it in any case, and write the index in the place of the one that is there.
+        entry: the shard as described by its store.
+        index_dir: `data.index_dir`, used if the shard's own directory is not writable.
+        patience: retry limits.
+        names: `data.members`.
+        rebuild: walk the shard in any case, and overwrite its index.
 
     Raises:
-        DataError: not a tar archive, missing, denied.
+        DataError: it is not a tar archive, is missing, or access is denied.
+        StoreError: the store kept failing until the deadline.
     """
     old = None if rebuild or store.is_remote(entry.url) else next(_stored(entry.url, index_dir, patience, names), None)
     same = old is not None and old.meta["version"] == VERSION and old.meta["size"] == entry.size
@@ -485,7 +519,7 @@ def build_index(
 
 
 def _content(entry: store.Entry, patience: Patience) -> str:
-    """The checksum of a whole shard."""
+    """Return the checksum of a whole shard."""
     etag = entry.etag if store.is_remote(entry.url) else None
     with store.open_stream(entry.url, etag=etag, patience=patience) as stream:
         probe = _Probe(stream)
@@ -499,7 +533,7 @@ def store_index(
     patience: Patience = DEFAULT,
     names: MembersConfig = _DEFAULT_NAMES,
 ) -> str:
-    """Writes the index beside its shard, or where that cannot be written into the cache; returns the place."""
+    """Store the index beside its shard or, if that is not writable, in `index_dir`; return where."""
     try:
         save_index(index, index_url(index.url, names), patience)
         return index_url(index.url, names)

@@ -1,4 +1,4 @@
-"""The data set of a run, whatever `data.shards` says: one, or several that are mixed by weight."""
+"""The data set of a run as given by `data.shards`: a single one, or several mixed by weight."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from data_pipeline.storage import store
 from data_pipeline.storage.disk_cache import DiskCache
 
 MIXED = 4
-"""Data sets whose windows share the memory of one, where `window` is not given: a number that stays as it is when data
-sets are added, because the order of each follows from its window."""
+"""Without `window`, that of each data set is this many times smaller than alone, so that this many fit into memory. The
+number is fixed: adding a data set must not change the windows, and hence the order, of the others."""
 
 
 class Mixture(Dataset):
-    """Several data sets as one whose shards are numbered through; each keeps its own filters and indexes.
+    """Several data sets as one, their shards numbered consecutively; each keeps its own filters and indexes.
 
     Args:
         parts: the data sets by name.
-        configs: the settings of each, `DataConfig.parts`.
-        config: of all of them.
+        configs: the settings of each, from `DataConfig.parts`.
+        config: the settings of the mixture.
     """
 
     def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
@@ -46,33 +46,33 @@ class Mixture(Dataset):
         self.windows = [_mixed_window(part, configs[name]) for name, part in parts.items()]
 
     def keep_in(self, cache: DiskCache | None) -> None:
-        """As `Dataset.keep_in`."""
+        """Like `Dataset.keep_in`, for every data set."""
         for part in self.parts:
             part.keep_in(cache)
 
     def sets(self) -> dict[str, Dataset]:
-        """The data sets by their names."""
+        """Return the data sets by name."""
         return dict(zip(self.names_of_parts, self.parts, strict=True))
 
     def part_of(self, shard: int) -> int:
-        """The number of the data set that a shard belongs to."""
+        """Return the number of the data set that a shard belongs to."""
         return int(np.searchsorted(self.ends, shard, side="right"))
 
     def first(self, part: int) -> int:
-        """The number of a data set's first shard."""
+        """Return the number of a data set's first shard."""
         return int(self.ends[part]) - len(self.parts[part].urls)
 
     def name_of(self, shard: int) -> str:
-        """The name of the data set that a shard belongs to."""
+        """Return the name of the data set that a shard belongs to."""
         return self.names_of_parts[self.part_of(shard)]
 
     def alike(self, shard: int) -> tuple[int, np.ndarray]:
-        """The shards of the same data set: the number of the first, and the samples in each."""
+        """Return the shards of the same data set: the number of the first, and the samples in each."""
         part = self.part_of(shard)
         return self.first(part), self.parts[part].counts
 
     def index(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
-        """The index of a shard and its rows that take part."""
+        """Return the index of a shard and the rows that are used, like `Dataset.index`."""
         part = self.part_of(shard)
         return self.parts[part].index(shard - self.first(part))
 
@@ -95,7 +95,7 @@ class Mixture(Dataset):
 
 
 class Buckets(Mixture):
-    """One data set, its pictures sorted by shape (`data.buckets`); each bucket has the steps that its pictures fill."""
+    """One data set, its pictures sorted by shape (`data.buckets`); each bucket gets steps in proportion to its size."""
 
     def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
         super().__init__(parts, configs, config)
@@ -105,13 +105,16 @@ class Buckets(Mixture):
         self._shares = [(0, {name: str(share) for name, share in zip(parts, self.schedule[0][1], strict=True)})]
 
     def sets(self) -> dict[str, Dataset]:
-        """One, without a name."""
+        """Return {"": self}: there is only one data set."""
         return {"": self}
 
 
 class MixedBuckets(Mixture):
-    """Several data sets, the pictures of each sorted by shape; a part is what a data set has in a bucket, called
-    NAME/SHAPE. Of its share of the samples, a data set gives each bucket what its pictures fill."""
+    """Several data sets, each with its pictures sorted by shape.
+
+    A part, called NAME/SHAPE, is the samples of one data set in one bucket. The share of a data set is divided among
+    its parts by their number of pictures.
+    """
 
     def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
         super().__init__(parts, configs, config)
@@ -140,7 +143,7 @@ class MixedBuckets(Mixture):
         self.ranking = sorted(range(len(names)), key=lambda number: names[number])
 
     def sets(self) -> dict[str, Dataset]:
-        """By data set one of its parts, which has all of its shards."""
+        """Return one part of each data set by the name of the data set; any part has all its shards."""
         return {name.rpartition("/")[0]: part for name, part in zip(self.names_of_parts, self.parts, strict=True)}
 
 
@@ -149,20 +152,22 @@ def _mixed_window(part: Dataset, config: DataConfig) -> int:
 
 
 def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
-    """What `data.shards` names; a `Mixture` where it is one. Shards without a fitting index are indexed first.
+    """Open the data set of `data.shards`, a `Mixture` if it is one or has buckets; index shards without a valid index.
 
     Args:
-        team: processes that open it together, so that one of them asks the store.
+        config: the `data` section.
+        team: the processes that open it together; one of them asks the store.
 
     Raises:
-        DataError: shards are missing or no tar archives, or filters leave nothing; StoreError: the store stayed broken.
+        DataError: shards are missing or not tar archives, or the filters leave no sample.
+        StoreError: the store kept failing until the deadline.
     """
     patience = patience_of(config)
     if config.buckets and config.datasets():
         return _open_mixed_buckets(config)
     if config.buckets:
         urls = team.once(lambda: store.expand(config.shards, patience))
-        load_or_build(urls, config, team=team)  # which says what is left out
+        load_or_build(urls, config, team=team)  # reports what is dropped
         configs = config.bucket_parts()
         found = {name: load_or_build(urls, own, may_be_empty=True, team=team) for name, own in configs.items()}
         return Buckets({name: part for name, part in found.items() if part.samples}, configs, config)
@@ -181,7 +186,7 @@ def _open_mixed_buckets(config: DataConfig) -> MixedBuckets:
     for name, own in config.parts().items():
         with about(f"data.shards, data set {name}") if name else nullcontext():
             urls = store.expand(own.shards, patience_of(config))
-            load_or_build(urls, own)  # which says what is left out
+            load_or_build(urls, own)  # reports what is dropped
         for shape, cut in own.bucket_parts().items():
             found = load_or_build(urls, cut, may_be_empty=True)
             if found.samples:
@@ -190,7 +195,11 @@ def _open_mixed_buckets(config: DataConfig) -> MixedBuckets:
 
 
 def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 1) -> Order | MixedOrder:
-    """The order of a run, of which a process will follow its share of the lanes."""
+    """Return the order of a run, and size the index cache for one of `world_size` processes.
+
+    Raises:
+        ConfigError: the shares of a mixture would change within a step.
+    """
     lanes = config.lane_count
     if not isinstance(dataset, Mixture):
         window = window_of(dataset, config)
@@ -211,14 +220,14 @@ def order_of(dataset: Dataset, config: DataConfig, seed: int, world_size: int = 
 
 
 def window_bytes(dataset: Dataset, config: DataConfig) -> float:
-    """Bytes of the windows that one lane is in."""
+    """Return the bytes of the windows of one lane, one per data set."""
     if not isinstance(dataset, Mixture):
         return window_of(dataset, config) * dataset.mean_bytes
     return float(sum(part.mean_bytes * window for part, window in zip(dataset.parts, dataset.windows, strict=True)))
 
 
 def entries_of(config: DataConfig) -> list[tuple[str, store.Entry, DataConfig]]:
-    """(data set, shard, the settings that hold for it) of every shard; the data set of no mixture is called "".
+    """Return (data set, shard, its settings) for every shard; without a mixture the data set is "".
 
     Raises:
         DataError: shards are missing, or the store denies access.

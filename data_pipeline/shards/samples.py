@@ -1,4 +1,4 @@
-"""Members of a tar -> samples: which members belong together, and what filters will ask about them."""
+"""Groups the members of a tar into samples, and extracts the properties that filters use."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SCORES = {
     "unsafe": ("punsafe", "unsafe", "p_unsafe"),
     "similarity": ("similarity", "clip_similarity", "clip_score"),
 }
-"""Index column -> names of it in a sample's .json, in any case."""
+"""Index column -> its names in a sample's .json, case-insensitive."""
 LICENCES = (
     *("license", "licence", "license_name", "licensename", "license_short_name", "licenseshortname"),
     *("license_url", "licenseurl", "usage_rights", "rights"),
 )
-"""Names of the licence in a sample's .json, in any case; the first that says something counts."""
+"""Names of the licence in a sample's .json, case-insensitive; the first one with a meaningful value is used."""
 UNKNOWN = "unknown"
-"""What a sample without a licence counts as."""
+"""The licence of samples that state none."""
 _SAYS_NOTHING = ("", "?", "-", "none", "null", "nan", "n/a", UNKNOWN)
 _LONGEST_LICENCE = 200
 _LARGEST_SIDE = 2**31 - 1
@@ -37,16 +37,16 @@ _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
 
 def key_hash(key: str) -> int:
-    """64 bits of BLAKE2b of a key."""
+    """Return a 64-bit BLAKE2b hash of a key."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(slots=True)
 class _Found:
-    """What the index keeps of one member."""
+    """What the index needs of one member."""
 
     name: str
-    """As the archive has it."""
+    """Full name in the archive."""
     part: tuple[int, int, int]
     kind: str | None
     content: str | None
@@ -56,9 +56,14 @@ class _Found:
 def rows_of(
     members: Iterable[Member], problems: list[Problem], names: MembersConfig | None = None
 ) -> list[dict[str, Any]]:
-    """Members -> rows of the index (see `shard_index.SCHEMA`), by key; damage to single samples goes to `problems`.
+    """Group members by key into rows of the index (see `index.SCHEMA`).
 
-    In the rows the members that are used have the names of their kind: an ending of `IMAGE_EXTENSIONS`, `txt`, `json`.
+    In the rows, members that are used are named by their kind: an extension of `IMAGE_EXTENSIONS`, `txt` or `json`.
+
+    Args:
+        members: the members of one archive.
+        problems: problems of single samples are appended here.
+        names: `data.members`.
     """
     names = names or MembersConfig()
     groups: list[tuple[str, dict[str, _Found]]] = []
@@ -68,11 +73,11 @@ def rows_of(
         stem, dot, extension = base.partition(".")
         content = picture_kind(member.data)
         if not stem:
-            if content:  # macOS' ._x.jpg are none
+            if content:  # unlike macOS' ._x.jpg, which are not pictures
                 problems.append(Problem("hidden_image", member.offset, f"{member.name!r} is hidden by its name"))
             continue
         if not dot and not content:
-            continue  # a README, a LICENSE
+            continue  # such as README or LICENSE
         key, extension = folder + slash + stem, extension.lower()
         kind = kind_of(extension, content, names)
         facts = _facts(kind, member, problems)
@@ -123,11 +128,11 @@ def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: lis
 
 
 def _called(group: dict[str, _Found], image: str | None, caption: str | None, facts: str | None) -> dict[str, str]:
-    """What each member of a sample is called in the index: those in use by their kind, others never so."""
+    """Return the name of each member in the index: used ones by their kind, others never like a used one."""
     used = {}
     if image is not None:
         known = ending(image) if ending(image) in IMAGE_EXTENSIONS else group[image].content
-        used[image] = known or IMAGE_EXTENSIONS[0]  # no picture, but named as one: the reader will say so
+        used[image] = known or IMAGE_EXTENSIONS[0]  # configured as the picture but not one: reading reports it
     if caption is not None:
         used[caption] = "txt"
     if facts is not None:
@@ -141,7 +146,7 @@ def _called(group: dict[str, _Found], image: str | None, caption: str | None, fa
 
 
 def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[str, Any]:
-    """What filters will ask about this member."""
+    """Return the properties of a member that filters use."""
     if kind == "image":
         width, height = image_size(member.data)
         return {"width": width, "height": height}
@@ -161,7 +166,7 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
     for name, value in data.items():
         column = _SCORE_OF.get(name.lower())
         if column and isinstance(value, (int, float)) and not isinstance(value, bool):
-            with suppress(OverflowError):  # an integer of hundreds of digits is no score
+            with suppress(OverflowError):  # an integer of hundreds of digits is not a score
                 facts[column] = float(value)
     if licence := licence_of(data):
         facts["licence"] = licence
@@ -172,8 +177,10 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
 
 
 def licence_of(facts: Mapping[str, Any]) -> str | None:
-    """The licence that a sample's .json names: a text, a number (COCO's), or the name, URL or number of an object;
-    white space collapsed, at most 200 characters. None where it names none."""
+    """Return the licence stated in a sample's .json, white space collapsed, at most 200 characters; None without one.
+
+    It may be a string, a number (as in COCO), or an object with a name, URL or id.
+    """
     by_name = {name.lower(): value for name, value in facts.items()}
     for name in LICENCES:
         value = by_name.get(name)
@@ -187,7 +194,7 @@ def licence_of(facts: Mapping[str, Any]) -> str | None:
 
 
 def image_size(data: bytes) -> tuple[int | None, int | None]:
-    """(width, height) in pixels from the header of an encoded picture; (None, None) if it cannot be read."""
+    """Return (width, height) in pixels from the header of an encoded picture; (None, None) if it cannot be read."""
     width, height = _header_size(data)
     return (width, height) if max(width or 0, height or 0) <= _LARGEST_SIDE else (None, None)
 
@@ -208,5 +215,5 @@ def _header_size(data: bytes) -> tuple[int | None, int | None]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
+    except Exception:  # Pillow's plugins raise all kinds of errors on damaged headers
         return None, None

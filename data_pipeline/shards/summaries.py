@@ -1,4 +1,4 @@
-"""What a run keeps in memory of every shard, and a file of it, so that a start does not open 100,000 indexes."""
+"""What a run keeps in memory of every shard, and a file of these summaries: saves opening 100,000 indexes at start."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 _NONE: dict[str, int] = {}
 _WORTH_A_FILE = 64
-"""Shards from which opening every index takes noticeable time."""
+"""Number of shards from which opening every index takes noticeable time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What is kept of every shard in memory."""
+    """What a run keeps in memory of a shard."""
 
     entry: store.Entry
     place: str
-    """Where its index lies."""
+    """URL of its index."""
     digest: str
     samples: int
     kept: int
@@ -41,11 +41,11 @@ class Summary:
     problems: dict[str, int]
     compressed: bool
     licences: dict[str, int] = field(default_factory=dict)
-    """Licence -> samples that take part; empty where an earlier version made the index."""
+    """Licence -> number of used samples; empty for an index of an earlier version."""
 
 
 def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterConfig) -> Summary:
-    """What a run keeps in memory of a shard."""
+    """Summarize a shard under the given filters; `place` is the URL of its index."""
     rows, dropped = keep_rows(index, rules)
     return Summary(
         entry,
@@ -61,7 +61,7 @@ def summarize(index: ShardIndex, entry: store.Entry, place: str, rules: FilterCo
 
 
 def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summary:
-    """The same where no filter asks for the rows."""
+    """Summarize a shard without filters from the facts in its index, without reading the rows."""
     unusable, samples = meta["unusable"], meta["samples"]
     kept = samples - sum(unusable.values())
     return Summary(
@@ -80,7 +80,7 @@ def summarize_meta(meta: dict[str, Any], entry: store.Entry, place: str) -> Summ
 def summary_url(
     entries: Iterable[store.Entry], rules: FilterConfig, index_dir: str | None, names: MembersConfig
 ) -> str:
-    """Where the summaries of shards in these directories under these filters lie."""
+    """Return where the summaries of the shards in these directories, under these filters, are stored."""
     places = sorted({store.parent(entry.url) for entry in entries})
     made_by = [VERSION, FILTERS_VERSION, places, asdict(rules), names.tag]
     name = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=8).hexdigest()
@@ -88,7 +88,7 @@ def summary_url(
 
 
 def read_summaries(url: str, entries: list[store.Entry], patience: Patience = DEFAULT) -> dict[str, Summary]:
-    """Stored summaries of those shards that are still what they were, by shard URL."""
+    """Read the stored summaries of shards that have not changed, by shard URL; empty if there are none."""
     if len(entries) < _WORTH_A_FILE:
         return {}
     try:
@@ -117,7 +117,7 @@ def read_summaries(url: str, entries: list[store.Entry], patience: Patience = DE
 
 
 def write_summaries(url: str, summaries: list[Summary], patience: Patience = DEFAULT) -> None:
-    """Stores summaries for the next start; where that cannot be done, the next start only takes longer."""
+    """Store summaries for the next start. A failure is only logged: the next start just takes longer."""
     if len(summaries) < _WORTH_A_FILE:
         return
     rows = [

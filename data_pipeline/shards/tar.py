@@ -1,9 +1,9 @@
-"""Walking a tar archive member by member, checking what `tarfile` lets pass.
+"""Walks a tar archive member by member, with checks that `tarfile` does not make.
 
-In stream mode Python's `tarfile` takes a damaged header for the end of the archive (python/cpython#120740), so that
-every reader built on it loses the rest of a shard without an error. This walk verifies each header's checksum,
-reports damage and goes on at the next good header. Formats: v7, ustar, GNU (long names, base-256 sizes) and pax
-(path, size), gzip around it.
+In stream mode Python's `tarfile` mistakes a damaged header for the end of the archive (python/cpython#120740), so that
+every reader built on it loses the rest of a shard without an error. This walk verifies each header's checksum, reports
+damage and continues at the next valid header. Formats: v7, ustar, GNU (long names, base-256 sizes) and pax (path,
+size), plain or gzipped.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ _PIECE = 1 << 20
 _MAX_EXTENDED = 1 << 20
 _PAX_SIZE = re.compile("[0-9]{1,19}")
 _RECORD = 20
-"""Blocks to a multiple of which tars fill their last record with zeros, unless told another number."""
+"""Default blocking factor: archives are padded with zero blocks to a multiple of this many blocks."""
 _LONGEST_END = 2 + _RECORD
-"""Zero blocks up to which they are an end of archive."""
+"""Most zero blocks that count as a normal end of archive."""
 _LARGEST_PLAIN = 8 << 30
-"""Bytes that a plain header can name; only from there on does a pax record of the size say more than it."""
+"""Smallest size in bytes that a plain header cannot hold; only from there on a pax record of the size is needed."""
 _PASSED_OVER = b"123456VD"
-"""Links, devices, directories and pipes; labels of volumes and lists of directories, as in GNU tar's backups."""
+"""Links, devices, directories and pipes; volume labels and directory listings, as in GNU tar's backups."""
 MAX_MEMBER = 128 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Damage to a shard: `reason` is the counter, `offset` the byte where it begins."""
+    """Damage to a shard: `reason` is the key of the counter, `offset` the byte where the damage starts."""
 
     reason: str
     offset: int
     detail: str
     size: int = 0
-    """Bytes that cannot be used because of it."""
+    """Number of bytes lost because of it."""
 
 
 @dataclass(slots=True)
@@ -58,10 +58,10 @@ class Member:
 
     name: str
     offset: int
-    """Byte of the archive (after decompression) at which the data begins."""
+    """Byte of the archive (after decompression) at which the data starts."""
     size: int
     data: bytes
-    """Empty when the member is larger than the walk keeps."""
+    """Empty if the member is larger than `max_member` of the walk."""
     checksum: int
     """xxh3-64 of the data."""
 
@@ -75,14 +75,14 @@ class _Header:
 
 
 class Gunzip:
-    """Decompresses a gzip stream piece by piece; damage ends it and is told in `damage`."""
+    """Decompresses a gzip stream piece by piece. It ends at damage, which `damage` then describes."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._inflate, self._waiting = stream, zlib.decompressobj(31), b""
         self.damage = ""
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; empty at the end."""
+        """Read up to `size` bytes; none at the end."""
         while not self.damage:
             self._waiting = self._waiting or self._stream.read(_PIECE)
             if not self._waiting:
@@ -103,7 +103,7 @@ class Gunzip:
 
 
 def _up_to_damage(inflate: Any, data: bytes) -> bytes:
-    """What can be unpacked of damaged data: zlib drops all that a failing call has made, so bytes go in one by one."""
+    """Decompress up to the damage, byte by byte, because zlib discards all output of a call that fails."""
     pieces = []
     with suppress(zlib.error):
         for at in range(len(data)):
@@ -112,7 +112,7 @@ def _up_to_damage(inflate: Any, data: bytes) -> bytes:
 
 
 class _Prefixed:
-    """A stream with some bytes put back before it."""
+    """A stream with some bytes put back at its front."""
 
     def __init__(self, head: bytes, stream: Any) -> None:
         self._head, self._stream = head, stream
@@ -125,7 +125,7 @@ class _Prefixed:
 
 
 class _Source:
-    """Exact reads with a position, through gzip where the first bytes say so."""
+    """Reads exact sizes and keeps the position; decompresses if the stream starts like gzip."""
 
     def __init__(self, stream: Any) -> None:
         head = stream.read(2)
@@ -140,7 +140,7 @@ class _Source:
         return self._gunzip.damage if self._gunzip else ""
 
     def read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end or where the compression is damaged."""
+        """Read `size` bytes, fewer only at the end or where the compressed data is damaged."""
         pieces, missing = [], size
         while missing:
             if self._at == len(self._piece):
@@ -157,16 +157,16 @@ class _Source:
 
 @dataclass(slots=True)
 class _Gap:
-    """Blocks that are no header."""
+    """Consecutive blocks that are not headers."""
 
     begin: int
     junk_end: int = 0
-    """Where its last block that is not zero ends; 0: all are zero."""
+    """End of the last non-zero block; 0: all blocks are zero."""
     why: str = ""
     zeros_first: int = 0
-    """Zero blocks before its first block that is not zero."""
+    """Number of zero blocks before the first non-zero one."""
     zeros: int = 0
-    """Zero blocks at its end."""
+    """Number of zero blocks at the end."""
 
     def add(self, block: bytes, end: int) -> None:
         if block.strip(b"\0"):
@@ -184,25 +184,26 @@ def walk(
     max_member: int = MAX_MEMBER,
     account: Counter[str] | None = None,
 ) -> Iterator[Member]:
-    """Every complete regular member, in archive order. Links, directories and devices are skipped, never followed.
+    """Yield every complete regular member, in archive order. Links, directories and devices are skipped, not followed.
 
     Args:
-        stream: has `.read(n)`; memory stays bounded by the largest kept member.
-        problems: collects the damage found: `empty_shard`, `truncated_shard`, `corrupt_shard` (bytes that belong to no
-            member; the walk goes on at the next header that verifies), `unsupported_member`, `end_blocks_inside`,
+        stream: an object with `.read(n)`; memory is bounded by the largest member kept.
+        problems: damage is appended here: `empty_shard`, `truncated_shard`, `corrupt_shard` (bytes that belong to no
+            member; the walk continues at the next valid header), `unsupported_member`, `end_blocks_inside`,
             `missing_end_blocks`.
-        name: what to call the archive in errors.
-        account: counts the bytes of `members` (with their headers), `skipped` ones, the `end` and `problems`; together
-            they are the whole archive.
+        name: name of the archive in errors.
+        max_member: members larger than this many bytes are verified but not kept: their `data` is empty.
+        account: counts the bytes of `members` (including headers), `skipped` members, the `end` and `problems`, which
+            add up to the whole archive.
 
     Raises:
-        DataError: this is no tar archive at all (an error page saved as a shard, for instance).
+        NotAnArchive: this is not a tar archive at all (for example an error page saved as a shard).
     """
     source = _Source(stream)
     found: list[Problem] = [] if problems is None else problems
     count: Counter[str] = Counter() if account is None else account
     first, started = b"", False
-    begin: int | None = None  # of the extended headers before a member
+    begin: int | None = None  # where the extended headers of the next member start
     gap: _Gap | None = None
     long_name, pax, global_pax = "", {}, {}  # type: str, dict[str, str], dict[str, str]
 
@@ -248,7 +249,7 @@ def walk(
         records = {**global_pax, **pax}
         member_name = records.get("path") or long_name or header.name
         size = int(records["size"]) if _PAX_SIZE.fullmatch(records.get("size", "")) else header.size
-        size = header.size if size < _LARGEST_PLAIN and header.size else size  # which its checksum vouches for
+        size = header.size if size < _LARGEST_PLAIN and header.size else size  # the header's is covered by its checksum
         long_name, pax, since, begin = "", {}, begin, None
         if header.kind in _PASSED_OVER:
             if header.kind in b"VD":
@@ -293,7 +294,7 @@ def walk(
 
 
 def _close_gap(gap: _Gap, end: int, found: list[Problem], count: Counter[str], started: bool) -> None:
-    """A header follows at byte `end`: only whole end marks between two archives in a row are no damage."""
+    """Close a gap before a header at byte `end`; it is damage unless it is the end marks between two archives."""
     size = end - gap.begin
     if not gap.junk_end and 2 <= gap.zeros <= _LONGEST_END and end % (_RECORD * BLOCK) == 0:
         count["end"] += size
@@ -311,12 +312,12 @@ def _close_gap(gap: _Gap, end: int, found: list[Problem], count: Counter[str], s
 
 
 def _close_end(gap: _Gap, source: _Source, found: list[Problem], count: Counter[str], name: str) -> None:
-    """The archive ends with blocks that are no header: its end marks, or something that was lost."""
+    """Close a gap at the end of the archive: its end marks, or lost data."""
     end, record = source.position, _RECORD * BLOCK
     if gap.junk_end:
         begin = gap.begin + gap.zeros_first * BLOCK
         if gap.zeros_first >= 2 and begin % record == 0 and end % record and not source.damage and not gap.why:
-            # The end marks fill their record, and what follows is no part of an archive, which is whole records.
+            # The end marks fill their record; what follows is not whole records and so not part of an archive.
             logger.warning("%s: %d bytes follow the end of the archive", name, end - begin)
             count["end"] += end - gap.begin
             return
@@ -337,7 +338,8 @@ def _close_end(gap: _Gap, source: _Source, found: list[Problem], count: Counter[
 
 
 def _is_record(blocks: int, zeros: int) -> bool:
-    """Whether so many zero blocks fill a record of `tar -b 2**n`. In a file of usual records they are a loss."""
+    """Return whether the zero blocks are the padding of `tar -b 2**n`. After records of the default size they are not:
+    data was lost."""
     sizes = (1 << n for n in range(5, 17))
     return blocks % _RECORD != 0 and any(blocks % size == 0 and zeros <= size + 1 for size in sizes)
 
@@ -354,7 +356,7 @@ def _padded(size: int) -> int:
 
 
 def _read_data(source: _Source, name: str, size: int, keep: int) -> Member | None:
-    """The member's data with its checksum, or None when the archive ends inside it."""
+    """Read a member's data and checksum; None if the archive ends inside it."""
     offset = source.position
     if size <= min(_PIECE, keep):
         data = source.read(size)
@@ -372,10 +374,10 @@ def _read_data(source: _Source, name: str, size: int, keep: int) -> Member | Non
 
 
 def _parse(block: bytes, strict: bool) -> _Header | None:
-    """A header block, or None when its checksum or its numbers do not verify.
+    """Parse a header block; None if its checksum or its numbers are invalid.
 
     Args:
-        strict: also ask for the ustar magic, because arbitrary data is being searched for a header.
+        strict: also require the ustar magic (or a plausible v7 header), for searching arbitrary data for a header.
     """
     ustar = block[257:262] == b"ustar"
     if strict and not ustar and not _plausible_v7(block):
@@ -397,7 +399,8 @@ def _parse(block: bytes, strict: bool) -> _Header | None:
 
 
 def _plausible_v7(block: bytes) -> bool:
-    """A header older than ustar: a printable name, numbers where they belong, and no text after the link name."""
+    """Return whether a block looks like a pre-ustar header: a printable name, valid numbers, and nothing after the link
+    name."""
     numbers = (block[at : at + 8] for at in (100, 108, 116))
     return (
         block[:1].isascii()
@@ -409,7 +412,7 @@ def _plausible_v7(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """An octal or base-256 number; None when it is neither."""
+    """Parse an octal or base-256 number; None if it is neither, -1 if it is negative."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big") if field[0] != 0xFF else -1
     digits = field.split(b"\0", 1)[0].strip()
@@ -424,7 +427,7 @@ def _text(raw: bytes) -> str:
 
 
 def _parse_pax(data: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a pax extended header; a damaged record ends the list."""
+    """Parse the records `LENGTH KEY=VALUE\\n` of a pax extended header, up to the first damaged one."""
     records: dict[str, str] = {}
     position = 0
     while position < len(data):

@@ -1,4 +1,4 @@
-"""A tar shard: walk it, index it, write it. The doors of `tar.py`, `shard_index.py` and `dataset.py` in one place."""
+"""Writes tar shards; also exports the public names of `tar.py`, `index.py` and `dataset.py`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 
 
 class ShardWriter:
-    """Writes one shard: the same samples give the same bytes. The file appears whole, its index beside it, on `close`.
+    """Writes one shard and its index, atomically, on `close`. The same samples always give the same bytes.
 
         with ShardWriter("00000.tar") as shard:
             shard.write("000000000", {"jpg": picture, "txt": caption, "json": facts})
 
-    Left by an exception it writes nothing. The path may be an s3:// URL.
+    If the block raises, nothing is written. The path may be an s3:// URL.
     """
 
     def __init__(self, path: str) -> None:
@@ -52,10 +52,15 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Adds a sample, its members in the order given.
+        """Add a sample, with its members in the given order.
+
+        Args:
+            key: name of the sample, without dots after the last slash.
+            members: bytes by extension.
 
         Raises:
-            DataError: a key that readers would cut at its first dot, or an extension with a slash.
+            DataError: the key is empty or has a dot, which readers would split it at, or an extension is empty or has a
+                slash.
         """
         if not key or "." in key.rpartition("/")[2] or any("/" in name or not name for name in members):
             raise DataError(f"{self.path}: key {key!r} with {list(members)}: readers split a key at its first dot")
@@ -67,7 +72,12 @@ class ShardWriter:
         self.samples += 1
 
     def close(self) -> ShardIndex:
-        """Finishes the shard and writes its index; where that fails, as on a full disk, nothing is left."""
+        """Finish the shard, store its index and return it. If writing fails, as on a full disk, nothing is left behind.
+
+        Raises:
+            OSError: the disk (or TMPDIR) is full, or the like; the error names the file.
+            DataError, StoreError: the store refuses the shard, or kept failing until the deadline.
+        """
         try:
             with naming(self._place):
                 self._tar.close()
@@ -86,8 +96,8 @@ class ShardWriter:
         return index
 
     def abort(self) -> None:
-        """Forgets what was written."""
-        with suppress(OSError):  # what is still in the buffer has no room on a full disk
+        """Discard what was written."""
+        with suppress(OSError):  # closing flushes the buffer, which fails on a full disk
             self._file.close()
         with suppress(FileNotFoundError):
             os.unlink(self._file.name)

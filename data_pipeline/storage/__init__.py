@@ -1,1 +1,1 @@
-"""Bytes in and out: every scheme (disk, s3://) is known here and nowhere else. Imports common."""
+"""Bytes in and out: the only folder that knows about schemes (disk, s3://, ...). Imports common."""

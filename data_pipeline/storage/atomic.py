@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 LONGEST_NAME = 180
-"""Bytes of the name that the temporary file repeats; file systems allow 255 in all."""
+"""Most bytes of a file's name to repeat in the name of its temporary file; file systems allow 255 in total."""
 
 
 @contextmanager
 def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends; its directory is created.
+    """Open a file for writing that replaces `path` when the block ends; its directory is created if needed.
 
-    Readers see the old content or the whole new one. Left by an exception, nothing changes and no temporary file stays.
+    Readers see the old content or all of the new one. If the block raises, nothing changes and the temporary file is
+    removed.
 
     Args:
-        durable: the bytes are on disk (fsync) before the file gets its name.
+        path: the file to write.
+        durable: flush the bytes to disk (fsync) before the file gets its name.
 
     Raises:
-        OSError: the disk is full, the directory cannot be written, ...; it names `path`.
+        OSError: the disk is full, the directory is not writable, ...; the error names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """System errors name `path` where they name no file, as those of writing to an open one."""
+    """Make system errors name `path` if they name no file, as errors of writing to an open file do not."""
     try:
         yield
     except OSError as error:
@@ -57,5 +59,5 @@ def naming(path: str) -> Iterator[None]:
 
 
 def scratch() -> str:
-    """The directory of temporary files, as errors name it."""
+    """Return the directory of temporary files as it is named in errors."""
     return f"TMPDIR={tempfile.gettempdir()}"

@@ -1,10 +1,9 @@
-"""A disk cache of pieces of remote shards, shared by all processes of a node, that never grows beyond its limit.
+"""A disk cache for pieces of remote shards, shared by all processes of a node, that never exceeds its limit.
 
-Pieces of some megabytes lie under a name made of the object's etag and size, so that two objects never mix and a
-changed one is not found. A piece is written to a temporary file and renamed. Room is reserved before a byte is
-written: a counter under a lock holds what pieces and temporary files may take together; when it would pass the limit,
-the directory is counted afresh, what a killed process left is removed, and then the pieces that were not used for
-longest.
+Pieces of a few megabytes are named by the object's etag and size, so that objects never mix and an outdated piece is
+never found. A piece is written to a temporary file and renamed. Room is reserved before anything is written: a counter
+under a lock tracks what pieces and temporary files may take together. When it would exceed the limit, the directory is
+recounted, files left by killed processes are removed, and then the least recently used pieces are evicted.
 """
 
 from __future__ import annotations
@@ -28,17 +27,22 @@ PIECE = 8 << 20
 _LOCKS = 256
 _ABANDONED_S = 3600.0
 _REFILL = 0.9
-"""Share of the limit to which a full cache is emptied."""
+"""Fraction of the limit down to which a full cache is emptied."""
 
 Fetch = Callable[[int, int], bytes]
-"""(first byte, end byte) -> those bytes of the object, or an exception."""
+"""(first byte, end byte) -> these bytes of the object; may raise."""
 
 
 class DiskCache:
-    """Pieces of objects under `folder`, together never more than `limit` bytes.
+    """A cache of pieces of objects in a directory.
+
+    Args:
+        folder: `data.cache_dir`, created if needed.
+        limit: most bytes that the cache may take.
+        piece: bytes per piece.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
 
     def __init__(self, folder: str, limit: int, piece: int = PIECE) -> None:
@@ -54,11 +58,11 @@ class DiskCache:
         (self.folder / "total").touch()
 
     def read(self, etag: str, size: int, begin: int, end: int, fetch: Fetch, fresh: bool = False) -> bytes:
-        """Bytes [begin, end) of the object with this etag and size, from disk where they are there.
+        """Return bytes [begin, end) of the object with this etag and size, from disk if cached.
 
         Args:
-            fetch: brings what is missing.
-            fresh: do not trust what is there: it did not verify.
+            fetch: gets missing bytes; what it raises is passed on.
+            fresh: ignore and replace cached pieces, because they did not verify.
         """
         name = hashlib.blake2b(f"{etag}/{size}/{self.piece}".encode(), digest_size=12).hexdigest()
         parts = []
@@ -73,12 +77,14 @@ class DiskCache:
         return b"".join(parts)
 
     def whole(self, name: str, fetch: Callable[[], bytes], fresh: bool = False) -> bytes | None:
-        """A small object that the caller verifies, under a name that is another when its content is; None: there is
-        none (`fetch` raised DataError).
+        """Return a whole small object, from disk if cached; None if it does not exist (`fetch` raised DataError).
+
+        The caller verifies the content.
 
         Args:
-            fetch: brings it.
-            fresh: do not take what is there.
+            name: a name that changes with the content.
+            fetch: gets the object.
+            fresh: ignore and replace the cached copy.
         """
         path = self.folder / "pieces" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}-whole"
         try:
@@ -95,7 +101,7 @@ class DiskCache:
                 return data
         except DataError:
             return None
-        except OSError as error:  # the cache's own: a store fails with other kinds
+        except OSError as error:  # from the cache itself: stores raise other errors
             self._say(error)
         try:
             return fetch()
@@ -103,19 +109,18 @@ class DiskCache:
             return None
 
     def _bring_or_pass(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
-        """The same as `_bring`; a folder that was deleted meanwhile is made again, and one that cannot be used any more
-        costs speed, not the run."""
+        """Like `_bring`, but recreate the folder if it was deleted, and do without it if it has become unusable."""
         for _ in range(2):
             try:
                 return self._bring(path, low, high, fetch, fresh)
-            except OSError as error:  # the cache's own: a store fails with other kinds
+            except OSError as error:  # from the cache itself: stores raise other errors
                 self._say(error)
                 with contextlib.suppress(OSError):
                     self._make_folders()
         return fetch(low, high)
 
     def _bring(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
-        """A piece that is not there; of several that want the same one, one fetches and the others wait for it."""
+        """Fetch and cache a piece. If several processes want the same one, one fetches it while the others wait."""
         with self._locked(f"locks/{zlib.crc32(path.name.encode()) % _LOCKS:03d}"):
             found = None if fresh else _read(path, 0, high - low, high - low)
             if found is not None:
@@ -134,7 +139,7 @@ class DiskCache:
                 raise
 
     def _keep(self, data: bytes, partial: Path, path: Path) -> None:
-        """Puts a piece in its place; a full disk only means that it is not kept."""
+        """Store a piece; on a full disk it is just not cached."""
         try:
             replaces = path.exists()
             partial.write_bytes(data)
@@ -149,8 +154,7 @@ class DiskCache:
         logger.warning("data.cache_dir=%s: %s; this piece is not cached", self.folder, error.strerror or error)
 
     def _reserve(self, size: int, partial: Path) -> bool:
-        """Takes `size` bytes of the limit for a file that it begins, emptying the cache as needed; False when others
-        hold too much of it."""
+        """Reserve `size` bytes and create the temporary file, evicting pieces as needed; False if there is no room."""
         with self._locked("total") as total:
             taken = _count(total)
             if taken is None or taken + size > self.limit:
@@ -167,7 +171,7 @@ class DiskCache:
             return fits
 
     def _release(self, partial: Path, size: int) -> None:
-        """Gives a reservation back."""
+        """Release a reservation and remove the temporary file."""
         with self._locked("total") as total:
             partial.unlink(missing_ok=True)
             taken = _count(total)
@@ -175,8 +179,10 @@ class DiskCache:
                 _write_count(total, max(taken - size, 0))
 
     def _make_room(self, target: int) -> int:
-        """Removes abandoned files, then the least recently used pieces, until they take `target` bytes; returns what
-        the rest takes, with a whole piece for every file that is being written."""
+        """Remove abandoned files, then the least recently used pieces, until the cache takes at most `target` bytes.
+
+        Returns the bytes still taken, counting a whole piece for every file being written.
+        """
         writing = 0
         for path in (self.folder / "partial").iterdir():
             if _is_abandoned(path):
@@ -200,21 +206,21 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[int]:
-        """An exclusive lock between processes and threads; gives the locked file's descriptor."""
+        """Hold an exclusive lock among processes and threads; yields the descriptor of the locked file."""
         handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
         finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has the file open as well
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked in the meantime also has the file open
             os.close(handle)
 
 
 def _read(path: Path, begin: int, end: int, size: int) -> bytes | None:
-    """Bytes [begin, end) of a cached piece, which counts as used now; None when it is not there whole."""
+    """Return bytes [begin, end) of a cached piece and mark it as used; None if it is missing or incomplete."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # not there, or the disk is broken
+    except OSError:  # not cached, or the disk is broken
         return None
     try:
         if os.fstat(handle).st_size != size:
@@ -236,7 +242,7 @@ def _write_count(handle: int, value: int) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """A temporary file whose process is dead, or that nobody has touched for an hour."""
+    """Return whether a temporary file's process is dead, or nobody has touched the file for an hour."""
     try:
         os.kill(int(path.name.partition("-")[0]), 0)
         return time.time() - path.stat().st_mtime > _ABANDONED_S

@@ -1,4 +1,4 @@
-"""Whether bytes that came over the network are those that were once uploaded, as far as an ETag can tell."""
+"""Checks downloaded bytes against an object's ETag, as far as an ETag can tell."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 
 _MIB = 1 << 20
 PARTS = (5, 6, 7, 8, 10, 12, 15, 16, 20, 24, 25, 32, 48, 50, 64, 96, 100, 128, 200, 250, 256, 500, 512, 1000, 1024)
-"""Part sizes in MiB that uploaders use."""
+"""Part sizes that uploaders use, MiB."""
 
 
 class EtagCheck:
-    """Computes what the ETag of an object is that was uploaded whole (its MD5) or in parts of a usual size.
+    """Computes the ETag of an object, assuming that it was uploaded as a whole (its MD5) or in parts of a usual size.
 
     Args:
-        etag: the store's; one of another form, as encrypted objects may have, confirms nothing.
-        size: bytes of the object.
+        etag: the ETag from the store. An ETag of another form, as of some encrypted objects, confirms nothing.
+        size: size of the object, bytes.
     """
 
     def __init__(self, etag: str, size: int) -> None:
@@ -26,17 +26,17 @@ class EtagCheck:
         self._tries = [_Parts(part) for part in sizes] if form else []
 
     def update(self, data: bytes) -> None:
-        """The next bytes of the object."""
+        """Add the next bytes of the object."""
         for one in self._tries:
             one.update(data)
 
     def confirmed(self) -> bool:
-        """Whether the ETag says that these are the object's bytes; False: they are not, or it does not tell."""
+        """Return whether the ETag confirms the bytes; False if they differ or the ETag cannot tell."""
         return any(one.etag(self._in_parts) == self._etag for one in self._tries)
 
 
 class _Parts:
-    """MD5s of the parts of one size."""
+    """The MD5s of an object's parts, for one part size."""
 
     def __init__(self, size: int) -> None:
         self._size, self._left = size, size

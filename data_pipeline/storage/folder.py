@@ -1,4 +1,4 @@
-"""A directory on disk or a prefix in an object store, with the few operations that checkpoints need."""
+"""Directories on disk and prefixes in an object store, with the few operations that checkpoints need."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ from data_pipeline.storage.retry import Patience
 from data_pipeline.storage.s3 import Missing
 
 PATIENCE = Patience(hurry=True)
-"""Once a signal has come, a failing store does not keep the process for long."""
+"""Gives up on a failing store soon after a signal has asked the process to stop."""
 PREFIX = "cascade-checkpoint-"
-"""Of directories for copies, below TMPDIR."""
+"""Prefix of the directories for copies, below TMPDIR."""
 PIECE = 1 << 22
 POLL_S = 0.02
 
 
 class NoRoom(UserError):
-    """The directory of temporary files is full or cannot be written; says nothing about the checkpoint."""
+    """The directory of temporary files is full or not writable; this says nothing about the checkpoint."""
 
 
 _shared: Path | None = None
-"""Where the processes of this machine keep their copies together, while they do."""
+"""Directory in which the processes of this machine currently share their copies, if they do."""
 
 
 def share_copies(directory: Path | None) -> None:
-    """From now on `fetch` downloads into this directory, each file once for all processes that name it; None: each
-    process for itself again."""
+    """Make `fetch` download into this directory from now on, each file once for all processes that share it.
+
+    None: each process downloads for itself again.
+    """
     global _shared
     _shared = directory
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process and thread at a time; a holder that dies lets go."""
+    """Hold a lock among processes and threads; it is released if the holder dies."""
     with open(path, "w") as file:
         while True:
             try:
@@ -59,7 +61,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class LocalFolder:
-    """Files are on disk when `write` returns (fsync), and appear under their name only when complete (rename)."""
+    """A directory. Files are on disk when `write` returns (fsync), and get their name only when complete (rename)."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -68,56 +70,56 @@ class LocalFolder:
         return str(self.path)
 
     def sub(self, name: str) -> LocalFolder:
-        """The folder `name` below this one; nothing is created."""
+        """Return the folder `name` in this one, without creating it."""
         return LocalFolder(str(self.path / name))
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Writes a file; it appears under its name only when complete."""
+        """Write a file atomically. Raises `OSError`, which names it."""
         with replacing(self.path / name) as file:
             for chunk in chunks:
                 file.write(chunk)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a small file unless its name is taken; returns whether it did."""
+        """Write a small file unless its name is taken; return whether it was written."""
         self.path.mkdir(parents=True, exist_ok=True)
         return store.create(str(self.path / name), data)
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when it is not there."""
+        """Read a file. Raises `FileNotFoundError` if it does not exist."""
         return (self.path / name).read_bytes()
 
     def fetch(self, name: str) -> Path:
-        """A local path with the file's content."""
+        """Return a local path with the file's content, whether or not it exists."""
         return self.path / name
 
     def names(self) -> list[str]:
-        """Names of what lies directly below, sorted; empty when the folder does not exist."""
+        """Return the names of files and folders in this one, sorted; empty if it does not exist."""
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes, -1 for a directory; empty when it does not exist."""
+        """Return name -> bytes, or -1 for a directory; empty if the folder does not exist."""
         found = {}
         try:
             for entry in os.scandir(self.path):
-                with suppress(FileNotFoundError):  # deleted meanwhile
+                with suppress(FileNotFoundError):  # deleted in the meantime
                     found[entry.name] = entry.stat().st_size if entry.is_file() else -1
         except FileNotFoundError:
             return {}
         return found
 
     def size(self, name: str) -> int | None:
-        """Bytes; None when it is not there."""
+        """Return the size of a file in bytes; None if it does not exist."""
         try:
             return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error when it is not there."""
+        """Remove a file; a missing one is no error."""
         (self.path / name).unlink(missing_ok=True)
 
     def remove_files(self, names: Sequence[str]) -> None:
-        """Missing ones are no error; the folder goes with its last file."""
+        """Remove files, and the folder if it is then empty; missing files are no error."""
         for name in names:
             self.remove(name)
         with suppress(OSError):
@@ -125,7 +127,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A prefix of an object store (`s3://bucket/prefix`), through data_pipeline/storage/store.py."""
+    """A prefix in an object store (`s3://bucket/prefix`)."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -136,29 +138,33 @@ class RemoteFolder:
         return self.url
 
     def sub(self, name: str) -> RemoteFolder:
-        """The folder `name` below this one; nothing is created."""
+        """Return the folder `name` in this one, without creating it."""
         return RemoteFolder(f"{self.url}/{name}")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Writes a file; it appears under its name only when complete."""
+        """Write a file atomically. Raises `DataError` or `StoreError`."""
         store.write_bytes(f"{self.url}/{name}", b"".join(chunks), PATIENCE)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a small file unless its name is taken; returns whether it did."""
+        """Write a small file unless its name is taken; return whether it was written."""
         return store.create(f"{self.url}/{name}", data, PATIENCE)
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when it is not there."""
+        """Read a file. Raises `FileNotFoundError` if it does not exist."""
         try:
             return store.read_bytes(f"{self.url}/{name}", PATIENCE)
         except Missing as error:
             raise FileNotFoundError(f"{self.url}/{name}") from error
 
     def fetch(self, name: str) -> Path:
-        """Downloads once: for all processes that share their copies, else for this object. The copy lives as long.
+        """Download a file once, and return the path of the copy.
+
+        The copy belongs to the processes that share copies (see `share_copies`), or else to this object, and is kept as
+        long.
 
         Raises:
-            NoRoom: the directory of temporary files cannot take it.
+            FileNotFoundError: the file does not exist.
+            NoRoom: the directory of temporary files is full or not writable.
         """
         path = self._place() / name
         if not path.exists():
@@ -176,7 +182,7 @@ class RemoteFolder:
         return path
 
     def _place(self) -> Path:
-        """Where copies go."""
+        """Return the directory for copies."""
         with self._lock:
             if _shared is not None:
                 place = _shared / hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -200,24 +206,24 @@ class RemoteFolder:
             partial.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
-        """Names of what lies directly below, sorted; empty when the folder does not exist."""
+        """Return the names of files and folders in this one, sorted; empty if it does not exist."""
         return sorted(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes, -1 for a directory; empty when it does not exist."""
+        """Return name -> bytes, or -1 for a directory; empty if the folder does not exist."""
         return store.sizes(self.url, PATIENCE)
 
     def size(self, name: str) -> int | None:
-        """Bytes; None when it is not there."""
+        """Return the size of a file in bytes; None if it does not exist."""
         url = f"{self.url}/{name}"
         return store.size(url, PATIENCE) if store.exists(url, PATIENCE) else None
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error when it is not there."""
+        """Remove a file; a missing one is no error."""
         self.remove_files([name])
 
     def remove_files(self, names: Sequence[str]) -> None:
-        """Missing ones are no error."""
+        """Remove files; missing ones are no error."""
         store.remove_files(self.url, names, PATIENCE)
 
 
@@ -225,13 +231,20 @@ Folder = LocalFolder | RemoteFolder
 
 
 def open_folder(path: str) -> Folder:
-    """`s3://...` or a directory (created by the first write)."""
+    """Return the folder at a URL (`s3://...`) or path; nothing is created before the first write."""
     return RemoteFolder(path) if "://" in path else LocalFolder(path)
 
 
 def in_cache(path: str, index: str) -> str:
-    """The snapshot directory of `owner/name` in the Hugging Face cache, or of a `models--owner--name` directory of such
-    a cache, if there is one (and the path itself holds no `index`); else the path itself."""
+    """Resolve a name in the Hugging Face cache to its snapshot directory.
+
+    Args:
+        path: `owner/name`, or a `models--owner--name` directory of such a cache that has no `index` itself.
+        index: name of the file that marks a bundle.
+
+    Returns:
+        The snapshot directory; `path` unchanged if there is none.
+    """
     snapshots = Path(path) / "snapshots"
     if snapshots.is_dir() and not (Path(path) / index).exists():
         named = Path(path) / "refs" / "main"
@@ -243,5 +256,5 @@ def in_cache(path: str, index: str) -> str:
 
     try:
         return snapshot_download(path, local_files_only=True)
-    except Exception:  # not cached, or no such name: either way there is nothing to read, which `read` reports
+    except Exception:  # not cached or no such name; reading `path` then reports the error
         return path

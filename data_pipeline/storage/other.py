@@ -1,6 +1,6 @@
 """Other schemes through fsspec (`gs://`, `az://`, `hf://`, `https://`, `memory://`), with the functions of `s3.py`.
 
-fsspec's own caches of listings are off. Reads are repeated here, piece by piece, by the same retry loop as over s3.
+fsspec's own listing caches are off. Reads are retried here, piece by piece, by the same retry loop as over s3.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SCHEMES = {
     "https": "aiohttp",
     "memory": "fsspec",
 }
-"""Scheme -> the package that fsspec needs for it."""
+"""Scheme -> package that fsspec needs for it."""
 _EXTRAS = {"gcsfs": "gs", "adlfs": "az"}
 _READ_ONLY = ("http", "https")
 PIECE = 8 << 20
 """Bytes per request of a stream."""
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
-"""Where the file systems tell one version of an object from another; the first that is there counts."""
+"""Fields by which file systems distinguish versions of an object; the first one present is used."""
 
 _lock = threading.Lock()
 _filesystems: dict[tuple[int, str], Any] = {}
@@ -43,15 +43,15 @@ _answered: set[str] = set()
 
 
 def scheme_of(url: str) -> str:
-    """What stands before `://`."""
+    """Return the scheme of a URL, lower case."""
     return url.partition("://")[0].lower()
 
 
 def filesystem(url: str) -> Any:
-    """This process's file system for the scheme of `url`.
+    """Return this process's file system for the scheme of `url`.
 
     Raises:
-        DataError: its package is missing, or its settings cannot work.
+        DataError: its package is missing, or its settings are invalid.
     """
     scheme = scheme_of(url)
     with _lock:
@@ -68,7 +68,7 @@ def filesystem(url: str) -> Any:
                 raise DataError(f"{url}: {scheme}:// needs the package {package}: {how}") from error
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{url}: no file system for {scheme}:// can be made: {describe_error(error)}"
+                    f"{url}: cannot create a file system for {scheme}://: {describe_error(error)}"
                 ) from error
             _filesystems[os.getpid(), scheme] = found
         return found
@@ -83,7 +83,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def split(url: str) -> tuple[str, str]:
-    """`gs://bucket/some/key` -> (`bucket`, `some/key`); the host takes the place of the bucket where there is one."""
+    """Split `gs://bucket/some/key` into (`bucket`, `some/key`); in an http URL the host takes the bucket's place."""
     root, _, key = url.partition("://")[2].partition("/")
     if not root:
         raise DataError(f"{url}: it has no bucket; write {scheme_of(url)}://bucket/prefix")
@@ -91,12 +91,12 @@ def split(url: str) -> tuple[str, str]:
 
 
 def root(url: str) -> str:
-    """The URL of the bucket."""
+    """Return the URL of the bucket."""
     return f"{url.partition('://')[0]}://{split(url)[0]}"
 
 
 def endpoint() -> str:
-    """Where such a URL goes, for messages."""
+    """Return how messages name the store."""
     return "its store"
 
 
@@ -109,7 +109,7 @@ def _status(error: BaseException) -> int:
 
 
 def _permanent(error: BaseException, url: str) -> CascadeError | None:
-    """The user's error behind `error`, or None when another attempt may succeed."""
+    """Return the user error that `error` amounts to; None if a retry may succeed."""
     import aiohttp
 
     if isinstance(error, CascadeError):
@@ -120,7 +120,7 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if isinstance(error, PermissionError) or status in (401, 403):
         return Denied(f"{url}: access is denied ({said})")
     if isinstance(error, NotImplementedError):
-        return DataError(f"{url}: {scheme_of(url)}:// cannot do this ({said})")
+        return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
     unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
     if isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)) or (
         unknown and root(url) not in _answered
@@ -135,10 +135,10 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
 
 
 def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backoff | None = None) -> T:
-    """`work(file system)`, repeated while the store is out of order.
+    """Call `work(file system)`, and retry while the store is failing.
 
     Raises:
-        DataError: access denied, no such object, a scheme that cannot do this.
+        DataError: access is denied, there is no such object, or the scheme does not support the operation.
         StoreError: no answer within `patience.deadline_s`.
     """
     backoff = backoff or Backoff(url, patience)
@@ -159,11 +159,11 @@ def _etag(info: dict[str, Any]) -> str:
 
 
 class OtherStream:
-    """Bytes [start, end) of one object, in order, by ranged requests.
+    """Reads bytes [start, end) of one object in order, by ranged requests.
 
     Args:
-        etag: with no `end`: refuse an object that is no longer this one. Parts of an object are not asked for by their
-            version, which not all schemes can do: whoever reads samples verifies their checksums.
+        etag: without `end`: raise an error if the object has another etag. Ranges are not tied to a version, which not
+            all schemes support; readers of samples verify their checksums.
     """
 
     def __init__(
@@ -175,7 +175,12 @@ class OtherStream:
         self._backoff = Backoff(url, patience)
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly `size` bytes, fewer only at the end of the range; -1: all that is left."""
+        """Read exactly `size` bytes, fewer only at the end of the range; -1: read the rest.
+
+        Raises:
+            DataError: the object is missing, changed or too short, access is denied, or ranges are not supported.
+            StoreError: no progress for `patience.deadline_s`.
+        """
         self._backoff.resume()
         pieces, missing = [], size
         while missing:
@@ -188,7 +193,7 @@ class OtherStream:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _fill(self) -> bool:
-        """Fetches the next piece; False at the end."""
+        """Fetch the next piece; return False at the end."""
         if self._end is None:
             self._end, found = head(self.url, self._patience)
             if self._etag and found != self._etag:
@@ -196,14 +201,14 @@ class OtherStream:
         begin, end = self._fetched, min(self._fetched + PIECE, self._end)
         if begin >= end:
             return False
-        exact = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}  # else it reads 5 MB for each range
+        exact = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}  # otherwise hf reads 5 MB per range
         data = _call(
             self.url,
             lambda fs: fs.cat_file(self.url, start=begin, end=end, **exact),
             self._patience,
             self._backoff,
         )
-        if len(data) > end - begin and not begin:  # it answers ranges with the whole object
+        if len(data) > end - begin and not begin:  # the server ignored the range and sent the whole object
             data = data[: self._end]
         elif len(data) > end - begin:
             raise DataError(f"{self.url}: its server does not support range requests, which are required")
@@ -218,7 +223,7 @@ class OtherStream:
         return True
 
     def close(self) -> None:
-        """Drops what is buffered."""
+        """Discard the buffer."""
         self._buffer, self._at = b"", 0
 
     def __enter__(self) -> OtherStream:
@@ -229,10 +234,10 @@ class OtherStream:
 
 
 def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iterator[tuple[str, int, str]]:
-    """Objects whose key begins with the key of `url`, in key order: (key, size in bytes, etag).
+    """Yield (key, size in bytes, etag) of objects whose key starts with the key of `url`, in key order.
 
-    With a `delimiter`, deeper levels appear once as (prefix ending in the delimiter, -1, ""). A size of -2 means that
-    the listing does not say it.
+    With a `delimiter`, each deeper level appears once, as (prefix ending in the delimiter, -1, ""). A size of -2 means
+    that the listing does not give it.
     """
     folder = url if url.endswith("/") else url.rpartition("/")[0] + "/"
     bucket, prefix = split(url)
@@ -262,10 +267,11 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
 
 
 def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
-    """(size in bytes, etag) of one object.
+    """Return (size in bytes, etag) of one object.
 
     Raises:
-        Missing: it is not there, or is a directory.
+        Missing: it does not exist, or is a directory.
+        DataError: its server does not report its size.
     """
     info = _call(url, lambda fs: fs.info(url), patience)
     if info.get("type") == "directory":
@@ -281,13 +287,13 @@ def _writable(url: str) -> None:
 
 
 def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
-    """Writes one object; in object stores it appears whole or not at all."""
+    """Write one object; in object stores the write is atomic."""
     _writable(url)
     _call(url, lambda fs: fs.pipe_file(url, bytes(data)), patience)
 
 
 def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
-    """Writes one small object unless its name is taken; returns whether it was written."""
+    """Write one small object unless its name is taken; return whether it was written."""
     _writable(url)
 
     def create(fs: Any) -> bool:
@@ -295,7 +301,7 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
             fs.pipe_file(url, data, mode="create")
         except FileExistsError:
             return False
-        except TypeError:  # a file system without this mode: two that come at once may both believe to be first
+        except TypeError:  # a file system without this mode: two writers at once may both believe they are first
             if fs.exists(url):
                 return False
             fs.pipe_file(url, data)
@@ -305,7 +311,7 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
 
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`; missing ones are no error."""
+    """Delete objects from the bucket of `url`; missing ones are no error."""
     _writable(url)
     base = root(url)
     for key in keys:

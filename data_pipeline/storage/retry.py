@@ -1,4 +1,4 @@
-"""The one retry loop of the project: full-jitter backoff that progress resets, and a deadline without progress."""
+"""The only retry loop of the project: full-jitter backoff, reset by progress, with a deadline for lack of progress."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FLOOR = 64 << 10
-"""Bytes per second below which a stream that keeps breaking counts as silent: each byte buys a FLOORth of a second."""
+"""Bytes per second below which a stream that keeps breaking counts as silent: FLOOR bytes make up for one second."""
 HURRY_S = 15.0
-"""Seconds that a failing store may still take once the process has been asked to stop (see `Patience.hurry`)."""
+"""Seconds to keep trying a failing store once the process has been asked to stop (see `Patience.hurry`)."""
 READ_S = 1.5
-"""The same for what only reads, of which nothing must be saved."""
+"""The same for reads, which have nothing to save."""
 FIRST_CONTACT_S = 30.0
-"""Deadline for an endpoint that has never answered in this process: rather a wrong address than an outage."""
+"""Deadline for an endpoint that has never answered in this process: probably a wrong address, not an outage."""
 NAP_S = 0.25
 _asked_at: float | None = None
 _asked_by = 0
 
 
 def hurry_up(now: bool = True, number: int = 0) -> None:
-    """The process has been asked to stop, by signal `number` (safe in a signal handler); `now=False`: no longer."""
+    """Record that the process was asked to stop, by signal `number`; `now=False` revokes that.
+
+    Safe in a signal handler.
+    """
     global _asked_at, _asked_by
     _asked_at, _asked_by = ((_asked_at or time.monotonic()), _asked_by or number) if now else (None, 0)
 
 
 class StoppedWaiting(StoreError):
-    """The process was asked to stop, by signal `number`, while it waited for data."""
+    """The process was asked to stop, by signal `number`, while waiting for data."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, number)
@@ -48,10 +51,10 @@ class StoppedWaiting(StoreError):
 
 
 def get_unless_asked(source: queue.Queue[T]) -> T:
-    """The next item of a queue, however long it takes; once the process has been asked to stop, `READ_S` at most.
+    """Return the next item of a queue, waiting without limit or, once the process was asked to stop, for `READ_S`.
 
     Raises:
-        StoppedWaiting: it was asked, and nothing came.
+        StoppedWaiting: the process was asked to stop, and no item came.
     """
     while True:
         try:
@@ -61,13 +64,13 @@ def get_unless_asked(source: queue.Queue[T]) -> T:
 
 
 def check_asked() -> None:
-    """For whoever waits for data.
+    """Stop waiting for data if the process was asked to stop; call it regularly while waiting.
 
     Raises:
-        StoppedWaiting: the process was asked to stop `READ_S` ago.
+        StoppedWaiting: the process was asked to stop at least `READ_S` ago.
     """
     if _asked_at is not None and time.monotonic() - _asked_at >= READ_S:
-        raise StoppedWaiting(f"stopped by {_asker()} while it waited for data", _asked_by)
+        raise StoppedWaiting(f"stopped by {_asker()} while waiting for data", _asked_by)
 
 
 def _asker() -> str:
@@ -78,10 +81,13 @@ def _asker() -> str:
 class Patience:
     """How long to tolerate a failing store.
 
-    `stall_s`: seconds without a byte after which a request is cancelled. `deadline_s`: seconds without progress, over
-    all attempts, after which `StoreError` ends the run. Waits are uniform in [0, min(cap_s, base_s 2^attempt)]
-    seconds. `hurry`: once a signal has asked the process to stop (`hurry_up`), give up after HURRY_S seconds, so that
-    the process ends while whoever asked still waits; `reads`: after READ_S, because nothing is lost.
+    Args:
+        stall_s: seconds without a byte after which a request is cancelled.
+        deadline_s: seconds without progress, over all attempts, after which `StoreError` ends the run.
+        base_s, cap_s: the wait before a retry is uniform in [0, min(cap_s, base_s 2^attempt)] seconds.
+        hurry: once a signal has asked the process to stop (`hurry_up`), give up after HURRY_S seconds, to end before
+            the sender of the signal loses patience.
+        reads: with `hurry`, give up after READ_S instead, because nothing is lost.
     """
 
     stall_s: float = 20.0
@@ -92,7 +98,7 @@ class Patience:
     reads: bool = False
 
     def too_late(self) -> bool:
-        """Whether the process was asked to stop so long ago that it must not wait any more."""
+        """Return whether the process was asked to stop so long ago that it must not wait any longer."""
         longest = READ_S if self.reads else HURRY_S
         return self.hurry and _asked_at is not None and time.monotonic() - _asked_at >= longest
 
@@ -101,40 +107,49 @@ DEFAULT = Patience()
 
 
 class Backoff:
-    """Counts the failures of one piece of work; `wait` sleeps before the next attempt or gives up."""
+    """Counts the failures of one operation; `wait` sleeps before the next attempt or gives up.
+
+    Args:
+        what: the operation or object, for messages.
+        patience: retry limits.
+    """
 
     def __init__(self, what: str, patience: Patience) -> None:
         self.what = what
         self.patience = patience
         self.attempts = 0
         self.renewals = 0
-        """How often the credentials were read again since the last progress."""
+        """How often the credentials were reloaded since the last progress."""
         self._silent, self._since = 0.0, time.monotonic()
 
     @property
     def silent_s(self) -> float:
-        """Seconds of work without progress; pauses between two reads do not count."""
+        """Seconds without progress; the caller's pauses between reads do not count."""
         return self._silent + time.monotonic() - self._since
 
     def resume(self) -> None:
-        """Work goes on after a pause of the caller's."""
+        """Continue after a pause of the caller."""
         self._since = time.monotonic()
 
     def progress(self, count: int) -> None:
-        """`count` bytes arrived. When they make up for the silence, the next failure starts a new series."""
+        """Record that `count` bytes arrived. Once they make up for the silence, the count of failures is reset."""
         self._silent = max(self.silent_s - count / FLOOR, 0.0)
         self.resume()
         if not self._silent:
             self.attempts = self.renewals = 0
 
     def wait(self, cause: BaseException, deadline_s: float | None = None, advice: str = "") -> None:
-        """Sleeps before another attempt.
+        """Sleep before another attempt.
 
         Args:
-            advice: what to look at, for the end of the error.
+            cause: the error of the last attempt.
+            deadline_s: a deadline shorter than that of `patience`.
+            advice: what to check, for the end of the error message.
 
         Raises:
-            StoreError: too little arrived for the deadline; it names the object, the attempts and the last cause.
+            StoreError: too little progress before the deadline; the message names the object, the attempts and the last
+                cause.
+            StoppedWaiting: the process was asked to stop, and nothing is lost by giving up.
         """
         deadline = self.patience.deadline_s if deadline_s is None else min(deadline_s, self.patience.deadline_s)
         silent = self.silent_s
@@ -155,7 +170,7 @@ class Backoff:
         delay = min(random.uniform(0.0, longest), max(deadline - silent, 0.0))
         level = logging.WARNING if self.attempts >= 3 else logging.INFO
         logger.log(
-            level, "%s: %s; attempt %d follows in %.1f s", self.what, describe_error(cause), self.attempts + 1, delay
+            level, "%s: %s; starting attempt %d in %.1f s", self.what, describe_error(cause), self.attempts + 1, delay
         )
         until = time.monotonic() + delay
         while (left := until - time.monotonic()) > 0:
@@ -165,6 +180,6 @@ class Backoff:
 
 
 def describe_error(error: BaseException) -> str:
-    """The error as a phrase, never empty."""
+    """Return the error as one line, never empty: its type and message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,6 +1,6 @@
-"""s3:// through s3fs: requests with our own single retry loop, and a body that continues at the broken byte.
+"""s3:// through s3fs, with a single retry loop of our own, and reads that resume at the byte where they broke.
 
-s3fs and botocore each retry on their own (5 x 5 x 5 attempts when a store never answers); both are switched off here.
+s3fs and botocore each retry as well (5 x 5 x 5 attempts if a store never answers); both are switched off here.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 PIECE = 1 << 20
-"""Bytes per read of a body: the fastest way s3fs offers (2 to 4 times `S3FileSystem.open`)."""
+"""Bytes per read of a response body; reading bodies is 2 to 4 times faster than `S3FileSystem.open`."""
 PART = 64 << 20
-"""Bytes per part of a multipart upload, and the size from which one is used."""
+"""Bytes per part of a multipart upload, used for objects larger than this."""
 PAGE = 1000
 """Objects per page of a listing."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
@@ -49,11 +49,11 @@ _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}
 _answered = False
 _one_by_one: set[str] = set()
-"""Buckets whose store has refused a multi-object delete."""
+"""Buckets whose store has rejected a multi-object delete."""
 
 
 def split(url: str) -> tuple[str, str]:
-    """`s3://bucket/some/key` -> (`bucket`, `some/key`)."""
+    """Split `s3://bucket/some/key` into (`bucket`, `some/key`). Raises `DataError` without a bucket."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise DataError(f"{url}: it has no bucket; write s3://bucket/prefix")
@@ -61,12 +61,16 @@ def split(url: str) -> tuple[str, str]:
 
 
 def root(url: str) -> str:
-    """The URL of the bucket."""
+    """Return the URL of the bucket."""
     return f"s3://{split(url)[0]}"
 
 
 def filesystem() -> Any:
-    """This process's s3fs filesystem (one per process: its event loop does not survive a fork)."""
+    """Return this process's s3fs file system: one per process, because its event loop does not survive a fork.
+
+    Raises:
+        DataError: see `s3_errors.check_settings`.
+    """
     with _lock:
         fs = _filesystems.get(os.getpid())
         if fs is None:
@@ -78,7 +82,7 @@ def filesystem() -> Any:
                 use_listings_cache=False,
                 config_kwargs={
                     "connect_timeout": 5,
-                    "read_timeout": 300,  # stalls are ours to break off, by Patience.stall_s
+                    "read_timeout": 300,  # we abort stalled reads ourselves, after Patience.stall_s
                     "retries": {"max_attempts": 0},
                     "max_pool_connections": 64,
                     "response_checksum_validation": "when_required",
@@ -100,8 +104,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _run(coroutine: Coroutine[Any, Any, Any], patience: Patience = DEFAULT) -> Any:
-    """Runs a coroutine on the filesystem's event loop and waits for it; a silent store is not waited for by a process
-    that has been asked to stop."""
+    """Run a coroutine on the file system's event loop and wait for it, but not for a silent store once the process was
+    asked to stop."""
     running = asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop)
     while True:
         try:
@@ -118,13 +122,13 @@ async def _request(fs: Any, method: str, arguments: dict[str, Any]) -> dict[str,
     try:
         await fs.set_session()
     except ValueError as error:
-        raise DataError(f"no S3 client can be made from the environment and AWS_CONFIG_FILE: {error}") from error
+        raise DataError(f"cannot create an S3 client from the environment and AWS_CONFIG_FILE: {error}") from error
     answer: dict[str, Any] = await fs._call_s3(method, **arguments)
     return answer
 
 
 def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> None:
-    """Sleeps before the next attempt, or raises what the user must know."""
+    """Sleep before the next attempt, or raise an error for the user."""
     fatal = s3_errors.permanent(error, url, split(url)[0], _answered)
     if fatal is not None:
         refused = isinstance(fatal, Denied) or (s3_errors.is_wordless(error) and s3_errors.status_of(error) == 400)
@@ -140,15 +144,17 @@ def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> Non
 
 
 def _renew(used: Any) -> bool:
-    """Whether there are other credentials now than those of `used`, as when a helper writes a new token into the file
-    every hour; the next request takes them."""
+    """Return whether the credentials have changed since those of `used`, and if so make the next request use them.
+
+    They do, for example, if a tool writes a new token into the credentials file every hour.
+    """
     with _lock:
         current = _filesystems.get(os.getpid())
     if current is None or current is not used:
-        return True  # another thread found them
+        return True  # another thread has renewed them
     try:
         changed = asyncio.run_coroutine_threadsafe(_have_changed(used), current.loop).result()
-    except Exception:  # none at all any more: what the store said remains the answer
+    except Exception:  # there are no credentials any more: report the store's error
         return False
     if changed:
         with _lock:
@@ -167,13 +173,17 @@ async def _have_changed(fs: Any) -> bool:
 
 
 def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, **arguments: Any) -> dict[str, Any]:
-    """One S3 request about `url`, repeated while the store is out of order.
+    """Make one S3 request about `url`, and retry while the store is failing.
 
     Args:
-        upload: bytes in the body; a slow line gets a second per megabyte on top of the stall time.
+        url: the object, for messages.
+        method: method of the S3 client, such as `head_object`.
+        patience: retry limits.
+        upload: bytes in the body; the stall time is extended by one second per megabyte for slow lines.
+        arguments: arguments of the method.
 
     Raises:
-        DataError: access denied, no such bucket or key, ...
+        DataError: access is denied, there is no such bucket or key, ...
         StoreError: no answer within `patience.deadline_s`.
     """
     global _answered
@@ -190,7 +200,7 @@ def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, *
 
 
 class S3Stream:
-    """Bytes [start, end) of one object, in order; a break is continued at the broken byte of the same ETag."""
+    """Reads bytes [start, end) of one object in order; after a break, resumes at the same byte of the same ETag."""
 
     def __init__(
         self,
@@ -208,7 +218,12 @@ class S3Stream:
         self._backoff = Backoff(url, self._patience)
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly `size` bytes, fewer only at the end of the range; -1: all that is left."""
+        """Read exactly `size` bytes, fewer only at the end of the range; -1: read the rest.
+
+        Raises:
+            DataError: the object is missing, changed or too short, or access is denied.
+            StoreError: no progress for `patience.deadline_s`.
+        """
         self._backoff.resume()
         while size < 0 or len(self._buffer) < size:
             if self._end is not None and self._fetched >= self._end:
@@ -226,7 +241,7 @@ class S3Stream:
         return piece
 
     async def _fill(self, want: int, fs: Any) -> None:
-        """Reads until the buffer holds `want` bytes or the range ends; what has arrived survives an error."""
+        """Read until the buffer holds `want` bytes or the range ends; bytes that arrived survive an error."""
         stall = self._patience.stall_s
         if self._body is None:
             await asyncio.wait_for(self._open(fs), stall)
@@ -268,7 +283,7 @@ class S3Stream:
         self._end = expected
 
     def close(self) -> None:
-        """Drops the connection; `read` would open a new one at the next byte."""
+        """Drop the connection; another `read` opens a new one at the next byte."""
         body, self._body = self._body, None
         if body is not None:
             filesystem().loop.call_soon_threadsafe(body.close)
@@ -281,17 +296,20 @@ class S3Stream:
 
 
 def _unread(body: Any) -> bytes:
-    """What aiohttp had received before it noticed the break; it would be dropped, and a connection that always breaks
-    early would never bring anything. Its name there is private: without it, the bytes are only fetched again."""
+    """Return the bytes that aiohttp received before it noticed the break.
+
+    They would be lost, and over a connection that always breaks early nothing would ever arrive. The attributes are
+    private; without them, the bytes are just fetched again.
+    """
     content = getattr(getattr(body, "raw_stream", None), "content", None)
     data = b"".join(getattr(content, "_buffer", ()))
     return data[getattr(content, "_buffer_offset", 0) :]
 
 
 def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iterator[tuple[str, int, str]]:
-    """Objects whose key begins with the key of `url`, in key order: (key, size in bytes, etag).
+    """Yield (key, size in bytes, etag) of objects whose key starts with the key of `url`, in key order.
 
-    With a `delimiter`, deeper levels appear once as (prefix ending in the delimiter, -1, "").
+    With a `delimiter`, each deeper level appears once, as (prefix ending in the delimiter, -1, "").
     """
     bucket, prefix = split(url)
     token: dict[str, Any] = {}
@@ -309,14 +327,14 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
 
 
 def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
-    """(size in bytes, etag) of one object."""
+    """Return (size in bytes, etag) of one object. Raises `Missing` if it does not exist."""
     bucket, key = split(url)
     try:
         answer = call(url, "head_object", patience, Bucket=bucket, Key=key)
     except DataError as error:
         if isinstance(error, Missing) or not s3_errors.is_wordless(error):
             raise
-        # An answer to HEAD has no words; one to GET says why, or, where only HEAD is refused, has the same facts.
+        # An answer to HEAD has no message. One to GET says why or, if only HEAD is refused, has the same facts.
         answer = call(url, "get_object", patience, Bucket=bucket, Key=key, Range="bytes=0-0")
         filesystem().loop.call_soon_threadsafe(answer["Body"].close)
         return int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"].strip('"')
@@ -324,7 +342,7 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
 
 
 def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
-    """Writes one object; it appears whole or not at all."""
+    """Write one object atomically."""
     bucket, key = split(url)
     if len(data) <= PART:
         call(url, "put_object", patience, len(data), Bucket=bucket, Key=key, Body=bytes(data))
@@ -348,9 +366,9 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
 
 
 def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
-    """Writes one small object unless its name is taken (`If-None-Match: *`); returns whether it was written.
+    """Write one small object unless its name is taken (`If-None-Match: *`); return whether it was written.
 
-    A store that does not implement the condition overwrites what is there: read the object back to find out who won.
+    A store that does not support the condition overwrites the object: read it back to find out who won.
     """
     bucket, key = split(url)
     target: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data}
@@ -366,8 +384,11 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
 
 def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
-    """Removes objects of the bucket of `url`; missing ones are no error. Stores that refuse multi-object deletes
-    (Google Cloud Storage, some that want a Content-MD5) get one request per object."""
+    """Delete objects from the bucket of `url`; missing ones are no error.
+
+    Stores that reject multi-object deletes (Google Cloud Storage, some that require a Content-MD5) get one request per
+    object.
+    """
     bucket, _ = split(url)
     for start in range(0, len(keys), PAGE):
         batch = keys[start : start + PAGE]
@@ -388,7 +409,7 @@ def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
 
 
 def forget() -> None:
-    """Drops this process's connection and credentials: the next request reads the environment again."""
+    """Drop this process's connection and credentials; the next request reads the environment again."""
     global _answered
     with _lock:
         _filesystems.clear()

@@ -1,4 +1,4 @@
-"""What an error of S3 means: the user's to fix, told in one sentence, or an outage that another attempt may survive."""
+"""Classifies S3 errors: those the user must fix, explained in one sentence, and outages that a retry may survive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DENIED = {
     "Unauthorized",
 }
 PATH_STYLE = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess", "PathStyleAccessDenied"}
-"""What stores say that want the bucket in the host name."""
+"""Errors of stores that require the bucket in the host name."""
 REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 TRANSIENT = {
     "SlowDown",
@@ -60,39 +60,39 @@ _SETTINGS = (
 
 
 class Denied(DataError):
-    """The store refuses these credentials."""
+    """The store denies access with these credentials."""
 
 
 class Missing(DataError):
-    """The object is not there."""
+    """The object does not exist."""
 
 
 class Changed(DataError):
-    """The object is not the one that was asked for (its ETag differs)."""
+    """The object has changed: its ETag is not the one asked for."""
 
 
 def endpoint_variable() -> str:
-    """Which variable names the store's address, for messages."""
+    """Return the environment variable that sets the store's address, for messages."""
     names = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     return next((name for name in names if os.environ.get(name)), "AWS_ENDPOINT_URL")
 
 
 def endpoint() -> str:
-    """Where s3:// goes as far as the environment says, for messages."""
+    """Return the address of the store according to the environment, or "AWS", for messages."""
     return os.environ.get(endpoint_variable()) or "AWS"
 
 
 def check_settings() -> None:
-    """Refuses what no request could be made with.
+    """Check the environment for settings with which no request could succeed.
 
     Raises:
-        DataError: a variable with a blank or line break at its ends, an address that is none, or a file of certificates
-            that cannot be read.
+        DataError: a variable has white space at its ends or a control character, the address is not a URL, or the file
+            of certificates cannot be read.
     """
     for name in _SETTINGS:
         value = os.environ.get(name, "")
         if value != value.strip() or any(ord(letter) < 32 for letter in value):
-            raise DataError(f"{name} begins or ends with a blank, or contains a line break: set it again without it")
+            raise DataError(f"{name} starts or ends with a space, or contains a line break: set it again without it")
     if endpoint() != "AWS" and not _is_address(endpoint()):
         raise DataError(f"{endpoint_variable()}={endpoint()} is not a URL such as https://host:port")
     bundle = os.environ.get("AWS_CA_BUNDLE", "")
@@ -104,12 +104,12 @@ def _is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or an open bracket
+    except ValueError:  # a port that is not a number, or an unbalanced bracket
         return False
 
 
 def client_error(error: BaseException | None) -> Any:
-    """The store's own answer behind an error that s3fs translated (and lost the code of), or None."""
+    """Return the store's own error behind one that s3fs translated (losing the code), or None."""
     while error is not None and not isinstance(getattr(error, "response", None), dict):
         error = error.__cause__
     return error
@@ -121,22 +121,22 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 
 def error_code(error: BaseException) -> str:
-    """`NoSuchKey`, `403`, ...; empty for an error that is no answer of the store."""
+    """Return the store's error code (`NoSuchKey`, `403`, ...); empty if the error did not come from the store."""
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status of the store's answer; 0 for an error that is none."""
+    """Return the HTTP status of the store's answer; 0 if the error did not come from the store."""
     return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
 
 
 def is_wordless(error: BaseException) -> bool:
-    """An answer without a body, as those to HEAD are: its code is only the status."""
+    """Return whether the answer had no body, as those to HEAD requests: its code is then just the status."""
     return error_code(error).isdigit()
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it; botocore keeps the one below among its arguments."""
+    """Yield an error and its causes; botocore keeps the cause among its arguments."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -148,9 +148,11 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def permanent(error: BaseException, url: str, bucket: str, answered: bool) -> CascadeError | None:
-    """The user's error behind `error`, or None when another attempt may succeed.
+    """Return the user error that `error` amounts to; None if a retry may succeed.
 
     Args:
+        error: the error of a request.
+        url, bucket: what the request was for.
         answered: the store has answered this process before, so its address is right.
     """
     if isinstance(error, CascadeError):
@@ -161,7 +163,7 @@ def permanent(error: BaseException, url: str, bucket: str, answered: bool) -> Ca
 
 
 def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeError | None:
-    """The same for an error before there was an answer."""
+    """Like `permanent`, for an error before there was an answer."""
     import aiohttp
     from botocore import exceptions, parsers
 
@@ -181,9 +183,9 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
                 f"{url}: the certificate of {where} is not trusted ({why}); set AWS_CA_BUNDLE to the "
                 f"file with your authority's certificates{_value_of('AWS_CA_BUNDLE')}"
             )
-        reason = getattr(cause, "reason", None)  # aiohttp's own kinds of these errors have none
+        reason = getattr(cause, "reason", None)  # aiohttp's versions of these errors have none
         if isinstance(cause, ssl.SSLError) and reason in _NOT_TLS:
-            return DataError(f"{url}: {where} does not speak TLS ({reason}); does it begin with http://?")
+            return DataError(f"{url}: {where} does not speak TLS ({reason}); should it start with http://?")
         if isinstance(cause, aiohttp.ClientHttpProxyError):
             return DataError(
                 f"{url}: the proxy refused the request ({cause.status} {cause.message}); check HTTPS_PROXY and "
@@ -202,7 +204,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
     if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
         if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
             return None
-        return DataError(f"{url}: no request can be made: {describe_error(error)}{_value_of('AWS_CA_BUNDLE')}")
+        return DataError(f"{url}: the request cannot be made: {describe_error(error)}{_value_of('AWS_CA_BUNDLE')}")
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
         return DataError(f"{url}: {describe_error(error)}; {where}")
     return None
@@ -226,7 +228,7 @@ def _value_of(name: str) -> str:
 
 
 def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | None:
-    """The same for an answer of the store, whose own words are repeated."""
+    """Like `permanent`, for an answer of the store; quotes its message."""
     code, status = error_code(error), status_of(error)
     words = " ".join(str(_response(error).get("Error", {}).get("Message", "")).split())
     said = f"{code}: {words}" if words else code
@@ -236,8 +238,8 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
         return None
     if code in PATH_STYLE:
         return Denied(
-            f"{url}: {endpoint()} wants the bucket in the host name ({said}): write `s3 =` and below it, indented, "
-            "`addressing_style = virtual` into the profile of AWS_CONFIG_FILE (by default ~/.aws/config)"
+            f"{url}: {endpoint()} requires the bucket in the host name ({said}): add `s3 =` and below it, indented, "
+            "`addressing_style = virtual` to the profile in AWS_CONFIG_FILE (by default ~/.aws/config)"
         )
     if code in DENIED or status in (401, 403):
         return Denied(
@@ -263,7 +265,7 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
 
 
 def refusal_advice(error: BaseException) -> str:
-    """What to look at when this outage lasts; empty where nothing can be said."""
+    """Return what to check if this outage lasts; empty without any advice."""
     from botocore import exceptions
 
     if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in causes_of(error)):

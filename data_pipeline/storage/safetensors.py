@@ -1,5 +1,7 @@
-"""The header of a safetensors file (https://github.com/huggingface/safetensors#format), for files that are written as a
-stream: the library's own writer takes whole tensors and a second look at the bytes for a checksum."""
+"""The header of a safetensors file (https://github.com/huggingface/safetensors#format), for files written as a stream.
+
+The library's own writer needs whole tensors in memory, and a second pass over the bytes for a checksum.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 
 def header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The length-prefixed JSON header, padded to 8 bytes; the tensors' bytes follow it in the same order.
+    """Return the length-prefixed JSON header, padded to 8 bytes; the tensors' bytes follow it in the same order.
 
     Args:
-        tensors: name -> (dtype as the format spells it, shape, bytes).
+        tensors: name -> (dtype as spelled by the format, shape, size in bytes).
+        metadata: entries of `__metadata__`.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

@@ -1,4 +1,4 @@
-"""Lists of shards as other tools write them -> ours: `a::b`, `pipe:aws s3 cp URL -`, `@list.txt`, `file:PATH`."""
+"""Converts lists of shards in other tools' notations: `a::b`, `pipe:aws s3 cp URL -`, `@list.txt`, `file:PATH`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 
 def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -> list[str]:
-    """The patterns behind one of another tool, each a path or an address.
+    """Return the plain patterns behind a pattern in another tool's notation, each a path or URL.
 
     Args:
-        read: gives the content of a list's file.
+        pattern: the pattern; a plain one is returned as is.
+        read: reads the file of a list.
+        depth: level of nesting of lists.
 
     Raises:
-        ShardsError: a list that cannot be read or names itself, a command that does more than to copy one object.
+        ShardsError: a list is empty, not text or includes itself, or a command does more than copy one object.
     """
     if "::" in pattern and not os.path.exists(pattern):
         parts = [part for part in pattern.split("::") if part]
@@ -49,7 +51,7 @@ def _listed(place: str, read: Callable[[str], bytes], depth: int) -> list[str]:
 
 
 def _beside(place: str, pattern: str) -> str:
-    """A path of a list means the working directory or, where nothing of it is there, the list's own folder."""
+    """Resolve a path in a list: relative to the working directory or, if it matches nothing there, to the list."""
     if "://" in place or os.path.isabs(pattern) or ":" in pattern.partition("/")[0] or pattern.startswith("@"):
         return pattern
     beside = os.path.join(os.path.dirname(os.path.expanduser(place)), pattern)
@@ -65,7 +67,7 @@ def _is_there(pattern: str) -> bool:
 
 
 def _piped(pattern: str) -> str:
-    """The one object that a command would copy to its output; commands themselves are never run."""
+    """Return the object that a command would copy to its output; the command itself is never run."""
     command = pattern.removeprefix("pipe:")
     found = _ADDRESS.findall(command.replace("'", " ").replace('"', " "))
     if len(found) == 1 and "|" not in command:
@@ -77,6 +79,6 @@ def _piped(pattern: str) -> str:
     if len(words) == 2 and words[0] == "cat" and not found:
         return words[1]
     raise ShardsError(
-        f"={pattern}: commands are not run; give the URL or path itself, such as  "
+        f"={pattern}: commands are not run; give the URL or path itself, such as "
         "s3://bucket/{00000..00099}.tar (over s3://, a broken read then resumes automatically)"
     )

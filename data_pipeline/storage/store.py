@@ -1,4 +1,4 @@
-"""One door to bytes: file paths, s3:// URLs and fsspec's. Every other module reads and writes through here."""
+"""The single entry point to storage: file paths, s3:// and fsspec URLs. All other modules read and write through it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 class ByteStream(Protocol):
-    """Bytes in order."""
+    """A stream of bytes, read in order."""
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly `size` bytes, fewer only at the end; -1: all that is left."""
+        """Read exactly `size` bytes, fewer only at the end; -1: read the rest."""
 
     def close(self) -> None:
-        """Gives the file or connection back."""
+        """Release the file or connection."""
 
     def __enter__(self) -> ByteStream: ...
     def __exit__(self, *_: object) -> None: ...
@@ -44,7 +44,7 @@ class ByteStream(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or object as the store lists it. `etag` is the store's; for a local file its modification time in ns."""
+    """A file or object as listed by its store: size in bytes and etag. A local file's etag is its mtime in ns."""
 
     url: str
     size: int
@@ -52,20 +52,20 @@ class Entry:
 
 
 def is_remote(url: str) -> bool:
-    """Whether a URL names an object in a store, and no local file."""
+    """Return whether a URL names an object in a store rather than a local file."""
     return "://" in url and (url.startswith("s3://") or other.scheme_of(url) in other.SCHEMES)
 
 
 def _door(url: str) -> Any:
-    """The module that speaks to the store of a URL."""
+    """Return the module for the store of a URL."""
     return s3 if url.startswith("s3://") else other
 
 
 def local_path(url: str) -> str:
-    """The file path behind a URL of no store.
+    """Return the file path behind a path or file:// URL.
 
     Raises:
-        DataError: another scheme, which this project does not read.
+        DataError: the scheme is not supported.
     """
     if "://" not in url:
         return os.path.expanduser(url)
@@ -76,22 +76,26 @@ def local_path(url: str) -> str:
 
 
 def join(parent: str, name: str) -> str:
-    """The URL of `name` below `parent`."""
+    """Return the URL or path of `name` in `parent`."""
     return f"{parent.rstrip('/')}/{name}" if is_remote(parent) else os.path.join(parent, name)
 
 
 def parent(url: str) -> str:
-    """The directory of a file, or the prefix of an object (without the last slash)."""
+    """Return the directory of a file, or the prefix of an object without its last slash."""
     return url.rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url)) or "."
 
 
 def basename(url: str) -> str:
-    """The last part of a path or URL."""
+    """Return the last component of a path or URL."""
     return url.rstrip("/").rpartition("/")[2]
 
 
 class LocalStream:
-    """Bytes [start, end) of a file."""
+    """Reads bytes [start, end) of a file in order.
+
+    Raises:
+        DataError: the file is missing, not readable or not a regular file.
+    """
 
     def __init__(self, path: str, start: int = 0, end: int | None = None) -> None:
         try:
@@ -104,7 +108,7 @@ class LocalStream:
         self._left = None if end is None else max(end - start, 0)
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly `size` bytes, fewer only at the end; -1: all that is left."""
+        """Read exactly `size` bytes, fewer only at the end; -1: read the rest."""
         if self._left is not None:
             size = self._left if size < 0 else min(size, self._left)
         piece = self._file.read(size)
@@ -113,7 +117,7 @@ class LocalStream:
         return piece
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> LocalStream:
@@ -132,14 +136,17 @@ def _local_error(path: str, error: OSError) -> DataError:
 def open_stream(
     url: str, start: int = 0, end: int | None = None, etag: str | None = None, patience: Patience = DEFAULT
 ) -> ByteStream:
-    """Opens bytes [start, end) for reading in order; over a network a break continues at the broken byte.
+    """Open bytes [start, end) for reading in order; a broken connection is resumed at the byte where it broke.
 
     Args:
-        etag: of an object: refuse an object that is no longer this one.
+        url: a path or URL.
+        start, end: byte range; `end=None` means the end of the file.
+        etag: for an object, raise an error if its etag is another one.
+        patience: retry limits.
 
     Raises:
-        DataError: missing, denied, changed or shorter than asked (here, or from `read`).
-        StoreError: from `read`, when nothing arrives for `patience.deadline_s`.
+        DataError: missing, denied, changed or shorter than asked for (here or from `read`).
+        StoreError: from `read`, if nothing arrives for `patience.deadline_s`.
     """
     if is_remote(url):
         kind = s3.S3Stream if url.startswith("s3://") else other.OtherStream
@@ -148,10 +155,10 @@ def open_stream(
 
 
 def read_range(url: str, start: int, end: int, etag: str | None = None, patience: Patience = DEFAULT) -> bytes:
-    """Bytes [start, end), all of them.
+    """Read all of bytes [start, end).
 
     Raises:
-        DataError: the file or object is shorter.
+        DataError, StoreError: see `open_stream`; also if the file or object is shorter.
     """
     with open_stream(url, start, end, etag, patience) as stream:
         data = stream.read()
@@ -161,13 +168,18 @@ def read_range(url: str, start: int, end: int, etag: str | None = None, patience
 
 
 def read_bytes(url: str, patience: Patience = DEFAULT) -> bytes:
-    """The whole content."""
+    """Read a whole file or object. Raises `DataError` or `StoreError`, see `open_stream`."""
     with open_stream(url, patience=patience) as stream:
         return stream.read()
 
 
 def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
-    """Writes a file or object that appears whole or not at all; directories are made."""
+    """Write a file or object atomically; directories are created.
+
+    Raises:
+        DataError: it cannot be written, or the scheme is read-only.
+        StoreError: the store kept failing until the deadline.
+    """
     if is_remote(url):
         _door(url).put(url, data, patience)
         return
@@ -180,8 +192,10 @@ def write_bytes(url: str, data: bytes | memoryview, patience: Patience = DEFAULT
 
 
 def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
-    """Writes a small file or object unless its name is taken; returns whether it was written. Of several processes that
-    create one name, one succeeds (on s3: where the store knows `If-None-Match`)."""
+    """Write a small file or object unless its name is taken; return whether it was written.
+
+    If several processes create the same name, one succeeds (over s3:// only if the store supports `If-None-Match`).
+    """
     if is_remote(url):
         return bool(_door(url).put_new(url, data, patience))
     path = local_path(url)
@@ -202,7 +216,7 @@ def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
 
 def _create_without_link(path: str, data: bytes) -> bool:
-    """The same on file systems without hard links, where a reader may see the file before its content."""
+    """Like `create`, on file systems without hard links, where a reader may see the file before its content."""
     try:
         with open(path, "xb") as file:
             file.write(data)
@@ -216,14 +230,14 @@ def _create_without_link(path: str, data: bytes) -> bool:
 
 
 def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
-    """Writes an open, non-empty file as one object, which appears whole; memory holds a part of it at a time."""
+    """Upload an open, non-empty file as one object, atomically, holding one part of it in memory at a time."""
     file.flush()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
         _door(url).put(url, view, patience)
 
 
 def exists(url: str, patience: Patience = DEFAULT) -> bool:
-    """Whether a file, directory, object or prefix with something below it is there."""
+    """Return whether a file, directory or object exists, or a prefix with objects below it."""
     if not is_remote(url):
         return os.path.exists(local_path(url))
     _, key = _door(url).split(url)
@@ -233,7 +247,7 @@ def exists(url: str, patience: Patience = DEFAULT) -> bool:
 
 
 def size(url: str, patience: Patience = DEFAULT) -> int:
-    """Bytes of a file or object."""
+    """Return the size of a file or object in bytes. Raises `DataError` if it does not exist."""
     if is_remote(url):
         return int(_door(url).head(url, patience)[0])
     try:
@@ -243,12 +257,12 @@ def size(url: str, patience: Patience = DEFAULT) -> int:
 
 
 def entry(url: str, patience: Patience = DEFAULT) -> Entry:
-    """One file or object as `describe` gives it, for one request."""
+    """Describe one file or object like `describe`, with a single request."""
     return Entry(url, *_door(url).head(url, patience)) if is_remote(url) else describe([url], patience)[0]
 
 
 def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
-    """Names of the files and directories right below `url`, sorted; empty when it does not exist."""
+    """Return the names of the files and directories in `url`, sorted; empty if it does not exist."""
     if not is_remote(url):
         try:
             return sorted(os.listdir(local_path(url)))
@@ -263,7 +277,7 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
 
 
 def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
-    """Name -> bytes of the files right below `url`, -1 for a directory; empty when it does not exist."""
+    """Return name -> bytes of the files in `url`, with -1 for directories; empty if it does not exist."""
     if not is_remote(url):
         try:
             with os.scandir(local_path(url)) as found:
@@ -279,7 +293,7 @@ def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
 
 
 def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT) -> None:
-    """Removes files or objects right below `folder`, without a listing; missing ones are no error."""
+    """Remove files or objects in `folder`, without listing it; missing ones are no error."""
     if is_remote(folder):
         _, key = _door(folder).split(folder.rstrip("/") + "/")
         _door(folder).delete(folder, [f"{key}{name}" for name in names], patience)
@@ -295,7 +309,11 @@ def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT
 
 
 def remove(url: str, patience: Patience = DEFAULT) -> None:
-    """Removes a file or object, or a directory or prefix with all below it; nothing there is no error."""
+    """Remove a file or object, or a directory or prefix with everything below it; a missing one is no error.
+
+    Raises:
+        DataError: it cannot be removed, or `url` is a whole bucket.
+    """
     if is_remote(url):
         _, key = _door(url).split(url)
         if not key.strip("/"):
@@ -316,15 +334,16 @@ def remove(url: str, patience: Patience = DEFAULT) -> None:
 
 
 def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
-    """The shards that a pattern names, in order and without repetition.
+    """Return the shards that a pattern names, in order and without duplicates.
 
     Args:
         shards: a path, a glob (`*`, `?`, `[..]`, `**`), a brace pattern (`{00000..00099}`, `{a,b}`), a directory (all
-            its *.tar), the same in a store (s3://, ...), or a list of these; also as other tools write lists, see
+            its shards), the same in a store (s3://, ...), or a list of these; also in other tools' notations, see
             `shard_lists`.
+        patience: retry limits.
 
     Raises:
-        DataError: nothing matches, no access, no such bucket; the sentence names which.
+        DataError: a pattern matches nothing, access is denied, or there is no such bucket; the message names which.
     """
     if not shards:
         raise ShardsError(": it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
@@ -363,7 +382,7 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
 
 
 def _shards_among(found: list[str]) -> list[str]:
-    """What a glob means: where it matches shards, the indexes and tables beside them are not meant."""
+    """Return the shards among a glob's matches, without indexes and tables beside them; if there are none, all."""
     return [name for name in found if _is_shard_name(basename(name))] or found
 
 
@@ -394,7 +413,7 @@ def _expand_remote(pattern: str, patience: Patience) -> list[str]:
 
 
 def _glob_regex(pattern: str) -> str:
-    """A shell glob as a regular expression in which only `**` crosses a slash."""
+    """Convert a shell glob to a regular expression; only `**` matches across slashes."""
     out = ""
     for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
         special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -408,7 +427,7 @@ def _glob_regex(pattern: str) -> str:
 
 
 def _hint(pattern: str, patience: Patience) -> str:
-    """What is there instead, for the error of an empty pattern."""
+    """Say what exists instead, for the error about a pattern without matches."""
     if not is_remote(pattern):
         where = pattern if os.path.isdir(pattern) else parent(pattern)
         if os.path.isdir(where):
@@ -426,10 +445,11 @@ def _hint(pattern: str, patience: Patience) -> str:
 
 
 def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
-    """Size and etag of every shard; objects are looked up by listing their prefixes, 1,000 per request.
+    """Return size and etag of every shard, in order; objects are listed by prefix, 1,000 per request.
 
     Raises:
-        DataError: some do not exist; the first is named, the others counted.
+        DataError: some do not exist; the message names the first and counts the others.
+        StoreError: the store kept failing until the deadline.
     """
     by_prefix: dict[str, list[str]] = defaultdict(list)
     for url in urls:
@@ -444,7 +464,7 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
                 status = os.stat(local_path(url))
             except FileNotFoundError:
                 if os.path.islink(local_path(url)):
-                    listed[url] = Entry(url, 0, "")  # there, but unreadable: a finding about this one shard
+                    listed[url] = Entry(url, 0, "")  # a dangling link: reported when this shard is read
                 continue
             except OSError as error:
                 raise _local_error(url, error) from error
@@ -476,7 +496,7 @@ def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict
     with ThreadPoolExecutor(16) as pool:
         found_heads = list(pool.map(lambda url: _head_or_none(url, patience), wanted))
     if not any(found_heads):
-        list_dir(prefix, patience)  # a HEAD cannot tell a missing bucket from a missing object, a listing can
+        list_dir(prefix, patience)  # unlike HEAD, a listing can tell a missing bucket from a missing object
     return {url: Entry(url, *found) for url, found in zip(wanted, found_heads, strict=True) if found}
 
 

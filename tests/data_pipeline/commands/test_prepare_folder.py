@@ -129,7 +129,7 @@ def test_a_picture_is_one_by_its_content(tmp_path: Path) -> None:
 )
 def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path, files: dict[str, Any]) -> None:
     source = FolderSource(str(folder(tmp_path, **files)))
-    assert list(found(source).values()) == ["one"] and "1 pictures have captions from" in source.remarks()[0]
+    assert list(found(source).values()) == ["one"] and "1 pictures take their captions from" in source.remarks()[0]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_caption_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("pics.zip", b"PK", "unpack it and name the folder"),
+        ("pics.zip", b"PK", "unpack it and give the folder"),
         ("in/pics.zip", b"PK", "unpack pics.zip"),
         ("in/data/train.arrow", b"x", "prepare.kind=table"),
     ],

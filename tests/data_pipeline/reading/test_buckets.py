@@ -191,7 +191,7 @@ def test_ranks_and_a_data_set_more_change_nothing_before(folders: list[str]) -> 
     check_state({**now.state(), "position": 24}, earlier)
     keys = [[step[0].keys for step in steps(data, 6)] for data in (alone, later)]
     assert keys[0][:3] == keys[1][:3] and any("b" in step[0].datasets for step in steps(later, 6)[3:])
-    with pytest.raises(ConfigError, match="a change from there on has a position"):
+    with pytest.raises(ConfigError, match="give later changes their position"):
         check_state(Loader(mixed(folders), image_size=32).state(), earlier)
 
 

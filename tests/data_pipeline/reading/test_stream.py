@@ -148,9 +148,9 @@ def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[l
 
 
 def test_misspelt_settings_are_named(folder: str) -> None:
-    with pytest.raises(ConfigError, match="filter: there is no min_sid; it knows min_side"):
+    with pytest.raises(ConfigError, match="filter: unknown setting min_sid; the settings are min_side"):
         stream(folder, filter={"min_sid": 64})
-    with pytest.raises(ConfigError, match=r"there is no prefetch; it knows .*prefetch_mb"):
+    with pytest.raises(ConfigError, match=r"unknown setting prefetch; the settings are .*prefetch_mb"):
         stream(folder, prefetch=64)
 
 
