@@ -1,3 +1,3 @@
-"""Submitting commands to a cluster and watching them: `jobs` for any scheduler, `commands`, and Slurm's own files.
+"""Submits commands to a cluster and monitors them: `jobs` for any scheduler, `commands`, and modules for Slurm itself.
 
 Imports the command line, the configuration and the exit codes of `training`."""

@@ -1,4 +1,4 @@
-"""A sweep as one job array: each task runs the script of one of the jobs, in that job's own run directory."""
+"""A sweep as one job array: each task runs the script of one job, in that job's own run directory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from data_pipeline.common.errors import ConfigError
 from slurm.jobs.job import Job
 
 OWN = ("#SBATCH --job-name=", "#SBATCH --output=")
-"""Options that differ between the jobs of a sweep."""
+"""Options that may differ between the jobs of a sweep."""
 SCRIPT = """\
 #!/bin/bash
-# A sweep: task N of the array runs the script of the Nth job, with that job's own log.
+# A sweep: task N of the array runs the script of the Nth job and appends to that job's log.
 {directives}
 #SBATCH --array=0-{last}{limit}
 #SBATCH --output={output}
@@ -32,19 +32,20 @@ exec bash "$script" >> "${{logs[$SLURM_ARRAY_TASK_ID]}}/slurm-${{SLURM_ARRAY_JOB
 
 
 def sweep_folder(jobs: Sequence[Job]) -> Path:
-    """The directory above all runs of a sweep."""
+    """Return the common parent directory of all runs of a sweep."""
     return Path(os.path.commonpath([str(job.home.parent) for job in jobs]))
 
 
 def render_array(jobs: Sequence[Job], texts: Sequence[str], at_once: int) -> str:
-    """The script of the array.
+    """Return the sbatch script of the array.
 
     Args:
-        texts: of the jobs' own scripts.
-        at_once: tasks that may run at the same time; 0: all.
+        jobs: the jobs of the sweep.
+        texts: their scripts.
+        at_once: most tasks to run at the same time; 0: all.
 
     Raises:
-        ConfigError: the jobs ask Slurm for different things, which one array cannot.
+        ConfigError: the jobs request different resources, which is impossible in one array.
     """
     asked = [[line for line in text.splitlines() if line.startswith("#SBATCH")] for text in texts]
     common = [[line for line in lines if not line.startswith(OWN)] for lines in asked]

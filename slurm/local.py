@@ -1,6 +1,6 @@
-"""Jobs on this machine: those that need each other in order, a few at a time, with the records that a cluster's have.
+"""Runs jobs on this machine, in dependency order and a few at a time, with the same records as on a cluster.
 
-A job is a line of HOME/launch/jobs.jsonl; that it began and how it ended are lines of HOME/launch/events.jsonl.
+A job is a line of HOME/launch/jobs.jsonl; its start and its end are lines of HOME/launch/events.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.run.directory import json_lines
 
 POLL_S = 0.2
 OF_A_SCHEDULER = ("nodes", "min_nodes", "partition", "account", "mem", "sbatch", "container", "interface", "gpus_per")
-"""Keys of `cluster` that mean nothing on one machine."""
+"""Keys of `cluster` that have no meaning on one machine."""
 SCRIPT = """\
 #!/bin/bash
 # {title}
@@ -45,10 +45,10 @@ exec "$python" {arguments}
 
 
 def render_local(job: Job) -> str:
-    """The script of a job on this machine.
+    """Return the script of a job on this machine.
 
     Raises:
-        ConfigError: a setting that only a scheduler could follow.
+        ConfigError: a setting that only a scheduler could use.
     """
     cluster, plain = job.config.cluster, ClusterConfig()
     for name in OF_A_SCHEDULER:
@@ -70,7 +70,7 @@ def render_local(job: Job) -> str:
 
 
 def process_identity(pid: int) -> list[int] | None:
-    """[pid, time of its start in clock ticks]: of all processes there ever were; None where it is dead."""
+    """Return [pid, start time in clock ticks], which identifies a process even if its pid is reused; None if dead."""
     with suppress(OSError):
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if state not in "ZX":
@@ -79,15 +79,16 @@ def process_identity(pid: int) -> list[int] | None:
 
 
 def is_alive(process: Sequence[int], host: str) -> bool:
-    """Whether this very process lives on this machine."""
+    """Return whether this very process is alive on this machine; `host` is where it was started."""
     return host == socket.gethostname() and process_identity(process[0]) == list(process)
 
 
 def local_state(record: dict[str, Any], events: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-    """(state, reason) of a job as the queue would have it; None when it has ended or its runner is gone.
+    """Return (state, reason) of a job as a queue would report it; None if it has ended or its runner is gone.
 
     Args:
-        events: of its home, oldest first.
+        record: its line of jobs.jsonl.
+        events: the events of its home, oldest first.
     """
     if not is_alive(record["runner"], record["host"]):
         return None
@@ -98,7 +99,7 @@ def local_state(record: dict[str, Any], events: Sequence[dict[str, Any]]) -> tup
 
 
 def local_stop(record: dict[str, Any], state: str) -> None:
-    """Asks the job's process to end or, while it waits, the launch that would start it."""
+    """Send TERM to the job's process or, if it is still waiting, to the launch that would start it."""
     events = json_lines(Path(record["home"]) / "launch" / EVENTS)
     process = record["runner"]
     if state == "RUNNING":
@@ -114,8 +115,8 @@ class LocalRunner:
     """Runs the jobs of one launch.
 
     Args:
-        records: as in jobs.jsonl; what one waits for stands before it, or has succeeded earlier.
-        at_once: jobs at the same time.
+        records: the jobs as in jobs.jsonl, each after those that it waits for (unless they succeeded earlier).
+        at_once: most jobs to run at the same time.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], at_once: int) -> None:
@@ -123,11 +124,14 @@ class LocalRunner:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.begun: set[str] = set()
         self.codes: dict[str, int] = {}
-        """Of the jobs that have ended; those that were cancelled have that of what they waited for."""
+        """Exit code of each job that has ended; a cancelled job has that of the job it waited for."""
         self.asked: list[int] = []
 
     def run(self) -> dict[str, int]:
-        """Until all have ended; returns their exit codes. Ctrl-C and TERM stop them all; a second Ctrl-C kills."""
+        """Run until all jobs have ended; return their exit codes by name.
+
+        Ctrl-C and TERM stop all jobs; a second Ctrl-C kills them.
+        """
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while len(self.codes) < len(self.records):
@@ -149,7 +153,7 @@ class LocalRunner:
                 child.send_signal(signal.SIGKILL if self.asked.count(signal.SIGINT) > 1 else signal.SIGTERM)
 
     def _consider(self, record: dict[str, Any]) -> None:
-        """Starts a job whose time has come, or cancels one whose time cannot come."""
+        """Start a job that is ready, or cancel one that can never be."""
         name, known = record["name"], {other["name"] for other in self.records}
         if name in self.codes or name in self.running:
             return
@@ -196,7 +200,7 @@ class LocalRunner:
             print(f"==> {record['name']}: {how}", flush=True)
 
     def _again(self, record: dict[str, Any], code: int) -> bool:
-        """Whether a job that failed starts again, as it would within an allocation."""
+        """Return whether a failed job should be restarted, judged as within an allocation."""
         home, trains = Path(record["home"]), COMMANDS[record["verb"]].makes_run
         end = End(code, record["job"], step=last_step(home) if trains else -1, why=f"ended with code {code}")
         before = [one for one in history(home) if trains or one.job == record["job"]]
@@ -212,5 +216,5 @@ class LocalRunner:
 
 
 def local_record() -> dict[str, Any]:
-    """What the record of a job on this machine has beside that of a scheduler's: who runs it."""
+    """Return the fields that only the record of a job on this machine has: its id, and who runs it."""
     return {"job": uuid.uuid4().hex[:8], "runner": process_identity(os.getpid()), "host": socket.gethostname()}

@@ -1,4 +1,4 @@
-"""The #SBATCH options of a job: ours, then those of `cluster.sbatch`, without two that contradict each other."""
+"""The #SBATCH options of a job: ours, overridden by those of `cluster.sbatch`, without conflicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLLOWED = {
     **dict.fromkeys(("requeue", "no-requeue"), "cluster.requeue"),
     "signal": "cluster.signal_s",
 }
-"""Options that the script follows as well -> the key that sets both."""
+"""Options that the script also depends on -> the key that sets both."""
 SHORT = {"A": "account", "p": "partition", "t": "time", "o": "output", "e": "error", "J": "job-name", "a": "array"}
 SHORT |= {
     "G": "gpus",
@@ -32,17 +32,17 @@ EXCLUSIVE = (
     ("mem", "mem-per-cpu", "mem-per-gpu"),
     ("gpus-per-node", "gpus-per-task", "gpus", "gres", "gpus-per-socket"),
 )
-"""Options of which Slurm takes one."""
+"""Groups of options of which Slurm accepts only one."""
 REFUSED = {
     "clusters": "status, stop and resume would not find the job there; set SLURM_CLUSTERS in your environment",
-    "wait": "a launch ends when the job is submitted; look at it with `cascade status`",
+    "wait": "a launch ends when the job is submitted; watch it with `cascade status`",
     "het-group": "a job with several components cannot train one model; submit each command as a separate job",
-    "wrap": "the script runs the command already",
+    "wrap": "the script already runs the command",
     "chdir": "settings contain paths in this directory; run `cascade launch` in the directory where the job should run",
     "test-only": "use dry_run=true",
 }
 WORK_S = 60
-"""Least time that a job must have between its start and the signal."""
+"""Least time that a job must have between its start and the signal, seconds."""
 
 
 def directives(
@@ -57,17 +57,21 @@ def directives(
     array: bool,
     share: str = "",
 ) -> list[str]:
-    """The options in order, as `--option=value`.
+    """Return the options in order, as `--option=value`.
 
     Args:
-        nodes: as --nodes has it, 4 or 2-4.
+        cluster: the `cluster` section.
+        name: name of the job.
+        nodes: value of --nodes, such as 4 or 2-4.
+        processes: tasks per node.
+        cpus: cores per task; 0: Slurm's default.
         gpus: GPUs per node.
-        log: pattern of the file, as --output has it.
+        log: pattern of the log file, the value of --output.
         array: whether the tasks of an array may share the work of this command.
-        share: what they would write to the same place, otherwise.
+        share: otherwise, the setting that names the place to which all tasks would write.
 
     Raises:
-        ConfigError: options that contradict each other, or that the script could not follow.
+        ConfigError: options conflict, or the script could not follow one of them.
     """
     per_task = cluster.gpus_per == "task"
     ours: dict[str, Any] = {
@@ -94,12 +98,11 @@ def directives(
             raise ConfigError(f"cluster.sbatch.{option}: {REFUSED[option]}")
     if wanted(given.get("array")) and not array:
         raise ConfigError(
-            f"cluster.sbatch.array={given['array']}: all its tasks would write to the same {share}; a sweep is "
-            "--multirun key=a,b, and of the commands only embed and caption share their work among the tasks of an "
-            "array"
+            f"cluster.sbatch.array={given['array']}: all its tasks would write to the same {share}; for a sweep use "
+            "--multirun key=a,b; only the commands embed and caption share their work among the tasks of an array"
         )
     if "\\" in log and not wanted(given.get("output")):
-        raise ConfigError(f"run.dir: Slurm cannot write a log to {log}: a backslash switches its patterns off")
+        raise ConfigError(f"run.dir: Slurm cannot write a log to {log}: a backslash disables its patterns")
     for group in EXCLUSIVE:
         chosen = [option for option in group if wanted(given.get(option))]
         if len(chosen) > 1:
@@ -121,10 +124,10 @@ def _long(option: str) -> str:
 
 
 def check_time(key: str, limit: Any, cluster: ClusterConfig) -> None:
-    """Between start and signal there must be time to do something.
+    """Check that a time limit leaves time to work between the start and the signal.
 
     Raises:
-        ConfigError: there is none, so that the job would be requeued for ever without progress.
+        ConfigError: it does not; the job would be requeued forever without progress.
     """
     if limit is None:
         return
@@ -138,7 +141,11 @@ def check_time(key: str, limit: Any, cluster: ClusterConfig) -> None:
 
 
 def quoted(name: str, value: Any) -> str:
-    """A value as a directive has it: sbatch cuts at blanks, unless there are quotation marks."""
+    """Quote a value for a directive if needed: sbatch splits unquoted values at spaces.
+
+    Raises:
+        ConfigError: it contains quotation marks or line breaks.
+    """
     text = str(value)
     if re.search(r"[\"\n\r]", text):
         raise ConfigError(f"#SBATCH --{name}={text!r}: it must not contain quotation marks or line breaks")
@@ -146,5 +153,5 @@ def quoted(name: str, value: Any) -> str:
 
 
 def wanted(value: Any) -> bool:
-    """Options that are null or false are left out."""
+    """Return whether to write an option: those that are null or false are omitted."""
     return value is not None and value is not False

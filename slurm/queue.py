@@ -1,4 +1,4 @@
-"""Slurm's commands, and what they answer."""
+"""Calls Slurm's commands and interprets their answers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from slurm.options import EXCLUSIVE
 from training.run.directory import json_lines
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
-"""Variables that are the user's way to a cluster. All other SLURM_* and SRUN_* describe an allocation."""
+"""Variables by which the user selects a cluster. All other SLURM_* and SRUN_* describe an allocation."""
 PATIENCE_S = 60
 LAST = 10
-"""Jobs of a run that are looked up in the queue."""
+"""How many of a run's latest jobs to look up in the queue."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED")
 _silent_until = 0.0
-"""Until then squeue, which has let a question wait for so long, is not asked again."""
+"""Time (monotonic) until which squeue is not asked again, because a query has timed out."""
 UNKNOWN = "UNKNOWN"
-"""State of a job when squeue does not answer: it may live."""
+"""State of a job if squeue does not answer: it may be alive."""
 ACCEPTED = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
-"""sbatch's word that it has taken a job; sites' wrappers print other lines beside it."""
+"""The line by which sbatch reports an accepted job; wrappers at some sites print other lines as well."""
 DEFAULTS = {
     "TIMELIMIT": "time",
     "ARRAY_INX": "array",
     "MEM_PER_NODE": "mem",
     "NO_REQUEUE": "requeue",
 }
-"""SBATCH_* whose name is not that of their option."""
+"""SBATCH_* variables not named after their option -> the option."""
 OURS = ("array", "output", "error", "input", "open-mode", "signal", "requeue", "wait", "job-name")
-"""Options that the scripts rely on, whether they name them or not."""
+"""Options that the scripts rely on even if they do not set them."""
 HINTS = {
     "job array specification": "an array has at most MaxArraySize tasks (`scontrol show config | grep MaxArraySize`): "
     "lower embed_tasks, or sweep fewer values at a time",
@@ -48,23 +48,26 @@ HINTS = {
         "(evaluate_checkpoints=false, embed_tasks=1, a chain with verb=[...])",
     ),
     "account": "set cluster.account and cluster.partition to a pair that you may use (`sacctmgr show assoc`)",
-    "partition": "set cluster.partition; `sinfo -s` lists those there are",
+    "partition": "set cluster.partition; `sinfo -s` lists the partitions",
     "qos": "set 'cluster.sbatch={qos: NAME}' to one that you may use",
     "time limit": "set cluster.time within the partition's limit (`sinfo -o '%P %l'`)",
     "gres": "set cluster.gpus=false, or name the kind of GPU: 'cluster.sbatch={gres: \"gpu:a100:8\"}'",
     "Memory specification": "set cluster.mem, or 'cluster.sbatch={mem-per-cpu: 4G}'",
-    "node configuration": "no node has what one is asked for: cluster.processes, cluster.cpus_per_task, cluster.mem "
-    "and the partition (`sinfo -N -l`)",
-    "node count": "the partition has fewer nodes, or allows fewer to a job: cluster.nodes, cluster.partition",
+    "node configuration": "no node has the resources requested per node: check cluster.processes, "
+    "cluster.cpus_per_task, cluster.mem and the partition (`sinfo -N -l`)",
+    "node count": "the partition has fewer nodes, or allows fewer per job: check cluster.nodes and cluster.partition",
     "contact slurm controller": "Slurm does not answer; try again later",
-    "timed out": "Slurm does not answer; look with `squeue --me` whether it has taken the job before you try again",
+    "timed out": "Slurm does not answer; check with `squeue --me` whether it accepted the job before you try again",
 }
-"""Part of a refusal -> what to do about it; the first that occurs."""
+"""Part of a refusal -> what to do about it; the first match is used."""
 
 
 def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Without what an allocation one submits from has set: sbatch would hand SLURM_CPU_BIND, SLURM_MEM_PER_CPU and the
-    like on to the new job, where srun obeys them. SBATCH_* stay: they are the user's defaults."""
+    """Return the environment without the variables of an allocation from which a job is submitted.
+
+    sbatch would pass SLURM_CPU_BIND, SLURM_MEM_PER_CPU and the like on to the new job, where srun obeys them. SBATCH_*
+    are kept: they are the user's defaults.
+    """
     return {
         name: value
         for name, value in environ.items()
@@ -73,8 +76,10 @@ def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
 
 
 def submission_environment(script: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """`clean_environment` without those SBATCH_* that would overrule what the script says: to sbatch they count for
-    more than its #SBATCH lines."""
+    """Return `clean_environment` without those SBATCH_* that would override the script.
+
+    For sbatch they take precedence over #SBATCH lines.
+    """
     said = {line[10:].partition("=")[0] for line in script.splitlines() if line.startswith("#SBATCH --")}
     for group in EXCLUSIVE:
         said |= {*group} if said & {*group} else set()
@@ -92,14 +97,15 @@ def submission_environment(script: str, environ: Mapping[str, str] = os.environ)
 
 
 def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED) -> int:
-    """Gives the script to Slurm; returns the job's number.
+    """Submit a script to Slurm; return the job number.
 
     Args:
-        after: the job starts when these have succeeded, and is cancelled when one has failed.
-        when: SUCCEEDED, or BEGUN: it starts when these have begun.
+        script: the sbatch script.
+        after: jobs to wait for; if one of them fails, this job is cancelled.
+        when: SUCCEEDED: start when these jobs have succeeded; BEGUN: when they have begun.
 
     Raises:
-        UserError: no sbatch on this machine, or Slurm refused, with its reason.
+        UserError: there is no sbatch on this machine, or Slurm refused; the message gives its reason.
     """
     sbatch = shutil.which("sbatch")
     if sbatch is None:
@@ -128,20 +134,20 @@ def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED) -> in
     found = [match[1] for line in done.stdout.splitlines() if (match := ACCEPTED.fullmatch(line.strip()))]
     if not found:
         raise UserError(
-            f"{script}: sbatch said no job number, but {done.stdout.strip()[:200]!r}; look with `squeue --me` whether "
-            f"it has taken the job"
+            f"{script}: sbatch printed no job number, but {done.stdout.strip()[:200]!r}; check with `squeue --me` "
+            f"whether it accepted the job"
         )
     return int(found[-1])
 
 
 def withdraw(jobs: Sequence[int]) -> None:
-    """Cancels jobs of a launch that could not be submitted whole."""
+    """Cancel the jobs of a launch that could not be submitted completely."""
     if jobs:
         ask("scancel", *map(str, jobs))
 
 
 def ask(*command: str) -> str | None:
-    """What a command of Slurm's prints; None where it is missing, fails, or takes too long."""
+    """Run a Slurm command and return what it prints; None if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=clean_environment())
     except (OSError, subprocess.TimeoutExpired):
@@ -150,7 +156,7 @@ def ask(*command: str) -> str | None:
 
 
 def _squeue(job: int) -> str | None:
-    """The lines that squeue has on a job, none if it has forgotten it; None: it does not answer."""
+    """Return squeue's lines about a job, empty if it does not know the job any more; None if it does not answer."""
     global _silent_until
     if time.monotonic() < _silent_until:
         return None
@@ -168,10 +174,12 @@ def _squeue(job: int) -> str | None:
 
 
 def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
-    """Job number -> (state, reason or nodes) of those that the queue still holds; a job that it has forgotten is
-    missing. UNKNOWN: squeue does not answer, and is not asked about the others."""
+    """Return job number -> (state, reason or nodes) of those jobs that are still in the queue.
+
+    UNKNOWN means that squeue does not answer; it is then not asked about the other jobs.
+    """
     found: dict[int, tuple[str, str]] = {}
-    for job in jobs:  # one by one: squeue refuses the whole list for one number that it has forgotten
+    for job in jobs:  # one by one: squeue rejects a list with any number it does not know any more
         answer = _squeue(job)
         if answer is None:
             return found | {one: (UNKNOWN, "squeue does not answer") for one in jobs if one not in found}
@@ -183,7 +191,7 @@ def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
 
 
 def living(run_dir: Path) -> list[dict[str, Any]]:
-    """Those of the run's last jobs that the queue (or this machine) still holds, with their `state` and `reason`."""
+    """Return the run's latest jobs that are still in the queue (or on this machine), with `state` and `reason`."""
     jobs = submissions(run_dir)[-LAST:]
     found: dict[Any, tuple[str, str]] = dict(states([job["job"] for job in jobs if "runner" not in job]))
     events = json_lines(run_dir / "launch" / EVENTS)
@@ -197,9 +205,11 @@ def living(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def job_states(home: Path) -> list[dict[str, Any]]:
-    """The newest job of each name in a home: its record with `state` (pending, running, complete, failed, cancelled or,
-    where squeue does not answer, unknown), `reason` (why it waits, or where it runs) and `code` (its exit code; None
-    while there is none)."""
+    """Return the newest job of each name in a home.
+
+    Each is its record with `state` (pending, running, complete, failed, cancelled or, if squeue does not answer,
+    unknown), `reason` (why it waits, or where it runs) and `code` (its exit code; None if there is none yet).
+    """
     newest = {record["name"]: record for record in submissions(home)}
     held = {record["job"]: record for record in living(home)}
     events = json_lines(home / "launch" / EVENTS)

@@ -1,4 +1,4 @@
-"""The sbatch script of a job: options, environment, set-up, and the loop that starts its processes again."""
+"""The sbatch script of a job: options, environment, set-up, and the loop that restarts its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.processes.exit_codes import EXIT_PREEMPTED
 
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 FIRST_PORT, PORTS = 20000, 10000
-"""Meeting ports: below those that Linux gives to outgoing connections (from 32768)."""
+"""Rendezvous ports, below those that Linux uses for outgoing connections (from 32768)."""
 WRITES = {
     "train": "run.dir",
     "distill": "run.dir",
@@ -29,7 +29,7 @@ WRITES = {
 
 
 def log_file(job: Job) -> Path:
-    """Where Slurm appends the output of the job and of all its restarts (%j or %A: the job's number)."""
+    """Return where Slurm appends the output of the job and of all its restarts (%j or %A: the job number)."""
     own = job.config.cluster.sbatch.get("output") or job.config.cluster.sbatch.get("o")
     if own:
         return Path.cwd() / str(own)
@@ -41,10 +41,10 @@ def _log_name(job: Job) -> str:
 
 
 def render_script(job: Job) -> str:
-    """The text of the script.
+    """Return the text of the script.
 
     Raises:
-        ConfigError: options that contradict each other, or leave no time to work in.
+        ConfigError: options conflict, or the time limit leaves no time to work.
     """
     cluster = job.config.cluster
     again = cluster.requeue
@@ -87,8 +87,8 @@ def render_script(job: Job) -> str:
 
 
 REQUEUE = """
-# Back into the queue, without the nodes named. Slurm takes them only of a pending job, and ends this script as soon as
-# the job is one: so naming them goes on beside it, past the signal to end.
+# Requeue the job without the given nodes. Slurm accepts ExcNodeList only for a pending job, and ends this script as
+# soon as the job is pending: so a background process that ignores the signals keeps trying.
 requeue() {
     local without
     without=$(IFS=,; echo "$*")
@@ -100,7 +100,7 @@ requeue() {
           done ) &
     fi
     if scontrol requeue "$SLURM_JOB_ID"; then
-        sleep 600    # if this script left by itself, the job could count as done
+        sleep 600    # if this script exited by itself, the job could count as done
     fi
 }"""
 AGAIN = """\
@@ -110,7 +110,7 @@ if [ "$action" = requeue ]; then
     finish {preempted}
 fi"""
 PORT = f"""
-# A port on which nothing listens here. Jobs of one node start from different ones.
+# A port on which nothing listens here. Jobs on the same node start searching at different ports.
 free_port() {{
     local try port
     for try in $(seq 0 99); do
@@ -120,7 +120,7 @@ free_port() {{
     echo "$port"
 }}"""
 USABLE = """
-# The most nodes, of so many, whose processes can share the data.
+# The largest number of nodes, up to the given one, whose processes can share the data.
 usable() {{
     local count
     for count in {counts}; do
@@ -130,7 +130,7 @@ usable() {{
 }}
 nodes=$(usable "$SLURM_JOB_NUM_NODES")"""
 MEETING = """\
-export CASCADE_SRUN=1  # rank, local rank and world size are Slurm's
+export CASCADE_SRUN=1  # rank, local rank and world size come from Slurm
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "${without//,/$'\\n'}" | head -n 1)
 address=$(scontrol show node -o "$first" 2>/dev/null | grep -o 'NodeAddr=[^ ]*')
 export MASTER_ADDR="${address:-NodeAddr=$first}"
@@ -140,7 +140,7 @@ export MASTER_PORT="$(free_port)\""""
 
 
 def functions(job: Job) -> list[str]:
-    """Shell functions that this job's script needs."""
+    """Return the shell functions that this job's script needs."""
     found = [PORT] if job.is_distributed else []
     found += [REQUEUE] if job.config.cluster.requeue else []
     allowed = allowed_nodes(job)
@@ -150,7 +150,7 @@ def functions(job: Job) -> list[str]:
 
 
 def meeting(job: Job) -> list[str]:
-    """Lines before each start of the ranks: where they meet, and whether a node could be spared."""
+    """Return the lines before each start of the ranks: where they meet, and whether a node could be spared."""
     if not job.is_distributed:
         return []
     spare = "spare=; usable $((SLURM_JOB_NUM_NODES - 1)) >/dev/null && spare=--spare"
@@ -158,22 +158,24 @@ def meeting(job: Job) -> list[str]:
 
 
 def environment_lines(job: Job) -> list[str]:
-    """Lines that stand before the user's own, which may change them."""
+    """Return the lines that come before the user's own, which may override them."""
     cluster = job.config.cluster
     threads = cluster.threads or cluster.cpus_per_task
     lines = [f"export OMP_NUM_THREADS={threads}"] if threads else []
     if cluster.interface:
         name = shlex.quote(cluster.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
-    if job.is_distributed and job.gpus:  # what the ranks were doing when a collective timed out
+    if job.is_distributed and job.gpus:  # flight recorder: what the ranks were doing when a collective timed out
         trace = shlex.quote(str(job.run_dir / "logs" / "nccl-rank-"))
         lines.append(f"export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE={trace}")
     return lines
 
 
 def setup(cluster: ClusterConfig) -> list[str]:
-    """Modules, the environment, the user's lines; the first that fails ends the job and is named. `set -u` is not for
-    them: the scripts that conda and modules source read variables that are not set."""
+    """Return the lines for modules, the environment and the user's set-up; the first that fails ends the job by name.
+
+    They cannot run under `set -u`: scripts sourced by conda and modules read unset variables.
+    """
     lines = []
     if cluster.modules:
         lines.append(MODULES)
@@ -200,7 +202,7 @@ def setup(cluster: ClusterConfig) -> list[str]:
     else:
         after.append(f"python={shlex.quote(sys.executable)}")
         if lines:
-            after.append("# An environment that was activated above brings its own.")
+            after.append("# If an environment was activated above, use its Python.")
             after.append(
                 '[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)'
             )
@@ -208,7 +210,7 @@ def setup(cluster: ClusterConfig) -> list[str]:
 
 
 MODULES = """\
-load_module() {    # also where `module load` says 0 although it has failed
+load_module() {    # detects failure even where `module load` returns 0
     local init
     for init in /etc/profile.d/{lmod,z00_lmod,modules}.sh "${MODULESHOME:-/usr/share/modules}/init/bash"; do
         type module >/dev/null 2>&1 || [ ! -r "$init" ] || . "$init"
@@ -222,7 +224,8 @@ load_module() {    # also where `module load` says 0 although it has failed
 
 
 def allowed_nodes(job: Job) -> list[int]:
-    """Numbers of nodes that a training may run on, most first: those whose processes can share its data."""
+    """Return the numbers of nodes that a training may run on, largest first: those whose processes can share its
+    data."""
     cluster = job.config.cluster
     if not COMMANDS[job.verb].makes_run or not cluster.min_nodes:
         return [cluster.nodes if job.is_distributed else 1]
@@ -236,7 +239,7 @@ def _range(job: Job) -> str:
 
 
 def _tasks(job: Job) -> str:
-    """srun's options; it takes the cores per task from its own, not from sbatch's."""
+    """Return the options of srun, which does not inherit the cores per task from sbatch."""
     allowed = allowed_nodes(job)
     cpus = f" --cpus-per-task={job.cpus}" if job.cpus else ""
     if not job.is_distributed:
@@ -248,7 +251,7 @@ def _tasks(job: Job) -> str:
 
 
 def _fewer(job: Job) -> str:
-    """What is done about nodes that a restart is to do without."""
+    """Return the lines that exclude nodes from a restart."""
     if len(allowed_nodes(job)) == 1:
         return ""
     give_up = "requeue" if job.config.cluster.requeue else "finish"
@@ -271,7 +274,7 @@ def _judge(job: Job) -> str:
 
 
 def mounts(job: Job) -> list[str]:
-    """HOST:CONTAINER of everything that the program needs, and what the user adds."""
+    """Return HOST:CONTAINER for everything that the program needs, and the user's own mounts."""
     needed = [Path.cwd(), job.run_dir, job.home, job.code]
     kept = [path for path in needed if not any(other in path.parents for other in needed)]
     return [*dict.fromkeys(f"{path}:{path}" for path in kept), *job.config.cluster.container_mounts]
@@ -289,7 +292,7 @@ def _container_options(job: Job) -> list[str]:
 
 
 def _command(job: Job) -> str:
-    """What every task runs: its helper, and that the program."""
+    """Return what every task runs: a helper (`slurm.task`) that runs the program."""
     cluster, prefix = job.config.cluster, ""
     if cluster.container and cluster.container_runtime == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if job.gpus else []), "--bind", ",".join(mounts(job))]

@@ -1,9 +1,9 @@
-"""What happens after the processes of a job have ended: again here, again in the queue, or not at all.
+"""Decides what to do when the processes of a job have ended: restart in this allocation, requeue, or end.
 
-The script calls it after each srun: `python -P -m slurm.supervise SETTINGS --code 137 --notes DIR ...`. It prints one
-word for the script (`end CODE`, `restart [NODES]` or `requeue [NODES]`, with nodes to do without), and says why in one
-sentence on stderr. Every end but a success is a line of RUN_DIR/restarts.jsonl, which `cascade status` reads.
-Imports neither torch nor Hydra: an allocation waits for it.
+The script calls it after each srun: `python -P -m slurm.supervise RUN_DIR --code 137 --notes DIR ...`. It prints the
+decision for the script (`end CODE`, `restart [NODES]` or `requeue [NODES]`, with nodes to exclude), and explains it in
+one sentence on stderr. Every end other than a success is a line in RUN_DIR/restarts.jsonl, which `cascade status`
+reads. Imports neither torch nor Hydra, because an allocation waits for it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from training.processes.exit_codes import (
 from training.processes.interval import HISTORY
 
 UNEXPLAINED = EXIT_CRASH
-"""A bug, or a library that failed: worth one more try, unless the run has got on meanwhile."""
+"""A bug, or a library that failed: worth one retry, or more if the run has made progress in the meantime."""
 BLAMED = 2
-"""A node that failed so often is left out."""
+"""Number of failures after which a node is excluded."""
 PREFLIGHT = "preflight.json"
 
 
@@ -40,11 +40,15 @@ class End:
     """How the processes of one start ended.
 
     Attributes:
-        code: exit code of the first that failed; 75 when they were asked to stop and have saved, or were on the way.
-        step: newest step that a start of the run began from; -1 where that is not known.
-        rank, node: who failed first.
-        restart: Slurm's count of requeues; attempt: starts within the allocation.
-        elapsed_s: since the allocation began.
+        code: exit code of the first process that failed; 75 if they were asked to stop, whether or not they had saved.
+        job: the job number.
+        restart: Slurm's count of requeues.
+        attempt: number of the start within the allocation, from 1.
+        step: the step from which the newest start of the run began; -1 if unknown.
+        rank, node: the rank that failed first, and its node.
+        elapsed_s: seconds since the start of the allocation.
+        why: the cause, for people.
+        action: what was done about it.
     """
 
     code: int
@@ -61,13 +65,13 @@ class End:
 
     @property
     def is_failure(self) -> bool:
-        """Whether it ended with an error, rather than complete or stopped in order to be requeued."""
+        """Whether it ended with an error, and not because it was complete or asked to stop."""
         return self.code not in (0, EXIT_PREEMPTED)
 
 
 @dataclass
 class Verdict:
-    """What the script is to do, and the sentence for people."""
+    """What the script should do, why in one sentence, and which nodes to exclude."""
 
     action: str
     sentence: str = ""
@@ -84,15 +88,16 @@ def judge(
     spare: bool,
     slow: Sequence[str] = (),
 ) -> Verdict:
-    """The decision.
+    """Decide what to do after an end.
 
     Args:
-        slow: nodes that the preflight told this start to do without.
+        end: how the processes ended.
         before: earlier ends of this run, oldest first.
-        requeue: whether the job may be submitted again.
-        most: restarts in a row that may begin from the same step (cluster.max_restarts_without_progress).
+        requeue: whether the job may be requeued.
+        most: consecutive restarts allowed from the same step (cluster.max_restarts_without_progress).
         limit_s: the time limit, seconds.
-        spare: whether fewer nodes than there are would do.
+        spare: whether the job can do with fewer nodes.
+        slow: nodes that the preflight of this start found slow.
     """
     if end.code == 0:
         return Verdict("end 0")
@@ -124,8 +129,10 @@ def judge(
 
 
 def _idle(end: End, before: Sequence[End], limit_s: float) -> int:
-    """Ends in a row, this one included, after starts from the same step. A preemption is nobody's failure: a stop on
-    request counts only when it came late, from the time limit."""
+    """Count consecutive ends, including this one, of starts from the same step.
+
+    A preemption is no failure: a requested stop counts only if it came late, probably because of the time limit.
+    """
     count = 0
     for one in [*before, end][::-1]:
         if one.step != end.step:
@@ -135,7 +142,7 @@ def _idle(end: End, before: Sequence[End], limit_s: float) -> int:
 
 
 def _blamed(ends: Sequence[End]) -> list[str]:
-    """Nodes that failed BLAMED times. Of a hang, the rank that speaks is not the one that stood still."""
+    """Return the nodes that failed BLAMED times. Hangs do not count: the rank that reports one is not the cause."""
     nodes = [one.node for one in ends if one.node and one.is_failure and one.code != EXIT_HUNG]
     return [node for node in nodes if nodes.count(node) >= BLAMED]
 
@@ -144,7 +151,15 @@ def _blamed(ends: Sequence[End]) -> list[str]:
 
 
 def read_end(notes: Path, code: int, asked: bool, job: str, **others: Any) -> End:
-    """What the ranks' notes and srun's exit code say together: the first rank that failed explains the others."""
+    """Derive the end from the ranks' notes and srun's exit code; the first rank to fail explains the others.
+
+    Args:
+        notes: directory of the notes, see `slurm.task`.
+        code: exit code of srun.
+        asked: whether the job was asked to stop.
+        job: the job number.
+        others: other attributes of `End`.
+    """
     found = []
     for path in notes.glob(FAILED):
         try:
@@ -169,7 +184,7 @@ def _how(code: int) -> str:
 
 
 def last_step(run_dir: Path) -> int:
-    """Step that the newest start of the run began from (code.json); -1 where there was none."""
+    """Return the step from which the newest start of the run began (code.json); -1 if there was none."""
     try:
         return int(json.loads((run_dir / "code.json").read_text())["starts"][-1]["step"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
@@ -177,7 +192,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def slow_nodes(run_dir: Path) -> tuple[str, ...]:
-    """The nodes that the newest preflight found slow."""
+    """Return the nodes that the newest preflight found slow."""
     try:
         return tuple(json.loads((run_dir / PREFLIGHT).read_text())["slow"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -185,7 +200,7 @@ def slow_nodes(run_dir: Path) -> tuple[str, ...]:
 
 
 def history(run_dir: Path) -> list[End]:
-    """The ends of a run so far, oldest first."""
+    """Return the ends of a run so far, oldest first."""
     ends = []
     try:
         lines = (run_dir / HISTORY).read_text().splitlines()
@@ -194,13 +209,13 @@ def history(run_dir: Path) -> list[End]:
     for line in lines:
         try:
             ends.append(End(**json.loads(line)))
-        except (ValueError, TypeError):  # half a line
+        except (ValueError, TypeError):  # an incomplete line
             continue
     return ends
 
 
 def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
-    """Adds an end that was no success to the history, with what was done about it."""
+    """Add an end other than a success to the history, with what was done about it."""
     if not end.code:
         return
     end.action = " ".join([verdict.action, *verdict.without])
@@ -211,7 +226,7 @@ def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Judges, records, prints the word for the script."""
+    """Judge and record the end; print the decision for the script. Returns 0."""
     parser = argparse.ArgumentParser(prog="slurm.supervise")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--verb", default="train")

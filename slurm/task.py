@@ -1,6 +1,7 @@
-"""One rank under srun: finds the way to the first node, runs the program, and notes how it ended.
+"""One rank under srun: determines the rendezvous address, runs the program, and records how it ended.
 
-`srun ... python -P -m slurm.task PROGRAM ARGUMENTS...`. It imports next to nothing: it stands in front of every rank.
+`srun ... python -P -m slurm.task PROGRAM ARGUMENTS...`. It imports as little as possible, because every rank waits for
+it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from data_pipeline.common.children import die_with_parent
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 STOPPED = "stopped"
-"""Note: the program was asked to stop and has saved."""
+"""Name of the note that the program was asked to stop and has saved."""
 FAILED = "failed-*.json"
-"""Notes: {rank, node, code, time} of a program that failed."""
+"""Names of the notes about programs that failed: {rank, node, code, time}."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 SIOCGIFADDR = 0x8915
 
 
 def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> int:
-    """Runs `command`; returns what srun is told.
+    """Run `command`; return the exit code for srun.
 
-    A program that ends with code 75 has saved and is no failure: srun would kill the ranks that need a moment longer.
-    So this is a note for the script, and 0 for srun.
+    A program that exits with code 75 has saved and did not fail. If srun saw this code, it would kill the ranks that
+    need a moment longer; so the script gets a note, and srun gets 0.
     """
     set_meeting_place(environ)
-    for number in PASSED_ON:  # Slurm sends them to every process of the step: the program has got it as well
+    for number in PASSED_ON:  # Slurm sends them to every process of the step, including the program
         signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, preexec_fn=die_with_parent)
     code = child.wait()
@@ -47,7 +48,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
 
 
 def note(notes: Path, code: int, environ: MutableMapping[str, str]) -> None:
-    """Leaves word of an end, whole or not at all."""
+    """Write the note about an end, atomically."""
     if code == EXIT_PREEMPTED:
         (notes / STOPPED).touch()
         return
@@ -58,10 +59,11 @@ def note(notes: Path, code: int, environ: MutableMapping[str, str]) -> None:
 
 
 def set_meeting_place(environ: MutableMapping[str, str]) -> None:
-    """Where the ranks meet, as an address instead of a name: compute nodes need not resolve each other's.
+    """Set the rendezvous of the ranks as an address, because compute nodes may be unable to resolve each other's names.
 
-    The script runs on the first node, where rank 0 will be; srun tells every task from which address it was launched.
-    gloo listens where the host's own name leads, which is 127.0.1.1 on a Debian machine: it is given the interface.
+    The script runs on the first node, which will have rank 0, and srun tells every task the address it was launched
+    from. By default gloo listens on the address of the host's own name, which is 127.0.1.1 on Debian; so its interface
+    is set, too.
     """
     launcher = environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if environ.get("CASCADE_MEET_AT_LAUNCHER") == "1" and launcher and not launcher.startswith("127."):
@@ -73,11 +75,11 @@ def set_meeting_place(environ: MutableMapping[str, str]) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface whose address this machine would use to reach another; None where that is not known."""
+    """Return the network interface by which this machine would reach an address; None if that is unknown."""
     try:
         family, kind, _, _, there = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(there)  # a datagram socket sends nothing here
+            probe.connect(there)  # connecting a datagram socket sends nothing
             own = probe.getsockname()[0]
         found = _interfaces6() if family == socket.AF_INET6 else _interfaces4()
     except OSError:
@@ -86,20 +88,20 @@ def interface_towards(address: str) -> str | None:
 
 
 def _interfaces4() -> dict[str, str]:
-    """IPv4 address -> interface."""
+    """Return IPv4 address -> interface."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
+            except OSError:  # it has no IPv4 address
                 continue
             found[socket.inet_ntoa(answer[20:24])] = name
     return found
 
 
 def _interfaces6() -> dict[str, str]:
-    """IPv6 address -> interface."""
+    """Return IPv6 address -> interface."""
     found = {}
     for line in Path("/proc/net/if_inet6").read_text().splitlines():
         digits, *_, name = line.split()

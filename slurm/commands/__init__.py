@@ -1,1 +1,2 @@
-"""The cluster commands: launch, status, logs, stop. Imports anything in `slurm`; no other module imports it."""
+"""The cluster commands: launch, status, compare, logs, resume, stop. May import anything in `slurm`; no module imports
+them."""

@@ -1,4 +1,4 @@
-"""`cascade compare RUN RUN ...`: what differs between runs, and what it made of their losses."""
+"""`cascade compare RUN RUN ...`: shows how the settings of runs differ, and how their losses do."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from training.pictures.sheets import save
 from training.run.directory import VALIDATION, flatten
 
 OWN = ("run.", "wandb.name", "json", "debug")
-"""Settings that differ between any two runs, and say nothing about their losses."""
+"""Settings that differ between any two runs, and do not affect their losses."""
 SAME_QUESTION = ("validation.", "evaluation.reference", "stage.image_size", "stage.low_res_size", "stage.diffusion.")
-"""Settings with which the validation asks another question, so that its losses cannot be compared."""
+"""Settings that change what the validation measures, so that its losses cannot be compared."""
 Z = 1.96
 """Half width of a 95 % interval, in standard errors."""
 
 
 def main(config: CompareCommand) -> dict[str, Any]:
-    """Prints the settings that differ, draws the curves, and compares the validation losses in pairs.
+    """Print the settings that differ, draw the curves, and compare the validation losses in pairs.
 
     Returns:
         {"settings": {key: [values]}, "picture": path, "paired": [{"runs", "step", "difference", "interval", "n"}]}
 
     Raises:
-        ConfigError: fewer than two runs are named.
-        DataError: a directory is no run, or none of the runs has any of the curves.
+        ConfigError: fewer than two runs are given.
+        DataError: a directory is not a run, or none of the runs has any of the curves.
     """
     if len(config.runs) < 2:
         raise ConfigError("runs: give at least two runs: cascade compare runs/a/base64 runs/b/base64")
@@ -72,7 +72,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted key -> the value of each run, of the settings that are not the same in all."""
+    """Return dotted key -> the value in each run, for the settings that are not the same in all."""
     keys = sorted({key for flat in settings.values() for key in flat if not key.startswith(OWN)})
     rows = {key: [flat.get(key) for flat in settings.values()] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
@@ -94,7 +94,8 @@ def _settings_table(table: Mapping[str, Sequence[Any]], names: Sequence[str]) ->
 
 
 def _paired(a: str, b: str, table: Mapping[str, Sequence[Any]], names: Sequence[str]) -> dict[str, Any] | None:
-    """The difference b - a of the losses of the same held-out samples, at the newest step that both have."""
+    """Return the difference b - a of the losses of the same held-out samples at the newest step that both have, or why
+    they cannot be compared; None if a run has no validation losses."""
     losses = [_validations(Path(run)) for run in (a, b)]
     if not losses[0] or not losses[1]:
         return None
@@ -115,7 +116,7 @@ def _paired(a: str, b: str, table: Mapping[str, Sequence[Any]], names: Sequence[
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Mean of b - a over pairs, with its 95 % interval by the normal approximation; two pairs at least."""
+    """Return the mean of b - a over pairs, with its 95 % interval by the normal approximation; at least two pairs."""
     apart = [y - x for x, y in zip(a, b, strict=True)]
     mean = sum(apart) / len(apart)
     spread = math.sqrt(sum((value - mean) ** 2 for value in apart) / (len(apart) - 1) / len(apart))

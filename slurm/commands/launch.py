@@ -1,8 +1,8 @@
 """`cascade launch`: writes what a scheduler needs for a command, a chain or a whole cascade, and submits it.
 
-The settings are composed now and frozen beside the script, and so is the code: a job that waits in the queue, or is
-requeued a month later, runs with what was submitted, whatever has happened to the checkout since. Neither torch nor a
-GPU is needed where this runs.
+The settings are composed now and frozen next to the script, and so is the code: a job that waits in the queue, or is
+requeued a month later, runs what was submitted, whatever has happened to the checkout since. Neither torch nor a GPU is
+needed where this runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.plan.checks import check_named
 from training.processes.ranks import is_search, is_sweep
 
 SWEPT: list[tuple[Job, LaunchCommand]] = []
-"""Jobs of a --multirun, which Hydra composes one after the other, until all are there."""
+"""Jobs of a --multirun so far; Hydra composes them one after the other."""
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
 ENDINGS = {"local": "sh", "slurm": "sbatch"}
 """Extensions of the scripts; emitters have their own."""
@@ -53,14 +53,15 @@ defaults:
 
 
 def main(config: LaunchCommand) -> dict[str, Any]:
-    """Writes one script per command (`verb` may be a list, or `all`), and submits each after those that it needs,
-    unless dry_run=true. With cluster=local they run here and now.
+    """Write one script per command (`verb` may be a list, or `all`) and, unless dry_run=true, submit each to run after
+    those that it depends on. With cluster=local the jobs run here, immediately.
 
     Returns:
-        name, verb, after, script, config, log and job_id of the first job, dry_run, and the same of all under `jobs`.
+        name, verb, after, script, config, log and job_id of the first job, dry_run, and the same for all under `jobs`.
 
     Raises:
-        UserError: no Slurm here, or it refused; ConfigError: settings that the submitted command would refuse;
+        UserError: Slurm is not installed here, or it refused.
+        ConfigError: a setting that the launcher or the submitted command would refuse.
         SystemExit: a job on this machine failed.
     """
     local = config.cluster.kind == "local"
@@ -74,7 +75,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     in_sweep = is_sweep()
     if config.at_once and not local and not in_sweep:
         raise ConfigError(
-            f"at_once={config.at_once}: the scheduler decides; it belongs to cluster=local, and to --multirun"
+            f"at_once={config.at_once}: the scheduler decides this; use it only with cluster=local or --multirun"
         )
     if config.cluster.kind in EMITTED and (in_sweep or config.script):
         raise ConfigError(
@@ -84,7 +85,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         emitter(config.cluster.kind).check_launch(config)
     if is_search():
         raise ConfigError(
-            "hydra/sweeper: it chooses values by the result of the runs before, and a launch only submits; give it to "
+            "hydra/sweeper: it chooses values by the results of earlier runs, but a launch only submits; use it with "
             "`cascade train` inside an allocation"
         )
     if in_sweep and len(entries) > 1:
@@ -107,7 +108,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         codes = emit(jobs, config)
     else:
         codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
-    if not local and len(jobs) > 1:  # below the scripts, where it is seen
+    if not local and len(jobs) > 1:  # after the scripts, where it is not overlooked
         print(drawing(entries), flush=True)
     answers = [job.answer(str(log_of(job))) for job in jobs]
     if any(codes.values()):
@@ -116,7 +117,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
 
 
 def given_overrides() -> list[str]:
-    """What the user typed after `cascade launch`, without the keys that are the launcher's own."""
+    """Return what the user typed after `cascade launch`, without the launcher's own keys."""
     return [word for word in typed_words() if word.partition("=")[0].lstrip("+~") not in OWN_KEYS]
 
 
@@ -124,7 +125,11 @@ def given_overrides() -> list[str]:
 
 
 def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
-    """The commands that `verb` stands for: the graph of a cascade, or a chain."""
+    """Return the commands that `verb` stands for: the graph of a cascade, or a chain.
+
+    Raises:
+        ConfigError: a command that does not exist or cannot be submitted, or see `cascade_graph`.
+    """
     if config.verb == "all":
         return cascade_graph(config, words)
     chain = config.verb if isinstance(config.verb, list) else [config.verb]
@@ -143,7 +148,7 @@ def plan_entries(config: LaunchCommand, words: list[str]) -> list[GraphNode]:
 
 
 def _split(entry: str) -> list[str]:
-    """ "train stage=demo_sr" as words, with a verb that can be submitted."""
+    """Split an entry such as "train stage=demo_sr" into words, and check that its verb can be submitted."""
     try:
         words = shlex.split(entry) or [""]
     except ValueError as error:
@@ -155,11 +160,15 @@ def _split(entry: str) -> list[str]:
 
 
 NOT_SUBMITTED = ("ablate", "launch", "status", "compare", "logs", "resume", "stop")
-"""Commands for the machine that one sits at (`ablate` shows the trainings that it needs, to be launched)."""
+"""Commands that run where they are typed (`ablate` prints the trainings that it needs, to be launched)."""
 
 
 def compose_all(entries: list[GraphNode], words: list[str], config: LaunchCommand) -> list[Job]:
-    """The jobs with their settings, checked; their scripts have names, but are not written."""
+    """Return the jobs with their composed and checked settings. Their scripts have names, but are not written yet.
+
+    Raises:
+        ConfigError: a setting that a command refuses or would not use.
+    """
     jobs: list[Job] = []
     for entry in entries:
         own = [*(words_for(entry.verb, words) if config.verb == "all" else words), *entry.words]
@@ -209,12 +218,12 @@ def _job(
         after=entry.after,
         when=entry.when,
     )
-    script_text(job)  # refuses what cannot be
+    script_text(job)  # raises for impossible settings
     return job
 
 
 def script_text(job: Job) -> str:
-    """The text of the job's script."""
+    """Return the text of the job's script. Raises `ConfigError` for settings that the scheduler cannot use."""
     kind = job.config.cluster.kind
     if kind in EMITTED:
         return emitter(kind).manifest(job)
@@ -222,14 +231,14 @@ def script_text(job: Job) -> str:
 
 
 def log_of(job: Job) -> Path:
-    """Where the output of the job goes."""
+    """Return where the output of the job goes."""
     if job.config.cluster.kind == "local":
         return job.home / "logs" / f"launch-{job.script.stem}.log"
     return slurm.script.log_file(job)
 
 
 def next_script(folder: Path, verb: str, taken: list[Path], ending: str = "sbatch") -> Path:
-    """A file name that no earlier launch has taken: a queued job still reads the settings beside its own."""
+    """Return a file name that no earlier launch has used: a queued job still reads the settings next to its script."""
     known = [path for kind in ("yaml", ending) for path in folder.glob(f"{verb}-[0-9]*.{kind}")]
     known += [path for path in taken if path.name.startswith(f"{verb}-")]
     numbers = [
@@ -241,10 +250,10 @@ def next_script(folder: Path, verb: str, taken: list[Path], ending: str = "sbatc
 
 
 def check_before_submission(jobs: list[Job], kind: str) -> None:
-    """What would fail in the queue fails here.
+    """Check for what would otherwise fail in the queue.
 
     Raises:
-        UserError: Slurm is not here, or a job of the same run lives.
+        UserError: Slurm is not installed here, or a job of the same run is alive.
     """
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise UserError(
@@ -259,8 +268,8 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
             if other["state"] == UNKNOWN:
                 is_there = f"may be in the queue: {other['reason']}"
             raise UserError(
-                f"run.dir={job.config.run.dir}: job {other['job']} of this run {is_there}; two starts of "
-                f"one run push each other out: `cascade stop run={job.config.run.dir}` first, or another run.dir"
+                f"run.dir={job.config.run.dir}: job {other['job']} of this run {is_there}; two starts of one run would "
+                f"displace each other: run `cascade stop run={job.config.run.dir}` first, or use another run.dir"
             )
 
 
@@ -268,16 +277,20 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
 
 
 def write_job(job: Job) -> None:
-    """The script, the settings, and the code."""
+    """Write the script, the settings and the code."""
     job.script.parent.mkdir(parents=True, exist_ok=True)
     job.code = freeze(job.code)
     job.settings.write_text(job.frozen)
     job.script.write_text(script_text(job))
-    log_of(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+    log_of(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not create it
 
 
 def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
-    """Submits the jobs, or shows their scripts; nothing has failed yet."""
+    """Submit the jobs, or print their scripts. Returns no exit codes: nothing has run yet.
+
+    Raises:
+        UserError: Slurm refused a job; those submitted before it are cancelled.
+    """
     began = launch_id()
     for job in jobs:
         if dry_run:
@@ -289,7 +302,7 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
             except UserError as error:
                 done = [other.job_id for other in jobs if other.job_id]
                 withdraw(done)
-                said = f"; the {len(done)} jobs of this launch before it are cancelled" if done else ""
+                said = f"; the {len(done)} jobs of this launch submitted before it were cancelled" if done else ""
                 raise UserError(f"{error}{said}") from error
             log = str(log_of(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
             append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
@@ -299,7 +312,10 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
 
 
 def emit(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
-    """Shows the files for another scheduler, and how to submit them with its own tools; nothing has failed yet."""
+    """Write the file of the whole launch for another scheduler, and print how to submit it with the scheduler's tools.
+
+    Returns no exit codes: nothing has run yet.
+    """
     target = emitter(config.cluster.kind)
     if config.dry_run:
         print("\n".join(job.script.read_text() for job in jobs))
@@ -311,7 +327,7 @@ def emit(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
 
 
 def run_here(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
-    """Runs the jobs on this machine, or shows their scripts; returns their exit codes."""
+    """Run the jobs on this machine, or print their scripts; return their exit codes by name."""
     if config.dry_run:
         for job in jobs:
             print(job.script.read_text())
@@ -324,10 +340,11 @@ def run_here(jobs: list[Job], config: LaunchCommand) -> dict[str, int]:
 
 
 def after_sweep() -> None:
-    """Submits the jobs of a --multirun as one array; the command line calls it when all have been composed.
+    """Submit the jobs of a --multirun as one array; called by the command line after all have been composed.
 
     Raises:
-        ConfigError: they ask Slurm for different things; UserError: Slurm refused.
+        ConfigError: they request different resources.
+        UserError: Slurm refused.
     """
     jobs, config = [job for job, _ in SWEPT], SWEPT[0][1]
     SWEPT.clear()
@@ -352,12 +369,12 @@ def after_sweep() -> None:
 
 
 def launch_id() -> str:
-    """By which the records of one launch are known to belong together."""
+    """Return a random id shared by the records of one launch."""
     return uuid.uuid4().hex[:8]
 
 
 def job_record(job: Job, log: str, launch: str) -> dict[str, Any]:
-    """A line of jobs.jsonl, but for the number that the job has."""
+    """Return a line of jobs.jsonl, without the job number."""
     array = str(job.config.cluster.sbatch.get("array") or "")
     return {
         "name": job.name,

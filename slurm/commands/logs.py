@@ -1,4 +1,4 @@
-"""`cascade logs run=DIR`: the end of a run's log: the job's, or one rank's; follow=true goes on."""
+"""`cascade logs run=DIR`: prints the end of a job's or a rank's log; follow=true keeps printing new lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POLL_S = 0.5
 
 
 def main(config: LogsCommand) -> dict[str, Any]:
-    """Prints the last `lines` lines, and with `follow` what is added, until Ctrl-C.
+    """Print the last `lines` lines and, with `follow`, whatever is added until Ctrl-C.
 
     Returns:
         {"log": path}
@@ -32,7 +32,11 @@ def main(config: LogsCommand) -> dict[str, Any]:
 
 
 def chosen(folder: Path, rank: int | None) -> Path:
-    """The log of a rank; of none, the newest of a job, else rank 0's."""
+    """Return the log of a rank; without a rank, the newest log of a job or else that of rank 0.
+
+    Raises:
+        DataError: it does not exist.
+    """
     if rank is None:
         jobs = sorted(folder.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
         if jobs:
@@ -40,5 +44,5 @@ def chosen(folder: Path, rank: int | None) -> Path:
     path = folder / f"rank-{rank or 0}.log"
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in folder.glob("*.log"))) or "nothing yet"
-        raise DataError(f"{path}: no such log; there is {there}")
+        raise DataError(f"{path}: no such log; the directory contains {there}")
     return path

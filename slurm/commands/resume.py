@@ -1,4 +1,4 @@
-"""`cascade resume run=DIR`: submits again what has not been finished, from the records of its launch."""
+"""`cascade resume run=DIR`: resubmits unfinished jobs, from the records of their launch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from training.config.commands import COMMANDS, ResumeCommand
 
 
 def main(config: ResumeCommand) -> dict[str, Any]:
-    """Submits the jobs of a run, or of all runs of an experiment, that are neither finished nor in the queue: the same
-    scripts, settings and code, each after those that it needs. What had run on this machine runs here again.
+    """Resubmit the jobs of a run, or of all runs of an experiment, that are neither finished nor in the queue.
+
+    They use the same scripts, settings and code, and each runs after those that it depends on. Jobs that ran on this
+    machine run here again.
 
     Returns:
         {"resumed": [{"name", "job", "after"}], "left": {name: state}}
 
     Raises:
-        DataError: nothing was launched there; UserError: Slurm refused; SystemExit: a job on this machine failed.
+        DataError: nothing was launched there.
+        UserError: Slurm refused, or squeue does not answer.
+        SystemExit: a job on this machine failed.
     """
     folder = Path(config.run.dir)
     found = [job for home in find_runs(folder) for job in job_states(home)]
@@ -33,8 +37,8 @@ def main(config: ResumeCommand) -> dict[str, Any]:
     unknown = [job for job in found if job["state"] == "unknown"]
     if unknown:
         raise UserError(
-            f"{folder}: {unknown[0]['reason']}, so nobody knows whether job {unknown[0]['job']} lives: a second copy "
-            f"would push it out; try again when it does"
+            f"{folder}: {unknown[0]['reason']}, so it is not known whether job {unknown[0]['job']} is alive; a second "
+            f"copy would displace it; try again later"
         )
     newest = max(found, key=lambda job: job["time"])
     jobs = sorted((job for job in found if _goes_with(job, newest)), key=lambda job: job["time"])
@@ -53,19 +57,19 @@ def main(config: ResumeCommand) -> dict[str, Any]:
 
 
 def _goes_with(job: dict[str, Any], newest: dict[str, Any]) -> bool:
-    """Whether two jobs are of one kind: both on this machine, or both Slurm's."""
+    """Return whether two jobs are of the same kind: both on this machine, or both Slurm's."""
     return ("runner" in job) == ("runner" in newest)
 
 
 def _is_done(job: dict[str, Any]) -> bool:
-    """A training is done when its last checkpoint is there, all others when they have ended well."""
+    """Return whether a job is done: a training, if its last checkpoint exists; others, if they have succeeded."""
     if COMMANDS[job["verb"]].makes_run:
         return is_complete(Path(job["home"]))
     return bool(job["state"] == "complete")
 
 
 def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """To Slurm; a job that is still in the queue keeps its number."""
+    """Resubmit jobs to Slurm; a job that is still in the queue keeps its number."""
     numbers = {name: job["job"] for name, job in all_jobs.items() if job["state"] in ("pending", "running")}
     answers = []
     for job in again:
@@ -83,7 +87,7 @@ def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any
 
 
 def _run_again(again: list[dict[str, Any]], at_once: int) -> dict[str, int]:
-    """On this machine."""
+    """Run jobs again on this machine; return their exit codes by name."""
     records = []
     for job in again:
         record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}

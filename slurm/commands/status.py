@@ -1,4 +1,4 @@
-"""`cascade status run=DIR`: the runs of a directory at a glance, from their files and `squeue` alone."""
+"""`cascade status run=DIR`: an overview of the runs in a directory, from their files and `squeue` alone."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait"
 
 
 def main(config: StatusCommand) -> dict[str, Any]:
-    """Prints one line per run; with `watch`, again and again until Ctrl-C.
+    """Print one line per run; with `watch`, repeat until Ctrl-C.
 
     Returns:
         {"runs": [{"run", "stage", "state", "step", "steps", ...}],
-         "jobs": [{"name", "verb", "state", "job", "reason", "code", "log"}]}: of all that is no training
+         "jobs": [{"name", "verb", "state", "job", "reason", "code", "log"}]}, where jobs are all that are not trainings
 
     Raises:
-        DataError: no run is there; ConfigError: `sort` names no column.
+        DataError: there is no run.
+        ConfigError: `sort` is not a column.
     """
     folder = Path(config.run.dir)
     if config.html:
@@ -55,7 +56,12 @@ def main(config: StatusCommand) -> dict[str, Any]:
 
 
 def row_of(run: Path, price: float) -> dict[str, Any]:
-    """A run's files, and what the queue says of its job."""
+    """Return the row of a run, from its files and the state of its job in the queue.
+
+    Args:
+        run: the run directory.
+        price: dollars per GPU hour.
+    """
     row = run_summary(run, price)
     jobs = [job for job in living(run) if trains(job)]
     job = jobs[-1] if jobs else None
@@ -69,12 +75,12 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
 
 
 def trains(job: dict[str, Any]) -> bool:
-    """Whether a job is a run's training, by its record."""
+    """Return whether a job, given by its record, is a training."""
     return COMMANDS[job["verb"]].makes_run
 
 
 def job_row(job: dict[str, Any]) -> dict[str, Any]:
-    """What is said of a job that trains nothing."""
+    """Return the row of a job that is not a training."""
     return {key: job.get(key) for key in ("name", "verb", "state", "job", "reason", "code", "log")}
 
 
@@ -89,7 +95,7 @@ def _job_line(job: dict[str, Any]) -> str:
 
 
 def status_table(rows: list[dict[str, Any]]) -> str:
-    """Aligned columns; below, why a job waits and what went wrong."""
+    """Return aligned columns, followed by why jobs wait and what went wrong."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -1,4 +1,4 @@
-"""`cascade stop run=DIR`: cancels the jobs of a run, or of all runs of an experiment. A training saves first."""
+"""`cascade stop run=DIR`: cancels the jobs of a run, or of all runs of an experiment; a training saves first."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from training.config.experiment import Experiment
 
 
 def main(config: Experiment) -> dict[str, Any]:
-    """Cancels what the queue still holds.
+    """Cancel the jobs that are still in the queue.
 
     Returns:
         {"stopped": [job numbers]}
 
     Raises:
-        DataError: no run is there; UserError: Slurm refused.
+        DataError: there is no run.
+        UserError: Slurm refused.
     """
     runs = find_runs(Path(config.run.dir))
     if not runs:

@@ -1,7 +1,7 @@
-"""The same graph of jobs for other schedulers: files for their own tools, to read and to submit.
+"""The graph of jobs for other schedulers, as files to read and to submit with their own tools.
 
-`cluster.kind=NAME` selects the module NAME (training/config/cluster.py lists them in `EMITTED`). Each has what
-`Emitter` states.
+`cluster.kind=NAME` selects the module NAME (listed in `EMITTED` of training/config/cluster.py). Each implements
+`Emitter`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 class Emitter(Protocol):
-    """A module of this folder."""
+    """The interface of the modules in this folder."""
 
     ENDING: str
-    """Extension of the file of one job."""
+    """Extension of the file for one job."""
     WHOLE: tuple[str, str]
-    """Name and extension of the file of the whole launch."""
+    """Name and extension of the file for the whole launch."""
 
     def check_launch(self, config: LaunchCommand) -> None:
-        """Raises ConfigError for a launch that the scheduler cannot run."""
+        """Raise `ConfigError` for a launch that the scheduler cannot run."""
 
     def manifest(self, job: Job) -> str:
-        """The file of one job. Raises ConfigError for settings that the scheduler does not have."""
+        """Return the file for one job. Raises `ConfigError` for settings that the scheduler does not support."""
 
     def whole(self, name: str, jobs: Sequence[Job], path: Path) -> str:
-        """The file of the whole launch, to be written to `path`; `name` is the experiment's."""
+        """Return the file for the whole launch, which will be written to `path`; `name` is that of the experiment."""
 
     def how(self, jobs: Sequence[Job], path: Path) -> str:
-        """The command that submits it."""
+        """Return the command that submits the launch."""
 
 
 def emitter(kind: str) -> Emitter:
-    """The module for `cluster.kind`, one of `EMITTED`."""
+    """Return the module for `cluster.kind`, one of `EMITTED`."""
     return cast(Emitter, importlib.import_module(f"slurm.emitters.{kind}"))

@@ -1,8 +1,8 @@
-"""An indexed Job per job of the graph, and a script that applies each after those that it needs.
+"""Kubernetes: an indexed Job per job of the graph, and a script that applies each after those that it depends on.
 
-Pods of a training find each other through a headless Service; each starts the processes of its node. A pod that fails
-with a code that the same command would meet again fails the Job; all other failures start the pods again, and the run
-goes on from its newest checkpoint. Run directory, code and data must be on a volume that all pods mount.
+The pods of a training find each other through a headless Service; each starts the processes of its node. A pod that
+fails with a code that a retry would only repeat fails the Job; after any other failure the pods are restarted, and the
+run resumes from its newest checkpoint. Run directory, code and data must be on a volume that all pods mount.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ for child in "${{children[@]}}"; do
     if [ "$code" = 0 ] && [ "$ended" != 0 ]; then code=$ended; fi
 done
 exit "$code\""""
-"""What a pod of a training does: it starts the processes of its node, passes TERM on, and ends with the first failure's
-code."""
+"""The script of a training's pod: starts the processes of its node, forwards TERM, and exits with the code of the first
+failure."""
 APPLY = """\
 #!/bin/bash
-# Applies each job after those that it needs: bash {name}
+# Applies each job after those that it depends on: bash {name}
 cd {folder} || exit 1
 scratch=$(mktemp -d)
 state() {{ kubectl get job "$1" -o "jsonpath={{.status.$2}}" 2>/dev/null; }}
-succeeded() {{    # waits; fails when that job has failed, or was never applied
+succeeded() {{    # waits for a job; fails if the job has failed, or was never applied
     while [ ! -e "$scratch/$1" ]; do
         case " $(state "$1" 'conditions[?(@.status=="True")].type') " in
             *" Complete "*) return 0 ;;
@@ -72,16 +72,16 @@ wait
 
 
 def job_name(job: Job) -> str:
-    """A name as Kubernetes takes it: at most 50 letters, digits and hyphens (pods append to it)."""
+    """Return a valid Kubernetes name: at most 50 lower-case letters, digits and hyphens (pod names are longer)."""
     name = re.sub(r"[^a-z0-9-]+", "-", f"{job.config.run.name}-{job.name}".lower()).strip("-")
     return name[:50].rstrip("-")
 
 
 def manifest(job: Job) -> str:
-    """The Job, and for a training the Service by which its pods find each other, as YAML.
+    """Return the Job as YAML, preceded, for a training on several nodes, by the Service for its pods.
 
     Raises:
-        ConfigError: no image, or a volume that cannot be meant.
+        ConfigError: there is no image, or a mount is invalid.
     """
     cluster = job.config.cluster
     if not cluster.container:
@@ -132,17 +132,17 @@ def manifest(job: Job) -> str:
 
 
 def _tasks(job: Job) -> int:
-    """Tasks of an array that share the job's work; 0: it is none."""
+    """Return the number of array tasks that share the job's work; 0 if it is not an array."""
     array = str(job.config.cluster.sbatch.get("array") or "")
     return int(array.rpartition("-")[2]) + 1 if array else 0
 
 
 def _shell(job: Job, nodes: int, name: str) -> str:
-    """What the container runs."""
+    """Return the script that the container runs."""
     lines = [*environment_lines(job), *job.config.cluster.setup]
     lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
-    if _tasks(job):  # embed reads these, from whatever scheduler
+    if _tasks(job):  # embed reads these variables under any scheduler
         lines.append(f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={_tasks(job)}")
     if not job.is_distributed:
         return "\n".join([*lines, f"exec {command}"])
@@ -155,14 +155,14 @@ def _shell(job: Job, nodes: int, name: str) -> str:
 
 
 def _volumes(wanted: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """CLAIM:PATH as volumes and mounts; a source with a slash is a directory of every node."""
+    """Convert CLAIM:PATH to volumes and mounts; a source with a slash is a directory on every node."""
     volumes, mounts = [], []
     for number, entry in enumerate(wanted):
         source, _, path = entry.partition(":")
         if not source or not path.startswith("/"):
             raise ConfigError(
-                f"cluster.container_mounts: {entry}: for Kubernetes it must be CLAIM:/PATH, or /DIRECTORY:/PATH of "
-                f"every node"
+                f"cluster.container_mounts: {entry}: for Kubernetes it must be CLAIM:/PATH, or /DIRECTORY:/PATH for a "
+                f"directory on every node"
             )
         found = {"hostPath": {"path": source}} if "/" in source else {"persistentVolumeClaim": {"claimName": source}}
         volumes.append({"name": f"volume-{number}", **found})
@@ -171,17 +171,16 @@ def _volumes(wanted: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def check_launch(config: LaunchCommand) -> None:
-    """Nothing of a launch as a whole is refused."""
+    """Accept any launch."""
 
 
 def how(jobs: Sequence[Job], path: Path) -> str:
-    """The command that runs the script."""
+    """Return the command that runs the script."""
     return f"bash {shlex.quote(str(path))}"
 
 
 def whole(name: str, jobs: Sequence[Job], path: Path) -> str:
-    """The shell script that applies the jobs in the order of the graph, those that may run together at the same
-    time."""
+    """Return the shell script that applies the jobs in the order of the graph, independent ones at the same time."""
     names = {job.name: job_name(job) for job in jobs}
     lines = []
     for job in jobs:

@@ -1,7 +1,7 @@
-"""A SkyPilot task per job of the graph (`sky launch`), and all of them in order as one pipeline (`sky jobs launch`).
+"""SkyPilot: a task per job of the graph (`sky launch`), and all of them in order as a pipeline (`sky jobs launch`).
 
-SkyPilot's pipelines are chains, so stages that could train at the same time follow each other there; launched one by
-one, their tasks may run beside each other. Run directory, code and data must be on storage that all nodes mount.
+SkyPilot's pipelines are chains, so stages that could train at the same time run one after the other; launched
+individually, their tasks can run in parallel. Run directory, code and data must be on storage that all nodes mount.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ exit "$code\""""
 
 
 def task_name(job: Job) -> str:
-    """A name as SkyPilot takes it."""
+    """Return a valid SkyPilot name."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", f"{job.config.run.name}-{job.name}").strip("-")
 
 
 def task(job: Job) -> dict[str, Any]:
-    """One task, as `sky launch FILE` takes it.
+    """Return one task, in the form that `sky launch FILE` expects.
 
     Raises:
-        ConfigError: GPUs without the kind of GPU, or a mount that cannot be meant.
+        ConfigError: it needs GPUs but cluster.accelerator is not set, or a mount is invalid.
     """
     cluster = job.config.cluster
     nodes = cluster.nodes if job.is_distributed else 1
@@ -76,24 +76,24 @@ def task(job: Job) -> dict[str, Any]:
 
 
 def check_launch(config: LaunchCommand) -> None:
-    """Raises ConfigError for an array of jobs."""
+    """Raise `ConfigError` for a job array."""
     if config.embed_tasks > 1:
         raise ConfigError(f"embed_tasks={config.embed_tasks}: SkyPilot has no job arrays; leave it out")
 
 
 def how(jobs: Sequence[Job], path: Path) -> str:
-    """The command that launches the only task, or the pipeline."""
+    """Return the command that launches the only task, or the pipeline."""
     only = len(jobs) == 1
     return f"sky launch {shlex.quote(str(jobs[0].script))}" if only else f"sky jobs launch {shlex.quote(str(path))}"
 
 
 def manifest(job: Job) -> str:
-    """The task as YAML."""
+    """Return the task as YAML."""
     return f"# {job.title}\n" + yaml.safe_dump(task(job), sort_keys=False, width=1000)
 
 
 def whole(name: str, jobs: Sequence[Job], path: Path) -> str:
-    """All tasks in order, each after the previous one succeeds, as YAML."""
+    """Return all tasks as YAML, in order; each runs after the previous one has succeeded."""
     return yaml.safe_dump_all([{"name": name}, *(task(job) for job in jobs)], sort_keys=False, width=1000)
 
 

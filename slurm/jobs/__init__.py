@@ -1,2 +1,2 @@
-"""What any scheduler needs: jobs, their graph, the code frozen for them, and what became of them. Imports nothing else
-of `slurm`."""
+"""What any scheduler needs: jobs, their graph, their frozen code, and the records of what became of them. Imports
+nothing else from `slurm`."""

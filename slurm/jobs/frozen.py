@@ -1,4 +1,4 @@
-"""The code that a job imports, copied beside its settings: a job that waits in the queue, or is requeued a month later,
+"""Copies the code that a job imports next to its settings: a job that waits in the queue, or is requeued a month later,
 runs what was submitted, whatever has happened to the checkout since."""
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from training.checkpoint.provenance import FROZEN, code_version
 
 TOP = __name__.partition(".")[0]
 PACKAGES = ("training", "data_pipeline", "slurm", "conf") if TOP == "slurm" else (TOP,)
-"""An installed wheel has everything inside one package (setup.py)."""
+"""An installed wheel has everything in one package (setup.py)."""
 MOST_BYTES = 200 << 20
-"""Of the code that is copied; the packages have a hundredth of it."""
+"""Largest code to copy; the packages take a hundredth of this."""
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 DIFF = "changes.diff"
-"""What the working tree had on top of its commit."""
+"""Name of the file with the uncommitted changes of the working tree."""
 
 
 def freeze(folder: Path) -> Path:
-    """Copies the packages to `folder`/HASH (once per content); returns that directory, which goes on PYTHONPATH.
+    """Copy the packages to `folder`/HASH (once per content); return that directory, which belongs on PYTHONPATH.
 
-    Untracked files come along. Beside the packages lie the commit (`frozen.json`) and the difference of the working
-    tree from it (`changes.diff`).
+    Untracked files are copied, too. Next to the packages are the commit (`frozen.json`) and the uncommitted changes
+    (`changes.diff`).
 
     Raises:
-        UserError: something large lies among the code.
+        UserError: the code contains large files.
     """
     sources = {name: _place(name) for name in PACKAGES}
     _check_size(sources)
@@ -50,13 +50,13 @@ def freeze(folder: Path) -> Path:
         (scratch / DIFF).write_bytes(done.stdout)
     try:
         scratch.rename(target)
-    except OSError:  # another launch was quicker
+    except OSError:  # another launch was faster
         shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
 def _files(source: Path) -> list[Path]:
-    """What is copied of a package, sorted."""
+    """Return the files of a package that are copied, sorted."""
     paths = sorted(source.rglob("*"))
     return [
         path
@@ -72,7 +72,7 @@ def _check_size(sources: dict[str, Path]) -> None:
         largest = max(sizes, key=sizes.__getitem__)
         raise UserError(
             f"{largest}: {sizes[largest] / 1e6:.0f} MB among the code, of which every launch keeps a copy "
-            f"({sum(sizes.values()) / 1e6:.0f} MB in all); keep data and weights elsewhere"
+            f"({sum(sizes.values()) / 1e6:.0f} MB in total); keep data and weights elsewhere"
         )
 
 

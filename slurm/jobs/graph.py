@@ -1,4 +1,4 @@
-"""The jobs of a whole cascade, and what each waits for."""
+"""The graph of a whole cascade: its jobs, and what each waits for."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from training.config.commands import COMMANDS, LaunchCommand
 from training.config.experiment import Experiment
 
 SUCCEEDED, BEGUN = "succeeded", "begun"
-"""What a job waits for: that those before it have succeeded, or that they have begun."""
+"""When a job may start: after the jobs that it waits for have succeeded, or as soon as they have begun."""
 ALONE = ("cluster.nodes=1", "cluster.min_nodes=0", "cluster.processes=1")
-"""Words of a job that needs one device."""
+"""Overrides for a job that needs only one device."""
 JOBS = "jobs"
-"""Directory, beside the runs, of the scripts and logs of what is no training."""
+"""Directory, next to the runs, for the scripts and logs of jobs that are not trainings."""
 
 
 @dataclass
 class GraphNode:
-    """A command of the graph before it is composed.
+    """A command of the graph, before its settings are composed.
 
     Attributes:
-        words: of its own, beside those of the whole launch.
+        name: unique in the graph.
+        verb: the command.
+        words: its own overrides, in addition to those of the whole launch.
         after: names of the entries that it waits for.
-        when: what it waits for, SUCCEEDED or BEGUN.
-        array: tasks that share its work, as --array has it.
-        home: directory of its script, log and records; null: its run directory.
+        when: SUCCEEDED or BEGUN.
+        array: tasks that share its work, in the form of --array.
+        home: directory of its script, log and records; None: its run directory.
     """
 
     name: str
@@ -40,16 +42,17 @@ class GraphNode:
 
 
 def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[GraphNode]:
-    """prepare (where the experiment draws its data) -> index -> embed -> every stage at once -> bundle -> evaluate; and
-    beside each stage an evaluation of its checkpoints as they come.
+    """Return prepare (if the experiment draws its data) -> index -> embed -> all stages at once -> bundle -> evaluate.
 
-    The stages do not need each other to train: super-resolution starts from pictures that are scaled down.
+    Alongside each stage, its checkpoints are evaluated as they appear (evaluate_checkpoints). The stages do not depend
+    on each other: super-resolution is trained on downscaled pictures.
 
     Args:
-        words: what the user typed.
+        config: settings of the launch.
+        words: overrides typed by the user.
 
     Raises:
-        ConfigError: no stages or no data are named, or a word that cannot be meant for all.
+        ConfigError: there are no stages or no data, or an override cannot apply to all jobs.
     """
     if not config.bundle.runs:
         raise ConfigError("verb=all: bundle.runs lists no stages; choose an experiment, for example experiment=demo")
@@ -85,14 +88,15 @@ def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[Grap
 
 
 def words_for(verb: str, words: Sequence[str]) -> list[str]:
-    """Those of a whole cascade's words that concern this command: one that draws takes the stages from the bundle."""
+    """Return the overrides of a whole cascade that apply to this command: one that draws reads its stages from the
+    bundle, so those of `stage` do not."""
     if not COMMANDS[verb].draws:
         return list(words)
     return [word for word in words if not word.lstrip("+~").startswith("stage.")]
 
 
 def _drawn(config: Experiment) -> bool:
-    """Whether `cascade prepare` makes the data of this experiment from nothing."""
+    """Return whether `cascade prepare` draws the data of this experiment."""
     below = [str(shards).startswith(config.prepare.output) for shards in _listed(config.data.shards)]
     return config.prepare.kind == "draw" and all(below)
 
@@ -103,15 +107,15 @@ def _listed(shards: object) -> list[object]:
 
 
 def levels(entries: Sequence[GraphNode]) -> list[list[GraphNode]]:
-    """The entries by how many others they wait for in a row: those of one level may run at the same time."""
+    """Group the entries by the length of the chain they wait for; those of one level may run at the same time."""
     depth: dict[str, int] = {}
-    for entry in entries:  # what one waits for stands before it
+    for entry in entries:  # entries come after those that they wait for
         depth[entry.name] = 1 + max((depth[name] for name in entry.after), default=-1)
     return [[entry for entry in entries if depth[entry.name] == level] for level in range(max(depth.values()) + 1)]
 
 
 def drawing(entries: Sequence[GraphNode]) -> str:
-    """The graph in one line per level: `index -> embed -> train-a | train-b -> ...`, an arrow at each new level."""
+    """Draw the graph, one line per level: `index -> embed -> train-a | train-b -> ...`, with an arrow at each level."""
     lines = []
     for number, level in enumerate(levels(entries)):
         arrow = "   └─► " if number else ""

@@ -1,4 +1,4 @@
-"""One command that is to run somewhere: what it is, and where its files lie."""
+"""One command to run somewhere: what it is, and where its files are."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
 ON_GPU = ("train", "distill", "embed", "caption", "sample", "evaluate")
-"""Commands that use GPUs: one per process."""
+"""Commands that use GPUs, one per process."""
 WHOLE_NODE = ("embed", "caption", "verify", "prepare")
-"""Commands of one task that share their work among as many processes as a node has."""
+"""Commands of one task that divide their work among `cluster.processes` processes themselves."""
 SHARED_BY_ARRAY = ("embed", "caption")
-"""Commands of which the tasks of an array share the work among themselves."""
+"""Commands whose work can be divided among the tasks of an array."""
 
 
 @dataclass
 class Job:
-    """A node of the graph.
+    """A node of the graph, with its settings.
 
     Attributes:
-        words: the `key=value` words of its command line.
-        config: what they compose to.
-        script: what the scheduler gets; settings: the frozen configuration beside it.
-        after: names of the jobs that must have succeeded (or, with `when`, begun) before this one starts.
+        name, verb: its unique name, and the command.
+        words: the `key=value` overrides of its command line.
+        config: the settings composed from them.
+        script: the script for the scheduler.
+        settings: the frozen configuration next to it.
+        code: directory of the frozen code that it imports.
+        title: its command line.
+        frozen: the text of `settings`.
         home: directory of its script, log and records.
-        code: the frozen code that it imports.
-        title, frozen: its command line, and the text of `settings`.
+        after: names of the jobs that must have succeeded (or, depending on `when`, begun) before this one starts.
+        job_id: its number, once submitted.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Job:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether every task of the job takes part in one program."""
+        """Whether the tasks of the job are the ranks of one program."""
         return COMMANDS[self.verb].distributed
 
     @property
@@ -68,22 +72,22 @@ class Job:
 
     @property
     def _width(self) -> int:
-        """Processes that work on a node, started by the scheduler or by the command itself."""
+        """Processes per node, whether started by the scheduler or by the command itself."""
         return max(1, self.config.cluster.processes) if self.is_distributed or self.verb in WHOLE_NODE else 1
 
     @property
     def run_dir(self) -> Path:
-        """Where the command writes."""
+        """The run directory."""
         return Path(self.config.run.dir).absolute()
 
     @property
     def arguments(self) -> list[str]:
-        """The command line after the interpreter."""
+        """Arguments of the Python interpreter."""
         command = ["-P", "-m", "training.cli", self.verb]
         return [*command, "--config-dir", str(self.settings.parent), "--config-name", self.settings.stem]
 
     def answer(self, log: str) -> dict[str, Any]:
-        """For json=true."""
+        """Return the job as shown by json=true; `log` is its log file."""
         return {
             "name": self.name,
             "verb": self.verb,

@@ -1,4 +1,4 @@
-"""What the files of a run say: its jobs, its progress, its restarts, and what failed first."""
+"""Reads the state of a run from its files: its jobs, its progress, its restarts, and what failed first."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from training.processes.interval import HISTORY
 from training.run.directory import json_lines
 
 SUBMITTED = "jobs.jsonl"
-"""In RUN_DIR/launch: one line per job that was submitted for the run."""
+"""In RUN_DIR/launch: one line per job submitted for the run."""
 EVENTS = "events.jsonl"
-"""In RUN_DIR/launch: one line per job that began (on this machine), ended (`code`) or was cancelled."""
+"""In RUN_DIR/launch: one line whenever a job began (on this machine), ended (`code`) or was cancelled."""
 SIGNS = ("code.json", "metrics.jsonl", f"launch/{SUBMITTED}")
-"""Files by which a directory is known as that of a run."""
+"""Files that mark a directory as a run."""
 RECORD = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
 )
-"""A line of logs/rank-N.log; lines between belong to the one before."""
+"""The first line of a record in logs/rank-N.log; other lines continue the record before."""
 
 
 def append(path: Path, value: dict[str, Any]) -> None:
-    """Adds a line to a file of JSON lines."""
+    """Append a line to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(value) + "\n")
 
 
 def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """The jobs that were submitted for a run, oldest first."""
+    """Return the jobs submitted for a run, oldest first."""
     return json_lines(run_dir / "launch" / SUBMITTED)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a directory: itself, or those below it."""
+    """Return the runs in a directory: itself, or those below it."""
     if any((folder / sign).exists() for sign in SIGNS):
         return [folder]
     found = {path.parents[len(Path(sign).parts) - 1] for sign in SIGNS for path in folder.rglob(sign)}
@@ -47,7 +47,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether the checkpoint of a training's last step is there."""
+    """Return whether the checkpoint of a training's last step exists."""
     settings = _settings(run_dir)
     steps = settings.get("train", {}).get("steps")
     return bool(steps) and _newest_checkpoint(run_dir, settings) >= steps
@@ -109,12 +109,13 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
 
 
 def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, alive_s: float = 120.0) -> str:
-    """complete, pending, running, failed, stopped, new, or unknown where squeue does not answer.
+    """Return complete, pending, running, failed, stopped, new or, if squeue does not answer, unknown.
 
     Args:
-        job: the run's job in the queue, with its `state`; None where there is none.
+        row: the run's `run_summary`.
+        job: the run's job in the queue, with its `state`; None without one.
         idle_s: seconds since the run last wrote.
-        alive_s: a run that wrote more recently is taken to be running, although no queue knows it.
+        alive_s: a run that wrote more recently counts as running even without a job in a queue.
     """
     if row["steps"] and row["checkpoint"] >= row["steps"]:
         return "complete"
@@ -130,7 +131,7 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
 
 
 def first_failure(run_dir: Path) -> str | None:
-    """The first rank that logged an error, and the line that says it: the other ranks' errors follow from that one."""
+    """Return the first error that any rank logged, which caused those of the other ranks; None if there is none."""
     found = [(time, rank, text) for rank, path in _rank_logs(run_dir) for time, text in _errors(path)]
     if not found:
         return None
@@ -146,7 +147,7 @@ def _rank_logs(run_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _errors(path: Path) -> Iterator[tuple[str, str]]:
-    """(time, line) of the errors of the newest start: of a traceback, its last line."""
+    """Yield (time, line) of the errors in a log; of a traceback, the last line."""
     records: list[tuple[str, str, list[str]]] = []
     for line in path.read_text(errors="replace").splitlines():
         match = RECORD.match(line)

@@ -1,4 +1,4 @@
-"""What to do about an error: docs/training.md, which explains every message of the engine, looked up by a message."""
+"""Looks up what to do about an error in docs/training.md, which explains every message of the engine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ PAGE = Path(training.__file__).parents[1] / "docs/training.md"
 ENTRY = re.compile(r"^(\*\*`.*?)(?=^\*\*`|^#|\Z)", re.DOTALL | re.MULTILINE)
 QUOTED = re.compile(r"\*\*`(.+?)`\*\*", re.DOTALL)
 LEADING = re.compile(r"^(?:(?:\*\*`.+?`\*\*|\(code [^)]*\)|[,;:]|the same with|or|\([^)]*\))\s*)+", re.DOTALL)
-"""The messages that an entry begins with, and their code."""
+"""The messages that an entry starts with, and their code."""
 PLACE = re.compile(r"\b[A-Z]+\b|\.\.\.| / |`")
-"""What stands for numbers and names in a message."""
+"""Placeholders for numbers and names in a message."""
 SHORTEST = 16
 """Characters of a fixed part that identify a message."""
 CODE = re.compile(r"^\| (\d+) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 
 
 def remedy(sentence: str, code: int | None = None, page: Path = PAGE) -> str | None:
-    """What the page says about a message; of an exit code, where it does not know the message; None where there is no
-    page (an installation without docs)."""
+    """Return what the page says about a message or, if it does not know the message, about an exit code.
+
+    None if neither is found, or there is no page (an installation without docs).
+    """
     try:
         text = page.read_text()
     except OSError:

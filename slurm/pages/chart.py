@@ -1,4 +1,4 @@
-"""Curves on common axes, as a picture and in a terminal."""
+"""Draws curves on common axes, as a picture and in a terminal."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from slurm.pages.curves import LINES, thinned
 from training.pictures.sheets import default_font
 
 MARKS = "ox+*#@%&"
-"""How the curves of a terminal are told apart."""
+"""Characters that distinguish curves in a terminal."""
 MARGINS = (86, 44, 24, 46)
-"""Pixels left, above, right and below of the axes of a picture."""
+"""Pixels left of, above, right of and below the axes of a picture."""
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 class Axes:
-    """The ranges that all points lie in, and where one lies."""
+    """The ranges of all points of some curves."""
 
     def __init__(self, curves: Curves) -> None:
         points = [point for curve in curves.values() for point in curve]
@@ -26,7 +26,7 @@ class Axes:
         self.low, self.high = min(value for _, value in points), max(value for _, value in points)
 
     def place(self, step: int, value: float) -> tuple[float, float]:
-        """(x, y) in [0, 1], y upwards."""
+        """Return the position (x, y) of a point, each in [0, 1], with y pointing upwards."""
         return (
             (step - self.first) / ((self.last - self.first) or 1),
             (value - self.low) / ((self.high - self.low) or 1),
@@ -34,7 +34,7 @@ class Axes:
 
 
 def picture_of(title: str, curves: Curves, width: int = 900, height: int = 420) -> Image.Image:
-    """One chart with its key below the title."""
+    """Draw a chart with its legend below the title. The legend makes it taller than `height`."""
     shown = {name: thinned(curve) for name, curve in curves.items()}
     axes, font = Axes(shown), default_font()
     left, above, right, below = MARGINS
@@ -64,7 +64,7 @@ def picture_of(title: str, curves: Curves, width: int = 900, height: int = 420) 
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one width, one below the other."""
+    """Stack pictures of equal width vertically."""
     whole = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)), "white")
     y = 0
     for picture in pictures:
@@ -74,7 +74,7 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def text_of(title: str, curves: Curves, width: int = 72, height: int = 14) -> str:
-    """The same in letters."""
+    """Draw a chart in characters; `width` and `height` are those of the plot area."""
     axes = Axes(curves)
     rows = [[" "] * width for _ in range(height)]
     for number, curve in enumerate(curves.values()):

@@ -1,4 +1,4 @@
-"""The curves of a run: what metrics.jsonl says over the steps."""
+"""The curves of a run: the values in metrics.jsonl over the steps."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from training.run.directory import json_lines
 
 Curve = list[tuple[int, float]]
-"""(step, value), steps rising."""
+"""(step, value), in ascending order of steps."""
 MOST_POINTS = 300
-"""A curve on a page or picture has at most so many points: each the mean of its neighbours."""
+"""Most points of a curve on a page or picture; longer curves are averaged over pieces."""
 LINES = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#0a3069")
-"""Colours of lines, one after the other."""
+"""Colours of lines, in order."""
 LEVELS = ("validation_t/", "loss_t/")
-"""Prefixes of losses by noise level, the held-out ones first."""
+"""Prefixes of losses by noise level, held-out ones first."""
 
 
 def curves_of(run_dir: Path) -> dict[str, Curve]:
-    """Every number of metrics.jsonl by its name; lines without it are left out."""
+    """Return the curve of every number in metrics.jsonl by name; lines without the number are skipped."""
     found: dict[str, Curve] = {}
     for line in json_lines(run_dir / "metrics.jsonl"):
         step = line.get("step")
@@ -33,7 +33,7 @@ def curves_of(run_dir: Path) -> dict[str, Curve]:
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> Curve:
-    """Means of equal pieces, at their last steps, where there are more points than `most`."""
+    """Reduce a curve to at most `most` points: means of equal pieces, placed at their last steps."""
     if len(curve) <= most:
         return list(curve)
     cuts = [len(curve) * i // most for i in range(most + 1)]
@@ -42,8 +42,10 @@ def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> Curv
 
 
 def by_level(curves: Mapping[str, Curve]) -> tuple[str, dict[str, Curve]]:
-    """The losses by noise level: which ones they are (a prefix of LEVELS), and level -> curve; of held-out pictures
-    where the run has been validated, else of those it trains on."""
+    """Return the losses by noise level: which ones they are (a prefix in LEVELS), and level -> curve.
+
+    They are those of held-out pictures if the run was validated, otherwise those of training.
+    """
     for prefix in LEVELS:
         levels = {name.removeprefix(prefix): curve for name, curve in curves.items() if name.startswith(prefix)}
         if levels:
@@ -52,7 +54,7 @@ def by_level(curves: Mapping[str, Curve]) -> tuple[str, dict[str, Curve]]:
 
 
 def drawn(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 320, height: int = 180) -> dict[str, Any]:
-    """Curves on common axes as an SVG has them: `lines` (name -> points) and what stands at the axes."""
+    """Return curves on common axes for an SVG: `lines` (name -> points), `last_values`, and the labels of the axes."""
     left, bottom, top = 46, 26, 8
     shown = {name: thinned(curve) for name, curve in curves.items() if curve}
     steps = [step for curve in shown.values() for step, _ in curve]

@@ -1,4 +1,4 @@
-"""`cascade status html=FILE`: one self-contained page about runs, that needs no server and no network."""
+"""`cascade status html=FILE`: one self-contained page about runs, without a server or network access."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from PIL import Image
 from slurm.pages.curves import LEVELS, LINES, by_level, curves_of, drawn
 
 GRIDS = 4
-"""Sample grids of a run on its page: the newest, and others spread over its steps."""
+"""Most sample grids per run: the newest, and others spread over its steps."""
 WIDEST = 900
-"""Pixels of an embedded grid."""
+"""Largest width of an embedded grid, pixels."""
 
 
 def status_html(folder: str, rows: Sequence[Mapping[str, Any]], jobs: Sequence[Mapping[str, Any]]) -> str:
-    """The page of the runs in a directory; names and sentences are escaped.
+    """Return the page about the runs in a directory; all text is escaped.
 
     Args:
-        rows: as `cascade status` answers, jobs: of what is no training.
+        folder: the directory, for the title.
+        rows: the runs as returned by `cascade status`.
+        jobs: the jobs that are not trainings, likewise.
     """
     import jinja2
 
@@ -53,7 +55,7 @@ def _charts(run: Path) -> list[dict[str, Any]]:
 
 
 def _grids(run: Path) -> list[dict[str, Any]]:
-    """The newest sample grid first."""
+    """Return the sample grids to show, newest first."""
     paths = sorted(run.glob("samples/step-*.png"))
     count = min(GRIDS, len(paths))
     places = sorted({round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)})
@@ -66,7 +68,8 @@ def _grids(run: Path) -> list[dict[str, Any]]:
 
 
 def _embedded(path: Path) -> str | None:
-    """A picture as the source of an <img>, at most WIDEST wide; None for one that is being written."""
+    """Return a picture as the source of an <img>, at most WIDEST wide; None if it cannot be read, such as while it is
+    being written."""
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")

@@ -96,5 +96,5 @@ def test_logs_of_a_rank_and_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "two\nthree\n"
     (run / "logs/slurm-7.log").write_text("job\n")
     assert logs.main(load_config("logs", [f"run.dir={run}"])) == {"log": str(run / "logs/slurm-7.log")}
-    with pytest.raises(DataError, match=r"rank-5\.log: no such log; there is rank-1\.log, slurm-7\.log"):
+    with pytest.raises(DataError, match=r"rank-5\.log: no such log; the directory contains rank-1\.log, slurm-7\.log"):
         logs.main(load_config("logs", [f"run.dir={run}", "rank=5"]))

@@ -247,7 +247,7 @@ def test_a_run_that_lives_is_not_launched_again(site: Path, here: Path, monkeypa
         launch(*ONE_TASK)
     state = status.main(load_config("status", ["run.dir=runs/demo"]))["runs"][0]
     assert (state["state"], state["why"]) == ("unknown", "squeue does not answer")
-    with pytest.raises(UserError, match="nobody knows whether job 4711 lives"):
+    with pytest.raises(UserError, match="it is not known whether job 4711 is alive"):
         resume.main(load_config("resume", ["run.dir=runs/demo"]))
 
 
@@ -270,7 +270,7 @@ def test_what_sbatch_may_say(site: Path, here: Path, monkeypatch: pytest.MonkeyP
 def test_a_number_that_sbatch_does_not_say(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, sbatch="echo welcome to 12 nodes")
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
-    with pytest.raises(UserError, match="sbatch said no job number, but 'welcome to 12 nodes'"):
+    with pytest.raises(UserError, match="sbatch printed no job number, but 'welcome to 12 nodes'"):
         launch(*ONE_TASK)
 
 
@@ -285,8 +285,8 @@ def test_a_number_that_sbatch_does_not_say(site: Path, here: Path, monkeypatch: 
         ),
         ("Invalid account or account/partition combination specified", "set cluster.account and cluster.partition"),
         ("invalid partition specified: gpu", "set cluster.partition; `sinfo -s`"),
-        ("Requested node configuration is not available", "no node has what one is asked for"),
-        ("Socket timed out on send/recv operation", "`squeue --me` whether it has taken the job"),
+        ("Requested node configuration is not available", "no node has the resources requested per node"),
+        ("Socket timed out on send/recv operation", "`squeue --me` whether it accepted the job"),
     ],
 )
 def test_a_graph_is_submitted_whole_or_not_at_all(
@@ -298,7 +298,7 @@ def test_a_graph_is_submitted_whole_or_not_at_all(
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     with pytest.raises(UserError, match=re.escape(refusal) + ".*" + re.escape(hint)) as error:
         launch(*ONE_TASK, own=["verb=all"])
-    assert "the 2 jobs of this launch before it are cancelled" in str(error.value)
+    assert "the 2 jobs of this launch submitted before it were cancelled" in str(error.value)
     assert (here / "cancelled").read_text() == "100 101\n"
 
 
