@@ -1,11 +1,11 @@
-"""Checkpoints against DeepSpeed's own, in the same run: how long the loop is blocked, and how long loading takes.
+"""Checkpoints compared with DeepSpeed's own in the same run: how long the loop is blocked, and how long loading takes.
 
-    python -m benchmarks.checkpoint [MILLIONS]      # a model of so many million weights (100), 2 processes, ZeRO 1
+    python -m benchmarks.checkpoint [MILLIONS]      # millions of weights of the model (100); 2 processes, ZeRO 1
 
-Prints one line of JSON. `blocked_s` is what the loop waits for: until the write is under way, and before the next
-optimizer step until everything is in host memory (it is copied during the forward and backward pass between, which
-`pass_s` and `pass_while_copying_s` compare). `written_s` is the whole write in the background with checksums and fsync;
-DeepSpeed's save blocks all the time and does neither.
+Prints one line of JSON. `blocked_s` is how long the loop waits: until the write is started, and before the next
+optimizer step until everything is in host memory (it is copied during the forward and backward pass in between;
+compare `pass_s` and `pass_while_copying_s`). `written_s` is the whole write in the background, with checksums and
+fsync; DeepSpeed's save blocks all the time and does neither.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What failures cost a training on many GPUs, and how often it should save: a simulation, and its check against a run.
+"""What failures cost a training on many GPUs, and how often it should save: a simulation, checked against a real run.
 
-    python -m benchmarks.cluster_sim            # the table: GPUs, best interval, goodput, what limits
-    python -m benchmarks.cluster_sim 4          # the same with four times the published rate of failures
-    python -m benchmarks.cluster_sim check      # a real training here with ranks killed, beside its simulation
+    python -m benchmarks.cluster_sim            # the table: GPUs, best interval, goodput, largest loss
+    python -m benchmarks.cluster_sim 4          # the same with four times the published failure rate
+    python -m benchmarks.cluster_sim check      # a real training here whose process is killed, and its simulation
 
-Goodput is the share of the allocation's time that went into steps which count. A run works, saves every `interval_s`
-(the loop waits `blocked_s`, the checkpoint is whole `write_s` later), and fails after exponential times: the work since
-the newest whole checkpoint is lost, and so are `detect_s` and `restart_s` in the same allocation, or, with the share
-`requeued` of failures, `requeue_s`. Failure rates are published ones (ASSUMED); the other figures are measured, see
-docs/cluster.md.
+Goodput is the share of the allocation's time spent on steps that count. A run works, saves every `interval_s` (the loop
+waits `blocked_s`, and the checkpoint is complete `write_s` later), and fails after exponentially distributed times. A
+failure loses the work since the newest complete checkpoint, then `detect_s`, and then `restart_s` in the same
+allocation or, for the share `requeued` of failures, `requeue_s`. The failure rate is a published one; the costs in
+`Assumed` are assumptions, see docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ SEEDS = 8
 
 @dataclass(frozen=True)
 class Assumed:
-    """One run on one cluster; all times in seconds.
+    """A run on a cluster; all times in seconds.
 
     Attributes:
-        node_s: time of one node between failures; blocked_s: that the loop waits for a checkpoint; write_s: until it is
-        whole; detect_s: from a failure to its notice; restart_s: from there to the first step, in the same allocation;
-        requeued: share of failures that need another node from the queue, which takes requeue_s.
+        nodes: number of nodes.
+        node_s: mean time between failures of one node.
+        blocked_s: how long the loop waits for a checkpoint.
+        write_s: from there until the checkpoint is complete.
+        detect_s: from a failure until it is noticed.
+        restart_s: from there to the first step, in the same allocation.
+        requeued: share of failures that need another node from the queue.
+        requeue_s: what these take instead of restart_s.
     """
 
     nodes: int
@@ -55,15 +60,18 @@ class Assumed:
 
     @property
     def between_s(self) -> float:
-        """Mean time between failures of the job."""
+        """Mean time between failures of the whole job."""
         return self.node_s / self.nodes
 
 
 def simulate(run: Assumed, interval_s: float, work_s: float, failures: list[float] | random.Random) -> dict[str, float]:
-    """Seconds by what they went into, until `work_s` of work are saved.
+    """Simulate a run until `work_s` of work are done; return the seconds spent by category, and `total`.
 
     Args:
-        failures: their times, seconds of work and pauses since the beginning, or a source of random ones.
+        run: the assumptions.
+        interval_s: work between checkpoints.
+        work_s: work to do.
+        failures: times of the failures in seconds since the start, or a random generator for them.
     """
     spent = dict.fromkeys(("work", "saving", "lost", "restarting"), 0.0)
     clock, saved, since, whole_at = 0.0, 0.0, 0.0, 0.0
@@ -87,7 +95,7 @@ def simulate(run: Assumed, interval_s: float, work_s: float, failures: list[floa
             if pending is not None and whole_at <= clock:
                 saved, since, pending = saved + pending, since - pending, None
             pending, whole_at = since, clock + run.write_s
-            if whole_at <= fails:  # it is whole before anything happens
+            if whole_at <= fails:  # complete before the next failure
                 saved, since, pending = saved + pending, 0.0, None
             continue
         if pending is not None and whole_at <= fails:
@@ -105,16 +113,16 @@ def simulate(run: Assumed, interval_s: float, work_s: float, failures: list[floa
 
 
 def goodput(run: Assumed, interval_s: float, work_s: float = DAYS * 86400.0) -> dict[str, float]:
-    """Shares of the time, means over SEEDS simulations."""
+    """Return the share of time by category, averaged over SEEDS simulations."""
     found = [simulate(run, interval_s, work_s, random.Random(seed)) for seed in range(SEEDS)]
     return {name: sum(one[name] / one["total"] for one in found) / len(found) for name in found[0] if name != "total"}
 
 
 def rows(rate: float = 1.0) -> list[dict[str, Any]]:
-    """One per size: the best interval by formula, and the goodput there, at half and at twice of it.
+    """Return a row per number of GPUs: the best interval by formula, and the goodput at it, at half and at twice of it.
 
     Args:
-        rate: failures, times the published ones.
+        rate: failure rate as a multiple of the published one.
     """
     found = []
     for gpus in GPUS:
@@ -142,20 +150,23 @@ def rows(rate: float = 1.0) -> list[dict[str, Any]]:
 
 
 STEPS, EVERY, KILLS = 400, 40, 4
-"""Of the run that is checked: steps, steps between checkpoints, and how often its process is killed."""
+"""The run of the check: steps, steps between checkpoints, and how often its process is killed."""
 KILL_AT = (EVERY + EVERY // 2, 2 * EVERY - 5)
-"""Steps at which runs are killed to see what a restart takes."""
+"""Steps at which runs are killed to measure what a restart takes."""
 POLL_S = 0.01
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What checkpoints and restarts cost here, all times in seconds.
+    """What checkpoints and restarts cost on this machine; all times in seconds.
 
     Attributes:
-        step_s: one step beside which no checkpoint is written (median); blocked_s: what the loop loses to one
-        checkpoint, waiting and slower steps together; write_s: from there until it is whole; start_s: from a start to
-        the first step; restart_s: the same where it resumes; detect_s: until a death is noticed.
+        step_s: a step while no checkpoint is being written (median).
+        blocked_s: what the loop loses to one checkpoint, by waiting and by slower steps.
+        write_s: from there until the checkpoint is complete.
+        start_s: from a start to the first step.
+        restart_s: the same for a start that resumes.
+        detect_s: until the death of the process is noticed.
     """
 
     step_s: float
@@ -168,21 +179,23 @@ class Measured:
 
 @dataclass
 class Trained:
-    """What was seen of one run, started until it was complete. All are times (time.time)."""
+    """Observations of one run, restarted until it was complete. All times are those of time.time()."""
 
     began: float = 0.0
     steps: list[tuple[int, float]] = field(default_factory=list)
-    """Each step that ended, and when; those that were lost come again."""
+    """Each step and when it ended; lost steps occur again."""
     whole: dict[int, float] = field(default_factory=dict)
-    """When the checkpoint of a step was whole."""
+    """Step -> when its checkpoint was complete."""
     kills: list[tuple[float, float, float]] = field(default_factory=list)
-    """When the process was killed, when that was noticed, and when the next one's first step ended."""
+    """When the process was killed, when that was noticed, and when the first step of the next process ended."""
 
 
 def check() -> dict[str, Any]:
-    """Trains the demo's base stage on this machine, with checkpoints written in the background: runs from which the
-    costs are measured, before and after one whose process is killed at random times and started again; and what the
-    simulation makes of the same failures with these costs."""
+    """Check the simulation: train the demo's base stage on this machine, with checkpoints written in the background.
+
+    The costs are measured in runs before and after one whose process is killed at random times and restarted. The
+    simulation then gets the same failures and these costs.
+    """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="cascade-sim-") as scratch:
         costs = [measure(Path(scratch), "before")]
@@ -193,7 +206,7 @@ def check() -> dict[str, Any]:
         costs.append(measure(Path(scratch), "after"))
     mean = Measured(**{name: (value + asdict(costs[1])[name]) / 2 for name, value in asdict(costs[0]).items()})
     found = {name: value for name, value in asdict(mean).items() if name not in ("step_s", "start_s")}
-    zero = real.steps[0][1] - mean.step_s  # the simulation begins with the first step
+    zero = real.steps[0][1] - mean.step_s  # the simulation starts with the first step
     failures = [at - zero for at, _, _ in real.kills]
     said = simulate(Assumed(nodes=1, requeued=0.0, **found), EVERY * mean.step_s, STEPS * mean.step_s, failures)
     took = real.steps[-1][1] - zero
@@ -203,7 +216,7 @@ def check() -> dict[str, Any]:
 
 
 def measure(folder: Path, name: str) -> Measured:
-    """From a run in peace, and those that are killed at KILL_AT."""
+    """Measure the costs in an undisturbed run and in runs that are killed at KILL_AT."""
     calm = _train(folder, f"{name}-calm", STEPS)
     ends = dict(calm.steps)
     took = {step: ends[step] - ends[step - 1] for step in ends if step > 1}
@@ -223,8 +236,12 @@ def measure(folder: Path, name: str) -> Measured:
 
 
 def _train(folder: Path, name: str, steps: int, kills_s: Sequence[float] = (), kill_at: int = 0) -> Trained:
-    """Trains `steps` steps. The process is killed `kills_s` after its first step, or once, at step `kill_at`, and
-    started again."""
+    """Train `steps` steps, killing and restarting the process.
+
+    Args:
+        kills_s: seconds after the first step at which to kill it.
+        kill_at: step at which to kill it once; 0: never.
+    """
     run = folder / name
     if not (folder / "data").exists():
         drawn = ["prepare.draw.count=400", "prepare.draw.heldout=8", f"prepare.output={folder}/data"]
@@ -238,7 +255,7 @@ def _train(folder: Path, name: str, steps: int, kills_s: Sequence[float] = (), k
         before, killed = _step(run), 0.0
         while child.poll() is None:
             now, step = time.time(), _step(run)
-            if step and step != before:  # the lines of steps that are lost are dropped when a run resumes
+            if step and step != before:  # a resumed run drops the lines of lost steps, so `step` may go back
                 before = step
                 resumed = not found.kills or found.kills[-1][2]
                 if not resumed and step % EVERY == 1:
@@ -259,7 +276,7 @@ def _train(folder: Path, name: str, steps: int, kills_s: Sequence[float] = (), k
 
 
 def _step(run: Path) -> int:
-    """The last step in the run's metrics; 0: there is none."""
+    """Return the last step in the run's metrics; 0 if there is none."""
     try:
         with open(run / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
@@ -273,7 +290,7 @@ _CASCADE = [sys.executable, "-P", "-m", "training.cli"]
 
 
 def main() -> None:
-    """Prints the table, or the check, as lines of JSON."""
+    """Print the table, or the check, as lines of JSON."""
     if sys.argv[1:] == ["check"]:
         print(json.dumps(check(), default=float))
         return

@@ -1,11 +1,11 @@
-"""Images per CPU-second, ours against plain webdataset + Pillow, measured turn by turn in the same process.
+"""Images per CPU-second, ours against plain webdataset + Pillow, measured alternately in the same process.
 
     python -m benchmarks.data_decode [--pictures SHARDS] [--count 160] [--rounds 5]
 
 Prints one JSON line per comparison: the median ratio over the rounds with the smallest and largest one, the images per
-CPU-second of both, and the quality of ours against a full decode (dB). Without --pictures the twelve photographs of the
-tests are enlarged to 512..1024 pixels with sensor noise and encoded anew (about 0.28 bytes per pixel, as photographs
-on the web have). Only CPU time counts (all threads), so a busy machine changes little.
+CPU-second of both, and the quality of ours against a full decode (dB). Without --pictures, the twelve photographs of
+the tests are enlarged to 512..1024 pixels, with sensor noise, and re-encoded (about 0.28 bytes per pixel, as is usual
+for photographs on the web). Only CPU time counts (all threads), so a busy machine has little influence.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PHOTOS = Path(__file__).parents[1] / "tests" / "fixtures" / "photos"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", help="shards to read instead, as data.shards takes them")
-    parser.add_argument("--count", type=int, default=160, help="pictures to make")
+    parser.add_argument("--pictures", help="shards to read instead, in the form of data.shards")
+    parser.add_argument("--count", type=int, default=160, help="number of pictures to make")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,8 +56,8 @@ def main() -> None:
 def report(
     name: str, ours: Callable[[], int], plain: Callable[[], int], quality: float | None, count: int, rounds: int
 ) -> None:
-    """Times both in turn and prints the ratio."""
-    ours(), plain()  # caches, lazy imports
+    """Time both alternately and print the ratio."""
+    ours(), plain()  # warm up caches and lazy imports
     pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(rounds)]
     ratios = sorted(theirs / own for own, theirs in pairs)
     line = {
@@ -74,7 +74,7 @@ def report(
 def comparisons(
     shards: str, data: list[bytes]
 ) -> Iterator[tuple[str, Callable[[], int], Callable[[], int], float | None]]:
-    """(name, ours, plain, median quality in dB)."""
+    """Yield (name, ours, plain, median quality in dB)."""
     count = len(data)
     for name, sizes, decibels in (
         ("64 px", (64,), quality(data, 64)),
@@ -92,10 +92,10 @@ def comparisons(
 
 
 def loading(shards: str, count: int, size: int, low: int = 0, crop: int = 0) -> Callable[[], int]:
-    """Takes `count` samples from the trainer's loader: uint8 tensors (the GPU makes floats of them).
+    """Take `count` samples from the trainer's loader, as uint8 tensors (the GPU converts them to floats).
 
-    One loader serves all rounds, and a round ends when it has decoded ahead as far as it had at the beginning: each
-    pays for as many samples as it takes.
+    One loader serves all rounds, and a round ends when the loader has decoded ahead as far as at the start of the
+    round, so that each round pays for as many samples as it takes.
     """
     batch = next(n for n in (32, 16, 10, 8, 5, 4, 2, 1) if count % n == 0)
     config = DataConfig(shards=shards, global_batch=batch, lanes=1, threads=1)
@@ -118,12 +118,12 @@ def decode_all(data: list[bytes], size: int) -> int:
 
 
 def limit(data: list[bytes]) -> int:
-    """Entropy decoding with next to nothing behind it (1/8 scale), which no reader of JPEGs can leave out."""
+    """Do hardly more than entropy decoding (1/8 scale), which no JPEG reader can avoid."""
     return sum(simplejpeg.decode_jpeg(one, min_height=1, min_width=1).shape[2] == 3 for one in data)
 
 
 def quality(data: list[bytes], size: int) -> float:
-    """Median PSNR against a full decode and one antialiased resize."""
+    """Return the median PSNR in dB against a full decode and one antialiased resize."""
     values = []
     for one in data[:60]:
         error = training_pair(one, size=size)[0].astype(float) - np.asarray(plain_resize(open_rgb(one), size))
@@ -135,7 +135,7 @@ def quality(data: list[bytes], size: int) -> float:
 
 
 def plain_pipeline(shards: str, size: int, low: int = 0, crop: int = 0) -> int:
-    """What a user of webdataset writes: decode("pil"); for each size Resize, CenterCrop, ToTensor of the picture."""
+    """Do what a user of webdataset writes: decode("pil"), then Resize, CenterCrop and ToTensor for each size."""
 
     def pair(sample: dict[str, Any]) -> tuple[Any, Any, str]:
         high = plain_resize(sample["jpg"], size)
@@ -161,14 +161,14 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def plain_resize(image: Image.Image, size: int) -> Image.Image:
-    """torchvision's Resize (bicubic, antialiased) and CenterCrop, in one step."""
+    """Do torchvision's Resize (bicubic, antialiased) and CenterCrop in one step."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """torchvision's ToTensor."""
+    """Do torchvision's ToTensor."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
@@ -176,7 +176,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def make_shard(path: Path, count: int) -> str:
-    """A shard of photographs of usual sizes, made from the tests' twelve."""
+    """Write a shard of photographs of common sizes, made from the tests' twelve; return its path."""
     sources = [open_rgb(one) for shard in sorted(PHOTOS.glob("*.tar")) for one in pictures(str(shard))]
     random = np.random.default_rng(0)
     with ShardWriter(str(path)) as shard:

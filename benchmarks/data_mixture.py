@@ -1,4 +1,4 @@
-"""How far the counts of a mixture are ever from weight x samples, and what dealing a position costs.
+"""How far the counts of a mixture deviate from weight x samples, and what assigning a position costs.
 
 python -m benchmarks.data_mixture
 """
@@ -14,11 +14,11 @@ import numpy as np
 from data_pipeline.order.mixture import Shares
 
 WEIGHTINGS = 12
-"""Random ones for each number of data sets and lanes."""
+"""Number of random weightings for each number of data sets and lanes."""
 
 
 def main() -> None:
-    """Prints one line per number of lanes and data sets."""
+    """Print one line per number of lanes and data sets."""
     generator = random.Random(0)
     for lanes in (8, 48, 256):
         for sets in (2, 4, 20):

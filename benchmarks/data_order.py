@@ -1,13 +1,13 @@
-"""What the order costs at 200,000 shards and 10^9 samples, and how well it shuffles.
+"""What the order costs with 200,000 shards and 10^9 samples, and how well it shuffles.
 
     python -m benchmarks.data_order
 
-Prints JSON lines: the time and memory of finding a position (200,000 shards, 10^9 samples); the time to locate a sample
-with 1,000 to 100,000 shards; and, for several lanes and windows, how mixed the batches are beside a perfect shuffle and
-beside webdataset's (shard order shuffled once, a buffer of 5,000 samples, eight workers):
+Prints JSON lines: the time and memory to find a position (200,000 shards, 10^9 samples); the time to locate a sample
+with 1,000 to 100,000 shards; and, for several lanes and windows, how well batches are mixed compared with a perfect
+shuffle and with webdataset (shard order shuffled once, a buffer of 5,000 samples, eight workers):
 
-    distinct_shards   different shards in a global batch
-    together          samples next to each other on disk that land in the same batch, as a multiple of chance
+    distinct_shards   number of different shards in a global batch
+    together          how often neighbours on disk land in the same batch, as a multiple of chance
     nearby            the same within 10 batches
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def find() -> None:
-    """Time and memory of the first position after a start, with the synthetic index of 200,000 shards."""
+    """Measure time and memory of the first position after a start, with a synthetic index of 200,000 shards."""
     counts = np.random.default_rng(0).integers(1000, 9000, 200_000)
     for position in (0, 433_668_235, 5_000_000_007):
         seconds = []
@@ -57,7 +57,7 @@ def find() -> None:
 
 
 def synthetic(counts: list[int]) -> list[Summary]:
-    """What a run knows of shards with so many samples each, without any shard."""
+    """Return the summaries that a run would have of shards with these sample counts; no shards are needed."""
     none: dict[str, int] = {}
     return [
         Summary(
@@ -75,7 +75,7 @@ def synthetic(counts: list[int]) -> list[Summary]:
 
 
 def flat() -> None:
-    """Time per located batch does not grow with the number of shards."""
+    """Measure that the time per located sample does not grow with the number of shards."""
     orders = {shards: Order(np.full(shards, 5000), 0, 256, 1024) for shards in (1_000, 10_000, 100_000)}
     times: dict[int, list[float]] = {shards: [] for shards in orders}
     for order in orders.values():
@@ -92,7 +92,7 @@ def flat() -> None:
 
 
 def shuffle() -> None:
-    """Mixing in an epoch of 1,000 shards of 1,000 samples (img2dataset's sizes vary; even ones are the harder case)."""
+    """Measure mixing in an epoch of 1,000 shards of 1,000 samples (equal shards are harder than img2dataset's)."""
     shards, each = 1_000, 1_000
     counts = np.full(shards, each)
     for lanes, window in ((256, 1), (256, 64), (256, 256), (256, 1024), (64, 256), (2048, 256)):
@@ -104,9 +104,8 @@ def shuffle() -> None:
 
 
 def buffered(shards: int, each: int, workers: int = 8, size: int = 5000) -> np.ndarray:
-    """Sample numbers in the order that webdataset's usual pipeline gives them: shards dealt to workers, a buffer in
-    each,
-    batches of the workers in turn."""
+    """Return sample numbers in the order of webdataset's usual pipeline: shards split among workers, a shuffle buffer
+    in each, batches taken from the workers in turn."""
     generator = random.Random(0)
     order = list(range(shards))
     generator.shuffle(order)

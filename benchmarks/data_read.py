@@ -1,13 +1,13 @@
-"""Reading raw samples: ours against plain webdataset, turn by turn in the same process.
+"""Reading raw samples, ours against plain webdataset, measured alternately in the same process.
 
     python -m benchmarks.data_read [--rounds 5] [--only local,s3,shards,start,memory]
 
 Prints one JSON line per comparison. `local`: samples per CPU-second from a local tar in the page cache, with our
-checksums verified; `bare` is the same for the system calls and checksums alone, which no reader that verifies can beat.
-`s3`: MB/s over a server with 30 ms latency and 80 MB/s per connection. `shards`: samples per CPU-second with 1,000 and
+checksums verified; `bare` is the same for the system calls and checksums alone, which no verifying reader can beat.
+`s3`: MB/s from a server with 30 ms latency and 80 MB/s per connection. `shards`: samples per CPU-second with 1,000 and
 with 100,000 shards. `start`: seconds to the first batch at position 0 and at position 10^9. `memory`: growth of a
-worker process while it reads 100,000 samples. Pictures are the tests' photographs, enlarged, with sensor noise, encoded
-anew.
+worker process while it reads 100,000 samples. Pictures are the tests' photographs, enlarged, with sensor noise,
+re-encoded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def write(folder: Path, shards: int, each: int, longest: tuple[int, int]) -> float:
-    """Shards of photographs whose longer side lies between these; returns the mean bytes of a picture."""
+    """Write shards of photographs with a longer side in this range, pixels; return a picture's mean size, bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     photographs = list(encoded_photographs(min(shards * each, 200), longest))
     caption = b"a photograph of something or other on a fine day"
@@ -81,7 +81,7 @@ def measure_local(folder: Path, rounds: int) -> None:
 
 
 def bare(stream: ShardStream) -> Callable[[], int]:
-    """Reads and verifies the stream's samples and does nothing else: all that can be known ahead is."""
+    """Return a function that only reads and verifies the stream's samples; everything else is precomputed."""
     dataset, files, samples = stream.dataset, [], []
     for url in dataset.urls:
         files.append(open(url, "rb"))  # noqa: SIM115 (open for as long as the samples are read)
@@ -152,7 +152,7 @@ def measure_s3(folder: Path, rounds: int) -> None:
 
 
 def many(folder: Path, shards: int) -> str:
-    """That many shards: hard links to the same few files (of which a file system allows some 65,000 each)."""
+    """Make that many shards as hard links to the same few files (file systems allow about 65,000 links each)."""
     if not folder.exists():
         write(folder / "seed", 2, 100, (256, 256))
     here = folder / str(shards)
@@ -181,7 +181,7 @@ def measure_shards(folder: Path, rounds: int) -> None:
 
 def measure_start(folder: Path, rounds: int) -> None:
     shards = many(folder, 10_000)
-    ShardStream(shards, **OPTIONS)  # the summaries of all indexes are written once
+    ShardStream(shards, **OPTIONS)  # writes the summaries of all indexes
     times: dict[int, list[float]] = {0: [], 10**9: []}
     for _ in range(rounds):
         for position, values in times.items():
@@ -212,7 +212,7 @@ def resident(_: Any = None) -> int:
 
 
 def compare(name: str, ours: Callable[[], int], plain: Callable[[], int], bare: Callable[[], int], rounds: int) -> None:
-    """Times them in turn and prints the ratios to the plain one."""
+    """Time the three alternately and print the ratios to plain webdataset."""
     samples = ours()
     plain(), bare()
     times = [(cpu_seconds(ours), cpu_seconds(plain), cpu_seconds(bare)) for _ in range(rounds)]

@@ -1,13 +1,13 @@
-"""What an evaluation costs: the Frechet distance, its memory, a whole FID, and what is not the network.
+"""What an evaluation costs: the Fréchet distance, its memory, a whole FID, and everything but the network.
 
 python -m benchmarks.evaluation frechet [width=2048] [count=5000]      against scipy's matrix square root
 python -m benchmarks.evaluation memory [width=256] [counts=1000,10000,50000]   peak of all figures on stored features
 python -m benchmarks.evaluation whole PACKAGES [count=128] [size=256]  a whole FID against torch-fidelity's, same files
-python -m benchmarks.evaluation share BUNDLE SHARDS [samples=256] [inception=1]   time of an evaluation by what takes it
+python -m benchmarks.evaluation share BUNDLE SHARDS [samples=256] [inception=1]   time of an evaluation by part
 
-`whole`: PACKAGES is where `pip install --no-deps --target PACKAGES torch-fidelity==0.4.0` put it. It needs torchvision,
-which cannot be imported beside the CPU build of torch; the two functions of it that a FID calls stand in here.
-Inception has random weights: the values are equal only if pictures, resize and network are.
+`whole`: PACKAGES is the directory of `pip install --no-deps --target PACKAGES torch-fidelity==0.4.0`. It needs
+torchvision, which cannot be imported with the CPU build of torch; the two functions that a FID calls are replaced here.
+Inception has random weights: the values agree only if pictures, resizing and network do.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from training.evaluation.metrics.kernels import kid
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, what the call returned)."""
+    """Return (seconds, result) of a call."""
     began = time.perf_counter()
     value = call()
     return time.perf_counter() - began, value
 
 
 def frechet(width: int = 2048, count: int = 5000) -> None:
-    """Prints seconds, the ratio, and how far the two values are apart."""
+    """Print the seconds of both, their ratio, and the difference of the values."""
     import scipy.linalg
 
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def frechet(width: int = 2048, count: int = 5000) -> None:
 
 
 def memory(width: int = 256, counts: str = "1000,10000,50000") -> None:
-    """Prints the peak of a process that makes all figures of N samples and N reference pictures from their parts."""
+    """Print the peak memory of a process that computes all figures of N samples and N references from their parts."""
     for count in str(counts).split(","):
         with tempfile.TemporaryDirectory() as folder:
             words = [f"{key}={value}" for key, value in {"folder": folder, "count": count, "width": width}.items()]
@@ -68,7 +68,7 @@ PART = 256
 
 
 def fill(folder: str, count: int, width: int) -> None:
-    """Parts of an evaluation, with random features."""
+    """Write the parts of an evaluation, with random features."""
     from training.evaluation.parts import Parts
 
     parts = Parts(Path(folder), {}, -(-count // PART))
@@ -80,7 +80,7 @@ def fill(folder: str, count: int, width: int) -> None:
 
 
 def figures(folder: str, count: int, width: int) -> None:
-    """All figures, as `cascade evaluate` makes them."""
+    """Compute all figures as `cascade evaluate` does; print the peak memory."""
     from training.evaluation import measure
     from training.evaluation.parts import Parts
 
@@ -99,13 +99,13 @@ def figures(folder: str, count: int, width: int) -> None:
 
 
 def peak_mb() -> float:
-    """Of this process's resident memory, MiB."""
+    """Return the peak resident memory of this process, MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def whole(packages: str, count: int = 128, size: int = 256) -> None:
-    """Prints seconds of a whole FID, from PNG files (here in a shard) to the value, and both values."""
+    """Print the seconds of a whole FID, from PNG files (ours in a shard) to the value, and the values of both."""
     from PIL import Image
 
     from data_pipeline.config import DataConfig
@@ -160,8 +160,11 @@ def whole(packages: str, count: int = 128, size: int = 256) -> None:
 
 
 def lively(folder: Path) -> ExtractorConfig:
-    """A file of random Inception weights whose features differ from picture to picture: through so many random layers
-    they fade, unless the statistics of each layer's normalisation are those of some pictures."""
+    """Write random Inception weights whose features differ between pictures.
+
+    After so many random layers the differences would vanish; so the normalisation statistics of each layer are
+    computed from some pictures.
+    """
     import torch
 
     from tests.training.evaluation.extractors.tiny_weights import inception_file, stated
@@ -180,7 +183,7 @@ def lively(folder: Path) -> ExtractorConfig:
 
 
 def torch_fidelity(packages: str) -> Callable[..., dict[str, float]]:
-    """Its `calculate_metrics`."""
+    """Import `calculate_metrics` of torch-fidelity, with stand-ins for torchvision."""
     import torch
 
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
@@ -204,7 +207,7 @@ def torch_fidelity(packages: str) -> Callable[..., dict[str, float]]:
 
 
 def share(bundle: str, shards: str, samples: int = 256, inception: int = 1) -> None:
-    """Prints how much of an evaluation is not drawing and not the extractor's network."""
+    """Print how much of an evaluation is neither drawing nor the extractor's network."""
     from tests.training.evaluation.extractors.tiny_weights import inception_file
     from training.cascade.cascade import Cascade
     from training.commands import evaluate

@@ -1,30 +1,30 @@
-"""The gain of single ingredients on a ladder of small tasks: base stages trained with and without each, paired.
+"""The gain from single ingredients on a ladder of small tasks: paired trainings of base stages with and without each.
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
         [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [pictures=PATTERN] [device=cpu]
 
-    OUTPUT/settings.json   what all arms share; another answer needs another OUTPUT
-    OUTPUT/results.jsonl   one line per run; the same command again trains only what is missing
+    OUTPUT/settings.json   the settings that all arms share; other settings need another OUTPUT
+    OUTPUT/results.jsonl   one line per run; repeating the command trains only what is missing
     OUTPUT/ladder.md       the tables
 
     scene   one, relations (two objects), three, four (of different colours), counts (two to four equal ones)
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
-    stage   a base stage of conf/stage, whose diffusion and sampler settings are those of `none` (guidance is that of
-            the demo); the network is that of `model`
-    pictures=FOLDER or SHARD.tar   crops of photographs instead of drawn scenes, without captions
+    stage   a base stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
+            network is that of `model`
+    pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
 
-Of each seed, all arms see the same pictures in the same order, the same initial weights, text dropout and noise: these
-are functions of (seed, position, stream). The arm `none` is the experiment with `ingredient=[]`. An arm that changes
-sampling alone (guidance_interval) draws with the network of `none`. `cascade ablate` is the same on one's own stage and
-data; the ladder needs neither shards nor a run's files, and reads words from the pictures that it draws.
+For each seed, all arms get the same pictures in the same order, the same initial weights, text dropout and noise: these
+are functions of (seed, position, stream). The arm `none` is the experiment with `ingredient=[]`. An arm that only
+changes sampling (guidance_interval) draws with the network of `none`. `cascade ablate` does the same for your own stage
+and data; the ladder needs neither shards nor the files of a run, and reads words from the pictures that it draws.
 
-Two figures of the averaged weights, on held-out combinations of words (or photographs):
-  error    the mean over fixed log-SNRs (LEVELS) of the logarithm of the x0 error: a question that depends on neither
-           schedule, weighting nor parametrisation. Differences are relative changes of the error.
-  words    the share of words (background, colour, size, shape, relation) that the oracle reads right in sampled
-           pictures; of one object, or of two and their relation.
+Two figures, computed with the averaged weights on held-out combinations of words (or photographs):
+  error    the mean over fixed log-SNRs (LEVELS) of the logarithm of the x0 error, which does not depend on schedule,
+           weighting or parametrisation. Differences are relative changes of the error.
+  words    the share of words (background, colour, size, shape, relation) that the oracle reads correctly in sampled
+           pictures; only for one object, or two and their relation.
 A gain is the mean over seeds of the paired difference, with Student's 95 % interval over seeds; `detectable` is the
-gain that this many seeds would show four times in five (training/ablation/gains.py).
+gain that this many seeds would detect with a power of 80 % (training/ablation/gains.py).
 """
 
 from __future__ import annotations
@@ -58,39 +58,39 @@ from training.processes.ranks import Ranks
 from training.text.encoder import build_text_encoder
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
-"""log-SNRs at which every arm is asked."""
+"""log-SNRs at which every arm is measured."""
 HELDOUT, SAMPLES, QUESTION_SEED = 64, 64, 20_220_523
 MOST_PICTURES = 4000
-"""Different pictures of a run; then they come again."""
+"""Most different pictures in a run; after that they repeat."""
 DRAWN = {"one": (1, False), "relations": (2, False), "three": (3, False), "four": (4, False), "counts": (4, True)}
-"""Scene -> objects, and whether they are equal."""
+"""Scene -> number of objects, and whether they are equal."""
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"size": 16, "widths": "32,64", "blocks": "1,1", "preset": "demo_base", "steps": 400, "batch": 32},
     "medium": {"size": 32, "widths": "64,128", "blocks": "2,2", "preset": "demo_base", "steps": 1000, "batch": 32},
     "large": {"size": 64, "widths": "", "blocks": "", "preset": "base64_100m", "steps": 5000, "batch": 256},
 }
-"""Name -> what the words of the same names stand for where they are not given."""
+"""Model -> default values of the options with these names."""
 SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch")
 RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
-"""The demo's, whatever the stage."""
+"""The demo's settings, used for any stage."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Pictures(NamedTuple):
-    """Some pictures, and what is said of them."""
+    """Pictures with their captions."""
 
     images: torch.Tensor
     """uint8 (N, 3, H, W)."""
     text: torch.Tensor
     mask: torch.Tensor
     frames: torch.Tensor
-    """(N, 6): see `View.frame`."""
+    """fp32 (N, 6): see `View.frame`."""
     specs: list[ShapeSpec]
-    """What drawn ones show; empty for photographs."""
+    """What drawn pictures show; empty for photographs."""
 
 
 def drawn(indices: range, scene: str, size: int, seed: int, heldout: bool) -> list[tuple[np.ndarray, ShapeSpec]]:
-    """Pictures of a scene, and what they show."""
+    """Draw pictures of a scene, uint8 (size, size, 3); return each with what it shows."""
     objects, equal = DRAWN[scene]
     if scene in ("one", "relations"):
         return [example(i, size, seed, heldout, objects) for i in indices]
@@ -100,7 +100,11 @@ def drawn(indices: range, scene: str, size: int, seed: int, heldout: bool) -> li
 
 
 def photographs(pattern: str) -> list[bytes]:
-    """The encoded pictures of a folder or of a shard, in the order of their names."""
+    """Return the encoded pictures of a folder by path, or of a shard in archive order.
+
+    Raises:
+        SystemExit: it is neither, or the folder has fewer than four pictures.
+    """
     path = Path(pattern)
     if path.suffix == ".tar":
         with tarfile.open(path) as archive:
@@ -113,7 +117,7 @@ def photographs(pattern: str) -> list[bytes]:
 
 
 def pictures(indices: range, config: Experiment, settings: dict[str, Any], heldout: bool) -> Pictures:
-    """Pictures `indices` of the training's or of the held-out ones; a quarter of photographs is held out."""
+    """Make pictures `indices` of the training or held-out split; a quarter of the photographs is held out."""
     size, specs = settings["size"], []
     if settings["pictures"]:
         encoded = photographs(settings["pictures"])
@@ -135,7 +139,7 @@ def pictures(indices: range, config: Experiment, settings: dict[str, Any], heldo
 
 @torch.no_grad()
 def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> list[float]:
-    """ln(mean x0 error) at each of LEVELS, with fixed noise and no text dropout."""
+    """Return ln(mean x0 error) at each of LEVELS, with fixed noise and no text dropout."""
     diffusion, found = config.stage.diffusion, []
     kept, diffusion.text_drop = diffusion.text_drop, 0.0
     for level in LEVELS:
@@ -157,7 +161,7 @@ def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> l
 
 @torch.no_grad()
 def words_right(model: Any, data: Pictures, config: Experiment, device: str) -> float:
-    """Share of words that the oracle reads right in pictures sampled from held-out captions."""
+    """Return the share of words that the oracle reads correctly in pictures sampled from held-out captions."""
     size, right = data.images.shape[-1], []
     made = sample_stage(
         model,
@@ -177,7 +181,7 @@ def words_right(model: Any, data: Pictures, config: Experiment, device: str) -> 
 
 
 def train(config: Experiment, data: Pictures, device: str) -> Any:
-    """The engine after `train.steps` steps on the pictures in their order."""
+    """Train `train.steps` steps on the pictures in order; return the engine."""
     torch.manual_seed(config.seed)
     model = UNet(for_stage(config.stage, config.text.dim)).to(device)
     engine = build_engine(model, config, Ranks(device=device))
@@ -203,7 +207,7 @@ def train(config: Experiment, data: Pictures, device: str) -> Any:
 
 
 def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
-    """What an arm trains: ingredients joined by +, or `none`."""
+    """Return the settings of an arm: ingredients joined by +, or `none`."""
     words = [f"stage.model.preset={settings['preset']}"]
     if settings["widths"]:
         words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
@@ -232,13 +236,13 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
 
 
 def gains_of(lines: Sequence[dict[str, Any]], arm: str, figure: Any) -> Gain:
-    """Of an arm against `none`, over the seeds that both have."""
+    """Return the gain of an arm over `none`, over the seeds that both have."""
     own, none = ({line["seed"]: figure(line) for line in lines if line["arm"] == name} for name in (arm, "none"))
     return gain([own[seed] - none[seed] for seed in sorted({*own} & {*none})])
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The results as two Markdown tables: gains, and gains by noise level (in bold where the interval leaves out 0)."""
+    """Return two Markdown tables: gains, and gains by noise level (bold if the interval excludes 0)."""
     arms = list(dict.fromkeys(line["arm"] for line in lines))
     none = [line for line in lines if line["arm"] == "none"]
     has_words = all(line.get("words") is not None for line in lines)
@@ -287,10 +291,10 @@ def _short(found: Gain) -> str:
 
 
 def settings_of(given: dict[str, str]) -> dict[str, Any]:
-    """What all arms share.
+    """Return the settings that all arms share.
 
     Raises:
-        SystemExit: a word that is not known.
+        SystemExit: an option, model or scene does not exist.
     """
     unknown = {*given} - {*SHARED, "ingredients", "seeds", "device"}
     model, scene = given.get("model", "small"), given.get("scene", "one")
@@ -305,14 +309,14 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """Trains what is missing and prints the tables."""
+    """Train what is missing and print the tables."""
     output = Path(words[0])
     given = dict(word.split("=", 1) for word in words[1:])
     settings, device = settings_of(given), given.get("device", "cpu")
     arms = ["none", *given.get("ingredients", "x_pred_v_loss,sigmoid_weighting,min_snr,muon").split(",")]
     seeds = int(given.get("seeds", 3))
     if seeds < 2:
-        raise SystemExit(f"seeds={seeds}: an interval needs two at least")
+        raise SystemExit(f"seeds={seeds}: an interval needs at least two seeds")
     output.mkdir(parents=True, exist_ok=True)
     results, shared = output / "results.jsonl", output / "settings.json"
     if shared.exists() and (before := json.loads(shared.read_text())) != settings:

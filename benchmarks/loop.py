@@ -1,11 +1,10 @@
-"""What the loop costs over the bare forward, backward and optimizer: both in the same process, in turns, on the same
-batches.
+"""The overhead of the loop over the bare forward, backward and optimizer, measured alternately in the same process.
 
     python -m benchmarks.loop            # about a minute on 2 cores
 
-Prints one line of JSON: seconds per step of both, and `overhead` as a share (a median over the turns). `overhead_cpu`
-is the same in CPU time of the training thread, which other programs on the machine disturb little; it leaves out
-waiting for data.
+Prints one line of JSON: seconds per step of both, and `overhead` as a fraction (median over the turns).
+`overhead_cpu` is the same in CPU time of the training thread, which other programs on the machine hardly affect; it
+does not include waiting for data.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TURNS, STEPS = 7, 6
 
 
 def settings(scratch: str) -> Experiment:
-    """The demo's base U-Net under ZeRO 1 in one process."""
+    """Return settings for the demo's base U-Net, ZeRO 1, one process; draws its data."""
     config = Experiment()
     config.prepare.output = f"{scratch}/data"
     config.prepare.draw.count, config.prepare.draw.heldout, config.prepare.draw.size = 512, 8, 64
@@ -82,7 +81,7 @@ def main() -> dict[str, Any]:
 
 
 def one_step(session: Any, step: int) -> None:
-    """What training/train.py does in a step, with its logging."""
+    """Do what training/train.py does in a step, including logging."""
     with session.phase("data", step):
         batches = session.next_batch(healthy=True)
     share: Any = 0.0

@@ -1,16 +1,16 @@
-"""A training step of the big U-Nets on a GPU in bf16: milliseconds, images/s, MFU, and what each trick brings.
+"""A training step of the large U-Nets on a GPU in bf16: milliseconds, images/s, MFU, and what each optimisation gains.
 
     python -m benchmarks.model_gpu                        # base64, sr256, sr1024
-    python -m benchmarks.model_gpu base64 batch=32        # one of them, at another batch
+    python -m benchmarks.model_gpu base64 batch=32        # one of them, with another batch size
     python -m benchmarks.model_gpu base64 rows=compiled,deepspeed profile=true    # two rows, and where their time goes
-    python -m benchmarks.model_gpu dry                    # the code on a CPU, with tiny networks
+    python -m benchmarks.model_gpu dry                    # the same code on a CPU, with tiny networks
 
-Each row has one trick more than the one above; the last one is the training engine itself (DeepSpeed ZeRO 1 on one
-device, with clipping and a moving average). The step is what training does: the objective
+Each row adds one optimisation to the one above; the last rows are the training engine itself (DeepSpeed ZeRO 1 on one
+device, with clipping and a moving average). The step is that of training: the objective
 (`training.diffusion.objective.loss`) on uint8 pictures, and AdamW on fp32 masters.
 
-MFU: FLOPs counted with torch's flop counter (1 MAC = 2 FLOP) on one forward pass, taken three times, over the data
-sheet's dense bf16 peak. Recomputation for activation checkpointing does not count. Prints JSON lines and, last, a
+MFU: FLOPs counted with torch's flop counter (1 MAC = 2 FLOP) on one forward pass, times three, over the data sheet's
+dense bf16 peak. Recomputation for activation checkpointing does not count. Prints JSON lines and, at the end, a
 Markdown table for docs/benchmarks.md; a batch that does not fit is halved.
 """
 
@@ -45,7 +45,7 @@ from training.processes.ranks import Ranks
 
 TOKENS, ROUNDS, STEPS = 128, 3, 5
 JOBS = {"base64": (64, 64), "sr256": (256, 96), "sr1024": (256, 96)}
-"""Preset -> side of the training pictures (sr1024: crops), batch."""
+"""Preset -> side of the training pictures (of sr1024: of its crops), batch size."""
 DRY_JOBS = {"tiny_base": (16, 4), "tiny_sr": (16, 4)}
 
 
@@ -59,7 +59,7 @@ class Tricks:
     compiled: bool = False
     deepspeed: bool = False
     checkpointed: bool = False
-    """Activation checkpointing, and twice the batch."""
+    """Activation checkpointing, with twice the batch."""
 
 
 LADDER = {
@@ -85,7 +85,7 @@ TITLES = {
 
 
 class Masters:
-    """AdamW on fp32 copies of lower-precision weights, as ZeRO keeps them."""
+    """AdamW on fp32 copies of lower-precision weights, like ZeRO's."""
 
     def __init__(self, model: UNet, tricks: Tricks) -> None:
         self.model, self.weights = model, list(model.parameters())
@@ -112,7 +112,7 @@ class Masters:
 
 
 def engine_of(model: nn.Module, batch: int, device: str) -> Any:
-    """The engine that `cascade train` has, on one device."""
+    """Return the engine of `cascade train`, on one device."""
     config = Experiment()
     config.data.global_batch, config.zero.stage = batch, 1
     config.precision.channels_last, config.ema.decays = True, [0.9999]
@@ -124,7 +124,7 @@ def engine_of(model: nn.Module, batch: int, device: str) -> Any:
 
 
 class Training:
-    """One network and one batch on a device, with some of the tricks."""
+    """One network and one batch on a device, with some of the optimisations."""
 
     def __init__(self, preset: str, side: int, batch: int, tricks: Tricks, device: str) -> None:
         config: UNetConfig = replace(PRESETS[preset], checkpoint_blocks=tricks.checkpointed)
@@ -178,8 +178,10 @@ class Training:
 
 
 def host_syncs(training: Training) -> str:
-    """What in forward and backward makes the host wait for the GPU; `none` is wanted. (The engine's step waits once: it
-    must know whether the gradient is finite.)"""
+    """Return what makes the host wait for the GPU in forward and backward; it should be `none`.
+
+    The engine's step waits once, because it must know whether the gradient is finite.
+    """
     torch.cuda.set_sync_debug_mode("error")
     try:
         training.forward_backward()
@@ -203,11 +205,11 @@ KINDS = {
     "reduction": r"reduce",
     "pointwise": r"elementwise|vectorized|Cat",
 }
-"""Kind of kernel -> what its name contains; the first that fits counts."""
+"""Kind of kernel -> pattern of its name; the first match is used."""
 
 
 def profile(training: Training, top: int = 25) -> None:
-    """Prints the GPU time of two steps by kind of kernel, and the kernels that take most."""
+    """Print the GPU time per step, over two steps, by kind of kernel, and the slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -225,7 +227,7 @@ def profile(training: Training, top: int = 25) -> None:
 
 
 def measure(preset: str, side: int, batch: int, row: str, peak: float, device: str, profiled: bool) -> dict[str, Any]:
-    """One row: the median of `ROUNDS` times some steps after a warm-up."""
+    """Measure one row: the median over `ROUNDS` rounds of a few steps, after a warm-up."""
     on_gpu = device != "cpu"
     began = time.perf_counter()
     training = Training(preset, side, batch, LADDER[row], device)
@@ -244,7 +246,7 @@ def measure(preset: str, side: int, batch: int, row: str, peak: float, device: s
     peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
     if profiled and on_gpu:
         profile(training)
-    syncs = host_syncs(training) if on_gpu else "not looked at"
+    syncs = host_syncs(training) if on_gpu else "not checked"
     return {
         "preset": preset,
         "trick": TITLES[row],
@@ -262,7 +264,7 @@ def measure(preset: str, side: int, batch: int, row: str, peak: float, device: s
 
 
 def ladder(jobs: dict[str, tuple[int, int]], rows: list[str], device: str, profiled: bool = False) -> None:
-    """Every preset with one trick more each time."""
+    """Measure every preset, with one more optimisation per row."""
     on_gpu = device != "cpu"
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     measured = matmul_rate(device, torch.bfloat16 if on_gpu else torch.float32, 8192 if on_gpu else 512)

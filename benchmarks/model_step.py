@@ -1,19 +1,20 @@
-"""A training step of the U-Nets: milliseconds per counted GFLOP beside other implementations.
+"""A training step of the U-Nets: milliseconds per counted GFLOP, compared with other implementations.
 
-    python -m benchmarks.model_step          # one thread of a CPU, fp32, 12 M parameters
+    python -m benchmarks.model_step          # one CPU thread, fp32, 12 M parameters
     python -m benchmarks.model_step gpu      # a GPU, bf16, 190 M parameters, uncompiled and compiled
-    python -m benchmarks.model_step gpu dry  # its code on a CPU, with the small networks
+    python -m benchmarks.model_step gpu dry  # the GPU code on a CPU, with the small networks
 
-Peers take part if they are installed: `pip install diffusers einops beartype kornia einops-exts` and
+Peers are included if they are installed: `pip install diffusers einops beartype kornia einops-exts` and
 `pip install --no-deps imagen-pytorch`.
 
-Prints JSON lines and, last, a Markdown table for docs/benchmarks.md. Work is counted with torch's flop counter (1 MAC =
-2 FLOP) on one forward pass and taken three times.
+Prints JSON lines and, at the end, a Markdown table for docs/benchmarks.md. Work is counted with torch's flop counter
+(1 MAC = 2 FLOP) on one forward pass, times three.
 
-Forward, backward and fused AdamW on noise, equal pictures, text tokens and (to 2 %) parameters for all. Rounds are
-interleaved, so that all models see the same disturbances, and the median is reported. On a GPU all have bf16 weights;
-compiled means `compile_blocks` for ours, `torch.compile` of the whole network for the others, channels last for all.
-The big U-Nets, and what each trick brings them: benchmarks/model_gpu.py.
+A step is forward, backward and fused AdamW on noise, with the same picture size, number of text tokens and (to 2 %)
+parameters for all models. Rounds are interleaved, so that all models see the same disturbances, and the median is
+reported. On a GPU all weights are bf16; compiled means `compile_blocks` for ours and `torch.compile` of the whole
+network for the others, with channels last for all. For the large U-Nets, and what each optimisation gains, see
+benchmarks/model_gpu.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SIDE, TOKENS = 64, 32
 
 @dataclass(frozen=True)
 class Scale:
-    """64 px, three levels, attention at 32 and 16 px, for all networks."""
+    """The size of all networks: 64 px, three levels, attention at 32 and 16 px."""
 
     batch: int
     width: int
@@ -60,7 +61,7 @@ CPU, GPU = Scale(4, 64, 32), Scale(64, 256, 64)
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
-    """CPU seconds of this process, or wall seconds of the GPU."""
+    """Return the CPU seconds of this process or, on a GPU, wall-clock seconds."""
     if device == "cpu":
         began = time.process_time()
         work()
@@ -73,7 +74,7 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int) -> float:
-    """FLOP/s of a square matrix product, best of six."""
+    """Return the FLOP/s of a square matrix product, best of six."""
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = min(seconds(lambda: a @ a, device) for _ in range(6))
     return 2 * side**3 / best
@@ -84,7 +85,7 @@ def show(**record: Any) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Markdown, one column per key of the first row."""
+    """Print a Markdown table with one column per key of the first row."""
     if rows:
         keys = list(rows[0])
         print("\n| " + " | ".join(keys) + " |\n" + "|---" * len(keys) + "|")
@@ -97,7 +98,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 @dataclass
 class Job:
-    """A model and one batch: `forward()` gives its output."""
+    """A model and one batch; `forward()` returns its output."""
 
     name: str
     model: nn.Module
@@ -112,11 +113,11 @@ class Job:
         self.new_optimizer()
 
     def new_optimizer(self) -> None:
-        """With moments in the layout that the parameters have now."""
+        """Create the optimizer, with moments in the current layout of the parameters."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self) -> None:
-        """Forward, backward and optimizer."""
+        """Do a forward pass, a backward pass and an optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.forward().float().square().mean().backward()
         self.optimizer.step()
@@ -127,7 +128,7 @@ class Job:
 
 
 def own_unet(scale: Scale) -> Job:
-    """The base U-Net of this project."""
+    """Return the base U-Net of this project."""
     config = UNetConfig(
         widths=(scale.width, 2 * scale.width, 3 * scale.width),
         blocks=(2, 2, 2),
@@ -144,7 +145,7 @@ def own_unet(scale: Scale) -> Job:
 
 
 def diffusers_unet(scale: Scale) -> Job:
-    """UNet2DConditionModel with the same kind of blocks: scale-shift norm, text keys and values appended."""
+    """Return a UNet2DConditionModel with the same kind of blocks: scale-shift norm, text keys and values appended."""
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
@@ -167,7 +168,7 @@ def diffusers_unet(scale: Scale) -> Job:
 
 
 def imagen_unet(scale: Scale) -> Job:
-    """imagen-pytorch's Unet; its attention sees the `TOKENS` text tokens themselves, not 256 padded or pooled ones."""
+    """Return imagen-pytorch's Unet; it attends to the `TOKENS` text tokens themselves, not to 256 padded or pooled."""
     model = imagen_class()(
         dim=scale.width,
         dim_mults=(1, 2, 3),
@@ -187,7 +188,7 @@ def imagen_unet(scale: Scale) -> Job:
 
 
 def imagen_class() -> Any:
-    """The `Unet` of imagen-pytorch without the rest of its package, which wants torchvision, datasets and the hub."""
+    """Import `Unet` of imagen-pytorch without the rest of its package, which needs torchvision and datasets."""
     import transformers
 
     spec = importlib.util.find_spec("imagen_pytorch")
@@ -219,11 +220,11 @@ def _replaced_modules(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 
 
 NETWORKS = {"cascade": own_unet, "diffusers": diffusers_unet, "imagen_pytorch": imagen_unet}
-"""By package; the first is what the others are compared with."""
+"""Package -> its network; the others are compared with the first."""
 
 
 def built(scale: Scale) -> list[Job]:
-    """The networks that are there, after their first step."""
+    """Return the networks whose packages are installed, after a first step."""
     jobs = []
     for package, build in NETWORKS.items():
         if package != "cascade" and not importlib.util.find_spec(package):
@@ -235,7 +236,7 @@ def built(scale: Scale) -> list[Job]:
 
 
 def compare(jobs: list[Job], peak: Callable[[], float], device: str, steps: int = 1) -> list[dict[str, Any]]:
-    """Interleaved rounds of `steps` steps; one row per network, in units of the first one's time per GFLOP."""
+    """Measure interleaved rounds of `steps` steps; return a row per network, relative to the first's time per GFLOP."""
     peaks = []
     for job in jobs:
         job.step_seconds.clear()
@@ -273,7 +274,7 @@ def on_cpu() -> None:
 
 
 def on_gpu(device: str = "cuda", scale: Scale = GPU) -> None:
-    """Both ways; peers that do not compile are left out of the second."""
+    """Measure uncompiled and compiled networks; peers that do not compile are omitted from the latter."""
     backend = "inductor" if device == "cuda" else "eager"
     torch.set_default_dtype(torch.bfloat16)
     torch.set_default_device(device)
@@ -296,7 +297,7 @@ def on_gpu(device: str = "cuda", scale: Scale = GPU) -> None:
         try:
             job.step()
             job.step()
-        except Exception as error:  # whatever another package's code makes of the compiler
+        except Exception as error:  # another package's code may fail to compile in any way
             show(model=job.name, left_out=str(error).splitlines()[0])
             jobs.remove(job)
     rows += [row | {"compiled": "yes"} for row in compare(jobs, peak, device, steps=5)]

@@ -1,4 +1,4 @@
-"""Photographs for benchmarks: the tests' twelve, enlarged, with sensor noise, encoded anew."""
+"""Photographs for benchmarks: the tests' twelve, enlarged, with sensor noise, re-encoded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PHOTOS = Path(__file__).parents[1] / "tests" / "fixtures" / "photos"
 
 
 def encoded_photographs(count: int, longest: tuple[int, int] = (512, 1024)) -> Iterator[bytes]:
-    """JPEGs whose longer side lies between `longest[0]` and `longest[1]` pixels; always the same ones."""
+    """Yield `count` JPEGs whose longer side has `longest[0]` to `longest[1]` pixels; always the same ones."""
     sources = [Image.open(io.BytesIO(data)).convert("RGB") for data in _originals()]
     random = np.random.default_rng(0)
     for number in range(count):

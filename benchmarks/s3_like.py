@@ -1,5 +1,5 @@
-"""A small S3 look-alike for benchmarks: files of a directory, with the latency and the speed per connection of an
-object store. Answers GET with ranges, HEAD, ListObjectsV2 and PUT; checks no signatures.
+"""A small S3 look-alike for benchmarks: serves a directory with the latency and bandwidth per connection of an object
+store. Supports GET with ranges, HEAD, ListObjectsV2 and PUT; does not check signatures.
 
     python benchmarks/s3_like.py DIRECTORY --latency 0.03 --rate 80e6      (prints its port)
 """
@@ -112,8 +112,15 @@ class Server(socketserver.ThreadingTCPServer):
 
 @contextmanager
 def running(folder: Path, latency: float = 0.03, rate: float = 80e6) -> Iterator[str]:
-    """Serves the subdirectories of `folder` as buckets from a process of its own, with this process's environment
-    pointing at it; gives the endpoint."""
+    """Serve the subdirectories of `folder` as buckets from a child process; yield the endpoint.
+
+    This process's environment points to it meanwhile.
+
+    Args:
+        folder: the directory.
+        latency: seconds before each answer.
+        rate: bytes per second and connection.
+    """
     command = [sys.executable, __file__, str(folder), "--latency", str(latency), "--rate", str(rate)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -2,9 +2,9 @@
 
     python -m benchmarks.same_bits          # demo_base, batch 32 in micro-batches of 4, 2 processes, ZeRO 1 and 3
 
-One line of JSON per ZeRO stage. Time: two engines in the same processes, with and without it, take turns step by step,
-so that both see the same machine; `ratio` is the median over pairs of steps of the time with it by the time without,
-`ratio_quartiles` the middle half. Memory: peak resident memory of a process that holds one of the engines, in GB.
+Prints one line of JSON per ZeRO stage. Time: two engines in the same processes, with and without it, alternate step by
+step, so that both see the same machine; `ratio` is the median over pairs of steps of the time with it over the time
+without, `ratio_quartiles` the quartiles. Memory: peak resident memory of a process with only one of the engines, GB.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""Quality against sampling steps: Frechet distance of a demo bundle's pictures from real drawings, for every sampler.
+"""Quality against sampling steps: Fréchet distance of a demo bundle's pictures from real drawings, for every sampler.
 
     python benchmarks/sampling.py BUNDLE OUTPUT [seeds=2] [count=256] [part=base|cascade]
 
-    OUTPUT/pictures/*.npz   what was drawn; the same command again draws only what is missing
-    OUTPUT/sampling.json    every figure
+    OUTPUT/pictures/*.npz   the samples; repeating the command draws only what is missing
+    OUTPUT/sampling.json    all figures
     OUTPUT/sampling.md      the same as a table
     OUTPUT/sampling.png     the curves
 
-Held-out captions, the same for every sampler, and the same start noise (`seed`). The reference is `REFERENCE` drawings
-of each of these captions. Frechet distances are biased upwards by about 1 / pictures, so each is made of `count`
-pictures, and several seeds are averaged. `base` draws with the first stage alone; `cascade` draws both stages with the
-same sampler and steps, and as bundled. Ratios are given with their standard error over pictures, the same ones on both
-sides.
+All samplers get the same held-out captions and the same initial noise (`seed`). The reference is `REFERENCE` drawings
+of each of these captions. Fréchet distances are biased upwards by about 1 / pictures, so each is computed from `count`
+pictures, and several seeds are averaged. `base` draws with the first stage alone; `cascade` draws with both stages,
+with the same sampler and steps and as bundled. Ratios have a standard error over pictures, paired between both sides.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ STEPS = (5, 8, 10, 15, 20, 30, 50, 100, 250)
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
 YARDSTICK = ("ddpm", 250)
 OWN = ("as bundled", 0)
-"""Every stage with its own sampler and steps."""
+"""Each stage with its own sampler and steps."""
 REFERENCE = 16
 BLOCKS = 16
 BATCH = 64
@@ -54,7 +53,7 @@ class Job:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per picture and stage (two branches of guidance count as one); 0: the stages differ."""
+        """Network evaluations per picture and stage (both guidance branches count as one); 0 if the stages differ."""
         return max(0, 2 * self.steps - 1) if self.sampler == "heun" else self.steps
 
     def file(self, output: Path) -> Path:
@@ -62,7 +61,7 @@ class Job:
 
 
 def points(part: str) -> list[tuple[str, int]]:
-    """(sampler, steps); the solvers of differential equations have converged long before 250 steps."""
+    """Return the (sampler, steps) to measure; ODE solvers converge long before 250 steps."""
     if part == "cascade":
         return [OWN, ("dpmpp_2m", 20), YARDSTICK]
     most = {"ddpm": 250, "ddim": 100, "heun": 50, "dpmpp_2m": 100}
@@ -70,7 +69,7 @@ def points(part: str) -> list[tuple[str, int]]:
 
 
 def draw_pictures(cascade: Cascade, job: Job, prompts: list[str]) -> np.ndarray:
-    """uint8 (N, H, W, 3)."""
+    """Draw the pictures of a job, uint8 (N, H, W, 3)."""
     drawings = cascade.draw(
         prompts,
         steps=job.steps or None,
@@ -87,13 +86,14 @@ def distances(pictures: np.ndarray, real: dict[str, Moments]) -> dict[str, float
 
 
 def ratio(own: list[np.ndarray], yardstick: list[np.ndarray], real: Moments) -> tuple[float, float]:
-    """The ratio of two Frechet distances (means over seeds) and its standard error.
+    """Return the ratio of two Fréchet distances (means over seeds) and its standard error.
 
-    The error is a jackknife's over `BLOCKS` blocks of pictures: leaving some out changes the bias of a Frechet distance
-    little, where drawing some twice (bootstrap) would pull every ratio towards one.
+    The error is a jackknife estimate over `BLOCKS` blocks of pictures. Leaving pictures out hardly changes the bias of
+    a Fréchet distance, whereas duplicating them (bootstrap) would pull every ratio towards one.
 
     Args:
         own, yardstick: features (N, d) per seed, of the same captions and seeds; the same rows are left out of both.
+        real: moments of the reference features.
     """
 
     def without(block: int) -> float:
@@ -109,7 +109,7 @@ def ratio(own: list[np.ndarray], yardstick: list[np.ndarray], real: Moments) -> 
 
 
 def measure(output: Path, part: str, seeds: int, size: int, count: int) -> list[dict[str, Any]]:
-    """One row per point of which at least one seed's pictures are there; distances are means over seeds."""
+    """Return a row per point with pictures of at least one seed; distances are means over seeds."""
     specs = [spec_at(i, 0, heldout=True) for i in range(count)]
 
     def drawings(start: int, each: int) -> np.ndarray:
@@ -153,7 +153,7 @@ def measure(output: Path, part: str, seeds: int, size: int, count: int) -> list[
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per point."""
+    """Return a Markdown table with one row per point."""
     names = list(EXTRACTORS)
     heads = ["part", "sampler", "steps", "evaluations", "seeds"]
     heads += [head for name in names for head in (name, "of ancestral 250")]
@@ -173,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], feature: str) -> Image.Image:
-    """Frechet distance of the base stage against network evaluations (logarithmic)."""
+    """Plot the Fréchet distance of the base stage against network evaluations (logarithmic)."""
     rows = [row for row in rows if row["part"] == "base"]
     width, height, left, top, right, bottom = 900, 480, 80, 60, 130, 60
     image = Image.new("RGB", (width, height), "white")

@@ -1,9 +1,9 @@
-"""From `cascade train` to the first step, and what a resume costs at position 0 and far on.
+"""The time from `cascade train` to the first step, for a fresh run and for resuming at a small and a large position.
 
     python -m benchmarks.start           # about a minute and a half on 2 cores
 
 Prints one line of JSON: seconds from the start of the command until the first step is reported, for a fresh run of the
-demo's base stage (ZeRO 1, one process, caches warm), for a resume after step 1, and for a resume at position 10^9 (the
+demo's base stage (ZeRO 1, one process, warm caches), for resuming after step 1, and for resuming at position 10^9 (the
 same checkpoint, renumbered).
 """
 
@@ -26,7 +26,7 @@ FAR = 10**9 // BATCH
 
 
 def first_step(run: str, shards: str, steps: int) -> float:
-    """Seconds from the start of the command until it has reported a step."""
+    """Return the seconds from the start of the command until it reports a step."""
     words = [f"data.shards={shards}", f"data.global_batch={BATCH}", f"run.dir={run}", f"train.steps={steps}"]
     words += ["train.log_every=1", "train.sample_every=0", "tracking=disabled", "cluster.threads=1"]
     began = time.perf_counter()
@@ -44,11 +44,11 @@ def first_step(run: str, shards: str, steps: int) -> float:
 
 
 def renumber(run: str, step: int) -> None:
-    """Makes the checkpoint of step 1 one of `step`."""
+    """Turn the checkpoint of step 1 into one of `step`."""
     place = Path(run) / "checkpoints"
     manifest = json.loads((place / "step-00000001" / "manifest.json").read_text())
     manifest["step"] = manifest["meta"]["step"] = step
-    manifest["sha256"] = ""  # that of the changed one is not known
+    manifest["sha256"] = ""  # the hash of the changed manifest is unknown
     manifest["meta"]["position"] = manifest["meta"]["data"]["position"] = step * BATCH
     (place / "step-00000001").rename(place / f"step-{step:08d}")
     (place / f"step-{step:08d}" / "manifest.json").write_text(json.dumps(manifest))
