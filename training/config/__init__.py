@@ -1,1 +1,2 @@
-"""Every setting with its type, default and valid values; the table of commands. Imports no torch and no other room."""
+"""Every setting with its type, default and valid values; the table of commands. Imports neither torch nor any other
+folder of `training`."""

@@ -13,17 +13,17 @@ from data_pipeline.config import at_least, require
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 SLURM_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 EMITTED = ("kubernetes", "skypilot")
-"""Schedulers for which files are written that their own tools submit."""
+"""Schedulers for which `cascade launch` only writes files; their own tools submit them."""
 SLURM_ONLY = ("partition", "account", "sbatch", "modules", "conda", "venv", "min_nodes", "preflight_exclude")
-"""Keys that only Slurm's script uses."""
+"""Keys that only the Slurm script uses."""
 EARLY_S = 60
 """Slurm may send the signal up to this many seconds early (sbatch(1), --signal)."""
 
 
 @dataclass
 class ClusterConfig:
-    """Where processes run. With `kind: local`, they start on this machine; with `kind: slurm`, `cascade launch` submits
-    to Slurm; for `kubernetes` and `skypilot`, it writes files that their own tools submit."""
+    """Where processes run. With `kind: local` they start on this machine; with `kind: slurm`, `cascade launch` submits
+    to Slurm; with `kubernetes` or `skypilot` it writes files for their own tools to submit."""
 
     kind: str = "local"
     """`local`, `slurm`, `kubernetes` or `skypilot`."""
@@ -118,26 +118,32 @@ class ClusterConfig:
         for key in SLURM_ONLY if self.kind in EMITTED else ():
             value = getattr(self, key)
             require(
-                not value or (key == "sbatch" and [*value] == ["array"]),  # tasks of `embed`, which all can have
+                not value or (key == "sbatch" and [*value] == ["array"]),  # `embed` has array tasks everywhere
                 f"cluster.{key}={value}: only cluster=slurm follows it, not {self.kind}; put what the "
                 f"program needs into the image or cluster.setup",
             )
 
 
 def slurm_mebibytes(key: str, size: str) -> int:
-    """An amount of memory as Slurm has it (200G, 64000M, or 64000, which are mebibytes too), in MiB, rounded up.
+    """Return a Slurm memory size (200G, 64000M, or 64000, also in mebibytes) in MiB, rounded up.
+
+    Args:
+        key: the setting to name in an error.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a memory size.
     """
     match = SLURM_MEMORY.fullmatch(size.strip())
     if not match:
-        raise ConfigError(f"{key}={size}: it must be an amount of memory as Slurm has it, 200G or 64000M")
+        raise ConfigError(f"{key}={size}: it must be a memory size in Slurm's format, such as 200G or 64000M")
     return math.ceil(int(match["number"]) * 1024.0 ** ("KMGT".index(match["unit"].upper() or "M") - 1))
 
 
 def slurm_seconds(key: str, limit: str) -> float:
-    """A Slurm time limit in seconds; infinite for UNLIMITED.
+    """Return a Slurm time limit in seconds; infinite for UNLIMITED.
+
+    Args:
+        key: the setting to name in an error.
 
     Raises:
         ConfigError: it is not a time limit.

@@ -1,5 +1,6 @@
-"""The commands: the keys of each one besides an experiment's sections, and the table that describes them all. Imports
-neither torch nor deepspeed.
+"""The keys that each command adds to an experiment's sections, and the table that describes all commands.
+
+Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from training.config.experiment import SENTENCES, Experiment
 
 @dataclass
 class SamplerKeys(Experiment):
-    """The sampler settings of a bundle that `sample` and `evaluate` can override: with one value, one per stage drawn,
-    or a mapping by stage name."""
+    """Sampler settings of a bundle that `sample` and `evaluate` can override, with one value, one per stage drawn, or a
+    mapping by stage name."""
 
     guidance: Any = None
     """Guidance weight: one number, or one per stage; null: the bundle's."""
@@ -122,14 +123,14 @@ class SampleCommand(SamplerKeys):
 
 @dataclass
 class DistillCommand(Experiment):
-    """`cascade distill`: an experiment's stage as the teacher of a student of four steps, unless it says otherwise."""
+    """`cascade distill`: distils the experiment's stage into a student; four steps unless distill.steps is set."""
 
     distill: DistillConfig = field(default_factory=lambda: DistillConfig(steps=4))
 
 
 @dataclass
 class OrderCommand(Experiment):
-    """`cascade order`: which part of a run's data order to show."""
+    """`cascade order`: the part of a run's data order to show."""
 
     world_size: int = 1
     """Number of processes of the run."""
@@ -377,33 +378,33 @@ class AblateConfig:
     """How `cascade ablate` measures ingredients."""
 
     seeds: int = 3
-    """Trainings of each arm, with the seeds `seed`, `seed` + 1, ...; an interval needs two at least."""
+    """Number of trainings per arm, with the seeds `seed`, `seed` + 1, ...; at least 2, to give an interval."""
     output: str | None = None
-    """Directory of the trainings, ablate.json and ablate.png; null: RUN_DIR-ablation."""
+    """Directory for the trainings, ablate.json and ablate.png; null: RUN_DIR-ablation."""
     levels: list[float] = field(default_factory=lambda: [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
-    """log-SNRs at which all arms are asked for the picture, from noise (negative) to clean."""
+    """Increasing log-SNRs at which to measure the x0 error of every arm; negative: mostly noise."""
     together: bool = False
-    """Also train with all ingredients that the experiment does not name itself at once."""
+    """Also train one arm with all the ingredients that are not already in the experiment."""
     dry_run: bool = False
-    """Show the arms and the command of each training, and train none."""
+    """Print the arms and the command of each training, without training."""
 
     def __post_init__(self) -> None:
-        require(self.seeds >= 2, f"ablate.seeds={self.seeds}: it must be at least 2; one training has no interval")
-        require(self.output != "", "ablate.output: it is empty; name a directory, or leave it at null")
+        require(self.seeds >= 2, f"ablate.seeds={self.seeds}: it must be at least 2; one training gives no interval")
+        require(self.output != "", "ablate.output: it is empty; name a directory, or use null")
         distinct = self.levels and self.levels == sorted({*self.levels})
-        require(bool(distinct), f"ablate.levels={self.levels}: give rising log-SNRs, one at least")
+        require(bool(distinct), f"ablate.levels={self.levels}: give at least one log-SNR, in increasing order")
 
 
 @dataclass
 class AblateCommand(Experiment):
-    """`cascade ablate`: an experiment, and how its ingredients are measured."""
+    """`cascade ablate`: an experiment, and how to measure its ingredients."""
 
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: everything that the program knows about it."""
+    """Everything the program knows about one command."""
 
     config: type[Experiment]
     """Its settings."""
@@ -424,15 +425,15 @@ class Verb:
     trains: bool = False
     """It builds a model for training: stage, batch and number of processes must be compatible."""
     run_dir: str = ""
-    """Its run directory, in place of conf/base.yaml's run.dir."""
+    """Its default run directory, if not that of conf/base.yaml."""
     bare: str = ""
     """Key of the list that arguments without a key belong to."""
     distributed: bool = False
-    """A Slurm job starts it once per rank, on every node; all others are one process on one node."""
+    """A Slurm job starts it once per rank, on every node; other commands are one process on one node."""
 
     @property
     def makes_run(self) -> bool:
-        """Whether it trains in a run directory, where the same command resumes."""
+        """Whether it trains in a run directory, so that the same command resumes it."""
         return self.trains and self.distributed
 
 
@@ -527,7 +528,7 @@ COMMANDS: dict[str, Verb] = {
     "ablate": Verb(
         AblateCommand,
         "training.ablation.ablate",
-        "what ingredients gain: paired trainings with and without each",
+        "measure what each ingredient gains, by paired trainings with and without it",
         (
             "cascade ablate experiment=demo ingredient=muon train.steps=200",
             "cascade ablate experiment=demo 'ingredient=[muon,x_pred_v_loss]' ablate.seeds=5 ablate.dry_run=true",
@@ -540,7 +541,7 @@ COMMANDS: dict[str, Verb] = {
     "distill": Verb(
         DistillCommand,
         "training.train",
-        "teach a trained stage to draw in a few steps, guidance included; the same command again resumes",
+        "distil a trained stage, with its guidance, to a few sampling steps; repeat the command to resume",
         (
             "cascade distill experiment=demo stage=demo_base train.steps=400 optimizer.lr=1e-3",
             "cascade distill experiment=demo stage=demo_sr distill.steps=2 train.steps=200 optimizer.lr=1e-3",
@@ -670,4 +671,4 @@ COMMANDS: dict[str, Verb] = {
         ("run",),
     ),
 }
-"""All commands by name; whatever else lists them is derived from here."""
+"""All commands by name; every other list of them is derived from this one."""

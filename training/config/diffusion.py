@@ -18,7 +18,7 @@ MOST_LOG_SNR = 80.0
 
 
 SOLVERS = ("ddim", "dpmpp_2m")
-"""Samplers without chance whose steps a student can be taught."""
+"""Deterministic samplers, whose steps can be distilled."""
 
 NUMBERS = {
     "min_snr_gamma": "above",
@@ -70,8 +70,8 @@ class DiffusionConfig:
     aug_max: float = 1.0
     """Super-resolution: the augmentation level (a time in [0, 1]) of the low-res input is uniform in [0, aug_max]."""
     size_condition: bool = False
-    """The network is told the size of each original, what was cut off it and the size that it makes (SDXL, section
-    2.2), so that small originals need not be left out; stage.sampler.original_side says what to draw."""
+    """Condition the network on each picture's original size, crop position and target size (SDXL, section 2.2), so that
+    small originals can stay in the data; stage.sampler.original_side sets the original size when sampling."""
     sigma_data: float = 0.5
     """`edm`: standard deviation of the pictures' values, which lie in [-1, 1]."""
     stratified: bool = True
@@ -168,27 +168,27 @@ class SamplerConfig:
 
 
 TAUGHT = ("steps", "teacher_steps", "solver", "guidance", "guidance_interval")
-"""Settings of a distillation that a student's weights depend on."""
+"""Distillation settings that the student's weights depend on."""
 
 
 @dataclass
 class DistillConfig:
-    """`cascade distill`: a student of the same network learns to go in one step where its teacher goes in several,
-    guidance included. `spacing` and thresholds of stage.sampler hold for both."""
+    """`cascade distill`: a student with the same network learns to match several guided sampling steps of its teacher
+    in one step. Both use the spacing and thresholding of stage.sampler."""
 
     steps: int = 0
-    """Steps of the student, 1 to 8 as a rule; 0: no distillation."""
+    """Sampling steps of the student, typically 1 to 8; 0: no distillation."""
     teacher: str | None = None
-    """The trained stage: its run, one of its checkpoints, or a bundle. It stays frozen, and the student starts from
-    its averaged weights."""
+    """The trained stage: a run, a checkpoint or a bundle. It stays frozen; the student starts from its averaged
+    weights."""
     teacher_steps: int = 20
-    """Steps of the teacher over the same noise levels, rounded up to a multiple of `steps`."""
+    """Sampling steps of the teacher over the same range of noise levels, rounded up to a multiple of `steps`."""
     solver: str = "dpmpp_2m"
-    """How the teacher steps: `ddim`, or `dpmpp_2m`, which begins anew at each of the student's levels."""
+    """Sampler of the teacher: `ddim`, or `dpmpp_2m`, restarted at each of the student's noise levels."""
     guidance: float = 3.0
-    """Guidance weight that is folded into the student; 1: none."""
+    """Guidance weight to distil into the student, which then samples without guidance; 1: none."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Times t between which it applies."""
+    """First and last time t at which the teacher applies guidance."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -196,26 +196,26 @@ class DistillConfig:
         if not self.steps:
             return
         if self.solver not in SOLVERS:
-            raise ValueError(f"distill.solver={self.solver}: only ddim and dpmpp_2m have steps without chance to learn")
+            raise ValueError(f"distill.solver={self.solver}: it must be ddim or dpmpp_2m, the deterministic samplers")
         if self.teacher_steps < self.steps:
             raise ValueError(
-                f"distill.teacher_steps={self.teacher_steps}: a teacher of fewer steps than distill.steps={self.steps} "
-                "has nothing to teach"
+                f"distill.teacher_steps={self.teacher_steps}: the teacher needs at least as many steps as the student, "
+                f"distill.steps={self.steps}"
             )
         self.teacher_sampler(SamplerConfig())
 
     @property
     def substeps(self) -> int:
-        """Steps of the teacher for one of the student."""
+        """Teacher steps per student step."""
         return -(-self.teacher_steps // self.steps)
 
     @property
     def teacher_passes(self) -> int:
-        """Forward passes of the teacher per picture of a training step."""
+        """Forward passes of the teacher per picture and training step; 2 per teacher step with guidance."""
         return self.substeps * (1 if self.guidance == 1.0 else 2) if self.steps else 0
 
     def teacher_sampler(self, shared: SamplerConfig) -> SamplerConfig:
-        """How the teacher is sampled; `shared`: stage.sampler, for spacing and thresholds."""
+        """Return the teacher's sampler; `shared` (stage.sampler) supplies spacing and thresholding."""
         return replace(
             shared,
             name=self.solver,
@@ -225,5 +225,5 @@ class DistillConfig:
         )
 
     def student_sampler(self, shared: SamplerConfig) -> SamplerConfig:
-        """How the student is sampled."""
+        """Return the student's sampler: deterministic DDIM without guidance; the rest from `shared` (stage.sampler)."""
         return replace(shared, name="ddim", steps=self.steps, guidance=1.0, guidance_interval=[0.0, 1.0])

@@ -1,9 +1,8 @@
 """Every setting of an experiment, as typed dataclasses that refuse invalid values. Imports neither torch nor deepspeed.
-The keys of single commands, and the table of commands, are in commands.py.
+The keys of individual commands, and the table of commands, are in commands.py.
 
-Hydra composes the values from `conf/*.yaml`; these classes decide what is valid. Unknown keys and wrong types are
-refused by OmegaConf's structured configs, invalid values by `__post_init__`, and invalid combinations by
-`plan/checks.py`.
+Hydra composes the values from `conf/*.yaml`; these classes decide what is valid. OmegaConf's structured configs refuse
+unknown keys and wrong types, `__post_init__` refuses invalid values, and `plan/checks.py` invalid combinations.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ class TextConfig:
             self.encoders()
 
     def encoders(self) -> list[TextConfig]:
-        """This encoder and `also`, as separate configs.
+        """Return this encoder and `also` as separate configs.
 
         Raises:
             ConfigError: `also` has an unknown key or an `also` of its own, or leaves the first encoder no tokens.
@@ -581,7 +580,7 @@ class Experiment:
 
     @property
     def compares_features(self) -> bool:
-        """Whether a loss needs the frozen picture encoder."""
+        """Whether any loss needs the frozen picture encoder."""
         return bool(self.repa.weight or self.perceptual.weight)
 
     def __post_init__(self) -> None:
@@ -594,10 +593,10 @@ class Experiment:
             self.lora.rank == 0 or bool(self.train.init_from),
             f"lora.rank={self.lora.rank}: LoRA adapts trained weights; set train.init_from to a bundle or run",
         )
-        if self.distill.steps:  # all that draws with the stage draws as the student is meant to be drawn
+        if self.distill.steps:  # sample grids, validation and bundles must all use the student's sampler
             self.stage = replace(self.stage, sampler=self.distill.student_sampler(self.stage.sampler))
 
     @property
     def starts_from(self) -> str | None:
-        """Whose weights a fresh run begins with."""
+        """The run, checkpoint or bundle whose weights a new run starts from; None: random weights."""
         return self.train.init_from or (self.distill.teacher if self.distill.steps else None)

@@ -1,4 +1,4 @@
-"""Losses on the features of a frozen picture encoder, beside the diffusion loss (plain dataclasses, no torch)."""
+"""Auxiliary losses on the features of a frozen picture encoder (plain dataclasses, no torch)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from data_pipeline.config import at_least, require
 
 @dataclass
 class DinoConfig:
-    """The frozen picture encoder that `repa` and `perceptual` compare by."""
+    """The frozen picture encoder whose features the `repa` and `perceptual` losses compare."""
 
     path: str | None = None
-    """Directory of a DINOv2 model as transformers stores it (config.json, model.safetensors); never downloaded."""
+    """Local directory of a DINOv2 model in transformers format (config.json, model.safetensors); never downloaded."""
     side: int = 224
-    """Pictures are resized to about side x side pixels for it, in whole patches."""
+    """Pictures are resized to about side x side pixels (whole patches, same aspect ratio) before encoding."""
     sha: str | None = None
-    """Hash of its files. Null: found out at the start; checkpoints keep it and refuse another encoder."""
+    """Hash of the encoder's files; null: computed at the start. Checkpoints store it, and refuse a different
+    encoder."""
 
     def __post_init__(self) -> None:
         at_least(self, "dino", side=1)
@@ -25,15 +26,15 @@ class DinoConfig:
 
 @dataclass
 class RepaConfig:
-    """Representation alignment: the middle of the U-Net, through a small network that is trained with it and left out
-    of bundles, is drawn to the encoder's features of the clean picture."""
+    """Representation alignment (REPA): a projection head on the middle of the U-Net learns to predict the encoder's
+    features of the clean picture. The head is trained with the U-Net and left out of bundles."""
 
     weight: float = 0.0
-    """Of 1 - cosine, the mean over the encoder's patches, beside the diffusion loss; 0: off."""
+    """Weight of the loss, 1 - cosine similarity averaged over the encoder's patches; 0: off."""
     until: int = 0
-    """Step from which it no longer counts: it helps early and hurts late."""
+    """Step from which the loss is switched off: it helps early in training and hurts later."""
     width: int = 2048
-    """Of the two hidden layers of the small network."""
+    """Width of the projection head's two hidden layers."""
 
     def __post_init__(self) -> None:
         at_least(self, "repa", weight=0, until=0, width=1)
@@ -41,12 +42,13 @@ class RepaConfig:
 
 @dataclass
 class PerceptualConfig:
-    """The estimate of the clean picture is compared with it by the encoder's features, where noise is low enough."""
+    """Perceptual loss: the encoder's features of the x0 estimate are compared with those of the clean picture, at low
+    enough noise levels."""
 
     weight: float = 0.0
-    """Of 1 - cosine, the mean over the encoder's patches, beside the diffusion loss; 0: off."""
+    """Weight of the loss, 1 - cosine similarity averaged over the encoder's patches; 0: off."""
     log_snr_above: float = -1.69
-    """Log signal-to-noise ratio from which it counts."""
+    """Minimum log signal-to-noise ratio at which the loss applies."""
 
     def __post_init__(self) -> None:
         at_least(self, "perceptual", weight=0)

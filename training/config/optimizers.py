@@ -1,4 +1,4 @@
-"""The optimizers by name: what must be known about each before torch is imported."""
+"""The optimizers by name, with what must be known about each before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from training.config.experiment import OptimizerConfig
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """One optimizer: where its class is, and which settings it has."""
+    """One optimizer: its class and its settings."""
 
     module: str
     """Its module in `training.optim`."""
     name: str
     """Its class, a TrainOptimizer."""
     by_value: bool = False
-    """It treats each value by itself: any slice of the weights, in any memory layout, is updated as the whole would
-    be."""
+    """The update is elementwise: any slice of the weights, in any memory layout, is updated exactly as within the whole
+    tensor."""
     options: Mapping[str, float] = field(default_factory=dict)
     """Settings that only this optimizer has, `optimizer.options.KEY`, and their defaults."""
     unused: tuple[str, ...] = ()
-    """Fields of OptimizerConfig that this optimizer does not use; on the command line they are refused."""
+    """Fields of OptimizerConfig that this optimizer does not use; they are refused on the command line."""
 
 
 OPTIMIZERS = {
@@ -37,7 +37,7 @@ conf/optimizer/NAME.yaml."""
 
 
 def optimizer_entry(name: str) -> OptimizerEntry:
-    """The entry of `optimizer.name`. Raises ConfigError if there is none."""
+    """Return the entry of `optimizer.name`. Raises ConfigError if there is none."""
     if name not in OPTIMIZERS:
         *most, last = OPTIMIZERS
         raise ConfigError(f"optimizer.name={name}: it must be {', '.join(most)} or {last}")
@@ -45,13 +45,13 @@ def optimizer_entry(name: str) -> OptimizerEntry:
 
 
 def unused_settings(config: OptimizerConfig) -> set[str]:
-    """Fields of `config` that have no effect with its `name` and `decay`."""
+    """Return the fields of `config` that have no effect with its `name` and `decay`."""
     constant = {"decay_from"} if config.decay == "constant" else set()
     return {*optimizer_entry(config.name).unused} | constant
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Raises ConfigError for an unknown optimizer, and for options that it does not have."""
+    """Raise ConfigError for an unknown optimizer, an option it does not have, or an invalid value of one."""
     known = optimizer_entry(config.name).options
     for key in config.options.keys() - known.keys():
         has = f"it has {', '.join(known)}" if known else "it has none"
@@ -65,5 +65,5 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def options_of(config: OptimizerConfig) -> dict[str, float]:
-    """The optimizer's own settings, defaults included."""
+    """Return the optimizer's own settings, with defaults filled in."""
     return {**optimizer_entry(config.name).options, **config.options}

@@ -1,4 +1,4 @@
-"""A config as plain values and back. What stands in them is final: `${x}` in a prompt is text, not a reference."""
+"""Configs from plain values. The values are final: `${x}` in a prompt is text, not a reference."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ C = TypeVar("C")
 
 
 def from_plain(schema: type[C], settings: Any) -> C:
-    """An object of the settings class from nested dicts, lists and values.
+    """Build an instance of the settings class from nested dicts, lists and values.
 
     Raises:
-        OmegaConfBaseException: an unknown key or a wrong type; ConfigError: a value that cannot work.
+        OmegaConfBaseException: an unknown key or a wrong type.
+        ConfigError: an invalid value.
     """
     from omegaconf import OmegaConf
 
@@ -22,7 +23,7 @@ def from_plain(schema: type[C], settings: Any) -> C:
 
 
 def literal(settings: Any) -> Any:
-    """The same values, written so that OmegaConf takes no `${` for the beginning of a reference."""
+    """Return the values with every `${` escaped, so that OmegaConf does not read it as a reference."""
     if isinstance(settings, dict):
         return {name: literal(value) for name, value in settings.items()}
     if isinstance(settings, list):
@@ -31,5 +32,5 @@ def literal(settings: Any) -> Any:
 
 
 def escaped(text: str) -> str:
-    r"""`\${x}` for `${x}`; backslashes before it are doubled, as OmegaConf wants them."""
+    r"""Escape `${x}` as `\${x}`, doubling any backslashes before it, as OmegaConf requires."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)

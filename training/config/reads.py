@@ -1,4 +1,4 @@
-"""Which keys each command reads, with the settings given: an override that it would ignore is refused by name."""
+"""Which keys each command reads with the settings given; overrides that it would ignore are refused by name."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HELDOUT = (
     "data.cache_dir",
     "data.cache_gb",
 )
-"""Of reference pictures, whose shards, crop and scale the evaluation decides."""
+"""Data settings for reading reference pictures; the evaluation itself decides their shards, crop and scale."""
 PLACE = ("run.dir", "run.name", "stage.name")
-"""run.dir is runs/RUN.NAME/STAGE.NAME unless it is given."""
+"""Keys that determine the run directory: runs/RUN.NAME/STAGE.NAME unless run.dir is given."""
 DEVICES = ("cluster", "precision.dtype")
 TRAINING = (
     *(section for section in EVERYTHING if section not in ("evaluation", "optimizer")),
@@ -43,7 +43,7 @@ def _sections(without: str) -> Iterable[str]:
 
 
 def _optimizer(config: Any) -> Iterable[str]:
-    """The settings that the chosen optimizer and decay use."""
+    """Yield the settings that the chosen optimizer and decay use."""
     unused = unused_settings(config.optimizer)
     return (f"optimizer.{one.name}" for one in fields(OptimizerConfig) if one.name not in unused)
 
@@ -53,7 +53,7 @@ def _train(config: Any) -> Iterable[str]:
 
 
 def _distill(config: Any) -> Iterable[str]:
-    """The student's sampler is decided: what it is taught."""
+    """Like training, but most of stage.sampler is fixed by what the student is taught."""
     stage = [f"stage.{field.name}" for field in fields(config.stage) if field.name != "sampler"]
     shared = ("spacing", "threshold", "threshold_percentile", "aug_level", "original_side")
     sampler = (f"stage.sampler.{name}" for name in shared)
@@ -66,7 +66,7 @@ def _plan(config: Any) -> Iterable[str]:
 
 
 SUBMITTING = ("cluster", "run.")
-"""What `launch` reads itself, for the scripts and where they go."""
+"""What `launch` reads itself, to write the scripts and decide where they go."""
 Reads = Callable[[Any], Iterable[str]]
 
 
@@ -183,7 +183,8 @@ READS: dict[str, Reads] = {
     "resume": _fixed(*PLACE, "at_once"),
     "stop": _fixed(*PLACE),
 }
-"""Command -> its settings -> the keys that it reads, each with all below it (`launch`: all; each job reads its own)."""
+"""For each command, a function from its settings to the keys it reads, each including all keys below it (`launch`: all
+keys; each job reads its own)."""
 _OPTIMIZERS: dict[str, Sequence[Any]] = {
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.decay": ("cosine", "linear", "constant"),
@@ -195,23 +196,23 @@ MODES: dict[str, dict[str, Sequence[Any]]] = {
     "checkpoints": {"action": ("list", "verify", "diff", "export")},
     "prepare": {"prepare.kind": ("draw", "folder", "table", "shards")},
 }
-"""Keys whose value decides what else a command reads."""
+"""Keys whose value decides which other keys a command reads, with the values to try."""
 
 
 def is_read(verb: str, config: Any, key: str) -> bool:
-    """Whether the command reads this key, or one below it, with these settings."""
+    """Return whether the command reads this key, or one below it, with these settings."""
     read = (*ALWAYS, *READS[verb](config))
     return any(not name or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
 
 
 def refuse_unread(verb: str, config: Any, keys: Iterable[str]) -> None:
-    """Refuses overrides that change nothing.
+    """Refuse overrides that would have no effect.
 
     Args:
-        keys: those that the user has given.
+        keys: the keys that the user has set.
 
     Raises:
-        ConfigError: it names the first of them, and what reads it.
+        ConfigError: one has no effect; the message names the first such key and what does read it.
     """
     for key in keys:
         if not is_read(verb, config, key):
@@ -219,13 +220,13 @@ def refuse_unread(verb: str, config: Any, keys: Iterable[str]) -> None:
 
 
 def refuse_unread_by_all(verbs: Sequence[tuple[str, Any]], keys: Iterable[str]) -> None:
-    """The same for words that several commands share: each must be read by one of them, or by what submits them.
+    """Refuse overrides shared by several commands that neither any of them nor the submission itself would read.
 
     Args:
         verbs: commands with their settings.
 
     Raises:
-        ConfigError: it names the first key that none reads.
+        ConfigError: one has no effect; the message names the first such key.
     """
     for key in keys:
         if not key.startswith(SUBMITTING) and not any(is_read(verb, config, key) for verb, config in verbs):
@@ -233,7 +234,7 @@ def refuse_unread_by_all(verbs: Sequence[tuple[str, Any]], keys: Iterable[str]) 
 
 
 def reader(verb: str, config: Any, key: str) -> str:
-    """What reads the key instead, as the end of a sentence."""
+    """Return what reads the key instead, as the end of a sentence."""
     for mode, values in MODES.get(verb, {}).items():
         found = [value for value in values if is_read(verb, _with(config, mode, value), key)]
         if found:
@@ -245,11 +246,11 @@ def reader(verb: str, config: Any, key: str) -> str:
     others = [name for name in COMMANDS if name not in (verb, "launch") and _takes(name, key)]
     if others:
         return f"it is a setting of {', '.join(others)}"
-    return "other settings given here stand in its place; leave it out"
+    return "other settings given here take its place; leave it out"
 
 
 def unchecked(verb: str) -> Any:
-    """The command's default settings, of which some could not run: it is only asked what it would read."""
+    """Return the command's default settings without validating them: they only serve to ask what it would read."""
     kind: Any = COMMANDS[verb].config
     config = kind.__new__(kind)
     for field in fields(kind):
@@ -259,7 +260,7 @@ def unchecked(verb: str) -> Any:
 
 
 def _takes(verb: str, key: str) -> bool:
-    """Whether another command reads the key in its usual mode."""
+    """Return whether the command reads the key with its default settings."""
     config = unchecked(verb)
     return hasattr(config, key.partition(".")[0]) and is_read(verb, config, key)
 
@@ -275,7 +276,7 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _with(config: Any, key: str, value: Any) -> Any:
-    """A copy with another value, unchecked: it is only asked what it would read."""
+    """Return a copy with one value changed, without validation: it only serves to ask what a command would read."""
     head, _, rest = key.partition(".")
     changed = copy.copy(config)
     setattr(changed, head, _with(getattr(config, head), rest, value) if rest else value)

@@ -1,4 +1,4 @@
-"""U-Net sizes: one row per preset. Does not import torch, so that the command line can validate quickly."""
+"""U-Net sizes: one row per preset. Does not import torch, so that the command line validates quickly."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Structure of one U-Net. `widths[i]` is the channel count of level i (finest first); all per-level tuples have the
-    same length."""
+    """Structure of one U-Net. `widths[i]` is the number of channels at level i (finest first); all per-level tuples
+    have the same length."""
 
     widths: tuple[int, ...] = (64, 128)
     blocks: tuple[int, ...] = (2, 2)
     """Residual blocks per level (the same number on the way down and on the way up)."""
     self_attention: tuple[bool, ...] = (True, True)
-    """Levels with self-attention to which text keys and values are appended."""
+    """Levels with self-attention, to which text keys and values are appended."""
     cross_attention: tuple[bool, ...] = (False, False)
     """Levels that attend to the text only."""
     attention_every_block: bool = True
@@ -61,7 +61,7 @@ class UNetConfig:
     """Activation checkpointing per block."""
 
     def check(self) -> None:
-        """Raises ValueError, naming the field, for a structure that cannot be built."""
+        """Raise ValueError, naming the field, if the structure cannot be built."""
         where = "stage.model.overrides"
         for part in fields(self):
             kind, value = str(part.type), getattr(self, part.name)
@@ -99,7 +99,7 @@ class UNetConfig:
 
     @property
     def divisor(self) -> int:
-        """Sides of pictures must be multiples of this."""
+        """The sides of pictures must be multiples of this number of pixels."""
         return self.patch * 2 ** (len(self.widths) - (0 if self.efficient else 1))
 
 
@@ -141,7 +141,7 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=2560,
         text_pool_heads=40,
     ),
-    # 396e6, for teams with one node.
+    # 396e6 parameters, for one node.
     "base64_400m": UNetConfig(
         widths=(256, 512, 768, 768),
         blocks=(3, 3, 3, 3),
@@ -152,7 +152,7 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=1024,
         text_pool_heads=16,
     ),
-    # 106e6, for a first run.
+    # 106e6 parameters, for a first run.
     "base64_100m": UNetConfig(
         widths=(128, 256, 384, 512),
         blocks=(2, 2, 2, 3),
@@ -163,8 +163,8 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=512,
         text_pool_heads=8,
     ),
-    # 599e6: the paper's list (128-1024; 2, 4, 8, 8) with one attention per level has 470e6, so the last level attends
-    # after every block.
+    # 599e6 parameters: the paper's list (128-1024; 2, 4, 8, 8) with one attention per level has 470e6, so the last
+    # level attends after every block.
     "sr256": UNetConfig(
         widths=(128, 256, 512, 1024),
         blocks=(2, 4, 8, 8),
@@ -179,7 +179,7 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=512,
         text_pool_heads=8,
     ),
-    # 108e6, to go with base64_100m: half the widths, fewer blocks at the coarse levels.
+    # 108e6 parameters, to go with base64_100m: half the widths, fewer blocks at the coarse levels.
     "sr256_100m": UNetConfig(
         widths=(64, 128, 256, 512),
         blocks=(2, 4, 5, 5),
@@ -194,7 +194,7 @@ PRESETS: dict[str, UNetConfig] = {
         cond_dim=512,
         text_pool_heads=8,
     ),
-    # 402e6: cross-attention only; the printed list would have 468e6, so the last level has 6 blocks instead of 8.
+    # 402e6 parameters: cross-attention only; the paper's list would have 468e6, so the last level has 6 blocks, not 8.
     "sr1024": UNetConfig(
         widths=(128, 256, 512, 1024),
         blocks=(2, 4, 8, 6),
@@ -211,11 +211,11 @@ PRESETS: dict[str, UNetConfig] = {
         text_pool_heads=12,
     ),
 }
-"""One row per size."""
+"""U-Net structures by `stage.model.preset`."""
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
-    """The preset with individual fields overridden.
+    """Return the preset with individual fields overridden.
 
     Raises:
         ValueError: an unknown preset or field (the message lists the valid ones), or an invalid structure.
@@ -233,13 +233,14 @@ def resolve(preset: str, overrides: dict[str, Any]) -> UNetConfig:
 
 
 def side_multiple(stage: Any, text_dim: int) -> int:
-    """What the sides of a stage's pictures are multiples of: the U-Net halves them, and low-res pixels are whole."""
+    """Return the number that the sides of a stage's pictures must be multiples of, for the U-Net's halvings and for
+    whole low-res pixels."""
     factor = stage.image_size // stage.low_res_size if stage.low_res_size else 1
     return math.lcm(for_stage(stage, text_dim).divisor, factor)
 
 
 def for_stage(stage: Any, text_dim: int) -> UNetConfig:
-    """The U-Net of a stage (a `StageConfig`) for text embeddings of width `text_dim`.
+    """Return the U-Net structure of a stage (a `StageConfig`) for text embeddings of width `text_dim`.
 
     Raises:
         ValueError: a structure that cannot be built, or that does not fit the stage's picture size.
