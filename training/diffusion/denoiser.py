@@ -21,13 +21,13 @@ from training.config.diffusion import DiffusionConfig
 from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
 
 Denoise = Callable[[Tensor, Any], Tensor]
-"""(z (B, 3, H, W), log-SNR: one number, or fp32 (B,)) -> the estimate of x0."""
+"""Function from z (B, 3, H, W) and a log-SNR (one number, or fp32 (B,)) to the estimate of x0."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Coefficients of x0 = c_skip z + c_out F(c_in z), one value per sample each; all None for the x0 parametrisation,
-    c_in None where it is 1."""
+    """Coefficients of x0 = c_skip z + c_out F(c_in z), one value per sample each. All are None for the x0
+    parametrisation; c_in is None where it is 1."""
 
     c_in: Tensor | None
     c_skip: Tensor | None
@@ -35,7 +35,7 @@ class Scaling:
 
 
 def scaling(parametrization: str, log_snr: Tensor, sigma_data: float = 0.5) -> Scaling:
-    """The scaling of a parametrisation at log_snr (any shape)."""
+    """Return the coefficients of a parametrisation at log_snr (any shape)."""
     alpha, sigma = alpha_sigma(log_snr)
     if parametrization == "x0":
         return Scaling(None, None, None)
@@ -48,7 +48,7 @@ def scaling(parametrization: str, log_snr: Tensor, sigma_data: float = 0.5) -> S
 
 
 def target(parametrization: str, x0: Tensor, eps: Tensor, log_snr: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The regression target of F, in closed forms that avoid cancellation; log_snr broadcasts against x0."""
+    """Return the regression target of F, in closed forms that avoid cancellation; log_snr broadcasts against x0."""
     alpha, sigma = alpha_sigma(log_snr)
     if parametrization == "x0":
         return x0
@@ -61,12 +61,13 @@ def target(parametrization: str, x0: Tensor, eps: Tensor, log_snr: Tensor, sigma
 
 
 def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 pictures to fp32 in [-1, 1]; floating-point pictures must already be in that range."""
+    """Convert uint8 pictures to fp32 in [-1, 1]; floating-point pictures must already be in that range."""
     return pictures.to(torch.float32) / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures.to(torch.float32)
 
 
 def upsample(low_res: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """The up-sampler of both training and sampling: bicubic, `align_corners=False`; `size`: a side, or (H, W)."""
+    """Up-sample pictures to `size` (a side, or (H, W)), bicubic with `align_corners=False`, for training and sampling
+    alike."""
     shape = (size, size) if isinstance(size, int) else size
     if tuple(low_res.shape[-2:]) == shape:
         return low_res
@@ -74,13 +75,14 @@ def upsample(low_res: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def augment(low_res: Tensor, level: Tensor, noise: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Noise conditioning augmentation (Ho et al. 2021; Imagen, section 2.4) of the low-res picture, before up-sampling.
+    """Apply noise conditioning augmentation to the low-res picture (Ho et al. 2021; Imagen, section 2.4).
 
-    Noise at the low resolution hides the errors of the previous stage; noise added after up-sampling averages out.
+    This happens before up-sampling: noise at the low resolution hides the errors of the previous stage, noise added
+    after up-sampling would average out.
 
     Args:
         low_res: (B, 3, h, w) in [-1, 1].
-        level: (B,) times in [0, 1]; 0 leaves the picture unchanged, bit for bit.
+        level: (B,) times in [0, 1]; 0 returns the picture bit for bit.
         noise: standard normal, shaped like low_res and independent of the diffusion noise.
 
     Returns:
@@ -103,7 +105,7 @@ def network_output(
     aug_log_snr: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """The raw network output F(c_in z) in fp32. Arguments as for `UNet.forward`."""
+    """Return the raw network output F(c_in z), fp32 (B, 3, H, W). Arguments as for `UNet.forward`."""
     c_in = scaling(config.parametrization, per_sample(log_snr), config.sigma_data).c_in
     told = () if sizes is None else (sizes,)
     scaled = z if c_in is None else c_in * z
@@ -122,14 +124,14 @@ def predict_x0(
     aug_log_snr: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """The network's estimate of x0 in fp32."""
+    """Return the network's estimate of x0, fp32 (B, 3, H, W). Arguments as for `UNet.forward`."""
     given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes}
     out = network_output(model, z, log_snr, text, text_mask, config=config, **given)
     return x0_of(out, z, log_snr, config, low_res)
 
 
 def x0_of(out: Tensor, z: Tensor, log_snr: Tensor, config: DiffusionConfig, low_res: Tensor | None = None) -> Tensor:
-    """The estimate of x0 that a network's raw output stands for."""
+    """Convert a network's raw output to the estimate of x0, (B, 3, H, W)."""
     scale = scaling(config.parametrization, per_sample(log_snr), config.sigma_data)
     x0 = out if scale.c_out is None or scale.c_skip is None else scale.c_skip * z + scale.c_out * out
     return x0 + low_res if config.residual and low_res is not None else x0
@@ -149,14 +151,15 @@ def guided(
     aug_log_snr: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> Denoise:
-    """Classifier-free guidance x0 = x0_u + w (x0_c - x0_u) (Ho & Salimans 2022), both branches in one forward pass.
+    """Return a denoiser with classifier-free guidance, x0 = x0_u + w (x0_c - x0_u) (Ho & Salimans 2022), that runs both
+    branches in one forward pass.
 
     Args:
         guidance: w; 1 gives exactly the conditional model, 0 exactly the unconditional one.
-        interval: times t between which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1.
+        interval: first and last time t at which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1.
         negative: text and mask to steer away from; None: the unconditional model.
         low_res, aug_log_snr: the noised low-res picture and its log-SNR, shared by both branches and all steps.
-        sizes: what both branches are told of sizes (B, 6).
+        sizes: (B, 6), the sizes that both branches are conditioned on, see `SizeEmbedding`.
     """
     null_text, null_mask = negative or (torch.zeros_like(text), torch.zeros_like(text_mask))
     noisiest, cleanest = schedule.log_snr_at(interval[1]), schedule.log_snr_at(interval[0])

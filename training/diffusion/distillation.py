@@ -1,11 +1,12 @@
-"""Distillation: a student whose one step goes where several guided steps of its teacher go.
+"""Distillation: one step of the student learns to arrive where several guided steps of its teacher arrive.
 
-Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) halves the number of steps again and again. Here the
-student's steps are given, and each is taught all of the teacher's steps between its two noise levels at once, so one
-run does (as TRACT does, Berthelot et al. 2023, arXiv 2303.04248); guidance belongs to the teacher's steps (Meng et al.
-2023, arXiv 2210.03142), so that the student needs no second pass. With two steps each the target is Salimans & Ho's.
+Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) halves the number of steps repeatedly. Here the number
+of student steps is fixed, and each learns all of the teacher's steps between its two noise levels at once, so that one
+run is enough (as in TRACT, Berthelot et al. 2023, arXiv 2303.04248). The teacher's steps include guidance (Meng et al.
+2023, arXiv 2210.03142), so that the student needs no second forward pass. With two teacher steps per student step, the
+target is that of Salimans & Ho.
 
-    B pictures   z (B, 3, H, W)   levels fp64 (B, k + 1), log-SNRs from the student's level to its next one
+    B pictures   z (B, 3, H, W)   levels fp64 (B, k + 1), log-SNRs from one of the student's levels to its next
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from training.diffusion.schedule import Schedule, per_sample
 
 
 def taught_x0(denoise: Denoise, z: Tensor, levels: Tensor, final: Tensor, *, extrapolate: bool = False) -> Tensor:
-    """The x0 with which one DDIM step from the first to the last level arrives where the teacher's steps arrive.
+    """Return the x0 with which one DDIM step from the first to the last level arrives where the teacher's steps arrive.
 
-    A DDIM step adds (r_then - r_now) x0 to z / sigma, with r = alpha / sigma. So k of them are one with the mean of
-    their x0, weighted by what each adds to r: the target of algorithm 2 in Salimans & Ho 2022, without its differences
-    of nearly equal numbers.
+    A DDIM step adds (r_then - r_now) x0 to z / sigma, with r = alpha / sigma. So k steps equal one step with the mean
+    of their x0, weighted by what each adds to r: the target of algorithm 2 in Salimans & Ho 2022, computed without
+    subtracting nearly equal numbers.
 
     Args:
         denoise: the teacher, guided and thresholded: (z, log-SNRs (B,)) -> x0.
         levels: fp64 (B, k + 1), increasing.
-        final: bool (B,): the last level is the clean picture, where a sampler returns its last x0 as it is.
-        extrapolate: DPM-Solver++(2M) from the second step on (Lu et al. 2022), as `sampler.dpmpp_2m_step`.
+        final: bool (B,): the last level is the clean picture, where a sampler returns its last x0 unchanged.
+        extrapolate: DPM-Solver++(2M) from the second step on (Lu et al. 2022), as in `sampler.dpmpp_2m_step`.
 
     Returns:
-        (B, 3, H, W), of z's dtype.
+        (B, 3, H, W) in z's dtype.
     """
     ratio = (levels / 2).exp()
     share = ratio.diff(dim=1) / (ratio[:, -1:] - ratio[:, :1])
@@ -62,13 +63,13 @@ def taught_x0(denoise: Denoise, z: Tensor, levels: Tensor, final: Tensor, *, ext
 
 @dataclass(frozen=True)
 class Lesson:
-    """A frozen teacher, and which of its steps make one of the student's.
+    """A frozen teacher, and the teacher steps that make up each student step.
 
     Attributes:
-        levels: fp64 (N, k + 1): the log-SNRs of each of the student's N steps, the noisiest first.
+        levels: fp64 (N, k + 1): the log-SNRs of the k teacher steps in each of the student's N steps, noisiest first.
         model: the teacher's network, called as `UNet.forward`.
         config: the teacher's diffusion process.
-        sampler: how it is sampled: name (`ddim` or `dpmpp_2m`), guidance, interval, threshold.
+        sampler: the teacher's sampler: name (`ddim` or `dpmpp_2m`), guidance, interval, threshold.
         image_size: side of the whole picture, for the guidance interval.
     """
 
@@ -88,19 +89,20 @@ class Lesson:
         steps: int,
         image_size: int,
     ) -> Lesson:
-        """A lesson for a student of `steps` steps, from a teacher of `sampler.steps`, which is a multiple of them."""
+        """Return a lesson for a student of `steps` steps from a teacher of `sampler.steps` steps, a multiple of
+        `steps`."""
         fine = grid(Schedule.of(student, image_size), sampler.steps, sampler.spacing)
         each = sampler.steps // steps
         rows = [fine[i * each : (i + 1) * each + 1] for i in range(steps)]
         return cls(torch.tensor(rows, dtype=torch.float64), model, config, sampler, image_size)
 
     def step(self, t: Tensor) -> Tensor:
-        """int64 (B,): which of the student's steps belongs to a time in [0, 1), the noisiest (0) to the last times."""
+        """Return the student's step for each time in [0, 1), int64 (B,); the noisiest step, 0, has the latest times."""
         steps = len(self.levels)
         return steps - 1 - (t.to(torch.float64) * steps).long().clamp(0, steps - 1)
 
     def start(self, t: Tensor) -> Tensor:
-        """fp32 (B,): the log-SNR at which that step begins."""
+        """Return the log-SNR at which that step starts, fp32 (B,)."""
         return self.levels.to(t.device)[self.step(t), 0].to(torch.float32)
 
     @torch.no_grad()
@@ -114,7 +116,8 @@ class Lesson:
         aug_log_snr: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        """The x0 that the student should answer at (z, start(t)). Other arguments as for `denoiser.guided`."""
+        """Return the x0 that the student should predict at (z, start(t)), (B, 3, H, W). Other arguments as for
+        `denoiser.guided`."""
         settings = self.sampler
         denoise = guided(
             self.model,

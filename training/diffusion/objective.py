@@ -1,8 +1,8 @@
-"""The training objective: noise a picture, predict, weight the error.
+"""The training objective: add noise to a picture, predict the picture, weight the error.
 
     B pictures   images, low_res (B, 3, H, W)   text (B, T, D)   text_mask (B, T) bool   positions (B,) int64
 
-All randomness is a function of (seed, position): the loss of a sample does not depend on the batch or rank it is in.
+All randomness is a function of (seed, position): a sample's loss does not depend on its batch or rank.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from training.diffusion.random import Stream
 from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sample
 
 RARE = 1e-3
-"""A noise level that is drawn less often than this (per unit of log-SNR) is not weighted up further."""
+"""Lower bound on the density that `sigmoid` weighting divides by (per unit of log-SNR), so that rarely drawn noise
+levels do not get unbounded weights."""
 
 
 def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
-    """fp64 times (B,) in [0, 1) of the samples at these positions.
+    """Return the times in [0, 1) of the samples at these positions, fp64 (B,).
 
-    With `global_batch` B, positions k B ... (k + 1) B - 1 get the times frac(u_k + i / B), with one uniform u_k per
-    step: evenly spread over the global batch, each marginally uniform (Kingma et al. 2021, appendix I.1). 0:
-    independent uniform times.
+    With `global_batch` G, positions k G ... (k + 1) G - 1 get the times frac(u_k + i / G), with one uniform u_k per
+    step: evenly spread over the global batch, each marginally uniform (Kingma et al. 2021, appendix I.1). With 0, times
+    are independent and uniform.
     """
     if not global_batch:
         return random.uniform(seed, positions, Stream.TIME).to(torch.float64)
@@ -39,21 +40,23 @@ def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
 
 
 def flow_v_weight(log_snr: Tensor) -> Tensor:
-    """The unweighted error in the velocity x0 - eps of the straight path s x0 + (1 - s) eps, whose x0 error counts
-    1 / (1 - s)^2 (JiT, Li & He 2025): with sqrt(SNR) = s / (1 - s) this is (1 + sqrt(SNR))^2."""
+    """Return the weight of the x0 error that equals the unweighted error in the velocity x0 - eps of the straight path
+    s x0 + (1 - s) eps: 1 / (1 - s)^2 (JiT, Li & He 2025), which is (1 + sqrt(SNR))^2, as sqrt(SNR) = s / (1 - s)."""
     return (1 + (log_snr / 2).exp()).square()
 
 
 def sigmoid_weight(log_snr: Tensor, density: Tensor, bias: float) -> Tensor:
-    """w(lambda) e^lambda / p(lambda) with w = sigmoid(bias - lambda) on the error in eps, counted per unit of lambda
-    (Kingma & Gao 2023; Hoogeboom et al. 2024, "simpler diffusion"): the expected loss does not
-    depend on the schedule, whose density p is divided out (down to RARE). e^lambda sigmoid(bias - lambda) = e^bias
-    sigmoid(lambda - bias)."""
+    """Return the weight of the x0 error for a weight w = sigmoid(bias - lambda) on the error in eps, per unit of lambda
+    (Kingma & Gao 2023; Hoogeboom et al. 2024, "simpler diffusion"): w e^lambda / p(lambda).
+
+    Dividing by the schedule's density p (at least RARE) makes the expected loss independent of the schedule. The code
+    uses e^lambda sigmoid(bias - lambda) = e^bias sigmoid(lambda - bias).
+    """
     return math.exp(bias) * torch.sigmoid(log_snr - bias) / density.clamp(min=RARE)
 
 
 def x0_weight(log_snr: Tensor, config: DiffusionConfig, schedule: Schedule | None = None) -> Tensor:
-    """Weight of the squared x0 error at log_snr (any shape). `schedule`: of the picture's size; None: without shift.
+    """Return the weight of the squared x0 error at log_snr (any shape), capped at `max_weight`.
 
     - paper: SNR, the unweighted error in eps (Imagen, appendix A);
     - v: SNR + 1, the unweighted error in v (Salimans & Ho 2022);
@@ -61,7 +64,8 @@ def x0_weight(log_snr: Tensor, config: DiffusionConfig, schedule: Schedule | Non
     - edm: (s^2 + s_d^2) / (s s_d)^2 with s^2 = 1 / SNR (Karras et al. 2022, table 1);
     - flow_v, sigmoid: see `flow_v_weight` and `sigmoid_weight`.
 
-    Capped at `max_weight`.
+    Args:
+        schedule: the schedule for the picture's size (`sigmoid` only); None: the one without a shift.
     """
     snr = log_snr.exp()
     if config.weighting == "paper":
@@ -81,7 +85,8 @@ def x0_weight(log_snr: Tensor, config: DiffusionConfig, schedule: Schedule | Non
 
 
 def drop_text(text: Tensor, text_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Removes the text where drop (B,) is True: embeddings zeroed and masked, so that no caption length leaks."""
+    """Remove the text where drop (B,) is True, by zeroing and masking its embeddings, so that no caption length
+    leaks."""
     keep = ~drop
     return text * keep[:, None, None].to(text.dtype), text_mask & keep[:, None]
 
@@ -105,7 +110,7 @@ def loss(
     normal: Callable[..., Tensor] = random.normal,
     lesson: Lesson | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted squared error of one micro-batch.
+    """Return the weighted squared error of one micro-batch.
 
     Args:
         model: called as (z, log_snr, text, text_mask, low_res, aug_log_snr), see `UNet.forward`.
@@ -115,15 +120,15 @@ def loss(
         image_size: side of the whole picture if `images` are crops (for the schedule's shift); 0: not cropped.
         global_batch: samples per optimizer step, for stratified times; 0: independent times.
         t: fixed times (B,) instead of random ones (validation).
-        log_snr: fixed noise levels (B,), whatever the schedule; then `t` in the result is not a number.
-        sizes: (B, 6), what a network with `size_condition` is told of the originals; others are not told.
-        extra: (x0, the network's estimate of it, log_snr) -> what is added to the loss of each sample (B,).
+        log_snr: fixed noise levels (B,), regardless of the schedule; `t` in the result is then NaN unless given.
+        sizes: (B, 6), the sizes of the originals for `size_condition`, see `SizeEmbedding`; ignored without it.
+        extra: auxiliary loss: (x0, the network's estimate of it, log_snr) -> term to add to each sample's loss, (B,).
         normal: generates the noise; a compiled `random.normal` is one kernel instead of hundreds.
-        lesson: distillation: times become the student's own levels, and a teacher's steps the target in place of the
-            picture.
+        lesson: distillation: each time is replaced by the start of the student's step that it falls in, and the target
+            is the result of the teacher's steps instead of the picture.
 
     Returns:
-        The mean loss (fp32 scalar) and per-sample fp32 tensors (B,): `loss`, `t`, `log_snr`, `x0_error` (mean squared,
+        The mean loss (fp32 scalar) and per-sample tensors (B,): `loss`, `t`, `log_snr` and `x0_error` (mean squared,
         unweighted).
     """
     x0 = to_unit(images)

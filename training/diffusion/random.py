@@ -22,8 +22,7 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a random number is for; no two uses share a stream. The values are part of every run's results: never
-    renumber."""
+    """What a random number is used for; no two uses share a stream. Results depend on the values: never renumber."""
 
     TIME = 1
     NOISE = 2
@@ -36,13 +35,14 @@ class Stream(IntEnum):
 
 
 def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * m for 32-bit a and m, by 16-bit halves of m so that no product overflows int64."""
+    """Return the high and low 32 bits of a * m for 32-bit a and m, by 16-bit halves of m, so that no product overflows
+    int64."""
     low, high = a * (m & 0xFFFF), a * (m >> 16)
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four int64 tensors of 32 random bits each, from a counter of four 32-bit words (broadcast) and a key."""
+    """Return four int64 tensors of 32 random bits each, from a counter of four 32-bit words (broadcast) and a key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -54,7 +54,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def bits(seed: int, positions: Tensor, stream: int, count: int, sub: int = 0) -> Tensor:
-    """(B, count) int64 integers in [0, 2^32). Other arguments as for `uniform`."""
+    """Return random integers in [0, 2^32), int64 (B, count). Other arguments as for `uniform`."""
     positions = positions.to(torch.int64)[:, None]
     blocks = torch.arange((count + 3) // 4, device=positions.device)[None, :]
     word = torch.full_like(positions, (stream + (sub << 8)) & MASK)
@@ -65,12 +65,12 @@ def bits(seed: int, positions: Tensor, stream: int, count: int, sub: int = 0) ->
 
 
 def uniform(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...] = (), *, sub: int = 0) -> Tensor:
-    """fp32 (B, *shape) in [0, 1), multiples of 2^-24.
+    """Return uniform random numbers in [0, 1), multiples of 2^-24, fp32 (B, *shape).
 
     Args:
         seed: any integer of up to 64 bits.
         positions: int64 (B,), the global sample positions; each row depends on its own position only.
-        stream: what the number is for (`Stream`).
+        stream: what the number is used for (`Stream`).
         shape: shape of one sample's numbers.
         sub: index of a repeated use of the stream (a sampler's step), 0 <= sub < 2^24.
     """
@@ -79,7 +79,8 @@ def uniform(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...] = 
 
 
 def normal(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...] = (), *, sub: int = 0) -> Tensor:
-    """fp32 (B, *shape) standard normal (Box-Muller; |value| < 6.8). Arguments as for `uniform`."""
+    """Return standard normal random numbers, fp32 (B, *shape) (Box-Muller; |value| < 6.8). Arguments as for
+    `uniform`."""
     count = math.prod(shape)
     half = (count + 1) // 2
     drawn = bits(seed, positions, stream, 2 * half, sub)

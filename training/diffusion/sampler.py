@@ -1,7 +1,7 @@
 """Samplers: ancestral DDPM, DDIM, Heun and DPM-Solver++(2M).
 
-They work on x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting modify x0, and the noise is
-re-derived from it. Noise depends on the picture's seed alone, so a picture is independent of its batch and of the
+They work on x0 estimates at log-SNRs lambda_0 < lambda_1 < ...; thresholding and inpainting modify x0, from which the
+noise is then recomputed. Noise depends on the picture's seed alone, so a picture does not depend on its batch or on the
 number of devices.
 """
 
@@ -25,14 +25,14 @@ RHO = 7.0
 
 
 def alpha_sigma_at(log_snr: float | Tensor) -> tuple[Any, Any]:
-    """alpha and sigma of one log-SNR as Python floats; of a tensor (B,), as tensors (B, 1, 1, 1)."""
+    """Return alpha and sigma: Python floats for one log-SNR, tensors (B, 1, 1, 1) for a tensor (B,)."""
     if isinstance(log_snr, Tensor):
         return alpha_sigma(per_sample(log_snr))
     return math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
 
 
 def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: float = 0.0) -> list[float]:
-    """steps + 1 increasing log-SNRs from time `start` to time `end`; for `spacing` see `SamplerConfig`."""
+    """Return steps + 1 increasing log-SNRs from time `start` to time `end`; for `spacing` see `SamplerConfig`."""
     if spacing == "auto":
         spacing = "karras" if schedule.kind == "edm" else "time"
     shares = [i / steps for i in range(steps + 1)]
@@ -47,8 +47,15 @@ def grid(schedule: Schedule, steps: int, spacing: str, start: float = 1.0, end: 
 
 
 def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
-    """Static: clip to [-1, 1]. Dynamic (Imagen, section 2.3): clip to [-s, s] and divide by s = max(1, percentile of
-    |x0| in this picture)."""
+    """Threshold x0 (B, C, H, W).
+
+    - none: unchanged;
+    - static: clip to [-1, 1];
+    - dynamic (Imagen, section 2.3): clip to [-s, s] and divide by s = max(1, percentile of |x0| in this picture).
+
+    Args:
+        percentile: a fraction, 0 to 1.
+    """
     if kind == "none":
         return x0
     if kind == "static":
@@ -58,18 +65,19 @@ def threshold(x0: Tensor, kind: str, percentile: float) -> Tensor:
 
 
 def ddim_step(z: Tensor, x0: Tensor, now: float | Tensor, then: float | Tensor) -> Tensor:
-    """Deterministic step: alpha_s x0 + sigma_s eps, eps = (z - alpha_t x0) / sigma_t (Song et al. 2020, eta = 0).
-    `now`, `then`: log-SNRs, of all samples or (B,)."""
+    """Take a deterministic step to alpha_s x0 + sigma_s eps with eps = (z - alpha_t x0) / sigma_t (Song et al. 2020,
+    eta = 0). `now`, `then`: log-SNRs, one for all samples or (B,)."""
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
     return sigma_s / sigma * z + (alpha_s - alpha * sigma_s / sigma) * x0
 
 
 def posterior(now: float, then: float) -> tuple[float, float, float, float]:
-    """q(z_s | z_t, x0) with lambda_t = now < lambda_s = then (Imagen, appendix A; Kingma et al. 2021, equations 2-5).
+    """Return q(z_s | z_t, x0) with lambda_t = now < lambda_s = then (Imagen, appendix A; Kingma et al. 2021, equations
+    2-5).
 
     Returns:
-        The coefficients of z_t and x0, and the lower and upper bound of the variance.
+        The coefficients of z_t and x0 in the mean, and the lower and upper bound of the variance.
     """
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
@@ -79,14 +87,16 @@ def posterior(now: float, then: float) -> tuple[float, float, float, float]:
 
 
 def ddpm_step(z: Tensor, x0: Tensor, noise: Tensor, now: float, then: float, gamma: float) -> Tensor:
-    """Ancestral step; standard deviation lower^((1 - gamma) / 2) upper^(gamma / 2) (Nichol & Dhariwal 2021)."""
+    """Take an ancestral step with standard deviation lower^((1 - gamma) / 2) upper^(gamma / 2) (Nichol & Dhariwal
+    2021)."""
     keep, add, lower, upper = posterior(now, then)
     return keep * z + add * x0 + math.sqrt(lower ** (1 - gamma) * upper**gamma) * noise
 
 
 def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now: float, then: float) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM on x0 extrapolated from the previous estimate `before` at
-    log-SNR `past`. Without extrapolation in the first step and where the schedule's clamp makes the levels equal."""
+    """Take a DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2): DDIM with x0 extrapolated from the previous estimate
+    `before` at log-SNR `past`. The first step, and steps where the schedule's clamp makes levels equal, do not
+    extrapolate."""
     if before is not None and past < now < then:
         ratio = (now - past) / (then - now)
         x0 = x0 + (x0 - before) / (2 * ratio)
@@ -94,8 +104,8 @@ def dpmpp_2m_step(z: Tensor, x0: Tensor, before: Tensor | None, past: float, now
 
 
 def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) -> Tensor:
-    """Heun's method (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz / dphi = v stays
-    bounded. Calls `denoise` a second time."""
+    """Take a step of Heun's method (Karras et al. 2022, algorithm 1) in the angle phi with alpha = cos phi, where dz /
+    dphi = v stays bounded. Calls `denoise` a second time, at `then`."""
     alpha, sigma = alpha_sigma_at(now)
     alpha_s, sigma_s = alpha_sigma_at(then)
     width = math.atan2(sigma_s, alpha_s) - math.atan2(sigma, alpha)
@@ -105,8 +115,8 @@ def heun_step(z: Tensor, x0: Tensor, denoise: Denoise, now: float, then: float) 
 
 
 def chosen_sizes(shape: tuple[int, int], original_side: float) -> tuple[float, ...]:
-    """What a network with `size_condition` is told for a picture of `shape` (H, W): an original of that shape whose
-    shorter side has `original_side` pixels, nothing cut off at top and left."""
+    """Return the six sizes on which a network with `size_condition` draws a picture of `shape` (H, W): an uncropped
+    original of that aspect ratio whose shorter side has `original_side` pixels (order as in `SizeEmbedding`)."""
     height, width = shape
     scale = original_side / min(shape)
     return height * scale, width * scale, 0.0, 0.0, float(height), float(width)
@@ -129,19 +139,19 @@ def sample(
     start_noise: Tensor | None = None,
     end: float = 0.0,
 ) -> Tensor:
-    """Samples pictures with a denoiser.
+    """Sample pictures with a denoiser.
 
     Args:
         denoise: (z, log_snr) -> x0, see `denoiser.guided`.
         shape: (B, C, H, W).
         seeds: one integer per picture.
         callback: called as (step, steps) after each step.
-        image_size: the side used for the schedule's shift; 0: H.
+        image_size: the side used for the schedule's shift; 0: W.
         init: a picture (B, C, H, W) in [-1, 1] to start from (img2img, inpainting).
         strength: how much of `init` is redrawn: sampling starts at time `strength` in (0, 1].
         mask: bool (B, 1, H, W) or (B, C, H, W): True where the picture is redrawn, False where `init` is kept.
         start_noise: initial standard normal noise, instead of noise from `seeds`.
-        end: time at which to stop; at 0 the result is the last x0 estimate, otherwise z at that time.
+        end: time at which to stop; with 0 the result is the last x0 estimate, otherwise z at that time.
 
     Returns:
         fp32 (B, C, H, W); in [-1, 1] if the sampler thresholds.
@@ -206,14 +216,16 @@ def sample_stage(
     callback: Callable[[int, int], None] | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Samples one stage from text: augmentation, guidance and sampling together.
+    """Sample one stage from text: augmentation, guidance and sampling together.
 
     Args:
         text, text_mask: (B, T, D) and bool (B, T) on the model's device.
-        image_size: side of the pictures in pixels, which decides the schedule.
-        shape: (H, W) of other pictures than squares of this side.
+        image_size: side of the pictures in pixels; it decides the schedule.
         low_res: super-resolution only: (B, 3, h, w), uint8 or in [-1, 1]; noised once per picture at
             `sampler.aug_level`.
+        negative: text and mask to steer away from; None: no text.
+        init, strength, mask, callback: as for `sample`; `init` may be uint8.
+        shape: (H, W) of the pictures; None: squares of side `image_size`.
 
     Returns:
         fp32 (B, 3, H, W) in [-1, 1].

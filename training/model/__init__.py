@@ -1,1 +1,1 @@
-"""The U-Net and its layers, with LoRA adapters. Imports config."""
+"""The U-Net and its layers, LoRA adapters, and losses on the features of a frozen encoder. Imports config and text."""

@@ -1,8 +1,8 @@
 """Representation alignment (REPA, Yu et al. 2024, arXiv 2410.06940; for U-Nets U-REPA, Tian et al. 2025, arXiv
-2503.18414): the middle of the U-Net is drawn to a frozen encoder's features of the clean picture.
+2503.18414): the middle of the U-Net learns to predict a frozen encoder's features of the clean picture.
 
-Of U-REPA are the middle as the place, and up-sampling behind the small network. Its loss on similarities between the
-samples of a batch is left out: a sample's loss here does not depend on the batch that it is in.
+As in U-REPA, the features are taken from the middle of the U-Net and up-sampled after the projection head. U-REPA's
+loss on similarities between the samples of a batch is left out: here a sample's loss must not depend on its batch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from training.config.features import RepaConfig
 
 BESIDE = "alignment."
-"""Begins the names of weights that are trained with the U-Net, and that nothing is drawn with."""
+"""Prefix of the names of weights that are trained with the U-Net but not used for sampling."""
 
 
 class Alignment(nn.Module):
-    """Three linear layers with SiLU between them (REPA, section 3.2), at every place of a feature map.
+    """The projection head: three linear layers with SiLU in between (REPA, section 3.2), applied to each pixel of a
+    feature map.
 
-    What it made of the last map is kept until it is taken: the U-Net's own output stays its only one.
+    The output is kept until `take` is called, so that `UNet.forward` still returns the U-Net's output alone.
+
+    Args:
+        channels: C, channels of the feature map.
+        width: width of the two hidden layers.
+        features: width of the encoder's features.
     """
 
     def __init__(self, channels: int, width: int, features: int):
@@ -34,26 +40,31 @@ class Alignment(nn.Module):
         return self._latest
 
     def take(self) -> Tensor:
-        """What the last forward pass made, once."""
+        """Return the output of the last forward pass, (B, features, H, W), and forget it; call `forward` first."""
         latest, self._latest = self._latest, None
         assert latest is not None, "forward() first"
         return latest
 
 
 def token_distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine of features (B, N, D), the mean over the N places, (B,): REPA, equation 8, plus one."""
+    """Return 1 - cosine similarity of features (B, N, D), averaged over the N patches, (B,): REPA, equation 8, plus
+    one."""
     return 1 - F.cosine_similarity(found, wanted, dim=-1).mean(1)
 
 
 def alignment_loss(made: Tensor, wanted: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B,) `token_distance` of a map (B, D, h, w) from features (B, rows x columns, D), up-sampled to their grid."""
+    """Return the `token_distance` (B,) between a map (B, D, h, w), resized to `grid` (rows, columns), and the encoder's
+    features (B, rows x columns, D)."""
     sized = F.interpolate(made.float(), size=grid, mode="bilinear", align_corners=False)
     return token_distance(sized.flatten(2).transpose(1, 2), wanted)
 
 
 def repa_term(made: Tensor, wanted: Tensor | None, grid: tuple[int, int], config: RepaConfig) -> Tensor:
-    """What is added to the loss of each sample, (B,). After `repa.until` (`wanted` None) an exact zero through which
-    all weights still get a gradient, because ZeRO wants one for each."""
+    """Return the term to add to each sample's loss, (B,).
+
+    After `repa.until` (`wanted` None) it is exactly zero, but still connected to all weights, because ZeRO needs a
+    gradient for each.
+    """
     if wanted is None:
         return 0.0 * made.float().flatten(1).sum(1)
     return config.weight * alignment_loss(made, wanted, grid)

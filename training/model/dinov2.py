@@ -1,4 +1,4 @@
-"""A frozen DINOv2 of a local directory, whose patch features training compares pictures by. Nothing is downloaded."""
+"""A frozen DINOv2 from a local directory; training compares pictures by its patch features. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from training.config.features import DinoConfig
 from training.text.identity import folder_hash
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the pictures it was trained on (ImageNet's)."""
+"""Mean and standard deviation of each colour channel that DINOv2 expects pictures in [0, 1] to be normalised with
+(ImageNet's)."""
 
 
 def pinned_dino(config: DinoConfig) -> DinoConfig:
-    """The same encoder with `sha` filled in; unchanged where there is none.
+    """Return the config with `sha` filled in from the files at dino.path; unchanged if no path is set.
 
     Raises:
-        ConfigError: `dino.sha` names another encoder.
+        ConfigError: `dino.sha` is the hash of a different encoder.
         DataError: there is no encoder at dino.path.
     """
     if not config.path:
@@ -32,17 +33,17 @@ def pinned_dino(config: DinoConfig) -> DinoConfig:
     found = folder_hash(config.path, "dino.path")
     if config.sha not in (None, found):
         raise ConfigError(
-            f"dino.sha={config.sha}: another encoder than the one at dino.path={config.path}, which is {found}; use "
-            "the one that the run began with"
+            f"dino.sha={config.sha}: dino.path={config.path} has a different encoder, {found}; use the one that the "
+            "run started with"
         )
     return replace(config, sha=found)
 
 
 def dino_settings(path: str) -> Any:
-    """The encoder's structure (`Dinov2Config`), from its config.json.
+    """Read the encoder's structure (a transformers `Dinov2Config`) from its config.json.
 
     Raises:
-        DataError: there is none, or of another kind of model.
+        DataError: the file is missing, unreadable, or of another type of model.
     """
     from transformers import Dinov2Config
 
@@ -51,25 +52,27 @@ def dino_settings(path: str) -> Any:
         kind = json.loads(file.read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
-            f"dino.path={path}: no config.json can be read there; fetch the encoder on a machine with internet: hf "
-            f"download facebook/dinov2-base --local-dir {path}"
+            f"dino.path={path}: it has no readable config.json; fetch the encoder on a machine with internet access: "
+            f"hf download facebook/dinov2-base --local-dir {path}"
         ) from error
     if kind != "dinov2":
-        raise DataError(f"dino.path={path}: a model of type {kind}, not dinov2")
+        raise DataError(f"dino.path={path}: it holds a model of type {kind}, not dinov2")
     return Dinov2Config.from_json_file(file)
 
 
 def patch_grid(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches of a picture resized to about side x side pixels, in its own shape."""
+    """Return the rows and columns of patches of a picture resized to about side x side pixels, keeping its aspect
+    ratio. `patch`: pixels per side of a patch."""
     scale = side / (height * width) ** 0.5
     return max(round(height * scale / patch), 1), max(round(width * scale / patch), 1)
 
 
 class Dinov2:
-    """Patch features of pictures, after the last norm, without the class token.
+    """The frozen encoder; a call returns patch features after the final norm, without the class token.
 
     Raises:
-        DataError: files are missing or unreadable, or the weights lack tensors: transformers fills those at random.
+        DataError: files are missing or unreadable, or the weights lack tensors, which transformers would fill at
+            random.
     """
 
     def __init__(self, config: DinoConfig, dtype: torch.dtype, device: str) -> None:
@@ -88,10 +91,10 @@ class Dinov2:
         self.patch: int = model.config.patch_size
 
     def __call__(self, pictures: Tensor, *, learn: bool = False) -> tuple[Tensor, tuple[int, int]]:
-        """fp32 features (B, rows x columns, D) of pictures (B, 3, H, W) in [-1, 1], and (rows, columns).
+        """Return fp32 features (B, rows x columns, D) of pictures (B, 3, H, W) in [-1, 1], and (rows, columns).
 
         Args:
-            learn: gradients flow back to the pictures.
+            learn: let gradients flow back to the pictures.
         """
         rows, columns = patch_grid(pictures.shape[2], pictures.shape[3], self.side, self.patch)
         with nullcontext() if learn else torch.no_grad():
@@ -100,7 +103,8 @@ class Dinov2:
 
 
 def prepared(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1], resized (bicubic) and normalised as the encoder expects them."""
+    """Resize pictures (B, 3, H, W) in [-1, 1] to height x width (bicubic, antialiased) and normalise them as the
+    encoder expects; fp32 (B, 3, height, width)."""
     sized = F.interpolate(pictures.float(), size=(height, width), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(values, device=pictures.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return ((sized + 1) / 2 - mean) / std

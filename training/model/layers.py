@@ -2,8 +2,8 @@
 
     B pictures   C channels   H, W pixels   T text tokens   D text width   E width of the time-and-text embedding `cond`
 
-For bf16 inputs torch's kernels still compute normalisation statistics and softmax in fp32; the sinusoids are computed
-in fp32 here.
+With bf16 inputs, torch's kernels still compute normalisation statistics and softmax in fp32; sinusoids are computed in
+fp32 here.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ SKIP = 1 / math.sqrt(2)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups of at least 4 channels."""
+    """Return a GroupNorm with up to 32 groups of at least 4 channels."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 4 or g == 1))
     return nn.GroupNorm(groups, channels)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """Sets all parameters of the module to zero, so that its branch starts as a no-op; returns the module."""
+    """Set all parameters of the module to zero, so that its branch starts as a no-op; return the module."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def folded(x: Tensor, patch: int) -> Tensor:
-    """Folds patch x patch pixels into channels, (B, C, H, W) -> (B, C patch^2, H / patch, W / patch), in x's memory
+    """Fold patch x patch pixels into channels, (B, C, H, W) -> (B, C patch^2, H / patch, W / patch), keeping x's memory
     format (`pixel_unshuffle` loses it, and the whole network follows the layout of its first tensor)."""
     if patch == 1:
         return x
@@ -42,15 +42,15 @@ def folded(x: Tensor, patch: int) -> Tensor:
 
 
 def scaled_sum(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    """(x + h) scale; multiplies in place, since the gradient needs neither operand."""
+    """Return (x + h) scale; the product is in place, since the gradient needs neither operand."""
     return (x + h).mul_(scale) if scale != 1.0 else x + h
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Nearest up-sampling to twice the side, (B, C, H, W) -> (B, C, 2 H, 2 W).
+    """Up-sample to twice the side by nearest neighbour, (B, C, H, W) -> (B, C, 2 H, 2 W); keeps channels-last.
 
-    When compiled it is a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter the gradient of
-    `interpolate` by atomic additions, which is slow and not deterministic. Keeps channels last.
+    When compiled, it is a broadcast, whose gradient is a sum over 2x2 pixels: the compiler would scatter the gradient
+    of `interpolate` with atomic additions, which are slow and not deterministic.
     """
     if torch.compiler.is_compiling():
         wide = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
@@ -59,7 +59,8 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class LogSnrEmbedding(nn.Module):
-    """log-SNR (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit in fp32, then an MLP in the model dtype."""
+    """Embeds a log-SNR, (B,) fp32 -> (B, E): sinusoids of 0.05 to 10 radians per unit in fp32, then an MLP in the model
+    dtype."""
 
     def __init__(self, width: int, sinusoids: int = 64):
         super().__init__()
@@ -74,16 +75,17 @@ class LogSnrEmbedding(nn.Module):
 
 
 def sinusoids(values: Tensor, count: int) -> Tensor:
-    """fp32 (B, N) -> (B, N, 2 count): cos(v w_i), then sin(v w_i), w_i = 10000^(-i / count) for i = 0 .. count - 1
-    (Vaswani et al. 2017, section 3.5)."""
+    """Embed each value v as cos(v w_i), then sin(v w_i), with w_i = 10000^(-i / count) for i = 0 .. count - 1 (Vaswani
+    et al. 2017, section 3.5); (B, N) -> fp32 (B, N, 2 count)."""
     rates = 10000.0 ** (-torch.arange(count, device=values.device, dtype=torch.float32) / count)
     angle = values.to(torch.float32)[:, :, None] * rates
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class SizeEmbedding(nn.Module):
-    """Original height and width, crop top and left, height and width to make (B, 6) pixels -> (B, E): sinusoids of each
-    number, concatenated (SDXL, Podell et al. 2023, section 2.2), then an MLP that is zero at the start."""
+    """Embeds original height and width, crop top and left, and target height and width, (B, 6) pixels -> (B, E):
+    sinusoids of each number, concatenated (SDXL, Podell et al. 2023, section 2.2), then an MLP whose last layer starts
+    at zero."""
 
     def __init__(self, width: int, count: int = 128):
         super().__init__()
@@ -97,11 +99,11 @@ class SizeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv, scale-shift norm from `cond`, SiLU, conv (zero at the start), added to the shortcut
-    (BigGAN; ADM).
+    """Residual block of BigGAN and ADM: GroupNorm, SiLU, conv, scale-shift norm from `cond`, SiLU, conv (initialised to
+    zero), added to the shortcut.
 
-    `resample` is `none`, `down` (2x2 mean) or `up` (nearest), on both branches. With `skip_scale` the sum is multiplied
-    by 1/sqrt(2), as in SR3 and DeepFloyd IF.
+    `resample` is `none`, `down` (2x2 mean) or `up` (nearest) and applies to both branches. With `skip_scale` the sum is
+    multiplied by 1/sqrt(2), as in SR3 and DeepFloyd IF.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def resampled(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) at the resolution of the block's output."""
+        """Resample x (B, C, H, W) to the resolution of the block's output."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         return doubled(x) if self.resample == "up" else x
@@ -150,7 +152,8 @@ class Attention(nn.Module):
     """Pixels attend to the text and, with `self_attention`, to each other: text keys and values are concatenated with
     those of the pixels.
 
-    Applies LayerNorm to the text (Imagen, section 2.5). The first token is always visible, so no mask row is empty.
+    LayerNorm is applied to the text (Imagen, section 2.5). The first token, which represents no text, must be visible
+    in `text_mask`, so that every pixel has something to attend to.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
         self.feed_forward = FeedForward(channels, ff_mult, skip_scale) if ff_mult else None
         self.maps: list[Tensor] | None = None
-        """Attention weights of the text tokens, (B, T, H, W) per call, while `record_attention` is active."""
+        """Attention weights on the text tokens, (B, T, H, W) per call, while `record_attention` is active."""
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, T, D), text_mask bool (B, T) -> (B, C, H, W)."""
@@ -198,7 +201,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GroupNorm, 1x1 conv to `mult` times the channels, GELU, 1x1 conv back (zero at the start), added to the input."""
+    """GroupNorm, 1x1 conv to `mult` times the channels, GELU, 1x1 conv back (initialised to zero), added to the
+    input."""
 
     def __init__(self, channels: int, mult: int, skip_scale: bool):
         super().__init__()
@@ -213,7 +217,8 @@ class FeedForward(nn.Module):
 
 
 class TextPool(nn.Module):
-    """Attention pooling of the text into one vector (B, E): LayerNorm, mean of the visible tokens as query, MLP."""
+    """Attention pooling of the text into one vector (B, E): LayerNorm, attention with the mean of the visible tokens as
+    query, MLP."""
 
     def __init__(self, text_width: int, cond_dim: int, heads: int):
         super().__init__()
@@ -237,7 +242,7 @@ class TextPool(nn.Module):
 
 
 class DownConv(nn.Module):
-    """3x3 convolution with stride 2 (Efficient U-Net: before the level's blocks)."""
+    """3x3 convolution with stride 2; in the Efficient U-Net it comes before the level's blocks."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -249,7 +254,8 @@ class DownConv(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Nearest up-sampling to twice the side, then a 3x3 convolution (Efficient U-Net: after the level's blocks)."""
+    """Nearest up-sampling to twice the side, then a 3x3 convolution; in the Efficient U-Net it comes after the level's
+    blocks."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()

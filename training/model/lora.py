@@ -25,13 +25,13 @@ DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> int:
-    """Freezes the model and injects adapters, in place, into the layers named in `lora.targets`. They start as a no-op.
+    """Freeze the model and inject adapters, in place, into the layers named in `lora.targets`. They start as a no-op.
 
     Returns:
-        Number of trainable parameters.
+        The number of trainable parameters.
 
     Raises:
-        ConfigError: the model has no such layers, or `peft` is not installed.
+        ConfigError: the model has none of these layers, or `peft` is not installed.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -58,10 +58,10 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> int:
 
 
 def merged(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Plain fp32 weights by name: `base`, with scale B A added wherever there is an adapter.
+    """Return plain weights by name: `base`, with scale B A added wherever there is an adapter.
 
     Raises:
-        DataError: the adapters belong to another network.
+        DataError: the adapters belong to a different network.
     """
     weights = dict(base)
     for name, down in adapters.items():
@@ -71,13 +71,13 @@ def merged(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -
         up, plain = adapters[layer + UP], base.get(f"{layer}.weight")
         product = torch.einsum("or,r...->o...", up.flatten(1), down)  # a convolution's B is 1x1
         if plain is None or plain.shape != product.shape:
-            raise DataError(f"the adapter of {layer} does not fit the weights it should be added to")
+            raise DataError(f"the adapter of {layer} does not fit the weights it would be added to")
         weights[f"{layer}.weight"] = plain + scale * product
     return weights
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of named weights, independent of the file they came from."""
+    """Return the SHA-256 of named weights (names, dtypes, shapes and values), whatever file they came from."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -9,8 +9,8 @@ from training.model.alignment import token_distance
 
 
 def perceptual_term(seen: Tensor, wanted: Tensor, log_snr: Tensor, config: PerceptualConfig) -> Tensor:
-    """What is added to the loss of each sample, (B,): weight times the mean over patches of 1 - cosine between the
-    features of the estimated and of the clean picture, (B, N, D) each; an exact zero at log-SNRs (B,) below
-    `log_snr_above`, where the estimate is a mean of many pictures."""
+    """Return the term to add to each sample's loss, (B,): weight times 1 - cosine similarity, averaged over patches,
+    between the features (B, N, D) of the x0 estimate and of the clean picture. It is exactly zero at log-SNRs (B,)
+    below `log_snr_above`, where the estimate is an average over many possible pictures."""
     counts = (log_snr >= config.log_snr_above).to(seen.dtype)
     return config.weight * counts * token_distance(seen, wanted)

@@ -1,12 +1,12 @@
-"""The U-Nets of the cascade: the base one (ADM, Dhariwal & Nichol 2021) and the Efficient U-Net (Imagen, appendix B).
+"""The U-Nets of the cascade: the base U-Net (ADM, Dhariwal & Nichol 2021) and the Efficient U-Net (Imagen, appendix B).
 
-    B pictures   H, W pixels   p patch   T text tokens, one null token in front   D text width   E cond_dim
+    B pictures   H, W pixels   p patch   T text tokens, after one null token   D text width   E cond_dim
 
-Base: per level `blocks` residual blocks (each with a long skip, concatenated), BigGAN down / up blocks between levels,
+Base: `blocks` residual blocks per level (each with a long skip, concatenated), BigGAN down / up blocks between levels,
 a middle. Efficient: per level a strided convolution *before* the blocks on the way down and an up-convolution *after*
 them on the way up, one long skip per level, no middle; most blocks are at the coarse levels.
 
-Every parameter is used in every forward pass (ZeRO-3 needs that), and control flow does not depend on data (for
+Every forward pass uses every parameter (ZeRO-3 needs that), and control flow does not depend on data (for
 torch.compile).
 """
 
@@ -37,13 +37,15 @@ from training.model.layers import (
 )
 
 RECOMPILE_LIMIT = 64
-"""Shapes that torch.compile specialises one kind of block for: the distinct blocks of a U-Net at a few batch sizes."""
+"""Number of shapes for which torch.compile may specialise one kind of block: the distinct blocks of a U-Net at a few
+batch sizes."""
 
 
 class UNetBlock(nn.Module):
     """One step through the U-Net: a residual block with its attention layers, or a change of resolution.
 
-    `skip`: on the way down the output is kept; on the way up a kept output is concatenated to the input.
+    `skip`: on the way down, the output is kept for a long skip; on the way up, a kept output is concatenated to the
+    input.
     """
 
     def __init__(self, main: ResBlock | DownConv | UpConv, attentions: Sequence[Attention] = (), *, skip: bool = False):
@@ -53,7 +55,7 @@ class UNetBlock(nn.Module):
         self.skip = skip
 
     def forward(self, h: Tensor, cond: Tensor, text: Tensor, text_mask: Tensor, *kept: Tensor) -> Tensor:
-        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T), optionally a kept output ->
+        """h (B, C, H, W), cond (B, E), text (B, 1 + T, D), text_mask bool (B, 1 + T) and optionally a kept output ->
         (B, C', H', W')."""
         h = self.main(h, cond, *kept)
         for attention in self.attentions:
@@ -62,7 +64,7 @@ class UNetBlock(nn.Module):
 
 
 def attentions(config: UNetConfig, level: int) -> list[Attention]:
-    """The attention layers that follow a residual block of this level."""
+    """Return the attention layers that follow a residual block of this level."""
     kinds = [True] * config.self_attention[level] + [False] * config.cross_attention[level]
     return [
         Attention(
@@ -78,7 +80,7 @@ def attentions(config: UNetConfig, level: int) -> list[Attention]:
 
 
 def residual(config: UNetConfig, channels: int, out_channels: int, resample: str = "none") -> ResBlock:
-    """A residual block with the config's options."""
+    """Return a residual block with the config's options."""
     return ResBlock(
         channels,
         out_channels,
@@ -90,7 +92,7 @@ def residual(config: UNetConfig, channels: int, out_channels: int, resample: str
 
 
 def level_blocks(config: UNetConfig, level: int, channels: int, skips: Sequence[int]) -> list[UNetBlock]:
-    """The residual blocks of one level; `skips[j]` channels are concatenated before block j (0: none)."""
+    """Return the residual blocks of one level; `skips[j]` channels are concatenated before block j (0: none)."""
     width, blocks = config.widths[level], []
     for j, extra in enumerate(skips):
         attend = config.attention_every_block or j == len(skips) - 1
@@ -100,7 +102,7 @@ def level_blocks(config: UNetConfig, level: int, channels: int, skips: Sequence[
 
 
 def base_blocks(config: UNetConfig) -> tuple[list[UNetBlock], list[UNetBlock], list[UNetBlock]]:
-    """Way down, middle and way up of the base U-Net."""
+    """Return the way down, the middle and the way up of the base U-Net."""
     widths, depth = config.widths, len(config.widths)
     down: list[UNetBlock] = []
     up: list[UNetBlock] = []
@@ -124,7 +126,7 @@ def base_blocks(config: UNetConfig) -> tuple[list[UNetBlock], list[UNetBlock], l
 
 
 def efficient_blocks(config: UNetConfig) -> tuple[list[UNetBlock], list[UNetBlock], list[UNetBlock]]:
-    """Way down, (empty) middle and way up of the Efficient U-Net."""
+    """Return the way down, the (empty) middle and the way up of the Efficient U-Net."""
     widths = config.widths
     down: list[UNetBlock] = []
     up: list[UNetBlock] = []
@@ -164,18 +166,19 @@ class UNet(nn.Module):
         self.down, self.middle, self.up = nn.ModuleList(down), nn.ModuleList(middle), nn.ModuleList(up)
         end = 2 * top if config.efficient else top
         self.alignment: Alignment | None = None
-        """While training with `repa`; no part of what is drawn with."""
+        """Projection head, only while training with `repa`; sampling does not use it."""
         self.norm_out = group_norm(end)
         self.conv_out = zeroed(nn.Conv2d(end, pixels, 3, padding=1))
 
     def with_null_token(self, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeroes the padding and prepends the always visible token that represents no text: (B, 1 + T, ...)."""
+        """Zero the padding and prepend the always visible token that represents no text; return text (B, 1 + T, D) and
+        mask (B, 1 + T)."""
         text = text * text_mask[:, :, None].to(text.dtype)
         null = self.null_text.to(text.dtype).expand(len(text), 1, -1)
         return torch.cat([null, text], dim=1), F.pad(text_mask, (1, 0), value=True)
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """One block, recomputed in the backward pass if the config says so."""
+        """Run one block, with activation checkpointing if the config asks for it."""
         if self.config.checkpoint_blocks and self.training and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -190,16 +193,19 @@ class UNet(nn.Module):
         aug_log_snr: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        """The network's output, fp32.
+        """Return the network's output, fp32 (B, 3, H, W).
 
         Args:
-            x: (B, 3, H, W), the noised picture.
+            x: (B, 3, H, W), the noised picture, H and W multiples of `UNetConfig.divisor`.
             log_snr: (B,) fp32.
             text: (B, T, D).
             text_mask: bool (B, T), True on tokens; an all-False row means no text.
             low_res: (B, 3, H, W), up-sampled and noised; super-resolution stages only.
             aug_log_snr: (B,) fp32, the log-SNR of `low_res`.
             sizes: (B, 6) fp32, pixels, see `SizeEmbedding`; with `size_condition` only.
+
+        Raises:
+            ValueError: an input that this network needs is missing.
         """
         dtype: torch.dtype = self.conv_out.weight.dtype  # type: ignore[assignment]
         words, mask = self.with_null_token(text.to(dtype), text_mask)
@@ -227,22 +233,22 @@ class UNet(nn.Module):
         if self.alignment is not None:
             self.alignment(h)
         for block in self.up:
-            # Without a middle, h is the kept tensor itself, and concatenating it with itself would lose channels-last.
+            # Without a middle, h is itself the kept tensor, and concatenating it with itself would lose channels-last.
             kept = [skips.pop().view_as(h)] if block.skip else []
             h = self.run(block, h, cond, words, mask, *kept)
         return self.head(h, *([first] if self.config.efficient else []))
 
     def head(self, *parts: Tensor) -> Tensor:
-        """Tensors (B, C, H / p, W / p), concatenated -> (B, 3, H, W) fp32."""
+        """Concatenate tensors (B, C, H / p, W / p) and map them to the output, fp32 (B, 3, H, W)."""
         h = torch.cat(parts, dim=1)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch).to(torch.float32)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles each block and the head in place, so that parameter names do not change.
+        """Compile each block and the head in place, so that parameter names do not change.
 
         Each shape is compiled separately (`dynamic=False`); blocks of equal shape share the code. By default torch
-        compiles a function for 8 shapes and silently runs the rest uncompiled; the base U-Net has 17. By default
-        inductor also lays out strongly narrowing blocks as NCHW, so that convolutions convert back and forth.
+        compiles a function for at most 8 shapes and silently runs the rest uncompiled; the base U-Net has 17. Without
+        forced layouts, inductor runs strongly narrowing blocks as NCHW, so that convolutions convert back and forth.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         options: dict[str, Any] = {"dynamic": False, "backend": backend}
@@ -256,8 +262,8 @@ class UNet(nn.Module):
 
 @contextmanager
 def record_attention(unet: UNet) -> Iterator[list[list[Tensor]]]:
-    """Collects, per attention layer and call, the weights (B, 1 + T, H, W) with which pixels attend to the null token
-    and each text token."""
+    """Record, per attention layer and call, the weights (B, 1 + T, H, W) with which pixels attend to the null token and
+    to each text token, on the CPU; yields one list per layer."""
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
     for layer in layers:
         layer.maps = []

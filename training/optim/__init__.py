@@ -1,1 +1,2 @@
-"""Optimizers with the averages they keep, and how their states are cut into pieces. Imports config."""
+"""Optimizers with the weight averages they maintain, and the pieces into which ZeRO splits their states. Imports
+config."""

@@ -1,10 +1,10 @@
 """Adafactor (Shazeer & Stern 2018, algorithms 4 and 5, without momentum) on whole parameters or on pieces of them.
 
-ZeRO hands an optimizer flat slices, but Adafactor's second moments are means over the rows and columns of a whole
-matrix, and its step sizes follow the norms of whole parameters. So each process sums what it has, the sums are added up
-over the processes (twice per step, a few numbers per row and column), and every process keeps the same small means.
-With whole parameters it is torch.optim.Adafactor, except that a convolution (O, I, h, w) is factored as the matrix
-(O, I h w): torch factors its last two dimensions, which for 3 x 3 kernels saves next to nothing.
+ZeRO gives an optimizer flat slices, but Adafactor's second moments are means over the rows and columns of a whole
+matrix, and its step sizes depend on the norms of whole parameters. So each process sums what it has, the sums are
+reduced over the processes (twice per step, one number per row and column), and every process keeps the same small
+means. With whole parameters it equals torch.optim.Adafactor, except that a convolution (O, I, h, w) is factored as the
+matrix (O, I h w): torch factors the last two dimensions, which saves next to nothing for 3 x 3 kernels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from training.optim.pieces import Piece
 EPS1 = torch.finfo(torch.float32).eps
 BETA2_DECAY = -0.8
 LEAST_RMS = 1e-3
-"""A parameter of smaller root mean square is moved as if it had this one (eps_2 in the paper)."""
+"""Lower bound on a parameter's root mean square in its step size (eps_2 in the paper)."""
 
 
 @dataclass
 class Unit:
-    """One parameter: the pieces of it that a tensor of this process holds, and its second moments."""
+    """One parameter: its pieces in a tensor of this process, and its second moments."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,21 +42,21 @@ class Unit:
 
     @property
     def columns(self) -> int:
-        """Of its matrix; 0: a vector, which is not factored."""
+        """Columns of its matrix; 0 for a vector, which is not factored."""
         return columns_of(self.shape)
 
     @property
     def lengths(self) -> dict[str, int]:
-        """State -> number of values."""
+        """Number of values of each state."""
         return Adafactor.whole_lengths(self.shape)
 
     def begin(self, device: torch.device) -> None:
-        """Second moments of zero, where there are none yet."""
+        """Create missing second moments, as zeros."""
         for kind, length in self.lengths.items():
             self.state.setdefault(kind, torch.zeros(length, device=device))
 
     def add_squares(self, piece: Piece, gradient: Tensor, sums: list[Tensor]) -> None:
-        """Adds the squared gradient of a piece to the sums of its rows and columns (or of its single values)."""
+        """Add the squared gradient of a piece to the sums of its rows and columns (for a vector, of its values)."""
         if not self.columns:
             sums[0][piece.start : piece.stop] += gradient.square()
             return
@@ -68,13 +68,13 @@ class Unit:
         sums[1] += matrix.sum(0)
 
     def remember(self, sums: list[Tensor], share: float) -> None:
-        """Moves the second moments towards the means that the whole parameter's sums give."""
+        """Move the second moments by `share` towards the means from the whole parameter's sums."""
         counts = (self.columns, self.shape[0]) if self.columns else (1,)
         for kind, total, count in zip(self.lengths, sums, counts, strict=True):
             self.state[kind].lerp_(total / count, share)
 
     def second_moment(self, piece: Piece) -> Tensor:
-        """The estimate for each value of a piece."""
+        """Return the estimated second moment of each value of a piece."""
         if not self.columns:
             return self.state["variance"][piece.start : piece.stop].clone()
         first, last, inside = self._rows(piece)
@@ -82,13 +82,13 @@ class Unit:
         return torch.outer(rows[first:last], self.state["col_var"]).view(-1)[inside]
 
     def _rows(self, piece: Piece) -> tuple[int, int, slice]:
-        """The rows that a piece touches, and where in them it lies."""
+        """Return the first and last + 1 row that a piece touches, and its slice within these rows."""
         first, last = piece.start // self.columns, -(-piece.stop // self.columns)
         return first, last, slice(piece.start - first * self.columns, piece.stop - first * self.columns)
 
 
 class Adafactor(TrainOptimizer):
-    """See above. `shard` says which pieces the tensors hold; without it they are whole parameters."""
+    """See the module docstring. `shard` sets the pieces that tensors hold; without it they are whole parameters."""
 
     WHOLE = ("row_var", "col_var", "variance")
 
@@ -103,7 +103,7 @@ class Adafactor(TrainOptimizer):
         self._add_up: Callable[[Tensor], object] = lambda sums: None
 
     def shard(self, sharding: Sharding) -> None:
-        """Takes up the pieces that this process holds, and second moments of zero for all parameters of its flats."""
+        """Set the pieces that this process holds, and create second moments of zero for all parameters of its flats."""
         self._add_up = sharding.add_up
         for index, flat in enumerate(sharding.flats):
             names = sorted({piece.name for pieces in sharding.layout for piece in pieces if piece.flat == index})
@@ -116,7 +116,7 @@ class Adafactor(TrainOptimizer):
 
     @classmethod
     def whole_lengths(cls, shape: tuple[int, ...]) -> dict[str, int]:
-        """Means of rows and of columns of a matrix; of a vector, its values'."""
+        """Row and column means for a matrix; one value each for a vector."""
         columns = columns_of(shape)
         return {"row_var": shape[0], "col_var": columns} if columns else {"variance": prod(shape)}
 
@@ -125,7 +125,7 @@ class Adafactor(TrainOptimizer):
         return {unit.name: unit.state for units in self._units.values() for unit in units}
 
     def update(self) -> None:
-        """One update of all tensors that have a gradient (which is overwritten)."""
+        """Update all tensors that have a gradient; the gradient is overwritten."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, "Decoupled weight decay regularization"), torch's."""
+"""torch's AdamW (Loshchilov & Hutter 2019, "Decoupled weight decay regularization")."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from training.config.experiment import OptimizerConfig
 from training.optim.base import TrainOptimizer
 
-# torch's wrapper around it (gradients off, as they are here) imports the compiler: 5 s at the first step
+# torch's wrapper around it disables gradients, which they are here anyway, and imports the compiler: 5 s
 _update = getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step)
 
 
 class AdamW(TrainOptimizer, torch.optim.AdamW):
-    """Two moments in fp32; treats each value by itself, so any slice of the weights moves as the whole would."""
+    """AdamW with two moments in fp32; elementwise, so any slice of the weights is updated exactly as within the
+    whole."""
 
     SLICED = ("exp_avg", "exp_avg_sq")
 
@@ -33,5 +34,5 @@ class AdamW(TrainOptimizer, torch.optim.AdamW):
         )
 
     def update(self) -> None:
-        """torch's step."""
+        """Run torch's step."""
         _update(self)

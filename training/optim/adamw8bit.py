@@ -1,9 +1,10 @@
-"""AdamW whose moments take 8 bits each (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
+"""AdamW with 8-bit moments (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization").
 
-Blocks of 256 values share a scale, their largest magnitude; a value is the nearest of 256 places that lie denser
-towards zero (the paper's dynamic tree). Two things are ours: the square root of the second moment is kept (one that
-rounds to zero would blow up a step; in the root that happens below 1e-13 of the block's largest, not 1e-7), and both
-ends of the table are exact, so that moments written to a checkpoint as fp32 and read again are the same bit for bit.
+Blocks of 256 values share a scale, their largest magnitude; a value is rounded to the nearest of 256 levels that are
+denser towards zero (the paper's dynamic tree). This implementation differs in two points: it stores the square root of
+the second moment (a second moment that rounds to zero would blow up a step; for the root this happens below 1e-13 of
+the block's largest, not 1e-7), and both ends of the table are exact, so that moments written to a checkpoint as fp32
+and read back are bit-identical.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from training.optim.base import TrainOptimizer
 
 BLOCK = 256
 CHUNK = 1 << 22
-"""Values that are unpacked at a time."""
+"""Number of values to unpack at a time."""
 
 
 @lru_cache
 def places(signed: bool) -> tuple[float, ...]:
-    """The 256 values that a code can mean, ascending, from -1 (signed) or 0 to 1."""
+    """Return the 256 values that codes stand for, ascending, from -1 (signed) or 0 to 1."""
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2 ** (exponent + (not signed)) + 1, dtype=torch.float64)
         middle = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         found += middle + [-value for value in middle] * signed
     if signed:
-        found.remove(max(value for value in found if value < 0))  # the least negative makes room for the end
+        found.remove(max(value for value in found if value < 0))  # make room for -1
         found.append(-1.0)
     return tuple(sorted(found))
 
 
 class Packed:
-    """A flat fp32 tensor of n values in n bytes and a scale per block; zeros at first."""
+    """A flat fp32 tensor of n values, stored in n bytes and a scale per block; initially zero."""
 
     def __init__(self, size: int, signed: bool, device: torch.device) -> None:
         self.codes = torch.zeros(-(-size // BLOCK) * BLOCK, dtype=torch.uint8, device=device)
@@ -49,13 +50,13 @@ class Packed:
         self.codes.fill_(places(signed).index(0.0))
 
     def get(self, start: int, stop: int) -> Tensor:
-        """Values [start, stop), `start` a multiple of BLOCK."""
+        """Return the values [start, stop) in fp32; `start` must be a multiple of BLOCK."""
         first, last = start // BLOCK, -(-stop // BLOCK)
         values = self._places[self.codes[first * BLOCK : last * BLOCK].int()].view(-1, BLOCK)
         return values.mul_(self.scale[first:last, None]).view(-1)[: stop - start]
 
     def put(self, start: int, values: Tensor) -> None:
-        """Sets the values from `start` (a multiple of BLOCK) on."""
+        """Set the values from `start` on, which must be a multiple of BLOCK."""
         first, last = start // BLOCK, -(-(start + len(values)) // BLOCK)
         whole = torch.zeros((last - first) * BLOCK, device=values.device)
         whole[: len(values)] = values
@@ -66,12 +67,12 @@ class Packed:
         self.scale[first:last] = scale
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of stretches that fit into a small buffer as fp32."""
+        """Return the (start, stop) of chunks whose fp32 values fit in a small buffer."""
         return ((start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK))
 
 
 class AdamW8bit(TrainOptimizer):
-    """AdamW (decoupled weight decay) with packed moments; `sliced` and `set_sliced` give and take them as fp32."""
+    """AdamW with packed moments; `sliced` and `set_sliced` convert them from and to fp32."""
 
     SLICED = ("exp_avg", "exp_avg_sq")
 
@@ -93,7 +94,7 @@ class AdamW8bit(TrainOptimizer):
         return self._packed[p]
 
     def begin(self, p: Tensor) -> None:
-        """See TrainOptimizer.begin; nothing is unpacked for it."""
+        """See TrainOptimizer.begin; nothing is unpacked."""
         self.count(p, 0)
         self._of(p)
 
@@ -119,11 +120,11 @@ class AdamW8bit(TrainOptimizer):
 
     @classmethod
     def state_bytes(cls, shapes: Sequence[tuple[int, ...]], share: int) -> int:
-        """A byte per value, and a scale per block."""
+        """See TrainOptimizer.state_bytes; one byte per value, and a scale per block."""
         return len(cls.SLICED) * share * (BLOCK + 4) // BLOCK
 
     def update(self) -> None:
-        """One AdamW update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:

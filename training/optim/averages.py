@@ -1,5 +1,5 @@
-"""Exponential moving averages of the weights: their decays, their names, and other widths made afterwards. Arithmetic
-only; optimizers keep the averages (training/optim/base.py)."""
+"""Exponential moving averages of the weights: their decays, their names, and the post-hoc reconstruction of other
+widths. Arithmetic only; optimizers keep the averages themselves (training/optim/base.py)."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ WIDEST = 12**-0.5
 
 
 def decay_at(decay: float, updates: int) -> float:
-    """The decay of update number `updates` (0 for the first): ramped up as (1 + n) / (10 + n), so that early averages
-    forget the random start."""
+    """Return the decay of update number `updates` (0 for the first), ramped up as (1 + n) / (10 + n), so that early
+    averages forget the random initial weights."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
 def power_decay_at(sigma_rel: float, updates: int) -> float:
-    """The decay (1 - 1/t)^(gamma + 1) of update t = updates + 1 for a power profile of relative width sigma_rel
-    (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", eq. 4)."""
+    """Return the decay (1 - 1/t)^(gamma + 1) of update t = updates + 1 for a power profile of relative width sigma_rel
+    (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", EDM2, eq. 4)."""
     return (1 - 1 / (updates + 1)) ** (gamma_of(sigma_rel) + 1)
 
 
 def decays_at(config: EmaConfig, updates: int) -> tuple[float, ...]:
-    """One decay per average."""
+    """Return one decay per average for update number `updates` (0 for the first)."""
     rule = power_decay_at if config.profile == "power" else decay_at
     return tuple(rule(value, updates) for value in config.decays)
 
 
 @lru_cache
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a profile: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) solved for it (EDM2, eq.
-    126)."""
+    """Return the exponent gamma of a profile, by solving sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2,
+    eq. 126)."""
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -43,17 +43,18 @@ def gamma_of(sigma_rel: float) -> float:
 def posthoc_weights(
     stored: Sequence[tuple[float, float]], updates: float, sigma_rel: float
 ) -> tuple[np.ndarray, float]:
-    """Weights with which stored averages add up to the one of another width (EDM2, appendix C.3): the least-squares
-    fit of the target's profile by the stored ones, among weights that sum to one (an average of weights that do not
-    move is those weights).
+    """Return the weights with which stored averages sum to an average of another width (EDM2, appendix C.3).
+
+    This is the least-squares fit of the target's profile by the stored ones, under the constraint that the weights sum
+    to one (so that constant weights are averaged to themselves).
 
     Args:
-        stored: (updates, sigma_rel) of each stored average, power profiles all.
-        updates: where the wanted average ends.
+        stored: (updates, sigma_rel) of each stored average, all with power profiles.
+        updates: number of updates at which the target average ends.
         sigma_rel: its relative width.
 
     Returns:
-        The weights, and what the fit leaves over: the norm of the difference of the profiles relative to the target's.
+        The weights, and the residual of the fit: the norm of the difference of the profiles, relative to the target's.
     """
     t = np.array([at for at, _ in stored], dtype=np.float64)
     gamma = np.array([gamma_of(width) for _, width in stored])
@@ -67,12 +68,13 @@ def posthoc_weights(
 
 
 def _overlap(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Inner product of two power profiles (EDM2, eq. 151)."""
+    """Return the inner product of two power profiles (EDM2, eq. 151)."""
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     longest = np.maximum(t_a, t_b)
     return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * longest)
 
 
 def state_name(index: int) -> str:
-    """The optimizer state that holds average `index`; also the first part of its tensors' names in a checkpoint."""
+    """Return the name of the optimizer state that holds average `index`; also the prefix of its tensors in a
+    checkpoint."""
     return f"ema/{index}"

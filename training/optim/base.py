@@ -1,12 +1,12 @@
-"""What the engines, checkpoints and the memory plan ask of an optimizer, whichever it is.
+"""The interface of optimizers to the engines, checkpoints and the memory plan.
 
-An optimizer says which states it keeps, where they lie and how many bytes they take. A *sliced* state has a value for
-each weight and lies where the weight lies: under ZeRO in flat tensors like the weights'. A *whole* state belongs to a
-whole parameter (a mean over its rows), and each process keeps all of them.
+An optimizer declares which states it keeps and how many bytes they take. A *sliced* state has one value per weight and
+is stored like the weights: under ZeRO in flat tensors. A *whole* state belongs to a whole parameter (a mean over its
+rows), and each process keeps all of them.
 
 Moving averages of the weights (training/optim/averages.py) are states of every optimizer: ZeRO shards them exactly like
-its moments, in fp32, without gathering. A step that an engine skips never reaches the optimizer, so it does not move
-an average either.
+its moments, in fp32, without gathering. A step that an engine skips never reaches the optimizer, so it does not change
+the averages either.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from training.optim.pieces import Layout, Shapes
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which slices of which parameters the tensors of an optimizer hold, on this process and on all others."""
+    """The slices of parameters that the tensors of an optimizer hold, on this process and on all others."""
 
     flats: list[Tensor]
-    """The tensors that the optimizer moves, each a parameter to it."""
+    """The tensors that the optimizer updates, each of which it sees as a parameter."""
     layout: Layout
-    """The pieces of each process; a `Piece` says which of the flats it lies in."""
+    """The pieces of each process; each `Piece` has the index of its flat."""
     shapes: Shapes
-    """Of the whole parameters, by name."""
+    """Shapes of the whole parameters, by name."""
     rank: int
-    """This process among those of the layout."""
+    """Index of this process in the layout."""
     add_up: Callable[[Tensor], object] = lambda _: None
     """Sums a tensor over the processes, in place."""
 
 
 class TrainOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers: a subclass moves the weights in `update`; `step` moves the averages as well.
+    """Base of all optimizers: a subclass updates the weights in `update`; `step` also updates the averages.
 
-    Before each step the engine sets `averaging` (one decay per average; it follows from the number of updates so far,
-    because ZeRO 3 calls `step` once per group of parameters). An average begins as the weights before its first step.
+    Before each step the engine sets `averaging`, one decay per average, from its own count of updates (ZeRO 3 calls
+    `step` once per group of parameters). An average starts as the weights before its first step.
     """
 
     SLICED: ClassVar[tuple[str, ...]] = ()
-    """Names of the sliced states; also the first part of their tensors' names in a checkpoint."""
+    """Names of the sliced states; also the prefixes of their tensors in a checkpoint."""
     WHOLE: ClassVar[tuple[str, ...]] = ()
     """Names of the whole states; a parameter need not have all of them."""
     averaging: tuple[float, ...] = ()
 
     @classmethod
     def build(cls, parameters: Iterable[Tensor], config: OptimizerConfig, fused: bool) -> Self:
-        """The optimizer of `parameters`. `fused`: they lie on a GPU, where one kernel may do all."""
+        """Return the optimizer for `parameters`. `fused`: allow a fused kernel (parameters on a GPU)."""
         raise NotImplementedError
 
     def update(self) -> None:
-        """One update of every parameter that has a gradient; collective where `shard` was called."""
+        """Update every parameter that has a gradient; collective if `shard` was called."""
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """`update`, then every average moves towards the new weights."""
+        """Call `update`, then move every average towards the new weights."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         names = [state_name(index) for index in range(len(self.averaging))]
         fresh = {p: p.detach().clone() for p in parameters if any(name not in self.state[p] for name in names)}
@@ -79,71 +79,71 @@ class TrainOptimizer(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------- states
 
     def shard(self, sharding: Sharding) -> None:
-        """Called once, before the first step, when the tensors hold slices of parameters. An optimizer that treats each
-        value by itself has nothing to do."""
+        """Set the slices of parameters that the tensors hold; called once, before the first step, under ZeRO. An
+        elementwise optimizer has nothing to do."""
 
     def begin(self, p: Tensor) -> None:
-        """Sliced states of zero, and a count of no steps."""
+        """Set the sliced states of p to zero, and its step count to 0."""
         self.count(p, 0)
         for kind in self.SLICED:
             self.set_sliced(p, kind, torch.zeros_like(p))
 
     def count(self, p: Tensor, updates: int) -> None:
-        """As many steps have been taken of p."""
+        """Set the number of steps that p has been updated."""
         self.state[p]["step"] = torch.tensor(float(updates), device=p.device if p.is_cuda else "cpu")
 
     def sliced(self, p: Tensor, kind: str) -> Tensor:
-        """A sliced state or an average of p: fp32, in p's shape. May be changed in place only if `set_sliced` is called
-        with it afterwards."""
+        """Return a sliced state or an average of p: fp32, in p's shape. It may be changed in place only if `set_sliced`
+        is called with it afterwards."""
         return self.state[p][kind]
 
     def set_sliced(self, p: Tensor, kind: str, values: Tensor) -> None:
-        """Sets it; `values` may be kept."""
+        """Set a sliced state or an average of p; `values` may be kept, not copied."""
         self.state[p][kind] = values
 
     def states(self, p: Tensor) -> dict[str, Tensor]:
-        """All states of a whole parameter p by name, fp32, averages included; empty before its first step."""
+        """Return all states of a whole parameter p by name, fp32, including averages; empty before its first step."""
         return {kind: value for kind, value in self.state[p].items() if kind != "step"}
 
     def whole_states(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter -> its whole states by name, of sharded tensors; the same on all processes."""
+        """Return the whole states of sharded tensors, by parameter and state; they are the same on all processes."""
         return {}
 
     # ------------------------------------------------------------------------------------------------- bytes
 
     @classmethod
     def state_bytes(cls, shapes: Sequence[tuple[int, ...]], share: int) -> int:
-        """Bytes that the states (without averages) take in a process.
+        """Return the bytes that the states, without averages, take in one process.
 
         Args:
-            shapes: of all parameters.
-            share: how many of their values this process keeps.
+            shapes: shapes of all parameters.
+            share: number of their values that this process keeps.
         """
         return 4 * len(cls.SLICED) * share + cls.whole_bytes(shapes)
 
     @classmethod
     def saved_bytes(cls, shapes: Sequence[tuple[int, ...]], share: int) -> int:
-        """The same of what a checkpoint gets of them, in fp32."""
+        """Return the bytes of the same states in a checkpoint, where they are fp32."""
         return 4 * len(cls.SLICED) * share + cls.whole_bytes(shapes)
 
     @classmethod
     def whole_bytes(cls, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Bytes of the whole states."""
+        """Return the bytes of the whole states."""
         return 4 * sum(sum(cls.whole_lengths(shape).values()) for shape in shapes)
 
     @classmethod
     def whole_lengths(cls, shape: tuple[int, ...]) -> dict[str, int]:
-        """Whole state -> number of values, of a parameter of this shape."""
+        """Return the number of values of each whole state of a parameter of this shape."""
         return {}
 
 
 def columns_of(shape: tuple[int, ...]) -> int:
-    """Columns of the matrix (O, I h w) that a kernel (O, I, h, w) counts as; 0: a vector or a scalar."""
+    """Return the number of columns of the matrix (O, I h w) of a kernel (O, I, h, w); 0 for a vector or a scalar."""
     return prod(shape[1:]) if len(shape) > 1 else 0
 
 
 def skip_compiler() -> None:
-    """Spares a process that compiles nothing the import of torch's compiler (4 s).
+    """Avoid importing torch's compiler (4 s) in a process that compiles nothing.
 
     torch imports it at the first call of these functions, only to mark them as not to be compiled.
     """

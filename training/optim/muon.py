@@ -1,12 +1,12 @@
-"""Muon (Jordan et al. 2024): the momentum of each matrix, orthogonalised, is its update; AdamW moves the rest.
+"""Muon (Jordan et al. 2024): updates each matrix by its orthogonalised momentum, and everything else by AdamW.
 
-A convolution (O, I, h, w) counts as the matrix (O, I h w). Matrices with a side below LEAST_SIDE are left to AdamW:
+A convolution (O, I, h, w) is treated as the matrix (O, I h w). Matrices with a side below LEAST_SIDE are left to AdamW:
 the first and the last convolution, as the authors advise, and low-rank adapters. Updates are scaled by 0.2
 sqrt(max(rows, columns)), which gives them the size of AdamW's, so both share learning rate and weight decay (Liu et al.
 2025, "Muon is scalable for LLM training").
 
-ZeRO hands an optimizer flat slices, but a slice of a matrix cannot be orthogonalised. A matrix that lies in several
-processes is added up from its slices, orthogonalised by one of them, and handed to all; each keeps what it holds.
+ZeRO gives an optimizer flat slices, but a slice of a matrix cannot be orthogonalised. A matrix that is split over
+several processes is gathered from its slices, orthogonalised by one process, and sent to all; each uses its own slice.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from training.optim.pieces import Piece
 
 LEAST_SIDE = 32
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, chosen by its authors for its slope at zero: singular values end between 0.68 and 1.14."""
+"""Coefficients of the quintic iteration, chosen by its authors for a steep slope at zero: singular values end between
+0.68 and 1.14."""
 CHUNK = 1 << 26
-"""Values of cut matrices that are sent together."""
+"""Number of values of split matrices to send together."""
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this shape is moved by an orthogonalised update."""
+    """Return whether a parameter of this shape gets an orthogonalised update."""
     return len(shape) > 1 and min(shape[0], columns_of(tuple(shape))) >= LEAST_SIDE
 
 
 def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
-    """The nearest semi-orthogonal matrix U V^T, about, of a matrix U S V^T (Newton-Schulz iteration). On a GPU in
-    bf16, for which the iteration was made, else in fp32. A zero matrix stays zero."""
+    """Approximate the nearest semi-orthogonal matrix U V^T of a matrix U S V^T by Newton-Schulz iteration: on a GPU in
+    bf16, for which the iteration was designed, otherwise in fp32. A zero matrix stays zero."""
     a, b, c = COEFFICIENTS
     x = matrix / (matrix.norm() + 1e-30)
     x = x.bfloat16() if x.is_cuda else x
@@ -51,23 +52,23 @@ def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
 
 
 def muon_update(momentum: Tensor, shape: tuple[int, ...], iterations: int) -> Tensor:
-    """The update of a parameter of this shape, flat: to be subtracted times the learning rate."""
+    """Return the flat update of a parameter of this shape, to be multiplied by the learning rate and subtracted."""
     rows, columns = shape[0], columns_of(shape)
     return orthogonalised(momentum.view(rows, columns), iterations).reshape(-1) * (0.2 * sqrt(max(rows, columns)))
 
 
 @dataclass
 class MuonPart:
-    """One parameter of a tensor of this process."""
+    """One parameter in a tensor of this process."""
 
     name: str
     shape: tuple[int, ...]
     pieces: list[Piece]
-    """Those that this process holds."""
+    """The pieces that this process holds."""
     owner: int = -1
-    """The process that orthogonalises it, where several hold pieces; -1: one holds it whole."""
+    """The process that orthogonalises it, if several hold pieces; -1: one process holds it whole."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """`variance` of what AdamW moves: all values, on every process."""
+    """For parameters updated by AdamW: `variance`, all values, on every process."""
 
     @property
     def size(self) -> int:
@@ -76,7 +77,7 @@ class MuonPart:
 
 
 class Muon(TrainOptimizer):
-    """See above. `shard` says which pieces the tensors hold; without it they are whole parameters."""
+    """See the module docstring. `shard` sets the pieces that tensors hold; without it they are whole parameters."""
 
     SLICED = ("exp_avg",)
     WHOLE = ("variance",)
@@ -105,8 +106,8 @@ class Muon(TrainOptimizer):
         self._rank = 0
 
     def shard(self, sharding: Sharding) -> None:
-        """Takes up the pieces that this process holds, and says who orthogonalises which cut matrix: in turn, the
-        largest first."""
+        """Set the pieces that this process holds, and assign split matrices to processes for orthogonalisation: in
+        turn, the largest first."""
         self._add_up, self._rank = sharding.add_up, sharding.rank
         for index, flat in enumerate(sharding.flats):
             holders: dict[str, set[int]] = {}
@@ -126,7 +127,7 @@ class Muon(TrainOptimizer):
 
     @classmethod
     def whole_lengths(cls, shape: tuple[int, ...]) -> dict[str, int]:
-        """The second moments of what AdamW moves."""
+        """Second moments of parameters updated by AdamW."""
         return {} if is_matrix(shape) else {"variance": prod(shape)}
 
     def whole_states(self) -> dict[str, dict[str, Tensor]]:
@@ -134,7 +135,7 @@ class Muon(TrainOptimizer):
         return {part.name: part.state for parts in self._parts.values() for part in parts if part.state}
 
     def update(self) -> None:
-        """One update of all tensors that have a gradient (which is overwritten)."""
+        """Update all tensors that have a gradient; the gradient is overwritten."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -148,7 +149,8 @@ class Muon(TrainOptimizer):
                 self._by_matrix(p, [part for part in parts if is_matrix(part.shape)], group)
 
     def _by_value(self, p: Tensor, parts: list[MuonPart], group: dict[str, Any]) -> None:
-        """AdamW. Every process keeps all second moments of these few values, so their squares are added up."""
+        """Update by AdamW. Every process keeps all second moments of these few values, so their squares are reduced
+        over the processes."""
         (beta1, beta2), step = group["betas"], float(self.state[p]["step"])
         squares = torch.zeros(sum(part.size for part in parts), device=p.device)
         if not len(squares):
@@ -166,7 +168,7 @@ class Muon(TrainOptimizer):
                 _cut(p, piece).addcdiv_(mean, root.add_(group["eps"]), value=-rate)
 
     def _by_matrix(self, p: Tensor, parts: list[MuonPart], group: dict[str, Any]) -> None:
-        """Nesterov's momentum, orthogonalised."""
+        """Update by orthogonalised Nesterov momentum."""
         share, iterations, lr = group["momentum"], group["iterations"], group["lr"]
         for part in parts:
             for piece in part.pieces:
@@ -207,7 +209,7 @@ def _begin_variance(part: MuonPart, device: torch.device) -> None:
 
 
 def _chunks(parts: list[MuonPart]) -> Iterator[list[MuonPart]]:
-    """Runs of parts with at most CHUNK values together, or one larger part."""
+    """Yield consecutive parts with at most CHUNK values in total, or one larger part."""
     some: list[MuonPart] = []
     for part in parts:
         if some and sum(p.size for p in some) + part.size > CHUNK:

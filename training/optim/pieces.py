@@ -1,8 +1,8 @@
-"""From the pieces that a rank holds to whole tensors by name, and back. Knows torch.distributed, but not DeepSpeed.
+"""Converts the pieces that a rank holds to whole tensors by name, and back. Uses torch.distributed, but not DeepSpeed.
 
 ZeRO keeps a rank's share of the fp32 weights in a few flat tensors, and every optimizer state in flat tensors of the
-same layout. A `Piece` says which slice of which parameter lies where in them. From the pieces of all ranks follows,
-without further talk, who will own (and write) which whole tensor, and who has to send what to whom.
+same layout. A `Piece` is the position of a slice of a parameter in them. The pieces of all ranks determine, without
+further communication, which rank owns (and writes) each whole tensor, and which slices each rank sends to others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Piece:
         return self.stop - self.start
 
     def of(self, flats: list[torch.Tensor]) -> torch.Tensor:
-        """The view of this piece in `flats`."""
+        """Return the view of this piece in `flats`."""
         return flats[self.flat].view(-1)[self.offset : self.offset + self.size]
 
 
@@ -42,10 +42,10 @@ Layout = list[list[Piece]]
 
 
 def assign_owners(layout: Layout, shapes: Shapes) -> dict[str, int]:
-    """Parameter -> the rank that puts it together and writes it, balanced by elements.
+    """Return for each parameter the rank that assembles and writes it, balanced by number of elements.
 
-    A parameter that one rank holds whole stays there (ZeRO 1 and 2: nearly all, and equal shares by construction); the
-    cut ones go, largest first, to the rank with the least so far.
+    A parameter that one rank holds whole stays there (with ZeRO 1 and 2 nearly all, in equal shares by construction);
+    split ones go, largest first, to the rank with the fewest elements so far.
     """
     owners: dict[str, int] = {}
     load = [0] * len(layout)
@@ -63,7 +63,7 @@ def assign_owners(layout: Layout, shapes: Shapes) -> dict[str, int]:
 
 
 class Assembler:
-    """Puts whole tensors together from all ranks' pieces; every rank gets those it owns."""
+    """Assembles whole tensors from all ranks' pieces; every rank gets those it owns."""
 
     def __init__(self, layout: Layout, shapes: Shapes, rank: int) -> None:
         self.layout, self.shapes, self.rank = layout, shapes, rank
@@ -71,11 +71,11 @@ class Assembler:
         self.world_size = len(layout)
 
     def _message(self, source: int, target: int) -> list[Piece]:
-        """What `source` has for the tensors of `target`, in the order in which it is sent."""
+        """Return the pieces that `source` sends to `target`, in order."""
         return [piece for piece in self.layout[source] if self.owners[piece.name] == target]
 
     def assemble(self, flats: list[torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
-        """This rank's owned tensors from everyone's `flats` (CPU, one list per rank in the layout's order).
+        """Return the tensors that this rank owns, fp32 in their shapes, from all ranks' `flats` (CPU).
 
         Collective over `group` (gloo). A tensor that this rank holds whole is a view of `flats`, not a copy.
         """
@@ -116,6 +116,6 @@ class Assembler:
 
 
 def scatter(read: Callable[[str], torch.Tensor], pieces: list[Piece], flats: list[torch.Tensor]) -> None:
-    """Fills this rank's flat tensors from whole tensors: `read(name)` is the parameter's value or state."""
+    """Fill this rank's flat tensors from whole tensors; `read(name)` returns the parameter's value or state."""
     for piece in pieces:
         piece.of(flats).copy_(read(piece.name).reshape(-1)[piece.start : piece.stop])

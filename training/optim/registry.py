@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 
 def optimizer_class(name: str) -> type[TrainOptimizer]:
-    """The class of an optimizer in OPTIMIZERS."""
+    """Import and return the class of an optimizer in OPTIMIZERS."""
     entry = optimizer_entry(name)
     return getattr(importlib.import_module(f"training.optim.{entry.module}"), entry.name)
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, fused: bool) -> TrainOptimizer:
-    """The optimizer that the configuration names. `fused`: one kernel may do all (GPU)."""
+    """Return the optimizer that the config names. `fused`: allow a fused kernel (parameters on a GPU).
+
+    Raises:
+        ConfigError: there is no such optimizer, or it has no such options.
+    """
     check_optimizer(config)
     return optimizer_class(config.name).build(parameters, config, fused)
 
@@ -35,16 +39,17 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerC
 def states_to_load(
     meta: dict[str, Any], names: Callable[[str], list[str]], optimizer: str, ema: EmaConfig
 ) -> tuple[dict[str, str], list[int]]:
-    """Which optimizer states to read from a checkpoint.
+    """Return the optimizer states to read from a checkpoint.
 
     Args:
-        meta: the checkpoint's.
-        names: its tensors that begin with a prefix.
-        optimizer: its name.
+        meta: metadata of the checkpoint.
+        names: returns the names of its tensors that start with a prefix.
+        optimizer: name of the run's optimizer.
+        ema: the run's averages.
 
     Returns:
-        state -> the kind that it is read under (an average that the checkpoint lacks begins as its weights); and for
-        each average the number of updates after which it began.
+        For each state, the kind to read it from (an average that the checkpoint lacks starts as its weights); and for
+        each average, the number of updates after which it started.
     """
     kind_of = optimizer_class(optimizer)
     kinds, began = {kind: kind for kind in (*kind_of.SLICED, *kind_of.WHOLE)}, []
@@ -59,10 +64,10 @@ def states_to_load(
 
 
 def learning_rate(step: int, config: OptimizerConfig, total: int) -> float:
-    """The rate of step `step` (0 for the first) out of `total`: linear warm-up, constant, then the decay to zero at
-    `total`.
+    """Return the learning rate of step `step` (0 for the first) out of `total`: linear warm-up, constant, then the
+    decay to zero at `total`.
 
-    A pure function of the step, so nothing of it has to be saved.
+    It is a pure function of the step, so no scheduler state needs saving.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     start = config.decay_from * total
