@@ -1,4 +1,4 @@
-"""What training asks of an engine, whichever it is, and what all engines have in common."""
+"""The interface that training uses of an engine, and what all engines have in common."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from training.processes.ranks import Ranks
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     grad_norm: float
-    """Global norm before clipping; inf when it was not finite."""
+    """Global norm of the gradient before clipping; inf if the step was skipped."""
     skipped: bool
-    """The gradient was not finite, or the step was refused: weights, moments and averages are as before."""
+    """The gradient was not finite, or the step was refused: weights, moments and averages are unchanged."""
     lr: float
     loss: float = math.nan
-    """Of the global batch."""
+    """Mean loss of the global batch."""
     votes: Sequence[float] = ()
-    """Sums over the ranks."""
+    """Sums of the votes over the ranks."""
     problem: str = ""
-    """Why the step was refused; empty where it was not."""
+    """Why the step was refused; empty if it was not."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Of the weights that are computed with, by `precision.dtype`."""
+"""Dtype of the weights in forward and backward passes, by `precision.dtype`."""
 
 
 def in_precision(
@@ -46,8 +46,8 @@ def in_precision(
     low_res: torch.Tensor | None = None,
     *others: Any,
 ) -> tuple[Any, ...]:
-    """The arguments of `UNet.forward`, pictures and text in the weights' type, and pictures in the memory layout that
-    convolutions follow. Noise levels and sizes stay fp32: bf16 would round log-SNR 10.03 to 10."""
+    """Return the arguments of `UNet.forward` with pictures and text in the weights' dtype, and pictures in the memory
+    layout of the config. Noise levels and sizes stay fp32: bf16 would round log-SNR 10.03 to 10."""
     dtype = DTYPES[precision.dtype]
     layout = torch.channels_last if precision.channels_last else torch.preserve_format
     low_res = None if low_res is None else low_res.to(dtype, memory_format=layout)
@@ -55,30 +55,32 @@ def in_precision(
 
 
 Judge = Callable[[float, Sequence[float]], str]
-"""(loss of the global batch, sums of the votes) -> why the step must not be applied; empty when it may be."""
+"""Called with (loss of the global batch, sums of the votes); returns why the step must not be applied, or an empty
+string."""
 
 
 def accept(_loss: float, _votes: Sequence[float]) -> str:
-    """Every step may be applied."""
+    """Accept every step."""
     return ""
 
 
 class Snapshot(Protocol):
-    """The training state at one step, on its way to a checkpoint."""
+    """The training state at one step, to be written to a checkpoint."""
 
     def copy(self) -> None:
-        """Returns when all is in host memory; only the first call has anything to do. Any thread."""
+        """Copy the state to host memory and return when done; only the first call copies. May run in any thread."""
 
     def assemble(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU, valid
-        until the next snapshot. With several ranks collective, over the background group."""
+        """Return this rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU,
+        valid until the next snapshot. With several ranks, collective over the background group."""
         ...
 
 
 class Engine(Protocol):
-    """One U-Net that is trained. All methods are collective unless they say otherwise.
+    """One U-Net in training. All methods are collective unless documented otherwise.
 
-    Call it like the module; the result is fp32 whatever the precision. `micro-batches x (call, backward)`, then `step`.
+    An engine is called like the module; the result is always fp32. Per optimizer step: for each micro-batch a call and
+    `backward`, then `step`.
     """
 
     module: torch.nn.Module
@@ -88,68 +90,68 @@ class Engine(Protocol):
     def __call__(self, x: torch.Tensor, *args: Any) -> torch.Tensor: ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradient of one micro-batch's mean loss; averaged over micro-batches and ranks."""
+        """Add the gradient of one micro-batch's mean loss; the step uses the mean over micro-batches and ranks."""
 
     def step(
         self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
     ) -> StepInfo:
-        """Applies the accumulated gradient as step number `step` (0 for the first), unless it is not finite or `judge`
+        """Apply the accumulated gradient as step number `step` (0 for the first), unless it is not finite or `judge`
         refuses it.
 
         Args:
             share: mean loss of this rank's samples; the loss of the global batch is the mean over the ranks.
-            votes: what else the ranks add up, in the same collective.
-            judge: asked on every rank with the same values.
+            votes: other numbers to sum over the ranks in the same collective.
+            judge: called on every rank with the same values.
         """
         ...
 
     def norm(self) -> float:
-        """Global norm of the weights (fp32 masters)."""
+        """Return the global norm of the fp32 weights."""
         ...
 
     def squared_norm(self) -> float:
-        """This rank's part of its square. Not collective."""
+        """Return this rank's part of the squared norm of the weights. Not collective."""
         ...
 
     def set_timeout(self, seconds: float) -> None:
-        """Time-out of every process group but the background one. Not collective."""
+        """Set the time-out of every process group except the background one. Not collective."""
 
     def averaged(self, index: int = 0) -> AbstractContextManager[torch.nn.Module]:
-        """The module with the averaged weights in place of the raw ones, in evaluation mode; all ranks run it in
-        step."""
+        """Inside the context, the module has the averaged weights of average `index` and is in evaluation mode; all
+        ranks must run it in lockstep."""
         ...
 
     def snapshot(self) -> Snapshot:
-        """This rank's share of the state. Not collective."""
+        """Return a snapshot of this rank's share of the state. Not collective."""
         ...
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`, fp32
-        on the CPU."""
+        """Return this rank's share of the full tensors: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/I/NAME`,
+        ..., fp32 on the CPU."""
         ...
 
     def import_tensors(self, read: Callable[[str], torch.Tensor], kinds: dict[str, str], updates: int) -> None:
-        """Sets weights and optimizer states from whole tensors.
+        """Set weights and optimizer states from whole tensors.
 
         Args:
-            read: the tensor of a name in a checkpoint; a rank asks only for what it holds a piece of.
-            kinds: optimizer state -> the kind it is read under (`{"ema/0": "ema/1"}` when the averages changed places).
-            updates: optimizer steps that were applied before; at 0 moments are zero, and need not be there to be read.
+            read: returns a tensor of a checkpoint by name; a rank only reads tensors of which it holds a piece.
+            kinds: for each optimizer state, the kind to read it from (`{"ema/0": "ema/1"}` if averages were reordered).
+            updates: number of applied optimizer steps; with 0, moments are set to zero instead of being read.
         """
 
 
 class WeightKeeper:
-    """The half of an engine that does not depend on how it steps: its weights, their averages and its snapshots.
+    """The part of an engine that does not depend on how it steps: its weights, their averages and its snapshots.
 
-    A subclass says which fp32 tensors hold the weights (`_weights`) and an average (`_average`), and how the module
-    gets to see them (`_publish`).
+    A subclass defines which fp32 tensors hold the weights (`_weights`) and an average (`_average`), and how to copy
+    them to the module (`_publish`).
     """
 
     def __init__(self, config: Experiment, ranks: Ranks, module: torch.nn.Module) -> None:
         self.config, self.ranks, self.module = config, ranks, module
         self.updates = 0
         self._host: dict[str, torch.Tensor] = {}
-        """Memory that every snapshot is copied to."""
+        """Host memory that every snapshot reuses."""
         self._snapshot: Snapshot | None = None
 
     def _weights(self) -> list[torch.Tensor]:
@@ -159,7 +161,7 @@ class WeightKeeper:
         raise NotImplementedError
 
     def _publish(self) -> None:
-        """Makes the weights of the module what `_weights` says."""
+        """Copy `_weights` to the module's parameters, if they are separate."""
 
     def squared_norm(self) -> float:
         """See Engine."""
@@ -186,7 +188,7 @@ class WeightKeeper:
         self._publish()
 
     def _settle(self) -> None:
-        """The state may change from here on: a snapshot of it must have been copied."""
+        """Finish copying the last snapshot; called before the state changes."""
         if self._snapshot is not None:
             self._snapshot.copy()
             self._snapshot = None
@@ -206,18 +208,18 @@ class WeightKeeper:
 
 
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that the optimizer moves and a checkpoint holds: all but frozen ones (training/model/lora.py)."""
+    """Return the parameters that are trained and saved: all except frozen ones (training/model/lora.py)."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The module's persistent buffers by name."""
+    """Return the module's persistent buffers with their names."""
     persistent = module.state_dict().keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
 
 
 def set_step(optimizer: TrainOptimizer, lr: float, ema: EmaConfig, updates: int) -> None:
-    """Learning rate and averaging decays of the step that comes."""
+    """Set the learning rate and averaging decays for the next step; `updates`: optimizer steps applied so far."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.averaging = decays_at(ema, updates)

@@ -1,15 +1,17 @@
-"""The only file that knows DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`; all state in and out by name.
+"""The only file that uses DeepSpeed: ZeRO 1, 2 and 3 behind `forward, backward, step`, with all state in and out by
+name.
 
-DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API
-(hence the exact pin):
+DeepSpeed 0.19.8 keeps this rank's share of the fp32 weights in flat tensors, under names that are not public API (hence
+the exact pin):
 
-    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` says which slice of which
+    ZeRO 1, 2   optimizer.single_partition_of_fp32_groups, one per group; `param._hp_mapping` gives the slice of each
                 parameter
     ZeRO 3      optimizer.fp32_partitioned_groups_flat, one per sub-group; `optimizer.grad_position`, even slices
 
-`_layout` turns both into `Piece`s (training/optim/pieces.py); all else (checkpoints, averages, import) works on those
-alone. DeepSpeed's own checkpoint loads at no other world size or stage, its `latest` is written before the shards are
-complete, and its setters for full tensors fail under ZeRO 3 when the world size does not divide a parameter's size.
+`_layout` converts both to `Piece`s (training/optim/pieces.py), which everything else (checkpoints, averages, import)
+uses. DeepSpeed's own checkpoints cannot be loaded at another world size or stage, their `latest` is written before the
+shards are complete, and its setters for full tensors fail under ZeRO 3 if the world size does not divide a parameter's
+size.
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ from training.processes.ranks import Ranks
 
 
 def join_groups() -> None:
-    """DeepSpeed takes up the process group that exists."""
+    """Let DeepSpeed use the existing process group."""
     import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the compilation of `deepspeed_shm_comm` (minutes of g++ at first use, for nothing
-    we need)."""
+    """Import DeepSpeed, silencing its logs and without compiling `deepspeed_shm_comm` (minutes of g++ at first use, and
+    not needed here)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -69,7 +71,8 @@ def import_deepspeed() -> Any:
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports Muon whatever the optimizer, and that torch's compiler: 4 s at every start for nothing."""
+    """Import DeepSpeed's Muon without torch's compiler: DeepSpeed imports it for any optimizer, which would cost 4 s at
+    every start."""
     from deepspeed.runtime import compiler
 
     compile_function = compiler.compile
@@ -81,8 +84,8 @@ def _import_muon_uncompiled() -> None:
 
 
 def _keep_compiler_out_of_hooks(model: torch.nn.Module) -> None:
-    """ZeRO 3 fetches the weights of each module in hooks. DeepSpeed tells torch's compiler to leave two of its four
-    alone; it would trace through the others, for each shape anew, and compile no more of the model for it."""
+    """Exclude DeepSpeed's hooks, in which ZeRO 3 fetches the weights of each module, from compilation. DeepSpeed itself
+    excludes two of four; tracing the others, again for each shape, would compile no more of the model."""
     if all(module._compiled_call_impl is None for module in model.modules()):
         return
     for module in model.modules():
@@ -93,10 +96,10 @@ def _keep_compiler_out_of_hooks(model: torch.nn.Module) -> None:
 
 
 def deepspeed_config(config: Experiment, ranks: Ranks, accumulate: int) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` wants."""
+    """Return the config dictionary for `deepspeed.initialize`."""
     on_gpu = ranks.device != "cpu"
     zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": on_gpu}
-    if config.train.deterministic_reduction:  # its own linear layer rounds once more than torch's in bf16
+    if config.train.deterministic_reduction:  # DeepSpeed's linear layer rounds bf16 once more than torch's
         zero["memory_efficient_linear"] = False
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
@@ -149,7 +152,7 @@ class ZeroEngine(WeightKeeper):
         self._order: FixedOrder | None = None
         self._called: dict[torch.Tensor, str] = {p: name for name, p in trained_parameters(self.module).items()}
         self._taken: dict[str, torch.Tensor] = {}
-        """Gradients of the micro-batch under way, where `_order` adds them up."""
+        """Gradients of the current micro-batch, if `_order` sums them."""
         if config.train.deterministic_reduction:
             self._reduce_in_fixed_order(layout)
         self._allocate()
@@ -170,7 +173,7 @@ class ZeroEngine(WeightKeeper):
             self._taken = {}
         self._micro_batches += 1
         if self._micro_batches < self._accumulate:
-            self._engine.step()  # only counts: it steps when all micro-batches are in
+            self._engine.step()  # only counts micro-batches until the last one
 
     def step(
         self, step: int, share: torch.Tensor | float = math.nan, votes: Sequence[float] = (), judge: Judge = accept
@@ -187,14 +190,14 @@ class ZeroEngine(WeightKeeper):
         with nullcontext() if self._fused or not self._answer[2] else self._refusing():
             self._engine.step()
         self._micro_batches = 0
-        norm = float(self._engine.get_global_grad_norm())  # on the host already, or a number
+        norm = float(self._engine.get_global_grad_norm())  # already on the host
         skipped = not self._engine.was_step_applied()
         self.updates += not skipped
         return StepInfo(float("inf") if skipped else norm, skipped, lr, *self._answer)
 
     def _ask(self, squares: torch.Tensor | None) -> list[float]:
-        """The one collective of a step outside of the gradients': sums of squared gradients, losses and votes. The
-        host waits for its result, once. Returns the sums of `squares`."""
+        """Sum squared gradients, losses and votes over the ranks; return the sums of `squares`. Apart from those for
+        gradients, this is the only collective of a step, and the only time that the host waits for the GPU."""
         share, votes, judge = self._question
         device = self.ranks.device
         own = torch.as_tensor(share, dtype=torch.float64).to(device, non_blocking=True).detach().reshape(1)
@@ -213,7 +216,7 @@ class ZeroEngine(WeightKeeper):
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """A step inside takes DeepSpeed's way for gradients that are not finite: it drops them, and nothing else
+        """Inside the context, a step treats the gradients as not finite: DeepSpeed discards them, and nothing else
         changes."""
         zero, checked = self._zero, self._zero.check_grad_overflow if self.config.zero.stage < 3 else None
         name = "_overflow_check_and_loss_scale_update" if self.config.zero.stage == 3 else "check_overflow"
@@ -229,8 +232,8 @@ class ZeroEngine(WeightKeeper):
                 zero.check_grad_overflow = checked
 
     def _decide_with_the_norm(self) -> None:
-        """Puts `_gradient_norm` in place of DeepSpeed's, which takes a dozen kernels for each parameter and keeps the
-        GPU waiting for their launch."""
+        """Replace DeepSpeed's gradient norm by `_gradient_norm`: it launches a dozen kernels per parameter, for which
+        the GPU has to wait."""
         if self.config.zero.stage == 3:
             self._zero._get_norm_groups = lambda: [self._gradient_norm()]
             return
@@ -238,7 +241,7 @@ class ZeroEngine(WeightKeeper):
         self._zero.scaled_global_norm = self._gradient_norm
 
     def _gradient_norm(self, *_: Any, **__: Any) -> torch.Tensor:
-        """The global norm, on the host. One that is not finite makes DeepSpeed drop the step."""
+        """Return the global gradient norm on the host; if it is not finite, DeepSpeed skips the step."""
         groups = self._zero.averaged_gradients.values()
         gradients = [g for group in groups for g in group or () if g is not None and g.numel()]
         if self._order is not None:
@@ -251,7 +254,7 @@ class ZeroEngine(WeightKeeper):
     # ------------------------------------------------------------------- the same bits on any number of ranks
 
     def _reduce_in_fixed_order(self, layout: Layout) -> None:
-        """Takes gradients away from DeepSpeed as they come, and gives it their mean at the step."""
+        """Intercept gradients as they are computed, and hand DeepSpeed their mean at the step."""
         zero, leaves = self._zero, self.ranks.world_size * self._accumulate
         group = zero.dp_process_group if self.ranks.world_size > 1 else None
         self._order = FixedOrder(leaves, layout, self.ranks.rank, group, self.ranks.device)
@@ -268,7 +271,7 @@ class ZeroEngine(WeightKeeper):
                 self._taken[self._called[parameter]], parameter.grad = parameter.grad, None
 
     def _give_back(self, mean: torch.Tensor) -> None:
-        """This rank's slices of the mean gradient, as DeepSpeed wants them: flat like the weights."""
+        """Hand DeepSpeed this rank's slices of the mean gradient, in flat tensors like those of the weights."""
         flats = [torch.zeros_like(flat) for flat in self._flats]
         for piece, part in zip(self._pieces, mean.split([piece.size for piece in self._pieces]), strict=True):
             piece.of(flats).copy_(part)
@@ -276,7 +279,8 @@ class ZeroEngine(WeightKeeper):
             self._zero.averaged_gradients[index] = [flat]
 
     def _gather_persistent_at_once(self) -> None:
-        """After a step ZeRO 3 gathers the small parameters that stay whole; DeepSpeed sends one message for each."""
+        """Gather the small parameters that ZeRO 3 keeps whole in one message after a step; DeepSpeed sends one for
+        each."""
         persistent = self._zero.persistent_parameters
         if persistent:
 
@@ -292,8 +296,8 @@ class ZeroEngine(WeightKeeper):
         return math.sqrt(all_sum([self.squared_norm()], self.ranks)[0])
 
     def set_timeout(self, seconds: float) -> None:
-        """See Engine. DeepSpeed passes none to its own groups, which would otherwise wait 10 to 30 minutes for a rank
-        that hangs."""
+        """See Engine. DeepSpeed sets no time-out for its own groups, which would wait 10 to 30 minutes for a rank that
+        hangs."""
         import torch.distributed.distributed_c10d as c10d
 
         for group in list(c10d._world.pg_map):
@@ -301,7 +305,7 @@ class ZeroEngine(WeightKeeper):
                 c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def _add_up(self, sums: torch.Tensor) -> None:
-        """Sums a tensor over the ranks, in place."""
+        """Sum a tensor over the ranks, in place."""
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(sums, group=None if sums.is_cuda else self.ranks.control)
 
@@ -334,7 +338,7 @@ class ZeroEngine(WeightKeeper):
         return pieces
 
     def _allocate(self) -> None:
-        """Optimizer states from the start: moments zero, averages equal to the weights."""
+        """Create the optimizer states: moments zero, averages equal to the weights."""
         for flat in self._flats:
             self._optimizer.begin(flat)
             for name in self._averages:
@@ -344,7 +348,7 @@ class ZeroEngine(WeightKeeper):
         return [self._optimizer.sliced(flat, name) for flat in self._flats]
 
     def _publish(self) -> None:
-        """Makes the weights of the module what the fp32 flat tensors say."""
+        """Copy the fp32 flat tensors to the module's weights."""
         if self.config.zero.stage < 3:
             self._zero.update_lp_params()
             return

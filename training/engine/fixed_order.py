@@ -1,9 +1,9 @@
-"""Gradients, losses and norms that are the same bits on any number of ranks (`train.deterministic_reduction`).
+"""Gradients, losses and norms that are bit-identical on any number of ranks (`train.deterministic_reduction`).
 
-The micro-batches of the global batch are the leaves of one binary tree, whatever rank computes them: leaf k is micro-
-batch k of the global batch, and sums are always taken of the same pairs. A rank adds up what pairs it holds, sends the
-few partial sums that are left to the ranks that own their slices, and those finish the tree. The norm of the gradient
-is a sum over slices whose borders depend on the number of ranks, so it is taken exactly, in integers.
+The micro-batches of the global batch are the leaves of one binary tree, whichever rank computes them: leaf k is
+micro-batch k of the global batch, and the same pairs are always added. A rank adds the pairs that it holds and sends
+the few remaining partial sums to the ranks that own their slices, which finish the tree. The gradient norm is a sum
+over slices whose borders depend on the number of ranks, so it is computed exactly, in integers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Node = tuple[int, int]
 
 
 class Tree(Generic[Value]):
-    """Adds up the leaves 0 to `count` - 1, always in the same pairs, in whatever order they come. A node without a
-    neighbour (`count` is not a power of two) moves up as it is."""
+    """Sums the leaves 0 to `count` - 1, always in the same pairs, in whatever order they arrive. A node without a
+    neighbour (if `count` is not a power of two) moves up unchanged."""
 
     def __init__(self, count: int, add: Callable[[Value, Value], Value]) -> None:
         self.count, self._add = count, add
         self.nodes: dict[Node, Value] = {}
-        """What waits for its neighbour; with all leaves in, the root alone."""
+        """Nodes that wait for their neighbour; once all leaves are in, only the root."""
 
     def put(self, node: Node, value: Value) -> None:
-        """The value of a leaf (0, k), or of a node all of whose leaves are in it."""
+        """Add the value of a leaf (0, k), or of a complete node."""
         level, index = node
         while (width := -(-self.count >> level)) > 1:
             other = index ^ 1
@@ -45,13 +45,13 @@ class Tree(Generic[Value]):
         self.nodes[level, index] = value
 
     def root(self) -> Value:
-        """The sum of all leaves."""
+        """Return the sum of all leaves."""
         (value,) = self.nodes.values()
         return value
 
 
 def partial_sums(rank: int, world_size: int, leaves: int) -> list[Node]:
-    """The nodes that are left on a rank with its share of the leaves."""
+    """Return the nodes that remain on a rank after it has added the pairs in its share of the leaves."""
     tree: Tree[int] = Tree(leaves, lambda a, b: a + b)
     for leaf in range(rank * leaves // world_size, (rank + 1) * leaves // world_size):
         tree.put((0, leaf), 1)
@@ -59,7 +59,7 @@ def partial_sums(rank: int, world_size: int, leaves: int) -> list[Node]:
 
 
 class _Border(torch.autograd.Function):
-    """The identity, as a node of its own in the graph."""
+    """The identity, as a separate node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -71,11 +71,11 @@ class _Border(torch.autograd.Function):
 
 
 def mark_borders(model: torch.nn.Module) -> None:
-    """Puts the identity around every module, as ZeRO 3 does with functions of its own.
+    """Put the identity around every module, as ZeRO 3 does with functions of its own.
 
-    Where several modules read one tensor (the conditioning vector), autograd adds up what comes back from inside a
-    module before it adds that to what comes from others. Without borders it adds all of it one by one: other pairs,
-    and so other bits.
+    If several modules read one tensor (the conditioning vector), autograd then sums the gradients from inside one
+    module before adding those from others. Without borders it adds them all one by one: different pairs, and so
+    different bits.
     """
 
     def border(value: Any) -> Any:
@@ -92,10 +92,10 @@ class FixedOrder:
     """The gradient of one step, micro-batch by micro-batch.
 
     Args:
-        leaves: micro-batches of the global batch, over all ranks.
-        layout: which slices of which parameters each rank updates; together all of them, once.
-        rank: this one.
-        group: all ranks; None where one is alone.
+        leaves: number of micro-batches of the global batch, over all ranks.
+        layout: the slices of parameters that each rank updates; together they cover all parameters once.
+        rank: this rank.
+        group: process group of all ranks; None for a single rank.
     """
 
     def __init__(self, leaves: int, layout: Layout, rank: int, group: Any, device: str) -> None:
@@ -106,13 +106,13 @@ class FixedOrder:
         self.begin()
 
     def begin(self) -> None:
-        """A new step."""
+        """Start a new step."""
         self._tree: Tree[torch.Tensor] = Tree(self.leaves, torch.Tensor.add_)
         self._losses: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def add(self, number: int, gradients: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
-        """This rank's micro-batch `number`: its gradients by name (those that are missing are zero) and mean loss."""
+        """Add this rank's micro-batch `number`: its gradients by name (missing ones are zero) and its mean loss."""
         parts = []
         for pieces in self.layout:
             for piece in pieces:
@@ -127,7 +127,7 @@ class FixedOrder:
 
     @torch.no_grad()
     def mean(self) -> torch.Tensor:
-        """This rank's slices of the mean gradient, one after the other, fp32. Collective."""
+        """Return this rank's slices of the mean gradient, concatenated, fp32. Collective."""
         own = self._tree.nodes
         if len(self.layout) > 1:
             own = self._exchange()
@@ -137,7 +137,7 @@ class FixedOrder:
         return tree.root().div_(self.leaves)
 
     def _exchange(self) -> dict[Node, torch.Tensor]:
-        """This rank's slices of all ranks' partial sums."""
+        """Return this rank's slices of all ranks' partial sums."""
         found: dict[Node, torch.Tensor] = {}
         mine, own = self._sizes[self.rank], self._nodes[self.rank]
         for turn in range(max(map(len, self._nodes))):
@@ -153,11 +153,12 @@ class FixedOrder:
         return found
 
     def norm(self, gradients: Sequence[torch.Tensor], add_up: Callable[[torch.Tensor | None], list[float]]) -> float:
-        """The global norm of this rank's `gradients`, whatever the borders of the slices; inf where it is not finite.
-        Ends the step. One collective for the largest magnitude, besides `add_up`.
+        """Return the global norm of all ranks' `gradients`, independent of the borders of slices; inf if it is not
+        finite. Ends the step. Takes one collective for the largest magnitude, besides `add_up`.
 
         Args:
-            add_up: sums of a tensor over the ranks; None has it add up what else it has to.
+            add_up: sums a tensor over the ranks, together with whatever else it has to sum; called with None if the
+                norm is not finite.
         """
         peaks, count = peak_of(gradients, self.device), sum(self._sizes)
         if self.group is not None:
@@ -169,7 +170,7 @@ class FixedOrder:
         return norm_of(sums, peak, count) if finite else math.inf
 
     def losses(self) -> torch.Tensor:
-        """(leaves,) fp64: those of this rank's micro-batches in their places, zeros elsewhere."""
+        """Return the losses of this rank's micro-batches at their leaves, zeros elsewhere: fp64 (leaves,)."""
         places = torch.zeros(self.leaves, dtype=torch.float64, device=self.device)
         for leaf, loss in self._losses.items():
             places[leaf] = loss
@@ -178,7 +179,7 @@ class FixedOrder:
 
 @torch.no_grad()
 def peak_of(tensors: Sequence[torch.Tensor], device: str) -> torch.Tensor:
-    """The largest magnitude, (1,) fp64; inf where a value is not finite."""
+    """Return the largest magnitude, fp64 (1,); inf if a value is not finite."""
     peaks = [torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32).double() for tensor in tensors]
     peak = torch.stack(peaks).max() if peaks else torch.zeros((), dtype=torch.float64)
     return torch.where(peak.isfinite(), peak, math.inf).reshape(1).to(device)
@@ -186,12 +187,12 @@ def peak_of(tensors: Sequence[torch.Tensor], device: str) -> torch.Tensor:
 
 @torch.no_grad()
 def exact_squares(tensors: Sequence[torch.Tensor], peak: float, count: int, device: str) -> torch.Tensor:
-    """The sum of the squares of fp32 values in fixed point, (4,) fp64 integers that may be summed over ranks in any
-    order; what is cut off is below count^-1 2^-60 of the largest square.
+    """Return the sum of the squares of fp32 values in fixed point, as integers in fp64 (4,) that can be summed over
+    ranks in any order; the truncation error is below count^-1 2^-60 of the largest square.
 
     Args:
         peak: the largest magnitude on any rank, finite.
-        count: values on all ranks together.
+        count: number of values on all ranks together.
     """
     bits, scale = _bits(count), 2.0 ** -math.frexp(peak)[1]
     sums = torch.zeros(2, dtype=torch.int64, device=device)
@@ -204,12 +205,13 @@ def exact_squares(tensors: Sequence[torch.Tensor], peak: float, count: int, devi
 
 
 def norm_of(sums: Sequence[float], peak: float, count: int) -> float:
-    """The norm from the sums of `exact_squares`."""
+    """Return the norm from the sums of `exact_squares`."""
     bits = _bits(count)
     high, low = ((int(sums[i]) << 31) + int(sums[2 + i]) for i in range(2))
     return math.ldexp(math.sqrt(math.ldexp((high << bits) + low, -2 * bits)), math.frexp(peak)[1])
 
 
 def _bits(count: int) -> int:
-    """Bits of each of the two parts of a square: sums of `count` of them fit into 62 bits."""
+    """Return the number of bits of each of the two parts of a square, so that sums of `count` of them fit in 62
+    bits."""
     return 62 - max(1, count).bit_length()

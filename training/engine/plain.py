@@ -1,5 +1,5 @@
-"""`zero.stage=0`: plain PyTorch on one device in fp32. The reference that ZeRO is tested against; no DeepSpeed is
-imported."""
+"""`zero.stage=0`: plain PyTorch on one device in fp32, the reference that ZeRO is tested against. Does not import
+DeepSpeed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ from training.processes.ranks import Ranks
 
 
 class PlainEngine(WeightKeeper):
-    """An Engine (training/engine/base.py) of one process."""
+    """An Engine (training/engine/base.py) for one process.
+
+    Raises:
+        ConfigError: several processes, or bf16.
+    """
 
     def __init__(self, model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> None:
         if ranks.world_size > 1:
@@ -43,7 +47,7 @@ class PlainEngine(WeightKeeper):
         super().__init__(config, ranks, model.to(ranks.device))
         if (
             config.precision.channels_last and optimizer_entry(config.optimizer.name).by_value
-        ):  # others cut weights as they lie
+        ):  # others depend on the order of values in memory
             self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._trained = trained_parameters(model)
         self.optimizer = build_optimizer(self._trained.values(), config.optimizer, fused=ranks.device != "cpu")
@@ -97,7 +101,7 @@ class PlainEngine(WeightKeeper):
         return StepInfo(float("inf") if skipped else norm, skipped, lr, loss, votes, problem)
 
     def _clip_exactly(self, order: FixedOrder, parameters: list[torch.nn.Parameter]) -> tuple[float, float]:
-        """Sets the mean gradient, clipped with DeepSpeed's arithmetic; its norm before, and the loss."""
+        """Set the mean gradient, clipped with DeepSpeed's arithmetic; return its norm before clipping, and the loss."""
         parts = order.mean().split([p.numel() for p in parameters])
         loss = math.fsum(order.losses().tolist()) / order.leaves
         norm = order.norm(parts, lambda sums: [] if sums is None else sums.tolist())
@@ -114,7 +118,7 @@ class PlainEngine(WeightKeeper):
         return math.sqrt(self.squared_norm())
 
     def set_timeout(self, seconds: float) -> None:
-        """One process waits for nobody."""
+        """See Engine; one process has no groups."""
 
     def _weights(self) -> list[torch.Tensor]:
         return list(self._trained.values())
@@ -138,7 +142,7 @@ class PlainEngine(WeightKeeper):
             buffer.copy_(read(f"buffer/{name}"))
         for name, p in self._trained.items():
             p.copy_(read(f"param/{name}"))
-            if not updates:  # it has no states yet
+            if not updates:  # the checkpoint has no states yet
                 self.optimizer.state.pop(p, None)
                 continue
             self.optimizer.count(p, updates)

@@ -1,4 +1,4 @@
-"""Copies of the training state in host memory, from which checkpoints are written while training goes on."""
+"""Copies of the training state in host memory, from which checkpoints are written while training continues."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from training.processes.ranks import Ranks
 
 
 class HostSnapshot:
-    """The training state at one step. It is copied to host memory by `copy`: in the thread that writes it, while the
-    next forward and backward passes go on, but before the next optimizer step changes it (the engine sees to that).
+    """The training state at one step. `copy` copies it to host memory in the writing thread, during the next forward
+    and backward passes; the engine makes sure that this is done before the next optimizer step changes the state.
 
     Args:
-        live: tensors by name.
-        host: memory of earlier snapshots, used again.
+        live: the tensors of the state by name.
+        host: host memory of earlier snapshots, to be reused.
     """
 
     def __init__(self, live: dict[str, torch.Tensor], host: dict[str, torch.Tensor] | None = None) -> None:
@@ -29,7 +29,7 @@ class HostSnapshot:
             self._ready = torch.cuda.current_stream(self._device).record_event()
 
     def copy(self) -> None:
-        """Returns when all is in host memory; only the first call has anything to do. Any thread."""
+        """See Snapshot."""
         with self._lock, torch.no_grad():
             if self._live is None:
                 return
@@ -51,14 +51,13 @@ class HostSnapshot:
             self._host[name].copy_(tensor, non_blocking=tensor.is_cuda)
 
     def assemble(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the full tensors by name (`param/NAME`, `exp_avg/NAME`, ...), fp32 on the CPU, valid
-        until the next snapshot."""
+        """See Snapshot; not collective."""
         self.copy()
         return {name: self._host[name] for name in self._names}
 
 
 class ShardedSnapshot(HostSnapshot):
-    """A snapshot of which each rank holds its pieces."""
+    """A snapshot of which each rank holds pieces of tensors."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class ShardedSnapshot(HostSnapshot):
         self._flats = {kind: [f"flat {i} {kind}" for i in range(len(tensors))] for kind, tensors in flats.items()}
 
     def assemble(self) -> dict[str, torch.Tensor]:
-        """Collective over the background group; the tensors are valid until the next snapshot."""
+        """See Snapshot."""
         self.copy()
         tensors = {name: self._host[name] for name in self._whole}
         for kind, names in self._flats.items():

@@ -1,4 +1,4 @@
-"""How a rank gets its process groups and its engine. DeepSpeed is imported only where ZeRO is asked for."""
+"""Sets up a rank's process groups and its engine. Imports DeepSpeed only if ZeRO is used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from training.processes.ranks import Ranks
 
 
 def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
-    """Joins the process group and returns the ranks with their device, groups and store; nothing to join at
-    `zero.stage=0`.
+    """Join the process group, and return the ranks with their device, groups and store (no groups with `zero.stage=0`).
 
-    Every group gets `train.timeout_first_s`; after the first step `set_timeout` lowers it.
+    Every group starts with the time-out `train.timeout_first_s`; after the first step `set_timeout` lowers it.
 
     Raises:
-        ConfigError: some rank has not the device that was asked for, or may not open enough files.
-        RankLost: the ranks did not meet.
+        ConfigError: a rank lacks the requested device, or may not open enough files.
+        RankLost: some ranks did not arrive.
     """
     card, seconds = own_card(ranks), config.train.timeout_first_s
     store, cards = (None, [card]) if ranks.world_size == 1 else meet(ranks, card, seconds)
@@ -31,7 +30,7 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
     if card.device != "cpu":
         torch.cuda.set_device(card.device)
         same_bits = config.train.deterministic_reduction
-        torch.backends.cudnn.benchmark = not same_bits  # all steps have the same shapes: the search pays once
+        torch.backends.cudnn.benchmark = not same_bits  # all steps have the same shapes, so one search is enough
         torch.backends.cudnn.deterministic = same_bits
     ranks = replace(ranks, device=card.device, store=store)
     if config.zero.stage == 0:
@@ -39,7 +38,7 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
     from training.engine.deepspeed import join_groups
 
     timeout, dist = timedelta(seconds=seconds), torch.distributed
-    # DeepSpeed takes this for the number of the GPU: that is another one where a process sees its own GPU alone.
+    # DeepSpeed uses this as the index of the GPU, which differs if a process only sees its own GPU.
     os.environ["LOCAL_RANK"] = card.device.partition(":")[2] or str(ranks.local_rank)
     dist.init_process_group(
         "gloo" if card.device == "cpu" else "nccl",
@@ -54,13 +53,13 @@ def init_distributed(ranks: Ranks, config: Experiment) -> Ranks:
 
 
 def shut_down() -> None:
-    """Leaves the process group."""
+    """Leave the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def build_engine(model: torch.nn.Module, config: Experiment, ranks: Ranks, accumulate: int = 1) -> Engine:
-    """The engine that `zero.stage` asks for. `accumulate`: micro-batches per optimizer step."""
+    """Return the engine for `zero.stage`. `accumulate`: micro-batches per rank and optimizer step."""
     if config.zero.stage == 0:
         return PlainEngine(model, config, ranks, accumulate)
     from training.engine.deepspeed import ZeroEngine

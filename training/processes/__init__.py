@@ -1,1 +1,1 @@
-"""Ranks, collectives, launching and ending of processes: the only readers of RANK and SLURM_*. Imports config."""
+"""Ranks, collectives, starting and ending processes: the only code that reads RANK and SLURM_*. Imports config."""

@@ -1,8 +1,8 @@
-"""What the ranks of a run tell each other, besides gradients.
+"""Communication between the ranks of a run, besides gradients.
 
-All that happens again and again (saving, rolling back, drawing, measuring) sends plain tensors: numbers, rows of equal
-shape, or JSON as bytes. Objects are pickled in two cases only: while a run starts (`gather_objects`, `RankTeam`), and
-errors, which are sent once it is known that some rank has one.
+Everything that happens repeatedly (saving, rolling back, drawing, measuring) sends plain tensors: numbers, rows of
+equal shape, or JSON as bytes. Objects are only pickled while a run starts (`gather_objects`, `RankTeam`), and to send
+errors, once it is known that some rank has one.
 
 Importing this file does not import torch.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def gather_objects(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
-    """`value` of every rank, in rank order (pickled, and padded to the largest: for the start of a run, and for what
-    went wrong)."""
+    """Return `value` of every rank, in rank order. It is pickled and padded to the largest: use it only at the start of
+    a run, and for errors."""
     if ranks.world_size == 1:
         return [value]
     import torch.distributed as dist
@@ -33,7 +33,7 @@ def gather_objects(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Returns once every rank has called it."""
+    """Wait until every rank has called this."""
     if ranks.world_size > 1:
         import torch.distributed as dist
 
@@ -41,7 +41,7 @@ def barrier(ranks: Ranks) -> None:
 
 
 def all_sum(values: list[float], ranks: Ranks) -> list[float]:
-    """Element-wise sum over the ranks, in float64; over the GPUs' group where there is one. Main thread."""
+    """Return the elementwise sum over the ranks, in float64; on GPUs over their group. Main thread only."""
     if ranks.world_size == 1:
         return values
     import torch
@@ -53,7 +53,8 @@ def all_sum(values: list[float], ranks: Ranks) -> list[float]:
 
 
 def gather_rows(rows: torch.Tensor, ranks: Ranks, group: Any = None) -> torch.Tensor:
-    """The rows of all ranks, in rank order: (n, ...) of each, on the CPU and of one shape, becomes (ranks n, ...)."""
+    """Concatenate the rows of all ranks, in rank order: CPU tensors (n, ...) of the same shape become (ranks n,
+    ...)."""
     if ranks.world_size == 1:
         return rows
     import torch
@@ -65,7 +66,7 @@ def gather_rows(rows: torch.Tensor, ranks: Ranks, group: Any = None) -> torch.Te
 
 
 def from_main(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Rank 0's `rows`, on every rank; the others give a CPU tensor of the same shape, which is overwritten."""
+    """Return rank 0's `rows` on every rank; other ranks pass a CPU tensor of the same shape, which is overwritten."""
     if ranks.world_size > 1:
         import torch.distributed as dist
 
@@ -74,7 +75,7 @@ def from_main(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def gather_bytes(data: bytes, ranks: Ranks, group: Any = None) -> list[bytes]:
-    """`data` of every rank, equally long on all, in rank order."""
+    """Return `data` of every rank, in rank order; it must be equally long on all ranks."""
     if ranks.world_size == 1:
         return [data]
     rows = gather_rows(_tensor_of(data)[None], ranks, group)
@@ -82,7 +83,7 @@ def gather_bytes(data: bytes, ranks: Ranks, group: Any = None) -> list[bytes]:
 
 
 def gather_json(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
-    """On rank 0 the JSON `value` of every rank, in rank order; elsewhere an empty list."""
+    """Return on rank 0 the JSON `value` of every rank, in rank order; on other ranks an empty list."""
     if ranks.world_size == 1:
         return [value]
     import torch
@@ -98,8 +99,8 @@ def gather_json(value: Any, ranks: Ranks, group: Any = None) -> list[Any]:
 
 
 def together(call: Callable[[], Any], ranks: Ranks) -> Any:
-    """Rank 0's `call()`, a JSON value, on every rank (with several, tuples arrive as lists); an error of rank 0 is
-    raised on all of them, so that none waits for the others."""
+    """Call `call` on rank 0 and return its result, a JSON value, on every rank (with several ranks, tuples become
+    lists). An error on rank 0 is raised on all ranks, so that none waits for the others."""
     if ranks.world_size == 1:
         return call()
     import torch
@@ -122,14 +123,14 @@ def together(call: Callable[[], Any], ranks: Ranks) -> Any:
 
 
 class RankTeam(Team):
-    """The ranks of a run as those who open a data set together; its methods are collective, and pickle what they send:
-    for the start of a run."""
+    """The ranks of a run as a `Team` that opens a data set. Its methods are collective and pickle what they send: use
+    it only at the start of a run."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.rank, self.count = ranks, ranks.rank, ranks.world_size
 
     def once(self, call: Callable[[], Any]) -> Any:
-        """Rank 0's `call()`, or its error, on every rank."""
+        """Call `call` on rank 0; return its result, or raise its error, on every rank."""
         box = [each(lambda: call() if self._ranks.is_main else None, self._ranks)]
         if self.count > 1:
             import torch.distributed as dist
@@ -138,12 +139,13 @@ class RankTeam(Team):
         return box[0]
 
     def everyone(self, call: Callable[[], Any]) -> list[Any]:
-        """Every rank's `call()`, or the first error, on every rank."""
+        """Call `call` on every rank; return all results, or raise the first error, on every rank."""
         return gather_objects(each(call, self._ranks), self._ranks)
 
 
 def each(call: Callable[[], Any], ranks: Ranks) -> Any:
-    """Every rank's own `call()`; when it fails on some, the first one's error is raised on all (rank 0 will say it)."""
+    """Call `call` on every rank and return its own result; if it fails on some, raise the first one's error on all, so
+    that rank 0 can report it."""
     value, error = None, None
     try:
         value = call()
@@ -156,7 +158,8 @@ def each(call: Callable[[], Any], ranks: Ranks) -> Any:
 
 
 def errors_of_all(error: Exception | None, ranks: Ranks, group: Any = None) -> list[Exception | None]:
-    """The error of each rank, in rank order; an empty list when none has one, which costs a sum of one number."""
+    """Return the error of each rank, in rank order; an empty list if no rank has one, which costs a sum of one
+    number."""
     if ranks.world_size == 1:
         return [] if error is None else [error]
     import torch

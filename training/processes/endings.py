@@ -1,4 +1,4 @@
-"""What a run does when something happens to it: signals, exit codes, and the judgement of losses."""
+"""How a run ends: signals, errors with exit codes, and the judgement of losses."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from training.processes.exit_codes import (
 )
 
 AT_ONCE_S = 2.0
+"""Seconds after a signal at which a command that has nothing to save is ended by force."""
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a whole program and ends the process with its exit code.
+    """Run a whole program and end the process with its exit code.
 
-    The interpreter is not taken down: threads of the libraries (gloo, pyarrow, decoders) that ask for it meanwhile
-    now and then abort the process ("terminate called without an active exception"), and a training that was complete
-    would report 134.
+    The interpreter is not finalised: library threads (gloo, pyarrow, decoders) that use it meanwhile occasionally abort
+    the process ("terminate called without an active exception"), and a completed training would exit with 134.
     """
     code: object = 1
     for name in ("stdout", "stderr"):
@@ -60,7 +60,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
 
 
 class Preempted(CascadeError):
-    """The run was asked to stop, and saved."""
+    """The run was asked to stop, and saved its state first."""
 
     exit_code = EXIT_PREEMPTED
 
@@ -72,25 +72,25 @@ class Interrupted(CascadeError):
 
 
 class NotFinite(CascadeError):
-    """Training cannot go on: its numbers are not finite."""
+    """Training cannot continue: too many of its steps were skipped."""
 
     exit_code = EXIT_NOT_FINITE
 
 
 class Superseded(CascadeError):
-    """Another process continues this run; this one must not write any more."""
+    """A later start continues this run; this one must not write any more."""
 
     exit_code = EXIT_SUPERSEDED
 
 
 class RankLost(CascadeError):
-    """Another process died, or did not answer within the time-outs; start the same command again."""
+    """Another process died, or did not respond within the time-outs; repeating the command resumes the run."""
 
     exit_code = EXIT_HUNG
 
 
 class SlowNode(CascadeError):
-    """The preflight found a node that the run should do without."""
+    """The preflight found a slow node, which the run should exclude."""
 
     exit_code = EXIT_SLOW_NODE
 
@@ -105,36 +105,36 @@ LOST = (
     "connection was closed",  # NCCL's network plugins
     "communicator was aborted",  # NCCL, in the threads of a rank whose watchdog has seen an error elsewhere
     "ncclremoteerror",
-    "remote process exited",  # what NCCL says of ncclRemoteError
+    "remote process exited",  # NCCL's text for ncclRemoteError
     "peer may have exited",
 )
-"""What gloo, NCCL and the key-value store say when a peer is gone or silent. torch raises a plain RuntimeError (or
-DistBackendError) for these as for any other failure of a collective: only the wording tells them apart."""
+"""Messages of gloo, NCCL and the key-value store if a peer is gone or does not respond. torch raises a plain
+RuntimeError (or DistBackendError), as for any other failure of a collective, so only the wording tells them apart."""
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another process."""
+    """Return whether a collective failed because of another process."""
     message = str(error).lower()
     return any(words in message for words in LOST)
 
 
 def say(sentence: str) -> None:
-    """A line on stderr, wherever that leads: a closed terminal or a full disk does not change how the program ends."""
+    """Print a line to stderr; a closed terminal or a full disk does not change how the program ends."""
     with suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 
 
 def unless_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """The signals to handle: nohup has SIGHUP ignored, and it stays so."""
+    """Return the signals to handle: without SIGHUP if it is ignored, as under nohup."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Signals:
-    """Remembers that a signal came; the loop asks at the step boundary. A second SIGINT ends the program at once.
-    SIGHUP (a closed terminal) counts like SIGTERM, unless it is ignored already (nohup).
+    """Records signals, which the training loop checks at each step. A second SIGINT ends the program at once. SIGHUP (a
+    closed terminal) acts like SIGTERM, unless it is already ignored (nohup).
 
-    Used as a context manager (the former handlers come back at its end). A launcher starts its processes with these
-    signals blocked, so that one that comes while Python starts is not lost and kills nothing: here they are let in.
+    Used as a context manager, which restores the previous handlers. A launcher starts its processes with these signals
+    blocked, so that one that arrives while Python starts is neither lost nor fatal; they are unblocked here.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -164,13 +164,13 @@ class Signals:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM reached a command that has nothing to save."""
+    """SIGTERM, received by a command that has nothing to save."""
 
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """SIGINT and SIGTERM end a command that has nothing to save: waits for a failing store are cut short, files that
-    are not whole are removed, and whatever is not done after `AT_ONCE_S` is left as it is."""
+    """Let SIGINT and SIGTERM end a command that has nothing to save: waits for a failing store are cut short,
+    incomplete files are removed, and after `AT_ONCE_S` seconds the process exits in any case."""
 
     def handle(number: int, _frame: FrameType | None) -> None:
         hurry_up(number=number)
@@ -200,8 +200,8 @@ def _end_by_force(number: int) -> None:
 
 
 def stop_error(number: int, step: int, saved: int) -> CascadeError:
-    """The error with which a run ends after signal `number` and step `step`; `saved` is its newest checkpoint's (-1:
-    none)."""
+    """Return the error with which a run ends after signal `number` and step `step`; `saved`: the step of its newest
+    checkpoint (-1: none)."""
     name = signal.Signals(number).name
     kind = Interrupted if number == signal.SIGINT else Preempted
     if saved == step:
@@ -212,30 +212,30 @@ def stop_error(number: int, step: int, saved: int) -> CascadeError:
 
 
 def from_where(saved: int) -> str:
-    """Where a run with a newest checkpoint of step `saved` (-1: none) goes on."""
+    """Describe where a run resumes whose newest checkpoint is of step `saved` (-1: none)."""
     return f"from step {saved}" if saved >= 0 else "from the beginning"
 
 
 class LossGuard:
     """Judges the loss of a step before the step is applied.
 
-    A loss above `factor` times the median of the last WINDOW accepted ones is a spike. Losses that were not accepted
-    never enter the window. The window and the streak of refused steps are part of the checkpoint, so a restart judges
-    as an uninterrupted run would.
+    A loss above `factor` times the median of the last WINDOW accepted losses is a spike (with `factor` 0, never).
+    Refused losses do not enter the window. The window and the number of consecutive refused steps are part of the
+    checkpoint, so a restarted run judges exactly as an uninterrupted one.
     """
 
     WINDOW = 64
     NEEDED = 16
-    """Before this many losses are known nothing counts as a spike (the first ones fall quickly)."""
+    """Number of losses in the window before spikes are detected; the first losses fall quickly."""
 
     def __init__(self, factor: float, history: Iterable[float] = (), refused: int = 0) -> None:
         self.factor = factor
         self.history = list(history)[-self.WINDOW :]
         self.refused = refused
-        """Steps in a row, up to now, that were not applied."""
+        """Number of consecutive steps, up to now, that were not applied."""
 
     def problem(self, loss: float) -> str:
-        """Why the step must not be applied; empty when it may be."""
+        """Return why the step must not be applied; empty if it may be."""
         if not math.isfinite(loss):
             return "its loss is not finite"
         if self.factor and len(self.history) >= self.NEEDED:
@@ -247,14 +247,14 @@ class LossGuard:
         return ""
 
     def accept(self, loss: float) -> None:
-        """The step was applied."""
+        """Record a loss whose step was applied."""
         self.refused = 0
         self.history = [*self.history, loss][-self.WINDOW :]
 
     def refuse(self) -> None:
-        """The step was not applied."""
+        """Record that a step was not applied."""
         self.refused += 1
 
     def roll_back(self, history: Iterable[float]) -> None:
-        """The weights are those of a checkpoint with this window."""
+        """Reset to the window of the checkpoint that the run rolled back to."""
         self.history, self.refused = list(history), 0

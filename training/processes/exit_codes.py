@@ -12,15 +12,15 @@ EXIT_INTERRUPTED = 130
 
 
 class Exit(NamedTuple):
-    """What an exit code means."""
+    """The meaning of an exit code."""
 
     meaning: str
     agreed: bool = False
-    """All ranks decided it together, so each ends by itself."""
+    """All ranks decided to stop together, so each exits by itself."""
     restart: bool = False
-    """The same command continues the run; a job script may start it again by itself."""
+    """Repeating the command resumes the run; a job script may do so automatically."""
     final: bool = False
-    """The same command would end like this again: a job script does not repeat it."""
+    """Repeating the command would fail in the same way, so a job script does not."""
 
 
 EXIT_CODES = {
@@ -34,6 +34,6 @@ EXIT_CODES = {
     EXIT_SLOW_NODE: Exit("the preflight found a slow node to exclude"),
     EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True, final=True),
 }
-"""All exit codes of a training run, but for 128 + n: killed by signal n."""
+"""All exit codes of a training run, except 128 + n: killed by signal n."""
 STOP_CODES = tuple(code for code, end in EXIT_CODES.items() if end.agreed)
 FINAL_CODES = tuple(code for code, end in EXIT_CODES.items() if end.final)

@@ -1,7 +1,7 @@
-"""How often to save: often enough that a failure costs little, seldom enough that saving costs little.
+"""How often to save: often enough that a failure costs little, rarely enough that saving costs little.
 
 Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (2006), after Young (1974). Imports
-nothing heavy: what becomes of a job's processes is judged with it as well.
+nothing heavy, since job scripts also use it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 HISTORY = "restarts.jsonl"
-"""In RUN_DIR: one line per end of a run's processes that was no success."""
+"""File in RUN_DIR: one line for each time that a run's processes ended without success."""
 EXIT_SAVED = 75
 NODE_S = 54 * 86400 * 2048 / 419
-"""Seconds of a node between two failures before a run knows its own: 419 unexpected interruptions of 2,048 nodes of
-eight H100 in 54 days (The Llama 3 Herd of Models, arXiv:2407.21783, section 3.3.4)."""
+"""Prior mean time between failures of a node, seconds: 419 unexpected interruptions of 2,048 nodes of eight H100 in 54
+days (The Llama 3 Herd of Models, arXiv:2407.21783, section 3.3.4)."""
 
 
 def best_interval(cost_s: float, between_failures_s: float) -> float:
-    """Seconds of work between two checkpoints by which the least time is lost.
+    """Return the seconds of work between two checkpoints that minimise lost time.
 
     Args:
-        cost_s: that the loop loses to one checkpoint.
-        between_failures_s: mean time between failures of the whole job.
+        cost_s: seconds by which one checkpoint delays the loop.
+        between_failures_s: mean time between failures of the whole job, seconds.
     """
     if cost_s >= 2 * between_failures_s:
         return between_failures_s
@@ -33,17 +33,18 @@ def best_interval(cost_s: float, between_failures_s: float) -> float:
 
 
 def between_failures(failures: int, ran_s: float, nodes: int) -> float:
-    """Mean time between failures of a job, seconds: its own experience, and one failure at the published rate."""
+    """Return the mean time between failures of a job in seconds, from its own failures and one at the published
+    rate."""
     return (NODE_S / nodes + ran_s) / (failures + 1)
 
 
 def failures_of(run_dir: Path) -> int:
-    """Ends in the run's history that were failures; stops on request are none."""
+    """Return the number of failures in the run's history; stops on request do not count."""
     return sum(line.get("code", 0) not in (0, EXIT_SAVED) for line in _lines(run_dir / HISTORY))
 
 
 def ran_seconds(run_dir: Path, world_size: int) -> float:
-    """Wall time of all starts of the run so far."""
+    """Return the wall time of all starts of the run so far, seconds."""
     try:
         hours: dict[str, float] = json.loads((run_dir / "hours.json").read_text())
         return sum(hours.values()) * 3600 / world_size

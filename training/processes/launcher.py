@@ -1,9 +1,9 @@
 """Starts the processes of a command on this machine.
 
-Why not torchrun: it dies of SIGUSR1 and leaves its workers behind as orphans, answers 1 after a clean stop by SIGTERM
-(so a job script cannot tell "saved, start me again" from a crash), and its restarts hang now and then on loopback
-rendezvous. Under Slurm, `srun` starts the processes. A program that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT itself works as well.
+Why not torchrun: SIGUSR1 kills it and leaves its workers as orphans, it exits with 1 after a clean stop by SIGTERM (so
+a job script cannot tell "saved, start me again" from a crash), and its restarts occasionally hang in the loopback
+rendezvous. Under Slurm, `srun` starts the processes. Any other launcher that sets RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT works as well.
 
 The parent process imports neither torch nor deepspeed.
 """
@@ -36,24 +36,24 @@ from training.processes.ranks import process_count, thread_count
 
 FORWARDED = Signals.HANDLED
 GRACE_S = 5.0
-"""How long the other processes may live on after one has died; they hang in a collective with the dead one."""
+"""Seconds for which the other processes may run on after one has died; they hang in a collective with it."""
 AGREED_GRACE_S = 600.0
-"""The same after an exit that all processes decided together: a checkpoint may still be on its way to the disk, or rank
-0, which says why, in W&B."""
+"""The same after an exit that all processes agreed on: rank 0, which reports the reason, may still be writing a
+checkpoint or finishing its W&B run."""
 IMPATIENT_S = 2.0
 """The same after a second Ctrl-C."""
 TYPED = "CASCADE_COMMAND"
-"""Environment variable in which the processes find what was typed, as JSON."""
+"""Environment variable that holds the command line as typed, as JSON."""
 
 
 def launch(module: str, config: Experiment) -> dict[str, Any]:
-    """Runs `module.main(config)` in several processes of this machine and returns rank 0's result.
+    """Run `module.main(config)` in several processes of this machine; return rank 0's result.
 
-    Signals are forwarded to all of them; when one dies the others are ended; the program then exits with the code of
-    the first failure (128 + the number of the signal that killed it).
+    Signals are forwarded to all processes. If one dies, the others are ended.
 
     Raises:
-        SystemExit: a process failed; it has printed why.
+        SystemExit: a process failed, after printing the reason; the code is that of the first failure (128 + the number
+            of the signal that killed it).
     """
     with tempfile.TemporaryDirectory(prefix="cascade-launch-") as scratch:
         config_file, result_file = Path(scratch, "config.json"), Path(scratch, "result.json")
@@ -70,7 +70,7 @@ def launch(module: str, config: Experiment) -> dict[str, Any]:
 
 
 def agreed_file(result_file: str) -> Path:
-    """A process makes it before it ends with an error that all share."""
+    """Return the file that a process creates before it exits with an error that all processes share."""
     return Path(f"{result_file}.agreed")
 
 
@@ -82,11 +82,14 @@ def run_processes(
     hold_signals: bool = False,
     agreed: Path | None = None,
 ) -> int:
-    """Starts `command` once per rank and waits; returns 0 or the exit code of the first that failed.
+    """Start `command` once per rank and wait; return 0 or the exit code of the first rank that failed.
 
-    Once one has failed the others are killed after `grace_s`, or after AGREED_GRACE_S if they all decided to stop
-    (STOP_CODES, or the file `agreed` is there), and IMPATIENT_S after a second SIGINT.
-    `hold_signals`: they start with FORWARDED blocked, and let them in when they can handle them.
+    After the first failure the others are killed: after `grace_s` seconds, after AGREED_GRACE_S if they all decided to
+    stop (STOP_CODES, or the file `agreed` exists), or IMPATIENT_S after a second SIGINT.
+
+    Args:
+        threads: OMP_NUM_THREADS of each process, unless the environment sets it.
+        hold_signals: start the processes with FORWARDED blocked; they unblock them once they can handle them.
     """
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
@@ -123,7 +126,7 @@ def run_processes(
 
 
 def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path | None, received: list[int]) -> int:
-    """Waits for all; after the first failure the others get a grace period, then SIGKILL."""
+    """Wait for all; after the first failure the others get a grace period, then SIGKILL."""
     first, impatient, deadline = 0, False, float("inf")
     while None in (codes := [child.poll() for child in children]):
         if not first:
@@ -146,28 +149,28 @@ def _wait(children: list[subprocess.Popen[bytes]], grace_s: float, agreed: Path 
 
 
 def _say_killed(rank: int, number: int) -> None:
-    """It cannot say so itself."""
+    """Report that a rank was killed by a signal, which it cannot report itself."""
     name = signal.Signals(number).name
     memory = ", usually because the machine ran out of memory: lower data.micro_batch" if name == "SIGKILL" else ""
     say(f"rank {rank} was killed by signal {number} ({name}){memory}")
 
 
 def _held_back() -> None:
-    """In the child: see die_with_parent_only, and signals wait until the program asks for them."""
+    """Run in the child: see die_with_parent_only; also block signals until the program unblocks them."""
     die_with_parent_only()
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
 
 def free_port() -> int:
-    """A TCP port that is free on the loopback interface now."""
+    """Return a TCP port that is currently free on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:
-    """One rank of `launch`: `module.main(config)`; only rank 0 explains an error that all share. Returns the exit
-    code."""
+    """Run `module.main(config)` as one rank of `launch`; return the exit code. Only rank 0 reports an error that all
+    ranks share."""
     rank = int(os.environ["RANK"])
     config = from_plain(getattr(training.config.commands, config_class), json.loads(Path(config_file).read_text()))
     command = importlib.import_module(module)

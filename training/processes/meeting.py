@@ -1,8 +1,8 @@
-"""How the processes of a run find each other, and what they must agree on before a process group forms.
+"""How the processes of a run find each other, and what they check before forming a process group.
 
-Rank 0 opens a key-value store, every rank puts a card there (its node and device), and rank 0 checks who is missing, so
-that missing ranks can be named. A wrong device is an error on all ranks alike: otherwise one rank would choose gloo
-while the others wait in NCCL.
+Rank 0 opens a key-value store, every rank stores a card there (its node and device), and rank 0 waits for all cards, so
+that missing ranks can be named. A wrong device is an error on all ranks: otherwise one rank would choose gloo while the
+others wait in NCCL.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from training.processes.ranks import Ranks, gpu_of
 
 POLL_S = 0.1
 READ_S = 10.0
-"""How long rank 0 waits for the other ranks to read the cards."""
+"""Seconds that rank 0 waits for the other ranks to read the cards."""
 FILES, FILES_PER_RANK = 256, 8
-"""Open files that a process needs: so many, and so many per process (measured on rank 0: 31 + 6 per process, most of
-them connections of three gloo groups and the store; files of shards and checkpoints come on top)."""
+"""Open files that a process needs: a constant, and a number per process of the run (measured on rank 0: 31 + 6 per
+process, most of them connections of three gloo groups and the store; shards and checkpoints need some more)."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank says about itself."""
+    """What a rank reports about itself."""
 
     rank: int
     node: str
     device: str
-    """`cpu`, or `cuda:I` as this process counts."""
+    """`cpu`, or `cuda:I` with this process's own index."""
     gpu: str = ""
-    """The GPU's UUID."""
+    """UUID of the GPU; empty without one."""
     why: str = ""
-    """Why there is no GPU."""
+    """Why it has no GPU."""
     files: int = 1 << 30
-    """Files that it may have open."""
+    """Number of files that it may open."""
 
 
 def own_card(ranks: Ranks) -> Card:
-    """This process's card: the GPU of its local rank, where torch sees one, and as many open files as the run needs, or
-    as it may have."""
+    """Return this process's card, with the GPU of its local rank if torch sees one; raises its limit of open files to
+    what the run needs, as far as allowed."""
     import torch
 
     node, files = socket.gethostname(), allow_files(needed_files(ranks.world_size))
@@ -61,17 +61,18 @@ def own_card(ranks: Ranks) -> Card:
 
 
 def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
-    """All ranks have the kind of device that was asked for, no two share a GPU, and all may open enough files.
+    """Check that all ranks have the requested kind of device, that no two share a GPU, and that all may open enough
+    files.
 
     Raises:
-        ConfigError: names the rank and its node.
+        ConfigError: otherwise; the message names the rank and its node.
     """
     without = next((card for card in cards if not card.gpu), None)
     having = next((card for card in cards if card.gpu), None)
     if without is not None and (having is not None or (cluster.gpus and cluster.kind != "local")):
         reason = f"rank {having.rank} on {having.node} has one" if having else "cluster.gpus=true asks for one"
         raise ConfigError(
-            f"rank {without.rank} on {without.node} has no GPU ({without.why}), but {reason}: repair or exclude the "
+            f"rank {without.rank} on {without.node} has no GPU ({without.why}), but {reason}: fix or exclude the "
             f"node, or train on CPUs with cluster.gpus=false"
         )
     needed = needed_files(len(cards))
@@ -92,12 +93,12 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
 
 
 def needed_files(world_size: int) -> int:
-    """Open files that a process of so many needs."""
+    """Return the number of open files that each of `world_size` processes needs."""
     return FILES + FILES_PER_RANK * world_size
 
 
 def allow_files(needed: int) -> int:
-    """Raises this process's soft limit of open files to `needed`, or to its hard limit; the limit it then has."""
+    """Raise this process's soft limit of open files to `needed`, or to its hard limit; return the usable limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return needed
@@ -107,11 +108,11 @@ def allow_files(needed: int) -> int:
 
 
 def open_store(ranks: Ranks, timeout_s: float) -> Any:
-    """The key-value store at MASTER_ADDR:MASTER_PORT, which rank 0 (or torchrun) holds.
+    """Open the key-value store at MASTER_ADDR:MASTER_PORT, which rank 0 (or torchrun) hosts.
 
     Raises:
-        RankLost: rank 0 cannot listen there.
-        RuntimeError: nobody answers there within `timeout_s`.
+        RankLost: rank 0 cannot listen on this port.
+        RuntimeError: no response within `timeout_s` seconds.
     """
     from torch.distributed import TCPStore
 
@@ -129,11 +130,11 @@ def open_store(ranks: Ranks, timeout_s: float) -> Any:
 
 
 def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
-    """Waits for all ranks; returns the store and everyone's card, in rank order.
+    """Wait for all ranks; return the store and all cards, in rank order.
 
     Raises:
-        RankLost: some ranks did not arrive within `timeout_s`; rank 0 names them.
-        RuntimeError: on the others, when rank 0 is gone or does not answer.
+        RankLost: some ranks did not arrive within `timeout_s` seconds; rank 0 names them.
+        RuntimeError: on other ranks, if rank 0 is gone or does not respond.
     """
     store = open_store(ranks, timeout_s)
     store.set(f"card/{ranks.rank}", json.dumps(asdict(card)))
@@ -142,11 +143,11 @@ def meet(ranks: Ranks, card: Card, timeout_s: float) -> tuple[Any, list[Card]]:
         cards = [store.get(f"card/{rank}").decode() for rank in range(ranks.world_size)]
         store.set("cards", f"[{','.join(cards)}]")
     everyone = [Card(**entry) for entry in json.loads(store.get("cards"))]
-    # The store ends with rank 0: if the cards make every rank stop, the others must have read them before.
+    # The store ends with rank 0, so if the cards make every rank stop, the others must have read them first.
     if not ranks.is_main and store.add("read", 1) == ranks.world_size - 1:
         store.set("read by all", "")
     if ranks.is_main and ranks.world_size > 1:
-        with suppress(RuntimeError):  # a rank that has died meanwhile is noticed by the time-outs of the group
+        with suppress(RuntimeError):  # if a rank has died meanwhile, the time-outs of the group detect it
             store.wait(["read by all"], timedelta(seconds=READ_S))
     return store, everyone
 
@@ -164,5 +165,5 @@ def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:
 
 
 def meeting_place() -> str:
-    """Where the ranks meet, in words for a message."""
+    """Describe where the ranks meet, for a message."""
     return f"meeting rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -1,4 +1,4 @@
-"""Who am I among the processes of a run, and how many are there: the only reader of RANK and SLURM_PROCID.
+"""The rank of this process and the number of processes: the only code that reads RANK and SLURM_PROCID.
 
 Imports neither torch nor deepspeed.
 """
@@ -18,7 +18,7 @@ from training.config.experiment import ClusterConfig
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """The rank of this process, its device and its process groups."""
 
     rank: int = 0
     local_rank: int = 0
@@ -29,22 +29,23 @@ class Ranks:
     background: Any = field(default=None, compare=False, repr=False)
     """Gloo process group of the thread that writes checkpoints; None without a process group."""
     store: Any = field(default=None, compare=False, repr=False)
-    """The key-value store in which the ranks met; None where one rank is alone."""
+    """The key-value store in which the ranks met; None for a single rank."""
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that writes shared files."""
+        """Whether this is rank 0, which writes shared files."""
         return self.rank == 0
 
 
 def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that a launcher put into the environment: RANK..., or Slurm's when CASCADE_SRUN=1; None without a
-    launcher.
+    """Read the ranks that a launcher set in the environment: RANK..., or Slurm's variables if CASCADE_SRUN=1; None
+    without a launcher.
 
-    SLURM_PROCID alone does not count: it is also set inside a plain `salloc` or a batch script that runs one process.
+    SLURM_PROCID alone is not enough: it is also set in a plain `salloc` or in a batch script that runs one process.
 
     Raises:
-        ConfigError: a variable is missing or does not fit the others, or several tasks are not ranks of one program.
+        ConfigError: a variable is missing or contradicts the others, or Slurm started several tasks that are not ranks
+            of one program.
     """
     if "RANK" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -68,10 +69,10 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 def check_one_program(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuses a plain `srun -N2 cascade train`: each of its tasks would start a run of its own in the same directory.
+    """Refuse a plain `srun -N2 cascade train`, each task of which would start its own run in the same directory.
 
     Raises:
-        ConfigError: this is one of several tasks that nobody has made ranks of one program.
+        ConfigError: this is one of several tasks that are not ranks of one program.
     """
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environ and tasks.isdecimal() and int(tasks) > 1:
@@ -83,13 +84,14 @@ def check_one_program(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def gpu_of(local_rank: int, visible: int) -> int:
-    """Number of a process's GPU as it counts itself: its own among all of the node, or 0 where it sees that one alone
+    """Return the index of this process's GPU among those it sees: its local rank, or 0 if it only sees its own
     (--gpus-per-task)."""
     return local_rank % visible
 
 
 def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """Processes to start on this machine: `cluster.processes`, else one per GPU that torch could use, else one."""
+    """Return the number of processes to start on this machine: `cluster.processes`, otherwise one per GPU that torch
+    could use, otherwise one."""
     if cluster.processes:
         return cluster.processes
     try:
@@ -104,7 +106,7 @@ def process_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.enviro
 
 
 def is_sweep() -> bool:
-    """Whether this is one job of a --multirun, of which all run in one process, one after the other."""
+    """Return whether this is one job of a --multirun, whose jobs run one after the other in one process."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -112,18 +114,20 @@ def is_sweep() -> bool:
 
 
 def is_search() -> bool:
-    """Whether this is one job of a --multirun whose sweeper (Optuna, Ax) chooses the next ones by what this returns."""
+    """Return whether this is one job of a --multirun whose sweeper (Optuna, Ax) chooses the next values from its
+    result."""
     from hydra.core.hydra_config import HydraConfig
 
     return is_sweep() and "BasicSweeper" not in str(HydraConfig.get().sweeper._target_)
 
 
 def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """CPU threads per process: `cluster.threads`, else what the environment says, else an even share of the cores that
-    this process may use. OMP_NUM_THREADS=4,2 (a number for each level of nested regions) says 4.
+    """Return the CPU threads per process: `cluster.threads`, otherwise OMP_NUM_THREADS or SLURM_CPUS_PER_TASK,
+    otherwise an even share of the cores that this process may use. OMP_NUM_THREADS=4,2 (one number per level of nested
+    regions) gives 4.
 
     Raises:
-        ConfigError: the environment says something else than a number.
+        ConfigError: the environment variable is not a number.
     """
     name = "OMP_NUM_THREADS" if environ.get("OMP_NUM_THREADS") else "SLURM_CPUS_PER_TASK"
     said = (environ.get(name) or "0").partition(",")[0].strip()
