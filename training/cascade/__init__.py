@@ -1,5 +1,5 @@
-"""A finished cascade: the bundle that holds it, and drawing pictures with it. `Cascade` is loaded on first use, because
-it imports torch."""
+"""A finished cascade: its bundle, and drawing pictures with it. `Cascade` is imported on first use, because it imports
+torch."""
 
 from __future__ import annotations
 

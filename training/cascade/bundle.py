@@ -1,11 +1,11 @@
-"""`cascade bundle`: collects the stages' averaged weights into one directory; and the format of that directory.
+"""`cascade bundle`: collects the stages' averaged weights in one directory, and defines the format of that directory.
 
-    BUNDLE/
-        bundle.json              the stages in order with their settings, the text encoder, where every weight came from
+    BUNDLE/                      a directory or an s3:// prefix
+        bundle.json              the stages in order with their settings, the text encoder, the origin of all weights
         STAGE.safetensors        fp32 weights of one U-Net by parameter name
         README.md                the model card
 
-`bundle.json` is removed first and written last: a directory without it is no bundle. It may be an s3:// prefix.
+`bundle.json` is removed first and written last: a directory without it is not a bundle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.optim.averages import state_name
 INDEX, CARD = "bundle.json", "README.md"
 FORMAT = 1
 PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
-"""Of a weights' file: one in the bundle's own directory."""
+"""Valid name of a weights file: one in the bundle's own directory."""
 HOW_TO = (
     'from training.cascade import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
 )
@@ -47,15 +47,15 @@ T = TypeVar("T")
 
 @dataclass
 class StageWeights:
-    """One stage: what it is, where it came from, and its weights, read when asked for."""
+    """One stage: its settings, its origin and its weights, which are read on demand."""
 
     config: StageConfig
     unet: UNetConfig
     tensors: Callable[[], dict[str, Tensor]]
     origin: dict[str, Any] = field(default_factory=dict)
-    """`run`, `checkpoint`, `step`, `position`, `ema_decay`, `code`: JSON values."""
+    """`run`, `checkpoint`, `step`, `position`, `ema_decay`, `code`, ...: JSON values."""
     sha256: str = ""
-    """Of the weights' file in a bundle."""
+    """SHA-256 of the weights file in a bundle; empty if the weights come from a run."""
 
 
 @dataclass
@@ -67,7 +67,8 @@ class Bundle:
 
 
 def main(config: Experiment) -> dict[str, Any]:
-    """Bundles the newest valid checkpoint of every run in `bundle.runs`, base first."""
+    """Bundle the newest valid checkpoint of every run in `bundle.runs`, base first; return the bundle's path and a
+    summary of its stages."""
     bundle = collect(config.bundle.runs, experiment=config.run.name)
     written = write(config.bundle.dir, bundle)
     for stage in written["stages"]:
@@ -81,15 +82,15 @@ def main(config: Experiment) -> dict[str, Any]:
 
 
 def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
-    """The averaged weights (first EMA) of the newest valid checkpoint of each run, base first.
+    """Return the averaged weights (first EMA) of the newest valid checkpoint of each run, base first.
 
     Args:
         runs: run directories, directories (or s3:// prefixes) of checkpoints, or single checkpoints.
-        experiment: named in the advice when a run has no checkpoint.
+        experiment: the experiment to name in the error if a run has no checkpoint.
 
     Raises:
-        ConfigError: the stages do not fit each other.
-        DataError: a run without a valid checkpoint.
+        ConfigError: no runs are given, or the stages do not form a cascade.
+        DataError: a run has no valid checkpoint.
     """
     if not runs:
         raise ConfigError("bundle.runs: list the run directories of the stages, base first")
@@ -103,7 +104,7 @@ def collect(runs: Sequence[str], experiment: str = "EXPERIMENT") -> Bundle:
 
 
 class NoCheckpoint(DataError):
-    """A run that has not saved anything yet, or no run at all."""
+    """There is no run, or it has not saved a checkpoint yet."""
 
 
 def _open_run(run: str, experiment: str) -> Checkpoint:
@@ -119,7 +120,8 @@ def _open_run(run: str, experiment: str) -> Checkpoint:
 
 
 def checkpoint_dir(run: str) -> str:
-    """Where the checkpoints of a run lie; a directory that is no run's is taken for that of checkpoints itself."""
+    """Return the checkpoint directory of a run; a directory that is not a run is taken as a checkpoint directory
+    itself."""
     from omegaconf import OmegaConf
 
     if "://" in run:
@@ -132,10 +134,10 @@ def checkpoint_dir(run: str) -> str:
 
 
 def _settings(checkpoint: Checkpoint, section: str) -> dict[str, Any]:
-    """A section of the settings that the run was trained with.
+    """Return a section of the settings that the run was trained with.
 
     Raises:
-        DataError: the checkpoint does not hold it.
+        DataError: the checkpoint does not contain it.
     """
     config = checkpoint.recorded("config")
     if not (isinstance(config, dict) and isinstance(config.get(section), dict)):
@@ -174,15 +176,16 @@ def _stage_of(run: str, checkpoint: Checkpoint) -> StageWeights:
 
 
 def _lesson(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a distilled stage has learnt: the student's steps, and the teacher's steps, solver and guidance."""
+    """Return what a distilled stage was trained for: the student's steps, and the teacher's steps, solver and
+    guidance."""
     settings = _settings(checkpoint, "distill")
     return {key: settings[key] for key in TAUGHT}
 
 
 @dataclass
 class _Averages:
-    """Tensors of a checkpoint under shorter names, in memory of their own: a file that is cut while a process uses its
-    mapping kills the process (SIGBUS)."""
+    """Reads tensors of a checkpoint, under shorter names, as copies: if a file were truncated while mapped, reading the
+    mapping would kill the process (SIGBUS)."""
 
     checkpoint: Checkpoint
     names: dict[str, str]
@@ -193,7 +196,7 @@ class _Averages:
 
 @dataclass
 class _Merged(_Averages):
-    """The adapters of a checkpoint, added to the weights they were trained beside."""
+    """Reads the adapters of a checkpoint and adds them to the weights they were trained with."""
 
     base: dict[str, Any]
     stage: str
@@ -204,14 +207,17 @@ class _Merged(_Averages):
         except (DataError, ConfigError) as error:
             raise DataError(
                 f"{self.checkpoint.folder}: the weights that its adapters (lora) were trained with are no longer in "
-                f"{self.base['path']} any more; put them back, or resume the run with train.init_from=PLACE ({error})"
+                f"{self.base['path']}; restore them, or resume the run with train.init_from=PLACE ({error})"
             ) from error
         check_base(plain, self.base)
         return merged(plain, super().__call__(), self.base["scale"])
 
 
 def stage_weights(path: str, stage: str, key: str = "train.init_from") -> StageWeights:
-    """One stage of a bundle, of a run, or of one checkpoint; `key`: the setting that names it.
+    """Open one stage of a bundle, of a run, or of a single checkpoint.
+
+    Args:
+        key: the setting to name in an error.
 
     Raises:
         ConfigError: the bundle has no such stage.
@@ -220,16 +226,16 @@ def stage_weights(path: str, stage: str, key: str = "train.init_from") -> StageW
     try:
         opened = read(path) if open_folder(in_cache(path, INDEX)).size(INDEX) is not None else collect([path])
     except NoCheckpoint as error:
-        raise DataError(f"{key}={path}: neither a bundle nor a run with a checkpoint is there") from error
+        raise DataError(f"{key}={path}: this is neither a bundle nor a run with a checkpoint") from error
     found = [weights for weights in opened.stages if len(opened.stages) == 1 or weights.config.name == stage]
     if not found:
         names = ", ".join(weights.config.name for weights in opened.stages)
-        raise ConfigError(f"{key}={path}: no stage {stage} in it; it has {names}")
+        raise ConfigError(f"{key}={path}: it has no stage {stage}, only {names}")
     return found[0]
 
 
 def check_base(plain: dict[str, Tensor], base: dict[str, Any]) -> None:
-    """Raises DataError unless `plain` are the very weights that adapters were trained beside."""
+    """Raise DataError unless `plain` are exactly the weights that the adapters were trained with."""
     if weights_sha256(plain) != base["sha256"]:
         raise DataError(
             f"{base['path']}: these are not the weights that the LoRA adapters were trained with; restore the "
@@ -257,7 +263,7 @@ def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
 
 
 def _check_chain(stages: Sequence[StageWeights]) -> str:
-    """Why the stages do not form a cascade; empty if they do."""
+    """Return why the stages do not form a cascade; empty if they do."""
     names = [stage.config.name for stage in stages]
     if len(set(names)) < len(names):
         return f"two stages have the same name ({', '.join(names)})"
@@ -276,10 +282,10 @@ def _check_chain(stages: Sequence[StageWeights]) -> str:
 
 
 def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """A settings dataclass from its JSON form.
+    """Build a settings dataclass from its JSON form.
 
     Raises:
-        DataError: keys or values that this version does not know; `where` names the file.
+        DataError: keys or values that this version does not know; the message names `where`.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -297,7 +303,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def write(path: str, bundle: Bundle) -> dict[str, Any]:
-    """Writes a bundle directory or s3:// prefix, and returns the content of its `bundle.json`."""
+    """Write a bundle directory or s3:// prefix; return the content of its `bundle.json`."""
     folder = open_folder(path)
     folder.remove(INDEX)
     stages = []
@@ -331,7 +337,7 @@ def write(path: str, bundle: Bundle) -> dict[str, Any]:
 
 
 def model_card(path: str, content: dict[str, Any]) -> str:
-    """README.md of a bundle in Markdown, with the header that the Hugging Face Hub reads."""
+    """Return the README.md of a bundle, with the front matter that the Hugging Face Hub reads."""
     code, text = content["code"], content["text"]
     lines = [
         "---",
@@ -371,7 +377,7 @@ def model_card(path: str, content: dict[str, Any]) -> str:
 
 
 def _licences(origins: dict[str, dict[str, Any]]) -> list[str]:
-    """The card's section on the licences of the pictures that each stage was trained with."""
+    """Return the card's section on the licences of the pictures that each stage was trained on."""
     counted = {name: origin.get("licences") or {} for name, origin in origins.items()}
     lines = ["## Licences of the training pictures", ""]
     if without := [name for name, counts in counted.items() if not counts]:
@@ -388,13 +394,13 @@ def _licences(origins: dict[str, dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        "Pictures by what their `.json` names, as the index of the shards has it; `unknown`: it names none. Weights "
-        "that a training began with have data of their own, which are not counted here.",
+        "Number of pictures by the licence in their `.json`, from the index of the shards; `unknown`: it names none. "
+        "If a training started from other weights, the data of those weights are not counted here.",
     ]
 
 
 def _figures(figures: dict[str, Any] | None) -> list[str]:
-    """The card's section on an evaluation that was recorded in the bundle."""
+    """Return the card's section on the evaluation recorded in the bundle."""
     if not figures:
         return ["", "Figures: `cascade evaluate record=true` writes them here with their protocol."]
     n, protocol = figures["n"], figures["protocol"]
@@ -426,7 +432,7 @@ def _figures(figures: dict[str, Any] | None) -> list[str]:
 
 
 def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For a person who opens bundle.json: file -> what it is."""
+    """Return a description of each file, for people who open bundle.json."""
     lines = {"use": HOW_TO.format(path=path)}
     for stage in stages:
         size, origin = stage["config"]["image_size"], stage["origin"]
@@ -442,19 +448,19 @@ def _readme(path: str, stages: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def read(path: str) -> Bundle:
-    """Opens a bundle: a directory, an s3:// prefix, or a name in the Hugging Face cache. Weights are read on demand.
+    """Open a bundle: a directory, an s3:// prefix, or a name in the Hugging Face cache. Weights are read on demand.
 
     Raises:
-        DataError: no bundle there, or a damaged one.
+        DataError: there is no bundle, it is damaged, or another version of this project wrote it.
     """
     folder = open_folder(in_cache(path, INDEX))
     try:
         content = json.loads(folder.read(INDEX))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if (Path(path) / "bundle" / INDEX).is_file():
-            raise DataError(f"{path}: no bundle there (no {INDEX}); there is one in {path}/bundle") from error
+            raise DataError(f"{path}: not a bundle (no {INDEX}); there is one in {path}/bundle") from error
         make = f"'bundle.runs=[{path}]' bundle.dir=NEW" if _is_run(path) else "and the same experiment=..."
-        raise DataError(f"{path}: no bundle there (no {INDEX}); make one with: cascade bundle {make}") from error
+        raise DataError(f"{path}: not a bundle (no {INDEX}); make one with: cascade bundle {make}") from error
     except ValueError as error:
         raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
     where = f"{path}/{INDEX}"
@@ -488,10 +494,10 @@ def read(path: str) -> Bundle:
 
 
 def load_unet(weights: StageWeights) -> UNet:
-    """The network of a stage with its weights, frozen, in eval mode, on the CPU.
+    """Return the network of a stage with its weights loaded, frozen, in eval mode, on the CPU.
 
     Raises:
-        DataError: weights that are not the network's.
+        DataError: the weights do not fit the network.
     """
     with torch.device("meta"):
         unet = UNet(weights.unet)
@@ -499,10 +505,10 @@ def load_unet(weights: StageWeights) -> UNet:
         unet.load_state_dict(weights.tensors(), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{weights.config.name}: the weights are not those of its U-Net ({reason[:200]})") from error
+        raise DataError(f"{weights.config.name}: the weights do not fit its U-Net ({reason[:200]})") from error
     for module in unet.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # not saved: the constant zero token that stands for no text
+            if buffer.is_meta:  # not saved: the constant zero token that represents no text
                 module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
     return unet.eval().requires_grad_(False)
 

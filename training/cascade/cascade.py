@@ -1,12 +1,12 @@
-"""A finished cascade: from captions to pictures, in three lines.
+"""A finished cascade: from captions to pictures in three lines.
 
     from training.cascade import Cascade
     cascade = Cascade.from_pretrained("runs/demo/bundle")
     images = cascade.generate(["a small red circle on a white background"], seed=0)
 
-A picture is a function of (seed, prompt, how often the prompt stood before it, settings): neither the other prompts nor
-the batch nor the number of devices changes it, beyond rounding. Between stages a picture is rounded to 8 bits, as the
-low-res pictures of training are; `sample_stage` then enlarges and noises it exactly as training does.
+A picture is a function of (seed, prompt, number of earlier occurrences of the prompt, settings): other prompts, the
+batch and the number of devices do not change it, beyond rounding. Between stages a picture is rounded to 8 bits, like
+the low-res pictures of training; `sample_stage` then up-samples and noises it exactly as training does.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ from training.text.encoder import TextEncoder, build_text_encoder
 from training.text.identity import pinned
 
 CHUNK_BATCHES = 16
-"""Batches that go through all stages together: weights move between devices rarely, and memory stays bounded."""
+"""Batches per device that go through all stages together, so that weights rarely move and memory stays bounded."""
 Progress = Callable[[str, int, int], None]
-"""Called as (stage name, sampler steps done, sampler steps in all), counting the steps of every batch."""
+"""Called as (stage name, sampler steps done, total sampler steps), counting the steps of every batch."""
 
 
 @dataclass
 class Stage:
-    """One U-Net with its settings, and where its weights came from."""
+    """One U-Net with its settings and the origin of its weights."""
 
     config: StageConfig
     unet: UNet
     origin: dict[str, Any]
     sha256: str = ""
-    """Of the file the weights were read from; empty for weights that come from elsewhere."""
+    """SHA-256 of the file the weights were read from; empty if they were not read from a bundle."""
 
 
 class Cascade:
-    """The stages of a bundle, base first, and their text encoder; fp32 on the CPU until `to` says otherwise."""
+    """The stages of a bundle, base first, and their text encoder; fp32 on the CPU until `to` is called."""
 
     def __init__(self, stages: Sequence[Stage], encoder: TextEncoder, text: TextConfig) -> None:
         self.stages = list(stages)
@@ -84,19 +84,25 @@ class Cascade:
 
     @classmethod
     def from_pretrained(cls, path: str, text_path: str | None = None) -> Cascade:
-        """Loads a bundle: a directory, an s3:// prefix or a name in the Hugging Face cache. Reads only safetensors.
+        """Load a bundle: a directory, an s3:// prefix or a name in the Hugging Face cache. Reads only safetensors.
 
         Args:
-            text_path: where the text encoder lies on this machine, if not where the bundle says.
+            text_path: path of the text encoder on this machine; None: the path stored in the bundle.
 
         Raises:
-            DataError, ConfigError: one sentence naming the file and the remedy; another text encoder is refused.
+            DataError: there is no bundle, or it is damaged.
+            ConfigError: the text encoder is missing, or is not the one the bundle was trained with.
         """
         return cls._from(bundle.read(str(path)), text_path)
 
     @classmethod
     def from_runs(cls, runs: Sequence[str]) -> Cascade:
-        """The averaged weights of the newest checkpoints of training runs, base first, without a bundle on disk."""
+        """Load the averaged weights of the newest checkpoints of training runs, base first, without a bundle on disk.
+
+        Raises:
+            DataError: a run has no valid checkpoint.
+            ConfigError: the stages do not form a cascade.
+        """
         return cls._from(bundle.collect(list(runs)))
 
     @classmethod
@@ -106,15 +112,15 @@ class Cascade:
         return cls(stages, build_text_encoder(text), text)
 
     def save(self, path: str) -> None:
-        """Writes the bundle directory (or s3:// prefix); training/cascade/bundle.py says what it holds."""
+        """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content."""
         weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
         bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, message: str = "") -> str:
-        """Uploads the bundle with its model card to the Hugging Face Hub; returns the address.
+        """Upload the bundle with its model card to the Hugging Face Hub; return the URL.
 
         Raises:
-            DataError: the Hub cannot be reached, or refuses.
+            DataError: the Hub cannot be reached, or refuses the upload.
         """
         from huggingface_hub import HfApi
 
@@ -133,11 +139,12 @@ class Cascade:
         return str(done)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None, *, offload: bool = True) -> Cascade:
-        """Chooses where and in which precision pictures are drawn; returns self.
+        """Set the device and precision for drawing; return self.
 
         Args:
-            dtype: of the U-Nets' weights, for example torch.bfloat16; None leaves it.
-            offload: weights rest in host memory and visit the device one stage at a time; False keeps them there.
+            dtype: dtype of the U-Nets' weights, for example torch.bfloat16; None leaves it unchanged.
+            offload: keep weights in host memory and move one stage at a time to the device; False: keep all weights on
+                the device.
         """
         self.device, self.offload = torch.device(device), offload
         home = torch.device("cpu") if offload else self.device
@@ -160,7 +167,7 @@ class Cascade:
         callback: Progress | None = None,
         **options: Any,
     ) -> Images:
-        """The final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`."""
+        """Return the final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`."""
         drawn = self.draw(prompts, negative_prompts, guidance, steps, seed, num_images, stages, callback, **options)
         return Images(drawing.image for drawing in drawn)
 
@@ -178,16 +185,16 @@ class Cascade:
         strength: Any = None,
         **options: Any,
     ) -> Images:
-        """`generate` under the names that users of diffusers type: `cascade("a cat", guidance_scale=4).images[0]`.
+        """Call `generate` with the argument names of diffusers: `cascade("a cat", guidance_scale=4).images[0]`.
 
         Args:
             num_inference_steps, guidance_scale: one value, one per stage, or a dict by stage name.
-            generator: a `torch.Generator`, whose seed counts, or a seed.
-            strength: of `image`; 0.8 unless it is given or there is a mask.
-            options: of `draw`.
+            generator: a seed, or a `torch.Generator`, of which only the initial seed is used.
+            strength: how much of `image` is redrawn, see `draw`; None: 0.8, or 1 with a mask.
+            options: further arguments of `draw`.
 
         Raises:
-            ConfigError: as `draw`, and for options that it does not have.
+            ConfigError: as for `draw`, or an option that it does not have.
         """
         known = inspect.signature(self.draw).parameters
         if unknown := [name for name in options if name not in known]:
@@ -236,29 +243,35 @@ class Cascade:
         batch: int = 16,
         devices: Sequence[str | torch.device] | None = None,
     ) -> list[Drawing]:
-        """Pictures with what every stage drew on the way, in the order of `generate`.
+        """Draw pictures; return them with the output of every stage, in the order of `generate`.
 
         `guidance`, `steps`, `aug_level`, `sampler`, `spacing`, `threshold`, `guidance_interval` (two times) and
-        `original_side` are one value, one per stage drawn, or a dict by stage name; None takes the bundle's.
+        `original_side` are one value, one per stage drawn, or a dict by stage name; None: the bundle's value.
 
         Args:
             prompts: one caption or several; an empty one draws without text.
-            negative_prompts: what to steer away from: one for all, or one per prompt.
-            stages: how many of the first stages to draw, or names; None: all.
-            low_res: one picture, or one per prompt, to start from where the first stage drawn is super-resolution.
-            image: one picture, or one per prompt, to redraw: the first stage drawn starts from it, others where
-                `strength` says so.
-            strength: how much of `image` is redrawn, in (0, 1]; 1 forgets it, except where `mask` keeps it. One value
-                is for the first stage drawn; a list or dict says it stage by stage.
-            mask: light where `image` is drawn anew; every stage keeps it where the mask is dark.
-            explain: also collect which words the pixels looked at.
-            size: (width, height) of the final pictures, or one side; None: what the last stage drawn was trained for.
-            numbers: the n-th picture of each prompt instead of its first ones; 0 is the first.
+            negative_prompts: captions to steer away from: one for all prompts, or one per prompt.
+            seed: seed of all noise; the same seed gives the same pictures.
+            num_images: pictures per prompt.
+            stages: how many stages to run, from the first, or names of consecutive stages; None: all.
+            callback: called after every sampler step of every batch, see `Progress`.
+            low_res: one picture, or one per prompt, to start from if the first stage drawn is super-resolution.
+            image: one picture, or one per prompt, to redraw: the first stage drawn starts from it, and so do others
+                whose `strength` is below 1.
+            strength: how much of `image` is redrawn, in (0, 1]; with 1 nothing of it remains, except where `mask` is
+                dark. One number applies to the first stage drawn; a list or dict gives one per stage.
+            mask: one picture, or one per prompt: `image` is redrawn where the mask is light, and kept by every stage
+                where it is dark.
+            explain: also record which words the pixels attended to.
+            size: (width, height) of the final pictures, or one side, pixels; None: the size the last stage drawn was
+                trained for.
+            numbers: for each prompt, which of its pictures to draw, from 0; needs num_images=1.
             batch: pictures per forward pass.
-            devices: share the pictures among these, for example ["cuda:0", "cuda:1"]; None: the device of `to`.
+            devices: devices to share the pictures among, for example ["cuda:0", "cuda:1"]; None: that of `to`.
 
         Raises:
-            ConfigError: arguments that do not fit each other or the cascade, or what a distilled stage has not learnt.
+            ConfigError: arguments that contradict each other or do not suit the cascade, for example settings that a
+                distilled stage was not trained for.
         """
         if not isinstance(prompts, Sequence):
             raise ConfigError(f"prompts={prompts}: give a caption, or a list of captions")
@@ -308,7 +321,7 @@ class Cascade:
         return drawings
 
     def _draw_chunk(self, task: _Task) -> None:
-        """Takes some drawings through all stages, one stage after the other, and puts the pictures into them."""
+        """Run some drawings through all stages, one stage after the other, and store the pictures in them."""
         prompts = [drawing.prompt for drawing in task.drawings]
         negatives = [drawing.negative_prompt for drawing in task.drawings]
         text = self._encode(prompts, task.places[0])
@@ -347,8 +360,8 @@ class Cascade:
     def _draw_stage(
         self, stage: Stage, sampler: SamplerConfig, inputs: _Inputs, words: list[Words], task: _Task
     ) -> tuple[Tensor, list[Heat]]:
-        """uint8 (N, 3, H, W) on the CPU, and with `words` what each picture looked at; the batches are shared by the
-        devices, each of which has a copy of the weights."""
+        """Return uint8 (N, 3, H, W) on the CPU and, with `words`, the attention heat of each picture. The devices, each
+        with a copy of the weights, share the batches."""
         parts = [slice(at, at + task.batch) for at in range(0, len(inputs.seeds), task.batch)]
         copies = [stage.unet, *(copy.deepcopy(stage.unet) for _ in task.places[1:])]
         home = next(stage.unet.parameters()).device
@@ -379,7 +392,7 @@ class Cascade:
     @staticmethod
     @contextmanager
     def _visiting(module: nn.Module | TextEncoder, home: torch.device, place: torch.device) -> Iterator[None]:
-        """Weights on `place` for a while."""
+        """Move the weights to `place` inside the context, and back home at its end."""
         try:
             module.to(place)
             yield
@@ -395,7 +408,13 @@ def draw_batch(
     words: list[Words],
     on_step: Callable[[], None],
 ) -> tuple[Tensor, list[Heat]]:
-    """One batch through one stage: uint8 (B, 3, H, W) on the CPU, and with `words` what each picture looked at."""
+    """Run one batch through one stage; return uint8 (B, 3, H, W) on the CPU and, with `words`, the attention heat of
+    each picture.
+
+    Args:
+        words: the words of each caption with the positions of their tokens; empty: no attention is recorded.
+        on_step: called after every sampler step.
+    """
     maps = WordMaps(unet, len(inputs.seeds)) if words else None
 
     def after_step(done: int, steps: int) -> None:
@@ -425,7 +444,7 @@ def draw_batch(
 
 @dataclass
 class _Task:
-    """Some drawings that go through the stages together; pictures are one per drawing."""
+    """Drawings that go through the stages together; lists of pictures have one entry per drawing."""
 
     plan: list[tuple[int, SamplerConfig]]
     drawings: list[Drawing]
@@ -435,7 +454,7 @@ class _Task:
     places: list[torch.device]
     meter: _Meter
     sizes: list[tuple[int, int]]
-    """Of each stage drawn, (width, height)."""
+    """(width, height) of the pictures of each stage drawn, pixels."""
     low_res: list[Any] | None = None
     image: list[Any] | None = None
     mask: list[Any] | None = None
@@ -443,7 +462,7 @@ class _Task:
 
 @dataclass
 class _Inputs:
-    """What a stage draws from, row by row: seeds (N,), text (N, T, D) and mask (N, T), pictures (N, 3, H, W)."""
+    """Inputs of a stage, one row per picture: seeds (N,), text (N, T, D) and its mask (N, T), pictures (N, 3, H, W)."""
 
     seeds: Tensor
     text: tuple[Tensor, Tensor]
@@ -453,10 +472,10 @@ class _Inputs:
     mask: Tensor | None
     strength: float
     shape: tuple[int, int]
-    """(H, W) of what it draws."""
+    """(H, W) of the pictures to draw."""
 
     def part(self, rows: slice, place: torch.device) -> _Inputs:
-        """Some rows, on a device."""
+        """Return some of the rows, on a device."""
 
         def here(value: Any) -> Any:
             if isinstance(value, tuple):

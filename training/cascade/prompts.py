@@ -1,4 +1,5 @@
-"""Prompt lists: a text file with a prompt per line, a table with a column `Prompt` (PartiPrompts), or a plain list."""
+"""Prompt lists: a text file with one prompt per line, a .jsonl file, a table with a column `Prompt` (PartiPrompts), or
+a plain list."""
 
 from __future__ import annotations
 
@@ -15,22 +16,26 @@ from data_pipeline.storage import store
 TABLES = (".tsv", ".csv")
 LINES = ".jsonl"
 PROMPT_COLUMNS = ("prompt", "prompt_en", "prompt_cn", "prompt_zh")
-"""Of PartiPrompts and most lists, and of OneIG-Bench in English and Chinese."""
+"""Column names, in lower case: of PartiPrompts and most other lists, and of OneIG-Bench in English and Chinese."""
 FILES = (".txt", *TABLES, LINES)
 LONGEST = 10_000
-"""Characters of a prompt. Text encoders read some hundred tokens: what is longer is no prompt but a file without line
-breaks, or the wrong column."""
+"""Maximum characters of a prompt. Text encoders read a few hundred tokens at most; anything longer is a file without
+line breaks, or the wrong column."""
 
 
 def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> list[str]:
-    """The prompts that a config value means, stripped, in order, repetitions kept, blank ones left out or kept.
+    """Return the prompts that a config value stands for: stripped, in order, with repetitions.
 
     A string that ends in .txt, .tsv, .csv or .jsonl is a file (or s3:// URL); any other string is one prompt.
 
+    Args:
+        key: the setting to name in an error.
+        keep_blank: keep blank prompts instead of skipping them.
+
     Raises:
-        ConfigError: neither text nor a list of it, a directory, or a file with another ending; `key` is named.
-        DataError: the file is missing, is not UTF-8, a table without a `Prompt` column, lines without a `prompt`, a
-            prompt of more than `LONGEST` characters, or one with a NUL.
+        ConfigError: a value that is neither text nor a list of it, a directory, or a file with another extension.
+        DataError: the file is missing or not UTF-8, its table has no column `Prompt`, a line has no `prompt`, or a
+            prompt has more than `LONGEST` characters or contains NUL.
     """
     if given is None:
         return []
@@ -38,7 +43,7 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
         if os.path.isdir(given):
             raise ConfigError(
                 f"{key}={given}: this is a directory; give a file of prompts, or write {key}=['{given}'] to use the "
-                f"word as a prompt"
+                f"name as a prompt"
             )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
             raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; rename it")
@@ -59,27 +64,27 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
 
 
 def read_categories(given: Any, key: str = "prompts") -> list[str]:
-    """The category of each prompt: the column `Category` of a table, the field `category` or `tag` of a .jsonl; empty
-    where there is none. Raises `DataError` as `read_prompts`."""
+    """Return the category of each prompt: column `Category` of a table, or field `category` or `tag` of a .jsonl file;
+    an empty list if there are none. Raises `DataError` like `read_prompts`."""
     found = [str(line.get("category", line.get("tag", ""))).strip() for line in read_lines(given, key)]
     return found if any(found) else []
 
 
 def _check(prompt: str, where: str, error: type[CascadeError] = DataError) -> str:
-    """Refuses what is no prompt; `where` names it."""
+    """Return the prompt. Raises `error`, naming `where`, if it is too long or contains NUL."""
     if len(prompt.strip()) > LONGEST:
         raise error(
             f"{where} has {len(prompt.strip()):,} characters; a prompt may have up to {LONGEST:,} (text encoders read "
-            "some hundred tokens): put each prompt on a line of its own"
+            "a few hundred tokens): put each prompt on its own line"
         )
     if "\0" in prompt:
-        raise error(f"{where} holds a NUL character, so this is not a list of prompts; save it as UTF-8 text")
+        raise error(f"{where} contains a NUL character, so this is not a list of prompts; save it as UTF-8 text")
     return prompt
 
 
 def _text(path: str, key: str) -> str:
     if not store.exists(path):
-        raise DataError(f"{key}={path}: no such file; it should hold one prompt per line")
+        raise DataError(f"{key}={path}: no such file; it should contain one prompt per line")
     data = store.read_bytes(path)
     try:
         return data.decode("utf-8-sig")
@@ -101,8 +106,8 @@ def _from_file(path: str, key: str) -> list[str]:
 
 
 def read_lines(given: Any, key: str = "prompts") -> list[dict[str, Any]]:
-    """What a .jsonl file of prompts, or a table, says of each: its fields, or its columns in lower case; empty for
-    anything else. Raises `DataError` as `read_prompts`."""
+    """Return the fields of each prompt: those of a .jsonl file, or the columns of a table by their names in lower case;
+    an empty list for any other value. Raises `DataError` like `read_prompts`."""
     if not isinstance(given, str) or not given.lower().endswith((*TABLES, LINES)):
         return []
     text = _text(given, key)
@@ -127,12 +132,12 @@ def _objects(text: str, path: str, key: str) -> list[dict[str, Any]]:
 
 
 def _rows(text: str, path: str, key: str) -> list[dict[str, Any]]:
-    """The rows of a table by their columns' names in lower case; the prompts are `prompt`."""
+    """Return the rows of a table by column names in lower case, with the prompt as `prompt`."""
     import csv
 
     lines = io.StringIO(text, newline="")
     tabs = path.lower().endswith(".tsv")
-    # quotation marks in a .tsv belong to the prompt
+    # quotation marks in a .tsv are part of the prompt
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
     try:
         header = [title.strip().lower() for title in next(rows, [])]

@@ -1,6 +1,6 @@
-"""What an evaluation leaves in a bundle: figures with their protocol in the model card, and the best sampler settings.
+"""Records an evaluation in a bundle: figures with their protocol in the model card, and the best sampler settings.
 
-The weights are not touched; `bundle.json` is written last, so readers see the old or the new bundle.
+The weights are not touched; `bundle.json` is written last, so readers see either the old or the new bundle.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from training.config.diffusion import SamplerConfig
 from training.evaluation.measure import flattened
 
 TOLD = ("size", "seed", "images_per_prompt", "reference", "reference_rule", "precision", "commit")
-"""Fields of the protocol that the card repeats."""
+"""Fields of the protocol that the card shows."""
 
 
 def record(path: str, result: Mapping[str, Any], samplers: bool = False) -> dict[str, Any]:
-    """Writes the figures of an evaluation into the bundle that it evaluated; returns the content of bundle.json.
+    """Write the figures of an evaluation into the bundle that it evaluated; return the content of bundle.json.
 
     Args:
         result: the content of a result.json.
-        samplers: make the sampler settings of that evaluation the bundle's own.
+        samplers: also make the sampler settings of that evaluation the bundle's own.
 
     Raises:
-        ConfigError: the evaluation was of other weights, or of some of the stages only.
-        DataError: no bundle there.
+        ConfigError: the evaluation used other weights, or only some of the stages.
+        DataError: there is no bundle.
     """
     folder = open_folder(path)
     try:
         content = json.loads(folder.read(INDEX))
     except (OSError, ValueError) as error:
-        raise DataError(f"bundle.dir={path}: no bundle to write to ({error})") from error
+        raise DataError(f"bundle.dir={path}: it is not a bundle ({error})") from error
     evaluated = {stage["name"]: stage for stage in result["protocol"]["stages"]}
     for stage in content["stages"]:
         there = evaluated.get(stage["name"], {}).get("sha256")
         if there != stage["sha256"]:
             raise ConfigError(
-                f"bundle.dir={path}: its {stage['name']} is {stage['sha256'][:12]}, the evaluation was of "
+                f"bundle.dir={path}: its {stage['name']} is {stage['sha256'][:12]}, but the evaluation used "
                 f"{str(there)[:12]}; use the bundle that was evaluated, with all its stages"
             )
     content["figures"] = {
@@ -53,7 +53,7 @@ def record(path: str, result: Mapping[str, Any], samplers: bool = False) -> dict
     if samplers:
         for stage in content["stages"]:
             sampler = evaluated[stage["name"]]["sampler"]
-            from_dict(SamplerConfig, sampler, f"{path}/{INDEX}")  # refuses what this version cannot draw with
+            from_dict(SamplerConfig, sampler, f"{path}/{INDEX}")  # refuses settings unknown to this version
             stage["config"]["sampler"] = dict(sampler)
     folder.write(CARD, [model_card(path, content).encode()])
     folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])

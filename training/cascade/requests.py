@@ -1,4 +1,4 @@
-"""What goes into and comes out of a cascade: pictures in any form to tensors, settings per stage, numbered drawings."""
+"""Inputs and outputs of a cascade: pictures in any form to tensors, settings per stage, numbered drawings."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from training.pictures.sheets import Cell, sheet
 Pictures = Any
 """One picture or a sequence of them: paths, PIL images, uint8 arrays (H, W, 3), or a uint8 tensor (N, 3, H, W)."""
 Words = list[tuple[str, list[int]]]
-"""The words of a caption, each with the places of its tokens (`TextEncoder.words`)."""
+"""The words of a caption, each with the positions of its tokens (`TextEncoder.words`)."""
 Heat = list[tuple[str, np.ndarray]]
-"""(word, fp32 (H, W) attention that pixels gave it) in the caption's order."""
+"""(word, fp32 (H, W) attention of the pixels to it), in the caption's order."""
 Size = int | tuple[int, int]
-"""Of a picture, pixels: a side, or (width, height)."""
+"""Size of a picture in pixels: one side, or (width, height)."""
 NUMBER = (int, float, np.integer, np.floating)
 SHRINK = Image.Resampling.BOX
-"""How pictures are made smaller for a super-resolution stage to start from: block means, as in training."""
+"""How pictures are downsized for a super-resolution stage to start from: block means, as in training."""
 
 
 @dataclass
 class Drawing:
-    """One picture with its history."""
+    """One picture with its prompt, seed and the output of every stage."""
 
     prompt: str
     negative_prompt: str
@@ -47,9 +47,9 @@ class Drawing:
     seed: int
     """The 63-bit seed of its noise."""
     stages: dict[str, Image.Image] = field(default_factory=dict)
-    """Stage name -> the picture that stage drew, in the order of drawing."""
+    """The picture that each stage drew, by stage name, in the order of drawing."""
     words: dict[str, Heat] = field(default_factory=dict)
-    """`explain`: stage name -> what the pixels looked at; stages without attention are absent."""
+    """With `explain`, the attention heat of each stage, by stage name; stages without attention are absent."""
 
     @property
     def image(self) -> Image.Image:
@@ -58,7 +58,7 @@ class Drawing:
 
 
 def picture_seed(seed: int, prompt: str, number: int) -> int:
-    """The noise seed, 63 bits, of the `number`-th picture of a prompt: the same whatever stands around it."""
+    """Return the noise seed (63 bits) of the `number`-th picture of a prompt; other prompts do not affect it."""
     digest = blake2b(f"{seed}/{number}/{prompt}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -70,10 +70,10 @@ def number_drawings(
     num_images: int,
     numbers: Sequence[int] | None = None,
 ) -> list[Drawing]:
-    """`num_images` drawings per prompt, in order; with `numbers` one per prompt, of that number.
+    """Return `num_images` numbered drawings per prompt, in order; with `numbers`, one per prompt with that number.
 
     Raises:
-        ConfigError: lengths that do not fit, or values of another kind.
+        ConfigError: lists of the wrong length, or values of the wrong type.
     """
     for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
         if other := [text for text in texts if not _is_text(text)]:
@@ -99,7 +99,8 @@ def number_drawings(
 
 
 def _is_text(value: Any) -> bool:
-    """A string of whole characters: what a terminal of another encoding typed has halves of them."""
+    """Return whether the value is a string of valid characters; input from a terminal with a different encoding can
+    contain lone surrogates."""
     try:
         return isinstance(value, str) and bool(value.encode() or True)
     except UnicodeEncodeError:
@@ -110,15 +111,15 @@ def _is_text(value: Any) -> bool:
 
 
 def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: Any) -> list[tuple[int, SamplerConfig]]:
-    """(number of the stage, its sampler) for each stage to draw.
+    """Return the stages to draw, each as its index and its sampler.
 
     Args:
-        wanted: how many of the first stages, or a name, or names; None: all.
+        wanted: how many stages, from the first, or a name, or names; None: all.
         settings: fields of `SamplerConfig` (`sampler`: its name), each one value, a list with one per stage drawn, or a
-            dict by stage name; None keeps the stage's own.
+            dict by stage name; None: the stage's own.
 
     Raises:
-        ConfigError: stages that are unknown or do not follow each other, or impossible settings.
+        ConfigError: unknown or non-consecutive stages, or invalid settings.
     """
     names = [config.name for config in configs]
     chosen = _chosen(names, wanted)
@@ -126,7 +127,7 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
         raise ConfigError(f"stages={wanted}: they must be consecutive, in the order {', '.join(names)}")
     told = [configs[index].name for index in chosen if configs[index].diffusion.size_condition]
     if settings.get("original_side") is not None and not told:
-        raise ConfigError("original_side: no stage that is drawn was trained with stage.diffusion.size_condition=true")
+        raise ConfigError("original_side: no stage drawn was trained with stage.diffusion.size_condition=true")
     plan = []
     for turn, index in enumerate(chosen):
         given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
@@ -143,14 +144,15 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
 
 
 DISTILLED = {"name": "sampler", "steps": "steps", "guidance": "guidance", "spacing": "spacing"}
-"""Settings of a sampler that a distilled stage has learnt, and what they are called where pictures are asked for."""
+"""Sampler settings that are fixed by distillation: field of `SamplerConfig` -> argument of `draw`."""
 
 
 def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: SamplerConfig, strength: float) -> None:
-    """A distilled stage knows its own noise levels alone, and has its guidance in its weights.
+    """Check that a distilled stage is sampled as it was trained: it knows only its own noise levels, and its guidance
+    is part of its weights.
 
     Raises:
-        ConfigError: another sampler, or a start between its levels.
+        ConfigError: a different sampler, or a start between its levels (`strength` below 1).
     """
     taught = origin.get("distilled")
     if not taught:
@@ -161,9 +163,9 @@ def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: Sample
     for field_name, key in DISTILLED.items():
         own, given = getattr(config.sampler, field_name), getattr(sampler, field_name)
         if own != given:
-            raise ConfigError(f"{key}={given}: {learnt}, so only {own} draws; leave it out, or distil another student")
+            raise ConfigError(f"{key}={given}: {learnt}, so it must be {own}; leave it out, or distil another student")
     if strength < 1:
-        raise ConfigError(f"strength={strength:g}: {learnt}, and cannot start in between; draw with its teacher")
+        raise ConfigError(f"strength={strength:g}: {learnt}, and cannot start in between; use its teacher instead")
 
 
 def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
@@ -188,7 +190,7 @@ def _of_stage(key: str, value: Any, turn: int, names: Sequence[str]) -> Any:
     if isinstance(value, dict):
         for name in value:
             if name not in names:
-                raise ConfigError(f"{key}: {name} is not one of the stages that are drawn: {', '.join(names)}")
+                raise ConfigError(f"{key}: {name} is not one of the stages drawn: {', '.join(names)}")
         value = value.get(names[turn])
     elif key == "guidance_interval" and _is_pair(value):
         value = list(value)
@@ -215,13 +217,13 @@ def _is_pair(value: Any) -> bool:
 
 
 def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
-    """How much of its start picture each stage drawn redraws, in (0, 1]; 1: it draws from noise.
+    """Return how much of its initial picture each stage drawn redraws, in (0, 1]; 1: it starts from noise.
 
     Args:
-        strength: one value, for the first stage; one per stage; or a dict by stage name.
+        strength: one value, for the first stage drawn; a list with one per stage; or a dict by stage name.
 
     Raises:
-        ConfigError: other values, or other stages.
+        ConfigError: values outside (0, 1], or stages that are not drawn.
     """
     if isinstance(strength, NUMBER):
         values: list[Any] = [strength] + [1.0] * (len(names) - 1)
@@ -235,13 +237,13 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
 
 
 def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
-    """The devices to draw on. Raises `ConfigError` for one that this machine does not have."""
+    """Return the devices to draw on. Raises `ConfigError` for one that this machine does not have."""
     places = []
     for name in devices:
         try:
             torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as error:  # torch says either
-            raise ConfigError(f"devices: there is no {name} here ({str(error).splitlines()[0]})") from error
+        except (RuntimeError, AssertionError) as error:  # torch raises either
+            raise ConfigError(f"devices: this machine has no {name} ({str(error).splitlines()[0]})") from error
         places.append(torch.device(name))
     return places
 
@@ -250,20 +252,25 @@ def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """[-1, 1] to 8 bits, rounded; the inverse of `denoiser.to_unit` on 8-bit values."""
+    """Convert [-1, 1] to uint8, rounded; the inverse of `denoiser.to_unit` for 8-bit values."""
     return ((pictures.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
-    """uint8 (N, 3, H, W) to PIL."""
+    """Convert uint8 (N, 3, H, W) to PIL images."""
     return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 def as_list(given: Pictures, count: int, name: str) -> list[Any]:
-    """One picture per prompt: a single one is repeated.
+    """Return one picture per prompt; a single picture is repeated.
+
+    Args:
+        given: one picture or a sequence of them.
+        count: number of prompts.
+        name: the argument to name in an error.
 
     Raises:
-        ConfigError: neither one picture nor `count`; `name` is the argument's.
+        ConfigError: neither one picture nor `count` pictures.
     """
     several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 4
     pictures = list(given) if several else [given]
@@ -273,14 +280,15 @@ def as_list(given: Pictures, count: int, name: str) -> list[Any]:
 
 
 def plan_sizes(size: Any, configs: Sequence[StageConfig], divisors: Sequence[int]) -> list[tuple[int, int]]:
-    """(width, height) of the pictures of each stage drawn, when those of the last have `size`.
+    """Return (width, height) of the pictures of each stage drawn, such that those of the last stage have `size`.
 
     Args:
-        size: (width, height) in pixels, or one side; None: the sides that the stages were trained for.
-        divisors: of each stage, see `UNetConfig.divisor`.
+        size: (width, height) in pixels, or one side; None: the sizes that the stages were trained for.
+        divisors: `UNetConfig.divisor` of each stage.
 
     Raises:
-        ConfigError: no two whole numbers, or sides that some stage cannot halve or scale; it names the nearest.
+        ConfigError: not two whole numbers, or sides that some stage cannot halve or scale; the message names the
+            nearest valid size.
     """
     if size is None:
         return [(config.image_size, config.image_size) for config in configs]
@@ -295,7 +303,7 @@ def plan_sizes(size: Any, configs: Sequence[StageConfig], divisors: Sequence[int
         near = [max(round(side / unit), 1) * unit for side in sides]
         stages = ", ".join(str(config.image_size) for config in configs)
         raise ConfigError(
-            f"size={list(sides)}: with stages of {stages} px each side must be a multiple of {unit}; near it lies "
+            f"size={list(sides)}: with stages of {stages} px each side must be a multiple of {unit}; the nearest is "
             f"size=[{near[0]},{near[1]}]"
         )
     return [
@@ -304,8 +312,13 @@ def plan_sizes(size: Any, configs: Sequence[StageConfig], divisors: Sequence[int
 
 
 def to_pictures(pictures: Sequence[Any], size: Size, shrink: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
-    """uint8 (N, 3, H, W): the middle of each picture in the shape of `size` (a side, or width and height), resized
-    unless it fits: antialiased bicubic, or with `shrink` where it becomes smaller."""
+    """Return uint8 (N, 3, H, W): each picture centre-cropped to the aspect ratio of `size` (one side, or width and
+    height) and resized to it, bicubic, or with `shrink` if it becomes smaller.
+
+    Raises:
+        DataError: a file is missing or not a picture.
+        ConfigError: a picture of another type or shape than `Pictures`, or one that training could not use.
+    """
     images = [_image(picture) for picture in pictures]
     bicubic, (width, height) = Image.Resampling.BICUBIC, _sides(size)
     smaller = [min(image.width / width, image.height / height) > 1 for image in images]
@@ -314,18 +327,18 @@ def to_pictures(pictures: Sequence[Any], size: Size, shrink: Image.Resampling = 
 
 
 def to_masks(masks: Sequence[Any], size: Size) -> Tensor:
-    """bool (N, 1, H, W): True where any part of the pixel is light (128 or more), so is to be drawn anew."""
+    """Return bool (N, 1, H, W): True, to be redrawn, where any part of the pixel is light (128 or more)."""
     light = [_image(mask).convert("L").point(lambda value: 255 if value >= 128 else 0) for mask in masks]
     fitted = [np.array(_fit(mask, size, Image.Resampling.BOX)) > 0 for mask in light]
     return torch.from_numpy(np.stack(fitted))[:, None]
 
 
 class Images(list[Image.Image]):
-    """Pictures in order; a notebook shows them side by side."""
+    """A list of pictures that notebooks show side by side."""
 
     @property
     def images(self) -> Images:
-        """Themselves: where the results of diffusers keep their pictures."""
+        """The list itself, under the name that results of diffusers use."""
         return self
 
     def _repr_png_(self) -> bytes | None:
@@ -337,7 +350,7 @@ class Images(list[Image.Image]):
 
 
 def read_picture(file: str | os.PathLike[str]) -> Image.Image:
-    """A picture from a file or s3:// URL. Raises `DataError` for a file that is missing or no picture."""
+    """Read a picture from a file or s3:// URL. Raises `DataError` if it is missing or not a picture."""
     name = os.fspath(file)
     if not store.exists(name):
         raise DataError(f"{name}: no such picture")
@@ -345,16 +358,16 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
         image = Image.open(io.BytesIO(store.read_bytes(name)))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: not a picture that can be read ({error})") from error
+        raise DataError(f"{name}: not a readable picture ({error})") from error
     return image
 
 
 def seed_of(generator: Any) -> int:
-    """The seed that a `torch.Generator` was given; a number is one itself. Where the generator stands does not matter:
-    noise here is a function of the seed.
+    """Return the seed of a `torch.Generator`, or the number itself; None gives 0. The generator's current state does
+    not matter, since noise here is a function of the seed.
 
     Raises:
-        ConfigError: anything else, such as one generator per picture.
+        ConfigError: any other value, such as one generator per picture.
     """
     if generator is None:
         return 0
@@ -366,7 +379,7 @@ def seed_of(generator: Any) -> int:
 
 
 def _image(picture: Any) -> Image.Image:
-    """RGB and upright, read as the pictures of training are."""
+    """Return the picture in RGB and upright, converted like training pictures."""
     if isinstance(picture, (str, os.PathLike)):
         picture = read_picture(picture)
     if isinstance(picture, Image.Image):
@@ -379,7 +392,7 @@ def _image(picture: Any) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8:
-        raise ConfigError(f"a picture of {array.dtype} values: give PIL images, or uint8 values")
+        raise ConfigError(f"a picture with {array.dtype} values: give PIL images or uint8 values")
     if array.ndim != 2 and array.shape[2:] not in ((3,), (4,)):
         raise ConfigError(f"a picture of shape {array.shape}: give (H, W, 3), or a tensor (N, 3, H, W)")
     return to_rgb(Image.fromarray(array))

@@ -1,7 +1,7 @@
-"""Which words drew which pixels: the attention that pixels give the text tokens, summed over sampler steps and layers.
+"""Which words the pixels attended to, summed over sampler steps and layers.
 
-The method of DAAM (Tang et al. 2022): raw attention weights, enlarged to one size and averaged. They say where a word
-was looked at, which is not always what it caused.
+This is the method of DAAM (Tang et al. 2022): raw attention weights, up-sampled to one size and averaged. They show
+where a word was attended to, which is not always what it caused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from training.model.unet import UNet, record_attention
 
 
 class WordMaps:
-    """Records while used as a context; `add` after every sampler step keeps memory small.
+    """Records attention while used as a context manager; calling `add` after every sampler step keeps memory small.
 
-    Shapes: B pictures, T tokens, h, w pixels of an attention layer.
+    Args:
+        pictures: number of pictures in the batch, without the second branch of guidance.
     """
 
     def __init__(self, unet: UNet, pictures: int) -> None:
@@ -41,10 +42,10 @@ class WordMaps:
         self._stack.close()
 
     def add(self) -> None:
-        """Takes in what the layers recorded since the last call."""
+        """Add what the layers have recorded since the last call to the sums, and discard it."""
         for layer in self._layers:
             for weights in layer:
-                # the first rows are the conditional branch of guidance; the first token stands for "no text"
+                # the first rows are the conditional branch of guidance; the first token represents "no text"
                 seen = weights[: self._pictures, 1:]
                 size = (seen.shape[2], seen.shape[3])
                 self._sums[size] = self._sums[size] + seen if size in self._sums else seen.clone()
@@ -52,10 +53,11 @@ class WordMaps:
             layer.clear()
 
     def of(self, row: int, words: Sequence[tuple[str, list[int]]]) -> Heat:
-        """The heat of each word of picture `row`, fp32 (H, W) at the finest layer's size; empty without attention.
+        """Return the heat of each word of picture `row`, fp32 (H, W) at the finest layer's size; an empty list if the
+        network has no attention.
 
         Args:
-            words: each word with the places of its tokens, see `TextEncoder.words`.
+            words: each word with the positions of its tokens, see `TextEncoder.words`.
         """
         if not self._sums:
             return []

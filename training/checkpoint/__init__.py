@@ -1,1 +1,2 @@
-"""Checkpoints: written in the background, committed by a manifest, verified before use. Imports engine and below."""
+"""Checkpoints: written in the background, committed by a manifest, verified before use. Imports engine, config and
+processes."""

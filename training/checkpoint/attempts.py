@@ -1,11 +1,11 @@
-"""Which start of a run may write its checkpoints: every start takes the next attempt number, and the highest one owns
-them.
+"""Ownership of a run's checkpoints: every start of the run takes the next attempt number, and the highest number owns
+the checkpoints.
 
-    checkpoints/attempt-0002.json     made by one start and never written again: number, token, host, process, time
+    checkpoints/attempt-0002.json     created by one start and never rewritten: number, token, host, process, time
 
-A name is taken by one process only: by a hard link on disk, by `If-None-Match` in an object store. In a store that
-ignores the condition two starts may take one number; the token tells them apart, and the earlier one stops at its next
-look. Nothing here rests on clocks.
+Only one process can create a name: by a hard link on disk, by `If-None-Match` in an object store. In a store that
+ignores the condition, two starts may take the same number; the token tells them apart, and the one whose record was
+overwritten stops at its next check. Nothing here depends on clocks.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from training.processes.endings import Superseded
 
 NAME = re.compile(r"attempt-(\d{4,})\.json")
 OLD = "attempt.json"
-"""The one record of earlier versions; where there is one it is kept up to date, for a start of theirs that still
-lives."""
+"""The single record of earlier versions of this project; if present, it is kept up to date for a start by such a
+version that may still be running."""
 TRIES = 3
 
 
 def record_name(number: int) -> str:
-    """The file whose creation claims attempt `number`."""
+    """Return the name of the file whose creation claims attempt `number`."""
     return f"attempt-{number:04d}.json"
 
 
 class Attempts:
-    """The records in a folder, and this start's own `number` and `token` (0 and "" before `claim`)."""
+    """The attempt records in a folder, with this start's own `number` and `token` (0 and "" before `claim`)."""
 
     def __init__(self, folder: Folder, number: int = 0, token: str = "") -> None:
         self.folder, self.number, self.token = folder, number, token
 
     def claim(self) -> tuple[int, str]:
-        """Takes the next number: from now on `check` fails for all earlier starts. Returns number and token."""
+        """Take the next number, so that `check` fails for all earlier starts; return number and token."""
         names = self.folder.names()
         numbers = [int(match[1]) for match in map(NAME.fullmatch, names) if match]
         number = max([*numbers, self._record(OLD)[0] if OLD in names else 0]) + 1
@@ -56,7 +56,8 @@ class Attempts:
         return json.dumps({**own, "time": time.time()}).encode()
 
     def _take(self, number: int) -> bool:
-        """Whether the record of this number is ours now; also where the answer to our own request was lost."""
+        """Try to create the record of this number; return whether it is ours, even if the response to our request was
+        lost."""
         for _ in range(TRIES):
             self.folder.create(record_name(number), self._own(number))
             token = self._record(record_name(number))[1]
@@ -65,7 +66,7 @@ class Attempts:
         return False
 
     def _record(self, name: str) -> tuple[int, str, str]:
-        """Number, token and host; 0 and empty where it is missing or damaged."""
+        """Return number, token and host of a record; 0 and empty strings if it is missing or damaged."""
         try:
             record = json.loads(self.folder.read(name))
             return int(record["attempt"]), str(record["token"]), str(record["host"])
@@ -73,8 +74,8 @@ class Attempts:
             return 0, "", ""
 
     def check(self) -> None:
-        """Raises `Superseded` when a later start has claimed the checkpoints. Where our own record is gone (a folder
-        that was deleted, another disk in its place) nobody has: it is written again."""
+        """Raise `Superseded` if a later start has claimed the checkpoints. If our own record has vanished (the folder
+        was deleted, or another disk mounted in its place) and nobody has, write it again."""
         newest = max((int(match[1]) for match in map(NAME.fullmatch, self.folder.names()) if match), default=0)
         if newest < self.number and self._take(self.number):
             return

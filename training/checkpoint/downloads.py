@@ -1,4 +1,4 @@
-"""The processes of one machine download a file of an object store once between them."""
+"""Shared downloads: the processes of one machine download each file of an object store only once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.processes.ranks import Ranks
 
 @dataclass(frozen=True)
 class Share:
-    """This process among those of its machine: it is number `index` of `count`."""
+    """This process is number `index` (from 0) of the `count` processes on its machine."""
 
     index: int = 0
     count: int = 1
@@ -28,10 +28,10 @@ class Share:
 
 @contextmanager
 def shared_downloads(ranks: Ranks) -> Iterator[Share]:
-    """Inside, `Folder.fetch` downloads a file once for all processes of a machine. Their copies lie in TMPDIR and are
-    removed at the end. Collective, at both ends.
+    """Inside this context, `Folder.fetch` downloads a file once for all processes of a machine. The copies are in
+    TMPDIR and are removed at the end. Collective on entry and on exit.
 
-    Processes share when they see the same TMPDIR on one host: not those of containers that have one each.
+    Processes share copies if they see the same TMPDIR on one host, so containers with their own TMPDIR do not.
     """
     if ranks.world_size == 1:
         yield Share()
@@ -44,7 +44,7 @@ def shared_downloads(ranks: Ranks) -> Iterator[Share]:
     share_copies(copies)
     try:
         yield Share(mates.index(ranks.rank), len(mates))
-        barrier(ranks)  # the others may still read
+        barrier(ranks)  # the others may still be reading
     finally:
         share_copies(None)
         if first:
@@ -52,7 +52,7 @@ def shared_downloads(ranks: Ranks) -> Iterator[Share]:
 
 
 def _this_machine() -> bytes:
-    """Equal for processes that see the same directory of temporary files on one host; 32 bytes."""
+    """Return 32 bytes that are equal for processes that see the same temporary directory on one host."""
     place = tempfile.gettempdir()
     status = os.stat(place)
     seen = socket.gethostname(), place, status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Which code wrote a checkpoint, a run or a bundle: the commit and the versions of the packages."""
+"""The version of the code that wrote a checkpoint, a run or a bundle: its commit and the versions of packages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "transformers", "webdataset", "wandb", "hydra-core")
 FROZEN = "frozen.json"
-"""Beside code that was copied out of its checkout: {commit, dirty} of that."""
+"""File next to code that was copied out of its git checkout: {commit, dirty} of that checkout."""
 
 
 def code_version() -> dict[str, Any]:
-    """The commit of this code (None outside a git checkout), whether it had changes on top, and package versions."""
+    """Return the commit of this code (None outside a git checkout), whether it has uncommitted changes (`dirty`), and
+    package versions."""
     root = Path(__file__).resolve().parents[__name__.count(".")]
 
     def git(*words: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and what in their directories is nobody's any more. Names and numbers only, no I/O."""
+"""Which checkpoints to keep, and which files in their directories are orphaned. Names and numbers only, no I/O."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 OF_ATTEMPT = re.compile(r"\.?(?:manifest-)?a(\d{4,})-.+")
-"""Files whose name says which attempt has written them; with a dot: unfinished ones on disk."""
+"""Names of files that contain the attempt that wrote them; those with a leading dot are unfinished files on disk."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What retention must know of a committed checkpoint."""
+    """What retention needs to know about a committed checkpoint."""
 
     healthy: bool = True
-    """Its last step was applied: a run can go back to it."""
+    """Its last step was applied, so a run can roll back to it."""
     validation: float | None = None
-    """Loss of the averaged weights; None where it was not measured or is not finite."""
+    """Validation loss of the averaged weights; None if it was not measured or is not finite."""
     attempt: float = 0
     began: float = math.inf
-    """The step from which its start went on; infinity where it does not say."""
+    """The step from which the start that wrote it resumed; infinity if not recorded."""
     files: frozenset[str] = frozenset()
-    """Its own files, the manifest among them."""
+    """Its own files, including the manifest."""
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Standing:
-        """What the metadata of a checkpoint says about it."""
+        """Return the standing recorded in a manifest."""
         meta, began = manifest["meta"], (manifest.get("owner") or {}).get("from")
         loss = meta.get("validation")
         measured = isinstance(loss, (int, float)) and math.isfinite(loss)
@@ -41,23 +41,24 @@ class Standing:
         )
 
     def left_behind_by(self, other: Standing, step: int) -> bool:
-        """Whether this checkpoint of `step` is off the run, which a later start has continued from an earlier step and
-        saved (`other`)."""
+        """Return whether this checkpoint of `step` no longer belongs to the run, because a later start resumed from an
+        earlier step and has saved `other`."""
         return other.attempt > self.attempt and other.began < step
 
 
 DAMAGED = Standing(healthy=False, attempt=math.inf)
-"""Of one whose manifest cannot be read: nothing is known of it."""
+"""Standing of a checkpoint whose manifest cannot be read."""
 
 
 def doomed(
     steps: Iterable[int], standings: dict[int, Standing], saved: int, keep_last: int, keep_every: int, keep_best: bool
 ) -> list[int]:
-    """The steps to delete, in the order of `steps`.
+    """Return the steps to delete, in the order of `steps`.
 
-    Kept are the newest `keep_last`, multiples of `keep_every`, the newest healthy one and, if `keep_best`, the one with
-    the lowest validation loss. Nothing from `saved` on is touched, the newest step that this start has committed: one
-    may be on its way there, or belong to a later start. Only what an earlier start has committed off the run goes.
+    The newest `keep_last`, multiples of `keep_every`, the newest healthy one and, with `keep_best`, the one with the
+    lowest validation loss are kept. So is everything from `saved` on, the newest step that this start has committed: a
+    save may be in progress there, or belong to a later start. The only exceptions are checkpoints that an earlier start
+    has committed and that no longer belong to the run.
     """
     off = {s for s, a in standings.items() if any(a.left_behind_by(b, s) for t, b in standings.items() if t < s)}
     committed = sorted(standings.keys() - off, reverse=True)
@@ -70,7 +71,7 @@ def doomed(
 
 
 def leftovers(names: Iterable[str], files: Collection[str], limit: int, unknown: bool = False) -> list[str]:
-    """The names that are not among `files` and belong to attempts up to `limit`; `unknown`: also those that do not say
-    whose they are."""
+    """Return the names that are not in `files` and belong to attempts up to `limit`; with `unknown`, also those that do
+    not contain an attempt."""
     rest = [name for name in names if name not in files]
     return [n for n in rest if (int(match[1]) <= limit if (match := OF_ATTEMPT.fullmatch(n)) else unknown)]

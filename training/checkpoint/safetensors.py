@@ -1,4 +1,4 @@
-"""Streams tensors into safetensors files, with both checksums on the way."""
+"""Streams tensors into safetensors files, computing both checksums on the way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = {
 
 
 def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
-    """The file's bytes, without a copy of the tensors (CPU)."""
+    """Yield the bytes of a safetensors file, without copying the tensors, which must be on the CPU."""
     yield header({name: (NAMES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()})
     for tensor in tensors.values():
         flat = tensor.detach().contiguous().view(-1)
@@ -36,8 +36,8 @@ def chunks(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
 
 
 class Digest:
-    """Passes chunks on and keeps their size and two checksums: SHA-256, which names the content, and XXH3, which every
-    start can afford to check (15 times as fast)."""
+    """Passes chunks through and computes their size and two checksums: SHA-256, which identifies the content, and XXH3,
+    15 times as fast, which every start can afford to verify."""
 
     def __init__(self, source: Iterable[memoryview | bytes]) -> None:
         self._source, self._hash, self._fast, self.size = source, hashlib.sha256(), xxhash.xxh3_128(), 0
@@ -51,17 +51,17 @@ class Digest:
 
     @property
     def xxh3(self) -> str:
-        """XXH3, 128 bits, of what has passed, as hex."""
+        """XXH3 (128 bits) of the chunks passed so far, as hex."""
         return self._fast.hexdigest()
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of what has passed, as hex."""
+        """SHA-256 of the chunks passed so far, as hex."""
         return self._hash.hexdigest()
 
 
 def split_by_size(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
-    """Consecutive groups of at most `limit` bytes (a larger tensor stands alone)."""
+    """Split tensors into consecutive groups of at most `limit` bytes; a larger tensor gets its own group."""
     groups: list[dict[str, torch.Tensor]] = []
     size = limit + 1
     for name, tensor in tensors.items():

@@ -1,21 +1,20 @@
-"""Checkpoints that always come back: whole fp32 tensors by name in safetensors files, committed by a manifest that is
-written last.
+"""The checkpoint store: whole tensors by name in safetensors files, committed by a manifest that is written last.
 
-    checkpoints/attempt-0001.json                who may write: every start takes the next number (attempts.py)
+    checkpoints/attempt-0001.json                ownership: every start takes the next number (attempts.py)
     checkpoints/step-00000500/
-        a0001-3f9c21-r00000-p000.safetensors     attempt, save, rank, part; a name is written once and by nobody else
-        manifest.json                            sizes and checksums of the files, where each tensor lies, metadata, who
-                                                 wrote it, and a checksum of all that
+        a0001-3f9c21-r00000-p000.safetensors     attempt, save, rank, part; each name is written once, by one process
+        manifest.json                            sizes and checksums of the files, the file of each tensor, metadata,
+                                                 who wrote it, and a checksum of all of this
 
-A directory without a manifest is no checkpoint. Deleting removes the manifest first (retention.py). Nothing points at
-"the latest": the newest checkpoint that proves healthy is the one to resume from. Any world size and any ZeRO stage
-reads what any other has written.
+A directory without a manifest is not a checkpoint. Deleting removes the manifest first (retention.py). There is no
+"latest" pointer: a run resumes from the newest checkpoint that passes verification. Any world size and any ZeRO stage
+can read what any other has written.
 
-Two starts of a run may be alive at once, and a request of the earlier one may arrive at any time later. It harms
-nothing, because the later start never uses a name that the earlier one may still write or delete: where the earlier
-one has left files in a step's directory, or has committed that step or a later one, the later start's manifest is
-called `manifest-a0002-7be01c.json`, and counts before `manifest.json`. A manifest says from which step its start began
-(`owner.from`): what an earlier start has committed beyond that is not part of the run any more.
+Two starts of a run may be alive at once, and a request of the earlier one may still take effect at any time. This is
+harmless, because the later start never uses a name that the earlier one might write or delete: if the earlier one has
+left files in a step's directory, or has committed that step or a later one, the later start's manifest is called
+`manifest-a0002-7be01c.json`, and takes precedence over `manifest.json`. A manifest records the step from which its
+start resumed (`owner.from`): what an earlier start has committed beyond that no longer belongs to the run.
 
 Importing this file does not import torch.
 """
@@ -53,25 +52,25 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 PINNED = "pinned.json"
-"""Beside the checkpoints: steps that pruning leaves alone."""
+"""File next to the checkpoints: steps that `prune` must not delete."""
 READ_BYTES = 1 << 22
 READERS = 4
-"""Files that a process verifies (and fetches from an object store) at a time."""
+"""Files that a process verifies (and fetches from an object store) concurrently."""
 PART_BYTES = 1 << 28
-"""Tensors are cut into files of about this size, so that a part can be sent to an object store in one request."""
+"""Tensors are grouped into files of about this size, so that each can be sent to an object store in one request."""
 STEP_NAME = re.compile(r"step-(\d{8,})")
 LATER_MANIFEST = re.compile(r"manifest-a(\d{4,})-\w+\.json")
 LOOK_BACK = 4
-"""Checkpoints below one that are asked whether it still belongs to the run; an earlier start commits one at most after
-a later one has begun."""
+"""Number of lower checkpoints that decide whether one still belongs to the run; an earlier start commits at most one
+after a later start has begun."""
 
 
 class CheckpointError(CascadeError):
-    """A checkpoint could not be written; training can go on, and the last one is still good."""
+    """A checkpoint could not be written. Training can continue, and the last checkpoint is still good."""
 
 
 def step_name(step: int) -> str:
-    """The name of the directory of the checkpoint of `step`."""
+    """Return the directory name of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 
@@ -82,48 +81,48 @@ class Checkpoint:
     folder: Folder
     manifest: dict[str, Any]
     sizes: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
-    """Bytes of the files in its directory, as listed when it was opened."""
+    """Sizes in bytes of the files in its directory, as listed when it was opened."""
     _files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Open files by name."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was taken."""
+        """Optimizer steps done when the checkpoint was taken."""
         return int(self.manifest["step"])
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What else the run needs to resume; JSON values."""
+        """Metadata that the run needs to resume; JSON values."""
         return self.manifest["meta"]
 
     @property
     def bytes(self) -> int:
-        """Size of all its files together."""
+        """Total size of its files in bytes."""
         return sum(file["bytes"] for file in self.manifest["files"])
 
     def recorded(self, key: str) -> Any:
-        """`meta[key]`, without which no run can go on from it.
+        """Return `meta[key]`, which a run needs to resume.
 
         Raises:
-            DataError: it is not there: another program's checkpoint, or a manifest changed by hand.
+            DataError: the key is missing: another program wrote the checkpoint, or the manifest was edited.
         """
         if key not in self.meta:
-            raise DataError(f"{self.folder}: its {MANIFEST} does not say {key}; it was not written by a training run")
+            raise DataError(f"{self.folder}: its {MANIFEST} has no {key}; it was not written by a training run")
         return self.meta[key]
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names of the tensors that begin with `prefix` (`param/`, `ema/0/`, ...)."""
+        """Return the names of the tensors that start with `prefix` (`param/`, `ema/0/`, ...)."""
         return [name for name in self.manifest["tensors"] if name.startswith(prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor `name`."""
+        """Return the shape of the tensor `name`."""
         return tuple(self.manifest["tensors"][name]["shape"])
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, on the CPU (mapped from the file: copy it before changing it).
+        """Return the whole tensor on the CPU, mapped from the file: copy it before changing it.
 
         Raises:
-            KeyError: no tensor of this name.
+            KeyError: there is no tensor of this name.
         """
         from safetensors import safe_open
 
@@ -133,12 +132,13 @@ class Checkpoint:
         return self._files[place].get_tensor(name)
 
     def problems(self, part: int = 0, parts: int = 1, checksums: bool = True, thorough: bool = False) -> list[str]:
-        """What is wrong with the files (each an unfinished sentence).
+        """Return the problems of the files, each as the end of a sentence ("FILE is missing").
 
         Args:
-            part, parts: look at this part of the files (at the same number of processes: those that this one wrote).
-            checksums: read them, not only compare sizes.
-            thorough: by SHA-256 instead of XXH3.
+            part, parts: check only this share of the files; with an unchanged number of processes, rank and world size
+                give the files that this process wrote.
+            checksums: also read the files, not only compare sizes.
+            thorough: verify SHA-256 instead of XXH3.
         """
         files = self.manifest["files"]
         mine = files[len(files) * part // parts : len(files) * (part + 1) // parts]
@@ -165,18 +165,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """A manifest in a step's directory and the sizes of the files beside it, or what is wrong with it. JSON
-    values, which other ranks can be sent."""
+    """A manifest in a step's directory with the sizes of the files next to it, or the problem with it. JSON values, so
+    that it can be sent to other ranks."""
 
     manifest: dict[str, Any] | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     problem: str = ""
     committed: bool = False
-    """Some manifest is there, or may be."""
+    """A manifest exists, or may exist."""
 
 
 def checksum(path: Path, kind: str) -> str:
-    """`sha256` or `xxh3` (128 bits) of a file."""
+    """Return the checksum of a file as hex; `kind`: `sha256` or `xxh3` (128 bits)."""
     import xxhash
 
     digest = hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128()
@@ -195,16 +195,16 @@ class CheckpointStore:
         self.attempts = Attempts(self.folder)
         self._saves = 0
         self._began: int | None = None
-        """The step from which this start goes on (-1: from none), once it has claimed the checkpoints."""
+        """The step from which this start resumed (-1: a new run), once it has claimed the checkpoints."""
         self._saved = -1
         """The newest step that this start has committed."""
         self._taken = -1
-        """The newest step that was committed when this start claimed them."""
+        """The newest committed step when this start claimed the checkpoints."""
         self._standings: dict[int, Standing] = {}
         self._swept: set[int] = set()
-        """Kept steps whose directories hold nothing else any more."""
+        """Kept steps whose directories have already been cleaned of orphaned files."""
         self._damaged: set[int] = set()
-        """Steps that `newest` has passed over: they do not count among those to keep."""
+        """Damaged steps that `newest` has skipped; they do not count towards `keep_last`."""
 
     # ------------------------------------------------------------------------------------------- who may write
 
@@ -214,8 +214,8 @@ class CheckpointStore:
         return self.attempts.number
 
     def claim(self, ranks: Ranks) -> int:
-        """Takes the next attempt number; from now on earlier attempts of this run can commit and delete nothing.
-        Collective."""
+        """Take the next attempt number and return it; from then on, earlier attempts of this run can neither commit nor
+        delete anything. Collective."""
         claimed = together(lambda: (*self.attempts.claim(), self._newest_committed()), ranks)
         self.attempts.number, self.attempts.token, self._taken = claimed
         return self.attempt
@@ -223,24 +223,24 @@ class CheckpointStore:
     def resume(
         self, ranks: Ranks, check: Callable[[Checkpoint | None], None], share: Share | None = None
     ) -> Checkpoint | None:
-        """The newest undamaged checkpoint, after this start has claimed them all. Collective.
+        """Claim the checkpoints for this start, and return the newest undamaged one (None for a new run). Collective.
 
         Args:
-            check: may refuse it, on rank 0, before anything is claimed.
+            check: called on rank 0 with that checkpoint before anything is claimed; may raise to refuse it.
             share: see `newest`.
         """
         seen, checkpoint = self._newest_now(ranks, share)
         together(lambda: check(checkpoint), ranks)
         self.claim(ranks)
-        if self._taken != seen:  # an earlier start was still alive, and saved meanwhile
+        if self._taken != seen:  # an earlier start was still alive and has saved in the meantime
             _, checkpoint = self._newest_now(ranks, share)
             together(lambda: check(checkpoint), ranks)
         self._began = checkpoint.step if checkpoint else -1
         return checkpoint
 
     def _newest_now(self, ranks: Ranks, share: Share | None) -> tuple[int, Checkpoint | None]:
-        """The newest step that is committed, and the newest undamaged checkpoint. Looks again where an earlier start
-        that is still alive has saved one and deleted those before it meanwhile."""
+        """Return the newest committed step and the newest undamaged checkpoint. Retries if an earlier start that is
+        still alive has saved a checkpoint and deleted older ones in the meantime."""
         while True:
             seen, checkpoint, problem = together(self._newest_committed, ranks), None, None
             try:
@@ -254,7 +254,7 @@ class CheckpointStore:
         return seen, checkpoint
 
     def check_owner(self) -> None:
-        """Raises `Superseded` when a later start of the same run has claimed the checkpoints."""
+        """Raise `Superseded` if a later start of the same run has claimed the checkpoints."""
         self.attempts.check()
 
     # ----------------------------------------------------------------------------------------------- writing
@@ -262,15 +262,15 @@ class CheckpointStore:
     def save(
         self, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], ranks: Ranks, group: Any = None
     ) -> None:
-        """Writes and commits a checkpoint. Collective over `group` (None: the control group).
+        """Write and commit a checkpoint. Collective over `group` (None: the control group).
 
         Args:
-            tensors: this rank's share of the whole tensors by name; shares do not overlap.
-            meta: what else the run needs; JSON values. Rank 0's counts.
+            tensors: this rank's share of the whole tensors by name (CPU); shares do not overlap.
+            meta: other data that the run needs to resume; JSON values. Only rank 0's is stored.
 
         Raises:
-            CheckpointError: some rank could not write; nothing was committed.
-            Superseded: another attempt owns the run now.
+            CheckpointError: a rank could not write; nothing was committed.
+            Superseded: a later attempt owns the run now.
         """
         from training.checkpoint.safetensors import NAMES, Digest, chunks, split_by_size
 
@@ -293,7 +293,7 @@ class CheckpointStore:
             error = caught
         errors = errors_of_all(error, ranks, group)
         if errors:
-            with suppress(OSError, CascadeError):  # a part of a checkpoint is of no use, and the disk may be full
+            with suppress(OSError, CascadeError):  # half a checkpoint is useless, and the disk may be full
                 folder.remove_files([entry["name"] for entry in files])
         self._raise_first(errors, step)
         written = gather_json(files, ranks, group)
@@ -311,7 +311,7 @@ class CheckpointStore:
         self._raise_first(errors_of_all(error, ranks, group), step)
 
     def _manifest_name(self, step: int, own: str) -> str:
-        """One that no earlier attempt may still write or delete (see the top of this file)."""
+        """Return a name that no earlier attempt might still write or delete (see the top of this file)."""
         plain = step > self._taken and all(name.startswith(own) for name in self._folder(step).names())
         return MANIFEST if plain else f"manifest-{own}.json"
 
@@ -322,19 +322,23 @@ class CheckpointStore:
             if error is not None:
                 raise CheckpointError(
                     f"{self.folder}: the checkpoint of step {step} was not written (rank {rank}: {error}); earlier "
-                    f"checkpoints are untouched, and training continues: make room or fix the store before the next one"
+                    f"checkpoints are untouched, and training continues: free up space or fix the store before the next"
                 ) from error
 
     def prune(self, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[int]:
-        """Deletes what need not be kept (retention.py), and what unfinished saves left behind up to the newest
-        checkpoint. Rank 0 only. Returns the deleted steps."""
+        """Delete the checkpoints that need not be kept (retention.py), and the remains of unfinished saves up to the
+        newest checkpoint; return the deleted steps. Rank 0 only.
+
+        Raises:
+            Superseded: a later attempt owns the run now; nothing was deleted.
+        """
         self.check_owner()
         steps = self.steps()
         standings = {step: found for step in steps if step not in self._damaged and (found := self._standing(step))}
         pinned = self.pinned()
         gone = [s for s in doomed(steps, standings, self._saved, keep_last, keep_every, keep_best) if s not in pinned]
         for step in gone:
-            limit = self.attempt - (step > self._saved)  # beyond our newest one we may be writing ourselves
+            limit = self.attempt - (step > self._saved)  # we may be writing beyond our newest one
             self._remove(step, leftovers(self._folder(step).names(), (), limit, unknown=True))
             self._standings.pop(step, None)
         for step in [s for s in standings if s not in gone and s < self._saved and s not in self._swept]:
@@ -345,11 +349,11 @@ class CheckpointStore:
         return gone
 
     def pin(self, steps: Iterable[int]) -> None:
-        """Names the checkpoints that `prune` must leave alone, instead of those named before."""
+        """Set the steps that `prune` must not delete, replacing those set before."""
         self.folder.write(PINNED, [json.dumps(sorted(steps)).encode()])
 
     def pinned(self) -> set[int]:
-        """Steps named by `pin`; none where the file is missing or damaged."""
+        """Return the steps set by `pin`; none if the file is missing or damaged."""
         try:
             return {int(step) for step in json.loads(self.folder.read(PINNED))}
         except (OSError, ValueError, TypeError, DataError):
@@ -361,7 +365,7 @@ class CheckpointStore:
         self._folder(step).remove_files([name for name in names if name not in first])
 
     def _standing(self, step: int) -> Standing | None:
-        """What retention must know of a committed checkpoint, read once; None where there is none."""
+        """Return the standing of a committed checkpoint, read once; None if there is none."""
         if step not in self._standings:
             read = self._read(step)
             whole = next((found.manifest for found in read if found.manifest is not None), None)
@@ -376,22 +380,22 @@ class CheckpointStore:
         return self.folder.sub(step_name(step))
 
     def steps(self) -> list[int]:
-        """Steps that have a directory, newest first, committed or not."""
+        """Return the steps that have a directory, newest first, committed or not."""
         matches = (STEP_NAME.fullmatch(name) for name in self.folder.names())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def is_committed(self, step: int) -> bool:
-        """Whether a checkpoint of this step was committed: a manifest is there."""
+        """Return whether a checkpoint of this step was committed, that is, has a manifest."""
         try:
             return bool(manifests(self._folder(step).sizes()))
-        except (OSError, DataError):  # something is there, and cannot be read
+        except (OSError, DataError):  # there is something, but it cannot be read
             return True
 
     def _newest_committed(self) -> int:
         return next((step for step in self.steps() if self.is_committed(step)), -1)
 
     def newest_whole(self) -> int:
-        """The newest step whose files are all there with their sizes, their checksums not looked at; -1: none."""
+        """Return the newest step whose files all exist with the right sizes, without verifying checksums; -1: none."""
         for step in self.steps():
             with suppress(DataError):
                 if not self.open(step).problems(checksums=False):
@@ -399,10 +403,10 @@ class CheckpointStore:
         return -1
 
     def open(self, step: int) -> Checkpoint:
-        """The checkpoint of a step, its files not yet verified.
+        """Open the checkpoint of a step, without verifying its files.
 
         Raises:
-            DataError: not committed, or its manifest is damaged.
+            DataError: it was not committed, or its manifest is damaged.
         """
         read = self._read(step)
         for found in read:
@@ -411,7 +415,7 @@ class CheckpointStore:
         raise DataError(read[0].problem)
 
     def _read(self, step: int) -> list[Found]:
-        """The manifests of a step, the one that counts first; never empty."""
+        """Read the manifests of a step, the one that takes precedence first; the list is never empty."""
         folder = self._folder(step)
         try:
             sizes = folder.sizes()
@@ -441,12 +445,15 @@ class CheckpointStore:
         wanted: Callable[[dict[str, Any]], bool] = lambda meta: True,
         share: Share | None = None,
     ) -> Checkpoint | None:
-        """The newest undamaged checkpoint (whose metadata is `wanted`), or None when there never was one. Collective;
-        the ranks share the checksum work. Each one that is skipped is logged with what is wrong with it.
+        """Return the newest undamaged checkpoint, or None if there is no committed one. Collective.
+
+        The ranks share the work of verifying checksums. A damaged checkpoint is skipped, and logged with its problem.
 
         Args:
-            share: this process's part of the downloads of its machine (shared_downloads), where there are any: each
-                machine looks at its own copies.
+            checksums: verify checksums, not only sizes.
+            wanted: only consider checkpoints whose metadata satisfies this.
+            share: this process's share of its machine's downloads (shared_downloads), from an object store: each
+                machine then verifies its own copies.
 
         Raises:
             DataError: there are committed checkpoints, but all are damaged.
@@ -473,13 +480,13 @@ class CheckpointStore:
                     log.warning("checkpoint skipped: %s", problem)
         if damaged:
             raise DataError(
-                f"{self.folder}: none of its checkpoints is healthy ({damaged[0]}); restore one from a copy, or "
+                f"{self.folder}: all of its checkpoints are damaged ({damaged[0]}); restore one from a copy, or "
                 f"start a new run with another run.dir"
             )
         return None
 
     def _problems(self, checkpoint: Checkpoint, ranks: Ranks, checksums: bool, share: Share | None) -> list[str]:
-        """What is wrong with its files, found by all ranks together."""
+        """Return the problems of its files, found by all ranks together."""
         part, parts = (share.index, share.count) if share is not None else (ranks.rank, ranks.world_size)
         mine: list[str] = []
         error: CascadeError | None = None
@@ -495,7 +502,7 @@ class CheckpointStore:
         return list(dict.fromkeys(problem for problems in gather_objects(mine, ranks) for problem in problems))
 
     def _left_behind(self, checkpoint: Checkpoint, steps: list[int]) -> bool:
-        """Whether an earlier start committed it after a later one had begun from a step before."""
+        """Return whether an earlier start committed it after a later start had resumed from an earlier step."""
         mine, step = Standing.of(checkpoint.manifest), checkpoint.step
         if self._began is not None and mine.attempt < self.attempt and step > self._began:
             return True
@@ -505,16 +512,20 @@ class CheckpointStore:
 
 
 def manifests(names: Iterable[str]) -> list[str]:
-    """The manifests among the names in a step's directory, the one that counts first."""
+    """Return the manifests among the names in a step's directory, the one that takes precedence first."""
     later = [(int(match[1]), name) for name in names if (match := LATER_MANIFEST.fullmatch(name))]
     return [name for _, name in sorted(later, reverse=True)] + [name for name in names if name == MANIFEST]
 
 
 def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str, Any]:
-    """A manifest, with the tensors of all files under `tensors`; `name` is its file's.
+    """Parse a manifest, and add the tensors of all its files under `tensors`.
+
+    Args:
+        step: the step it must belong to.
+        name: its file name, for errors.
 
     Raises:
-        DataError: it is damaged, of another step or format.
+        DataError: it is damaged, or of another step or format.
     """
     try:
         manifest = json.loads(content)
@@ -548,5 +559,5 @@ def _manifest(
 
 
 def _digest(values: Any) -> str:
-    """SHA-256 of JSON values (of a manifest: without its own)."""
+    """Return the SHA-256 of JSON values; a manifest must not contain its own."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the background, and deletes old ones: the loop waits for the copy to host memory only."""
+"""Writes and deletes checkpoints in the background: the training loop only waits for the copy to host memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from training.processes.ranks import Ranks
 log = logging.getLogger(__name__)
 
 NICE = 10
-"""Priority of the writing thread: where cores are scarce, training goes first."""
+"""Niceness of the writing thread: if cores are scarce, training goes first."""
 END_S = 60.0
-"""How long the end of a run waits for deletions under way."""
+"""Seconds that the end of a run waits for deletions in progress."""
 STOPPED_S = 5.0
-"""The same after a signal: whoever sent it may not wait long."""
+"""The same after a signal, since its sender may not wait long before killing the process."""
 
 
 class Pruner:
-    """Deletes old checkpoints in a thread of its own, beside the steps and beside the next save: a slow store holds
-    nothing up."""
+    """Deletes old checkpoints in its own thread, so that a slow store delays neither the steps nor the next save."""
 
     def __init__(self, store: CheckpointStore, config: CheckpointConfig) -> None:
         self.store, self.config = store, config
@@ -36,7 +35,7 @@ class Pruner:
         self._again = False
 
     def request(self) -> None:
-        """A checkpoint was committed: what it replaces may go."""
+        """Start deleting; called after a checkpoint was committed."""
         with self._lock:
             self._again = True
             if self._thread is None:
@@ -53,11 +52,11 @@ class Pruner:
                 self._again = False
             try:
                 self.store.prune(self.config.keep_last, self.config.keep_every, self.config.keep_best)
-            except (OSError, CascadeError) as error:  # it costs room, not the run; the next save finds out who owns it
+            except (OSError, CascadeError) as error:  # costs space, not the run; the next save checks ownership
                 log.warning("old checkpoints were not deleted: %s", error)
 
     def close(self, seconds: float) -> None:
-        """Waits so long for what is under way."""
+        """Wait up to this many seconds for deletions in progress."""
         thread = self._thread
         if thread is not None:
             thread.join(seconds)
@@ -66,10 +65,11 @@ class Pruner:
 
 
 class CheckpointWriter:
-    """One checkpoint at a time; a thread assembles, writes and commits while training continues, another deletes.
+    """Writes one checkpoint at a time: a thread assembles, writes and commits it while training continues; another
+    thread deletes old ones.
 
-    All ranks call `start` and `wait` at the same steps. The thread talks over its own process group, so its
-    collectives never mix with those of the training loop. Rank 0 calls `on_saved` there once a step is committed.
+    All ranks call `start` and `wait` at the same steps. The thread uses its own process group, so its collectives never
+    mix with those of the training loop. On rank 0 it calls `on_saved` once a step is committed.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class CheckpointWriter:
         self._error: BaseException | None = None
         self._pruner = Pruner(store, config)
         self.last_step = -1
-        """The newest step that is committed."""
+        """The newest committed step; -1: none yet."""
         self.seconds = 0.0
-        """How long the last one took in the background."""
+        """Seconds that the last checkpoint took in the background."""
 
     @property
     def busy(self) -> bool:
@@ -94,8 +94,8 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
-        """Begins to write; `wait` must have been called since the last `start` (a snapshot uses the same memory
-        again)."""
+        """Start writing; `wait` must have been called since the last `start`, as a snapshot reuses the same memory.
+        `meta`: JSON values to store with the tensors."""
         assert self._thread is None, "wait() for the previous checkpoint first"
         self._thread = threading.Thread(target=self._write, args=(step, snapshot, meta), name="checkpoint", daemon=True)
         self._thread.start()
@@ -116,8 +116,8 @@ class CheckpointWriter:
         self.seconds = time.monotonic() - began
 
     def wait(self) -> CheckpointError | None:
-        """Until the checkpoint under way is committed. A failure to write is returned (training can go on), all else
-        is raised."""
+        """Wait until the checkpoint in progress is committed. A failure to write is returned, since training can
+        continue; any other error is raised."""
         if self._thread is None:
             return None
         self._thread.join()
@@ -128,5 +128,5 @@ class CheckpointWriter:
         raise error
 
     def close(self, hurry: bool = False) -> None:
-        """The run ends: waits a while for deletions under way (`hurry`: a short one)."""
+        """Wait for deletions in progress, for END_S seconds at most (with `hurry`, STOPPED_S)."""
         self._pruner.close(STOPPED_S if hurry else END_S)

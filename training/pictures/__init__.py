@@ -1,1 +1,2 @@
-"""Sheets of labelled pictures as PNG, and their signatures. Imports no other room."""
+"""Sheets of labelled pictures as PNG, plots of intervals, and signatures of pictures. Imports no other folder of
+`training`."""

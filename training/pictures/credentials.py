@@ -1,7 +1,7 @@
-"""Content Credentials (C2PA): a signature in a PNG that says a model drew it, and that nothing in the file was changed.
+"""Content Credentials (C2PA): a signature in a PNG that states that a model drew it, and reveals any later change.
 
 Needs `c2pa-python`, the Content Authenticity Initiative's own library, and a certificate whose extended key usage is
-e-mail protection or document signing, with the chain above it.
+e-mail protection or document signing, with its chain.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from data_pipeline.common.errors import ConfigError, DataError
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for pictures that a trained model drew."""
 NO_THUMBNAIL = '{"builder": {"thumbnail": {"enabled": false}}}'
-"""A second picture inside the file would be many times the size of a small one."""
+"""Disables thumbnails, which would make a small picture's file many times larger."""
 ALGORITHMS = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 
 
 class Credentials:
-    """What pictures are signed with.
+    """A certificate and its key, to sign pictures with.
 
     Args:
-        certificate, key: PEM files: the chain, the signer's first, and its private key.
+        certificate: PEM file of the certificate chain, the signer's certificate first.
+        key: PEM file of the signer's private key.
 
     Raises:
-        ConfigError: the package is not installed, a file cannot be read, or the two do not sign.
+        ConfigError: the package is not installed, a file cannot be read, or signing with them fails.
     """
 
     def __init__(self, certificate: str, key: str) -> None:
@@ -52,7 +53,7 @@ class Credentials:
             ) from error
 
     def sign(self, png: bytes) -> bytes:
-        """The same file with a manifest in it; its pixels and texts stay as they are."""
+        """Return the PNG file with a signed manifest added; its pixels and texts are unchanged."""
         import c2pa
 
         action = {"action": "c2pa.created", "digitalSourceType": SOURCE}
@@ -68,11 +69,14 @@ class Credentials:
 
 
 def check_credentials(file: str | Path) -> dict[str, Any]:
-    """What the credentials of a picture say: `state` (`Valid`, `Trusted`, or `Invalid` where anything was changed after
-    it was signed), `problems` (codes), `source` (SOURCE for a model's picture).
+    """Read and verify the credentials of a picture.
+
+    Returns:
+        `state` (`Valid`, `Trusted`, or `Invalid` if anything was changed after signing), `problems` (status codes) and
+        `source` (SOURCE for a model's picture).
 
     Raises:
-        DataError: it has none.
+        DataError: the file has no credentials.
     """
     import c2pa
 
@@ -80,7 +84,7 @@ def check_credentials(file: str | Path) -> dict[str, Any]:
         with c2pa.Reader(str(file)) as reader:
             found = json.loads(reader.json())
     except c2pa.C2paError as error:
-        raise DataError(f"{file}: no content credentials in it ({error})") from error
+        raise DataError(f"{file}: it has no Content Credentials ({error})") from error
     manifest = found["manifests"][found["active_manifest"]]
     actions = [a for entry in manifest["assertions"] for a in entry["data"].get("actions", [])]
     return {
@@ -111,7 +115,7 @@ def _algorithm(private: bytes, file: str) -> str:
 
 
 def _probe() -> bytes:
-    """A picture of one pixel."""
+    """Return a PNG of one pixel."""
     from PIL import Image
 
     data = io.BytesIO()

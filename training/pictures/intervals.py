@@ -1,4 +1,4 @@
-"""A picture of estimates with their intervals: one panel for each thing that is estimated."""
+"""Plots of estimates with their intervals, one panel per quantity."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw
 from training.pictures.sheets import BAD, FAINT, GOOD, INK, PAPER, default_font
 
 Estimate = tuple[str, float, float, float]
-"""Label below the axis, value, and the two ends of its interval."""
+"""Label below the axis, value, and lower and upper end of its interval."""
 WIDTH, HEIGHT = 760, 210
 LEFT, RIGHT, ABOVE, BELOW = 80, 24, 36, 34
 
 
 def panels(title: str, estimates: Mapping[str, Sequence[Estimate]], unit: str = "") -> Image.Image:
-    """Panels below each other, each with a line at 0; an interval below 0 is green, one above it red."""
+    """Draw panels below each other, each with a line at 0; intervals below 0 are green, those above it red."""
     image = Image.new("RGB", (WIDTH, ABOVE + HEIGHT * len(estimates)), PAPER)
     pen = ImageDraw.Draw(image)
     pen.text((LEFT, 10), title, INK, default_font())
@@ -36,7 +36,7 @@ def _panel(pen: ImageDraw.ImageDraw, top: int, name: str, row: Sequence[Estimate
     pen.text((LEFT, top + 10), name, INK, font)
     for value in {low, 0.0, high}:
         pen.line((LEFT, y(value), WIDTH - RIGHT, y(value)), FAINT if value == 0 else "#e0e0e0")
-        if value == 0 or abs(y(value) - y(0)) > 14:  # else its figure would lie on that of 0
+        if value == 0 or abs(y(value) - y(0)) > 14:  # otherwise its label would overlap that of 0
             pen.text((LEFT - 8, y(value)), f"{_short(value)}{unit}" if value else "0", FAINT, font, anchor="rm")
     step = (WIDTH - LEFT - RIGHT) / len(row)
     for place, (label, value, below, above) in enumerate(row):

@@ -41,7 +41,7 @@ class Cell:
     pictures: list[Image.Image]
     caption: str
     labels: list[str] = field(default_factory=list)
-    """Above each picture, for example "16 px"."""
+    """Label above each picture, for example "16 px"."""
     note: str = ""
     """Text below the caption, grey, or red with `wrong`."""
     wrong: bool = False
@@ -49,7 +49,7 @@ class Cell:
 
 
 def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Image:
-    """All cells in rows of `columns`; every cell is as wide as the widest one. ValueError without cells."""
+    """Draw all cells in rows of `columns`; every cell is as wide as the widest one. Raises ValueError without cells."""
     if not cells:
         raise ValueError("a sheet needs at least one cell")
     drawn = [_draw_cell(cell) for cell in cells]
@@ -73,10 +73,10 @@ def save(
     pnginfo: PngImagePlugin.PngInfo | None = None,
     sign: Callable[[bytes], bytes] | None = None,
 ) -> None:
-    """Writes a PNG atomically, creating its directory if needed.
+    """Write a PNG atomically, creating its directory if needed.
 
     Args:
-        sign: makes the file that is written of the plain one.
+        sign: converts the bytes of the plain PNG to those to write.
     """
     data = io.BytesIO()
     image.save(data, format="PNG", pnginfo=pnginfo)
@@ -85,7 +85,8 @@ def save(
 
 
 def to_side(picture: Image.Image, side: int) -> Image.Image:
-    """The picture at about `side` pixels: enlarged by nearest neighbour or shrunk with Lanczos."""
+    """Resize the picture to a width of about `side` pixels: enlarged by a whole factor (nearest neighbour), or shrunk
+    with Lanczos."""
     if picture.width <= side:
         factor = max(1, side // picture.width)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -93,10 +94,10 @@ def to_side(picture: Image.Image, side: int) -> Image.Image:
 
 
 def heat_sheet(picture: Image.Image, heat: Sequence[tuple[str, np.ndarray]], caption: str) -> Image.Image:
-    """The picture, then for each word the picture dimmed except where pixels attended to the word.
+    """Draw the picture, then for each word the picture dimmed except where pixels attended to the word.
 
     Args:
-        heat: (word, attention (h, w) >= 0); each word is scaled to its own maximum: compare places, not words.
+        heat: (word, attention (h, w) >= 0); each word is scaled to its own maximum, so compare places, not words.
     """
     cells = [Cell([picture], "(picture)")]
     for word, values in heat:
@@ -136,7 +137,7 @@ def _draw_cell(cell: Cell) -> Image.Image:
 
 
 def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
-    """At most `most` lines no wider than `width` pixels, broken at spaces where possible."""
+    """Wrap text to at most `most` lines of `width` pixels, at spaces where possible."""
     font, lines, line = _font(text), [], ""
     for word in _pieces(text, width, font):
         if line and font.getlength(line + word.rstrip()) > width:
@@ -154,7 +155,8 @@ def _wrapped(text: str, width: int, most: int = 4) -> list[str]:
 
 
 def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Words with their trailing space; words too long for a line, such as text without spaces, letter by letter."""
+    """Split text into words with their trailing space; words too long for a line, such as text without spaces, into
+    letters."""
     pieces: list[str] = []
     for word in " ".join(text.split()).split(" "):
         pieces += [*word, " "] if font.getlength(word) > width else [word + " "]
@@ -162,13 +164,13 @@ def _pieces(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
 
 
 def default_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, at the size of captions."""
+    """Return Pillow's own font at the size of captions."""
     return ImageFont.load_default(FONT_SIZE)
 
 
 @lru_cache(maxsize=4096)
 def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font if it has all letters of `text`, else the installed one that has most of them."""
+    """Return Pillow's own font if it has all letters of `text`, otherwise the installed font that has the most."""
     own = default_font()
     if not isinstance(own, ImageFont.FreeTypeFont) or not _missing(own, text):
         return own
@@ -181,9 +183,9 @@ def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @lru_cache(maxsize=1)
 def _say_boxes(letter: str) -> None:
-    """Once."""
+    """Warn once about letters that no font has."""
     remedy = "no installed font has them (on Debian: apt-get install fonts-noto-cjk)"
-    log.warning("letters such as %s are boxes in the sheets of pictures: %s", letter, remedy)
+    log.warning("letters such as %s are shown as boxes in picture sheets: %s", letter, remedy)
 
 
 @lru_cache(maxsize=len(FONTS))
@@ -195,6 +197,6 @@ def _installed(name: str) -> ImageFont.FreeTypeFont | None:
 
 
 def _missing(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
-    """Letters that it would write as a box."""
+    """Return the letters that the font would draw as a box."""
     box = bytes(font.getmask("\uffff"))
     return {char for char in set(text) if not char.isspace() and bytes(font.getmask(char)) == box}

@@ -1,1 +1,1 @@
-"""Frozen text encoders: captions to embeddings, their identity and their cost. Imports config."""
+"""Frozen text encoders: captions to embeddings, their identity and their cost; a captioner. Imports config."""

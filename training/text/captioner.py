@@ -1,4 +1,4 @@
-"""Captions for pictures from a local vision-language model of transformers; nothing is downloaded."""
+"""Captions pictures with a local vision-language model in transformers format; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Captioner:
-    """Describes pictures by the most likely words after a prompt, decoded greedily: the same picture, the same text.
+    """Describes pictures by greedy decoding after a prompt, so that the same picture always gets the same text.
 
     Args:
-        path: directory of the model with its processor, as `save_pretrained` writes them (LLaVA, Qwen-VL, SmolVLM,
-            BLIP, ...: what `AutoModelForImageTextToText` loads).
-        prompt: what is asked; where the processor has a chat template, as a message of the user.
-        max_tokens: longest answer.
+        path: directory of the model and its processor, as `save_pretrained` writes them (LLaVA, Qwen-VL, SmolVLM, BLIP,
+            ...: any that `AutoModelForImageTextToText` loads).
+        prompt: the request; sent as a user message if the processor has a chat template.
+        max_tokens: maximum length of a caption, in tokens of the model.
 
     Raises:
         DataError: files are missing or unreadable, or the weights lack tensors.
@@ -49,7 +49,7 @@ class Captioner:
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """One text per picture, on one line; empty where the model says nothing."""
+        """Return one text per picture, on one line; empty if the model generates nothing."""
         inputs = self._processor(
             images=list(pictures), text=[self._asked] * len(pictures), padding=True, return_tensors="pt"
         ).to(self.device)

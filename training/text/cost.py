@@ -1,4 +1,4 @@
-"""What encoding a caption costs: parameters, memory and FLOPs of a T5 encoder, from its settings alone."""
+"""The cost of encoding captions: parameters, memory and FLOPs of text encoders, from their configs alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class T5Shape:
 
     width: int
     inner: int
-    """Width of all attention heads together."""
+    """Total width of all attention heads."""
     feed_forward: int
     heads: int
     layers: int
@@ -24,17 +24,18 @@ class T5Shape:
 
     @property
     def matrices(self) -> int:
-        """Weights of one layer that multiply every token."""
+        """Number of weights of one layer that multiply every token."""
         return 4 * self.width * self.inner + (3 if self.gated else 2) * self.width * self.feed_forward
 
     @property
     def parameters(self) -> int:
-        """Embedding, layers with two norms each, position biases of the first layer, last norm."""
+        """Number of parameters: embedding, layers with two norms each, position biases of the first layer, final
+        norm."""
         layer = self.matrices + 2 * self.width
         return self.vocabulary * self.width + self.layers * layer + self.buckets * self.heads + self.width
 
     def flops(self, tokens: int) -> int:
-        """Of one caption (2 per multiply-add; looking up the embedding is none)."""
+        """Return the FLOPs of one caption (2 per multiply-add; the embedding lookup counts as none)."""
         attention = 4 * tokens * tokens * self.inner
         return self.layers * (2 * tokens * self.matrices + attention)
 
@@ -46,24 +47,24 @@ V1_1 = {
     "xl": T5Shape(2048, 2048, 5120, 32, 24),
     "xxl": T5Shape(4096, 4096, 10240, 64, 24),
 }
-"""T5 v1.1 by the last part of its name, for plans on machines that do not have the files."""
+"""T5 v1.1 by the last part of the model's name, for plans on machines without its files."""
 
 
 @dataclass(frozen=True)
 class TextCost:
-    """Of one encoder; zeros for `words`, which has no network, and for one of which nothing is known."""
+    """Cost of a text encoder; zeros for `words`, which has no network, and for an unknown encoder."""
 
     parameters: int
     basis: str
-    """How it is known."""
+    """How the cost was determined."""
     bytes: int
-    """Weights in memory."""
+    """Weights in memory, bytes."""
     flops_per_caption: float
-    """At text.max_tokens tokens (shorter captions cost less)."""
+    """FLOPs for text.max_tokens tokens (shorter captions cost less)."""
 
 
 def text_cost(text: TextConfig) -> TextCost:
-    """Counted from the encoder's settings, or by its name where they are not on this machine."""
+    """Return the cost of an encoder, from its config, or from its name if its files are not on this machine."""
     if text.also:
         pair = [text_cost(one) for one in text.encoders()]
         basis = " + ".join(dict.fromkeys(one.basis for one in pair))
@@ -81,8 +82,8 @@ def text_cost(text: TextConfig) -> TextCost:
 
 
 def _model_cost(text: TextConfig) -> TextCost:
-    """Counted on the structure of the tower that reads text, without its weights: each matrix but the embeddings
-    multiplies every token once. An encoder that transformers does not load is not counted."""
+    """Count the cost on the structure of the text tower, without weights: each matrix except the embeddings multiplies
+    every token once. An encoder that transformers does not load is not counted."""
     import torch
 
     from training.text.models import TYPES, model_class, model_settings, text_settings, tower
@@ -111,7 +112,7 @@ def _model_cost(text: TextConfig) -> TextCost:
 
 
 def t5_shape(path: str) -> tuple[T5Shape | None, str]:
-    """The encoder's structure, and how it is known."""
+    """Return the structure of a T5 encoder (None if unknown), and how it was determined."""
     from training.text.models import model_settings
 
     try:

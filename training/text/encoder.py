@@ -1,4 +1,4 @@
-"""Captions to embeddings: `words` (hash-based, no weights) and frozen models loaded from disk behind one interface.
+"""Captions to embeddings: `words` (hash-based, no weights) and frozen models from disk, behind one interface.
 
 Shapes: B captions, T = max_tokens (fixed, so that compiled networks see one shape), D = dim.
 """
@@ -30,12 +30,12 @@ CHARACTERS_PER_TOKEN = 32
 
 
 class TextEncoder(ABC):
-    """Turns captions into token embeddings. Deterministic, frozen; repeated captions come from a bounded cache.
+    """Encodes captions as token embeddings. Deterministic and frozen; repeated captions come from a bounded cache.
 
     Attributes:
         dim: width D of the embeddings.
         max_tokens: T; longer captions are truncated.
-        name: one line for logs and reports.
+        name: description for logs and reports, one line.
     """
 
     dim: int
@@ -48,11 +48,12 @@ class TextEncoder(ABC):
         self._cache: Recent[str, Tensor] = Recent(CACHE_BYTES, lambda row: row.nbytes)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings of `captions`.
+        """Encode captions, on `self.device`.
 
         Returns:
             text: fp32 (B, T, D), zero where there is no token.
-            mask: bool (B, T), True on tokens. An empty caption has an all-False row: "no text" to the U-Net.
+            mask: bool (B, T), True on tokens. An empty caption has an all-False row, which means "no text" to the
+            U-Net.
         """
         cut = [self._cut(caption) for caption in captions]
         rows = self._rows_of({caption for caption in cut if caption})
@@ -65,8 +66,8 @@ class TextEncoder(ABC):
         return text, mask.to(self.device, non_blocking=True)
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
-        """The words of a caption, each with the indices (0 to T - 1) of its tokens; for heat maps. Words that share a
-        token (Chinese characters) are merged."""
+        """Return the words of a caption, each with the indices (0 to T - 1) of its tokens, for heat maps. Words that
+        share a token (Chinese characters) are merged."""
         caption = self._cut(caption)
         spans = self._token_spans(caption)[: self.max_tokens]
         found: list[tuple[int, int, list[int]]] = []
@@ -80,11 +81,11 @@ class TextEncoder(ABC):
         return [(caption[start:end], places) for start, end, places in found]
 
     def is_cut(self, caption: str) -> bool:
-        """Whether the caption is longer than `max_tokens` and would be truncated."""
+        """Return whether the caption is longer than `max_tokens` and would be truncated."""
         return len(self._token_spans(" ".join(caption.split()))) > self.max_tokens
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Moves weights and cache; returns self."""
+        """Move weights and cache to a device; return self."""
         self.device = torch.device(device)
         self._cache.change(lambda row: row.to(self.device))
         return self
@@ -102,19 +103,21 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> list[Tensor]:
-        """fp32 (tokens of the caption, D) for each of the cut, non-empty captions, on `self.device`."""
+        """Return fp32 (tokens of the caption, D) for each caption, on `self.device`; captions are truncated and not
+        empty."""
 
     @abstractmethod
     def _token_spans(self, caption: str) -> list[tuple[int, int]]:
-        """For each token of a caption, the places of its first character and after its last; equal for a special
-        token."""
+        """Return for each token of a caption the index of its first character and the index after its last; equal for a
+        special token."""
 
 
 class WordEncoder(TextEncoder):
-    """Fixed pseudo-random vectors per word, its trigrams, neighbours and place: any language, no download, no meaning.
+    """Fixed pseudo-random vectors from each word, its trigrams, neighbours and position: any language, no download, no
+    semantics.
 
-    Two words are near each other only when they are spelled alike, so a model trained with it understands just the
-    words of its training captions. It serves demos and tests, where captions come from a small set of words.
+    Words are similar only if they are spelled alike, so a model trained with it only understands the words of its
+    training captions. It is meant for demos and tests, whose captions use a small set of words.
     """
 
     def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
@@ -134,14 +137,14 @@ class WordEncoder(TextEncoder):
 
 
 class ModelEncoder(TextEncoder):
-    """A frozen language model from a directory or the Hugging Face cache; never downloads.
+    """A frozen language model from a directory or the Hugging Face cache; never downloaded.
 
-    In eval mode; runs in `text.dtype`, outputs fp32 hidden states, zero padding. `t5` gives the encoder's
-    `last_hidden_state` (after T5's final norm); `hidden` and `clip` the states of `text.layer`, of which those of
-    `text.prefix`, and of what the tokenizer sets before it, are left out.
+    It is in eval mode, runs in `text.dtype`, and outputs fp32 hidden states with zero padding. `t5` outputs the
+    encoder's `last_hidden_state` (after T5's final norm); `hidden` and `clip` output the states of `text.layer`,
+    without those of `text.prefix` and of any tokens that the tokenizer puts before it.
 
     Args:
-        any_width: `text.dim` need not be the model's.
+        any_width: do not require the model's width to be `text.dim`.
 
     Raises:
         DataError: there is no such model, or files are missing.
@@ -167,7 +170,7 @@ class ModelEncoder(TextEncoder):
         self._skipped = len(self._prefix_tokens()) if self._prefix else 0
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Moves the encoder to a device; returns itself."""
+        """See TextEncoder.to."""
         self._model.to(device)
         return super().to(device)
 
@@ -195,7 +198,7 @@ class ModelEncoder(TextEncoder):
         return list(self._tokenizer(self._prefix)["input_ids"])
 
     def _start(self, caption: str) -> int:
-        """The first token that holds something of the caption."""
+        """Return the index of the first token that contains part of the caption."""
         if not self._prefix:
             return 0
         offsets = self._tokenizer(self._prefix + caption, return_offsets_mapping=True)["offset_mapping"]
@@ -232,25 +235,25 @@ class PairEncoder(TextEncoder):
             )
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Moves both to a device; returns itself."""
+        """See TextEncoder.to."""
         for one in self._pair:
             one.to(device)
         return super().to(device)
 
     def words(self, caption: str) -> list[tuple[str, list[int]]]:
-        """As `TextEncoder.words`, with the places of a word's tokens in both."""
+        """See TextEncoder.words; the indices of a word's tokens in both encoders."""
         first, second = self._pair
         behind = min(len(first._token_spans(first._cut(caption))), first.max_tokens)
         found = first.words(caption)
         more = [(word, [place + behind for place in places]) for word, places in second.words(caption)]
         shared = min(len(found), len(more))
         if [word for word, _ in found[:shared]] != [word for word, _ in more[:shared]]:
-            return found  # their tokens join other characters to words: those of the first are shown
+            return found  # the encoders merge words differently, so use only the first one's
         both = [(word, places + more[number][1]) for number, (word, places) in enumerate(found[:shared])]
         return both + found[shared:] + more[shared:]
 
     def is_cut(self, caption: str) -> bool:
-        """Whether either of them truncates the caption."""
+        """See TextEncoder.is_cut; whether either encoder truncates the caption."""
         return any(one.is_cut(caption) for one in self._pair)
 
     def _encode(self, captions: list[str]) -> list[Tensor]:
@@ -269,7 +272,8 @@ ENCODERS: dict[str, type[TextEncoder]] = {
     "hidden": ModelEncoder,
     "clip": ModelEncoder,
 }
-"""`text.kind` -> its class. To add one: its class and a line here, its name in TEXT_KINDS, and conf/text/NAME.yaml."""
+"""Encoder class by `text.kind`. To add one: a class and a line here, its name in TEXT_KINDS, and
+conf/text/NAME.yaml."""
 
 
 def _build(config: TextConfig, device: torch.device | str, any_width: bool = False) -> TextEncoder:
@@ -278,7 +282,7 @@ def _build(config: TextConfig, device: torch.device | str, any_width: bool = Fal
 
 
 def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
-    """Builds the encoder of `config.kind` on `device` and logs its name.
+    """Build the encoder of `config` on `device`, and log its name.
 
     Raises:
         ConfigError, DataError: see `ModelEncoder`, `PairEncoder`.

@@ -1,4 +1,4 @@
-"""Identifies a text encoder by hashes of its files, so that weights are used only with their own encoder."""
+"""Identifies a text encoder by hashes of its files, so that weights are only used with their own encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 MORE_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
-"""Of tokenizers other than T5's."""
+"""Additional files of tokenizers other than T5's."""
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,10 +31,10 @@ _PIECES, _PIECE = 64, 1 << 16
 
 
 def pinned(config: TextConfig) -> TextConfig:
-    """The same encoder with `sha` filled in: the hash of its weights and tokenizer, independent of its location.
+    """Return the config with `sha` filled in: the hash of the encoder's weights and tokenizer, independent of its path.
 
     Raises:
-        ConfigError: `text.sha` names another encoder.
+        ConfigError: `text.sha` is the hash of a different encoder.
         DataError: there is no encoder at text.path.
     """
     facts = identity(config)
@@ -49,9 +49,10 @@ def pinned(config: TextConfig) -> TextConfig:
 
 
 def identity(config: TextConfig) -> dict[str, Any]:
-    """Everything an encoder's output depends on: hashes of its weights and tokenizer, its width and length.
+    """Return everything that an encoder's output depends on: hashes of its weights and tokenizer, its width and length.
 
-    Weights are hashed by name, size and 64 samples of each file, so that 20 GB take a moment. The path does not count.
+    Weights are hashed by name, size and 64 samples of each file, so that 20 GB take only a moment. The path does not
+    matter.
 
     Raises:
         DataError: there is no encoder at text.path.
@@ -82,26 +83,26 @@ def identity(config: TextConfig) -> dict[str, Any]:
 
 
 def folder_hash(path: str, key: str) -> str:
-    """The hash of a model's directory: weights, settings, tokenizer and processor, wherever it lies.
+    """Return the hash of a model's directory: weights, config, tokenizer and processor, independent of its path.
 
     Args:
-        key: the setting that names it, for the error.
+        key: the setting to name in an error.
 
     Raises:
-        DataError: there is no such directory, or no weights in it.
+        DataError: there is no such directory, or it contains no weights.
     """
     there = sorted(os.listdir(path)) if os.path.isdir(path) else []
     names = [name for name in there if name.endswith((".safetensors", ".bin", ".json", ".model", ".jinja", ".txt"))]
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise DataError(
-            f"{key}={path}: no model there; fetch one on a machine with internet access: hf download MODEL --local-dir "
-            f"{path}"
+            f"{key}={path}: there is no model; fetch one on a machine with internet access: hf download MODEL "
+            f"--local-dir {path}"
         )
     return _hash_files(path, names)
 
 
 def _encoder_folder(path: str) -> str:
-    """The directory of an encoder: a local one, or the Hugging Face cache's."""
+    """Return the directory of an encoder: a local one, or the one in the Hugging Face cache."""
     if os.path.isdir(path):
         return path
     from transformers.utils import cached_file
@@ -115,7 +116,7 @@ def _encoder_folder(path: str) -> str:
     except OSError:  # not a valid repository name
         found = [None]
     if found[0] is None:
-        raise DataError(f"text.path={path}: no encoder there or in the Hugging Face cache; {fetch_hint(path)}")
+        raise DataError(f"text.path={path}: there is no encoder here or in the Hugging Face cache; {fetch_hint(path)}")
     return os.path.dirname(found[0])
 
 
@@ -133,7 +134,7 @@ def _hash_files(folder: str, names: list[str]) -> str:
 
 
 def fetch_hint(path: str) -> str:
-    """How to get the weights of a text encoder."""
+    """Return how to get the weights of a text encoder."""
     looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
     command = f"hf download google/t5-v1_1-xxl --local-dir {path}" if looks_local else f"hf download {path}"
     return f"fetch it on a machine with internet access: {command}"

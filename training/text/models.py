@@ -1,7 +1,7 @@
-"""Language models as people have them on disk, loaded as text encoders; what is missing or misplaced is named.
+"""Loads language models from disk as text encoders, in the layouts they come in; errors name what is missing.
 
-Pipelines ship weights and tokenizer in folders of their own (text_encoder_2, tokenizer_2), in several files, as
-encoders alone, or as `fp16` variants; multimodal models hold a language model beside their vision tower.
+Pipelines store weights and tokenizer in separate folders (text_encoder_2, tokenizer_2), in several files, as encoders
+alone, or as `fp16` variants; multimodal models contain a language model next to their vision tower.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ HIDDEN_TYPES = (
     "llama",
     "mistral",
 )
-"""Of the models that `text.kind=hidden` accepts."""
+"""`model_type` of the models that `text.kind=hidden` accepts."""
 CLIP_TYPES = ("clip", "clip_text_model")
 TYPES = {"t5": T5_TYPES, "hidden": HIDDEN_TYPES, "clip": CLIP_TYPES}
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
-"""Of these a tokenizer has at least one (ByT5 needs none)."""
+"""Vocabulary files, of which a tokenizer needs at least one (except ByT5's)."""
 _EMBEDDINGS = re.compile(r"(^|\.)(shared|embed_tokens|token_embedding)\.weight$")
 
 
@@ -51,10 +51,11 @@ class TextModel:
 
 
 def model_settings(kind: str, path: str) -> Any:
-    """The settings of the model at text.path.
+    """Read the transformers config of the model at text.path.
 
     Raises:
-        DataError: there is none, or a whole pipeline is; ConfigError: it is of another type than `text.kind` takes.
+        DataError: there is no model, or a whole pipeline.
+        ConfigError: the model is not of a type that `text.kind` accepts.
     """
     from transformers import AutoConfig
 
@@ -69,35 +70,36 @@ def model_settings(kind: str, path: str) -> Any:
             ) from error
         if _is_dir(path) and not os.path.exists(os.path.join(path, "config.json")) and os.listdir(path):
             raise DataError(
-                f"text.path={path}: config.json is missing there; put the encoder's config.json next to its weights"
+                f"text.path={path}: config.json is missing; put the encoder's config.json next to its weights"
             ) from error
         raise DataError(
-            f"text.path={path}: no encoder there or in the Hugging Face cache; {fetch_hint(path)}"
+            f"text.path={path}: there is no encoder here or in the Hugging Face cache; {fetch_hint(path)}"
         ) from error
     if settings.model_type not in TYPES[kind]:
         other = next((name for name, types in TYPES.items() if settings.model_type in types), None)
         instead = f"; set text.kind={other}" if other else ""
         raise ConfigError(
-            f"text.path={path}: a {settings.model_type} model; text.kind={kind} takes {', '.join(TYPES[kind])}{instead}"
+            f"text.path={path}: it is a {settings.model_type} model, but text.kind={kind} accepts "
+            f"{', '.join(TYPES[kind])}{instead}"
         )
     return settings
 
 
 def text_settings(settings: Any) -> Any:
-    """The part of a model's settings that is about the tower which reads text."""
+    """Return the part of a model's config that describes its text tower."""
     if settings.model_type == "t5gemma":
         return settings.encoder
     return getattr(settings, "text_config", None) or settings
 
 
 def width_of(settings: Any) -> int:
-    """Width of the hidden states."""
+    """Return the width of the hidden states."""
     own = text_settings(settings)
     return int(own.d_model if settings.model_type in T5_TYPES else own.hidden_size)
 
 
 def model_class(settings: Any) -> Any:
-    """The class of transformers that holds no more than is needed of such a model."""
+    """Return the transformers class that loads the least of such a model."""
     import transformers
 
     if settings.model_type in T5_TYPES:
@@ -108,15 +110,16 @@ def model_class(settings: Any) -> Any:
 
 
 def tower(model: Any) -> Any:
-    """The part that reads text, of a model which may have others."""
+    """Return the text tower of a model that may have others."""
     return getattr(model, "language_model", None) or model
 
 
 def load_text_model(kind: str, path: str, tokenizer: str | None, dtype: torch.dtype) -> TextModel:
-    """Loads tokenizer and weights, and makes sure that the token embedding is the file's.
+    """Load tokenizer and weights, and make sure that the token embedding is the one in the file.
 
     Raises:
-        DataError: files are missing or unreadable; the sentence says which belong where.
+        DataError: files are missing or unreadable; the message names them.
+        ConfigError: see `model_settings`.
     """
     from transformers.utils import logging as hf_logging
 
@@ -150,7 +153,8 @@ def load_text_model(kind: str, path: str, tokenizer: str | None, dtype: torch.dt
 
 
 def tokenizer_folder(path: str, tokenizer: str | None) -> str:
-    """Where the tokenizer of an encoder lies: as named, beside the weights, or in the folder that pipelines give it."""
+    """Return the folder of an encoder's tokenizer: `tokenizer`, otherwise next to the weights, or the folder where
+    pipelines keep it."""
     if tokenizer:
         return tokenizer
     folder = os.path.basename(os.path.normpath(path))
@@ -172,7 +176,7 @@ def _load_tokenizer(path: str, tokenizer: str | None) -> Any:
         found: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
         raise lacking from error
-    # without a vocabulary file transformers builds a tokenizer that knows no words; ByT5 needs none
+    # without a vocabulary file, transformers builds a tokenizer with an empty vocabulary; ByT5 needs none
     if found.is_fast and not any(_file_of(place, name) for name in TOKENIZERS):
         raise lacking
     found.padding_side = "right"
@@ -182,7 +186,7 @@ def _load_tokenizer(path: str, tokenizer: str | None) -> Any:
 
 
 def _variant(path: str) -> str | None:
-    """The variant (`fp16`, `bf16`) of the weights of a directory that has no others."""
+    """Return the variant (`fp16`, `bf16`) of a directory's weights if it has no plain ones, otherwise None."""
     names = os.listdir(path) if _is_dir(path) else []
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if any(name in ("model.safetensors", "pytorch_model.bin") or "model-0" in name for name in weights):
@@ -192,7 +196,7 @@ def _variant(path: str) -> str | None:
 
 
 def _what_weights_lack(path: str) -> str:
-    """The sentence for weights that cannot be loaded."""
+    """Return the message for weights that cannot be loaded."""
     names = set(os.listdir(path)) if _is_dir(path) else set()
     for index in (name for name in names if ".index." in name and name.endswith(".json")):
         with open(os.path.join(path, index), encoding="utf-8") as file:
@@ -200,8 +204,8 @@ def _what_weights_lack(path: str) -> str:
         absent = sorted(wanted - names)
         if absent:
             return (
-                f"text.path={path}: {index} names {len(wanted)} files of weights, of which {absent[0]}"
-                f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''} are missing; put them there"
+                f"text.path={path}: {index} lists {len(wanted)} weight files, of which {absent[0]}"
+                f"{f' and {len(absent) - 1} more are' if len(absent) > 1 else ' is'} missing; add what is missing"
             )
     others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
     if others and not any(name.startswith(("model", "pytorch_model")) for name in others):
@@ -210,8 +214,8 @@ def _what_weights_lack(path: str) -> str:
 
 
 def _restore_embedding(model: Any, path: str) -> bool:
-    """Makes the token embedding that of the file, where transformers has left it at random or zero numbers because the
-    file stores it under another of its names; whether the file has one."""
+    """Copy the token embedding from the file if transformers has left it random or zero because the file stores it
+    under another name; return whether the file has one."""
     own = model.get_input_embeddings().weight
     stored = _stored_embedding(path, tuple(own.shape))
     if stored is None:
@@ -224,7 +228,7 @@ def _restore_embedding(model: Any, path: str) -> bool:
 
 
 def _stored_embedding(path: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The token embedding in the files of weights: of the text tower, of this shape."""
+    """Return the text tower's token embedding of this shape from the weight files; None if there is none."""
     folder = path if _is_dir(path) else os.path.dirname(_file_of(path, "config.json") or "")
     names = sorted(os.listdir(folder)) if folder else []
     files = [name for name in names if name.endswith(".safetensors")]
@@ -244,7 +248,7 @@ def _stored_embedding(path: str, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 
 def _is_embedding(key: str) -> bool:
-    """Whether a tensor of this name is the token embedding of the tower that reads text."""
+    """Return whether a tensor of this name is the token embedding of the text tower."""
     return _EMBEDDINGS.search(key) is not None and "decoder" not in key and "vis" not in key
 
 

@@ -1,4 +1,4 @@
-"""Vision-language models of transformers, from a local directory: what describes pictures and what judges them."""
+"""Loads vision-language models in transformers format from a local directory, to caption pictures and to judge them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from data_pipeline.common.errors import DataError
 
 
 def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """The model, frozen and in evaluation mode on the CPU, and its processor, whose prompts are padded on the left:
-    answers begin where prompts end.
+    """Load a model, frozen and in evaluation mode on the CPU, and its processor, which pads prompts on the left, so
+    that answers start where prompts end.
 
     Args:
-        key: the setting that names `path`, for messages.
-        dtype: of the weights; `auto`: as they are stored.
+        key: the setting to name in an error.
+        dtype: dtype of the weights; `auto`: as stored.
 
     Raises:
-        DataError: files are missing or unreadable, or the weights lack tensors: transformers fills those at random.
+        DataError: files are missing or unreadable, or the weights lack tensors, which transformers would fill at
+            random.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,7 +30,7 @@ def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{key}={path}: not a vlm: it cannot be loaded as a vision-language model with its processor ({reason})"
+            f"{key}={path}: it cannot be loaded as a vision-language model with its processor ({reason})"
         ) from error
     if report["missing_keys"]:
         raise DataError(f"{key}={path}: its weights are missing {len(report['missing_keys'])} tensors")

@@ -1,4 +1,4 @@
-"""Splits text of any script into words and maps each to a fixed vector by hashing; no vocabulary, no weights.
+"""Splits text in any script into words, and maps each to a fixed vector by hashing; no vocabulary, no weights.
 
 Shapes: D = width of the vectors, T = tokens.
 """
@@ -29,7 +29,7 @@ _SPACELESS = (
 )
 _JOINERS = "'\u2019\u200c\u200d_"
 _LONGEST_WORD = 64
-"""Characters of a word used for its n-grams."""
+"""Number of characters of a word used for its n-grams."""
 
 WORD_SHARE, NGRAM_SHARE, NEIGHBOUR_SHARE, POSITION_SHARE = 0.4, 0.1, 0.38, 0.12
 """Shares of a token's variance: the word, its character trigrams ("circles" is near "circle"), the neighbouring words,
@@ -44,8 +44,8 @@ def _spaceless(char: str) -> bool:
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """The (start, end) of every token of `text`: words between spaces, single characters of scripts without spaces,
-    single symbols (emoji). Punctuation is dropped. Combining marks stay with their letter."""
+    """Return the (start, end) of every token of `text`: words between spaces, single characters of scripts without
+    spaces, single symbols (emoji). Punctuation is dropped. Combining marks stay with their letter."""
     spans: list[tuple[int, int]] = []
     in_word = False
     for i, char in enumerate(text):
@@ -63,12 +63,12 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 
 def normalise_word(word: str) -> str:
-    """One spelling per word: compatibility forms normalised (NFKC), case folded."""
+    """Normalise the spelling of a word: compatibility forms (NFKC), case folded."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
 
 
 def hash_vector(key: str, dim: int) -> np.ndarray:
-    """The fixed fp32 vector (D,) of a string: uniform, mean 0, variance 1, the same on every machine and for every run.
+    """Return the fixed fp32 vector (D,) of a string: uniform, mean 0, variance 1, the same on every machine.
 
     Philox4x64 (Salmon et al. 2011) keyed by BLAKE2b; only its raw integers are used, which numpy guarantees.
     """
@@ -79,10 +79,11 @@ def hash_vector(key: str, dim: int) -> np.ndarray:
 
 
 def token_vectors(words: Sequence[str], dim: int) -> np.ndarray:
-    """Token vectors of a caption, fp32 (T, D), from its normalised words: word, neighbours and position, variance 1.
+    """Return the token vectors of a caption, fp32 (T, D) with variance 1, from its normalised words: word, neighbours
+    and position.
 
-    Neighbours stand in for a contextual encoder: the token "circle" carries "large" and "red", so the network does not
-    have to work out which of two colours belongs to which of two shapes.
+    Neighbours replace a contextual encoder: the token "circle" carries "large" and "red", so the network does not have
+    to find out which of two colours belongs to which of two shapes.
     """
     rows = position_vectors(len(words), dim)
     for place, word in enumerate(words):
