@@ -1,2 +1,2 @@
-"""What an ingredient gains: paired trainings with and without it, and the same question to all of them. It starts
-trainings and reads their checkpoints; nothing of a training knows of it."""
+"""What an ingredient gains: paired trainings with and without it, all measured in the same way. Starts trainings and
+reads their checkpoints; trainings do not depend on it."""

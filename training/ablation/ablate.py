@@ -1,15 +1,15 @@
-"""`cascade ablate`: what ingredients gain in one's own stage, on one's own data.
+"""`cascade ablate`: measures what ingredients gain for your own stage on your own data.
 
-    OUTPUT/ARM/seed-#/    the trainings: ordinary runs, which `cascade status` lists and `cascade bundle` takes
-    OUTPUT/ablate.json    errors of every training, gains with their intervals, what differs, what it cost
+    OUTPUT/ARM/seed-#/    the trainings: ordinary runs, which `cascade status` lists and `cascade bundle` accepts
+    OUTPUT/ablate.json    errors of every training, gains with their intervals, changed settings, cost
     OUTPUT/ablate.png     gains by noise level
 
-Trainings of one seed share data, order, initial weights, text dropout and noise, so their differences are paired. All
-are asked the same: the x0 error of the averaged weights on held-out samples at fixed log-SNRs. A validation loss would
-not do: its weights and its noise levels change with the ingredient.
+Trainings with the same seed share data, order, initial weights, text dropout and noise, so their differences are
+paired. All are measured in the same way: by the x0 error of the averaged weights on held-out samples at fixed log-SNRs.
+The validation loss would not be comparable, since its weighting and noise levels change with the ingredient.
 
-The same command again goes on where it stopped; more seeds or ingredients train what is missing. A training that was
-done elsewhere (`cascade launch` with the words that dry_run shows) counts like one that was done here.
+Repeating the command resumes it; with more seeds or ingredients, it only runs the missing trainings. Trainings done
+elsewhere (`cascade launch` with the overrides that dry_run prints) count too.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from training.run.directory import json_lines, replace_file, try_to_write
 
 RESULT, PICTURE = "ablate.json", "ablate.png"
 MEAN = "mean"
-"""Beside the levels: the mean over them, so each counts alike."""
+"""Key of the mean over the levels, all weighted equally."""
 
 
 def main(config: AblateCommand) -> dict[str, Any]:
-    """Trains what is missing, measures every training, and says what each ingredient gains.
+    """Run the missing trainings, measure all of them, and report what each ingredient gains.
 
     Returns:
-        What ablate.json holds; with `ablate.dry_run`, only `output` and `trainings`, a command for each.
+        The content of ablate.json; with `ablate.dry_run`, only `output` and `trainings`, the command of each training.
 
     Raises:
-        ConfigError: no ingredient, no held-out data, or settings that could not be trained or compared.
-        SystemExit: a training failed or was stopped; the same command goes on.
+        ConfigError: no ingredient, no held-out data, or settings that cannot be trained or compared.
+        SystemExit: a training failed or was stopped; repeating the command resumes.
     """
     if read_ranks() is not None:
-        raise ConfigError("cascade ablate starts the processes of its trainings itself: start it once, without srun")
+        raise ConfigError("cascade ablate starts the processes of its trainings itself: run it once, without srun")
     words = typed_words()
     arms, comparisons = arms_of(words, config)
     output = Path(config.ablate.output or f"{config.run.dir}-ablation")
@@ -89,17 +89,18 @@ def main(config: AblateCommand) -> dict[str, Any]:
 
 
 def check_question(base: Experiment, arms: Sequence[Arm], levels: Sequence[float]) -> None:
-    """There are held-out pictures, apart from the training's, and all arms are trained at the levels asked for.
+    """Check that there are held-out pictures, separate from the training data, and that all arms train at the levels to
+    be measured.
 
     Raises:
-        ConfigError: it names the key.
+        ConfigError: otherwise; the message names the key.
     """
     from data_pipeline.shards.mixture import open_dataset
     from training.diffusion.schedule import Schedule
 
     check_named("train", base)
     if not validation_shards(base)[1]:
-        raise ConfigError("validation.shards: no held-out shards are named, on which the arms could be measured")
+        raise ConfigError("validation.shards: name the held-out shards on which to measure the arms")
     for arm in arms:
         stage = arm.config.stage
         schedule = Schedule.of(stage.diffusion, stage.image_size)
@@ -113,7 +114,8 @@ def check_question(base: Experiment, arms: Sequence[Arm], levels: Sequence[float
 
 
 def show(arms: Sequence[Arm], comparisons: Sequence[Comparison], output: Path, seeds: int) -> dict[str, Any]:
-    """Prints what differs between the arms, and a command for each training."""
+    """Print the settings in which arms differ and the command of each training; return the output directory and these
+    commands by ARM/seed-#."""
     for one in comparisons:
         print(f"{one.name}: {one.with_it} against {one.without}")
         for key, without, with_it in one.changes:
@@ -125,7 +127,7 @@ def show(arms: Sequence[Arm], comparisons: Sequence[Comparison], output: Path, s
 
 
 def train_all(arms: Sequence[Arm], output: Path, seeds: int) -> None:
-    """All arms of the first seed, then those of the next: what is there after an interruption is paired.
+    """Run the missing trainings, all arms of one seed before the next, so that an interruption leaves complete pairs.
 
     Raises:
         SystemExit: a training failed or was stopped.
@@ -140,7 +142,10 @@ def train_all(arms: Sequence[Arm], output: Path, seeds: int) -> None:
 
 
 def measure_arms(arms: Sequence[Arm], output: Path, config: AblateCommand) -> dict[str, list[list[float]]]:
-    """Arm -> for each seed the mean x0 errors at the levels. All read the held-out samples as the experiment does."""
+    """Return the mean x0 error by arm, seed and level.
+
+    All arms are measured on the held-out samples with the data and validation settings of the experiment's own arm.
+    """
     import torch
 
     from training.cascade.bundle import collect, load_unet
@@ -172,7 +177,8 @@ def _encoded(encoder: Any, batch: Batch) -> tuple[Any, Any]:
 
 
 def gains_of(one: Comparison, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The gain at each level and of the mean, as changes of the x0 error in per cent: less is better."""
+    """Return the gain at each level and of their mean, as the change of the x0 error in per cent (negative is better),
+    with the cost of the comparison."""
     without, with_it = (result["arms"][name] for name in (one.without, one.with_it))
     pairs = list(zip(without["errors"], with_it["errors"], strict=True))
     by_level = [
@@ -207,7 +213,8 @@ def _as_dict(found: Gain) -> dict[str, Any]:
 
 
 def _cost(arm: Arm, output: Path, config: AblateCommand) -> dict[str, float | None]:
-    """Means over seeds: device hours of a training, median seconds of its steps; None where they are not recorded."""
+    """Return means over seeds of a training's device hours and of its median step time in seconds; None where a seed
+    has no record of them."""
     hours, seconds = [], []
     for number in range(config.ablate.seeds):
         lines = json_lines(Path(arm.run(output, number).run.dir) / "metrics.jsonl")
@@ -224,7 +231,7 @@ def _cost(arm: Arm, output: Path, config: AblateCommand) -> dict[str, float | No
 
 
 def gains_picture(result: Mapping[str, Any]) -> Any:
-    """Gains by level, one panel for each ingredient."""
+    """Plot the gains by level, one panel per ingredient."""
     rows = {}
     for name, found in result["gains"].items():
         row = [(f"{level:g}", each) for level, each in zip(result["levels"], found["by_level"], strict=True)]
@@ -235,7 +242,7 @@ def gains_picture(result: Mapping[str, Any]) -> Any:
 
 
 def gains_table(result: Mapping[str, Any]) -> str:
-    """For the terminal."""
+    """Return the gains as text for the terminal."""
     n, levels = len(result["seeds"]), result["levels"]
     lines = [["ingredient", "x0 error", "95 % interval", "", "detectable", "time"]]
     tails = []
@@ -267,7 +274,7 @@ def gains_table(result: Mapping[str, Any]) -> str:
             "",
             heading,
             *by_level,
-            "* its interval leaves out 0",
+            "* the interval excludes 0",
             "",
             *tails,
         ]

@@ -1,8 +1,8 @@
-"""Which trainings an ablation consists of: an arm is an experiment with some ingredients, one run for each seed.
+"""The trainings of an ablation: an arm is an experiment with some ingredients; it has one run per seed.
 
 OUTPUT/experiment/seed-0/      the experiment as it is
-OUTPUT/with-muon/seed-0/       ... with an ingredient that it does not name
-OUTPUT/without-muon/seed-0/    ... or without one that it names
+OUTPUT/with-muon/seed-0/       with an ingredient added
+OUTPUT/without-muon/seed-0/    without one of the experiment's own ingredients
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from training.config.experiment import Experiment
 from training.run.directory import RunDir, changed_since, differences, to_dict
 
 EXPERIMENT = "experiment"
-"""The arm that all others are compared with."""
+"""Name of the arm that all others are compared with."""
 OWN = ("ablate.", "json", "run", "run.dir")
-"""Settings of the command that its trainings do not take over."""
+"""Overrides of the command that are not passed on to its trainings."""
 LEAVE_ALONE = (
     *("json", "debug", "run", "wandb", "trackers", "cluster", "zero", "checkpoint", "validation", "evaluation"),
     *("prepare", "bundle", "sampling", "stage.sampler", "text.sha", "distill"),
@@ -35,22 +35,22 @@ LEAVE_ALONE = (
     *(f"data.{name}" for name in ("threads", "own_process", "prefetch_mb", "index_dir", "cache_dir", "cache_gb")),
     *(f"data.{name}" for name in ("deadline_s", "stall_s", "max_bad_share", "micro_batch")),
 )
-"""Settings (and all below them) with which the same is learned; others may change it, and so must be alike."""
+"""Settings (each including all keys below it) that do not affect what is learned; all others do."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An experiment with some ingredients."""
+    """One arm: an experiment with some ingredients."""
 
     name: str
     ingredients: tuple[str, ...]
     words: tuple[str, ...]
-    """What `cascade train` is given."""
+    """Overrides for `cascade train`."""
     config: Experiment
-    """What that composes to."""
+    """The settings they compose to."""
 
     def run(self, output: Path, number: int) -> Experiment:
-        """The training of seed `number`, in its own directory, with its own checkpoints and its own name in W&B."""
+        """Return the settings of training `number` (from 0), with its own seed, directory, checkpoints and W&B name."""
         config, place = self.config, f"{self.name}/seed-{number}"
         checkpoints, wandb = config.checkpoint.dir, config.wandb
         title = f"{config.run.name}/{config.stage.name}"
@@ -63,7 +63,7 @@ class Arm:
         )
 
     def command(self, output: Path, number: int) -> str:
-        """The words that train it by hand."""
+        """Return the shell command that runs the same training by hand."""
         run = self.run(output, number)
         words = [*self.words, f"seed={run.seed}", f"run.dir={run.run.dir}"]
         words += [f"checkpoint.dir={run.checkpoint.dir}"] if run.checkpoint.dir else []
@@ -72,7 +72,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms that differ by one ingredient (or by all together)."""
+    """Two arms that differ by one ingredient (or, with ablate.together, by all of them)."""
 
     name: str
     without: str
@@ -82,18 +82,18 @@ class Comparison:
 
 
 def arms_of(words: Sequence[str], config: AblateCommand) -> tuple[list[Arm], list[Comparison]]:
-    """The arms, the experiment's own first, and what is compared with what.
+    """Return the arms, the experiment's own first, and the comparisons between them.
 
     Args:
-        words: all that was typed after `cascade ablate`.
+        words: all overrides typed after `cascade ablate`.
 
     Raises:
-        ConfigError: no ingredient is named, or one that would change nothing; or a training that would be refused.
+        ConfigError: no ingredient is named, one would change nothing that is learned, or a training would be refused.
     """
     rest = [word for word in words if not _is_own(word) and _key(word) != "ingredient"]
     named = list(dict.fromkeys(ingredients_of("ablate", [word for word in words if _key(word) == "ingredient"])))
     if not named:
-        raise ConfigError("ingredient: name what is to be measured, for example ingredient=[muon,min_snr]")
+        raise ConfigError("ingredient: name the ingredients to measure, for example ingredient=[muon,min_snr]")
     own = ingredients_of("train", rest)
     base = _arm(EXPERIMENT, own, rest)
     arms, comparisons = [base], []
@@ -112,8 +112,8 @@ def arms_of(words: Sequence[str], config: AblateCommand) -> tuple[list[Arm], lis
     if config.ablate.together:
         if len(new) < 2:
             raise ConfigError(
-                "ablate.together=true: it trains with all ingredients that the experiment does not name itself, of "
-                f"which {len(new)} is given here; name two at least"
+                "ablate.together=true: it combines all ingredients that are not already in the experiment; name at "
+                f"least two such ingredients, not {len(new)}"
             )
         compare("+".join(new), _arm(f"with-{'+'.join(new)}", [*own, *new], rest))
     for other in arms[1:]:
@@ -135,53 +135,53 @@ def _arm(name: str, ingredients: Sequence[str], rest: Sequence[str]) -> Arm:
 
 
 def _changes(name: str, without: Arm, with_it: Arm) -> tuple[tuple[str, Any, Any], ...]:
-    """Raises ConfigError where both would learn the same."""
+    """Return the settings that differ. Raises ConfigError if none of them affects what is learned."""
     found = tuple(differences(to_dict(without.config), to_dict(with_it.config)))
     if not found:
         raise ConfigError(
-            f"ingredient={name}: it changes nothing here; the experiment, or the command line, has its settings already"
+            f"ingredient={name}: it changes nothing here; the experiment or the command line already has its settings"
         )
     if not any(learns(key) for key, _, _ in found):
         raise ConfigError(
-            f"ingredient={name}: it only changes {', '.join(key for key, _, _ in found)}, and nothing that is learned; "
-            "draw with one bundle both ways, and set the results side by side: cascade evaluate action=compare"
+            f"ingredient={name}: it only changes {', '.join(key for key, _, _ in found)}, which does not affect "
+            "training; evaluate one bundle both ways instead, and compare them with cascade evaluate action=compare"
         )
     return found
 
 
 def learns(key: str) -> bool:
-    """Whether what a training learns depends on this setting."""
+    """Return whether this setting affects what a training learns."""
     return not any(f"{key}.".startswith(f"{section}.") for section in LEAVE_ALONE)
 
 
 def _check_same_question(base: Arm, other: Arm) -> None:
-    """Pictures of one size can be asked for in all arms."""
+    """Raise ConfigError unless both arms have the same picture sizes."""
     for name in ("image_size", "low_res_size", "crop_size"):
         here, there = getattr(base.config.stage, name), getattr(other.config.stage, name)
         if here != there:
             raise ConfigError(
-                f"ingredient: {other.name} has stage.{name}={there} and {base.name} {here}; errors in pictures of "
+                f"ingredient: {other.name} has stage.{name}={there} and {base.name} {here}; errors on pictures of "
                 "different sizes cannot be compared"
             )
 
 
-# ------------------------------------------------------------------------------------------------ what is done
+# ------------------------------------------------------------------------------------------------------- state
 
 
 def is_done(run: Experiment) -> bool:
-    """Whether all steps of a training are saved.
+    """Return whether a training is complete: it has a checkpoint of its last step.
 
     Raises:
-        ConfigError: it was trained with other settings.
-        DataError: it was told to stop before its last step.
+        ConfigError: it was trained with different settings.
+        DataError: it was stopped on request before its last step, or its config.yaml cannot be read.
     """
     directory = RunDir(run)
     _check_settings(run, directory.path)
     step = CheckpointStore(directory.checkpoints).newest_whole()
     if step < run.train.steps and step >= 0 and (reason := directory.asked_to_stop()):
         raise DataError(
-            f"{directory.path}: told to stop early, at step {step} ({reason}); all arms must have the same steps: "
-            f"delete its stop.json, and give the same command again"
+            f"{directory.path}: it was asked to stop early, at step {step} ({reason}), but all arms must train for the "
+            f"same number of steps: delete its stop.json and repeat the command"
         )
     return step >= run.train.steps
 
@@ -200,6 +200,6 @@ def _check_settings(run: Experiment, path: Path) -> None:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{key}={new}: {path} was trained with {old}{more}, and all arms must be trained alike; set it back, or "
+            f"{key}={new}: {path} was trained with {old}{more}, but all arms must be trained alike; restore it, or "
             "choose another ablate.output"
         )

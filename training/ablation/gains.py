@@ -1,7 +1,7 @@
-"""What paired runs say about a change: the mean gain, Student's interval, and what it would cost to see less.
+"""Statistics of paired runs: the mean gain, Student's interval, and the seeds needed to detect a smaller effect.
 
-A *difference* is that of two runs which share their seed, so their data, order, initial weights and noise. Differences
-of several seeds are independent; the held-out samples are the same for all, and no source of chance here.
+A *difference* is between two runs with the same seed, and so with the same data, order, initial weights and noise.
+Differences of different seeds are independent; the held-out samples are the same for all, and add no randomness.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE, POWER = 0.975, 0.8
-"""Quantile of a two-sided 95 % interval; how often a detectable gain is seen."""
+"""Quantile of a two-sided 95 % interval; probability of detecting an effect of the `detectable` size."""
 MOST_SEEDS = 10_000
-"""Where a search for enough seeds ends."""
+"""Upper limit of the search for enough seeds."""
 
 
 def student_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) of Student's distribution with `freedom` >= 1 degrees (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
+    """Return P(T <= t) of Student's distribution with `freedom` >= 1 degrees of freedom (Abramowitz & Stegun, 26.7.3
+    and 26.7.4)."""
     theta = math.atan2(t, math.sqrt(freedom))
     square, odd = math.cos(theta) ** 2, freedom % 2
     term = math.cos(theta) if odd else 1.0
@@ -30,7 +31,7 @@ def student_cdf(t: float, freedom: int) -> float:
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """The t with student_cdf(t) = share, for 0.5 <= share < 1."""
+    """Return the t with student_cdf(t) = share, for 0.5 <= share < 1."""
     low, high = 0.0, 1.0
     while student_cdf(high, freedom) < share:
         high *= 2
@@ -41,39 +42,39 @@ def student_quantile(share: float, freedom: int) -> float:
 
 
 def standard_errors_seen(seeds: int) -> float:
-    """The smallest effect, in standard errors of its mean over `seeds`, whose interval leaves out 0 about POWER of the
-    time: t_0.975 + t_0.8 with seeds - 1 degrees of freedom."""
+    """Return the smallest effect, in standard errors of its mean over `seeds`, whose interval excludes 0 with a
+    probability of about POWER: t_0.975 + t_0.8 with seeds - 1 degrees of freedom."""
     return student_quantile(CONFIDENCE, seeds - 1) + student_quantile(POWER, seeds - 1)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The mean of paired differences over `seeds`."""
+    """Mean and uncertainty of paired differences over `seeds`."""
 
     mean: float
     half: float
-    """Half the 95 % interval."""
+    """Half the width of the 95 % interval."""
     detectable: float
-    """The smallest effect that this many seeds would show about four times in five."""
+    """The smallest effect that this many seeds would detect about four times in five."""
     seeds: int
     seeds_for_half: int
-    """Seeds that would show half of `detectable`, if they scatter as these do."""
+    """Seeds needed to detect half of `detectable`, if their differences scatter as these do."""
 
     @property
     def is_seen(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.mean) > self.half
 
 
 def gain(differences: Sequence[float]) -> Gain:
-    """What the differences of several seeds say.
+    """Return the mean of several seeds' differences with its interval.
 
     Raises:
-        ValueError: fewer than two; one has no interval.
+        ValueError: fewer than two differences; one gives no interval.
     """
     n = len(differences)
     if n < 2:
-        raise ValueError(f"{n} paired difference: an interval needs two at least")
+        raise ValueError(f"{n} paired difference: an interval needs at least two")
     mean = math.fsum(differences) / n
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (n - 1))
     error = spread / math.sqrt(n)
@@ -82,8 +83,8 @@ def gain(differences: Sequence[float]) -> Gain:
 
 
 def seeds_for_half(seeds: int) -> int:
-    """The fewest seeds that show half of what `seeds` show: about four times as many, fewer where there are few (with
-    three, half of what is seen is uncertainty about the spread itself)."""
+    """Return the number of seeds needed to detect half of what `seeds` detect: about four times as many, or fewer if
+    `seeds` is small (with three, half of the uncertainty is about the spread itself). At most MOST_SEEDS."""
     wanted = standard_errors_seen(seeds) / math.sqrt(seeds) / 2
     more = seeds + 1
     while more < MOST_SEEDS and standard_errors_seen(more) / math.sqrt(more) > wanted:
@@ -92,12 +93,12 @@ def seeds_for_half(seeds: int) -> int:
 
 
 def verdict(found: Gain, lower_is_better: bool = True) -> str:
-    """`helps`, `hurts`, or `undecided` where the interval holds 0."""
+    """Return `helps`, `hurts`, or `undecided` if the interval includes 0."""
     if not found.is_seen:
         return "undecided"
     return "helps" if (found.mean < 0) == lower_is_better else "hurts"
 
 
 def percent(logarithm: float) -> float:
-    """A difference of natural logarithms as a change in per cent."""
+    """Convert a difference of natural logarithms to a change in per cent."""
     return 100 * math.expm1(logarithm)

@@ -1,1 +1,1 @@
-"""From words on the command line to a validated config. Imports plan and config."""
+"""From words on the command line to a validated config. Imports plan, config and processes."""

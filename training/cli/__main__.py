@@ -1,4 +1,4 @@
-"""`python -m training.cli VERB key=value ...` is `cascade VERB key=value ...`."""
+"""`python -m training.cli VERB key=value ...` is the same as `cascade VERB key=value ...`."""
 
 from training.cli.main import program
 

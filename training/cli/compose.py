@@ -1,7 +1,7 @@
-"""Hydra composes conf/base.yaml and the overrides; this file turns the result into the checked dataclass of the verb.
+"""Composes conf/base.yaml and the overrides with Hydra, and validates the result as the verb's dataclass.
 
-Each verb's dataclass is registered with Hydra as `schema_VERB`, and a config named VERB that lists it before base.yaml.
-So every key exists with its type before a value is set, and `--cfg job` and shell completion know all of them.
+Each verb's dataclass is registered with Hydra as `schema_VERB`, and a config named VERB lists it before base.yaml, so
+that every key exists with its type before a value is set, and `--cfg job` and shell completion know all keys.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.plan.checks import check
 
 @functools.cache
 def register_schema(verb: str) -> None:
-    """Makes the verb known to Hydra: its dataclass, and the config that the command starts from."""
+    """Register the verb with Hydra: its dataclass, and the config that the command starts from."""
     from hydra.core.config_store import ConfigStore
 
     configs = ConfigStore.instance()
@@ -38,13 +38,13 @@ def register_schema(verb: str) -> None:
 
 
 def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experiment:
-    """The composed config as the verb's dataclass, checked.
+    """Convert the composed config to the verb's dataclass, and validate it.
 
     Args:
         words: the overrides given, each of which the verb must read.
 
     Raises:
-        ConfigError: one sentence that names the key and what would be valid.
+        ConfigError: a setting is invalid; one sentence that names the key and the valid values.
     """
     root = COMMANDS[verb].config
     try:
@@ -62,8 +62,8 @@ def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experimen
 
 
 def beside_bundle(config: Experiment) -> None:
-    """Pictures and figures of a bundle that is not the run's go beside that bundle, unless a place is named: not into
-    runs/default, where those of the next bundle would follow. A Pareto curve goes beside the results it compares."""
+    """Put the pictures and figures of a bundle that is not the run's own next to that bundle, unless a directory was
+    given; otherwise those of all such bundles would end up in runs/default. A Pareto curve goes next to its results."""
     run = f"runs/{config.run.name}"
     if getattr(config, "action", "") == "pareto" and config.evaluation.output == f"{run}/evaluation":
         results = map(str, getattr(config, "results", ()))
@@ -82,7 +82,7 @@ def beside_bundle(config: Experiment) -> None:
 
 
 def _at_home(settings: Any) -> Any:
-    """With ~ spelled out: shells leave it as it is in key=~/path."""
+    """Return the settings with ~ expanded, which shells do not do in key=~/path."""
     if isinstance(settings, dict):
         return {name: _at_home(value) for name, value in settings.items()}
     if isinstance(settings, list):
@@ -91,7 +91,7 @@ def _at_home(settings: Any) -> Any:
 
 
 def _check_finite(settings: object, key: str = "") -> None:
-    """Raises ConfigError for a number that is infinite or none."""
+    """Raise ConfigError for a number that is infinite or NaN."""
     if isinstance(settings, dict):
         for name, value in settings.items():
             _check_finite(value, f"{key}.{name}" if key else str(name))
@@ -104,7 +104,7 @@ def _check_finite(settings: object, key: str = "") -> None:
 
 @contextlib.contextmanager
 def searching(folder: str | None) -> Iterator[None]:
-    """`composed` also finds the files of this directory (--config-dir).
+    """Let `composed` also find the config files of this directory (--config-dir), inside the context.
 
     Raises:
         ConfigError: there is no such directory.
@@ -129,21 +129,21 @@ def searching(folder: str | None) -> Iterator[None]:
 
 
 def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The config that `cascade VERB OVERRIDES...` would run with.
+    """Return the validated config that `cascade VERB OVERRIDES...` would run with.
 
     Raises:
-        ConfigError: one sentence that names the key and what would be valid.
+        ConfigError: a setting is invalid; one sentence that names the key and the valid values.
     """
     return validate(verb, composed(verb, overrides), overrides)
 
 
 def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """What Hydra makes of conf/base.yaml and the overrides, references not yet filled in.
+    """Compose conf/base.yaml and the overrides with Hydra, leaving references (`${...}`) unresolved.
 
     Inside a running command, its search path (--config-dir) is used.
 
     Raises:
-        ConfigError: one sentence that names the key and what would be valid.
+        ConfigError: a setting is invalid; one sentence that names the key and the valid values.
     """
     from hydra import compose
 
@@ -152,10 +152,11 @@ def composed(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def ingredients_of(verb: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The ingredients that `composed` takes, in their order, whoever names them.
+    """Return the ingredients that `composed` would use, in order, whether the command line, the recipe or the
+    experiment names them.
 
     Raises:
-        ConfigError: one sentence that names the key and what would be valid.
+        ConfigError: a setting is invalid; one sentence that names the key and the valid values.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
@@ -171,7 +172,7 @@ def ingredients_of(verb: str, overrides: Sequence[str] = ()) -> list[str]:
 
 @contextlib.contextmanager
 def _hydra_for(verb: str) -> Iterator[None]:
-    """Hydra, with the command known to it; inside a running command that command's own. Its errors become sentences."""
+    """Initialise Hydra for the command, unless a running command has; convert its errors to ConfigError."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 

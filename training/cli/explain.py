@@ -1,6 +1,6 @@
-"""Turns what Hydra and OmegaConf say about a wrong setting into one sentence: the key, and what would be valid.
+"""Turns errors of Hydra and OmegaConf about a wrong setting into one sentence with the key and the valid values.
 
-Both raise the same few exception classes for many different mistakes, so only their wording tells what was wrong.
+Both raise the same few exception classes for many different mistakes, so only their messages tell what was wrong.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SYNONYMS = {
     "model": "stage",
     "config": "experiment",
 }
-"""Names that other programs have for a setting -> ours (with a word where it is not the same)."""
+"""Names of settings in other programs -> ours, with a remark if the meaning differs."""
 
 
 PLUGINS = {
@@ -66,11 +66,11 @@ PLUGINS = {
     "hydra/sweeper=ax": "hydra-ax-sweeper",
     "hydra/sweeper=nevergrad": "hydra-nevergrad-sweeper",
 }
-"""Launchers and sweepers of Hydra's -> the package that brings them."""
+"""Hydra launchers and sweepers -> the package that provides them."""
 
 
 def explain(error: BaseException, root: type) -> str:
-    """One sentence about a composition or validation error; `root` is the verb's config class."""
+    """Return one sentence about a composition or validation error; `root` is the verb's config class."""
     text = "\n".join(_messages(error))
     for rule in (_ambiguous, _unknown_option, _unknown_key, _not_optional, _wrong_type, _interpolation):
         sentence = rule(text, root)
@@ -80,7 +80,8 @@ def explain(error: BaseException, root: type) -> str:
 
 
 def _messages(error: BaseException) -> Iterator[str]:
-    """The messages of an error and its causes; messages alone, so that OmegaConf's `full_key` lines stay whole."""
+    """Yield the messages of an error and its causes; messages alone, so that OmegaConf's `full_key` lines stay
+    whole."""
     current: BaseException | None = error
     while current is not None:
         yield str(current)
@@ -149,7 +150,8 @@ def _no_such_key(full: str, root: type) -> str:
 
 
 def meant(full: str, keys: dict[str, Key]) -> str:
-    """What other programs call so, if the command has it, or a group that is alike; empty: neither."""
+    """Return our name of a setting that other programs call so, if the command has it, or a similarly named group;
+    otherwise an empty string."""
     name = SYNONYMS.get(full.rpartition(".")[2].replace("-", "_"), "")
     if name and (re.split(r"[\s=]", name)[0] in {*keys, *groups(), "the"}):
         return name
@@ -157,7 +159,7 @@ def meant(full: str, keys: dict[str, Key]) -> str:
 
 
 def flag(words: str, root: type) -> str:
-    """The sentence for options with dashes, such as `--experiment demo`, that are settings here."""
+    """Return the sentence for options with dashes, such as `--experiment demo`, that are settings here."""
     first, _, rest = words.partition(" ")
     name, equals, value = first.lstrip("-").partition("=")
     value = value if equals else ("" if rest.startswith("-") else rest.partition(" ")[0])
@@ -174,7 +176,7 @@ def flag(words: str, root: type) -> str:
 
 
 def suggest(full: str, keys: dict[str, Key]) -> list[str]:
-    """Up to two known keys that a mistyped one may have meant: alike as a whole, or with the same last part."""
+    """Return up to two known keys that a mistyped one may stand for: similar as a whole, or with the same last part."""
     last = full.rpartition(".")[2]
     same = [k for k in keys if k.rpartition(".")[2] == last]
     if same:

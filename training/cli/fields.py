@@ -1,4 +1,4 @@
-"""Reads the settings dataclasses: which keys exist, of which type, with which explanation."""
+"""Reads the settings dataclasses: their keys, types and docstrings."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 @dataclass(frozen=True)
 class Key:
-    """One setting: its dotted name, its type, and the class that has it as a field."""
+    """One setting: its dotted name, its type, and the dataclass that defines it."""
 
     name: str
     type: Any
     owner: Any
     is_sentence: bool = False
-    """Free text: whatever is typed is one text."""
+    """Whether it is free text, taken as typed."""
 
     @property
     def doc(self) -> str:
-        """The text under the field."""
+        """The docstring of the field."""
         return field_docs(self.owner).get(self.name.rpartition(".")[2], "")
 
     @property
     def is_section(self) -> bool:
-        """A group of settings rather than one."""
+        """Whether it is a section, not a single setting."""
         return is_dataclass(self.type)
 
     @property
     def is_text(self) -> bool:
-        """A name or path: numbers and truth values are no types of it."""
+        """Whether it is a string or an optional string, such as a name or path."""
         return self.type is str or set(typing.get_args(self.type)) == {str, type(None)}
 
     @property
     def is_open(self) -> bool:
-        """A mapping whose keys are the user's own."""
+        """Whether it is a mapping with arbitrary keys."""
         return typing.get_origin(self.type) is dict
 
 
 def keys_of(root: type) -> dict[str, Key]:
-    """All keys of a config class by dotted name, sections included, in the order of the source."""
+    """Return all keys of a config class by dotted name, including sections, in source order."""
     return _keys_of(root)
 
 
@@ -66,7 +66,7 @@ def _walk(root: type, prefix: str) -> Iterator[Key]:
 
 @functools.lru_cache(None)
 def field_docs(root: type) -> dict[str, str]:
-    """The string that follows each field in the source of a dataclass and of its bases."""
+    """Return the docstring that follows each field in the source of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}
     for cls in reversed(root.__mro__):
         if is_dataclass(cls):
@@ -90,7 +90,7 @@ def _docs_in_source(cls: type) -> dict[str, str]:
 
 
 def type_words(kind: Any) -> str:
-    """A type in words: "an integer", "a list such as [a, b]", "text or null"."""
+    """Describe a type in words: "an integer", "a list, each element text: [a,b]", "text or null"."""
     if kind in WORDS:
         return WORDS[kind]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -1,4 +1,4 @@
-"""What `cascade --help` and `cascade VERB --help` print."""
+"""The help texts of `cascade --help` and `cascade VERB --help`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 
 FLAGS = """\
-  --cfg job              show the composed settings instead of running (--resolve: with references filled in)
+  --cfg job              show the composed settings instead of running (--resolve: with references resolved)
   --multirun, -m         run once per combination of comma-separated values: seed=1,2,3
   --info                 show how the settings were composed (all, config, defaults, searchpath, ...)
   --config-dir DIR       also search DIR for config files; --config-name NAME starts from another file
@@ -28,7 +28,7 @@ COMMON = {"json": "print a JSON object as the last line on stdout", "debug": "sh
 
 
 def version() -> str:
-    """`cascade 0.1.0` with the versions of what decides results."""
+    """Return `cascade 0.1.0` with the versions of torch and deepspeed, on which results depend."""
     versions = []
     for name, package in (("cascade", "cascade-t2i"), ("torch", "torch"), ("deepspeed", "deepspeed")):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -37,7 +37,7 @@ def version() -> str:
 
 
 def overview() -> str:
-    """The list of commands."""
+    """Return the help of `cascade` itself: the list of commands."""
     rows = "\n".join(f"  {name:<12} {verb.line}" for name, verb in COMMANDS.items())
     return f"""\
 cascade: train an Imagen-style cascade of diffusion models on your own machines, and sample from it.
@@ -65,10 +65,10 @@ experiments: {", ".join(groups().get("experiment", []))}"""
 
 
 def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
-    """Examples, groups and the main keys of a verb with the values that `overrides` give them.
+    """Return the examples, groups and main keys of a verb, with the values that `overrides` give them.
 
     Raises:
-        ConfigError: an override that is wrong.
+        ConfigError: an invalid override.
     """
     config = load_config(verb, overrides)
     known = COMMANDS[verb]
@@ -87,7 +87,7 @@ def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
 
 
 def group_defaults() -> dict[str, str]:
-    """The option of each group that is in force when the command line names none."""
+    """Return the default option of each group."""
     text = (CONF_DIR / "base.yaml").read_text()
     return dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
 
@@ -114,7 +114,7 @@ def _shown(value: Any) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    """`head` and `text` on lines no wider than the terminal; the text keeps to the right of a margin."""
+    """Wrap `head` and `text` to the width of the terminal, with a hanging indent for the text."""
     width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
     margin = " " * min(len(head), 16)
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=margin, break_long_words=False) or [

@@ -1,7 +1,7 @@
-"""The command line: `cascade VERB key=value ...`. Every verb is a Hydra app over conf/base.yaml.
+"""The command line: `cascade VERB key=value ...`. Every verb is a Hydra app on conf/base.yaml.
 
 Composition and validation happen here, without torch; then the verb's module is imported and its `main(config)` called.
-An error of class `CascadeError` ends the program with its sentence and its exit code; debug=true adds the traceback.
+A `CascadeError` ends the program with its message and exit code; debug=true adds the traceback.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from training.processes.exit_codes import EXIT_NOT_FINITE
 from training.processes.ranks import is_search
 
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
-"""Keys that already stand in the default paths."""
+"""Keys that are already part of the default paths."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; returns when it succeeded.
+    """Run one command; return if it succeeded.
+
+    Args:
+        argv: the words after `cascade`; None: those of this process.
 
     Raises:
         SystemExit: with the exit code of a failure (2: wrong input; 75: saved and stopped on request, start again).
@@ -72,13 +75,13 @@ def _main(words: list[str]) -> None:
 
 
 def run(verb: str, config: Experiment) -> dict[str, Any] | None:
-    """Imports the verb's module, calls its `main(config)`, and prints what it returns as one JSON line when json=true.
+    """Import the verb's module, call its `main(config)`, and with json=true print the result as one line of JSON.
 
     Returns:
-        What `main` returns.
+        The result of `main`.
 
     Raises:
-        SystemExit: the command failed; why stands on stderr.
+        SystemExit: the command failed; the reason was printed to stderr.
     """
     try:
         with _closed_pipe():
@@ -96,7 +99,7 @@ def run(verb: str, config: Experiment) -> dict[str, Any] | None:
 
 
 def _hydra(verb: str, words: Sequence[str]) -> None:
-    """Hydra's own command line: runs the verb, or answers --cfg, --info, --multirun, -sc."""
+    """Call Hydra's own command line, which runs the verb or handles --cfg, --info, --multirun and -sc."""
     from hydra import version
     from hydra._internal.utils import _run_hydra
 
@@ -108,13 +111,13 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     version.setbase("1.3")
     parser = _parser(verb)
     arguments = parser.parse_intermixed_args(words)
-    if arguments.config_path:  # our groups and base.yaml stay within reach
+    if arguments.config_path:  # used like --config-dir, so that our groups and base.yaml stay available
         if not Path(arguments.config_path).is_dir():
             raise ConfigError(f"--config-path={arguments.config_path}: there is no such directory")
         if arguments.config_dir:
             raise ConfigError("--config-path and --config-dir: give only one of them; both name a config directory")
         arguments.config_dir, arguments.config_path = arguments.config_path, None
-    variables = {"HYDRA_FULL_ERROR": "1"}  # Hydra raises its errors instead of printing them
+    variables = {"HYDRA_FULL_ERROR": "1"}  # makes Hydra raise its errors instead of printing them
     if arguments.shell_completion:
         variables["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb} ", " ", 1)  # Hydra knows no verbs
     else:
@@ -133,27 +136,27 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
 
 
 def _after_sweep(verb: str) -> None:
-    """What a command does when all jobs of a --multirun are through: `after_sweep` of its module, where there is
-    one."""
+    """Call `after_sweep` of the command's module, if it has one, when all jobs of a --multirun are done."""
     finish = getattr(sys.modules.get(COMMANDS[verb].module), "after_sweep", None)
     if finish:
         finish()
 
 
 def _end_workers() -> None:
-    """Ends the idle processes of Hydra's joblib launcher, which the end of a program (`run_program`) would wait for."""
+    """End the idle processes of Hydra's joblib launcher, for which `run_program` would wait at exit."""
     executor = getattr(sys.modules.get("joblib.externals.loky.reusable_executor"), "_executor", None)
     if executor is not None:
         executor.shutdown(wait=True)
 
 
 def _task(verb: str, fixed: Sequence[str] | None) -> Callable[[Any], float | None]:
-    """What Hydra calls with the composed config, once per job of a --multirun. It raises nothing but SystemExit, and
-    returns what a sweeper minimises: `objective` of the command's module, where there is one (infinity for a run that
-    did not stay finite).
+    """Return the function that Hydra calls with the composed config, once per job of a --multirun.
+
+    It raises only SystemExit, and returns the value for a sweeper to minimise: `objective` of the command's module, if
+    it has one (infinity for a run that did not stay finite).
 
     Args:
-        fixed: keys that are the same in all jobs of a --multirun; None: it is none.
+        fixed: keys that are the same in all jobs of a --multirun; None: not a --multirun.
     """
 
     def task(cfg: Any) -> float | None:
@@ -171,7 +174,7 @@ def _task(verb: str, fixed: Sequence[str] | None) -> Callable[[Any], float | Non
             except SystemExit as end:
                 if fixed is None or end.code != EXIT_NOT_FINITE or not is_search():
                     raise
-                return math.inf  # a sweeper goes on with other values
+                return math.inf  # lets the sweeper continue with other values
             judge = getattr(sys.modules.get(COMMANDS[verb].module), "objective", None)
             return judge(result) if judge and result else None
 
@@ -180,7 +183,7 @@ def _task(verb: str, fixed: Sequence[str] | None) -> Callable[[Any], float | Non
 
 @contextlib.contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
-    """Environment variables set (or unset, for None) for a while."""
+    """Set environment variables (or unset them, for None) inside the context."""
     before = {name: os.environ.pop(name, None) for name in values}
     os.environ.update({name: value for name, value in values.items() if value is not None})
     try:
@@ -193,7 +196,8 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 
 def _parser(verb: str) -> Any:
-    """Hydra's, with errors of one sentence, and without guesses at shortened options (--experiment is one of them)."""
+    """Return Hydra's parser, with one-sentence errors and without abbreviated options (it would accept --experiment as
+    one)."""
     from hydra._internal.utils import get_args_parser
 
     def wrong(message: str) -> NoReturn:
@@ -211,7 +215,7 @@ def _parser(verb: str) -> Any:
 
 
 def _complete(words: Sequence[str]) -> None:
-    """Answers the shell: the verb first, then whatever Hydra knows about that verb's keys and groups.
+    """Complete a command line: first the verb, then what Hydra knows about that verb's keys and groups.
 
     `cascade -sc install=bash` prints the script; the shell then calls `cascade -sc query=bash` with COMP_LINE.
     """
@@ -236,8 +240,8 @@ def _fixed_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _separate(verb: str, cfg: Any, fixed: Sequence[str]) -> None:
-    """Gives each job of a --multirun its own output: RUN_DIR/seed=1, RUN_DIR/seed=2 ... The keys that differ may stand
-    on the command line, or (with another sweeper) in its `hydra.sweeper.params`."""
+    """Give each job of a --multirun its own output: RUN_DIR/seed=1, RUN_DIR/seed=2 ... The differing keys come from the
+    command line or, with another sweeper, from its `hydra.sweeper.params`."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -257,7 +261,7 @@ def _separate(verb: str, cfg: Any, fixed: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _closed_pipe() -> Iterator[None]:
-    """Ends quietly where nobody reads on: `cascade order ... | head`."""
+    """Exit quietly if the reader of stdout has gone: `cascade order ... | head`."""
     try:
         yield
         sys.stdout.flush()
@@ -268,7 +272,7 @@ def _closed_pipe() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors(verb: str, debug: bool) -> Iterator[None]:
-    """Ends the program with the sentence and the exit code of a `CascadeError`."""
+    """End the program with the message and exit code of a `CascadeError`."""
     try:
         yield
     except CascadeError as error:
@@ -286,7 +290,7 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
 
 
 def _fail(who: str, error: CascadeError) -> NoReturn:
-    """Prints the sentence (a mistake of the user's is the same on all ranks: rank 0 alone says it) and exits."""
+    """Print the message and exit. A user error is the same on all ranks, so only rank 0 prints it."""
     rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if os.environ.get("CASCADE_SRUN") == "1" else None)
     if rank in (None, "0"):
         say(visible(f"{who}: {error}"))
@@ -297,7 +301,7 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
 
 def program() -> NoReturn:
     """The `cascade` program."""
-    if sys.argv[1:2] != ["launch"]:  # the lines of cluster.setup keep their own Python
+    if sys.argv[1:2] != ["launch"]:  # the commands in cluster.setup keep their own Python environment
         os.environ.update(python.environment())
     run_program(main)
 

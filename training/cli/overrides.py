@@ -1,6 +1,6 @@
-"""Words as people type them, made into what Hydra's grammar wants: texts stay texts, odd paths stay whole.
+"""Converts words as people type them to Hydra's override grammar, so that texts and unusual paths need no quoting.
 
-A key is free text when its field is marked `metadata=SENTENCES` (prompts): whatever is typed is one text.
+A key is free text if its field is marked `metadata=SENTENCES` (prompts): its value is taken as typed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from training.config.plain import escaped
 
 CONF_DIR = Path(conf.__file__).parent
 ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
-"""Short names that read well on the command line."""
+"""Short names of keys on the command line."""
 OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
 
 
 def groups() -> dict[str, list[str]]:
-    """Config groups and their options: the directories of conf/ (without recipe, whose files Hydra chooses)."""
+    """Return the config groups and their options: the directories of conf/, without recipe, which users do not choose
+    from."""
     found = {}
     for folder in sorted(p for p in CONF_DIR.iterdir() if p.is_dir() and p.name not in ("__pycache__", "recipe")):
         found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -36,16 +37,16 @@ def groups() -> dict[str, list[str]]:
 
 
 def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra's grammar wants them.
+    """Convert overrides to Hydra's grammar.
 
-    * short names: `run=DIR`, `init_from=PATH`
-    * `debug=true`: the option `true` of the group `debug` (Hydra would read a truth value and refuse)
-    * prompts and notes are one text, commas, brackets and `${` included; a list is written with quotation marks,
-      or with elements that have no blank beside their commas
-    * values of other text keys are texts too: run.name=007
-    * values that are no Hydra expression are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], odd paths
-    * keys of free mappings (cluster.sbatch.qos=high) need no `+`
-    * words without `=` are the list of the command that takes some (cascade compare RUN RUN)
+    * `run=DIR` and `init_from=PATH` are short names
+    * `debug=true` selects the option `true` of the group `debug` (Hydra would read a boolean and refuse it)
+    * prompts and notes are one text, including commas, brackets and `${`; a list needs quotation marks, or elements
+      without a blank next to their commas
+    * values of other text keys stay text: run.name=007
+    * values that are not Hydra expressions are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], unusual paths
+    * keys of open mappings (cluster.sbatch.qos=high) need no `+`
+    * words without `=` are the list that some commands take (cascade compare RUN RUN)
 
     Raises:
         ConfigError: a word that is not `key=value`, or a key of a stage for a command that draws with a bundle.
@@ -59,7 +60,7 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
 
 
 def typed_words() -> list[str]:
-    """The overrides of the command that is running, as `normalise` left them; none outside a command."""
+    """Return the overrides of the running command as `normalise` returned them; an empty list outside a command."""
     from hydra.core.hydra_config import HydraConfig
 
     return [str(word) for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
@@ -74,13 +75,13 @@ ENVIRONMENT = {
     "WANDB_NOTES": "wandb.notes",
     "WANDB_TAGS": "wandb.tags",
 }
-"""Variables that people set for W&B -> the keys that they stand for, on commands that train."""
+"""W&B's environment variables -> the keys they set, for commands that train."""
 MODES = {"dryrun": "offline", "run": "online"}
-"""Older words of W&B's."""
+"""W&B's older names of modes."""
 
 
 def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What W&B's variables say, as settings, where the command line does not say it itself."""
+    """Return the settings from W&B's environment variables that the command line does not set itself."""
     if not (COMMANDS[verb].trains or verb == "launch"):
         return []
     typed = {word.partition("=")[0].lstrip("+~") for word in words}
@@ -98,13 +99,13 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
 
 
 SECTIONS = {"tracking": "wandb", "extractor": "evaluation.extractors", "ingredient": "stage.diffusion"}
-"""Groups that fill another section than their name says."""
+"""Groups that fill a section with a different name."""
 SEVERAL = ("experiment", "stage", "debug")
-"""Groups that fill several sections (a stage brings the experiment's recipe for it)."""
+"""Groups that fill several sections (a stage loads the experiment's recipe for it)."""
 
 
 def keys_given(verb: str, words: Sequence[str]) -> list[str]:
-    """The settings that the words name, in their order: keys, and the sections that groups fill."""
+    """Return the settings that the words set, in order: keys, and the sections that groups fill."""
     known, found = keys_of(COMMANDS[verb].config), []
     for word in words:
         name = word.partition("=")[0].lstrip("+~")
@@ -129,7 +130,7 @@ def _normalise_one(verb: str, word: str) -> str:
         own = {"name": "sampler"}.get(own, own)
         instead = f"{own}={value}" if own in SAMPLER_KEYS else "another bundle"
         raise ConfigError(
-            f"{word}: cascade {verb} draws with the settings that the bundle holds and would not use it; give {instead}"
+            f"{word}: cascade {verb} uses the settings stored in the bundle and would ignore it; give {instead}"
         )
     if key in groups():
         if value in ("", "null", "none", "None"):
@@ -151,7 +152,7 @@ def _normalise_one(verb: str, word: str) -> str:
 
 
 def _removal(verb: str, word: str) -> str:
-    """`~key`: takes a key out of a free mapping; all others are always there."""
+    """Check `~key`, which removes a key from an open mapping; all other keys always exist."""
     key = word[1:].partition("=")[0]
     if key in groups():
         raise ConfigError(f"{word}: a group always has an option; choose another one, or leave {key}=... out")
@@ -171,11 +172,11 @@ def _parents(key: str) -> list[str]:
 
 
 def _mapping(value: str, numbers: bool) -> str:
-    """A YAML or JSON mapping for Hydra, which wants a colon inside a name escaped: {json:caption: 1} becomes
-    {json\\:caption: 1}.
+    """Convert a YAML or JSON mapping to Hydra's grammar, which requires colons inside a name to be escaped:
+    {json:caption: 1} becomes {json\\:caption: 1}.
 
     Args:
-        numbers: its values are numbers, so that what follows the last colon is the value: {json:caption:1}.
+        numbers: the values are numbers, so that the last colon separates name and value: {json:caption:1}.
     """
     if not re.fullmatch(r"\{.*:.*\}" if numbers else r"\{.*: .*\}", value):
         return value
@@ -192,11 +193,12 @@ def _mapping(value: str, numbers: bool) -> str:
 
 
 _PATTERN = re.compile(r"""(\bshards["']?\s*:\s*)([^'"\[{\s][^'"]*?)(?=\s*(?:,\s*[a-z_]+\s*:|\}\s*(?:,|\])))""")
-"""The shards of an entry without quotation marks, up to its next key or its end: they may hold braces and commas."""
+"""The unquoted shards of an entry, up to its next key or its end; they may contain braces and commas."""
 
 
 def _entries(value: str) -> str:
-    """A list of mappings (a mixture of data sets) in YAML or JSON, for Hydra; as it is where it is neither."""
+    """Convert a list of mappings (a mixture of data sets) in YAML or JSON to Hydra's grammar; return anything else
+    unchanged."""
     for text in (value, _PATTERN.sub(lambda match: match[1] + json.dumps(match[2]), value)):
         with contextlib.suppress(yaml.YAMLError):
             entries = yaml.safe_load(text)
@@ -206,7 +208,7 @@ def _entries(value: str) -> str:
 
 
 def _hydra(value: object) -> str:
-    """A value of lists, mappings, texts and numbers in Hydra's grammar."""
+    """Write a value of lists, mappings, texts and numbers in Hydra's grammar."""
     if isinstance(value, dict):
         pairs = (re.sub(r"([^\w.-])", r"\\\1", str(key)) + ":" + _hydra(one) for key, one in value.items())
         return "{" + ",".join(pairs) + "}"
@@ -218,7 +220,7 @@ def _hydra(value: object) -> str:
 
 
 def _split_number(key: str, value: object) -> tuple[str, object]:
-    """YAML takes `json:caption:1`, without a space, for a name without a value."""
+    """Split `json:caption:1`, which YAML reads as a name without a value, at its last colon."""
     name, colon, last = key.rpartition(":")
     return (name, yaml.safe_load(last)) if value is None and colon else (key, value)
 
@@ -235,17 +237,17 @@ def _is_expression(override: str) -> bool:
 
 
 QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-"""A text in quotation marks, as Hydra has it."""
+"""A quoted text in Hydra's grammar."""
 NUMBER_OR_TRUTH = r"[+-]?(\d[\d_]*)?\.?\d+(e[+-]?\d+)?|true|false|nan|[+-]?inf"
 
 
 def _sentence(value: str, key: Key) -> str:
-    """A value of free text: one text, unless it is a list that can be nothing else (or null)."""
+    """Convert a value of free text: one text, unless it is unambiguously a list (or null)."""
     if value in ("null", "None"):
         return "null"
     elements: list[str] | None = None
     if re.fullmatch(rf"({QUOTED})(\s*,\s*({QUOTED}))*", value):
-        return value  # several: one run for each, with --multirun
+        return value  # several values are one run each, with --multirun
     if value.startswith("[") and value.endswith("]"):
         inside = value[1:-1].strip()
         if re.fullmatch(rf"(({QUOTED})(\s*,\s*({QUOTED}))*)?", inside):
@@ -259,7 +261,7 @@ def _sentence(value: str, key: Key) -> str:
 
 
 def _as_text(value: str) -> str:
-    """A value that Hydra cannot read, quoted; of [a=1,{0..9}.tar], each element."""
+    """Quote a value that Hydra cannot parse; of a list such as [a=1,{0..9}.tar], each element."""
     if value.startswith("[") and value.endswith("]"):
         elements = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\{[^}]*\}|[^,])+", value[1:-1])
         return "[" + ",".join(e if e[:1] in "'\"" else _quote(e.strip()) for e in elements) + "]"
@@ -267,5 +269,5 @@ def _as_text(value: str) -> str:
 
 
 def _quote(value: str) -> str:
-    """In quotation marks for Hydra, where a backslash counts only before one."""
+    """Quote a text for Hydra, where a backslash is special only before a quotation mark."""
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value) + "'"

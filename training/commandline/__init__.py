@@ -1,1 +1,1 @@
-"""The settings of a command, for programs and notebooks: the public names of `training.cli`."""
+"""The settings of a command, for programs and notebooks: the public part of `training.cli`."""

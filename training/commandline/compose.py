@@ -1,4 +1,4 @@
-"""`load_config(verb, ["experiment=demo", "train.steps=50"])`: what a command would run with."""
+"""`load_config(verb, ["experiment=demo", "train.steps=50"])` returns the settings that a command would run with."""
 
 from training.cli.compose import load_config
 

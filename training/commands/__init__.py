@@ -1,1 +1,1 @@
-"""The commands besides train: thin mains. Imports any room; no room imports it."""
+"""The commands besides train: thin mains. May import any folder of `training`; none imports it."""

@@ -1,8 +1,8 @@
-"""`cascade evaluate action=bisect run=DIR`: at which of a run's stored checkpoints did a figure turn worse?
+"""`cascade evaluate action=bisect run=DIR`: finds the stored checkpoint of a run at which a figure became worse.
 
 The first and the newest checkpoint (or `steps_between=[GOOD,BAD]`) are evaluated, then the one in the middle, and so
-on: of n checkpoints about log2(n) + 2 are drawn. "Worse" means worse than the good one by more than chance (paired,
-95 %). What `watch` has evaluated already is not drawn again, and the other way round.
+on: of n checkpoints about log2(n) + 2 are evaluated. "Worse" means significantly worse than the good one (paired, 95
+%). Results of `watch` are reused, and vice versa.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from training.evaluation.series import is_worse, write_series
 
 
 def bisect(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
-    """Finds the step; returns `figure`, `good` (the last step that is not worse), `bad` (the first that is; None where
-    none is), and `evaluated`.
+    """Find the step at which the figure became worse.
+
+    Returns:
+        `figure`; `good`, the last step that is not worse; `bad`, the first that is (None: none is); and `evaluated`,
+        the steps that were compared.
 
     Raises:
-        ConfigError: `steps_between` names no two stored checkpoints, or `figure` is none of the results'.
+        ConfigError: `steps_between` is not two stored checkpoints in order, or the results have no such `figure`.
         DataError: the run has fewer than two checkpoints.
     """
     store, output = CheckpointStore(checkpoint_dir(config.run.dir)), Path(config.run.dir) / FOLDER
@@ -42,7 +45,7 @@ def bisect(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         steps = [step for step in steps if config.steps_between[0] <= step <= config.steps_between[1]]
     if len(steps) < 2:
         raise DataError(
-            f"{config.run.dir}: {len(steps) or 'no'} checkpoint there; a search needs two (checkpoint.keep_every)"
+            f"{config.run.dir}: it has {len(steps) or 'no'} checkpoint; a search needs two (checkpoint.keep_every)"
         )
     figure, evaluated = config.figure, []
 
@@ -56,18 +59,18 @@ def bisect(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
     good, bad = first_bad(steps, worse)
     chosen = write_series(output, figure)["figure"]
     if bad is None:
-        print(f"{chosen}: step {steps[-1]} is not worse than step {steps[0]} by more than chance")
+        print(f"{chosen}: step {steps[-1]} is not significantly worse than step {steps[0]}")
     else:
-        print(f"{chosen}: step {good} is not worse than step {steps[0]}, step {bad} is")
+        print(f"{chosen}: step {bad} is significantly worse than step {steps[0]}, step {good} is not")
     return {"figure": chosen, "good": good, "bad": bad, "evaluated": [steps[0], *evaluated]}
 
 
 def first_bad(steps: Sequence[int], is_bad: Callable[[int], bool]) -> tuple[int, int | None]:
-    """The neighbours between which it happens: the last good one, and the first bad one (None: the last is good).
+    """Return the last good step and the first bad one (None if the last step is good), by bisection.
 
     Args:
-        steps: rising; the first one is good.
-        is_bad: asked about log2(len(steps)) + 1 times; once bad, later ones are taken to be bad too.
+        steps: increasing; the first one is good.
+        is_bad: called about log2(len(steps)) + 1 times; steps after a bad one are assumed to be bad too.
     """
     if not is_bad(steps[-1]):
         return steps[-1], None

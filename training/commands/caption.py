@@ -1,7 +1,7 @@
-"""`cascade caption`: a local vision-language model describes the pictures of shards, into one file per shard.
+"""`cascade caption`: captions the pictures of shards with a local vision-language model, one file per shard.
 
-The shards stay as they are: `data.captions.files={NAME: OUTPUT}` and the source `file:NAME` mix the new captions with
-the others. Finished files stay, so a broken-off run continues; shards are shared out as by `cascade embed`.
+The shards are not changed: `data.captions.files={NAME: OUTPUT}` and the source `file:NAME` mix the new captions with
+the others. Finished files are kept, so an interrupted run resumes; shards are divided as by `cascade embed`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 def main(config: CaptionCommand) -> dict[str, Any]:
-    """Runs `cascade caption`, in as many processes as a launcher or `cluster.processes` says.
+    """Run `cascade caption`, in the processes of a launcher or in `cluster.processes` processes of this machine.
 
     Returns:
-        {"shards": of this start, "captions": written, "kept": files that were complete, "bad": pictures that cannot be
-        decoded, which get none, "bytes": written}
+        Counts for this run: "shards", "captions" written, "kept" files that were already complete, "bad" pictures that
+        cannot be decoded and get no caption, "bytes" written.
 
     Raises:
-        ConfigError: no model or no output is named.
-        DataError: a shard or the model cannot be read, or a file of other settings is in the way.
+        ConfigError: vlm.path or output is not set.
+        DataError: a shard or the model cannot be read, or the output has a file made with other settings.
     """
     if not config.vlm.path:
         raise ConfigError("vlm.path: it is not set; give the directory of a vision-language model")
@@ -100,7 +100,8 @@ def _folder_of(output: str, dataset: str) -> str:
 def _pictures(
     index: ShardIndex, reader: PartReader, data: DataConfig, side: int, done: dict[str, int]
 ) -> Iterator[tuple[str, Image.Image]]:
-    """(key, picture) of the samples that take part, in archive order; those that cannot be decoded are counted."""
+    """Yield (key, picture) of the samples that pass data.filter, in archive order; pictures that cannot be decoded are
+    counted in `done` and skipped."""
     from PIL import Image
 
     for row in keep_rows(index, data.filter)[0].tolist():
@@ -115,7 +116,7 @@ def _pictures(
             done["bad"] += 1
             continue
         shown = Image.fromarray(pixels)
-        shown.thumbnail((2 * side, 2 * side))  # a panorama costs no more than two squares
+        shown.thumbnail((2 * side, 2 * side))  # limits the cost of a panorama
         yield index.key(row), shown
 
 
@@ -137,14 +138,14 @@ def _check_same(place: str, facts: dict[str, Any]) -> None:
     differing = [name for name in facts if name != "model" and made.get(name) != facts[name]]
     if differing:
         raise DataError(
-            f"{place}: it was made with another {' and '.join(differing)}; remove it or choose another output"
+            f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
         )
 
 
 def _check_names(shards: list[tuple[str, str]]) -> None:
-    """Raises DataError where two of the shards (URL, folder) would write one file."""
+    """Raise DataError if two of the shards (URL, folder) would write the same file."""
     places: dict[str, str] = {}
     for url, folder in shards:
         other = places.setdefault(caption_file_url(url, folder), url)
         if other != url:
-            raise DataError(f"{url} and {other} would share one file of captions; give them different outputs")
+            raise DataError(f"{url} and {other} would write the same caption file; give them different outputs")

@@ -1,9 +1,9 @@
 """`cascade checkpoints run=DIR`: list, verify, compare and export checkpoints.
 
 action=list                                        step, size, health, validation loss
-action=verify  steps=[..]                          every byte against its checksum; exit code 2 when one is wrong
+action=verify  steps=[..]                          check all files against their checksums; exit code 2 if any is wrong
 action=diff    steps=[100,200]                     how far the weights moved, and which settings changed
-action=export  output=weights.safetensors          averaged weights in one file; average=-1: the raw ones;
+action=export  output=weights.safetensors          averaged weights in one file; average=-1: the raw weights;
                                                    sigma_rel=0.08: an average of that width (ema.profile=power)
 """
 
@@ -25,17 +25,17 @@ from training.optim.averages import posthoc_weights, state_name
 from training.run.directory import differences
 
 SHOWN = 10
-"""Tensors that `diff` names."""
+"""Number of tensors that `diff` prints."""
 MOST_LEFT = 0.1
-"""How much of a profile the stored ones may leave unexplained (relative L2 norm)."""
+"""Maximum residual (relative L2 norm) of a profile reconstructed from the stored averages."""
 WIDTHS = [n / 200 for n in range(1, 58)]
 
 
 def main(config: CheckpointsCommand) -> dict[str, Any]:
-    """Does `config.action` on the checkpoints of `run.dir`.
+    """Run `config.action` on the checkpoints of `run.dir`; return its JSON result.
 
     Raises:
-        DataError: no such run or checkpoint; `verify`: damage.
+        DataError: no such run or checkpoint; `verify`: a checkpoint is damaged or unfinished.
     """
     store = CheckpointStore(checkpoint_dir(config.run.dir))
     if not store.steps():
@@ -50,7 +50,7 @@ def main(config: CheckpointsCommand) -> dict[str, Any]:
 
 
 def list_all(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
-    """Newest first; sizes are checked, checksums are not."""
+    """List all checkpoints, newest first, checking sizes but not checksums."""
     rows = []
     print(f"{store.folder}\n{'step':>10} {'GB':>8} {'files':>6} {'tensors':>8}  {'validation':>10}  state")
     for step in store.steps():
@@ -63,7 +63,7 @@ def list_all(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, An
 
 
 def describe_checkpoint(store: CheckpointStore, step: int, checksums: bool = False) -> dict[str, Any]:
-    """One checkpoint as JSON values."""
+    """Describe one checkpoint in JSON values; `problems` is empty if it is intact."""
     row: dict[str, Any] = {"step": step, "bytes": 0, "files": 0, "tensors": 0, "healthy": False, "validation": None}
     try:
         checkpoint = store.open(step)
@@ -83,7 +83,7 @@ def describe_checkpoint(store: CheckpointStore, step: int, checksums: bool = Fal
 
 
 def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
-    """Reads every byte of the chosen checkpoints."""
+    """Verify the chosen checkpoints (default: all) by SHA-256. Raises DataError if one is damaged or unfinished."""
     rows = [describe_checkpoint(store, step, checksums=True) for step in config.steps or store.steps()]
     for row in rows:
         print(f"step {row['step']}: {'; '.join(row['problems']) or 'intact'}")
@@ -95,7 +95,7 @@ def verify(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
 
 
 def diff(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
-    """How far the raw weights moved between two checkpoints, relative to their norm, the farthest first."""
+    """Compare two checkpoints: how far each raw weight moved, relative to its norm, and which settings changed."""
     if len(config.steps) not in (0, 2):
         raise ConfigError(f"steps={config.steps}: action=diff compares exactly two checkpoints")
     sound = (step for step in store.steps() if not describe_checkpoint(store, step)["problems"])
@@ -127,7 +127,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]:
-    """One safetensors file of fp32 weights by parameter name."""
+    """Write one safetensors file of weights by parameter name; return its path, size and SHA-256."""
     checkpoint = store.open(config.steps[0]) if config.steps else store.newest()
     if checkpoint is None:
         raise DataError(f"{store.folder}: it has no finished checkpoint")
@@ -148,7 +148,7 @@ def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
 
 
 def _whole(checkpoint: Checkpoint) -> Checkpoint:
-    """The same; raises DataError when its files are not as they were written."""
+    """Return the checkpoint. Raises DataError if a file is missing or does not match its checksum."""
     problems = checkpoint.problems()
     if problems:
         raise DataError(f"{checkpoint.folder}: {'; '.join(problems)}")
@@ -166,18 +166,18 @@ def _weights(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
 
 
 def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """The average of another width that ends at `last`, from all power-profile averages stored up to then that began
-    with the run.
+    """Reconstruct the average of relative width `sigma_rel` that ends at `last`, from all power-profile averages stored
+    up to then that started with the run. Returns fp32 weights by parameter name.
 
     Raises:
-        ConfigError: the run has no such averages, or too few to make this width.
+        ConfigError: the run has no such averages, or too few for this width.
     """
     stored: list[tuple[Checkpoint, str, float, float]] = []
     for step in (s for s in store.steps() if s <= last.step):
         try:
             checkpoint = _whole(store.open(step))
         except DataError as error:
-            print(f"left out: {error}")
+            print(f"skipped: {error}")
             continue
         ema, updates = checkpoint.meta["config"]["ema"], float(checkpoint.meta["updates"])
         since = checkpoint.meta.get("ema_since") or [0 for _ in ema["decays"]]
@@ -193,7 +193,7 @@ def posthoc(store: CheckpointStore, last: Checkpoint, sigma_rel: float) -> dict[
         reach = f"{min(fits):g} to {max(fits):g}" if fits else "none"
         raise ConfigError(
             f"sigma_rel={sigma_rel}: the {len(stored)} averages stored up to step {last.step} cannot be combined into "
-            f"it (they reach {reach}); keep more checkpoints (checkpoint.keep_every), or more ema.decays"
+            f"it (possible: {reach}); keep more checkpoints (checkpoint.keep_every), or more ema.decays"
         )
     tensors = {}
     for name in (name.removeprefix("param/") for name in last.names("param/")):

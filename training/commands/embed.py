@@ -1,8 +1,8 @@
-"""`cascade embed`: computes the text embeddings of a data set once, into one sidecar file per shard.
+"""`cascade embed`: computes the text embeddings of a data set once, in one sidecar file per shard.
 
-Every caption that `data.captions` may choose is embedded. Finished sidecars stay, so a broken-off run continues. Shards
-are shared out by `part` and `parts`, by the tasks of a Slurm array, and by the processes of a launcher; without one, by
-`cluster.processes` on this machine (as many as it has GPUs).
+Every caption that `data.captions` may choose is embedded. Finished sidecars are kept, so an interrupted run resumes.
+Shards are divided by `part` and `parts`, among the tasks of a Slurm array, and among the processes of a launcher or,
+without one, `cluster.processes` processes of this machine (default: one per GPU).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 
 def main(config: EmbedCommand) -> dict[str, Any]:
-    """Runs `cascade embed`, in as many processes as a launcher or `cluster.processes` says.
+    """Run `cascade embed`, in the processes of a launcher or in `cluster.processes` processes of this machine.
 
     Returns:
-        {"shards": of this start, "captions": embedded, "kept": sidecars that were complete, "bytes": written}
+        Counts for this run: "shards", "captions" embedded, "kept" sidecars that were already complete, "bytes" written.
 
     Raises:
         ConfigError: `part` is not below `parts`.
-        DataError: a shard or the encoder cannot be read, or a sidecar of other settings is in the way.
+        DataError: a shard or the encoder cannot be read, or the output has a sidecar made with other settings.
     """
     return in_processes("training.commands.embed", config, _embed_share)
 
@@ -80,16 +80,16 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
 
 
 def _folder(output: str | None, dataset: str) -> str | None:
-    """Where the sidecars of a data set go: those of a mixture into a folder for each."""
+    """Return the folder for the sidecars of a data set; each data set of a mixture has its own."""
     return store.join(output, dataset) if output and dataset else output
 
 
 def _texts(
     index: ShardIndex, reader: PartReader, config: CaptionConfig, files: CaptionFiles
 ) -> Iterator[tuple[str, str]]:
-    """(key, caption) of every caption of every sample, in archive order; samples without one are not trained on."""
+    """Yield (key, caption) for every caption of every sample, in archive order."""
     for row in range(len(index)):
-        limits = {"txt": math.inf, "json": MAX_MEMBER}  # training does not look at larger ones, either
+        limits = {"txt": math.inf, "json": MAX_MEMBER}  # training ignores larger ones, too
         parts = [part for part in index.parts(row) if part.size <= limits.get(part.extension, -1)]
         key = index.key(row)
         sample: dict[str, Any] = {part.extension: reader.read(part) for part in sorted(parts, key=_place)}
@@ -105,7 +105,7 @@ def _place(part: Part) -> int:
 def _embed(
     texts: Iterator[tuple[str, str]], encoder: TextEncoder, place: str, facts: dict[str, Any], config: EmbedCommand
 ) -> int:
-    """Writes one sidecar; returns how many captions it holds."""
+    """Write one sidecar; return its number of captions."""
     writer = SidecarWriter(place, facts, encoder.dim, config.dtype)
     count = 0
     for group in _groups(texts, 16 * config.batch):
@@ -136,26 +136,26 @@ def _groups(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
 
 
 def _of_captions(config: CaptionConfig) -> dict[str, Any]:
-    """The settings that decide which texts there are."""
+    """Return the settings that determine which captions are embedded."""
     sources = sorted(source for source, weight in config.weights.items() if weight > 0)
     return {"sources": sources, "clean": config.clean, "max_characters": config.max_characters}
 
 
 def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
-    facts = {"captions": made_of["captions"], **Sidecar(place).facts}  # older ones do not say
+    facts = {"captions": made_of["captions"], **Sidecar(place).facts}  # older sidecars do not record them
     differing = [name for name in ("digest", "encoder", "dtype", "captions") if facts.get(name) != made_of[name]]
     if differing:
         raise DataError(
-            f"{place}: it was made with another {' and '.join(differing)}; remove it or choose another output"
+            f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
         )
 
 
 def _refuse_equal_names(shards: list[tuple[str, str | None]]) -> None:
-    """Raises DataError where two of the shards (URL, folder of the sidecars) would write one file."""
+    """Raise DataError if two of the shards (URL, folder of the sidecars) would write the same file."""
     places: dict[str, str] = {}
     for url, folder in shards:
         place = sidecar_url(url, folder)
         other = places.get(place)
         places[place] = url
         if other is not None:
-            raise DataError(f"{url} and {other} would share one sidecar; embed them into different outputs")
+            raise DataError(f"{url} and {other} would write the same sidecar; give them different outputs")

@@ -1,19 +1,19 @@
-"""`cascade evaluate`: samples held-out captions with a bundle and measures what came out.
+"""`cascade evaluate`: samples held-out captions with a bundle and measures the pictures.
 
     OUTPUT/result.json      every figure with its interval, and the protocol
-    OUTPUT/influences.npz   what each picture contributed, for `action=compare`
-    OUTPUT/report.md        the same as tables
-    OUTPUT/report.html      one page with figures, pictures and protocol; needs no server and no network
+    OUTPUT/influences.npz   the contribution of each picture, for `action=compare`
+    OUTPUT/report.md        the figures as tables
+    OUTPUT/report.html      a self-contained page with figures, pictures and protocol
     OUTPUT/shown.npz        some pictures of each category, for the page over all checkpoints
-    OUTPUT/samples.png      samples with their captions, beside the reference pictures of these; with
-                            evaluation.kind=shapes wrong ones are marked, and shown first where there are too many
-    OUTPUT/parts/           features of what has been drawn: the same command again continues there
+    OUTPUT/samples.png      samples with their captions next to their reference pictures; with evaluation.kind=shapes,
+                            wrong ones are marked, and come first if not all fit
+    OUTPUT/parts/           features of the pictures drawn so far; repeating the command resumes from them
 
-shapes    an oracle reads background, colour, size, shape (and relation) from the samples, and from the real drawings,
-          where it must be right; PSNR of each super-resolution stage against bicubic; figures on features
-pictures  figures on features only, for data that no oracle can read
+shapes    an oracle reads background, colour, size, shape (and relation) from the samples and, as a check, from the real
+          drawings; PSNR of each super-resolution stage against bicubic; feature-based figures
+pictures  feature-based figures only, for data that no oracle can read
 
-The processes of a job share the parts; whichever finishes last writes the result.
+The processes of a job share the parts; the one that finishes last writes the result.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ REFERENCE_FILE = f"reference{SUFFIX}"
 
 
 def main(config: EvaluateCommand) -> dict[str, Any]:
-    """Evaluates the bundle `bundle.dir`, or does another `action`; returns what result.json holds."""
+    """Evaluate the bundle `bundle.dir`, or run another `action`; return the content of result.json (or that action's
+    result)."""
     with leaving_nothing_empty(Path(config.evaluation.output)):
         return _do(config)
 
@@ -65,7 +66,7 @@ def _do(config: EvaluateCommand) -> dict[str, Any]:
         if config.record:
             best = min((curve["points"][place] for place in curve["front"]), key=lambda point: point["y"]["value"])
             record(config.bundle.dir, comparison.read_result(best["path"]).result, samplers=True)
-            print(f"{config.bundle.dir}: draws with {best['settings']} from now on ({best['path']})")
+            print(f"{config.bundle.dir}: its sampler settings are now {best['settings']} ({best['path']})")
         return curve
     if config.watch or config.action == "bisect":
         from training.commands.bisect import bisect
@@ -85,7 +86,9 @@ def _do(config: EvaluateCommand) -> dict[str, Any]:
 
 
 def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] | None = None) -> dict[str, Any]:
-    """Evaluates one cascade into `evaluation.output`.
+    """Evaluate one cascade, with results in `evaluation.output`; return the content of result.json.
+
+    If other processes are still drawing, only `rank` and `waits` are returned: the last process writes the result.
 
     Args:
         opened: a cascade and the devices to draw on; None: the bundle `bundle.dir`.
@@ -111,25 +114,26 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     evaluation.parts.forget_others()
     if config.record:
         record(config.bundle.dir, result)
-        print(f"{config.bundle.dir}: the figures are in its model card")
+        print(f"{config.bundle.dir}: the figures were added to its model card")
     print(report.summary(result))
     print(f"{output / 'report.html'}: the report (report.md as text); samples in {output / 'samples.png'}")
     return result
 
 
 def log_curve(curve: dict[str, Any], output: Path) -> None:
-    """The curve's picture into the W&B run of the last stage, where that run's directory is here."""
+    """Log the plot of the curve to the W&B run of the last stage, if that run's directory is on this machine."""
     stage = comparison.read_result(curve["points"][0]["path"]).result["protocol"]["stages"][-1]
     place = Path(str(stage.get("run")))
     store = CheckpointStore(checkpoint_dir(str(place))) if place.is_dir() else None
     if store is not None and (step := store.newest_whole()) >= 0:
         run = RunDir(Experiment(run=RunConfig(dir=str(place))))
         if log_picture(run, store.open(step).meta, "pareto", output / "pareto.png"):
-            print(f"{place}: W&B has the curve as `pareto`")
+            print(f"{place}: the curve was logged to W&B as `pareto`")
 
 
 def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:
-    """Features of `evaluation.reference` in a file that names the rule they were made by."""
+    """Compute the features of `evaluation.reference` and write them to a file, with the preprocessing rule; return its
+    path, its number of pictures and these facts."""
     settings = config.evaluation
     if not settings.reference:
         raise ConfigError("evaluation.reference: set it to held-out shards, for example data/heldout")
@@ -156,20 +160,20 @@ def make_reference(config: EvaluateCommand, output: Path) -> dict[str, Any]:
         }
         ReferenceFile(features.rows(), captions, facts).write(file)
     print(
-        f"{file}: {len(captions)} pictures at {size} px, {references.broken} left out; use evaluation.reference={file}"
+        f"{file}: {len(captions)} pictures at {size} px, {references.broken} skipped; use evaluation.reference={file}"
     )
     return {"reference": str(file), "n": len(captions), **facts}
 
 
 def _last_size(config: EvaluateCommand) -> int:
-    """Of the pictures that the bundle draws."""
+    """Return the side of the pictures that the bundle generates, pixels."""
     from training.cascade import bundle
 
     return bundle.read(config.bundle.dir).stages[-1].config.image_size
 
 
 def _device(config: EvaluateCommand) -> str:
-    """Where extractors run: this process's first GPU, or the CPU."""
+    """Return the device for extractors: this process's GPU, or the CPU."""
     import torch
 
     if not (config.cluster.gpus and torch.cuda.is_available()):

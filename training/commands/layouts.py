@@ -1,14 +1,14 @@
-"""`cascade sample layout=NAME`: the drawn pictures once more, as other tools expect to find them, in OUTPUT/NAME.
+"""`cascade sample layout=NAME`: also writes the pictures to OUTPUT/NAME, in the layout that another tool expects.
 
-    flat            00000-0.png ...: nothing but the samples, for tools that read a folder of pictures
-    geneval         00000/metadata.jsonl and 00000/samples/0000.png (GenEval reads 4 pictures of each prompt)
+    flat            00000-0.png ...: only the samples, for tools that read a folder of pictures
+    geneval         00000/metadata.jsonl and 00000/samples/0000.png (GenEval reads 4 pictures per prompt)
     geneval2        image_paths.json, which maps each prompt to its picture
-    dpg             ITEM_ID.png, the four pictures of a prompt in a square of two by two
+    dpg             ITEM_ID.png, the four pictures of a prompt in a 2 x 2 grid
     t2i_compbench   samples/PROMPT_000000.png
     parti           CATEGORY/00000-0.png, and index.csv with prompt, category and challenge of each file, for raters
-    oneig           CLASS/cascade/ID.webp, the four pictures of a prompt in a square of two by two (image_grid=2)
+    oneig           CLASS/cascade/ID.webp, the four pictures of a prompt in a 2 x 2 grid (image_grid=2)
 
-GenEval, DPG-Bench, PartiPrompts and OneIG-Bench want their own lists: prompts=FILE.jsonl, PartiPrompts.tsv,
+GenEval, DPG-Bench, PartiPrompts and OneIG-Bench need their own lists: prompts=FILE.jsonl, PartiPrompts.tsv,
 OneIG-Bench.csv.
 """
 
@@ -30,16 +30,16 @@ from data_pipeline.common.errors import ConfigError
 
 LAYOUTS = ("flat", "geneval", "geneval2", "dpg", "t2i_compbench", "parti", "oneig")
 PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "oneig": 4}
-"""Of each prompt, where the tool reads a certain number."""
+"""Number of pictures per prompt that a tool reads; other tools read any number."""
 NEEDED = {"geneval": "tag", "dpg": "item_id", "parti": "category", "oneig": "id"}
-"""Field of the list that a layout cannot do without."""
+"""Field of the prompt list that a layout requires."""
 KEPT_IN = {
     "geneval": "prompts=FILE.jsonl",
     "dpg": "prompts=FILE.jsonl",
     "parti": "prompts=FILE.tsv",
     "oneig": "prompts=FILE.csv",
 }
-"""What those lists are."""
+"""How to give that list."""
 CLASSES = {
     "anime": "anime",
     "portrait": "human",
@@ -48,37 +48,39 @@ CLASSES = {
     "knowledge": "reasoning",
     "multilingualism": "multilingualism",
 }
-"""First word of OneIG-Bench's category -> its folder."""
+"""First word of a OneIG-Bench category -> its folder."""
 MODEL = "cascade"
-"""Name of the model among those that OneIG-Bench compares."""
+"""Name of the model in OneIG-Bench's comparison."""
 LONGEST_NAME = 255
-"""Bytes of a file's name."""
+"""Maximum length of a file name in bytes."""
 
 
 def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Sequence[dict[str, Any]]) -> None:
-    """Refuses what a tool could not read, before anything is drawn.
+    """Refuse what a tool could not read, before anything is drawn.
 
     Args:
-        lines: what the prompts' own file says of each; empty where it says nothing.
+        lines: the fields of each prompt in its file (`read_lines`); empty if the file has none.
 
     Raises:
-        ConfigError: another layout or number of pictures, or lines that miss a field.
+        ConfigError: an unknown layout, the wrong number of pictures, or lines that lack a field.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout={layout}: it must be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
     wanted = PICTURES.get(layout)
     if wanted and num_images != wanted:
-        raise ConfigError(f"layout={layout}: it reads {wanted} pictures of each prompt; set num_images={wanted}")
+        raise ConfigError(f"layout={layout}: it reads {wanted} pictures per prompt; set num_images={wanted}")
     needed = NEEDED.get(layout)
     if needed and not all(needed in line for line in lines or [{}]):
-        raise ConfigError(f"layout={layout}: give its own list, {KEPT_IN[layout]}, whose lines have the field {needed}")
+        raise ConfigError(
+            f"layout={layout}: it needs its own list, {KEPT_IN[layout]}, with a field {needed} for each prompt"
+        )
     unknown = [str(line.get("category")) for line in lines if not _class(line)] if layout == "oneig" else []
     if unknown:
         raise ConfigError(
-            f"layout=oneig: it has no category {unknown[0]!r}; give OneIG-Bench.csv or OneIG-Bench-ZH.csv"
+            f"layout=oneig: {unknown[0]!r} is not one of its categories; give OneIG-Bench.csv or OneIG-Bench-ZH.csv"
         )
     if layout == "geneval2" and len(set(prompts)) < len(prompts):
-        raise ConfigError("layout=geneval2: it has one picture of each prompt, and some prompts are repeated")
+        raise ConfigError("layout=geneval2: it allows one picture per prompt, but some prompts are repeated")
     if layout == "t2i_compbench":
         for prompt in prompts:
             if len(_compbench_name(prompt, 0).encode()) > LONGEST_NAME:
@@ -94,10 +96,11 @@ def arrange(
     prompts: Sequence[str],
     lines: Sequence[dict[str, Any]],
 ) -> Path:
-    """Makes OUTPUT/LAYOUT anew; returns it.
+    """Replace OUTPUT/LAYOUT by the pictures in this layout; return that folder.
 
     Args:
-        pictures: per prompt the files of its pictures.
+        pictures: for each prompt, the files of its pictures.
+        lines: as for `check_layout`.
     """
     folder = output / layout
     shutil.rmtree(folder, ignore_errors=True)
@@ -127,7 +130,7 @@ def arrange(
 
 
 def _file(layout: str, place: int, copy: int, copies: int, prompt: str, lines: Sequence[dict[str, Any]]) -> str:
-    """Of a layout with a file per picture."""
+    """Return the file name of one picture, in a layout with one file per picture."""
     if layout == "geneval":
         return f"{place:05d}/samples/{copy:04d}.png"
     if layout == "parti":
@@ -138,7 +141,7 @@ def _file(layout: str, place: int, copy: int, copies: int, prompt: str, lines: S
 
 
 def _class(line: dict[str, Any]) -> str:
-    """The folder of a prompt's category in OneIG-Bench; empty for another one."""
+    """Return OneIG-Bench's folder for a prompt's category; empty if it is not one of its categories."""
     return CLASSES.get(re.split(r"[^A-Za-z]", str(line.get("category", "")).strip())[0].lower(), "")
 
 
@@ -162,7 +165,7 @@ def _compbench_name(prompt: str, number: int) -> str:
 
 
 def _link(file: Path, target: Path) -> None:
-    """The same bytes under another name; a copy where the disk has no links."""
+    """Hard-link the file under another name; copy it if the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, target)
@@ -171,7 +174,7 @@ def _link(file: Path, target: Path) -> None:
 
 
 def _square(files: Sequence[Path]) -> Image.Image:
-    """Four pictures, row by row."""
+    """Return a 2 x 2 grid of four pictures, row by row."""
     pictures = []
     for file in files:
         with Image.open(file) as image:

@@ -1,4 +1,4 @@
-"""One evaluation of one cascade: it draws the prompts in parts, takes their features and answers, and makes figures."""
+"""One evaluation of one cascade: draws the prompts in parts, extracts features and answers, and computes figures."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from training.evaluation.references import RULE, SUFFIX, Real, ReferenceFile, Re
 from training.pictures import sheets
 
 PART = 256
-"""Captions drawn, and reference pictures read, between two files of results."""
+"""Captions to draw, and reference pictures to read, per part."""
 MOST_ORIGINALS = 256 << 20
-"""Bytes of reference pictures that are kept for the page."""
+"""Maximum bytes of reference pictures to keep for the page."""
 
 
 class Evaluation:
-    """One evaluation of one bundle, of pictures that no oracle reads.
+    """One evaluation of one cascade whose pictures no oracle can read.
 
     Raises:
-        ConfigError, DataError: what is asked cannot be measured; nothing has been drawn then.
+        ConfigError, DataError: the settings cannot be evaluated; raised before anything is drawn.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Evaluation:
         self.prompts = read_prompts(given, "evaluation.prompts")
         if given and len(self.prompts) < 2:
             raise ConfigError(
-                f"evaluation.prompts={given}: it holds {len(self.prompts) or 'no'} prompt; give two or more"
+                f"evaluation.prompts={given}: it has {len(self.prompts) or 'no'} prompt; give at least two"
             )
         self.categories = read_categories(given, "evaluation.prompts")
         self.lines = read_lines(given, "evaluation.prompts")
         asked = sum("vqa_list" in line for line in self.lines)
         if asked not in (0, len(self.lines)):
             raise ConfigError(
-                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; either all lines "
-                "need one, or none"
+                f"evaluation.prompts={given}: {asked} of {len(self.lines)} lines have a vqa_list; all lines or "
+                "none must have one"
             )
         self.source: Any = None
         self.file: ReferenceFile | None = None
@@ -81,14 +81,14 @@ class Evaluation:
             shown.choose_places(self.categories, min(self.settings.samples, len(self.prompts) or 1 << 40))
         )
         self.cut = 0
-        """Captions that the text encoder does not read to their end."""
+        """Number of captions that the text encoder truncates."""
         self.sections: list[page.Section] = []
-        """Pictures of the page, once there is a result."""
+        """Picture sections of the page, set by `result`."""
         self.protocol = self._protocol()
         self.parts = Parts(self._output, self._decides(), self._part_count())
 
     def _first_stage(self) -> int:
-        """Place of `evaluation.from_stage`, or 0."""
+        """Return the index of `evaluation.from_stage`, or 0."""
         wanted, names = self.settings.from_stage, [stage.config.name for stage in self.cascade.stages]
         if wanted is None:
             return 0
@@ -100,8 +100,8 @@ class Evaluation:
         reference = self.settings.reference
         if self.settings.prompts or (isinstance(reference, str) and reference.endswith(SUFFIX)):
             raise ConfigError(
-                f"evaluation.from_stage={wanted}: it starts from the reference's own pictures; name shards in "
-                "evaluation.reference, and no evaluation.prompts"
+                f"evaluation.from_stage={wanted}: it starts from reference pictures; set evaluation.reference to "
+                "shards, and leave out evaluation.prompts"
             )
         return names.index(wanted)
 
@@ -121,7 +121,7 @@ class Evaluation:
         if not shards:
             return None
         found = References(shards, self.config.data, self.size, self.config.seed, key=copies.KEY)
-        found.check()  # they are read when all has been drawn
+        found.check()  # they are only read after all drawing is done
         return found
 
     @property
@@ -130,7 +130,7 @@ class Evaluation:
 
     @property
     def _reference_count(self) -> int:
-        """Reference pictures to read."""
+        """Number of reference pictures to read."""
         if self.source is None:
             return 0
         return min(self.source.count, self.settings.reference_samples or self.settings.samples)
@@ -145,12 +145,12 @@ class Evaluation:
         return min(self.source.count, max(self.settings.samples, self._reference_count))
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ConfigError for a prompt that cannot be judged; here all can."""
+        """Raise ConfigError for a prompt that cannot be evaluated; here, all can."""
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def draw(self, rank: int = 0, world_size: int = 1) -> None:
-        """Makes this rank's share of the parts that are not there yet."""
+        """Draw and measure this rank's share of the missing parts."""
         counts: Counter[str] = Counter()
         sampled = seen = 0
         for number, real in enumerate(self._chunks()):
@@ -169,7 +169,7 @@ class Evaluation:
         self.parts.count = seen
 
     def _chunks(self) -> Iterator[Real]:
-        """Reference pictures beside which prompts are drawn; empty ones where there are more prompts."""
+        """Yield the reference pictures of each part; empty ones for parts that only have prompts."""
         given = 0
         empty = Real(np.zeros((0, self.size, self.size, 3), np.uint8), [])
         if self.source is not None:
@@ -183,8 +183,9 @@ class Evaluation:
     def _part(
         self, prompts: Sequence[str], numbers: Sequence[int], before: int, pictures: np.ndarray, place: int
     ) -> dict[str, np.ndarray]:
-        """The arrays of one part: `x/EXTRACTOR` of samples, `y/EXTRACTOR` of the reference, `text`, `place`, `prompt`,
-        `answers/SCORE/STAGE`, and the pictures that the report shows as `shown/STAGE`, whose samples are `shown_at`."""
+        """Draw one part and return its arrays: `x/EXTRACTOR` features of samples, `y/EXTRACTOR` features of the
+        reference, `text`, `place`, `prompt`, `answers/SCORE/STAGE`, and the pictures for the report as `shown/STAGE`,
+        with their sample numbers `shown_at`."""
         several = self.settings.images_per_prompt
         real = pictures[: max(0, self._reference_count - place)]
         arrays: dict[str, np.ndarray] = {"prompt": np.array(prompts, dtype=str)}
@@ -216,7 +217,8 @@ class Evaluation:
         return arrays
 
     def _answers(self, drawings: Sequence[Drawing], places: np.ndarray) -> dict[str, np.ndarray]:
-        """`answers/vqa/STAGE` (N,) and, where the prompts' file has questions, `answers/tifa/STAGE` (N, K)."""
+        """Return `answers/vqa/STAGE` (N,) and, if the prompt file has questions, `answers/tifa/STAGE` (N, K), padded
+        with NaN."""
         if self.answerer is None:
             return {}
         found: dict[str, np.ndarray] = {}
@@ -233,7 +235,7 @@ class Evaluation:
         return found
 
     def _rows_to_show(self, arrays: Mapping[str, np.ndarray]) -> list[int]:
-        """Places in a part: the chosen prompts', and the best and the worst by score."""
+        """Return the rows of a part to show: those of the chosen prompts, and the best and worst by score."""
         rows = {row for row, place in enumerate(arrays["place"]) if int(place) in self.chosen}
         scores = self._scores(arrays)
         if scores is not None:
@@ -242,14 +244,16 @@ class Evaluation:
         return sorted(rows)
 
     def _scores(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """(N,) how well each final picture shows its caption: VQAScore, else CLIP score; None without either."""
+        """Return how well each final picture matches its caption, (N,): VQAScore, otherwise CLIP score; None without
+        either."""
         final = f"answers/vqa/{self.stages[-1].config.name}"
         if final in arrays:
             return arrays[final]
         return measure.cosines(arrays[f"x/{self.clip}"], arrays["text"]) if "text" in arrays else None
 
     def _true_low_res(self, pictures: np.ndarray) -> dict[str, Any]:
-        """With `evaluation.from_stage` what `Cascade.draw` starts from: block means of the true pictures."""
+        """Return the arguments of `Cascade.draw` for `evaluation.from_stage`: block means of the true pictures to start
+        from; empty without it."""
         if self.settings.from_stage is None:
             return {}
         factor = self.size // self.stages[0].config.low_res_size
@@ -257,7 +261,7 @@ class Evaluation:
         return {"stages": [stage.config.name for stage in self.stages], "low_res": low}
 
     def _sample(self, prompts: Sequence[str], each: int, title: str = "sampling", **options: Any) -> list[Drawing]:
-        """Draws with a progress bar over sampler steps, `each` of them for a batch."""
+        """Draw with a progress bar over sampler steps, `each` per batch."""
         with progress(total=each * -(-len(prompts) // self.settings.batch), unit="step", desc=title) as bar:
 
             def advance(stage: str, done: int, of: int) -> None:
@@ -276,7 +280,7 @@ class Evaluation:
     # ------------------------------------------------------------------------------------------------- figures
 
     def result(self) -> dict[str, Any]:
-        """What result.json holds, from all parts; writes samples.png, shown.npz and influences.npz."""
+        """Compute the content of result.json from all parts; write samples.png, shown.npz and influences.npz."""
         arrays = self.parts.read()
         samples = {name.removeprefix("x/"): value for name, value in arrays.items() if name.startswith("x/")}
         places = arrays["place"]
@@ -323,7 +327,7 @@ class Evaluation:
         kept: dict[str, Figure],
         reference: Mapping[str, FeatureRows],
     ) -> dict[str, Any]:
-        """What only this kind of evaluation adds to the result; writes samples.png, and adds its figures to `kept`."""
+        """Return what only this kind of evaluation adds to the result; write samples.png, and add figures to `kept`."""
         pictures, at = self._of_chosen(arrays)
         true: Any = () if self.prompts else arrays.get("original", ())
         places = [int(arrays["place"][i]) for i in at]
@@ -333,7 +337,8 @@ class Evaluation:
         return {}
 
     def _of_chosen(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[int]]:
-        """Stage -> pictures of the chosen prompts, and which samples they are; at most as many as a sheet holds."""
+        """Return the pictures of the chosen prompts by stage, and their sample numbers; at most as many as fit a
+        sheet."""
         rows = [row for row, at in enumerate(arrays["shown_at"]) if int(arrays["place"][at]) in self.chosen]
         rows = rows[: shown.CELLS]
         pictures = {n.removeprefix("shown/"): v[rows] for n, v in arrays.items() if n.startswith("shown/")}
@@ -343,7 +348,7 @@ class Evaluation:
         return self.categories[place] if self.categories else ""
 
     def _keep_shown(self, arrays: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
-        """shown.npz, which the page over all checkpoints is made of."""
+        """Write shown.npz, the source of the page over all checkpoints."""
         pictures, at = self._of_chosen(arrays)
         final, scores = list(pictures.values())[-1], self._scores(arrays)
         shown.Shown(
@@ -355,7 +360,7 @@ class Evaluation:
         ).write(self._output)
 
     def _find_copies(self, samples: Mapping[str, FeatureRows], shown_at: np.ndarray) -> copies.Copies | None:
-        """Nearest training pictures; None without `evaluation.training`."""
+        """Find the nearest training pictures; None without `evaluation.training`."""
         if self.training is None:
             return None
         extractor = self._sees_copies
@@ -366,7 +371,8 @@ class Evaluation:
 
     @property
     def _sees_copies(self) -> Extractor:
-        """The last network; without one the colours, which a little noise changes less than edges."""
+        """The extractor for finding copies: the last network, or without one the colours, which are less sensitive to
+        noise than edges."""
         return self.extractors[-1] if self.extractors[-1].sha256 else self.extractors[0]
 
     def _sections(
@@ -376,8 +382,8 @@ class Evaluation:
         samples: Mapping[str, FeatureRows],
         found: copies.Copies | None,
     ) -> list[page.Section]:
-        """The pictures of the page: samples by category, best and worst by score, and each beside its nearest training
-        picture (without `evaluation.training`: reference picture)."""
+        """Return the picture sections of the page: samples by category, best and worst by score, and each sample next
+        to its nearest training picture (without `evaluation.training`: reference picture)."""
         chosen, at = self._of_chosen(arrays)
         final = list(chosen.values())[-1]
         texts = [captions[i] for i in at]
@@ -407,22 +413,22 @@ class Evaluation:
     def _remarks(self, n: Mapping[str, int], widths: Mapping[str, int]) -> list[str]:
         found = []
         if n["prompts"] < self.settings.samples:
-            found.append(f"evaluation.samples={self.settings.samples}: there are only {n['prompts']} captions")
+            found.append(f"evaluation.samples={self.settings.samples}, but there are only {n['prompts']} captions")
         wanted = self.settings.reference_samples
         if self.settings.kind == "pictures" and wanted > n["reference"]:
-            found.append(f"evaluation.reference_samples={wanted}: there are only {n['reference']} pictures")
+            found.append(f"evaluation.reference_samples={wanted}, but there are only {n['reference']} pictures")
         if self.cut:
             most = self.cascade.encoder.max_tokens
             found.append(
-                f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} cut after {most} tokens (text.max_tokens)"
+                f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} truncated to {most} tokens (text.max_tokens)"
             )
         if n["broken"]:
-            found.append(f"{n['broken']} reference pictures cannot be read and are skipped")
+            found.append(f"{n['broken']} reference pictures could not be read and were skipped")
         return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
 
     @property
     def reference_rule(self) -> str:
-        """How the source's pictures were made."""
+        """How the reference pictures were made."""
         return RULE
 
     def _protocol(self) -> dict[str, Any]:
@@ -463,7 +469,7 @@ class Evaluation:
         }
 
     def _decides(self) -> dict[str, Any]:
-        """What the pictures and features of a part depend on."""
+        """Return everything that the pictures and features of a part depend on."""
         left_out = ("bundle", "reference", "dirty")
         return {
             **{key: value for key, value in self.protocol.items() if key not in left_out},
@@ -477,7 +483,7 @@ class Evaluation:
 
 
 class ImagesOf(Sequence[list[Image.Image]]):
-    """Per sample the picture of every stage, made when it is asked for."""
+    """For each sample, the picture of every stage, converted to PIL on access."""
 
     def __init__(self, pictures: Mapping[str, Any]) -> None:
         self.stages = list(pictures.values())

@@ -1,12 +1,12 @@
-"""`cascade sample`: draws prompts with a bundle. The same command again draws only what is missing.
+"""`cascade sample`: draws prompts with a bundle. Repeating the command only draws what is missing.
 
 OUTPUT/
-    00000-a_red_circle.png          the final picture; prompt, seed and settings stand in its PNG text
-    STAGE/00000-a_red_circle.png    what an earlier stage drew
-    words/00000-a_red_circle.png    explain=true: which words drew which pixels
+    00000-a_red_circle.png          the final picture, with prompt, seed and settings in its PNG text
+    STAGE/00000-a_red_circle.png    the output of an earlier stage
+    words/00000-a_red_circle.png    explain=true: heat maps of the attention to each word
     sheet/grid.png                  the first pictures with their captions, all stages side by side
     earlier/                        pictures of prompts that are no longer on the list
-    LAYOUT/                         layout=geneval and others: the pictures as another tool reads them
+    LAYOUT/                         layout=geneval and others: the pictures in the layout of another tool
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from training.processes.ranks import gpu_of, read_ranks
 from training.run.directory import leaving_nothing_empty, try_to_write
 
 SAVE_EVERY = 4
-"""Batches per device after which pictures are written: what an interruption can cost."""
+"""Batches per device after which pictures are written, so that an interruption loses no more than these."""
 GRID_CELLS = 64
 EARLIER = "earlier"
 """Directory for pictures of prompts that are no longer on the list."""
 DAMAGED = (OSError, SyntaxError, ValueError)
-"""What Pillow says of files that are no whole pictures."""
+"""Errors that Pillow raises for files that are not complete pictures."""
 SHEET = "sheet"
 DIVERSITY_FEATURES = "colour_grid_4x4"
 
@@ -57,19 +57,24 @@ class SampleJob:
     """One picture to draw."""
 
     name: str
-    """Of its files, without ending."""
+    """Name of its files, without extension."""
     prompt: str
     negative_prompt: str
     number: int
     """How many pictures of the same prompt come before it."""
     seed: int
-    """Of its noise."""
+    """Seed of its noise."""
     place: int
-    """Which of the prompts it is."""
+    """Index of its prompt."""
 
 
 def main(config: SampleCommand) -> dict[str, Any]:
-    """Draws `prompts` (or the experiment's) and writes pictures and grid; keeps pictures that are already there."""
+    """Draw `prompts` (or the experiment's); write the pictures and the grid, and keep pictures that already exist.
+
+    Returns:
+        `output`, `images` (file, prompt and seed of this process's share), counts `drawn` and `kept`, `seconds` and,
+        once all pictures exist, `grid`, `diversity` and `layout`.
+    """
     if config.batch < 1:
         raise ConfigError(f"batch={config.batch}: it must be at least 1")
     output = Path(config.output or config.sampling.output)
@@ -82,7 +87,7 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     own = config.prompts is None
     prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
     if not prompts:
-        given = "prompts: " if own else f"prompts={config.prompts}: no prompt in it; "
+        given = "prompts: " if own else f"prompts={config.prompts}: it contains no prompt; "
         raise ConfigError(f"{given}give a text file with one prompt per line, or a list: prompts=['a red circle']")
     try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
@@ -98,7 +103,9 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     print(f"text encoder: {cascade.encoder.name}")
     if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
         most = cascade.encoder.max_tokens
-        print(f"{len(long)} of {len(prompts)} prompts are cut after {most} tokens (text.max_tokens): {long[0][:60]!r}")
+        print(
+            f"{len(long)} of {len(prompts)} prompts are truncated to {most} tokens (text.max_tokens): {long[0][:60]!r}"
+        )
     request = SampleRequest(config, cascade, starts, credentials)
     ranks = read_ranks()
     if ranks is None or ranks.is_main:
@@ -114,7 +121,7 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
         "drawn": len(missing),
         "kept": len(share) - len(missing),
     }
-    # of several processes the one that finishes last finds all pictures
+    # with several processes, only the last one to finish finds all pictures
     if all((output / f"{job.name}.png").exists() for job in jobs):
         result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], request.stages, config.sampling.columns))
         print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
@@ -125,13 +132,13 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
             files = [output / f"{job.name}.png" for job in jobs]
             each = [files[at : at + config.num_images] for at in range(0, len(files), config.num_images)]
             result["layout"] = str(layouts.arrange(config.layout, output, each, prompts, lines))
-            print(f"{result['layout']}: the pictures as {config.layout} reads them")
+            print(f"{result['layout']}: the pictures in the layout of {config.layout}")
     return result | {"seconds": round(time.monotonic() - began, 3)}
 
 
 def set_aside(output: Path, names: set[str]) -> None:
-    """Moves what an earlier list of prompts has drawn to OUTPUT/earlier, so that another tool reads this list's samples
-    only. Pictures that this command has not made stay where they are."""
+    """Move pictures of an earlier list of prompts to OUTPUT/earlier, so that other tools only read this list's samples.
+    Pictures that this command did not make stay where they are."""
     moved = 0
     for file in sorted([*output.glob("*.png"), *output.glob("*/*.png")]):
         inside = file.relative_to(output)
@@ -142,7 +149,7 @@ def set_aside(output: Path, names: set[str]) -> None:
         file.replace(target)
         moved += inside.parent == Path()
     if moved:
-        print(f"{moved} pictures of other prompts are moved from {output} to {output / EARLIER}")
+        print(f"{moved} pictures of other prompts were moved from {output} to {output / EARLIER}")
 
 
 def _is_ours(file: Path) -> bool:
@@ -154,10 +161,10 @@ def _is_ours(file: Path) -> bool:
 
 
 def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: int) -> list[SampleJob]:
-    """`num_images` pictures of each prompt, named by place and words.
+    """Return the pictures to draw, `num_images` per prompt, named by the prompt's index and words.
 
     Raises:
-        ConfigError: as many negative prompts as neither 0, 1 nor the prompts.
+        ConfigError: the number of negative prompts is not 0, 1 or the number of prompts.
     """
     jobs = []
     for index, drawing in enumerate(number_drawings(prompts, negatives, seed, num_images)):
@@ -170,12 +177,13 @@ def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: i
 
 
 def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, list[str]]:
-    """The bundle of an experiment, and the devices to draw on: all GPUs, this process's among several, or the CPU."""
+    """Open the bundle of an experiment (or the one at `path`); return it with the devices to draw on: all GPUs, this
+    process's GPU if there are several processes, or the CPU."""
     return place_cascade(config, Cascade.from_pretrained(path or config.bundle.dir, config.bundle.text_path))
 
 
 def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[str]]:
-    """A cascade in the precision of `precision.dtype`, and the devices to draw on."""
+    """Return the cascade, in the precision of `precision.dtype` on a GPU, and the devices to draw on."""
     ranks = read_ranks()
     if not (config.cluster.gpus and torch.cuda.is_available()):
         if config.cluster.threads:
@@ -191,7 +199,7 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
 
 
 class SampleRequest:
-    """What is asked of a cascade: all that a picture depends on besides its prompt and number."""
+    """Everything that a picture depends on besides its prompt and number."""
 
     def __init__(
         self,
@@ -228,7 +236,7 @@ class SampleRequest:
         }
 
     def metadata(self, job: SampleJob) -> dict[str, str]:
-        """What stands in the PNG text of a picture."""
+        """Return the text to store in the PNG of a picture."""
         settings = dict(self.settings)
         if self.starts:
             settings["strength"] = self.config.strength
@@ -254,11 +262,11 @@ class Start:
 
 
 def read_starts(config: SampleCommand, prompts: int) -> dict[str, list[Start]]:
-    """The pictures that `low_res`, `image` and `mask` name, one per prompt.
+    """Read the pictures that `low_res`, `image` and `mask` name, one per prompt.
 
     Raises:
-        ConfigError: as many files as neither 1 nor the prompts.
-        DataError: a file that is missing or no picture.
+        ConfigError: the number of files is neither 1 nor the number of prompts.
+        DataError: a file is missing or not a picture.
     """
     found = {}
     for key in ("low_res", "image", "mask"):
@@ -279,12 +287,13 @@ def _read_start(key: str, file: str) -> Start:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise DataError(f"{key}={file}: not a picture that can be read ({error})") from error
+        raise DataError(f"{key}={file}: not a readable picture ({error})") from error
     return Start(file, sha256(data).hexdigest(), image)
 
 
 def is_drawn(output: Path, job: SampleJob, request: SampleRequest) -> bool:
-    """Whether the picture with all that belongs to it is there, whole, and made with these very settings."""
+    """Return whether the picture and the files that belong to it exist, are complete, and were made with exactly these
+    settings."""
     files = [output / stage.config.name / f"{job.name}.png" for stage in request.stages[:-1]]
     files += [output / "words" / f"{job.name}.png"] if request.config.explain else []
     wanted = request.metadata(job)
@@ -339,7 +348,13 @@ def write_drawing(
     explain: bool = False,
     credentials: Credentials | None = None,
 ) -> None:
-    """The pictures of all stages; the final one last, because it says that the others are there. That one is signed."""
+    """Write the pictures of all stages, the final one last, since its existence means that the others exist. Only the
+    final one is signed.
+
+    Args:
+        text: the text to store in each PNG.
+        explain: also write the heat maps of the words.
+    """
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
@@ -358,8 +373,8 @@ def write_drawing(
 
 
 def write_grid(output: Path, jobs: list[SampleJob], stages: Sequence[Stage], columns: int) -> Path:
-    """sheet/grid.png: every picture's stages side by side, base first. It lies in a directory of its own, because other
-    tools take every PNG beside the samples for one of them."""
+    """Write sheet/grid.png, the stages of every picture side by side, base first; return its path. It has its own
+    directory because other tools read every PNG next to the samples as a sample."""
     earlier = [stage.config.name for stage in stages[:-1]]
     labels = [f"{stage.config.image_size} px" for stage in stages]
     cells = []
@@ -382,7 +397,7 @@ def _open(file: Path) -> Image.Image:
 
 
 def measure_diversity(output: Path, jobs: list[SampleJob]) -> dict[str, Any]:
-    """Mean pairwise distance between the pictures of each prompt, and the mean of that over prompts."""
+    """Return the mean pairwise distance between the pictures of each prompt, and its mean over prompts."""
     by_prompt: dict[str, list[SampleJob]] = {}
     for job in jobs:
         by_prompt.setdefault(job.prompt, []).append(job)

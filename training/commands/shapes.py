@@ -1,4 +1,5 @@
-"""Evaluation of captioned drawings: an oracle reads them; super-resolution is measured against the true pictures."""
+"""Evaluation of captioned drawings: an oracle reads the samples; super-resolution is measured against the true
+pictures."""
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ from training.evaluation.references import SUFFIX, Real
 from training.pictures import sheets
 
 AGAIN = 1 << 32
-"""Seeds of the second set of real drawings."""
+"""First seed of the second set of real drawings."""
 HIGHEST_DB = 100.0
-"""What an exact picture counts as in a mean of PSNRs."""
+"""PSNR of an exact picture, for means."""
 
 
 @dataclass
 class Drawn:
-    """Held-out drawings, made here; the interface of `References`."""
+    """Held-out drawings made on the fly; has the interface of `References`."""
 
     count: int
     size: int
@@ -39,11 +40,11 @@ class Drawn:
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides them."""
+        """Identifies the drawings by all that they depend on."""
         return f"drawn:{self.count}:{self.size}:{self.seed}:{self.objects}"
 
     def chunks(self, size: int, most: int) -> Iterator[Real]:
-        """Up to `most` pictures, `size` at a time."""
+        """Yield up to `most` pictures, `size` at a time."""
         for at in range(0, min(self.count, most), size):
             rows = range(at, min(at + size, self.count, most))
             made = [example(i, self.size, self.seed, heldout=True, objects=self.objects) for i in rows]
@@ -51,7 +52,7 @@ class Drawn:
 
 
 class ShapesEvaluation(Evaluation):
-    """One evaluation of a bundle that draws captioned shapes: every sample is kept and read."""
+    """One evaluation of a bundle that draws captioned shapes; every sample is kept and read by the oracle."""
 
     def _open_reference(self) -> None:
         reference = self.settings.reference
@@ -67,7 +68,7 @@ class ShapesEvaluation(Evaluation):
 
     @property
     def reference_rule(self) -> str:
-        """How the source's pictures were made."""
+        """How the reference pictures were made."""
         return "drawn at this size" if isinstance(self.source, Drawn) else super().reference_rule
 
     @property
@@ -75,7 +76,7 @@ class ShapesEvaluation(Evaluation):
         return min(self.source.count, self.settings.samples)
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises ConfigError for what is no caption of drawn shapes."""
+        """Raise ConfigError if the prompt is not a caption of drawn shapes."""
         _spec(prompt)
 
     def _rows_to_show(self, arrays: Mapping[str, np.ndarray]) -> list[int]:
@@ -88,7 +89,7 @@ class ShapesEvaluation(Evaluation):
         kept: dict[str, Figure],
         reference: Mapping[str, FeatureRows],
     ) -> dict[str, Any]:
-        """What the oracle reads, PSNR, and the distances of real drawings of the same captions (`floors`)."""
+        """Return the oracle's readings, PSNR, and the distances of real drawings of the same captions (`floors`)."""
         shown = {name.removeprefix("shown/"): value for name, value in arrays.items() if name.startswith("shown/")}
         specs = [_spec(text) for text in captions]
         stages = list(shown.values())
@@ -119,8 +120,8 @@ class ShapesEvaluation(Evaluation):
         }
 
     def _real(self, wanted: Container[int]) -> tuple[Real, list[dict[str, bool]], dict[int, np.ndarray]]:
-        """Of the real drawings: the first ones, which are restored; what the oracle gets right of all; and the pictures
-        of the wanted places."""
+        """Return, of the real drawings, the first ones, to be restored; the oracle's scores of all; and the pictures at
+        the wanted places."""
         assert self.source is not None
         first: list[np.ndarray] = []
         captions: list[str] = []
@@ -137,7 +138,8 @@ class ShapesEvaluation(Evaluation):
         return Real(np.stack(first) if first else none, captions), scores, pictures
 
     def _floors(self, specs: Sequence[ShapeSpec], reference: Mapping[str, FeatureRows]) -> dict[str, float]:
-        """Per feature space the distance of the same captions drawn again: what a perfect cascade would score."""
+        """Return for each feature space the distance of real drawings of the same captions: the score of a perfect
+        cascade."""
         found: dict[str, Moments] = {}
         for at in range(0, len(specs), PART):
             rows = range(at, min(at + PART, len(specs)))
@@ -148,8 +150,9 @@ class ShapesEvaluation(Evaluation):
         return {name: frechet_distance(own, Moments.of(reference[name])) for name, own in found.items()}
 
     def _psnr(self, real: Real) -> dict[str, dict[str, Figure]]:
-        """How well each super-resolution stage restores true pictures from their box-averaged low-res version (dB,
-        mean over pictures), without and with the noise that sampling puts on it, and Pillow's bicubic instead."""
+        """Measure how well each super-resolution stage restores true pictures from their box-averaged low-res version
+        (dB, mean over pictures): without noise on that version, with the sampler's noise, and Pillow's bicubic for
+        comparison."""
         count = len(real.captions)
         stages: dict[str, dict[str, Figure]] = {}
         own = {s.config.name: sampler for s, sampler in zip(self.stages, self.samplers, strict=True)}
@@ -190,7 +193,7 @@ def _spec(text: str) -> ShapeSpec:
         )
     if len(spec.objects) > 2 or spec.is_count:
         raise ConfigError(
-            f"evaluation.kind=shapes: '{text[:80]}': one object or two with their relation can be read from a picture; "
+            f"evaluation.kind=shapes: '{text[:80]}': the oracle only reads one object, or two with their relation; "
             "for more use evaluation=pictures"
         )
     return spec

@@ -1,4 +1,4 @@
-"""Work on shards shared out: by `part` and `parts`, by the tasks of a Slurm array, and by processes."""
+"""Divides work on shards: by `part` and `parts`, among the tasks of a Slurm array, and among processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from training.processes.launcher import launch
 from training.processes.ranks import process_count
 
 _RESULTS = "CASCADE_SHARED_RESULTS"
-"""Directory in which the processes of one command leave what they did."""
+"""Directory in which the processes of one command store their counts."""
 
 
 def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """`work(config)` in as many processes as a launcher or `cluster.processes` says, and the sum of what they did.
+    """Run `work(config)` in the processes of a launcher or, without one, in `cluster.processes` processes of this
+    machine; return the sum of their counts (in a launcher's process, its own).
 
     Args:
-        module: whose `main(config)` calls this; the processes of this machine start it again.
+        module: the module whose `main(config)` calls this; the processes of this machine run it again.
     """
     launched = "RANK" in os.environ or os.environ.get("CASCADE_SRUN") == "1"
     if not launched and process_count(config.cluster) > 1:
@@ -43,13 +44,13 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
 
 
 def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(this process's part, parts in all), after the Slurm array and the launcher have divided it further.
+    """Return this process's part and the total number of parts, after dividing by Slurm array task and by rank.
 
     Raises:
         ConfigError: `part` is not below `parts`.
     """
     if not 0 <= part < parts:
-        raise ConfigError(f"part={part}: it must lie between 0 and parts={parts} less 1")
+        raise ConfigError(f"part={part}: it must lie between 0 and parts - 1={parts - 1}")
     if "SLURM_ARRAY_TASK_COUNT" in environment and parts == 1:
         first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
         step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
@@ -60,7 +61,8 @@ def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, i
 
 
 def ranks_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, rank on its machine, processes) by a launcher's variables, or by Slurm's in a job of `cascade launch`."""
+    """Return (rank, local rank, world size) from a launcher's variables, or from Slurm's in a job of `cascade
+    launch`."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if "RANK" not in environment and environment.get("CASCADE_SRUN") == "1":
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")

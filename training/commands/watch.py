@@ -1,13 +1,13 @@
 """`cascade evaluate watch=true run=DIR`: evaluates each committed checkpoint of a run once, newest first.
 
-    RUN/evaluations/step-########/   what `cascade evaluate` writes, of one checkpoint
+    RUN/evaluations/step-########/   the output of `cascade evaluate` for one checkpoint
     RUN/evaluations/series.json      every figure over the steps, and the best step
-    RUN/evaluations/report.html      the same as curves, and the same prompts drawn by every checkpoint
-    RUN/evaluations/logged.json      which steps W&B has: figures go to the run's own W&B run, over `checkpoint/step`
+    RUN/evaluations/report.html      the figures as curves, and the same prompts drawn by every checkpoint
+    RUN/evaluations/logged.json      steps already logged to the run's own W&B run, over `checkpoint/step`
     RUN/stop.json                    with stop_after: the training saves and ends at its next step
 
-It runs beside the training, on other devices or another node, and ends when the run is complete. Killed and started
-again it draws only what is missing. The best checkpoint is pinned: pruning leaves it alone.
+It runs alongside the training, on other devices or another node, and ends when the run is complete. If it is killed and
+started again, it only draws what is missing. The best checkpoint is pinned, so that pruning keeps it.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ FOLDER = "evaluations"
 LOGGED = "logged.json"
 POLL_S = 15.0
 Evaluate = Callable[[EvaluateCommand, list[str], Path], Any]
-"""(config, runs of the stages, output directory) -> None; it writes result.json there."""
+"""Called as (config, runs of the stages, output directory); writes result.json to that directory."""
 
 
 def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
-    """Evaluates what is there and what comes; returns the content of series.json.
+    """Evaluate all existing checkpoints and new ones as they appear; return the content of series.json.
 
     Raises:
-        ConfigError: `figure` is no figure of the results, or the run is not the first stage of bundle.runs.
-        DataError: no checkpoint came for `wait_s` seconds.
+        ConfigError: the results have no such `figure`, or the run is a super-resolution stage that bundle.runs does not
+            list.
+        DataError: there was no new checkpoint for `wait_s` seconds.
     """
     output = Path(config.run.dir) / FOLDER
     run = RunDir(config)
     last = time.monotonic()
     while True:
-        store = CheckpointStore(checkpoint_dir(config.run.dir))  # where, is known once the run has begun
+        store = CheckpointStore(checkpoint_dir(config.run.dir))  # its path is only known once the run has started
         drawable = _others_began(config)
         step = _newest_unseen(store, output) if drawable else None
         if step is not None:
@@ -58,10 +59,10 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
                 print(best_so_far(series))
                 store.pin([series["best"]["step"]])
                 if config.stop_after and (reason := turned_worse(output, series, config.stop_after)):
-                    print(f"{run.path}: {reason}: the run is asked to stop")
+                    print(f"{run.path}: {reason}; asking the run to stop")
                     run.ask_to_stop(reason)
             else:
-                time.sleep(POLL_S)  # other processes still draw
+                time.sleep(POLL_S)  # other processes are still drawing
             last = time.monotonic()
             continue
         done, wanted = _progress(store, run)
@@ -69,27 +70,27 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         _log(run, store, output, live=not ends)
         if drawable and ends:
             how = "complete" if done >= wanted else "asked to stop"
-            print(f"{output / 'report.html'}: the run is {how}, and so are its evaluations")
+            print(f"{output / 'report.html'}: the run is {how}, and all its checkpoints are evaluated")
             return write_series(output, config.figure)
         if time.monotonic() - last > config.wait_s:
             if not drawable:
                 raise DataError(
-                    f"bundle.runs: a stage before {config.run.dir} has had no checkpoint for wait_s={config.wait_s:g} "
-                    f"seconds; run the same command again once it has one"
+                    f"bundle.runs: a stage before {config.run.dir} had no checkpoint within wait_s={config.wait_s:g} "
+                    f"seconds; repeat the command once it has one"
                 )
             _log(run, store, output, live=False)
             raise DataError(
                 f"{config.run.dir}: no new checkpoint for wait_s={config.wait_s:g} seconds, and the run is at "
-                f"step {max(done, 0)}, not complete; run the same command again to continue"
+                f"step {max(done, 0)}, not complete; repeat the command to continue"
             )
         time.sleep(min(POLL_S, config.wait_s / 4))
 
 
 def evaluate_step(config: EvaluateCommand, store: CheckpointStore, output: Path, step: int, evaluate: Evaluate) -> None:
-    """Evaluates one checkpoint, unless it is evaluated already.
+    """Evaluate one checkpoint, unless it has already been evaluated.
 
     Raises:
-        CheckpointError, DataError: it cannot be read, although it is still there.
+        CheckpointError, DataError: it cannot be read, although it still exists.
     """
     place = evaluation_place(output, step)
     if (place / RESULT).exists():
@@ -97,16 +98,16 @@ def evaluate_step(config: EvaluateCommand, store: CheckpointStore, output: Path,
     try:
         evaluate(config, _runs(config, store, step), place)
     except (CheckpointError, DataError):
-        if store.is_committed(step):  # else it was pruned while it was read
+        if store.is_committed(step):  # otherwise it was pruned while being read
             raise
 
 
 def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
-    """What W&B does not have yet, once: a file remembers it, also over a restart.
+    """Log results to W&B that it does not have yet; a file records them, so that a restart does not log them twice.
 
     Args:
-        live: the training goes on. Online its figures then wait until it ends: two processes that write to one W&B run
-            number their rows alike, and the later ones replace the earlier ones. Offline each writes files of its own.
+        live: the training is still running. Online logging then waits until it ends: two processes that write to one
+            W&B run number their rows alike, and later rows replace earlier ones. Offline, each writes its own files.
     """
     ranks = read_ranks()
     if ranks is not None and not ranks.is_main:
@@ -125,8 +126,8 @@ def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
 
 
 def _progress(store: CheckpointStore, run: RunDir) -> tuple[int, float]:
-    """The newest whole step, and the run's train.steps; -1 and infinity before the first checkpoint. A run that has
-    been extended says so in its config.yaml before its next checkpoint does."""
+    """Return the newest complete step and the run's train.steps; -1 and infinity before the first checkpoint. If the run
+    has been extended, its config.yaml has the new train.steps before its next checkpoint does."""
     step = store.newest_whole()
     if step < 0:
         return -1, math.inf
@@ -141,7 +142,7 @@ def _newest_unseen(store: CheckpointStore, output: Path) -> int | None:
 
 
 def _others_began(config: EvaluateCommand) -> bool:
-    """Whether each stage before the watched one has a checkpoint to draw with; they may train at the same time."""
+    """Return whether each stage before the watched one has a checkpoint to draw with; they may still be training."""
     before: list[str] = []
     for run in config.bundle.runs:
         if Path(run).absolute() == Path(config.run.dir).absolute():
@@ -151,7 +152,7 @@ def _others_began(config: EvaluateCommand) -> bool:
 
 
 def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[str]:
-    """The stages up to the watched one, of which that is the checkpoint."""
+    """Return the runs of the stages before the watched one, and the watched run's checkpoint of this step."""
     runs, checkpoint = list(config.bundle.runs), f"{store.folder}/{step_name(step)}"
     places = [i for i, run in enumerate(runs) if Path(run).absolute() == Path(config.run.dir).absolute()]
     if not places and store.open(step).meta["config"]["stage"]["low_res_size"]:
@@ -160,7 +161,7 @@ def _runs(config: EvaluateCommand, store: CheckpointStore, step: int) -> list[st
 
 
 def one_checkpoint(config: EvaluateCommand, output: Path) -> EvaluateCommand:
-    """The settings of the evaluation of one checkpoint."""
+    """Return the settings for evaluating one checkpoint, with results in `output`."""
     return replace(
         config,
         action="evaluate",
