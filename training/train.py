@@ -1,8 +1,7 @@
-"""`cascade train`: train one stage; the same command again resumes.
+"""`cascade train`: trains one stage; repeating the command resumes.
 
-The loop stands in `train`, from top to bottom: next batch -> loss -> step (and averages) -> log -> sample grid -> save
--> stop? What it calls is put together in session.py; every decision is taken by all ranks together at the step
-boundary.
+The loop is in `train`, from top to bottom: next batch -> loss -> step (and averages) -> log -> sample grid -> save ->
+stop? Its parts are assembled in session.py; all ranks take every decision together at the step boundary.
 """
 
 from __future__ import annotations
@@ -29,20 +28,21 @@ from training.run.watchdog import Watchdog
 
 log = logging.getLogger("cascade")
 HANDLES_SIGNALS = True
-"""`main` lets in the signals that the launcher has held back."""
+"""`main` unblocks the signals that the launcher has blocked."""
 
 
 def main(config: Experiment) -> dict[str, Any]:
-    """Trains up to `train.steps`, in as many processes as a launcher or `cluster.processes` says.
+    """Train up to `train.steps`, in the processes of a launcher or in `cluster.processes` processes of this machine.
 
     Returns:
-        step, position, loss of the last step, run_dir, seconds, skipped.
+        `step`, `run_dir`, `complete`, with `stopped` (the reason) if the run was asked to end early and, if it trained,
+        `position`, `loss` of the last step, `skipped`, `rollbacks`, `device_hours` and `checkpoint`.
 
     Raises:
-        Preempted, Interrupted: stopped by a signal; everything is saved.
+        Preempted, Interrupted: stopped by a signal, after saving.
         CheckpointError: all steps are done, but the last checkpoint could not be written.
-        NotFinite: `train.max_skipped` steps in a row could not be applied, also after going back to a checkpoint.
-        RankLost: another process died, or did not answer within the time-outs.
+        NotFinite: `train.max_skipped` consecutive steps were skipped, even after rolling back to a checkpoint.
+        RankLost: another process died, or did not respond within the time-outs.
     """
     check_named("train", config)
     ranks = read_ranks()
@@ -58,7 +58,7 @@ def main(config: Experiment) -> dict[str, Any]:
             for change in changes:
                 print(f"changed since, with no effect on training: {change}")
             return {"step": done, "run_dir": str(run.path), "complete": True}
-        if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot begin twice in one process
+        if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot start twice in one process
             return launch("training.train", config)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         ranks = Ranks()
@@ -67,11 +67,11 @@ def main(config: Experiment) -> dict[str, Any]:
 
 
 def objective(result: dict[str, Any]) -> float | None:
-    """What a sweeper (Optuna, ...) minimises: the last validation loss or, without validation, the mean of the loss
-    over the last tenth of the lines of metrics.jsonl.
+    """Return the value for a sweeper (Optuna, ...) to minimise: the last validation loss or, without validation, the
+    mean loss over the last tenth of the records in metrics.jsonl.
 
     Args:
-        result: what `main` returned.
+        result: the result of `main`.
     """
     rows = json_lines(Path(result["run_dir"], "metrics.jsonl"))
     validated = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
@@ -81,7 +81,7 @@ def objective(result: dict[str, Any]) -> float | None:
 
 
 def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog) -> dict[str, Any]:
-    """One process of a run."""
+    """Train as one process of a run; return its summary."""
     from training.engine.start import init_distributed, shut_down
     from training.run.session import Session
 
@@ -115,7 +115,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                     engine.backward(mean)
                 share = share + mean.detach() / len(micro_batches)
 
-            # ------------ step, which moves the averages as well; all that the ranks decide together goes with it
+            # -------------- step, which also updates the averages and collects the ranks' common decisions
             with session.phase("step", step):
                 info = engine.step(step, share, session.votes(signals.received), session.judge)
             signal_number = session.hear(info.votes, healthy=not guard.refused)
@@ -135,7 +135,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             early = session.told_to_stop and done < settings.steps
             last = done == settings.steps or early
             measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
-            hurry = bool(signal_number) and done < settings.steps  # first of all the state must be saved
+            hurry = bool(signal_number) and done < settings.steps  # saving the state comes first
             validating = config.validation.every and not hurry and (done % config.validation.every == 0 or last)
             if validating:
                 measured.update(session.validate(done))
@@ -161,12 +161,12 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             log.info("stopped early after step %d: %s", done, session.run.asked_to_stop())
         if session.saving.last_step < done:
             raise CheckpointError(
-                f"all {done} steps are done, but the last checkpoint was not written: make room or fix the "
+                f"all {done} steps are done, but the last checkpoint was not written: free up space or fix the "
                 f"store; the same command resumes {from_where(session.saving.last_step)}"
             )
         exit_code = EXIT_DONE
         return session.summary(loss, done)
-    except CascadeError as error:  # decided together: a checkpoint under way can still be finished
+    except CascadeError as error:  # raised on all ranks, so a checkpoint in progress can still be finished
         session.finish_saving()
         exit_code = error.exit_code
         raise

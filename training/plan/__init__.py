@@ -1,1 +1,1 @@
-"""Before anything runs: checks, memory, FLOPs, time and cost. Imports engine and below."""
+"""Before anything runs: checks, memory, FLOPs, time and cost. Imports engine and the folders below it."""

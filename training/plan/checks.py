@@ -18,30 +18,29 @@ from training.processes.ranks import process_count, read_ranks
 
 
 def check(verb: str, config: Experiment) -> None:
-    """Refuses what cannot be trained.
-
-    Only the commands that build a model for training are held to it: `cascade prepare` does not care about processes.
+    """Refuse invalid combinations of settings. Those about training only apply to commands that build a model for it.
 
     Raises:
-        ConfigError, ValueError: the sentence names the keys.
+        ConfigError, ValueError: the settings contradict each other; the message names the keys.
     """
     check_local(verb, config)
     require(
         verb != "distill" or config.distill.steps > 0,
-        "distill.steps=0: give the number of steps that the student is to draw in",
+        "distill.steps=0: set the number of sampling steps of the student",
     )
     if not COMMANDS[verb].trains:
         return
     check_model(config.stage, config.text.dim)
-    if COMMANDS[verb].makes_run:  # plan and doctor list them all
+    if COMMANDS[verb].makes_run:  # plan and doctor list all problems
         for problem in training_problems(config, planned_world_size(config.cluster)):
             raise ConfigError(problem)
 
 
 def training_problems(config: Experiment, world_size: int) -> list[str]:
-    """Everything that `cascade train` would refuse about these settings on `world_size` processes, one sentence each.
+    """Return everything that `cascade train` would refuse about these settings on `world_size` processes, one sentence
+    each.
 
-    `train` stops at the first; `plan` and its doctor name them all. Nothing is read and nothing is imported for it.
+    `train` stops at the first problem; `plan` and its doctor report all. Reads no files.
     """
     problems = []
     for rule in RULES:
@@ -53,7 +52,8 @@ def training_problems(config: Experiment, world_size: int) -> list[str]:
 
 
 def check_named(verb: str, config: Experiment) -> None:
-    """Refuses a training that names no data, before a process is started or a job submitted for it."""
+    """Refuse a training without data, or with changed shares of data sets, before starting a process or submitting a
+    job."""
     training = COMMANDS[verb].makes_run
     require(
         not training or bool(config.data.shards),
@@ -64,10 +64,10 @@ def check_named(verb: str, config: Experiment) -> None:
 
 
 def check_shares(config: Experiment) -> None:
-    """A run that has saved a step goes on with the shares of the data sets (`data.shards`) that it has had so far.
+    """Check that the shares of data sets (`data.shards`) up to a run's saved step are those that it has trained with.
 
     Raises:
-        ConfigError: they changed without a position; it says how a change is written.
+        ConfigError: they changed without a position; the message explains how to write a change.
     """
     from data_pipeline.reading.state import check_past
 
@@ -76,12 +76,12 @@ def check_shares(config: Experiment) -> None:
         step = int(json.loads((run / "saved.json").read_text())["step"])
         before = yaml_data(run / "config.yaml")
     except (OSError, ValueError, KeyError, TypeError):
-        return  # no such run yet, or one whose files a start will judge
+        return  # a new run, or damaged files, which the start itself will report
     check_past(config.data, before, step * before.global_batch)
 
 
 def yaml_data(path: Path) -> DataConfig:
-    """The `data` section of a run's config.yaml, as far as it decides shares. Raises OSError, ValueError, KeyError."""
+    """Read the settings that determine shares from a run's config.yaml. Raises OSError, ValueError or KeyError."""
     import yaml
 
     try:
@@ -92,7 +92,7 @@ def yaml_data(path: Path) -> DataConfig:
 
 
 def check_local(verb: str, config: Experiment) -> None:
-    """What is written file by file, and read by people, lies on a disk."""
+    """Refuse remote paths for the verb's keys that must be local directories."""
     for key in COMMANDS[verb].local:
         value: Any = config
         for name in key.split("."):
@@ -102,7 +102,8 @@ def check_local(verb: str, config: Experiment) -> None:
 
 
 def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """Processes that will train: those a launcher has started, else the Slurm job's, else those of this machine."""
+    """Return the number of processes that will train: those that a launcher has started, otherwise those of the
+    scheduler's job, otherwise those of this machine."""
     ranks = read_ranks(environ)
     if ranks is not None:
         return ranks.world_size
@@ -112,7 +113,7 @@ def planned_world_size(cluster: ClusterConfig, environ: Mapping[str, str] = os.e
 
 
 def check_model(stage: StageConfig, text_dim: int) -> None:
-    """The U-Net fits the stage: its kind, its text width, and the picture sizes it can halve."""
+    """Check that the U-Net fits the stage: its kind, its text width, and picture sizes that it can halve."""
     preset = resolve(stage.model.preset, dict(stage.model.overrides))
     require(
         stage.is_super_resolution or not preset.low_res,
@@ -128,7 +129,7 @@ def check_model(stage: StageConfig, text_dim: int) -> None:
 
 
 def check_lanes(config: Experiment, world_size: int) -> None:
-    """Every rank gets the same number of lanes."""
+    """Check that every rank gets the same number of lanes."""
     data = config.data
     lanes = data.lane_count
     allowed = divisors(lanes)
@@ -144,7 +145,7 @@ def check_lanes(config: Experiment, world_size: int) -> None:
 
 
 def check_micro_batch(config: Experiment, world_size: int) -> None:
-    """The share of a rank divides into equal micro-batches (asked only where the ranks have equal shares)."""
+    """Check that a rank's share divides into equal micro-batches (if the ranks have equal shares)."""
     data = config.data
     if not data.micro_batch or data.global_batch % world_size:
         return
@@ -157,7 +158,7 @@ def check_micro_batch(config: Experiment, world_size: int) -> None:
 
 
 def check_zero(config: Experiment, world_size: int) -> None:
-    """ZeRO 0 is the plain engine: one process, fp32."""
+    """Check that zero.stage=0, the plain engine, has one process and fp32."""
     if config.zero.stage:
         return
     require(
@@ -170,27 +171,27 @@ def check_zero(config: Experiment, world_size: int) -> None:
 
 
 def validation_shards(config: Experiment) -> tuple[str, Any]:
-    """The held-out shards of the validation, and the key that names them."""
+    """Return the key that names the held-out shards of the validation, and these shards."""
     if config.validation.shards or not config.evaluation.reference:
         return "validation.shards", config.validation.shards
     return "evaluation.reference", config.evaluation.reference
 
 
 def check_heldout(config: Experiment, training: Sequence[str]) -> list[str]:
-    """The shards of the validation, listed where they lie; empty without a validation.
+    """List the URLs of the validation's shards; empty without a validation.
 
     Args:
         training: URLs of the shards of data.shards.
 
     Raises:
-        DataError: they are missing; ConfigError: training reads them as well, so the loss on them would fall while the
-            model learns by heart.
+        DataError: they are missing.
+        ConfigError: training reads them as well, so the loss on them would not show overfitting.
     """
     return heldout_apart(config, training) if config.validation.every and validation_shards(config)[1] else []
 
 
 def heldout_apart(config: Experiment, training: Sequence[str]) -> list[str]:
-    """The same, whether or not the training itself validates; some are named."""
+    """Like `check_heldout`, whether or not the training itself validates; held-out shards must be set."""
     key, shards = validation_shards(config)
     from data_pipeline.shards.dataset import patience_of
     from data_pipeline.storage import store
@@ -208,13 +209,13 @@ def heldout_apart(config: Experiment, training: Sequence[str]) -> list[str]:
 
 
 def check_validation(config: Experiment, world_size: int) -> None:
-    """Held-out shards are named, and every rank measures as many of the samples."""
+    """Check that the validation has held-out shards, and that every rank measures the same number of samples."""
     settings = config.validation
     if not settings.every:
         return
     require(
         bool(validation_shards(config)[1]),
-        f"validation.shards: validation.every={settings.every}, but no held-out shards are named; set it, or "
+        f"validation.shards: validation.every={settings.every}, but no held-out shards are set; set it, or use "
         "validation.every=0",
     )
     require(
@@ -224,18 +225,18 @@ def check_validation(config: Experiment, world_size: int) -> None:
 
 
 def check_deterministic(config: Experiment, _world_size: int) -> None:
-    """What `train.deterministic_reduction` can keep independent of the number of processes."""
+    """Check that `train.deterministic_reduction` can make the training independent of the number of processes."""
     if not config.train.deterministic_reduction:
         return
     key = "train.deterministic_reduction=true"
     require(config.data.micro_batch > 0, f"{key}: set data.micro_batch, which every number of processes must share")
     name, by_value = config.optimizer.name, [n for n, entry in OPTIMIZERS.items() if entry.by_value]
     require(name in by_value, f"{key}: optimizer.name={name} splits its states by process; use {' or '.join(by_value)}")
-    require(not config.zero.offload_optimizer, f"{key}: zero.offload_optimizer=true adds gradients up by itself")
+    require(not config.zero.offload_optimizer, f"{key}: zero.offload_optimizer=true sums gradients in its own order")
 
 
 def check_the_optimizer(config: Experiment, _world_size: int) -> None:
-    """It exists, and has the options that are given."""
+    """Check that the optimizer exists, has the given options, and can be offloaded if requested."""
     check_optimizer(config.optimizer)
     require(
         not (config.optimizer.name == "muon" and config.zero.offload_optimizer),
@@ -245,28 +246,27 @@ def check_the_optimizer(config: Experiment, _world_size: int) -> None:
 
 
 def check_features(config: Experiment, _world_size: int) -> None:
-    """Losses on features have their encoder."""
+    """Check that losses on features have an encoder and are not combined with LoRA in vain."""
     repa, path = config.repa, config.dino.path
     for name in ("repa", "perceptual"):
         weight = getattr(config, name).weight
         require(
             bool(path) or not weight,
-            f"{name}.weight={weight}: it compares by a frozen encoder; set dino.path to the directory of a DINOv2 "
-            "model (hf download facebook/dinov2-base --local-dir DIR on a machine with internet)",
+            f"{name}.weight={weight}: it needs a frozen encoder; set dino.path to the directory of a DINOv2 model (hf "
+            "download facebook/dinov2-base --local-dir DIR on a machine with internet access)",
         )
     require(
         not repa.weight or repa.until > 0,
-        f"repa.weight={repa.weight}: set repa.until, the step from which it no longer counts: late it hurts",
+        f"repa.weight={repa.weight}: set repa.until, the step at which to switch it off: late in training it hurts",
     )
     require(
         not (repa.weight and config.lora.rank),
-        f"repa.weight={repa.weight}: adapters (lora.rank={config.lora.rank}) train nothing that could be aligned; "
-        "leave it out",
+        f"repa.weight={repa.weight}: it cannot be combined with adapters (lora.rank={config.lora.rank}); leave it out",
     )
 
 
 def check_buckets(config: Experiment, _world_size: int) -> None:
-    """Crops are squares."""
+    """Refuse aspect-ratio buckets together with crops, which are squares."""
     require(
         not (config.data.buckets and config.stage.crop_size),
         f"data.buckets: stage.crop_size={config.stage.crop_size} trains on square crops, which cover all shapes; "
@@ -275,28 +275,28 @@ def check_buckets(config: Experiment, _world_size: int) -> None:
 
 
 def check_distillation(config: Experiment, _world_size: int) -> None:
-    """It has a teacher, of another run."""
+    """Check that a distillation has a teacher from another run, and no settings that contradict it."""
     if not config.distill.steps:
         return
     require(
-        bool(config.distill.teacher), "distill.teacher: name the run, checkpoint or bundle of the stage that teaches"
+        bool(config.distill.teacher), "distill.teacher: set it to the run, checkpoint or bundle of the trained stage"
     )
     require(
         config.distill.teacher != config.run.dir,
-        f"run.dir={config.run.dir}: it is the teacher's (distill.teacher); the student needs a run of its own",
+        f"run.dir={config.run.dir}: this is the teacher's run (distill.teacher); the student needs its own",
     )
     for name in ("repa", "perceptual"):
         weight = getattr(config, name).weight
-        require(not weight, f"{name}.weight={weight}: a student learns from its teacher alone; set it to 0")
+        require(not weight, f"{name}.weight={weight}: a student only learns from its teacher; set it to 0")
     require(  # Salimans & Ho 2022, section 4
         config.stage.diffusion.parametrization != "eps",
-        "stage.diffusion.parametrization=eps: where a student of few steps begins, in pure noise, noise says nothing "
-        "of the picture; distil a stage of x0, v or edm",
+        "stage.diffusion.parametrization=eps: a student of few steps starts from pure noise, where predicting eps "
+        "tells nothing about the picture; distil a stage with x0, v or edm",
     )
 
 
 def check_mixture(config: Experiment, _world_size: int) -> None:
-    """The shares of a mixture change between two steps."""
+    """Check that the shares of a mixture only change between two steps."""
     config.data.check_changes()
 
 
@@ -312,11 +312,11 @@ RULES = (
     check_deterministic,
     check_distillation,
 )
-"""What settings and a number of processes must agree in."""
+"""Checks of the settings against a number of processes."""
 
 
 def _or(numbers: list[int]) -> str:
-    """1, 2, 4 or 8 (the middle left out when there are many)."""
+    """Format numbers as "1, 2, 4 or 8", omitting the middle of more than eight."""
     words = [str(n) for n in numbers]
     if len(words) > 8:
         words = [*words[:4], "...", *words[-2:]]

@@ -1,4 +1,4 @@
-"""Devices a training may run on: their memory and their stated peak."""
+"""Devices that a training may run on: their memory and their peak."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ GPUS: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """One process's device. `peak` is the dense peak in FLOP/s at the precision of the plan, `memory` in bytes."""
+    """The device of one process. `peak` is the dense peak in FLOP/s at the precision of the plan; `memory` is in
+    bytes."""
 
     name: str
     memory: float
@@ -49,10 +50,10 @@ class Device:
 
 
 def planned_device(config: PlanCommand) -> Device:
-    """The device of the plan: `gpu=NAME`, or this machine's cores for gpu=cpu and where cluster.gpus=false.
+    """Return the device of the plan: `gpu=NAME`, or this machine's cores with gpu=cpu or cluster.gpus=false.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown GPU name.
     """
     name = config.gpu or ("h100" if config.cluster.gpus else "cpu")
     if name == "cpu":
@@ -69,7 +70,7 @@ def planned_device(config: PlanCommand) -> Device:
 
 
 def this_machine(config: PlanCommand) -> Device:
-    """A process's share of this machine's memory, and the matrix product rate of its threads, measured now."""
+    """Return a process's share of this machine: its memory, and the measured matrix-product rate of its threads."""
     processes = process_count(config.cluster)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
     if config.memory_gib:
@@ -82,7 +83,7 @@ def this_machine(config: PlanCommand) -> Device:
 
 
 def has_bf16() -> bool:
-    """Whether this machine's CPU multiplies bf16 itself; without, PyTorch emulates it (25 times slower)."""
+    """Return whether this machine's CPU has bf16 arithmetic; without it, PyTorch emulates it (25 times slower)."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -91,7 +92,8 @@ def has_bf16() -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that processes here may still take: of the machine, or of the control group (a job, a container)."""
+    """Return the bytes that processes here may still allocate, on the machine or in the control group (a job, a
+    container)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)
     for limit, used in (
@@ -104,7 +106,7 @@ def free_memory() -> int:
 
 
 def measured_peak(threads: int, side: int = 1024, rounds: int = 5) -> float:
-    """FLOP/s of the fastest of a few fp32 matrix products."""
+    """Return the FLOP/s of the fastest of a few fp32 matrix products."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""`cascade plan doctor=true`: touches everything that a training will touch, once, on the machine where it is run.
+"""`cascade plan doctor=true`: tries everything that a training will need, once, on the machine where it is run.
 
-The training itself is the real one: `cascade train` for one step in a scratch directory inside the real run's, then
-again, so that it resumes from its checkpoint for a second step. The scratch directories are removed afterwards.
+The training is real: `cascade train` runs one step in a scratch directory inside the run's directory, and then resumes
+from its checkpoint for a second step. The scratch directories are removed afterwards.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from training.processes.ranks import process_count
 
 PROBE_BYTES = 1 << 20
 MOST_PER_RANK = 64
-"""Pictures per process and step, where data.micro_batch says nothing."""
+"""Maximum pictures per process and step, if data.micro_batch is not set."""
 CPU_PARAMETERS = 200e6
-"""A larger network is not tried on a CPU when it is meant for GPUs."""
+"""Number of parameters above which a network for GPUs is not tried on a CPU."""
 
 
 def examine(config: PlanCommand) -> dict[str, Any]:
-    """Runs all checks, prints a line for each, and returns them.
+    """Run all checks, print a line for each, and return their results.
 
     Raises:
-        UserError: some failed; all were tried.
+        UserError: some checks failed; raised after all were tried.
     """
     found: list[dict[str, Any]] = []
     with ExitStack() as scratch:
@@ -60,7 +60,7 @@ def examine(config: PlanCommand) -> dict[str, Any]:
                 detail, good = check(), True
             except (CascadeError, OSError) as error:
                 detail, good = str(error), False
-            except SystemExit as ended:  # a training process failed, and has printed why
+            except SystemExit as ended:  # a training process failed and has printed the reason
                 detail, good = f"ended with code {ended.code}; see its output above", False
             found.append({"name": name, "ok": good, "detail": detail, "seconds": round(time.monotonic() - began, 3)})
             print(f"doctor: {'ok  ' if good else 'FAIL'}  {name}: {detail}", flush=True)
@@ -78,16 +78,16 @@ def examine(config: PlanCommand) -> dict[str, Any]:
 
 
 def settings(config: PlanCommand) -> str:
-    """What `cascade train` would refuse about these settings, before anything is tried with smaller ones."""
+    """Check the settings as `cascade train` would, before the other checks use smaller ones. Raises ConfigError."""
     world_size = planned_world_size(config.cluster)
     problems = training_problems(config, world_size)
     if problems:
         raise ConfigError("; ".join(problems))
-    return f"cascade train takes them on {world_size} process(es)"
+    return f"cascade train accepts them on {world_size} process(es)"
 
 
 def software(config: PlanCommand) -> str:
-    """Versions, and the devices that a process here sees."""
+    """Report versions and visible devices. Raises UserError if there are fewer GPUs than processes."""
     import torch
 
     packages = ("torch", "deepspeed", "transformers")
@@ -103,7 +103,7 @@ def software(config: PlanCommand) -> str:
 
 
 def credentials(config: PlanCommand) -> str:
-    """Data, checkpoint store and W&B let us in."""
+    """Check that the data and the checkpoint store can be listed, and that there is a W&B key if it is needed."""
     from data_pipeline.shards.dataset import patience_of
     from data_pipeline.shards.mixture import entries_of
 
@@ -123,7 +123,7 @@ def credentials(config: PlanCommand) -> str:
 
 
 def weights(config: PlanCommand) -> str:
-    """The text encoder loads and encodes; SHA-256 of its weight files."""
+    """Check that the text encoder loads and encodes; report the SHA-256 of its weight files."""
     from training.text.encoder import build_text_encoder
 
     encoder = build_text_encoder(config.text)
@@ -136,7 +136,7 @@ def weights(config: PlanCommand) -> str:
 
 
 def weight_files(config: PlanCommand) -> list[Path]:
-    """The weight files of the text encoder, in its directory or in the Hugging Face cache."""
+    """Return the weight files of the text encoder, in its directory or in the Hugging Face cache."""
     if config.text.kind == "words":
         return []
     from transformers.utils import cached_file
@@ -146,7 +146,7 @@ def weight_files(config: PlanCommand) -> list[Path]:
 
 
 def checkpoint_store(config: PlanCommand) -> str:
-    """A file of random bytes written, read back and removed where the checkpoints will be."""
+    """Write, read back and remove a file of random bytes where the checkpoints will be."""
     where = checkpoint_place(config)
     with scratch_in(where) as path:
         folder, content = open_folder(path), os.urandom(PROBE_BYTES)
@@ -159,7 +159,7 @@ def checkpoint_store(config: PlanCommand) -> str:
 
 
 def batch(config: PlanCommand) -> str:
-    """One batch, read and decoded."""
+    """Read and decode one batch."""
     from data_pipeline.reading.loader import Loader
 
     stage = config.stage
@@ -182,7 +182,7 @@ def batch(config: PlanCommand) -> str:
 
 
 class Trial:
-    """`cascade train` in a scratch directory: one step with its checkpoint, then a start that resumes from it."""
+    """`cascade train` in a scratch directory: one step with a checkpoint, then a second start that resumes from it."""
 
     def __init__(self, config: PlanCommand, scratch: ExitStack) -> None:
         self.config = config
@@ -193,13 +193,13 @@ class Trial:
         self.done = 0
 
     def step(self) -> str:
-        """One training step on this machine's processes, and its checkpoint."""
+        """Run one training step on this machine's processes, with a checkpoint."""
         self._refuse_giants()
         line, seconds = self._train(1)
         return f"{self._where()}, loss {line['loss']:.4f}, {seconds:.1f} s with start and checkpoint"
 
     def round_trip(self) -> str:
-        """A second start resumes from the checkpoint of the first and goes on."""
+        """Resume from the checkpoint of the first start, and run a second step."""
         if not self.done:
             raise UserError("there is no checkpoint to resume from, because the step failed")
         size = sum(store.size(url) for url in self._files())
@@ -228,7 +228,7 @@ class Trial:
         return json.loads(last), time.monotonic() - began
 
     def _validation(self, processes: int) -> ValidationConfig:
-        """The real one, on a batch of its pictures."""
+        """Return the run's validation settings, reduced to one batch of its pictures."""
         settings = self.config.validation
         return replace(settings, every=min(settings.every, 1), samples=min(settings.samples, MOST_PER_RANK) * processes)
 
@@ -257,7 +257,7 @@ class Trial:
 
 
 def small(config: PlanCommand) -> Experiment:
-    """The experiment at the micro-batch of the plan on the processes of this machine, as `cascade train` takes it."""
+    """Return the experiment with one micro-batch per process on this machine, for `cascade train`."""
     processes = local_processes(config)
     micro_batch = config.data.micro_batch or max(1, min(MOST_PER_RANK, config.data.share_of(processes)))
     names = {name: getattr(config, name) for name in Experiment.__dataclass_fields__}
@@ -269,7 +269,8 @@ def small(config: PlanCommand) -> Experiment:
 
 
 def local_processes(config: PlanCommand) -> int:
-    """One per GPU here, at most as many as planned; without GPUs at most two; at zero.stage=0 one."""
+    """Return the number of processes to try: at most one per GPU, or two without GPUs, and at most as many as planned;
+    one with zero.stage=0."""
     import torch
 
     most = torch.cuda.device_count() or 2
@@ -277,14 +278,14 @@ def local_processes(config: PlanCommand) -> int:
 
 
 def checkpoint_place(config: Experiment) -> str:
-    """Where the checkpoints of the run will be."""
+    """Return where the checkpoints of the run will be."""
     return config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")
 
 
 @contextmanager
 def scratch_in(place: str) -> Iterator[str]:
-    """A name for a directory in the given one (or in the nearest one above that is there already), removed with its
-    content at the end. Beside it is not the same: another disk, bucket or permission."""
+    """Yield a path for a scratch directory inside `place` (or its nearest existing parent), and remove it at the end. A
+    directory elsewhere could be on another disk or bucket, or have other permissions."""
     home = place.rstrip("/")
     while "://" not in home and not os.path.lexists(home):
         home = os.path.dirname(home) or "."

@@ -1,4 +1,4 @@
-"""What the frozen picture encoder of `repa` and `perceptual` costs: counted on its structure, without its weights."""
+"""The cost of the frozen picture encoder of `repa` and `perceptual`, counted on its structure without weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from training.plan.memory import Align, Pass, Passes, live_bytes
 
 @dataclass(frozen=True)
 class FeatureCost:
-    """Zeros where nothing is compared."""
+    """Cost of losses on features; all zeros if there are none."""
 
     parameters: int = 0
     bytes: int = 0
-    """Weights in memory."""
+    """Weights in memory, bytes."""
     flops_per_image: float = 0.0
-    """Beside the U-Net's training, the mean over the run."""
+    """FLOPs in addition to the U-Net's training, averaged over the run."""
     passes: Passes | None = None
     """Live bytes of the encoder's own passes."""
 
     def added_to(self, passes: Passes) -> Passes:
-        """The U-Net's passes with the encoder's most beside each moment of them."""
+        """Return the U-Net's passes with the encoder's peak added to each moment."""
         if self.passes is None:
             return passes
         most = [one.peak(False) for one in (self.passes.two, self.passes.three)]
@@ -38,10 +38,10 @@ class FeatureCost:
 
 
 def align_of(config: Experiment) -> Align | None:
-    """Width and features of the small network of `repa`; None where it is off.
+    """Return the hidden width and the number of features of the projection head of `repa`; None if it is off.
 
     Raises:
-        DataError: dino.path holds no such encoder.
+        DataError: there is no DINOv2 encoder at dino.path.
     """
     if not config.repa.weight:
         return None
@@ -51,11 +51,14 @@ def align_of(config: Experiment) -> Align | None:
 
 
 def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> FeatureCost:
-    """One pass over each clean picture while `repa` counts, and the small network in every step; with `perceptual` one
-    over each picture, and one there and back over each estimate, in every step.
+    """Count the cost of losses on features.
+
+    `repa` takes a forward pass of the encoder over each clean picture until repa.until, and the projection head in
+    every step. `perceptual` takes, in every step, a forward pass over each picture, and a forward and a backward pass
+    over each estimate.
 
     Raises:
-        DataError: dino.path holds no such encoder.
+        DataError: there is no DINOv2 encoder at dino.path.
     """
     align, perceptual = align_of(config), bool(config.perceptual.weight)
     if align is None and not perceptual:
@@ -87,7 +90,7 @@ def feature_cost(config: Experiment, unet: UNetConfig, dtype: torch.dtype) -> Fe
 
 
 def _follow(settings: Any, shape: tuple[int, ...], dtype: torch.dtype, batch: int, *, learn: bool) -> Pass:
-    """A pass over so many pictures, with `learn` there and back."""
+    """Follow a forward pass over `batch` pictures, with `learn` also the backward pass."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import Dinov2Model
 

@@ -1,4 +1,4 @@
-"""What a start says or refuses about this machine, before anything heavy is made on it."""
+"""What a start warns about or refuses on this machine, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.processes.ranks import Ranks, process_count
 
 
 def remarks(config: Experiment, device: str) -> list[str]:
-    """Settings that work, but hardly as they were meant; one sentence each."""
+    """Return remarks on settings that work, but probably not as intended; one sentence each."""
     found = []
     if config.precision.dtype == "bf16" and device == "cpu" and not has_bf16():
         found.append(
@@ -22,8 +22,8 @@ def remarks(config: Experiment, device: str) -> list[str]:
         )
     if config.dino.path and not config.compares_features:
         found.append(
-            f"dino.path={config.dino.path}: nothing compares by this encoder, and it is not loaded; ingredient=repa "
-            "or ingredient=perceptual would"
+            f"dino.path={config.dino.path}: no loss uses this encoder, so it is not loaded; use ingredient=repa or "
+            "ingredient=perceptual"
         )
     stage = config.stage
     preset = PRESETS.get(stage.model.preset)
@@ -36,10 +36,10 @@ def remarks(config: Experiment, device: str) -> list[str]:
 
 
 def check_memory(config: Experiment, ranks: Ranks) -> None:
-    """Refuses a stage whose state alone does not fit: Linux would kill it minutes later without a word.
+    """Refuse a stage whose state alone does not fit: Linux would kill it minutes later without a message.
 
     Raises:
-        ConfigError: with what it needs and what there is.
+        ConfigError: it does not fit; the message states the needed and the available memory.
     """
     unet = for_stage(config.stage, config.text.dim)
     on_gpu = ranks.device != "cpu"

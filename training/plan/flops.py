@@ -1,4 +1,4 @@
-"""Counted floating-point operations, and the peaks that a share of them is stated of (MFU)."""
+"""Counted floating-point operations, and the device peaks that model FLOPs utilisation (MFU) refers to."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.2,
 }
-"""Dense bf16 matrix TFLOP/s from the makers' data sheets (their sparse figures halved), by a part of the device's
-name."""
+"""Dense bf16 matrix TFLOP/s from the vendors' data sheets (sparse figures halved), by words of the device's name."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The stated peak of a GPU (`torch.cuda.get_device_name`); None when it is not in the table."""
+    """Return the data sheet's peak of a GPU (`torch.cuda.get_device_name`); None if it is not in the table."""
     fitting = [name for name in PEAK_TFLOPS if all(word in device_name for word in name.split())]
     return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
 
 
 def forward_flops(config: UNetConfig, size: int, tokens: int) -> int:
-    """Floating-point operations (2 per multiply-add) of one forward pass for one picture, counted on tensors without
+    """Count the floating-point operations (2 per multiply-add) of one forward pass for one picture, on tensors without
     data.
 
     Args:
-        size: side of the picture that the network sees, pixels (the crop where it is trained on crops).
-        tokens: length of the text.
+        size: side of the picture that the network sees, pixels (the crop, if it is trained on crops).
+        tokens: length of the text in tokens.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -59,10 +58,12 @@ def forward_flops(config: UNetConfig, size: int, tokens: int) -> int:
 
 
 def training_flops(config: UNetConfig, size: int, tokens: int, frozen: bool = False, teacher_passes: int = 0) -> int:
-    """Of one picture's share of a step: the backward pass costs twice the forward one, once where the weights are
-    `frozen` (their gradients are not computed; adapters beside them are not counted). Recomputed activations do not
-    count either (the work is the same, so MFU falls when they are recomputed). A teacher of the same network adds its
-    forward passes."""
+    """Count the floating-point operations of training on one picture.
+
+    The backward pass costs twice the forward pass, or as much if the weights are `frozen` (their gradients are not
+    computed; adapters are not counted). Recomputed activations do not count either, so recomputing lowers MFU. A
+    teacher with the same network adds its forward passes.
+    """
     return ((2 if frozen else 3) + teacher_passes) * forward_flops(config, size, tokens)
 
 
@@ -75,8 +76,8 @@ def flops_and_peak(
     frozen: bool = False,
     teacher_passes: int = 0,
 ) -> tuple[float, float]:
-    """FLOPs of training on one picture (see `training_flops`), and the peak of the device per second: the stated one,
-    else the data sheet's. Zeros where no peak is known."""
+    """Return the FLOPs of training on one picture (see `training_flops`), and the device's peak in FLOP/s:
+    `stated_tflops`, otherwise the data sheet's. Both are zero if no peak is known."""
     import torch
 
     peak = stated_tflops or (device != "cpu" and peak_tflops(torch.cuda.get_device_name())) or 0.0

@@ -1,12 +1,12 @@
-"""How much memory one training process needs, by part, found out before one is started.
+"""The memory that one training process needs, by part, computed before one is started.
 
 Activations are not estimated: one forward and one backward pass run on tensors without data, and every storage is
-followed from its creation to its end. That is done for two and for three pictures; each moment of the pass is linear in
-the micro-batch. What ZeRO keeps where is read in the source of DeepSpeed 0.19.
+tracked from its creation to its end. This is done for two and for three pictures; each moment of the pass is linear in
+the micro-batch. What ZeRO keeps, and where, follows the source of DeepSpeed 0.19.
 
     N parameters   b bytes of a weight in the network (4 fp32, 2 bf16)   W world size   D averages
 
-Under `lora` only the adapters have gradients, moments and averages.
+With `lora`, only the adapters have gradients, moments and averages.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from training.model.unet import UNet
 
 Align = tuple[int, int]
-"""Width and features of the small network that is trained beside the U-Net (`repa`)."""
+"""Hidden width and number of features of the projection head of `repa`."""
 BUCKET = 500_000_000
-"""Gradients that DeepSpeed sends together (`reduce_bucket_size`), elements."""
+"""Number of gradient elements that DeepSpeed sends together (`reduce_bucket_size`)."""
 LIVE_WEIGHTS = 1_000_000_000
-"""Gathered weights that ZeRO 3 keeps at a time (`stage3_max_live_parameters`), elements."""
+"""Number of gathered weight elements that ZeRO 3 keeps at a time (`stage3_max_live_parameters`)."""
 GPU_OVERHEAD = 1_500_000_000
-"""CUDA context, NCCL, convolution workspaces, fragmentation; assumed."""
+"""Bytes of the CUDA context, NCCL, convolution workspaces and fragmentation; assumed."""
 CPU_FLOOR = {
     "process": 327_000_000,
     "deepspeed": 29_000_000,
@@ -44,17 +44,17 @@ CPU_FLOOR = {
     "transformers": 166_000_000,
     "peft": 175_000_000,
 }
-"""Resident bytes of a training process on a CPU that holds next to nothing (a network of 0.3 M parameters), and what it
-has more by what it imports; peft imports transformers. Measured with torch 2.13 for CPUs."""
+"""Resident bytes of a training process on a CPU with a tiny network (0.3 M parameters), and the additional bytes for
+each import; peft imports transformers. Measured with torch 2.13 for CPUs."""
 DECODER_FLOOR = 307_000_000
-"""The process beside it that decodes (data.own_process=true), without what it holds ahead."""
+"""Resident bytes of the separate decoding process (data.own_process=true), without its prefetched data."""
 MMAP = 32 << 20
-"""glibc gives blocks from this size on back to the system when they are freed; smaller ones stay with the process."""
+"""Size in bytes from which glibc returns freed blocks to the system; smaller ones stay with the process."""
 UNUSED_HEAP = 0.35
-"""Freed blocks that fit no new tensor, as a share of the activations below that size (measured: 0.2 to 0.4)."""
+"""Freed blocks that fit no new tensor, as a fraction of the activations below that size (measured: 0.2 to 0.4)."""
 CPU_WORKSPACE = 1.5
-"""What convolutions on a CPU take for their own layout of inputs and outputs, in sizes of the largest tensor
-(measured)."""
+"""Memory that convolutions on a CPU take for their own layout of inputs and outputs, as a multiple of the largest
+tensor (measured)."""
 
 
 # --------------------------------------------------------------------------------------- one pass, without data
@@ -64,9 +64,9 @@ CPU_WORKSPACE = 1.5
 class Pass:
     """Live bytes after each allocation of a forward and backward pass.
 
-    Fields:
-        activations: what is neither a weight nor a finished gradient.
-        gradients: finished gradients of weights, if all are kept.
+    Attributes:
+        activations: bytes of everything except weights and finished gradients.
+        gradients: bytes of finished gradients of weights, if all are kept.
         largest: bytes of the largest single tensor.
     """
 
@@ -75,19 +75,19 @@ class Pass:
     largest: int
 
     def peak(self, keep_gradients: bool) -> int:
-        """The most that is live at once."""
+        """Return the maximum bytes live at once."""
         return int((self.activations + self.gradients if keep_gradients else self.activations).max())
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes for two and for three pictures (one picture takes other paths: some copies become views)."""
+    """The passes for two and for three pictures (with one picture, some copies become views)."""
 
     two: Pass
     three: Pass
 
     def at(self, batch: int) -> Pass:
-        """The pass for `batch` pictures."""
+        """Return the pass for `batch` pictures, by linear extrapolation."""
         grown = self.two.activations + (batch - 2) * (self.three.activations - self.two.activations)
         largest = self.two.largest + (batch - 2) * (self.three.largest - self.two.largest)
         return Pass(grown, self.two.gradients, largest)
@@ -101,7 +101,8 @@ def follow(
     lora: LoraConfig | None = None,
     align: Align | None = None,
 ) -> Passes:
-    """Follows a training pass over pictures of side `size` with texts of `tokens` tokens (seconds; no data, no GPU)."""
+    """Follow a training pass over pictures of side `size` with texts of `tokens` tokens; takes seconds, without data or
+    a GPU."""
     return Passes(*(follow_one(config, size, tokens, dtype, batch, lora, align) for batch in (2, 3)))
 
 
@@ -114,7 +115,7 @@ def follow_one(
     lora: LoraConfig | None,
     align: Align | None = None,
 ) -> Pass:
-    """The same for a given number of pictures."""
+    """Follow a training pass over `batch` pictures."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -142,7 +143,7 @@ def follow_one(
 
 
 def _network(config: UNetConfig, lora: LoraConfig | None, align: Align | None) -> UNet:
-    """The network on the meta device."""
+    """Return the network on the meta device, with adapters and projection head if requested."""
     import torch
 
     from training.model.alignment import Alignment
@@ -159,7 +160,7 @@ def _network(config: UNetConfig, lora: LoraConfig | None, align: Align | None) -
 
 
 def live_bytes() -> Any:
-    """A dispatch mode that records live bytes whenever a new storage appears."""
+    """Return a dispatch mode that records live bytes whenever a new storage appears."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -212,23 +213,23 @@ def live_bytes() -> Any:
 
 
 def parameter_count(stage: StageConfig, text_dim: int) -> int:
-    """Of the stage's network, built without data."""
+    """Return the number of parameters of the stage's network, built without data."""
     return sum(math.prod(shape) for shape in parameter_shapes(for_stage(stage, text_dim)))
 
 
 def parameter_shapes(
     unet: UNetConfig, lora: LoraConfig | None = None, align: Align | None = None
 ) -> list[tuple[int, ...]]:
-    """Shapes of all parameters that are trained (under `lora`: of the adapters), from a network without data."""
+    """Return the shapes of all trained parameters (with `lora`, the adapters), from a network without data."""
     return [tuple(p.shape) for p in _network(unet, lora, align).parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the size of the state depends on."""
+    """Everything that the size of the state depends on."""
 
     shapes: Sequence[tuple[int, ...]]
-    """Of the parameters that are trained."""
+    """Shapes of the trained parameters."""
     zero: ZeroConfig
     weight_bytes: int
     world_size: int
@@ -236,13 +237,13 @@ class Setup:
     optimizer: str = "adamw"
     on_gpu: bool = True
     frozen: int = 0
-    """Parameters that are not."""
+    """Number of frozen parameters."""
     floor: int = 0
     """Bytes of the process without any tensor (`process_floor`)."""
     features: int = 0
     """Bytes of the frozen picture encoder."""
     teacher: int = 0
-    """Bytes of a distillation's teacher (`teacher_bytes`), whole in every process."""
+    """Bytes of a distillation's teacher (`teacher_bytes`), which every process holds whole."""
 
     @property
     def trained(self) -> int:
@@ -251,17 +252,17 @@ class Setup:
 
     @property
     def parameters(self) -> int:
-        """Number of values, frozen ones included."""
+        """Number of values, including frozen ones."""
         return self.trained + self.frozen
 
     @property
     def share(self) -> int:
-        """Trained parameters of this process's shard."""
+        """Number of trained values in this process's shard."""
         return -(-self.trained // self.world_size) if self.zero.stage else self.trained
 
 
 def process_floor(config: Experiment, on_gpu: bool) -> int:
-    """Bytes that a process takes before it holds a tensor: a constant on a GPU; on a CPU by what it imports."""
+    """Return the bytes of a process without any tensor: a constant on a GPU; on a CPU depending on its imports."""
     if on_gpu:
         return GPU_OVERHEAD
     peft = config.lora.rank > 0
@@ -278,16 +279,16 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
 
 
 def teacher_bytes(config: Experiment) -> int:
-    """Weights of a distillation's teacher, in the network's precision. What its passes hold is less than what the
-    student's keep for the backward pass, which comes after them."""
+    """Return the bytes of a distillation's teacher: its weights in the network's precision. The activations of its
+    passes take less than what the student later keeps for its backward pass."""
     if not config.distill.steps:
         return 0
     return parameter_count(config.stage, config.text.dim) * (2 if config.precision.dtype == "bf16" else 4)
 
 
 def kept(setup: Setup) -> dict[str, int]:
-    """Bytes that a process holds between two steps, on the device; under `host` what is offloaded, and the copy from
-    which checkpoints are written."""
+    """Return the bytes that a process holds on the device between two steps, by part; `host`: offloaded parts, and the
+    copy from which checkpoints are written."""
     share, b, stage = setup.share, setup.weight_bytes, setup.zero.stage
     optimizer = optimizer_class(setup.optimizer)
     parts = {
@@ -307,22 +308,22 @@ def kept(setup: Setup) -> dict[str, int]:
 
 
 def least(setup: Setup) -> int:
-    """Bytes of weights, moments, averages and gradients on the device: less does not do, whatever the micro-batch."""
+    """Return the bytes of weights, moments, averages and gradients on the device: the minimum for any micro-batch."""
     gradients = 0 if setup.zero.stage == 3 else setup.weight_bytes * setup.trained
     return gradients + sum(size for name, size in kept(setup).items() if name != "host" or not setup.on_gpu)
 
 
 def phases(setup: Setup, work: Pass) -> dict[str, dict[str, int]]:
-    """What comes on top of `kept` at the three moments of a step that can be the highest."""
+    """Return the bytes in addition to `kept`, at each moment of a step that can be the peak."""
     n, share, b, stage = setup.trained, setup.share, setup.weight_bytes, setup.zero.stage
     workspace = 0 if setup.on_gpu else int(CPU_WORKSPACE * work.largest)
     if stage == 0:
         first = 4 * n if setup.averages else 0
         return {
             "backward": _moment(b * n, workspace, work.peak(True) - b * n),
-            "step": _moment(b * n, first, 0),  # an average begins as a copy of the weights
+            "step": _moment(b * n, first, 0),  # an average starts as a copy of the weights
         }
-    if setup.on_gpu:  # gradients leave in buckets while the backward pass goes on; two buckets take turns
+    if setup.on_gpu:  # gradients are sent in buckets during the backward pass; two buckets alternate
         bucket, keeps_all = BUCKET * b * (1 if stage == 3 else 2), False
     else:
         bucket, keeps_all = min(BUCKET, n) * b, True
@@ -345,10 +346,10 @@ def _moment(gradients: int, buffers: int, activations: int) -> dict[str, int]:
 
 
 def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0) -> dict[str, Any]:
-    """Bytes by part at the highest moment of a step; `total` is what the device must have.
+    """Return the bytes by part at the peak of a step; `total` is the memory that the device needs.
 
-    On a CPU that moment may be a checkpoint: its copy lies in the same memory, beside what the allocator has kept of
-    the tensors of the step.
+    On a CPU the peak may be a checkpoint: its copy is in the same memory, in addition to what the allocator has kept of
+    the step's tensors.
     """
     parts = kept(setup)
     work = passes.at(micro_batch)
@@ -365,8 +366,8 @@ def memory(setup: Setup, passes: Passes, micro_batch: int, text_encoder: int = 0
 
 
 def unreturned(setup: Setup, work: Pass, moments: dict[str, dict[str, int]]) -> int:
-    """Bytes that glibc keeps of what a step on a CPU has freed: of each moment, the tensors too small to be returned,
-    because the next moment needs other sizes."""
+    """Return the bytes that glibc keeps after a step on a CPU: freed tensors too small to be returned to the system,
+    from each moment, since the next moment needs other sizes."""
     b, flat = setup.weight_bytes, setup.weight_bytes * min(setup.trained, BUCKET)
     activations = moments["backward"]["activations"] if work.largest < MMAP else 0
     single = b * max((math.prod(shape) for shape in setup.shapes), default=0)
@@ -381,7 +382,7 @@ def unreturned(setup: Setup, work: Pass, moments: dict[str, dict[str, int]]) -> 
 def largest_micro_batch(
     setup: Setup, passes: Passes, available: float, text_encoder: int = 0, limit: int = 4096
 ) -> int:
-    """The most pictures per forward pass that fit into `available` bytes; 0: not even one."""
+    """Return the maximum number of pictures per forward pass that fits in `available` bytes; 0: not even one."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,7 @@
-"""`cascade plan`: memory, time and cost of a training, before an allocation is spent; `doctor=true` tries the real
-thing.
+"""`cascade plan`: memory, time and cost of a training, before an allocation is spent; `doctor=true` also tries it.
 
-Parameters and FLOPs are counted, activations followed through a pass without data (memory.py). What is assumed
-(utilisation, bandwidth, price, bytes per sample before there is an index) is a setting, and the table says so.
+Parameters and FLOPs are counted, and activations are followed through a pass without data (memory.py). Assumptions
+(utilisation, bandwidth, price, bytes per sample without an index) are settings or marked as such in the table.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ from training.text.cost import TextCost, text_cost
 
 DAY, HOUR = 86400.0, 3600.0
 ASSUMED_SAMPLE_BYTES = 60_000
-"""A JPEG with its caption, where no index says more."""
+"""Bytes of a JPEG with its caption, without an index."""
 FEW_SHARDS = 256
-"""So many indexes are opened where there is no summary of them."""
+"""Maximum number of indexes to open if their summary lacks them."""
 COPY_BYTES_PER_SECOND = 10e9
-"""From a GPU to pinned host memory; assumed. (On a CPU: from memory to memory, 2 threads.)"""
+"""Copy rate from a GPU to pinned host memory; assumed. (On a CPU: from memory to memory, 2 threads.)"""
 SHOWN_MICRO_BATCHES = 6
-"""Columns of memory by ZeRO stage and micro-batch."""
+"""Number of micro-batches in the table of memory by ZeRO stage and micro-batch."""
 
 
 def main(config: Experiment) -> dict[str, Any]:
-    """Prints one table, and with `doctor=true` a line per check; returns the numbers: bytes, seconds, FLOPs, dollars.
+    """Print one table and, with `doctor=true`, a line per check; return the numbers in bytes, seconds, FLOPs, dollars.
 
     Raises:
         ConfigError: an unknown GPU, or a stage that cannot be built.
-        UserError: `doctor=true` found something that would stop the training.
+        UserError: a check of `doctor=true` failed.
     """
     assert isinstance(config, PlanCommand)
     plan = make_plan(config)
@@ -70,11 +69,11 @@ def main(config: Experiment) -> dict[str, Any]:
 
 
 TOLD = ("schedule", "parametrization", "weighting")
-"""Settings of the diffusion process that the plan repeats: what ingredients change."""
+"""Settings of the diffusion process, changed by ingredients, that the plan shows."""
 
 
 def make_plan(config: PlanCommand) -> dict[str, Any]:
-    """All numbers of the table, by names that JSON readers can rely on."""
+    """Return all numbers of the table, under stable names for the JSON output."""
 
     unet = for_stage(config.stage, config.text.dim)
     size, tokens = config.stage.train_size, config.text.max_tokens
@@ -145,7 +144,8 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
 
 
 def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str, Any]:
-    """Whether `cascade train` would take the world size, lanes and micro-batch; all its sentences go to `problems`."""
+    """Return whether `cascade train` would accept the world size, lanes and micro-batch; append everything that it
+    would refuse to `problems`."""
     lanes, batch = config.data.lane_count, config.data.global_batch
     problems += training_problems(config, world)
     return {
@@ -158,8 +158,8 @@ def batch_fits(config: Experiment, world: int, problems: list[str]) -> dict[str,
 def memory_plan(
     config: PlanCommand, setup: Setup, passes: Passes, device: Device, encoder: int, problems: list[str]
 ) -> dict[str, Any]:
-    """Bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO stage and
-    micro-batch."""
+    """Return the bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO
+    stage and micro-batch."""
     share = max(1, config.data.share_of(setup.world_size))
     micro_batch = config.data.micro_batch or share
     parts = memory(setup, passes, micro_batch, encoder)
@@ -192,7 +192,7 @@ def memory_plan(
 
 
 def speed(config: PlanCommand, device: Device, world: int, flops: float) -> dict[str, float]:
-    """Images and steps per second at the stated utilisation of the stated peak."""
+    """Return images per second and seconds per step at the assumed utilisation of the peak; `flops`: per image."""
     rate = config.mfu * device.peak * world / flops
     return {
         "mfu": config.mfu,
@@ -203,7 +203,7 @@ def speed(config: PlanCommand, device: Device, world: int, flops: float) -> dict
 
 
 def cost(config: PlanCommand, device: Device, world: int, rate: float) -> dict[str, float]:
-    """The whole training; a device that is no GPU costs nothing."""
+    """Return the days, GPU hours and dollars of the whole training; a CPU costs nothing."""
     images = config.train.steps * config.data.global_batch
     hours = images / rate * world / HOUR
     price = config.price if device.on_gpu else 0.0
@@ -220,10 +220,11 @@ def cost(config: PlanCommand, device: Device, world: int, rate: float) -> dict[s
 def text_plan(
     config: PlanCommand, text: TextCost, training: float, samples: int | None, device: Device, world: int
 ) -> dict[str, Any]:
-    """The text encoder run in every step against `cascade embed` once: device hours, dollars, memory, images/s, files.
+    """Compare running the text encoder in every step with `cascade embed`: device hours, dollars, memory, images/s,
+    bytes of files.
 
-    Online, each device holds and runs the encoder for every picture of the training. Precomputed, each caption is
-    encoded once; what that costs is known as soon as the number of samples is.
+    Online, each device holds the encoder and runs it for every picture of the training. Precomputed, each caption is
+    encoded once; this cost is only known if the number of samples is.
     """
     flops, rate = text.flops_per_caption, config.mfu * device.peak
     images = config.train.steps * config.data.global_batch
@@ -256,7 +257,7 @@ def text_plan(
 
 
 def features_plan(config: PlanCommand, features: FeatureCost, device: Device) -> dict[str, Any] | None:
-    """What losses on features cost beside the U-Net; None without any."""
+    """Return the cost of losses on features in addition to the U-Net; None without any."""
     if not features.parameters:
         return None
     images = config.train.steps * config.data.global_batch
@@ -272,7 +273,8 @@ def features_plan(config: PlanCommand, features: FeatureCost, device: Device) ->
 def checkpoint_plan(
     config: PlanCommand, setup: Setup, device: Device, nodes: int, seconds_per_step: float
 ) -> dict[str, Any]:
-    """One checkpoint (fp32 weights, moments, averages), what it takes, and all that are kept."""
+    """Return the size, duration and interval of checkpoints (fp32 weights, moments, averages), and the size of all that
+    are kept."""
     states = optimizer_class(setup.optimizer).saved_bytes(setup.shapes, setup.trained)
     size = 4 * setup.trained * (1 + setup.averages) + states
     settings = config.checkpoint
@@ -295,10 +297,11 @@ def checkpoint_plan(
 
 
 def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
-    """What is known of the shards without reading them: number, size, and from an existing index the samples.
+    """Collect what is known of the shards without reading them: their number, their size and, if they are indexed, the
+    number of samples.
 
     Returns:
-        shards: whether they are there and can feed the lanes (null where data.shards is not set); data: the facts.
+        shards: whether they exist and have enough samples (None if data.shards is not set); data: the facts.
     """
     facts: dict[str, Any] = {"shards": None, "bytes": None, "samples": None, "epochs": None}
     facts |= {"bytes_per_sample": float(ASSUMED_SAMPLE_BYTES), "basis": "assumed", "lanes": config.data.lane_count}
@@ -346,7 +349,7 @@ def data_fits(config: PlanCommand, problems: list[str]) -> dict[str, Any]:
 
 
 def images_by_dataset(data: DataConfig, images: int) -> dict[str, float]:
-    """How many of the first `images` samples of a run each data set of a mixture gives; empty without one."""
+    """Return how many of a run's first `images` samples come from each data set of a mixture; empty without one."""
     names, rows = [dataset.name for dataset in data.datasets()], data.schedule()
     found = dict.fromkeys(names, 0.0)
     for number, (start, shares) in enumerate(rows if names else ()):
@@ -357,7 +360,7 @@ def images_by_dataset(data: DataConfig, images: int) -> dict[str, float]:
 
 
 def bucket_facts(config: PlanCommand, shards: Sequence[tuple[str, store.Entry, DataConfig]]) -> dict[str, Any]:
-    """Width, height and (where all shards have an index) samples of each of `data.buckets`."""
+    """Return the width, height and (if all shards have an index) number of samples of each of `data.buckets`."""
     multiple = side_multiple(config.stage, config.text.dim) if config.data.buckets else 1
     found: dict[str, Any] = {}
     for shape, ratio in config.data.ratios().items():
@@ -372,7 +375,8 @@ def bucket_facts(config: PlanCommand, shards: Sequence[tuple[str, store.Entry, D
 
 
 def indexed_samples(data: DataConfig, entries: list[store.Entry]) -> tuple[int | None, int]:
-    """(samples that take part, all samples) as far as every shard has an index; nothing is indexed here."""
+    """Return the number of samples that pass data.filter, and of all samples; None and 0 unless every shard has an
+    index. Indexes nothing."""
     from data_pipeline.shards.dataset import patience_of, stored_index
     from data_pipeline.shards.summaries import read_summaries, summarize, summary_url
 

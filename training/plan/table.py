@@ -1,4 +1,4 @@
-"""The plan for people: one table from the numbers of plan.py."""
+"""The plan in readable form: one table from the numbers of plan.py."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LABEL = 24
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, or MiB where that is small."""
+    """Format bytes as GiB, or as MiB if below 0.1 GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def table(plan: dict[str, Any]) -> str:
-    """One line per question, then the problems."""
+    """Return the table: one line per quantity, then problems and remarks."""
     groups = (_network(plan), _memory(plan), _time(plan), _input_output(plan), _fits(plan))
     blocks = ["\n".join(f"{label:<{LABEL}}{value}".rstrip() for label, value in rows) for rows in groups]
     problems = [f"problem: {problem}" for problem in plan["problems"]] or ["no problem found"]
@@ -37,7 +37,7 @@ def table(plan: dict[str, Any]) -> str:
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
     frozen = plan["trained_parameters"] < plan["parameters"]
     trained = f", of which {plan['trained_parameters'] / 1e6:,.2f} M are trained (lora)" if frozen else ""
-    taught = f"{plan['teacher_passes']} of them the teacher's, " if plan["teacher_passes"] else ""
+    taught = f"{plan['teacher_passes']} of them by the teacher, " if plan["teacher_passes"] else ""
     return [
         ("stage", f"{plan['stage']} (preset {plan['preset']}, {plan['precision']}, {plan['optimizer']})"),
         ("diffusion", ", ".join(f"{name} {value}" for name, value in plan["diffusion"].items())),
@@ -66,7 +66,7 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [(f"  {name.replace('_', ' ')}", gib(parts[name])) for name in PARTS if parts.get(name)]
     if plan["memory_beside"]:
-        rows.append(("  decoding process", f"{gib(plan['memory_beside'])} beside it, already taken off what there is"))
+        rows.append(("  decoding process", f"{gib(plan['memory_beside'])}, already subtracted from what is available"))
     if parts["host"]:
         rows.append(("  in host memory", f"{gib(parts['host'])} (offloaded; copy for checkpoints)"))
     for stage, totals in plan["memory_by_zero_stage"].items():

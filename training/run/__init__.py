@@ -1,4 +1,4 @@
 """One training run: its directory, data, state, checkpoints and reports, which `session` opens in order.
 
-Imports cascade and below.
+Imports cascade and the folders below it.
 """

@@ -1,5 +1,4 @@
-"""The directory of a run: where its files lie, which configuration it was made with, and whether another one may go on
-in it.
+"""The directory of a run: its files, its recorded configuration, and whether a changed configuration may resume it.
 
 config.yaml   code.json   metrics.jsonl   samples/   logs/rank-#.log   checkpoints/   wandb/
 """
@@ -51,33 +50,33 @@ FIXED = {
     "data.buckets": "the order of the data depends on it",
     "data.window": "the order of the data depends on it",
 }
-"""Keys (and all below them) with which a run that has a checkpoint cannot go on once they differ, and why."""
+"""Keys (each including all keys below it) that must not change once a run has a checkpoint, and why."""
 LESSON = (
     *(f"distill.{name}" for name in TAUGHT),
     *(f"stage.sampler.{name}" for name in ("spacing", "threshold", "threshold_percentile")),
 )
-"""Fixed as well where a run is a distillation; elsewhere `distill` has no effect."""
+"""Keys that must not change either if the run is a distillation; in other runs `distill` has no effect."""
 STOP = "stop.json"
-"""Beside the metrics: another program asks the run to stop at the next step. It lasts until it is deleted."""
+"""File in RUN_DIR by which another program asks the run to stop at its next step; in force until it is deleted."""
 PROBE_BYTES = 1 << 14
 VALIDATION = "validation"
-"""Directory of the losses of single held-out samples, a file per validation."""
+"""Directory with the loss of every held-out sample, one file per validation."""
 SAVED = "saved.json"
-"""The last step that was saved, and where. Beside the metrics and not beside the checkpoints, which may get lost."""
+"""File with the last saved step and its place; in RUN_DIR, not with the checkpoints, which may get lost."""
 
 
 def to_dict(config: Experiment) -> dict[str, Any]:
-    """The resolved configuration as plain values."""
+    """Return the resolved configuration as plain values."""
     return asdict(config)
 
 
 OPEN = {"stage.model.overrides": ("checkpoint_blocks",)}
-"""Mappings that may hold any keys: one value each, so that a key that comes or goes is a change of it (but for these,
-which change no number)."""
+"""Mappings with arbitrary keys, which `flatten` treats as one value, so that adding or removing a key is a change; with
+the keys to ignore, which do not affect results."""
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; lists are values."""
+    """Return nested settings as one dict by dotted key; lists are values."""
     if prefix in OPEN and isinstance(tree, dict):
         return {prefix: {key: value for key, value in tree.items() if key not in OPEN[prefix]}}
     if not isinstance(tree, dict) or not tree:
@@ -89,16 +88,16 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of the settings that differ; those of a distillation where there is
-    one."""
+    """Return (dotted key, value before, value now) of the settings that differ; `distill` settings only if one of the
+    two is a distillation."""
     old, new = flatten(before), flatten(now)
     keys = [key for key in sorted({*old, *new}) if _is_taught(before, now) or not key.startswith("distill.")]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def changed_since(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The `differences` from settings that an earlier version may have written: a key that it did not have yet was at
-    its default."""
+    """Return the `differences` from settings that an earlier version may have written; a key that it did not have
+    counts as its default."""
     known, defaults = flatten(before), flatten(to_dict(Experiment()))
     found = [(key, old if key in known else defaults.get(key), new) for key, old, new in differences(before, now)]
     return [(key, old, new) for key, old, new in found if old != new]
@@ -109,21 +108,24 @@ def _is_taught(*settings: dict[str, Any]) -> bool:
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
-    """Raises ConfigError for a change with which the run cannot go on; returns the other changes as `key: old ->
-    new`."""
+    """Return the changed settings as `key: old -> new`. Raises ConfigError if the run cannot resume with one of them.
+
+    Args:
+        where: the run or checkpoint to name in an error.
+    """
     changes = []
     kept = dict(FIXED)
     if all(config.get("train", {}).get("deterministic_reduction") for config in (before, now)):
-        kept["data.micro_batch"] = "train.deterministic_reduction adds gradients up by micro-batch"
+        kept["data.micro_batch"] = "train.deterministic_reduction sums gradients by micro-batch"
     if _is_taught(before, now):
-        kept |= dict.fromkeys(LESSON, "the teacher's targets follow from it")
+        kept |= dict.fromkeys(LESSON, "the teacher's targets depend on it")
     has_old = {*flatten(before), *flatten(to_dict(Experiment()))}
     for key, old, new in changed_since(before, now):
         for fixed, reason in kept.items():
             if key in has_old and (key == fixed or key.startswith(f"{fixed}.")):
                 raise ConfigError(
                     f"{key}={_yaml(new)}: {where} was made with {key}={_yaml(old)}, and {reason}; "
-                    f"set it back, or start a new run with another run.dir"
+                    f"restore it, or start a new run with another run.dir"
                 )
         changes.append(f"{key}: {_yaml(old)} -> {_yaml(new)}")
     return changes
@@ -142,99 +144,99 @@ class RunDir:
         self.checkpoints = config.checkpoint.dir or str(self.path / "checkpoints")
 
     def log_file(self, rank: int) -> Path:
-        """Where rank `rank` logs."""
+        """Return the log file of rank `rank`."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def sample_file(self, step: int) -> Path:
-        """The sample grid of `step`."""
+        """Return the file of the sample grid of `step`."""
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def asked_to_stop(self) -> str:
-        """Why the run should end early, as RUN/stop.json says; empty where there is none."""
+        """Return the reason in RUN/stop.json for ending the run early; empty if there is no such file."""
         return str(read_json(self.path / STOP).get("reason", "")) if (self.path / STOP).exists() else ""
 
     def ask_to_stop(self, reason: str) -> None:
-        """Lets the training of this run, wherever it is, save and end at its next step, and not start again."""
+        """Make the training of this run, wherever it is running, save and end at its next step, and not start again."""
         replace_file(self.path / STOP, json.dumps({"reason": reason, "time": time.time()}))
 
     def create(self) -> None:
-        """Makes the directories, and tries whether there is room for small files.
+        """Create the directories, and check that there is space for small files.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the directory cannot be written to.
         """
         try_to_write(self.path, "run.dir", ("logs", "samples"))
 
     def changes(self, config: Experiment) -> list[str]:
-        """How the settings differ from those of the last start, as `key: old -> new`; empty where none is recorded.
+        """Return the settings that differ from those of the last start, as `key: old -> new`; empty if none are
+        recorded.
 
         Raises:
-            ConfigError: a setting with which the run cannot go on.
+            ConfigError: the run cannot resume with a changed setting.
         """
         before = self.recorded_config()
         if not isinstance(before.get("text"), dict):
             return []
         known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
         for name in ("text", "dino"):
-            if getattr(config, name).sha is None:  # found out at a start
+            if getattr(config, name).sha is None:  # computed at the start
                 known[name]["sha"] = None
         return check_same_run(known, to_dict(config), str(self.path))
 
     def check_nothing_lost(self) -> None:
-        """For a start that found no checkpoint: the run must not have had any.
+        """For a start that found no checkpoint, check that the run has never had any.
 
         Raises:
-            ConfigError: it has saved some, which are in another place now, or gone.
+            ConfigError: it has saved some, which are now elsewhere or gone.
         """
         place = self._last_place()
         step = -1 if place in ("", self.checkpoints) else CheckpointStore(place).newest_whole()
         if step >= 0:
             inside = place == str(self.path / "checkpoints")
             raise ConfigError(
-                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has some in {place} (step "
+                f"checkpoint.dir={self.checkpoints}: it has no checkpoint, but this run has some in {place} (step "
                 f"{step}); copy them, set checkpoint.dir={'null' if inside else place}, or start a new run with "
                 f"another run.dir"
             )
         step = self._last_saved()
         if step >= 0:
             raise ConfigError(
-                f"checkpoint.dir={self.checkpoints}: no checkpoint is there, but this run has saved some, the last of "
-                f"step {step}; mount or restore {place or self.checkpoints}. To start from step 0 on purpose, choose "
+                f"checkpoint.dir={self.checkpoints}: it has no checkpoint, but this run has saved some, the last at "
+                f"step {step}; mount or restore {place or self.checkpoints}. To deliberately start from step 0, choose "
                 f"another run.dir, or move {self.path} away"
             )
 
     def _last_place(self) -> str:
-        """Where the start before kept its checkpoints; empty where there was none."""
+        """Return where the previous start kept its checkpoints; empty if there was none."""
         before = self.recorded_config().get("checkpoint")
         if not isinstance(before, dict) or "dir" not in before:
             return ""
         return before["dir"] or str(self.path / "checkpoints")
 
     def _last_saved(self) -> int:
-        """The last step that any start of this run has saved or gone on from; -1: none."""
+        """Return the last step that any start of this run has saved or resumed from; -1: none."""
         starts = read_json(self.path / "code.json").get("starts", [])
         steps = [start.get("step", 0) or -1 for start in starts if isinstance(start, dict)]
         return max([read_json(self.path / SAVED).get("step", -1), *steps])
 
     def record_saved(self, step: int) -> None:
-        """A checkpoint of this step is committed: from now on the run never starts over by itself."""
-        with suppress(OSError):  # no room for it; the next one says it again
+        """Record a committed checkpoint, so that the run never silently starts over."""
+        with suppress(OSError):  # disk full; the next checkpoint records it
             replace_file(self.path / SAVED, json.dumps({"step": step, "checkpoints": self.checkpoints}))
 
     def record_validation(self, step: int, losses: Sequence[float]) -> None:
-        """The loss of each held-out sample (averaged weights), by which `cascade compare` sets two runs side by
-        side."""
+        """Record the loss of each held-out sample (averaged weights), for `cascade compare`."""
         path = self.path / VALIDATION / f"step-{step:08d}.json"
-        with suppress(OSError):  # the mean is in the metrics
+        with suppress(OSError):  # the mean is in the metrics anyway
             path.parent.mkdir(exist_ok=True)
             replace_file(path, json.dumps({"step": step, "loss": [float(f"{loss:.7g}") for loss in losses]}))
 
     def wandb_id(self, saved: str | None = None) -> str:
-        """The W&B id of this run, chosen once: also a start that died before its first checkpoint belongs to it. A copy
-        of a run that is still there gets one of its own.
+        """Return the W&B id of this run, chosen once, so that a start that died before its first checkpoint keeps it. A
+        copy of a run that still exists gets a new one.
 
         Args:
-            saved: the one in the checkpoint, for a run directory that has none.
+            saved: the id in the checkpoint, for a run directory without one.
         """
         path = self.path / "wandb_id"
         known = path.read_text().strip() if path.exists() else saved
@@ -252,7 +254,7 @@ class RunDir:
         return known
 
     def recorded_config(self) -> dict[str, Any]:
-        """The settings of the last start, as config.yaml has them; empty where none can be read."""
+        """Return the settings of the last start from config.yaml; empty if they cannot be read."""
         import yaml
 
         try:
@@ -262,13 +264,13 @@ class RunDir:
         return recorded if isinstance(recorded, dict) else {}
 
     def write_config(self, config: Experiment) -> None:
-        """Writes the resolved configuration to config.yaml."""
+        """Write the resolved configuration to config.yaml."""
         import yaml
 
         replace_file(self.path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
     def record_start(self, code: dict[str, Any], step: int, attempt: int, world_size: int) -> None:
-        """Adds this start to code.json: which code ran when, where, and from which step."""
+        """Add this start to code.json: which code ran, when, where, and from which step."""
         path = self.path / "code.json"
         starts = read_json(path).get("starts", [])
         command = json.loads(os.environ.get(TYPED, "null")) or sys.argv
@@ -280,10 +282,14 @@ class RunDir:
 
 
 def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
-    """Makes a directory (and some in it), and writes a small file there: before work whose result is to go there.
+    """Create a directory (and some inside it) and write a small file to it, before work whose result will go there.
+
+    Args:
+        key: the setting to name in an error.
+        inside: names of subdirectories to create.
 
     Raises:
-        DataError: it cannot be written; the sentence names `key`.
+        DataError: the directory cannot be written to.
     """
     probe = folder / f".probe-{os.getpid()}"
     try:
@@ -297,20 +303,19 @@ def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
 
 @contextmanager
 def leaving_nothing_empty(folder: Path) -> Iterator[None]:
-    """Takes the directories away again that a command has made for its results, where it was refused before it wrote
-    any."""
+    """Remove the directories that a command has created for its results if it fails before writing any."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except CascadeError:
         for path in made:
-            with suppress(OSError):  # not empty, or not made
+            with suppress(OSError):  # not empty, or not created
                 path.rmdir()
         raise
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a half-written one is left out, a missing file is empty."""
+    """Read the objects of a file of JSON lines; half-written lines are skipped, and a missing file is empty."""
     found = []
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -327,14 +332,14 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a small file so that readers see the old or the new content, never a part."""
+    """Write a small file atomically: readers see either the old or the new content."""
     with replacing(path, durable=False) as file:
         file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where there is none. One that a crash has damaged is not worth a run: a warning,
-    and it is recreated."""
+    """Read a small JSON object; empty if the file is missing. A damaged file does not stop the run: it is logged, and
+    recreated later."""
     try:
         found = json.loads(path.read_text())
         if isinstance(found, dict):
@@ -343,5 +348,5 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         pass
-    log.warning("%s is damaged; it is recreated", path)
+    log.warning("%s is damaged; it will be recreated", path)
     return {}

@@ -1,5 +1,5 @@
-"""`cluster.preflight=true`: before a training begins, every device, link, store and clock of the allocation is measured
-once, and a slow node is named. Seconds, against hours of all nodes waiting for one.
+"""`cluster.preflight=true`: measures every device, link, store and clock of the allocation once before a training
+starts, and reports slow nodes. This takes seconds, and can save hours in which all nodes wait for one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from training.run.directory import RunDir, replace_file
 log = logging.getLogger("cascade")
 
 SLOW_DEVICE, SLOW_LINK, SLOW_STORE = 1.3, 2.0, 4.0
-"""Slow is what takes so many times the median's time; stores vary most."""
+"""Factor over the median's time from which something is slow; stores vary most."""
 CLOCK_S = 5.0
-"""Clocks that differ by more confuse logs, leases of a cache, and signatures of S3 requests."""
+"""Seconds by which a clock may be off; larger differences confuse logs, cache leases and the signatures of S3
+requests."""
 REPEATS = 5
-"""The best of so many is taken: a measurement can only be disturbed towards slow."""
+"""Number of measurements, of which the best counts, since disturbances only slow them down."""
 SIDE = {"cuda": 8192, "cpu": 768}
 LINK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 STORE_BYTES = 8 << 20
@@ -40,12 +41,16 @@ REPORT = "preflight.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's figures; None where it measured none.
+    """Measurements of one rank; None where it made none.
 
     Attributes:
-        node: where it runs; tflops: of a matrix product; all_reduce_gb_s: bytes of the tensor per second, over all
-        ranks; receive_gb_s: from the rank before it; write_gb_s, read_gb_s: the checkpoint store, by one rank per node;
-        clock_s: time of day at a common moment.
+        rank: the rank.
+        node: name of its node.
+        tflops: rate of a matrix product, TFLOP/s.
+        clock_s: time of day at a common moment, seconds.
+        all_reduce_gb_s: rate of an all-reduce over all ranks, GB/s of the tensor.
+        receive_gb_s: rate of receiving from the previous rank, GB/s.
+        write_gb_s, read_gb_s: rates of the checkpoint store, GB/s; measured by one rank per node.
     """
 
     rank: int
@@ -60,7 +65,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something slow or wrong; `excludes`: reason enough to do without the node."""
+    """Something slow or wrong on a node; `excludes`: enough to exclude the node."""
 
     node: str
     sentence: str
@@ -68,13 +73,13 @@ class Finding:
 
 
 def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = None) -> list[Finding]:
-    """Measures, writes RUN_DIR/preflight.json, says what is slow. Collective.
+    """Measure, write RUN_DIR/preflight.json, and log what is slow; return the findings. Collective.
 
     Args:
-        node: this machine's name; null: Slurm's, or the host's.
+        node: this machine's name; None: Slurm's name of it, or the host name.
 
     Raises:
-        SlowNode: on all ranks, with cluster.preflight_exclude and a node that is slow.
+        SlowNode: on all ranks, with cluster.preflight_exclude, if a node is slow and others remain.
     """
     own = measure(ranks, run.checkpoints, node or os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     found = [Measured(**entry) for entry in gather_json(asdict(own), ranks)]
@@ -102,7 +107,7 @@ def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = 
 
 
 def measure(ranks: Ranks, store: str, node: str) -> Measured:
-    """This rank's figures. Collective."""
+    """Measure this rank. Collective."""
     kind = ranks.device.partition(":")[0]
     tflops = _tflops(ranks.device, SIDE[kind])
     written = read = None
@@ -120,7 +125,7 @@ def measure(ranks: Ranks, store: str, node: str) -> Measured:
 
 
 def _best(call: Callable[[], Any], device: str) -> float:
-    """Seconds of the fastest of REPEATS calls, after one to warm up."""
+    """Return the seconds of the fastest of REPEATS calls, after a warm-up call."""
     seconds = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -141,7 +146,7 @@ def _gb_s(tensor: torch.Tensor, call: Callable[[], Any]) -> float:
 
 
 def _around(tensor: torch.Tensor, ranks: Ranks) -> None:
-    """Every rank sends to the next and receives from the one before it."""
+    """Send to the next rank and receive from the previous one, on every rank."""
     import torch.distributed as dist
 
     there = torch.empty_like(tensor)
@@ -152,7 +157,7 @@ def _around(tensor: torch.Tensor, ranks: Ranks) -> None:
 
 
 def _store_gb_s(store: str, rank: int) -> tuple[float, float]:
-    """GB/s of writing and of reading a small object where the checkpoints go."""
+    """Return the GB/s of writing and of reading a small object where the checkpoints go."""
     name, data = f".preflight-{rank}-{os.getpid()}", os.urandom(STORE_BYTES)
     try:
         began = time.perf_counter()
@@ -168,7 +173,7 @@ def _store_gb_s(store: str, rank: int) -> tuple[float, float]:
 
 
 def judge_measured(found: Sequence[Measured]) -> list[Finding]:
-    """What stands out from the other ranks."""
+    """Return what stands out from the other ranks."""
     findings = []
     if len(found) > 1:
         findings += _slow(found, "tflops", SLOW_DEVICE, "computes {value:.3g} TFLOP/s")
@@ -179,7 +184,7 @@ def judge_measured(found: Sequence[Measured]) -> list[Finding]:
     for one in {one.node: one for one in found}.values():
         if abs(one.clock_s - middle) > CLOCK_S:
             ahead = one.clock_s - middle
-            said = f"the clock of {one.node} is {ahead:+.0f} s off the others'; check its time synchronization"
+            said = f"the clock of {one.node} is {ahead:+.0f} s off the others; check its time synchronization"
             findings.append(Finding(one.node, said, excludes=False))
     return findings
 
@@ -194,7 +199,7 @@ def _slow(found: Sequence[Measured], name: str, factor: float, what: str) -> lis
         Finding(
             one.node,
             f"rank {one.rank} on {one.node} {what.format(value=value)}, {usual / value:.1f} times slower than usual "
-            f"here ({usual:.3g}): repair or exclude the node",
+            f"here ({usual:.3g}): fix or exclude the node",
         )
         for one, value in values.items()
         if value * factor < usual
@@ -202,7 +207,8 @@ def _slow(found: Sequence[Measured], name: str, factor: float, what: str) -> lis
 
 
 def _slow_links(found: Sequence[Measured]) -> list[Finding]:
-    """A node is to blame when it is slow both to receive and to send; one slow direction is a link."""
+    """Find slow links: a node that is slow both to receive and to send is to blame itself; one slow direction is a
+    link."""
     rates = [one.receive_gb_s for one in found]
     if len(found) < 3 or None in rates:
         return []
@@ -215,16 +221,16 @@ def _slow_links(found: Sequence[Measured]) -> list[Finding]:
             said = (
                 f"rank {one.rank} on {one.node} sends and receives slowly ({rates[place]:.3g} GB/s, usual {usual:.3g})"
             )
-            findings.append(Finding(one.node, f"{said}: look at its network, or exclude the node"))
+            findings.append(Finding(one.node, f"{said}: check its network, or exclude the node"))
         elif slow[place] and not slow[place - 1]:
             ends = f"{found[place - 1].node} to {one.node}"
             said = f"the link from {ends} carries {rates[place]:.3g} GB/s, usual {usual:.3g}"
-            findings.append(Finding(one.node, f"{said}: look at the network", excludes=False))
+            findings.append(Finding(one.node, f"{said}: check the network", excludes=False))
     return findings
 
 
 def extremes_of(found: Sequence[Measured]) -> str:
-    """The slowest and the fastest of each kind, in one line."""
+    """Return the slowest and the fastest of each measurement, in one line."""
 
     def lowest(name: str, unit: str) -> str:
         values = [value for one in found if (value := getattr(one, name)) is not None]

@@ -1,4 +1,4 @@
-"""`train.profile`: what one rank's devices and processor did in a few steps, as a trace for ui.perfetto.dev."""
+"""`train.profile`: a trace of each rank's CPU and GPU activity in a few steps, for ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Profile:
-    """Records the steps of `train.profile.steps` (both ends are in it), each rank into a file of its own."""
+    """Records the steps of `train.profile.steps` (inclusive), in one file per rank."""
 
     def __init__(self, settings: ProfileConfig, run: RunDir, ranks: Ranks) -> None:
         self.first, self.last = settings.steps or (0, -1)
@@ -24,7 +24,7 @@ class Profile:
         self._began = 0
 
     def before(self, step: int) -> None:
-        """Step `step`, counted from 1, is about to run."""
+        """Call before step `step`, counted from 1."""
         if self._profiler is not None or not self.first <= step <= self.last:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -35,7 +35,7 @@ class Profile:
         self._began = step
 
     def after(self, step: int) -> None:
-        """It has run; after the last one the trace is written. A full disk ends no run."""
+        """Call after step `step`; after the last one the trace is written. A full disk does not end the run."""
         if self._profiler is None or step < self.last:
             return
         profiler, self._profiler = self._profiler, None
@@ -51,7 +51,7 @@ class Profile:
             log.info("profile of steps %d to %d: %s, one per rank; open it in ui.perfetto.dev", self._began, step, path)
 
     def close(self) -> None:
-        """The loop has ended; a trace that is not complete is dropped."""
+        """Stop recording; an incomplete trace is discarded."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None

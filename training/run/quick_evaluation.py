@@ -1,8 +1,8 @@
-"""Figures on features inside training: every so many steps the averaged weights draw held-out captions.
+"""Feature-based figures during training: every evaluation.every steps the averaged weights draw held-out captions.
 
-All ranks draw. A picture's noise belongs to (seed, caption, how often the caption came before), so the figures are the
-same on any number of ranks and from step to step differ by the weights alone. A super-resolution stage starts from true
-low-res pictures, which measures it apart from the base.
+All ranks draw. A picture's noise depends on (seed, caption, number of earlier occurrences of the caption), so figures
+are the same on any number of ranks, and only differ between steps because of the weights. A super-resolution stage
+starts from true low-res pictures, so that it is measured separately from the base stage.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from training.processes.collectives import RankTeam, each, gather_objects, gathe
 from training.processes.ranks import Ranks
 
 CHUNK = 64
-"""Reference pictures decoded before their features are taken."""
+"""Number of reference pictures to decode before computing their features."""
 Encode = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class QuickEvaluation:
-    """Holds the reference's features, and this rank's share of the captions and low-res pictures, in host memory.
+    """Keeps the reference's features, and this rank's share of the captions and low-res pictures, in host memory.
 
     Args:
-        encode: captions -> embeddings (B, T, D) and mask (B, T).
+        encode: encodes captions as embeddings (B, T, D) and mask (B, T).
 
     Raises:
-        ConfigError, DataError: no reference pictures there, or an extractor's file is missing.
+        ConfigError, DataError: the reference has no pictures, or an extractor's file is missing.
     """
 
     def __init__(self, config: Experiment, ranks: Ranks, encode: Encode) -> None:
@@ -63,14 +63,15 @@ class QuickEvaluation:
             seeds.append(picture_seed(config.seed, caption, counts[caption]))
             counts[caption] += 1
         share = -(-self.count // ranks.world_size)
-        # the last rank repeats a picture: under ZeRO 3 all ranks must call the module equally often
+        # the last rank repeats pictures, since with ZeRO 3 all ranks must call the module equally often
         mine = [min(ranks.rank * share + i, self.count - 1) for i in range(share)]
         self._captions = [captions[i] for i in mine]
         self._seeds = torch.tensor([seeds[i] for i in mine], dtype=torch.int64)
         self._low = torch.from_numpy(np.stack([low[i] for i in mine])).permute(0, 3, 1, 2) if low else None
 
     def _in_turn(self, features: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-        """The chunks of all ranks in the order of the pictures. For the start of a run: shares differ in size."""
+        """Gather the chunks of all ranks in the order of the pictures. Pickles them, as shares differ in size, so use
+        it only at the start of a run."""
         gathered = gather_objects(features, self.ranks)
         most = max(len(parts) for given in gathered for parts in given.values())
         return {
@@ -81,11 +82,11 @@ class QuickEvaluation:
         }
 
     def measure(self, module: torch.nn.Module, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Figures of the stage's pictures, `evaluation/METRIC/FEATURES`, and the half width of each one's 95 % interval
-        as `.../plus_minus`. Collective.
+        """Return figures of the stage's pictures, `evaluation/METRIC/FEATURES`, each with half the width of its 95 %
+        interval as `.../plus_minus`. Collective.
 
         Args:
-            beat: called after every batch, to show that the rank is alive.
+            beat: called after every batch, to report progress to the watchdog.
         """
         size = self.config.evaluation.batch
         pictures: dict[str, list[np.ndarray]] = {e.name: [] for e in self.extractors}
@@ -107,7 +108,7 @@ class QuickEvaluation:
         return together(lambda: self._figures(whole), self.ranks)
 
     def _draw(self, module: torch.nn.Module, rows: slice) -> torch.Tensor:
-        """uint8 (B, 3, H, W)."""
+        """Draw one batch, uint8 (B, 3, H, W)."""
         config, device = self.config, self.ranks.device
         text, mask = self._encode(self._captions[rows])
         with torch.no_grad():

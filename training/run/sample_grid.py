@@ -1,4 +1,4 @@
-"""Pictures on the way: fixed prompts with fixed seeds from the averaged weights, every so many steps."""
+"""Sample grids: fixed prompts drawn with fixed seeds by the averaged weights, every train.sample_every steps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from training.processes.ranks import Ranks
 log = logging.getLogger("cascade")
 
 MOST = 8
-"""Captions taken from the data when none are configured."""
+"""Number of captions to take from the data."""
 Inputs = tuple[list[str], torch.Tensor | None]
 """Captions, and for super-resolution the true low-res pictures (B, 3, h, w) uint8."""
 
 
 def choose(prompts: list[str], stage: StageConfig, open_loader: Callable[[], Loader], ranks: Ranks) -> Inputs:
-    """The configured prompts, else (and always for super-resolution, which needs true low-res pictures) the first
-    captions of the data, which rank 0 reads. Collective."""
+    """Return the configured prompts or, without any and for super-resolution, which needs true low-res pictures, the
+    first captions of the data, which rank 0 reads. Collective."""
     if prompts and not stage.is_super_resolution:
         return list(prompts), None
     low_res: torch.Tensor | None = None
@@ -54,8 +54,8 @@ def draw(
     config: Experiment,
     ranks: Ranks,
 ) -> torch.Tensor:
-    """All pictures, uint8 (B, 3, H, W). Collective: the ranks share them in equal numbers, because ZeRO 3 wants every
-    rank to call the module equally often."""
+    """Draw all pictures, uint8 (B, 3, H, W). Collective: every rank draws the same number, because with ZeRO 3 all must
+    call the module equally often."""
     captions, low_res = inputs
     each = -(-len(captions) // ranks.world_size)
     mine = [min(ranks.rank * each + i, len(captions) - 1) for i in range(each)]
@@ -76,8 +76,8 @@ def draw(
 
 
 def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:
-    """A PNG with the captions below the pictures (super-resolution: the input beside the output); False when the disk
-    says no."""
+    """Write a PNG with captions below the pictures (super-resolution: input and output side by side); return whether
+    that succeeded."""
     captions, low_res = inputs
     cells = []
     for i, caption in enumerate(captions):
@@ -95,5 +95,5 @@ def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str
 
 
 def to_image(picture: torch.Tensor) -> Image.Image:
-    """uint8 (3, H, W)."""
+    """Convert uint8 (3, H, W) to PIL."""
     return Image.fromarray(picture.permute(1, 2, 0).numpy())

@@ -1,4 +1,5 @@
-"""The checkpoints of a run while it trains: begin one, finish it, go back to one. Knows nothing of what they hold."""
+"""The checkpoints of a run while it trains: starting, finishing and rolling back to one, independent of their
+content."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ from training.run.directory import RunDir
 log = logging.getLogger("cascade")
 
 FIRST = 20
-"""checkpoint.every=auto: steps to the first checkpoint of a start, and from there to the second: the two show what one
-costs, the first while it is written."""
+"""checkpoint.every=auto: number of steps to the first checkpoint of a start, and from there to the second. Together
+they show what a checkpoint costs, including while it is written in the background."""
 
 
 class Pace:
-    """How long steps take while a checkpoint is written in the background, and while none is."""
+    """Measures how long steps take while a checkpoint is being written in the background, and otherwise."""
 
     CALM = 200
-    """Steps without writing that are remembered."""
+    """Number of recent steps to keep during which no checkpoint was written."""
 
     def __init__(self) -> None:
         self._calm: deque[float] = deque(maxlen=self.CALM)
@@ -41,17 +42,17 @@ class Pace:
         self._before: float | None = None
 
     def step(self, now: float, writing: bool) -> None:
-        """A step ended at `now` (seconds of any steady clock)."""
+        """Record that a step ended at `now` (seconds of any monotonic clock)."""
         if self._before is not None:
             (self._writing if writing else self._calm).append(now - self._before)
         self._before = now
 
     def begin(self, now: float) -> None:
-        """The next step begins at `now`: what has passed since the last one was none."""
+        """Let the next step start at `now`, excluding the time since the last step."""
         self._before = now
 
     def slowed_s(self) -> float:
-        """Seconds that the steps beside the last writing took longer, all together; forgets them."""
+        """Return the total extra seconds of the steps during the last write, and reset them."""
         steps, self._writing = self._writing, []
         if not steps or not self._calm:
             return 0.0
@@ -59,10 +60,10 @@ class Pace:
 
 
 class Saving:
-    """The checkpoints of one start of a run. All methods are collective but `downloads` and `close`.
+    """The checkpoints of one start of a run. All methods except `downloads` and `close` are collective.
 
     Args:
-        announce: called on every rank, in the main thread, with step and place of each checkpoint that is committed.
+        announce: called on every rank, in the main thread, with step and place of each committed checkpoint.
     """
 
     def __init__(self, run: RunDir, config: Experiment, ranks: Ranks, announce: Callable[[int, str], None]) -> None:
@@ -71,30 +72,30 @@ class Saving:
         self.writer = CheckpointWriter(self.store, config.checkpoint, ranks, run.record_saved)
         self._announced = -1
         self._last, self._since, self._next = 0, time.monotonic(), FIRST
-        """Of checkpoint.every=auto: the step of the last one, when that was, and the step of the next."""
+        """For checkpoint.every=auto: the step and the time of the last checkpoint, and the step of the next."""
         self._pace = Pace()
         self.rollbacks = 0
-        """All of this run."""
+        """Number of rollbacks in the whole run."""
         self.recent_rollbacks = 0
-        """Those since the last healthy checkpoint, which train.max_rollbacks limits."""
+        """Number of rollbacks since the last healthy checkpoint, which train.max_rollbacks limits."""
 
     @property
     def place(self) -> str:
-        """Of the newest checkpoint that is committed."""
+        """Path or URL of the newest committed checkpoint."""
         return str(self.store.folder.sub(step_name(self.last_step)))
 
     @property
     def last_step(self) -> int:
-        """The newest step that is committed, -1: none."""
+        """The newest committed step; -1: none."""
         return self.writer.last_step
 
     def downloads(self, *also: str | None) -> AbstractContextManager[Share | None]:
-        """While checkpoints (and `also`) are read: what comes from an object store is fetched once per machine."""
+        """Return a context in which checkpoints (and `also`) in an object store are downloaded once per machine."""
         remote = any("://" in (place or "") for place in (self.run.checkpoints, *also))
         return shared_downloads(self.ranks) if remote else nullcontext()
 
     def resume(self, check: Callable[[Checkpoint | None], None], share: Share | None) -> Checkpoint | None:
-        """The checkpoint to go on from, claimed by this start; None: there is none (see CheckpointStore.resume)."""
+        """Claim the checkpoints for this start; return the one to resume from, or None (see CheckpointStore.resume)."""
         checkpoint = self.store.resume(self.ranks, check, share)
         if checkpoint is not None:
             self.writer.last_step = self._announced = checkpoint.step
@@ -111,13 +112,12 @@ class Saving:
         meta: Callable[[], dict[str, Any]],
         wait: bool = False,
     ) -> None:
-        """Begins to write the checkpoint of `step` once the previous one is finished; one that is there is not written
-        again.
+        """Start writing the checkpoint of `step` once the previous one is finished, unless it already exists.
 
         Args:
-            healthy: its last step was applied: the run can go back to it.
-            snapshot, meta: the state and what belongs to it, asked for when they are needed.
-            wait: until it is finished.
+            healthy: its last step was applied, so the run can roll back to it.
+            snapshot, meta: return the state and its metadata; called only if needed.
+            wait: wait until it is finished.
         """
         self.finish()
         began = time.monotonic()
@@ -133,7 +133,7 @@ class Saving:
             self._pace.begin(self._since)
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this step."""
+        """Return whether a checkpoint is due after this step."""
         every = self.config.checkpoint.every
         if every != "auto":
             return bool(step % every == 0)
@@ -141,13 +141,13 @@ class Saving:
         return step >= self._next
 
     def _best_every(self, step: int, waited_s: float) -> int:
-        """Steps to the next checkpoint (checkpoint.every=auto): from what the loop has waited for this one, what the
-        one before has cost the steps beside which it was written, and what the run has lived through; never so few that
-        the next would wait for this one. Rank 0 decides."""
+        """Return the number of steps to the next checkpoint (checkpoint.every=auto), from how long the loop has waited
+        for this one, how much the previous one has slowed down steps, and the run's failures; at least so many that the
+        next need not wait for this one. Rank 0 decides."""
 
         def decide() -> int:
             written_s, slowed_s = self.writer.seconds, self._pace.slowed_s()
-            if not written_s:  # this one is the first, and on its way
+            if not written_s:  # this is the first one, still being written
                 return FIRST
             cost_s = waited_s + slowed_s
             step_s = max(0.0, began - self._since) / max(1, step - self._last)
@@ -167,22 +167,23 @@ class Saving:
         return int(together(decide, self.ranks))
 
     def finish(self) -> None:
-        """Waits until the checkpoint under way is committed; a failure is logged, not raised."""
+        """Wait until the checkpoint in progress is committed; a failure is logged, not raised."""
         error = self.writer.wait()
         if error is not None and self.ranks.is_main:
             log.warning("%s", error)
-        if self.writer.last_step > self._announced:  # W&B looks at the files, so they must be there
+        if self.writer.last_step > self._announced:  # W&B checks the files, so they must exist
             self._announced = self.writer.last_step
             self._announce(self._announced, self.place)
 
     def roll_back(self, step: int, refused: int, load: Callable[[Checkpoint], None]) -> Checkpoint:
-        """Sets the state back to the last healthy checkpoint by `load`; the position in the data goes on.
+        """Roll the state back to the last healthy checkpoint and return it; the position in the data does not change.
 
         Args:
-            step: steps that are behind us, of which the last `refused` could not be applied.
+            step: number of steps done, of which the last `refused` were skipped.
+            load: loads a checkpoint.
 
         Raises:
-            NotFinite: that has been tried already, or there is nothing to go back to.
+            NotFinite: train.max_rollbacks is exceeded, or there is no healthy checkpoint.
         """
         self.finish()
         trouble = f"step {step}: the last {refused} steps were skipped (train.max_skipped)"
@@ -210,5 +211,5 @@ class Saving:
         return checkpoint
 
     def close(self, hurry: bool) -> None:
-        """The run ends; `hurry`: without waiting long for deletions."""
+        """Finish deletions at the end of the run; `hurry`: without waiting long."""
         self.writer.close(hurry)

@@ -1,4 +1,4 @@
-"""What the loop in train.py calls: the parts of a run, opened in order, and what the ranks decide together."""
+"""The parts of a run that the loop in train.py uses, opened in order, and the ranks' common decisions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Session:
         meta = checkpoint.meta if checkpoint else {}
         self.step: int = checkpoint.step if checkpoint else 0
         self.skipped: int = meta.get("counters", {}).get("skipped", 0)
-        """Steps that were not applied, of the whole run."""
+        """Number of skipped steps in the whole run."""
         self.guard = LossGuard(config.train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
         self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
 
@@ -100,12 +100,12 @@ class Session:
         self._validated, self._validated_step = math.inf, -1
         self._grid: Inputs | None = None
         self._writing = True
-        """Some rank is writing a checkpoint, as far as is known."""
+        """Whether any rank was writing a checkpoint at the last step."""
 
-    # ------------------------------------------------------------------------------------------ putting together
+    # --------------------------------------------------------------------------------------------------- opening
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None) -> None:
-        """Refuses to go on with another run's settings, or without the checkpoints that this run has had."""
+        """Refuse to resume with incompatible settings, or if this run's checkpoints have vanished."""
         if checkpoint is None:
             self.run.check_nothing_lost()
             return
@@ -154,14 +154,14 @@ class Session:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """Tells the watchdog what comes, and counts its time."""
+        """Report a phase to the watchdog, and measure its time."""
         self.watchdog.phase(name, step)
         with self.report.meter.phase(name):
             yield
         self.watchdog.phase(f"after {name}", step)
 
     def begin(self) -> None:
-        """The loop starts: clocks to zero, on all ranks at once (rank 0 has W&B to start)."""
+        """Start the loop: reset the clocks on all ranks at the same time (rank 0 first has to start W&B)."""
         self.watchdog.phase("wait for rank 0")
         told = self.ranks.is_main and bool(self.step and self.run.asked_to_stop())
         self.told_to_stop = bool(all_sum([float(told)], self.ranks)[0])
@@ -169,10 +169,13 @@ class Session:
         self.report.meter.start(self.step)
 
     def next_batch(self, healthy: bool) -> list[Batch]:
-        """The micro-batches of the next step (see TrainingData.next).
+        """Return the micro-batches of the next step (see TrainingData.next).
+
+        Args:
+            healthy: the last step was applied.
 
         Raises:
-            CascadeError: there are none; the state is saved (`healthy`: the last step was applied).
+            CascadeError: there is no data; the state has been saved.
         """
         batches = self.data.next()
         if batches is None:
@@ -180,7 +183,7 @@ class Session:
         return batches
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean loss of one micro-batch."""
+        """Return the mean loss of one micro-batch, and record its per-sample losses."""
         batch = batch.to(self.ranks.device)
         mean, each_sample = self.state.loss(batch, *self._text(batch), self.data.step - 1)
         self.report.meter.losses(each_sample["t"], each_sample["loss"], batch.datasets)
@@ -190,23 +193,25 @@ class Session:
         return self.data.text(batch, self.text_encoder)
 
     def votes(self, received: int) -> list[float]:
-        """What this rank has to say at a step: has it no data, samples seen and bad ones, is a checkpoint being
-        written, was the run asked to stop (rank 0 alone looks), and which signal it has received."""
+        """Return this rank's votes at a step: whether it lacks data, numbers of samples seen and of bad ones, whether a
+        checkpoint is being written, whether the run was asked to stop (only rank 0 checks), and one flag per signal."""
         told = self.ranks.is_main and bool(self.run.asked_to_stop())
         counts = self.data.loader.counters
         own = [self.data.failed, counts["samples"], counts["bad"], self.saving.writer.busy, told]
         return [float(value) for value in (*own, *(received == number for number in Signals.HANDLED))]
 
     def judge(self, loss: float, votes: Sequence[float]) -> str:
-        """Why a step must not be applied; the same on all ranks."""
+        """Return why a step must not be applied, empty if it may be; the same on all ranks."""
         return NO_DATA if self.data.ends(*votes[:3]) else self.guard.problem(loss)
 
     def hear(self, votes: Sequence[float], healthy: bool) -> int:
-        """Takes in what all ranks have said at a step; the signal that any of them received, or 0.
+        """Process the summed votes of all ranks at a step; return the signal that any of them received, or 0.
+
+        Args:
+            healthy: the previous step was applied.
 
         Raises:
-            CascadeError: one has no data, or too many samples were bad; the state before the step is saved
-                (`healthy`: the step before it was applied).
+            CascadeError: a rank has no data, or too many samples were bad; the state before the step has been saved.
         """
         failed, seen, bad, writing, told, *signals = votes
         if self.data.ends(failed, seen, bad):
@@ -223,9 +228,9 @@ class Session:
         raise error
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """Metrics after `step` steps. One collective."""
+        """Log metrics after `step` steps. One collective."""
         if not self._writing:
-            self.finish_saving()  # a failed one is not left unsaid until the next is due
+            self.finish_saving()  # reports a failure without waiting for the next checkpoint
         own = {"param_norm": self.state.engine.squared_norm(), **self.data.counts()}
         measured = self.report.meter.record(step, own)
         counts = self.data.of_whole_run([measured.pop(name) for name in self.data.count_names])
@@ -243,11 +248,11 @@ class Session:
         )
 
     def report_skip(self, step: int, loss: float, why: str, batches: list[Batch]) -> None:
-        """Says that a step was not applied, and names its samples."""
+        """Log that a step was skipped, with its samples."""
         self.report.skipped(step, loss, why, [key for batch in batches for key in batch.keys])
 
     def summary(self, loss: float, step: int) -> dict[str, Any]:
-        """What `cascade train` answers after `step` steps."""
+        """Return the result of `cascade train` after `step` steps."""
         early = {"stopped": self.run.asked_to_stop()} if step < self.config.train.steps else {}
         return {
             "step": step,
@@ -262,15 +267,15 @@ class Session:
             **early,
         }
 
-    # ------------------------------------------------------------------------------------- checkpoints and rolling back
+    # ----------------------------------------------------------------------------------- checkpoints and rolling back
 
     def save(self, step: int, healthy: bool = True, wait: bool = False) -> None:
-        """Begins to write the checkpoint of `step`; the previous one is finished first. Collective."""
+        """Start writing the checkpoint of `step`, after finishing the previous one. Collective."""
         with self.phase("checkpoint", step):
             self.saving.save(step, healthy, self.state.engine.snapshot, lambda: self._meta(step), wait)
 
     def _meta(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` holds beside the tensors. Collective."""
+        """Return the metadata of a checkpoint of `step`. Collective."""
         data, counts = self.data, list(self.data.counts().values())
         return {
             "step": step,
@@ -289,15 +294,16 @@ class Session:
         }
 
     def finish_saving(self) -> None:
-        """Waits until the checkpoint under way is committed; a failure is logged, not raised. Collective."""
+        """Wait until the checkpoint in progress is committed; a failure is logged, not raised. Collective."""
         self.watchdog.phase("checkpoint", self.data.step)
         self.saving.finish()
 
     def roll_back(self, step: int) -> None:
-        """Sets weights, moments and averages back to the last healthy checkpoint; the position goes on. Collective.
+        """Roll weights, moments and averages back to the last healthy checkpoint; the data position does not change.
+        Collective.
 
         Raises:
-            NotFinite: that has been tried already, or there is nothing to go back to.
+            NotFinite: train.max_rollbacks is exceeded, or there is no healthy checkpoint.
         """
         with self.phase("checkpoint", step):
             checkpoint = self.saving.roll_back(step, self.guard.refused, self.state.load)
@@ -306,7 +312,7 @@ class Session:
     # ------------------------------------------------------------------------- validation, evaluation, sample grid
 
     def validate(self, step: int) -> dict[str, float]:
-        """Validation loss of the raw and of the averaged weights. Collective."""
+        """Return the validation losses of the raw and of the averaged weights. Collective."""
         assert self.validation is not None
         engine, lesson = self.state.engine, self.state.lesson
         with self.phase("validation", step), self.state.stance("force_eager"):
@@ -321,14 +327,14 @@ class Session:
         return {"validation_loss": raw, "validation_loss_ema": averaged, **by_noise_level(losses)}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Figures on features of pictures that the averaged weights draw. Collective."""
+        """Return feature-based figures of pictures drawn by the averaged weights. Collective."""
         assert self.evaluation is not None
         averaged = self.state.engine.averaged(0)
         with self.phase("evaluation", step), self.state.stance("force_eager"), averaged as module:
             return self.evaluation.measure(module, beat=lambda: self.watchdog.phase("evaluation", step))
 
     def sample_grid(self, step: int) -> None:
-        """Draws the fixed prompts into samples/step-########.png. Collective."""
+        """Draw the fixed prompts to samples/step-########.png. Collective."""
         config, ranks = self.config, self.ranks
         with self.phase("samples", step), self.state.stance("force_eager"):
             if self._grid is None:
@@ -343,7 +349,7 @@ class Session:
                 self.report.tracker.image(step, path)
 
     def close(self, exit_code: int) -> None:
-        """Ends everything; with an error under way, the rank's own log says which."""
+        """Close everything; an exception in progress is recorded in the rank's own log."""
         if sys.exc_info()[0] is not None:
             log.log(SILENT, "ends with code %d", exit_code, exc_info=True)
         self.profile.close()

@@ -1,5 +1,5 @@
-"""Weights of other runs: those that a fresh run begins with (`train.init_from`; under `lora` they stay as they are),
-and the teacher's of a distillation."""
+"""Weights from other runs: those that a new run starts from (`train.init_from`; with `lora` they stay frozen), and
+those of a distillation's teacher."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from training.model.lora import add_adapters, weights_sha256
 from training.model.unet import UNet
 
 MEANING = ("parametrization", "residual", "sigma_data")
-"""Settings that say what a network's output is."""
+"""Settings that define what a network's output means."""
 
 log = logging.getLogger("cascade")
 
 
 def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Puts the averaged weights of a bundle's stage, of a run, or of one checkpoint into a fresh model; adapters too.
+    """Load the averaged weights of a bundle's stage, of a run, or of one checkpoint into a new model, and add adapters
+    with `lora`.
 
     Args:
-        base: what this function returned at the first start of the run; the weights must be those again, wherever they
-            lie now.
+        base: the record that this function returned at the first start of the run; the weights must be the same, even
+            if they have moved.
 
     Returns:
-        Under `lora`, what adapters are worth nothing without, for the run's checkpoints: `path` (of the one checkpoint,
-        where init_from is a run), `sha256` of the weights, and the `scale` of the adapters. Otherwise None.
+        With `lora`, the record of the frozen weights for the run's checkpoints: `path` (of the particular checkpoint if
+        init_from is a run), `sha256` of the weights, and the `scale` of the adapters. Otherwise None.
 
     Raises:
-        ConfigError: no such stage, weights of another network, no layers to adapt.
-        DataError: the weights are not those of `base`.
+        ConfigError: no such stage, weights of a different network, or no layers to adapt.
+        DataError: there are no such weights, or they are not those of `base`.
     """
     lora, path = config.lora, _absolute(str(config.starts_from))
     key = "train.init_from" if config.train.init_from else "distill.teacher"
@@ -51,11 +52,11 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
         model.load_state_dict({**tensors, **own})
     except RuntimeError as error:
         raise ConfigError(
-            f"{key}={path}: weights of another network ({str(error).splitlines()[-1].strip()})"
+            f"{key}={path}: its weights are of a different network ({str(error).splitlines()[-1].strip()})"
         ) from error
-    log.info("weights taken from %s", path)
+    log.info("starting from the weights of %s", path)
     if found.origin.get("text") not in (None, config.text.sha):
-        log.warning("they were trained with another text encoder (text.sha=%s) than this run's", found.origin["text"])
+        log.warning("they were trained with a different text encoder (text.sha=%s)", found.origin["text"])
     if not lora.rank:
         return None
     count = add_adapters(model, lora)
@@ -68,10 +69,10 @@ class Teacher:
     """A frozen network that a student learns from.
 
     Attributes:
-        unet: its averaged weights, in evaluation mode.
-        config: of its stage.
-        record: for the run's checkpoints: `path` (of the one checkpoint, where distill.teacher is a run) and `sha256`
-            of the weights.
+        unet: the network with its averaged weights, in evaluation mode.
+        config: the settings of its stage.
+        record: for the run's checkpoints: `path` (of the particular checkpoint if distill.teacher is a run) and
+            `sha256` of the weights.
     """
 
     unet: UNet
@@ -80,14 +81,14 @@ class Teacher:
 
 
 def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
-    """The teacher of a distillation, on the CPU.
+    """Load the teacher of a distillation, on the CPU.
 
     Args:
-        known: its record at the first start of the run; the weights must be those again, wherever they lie now.
+        known: its record at the first start of the run; the weights must be the same, even if they have moved.
 
     Raises:
-        ConfigError: no such stage, one of other pictures, or one trained with another text encoder.
-        DataError: no weights there, or others than `known`.
+        ConfigError: no such stage, one with other picture sizes, or one trained with a different text encoder.
+        DataError: there are no weights, or they are not those of `known`.
     """
     stage, path = config.stage, _absolute(str(config.distill.teacher))
     key = f"distill.teacher={path}"
@@ -95,31 +96,32 @@ def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
     for name in ("image_size", "low_res_size"):
         theirs, own = getattr(found.config, name), getattr(stage, name)
         if theirs != own:
-            raise ConfigError(f"{key}: a stage of stage.{name}={theirs}, not {own}; name the teacher of this stage")
+            raise ConfigError(f"{key}: its stage has stage.{name}={theirs}, not {own}; use a teacher for this stage")
     if found.origin.get("text") not in (None, config.text.sha):
         raise ConfigError(
-            f"{key}: trained with another text encoder (text.sha={found.origin['text']}) than this run's; use that one"
+            f"{key}: it was trained with a different text encoder (text.sha={found.origin['text']}); use that encoder"
         )
     unet = load_unet(found)
     sha256 = weights_sha256(unet.state_dict())
     if known and known["sha256"] != sha256:
-        raise DataError(f"{key}: other weights than this run's teacher so far, {known['path']}; name those")
+        raise DataError(f"{key}: its weights are not those of this run's teacher so far, {known['path']}; use these")
     return Teacher(unet, found.config, {"path": _place_of(found, path), "sha256": sha256})
 
 
 def _place_of(found: StageWeights, path: str) -> str:
-    """Where weights lie for good: the bundle, or the one checkpoint of a run."""
+    """Return where weights can be found again: the bundle, or the particular checkpoint of a run."""
     return path if found.sha256 else _absolute(found.origin["checkpoint"])
 
 
 def _absolute(path: str) -> str:
-    """Adapters outlive the directory that a command is given in; names that are no files (s3://, a cache) stay."""
+    """Return an absolute path, since the run may be resumed from another directory; names that are not files (s3://,
+    the Hugging Face cache) are unchanged."""
     return os.path.abspath(path) if "://" not in path and os.path.exists(path) else path
 
 
 def _check_meaning(before: DiffusionConfig, now: DiffusionConfig, where: str) -> None:
-    """Refuses weights whose output would be taken for something else."""
+    """Refuse weights whose output means something else than this run's."""
     for name in MEANING:
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
-            raise ConfigError(f"stage.diffusion.{name}={new}: the weights of {where} were trained with {old}; set that")
+            raise ConfigError(f"stage.diffusion.{name}={new}: the weights of {where} were trained with {old}; use that")

@@ -1,4 +1,4 @@
-"""The training data of one rank: its micro-batches, their text, and what became of the samples."""
+"""The training data of one rank: its micro-batches, their text embeddings, and counts of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.run.directory import RunDir
 from training.text.identity import identity
 
 COUNTS = ("samples", "bad", *(f"bad_{reason}" for reason in BAD_REASONS), "bad_other")
-"""Counts of the loader that the ranks add up, in this order."""
+"""Counts of the loader that are summed over the ranks, in this order."""
 
 
 class Encoder(Protocol):
@@ -28,11 +28,12 @@ class Encoder(Protocol):
     max_tokens: int
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, T, D) and mask (B, T)."""
+        """Return embeddings (B, T, D) and mask (B, T)."""
 
 
 def open_loader(config: Experiment, ranks: Ranks, run: RunDir, position: int, **others: Any) -> Loader:
-    """The loader of this rank from `position` on, unless `others` say otherwise (`team`: all ranks open it)."""
+    """Open this rank's loader from `position` on; `others` override its arguments (`team`: all ranks open it
+    together)."""
     stage = config.stage
     multiple = side_multiple(stage, config.text.dim) if config.data.buckets else 1
     return Loader(
@@ -49,20 +50,20 @@ def open_loader(config: Experiment, ranks: Ranks, run: RunDir, position: int, **
 
 
 class TrainingData:
-    """This rank's share of the data. `position` counts the samples that all ranks have consumed since step 0.
+    """This rank's share of the data. `position` is the number of samples that all ranks have consumed since step 0.
 
     Args:
-        meta: of the checkpoint that the run resumes from; empty for a new run.
+        meta: metadata of the checkpoint to resume from; empty for a new run.
 
     Raises:
-        DataError, ConfigError: the shards are missing, or are not those that the checkpoint was trained on.
+        DataError, ConfigError: the shards are missing or invalid.
     """
 
     def __init__(self, config: Experiment, ranks: Ranks, run: RunDir, meta: Mapping[str, Any]) -> None:
         self.config, self.ranks = config, ranks
         self.position: int = meta.get("position", 0)
         self.datasets = [dataset.name for dataset in config.data.datasets()]
-        """Names of the data sets of a mixture, else empty."""
+        """Names of the data sets of a mixture; empty without one."""
         self._earlier: dict[str, int] = meta.get("data_counters", {})
         self._batches: list[Batch] | None = None
         self._failure: Exception | None = None
@@ -71,7 +72,7 @@ class TrainingData:
         )
 
     def check(self, meta: Mapping[str, Any]) -> None:
-        """Refuses other data than the checkpoint's, and embeddings of another text encoder. Collective."""
+        """Refuse data that differs from the checkpoint's, and embeddings of a different text encoder. Collective."""
         if meta:
             self.loader.check_state(meta["data"])
         embeddings = self.loader.embeddings
@@ -82,25 +83,25 @@ class TrainingData:
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches per optimizer step."""
+        """Micro-batches per rank and optimizer step."""
         return self.config.data.accumulate_of(self.ranks.world_size)
 
     @property
     def step(self) -> int:
-        """Steps whose samples have been consumed."""
+        """Number of steps whose samples have been consumed."""
         return self.position // self.config.data.global_batch
 
     @property
     def failed(self) -> bool:
-        """This rank has had no data for the step."""
+        """Whether this rank got no data for the step."""
         return self._failure is not None
 
     def next(self) -> list[Batch] | None:
-        """The micro-batches of the next step.
+        """Return the micro-batches of the next step.
 
-        A rank that gets none repeats its last ones, so that the others do not wait for it in vain: the step is refused
-        later, by all ranks together (`ends`). None: some rank has none to repeat (the first step, or one process), and
-        the run must end here.
+        A rank that gets none returns its last ones again, so that the others do not wait for it forever; all ranks then
+        refuse the step together (`ends`). None means that a rank has none to repeat (in the first step, or with one
+        process), and that the run must end here.
         """
         first = self._batches is None
         try:
@@ -113,16 +114,16 @@ class TrainingData:
         return self._batches
 
     def take_back(self) -> None:
-        """The samples of the step under way were not used."""
+        """Undo the current step's advance of the position; its samples were not used."""
         self.position -= self.config.data.global_batch
 
     def ends(self, failed: float, seen: float, bad: float) -> bool:
-        """Whether the run ends for want of data, from numbers summed over the ranks: how many ranks got no batch,
-        samples seen and bad ones."""
+        """Return whether the run must end for lack of data, from numbers summed over the ranks: ranks without a batch,
+        samples seen, and bad samples."""
         return bool(failed) or (self.ranks.world_size > 1 and self.loader.too_many(int(seen), int(bad)))
 
     def error(self, seen: float = 0.0, bad: float = 0.0) -> Exception:
-        """Why the data ends, the same on all ranks. Collective."""
+        """Return the error that describes why the data ended, the same on all ranks. Collective."""
         for error in errors_of_all(self._failure, self.ranks):
             if error is not None:
                 return error
@@ -130,7 +131,7 @@ class TrainingData:
         return self.loader.too_many_error(int(seen), int(bad), shards)
 
     def text(self, batch: Batch, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, T, D) and mask (B, T) of the captions: precomputed ones, else encoded now."""
+        """Return embeddings (B, T, D) and mask (B, T) of the captions, precomputed or encoded now."""
         if batch.embeddings is None:
             return encoder.encode(batch.captions)
         text, mask = pad(batch.embeddings, encoder.max_tokens)
@@ -138,21 +139,21 @@ class TrainingData:
 
     @property
     def count_names(self) -> tuple[str, ...]:
-        """Counts that the ranks add up: the same names in the same order on all of them."""
+        """Names of the counts that are summed over the ranks: the same names in the same order on all ranks."""
         return (*COUNTS, *(f"{kind}_dataset/{name}" for kind in ("samples", "bad") for name in self.datasets))
 
     def counts(self) -> dict[str, float]:
-        """This rank's counts of this start, by `count_names`; a reason that is not among them counts as bad_other."""
+        """Return this rank's counts since this start, by `count_names`; other reasons count as bad_other."""
         counts = dict.fromkeys(self.count_names, 0.0)
         for name, count in self.loader.counters.items():
             counts[name if name in counts else "bad_other"] += count
         return counts
 
     def of_whole_run(self, counts: Sequence[float]) -> dict[str, int]:
-        """Counts of all starts.
+        """Return counts over all starts, without reasons that never occurred.
 
         Args:
-            counts: of this start, by `count_names`, summed over the ranks. Reasons that never occurred are left out.
+            counts: counts since this start, in the order of `count_names`, summed over the ranks.
         """
         always = {name: 0 for name in self.count_names if name in ("samples", "bad") or "/" in name}
         total = Counter({**always, **self._earlier})

@@ -1,4 +1,4 @@
-"""The state that training changes: weights, their averages and the optimizer's moments, inside the engine."""
+"""The state that training changes: weights, their averages and the optimizer's moments, in the engine."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ log = logging.getLogger("cascade")
 
 
 class TrainingState:
-    """A stage's U-Net in its engine, fresh or from a checkpoint. Building one is collective.
+    """A stage's U-Net in its engine, new or from a checkpoint. Creating one is collective.
 
     Args:
-        text_dim: D of the text embeddings.
-        accumulate: micro-batches per optimizer step.
-        checkpoint: to resume from; None: random weights, or those of `train.init_from`.
+        text_dim: width D of the text embeddings.
+        accumulate: micro-batches per rank and optimizer step.
+        checkpoint: the checkpoint to resume from; None: random weights, or those of `train.init_from` or the teacher.
     """
 
     def __init__(
@@ -46,22 +46,22 @@ class TrainingState:
     ) -> None:
         self.config, self.ranks = config, ranks
         self.lora: dict[str, Any] | None = checkpoint.meta.get("lora") if checkpoint else None
-        """The frozen weights below the adapters: path, sha256, scale."""
+        """Record of the frozen weights under the adapters: path, sha256, scale."""
         self.teacher: dict[str, Any] | None = checkpoint.meta.get("teacher") if checkpoint else None
-        """Whose steps the student learns: path, sha256."""
+        """Record of the teacher: path, sha256."""
         self.unet = for_stage(config.stage, text_dim)
         self._dino = each(self._open_dino, ranks)
         model = each(lambda: self._build_model(fresh=checkpoint is None), ranks)
         self.lesson = each(self._open_lesson, ranks) if config.distill.steps else None
         self.engine = build_engine(model, config, ranks, accumulate)
         self.ema_since = [0 for _ in config.ema.decays]
-        """Updates after which each average began."""
+        """For each average, the number of updates after which it started."""
         if checkpoint is not None:
             self.load(checkpoint)
         compiled = config.precision.compile
         self._normal = torch.compile(random.normal, dynamic=False) if compiled else random.normal
         self.stance = torch.compiler.set_stance if compiled else nullcontext
-        """`stance("force_eager")`: rare shapes are not worth compiling."""
+        """`stance("force_eager")` avoids compiling for rare shapes."""
 
     def _build_model(self, fresh: bool) -> UNet:
         cluster, same_bits = self.config.cluster, self.config.train.deterministic_reduction
@@ -89,7 +89,7 @@ class TrainingState:
         config = self.config
         teacher = open_teacher(config, self.teacher)
         self.teacher = teacher.record
-        log.info("taught by %s (sha256 %s)", teacher.record["path"], teacher.record["sha256"][:16])
+        log.info("teacher: %s (sha256 %s)", teacher.record["path"], teacher.record["sha256"][:16])
         unet, precision = teacher.unet, config.precision
         unet.to(device=self.ranks.device, dtype=DTYPES[precision.dtype])
         if precision.compile:
@@ -105,7 +105,7 @@ class TrainingState:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Sets weights, moments and averages to the checkpoint's. Collective."""
+        """Load weights, moments and averages from a checkpoint. Collective."""
         config, updates = self.config, checkpoint.meta["updates"]
         kinds, self.ema_since = states_to_load(checkpoint.meta, checkpoint.names, config.optimizer.name, config.ema)
         new = [d for i, d in enumerate(config.ema.decays) if kinds[state_name(i)] == "param" and updates]
@@ -116,12 +116,12 @@ class TrainingState:
     def loss(
         self, batch: Batch, text: torch.Tensor, mask: torch.Tensor, step: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The mean loss of one micro-batch, and per sample `t` and `loss` (B,).
+        """Return the mean loss of one micro-batch, and per-sample tensors (B,) as `objective.loss` does.
 
         Args:
-            batch: on the device.
+            batch: the micro-batch, on the device.
             text, mask: embeddings (B, T, D) and mask (B, T) of its captions, on any device.
-            step: of the run, from 0: which losses beside that of diffusion still count.
+            step: the run's step, from 0, which decides whether `repa` still applies.
         """
         config, device = self.config, self.ranks.device
         return loss(
@@ -142,7 +142,7 @@ class TrainingState:
         )
 
     def _beside(self, step: int, x0: torch.Tensor, estimate: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        """The losses on features of each sample, (B,)."""
+        """Return the losses on features for each sample, (B,)."""
         assert self._dino is not None
         repa, perceptual, total = self.config.repa, self.config.perceptual, torch.zeros(len(x0), device=x0.device)
         aligned = bool(repa.weight) and step < repa.until
@@ -155,6 +155,6 @@ class TrainingState:
         return total
 
     def meta(self) -> dict[str, Any]:
-        """What belongs to the tensors in a checkpoint."""
+        """Return the metadata that belongs to the tensors in a checkpoint."""
         own = {"lora": self.lora, "teacher": self.teacher}
         return {"updates": self.engine.updates, "ema_since": self.ema_since, **own}

@@ -1,5 +1,4 @@
-"""The loss on held-out pictures at fixed noise levels with fixed noise: the same question at every step and in every
-run."""
+"""The loss on held-out pictures at fixed noise levels with fixed noise, comparable across steps and runs."""
 
 from __future__ import annotations
 
@@ -22,17 +21,17 @@ from training.processes.ranks import Ranks
 from training.run.reporting.metering import BANDS
 
 SEED = 20_220_523
-"""Fixed for ever, so that runs with different seeds are asked the same."""
+"""Fixed seed, so that runs with different seeds are measured on the same noise; never change it."""
 
 
 class Validation:
-    """Holds this rank's share of the held-out samples in host memory.
+    """Keeps this rank's share of the held-out samples in host memory.
 
     Args:
-        text: captions of a batch -> embeddings (B, T, D) and mask (B, T).
+        text: encodes the captions of a batch as embeddings (B, T, D) and mask (B, T).
 
     Raises:
-        ConfigError: no held-out shards are named, or the samples cannot be shared.
+        ConfigError: no held-out shards are set, or the samples cannot be divided among the ranks.
         DataError: the shards are missing.
     """
 
@@ -73,8 +72,8 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: Callable[..., Any], lesson: Lesson | None = None) -> tuple[float, list[float]]:
-        """The mean loss, and the loss of each sample; their times are spread evenly over (0, 1). With a `lesson` it is
-        the student's distance from its teacher. Collective."""
+        """Return the mean loss, and the loss of each sample; their times are spread evenly over (0, 1). With a `lesson`
+        it is the student's distance from its teacher. Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0)
         singles = torch.zeros(self.count, dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
@@ -88,9 +87,9 @@ class Validation:
 
     @torch.no_grad()
     def at_levels(self, model: Callable[..., Any], levels: Sequence[float]) -> list[float]:
-        """The mean x0 error at each of these log-SNRs: a question that depends on neither schedule, weighting nor
-        parametrisation, so that runs which differ in them can be compared. Super-resolution starts from the true
-        low-res picture, without augmentation, whose levels belong to a schedule. Collective."""
+        """Return the mean x0 error at each of these log-SNRs. It does not depend on schedule, weighting or
+        parametrisation, so runs that differ in them can be compared. Super-resolution starts from the true low-res
+        picture without augmentation, since augmentation levels depend on the schedule. Collective."""
         diffusion = replace(self.config.stage.diffusion, text_drop=0.0, aug_max=0.0)
         sums = torch.zeros(len(levels), dtype=torch.float64, device=self.ranks.device)
         for batch in self._batches:
@@ -108,7 +107,7 @@ class Validation:
         log_snr: torch.Tensor | None = None,
         lesson: Lesson | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What `loss` says of each sample."""
+        """Return the per-sample results of `objective.loss`."""
         device = self.ranks.device
         text, mask = self._text(batch)
         return loss(
@@ -129,8 +128,8 @@ class Validation:
 
 
 def by_noise_level(losses: Sequence[float]) -> dict[str, float]:
-    """Means of the losses that `Validation.measure` gives, in BANDS equal bands of the time, by their names in
-    metrics.jsonl; a band without a sample is left out."""
+    """Return the means of the losses from `Validation.measure` in BANDS equal bands of the time, by their names in
+    metrics.jsonl; bands without samples are left out."""
     found: dict[str, float] = {}
     for band in range(BANDS):
         low, high = band / BANDS, (band + 1) / BANDS

@@ -1,8 +1,7 @@
-"""A thread that notices when this rank makes no progress, says where, and in the end takes the process down.
+"""A thread that detects when this rank makes no progress, reports where, and finally ends the process.
 
-It runs from the first line of a training. Nothing it does waits for anybody: what the ranks tell each other goes
-through a second thread, because the key-value store of a frozen rank 0 accepts connections and never answers, whatever
-its time-out.
+It runs from the first line of a training and never waits for other ranks: communication with them goes through a second
+thread, because the key-value store of a frozen rank 0 accepts connections and never answers, whatever its time-out.
 """
 
 from __future__ import annotations
@@ -28,23 +27,24 @@ log = logging.getLogger("cascade")
 
 BEAT_S = 2.0
 SILENT_S = 10.0
-"""A rank whose watchdog has said nothing for so long is frozen or gone (it speaks every BEAT_S)."""
+"""Seconds without a report from a rank's watchdog (due every BEAT_S) after which the rank is frozen or gone."""
 ANSWER_S = 3.0
-"""How long a report waits for what is known about the other ranks."""
+"""Seconds that a report waits for information about the other ranks."""
 MARGIN_S = 60.0
-"""How much longer than the process groups it waits: their time-outs say more about what happened."""
+"""Seconds that the watchdog waits longer than the process groups, whose time-out errors are more specific."""
 PATIENT = ("checkpoint", "samples", "validation", "end")
 """Phases that may always take as long as the first step."""
 
 
 class Watchdog:
-    """The loop calls `phase` wherever it goes on to something else; silence of `warn_s` is reported once per phase,
-    with the stacks of all threads in this rank's log (`log_file`; before there is one, on stderr), and silence of
-    `limit_s` (of `patient_s` as long as `patient` is set: until the first step is done) ends the process (exit code
-    EXIT_HUNG), so that a scheduler can start afresh.
+    """Watches the phases that the loop reports with `phase`.
 
-    Once the ranks have met (`join`), rank 0 can say which of the others is stuck, and the others whether rank 0
-    does.
+    A phase that takes longer than `warn_s` seconds is reported once, with the stacks of all threads in this rank's log
+    (`log_file`; before there is one, on stderr). One that takes longer than `limit_s` (while `patient` is set, until
+    the first step is done, longer than `patient_s`) ends the process with exit code EXIT_HUNG, so that a scheduler can
+    restart it.
+
+    After `join`, rank 0 also reports which other ranks are stuck, and the others whether rank 0 is.
     """
 
     def __init__(
@@ -67,34 +67,35 @@ class Watchdog:
 
     @staticmethod
     def limits(settings: TrainConfig) -> tuple[float, float, float]:
-        """warn_s, limit_s and patient_s."""
+        """Return warn_s, limit_s and patient_s for these settings."""
         return settings.stall_s, settings.timeout_s + MARGIN_S, settings.timeout_first_s + MARGIN_S
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """This rank begins to do `name` in step `step`, None during the start (a plain assignment: costs nothing)."""
+        """Report that this rank starts phase `name` of step `step` (None during the start). Costs only an
+        assignment."""
         self._now = (name, step, time.monotonic())
 
     def join(self, connect: Callable[[], Any]) -> None:
-        """From now on the ranks tell each other where they are; `connect` opens a store of this thread's own."""
+        """Start exchanging phases with the other ranks; `connect` opens a separate connection to the store."""
         self._beats = _Beats(self.ranks, connect, lambda: self._now)
 
     def last_words(self, error: Exception) -> str:
-        """One sentence for a collective that failed because of another rank."""
+        """Return the message for a collective that failed because of another rank."""
         name, step, since = self._now
         after = f"phase {name}, after {time.monotonic() - since:.0f} s{self._others()}"
         said = str(error).splitlines()[0][:200]
         if step is None:
             return (
-                f"rank {self.ranks.rank}: another rank died or did not answer during the start ({after}): {said}; the "
+                f"rank {self.ranks.rank}: another rank died or did not respond during the start ({after}): {said}; the "
                 f"reason is in that rank's log or output; repeat the command to start again"
             )
         return (
-            f"rank {self.ranks.rank}: another rank died or did not answer within the time-outs (step {step}, {after}): "
-            f"{said}; the reason is in that rank's log; the same command resumes from the newest checkpoint"
+            f"rank {self.ranks.rank}: another rank died or did not respond within the time-outs (step {step}, "
+            f"{after}): {said}; the reason is in that rank's log; the same command resumes from the newest checkpoint"
         )
 
     def close(self) -> None:
-        """Stops watching."""
+        """Stop watching."""
         self._stop.set()
         if self._beats is not None:
             self._beats.stop.set()
@@ -127,7 +128,7 @@ class Watchdog:
                 log.error("%s", sentence)
                 if (
                     self.log_file is not None and not self.ranks.is_main
-                ):  # rank 0, which speaks otherwise, may be frozen
+                ):  # rank 0, which normally reports, may be frozen
                     say(sentence)
                 self._leave(EXIT_HUNG)
                 return
@@ -141,14 +142,14 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _others(self) -> str:
-        """What is known of the ranks that are somewhere else, or say nothing any more."""
+        """Describe the ranks that are in another phase or have stopped reporting."""
         found = [] if self._beats is None else self._beats.others()
         return f" ({'; '.join(found[:8])})" if found else ""
 
 
 class _Beats(threading.Thread):
-    """Every rank puts what it does into the store; rank 0 reads what the others have put there, and they what rank 0
-    has."""
+    """Exchanges phases: every rank writes its own to the store; rank 0 reads those of the others, and they read that of
+    rank 0."""
 
     def __init__(
         self, ranks: Ranks, connect: Callable[[], Any], now: Callable[[], tuple[str, int | None, float]]
@@ -162,16 +163,16 @@ class _Beats(threading.Thread):
         self.start()
 
     def others(self) -> list[str]:
-        """One phrase per rank that is elsewhere or silent. Waits for a moment only."""
+        """Return one phrase per rank that is in another phase or silent; waits at most ANSWER_S seconds."""
         self._known.clear()
         self._wanted.set()
         if self._known.wait(ANSWER_S):
             return self._found
         silent = time.monotonic() - self._answered
-        return [] if self._ranks.is_main else [f"rank 0 has not answered for {silent:.0f} s"]
+        return [] if self._ranks.is_main else [f"rank 0 has not responded for {silent:.0f} s"]
 
     def run(self) -> None:
-        with suppress(RuntimeError):  # rank 0, which holds the store, is gone: the collective will say so
+        with suppress(RuntimeError):  # rank 0, which hosts the store, is gone; the collective will fail
             store = self._connect()
             while not self.stop.is_set():
                 name, step, since = self._now()

@@ -1,1 +1,2 @@
-"""What a run says while it trains: `metering` measures, `tracking` and `trackers` write, `report` makes the record."""
+"""What a run reports while it trains: `metering` measures, `report` builds the records, `tracking` and `trackers` write
+them."""

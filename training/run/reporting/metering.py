@@ -1,4 +1,4 @@
-"""Times, rates and losses between two lines of the log."""
+"""Times, rates and losses between two records of the log."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from training.processes.ranks import Ranks
 from training.run.directory import read_json, replace_file
 
 BANDS = 5
-"""Loss by noise level: this many equal bands of the time t, from clean (0) to noise (1)."""
+"""Loss by noise level: number of equal bands of the time t, from clean (0) to noise (1)."""
 SLOW = 1.5
-"""A rank is named as slow when its own work takes this many times the median's."""
+"""Factor over the median from which a rank's own work is slow."""
 WORTH_SAYING = 0.1
-"""Share of an interval that a slow rank must cost the others before it is named."""
+"""Minimum fraction of an interval that a slow rank must cost the others to be reported."""
 ASIDE = ("samples", "validation", "checkpoint")
 """Phases that do not count in the rate."""
 
 
 class TimeLeft:
-    """The time to the end, from the wall time of the last records: validation, samples and checkpoints between them
-    count as often as they came."""
+    """Estimates the remaining time from the wall time of recent records, which includes the validations, sample grids
+    and checkpoints between them."""
 
     WINDOW = 50
-    """Records; the first of a start is not among them (compilation, warm-up)."""
+    """Number of records; the time before a start's first record (compilation, warm-up) does not count."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._records: deque[tuple[int, float]] = deque(maxlen=self.WINDOW)
 
     def seconds(self, step: int, rate: float, now: float) -> float:
-        """Seconds left after `step`.
+        """Return the seconds left after `step`.
 
         Args:
-            rate: steps per second without pauses, for as long as there are too few records.
-            now: seconds of any steady clock.
+            rate: steps per second without pauses, used as long as there are too few records.
+            now: seconds of any monotonic clock.
         """
         self._records.append((step, now))
         first, began = self._records[0]
@@ -52,8 +52,8 @@ class TimeLeft:
 
 
 class Meter:
-    """Where the time goes. `own` work is what a rank does before it waits for others: data and the forward pass (under
-    ZeRO 3 the forward pass gathers weights, so a slow rank shows less clearly there)."""
+    """Measures where the time goes. A rank's `own` work is what it does before waiting for others: data and the forward
+    pass (with ZeRO 3 the forward pass gathers weights, so a slow rank shows less clearly)."""
 
     def __init__(
         self,
@@ -67,17 +67,17 @@ class Meter:
         self.flops, self.peak = flops_per_image, peak_flops
         self._seconds: dict[str, float] = defaultdict(float)
         self.datasets = list(datasets)
-        """Names of the data sets of a mixture, whose losses are kept apart; the same on all ranks."""
+        """Names of the data sets of a mixture, whose losses are reported separately; the same on all ranks."""
         self._by_dataset: torch.Tensor | None = None
-        """(2, data sets): sums of the finite losses and how many, on their device."""
+        """(2, data sets): sums and counts of the finite losses, on their device."""
         self._bands: torch.Tensor | None = None
-        """(2, BANDS): sums of the finite losses and how many, on their device."""
+        """(2, BANDS): sums and counts of the finite losses, on their device."""
         self._began = time.monotonic()
         self._step: int | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time inside to what is reported for `name`."""
+        """Add the time spent in the context to phase `name`."""
         began = time.monotonic()
         try:
             yield
@@ -85,8 +85,7 @@ class Meter:
             self._seconds[name] += time.monotonic() - began
 
     def losses(self, t: torch.Tensor, loss: torch.Tensor, datasets: Sequence[str] = ()) -> None:
-        """Per-sample times (B,) in [0, 1] and losses (B,), added to their bands, and to their data sets where there are
-        several."""
+        """Add per-sample times (B,) in [0, 1] and losses (B,) to their bands and, for a mixture, to their data sets."""
         band = (t.detach().double() * BANDS).long().clamp(0, BANDS - 1).to(loss.device)
         self._bands = _added(self._bands, loss, band, BANDS)
         if self.datasets:
@@ -94,12 +93,12 @@ class Meter:
             self._by_dataset = _added(self._by_dataset, loss, number.to(loss.device), len(self.datasets))
 
     def start(self, step: int) -> None:
-        """The first step of this start is about to run."""
+        """Start a new interval at `step`."""
         self._step, self._began = step, time.monotonic()
         self._seconds.clear()
 
     def record(self, step: int, more: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """What happened since the last record, and the numbers in `more` summed over the ranks, under their names. One
+        """Return the measurements since the last record, and the numbers in `more` summed over the ranks, by name. One
         collective."""
         assert self._step is not None, "start() first"
         now = time.monotonic()
@@ -141,17 +140,17 @@ class Meter:
 
 
 def _added(sums: torch.Tensor | None, loss: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """(2, groups): sums and number of the finite losses (B,) by their group (B,), added to `sums`."""
+    """Add the sums and counts of the finite losses (B,), by group (B,), to `sums` (2, groups)."""
     values = loss.detach().double()
     inside = (group[:, None] == torch.arange(groups, device=loss.device)).double()
     finite = values.isfinite()
     more = torch.stack([torch.where(finite, values, 0.0), finite.double()]) @ inside
-    return more if sums is None else sums + more  # nothing waits for a GPU
+    return more if sums is None else sums + more  # no synchronisation with a GPU
 
 
 def slowest(own: list[float], seconds: float) -> tuple[int, float] | None:
-    """The rank whose own work takes more than SLOW times the median's, and how many times; None when all are alike, or
-    when what it costs the others is a small part of the `seconds` of the interval."""
+    """Return the rank whose own work takes more than SLOW times the median, and that factor; None if there is none, or
+    if it costs the others only a small fraction of the interval of `seconds`."""
     median = sorted(own)[(len(own) - 1) // 2]
     rank = max(range(len(own)), key=own.__getitem__)
     slow = own[rank] > SLOW * median and own[rank] - median > WORTH_SAYING * seconds
@@ -159,15 +158,14 @@ def slowest(own: list[float], seconds: float) -> tuple[int, float] | None:
 
 
 def memory_gb(device: str) -> float:
-    """Peak memory so far in GB: the GPU's, or this process's resident memory on a CPU."""
+    """Return the peak memory so far in GB: of the GPU, or this process's resident memory on a CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Hours:
-    """Device-hours over all starts of a run, kept in a small file, so that also the time of starts that crashed
-    counts."""
+    """Device-hours over all starts of a run, stored in a small file, so that crashed starts count as well."""
 
     def __init__(self, path: Path, attempt: int, world_size: int) -> None:
         self._path, self._attempt, self._world_size = path, str(attempt), world_size
@@ -175,15 +173,15 @@ class Hours:
         self._starts: dict[str, float] = read_json(path)
 
     def total(self) -> float:
-        """Device-hours up to now; writes them down."""
+        """Return the device-hours up to now, and store them."""
         self._starts[self._attempt] = (time.monotonic() - self._began) * self._world_size / 3600
-        with suppress(OSError):  # a full disk: the next record brings it up to date
+        with suppress(OSError):  # disk full; the next record updates the file
             replace_file(self._path, json.dumps(self._starts))
         return sum(self._starts.values())
 
 
 def process_age() -> float:
-    """Seconds since this process began (imports count as well)."""
+    """Return the seconds since this process started, including imports."""
     import os
 
     ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])

@@ -1,4 +1,4 @@
-"""One record of the log: what was measured here and on all ranks, put together and handed to the trackers."""
+"""Builds the records of the log from measurements on all ranks, and passes them to the trackers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from training.run.reporting.tracking import SILENT, Tracker
 
 log = logging.getLogger("cascade")
 SLOW_RECORDS = 3
-"""The same number of records running must name a slow rank before people hear of it."""
+"""Number of consecutive records with a slow rank after which it is reported."""
 
 
 class Report:
-    """The clocks of one start of a run, and where its figures go. Only rank 0 writes.
+    """The meter and trackers of one start of a run. Only rank 0 writes.
 
     Args:
-        step: where this start begins; `attempt`: its number.
-        flops, peak_flops: of one picture's training step, and of a device per second; 0: unknown.
-        datasets: names of the data sets of a mixture, whose losses are kept apart.
-        code: the version of the program, for W&B.
+        step: the step from which this start continues.
+        attempt: number of this start.
+        flops, peak_flops: FLOPs of training on one picture, and peak FLOP/s of a device; 0: unknown.
+        datasets: names of the data sets of a mixture, whose losses are reported separately.
+        wandb_id: id of the W&B run.
+        code: version of the code, for W&B.
     """
 
     def __init__(
@@ -50,11 +52,11 @@ class Report:
         self._slow = 0
 
     def device_hours(self) -> float | None:
-        """Of all starts up to now; None on ranks other than 0."""
+        """Return the device-hours of all starts up to now; None on ranks other than 0."""
         return self._hours.total() if self._hours is not None else None
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """Metrics after `step` steps, with `images_per_second` among them."""
+        """Log metrics after `step` steps; `record` must have `images_per_second`."""
         if self._hours is not None:
             record = {**record, "device_hours": self._hours.total()}
         self._name_slow_rank(step, record)
@@ -62,7 +64,7 @@ class Report:
         self.tracker.log(step, record, self._left.seconds(step, rate, time.monotonic()))
 
     def _name_slow_rank(self, step: int, record: Mapping[str, Any]) -> None:
-        """One line when a rank was slow in SLOW_RECORDS records running."""
+        """Log one line when a rank was slow in SLOW_RECORDS consecutive records."""
         self._slow = self._slow + 1 if "slow_rank" in record else 0
         if self._slow == SLOW_RECORDS and self.ranks.is_main:
             log.warning(
@@ -74,7 +76,7 @@ class Report:
             )
 
     def skipped(self, step: int, loss: float, why: str, keys: list[str]) -> None:
-        """Names the samples of a step that was not applied, in the log of the rank that had them."""
+        """Log a skipped step on rank 0, and its samples in each rank's own log."""
         if self.ranks.is_main:
-            log.warning("step %d was skipped: %s (loss %.4g); weights and averages are as before", step, why, loss)
+            log.warning("step %d was skipped: %s (loss %.4g); weights and averages are unchanged", step, why, loss)
         logging.getLogger("cascade.skipped").log(SILENT, "step %d: samples of this rank: %s", step, " ".join(keys))

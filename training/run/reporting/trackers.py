@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl and W&B: TensorBoard's files and a table for spreadsheets, side by side."""
+"""Trackers besides metrics.jsonl and W&B: TensorBoard files, and a CSV table for spreadsheets."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ log = logging.getLogger("cascade")
 
 
 class Sink(Protocol):
-    """What takes metrics. A method that fails costs that tracker, never the training."""
+    """Receives metrics. If a method raises, this tracker is dropped, and training continues."""
 
     name: str
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """The values of one record; null where a number is not finite."""
+        """Log one record; values that are not finite are None."""
 
     def image(self, step: int, path: Path) -> None:
-        """A picture file."""
+        """Log a picture file."""
 
     def checkpoint(self, step: int, place: object) -> None:
-        """A checkpoint is committed."""
+        """Handle a committed checkpoint."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish; nothing follows."""
 
 
 class TensorBoard:
@@ -56,29 +56,29 @@ class TensorBoard:
         )
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """Numbers as scalars."""
+        """Log numbers as scalars."""
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, path: Path) -> None:
-        """The sample grid."""
+        """Log the sample grid."""
         import numpy as np
         from PIL import Image
 
         self._writer.add_image("samples", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def checkpoint(self, step: int, place: object) -> None:
-        """What is logged so far reaches the disk."""
+        """Flush what has been logged so far to disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flush and close the files."""
         self._writer.close()
 
 
 class Table:
-    """RUN_DIR/metrics.csv: metrics.jsonl as a table with a column per name, made anew at each checkpoint and at the
+    """RUN_DIR/metrics.csv: metrics.jsonl as a table with a column per name, rewritten at each checkpoint and at the
     end."""
 
     name = "metrics.csv"
@@ -87,13 +87,13 @@ class Table:
         self._metrics = metrics
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """metrics.jsonl has it already."""
+        """Do nothing; metrics.jsonl already has the record."""
 
     def image(self, step: int, path: Path) -> None:
-        """A table has no pictures."""
+        """Do nothing; a table has no pictures."""
 
     def checkpoint(self, step: int, place: object) -> None:
-        """The table as of now."""
+        """Rewrite the table."""
         records = []
         for line in self._metrics.read_text().splitlines():
             with suppress(ValueError):
@@ -106,12 +106,12 @@ class Table:
         replace_file(self._metrics.with_suffix(".csv"), text.getvalue())
 
     def close(self) -> None:
-        """The whole table."""
+        """Write the complete table."""
         self.checkpoint(0, None)
 
 
 class Sinks:
-    """All that are switched on."""
+    """All enabled trackers."""
 
     def __init__(self, settings: TrackersConfig, run: Path, metrics: Path, step: int) -> None:
         self._sinks: list[Sink] = []
@@ -121,7 +121,7 @@ class Sinks:
             self._sinks.append(Table(metrics))
 
     def each(self, call: Callable[[Sink], None]) -> None:
-        """Lets every one take it; one that fails is dropped, and said."""
+        """Call every tracker; one that fails is dropped with a warning."""
         for sink in list(self._sinks):
             try:
                 call(sink)

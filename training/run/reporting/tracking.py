@@ -1,5 +1,5 @@
-"""What a run says about itself: metrics.jsonl first, then W&B, and a line for people. Only rank 0 speaks; every rank
-keeps a log file."""
+"""Output of a run: metrics.jsonl first, then W&B, and a progress line on the terminal. Only rank 0 writes these; every
+rank has its own log file."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from training.run.reporting.trackers import Sinks
 log = logging.getLogger("cascade")
 
 SILENT = logging.INFO - 1
-"""Level of what belongs into the rank's log file but not on the terminal."""
+"""Log level of messages for the rank's log file only, not the terminal."""
 INIT_S = 60.0
-"""How long W&B may take to answer at the start."""
+"""Seconds that W&B may take to respond at the start."""
 BAR = 20
-"""Characters of the progress bar."""
+"""Width of the progress bar in characters."""
 
 
 # ----------------------------------------------------------------------------------------------- messages
 
 
 def start_logging(run: RunDir, ranks: Ranks) -> None:
-    """Messages go to logs/rank-#.log of this rank; those of rank 0 to the terminal as well."""
+    """Send log messages to this rank's logs/rank-#.log, and those of rank 0 to the terminal as well."""
     stop_logging()
     root = logging.getLogger()
     file = _RankFile(run.log_file(ranks.rank))
@@ -57,7 +57,7 @@ def start_logging(run: RunDir, ranks: Ranks) -> None:
 
 
 def stop_logging() -> None:
-    """Closes what `start_logging` opened."""
+    """Close the handlers that `start_logging` opened."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, (_RankFile, _Terminal)):
@@ -66,18 +66,18 @@ def stop_logging() -> None:
 
 
 class _RankFile(logging.FileHandler):
-    """Told apart from other people's handlers by its type. What a full disk does not take is not worth a word."""
+    """A file handler with its own type, to tell it apart from other handlers. Errors of a full disk are ignored."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class _Terminal(logging.Handler):
-    """Plain sentences; clears a progress line first."""
+    """Prints messages without prefixes, after clearing the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         clear = "\r\033[K" if sys.stdout.isatty() else ""
-        with suppress(OSError):  # output into a file on a full disk
+        with suppress(OSError):  # output redirected to a file on a full disk
             print(f"{clear}{self.format(record)}", flush=True)
 
 
@@ -85,7 +85,7 @@ class _Terminal(logging.Handler):
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     whole = int(max(0.0, seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -94,8 +94,8 @@ def duration(seconds: float) -> str:
 def progress_line(
     stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float, width: int = 0
 ) -> str:
-    """`demo_base  240/1200 [####----] 20%  loss 0.0831  312 images/s  2:41 left`, the bar shortened or left out and the
-    rest cut where the terminal has only `width` columns (0: no limit)."""
+    """Return a line such as `demo_base  step 240/1200 [####----] 20%  loss 0.0831  312.0 images/s  2:41 left`, with the
+    bar shortened or omitted and the rest truncated to fit `width` columns (0: no limit)."""
     done = step / steps
     loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
     head = f"{stage}  step {step:>{len(str(steps))}}/{steps} "
@@ -111,7 +111,7 @@ def progress_line(
 
 
 class Tracker:
-    """Rank 0 writes; on other ranks every method does nothing."""
+    """Writes metrics on rank 0; on other ranks every method does nothing."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Tracker:
         self._wandb = start_wandb(run, config, wandb_id, code)
 
     def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
-        """One line of metrics after `step` steps."""
+        """Log one record of metrics after `step` steps; `seconds_left` is shown in the progress line."""
         if not self.active:
             return
         record = {"step": step, **{key: finite(value) for key, value in record.items()}}
@@ -147,7 +147,7 @@ class Tracker:
             if self._lost is None:
                 self._lost = str(error)
                 log.warning(
-                    "metrics.jsonl cannot be written (%s): training continues, its lines are lost until there is room",
+                    "metrics.jsonl cannot be written (%s): training continues, but lines are lost until there is space",
                     error,
                 )
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
@@ -161,7 +161,7 @@ class Tracker:
             self._out.flush()
 
     def image(self, step: int, path: Path) -> None:
-        """A picture file."""
+        """Log a picture file."""
         if not self.active:
             return
         self._sinks.each(lambda sink: sink.image(step, path))
@@ -171,7 +171,7 @@ class Tracker:
             self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=step))
 
     def checkpoint(self, step: int, place: object) -> None:
-        """A checkpoint as an artifact by reference: W&B keeps where it lies, not a copy."""
+        """Log a checkpoint as an artifact by reference: W&B stores its location, not a copy."""
         if not self.active:
             return
         self._sinks.each(lambda sink: sink.checkpoint(step, place))
@@ -188,11 +188,11 @@ class Tracker:
 
         try:
             add()
-        except Exception as error:  # only a reference: the metrics go on
+        except Exception as error:  # losing a reference does not affect the metrics
             log.warning("W&B did not accept a reference to the checkpoint of step %d (%s)", step, error)
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the files and the W&B run."""
+        """Close the files and the W&B run."""
         if not self.active:
             return
         with suppress(OSError):
@@ -208,8 +208,8 @@ class Tracker:
         self._wandb = None
 
     def _to_wandb(self, call: Callable[[], None]) -> None:
-        """W&B comes second: when it fails, training continues without it. (Slurm's signals reach every process of a
-        step, so a job that is asked to stop loses W&B's own process before it has saved.)"""
+        """Call W&B; if it fails, training continues without it. (Slurm's signals reach every process of a step, so a
+        job that is asked to stop loses W&B's own process before it has saved.)"""
         if self._wandb is None:
             return
         try:
@@ -220,14 +220,16 @@ class Tracker:
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no NaN: null stands for it."""
+    """Return the value, or None for a float that is not finite, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines(path: Path, step: int) -> int:
-    """Drops the lines of metrics.jsonl beyond `step`, and a half-written last one; returns how many. They are run
-    again, with the same numbers, so that every step stands there once. The file is always a new one: an earlier start
-    that still lives writes into the old one. One of which no line would stay is moved aside instead."""
+    """Remove the lines of metrics.jsonl beyond `step`, and a half-written last one; return their number.
+
+    These steps run again, so that every step appears once. The file is always replaced by a new one, since an earlier
+    start that is still alive may write to the old one. A file of which no line would remain is renamed instead.
+    """
     if not path.exists():
         return 0
     lines = path.read_text(errors="replace").splitlines()
@@ -245,7 +247,7 @@ def keep_lines(path: Path, step: int) -> int:
         return 0
     try:
         replace_file(path, "".join(line + "\n" for line in kept))
-    except OSError:  # no room
+    except OSError:  # disk full
         if len(kept) < len(lines):
             raise
     return len(lines) - len(kept)
@@ -255,8 +257,8 @@ def keep_lines(path: Path, step: int) -> int:
 
 
 def _give_wandb_a_home(run: RunDir) -> None:
-    """Where there is no home directory (a user without an entry in passwd) or it cannot be written, W&B's caches and
-    settings go into the run directory."""
+    """Put W&B's caches and settings in the run directory if there is no writable home directory (for example for a user
+    without an entry in passwd)."""
     home = os.path.expanduser("~")
     if os.path.isabs(home) and os.access(home, os.W_OK):
         return
@@ -269,7 +271,8 @@ def _give_wandb_a_home(run: RunDir) -> None:
 
 
 def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
-    """The W&B run (the same id after a restart), or None when it is disabled. Unreachable: offline, and said so."""
+    """Start the W&B run, with the same id after a restart; None if it is disabled. If W&B cannot be reached, run
+    offline and log a warning."""
     settings = config.wandb
     if settings.mode == "disabled":
         return None
@@ -300,7 +303,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
             return None
         log.warning(
-            "W&B was not reached in %.0f s (%s): its files are written offline, and nothing is lost; "
+            "W&B could not be reached in %.0f s (%s): its files are written offline, and nothing is lost; "
             "upload them later with: wandb sync %s/wandb/offline-run-*",
             time.monotonic() - began,
             error,
@@ -315,19 +318,19 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
 
 
 CHECKPOINT_STEP = "checkpoint/step"
-"""The axis of figures that are measured later: W&B's own step only rises, and training may be far ahead."""
+"""Axis of figures that are measured later: W&B's own step can only increase, and training may be far ahead."""
 
 
 def log_checkpoints(run: RunDir, meta: Mapping[str, Any], results: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Figures of checkpoints, measured beside the training, into the run's own W&B run.
+    """Log figures of checkpoints, measured outside the training, to the run's own W&B run.
 
     Args:
-        meta: of a checkpoint of the run: its W&B settings and id.
-        results: step -> the content of its result.json; each figure becomes `checkpoint/METRIC/FEATURES` with its
-            interval's ends as `.../low` and `.../high`.
+        meta: metadata of a checkpoint of the run, with its W&B settings and id.
+        results: for each step, the content of its result.json; each figure becomes `checkpoint/METRIC/FEATURES`, with
+            the ends of its interval as `.../low` and `.../high`.
 
     Returns:
-        Whether W&B has them now; it may be switched off, or fail.
+        Whether they were logged; W&B may be disabled, or fail.
     """
 
     def add(opened: Any) -> None:
@@ -344,7 +347,7 @@ def log_checkpoints(run: RunDir, meta: Mapping[str, Any], results: Mapping[int, 
 
 
 def log_picture(run: RunDir, meta: Mapping[str, Any], name: str, path: Path) -> bool:
-    """A picture file into the run's own W&B run, after the training or beside it; whether W&B has it now."""
+    """Log a picture file to the run's own W&B run, during or after the training; return whether it was logged."""
 
     def add(opened: Any) -> None:
         import wandb
@@ -375,7 +378,7 @@ def _log_later(run: RunDir, meta: Mapping[str, Any], add: Callable[[Any], None])
             ),  # the training decides when the run is finished
         ) as opened:
             add(opened)
-    except Exception as error:  # whatever W&B raises costs no figure: they are in files
+    except Exception as error:  # whatever W&B raises, no figure is lost: they are in files
         log.warning("W&B did not accept the figures (%s); they are in the run directory", error)
         return False
     return True
