@@ -1,4 +1,4 @@
-"""Figures about pictures: features, metrics, the oracle for drawn scenes, the report. Imports pictures and text.
+"""Measuring pictures: features, metrics, the oracle for drawn scenes, the report.
 
 from training.evaluation import compare, evaluate
 a = evaluate("runs/demo/bundle", reference="data/demo/heldout", samples=512, output="runs/a")
@@ -17,17 +17,17 @@ __all__ = ["compare", "evaluate"]
 
 
 def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **settings: Any) -> dict[str, Any]:
-    """What `cascade evaluate` does; returns the content of result.json.
+    """Run `cascade evaluate` and return the content of result.json.
 
     Args:
-        bundle: directory or s3:// prefix.
+        bundle: directory or s3:// prefix of the bundle.
         output: directory for the results.
-        gpus: draw on GPUs where there are any.
-        settings: keys of the section `evaluation` (reference, samples, prompts, extractors, ...; `kind` is `pictures`
-            here unless it is given), and guidance, steps, sampler, aug_level, spacing, threshold.
+        gpus: draw on GPUs if there are any.
+        settings: keys of the section `evaluation` (reference, samples, prompts, extractors, ...; the default of `kind`
+            is `pictures` here), and guidance, steps, sampler, aug_level, spacing, threshold, original_side.
 
     Raises:
-        ConfigError, DataError: one sentence that names the key and the remedy.
+        ConfigError, DataError: invalid settings or data; one sentence that names the key and the remedy.
     """
     from training.config.commands import COMMANDS, SAMPLER_KEYS, EvaluateCommand
     from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
@@ -45,7 +45,7 @@ def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **se
 
 
 def compare(results: Sequence[str]) -> dict[str, Any]:
-    """Paired differences of evaluations, see `comparison.compare`."""
+    """Return the paired differences of evaluations, see `comparison.compare_results`."""
     from training.evaluation import comparison
 
     return comparison.compare_results(results)

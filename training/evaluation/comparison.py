@@ -1,7 +1,7 @@
-"""`cascade evaluate action=compare results=[A,B,...]`: paired differences of evaluations that asked the same question.
+"""`cascade evaluate action=compare results=[A,B,...]`: paired differences of evaluations.
 
-Two results are compared picture by picture: the same prompts with the same noise against the same reference. What may
-differ is what is being compared (weights, sampler, guidance); what must not is refused by name.
+Two results are compared picture by picture: the same prompts with the same noise against the same reference. They may
+differ in what is being compared (weights, sampler, guidance); any other difference is refused by name.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ SAME = (
     "protocol.reference_rule",
     "protocol.extractors",
 )
-"""Fields in which results must be equal to be compared."""
+"""Fields that must be equal for results to be comparable."""
 SAID = ("protocol.from_stage", "protocol.text", "protocol.precision", "protocol.device", "protocol.commit")
-"""Fields whose differences are said."""
+"""Fields whose differences are reported."""
 
 
 @dataclass
 class Evaluated:
-    """One result.json, and every figure with its influences."""
+    """The content of one result.json, and every figure with its influences."""
 
     path: str
     result: dict[str, Any]
     figures: dict[str, Figure]
     prompts: np.ndarray
-    """int (N,): which prompt each sample belongs to."""
+    """int (N,): the prompt of each sample, by number."""
 
 
 def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.ndarray) -> None:
-    """Beside result.json: what each picture contributed to each figure, in fp64."""
+    """Write the contribution of each picture to each figure, in fp64, next to result.json."""
     arrays = {f"{name}/samples": figure.samples for name, figure in figures.items()}
     arrays |= {f"{name}/reference": figure.reference for name, figure in figures.items()}
     with replacing(folder / INFLUENCES, durable=False) as file:
@@ -59,10 +59,10 @@ def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.nd
 
 
 def read_result(path: str) -> Evaluated:
-    """A result.json, or its directory.
+    """Read a result.json, given its path or its directory.
 
     Raises:
-        DataError: there is none, or one of another version.
+        DataError: it is missing or damaged, or another version of this project wrote it.
     """
     file = Path(path)
     file = file / RESULT if file.is_dir() else file
@@ -87,7 +87,7 @@ def read_result(path: str) -> Evaluated:
 
 
 def field_of(result: Mapping[str, Any], name: str) -> Any:
-    """A value by its dotted name; None where it is absent."""
+    """Return a value by its dotted name; None if it is missing."""
     value: Any = result
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -95,10 +95,10 @@ def field_of(result: Mapping[str, Any], name: str) -> Any:
 
 
 def check_same_question(first: Evaluated, other: Evaluated) -> None:
-    """Refuses a comparison of different things.
+    """Check that two results are comparable.
 
     Raises:
-        ConfigError: it names the first field that differs, and both values.
+        ConfigError: they are not; the message names the first field that differs, and both values.
     """
     for name in SAME:
         here, there = field_of(first.result, name), field_of(other.result, name)
@@ -114,16 +114,16 @@ def check_same_question(first: Evaluated, other: Evaluated) -> None:
 
 
 def compare_results(results: Sequence[str]) -> dict[str, Any]:
-    """Differences of each result from the first one, figure by figure.
+    """Return the differences of each result from the first one, figure by figure.
 
     Returns:
-        `baseline`, and `others`: per result `path`, `said` (protocol fields that differ although they may), and
-        `figures`: name -> `value`, `interval`, `n` and `detectable` of the difference, `baseline`, `other`, and a
-        `verdict`: `better`, `worse`, or `undecided` where the interval holds 0.
+        `baseline`, and `others`: for each result its `path`, `said` (allowed differences in the protocol), and
+        `figures`: by name, `value`, `interval`, `n` and `detectable` of the difference, the values `baseline` and
+        `other`, and a `verdict`: `better`, `worse`, or `undecided` if the interval includes 0.
 
     Raises:
-        ConfigError: fewer than two results, or results of different questions.
-        DataError: a result that cannot be read.
+        ConfigError: fewer than two results, or results that are not comparable.
+        DataError: a result cannot be read.
     """
     if len(results) < 2:
         raise ConfigError("results: give at least two evaluations: results=[A,B]")
@@ -161,7 +161,7 @@ def _verdict(name: str, interval: Sequence[float]) -> str:
 
 
 def as_text(comparison: Mapping[str, Any]) -> str:
-    """A table per result, for the terminal."""
+    """Format the comparison for the terminal, one table per result."""
     lines = []
     for other in comparison["others"]:
         lines.append(f"{other['path']} against {comparison['baseline']} (paired, 95 % intervals):")

@@ -1,7 +1,8 @@
-"""Whether a model draws its training pictures again: each sample beside the nearest of them, from their shards.
+"""Whether a model reproduces training pictures: the training picture nearest to each sample.
 
-The unit is calibrated on the training pictures themselves (`closeness`): it is the distance that only 1 % of them have
-to their own nearest other one, so fresh pictures of the same distribution lie above 1 as often, and copies near 0.
+The unit of distance is calibrated on the training pictures themselves (`closeness`): only 1 % of them are closer than 1
+to their own nearest neighbour. So new pictures of the same distribution are also above 1 in about 99 % of cases, and
+copies are near 0.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ CHUNK = 256
 
 @dataclass
 class Copies:
-    """What was found for N samples."""
+    """The nearest training pictures of N samples."""
 
     distance: np.ndarray
-    """(N,) to the nearest training picture, in calibrated units."""
+    """(N,) distance to the nearest training picture, in calibrated units."""
     place: np.ndarray
-    """(N,) which of the training pictures that is."""
+    """(N,) index of that training picture."""
     searched: int
+    """Number of training pictures searched."""
     pictures: dict[int, np.ndarray]
-    """Place -> uint8 (H, W, 3), of those that were asked for."""
+    """The requested training pictures, uint8 (H, W, 3), by index."""
 
     @property
     def figure(self) -> Figure:
-        """The share of samples that are copies."""
+        """The fraction of samples that are copies."""
         return Figure.mean(self.distance < COPY, is_share=True)
 
 
 def find_copies(
     samples: FeatureRows, shown: list[int], extractor: Extractor, training: References, most: int, folder: Path
 ) -> Copies:
-    """Searches up to `most` training pictures. Their features go to a file, their pixels are not kept: the few that are
-    shown are read once more.
+    """Search up to `most` training pictures for the nearest to each sample. Their features go to a temporary file; the
+    few pictures to show are read a second time.
 
     Args:
         samples: (N, d) features.
-        shown: places of the samples whose neighbours are wanted as pictures.
-        folder: where that file may lie.
+        shown: indices of the samples whose neighbours are wanted as pictures.
+        folder: directory for the temporary file.
     """
     with spilled(folder, {extractor.name: extractor.width}) as known:
         with progress(unit="picture", desc="training pictures", total=min(most, training.count)) as bar:
@@ -69,5 +71,5 @@ def find_copies(
 
 
 def describe_copies(found: Copies, training: Any, fingerprint: str) -> dict[str, Any]:
-    """What a protocol says of the search."""
+    """Return the description of the search for a protocol."""
     return {"shards": str(training), "fingerprint": fingerprint, "searched": found.searched}

@@ -1,4 +1,4 @@
-"""From features to figures: which metrics are computed in which feature space.
+"""From features to figures: the metrics to compute in each feature space.
 
 Shapes: N samples, M reference pictures, d features; features are arrays or `FeatureRows`.
 """
@@ -20,20 +20,21 @@ from training.evaluation.metrics.rows import FeatureRows, blocks
 
 LOWER_IS_BETTER = ("frechet", "kid", "cmmd", "dino_mmd", "copies")
 LEAST_FRECHET = 10_000
-"""Pictures below which the bias of the Frechet distance, about 1/N, is large beside differences of interest."""
+"""Number of pictures below which the bias of the Frechet distance, about 1/N, is large compared with differences of
+interest."""
 Figures = dict[str, dict[str, Figure]]
-"""Metric -> feature space -> figure."""
+"""Figures by metric and feature space."""
 
 
 def against_reference(
     samples: Mapping[str, FeatureRows], reference: Mapping[str, FeatureRows], clip: str = "", dino: str = ""
 ) -> Figures:
-    """Every distance and share, in every feature space.
+    """Compute all figures that need a reference, in every feature space.
 
     Args:
-        samples, reference: extractor -> (N, d) and (M, d).
-        clip: the extractor whose features are CLIP embeddings, for CMMD.
-        dino: the one whose features are DINOv2's, for the same discrepancy there.
+        samples, reference: features (N, d) and (M, d) by extractor.
+        clip: the extractor whose features are CLIP embeddings, for CMMD; empty: none.
+        dino: the extractor whose features are DINOv2's, for the same discrepancy; empty: none.
     """
     figures: Figures = {}
     for name in samples:
@@ -53,11 +54,12 @@ def against_reference(
 def of_samples(
     samples: Mapping[str, FeatureRows], prompts: np.ndarray, texts: FeatureRows | None = None, clip: str = ""
 ) -> Figures:
-    """What needs no reference: how well pictures fit their captions, and how much those of one prompt differ.
+    """Compute the figures that need no reference: how well pictures match their captions, and how much pictures of one
+    prompt differ.
 
     Args:
-        prompts: int (N,): which prompt each sample belongs to.
-        texts: (N, d): the caption's embedding of each sample, in the space of `clip`.
+        prompts: int (N,): the prompt of each sample, by number.
+        texts: (N, d): the embedding of each sample's caption, in the space of `clip`.
     """
     figures: Figures = {}
     if texts is not None and clip:
@@ -68,11 +70,12 @@ def of_samples(
 
 
 def of_answers(arrays: Mapping[str, np.ndarray], lines: Sequence[Mapping[str, Any]]) -> Figures:
-    """VQAScore and, with questions, Soft-TIFA of every stage's pictures; by skill and by number of atoms for the last.
+    """Compute VQAScore and, with questions, Soft-TIFA of every stage's pictures; by skill and by number of atoms only
+    for the last stage.
 
     Args:
         arrays: `answers/vqa/STAGE` (N,) and `answers/tifa/STAGE` (N, K), stages in order.
-        lines: per sample what the prompts' file says: `skills`, one per question, and `atom_count`.
+        lines: for each sample, its fields in the prompt file: `skills`, one per question, and `atom_count`.
     """
     figures: Figures = {}
     for name, chances in arrays.items():
@@ -97,15 +100,16 @@ def of_answers(arrays: Mapping[str, np.ndarray], lines: Sequence[Mapping[str, An
 
 
 def mean_where(values: np.ndarray, chosen: np.ndarray) -> Figure:
-    """The mean of the chosen ones of (N, K) values, each row a sample: a ratio of two means, of which a row without
-    chosen ones is a part with nothing in it."""
+    """Return the mean of the chosen values among (N, K), each row a sample. It is a ratio of two means, to which rows
+    without chosen values contribute zeros."""
     sums, counts = np.where(chosen, values, 0.0).sum(axis=1), chosen.sum(axis=1)
     mean = float(sums.sum() / counts.sum())
     return Figure(mean, (sums - mean * counts) * len(values) / counts.sum())
 
 
 def cosines(pictures: FeatureRows, texts: FeatureRows) -> np.ndarray:
-    """(N,): cosine of each picture's embedding with its caption's, -1 to 1 (Hessel et al. 2021, without the factor)."""
+    """Return the cosine similarity of each picture's embedding with its caption's, (N,), -1 to 1 (Hessel et al. 2021,
+    without the factor)."""
     found = np.zeros(len(pictures))
     for (where, x), (_, y) in zip(blocks(pictures), blocks(texts), strict=True):
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
@@ -114,7 +118,7 @@ def cosines(pictures: FeatureRows, texts: FeatureRows) -> np.ndarray:
 
 
 def diversity_figure(features: FeatureRows, prompts: np.ndarray) -> Figure:
-    """Mean distance between two pictures of one prompt, over prompts with at least two."""
+    """Return the mean distance between two pictures of the same prompt, over prompts with at least two."""
     order = np.argsort(prompts, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)
     several = [group for group in groups if len(group) > 1]
@@ -126,7 +130,7 @@ def diversity_figure(features: FeatureRows, prompts: np.ndarray) -> Figure:
 
 
 def flattened(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(dotted name, figure as a dict) of every figure in a result."""
+    """Yield (dotted name, figure as a dict) of every figure in a result."""
     for name, value in result.items():
         if isinstance(value, dict) and "interval" in value:
             yield above + name, value
@@ -135,7 +139,7 @@ def flattened(result: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
 
 
 def measurement_remarks(samples: int, reference: int, widths: Mapping[str, int]) -> list[str]:
-    """What a reader must know before believing a Frechet distance."""
+    """Return remarks on how far to trust the Frechet distances."""
     found = []
     least = min(samples, reference)
     if wide := [f"{name} ({width})" for name, width in widths.items() if width >= least]:

@@ -1,9 +1,9 @@
-"""Reads captioned shapes back from pictures, without any model: background, colour, size, shape, relation.
+"""Reads captioned shapes from pictures, without any model: background, colour, size, shape, relation.
 
-    background   the palette background nearest to the frame's median colour
-    colour       each pixel votes for its nearest palette colour (or background, or outline), by how near it is
-    shape, size  those of the drawn template that overlaps best (intersection over union) anywhere in the picture, at
-                 the picture's own size; a blob that overlaps too little has no shape, then no size
+    background   the palette background nearest to the median colour of the picture's border
+    colour       each pixel votes for its nearest palette colour (or background, or outline), weighted by its distance
+    shape, size  those of the drawn template with the best overlap (intersection over union) anywhere in the picture, at
+                 the picture's own size; with too little overlap a blob has no shape, and with still less no size
     relation     the main direction between the two templates' centres
 
 Shapes: H = W pixels, pictures uint8 (H, W, 3).
@@ -32,21 +32,21 @@ from data_pipeline.content.synthetic import (
 LEAST_OVERLAP = {1: 0.8, 2: 0.75}
 """Intersection over union, by the number of objects, below which a blob has no shape; a disc in a square has 0.785."""
 LEAST_SIZE_OVERLAP = 0.5
-"""The same for its size."""
+"""The same for having a size."""
 LEAST_SHARE = 0.004
-"""Objects smaller than this share of the picture are specks."""
+"""Fraction of the picture below which an object is ignored as a speck."""
 SMOOTH_SIDE = 32
-"""Smallest picture whose masks are smoothed."""
+"""Minimum side of pictures whose masks are smoothed."""
 CLEAR = 60.0
 """RGB distance from a palette colour at which a pixel's vote has fallen to 61 %."""
 WINDOW_MARGIN = 0.04
-"""With two objects, what lies further from a template than this share of the side is none of its business."""
+"""With two objects, pixels further from a template than this fraction of the side are ignored for it."""
 BACKGROUND_LABEL = 2 * len(COLOURS)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as read; `size` and `shape` are None when no template fits well enough."""
+    """One recognised object; `size` and `shape` are None if no template fits well enough."""
 
     colour: str
     size: str | None
@@ -58,11 +58,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows."""
+    """What the oracle recognised in a picture."""
 
     background: str
     objects: tuple[Seen, ...]
-    """The colour with most pixels first."""
+    """Objects by colour, the one with the most pixels first."""
 
     def __str__(self) -> str:
         things = [f"{o.size or '?'} {o.colour} {o.shape or '?'}" for o in self.objects] or ["nothing"]
@@ -70,7 +70,7 @@ class Reading:
 
 
 def read_drawing(picture: np.ndarray, objects: int = 1) -> Reading:
-    """Reads at most `objects` (1 or 2) objects.
+    """Recognise at most `objects` (1 or 2) objects.
 
     Args:
         picture: uint8 (H, H, 3), H at least 16; shapes can be told apart from about 32.
@@ -85,7 +85,7 @@ def read_drawing(picture: np.ndarray, objects: int = 1) -> Reading:
 
 
 def _colours(labels: np.ndarray, distances: np.ndarray, objects: int) -> list[int]:
-    """The colours of at most `objects` objects, that of most pixels first; clear colours count more than blends."""
+    """Return the colours of at most `objects` objects, the most frequent first; pure colours count more than blends."""
     weights = np.exp(-0.5 * np.square(distances / CLEAR))
     found: list[int] = []
     while len(found) < objects:
@@ -98,7 +98,7 @@ def _colours(labels: np.ndarray, distances: np.ndarray, objects: int) -> list[in
 
 
 def score(reading: Reading, spec: ShapeSpec) -> dict[str, bool]:
-    """Which parts of a caption the picture shows: background, colour, size, shape, (two objects) relation, and all."""
+    """Return which parts of a caption are right: background, colour, size, shape, for two objects relation, and all."""
     pairs = _matched(reading.objects, spec.objects)
     complete = len(pairs) == len(spec.objects)
     result = {
@@ -114,7 +114,7 @@ def score(reading: Reading, spec: ShapeSpec) -> dict[str, bool]:
 
 
 def _matched(seen: tuple[Seen, ...], things: tuple[Thing, ...]) -> list[tuple[Seen, Thing]]:
-    """Pairs in the caption's order; of the ways to pair, the one with most words right (colours first)."""
+    """Pair recognised objects with the caption's, in its order, such that the most words are right (colours first)."""
 
     def agreement(order: tuple[Seen, ...]) -> tuple[int, int]:
         pairs = list(zip(order, things, strict=True))
@@ -140,7 +140,8 @@ def _background(picture: np.ndarray) -> str:
 
 
 def _labels(picture: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarray]:
-    """Per pixel: 0..5 a colour, 6..11 its outline, 12 the background; and how far the pixel is from it (RGB)."""
+    """Return the label of each pixel (0..5 a colour, 6..11 its outline, 12 the background), and its RGB distance from
+    that colour."""
     colours = np.array(list(COLOURS.values()), dtype=np.float64)
     palette = np.concatenate([colours, colours * OUTLINE_SHADE, [BACKGROUNDS[background]]])
     distances = np.linalg.norm(picture[:, :, None, :].astype(np.float64) - palette, axis=-1)
@@ -148,25 +149,26 @@ def _labels(picture: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
-    """The sum of the nine pixels around and at each pixel."""
+    """Return the sum of each 3 x 3 neighbourhood."""
     padded = np.pad(mask, 1).astype(np.int32)
     side = len(mask)
     return np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
 
 
 def _widened(mask: np.ndarray) -> np.ndarray:
-    """The mask and all pixels that touch it."""
+    """Return the mask and all pixels that touch it."""
     return _neighbours(mask) > 0
 
 
 def _smooth(mask: np.ndarray) -> np.ndarray:
-    """Majority of each 3 x 3 neighbourhood against grain; not where shapes are few pixels wide."""
+    """Remove noise by the majority of each 3 x 3 neighbourhood, unless the picture is so small that shapes are few
+    pixels wide."""
     return _neighbours(mask) > 4 if len(mask) >= SMOOTH_SIDE else mask
 
 
 def _owned(labels: np.ndarray, foreground: np.ndarray, colours: list[int]) -> list[np.ndarray]:
-    """The part of the foreground that each colour reaches first, growing from its largest patch: blends at an edge
-    belong to the object they surround, whatever palette colour they resemble."""
+    """Return the part of the foreground that each colour reaches first when growing from its largest patch, so that
+    blends at an edge belong to the object they surround, whatever palette colour they resemble."""
     owned = [_largest_patch(labels == colour) for colour in colours]
     free = foreground & ~np.any([np.zeros_like(foreground), *owned], axis=0)
     grown = True
@@ -181,7 +183,7 @@ def _owned(labels: np.ndarray, foreground: np.ndarray, colours: list[int]) -> li
 
 
 def _largest_patch(mask: np.ndarray) -> np.ndarray:
-    """The connected part of the mask around the place where most of it lies together."""
+    """Return the connected part of the mask around its densest place."""
     density = mask.astype(np.int32)
     for _ in range(3):
         density = _neighbours(density)
@@ -218,7 +220,7 @@ def _fit(mask: np.ndarray, colour: str, background: str, objects: int) -> Seen:
 
 @dataclass(frozen=True)
 class _Templates:
-    """The masks of all (size, shape), as read from drawings, ready to be laid over a picture at any shift."""
+    """The masks of all (size, shape), as recognised in drawings, prepared for matching at any shift."""
 
     names: list[tuple[str, str]]
     areas: np.ndarray
@@ -226,7 +228,7 @@ class _Templates:
     """(K, 2): x, y in pixels."""
     spectra: np.ndarray
     windows: np.ndarray
-    """Spectra of what must be explained: the whole picture, or with two objects the template's surroundings."""
+    """Spectra of the regions to match: the whole picture or, with two objects, the template's surroundings."""
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about an evaluation: figures, pictures and protocol; no server and no network."""
+"""Self-contained HTML pages about evaluations: figures, pictures and protocol."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from training.evaluation.shown import Shown, best_and_worst
 Pictures = Sequence[np.ndarray] | np.ndarray
 """uint8 (N, H, W, 3), as one array or several."""
 LARGEST = 256
-"""Pictures are embedded at most so wide, pixels."""
+"""Maximum width of embedded pictures, pixels."""
 SMALL = 128
-"""The same for pictures of many checkpoints."""
+"""The same on the page over all checkpoints."""
 DETAILS = ("by_word.", "real.", "base.")
-"""Figures whose curves are folded up on the page over all checkpoints, lest pictures come far below."""
+"""Prefixes of figures whose curves are collapsed on the page over all checkpoints, to keep the pictures near the
+top."""
 MOST_CHECKPOINTS = 8
-"""Columns of pictures of the page over all checkpoints."""
+"""Maximum columns of pictures on the page over all checkpoints."""
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Framed:
     caption: str
     note: str = ""
     copy: bool = False
-    """Suspiciously near to a reference picture."""
+    """Whether it is suspiciously close to a known picture; adds a frame."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Section:
 
 
 def html(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    """The page. Captions and settings are escaped."""
+    """Return the page of one evaluation. Captions and settings are escaped."""
     return _rendered(
         "report.html.j2",
         title=f"Evaluation of {result['protocol']['bundle']}",
@@ -61,12 +62,12 @@ def html(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
 
 
 def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Shown]) -> str:
-    """The page of a run's evaluations: each figure over the steps, with its interval as a band; and the same prompts
-    with the same noise as every checkpoint draws them, by category, best and worst ones first.
+    """Return the page of a run's evaluations: each figure over the steps, with its interval as a band, and the same
+    prompts drawn with the same noise by every checkpoint, first the best and worst, then by category.
 
     Args:
-        series: `figure`, `best` and `steps` (step -> name -> `value`, `interval`).
-        pictures: step -> what it has drawn.
+        series: `figure`, `best` and `steps` (by step and name: `value`, `interval`).
+        pictures: pictures drawn by each step.
     """
     steps = {int(step): figures for step, figures in series["steps"].items()}
     names = list(dict.fromkeys(name for figures in steps.values() for name in figures))
@@ -85,7 +86,7 @@ def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Show
 
 
 def _columns(steps: Sequence[int], best: int) -> list[int]:
-    """The steps whose pictures are shown: evenly spread, the first, the newest and the best among them."""
+    """Return the steps whose pictures to show: evenly spread, including the first, the newest and the best."""
     if len(steps) <= MOST_CHECKPOINTS:
         return list(steps)
     spread = {steps[round(i * (len(steps) - 1) / (MOST_CHECKPOINTS - 2))] for i in range(MOST_CHECKPOINTS - 1)}
@@ -93,16 +94,16 @@ def _columns(steps: Sequence[int], best: int) -> list[int]:
 
 
 def _grids(drawn: Mapping[int, Shown]) -> list[dict[str, Any]]:
-    """Title and rows of each grid; a row is a prompt, a cell one checkpoint's picture of it."""
+    """Return the title and rows of each grid; a row is a prompt, a cell one checkpoint's picture of it."""
     newest = drawn[max(drawn)]
     if any(list(one.prompt) != list(newest.prompt) for one in drawn.values()):
-        return []  # evaluated with other prompts: nothing stands side by side
+        return []  # the checkpoints were evaluated with different prompts
     grids = []
     if np.isfinite(newest.score).all() and len(newest.score) > 1:
         best, worst = best_and_worst(newest.score)
-        grids = [("Prompts that the newest checkpoint draws best", best), ("... and worst", worst)]
+        grids = [("Prompts with the best scores at the newest checkpoint", best), ("... and the worst", worst)]
     for category in dict.fromkeys(newest.category):
-        title = f"Category: {category}" if category else "The same prompts and noise"
+        title = f"Category: {category}" if category else "Same prompts, same noise"
         grids.append((title, [int(row) for row in np.flatnonzero(newest.category == category)]))
     return [{"title": title, "rows": [_grid_row(drawn, row) for row in rows]} for title, rows in grids]
 
@@ -117,7 +118,7 @@ def _grid_row(drawn: Mapping[int, Shown], row: int) -> dict[str, Any]:
 
 
 def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Places of one figure's points in a picture of 320 x 180."""
+    """Return the coordinates of one figure's points in a 320 x 180 drawing."""
     steps = list(entries)
     ends = [end for entry in entries.values() for end in entry["interval"]]
     low, high = min(ends), max(ends)
@@ -156,7 +157,7 @@ def _groups(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             groups.append({"title": title, "head": "part", "rows": [_row(n, e, "%") for n, e in result[key].items()]})
     for stage, found in (result.get("psnr") or {}).get("stages", {}).items():
         rows = [_row(name, entry, "dB") for name, entry in found.items()]
-        groups.append({"title": f"PSNR of {stage} on true low-res input, dB", "head": "way", "rows": rows})
+        groups.append({"title": f"PSNR of {stage} on true low-res input, dB", "head": "method", "rows": rows})
     rows = [
         _row(f"{title} on {name}", entry)
         for metric, title in METRICS.items()
@@ -178,14 +179,14 @@ def _row(name: str, entry: Mapping[str, Any], unit: str = "") -> dict[str, Any]:
 
 
 def reduced(pictures: np.ndarray) -> np.ndarray:
-    """uint8 (N, h, w, 3): square pictures, not larger than a page shows them."""
+    """Shrink square pictures, uint8 (N, H, W, 3), to at most LARGEST pixels."""
     if not len(pictures) or pictures.shape[1] <= LARGEST:
         return pictures
     return np.stack([np.asarray(Image.fromarray(p).resize((LARGEST, LARGEST))) for p in pictures])
 
 
 def embedded(picture: np.ndarray | Image.Image, largest: int = LARGEST) -> str:
-    """A data URI of uint8 (H, W, 3), not wider than `largest`."""
+    """Return uint8 (H, W, 3) as a PNG data URI, shrunk to fit `largest` x `largest` pixels."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.copy()
     image.thumbnail((largest, largest))
@@ -195,12 +196,12 @@ def embedded(picture: np.ndarray | Image.Image, largest: int = LARGEST) -> str:
 
 
 def samples_section(pictures: Pictures, captions: Sequence[str]) -> Section:
-    """The first samples with their captions."""
+    """Return a section of samples with their captions."""
     return Section("Samples", [Framed(embedded(p), c) for p, c in zip(pictures, captions, strict=True)])
 
 
 def category_sections(pictures: Pictures, captions: Sequence[str], categories: Sequence[str]) -> list[Section]:
-    """A section per category; one of all samples where they have none."""
+    """Return a section per category, or a single one if samples have no categories."""
     if not any(categories):
         return [samples_section(pictures, captions)]
     sections = []
@@ -214,10 +215,11 @@ def category_sections(pictures: Pictures, captions: Sequence[str], categories: S
 def extremes(
     pictures: Pictures | FeatureRows, captions: Sequence[str], scores: np.ndarray, title: str
 ) -> list[Section]:
-    """Those of the shown samples that fit their captions best and worst.
+    """Return sections of the shown samples that match their captions worst and best.
 
     Args:
         scores: one per picture; higher is better.
+        title: name of the score.
     """
     best, worst = best_and_worst(scores)
     picked = {"worst": worst, "best": best}
@@ -238,11 +240,12 @@ def nearest_section(
     originals: FeatureRows | Sequence[np.ndarray],
     name: str,
 ) -> Section:
-    """Beside each shown sample the nearest known picture; copies are framed.
+    """Return a section of each shown sample next to the nearest reference picture; copies are framed.
 
     Args:
-        features, known: (N, d) of the shown samples and (M, d) of the pictures searched.
-        originals: uint8 (M, H, W, 3), or as many of the first ones as are at hand.
+        features, known: features (N, d) of the shown samples, and (M, d) of the pictures to search.
+        originals: the searched pictures, uint8 (M, H, W, 3), or only the first of them.
+        name: name of the features.
     """
     if len(known) < 2:
         return Section("", [])
@@ -260,13 +263,14 @@ def copies_section(
     name: str,
     of: str,
 ) -> Section:
-    """Beside each shown sample the nearest known picture; copies are framed.
+    """Return a section of each shown sample next to its nearest known picture; copies are framed.
 
     Args:
         distances: (N,) in the units of `closeness`.
-        places: (N,) which picture is the nearest.
-        originals: place -> picture.
-        of: what the known pictures are.
+        places: (N,) index of the nearest picture.
+        originals: known pictures by index.
+        name: name of the features.
+        of: kind of the known pictures: `reference` or `training`.
     """
     shown = []
     for i, (distance, place) in enumerate(zip(distances, places, strict=True)):
@@ -274,4 +278,4 @@ def copies_section(
         note = f"distance {distance:.2f} ({name}){': a copy' if copy else ''}"
         pair = [pictures[i]] if (other := originals.get(int(place))) is None else [pictures[i], other]
         shown.append(Framed(embedded(np.concatenate(pair, axis=1)), captions[i], note, copy))
-    return Section(f"Each sample beside the nearest {of} picture; a copy is below {COPY:g}", shown)
+    return Section(f"Each sample next to its nearest {of} picture; copies are below {COPY:g}", shown)

@@ -1,7 +1,7 @@
 """`cascade evaluate action=pareto results=[...]`: distance against CLIP score over a sweep, as in the Imagen paper.
 
-A point is on the front when no other point is better in both figures. Without CLIP weights the second figure is recall:
-guidance trades variety for fidelity, which a distance alone does not show.
+A point is on the front if no other point is at least as good in both figures and better in one. Without CLIP weights
+the second figure is recall: guidance trades variety for fidelity, which a distance alone does not show.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ class Point:
 
     path: str
     settings: dict[str, Any]
-    """What differs between the points: `STAGE.guidance` and the like."""
+    """The settings that differ between points, such as `STAGE.guidance`."""
     x: dict[str, Any]
-    """Of CLIP score or recall: higher is better."""
+    """Value and interval of CLIP score or recall; higher is better."""
     y: dict[str, Any]
-    """Of a distance: lower is better."""
+    """Value and interval of a distance; lower is better."""
 
 
 def draw_curve(paths: Sequence[str], output: Path) -> dict[str, Any]:
-    """Writes pareto.json and pareto.png; returns what the JSON holds: `axes`, `points`, and the places of the `front`.
+    """Write pareto.json and pareto.png; return the content of the JSON: `axes`, `points`, and the indices of the
+    `front`.
 
     Raises:
-        ConfigError: results that differ in more than their sampler settings, or lack a figure.
+        ConfigError: the results are not comparable, or lack a figure.
     """
     results = [read_result(str(path)) for path in paths]
     for other in results[1:]:
@@ -63,14 +64,14 @@ def draw_curve(paths: Sequence[str], output: Path) -> dict[str, Any]:
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points (x to be high, y to be low) that no other is at least as good as in both and better in one,
-    by rising x."""
+    """Return the indices of the points (high x and low y are better) for which no other point is at least as good in
+    both and better in one, by increasing x."""
     front = [i for i, (x, y) in enumerate(points) if not any(a >= x and b <= y and (a, b) != (x, y) for a, b in points)]
     return sorted(front, key=lambda i: points[i][0])
 
 
 def _axes(results: Sequence[Evaluated]) -> tuple[str, str]:
-    """Names of the two figures: those of the strongest features that all results have."""
+    """Return the names of the two figures to plot, by the strongest features that all results have."""
     names = [name for name in results[0].figures if all(name in other.figures for other in results)]
     for x in ("clip_score.", "recall."):
         for y in ("frechet.inception", "frechet."):
@@ -78,7 +79,7 @@ def _axes(results: Sequence[Evaluated]) -> tuple[str, str]:
             second = next((name for name in names if name.startswith(y)), None)
             if first and second:
                 return first, second
-    raise ConfigError("results: none has both a distance and a CLIP score or recall; evaluate with a reference")
+    raise ConfigError("results: they lack a common distance and CLIP score or recall; evaluate with a reference")
 
 
 def _figure(result: Evaluated, name: str) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _settings(result: Evaluated) -> dict[str, Any]:
 
 
 def picture(points: Sequence[Point], front: Sequence[int], axes: Sequence[str]) -> Image.Image:
-    """The curve with 95 % intervals as crosses; points of the front are green and joined."""
+    """Plot the points with 95 % intervals as crosses; those of the front are green and connected."""
     paper = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen, font = ImageDraw.Draw(paper), default_font()
     ends = [[point.x["interval"] for point in points], [point.y["interval"] for point in points]]

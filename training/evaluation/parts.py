@@ -1,8 +1,9 @@
-"""The work of an evaluation in parts that are done once: preempted jobs continue, and any number of ranks share them.
+"""Divides an evaluation into parts that are done once, so that preempted jobs resume and any number of ranks share
+them.
 
-A part holds the features of some samples and of as many reference pictures. It lies in a file whose directory is named
-by a fingerprint of everything that the pictures depend on, so parts of another evaluation are never mixed in. Which
-rank made a part changes nothing: noise belongs to (seed, prompt, number), and batches never cross parts.
+A part contains the features of some samples and of as many reference pictures. Its file is in a directory named by a
+fingerprint of everything that the pictures depend on, so parts of another evaluation are never mixed in. The rank that
+makes a part does not matter: noise depends on (seed, prompt, number), and batches never cross parts.
 """
 
 from __future__ import annotations
@@ -24,24 +25,23 @@ from data_pipeline.storage.atomic import replacing
 
 FOLDER = "parts"
 LARGE = ("x/", "y/", "text", "shown/", "original")
-"""Beginnings of the names of arrays of which only those rows are read that are asked for: memory does not grow with
-the number of pictures."""
+"""Prefixes of arrays whose rows are read on demand, so that memory does not grow with the number of pictures."""
 
 
 class Span(NamedTuple):
-    """Rows that lie in one file, one after the other."""
+    """Consecutive rows in one file."""
 
     file: Path
     offset: int
-    """Of the first, in bytes."""
+    """Offset of the first row in bytes."""
     rows: int
 
 
 class StoredRows:
-    """Rows of one array that lie in several files; a slice, one row, or rows by number are read when asked for."""
+    """Rows of one array in several files; indexing by a slice, a number or a sequence of numbers reads them."""
 
     def __init__(self, spans: Sequence[Span], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """`shape` and `dtype` are those of one row."""
+        """`shape` and `dtype` are those of a single row."""
         self._spans, self._row, self.dtype = [span for span in spans if span.rows], shape, dtype
         self._ends = np.cumsum([span.rows for span in self._spans])
         self._items = int(np.prod(shape, dtype=np.int64))
@@ -55,7 +55,7 @@ class StoredRows:
         return (len(self), *self._row)
 
     def first(self, count: int) -> StoredRows:
-        """The first rows, up to `count`."""
+        """Return the first rows, up to `count`, without reading them."""
         before = [0, *(int(end) for end in self._ends)]
         spans = [
             Span(s.file, s.offset, min(s.rows, max(0, count - at))) for s, at in zip(self._spans, before, strict=False)
@@ -98,27 +98,27 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, number: int) -> Path:
-        """Of one part."""
+        """Return the file of a part."""
         return self.folder / f"{number:05d}.npz"
 
     def done(self, number: int) -> bool:
-        """Whether a part is there, whole."""
+        """Return whether a part is done."""
         return self.file(number).exists()
 
     def all_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether all parts are done."""
         return all(self.done(number) for number in range(self.count))
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Appears whole or not at all."""
+        """Write a part atomically."""
         with replacing(self.file(number), durable=False) as file:
             np.savez(file, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
 
     def read(self) -> dict[str, Any]:
-        """All parts' arrays, each put together in order; of `LARGE` ones `StoredRows`.
+        """Return the arrays of all parts, concatenated in order; `LARGE` ones as `StoredRows`.
 
         Raises:
-            DataError: a damaged file.
+            DataError: a file is damaged.
         """
         small: dict[str, list[np.ndarray]] = {}
         large: dict[str, list[tuple[Span, tuple[int, ...], np.dtype[Any]]]] = {}
@@ -137,17 +137,18 @@ class Parts:
         }
 
     def forget_others(self) -> None:
-        """Removes the parts of earlier evaluations in the same directory."""
+        """Delete the parts of earlier evaluations in the same directory."""
         for folder in self.root.iterdir():
             if folder != self.folder:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open(file: Path) -> dict[str, Any]:
-    """Small arrays of an npz file as they are; of large ones the place of their rows, and the shape and type of one.
+    """Read the small arrays of an npz file; for large ones, return the span of their rows, and the shape and dtype of a
+    row.
 
     Raises:
-        ValueError, OSError, zipfile.BadZipFile: it is damaged.
+        ValueError, OSError, zipfile.BadZipFile: the file is damaged.
     """
     found: dict[str, Any] = {}
     with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
@@ -170,19 +171,24 @@ def _open(file: Path) -> dict[str, Any]:
 
 
 def settings_sha256(facts: Any) -> str:
-    """16 hexadecimal digits of JSON values."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def spilled(folder: Path, widths: Mapping[str, int]) -> Iterator[Spilled]:
-    """A place for features, (N, d) each, of pictures of which nobody knows how many will come."""
+    """Inside the context, collect features (N, d) of an unknown number of pictures in temporary files.
+
+    Args:
+        folder: directory for the files.
+        widths: width d of the features, by extractor.
+    """
     with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as place:
         yield Spilled(Path(place), widths)
 
 
 class Spilled:
-    """Features in files that grow."""
+    """Features in files that grow; see `spilled`."""
 
     def __init__(self, folder: Path, widths: Mapping[str, int]) -> None:
         self._folder, self._widths = folder, dict(widths)
@@ -192,13 +198,13 @@ class Spilled:
         return self._folder / f"{list(self._widths).index(name)}"
 
     def add(self, name: str, features: np.ndarray) -> None:
-        """Appends (B, d)."""
+        """Append features (B, d)."""
         with open(self._file(name), "ab") as file:
             file.write(np.ascontiguousarray(features, dtype=np.float32).data)
         self._counts[name] += len(features)
 
     def rows(self) -> dict[str, StoredRows]:
-        """What has been added so far, float32."""
+        """Return the features added so far, float32 (N, d) by extractor, read on demand."""
         return {
             name: StoredRows([Span(self._file(name), 0, self._counts[name])], (width,), np.dtype(np.float32))
             for name, width in self._widths.items()

@@ -1,4 +1,4 @@
-"""Reference pictures: held-out shards read at full quality, or a file of their features made once.
+"""Reference pictures: held-out shards read at full quality, or a file of their precomputed features.
 
 Shapes: M pictures of H x W pixels, d features.
 """
@@ -26,10 +26,10 @@ from training.evaluation.parts import Span, StoredRows
 KEY = "evaluation.reference"
 RULE = "middle square of the picture decoded at full scale, one antialiased bicubic resize, 8 bits in memory"
 FULL_SCALE = 1e6
-"""Decode margin at which no JPEG is decoded at a reduced scale."""
+"""Decode margin with which no JPEG is decoded at a reduced scale."""
 SUFFIX = ".safetensors"
 FLOATS = "F32"
-"""As the format spells it."""
+"""Name of float32 in safetensors."""
 
 
 @dataclass
@@ -43,11 +43,16 @@ class Real:
 class References:
     """The pictures of held-out shards in a fixed shuffled order, each at most once.
 
-    A picture that cannot be read is left out (training would put another one in its place) and counted. `key` names the
-    setting in messages, `team` the processes that open them together.
+    A picture that cannot be read is skipped (in training, another one would replace it) and counted.
+
+    Args:
+        shards: the shards to read; other settings come from `data`.
+        size: side of the pictures, pixels.
+        key: the setting to name in an error.
+        team: the processes that open the shards together.
 
     Raises:
-        DataError: no shards there, or fewer than two pictures in them.
+        DataError: there are no shards, or fewer than two pictures in them.
     """
 
     def __init__(self, shards: Any, data: DataConfig, size: int, seed: int, key: str = KEY, team: Team = ALONE) -> None:
@@ -69,7 +74,7 @@ class References:
         )
         self.size, self.seed = size, seed
         self.broken = 0
-        """Pictures left out so far by `chunks`."""
+        """Number of pictures skipped by `chunks` so far."""
         with about(self.key):
             loader = self._open()
         self.count = int(sum(loader.dataset.counts))
@@ -82,7 +87,7 @@ class References:
         return Loader(self.data, image_size=self.size, seed=self.seed, team=self._team)
 
     def chunks(self, size: int, most: int) -> Iterator[Real]:
-        """Up to `most` pictures, `size` at a time.
+        """Yield up to `most` pictures, `size` at a time.
 
         Raises:
             DataError: fewer than two of them can be read.
@@ -97,7 +102,7 @@ class References:
                     break
                 with about(self.key):
                     batch = next(loader)[0]
-                if loader.counters["bad"] > self.broken:  # this is another one, put in its place
+                if loader.counters["bad"] > self.broken:  # this picture is the replacement of a bad one
                     self.broken = loader.counters["bad"]
                     continue
                 pictures.append(batch.images[0].permute(1, 2, 0).numpy())
@@ -110,28 +115,29 @@ class References:
         if given + len(captions) < 2:
             raise DataError(
                 f"{self.key}={self.data.shards}: {self.broken} of {self.count} pictures cannot be read, which leaves "
-                "fewer than 2; look at them with `cascade verify`"
+                "fewer than 2; check the shards with `cascade verify`"
             )
         if captions:
             yield Real(np.stack(pictures), captions)
 
     def check(self) -> None:
-        """Reads two pictures. Raises `DataError` as `chunks`."""
+        """Read two pictures as a test. Raises `DataError` like `chunks`."""
         next(self.chunks(2, 2))
 
 
 @dataclass
 class ReferenceFile:
-    """Features of reference pictures with the rule that they were made by, in one safetensors file."""
+    """Features of reference pictures with the preprocessing rule that they were computed by, in one safetensors
+    file."""
 
     features: Mapping[str, StoredRows]
-    """Extractor -> float32 (M, d)."""
+    """Features float32 (M, d), by extractor."""
     captions: list[str]
     facts: dict[str, Any]
     """`rule`, `size`, `extractors` (as `Extractor.describe`), `fingerprint`, `shards`, `broken`."""
 
     def write(self, path: Path) -> None:
-        """Readers see the old or the whole new file."""
+        """Write the file atomically."""
         meta = {"captions": json.dumps(self.captions), "facts": json.dumps(self.facts)}
         tensors = {name: (FLOATS, rows.shape, 4 * int(np.prod(rows.shape))) for name, rows in self.features.items()}
         with replacing(path, durable=False) as file:
@@ -142,11 +148,11 @@ class ReferenceFile:
 
     @classmethod
     def read(cls, path: str) -> ReferenceFile:
-        """Opens what `write` wrote; features are read when they are asked for. Raises `DataError` for anything else."""
+        """Open a file written by `write`; features are read on demand. Raises `DataError` for any other file."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, "np") as opened:  # which checks that the file is whole
+            with safe_open(path, "np") as opened:  # checks that the file is complete
                 meta = opened.metadata() or {}
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -169,25 +175,25 @@ class ReferenceFile:
             raise DataError(f"{KEY}={path}: not reference statistics of this project ({error})") from error
 
     def check(self, size: int, extractors: Sequence[Extractor], path: str) -> None:
-        """Refuses features that were made by another rule.
+        """Check that the features were computed in the same way as this evaluation's.
 
         Raises:
-            DataError: the sentence names what differs.
+            DataError: they were not; the message names the difference.
         """
         here = {"rule": RULE, "size": size}
         for name, value in here.items():
             if self.facts.get(name) != value:
-                raise DataError(f"{KEY}={path}: its {name} is {self.facts.get(name)}, this evaluation's is {value}")
+                raise DataError(f"{KEY}={path}: its {name} is {self.facts.get(name)}, but this evaluation's is {value}")
         for extractor in extractors:
             there, wanted = self.facts["extractors"].get(extractor.name), extractor.describe()
             if there is None:
                 raise DataError(
-                    f"{KEY}={path}: it holds no features of {extractor.name}, only of "
+                    f"{KEY}={path}: it has no features of {extractor.name}, only of "
                     f"{', '.join(self.facts['extractors'])}; rebuild it with: cascade evaluate action=reference"
                 )
             for field, value in wanted.items():
                 if there[field] != value:
                     raise DataError(
-                        f"{KEY}={path}: {field} of {extractor.name} is {there[field]} there and {value} here; figures "
-                        "of two kinds of features cannot be compared"
+                        f"{KEY}={path}: its {field} of {extractor.name} is {there[field]}, but this evaluation's is "
+                        f"{value}; figures from different features cannot be compared"
                     )

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: tables in Markdown, and a sheet of the samples with the wrong ones marked."""
+"""Readable results of an evaluation: tables in Markdown, and a sheet of samples with wrong ones marked."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ METRICS = {
     "copies": "share of copies of training pictures",
     "diversity": "diversity within a prompt",
 }
-"""Figures on features: key in result.json -> its name for people."""
+"""Feature-based figures: key in result.json -> display name."""
 
 
 def shares(scores: Scores) -> dict[str, Figure]:
-    """Share of pictures in which each part of the caption is right."""
+    """Return the fraction of pictures in which each part of the caption is right."""
     fields = [field for field in FIELDS if scores and field in scores[0]]
     return {field: Figure.mean(np.array([score[field] for score in scores]), is_share=True) for field in fields}
 
 
 def shares_by_word(scores: Scores, specs: Sequence[ShapeSpec]) -> dict[str, dict[str, Figure]]:
-    """Field -> word -> share of the pictures whose caption has the word in which that field is right."""
+    """Return by field and word the fraction of pictures in which the field is right, among those whose caption has the
+    word."""
     found: dict[str, dict[str, list[bool]]] = {}
     for score, spec in zip(scores, specs, strict=True):
         words = {("background", spec.background)}
@@ -66,9 +67,9 @@ def sheet_of_shapes(
     scores: Scores,
     references: Mapping[int, Image.Image] | None = None,
 ) -> Image.Image:
-    """Samples, all stages side by side, and the true picture of the caption where `references` (sample -> picture) has
-    it; wrong ones framed, with what was seen and which words failed. Where there are too many, wrong ones are
-    shown before right ones."""
+    """Draw samples with all stages side by side, and their true picture if `references` (by sample) has it. Wrong
+    samples are framed, with what the oracle saw and which words failed. If not all samples fit, wrong ones come
+    first."""
     wrong = [i for i, score in enumerate(scores) if not score["all"]]
     cells = []
     for i in places_on_sheet(scores):
@@ -83,7 +84,7 @@ def sheet_of_shapes(
 
 
 def places_on_sheet(scores: Scores) -> list[int]:
-    """The samples that `sheet_of_shapes` shows."""
+    """Return the indices of the samples that `sheet_of_shapes` shows."""
     return sorted(sorted(range(len(scores)), key=lambda i: scores[i]["all"])[:SHEET_CELLS])
 
 
@@ -92,8 +93,7 @@ def sheet_of_pictures(
     captions: Sequence[str],
     references: Mapping[int, Image.Image] | None = None,
 ) -> Image.Image:
-    """The first samples with their captions, beside the true pictures of these where `references` (sample -> picture)
-    has them."""
+    """Draw the first samples with their captions, next to their true pictures if `references` (by sample) has them."""
     shown = range(min(SHEET_CELLS, len(captions)))
     cells = [_beside(images[i][-1:], ["sample"], captions[i], references, i) for i in shown]
     return sheet(cells, columns=3 if references else 6)
@@ -107,14 +107,14 @@ def _beside(
     place: int,
     **more: Any,
 ) -> Cell:
-    """A cell, with the reference of sample `place` at the right."""
+    """Return a cell with the reference picture of sample `place`, if any, on the right."""
     if place not in (references or {}):
         return Cell(list(pictures), caption, list(labels) if len(pictures) > 1 else [], **more)
     return Cell([*pictures, (references or {})[place]], caption, [*labels, "reference"], **more)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The report: what was measured, in which protocol, with the command's own words for every figure."""
+    """Return the report in Markdown: figures and protocol."""
     protocol, n = result["protocol"], result["n"]
     lines = ["# Evaluation", "", f"Bundle `{protocol['bundle']}`, seed {protocol['seed']}, {n['samples']} samples.", ""]
     lines += [f"* {remark}" for remark in result["remarks"]] + [""] * bool(result["remarks"])
@@ -129,7 +129,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The same in a few lines for the terminal."""
+    """Return a short report for the terminal."""
     lines = []
     if "samples" in result:
         for row, title in (("samples", "samples right"), ("real", "held-out drawings read right")):
@@ -148,13 +148,13 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def with_interval(entry: dict[str, Any]) -> str:
-    """0.01234 [0.01, 0.015]: enough digits for what is small."""
+    """Format a figure with its interval: 0.01234 [0.01, 0.015]."""
     low, high = entry["interval"]
     return f"{entry['value']:.4g} [{low:.3g}, {high:.3g}]"
 
 
 def protocol_rows(protocol: dict[str, Any]) -> list[tuple[str, str]]:
-    """The protocol as a table of two columns."""
+    """Return the protocol as rows of two columns."""
     rows = [(key, str(value)) for key, value in protocol.items() if key not in ("stages", "extractors")]
     for name, facts in protocol["extractors"].items():
         rows.append((f"features {name}", ", ".join(f"{key} {value}" for key, value in facts.items() if value)))

@@ -1,8 +1,8 @@
-"""The evaluations of one run's checkpoints as a series: its curves, its best step, and whether it has turned worse.
+"""The evaluations of a run's checkpoints as a series: curves, the best step, and whether the run has become worse.
 
-OUTPUT/step-########/result.json   of one checkpoint
+OUTPUT/step-########/result.json   the evaluation of one checkpoint
 OUTPUT/series.json                 every figure over the steps, and the best step
-OUTPUT/report.html                 the same as curves, and the same prompts drawn by every checkpoint
+OUTPUT/report.html                 the figures as curves, and the same prompts drawn by every checkpoint
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ SERIES = "series.json"
 
 
 def evaluation_place(output: Path, step: int) -> Path:
-    """Where the evaluation of a checkpoint lies."""
+    """Return the directory of a checkpoint's evaluation."""
     return output / f"step-{step:08d}"
 
 
 def write_series(output: Path, figure: str) -> dict[str, Any]:
-    """series.json and the page, from all results in `output`; empty where there are none.
+    """Write series.json and the page from all results in `output`; return the content of series.json, empty if there
+    are no results.
 
     Args:
-        figure: which decides the best step, for example kid.inception; empty: the first KID, by the last features.
+        figure: the figure that decides the best step, for example kid.inception; empty: KID on the last feature space.
 
     Raises:
         ConfigError: the results have no such figure.
@@ -66,11 +67,11 @@ def best_so_far(series: dict[str, Any]) -> str:
 
 
 def is_worse(output: Path, good: int, step: int, figure: str) -> bool:
-    """Whether the checkpoint of `step` is worse than that of `good` by more than chance: the 95 % interval of their
-    paired difference does not hold 0.
+    """Return whether the checkpoint of `step` is significantly worse than that of `good`: the 95 % interval of their
+    paired difference excludes 0.
 
     Raises:
-        ConfigError: the two have answered different questions, or neither has the figure.
+        ConfigError: the evaluations are not comparable, or have no such figure.
     """
     places = [str(evaluation_place(output, one)) for one in (good, step)]
     figures = compare_results(places)["others"][0]["figures"]
@@ -80,8 +81,8 @@ def is_worse(output: Path, good: int, step: int, figure: str) -> bool:
 
 
 def turned_worse(output: Path, series: dict[str, Any], count: int) -> str:
-    """Why the run should stop: its `count` newest evaluated checkpoints come after the best one, and each is worse than
-    that by more than chance. Empty: it should go on."""
+    """Return why the run should stop: its `count` newest evaluated checkpoints are later than the best one, and each is
+    significantly worse. Empty: it should continue."""
     best, figure = series["best"]["step"], series["figure"]
     newest = sorted(step for step in series["steps"] if step > best)[-count:]
     if len(newest) < count or not all(is_worse(output, best, step, figure) for step in newest):

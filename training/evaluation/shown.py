@@ -1,7 +1,7 @@
-"""The pictures that an evaluation keeps for people: the same prompts for every checkpoint, some of each category.
+"""The pictures that an evaluation keeps for its pages: the same prompts for every checkpoint, some of each category.
 
-OUTPUT/shown.npz: `picture` uint8 (N, H, W, 3), `prompt`, `category` (both text), `chosen` bool (False: kept because it
-is among the best or the worst), and `score` (NaN where pictures are not scored).
+OUTPUT/shown.npz: `picture` uint8 (N, H, W, 3), `prompt`, `category` (both text), `chosen` bool (False: kept as one of
+the best or worst), and `score` (NaN if pictures are not scored).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from data_pipeline.storage.atomic import replacing
 
 FILE = "shown.npz"
 CELLS = 48
-"""Prompts chosen."""
+"""Maximum number of prompts to choose."""
 EXTREMES = 8
-"""Best and worst pictures kept of each part, and shown of all."""
+"""Number of best and of worst pictures to keep of each part, and to show of all."""
 
 
 @dataclass
 class Shown:
-    """What shown.npz holds."""
+    """The content of shown.npz."""
 
     picture: np.ndarray
     prompt: np.ndarray
@@ -33,13 +33,13 @@ class Shown:
     score: np.ndarray
 
     def write(self, folder: Path) -> None:
-        """Readers see the old or the whole new file."""
+        """Write the file atomically."""
         with replacing(folder / FILE, durable=False) as file:
             np.savez_compressed(file, **vars(self))
 
     @classmethod
     def read(cls, folder: Path) -> Shown | None:
-        """None where there is none, or a damaged one: a page is worth no evaluation."""
+        """Read the file; None if it is missing or damaged, since it only serves a page."""
         try:
             with np.load(folder / FILE) as stored:
                 return cls(**{name: stored[name] for name in stored.files})
@@ -48,10 +48,11 @@ class Shown:
 
 
 def choose_places(categories: Sequence[str], count: int) -> list[int]:
-    """Places of up to `CELLS` of the first `count` prompts: the first ones, or as many of each category.
+    """Return the indices of up to `CELLS` of the first `count` prompts: the first ones, or equally many of each
+    category.
 
     Args:
-        categories: of all prompts; empty where they have none.
+        categories: categories of all prompts; empty if they have none.
     """
     if not categories:
         return list(range(min(count, CELLS)))
@@ -63,7 +64,7 @@ def choose_places(categories: Sequence[str], count: int) -> list[int]:
 
 
 def best_and_worst(scores: np.ndarray) -> tuple[list[int], list[int]]:
-    """Places of the highest scores, best first, and of the lowest, worst first; at most `EXTREMES` each."""
+    """Return the indices of the highest scores, best first, and of the lowest, worst first; at most `EXTREMES` each."""
     order = np.argsort(scores, kind="stable")
     count = min(EXTREMES, len(order) // 2)
     return [int(place) for place in order[::-1][:count]], [int(place) for place in order[:count]]

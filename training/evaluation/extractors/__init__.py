@@ -1,1 +1,1 @@
-"""What turns pictures into features, from local files with a stated SHA-256; nothing is ever downloaded."""
+"""Feature extractors: networks from local files with a stated SHA-256; nothing is ever downloaded."""

@@ -1,6 +1,6 @@
-"""Questions about pictures, answered by a vision-language model through transformers from a local directory.
+"""Scores pictures by questions to a vision-language model in transformers format from a local directory.
 
-A score is a probability, not a text: that of the right answer's first token, so it moves smoothly with the picture.
+A score is a probability, not a text: that of the right answer's first token, so it changes smoothly with the picture.
 
 VQAScore (Lin et al. 2024, arXiv 2404.01291): P("Yes") to "does this figure show CAPTION?".
 Soft-TIFA (Kamath et al. 2025, arXiv 2512.16853, the score of GenEval 2): P(answer) to each question about a prompt; the
@@ -24,24 +24,25 @@ from training.text.vision_language import load_vlm
 SHOWS = 'Does this figure show "{}"? Please answer yes or no.'
 """VQAScore's question."""
 ASKS = "{} Answer in one word."
-"""Soft-TIFA's."""
+"""Soft-TIFA's question."""
 YES = ("Yes", "yes", " Yes", " yes")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
 
 
 def spellings(answer: str) -> tuple[str, ...]:
-    """The ways a model may write an answer: `four`, `Four`, `4`, each with and without a blank before it."""
+    """Return the ways a model may write an answer: `four`, `Four`, `4`, each with and without a leading blank."""
     word = answer.strip()
     forms = [word, word.capitalize(), word.lower(), *([DIGITS[word.lower()]] if word.lower() in DIGITS else [])]
     return tuple(dict.fromkeys(spelling for form in forms for spelling in (form, f" {form}")))
 
 
 class Answerer:
-    """A vision-language model as probabilities of answers.
+    """A vision-language model that returns probabilities of answers.
 
     Args:
-        model: maps what `processor` makes of a conversation to `.logits`.
+        model: returns `.logits` for the output of `processor` on a conversation.
+        sha256: SHA-256 of the model's weights.
         batch: questions per forward pass.
     """
 
@@ -50,19 +51,20 @@ class Answerer:
         self._model, self._processor = model, processor
 
     def describe(self) -> dict[str, Any]:
-        """What a protocol says of it."""
+        """Return the description for a protocol."""
         return {"width": 0, "sha256": self.sha256, "rule": f"P(first token of the answer); {SHOWS} / {ASKS}"}
 
     def probabilities(
         self, pictures: Sequence[np.ndarray], questions: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """(N,): how probable one of the given spellings of the answer is as the next token, 0 to 1.
+        """Return the probability that the next token starts one of the given spellings of the answer, (N,), 0 to 1.
 
         Args:
             pictures: uint8 (H, W, 3), one per question.
+            answers: for each question, the spellings of its answer.
 
         Raises:
-            DataError: numbers that are not finite.
+            DataError: a probability is not finite.
         """
         found: list[float] = []
         for at in range(0, len(questions), self.batch):
@@ -77,7 +79,7 @@ class Answerer:
         return values
 
     def _next_token(self, pictures: list[Image.Image], questions: Sequence[str]) -> torch.Tensor:
-        """(N, V) logits of the answer's first token."""
+        """Return the logits of the answer's first token, (N, V)."""
         talks = [
             [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q}]}]
             for p, q in zip(pictures, questions, strict=True)
@@ -99,14 +101,15 @@ class Answerer:
         return sorted({ids[0] for ids in tokens if ids and ids[0] != tokenizer.unk_token_id})
 
     def vqa_scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        """(N,) VQAScores."""
+        """Return the VQAScores, (N,), 0 to 1; one caption per picture, uint8 (H, W, 3)."""
         return self.probabilities(pictures, [SHOWS.format(c) for c in captions], [YES] * len(captions))
 
     def soft_tifa(self, pictures: Sequence[np.ndarray], asked: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
-        """(N, K): the probability of the right answer to each question of each picture; NaN where it has fewer than K.
+        """Return the probability of the right answer to each question about each picture, (N, K); NaN beyond a
+        picture's last question.
 
         Args:
-            asked: per picture its (question, answer) pairs, `vqa_list` of GenEval 2.
+            asked: for each picture, its (question, answer) pairs, `vqa_list` of GenEval 2.
         """
         flat = [(row, pair) for row, pairs in enumerate(asked) for pair in pairs]
         chances = self.probabilities(
@@ -122,10 +125,10 @@ class Answerer:
 
 
 def open_answerer(configs: Mapping[str, ExtractorConfig], device: str = "cpu") -> Answerer | None:
-    """The vision-language model of `evaluation.extractors`, None where there is none.
+    """Open the vision-language model of `evaluation.extractors`; None if there is none.
 
     Raises:
-        ConfigError, DataError: its files are missing, others than they should be, or no such model.
+        ConfigError, DataError: its files are missing, do not have the stated SHA-256, or are not such a model.
     """
     for name, config in configs.items():
         if config.kind != "vlm":

@@ -1,4 +1,4 @@
-"""What turns pictures into features: one interface, a local file with a required SHA-256, never a download."""
+"""Feature extractors: one interface, a local file with a required SHA-256, never a download."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from training.config.experiment import ExtractorConfig
 from training.evaluation.metrics import features
 
 INDEX = "model.safetensors.index.json"
-"""Names the files of weights that are too large for one."""
+"""Index of weights in several files."""
 PROBE = 64
-"""Side of the grey picture that every network sees before others do."""
+"""Side of the grey picture that every network is tested on."""
 NO_RULE = "none: computed from the pictures at their own size"
 
 
@@ -26,12 +26,12 @@ class Extractor:
     """A named function from pictures to features.
 
     Args:
-        name: of the features, as it stands beside every figure.
-        width: d.
-        pictures: uint8 (N, H, W, 3) -> (N, d).
-        texts: captions -> (N, d) in the same space, where there is one (CLIP).
-        rule: what happens to a picture before the network sees it.
-        sha256: of the weights; empty without weights.
+        name: name of the features in every figure.
+        width: number of features d.
+        pictures: maps uint8 (N, H, W, 3) to (N, d).
+        texts: maps captions to (N, d) in the same space, if there is one (CLIP).
+        rule: how pictures are preprocessed for the network.
+        sha256: SHA-256 of the weights; empty without weights.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Extractor:
         self._pictures, self.texts = pictures, texts
 
     def pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """float32 (N, d) of uint8 (N, H, W, 3).
+        """Return the features float32 (N, d) of pictures uint8 (N, H, W, 3).
 
         Raises:
-            DataError: features that are not finite.
+            DataError: a feature is not finite.
         """
         found = self._pictures(pictures).astype(np.float32)
         if not np.isfinite(found).all():
@@ -58,7 +58,7 @@ class Extractor:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What a protocol says of it."""
+        """Return the description for a protocol."""
         return {"width": self.width, "sha256": self.sha256, "rule": self.rule}
 
 
@@ -67,14 +67,14 @@ def _bad(found: np.ndarray) -> int:
 
 
 def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu") -> list[Extractor]:
-    """Those without weights, which always stand beside the others, and those of `evaluation.extractors`.
+    """Open the extractors without weights, which are always included, and those of `evaluation.extractors`.
 
     Raises:
-        ConfigError, DataError: a file is missing, is another one than it should be, or does not fit the architecture.
+        ConfigError, DataError: a file is missing, does not have the stated SHA-256, or does not fit the architecture.
     """
     found = [Extractor(name, features.WIDTHS[name], extract) for name, extract in features.EXTRACTORS.items()]
     for name, config in configs.items():
-        if config.kind == "vlm":  # it answers questions: answers.py
+        if config.kind == "vlm":  # answers questions instead, see answers.py
             continue
         digest = verified(name, config)
         if config.kind == "inception":
@@ -94,17 +94,17 @@ def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu")
         except DataError as error:
             raise DataError(
                 f"evaluation.extractors.{name}.path={config.path}: its features of a grey picture are not finite; "
-                "these weights are damaged: fetch them again, and state the new sha256"
+                "the weights are damaged: fetch them again, and set the new sha256"
             ) from error
     return found
 
 
 def verified(name: str, config: ExtractorConfig) -> str:
-    """The SHA-256 of the weights, which is the one that the configuration states.
+    """Return the SHA-256 of the weights, after checking that it is the configured one.
 
     Raises:
-        ConfigError: none is stated.
-        DataError: the file is missing, or another one.
+        ConfigError: none is configured.
+        DataError: the file is missing, or has a different SHA-256.
     """
     key = f"evaluation.extractors.{name}"
     file = weights_file(config)
@@ -116,17 +116,18 @@ def verified(name: str, config: ExtractorConfig) -> str:
         )
     digest = file_sha256(file) if file.name != INDEX else _sha256_of_all(file)
     if not config.sha256:
-        raise ConfigError(f"{key}.sha256: state the SHA-256 of the weights, so that figures can be compared: {digest}")
+        raise ConfigError(f"{key}.sha256: set it to that of the weights, so that figures can be compared: {digest}")
     if digest != config.sha256.lower():
         raise DataError(
             f"{key}.path={config.path}: {file.name} has the SHA-256 {digest}, not {config.sha256} ({key}.sha256); "
-            f"figures of other weights cannot be compared"
+            f"figures from other weights cannot be compared"
         )
     return digest
 
 
 def weights_file(config: ExtractorConfig) -> Path:
-    """Inception is a single file; the others are directories as Hugging Face lays them out."""
+    """Return the weights file (or its index): Inception is a single file, the others are directories in Hugging Face
+    format."""
     path = Path(config.path)
     if config.kind == "inception":
         return path
@@ -134,7 +135,7 @@ def weights_file(config: ExtractorConfig) -> Path:
 
 
 def _sha256_of_all(index: Path) -> str:
-    """Of weights in several files: the SHA-256 of their names and SHA-256s."""
+    """Return the SHA-256 of weights in several files: that of their names and SHA-256s."""
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return hashlib.sha256(
         "".join(f"{name} {file_sha256(index.parent / name)}\n" for name in names).encode()
@@ -142,7 +143,7 @@ def _sha256_of_all(index: Path) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -150,7 +151,8 @@ def file_sha256(file: Path) -> str:
 def in_batches(
     pictures: np.ndarray, size: int, device: str, compute: Callable[[torch.Tensor], torch.Tensor]
 ) -> np.ndarray:
-    """A network's answers, (N, d), to uint8 (N, H, W, 3), `size` pictures at a time and in full fp32."""
+    """Return a network's output, (N, d), for pictures uint8 (N, H, W, 3), `size` at a time and in full fp32 (no
+    TF32)."""
     found = []
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         for at in range(0, len(pictures), size):

@@ -1,9 +1,9 @@
-"""Inception v3 as TensorFlow's FID graph of 2015-12-05 has it (Szegedy et al. 2015, "Rethinking the Inception
-architecture"), which is what published FIDs are computed with.
+"""Inception v3 as in TensorFlow's FID graph of 2015-12-05 (Szegedy et al. 2015, "Rethinking the Inception
+architecture"), with which published FIDs are computed.
 
-The weights' file is the state dict that torch-fidelity publishes; its package cannot be installed beside the project's
-torch on a CPU (it needs torchvision), so the network stands here and a test compares the two. Where the graph differs
-from the paper: average pools leave the padding out of the mean, and the last block has a maximum pool.
+The weights file is the state dict published by torch-fidelity. That package cannot be installed next to the project's
+CPU build of torch (it needs torchvision), so the network is implemented here, and a test compares the two. The graph
+differs from the paper in two points: average pools exclude the padding, and the last block has a maximum pool.
 
 Shapes: N pictures, H, W pixels.
 """
@@ -27,14 +27,14 @@ WIDTH = 2048
 RULE = f"{SIDE} px by TensorFlow 1.x bilinear without antialiasing, (x - 128) / 128"
 Size = int | tuple[int, int]
 Layer = tuple[str, int, Size] | tuple[str, int, Size, int]
-"""Name in the state dict, output channels, kernel, stride (1)."""
+"""Name in the state dict, output channels, kernel size, stride (default: 1)."""
 
 
 def load(name: str, config: ExtractorConfig, sha256: str, device: str) -> Extractor:
-    """The extractor of a local state dict.
+    """Return the extractor for a local state dict.
 
     Raises:
-        RuntimeError: weights of another architecture.
+        RuntimeError: the weights are of another architecture.
     """
     state = torch.load(config.path, map_location="cpu", weights_only=True)
     network = Inception()
@@ -58,7 +58,7 @@ def fused(network: Inception) -> Inception:
 
 
 class Inception(nn.Module):
-    """uint8 (N, 3, H, W) -> fp32 (N, 2048), the global average pool before the classifier."""
+    """Maps pictures uint8 (N, 3, H, W) to features fp32 (N, 2048), the global average pool before the classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side; the last layers of a branch may be two that read the same input.
+    """Parallel branches; the last entry of a branch may be two layers that read the same input.
 
     Args:
-        branches: the layers of each, in order.
+        branches: the layers of each branch, in order.
         pool: `average` or `maximum` before the branch named branch_pool; `shrink`: a maximum pool of stride 2 is the
             last branch.
     """
@@ -136,8 +136,8 @@ class Block(nn.Module):
 
 
 def resize_like_tensorflow(pictures: Tensor, side: int) -> Tensor:
-    """Bilinear (N, C, side, side) as `tf.image.resize_bilinear` of TensorFlow 1.x has it: output pixel i lies at
-    i * in / out, without the half-pixel centres and without antialiasing."""
+    """Resize to (N, C, side, side) bilinearly as `tf.image.resize_bilinear` of TensorFlow 1.x does: output pixel i is
+    at i * in / out, without half-pixel centres and without antialiasing."""
     for axis in (2, 3):
         size = pictures.shape[axis]
         place = torch.arange(side, dtype=torch.float32, device=pictures.device) * torch.tensor(size / side)
@@ -160,7 +160,7 @@ STEM: Sequence[tuple[str, int, int, Size, int, int]] = (
     ("Conv2d_3b_1x1", 64, 80, 1, 1, 0),
     ("Conv2d_4a_3x3", 80, 192, 3, 1, 0),
 )
-"""Name, channels in and out, kernel, stride, padding."""
+"""Name, input and output channels, kernel size, stride and padding."""
 
 
 def _double(first: int, second: int, last_stride: int = 1) -> list[Layer]:
@@ -228,4 +228,4 @@ BLOCKS: Sequence[tuple[str, int, Any, str]] = (
     ("Mixed_7b", 1280, BLOCK_E, "average"),
     ("Mixed_7c", 2048, BLOCK_E, "maximum"),
 )
-"""Name, channels in, branches, pool."""
+"""Name, input channels, branches and pool of each block."""

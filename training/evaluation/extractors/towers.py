@@ -1,6 +1,6 @@
-"""CLIP and DINOv2 through transformers, from local directories as Hugging Face lays them out.
+"""CLIP and DINOv2 through transformers, from local directories in Hugging Face format.
 
-Pictures are resized by Pillow's antialiased bicubic to the side the tower was trained with, as in both papers' code.
+Pictures are resized with Pillow's antialiased bicubic filter to the network's input size, as in both papers' code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from training.model.dinov2 import MEAN, STD
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DINOV2_SIDE = 224
-"""What FD-DINOv2 (Stein et al. 2023) uses; the checkpoint itself was finished at 518."""
+"""Input side of FD-DINOv2 (Stein et al. 2023); training of the checkpoint itself ended at 518."""
 TOKENS = 77
-"""CLIP reads no more."""
+"""Maximum number of tokens that CLIP reads."""
 
 
 def load_clip(name: str, config: ExtractorConfig, sha256: str, device: str) -> Extractor:
-    """Projected embeddings of pictures and captions, not normalised: what CLIP score and CMMD are made of."""
+    """Return the extractor of CLIP's projected embeddings of pictures and captions, not normalised, for CLIP score and
+    CMMD."""
     from transformers import CLIPModel, CLIPTokenizer
 
     model = CLIPModel.from_pretrained(config.path, local_files_only=True, dtype=torch.float32)
@@ -56,7 +57,7 @@ def load_clip(name: str, config: ExtractorConfig, sha256: str, device: str) -> E
 
 
 def load_dinov2(name: str, config: ExtractorConfig, sha256: str, device: str) -> Extractor:
-    """The class token after the last layer norm."""
+    """Return the extractor of DINOv2's class token after the final layer norm."""
     from transformers import Dinov2Model
 
     model = Dinov2Model.from_pretrained(config.path, local_files_only=True, dtype=torch.float32)
@@ -73,14 +74,14 @@ def load_dinov2(name: str, config: ExtractorConfig, sha256: str, device: str) ->
 
 
 def resized(pictures: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (N, side, side, 3) of square pictures."""
+    """Resize square pictures to uint8 (N, side, side, 3)."""
     if pictures.shape[1] == side:
         return pictures
     return np.stack([np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.BICUBIC)) for p in pictures])
 
 
 def normalised(batch: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (N, 3, H, W) to fp32 of mean 0 and deviation 1 over the tower's training data."""
+    """Normalise uint8 (N, 3, H, W) to fp32 with the mean and standard deviation of the network's training data."""
     centre, spread = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (mean, std))
     return (batch.to(torch.float32) / 255 - centre) / spread
 

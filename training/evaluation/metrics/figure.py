@@ -1,10 +1,10 @@
-"""A measured value with what each picture contributed to it: confidence intervals, and paired differences.
+"""A measured value with the contribution of each picture, for confidence intervals and paired differences.
 
 Every metric here is, to first order, a mean over pictures: value = theta + mean of the samples' influences + mean of
 the reference pictures' influences (Hampel 1974; the infinitesimal jackknife of Efron & Stein 1981). So one pass gives
-the standard error that a bootstrap over pictures converges to, without resampling. Pictures of one prompt depend on
-each other: their influences are added up before the variance is taken. Of two checkpoints that drew the same prompts
-from the same noise, the influences are subtracted picture by picture, which removes what the prompts have in common.
+the standard error that a bootstrap over pictures converges to, without resampling. Pictures of one prompt are not
+independent, so their influences are summed before computing the variance. For two checkpoints that drew the same
+prompts from the same noise, influences are subtracted picture by picture, which removes what they have in common.
 
 Shapes: N samples, M reference pictures.
 """
@@ -20,7 +20,7 @@ import numpy as np
 Z = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
 POWER_Z = Z + 0.8416212335729143
-"""Times the standard error: the difference that a 5 % test finds four times in five."""
+"""Multiple of the standard error that a 5 % test detects four times in five."""
 
 
 def _none() -> np.ndarray:
@@ -29,27 +29,27 @@ def _none() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Figure:
-    """One value and where its uncertainty comes from."""
+    """One value with the sources of its uncertainty."""
 
     value: float
     samples: np.ndarray = field(default_factory=_none)
-    """float64 (N,): influence of each sample, of mean 0; empty where samples play no part."""
+    """float64 (N,): influence of each sample, with mean 0; empty if the value does not depend on samples."""
     reference: np.ndarray = field(default_factory=_none)
-    """float64 (M,): influence of each reference picture, of mean 0; empty where they play no part."""
+    """float64 (M,): influence of each reference picture, with mean 0; empty if the value does not depend on them."""
     twice: float = 0.0
-    """Variance that the influences count twice: the second-order part of a U-statistic, which both pictures of a pair
-    carry. Between equal distributions it is all there is."""
+    """Variance that the influences count twice: the second-order part of a U-statistic, which appears in both pictures
+    of a pair. Between equal distributions it is the only part."""
     is_share: bool = False
-    """A share of pictures, 0 to 1: its interval is Wilson's, which is right at 0 and 1 too."""
+    """A fraction of pictures, 0 to 1, with Wilson's interval, which is also valid at 0 and 1."""
     least: float = -math.inf
-    """What the value cannot be below, nor its interval."""
+    """Lower bound of the value and of its interval."""
 
     @classmethod
     def mean(cls, values: np.ndarray, of: str = "samples", is_share: bool = False) -> Figure:
-        """The mean of one value per picture, (N,).
+        """Return the mean of one value per picture, (N,).
 
         Args:
-            of: `samples` or `reference`: whose pictures they are.
+            of: whether the pictures are the `samples` or the `reference`.
         """
         x = np.asarray(values, dtype=np.float64)
         value = float(x.mean())
@@ -58,20 +58,20 @@ class Figure:
 
     @property
     def n(self) -> int:
-        """Pictures that the value is made of: the samples, or the reference where only that counts."""
+        """Number of samples, or of reference pictures if the value only depends on these."""
         return len(self.samples) or len(self.reference)
 
     def standard_error(self, prompts: np.ndarray | None = None) -> float:
-        """Of the value.
+        """Return the standard error of the value.
 
         Args:
-            prompts: int (N,): which prompt each sample belongs to; None: every sample has its own.
+            prompts: int (N,): the prompt of each sample, by number; None: every sample has its own.
         """
         total = variance(self.samples, prompts) + variance(self.reference)
         return math.sqrt(max(total - self.twice, self.twice))
 
     def interval(self, prompts: np.ndarray | None = None) -> tuple[float, float]:
-        """The 95 % confidence interval."""
+        """Return the 95 % confidence interval; `prompts` as for `standard_error`."""
         error = self.standard_error(prompts)
         if not self.is_share:
             return max(self.least, self.value - Z * error), self.value + Z * error
@@ -80,13 +80,13 @@ class Figure:
         return wilson(self.value, spread / error**2 if error else clusters)
 
     def plus_minus(self) -> float:
-        """Half the width of the 95 % interval, before `least` cuts it."""
+        """Return half the width of the 95 % interval, before `least` bounds it."""
         low, high = replace(self, least=-math.inf).interval()
         return (high - low) / 2
 
     def as_dict(self, prompts: np.ndarray | None = None) -> dict[str, Any]:
-        """What stands in result.json: value, interval, n, and `detectable`: the smallest difference between two
-        checkpoints that this many samples show (independent noise, 80 % power; with the same noise `compare` sees
+        """Return the entry for result.json: value, interval, n, and `detectable`, the smallest difference between two
+        checkpoints that this many samples reveal (independent noise, 80 % power; with the same noise, `compare` detects
         smaller ones)."""
         low, high = self.interval(prompts)
         by_samples = len(self.samples) and not self.is_share
@@ -99,10 +99,10 @@ class Figure:
         }
 
     def minus(self, other: Figure) -> Figure:
-        """The difference of two figures of the same prompts, noise and reference, picture by picture.
+        """Return the difference of two figures with the same prompts, noise and reference, paired by picture.
 
         Raises:
-            ValueError: other numbers of pictures.
+            ValueError: the numbers of pictures differ.
         """
         for name in ("samples", "reference"):
             mine, theirs = len(getattr(self, name)), len(getattr(other, name))
@@ -116,7 +116,8 @@ class Figure:
 
 
 def variance(influences: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """Of the mean of (N,) influences, those of one group added up before; 0 where there are fewer than two groups."""
+    """Return the variance of the mean of influences (N,), after summing those of each group; 0 for fewer than two
+    groups."""
     total = len(influences)
     if groups is not None and total:
         influences = np.bincount(np.unique(groups, return_inverse=True)[1], weights=influences)
@@ -127,10 +128,10 @@ def variance(influences: np.ndarray, groups: np.ndarray | None = None) -> float:
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """95 % interval of a share of `count` independent trials (Wilson 1927)."""
+    """Return the 95 % interval of a fraction of `count` independent trials (Wilson 1927)."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return (
         0.0 if share <= 0 else centre - half,
         1.0 if share >= 1 else centre + half,
-    )  # as the formula, but for rounding
+    )  # the formula gives the same, except for rounding

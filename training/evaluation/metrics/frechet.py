@@ -1,6 +1,6 @@
-"""Frechet distance between two sets of features, from mergeable float64 moments; no model and no pictures here.
+"""Frechet distance between two sets of features, from mergeable float64 moments.
 
-Shapes: N samples, d features; arrays or `FeatureRows`, of which a block at a time is in memory.
+Shapes: N samples, d features; arrays or `FeatureRows`, of which one block at a time is in memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.rows import FeatureRows, blocks
 
 SMALLEST = -1e-3
-"""Rounding may take a distance of zero this far below it, relative to the traces; anything lower is an error."""
+"""Lowest value, relative to the traces, to which rounding may take a distance of zero; anything lower is an error."""
 SINGULAR = 1e-10
-"""Eigenvalues below this share of the largest are rounding."""
+"""Fraction of the largest eigenvalue below which eigenvalues are rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: FeatureRows) -> Moments:
-        """Of features (N, d), N >= 1, any dtype. Raises `ValueError` where they are not finite."""
+        """Return the moments of features (N, d), N >= 1, any dtype. Raises `ValueError` if they are not finite."""
         mean = sum(block.sum(axis=0) for _, block in blocks(features)) / len(features)
         scatter = np.zeros((features.shape[1], features.shape[1]))
         for _, block in blocks(features):
@@ -37,7 +37,7 @@ class Moments:
         return cls(len(features), np.asarray(mean), scatter)
 
     def merged(self, other: Moments) -> Moments:
-        """Of the two sets together (Chan et al. 1979)."""
+        """Return the moments of the union of two sets (Chan et al. 1979)."""
         count = self.count + other.count
         shift = other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
@@ -46,18 +46,18 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(d, d), with divisor N - 1."""
+        """Covariance (d, d), with divisor N - 1. Raises `ValueError` for fewer than 2 samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+    """Return |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    With S_a = L L^T the product has the eigenvalues of L^T S_b L, which is symmetric: a Cholesky factor and `eigvalsh`,
-    and where S_a is singular its root by `eigh`. Unlike `sqrtm` neither ever turns complex, also for N < d.
-    Biased upwards by about 1/N: compare only values of equal N.
+    With S_a = L L^T, the product has the eigenvalues of L^T S_b L, which is symmetric: a Cholesky factor and `eigvalsh`
+    or, if S_a is singular, its root by `eigh`. Unlike `sqrtm`, neither becomes complex, even for N < d. The distance is
+    biased upwards by about 1/N: only compare values with equal N.
 
     Raises:
         ValueError: different widths, fewer than 2 samples, or moments that are not finite.
@@ -72,14 +72,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
-    """The distance of two sets of features, (N, d) and (M, d), with its uncertainty.
+    """Return the distance of two sets of features, (N, d) and (M, d), with its uncertainty.
 
-    A picture x changes it by 2 (m_a - m_b)(x - m_a) + (x - m_a)^T (1 - T)(x - m_a), less the mean of that, where T is
-    the linear map that carries the one Gaussian into the other (the gradient of the distance by S_a). Singular
-    directions of S_a are left out of T. The bias of about 1/N is not in the interval.
+    The influence of a picture x is 2 (m_a - m_b)(x - m_a) + (x - m_a)^T (1 - T)(x - m_a), minus the mean of this, where
+    T is the linear map that transports one Gaussian to the other (from the gradient of the distance by S_a). Singular
+    directions of S_a are left out of T. The interval does not include the bias of about 1/N.
 
     Raises:
-        ValueError: as `frechet_distance`.
+        ValueError: as for `frechet_distance`.
     """
     a, b = Moments.of(samples), Moments.of(reference)
     first, second = _covariances(a, b)
@@ -103,7 +103,7 @@ def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
 
 
 def _influences(features: FeatureRows, moments: Moments, shift: np.ndarray, carried: np.ndarray) -> np.ndarray:
-    """(N,), of mean 0."""
+    """Return the influences (N,), with mean 0."""
     values = np.zeros(len(features))
     for where, block in blocks(features):
         x = block - moments.mean
@@ -121,7 +121,7 @@ def _covariances(a: Moments, b: Moments) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distance(a: Moments, b: Moments, cross: np.ndarray) -> float:
-    """From the eigenvalues of the covariances' product."""
+    """Return the distance from the eigenvalues of the product of the covariances."""
     traces = float(np.trace(a.covariance) + np.trace(b.covariance))
     shift = a.mean - b.mean
     distance = float(shift @ shift) + traces - 2 * float(np.sqrt(np.clip(cross, 0, None)).sum())

@@ -1,7 +1,7 @@
 """Maximum mean discrepancies between two sets of features: KID and CMMD.
 
-Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Kernel matrices are made tile by
-tile, never whole.
+Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Kernel matrices are computed tile by tile,
+never as a whole.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from training.evaluation.metrics.rows import FeatureRows, blocks
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
-"""As published: the discrepancy of normalised CLIP embeddings is a small number."""
+"""Factor as published, since the discrepancy of normalised CLIP embeddings is small."""
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(x . y / d + 1)^3 of every pair of rows: KID's kernel."""
+    """Return (x . y / d + 1)^3 of every pair of rows, KID's kernel."""
     inner = x @ y.T / x.shape[1] + 1
-    return np.asarray(inner * inner * inner)  # a power is ten times as slow
+    return np.asarray(inner * inner * inner)  # `**` is ten times as slow
 
 
 def gaussian(sigma: float) -> Kernel:
-    """exp(-|x - y|^2 / (2 sigma^2)) of every pair of rows."""
+    """Return the kernel exp(-|x - y|^2 / (2 sigma^2)) of every pair of rows."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)[None] - 2 * (x @ y.T)
@@ -37,14 +37,14 @@ def gaussian(sigma: float) -> Kernel:
 
 
 def kid(samples: FeatureRows, reference: FeatureRows) -> Figure:
-    """Kernel Inception distance (Binkowski et al. 2018): unbiased, so about 0, and sometimes below, between equal
-    distributions of any size. Over all pairs at once, where other tools average over random subsets of 1,000."""
+    """Return the kernel Inception distance (Binkowski et al. 2018). It is unbiased, so it is about 0, sometimes below,
+    between equal distributions. Uses all pairs at once, whereas other tools average over random subsets of 1,000."""
     return discrepancy(samples, reference, cubic)
 
 
 def cmmd(samples: FeatureRows, reference: FeatureRows) -> Figure:
-    """CLIP maximum mean discrepancy (Jayasumana et al. 2023): Gaussian kernel of width 10 on normalised embeddings,
-    1,000-fold; the biased estimate with the diagonal, as published."""
+    """Return the CLIP maximum mean discrepancy (Jayasumana et al. 2023), times 1,000: Gaussian kernel of width 10 on
+    normalised embeddings; the biased estimate with the diagonal, as published."""
     gauss = gaussian(CMMD_SIGMA)
     return discrepancy(
         samples, reference, lambda x, y: gauss(_normalised(x), _normalised(y)), unbiased=False, scale=CMMD_SCALE
@@ -54,17 +54,18 @@ def cmmd(samples: FeatureRows, reference: FeatureRows) -> Figure:
 def discrepancy(
     samples: FeatureRows, reference: FeatureRows, kernel: Kernel, unbiased: bool = True, scale: float = 1.0
 ) -> Figure:
-    """Squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 without, eq. 5 with the diagonal).
+    """Return the squared maximum mean discrepancy (Gretton et al. 2012, eq. 3 without, eq. 5 with the diagonal).
 
-    The influences are those of Hoeffding's decomposition; its second-order part, which is all that is left between
-    equal distributions, is the figure's `twice`.
+    The influences are those of Hoeffding's decomposition; its second-order part, the only one between equal
+    distributions, is the figure's `twice`.
 
     Args:
         samples, reference: (N, d) and (M, d), at least 2 rows each.
-        kernel: symmetric.
+        kernel: a symmetric kernel.
+        unbiased: without the diagonal.
 
     Raises:
-        ValueError: fewer rows, other widths, or values that are not finite.
+        ValueError: too few rows, different widths, or values that are not finite.
     """
     _check(samples, reference)
     n, m = len(samples), len(reference)
@@ -98,12 +99,12 @@ def _check(x: FeatureRows, y: FeatureRows) -> None:
 
 
 def _among(x: FeatureRows, kernel: Kernel) -> tuple[np.ndarray, float, np.ndarray]:
-    """Of the kernel matrix of x with itself: its rows' sums (N,), the sum of its squares, and its diagonal (N,)."""
+    """Return the row sums (N,), the sum of squares and the diagonal (N,) of the kernel matrix of x with itself."""
     sums, diagonal, squares = np.zeros(len(x)), np.zeros(len(x)), 0.0
     for rows, first in blocks(x):
         for columns, second in blocks(x):
             if columns.start < rows.start:
-                continue  # the mirror image of one that has come
+                continue  # the transpose of an earlier tile
             tile = kernel(first, second)
             sums[rows] += tile.sum(axis=1)
             if columns == rows:
@@ -116,7 +117,7 @@ def _among(x: FeatureRows, kernel: Kernel) -> tuple[np.ndarray, float, np.ndarra
 
 
 def _across(x: FeatureRows, y: FeatureRows, kernel: Kernel) -> tuple[np.ndarray, np.ndarray, float]:
-    """Of the kernel matrix of x with y: its rows' sums (N,), its columns' (M,), and the sum of its squares."""
+    """Return the row sums (N,), the column sums (M,) and the sum of squares of the kernel matrix of x with y."""
     over_y, over_x, squares = np.zeros(len(x)), np.zeros(len(y)), 0.0
     for rows, first in blocks(x):
         for columns, second in blocks(y):
@@ -128,7 +129,7 @@ def _across(x: FeatureRows, y: FeatureRows, kernel: Kernel) -> tuple[np.ndarray,
 
 
 def _rest(squares: float, diagonal: np.ndarray | None, rows: np.ndarray, columns: np.ndarray, pairs: int) -> float:
-    """Mean square of what a kernel holds beyond its row and column means."""
+    """Return the mean square of a kernel matrix after removing its row and column means."""
     if diagonal is not None:
         squares -= float(np.square(diagonal).sum())
     spread = squares / pairs - float(rows.mean()) ** 2

@@ -1,7 +1,7 @@
-"""Fidelity and variety apart, by nearest neighbours; and the training pictures nearest to a sample.
+"""Fidelity and variety as separate figures, by nearest neighbours; and the training pictures nearest to a sample.
 
-Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Distances are made tile by
-tile, never whole.
+Shapes: N samples, M reference pictures, d features; arrays or `FeatureRows`. Distances are computed tile by tile, never
+as a whole.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.rows import FeatureRows, blocks
 
 NEIGHBOURS = 3
-"""Of precision and recall, as published."""
+"""k for precision and recall, as published."""
 DENSITY_NEIGHBOURS = 5
-"""Of density and coverage, as published."""
+"""k for density and coverage, as published."""
 RARE, COPY = 0.01, 0.5
 """See `closeness`."""
 
@@ -25,12 +25,13 @@ RARE, COPY = 0.01, 0.5
 def fidelity_and_variety(
     samples: FeatureRows, reference: FeatureRows, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
 ) -> dict[str, Figure]:
-    """Four figures of all pictures, from three walks over the distances. The intervals take the balls as given.
+    """Return four figures, from three passes over the distances. The intervals treat the balls as fixed.
 
-    `precision`, `recall` (Kynkaanniemi et al. 2019): the share of samples inside a ball around any reference picture
-    that reaches to its k-th neighbour, and the share of reference pictures inside such a ball of a sample. `density`,
-    `coverage` (Naeem et al. 2020), with balls to the `density_k`-th neighbour: reference balls that a sample lies in,
-    by `density_k`, which an outlier of the reference moves little; and the share of reference balls that hold a sample.
+    `precision`, `recall` (Kynkaanniemi et al. 2019): the fraction of samples in a ball around any reference picture
+    that reaches its k-th neighbour, and the fraction of reference pictures in such a ball around a sample. `density`,
+    `coverage` (Naeem et al. 2020), with balls to the `density_k`-th neighbour: the number of reference balls that
+    contain a sample, divided by `density_k`, which outliers of the reference hardly affect; and the fraction of
+    reference balls that contain a sample.
 
     Raises:
         ValueError: k or fewer samples, `density_k` or fewer reference pictures, or features that are not finite.
@@ -54,15 +55,15 @@ def fidelity_and_variety(
 
 
 def kth_distances(features: FeatureRows, *ks: int) -> np.ndarray:
-    """(N, len(ks)): distance of each row to its k-th nearest other row.
+    """Return the distance of each row to its k-th nearest other row, for each k, (N, len(ks)).
 
     Raises:
-        ValueError: there is no such neighbour.
+        ValueError: there are too few rows.
     """
     most = max(ks)
     if len(features) <= most:
-        raise ValueError(f"{len(features)} pictures: the {most}. neighbour needs at least {most + 1}")
-    least = np.full((len(features), most + 1), np.inf)  # of each row, itself among them
+        raise ValueError(f"{len(features)} pictures: neighbour number {most} needs at least {most + 1}")
+    least = np.full((len(features), most + 1), np.inf)  # of each row, including itself
     for rows, _, distances in _tiles(features, features):
         both = np.concatenate([least[rows], distances], axis=1)
         least[rows] = np.partition(both, most, axis=1)[:, : most + 1]
@@ -70,7 +71,8 @@ def kth_distances(features: FeatureRows, *ks: int) -> np.ndarray:
 
 
 def nearest(queries: FeatureRows, features: FeatureRows, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, k) places of the nearest rows of (M, d) features, nearest first, and their distances."""
+    """Return the indices (Q, k) of the nearest rows of features (M, d) for each query, nearest first, and their
+    distances."""
     k = min(k, len(features))
     places = np.zeros((len(queries), k), dtype=np.int64)
     least = np.full((len(queries), k), np.inf)
@@ -83,13 +85,12 @@ def nearest(queries: FeatureRows, features: FeatureRows, k: int = 1) -> tuple[np
 
 
 def closeness(samples: FeatureRows, training: FeatureRows) -> tuple[np.ndarray, np.ndarray]:
-    """How near each sample is to a training picture, and which one that is.
+    """Return how close each sample is to its nearest training picture, and the index of that picture.
 
     Returns:
-        (N,) distances to the nearest training picture, in units of the distance that only `RARE` of the training
-        pictures (duplicates left out) have to their own nearest one. Fresh pictures of the same distribution lie above
-        1 as often; those below `COPY` are copies.
-        (N,) places of the nearest training pictures.
+        Distances (N,), in units of the distance below which only a fraction `RARE` of the training pictures (without
+        duplicates) have their own nearest neighbour. New pictures of the same distribution are as rarely below 1; those
+        below `COPY` are copies. And indices (N,) of the nearest training pictures.
     """
     apart = kth_distances(training, 1)
     distinct = apart[apart > 0]
@@ -99,7 +100,7 @@ def closeness(samples: FeatureRows, training: FeatureRows) -> tuple[np.ndarray, 
 
 
 def _tiles(a: FeatureRows, b: FeatureRows) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows of a, rows of b, Euclidean distances between them) until all pairs have come, the rows of `a` in order. A
+    """Yield (rows of a, rows of b, Euclidean distances between them) for all pairs, with the rows of `a` in order. A
     row's distance to itself is exactly 0."""
     for rows, x in blocks(a):
         for columns, y in blocks(b):

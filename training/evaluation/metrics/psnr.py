@@ -6,13 +6,16 @@ import numpy as np
 
 
 def psnr(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """10 log10(255^2 / mean squared error) per picture, in dB.
+    """Return 10 log10(255^2 / mean squared error) per picture, in dB.
 
     Args:
-        pictures, truth: uint8 (N, ...), equal shapes.
+        pictures, truth: uint8 (N, ...), of equal shape.
 
     Returns:
         float64 (N,); infinite for identical pictures.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if pictures.shape != truth.shape:
         raise ValueError(f"pictures of different shape: {pictures.shape} and {truth.shape}")

@@ -1,4 +1,4 @@
-"""What the metrics ask of features: rows of which a block at a time is in memory, wherever the others are.
+"""The interface of features to the metrics: rows of which one block at a time is in memory.
 
 Shapes: N rows of d features.
 """
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = 1024
-"""Rows in memory at a time."""
+"""Number of rows in memory at a time."""
 
 
 class FeatureRows(Protocol):
-    """(N, d) rows: a numpy array, or what reads them from files."""
+    """Rows (N, d): a numpy array, or an object that reads them from files."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,10 +28,10 @@ class FeatureRows(Protocol):
 
 
 def blocks(rows: FeatureRows) -> Iterator[tuple[slice, np.ndarray]]:
-    """(where, float64 (B, d)) of all rows, up to `BLOCK` at a time.
+    """Yield (slice, float64 (B, d)) of all rows, up to `BLOCK` at a time.
 
     Raises:
-        ValueError: values that are not finite.
+        ValueError: a value is not finite.
     """
     for start in range(0, len(rows), BLOCK):
         where = slice(start, min(start + BLOCK, len(rows)))
