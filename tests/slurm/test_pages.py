@@ -79,7 +79,7 @@ def test_nothing_sticks_out_in_a_browser(page: str, width: int, tmp_path: Path) 
 
 
 def test_what_the_page_of_training_says_about_a_failure() -> None:
-    said = remedy("rank 3: another rank died or did not answer within the time-outs (step 5, phase step, rank 1)")
+    said = remedy("rank 3: another rank died or did not respond within the time-outs (step 5, phase step, rank 1)")
     assert said and "the one named in brackets is not" in said and not said.startswith(("(", "*"))
     assert "optimizer.lr" in str(remedy("gave up", 76)), "by its code"
     words = "the last 5 steps were skipped (train.max_skipped), even after rolling back to the checkpoint of step 10"

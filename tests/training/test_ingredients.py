@@ -85,7 +85,7 @@ def test_size_condition_is_not_switched_in_a_run(tmp_path: Path, shards: str) ->
 def test_original_side_belongs_to_stages_that_are_told(tmp_path: Path) -> None:
     from tests.training.tiny import tiny_cascade
 
-    with pytest.raises(ConfigError, match="original_side: no stage that is drawn was trained with"):
+    with pytest.raises(ConfigError, match="original_side: no stage drawn was trained with"):
         tiny_cascade().draw("a red circle", original_side=512)
 
 
@@ -121,7 +121,9 @@ def test_repa(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
     checkpoints.main(export)
     loaded.stages[0].unet.load_state_dict(load_file(tmp_path / "w.safetensors"))
     after = experiment(tmp_path / "after", shards, **repa, train__steps=1, train__init_from=whole.run.dir)
-    assert "weights taken from" in forks_text(after), "a bundle's weights begin another run with a new small network"
+    assert "starting from the weights of" in forks_text(after), (
+        "a bundle's weights begin another run with a new small network"
+    )
 
 
 def forks_text(config: Experiment) -> str:
@@ -145,17 +147,17 @@ def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, 
         with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}=.*: RUN was made with"):
             check_same_run(to_dict(experiment(tmp_path, shards, **repa)), now, "RUN")
     unused = experiment(tmp_path, shards, **{**repa, "repa__weight": 0.0})
-    assert "nothing compares by this encoder" in planned(unused)["remarks"][0] and planned(unused)["ok"]
+    assert "no loss uses this encoder" in planned(unused)["remarks"][0] and planned(unused)["ok"]
     config.dino.path = str(tmp_path)
-    assert any("no config.json can be read there" in problem for problem in planned(config)["problems"])
+    assert any("it has no readable config.json" in problem for problem in planned(config)["problems"])
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dino__path": None}, "repa.weight=0.5: it compares by a frozen encoder; set dino.path"),
+        ({"dino__path": None}, "repa.weight=0.5: it needs a frozen encoder; set dino.path"),
         ({"repa__until": 0}, "set repa.until"),
-        ({"lora__rank": 4}, "train nothing that could be aligned"),
+        ({"lora__rank": 4}, "it cannot be combined with adapters"),
     ],
 )
 def test_what_does_not_fit_together(

@@ -67,7 +67,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
         other = experiment(home, shards, run__dir=str(home / "other"), zero__stage=stage, train__init_from=where)
         other.train.steps = 1
         begun = forks.start(other, 2, **s3_server.env)
-        assert begun.codes() == [0, 0] and f"weights taken from {where}" in begun.text, begun.text
+        assert begun.codes() == [0, 0] and f"starting from the weights of {where}" in begun.text, begun.text
     for line, weights in outcomes:
         assert line == outcomes[0][0], "the place makes no difference"
         assert all(torch.equal(weights[name], tensor) for name, tensor in outcomes[0][1].items())
@@ -101,7 +101,7 @@ def test_a_run_never_starts_over_by_itself(tmp_path: Path, shards: str) -> None:
     place.rename(tmp_path / "away")
     lost = forks.start(config)
     assert lost.codes() == [2], lost.text
-    assert "no checkpoint is there, but this run has saved some, the last of step 4" in lost.text
+    assert "it has no checkpoint, but this run has saved some, the last at step 4" in lost.text
     assert "choose another run.dir, or move" in lost.text and len(metrics(config)) == 4
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(tmp_path / "away", place)

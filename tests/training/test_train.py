@@ -283,7 +283,7 @@ def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: P
     config.optimizer.lr = 1e-12
     running = forks.start(config)
     assert running.codes() == [0], running.text
-    assert f"weights taken from {whole.run.dir}" in running.text
+    assert f"starting from the weights of {whole.run.dir}" in running.text
     mine, theirs = newest(config), newest(whole)
     name = "conv_out.weight"
     assert torch.allclose(mine.read(f"param/{name}"), theirs.read(f"ema/0/{name}"), atol=1e-6)
@@ -291,13 +291,16 @@ def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: P
     other.stage.model.overrides = {"widths": [32, 64]}
     (tmp_path / "other").mkdir()
     running = forks.start(other)
-    assert running.codes() == [2] and f"train.init_from={whole.run.dir}: weights of another network" in running.text
+    assert (
+        running.codes() == [2]
+        and f"train.init_from={whole.run.dir}: its weights are of a different network" in running.text
+    )
 
 
 def test_weights_that_are_not_there(tmp_path: Path, shards: str) -> None:
     running = forks.start(experiment(tmp_path, shards, zero__stage=0, train__init_from="/nowhere"))
     assert running.codes() == [2]
-    assert "train.init_from=/nowhere: neither a bundle nor a run with a checkpoint is there" in running.text
+    assert "train.init_from=/nowhere: this is neither a bundle nor a run with a checkpoint" in running.text
 
 
 def test_super_resolution(tmp_path: Path, shards: str) -> None:

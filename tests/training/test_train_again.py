@@ -56,7 +56,7 @@ def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Pa
     config = experiment(tmp_path, shards)
     running = chaos(config, 2, {"what": "start", "rank": 1, "step": 0})
     assert running.codes() == [78, -signal.SIGKILL]
-    assert "rank 0: another rank died or did not answer during the start" in running.text
+    assert "rank 0: another rank died or did not respond during the start" in running.text
     assert "Traceback" not in running.text
 
 

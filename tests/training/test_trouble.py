@@ -19,7 +19,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     assert codes[0] == 78 and codes[1] in (78, -9), running.text
     assert time.monotonic() - began < 60, "not the minutes of the default time-outs"
     assert f"rank 1 is in step 4, phase {phase}" in running.text, "rank 0 knows who it is"
-    assert "another rank died or did not answer within the time-outs (step 4" in running.text
+    assert "another rank died or did not respond within the time-outs (step 4" in running.text
     stacks = (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
     assert f"rank 1 has been in step 4, phase {phase}" in stacks and "in strike" in stacks
     assert newest(config).step == 3
@@ -30,7 +30,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     ("rank", "when", "says"),
     [
         (0, -1, "phase meeting rank 0 at 127.0.0.1:"),
-        (0, 0, "(rank 0 has not answered for"),
+        (0, 0, "(rank 0 has not responded for"),
         (1, 0, "(rank 1 has not reported for"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, shards:
     events += [{"what": "room", "rank": rank, "step": 5} for rank in (0, 1)]
     running = chaos(config, 2, *events)
     assert running.codes() == [0, 0], running.text
-    assert "the checkpoint of step 3 was not written (rank 0" in running.text and "make room" in running.text
+    assert "the checkpoint of step 3 was not written (rank 0" in running.text and "free up space" in running.text
     assert store(config).steps() == [10, 9]
     assert {1, 2, 6, 7, 8, 9, 10} <= {line["step"] for line in metrics(config)}
     assert "metrics.jsonl cannot be written" in running.text

@@ -87,13 +87,13 @@ def test_an_ingredient_of_the_experiments_own_is_left_out(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("", "ingredient: name what is to be measured"),
+        ("", "ingredient: name the ingredients to measure"),
         ("ingredient=nothing", "ingredient=nothing: no such option; the options are .*min_snr"),
         ("ingredient=guidance_interval", "it only changes stage.sampler.guidance_interval"),
         ("ingredient=min_snr stage.diffusion.weighting=v stage.diffusion.max_weight=4", "it changes nothing here"),
-        ("ingredient=muon ablate.together=true", "of which 1 is given here; name two"),
+        ("ingredient=muon ablate.together=true", "name at least two such ingredients, not 1"),
         ("ingredient=muon ablate.seeds=1", "ablate.seeds=1: it must be at least 2"),
-        ("ingredient=muon ablate.levels=[2,0]", "give rising log-SNRs"),
+        ("ingredient=muon ablate.levels=[2,0]", "give at least one log-SNR"),
         ("ingredient=muon ablate.output=s3://b/a", "ablate.output=s3://b/a: it must be a local directory"),
         ("ingredient=muon bundle.dir=x", "bundle.dir: cascade ablate would not use it"),
         ("ingredient=muon zero=zero0 cluster.processes=2", "zero.stage=0: it only works with one process, not 2"),
@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_refused(line: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("evaluation.reference=null", "validation.shards: no held-out shards are named"),
+        ("evaluation.reference=null", "validation.shards: name the held-out shards"),
         ("evaluation.reference={shards}", "evaluation.reference: .* is in data.shards as well"),
         (
             "ablate.levels=[-9,0] evaluation.reference={heldout}",
@@ -225,7 +225,7 @@ def test_a_training_that_was_stopped_early_is_not_compared(tmp_path: Path, shard
         is_done(longer)
     file.write_text(file.read_text().replace("  steps: 2\n", "  steps: 3\n"))
     RunDir(longer).ask_to_stop("worse and worse")
-    with pytest.raises(DataError, match=r"told to stop early, at step 2 \(worse and worse\)"):
+    with pytest.raises(DataError, match=r"asked to stop early, at step 2 \(worse and worse\)"):
         is_done(longer)
 
 

@@ -136,7 +136,7 @@ def test_weights_for_another_text_encoder_are_taken_with_a_warning(
         config = Experiment(stage=stage, text=TextConfig(dim=32, sha="mine"), train=TrainConfig(init_from=run))
         caplog.clear()
         begin_with(random_unet(stage, seed=1), config, None)
-        assert ("trained with another text encoder (text.sha=theirs)" in caplog.text) == warned
+        assert ("trained with a different text encoder (text.sha=theirs)" in caplog.text) == warned
 
 
 def test_weights_of_another_structure_are_refused(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_settings_is_named(runs: list[str]) -> None:
     manifest = Path(runs[0]) / "checkpoints" / "step-00000009" / "manifest.json"
     content = json.loads(manifest.read_text())
     for meta, words in (
-        ({}, "does not say config"),
+        ({}, "has no config"),
         ({"config": {"text": 3}}, r"does not contain the settings \(text\)"),
     ):
         manifest.write_text(json.dumps({**content, "meta": meta, "sha256": ""}))

@@ -51,7 +51,7 @@ def test_picture_paths_are_read(cascade: Cascade, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.png: no such picture"):
         cascade("red", image="absent.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match="not a picture that can be read"):
+    with pytest.raises(DataError, match="not a readable picture"):
         cascade("red", image=str(tmp_path / "text.png"))
 
 

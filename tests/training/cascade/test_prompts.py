@@ -72,13 +72,13 @@ LONG = "x" * 100_000
     ("name", "content", "said"),
     [
         ("p.txt", f"a cat\n{LONG}\n", r"line 2 has 100,000 characters; a prompt may have up to 10,000"),
-        ("p.txt", "a cat\r\n\r\na\0dog", "line 3 holds a NUL character"),
+        ("p.txt", "a cat\r\n\r\na\0dog", "line 3 contains a NUL character"),
         ("p.tsv", f"Prompt\tCategory\na cat\tx\n{LONG}\tx\n", "line 3 has 100,000 characters"),
         ("p.csv", f'prompt\n"{LONG}{LONG}"\n', r"line 2 cannot be read as a table \(field larger"),
-        ("p.csv", "prompt\na cat\na \0 dog\n", "line 3 holds a NUL|line 3 cannot be read as a table .*NUL"),
+        ("p.csv", "prompt\na cat\na \0 dog\n", "line 3 contains a NUL|line 3 cannot be read as a table .*NUL"),
         ("p.csv", "id,prompt\n1,a cat\n\n2\n", "line 4 has 1 of 2 columns and no prompt"),
         ("p.jsonl", f'{{"prompt": "a"}}\n\n{{"prompt": "{LONG}"}}', "line 3 has 100,000 characters"),
-        ("p.jsonl", '{"prompt": "a\\u0000b"}', "line 1 holds a NUL character"),
+        ("p.jsonl", '{"prompt": "a\\u0000b"}', "line 1 contains a NUL character"),
     ],
 )
 def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -91,6 +91,6 @@ def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, name: str, content
 def test_prompts_of_a_list_are_refused_by_number() -> None:
     with pytest.raises(ConfigError, match="prompts: prompt 2 has 100,000 characters"):
         read_prompts(["a cat", LONG])
-    with pytest.raises(ConfigError, match="prompts: prompt 1 holds a NUL character"):
+    with pytest.raises(ConfigError, match="prompts: prompt 1 contains a NUL character"):
         read_prompts("a\0cat")
     assert len(read_prompts(["y" * 10_000])[0]) == 10_000

@@ -57,7 +57,7 @@ def test_super_resolution_redrawing_and_masks_take_any_shape(cascade: Cascade) -
     "size, message",
     [
         ((50, 32), r"size=\[50, 32\]: with stages of 16, 32 px each side must be a multiple of 8; .*size=\[48,32\]"),
-        ((3, 500), r"near it lies size=\[8,496\]|near it lies size=\[8,504\]"),
+        ((3, 500), r"the nearest is size=\[8,496\]|the nearest is size=\[8,504\]"),
         ((32,), r"give the width and height"),
         ("big", r"give the width and height"),
         ((32.5, 32), r"give the width and height"),

@@ -110,14 +110,14 @@ def test_all_damaged_is_not_a_fresh_start(store: CheckpointStore) -> None:
     save(store, 1, 2)
     flip_a_bit(data_file(store, 1))
     data_file(store, 2).unlink()
-    with pytest.raises(DataError, match=r"none of its checkpoints is healthy .*is missing"):
+    with pytest.raises(DataError, match=r"all of its checkpoints are damaged .*is missing"):
         store.newest()
 
 
 def test_one_whose_manifest_is_damaged_is_not_a_fresh_start_either(store: CheckpointStore) -> None:
     save(store, 1)
     data_file(store, 1).with_name(MANIFEST).write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of its checkpoints is healthy .*manifest.json is damaged"):
+    with pytest.raises(DataError, match=r"all of its checkpoints are damaged .*manifest.json is damaged"):
         store.newest()
 
 
@@ -240,7 +240,7 @@ def test_crafted_manifests_are_damage(store: CheckpointStore) -> None:
             store.open(5)
         found = store.newest()
         assert found is not None and found.step == 3
-    with pytest.raises(DataError, match="does not say config; it was not written by a training run"):
+    with pytest.raises(DataError, match="has no config; it was not written by a training run"):
         store.open(3).recorded("config")
 
 
@@ -430,7 +430,7 @@ def test_disk_full_loses_nothing_and_leaves_nothing(store: CheckpointStore, monk
     writer.start(2, HostSnapshot(tensors(2)), {})
     error = writer.wait()
     assert isinstance(error, CheckpointError)
-    assert "step 2 was not written" in str(error) and "No space left" in str(error) and "make room" in str(error)
+    assert "step 2 was not written" in str(error) and "No space left" in str(error) and "free up space" in str(error)
     assert not store.folder.sub("step-00000002").names()
     monkeypatch.setattr(LocalFolder, "write", write)
     writer.start(3, HostSnapshot(tensors(3)), {})

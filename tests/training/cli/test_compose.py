@@ -67,7 +67,9 @@ def test_an_experiment_serves_every_command(verb: str) -> None:
 )
 def test_keys_that_a_bundle_decides_are_refused(word: str, instead: str) -> None:
     for verb in ("sample", "evaluate"):
-        with pytest.raises(ConfigError, match=f"cascade {verb} draws with the settings .* give {instead}$"):
+        with pytest.raises(
+            ConfigError, match=f"cascade {verb} uses the settings stored in the bundle .* give {instead}$"
+        ):
             load_config(verb, [word])
     assert vars(load_config("evaluate", ["stage=demo_sr", "guidance=9"]))["guidance"] == 9
 

@@ -62,7 +62,7 @@ def test_the_same_command_goes_on_and_another_is_refused(written: str, model: st
     assert (kept["kept"], kept["captions"]) == (2, 0)
     other = command(model, shards, written)
     other.vlm.prompt = "the picture"
-    with pytest.raises(DataError, match=r"00000.captions.parquet: it was made with another prompt; remove it"):
+    with pytest.raises(DataError, match=r"00000.captions.parquet: it was made with a different prompt; remove it"):
         main(other)
     parts = [main(command(model, shards, str(tmp_path), part=part, parts=2)) for part in (0, 1)]
     assert [part["shards"] for part in parts] == [1, 1]
@@ -127,7 +127,7 @@ def test_captions_that_do_not_fit_are_refused(written: str, shards: str, tmp_pat
 def test_mistakes_are_told_before_anything_is_loaded(model: str, shards: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vlm.path: it is not set"):
         main(command(None, shards, "out"))
-    with pytest.raises(DataError, match=r"vlm.path=/none: no model there; .*hf download"):
+    with pytest.raises(DataError, match=r"vlm.path=/none: there is no model; .*hf download"):
         main(command("/none", shards, str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -139,13 +139,13 @@ def test_other_captions_are_not_kept_silently(shards: Path) -> None:
     main(config(shards))
     settings = config(shards)
     settings.data.captions = CaptionConfig(sources={"txt": 1.0})
-    with pytest.raises(DataError, match="made with another captions; remove it"):
+    with pytest.raises(DataError, match="made with a different captions; remove it"):
         main(settings)
 
 
 def test_sidecars_of_other_settings_are_never_overwritten(shards: Path) -> None:
     main(config(shards))
-    with pytest.raises(DataError, match="another encoder and dtype"):
+    with pytest.raises(DataError, match="a different encoder and dtype"):
         main(config(shards, TextConfig(dim=16, max_tokens=16), dtype="int8"))
 
 

@@ -67,9 +67,9 @@ def test_each_tool_finds_what_it_reads(command) -> None:
 def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layout=nothing: it must be flat"):
         command("nothing", 1)
-    with pytest.raises(ConfigError, match="it reads 4 pictures of each prompt; set num_images=4"):
+    with pytest.raises(ConfigError, match="it reads 4 pictures per prompt; set num_images=4"):
         command("geneval", 1)
-    with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, whose lines have the field item_id"):
+    with pytest.raises(ConfigError, match=r"prompts=FILE\.jsonl, with a field item_id"):
         command("dpg", 4, prompts=["a cat"])
     with pytest.raises(ConfigError, match="some prompts are repeated"):
         layouts.check_layout("geneval2", ["a", "a"], 1, [])
@@ -109,7 +109,7 @@ def test_tables_of_other_benchmarks(command, tmp_path: Path) -> None:
     last = Image.open(found.parent / "00001-a_dog-3.png").convert("RGB")
     assert square.size == (64, 64) and square.crop((32, 32, 64, 64)).tobytes() == last.tobytes()
     oneig.write_text("category,id,prompt_en\nPoems,000,a cat\n")
-    with pytest.raises(ConfigError, match="layout=oneig: it has no category 'Poems'"):
+    with pytest.raises(ConfigError, match="layout=oneig: 'Poems' is not one of its categories"):
         command("oneig", 4, prompts=str(oneig))
-    with pytest.raises(ConfigError, match=r"layout=parti: give its own list.* the field category"):
+    with pytest.raises(ConfigError, match=r"layout=parti: it needs its own list.* a field category"):
         command("parti", 1)

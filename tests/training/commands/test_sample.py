@@ -134,7 +134,7 @@ def test_words_of_another_picture_are_drawn_again(bundle: str, tmp_path: Path) -
 
 def test_long_prompts_are_said_to_be_cut(bundle: str, tmp_path: Path, capsys) -> None:
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a very " * 30 + "red circle"]))
-    assert "1 of 2 prompts are cut after" in capsys.readouterr().out
+    assert "1 of 2 prompts are truncated to" in capsys.readouterr().out
 
 
 def test_processes_share_the_prompts(bundle: str, tmp_path: Path, monkeypatch) -> None:
@@ -188,7 +188,7 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts: give a text file"):
         sample.main(command(bundle, tmp_path, prompts=None))
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ConfigError, match=r"prompts=.*empty\.txt: no prompt in it; give a text file"):
+    with pytest.raises(ConfigError, match=r"prompts=.*empty\.txt: it contains no prompt; give a text file"):
         sample.main(command(bundle, tmp_path, prompts=str(tmp_path / "empty.txt")))
     with pytest.raises(DataError, match=r"output=.*empty\.txt: cannot be written .*choose another output"):
         sample.main(command(bundle, tmp_path / "empty.txt"))
@@ -210,7 +210,7 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
         sample.main(command(bundle, tmp_path, strength=0.5))
     with pytest.raises(ConfigError, match="stages=sr9: no such stage"):
         sample.main(command(bundle, tmp_path, stages="sr9"))
-    with pytest.raises(DataError, match="no bundle there"):
+    with pytest.raises(DataError, match="not a bundle"):
         sample.main(command(str(tmp_path / "absent"), tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_pictures_of_other_prompts_are_set_aside(bundle: str, tmp_path: Path, ca
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")  # not drawn by this command: left alone
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")  # as an earlier version left it
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a dog"]))
-    assert "1 pictures of other prompts are moved" in capsys.readouterr().out
+    assert "1 pictures of other prompts were moved" in capsys.readouterr().out
     found = {file.name for file in tmp_path.glob("*.png")}
     assert found == {"00000-a_red_circle.png", "00001-a_dog.png", "mine.png"}
     assert {str(file.relative_to(tmp_path / "earlier")) for file in (tmp_path / "earlier").rglob("*.png")} == {

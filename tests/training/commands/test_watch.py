@@ -110,7 +110,7 @@ def test_the_training_is_told_by_a_file(tmp_path: Path, monkeypatch, capsys) -> 
     reason = RunDir(command(run)).asked_to_stop()
     assert reason.startswith("kid.x was ") and "at step 5" in reason and "at step 12" in reason
     printed = capsys.readouterr().out
-    assert "the run is asked to stop" in printed and f"{output / 'report.html'}: the run is asked to stop" in printed
+    assert "asking the run to stop" in printed and f"{output / 'report.html'}: the run is asked to stop" in printed
 
 
 def test_bisection_finds_the_step(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(1000,))
     runs = [str(tmp_path / "base"), str(tmp_path / "sr")]
-    with pytest.raises(DataError, match=r"a stage before .*sr has had no checkpoint for wait_s=0\.1 seconds"):
+    with pytest.raises(DataError, match=r"a stage before .*sr had no checkpoint within wait_s=0\.1 seconds"):
         evaluate.main(command(tmp_path / "sr", runs, wait_s=0.1))  # complete, but not evaluated
 
 

@@ -29,11 +29,11 @@ def test_checkpoints_stand_side_by_side(tmp_path: Path) -> None:
     steps = list(range(10, 130, 10))
     series = {"figure": "kid.x", "best": {"step": 30, **figures["kid.x"]}, "steps": dict.fromkeys(steps, figures)}
     page = series_html("RUN", series, {step: drawn(step) for step in steps})
-    assert page.count("<h2>Category: X</h2>") == 1 and "&lt;b&gt;" in page and "draws best" not in page
+    assert page.count("<h2>Category: X</h2>") == 1 and "&lt;b&gt;" in page and "best scores" not in page
     head = page[page.index("<h2>Category") : page.index("</tr>", page.index("<h2>Category"))]
     assert head.count("<th>step") == 7 and all(f"step {step}<" in head for step in (10, 30, 120)), "best, first, newest"
     scored = series_html("RUN", series, {step: drawn(step, 0.5) for step in (10, 20)})
-    assert "draws best" in scored and "<small>2.5</small>" in scored
+    assert "best scores" in scored and "<small>2.5</small>" in scored
     others = {10: drawn(1), 20: drawn(2, prompts=("other", "prompts", "here"))}
     assert "Category" not in series_html("RUN", series, others), "other prompts do not stand side by side"
     assert "Category" not in series_html("RUN", series, {})

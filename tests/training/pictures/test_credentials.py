@@ -29,7 +29,7 @@ def test_samples_are_signed_and_a_change_is_seen(tmp_path: Path) -> None:
 
     plain = draw()
     file = tmp_path / "out" / plain["images"][0]["file"]
-    with pytest.raises(DataError, match="no content credentials in it"):
+    with pytest.raises(DataError, match="it has no Content Credentials"):
         check_credentials(file)
     before = Image.open(file).convert("RGB").tobytes()
     assert draw(certificate=certificate, key=key)["drawn"] == 1, "unsigned ones are drawn again"

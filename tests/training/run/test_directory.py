@@ -40,7 +40,7 @@ def changed(**settings: object) -> dict[str, object]:
 def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
     dotted = key.replace("__", ".")
     with pytest.raises(
-        ConfigError, match=rf"{dotted}=7: runs/x was made with {dotted}=.*set it back, or start a new run"
+        ConfigError, match=rf"{dotted}=7: runs/x was made with {dotted}=.*restore it, or start a new run"
     ):
         check_same_run(to_dict(Experiment()), changed(**{key: 7}), "runs/x")
 

@@ -114,11 +114,11 @@ def test_a_run_keeps_its_lesson_and_its_teacher(whole: Experiment, tmp_path: Pat
     for key, value in {"guidance": 3.0, "steps": 3, "teacher_steps": 8, "solver": "ddim"}.items():
         config = again(whole, tmp_path / key)
         setattr(config.distill, key, value)
-        with pytest.raises(ConfigError, match=rf"distill\.{key}=.* follow from it"):
+        with pytest.raises(ConfigError, match=rf"distill\.{key}=.* depend on it"):
             main(checked(config))
     config = again(whole, tmp_path / "threshold")
     config.stage.sampler.threshold = "static"
-    with pytest.raises(ConfigError, match=r"stage\.sampler\.threshold=static: .* the teacher's targets follow from it"):
+    with pytest.raises(ConfigError, match=r"stage\.sampler\.threshold=static: .* the teacher's targets depend on it"):
         main(config)
 
     config = again(whole, tmp_path / "other")
@@ -126,14 +126,14 @@ def test_a_run_keeps_its_lesson_and_its_teacher(whole: Experiment, tmp_path: Pat
     other.stages[0].unet.conv_out.bias.add_(0.1)
     other.save(str(tmp_path / "changed"))
     config.distill.teacher = str(tmp_path / "changed")
-    with pytest.raises(DataError, match="other weights than this run's teacher so far"):
+    with pytest.raises(DataError, match="its weights are not those of this run's teacher so far"):
         main(config)
     config.distill.teacher = str(shutil.copytree(source, tmp_path / "moved"))
     assert main(config)["complete"], "the same weights in another place"
 
     config = student(tmp_path / "size", config.data.shards, source)
     config.stage.image_size = 32
-    with pytest.raises(ConfigError, match=r"a stage of stage\.image_size=16, not 32"):
+    with pytest.raises(ConfigError, match=r"its stage has stage\.image_size=16, not 32"):
         main(config)
 
 
@@ -183,7 +183,7 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
     assert taught["teacher_passes"] == 10, "five steps, two passes each"
     assert taught["flops_per_image"] == 13 * once
     assert taught["memory"]["teacher"] == 4 * taught["parameters"]
-    assert "10 of them the teacher's" in table(taught)
+    assert "10 of them by the teacher" in table(taught)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
     [
         ("distill stage.sampler.guidance=3", r"stage\.sampler\.guidance: cascade distill would not use it"),
         ("train distill.steps=2", r"distill\.steps: cascade train would not use it; it is a setting of distill"),
-        ("distill distill.steps=0", r"distill\.steps=0: give the number of steps"),
-        ("distill distill.solver=heun", r"distill\.solver=heun: only ddim and dpmpp_2m"),
-        ("distill distill.teacher_steps=2", r"distill\.teacher_steps=2: a teacher of fewer steps"),
-        ("distill distill.teacher=null", r"distill\.teacher: name the run"),
+        ("distill distill.steps=0", r"distill\.steps=0: set the number of sampling steps"),
+        ("distill distill.solver=heun", r"distill\.solver=heun: it must be ddim or dpmpp_2m"),
+        ("distill distill.teacher_steps=2", r"distill\.teacher_steps=2: the teacher needs at least as many steps"),
+        ("distill distill.teacher=null", r"distill\.teacher: set it to the run"),
         ("distill distill.teacher=a run=a", r"run\.dir=a: it is the teacher's"),
-        ("distill stage.diffusion.parametrization=eps", "where a student of few steps begins"),
+        ("distill stage.diffusion.parametrization=eps", "a student of few steps starts from pure noise"),
     ],
 )
 def test_a_lesson_that_cannot_be_taught_is_refused(line: str, sentence: str) -> None:

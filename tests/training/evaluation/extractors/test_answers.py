@@ -93,12 +93,12 @@ def test_stage_by_stage_in_the_report(config: ExtractorConfig, tmp_path: Path) -
     page = (tmp_path / "out" / "report.html").read_text()
     assert "VQAScore on base" in page and "Soft-TIFA by skill on count" in page and "prompts by VQAScore" in page
     file.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"prompt": "a"}) + "\n")
-    with pytest.raises(ConfigError, match="1 of 2 lines have a vqa_list; either all lines need one, or none"):
+    with pytest.raises(ConfigError, match="1 of 2 lines have a vqa_list; all lines or none must have one"):
         evaluate(str(tmp_path / "bundle"), output=str(tmp_path / "out"), **settings)
 
 
 def test_what_is_no_such_model_is_refused(config: ExtractorConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"judge\.sha256: state the SHA-256 of the weights"):
+    with pytest.raises(ConfigError, match=r"judge\.sha256: set it to that of the weights"):
         open_answerer({"judge": ExtractorConfig(kind="vlm", path=config.path)})
     shutil.copytree(config.path, tmp_path / "vlm")
     (tmp_path / "vlm" / "chat_template.jinja").unlink()

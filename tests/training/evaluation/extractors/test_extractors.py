@@ -105,7 +105,7 @@ def test_missing_wrong_or_unstated_weights_are_named(tmp_path: Path, inception) 
         open_extractors({"fid": absent})
     with pytest.raises(DataError, match=r"has the SHA-256 \w{64}, not 0000 "):
         open_extractors({"fid": replace(inception, sha256="0000")})
-    with pytest.raises(ConfigError, match=rf"fid\.sha256: state the SHA-256 of the weights.*{inception.sha256}"):
+    with pytest.raises(ConfigError, match=rf"fid\.sha256: set it to that of the weights.*{inception.sha256}"):
         open_extractors({"fid": replace(inception, sha256="")})
     other = tmp_path / "other.pth"
     torch.save({"x": torch.zeros(1)}, other)
