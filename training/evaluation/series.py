@@ -61,7 +61,7 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
 
 
 def best_so_far(series: dict[str, Any]) -> str:
-    """The best step and its figure, in a sentence."""
+    """Return a sentence with the best step and its figure."""
     figure, best = series["figure"], series["best"]
     return f"step {best['step']} is the best of {len(series['steps'])} so far: {figure} {best['value']:.4g}"
 

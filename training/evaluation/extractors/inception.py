@@ -49,7 +49,7 @@ def load(name: str, config: ExtractorConfig, sha256: str, device: str) -> Extrac
 
 
 def fused(network: Inception) -> Inception:
-    """The network with each batch norm folded into its convolution: a pass less over each activation."""
+    """Fold each batch norm into its convolution, in place, to save a pass over each activation; return the network."""
     for module in network.modules():
         if isinstance(module, Convolution):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
