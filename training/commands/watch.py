@@ -126,8 +126,9 @@ def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
 
 
 def _progress(store: CheckpointStore, run: RunDir) -> tuple[int, float]:
-    """Return the newest complete step and the run's train.steps; -1 and infinity before the first checkpoint. If the run
-    has been extended, its config.yaml has the new train.steps before its next checkpoint does."""
+    """Return the newest complete step and the run's train.steps; -1 and infinity before the first checkpoint.
+
+    After an extension, the run's config.yaml has the new train.steps before its next checkpoint does."""
     step = store.newest_whole()
     if step < 0:
         return -1, math.inf
