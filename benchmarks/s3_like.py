@@ -114,7 +114,7 @@ class Server(socketserver.ThreadingTCPServer):
 def running(folder: Path, latency: float = 0.03, rate: float = 80e6) -> Iterator[str]:
     """Serve the subdirectories of `folder` as buckets from a child process; yield the endpoint.
 
-    This process's environment points to it meanwhile.
+    Inside the block, the environment of this process points to it.
 
     Args:
         folder: the directory.

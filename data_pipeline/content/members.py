@@ -87,7 +87,7 @@ def picture_kind(data: bytes) -> str | None:
 def instead(data: bytes) -> str:
     """Say what the data is instead of a picture or archive, with the remedy; empty if that is not known."""
     if data.startswith(b"version https://git-lfs"):
-        return "it stands for a file in Git LFS: fetch it with `git lfs pull`"
+        return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
     if data.lstrip()[:1] in (b"<", b"{"):
         return "it looks like an error page that was saved under this name: fetch it again"
     return ""

@@ -214,7 +214,7 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
     Args:
         urls: the shards.
         config: the `data` section; its `shards` is not read.
-        may_be_empty: it is part of a data set that is reported as a whole: report nothing, and accept no samples.
+        may_be_empty: it is part of a data set that is reported as a whole: report nothing, even if no sample is left.
         team: the first process asks the store; missing indexes are built by all, each its share.
 
     Raises:

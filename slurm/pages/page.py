@@ -68,8 +68,7 @@ def _grids(run: Path) -> list[dict[str, Any]]:
 
 
 def _embedded(path: Path) -> str | None:
-    """Return a picture as the source of an <img>, at most WIDEST wide; None if it cannot be read, such as while it is
-    being written."""
+    """Return a picture as the source of an <img>, at most WIDEST wide; None if it is still being written."""
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
