@@ -105,6 +105,21 @@ def test_the_interval_is_as_wide_as_repeated_draws_spread() -> None:
     assert np.mean([figure.standard_error() for figure in figures]) == pytest.approx(spread, rel=0.3)
 
 
+@pytest.mark.parametrize("counts", [(20, 20), (20, 90), (90, 20)])
+def test_few_samples_give_what_the_whole_covariance_gives(counts: tuple[int, int]) -> None:
+    x, y = features(counts[0], 64, 4), features(counts[1], 64, 5)
+    figure = frechet_figure(x, y)
+    a, b = Moments.of(x), Moments.of(y)
+    assert figure.value == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    root = scipy.linalg.sqrtm(a.covariance).real
+    back = np.linalg.pinv(root, rtol=1e-5)
+    cross = scipy.linalg.sqrtm(root @ b.covariance @ root).real
+    carried = back @ cross @ back  # of the Gaussian of the samples into the reference's
+    centred = x - a.mean
+    expected = 2 * centred @ (a.mean - b.mean) + ((centred @ (np.eye(64) - carried)) * centred).sum(axis=1)
+    assert figure.samples == pytest.approx(expected - expected.mean(), rel=1e-4, abs=1e-4 * np.abs(expected).max())
+
+
 def test_a_singular_covariance_has_finite_influences() -> None:
     figure = frechet_figure(features(20, 64, 4), features(20, 64, 5))
     assert np.isfinite(figure.samples).all() and np.isfinite(figure.reference).all() and figure.value > 1
