@@ -20,8 +20,8 @@ from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
-from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
-from data_pipeline.content.captions import decode_text, json_caption
+from data_pipeline.config import CaptionConfig, DataConfig, DrawConfig, PrepareConfig
+from data_pipeline.content.captions import decode_text, fields_with_text, first_caption, json_caption
 from data_pipeline.content.members import CAPTION_ENDINGS
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import store
@@ -122,7 +122,7 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     from data_pipeline.commands.prepare_sources import open_source
 
     source = open_source(settings, config.data)
-    begun = {
+    begun: dict[str, Any] = {
         "kind": settings.kind,
         "content": source.identity,
         "max_side": settings.max_side,
@@ -137,6 +137,8 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
         begun["captions"] = settings.captions
     if config.data.captions.encoding:
         begun["encoding"] = config.data.captions.encoding
+    if config.data.captions.sources:
+        begun["sources"] = config.data.captions.sources
     if settings.heldout:
         begun["heldout"] = settings.heldout
     _begin(settings.output, begun)
@@ -149,7 +151,7 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
             same = duplicates[number]
             how = "the same bytes" if same.bits is None else f"it shows the same: {same.bits} of 128 bits differ"
             raise BadSample("duplicate", f"of {source.name(same.of)} ({how})")
-        return _finish(source.read(number), settings, config.data.max_pixels, config.data.captions.encoding)
+        return _finish(source.read(number), settings, config.data)
 
     result = _write_splits(settings, begun, source, make, config.data.threads)
     for remark in [*source.remarks(), _dropped_remark(source, result)]:
@@ -195,34 +197,43 @@ def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
     return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
 
 
-def _finish(item: Item, settings: PrepareConfig, max_pixels: int, encoding: str | None) -> Made:
+def _finish(item: Item, settings: PrepareConfig, data: DataConfig) -> Made:
     """Return the key and the members to write: the picture, shrunk if necessary, its caption and its metadata."""
     from data_pipeline.commands.prepare_item import dump_json
     from data_pipeline.content.images import check_size, dimensions
 
     width, height = dimensions(item.image)
-    check_size(width, height, max_pixels)
+    check_size(width, height, data.max_pixels)
     meta, image, extension = dict(item.meta), item.image, item.extension
     if settings.max_side and max(width, height) > settings.max_side:
-        image, (meta["width"], meta["height"]) = _shrink(item, settings, max_pixels)
+        image, (meta["width"], meta["height"]) = _shrink(item, settings, data.max_pixels)
         extension = "jpg"
         meta.setdefault("original_width", width)
         meta.setdefault("original_height", height)
         meta.pop("exif", None)  # its orientation has been applied to the pixels
     else:
         meta["width"], meta["height"] = width, height
-    text = _caption(item, encoding)
+    text = _caption(item, data.captions)
     return item.key, {extension: image, "txt": text.encode("utf-8", "ignore"), "json": dump_json(meta)}
 
 
-def _caption(item: Item, encoding: str | None) -> str:
-    text = decode_text(item.caption, encoding) if item.caption else ""
+def _caption(item: Item, config: CaptionConfig) -> str:
+    if config.sources:
+        from data_pipeline.commands.prepare_item import dump_json
+
+        return first_caption({"txt": item.caption, "json": dump_json(item.meta)}, config)
+    text = decode_text(item.caption, config.encoding) if item.caption else ""
     if text.strip():
         return text
     found = json_caption(item.meta)
     if found is None:
         looked = ", ".join(f".{ending}" for ending in CAPTION_ENDINGS)
-        raise BadSample("missing_caption", f"no text beside it ({looked}) and no caption in its .json or row")
+        fields = [name for name in fields_with_text(item.meta) if name != "source"]
+        known = f"; its fields with text are {', '.join(fields[:8])}" if fields else ""
+        how = f"; 'data.captions.sources={{\"json:{fields[0]}\": 1}}' would use the first" if fields else ""
+        raise BadSample(
+            "missing_caption", f"no text beside it ({looked}) and no caption in its .json or row{known}{how}"
+        )
     return found[1][0]
 
 
@@ -253,7 +264,7 @@ def _find_duplicates(source: Source, settings: PrepareConfig, data: DataConfig) 
             item = source.read(number)
             width, height = dimensions(item.image)
             check_size(width, height, data.max_pixels)
-            _caption(item, data.captions.encoding)
+            _caption(item, data.captions)
             return fingerprint(item.image, width * height, perceptual)
         except BadSample:
             return None  # it will be dropped when it is written, so no other picture may count as its duplicate

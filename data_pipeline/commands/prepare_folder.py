@@ -30,6 +30,7 @@ from data_pipeline.content.members import (
     CAPTION_ENDINGS,
     IMAGE_EXTENSIONS,
     Roles,
+    is_unsupported,
     kind_of,
     picture_kind,
     roles,
@@ -74,13 +75,20 @@ class FolderSource:
         DataError: the folder does not exist, is an archive, or has no pictures below it.
     """
 
-    def __init__(self, folder: str, names: MembersConfig | None = None, captions: str = "files") -> None:
+    def __init__(
+        self,
+        folder: str,
+        names: MembersConfig | None = None,
+        captions: str = "files",
+        encoding: str | None = None,
+    ) -> None:
+        self.encoding = encoding
         self.folder, self.names, self.captions = Path(os.path.expanduser(folder)), names or MembersConfig(), captions
         if self.folder.is_file() and _is_archive(self.folder):
             tars = "; tar shards are read with prepare.kind=shards" if ".t" in self.folder.suffix else ""
             raise DataError(f"prepare.source={folder}: it is an archive: unpack it and give the folder{tars}")
         if not self.folder.is_dir():
-            raise DataError(f"prepare.source={folder}: there is no such directory; give the folder of your pictures")
+            raise DataError(f"prepare.source={folder}: {_no_folder(self.folder, folder)}")
         self._endings: Counter[str] = Counter()
         """Extensions of files that are neither pictures nor used with one."""
         self._alone: dict[tuple[Path, str], dict[str, Path]] = {}
@@ -174,8 +182,8 @@ class FolderSource:
         if used.image is None and not pictures:
             other = next((name for name, kind in kinds.items() if kind == "unsupported"), None)
             if other is not None:
-                ending = other.rpartition(".")[2]
-                words = f".{ending}: {unsupported_hint(_content(ending, files[other]) or ending)}"
+                ending, content = other.rpartition(".")[2], _content(other, files[other])
+                words = f".{ending}: {unsupported_hint(str(content) if is_unsupported(content) else ending)}"
                 yield _Entry(files[other], problem=BadSample("unsupported_image", words))
             return
         for name in pictures:
@@ -194,7 +202,7 @@ class FolderSource:
 
     def _join_alone(self, entries: list[_Entry]) -> None:
         """Find captions for pictures without one: of the same name in a sibling folder (images/1.jpg, captions/1.txt),
-        or `caption.txt` in a folder with no other picture."""
+        `1_caption.txt`, or `caption.txt` in a folder with no other picture."""
         if not self._alone:
             return
         bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
@@ -205,6 +213,7 @@ class FolderSource:
         for entry in bare:
             folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
             near = [place for place in by_name.get(stem, []) if _apart(place[0], folder) == 1]
+            near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
             if len(near) == 1 and _has_words(self._alone[near[0]].values()):
@@ -221,7 +230,7 @@ class FolderSource:
         by_path: dict[Path, _Entry] | None = None
         for place in sorted(path for name in _METADATA for path in self.folder.rglob(name)):
             try:
-                table = TableSource(str(place), self.names)
+                table = TableSource(str(place), self.names, encoding=self.encoding)
             except DataError as error:
                 logger.warning("%s; ignoring it", error)
                 continue
@@ -252,6 +261,8 @@ class FolderSource:
         """Return a remedy for the case that most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
             beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
+            if not beside and any(entry.facts is not None for entry in self.entries):
+                return ""  # the reason of the first one lists the fields of its .json
             if not beside:
                 return (
                     "there are no other files beside them; prepare.captions=folder uses folder names as captions, "
@@ -259,17 +270,41 @@ class FolderSource:
                 )
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)
             return (
-                f"captions are searched for as {looked} and in the .json; found {beside}; set data.members.caption for "
-                f"other extensions{self._tables_hint()}"
+                f"captions are searched for as {looked} and in the .json; found {beside}; {self._other_names()}"
+                f"{self._tables_hint()}"
             )
         first = next((one.problem.detail for one in self.entries if one.problem and one.problem.reason == reason), "")
         return first
+
+    def _other_names(self) -> str:
+        """Return what is wrong with the files beside pictures without a caption: their names or their extensions."""
+        bare = next((entry.path.name for entry in self.entries if not entry.captions and entry.problem is None), "")
+        texts = [path.name for files in self._alone.values() for name, path in files.items() if _is_caption(name)]
+        if not texts or not bare:
+            return "set data.members.caption for other extensions"
+        wanted = f"{nfc(bare).partition('.')[0]}.txt"
+        return f"a caption must have its picture's name: {wanted} for {bare}, not {min(texts)}"
 
     def remarks(self) -> list[str]:
         said = [remark for table in self.tables for remark in table.remarks()]
         if self._joined:
             said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said
+
+
+def _no_folder(path: Path, given: str) -> str:
+    """Return why a source is no folder of pictures, and what to give instead."""
+    if "://" in given:
+        return (
+            f"only local folders are read: copy it first{', for example with `aws s3 sync`' * given.startswith('s3')}"
+        )
+    if path.is_file() and path.suffix[1:].lower() in _TABLES:
+        return "it is a file; a table of pictures is read with prepare.kind=table"
+    if path.is_file():
+        return f"it is a file; give its folder, {path.parent}"
+    if any(letter in given for letter in "*?["):
+        return f"there is no such directory; give the folder itself, without a pattern: {path.parent}"
+    return "there is no such directory; give the folder of your pictures"
 
 
 def _content(ending: str, path: Path) -> str | None:
@@ -282,6 +317,10 @@ def _content(ending: str, path: Path) -> str | None:
             return picture_kind(file.read(4096))
     except OSError:
         return None
+
+
+def _is_caption(name: str) -> bool:
+    return name.rpartition(".")[2] in CAPTION_ENDINGS
 
 
 def _is_unsupported(entry: _Entry) -> bool:

@@ -84,11 +84,12 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def refuse_unsupported(data: bytes) -> None:
-    """Raise `BadSample` (`unsupported_image`), with a remedy, for a known but unsupported format."""
-    kind = picture_kind(data)
-    if is_unsupported(kind):
-        raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}")
+def refuse_unsupported(data: bytes, name: str = "") -> None:
+    """Raise `BadSample` (`unsupported_image`), with a remedy, for a format known by its content or the file's name but
+    not supported."""
+    for kind in (picture_kind(data), name.rpartition(".")[2].lower()):
+        if is_unsupported(kind):
+            raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}")
 
 
 def image_ending(name: str, data: bytes) -> str:

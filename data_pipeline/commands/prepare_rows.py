@@ -42,6 +42,10 @@ _PICTURE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(#\d+)?$", re.IGNO
 _PICTURE_CELL = re.compile(rf'"?[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?"?\s*'.encode(), re.IGNORECASE)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 _OTHERS = (
+    (b"ORC", "it is an ORC file: export the table as .parquet"),
+    (b"Obj\x01", "it is an Avro file: export the table as .parquet"),
+    (b"\x89HDF", "it is an HDF5 file: export the table as .parquet, or the pictures as files"),
+    (b"\x93NUMPY", "it is a NumPy array: save the pictures as files"),
     (b"SQLite format 3", "it is a SQLite database: export the table as .csv"),
     (b"\xd0\xcf\x11\xe0", "it is an Excel file: save it as .csv"),
     (b"version https://git-lfs", instead(b"version https://git-lfs")),
@@ -66,12 +70,13 @@ class Rows(Protocol):
         ...
 
 
-def open_table(path: Path, known: Collection[str] = ()) -> Rows:
+def open_table(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Rows:
     """Open a table.
 
     Args:
         path: the file.
         known: names of columns, normalized by `plain_name`, by which a header and its separator are recognized.
+        encoding: of text that is not UTF-8; None: Windows-1252.
 
     Raises:
         DataError: it is not a readable table, or there is no room in TMPDIR to unpack it.
@@ -85,7 +90,7 @@ def open_table(path: Path, known: Collection[str] = ()) -> Rows:
             return ParquetRows(path)
         if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
             return _arrow_rows(path, head)
-        return _text_rows(_plain(path), path, known)
+        return _text_rows(_plain(path), path, known, encoding)
     except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
         if isinstance(error, OSError) and error.filename == scratch():
             raise DataError(f"{scratch()}: {system_words(error)}; {path} is unpacked there") from error
@@ -183,7 +188,7 @@ def _wide_encoding(head: bytes) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ text
 
 
-def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
+def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: str | None) -> Rows:
     head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
     file.seek(0)
     start = head.lstrip()[:1]
@@ -196,7 +201,7 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
             raise _no_table(path, words)
     if path.suffix.lower() == ".parquet" or b"\0" in head:
         raise _no_table(path, "neither Parquet nor text")
-    return DelimitedRows(file, known)
+    return DelimitedRows(file, known, encoding)
 
 
 class _Lines:
@@ -221,13 +226,13 @@ class DelimitedRows:
     An unquoted caption that contains the separator is put back together if a header tells the number of cells.
     """
 
-    def __init__(self, file: IO[bytes], known: Collection[str]) -> None:
+    def __init__(self, file: IO[bytes], known: Collection[str], encoding: str | None = None) -> None:
         self._lines, self._literal = _Lines(file), set[int]()
         self.columns, self._separator, self._headless = _header(*_first_line(file), known)
         self._wide = next((i for i, name in enumerate(self.columns) if plain_name(name) in WIDE), len(self.columns) - 1)
-        self.joined = 0
+        self.joined: set[int] = set()
         """Number of rows read so far whose caption contains the separator unquoted."""
-        self._encoding = "utf-8"
+        self._encoding, self._otherwise = "utf-8", encoding
         self._find_rows(file, skip=0 if self._headless else 1)
 
     def __len__(self) -> int:
@@ -256,7 +261,7 @@ class DelimitedRows:
                 self._literal.add(len(self))
             self._lines.add(start, len(content), line)
         if wide_bad and not wide_good:
-            self._encoding = "cp1252"
+            self._encoding = self._otherwise or "cp1252"
 
     @property
     def encoding(self) -> str:
@@ -276,7 +281,7 @@ class DelimitedRows:
         if extra and any(cells[len(self.columns) :]):
             end = self._wide + extra + 1
             cells[self._wide : end] = [_between(text, cells, self._separator, self._wide, extra, literal)]
-            self.joined += 1
+            self.joined.add(number)
         return dict(zip(self.columns, cells, strict=False))
 
 
@@ -525,6 +530,8 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     images, captions = value.get("images"), value.get("annotations")
     if isinstance(images, list) and isinstance(captions, list):
         return ListRows(_coco(images, captions))
+    if value and all(map(looks_like_picture, value)):
+        return _named_rows(value)
     lists = {name: one for name, one in value.items() if isinstance(one, list)}
     objects = [one for one in lists.values() if one and all(isinstance(item, dict) for item in one)]
     if objects:
@@ -532,8 +539,7 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
         return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
     if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
-        facts = ({"image": name, **(one if isinstance(one, dict) else {"caption": one})} for name, one in value.items())
-        return ListRows(list(facts))
+        return _named_rows(value)
     if (
         len(value) > 1
         and all(isinstance(one, str) for one in value.values())
@@ -543,12 +549,20 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     return ListRows([value])
 
 
+def _named_rows(value: dict[str, Any]) -> ListRows:
+    """Return one row per name of a picture, with its captions or an object of facts."""
+    facts = ({"image": name, **(one if isinstance(one, dict) else {"caption": one})} for name, one in value.items())
+    return ListRows(list(facts))
+
+
 def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
     """Return one row per picture, with its captions in order."""
     captions: defaultdict[Any, list[str]] = defaultdict(list)
     for one in annotations:
         if isinstance(one, dict) and isinstance(one.get("caption"), str):
             captions[str(one.get("image_id"))].append(one["caption"])
+    if not captions:  # boxes or outlines of objects
+        return [one for one in images if isinstance(one, dict)]
     return [{**one, "captions": captions[str(one.get("id"))]} for one in images if isinstance(one, dict)]
 
 

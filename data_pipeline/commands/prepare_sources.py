@@ -129,9 +129,9 @@ def open_source(settings: PrepareConfig, config: DataConfig) -> Source:
     """Open the source given by prepare.kind and prepare.source. Raises `DataError` if it cannot be read."""
     source = str(settings.source)
     if settings.kind == "folder":
-        return FolderSource(source, config.members, settings.captions)
+        return FolderSource(source, config.members, settings.captions, config.captions.encoding)
     if settings.kind == "table":
-        return TableSource(source, config.members, settings.images)
+        return TableSource(source, config.members, settings.images, config.captions.encoding)
     if source.lower().endswith((".zip", ".rar", ".7z")):
         raise DataError(f"prepare.source={source}: it is not a tar archive: unpack it and use prepare.kind=folder")
     return ShardSource(source, config)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -84,17 +85,24 @@ class TableSource:
         table: a file, a pattern of files with the same columns, or a directory of Parquet or Arrow files.
         names: `data.members`; its names take precedence when choosing columns.
         images: folder that paths are relative to; None: the table's own folder and its subfolders.
+        encoding: `data.captions.encoding`, of a text table that is not UTF-8; None: Windows-1252.
 
     Raises:
         DataError: a file or folder does not exist, a file is not a table, it has no rows, or there is no column of
             pictures or captions.
     """
 
-    def __init__(self, table: str, names: MembersConfig | None = None, images: str | None = None) -> None:
+    def __init__(
+        self,
+        table: str,
+        names: MembersConfig | None = None,
+        images: str | None = None,
+        encoding: str | None = None,
+    ) -> None:
         self.names, self.table = names or MembersConfig(), table
         self.paths = _files(table)
         known = {*_KNOWN, *map(plain_name, (*self.names.image, *self.names.caption))}
-        self.parts = [open_table(path, known) for path in self.paths]
+        self.parts = [open_table(path, known, encoding) for path in self.paths]
         self._ends = np.cumsum([len(part) for part in self.parts])
         if images is not None and not os.path.isdir(os.path.expanduser(images)):
             raise DataError(f"prepare.images={images}: there is no such directory")
@@ -106,7 +114,8 @@ class TableSource:
             if isinstance(part, ParquetRows):
                 part.use(self._read_columns(part))
         self._lock, self._several, self._said = threading.Lock(), 0, set[str]()
-        self._tell_encoding()
+        if encoding is None:
+            self._tell_encoding()
         whole = ",".join(map(hash_file, self.paths))
         self.identity = hash_lines([whole, *map(file_size, self._places())])
 
@@ -186,7 +195,9 @@ class TableSource:
     def _tell_encoding(self) -> None:
         for path, part in zip(self.paths, self.parts, strict=True):
             if isinstance(part, DelimitedRows) and part.encoding != "utf-8":
-                logger.warning("%s: it is not UTF-8; reading it as %s", path, part.encoding)
+                logger.warning(
+                    "%s: it is not UTF-8; reading it as %s (data.captions.encoding names another)", path, part.encoding
+                )
 
     # ----------------------------------------------------------------------------------------------------- rows
 
@@ -264,7 +275,7 @@ class TableSource:
         """
         root = self._images or self.paths[0].parent
         given = given.removeprefix("file://")
-        forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0])
+        forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0], unquote(given))
         for form in dict.fromkeys(composed for one in forms for composed in (one, nfc(one), nfd(one))):
             place = root / form
             with suppress(OSError, ValueError):
@@ -321,7 +332,7 @@ class TableSource:
     def read(self, number: int) -> Item:
         cell, captions, meta = self.row(number)
         data = self.picture(cell)
-        refuse_unsupported(data)
+        refuse_unsupported(data, _path_of(cell) or "")
         first = captions[0] if captions else None
         text = first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first
         return Item(str(meta["source"]), f"{number:09d}", image_ending(_path_of(cell) or "", data), data, text, meta)
@@ -343,7 +354,7 @@ class TableSource:
                 f"{self._several} samples have several captions: the .txt has the first, and "
                 "'data.captions.sources={json:captions: 1}' trains with all"
             )
-        joined = sum(part.joined for part in self.parts if isinstance(part, DelimitedRows))
+        joined = sum(len(part.joined) for part in self.parts if isinstance(part, DelimitedRows))
         if joined:
             said.append(f"{joined} captions contain the separator without quotes; it was kept as part of the caption")
         return said
@@ -371,7 +382,8 @@ def _files(table: str) -> list[Path]:
         return found
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
-        raise DataError(f"prepare.source={table}: there is no such file")
+        words = "only local tables are read: copy it first" if "://" in table else "there is no such file"
+        raise DataError(f"prepare.source={table}: {words}")
     return found
 
 

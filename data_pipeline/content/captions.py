@@ -65,6 +65,21 @@ def choose_caption(sample: Mapping[str, Any], config: CaptionConfig, seed: int, 
     return Caption(texts[hash_below(len(texts), seed, position, "caption text")], source)
 
 
+def first_caption(sample: Mapping[str, Any], config: CaptionConfig) -> str:
+    """Return the first text of the source with the largest weight that has one.
+
+    Args:
+        sample, config: see `choose_caption`.
+
+    Raises:
+        BadSample: see `choose_caption`.
+    """
+    found, problem = _texts_by_source(sample, config)
+    if not found:
+        raise problem or BadSample("missing_caption", _what_lies_beside(sample, config))
+    return max(found, key=lambda one: one[0])[2][0]
+
+
 def candidates(sample: Mapping[str, Any], config: CaptionConfig) -> list[str]:
     """Return every distinct caption `choose_caption` may return for a sample; empty if it would raise `BadSample`."""
     found, _ = _texts_by_source(sample, config)
@@ -156,11 +171,11 @@ def value_at(meta: Any, path: str) -> Any:
     return None
 
 
-def _fields_with_text(value: Any, name: str = "", depth: int = 0) -> list[str]:
+def fields_with_text(value: Any, name: str = "", depth: int = 0) -> list[str]:
     """Return the paths of the fields that hold text, in the form `json:FIELD` expects."""
     if isinstance(value, Mapping) and depth < 4:
         below = ((f"{name}.{key}".lstrip("."), one) for key, one in value.items())
-        return [path for key, one in below for path in _fields_with_text(one, key, depth + 1)]
+        return [path for key, one in below for path in fields_with_text(one, key, depth + 1)]
     return [name] if texts_in(value) else []
 
 
@@ -172,7 +187,7 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     if (sample.get("txt") or b"").strip() and not {"txt", "txt:lines"} & {*config.sources}:
         return f"{words}; the .txt has text"
     with suppress(BadSample):
-        texts = _fields_with_text(parse_json(sample.get("json")))
+        texts = fields_with_text(parse_json(sample.get("json")))
         if texts:
             return f"{words}; fields of the .json with text: {', '.join(sorted(texts)[:8])}"
     return words

@@ -40,7 +40,29 @@ UNSUPPORTED = {
     **dict.fromkeys(("svg", "svgz"), "svg"),
     **dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"), "raw"),
     **dict.fromkeys(("psd", "xcf"), "psd"),
-    **dict.fromkeys(("tga", "ico", "icns", "pcx", "sgi", "dds", "exr", "hdr", "pdf", "eps"), "other"),
+    **dict.fromkeys(
+        (
+            "tga",
+            "ico",
+            "icns",
+            "pcx",
+            "sgi",
+            "dds",
+            "exr",
+            "hdr",
+            "pdf",
+            "eps",
+            "bpg",
+            "emf",
+            "wmf",
+            "fits",
+            "pfm",
+            "jxr",
+            "wdp",
+            "jls",
+        ),
+        "other",
+    ),
     **dict.fromkeys(("mp4", "mov", "webm", "avi", "mkv"), "video"),
 }
 """Extension of unsupported pictures -> their kind."""
@@ -272,5 +294,7 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
             f"their only members are {members}: the files of a sample have one path up to the first dot; unpacked, "
             "prepare.kind=folder also pairs images/1.jpg with captions/1.txt"
         )
-    example = next((name for name in seen if ending(name) in IMAGE_EXTENSIONS), next(iter(seen), "image.jpg"))
-    return f"their members are {members}; name the picture with 'data.members={{image: [{example}]}}'"
+    pictures = [name for name in seen if ending(name) in IMAGE_EXTENSIONS]
+    if not pictures:
+        return f"their members are {members}: none of them is a picture in a format that can be read"
+    return f"their members are {members}; name the picture with 'data.members={{image: [{pictures[0]}]}}'"

@@ -37,6 +37,19 @@ _LARGEST_PLAIN = 8 << 30
 """Smallest size in bytes that a plain header cannot hold; only from there on a pax record of the size is needed."""
 _PASSED_OVER = b"123456VD"
 """Links, devices, directories and pipes; volume labels and directory listings, as in GNU tar's backups."""
+_ARCHIVE = "it is a {} archive: unpack it and use `cascade prepare prepare.kind=folder`"
+_UNPACK = "it is compressed with {}, and only gzip is read: unpack it with `{}`"
+_PACKED = (
+    (b"PK\x03\x04", _ARCHIVE.format("zip")),
+    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE.format("7z")),
+    (b"Rar!", _ARCHIVE.format("rar")),
+    (b"\x28\xb5\x2f\xfd", _UNPACK.format("zstd", "zstd -d")),
+    (b"BZh", _UNPACK.format("bzip2", "bunzip2")),
+    (b"\xfd7zXZ\0", _UNPACK.format("xz", "unxz")),
+    (b"\x04\x22\x4d\x18", _UNPACK.format("lz4", "unlz4")),
+)
+"""First bytes of other kinds of archive -> remedy."""
+_LISTS = (".txt", ".lst", ".list", ".csv", ".json")
 MAX_MEMBER = 128 << 20
 """Members larger than this (bytes) are checked but not kept in memory."""
 
@@ -345,9 +358,13 @@ def _is_record(blocks: int, zeros: int) -> bool:
 
 
 def _not_a_tar(name: str, first: bytes) -> DataError:
-    packed = "; it is a zip archive: unpack it and use `cascade prepare prepare.kind=folder`"
-    words = instead(first)
-    hint = f"; {words}" if words else packed if first.startswith(b"PK\x03\x04") else ""
+    words = next((words for magic, words in _PACKED if first.startswith(magic)), "")
+    if name.lower().endswith(_LISTS):
+        words = f"a list of shards is given as @{name}, with one path or pattern per line"
+    elif "/blob/" in name:
+        words = "it is a web page about the file: write /resolve/ instead of /blob/"
+    words = words or instead(first)
+    hint = f"; {words}" if words else ""
     return NotAnArchive(f"{name}: this is not a tar archive (it begins with {first[:24]!r}){hint}")
 
 

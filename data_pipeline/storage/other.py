@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ SCHEMES = {
 """Scheme -> package that fsspec needs for it."""
 _EXTRAS = {"gcsfs": "gs", "adlfs": "az"}
 _READ_ONLY = ("http", "https")
+_SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs", "gcs": "session_kwargs"}
+"""Scheme -> option of its file system for aiohttp, which ignores HTTPS_PROXY and NO_PROXY unless told otherwise."""
 PIECE = 8 << 20
 """Bytes per request of a stream."""
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
@@ -61,7 +64,8 @@ def filesystem(url: str) -> Any:
 
             package = SCHEMES[scheme]
             try:
-                found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+                options = {_SESSIONS[scheme]: {"trust_env": True}} if scheme in _SESSIONS else {}
+                found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
             except ImportError as error:
                 extra = _EXTRAS.get(package)
                 how = f"pip install 'cascade-t2i[{extra}]'" if extra else f"pip install {package}"
@@ -108,6 +112,11 @@ def _status(error: BaseException) -> int:
     return 0
 
 
+def _certificates(url: str) -> str:
+    """Return the variables from which the package of a scheme takes certificates of authorities."""
+    return "SSL_CERT_FILE" if scheme_of(url) in _READ_ONLY else "SSL_CERT_FILE and REQUESTS_CA_BUNDLE"
+
+
 def _permanent(error: BaseException, url: str) -> CascadeError | None:
     """Return the user error that `error` amounts to; None if a retry may succeed."""
     import aiohttp
@@ -122,9 +131,14 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if isinstance(error, NotImplementedError):
         return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
     unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
-    if isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)) or (
-        unknown and root(url) not in _answered
+    if isinstance(error, aiohttp.ClientConnectorCertificateError) or any(
+        isinstance(one, ssl.SSLCertVerificationError) for one in causes_of(error)
     ):
+        return DataError(
+            f"{url}: the certificate of its server is not trusted ({said}); set {_certificates(url)} to the file with "
+            "your authority's certificates"
+        )
+    if isinstance(error, aiohttp.InvalidURL) or (unknown and root(url) not in _answered):
         return DataError(f"{url}: {said}")
     if status:
         return None if status in (408, 425, 429) or (status >= 500 and status != 501) else DataError(f"{url}: {said}")

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAGIC = re.compile(r"[*?\[]")
+_PACKED = re.compile(r"\.(tar\.(zst|bz2|xz|lz4|lzma)|tzst|tbz2?|txz)$", re.IGNORECASE)
+_S3_ALIASES = ("s3", "s3a", "s3n")
+_UNPACK = "only plain and gzip-compressed tars are read; unpack the others, for example with `zstd -d`"
 
 
 class ByteStream(Protocol):
@@ -71,6 +74,9 @@ def local_path(url: str) -> str:
         return os.path.expanduser(url)
     if url.startswith("file://"):
         return url.removeprefix("file://")
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() in _S3_ALIASES:
+        raise DataError(f"{url}: write s3://{rest}")
     known = ", ".join(f"{name}://" for name in ("s3", *other.SCHEMES))
     raise DataError(f"{url}: only file paths and {known} URLs can be read")
 
@@ -377,7 +383,12 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
     if _MAGIC.search(path) and not os.path.exists(path):
         return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
     if os.path.isdir(path):
-        return _no_directories([os.path.join(path, name) for name in sorted(os.listdir(path)) if _is_shard_name(name)])
+        names = sorted(os.listdir(path))
+        found = [os.path.join(path, name) for name in names if _is_shard_name(name)]
+        packed = [name for name in names if _PACKED.search(name)]
+        if found and packed:
+            logger.warning("%s: %d shards such as %s are skipped: %s", path, len(packed), packed[0], _UNPACK)
+        return _no_directories(found)
     return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
 
 
@@ -394,7 +405,7 @@ def _no_directories(paths: list[str]) -> list[str]:
 
 
 def _is_shard_name(name: str) -> bool:
-    return name.endswith(SHARD_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SHARD_SUFFIXES) and not name.startswith(".")
 
 
 def _expand_remote(pattern: str, patience: Patience) -> list[str]:
@@ -430,7 +441,17 @@ def _hint(pattern: str, patience: Patience) -> str:
     """Say what exists instead, for the error about a pattern without matches."""
     if not is_remote(pattern):
         where = pattern if os.path.isdir(pattern) else parent(pattern)
+        one = pattern.split()[:1]
+        if pattern.strip() != pattern or (one and one[0] != pattern and os.path.exists(local_path(one[0]))):
+            return f" (a pattern is a path alone, without blanks around it{f': {one[0]!r}?' if one else ''})"
         if os.path.isdir(where):
+            packed = [name for name in os.listdir(where) if _PACKED.search(name)]
+            if packed:
+                return f" (the directory {where!r} contains {min(packed)!r}: {_UNPACK})"
+            below = next(glob.iglob(os.path.join(glob.escape(where), "*", "*.tar")), None)
+            if below and where == pattern:
+                every = os.path.join(where, "**", "*.tar")
+                return f" (but {os.path.dirname(below)!r} contains some: {every!r} names all below)"
             other = min((name for name in os.listdir(where) if not name.startswith(".")), default=None)
             holds = f"contains, for example, {other!r}; `cascade prepare` makes shards from pictures"
             return f" (the directory {where!r} {holds if other else 'is empty'})"

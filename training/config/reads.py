@@ -86,7 +86,8 @@ def _prepare(config: Any) -> Iterable[str]:
         "captions",
     )
     shards = (*SHARDS[2:], "data.filter", "data.cache_dir", "data.cache_gb") if config.prepare.kind == "shards" else ()
-    own = ("data.members", "data.captions.encoding", "data.max_pixels", "data.threads")
+    captions = ("data.captions.encoding", "data.captions.sources")
+    own = ("data.members", *captions, "data.max_pixels", "data.threads")
     return (*(f"prepare.{name}" for name in settings), *shards, *own)
 
 

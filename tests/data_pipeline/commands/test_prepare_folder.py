@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.commands.prepare import main
 from data_pipeline.commands.prepare_folder import FolderSource
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import CaptionConfig, DataConfig, MembersConfig, PrepareConfig
 from tests.data_pipeline.commands.importing import Config, dropped, imported, members
 from tests.data_pipeline.photos import jpegs
@@ -208,3 +208,47 @@ def test_a_table_under_the_name_of_a_text_is_seen(tmp_path: Path, caplog: Any) -
     with pytest.raises(DataError):
         imported(tmp_path / "out", "folder", place)
     assert "prepare.kind=table prepare.source=" in caplog.text and "captions.txt" in caplog.text
+
+
+def test_captions_named_after_their_picture_are_found(tmp_path: Path) -> None:
+    source = FolderSource(str(folder(tmp_path, a__jpg=ONE, a_caption__txt="of a", b__jpg=TWO, b__txt="of b")))
+    assert found(source) == {"a.jpg": "of a", "b.jpg": "of b"}
+
+
+def test_captions_of_other_names_are_told_apart_from_other_endings(tmp_path: Path) -> None:
+    source = FolderSource(str(folder(tmp_path, a__jpg=ONE, other__txt="of a")))
+    assert "found 1 .txt; a caption must have its picture's name: a.txt for a.jpg, not other.txt" in source.advice(
+        "missing_caption"
+    )
+
+
+def test_a_field_of_the_json_is_named_and_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = folder(tmp_path / "in", a__jpg=ONE, a__json='{"blip_caption": "a cat", "n": 1}')
+    with pytest.raises(DataError, match="every sample was dropped"):
+        imported(tmp_path / "no", "folder", pictures)
+    assert "fields with text are blip_caption; 'data.captions.sources={\"json:blip_caption\": 1}'" in caplog.text
+    sources = DataConfig(captions=CaptionConfig(sources={"json:blip_caption": 1.0}))
+    settings = PrepareConfig(kind="folder", source=str(pictures), output=str(tmp_path / "out"))
+    assert main(Config(settings, data=sources))["samples"] == 1
+    assert members(tmp_path / "out" / "00000.tar")["000000000.txt"] == b"a cat"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("s3://bucket/pictures", "only local folders are read: copy it first"),
+        ("{place}/a.jpg", "give its folder"),
+        ("{place}/list.csv", "prepare.kind=table"),
+        ("{place}/*.jpg", "give the folder itself, without a pattern"),
+    ],
+)
+def test_what_is_no_folder_says_what_to_give(tmp_path: Path, source: str, words: str) -> None:
+    folder(tmp_path, a__jpg=ONE, list__csv="image,caption")
+    with pytest.raises(DataError, match=words):
+        FolderSource(source.format(place=tmp_path))
+
+
+def test_a_raw_picture_that_is_a_tiff_inside_has_a_remedy(tmp_path: Path) -> None:
+    source = FolderSource(str(folder(tmp_path, a__jpg=ONE, a__txt="x", b__dng=b"II*\0" + bytes(50))))
+    with pytest.raises(BadSample, match="dng: develop it first"):
+        source.read(1)

@@ -102,6 +102,8 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.json", json.dumps(COCO, indent=1).encode(), ["one", "two"]),
         ("a.json", json.dumps(KARPATHY).encode(), ["one", "two"]),
         ("a.json", b'{"1.jpg": "one", "2.jpg": ["two", "zwei"]}', ["one", "two"]),
+        ("a.json", b'{"1.jpg": ["one", "eins"], "2.jpg": ["two", "zwei"]}', ["one", "two"]),
+        ("a.csv", b"image,caption\n%31.jpg,one\nfile%3A///x/2.jpg,two\n", ["one", "two"]),
         ("a.json", b'{"1.jpg": {"caption": "one"}, "2.jpg": {"caption": "two", "x": 1}}', ["one", "two"]),
         ("a.json", b'{"image": ["1.jpg", "2.jpg"], "prompt": ["one", "two"]}', ["one", "two"]),
         (
@@ -353,3 +355,35 @@ def test_what_helps_is_said_when_most_is_dropped(place: Path, caplog: Any) -> No
     (place / "a.csv").write_text("image,caption\nx.jpg,one\ny.jpg,two\n1.jpg,three\n")
     imported(place / "out", "table", place / "a.csv")
     assert "2 samples were dropped as missing_image" in caplog.text and "prepare.images" in caplog.text
+
+
+def test_the_encoding_of_a_table_may_be_given(place: Path) -> None:
+    (place / "a.csv").write_bytes("image,caption\n1.jpg,\u4e2d\u6587\n2.jpg,two\n".encode("gb18030"))
+    assert captions(TableSource(str(place / "a.csv"), encoding="gb18030")) == ["\u4e2d\u6587", "two"]
+
+
+def test_joined_captions_are_counted_once(place: Path) -> None:
+    (place / "a.csv").write_bytes(b"image,caption\n1.jpg,a red, round ball\n2.jpg,two\n")
+    source = TableSource(str(place / "a.csv"))
+    assert captions(source) == captions(source) == ["a red, round ball", "two"]
+    assert source.remarks()[0].startswith("1 captions contain the separator")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.orc", b"ORC\x08", "ORC file: export the table as .parquet"),
+        ("a.json", b'{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"bbox": [1]}]}', "one of captions"),
+    ],
+)
+def test_tables_without_captions_or_of_other_programs(place: Path, name: str, content: bytes, words: str) -> None:
+    (place / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        TableSource(str(place / name))
+
+
+def test_pictures_of_a_table_that_are_not_read_have_a_remedy(place: Path) -> None:
+    (place / "x.dng").write_bytes(b"II*\0" + bytes(50))
+    (place / "a.csv").write_bytes(b"image,caption\nx.dng,raw\n")
+    with pytest.raises(BadSample, match="dng: develop it first"):
+        TableSource(str(place / "a.csv")).read(0)

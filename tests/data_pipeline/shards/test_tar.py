@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, NotAnArchive
 from data_pipeline.shards.tar import Problem, walk
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -285,3 +285,18 @@ def test_nothing_crashes_the_walk(data: bytes, at: int) -> None:
     whole = archive(SAMPLES)
     with contextlib.suppress(DataError):
         read(whole[:at] + data + whole[at + len(data) // 2 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("x.tar.zst", b"\x28\xb5\x2f\xfd", "compressed with zstd.*zstd -d"),
+        ("x.zip", b"PK\x03\x04", "prepare.kind=folder"),
+        ("shards.txt", b"a.tar\nb.tar\n", "given as @shards.txt"),
+        ("wids.json", b'{"shardlist": []}', "given as @wids.json"),
+        ("https://h/x/blob/main/0.tar", b"<!doctype html>", "write /resolve/ instead of /blob/"),
+    ],
+)
+def test_what_is_no_tar_says_what_to_do(name: str, data: bytes, words: str) -> None:
+    with pytest.raises(NotAnArchive, match=words):
+        list(walk(io.BytesIO(data + bytes(600)), name=name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,30 @@ def test_gaps_are_counted_at_once(tmp_path: Path) -> None:
     urls = store.expand(str(tmp_path / "{00000..00009}.tar"))
     with pytest.raises(DataError, match=r"00001\.tar and 6 more of 10: no such file \(also 00003\.tar.*a glob"):
         store.describe(urls)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "words"),
+    [
+        ("a/x.tar.zst", "{place}/a", "only plain and gzip-compressed tars are read"),
+        ("a/b/0.tar", "{place}/a", r"contains some: '.*/a/\*\*/\*\.tar' names all below"),
+        ("0.tar", "{place}/0.tar ", "a path alone, without blanks around it: '.*/0.tar'"),
+        ("0.tar", "{place}/0.tar 4", "a path alone, without blanks around it: '.*/0.tar'"),
+        ("0.tar", "s3a://b/0.tar", "write s3://b/0.tar"),
+        ("0.tar", "S3://b/0.tar", "write s3://b/0.tar"),
+    ],
+)
+def test_what_is_nearly_a_pattern_says_the_right_one(tmp_path: Path, name: str, pattern: str, words: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=words):
+        store.expand(pattern.format(place=tmp_path))
+
+
+def test_shards_of_a_folder_in_capitals_count_and_packed_ones_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("0.tar", "1.TAR", "2.tar.zst"):
+        (tmp_path / name).write_bytes(b"")
+    assert [os.path.basename(url) for url in store.expand(str(tmp_path))] == ["0.tar", "1.TAR"]
+    assert "1 shards such as 2.tar.zst are skipped" in caplog.text
