@@ -125,5 +125,6 @@ def picture(points: Sequence[Point], front: Sequence[int], axes: Sequence[str]) 
         at = place(x, y)
         pen.ellipse((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4), fill=colour)
         label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in point.settings.items())
-        pen.text((at[0] + 7, at[1] - 7), label, fill=INK, font=font, anchor="ls")
+        side, anchor = (-7, "rs") if at[0] > WIDTH / 2 else (7, "ls")  # towards the middle: whole on the paper
+        pen.text((at[0] + side, at[1] - 7), label, fill=INK, font=font, anchor=anchor)
     return paper
