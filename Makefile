@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests; many tests start two processes of their own.
-WORKERS ?= 2
+# Processes that share the tests. Many tests wait for time-outs, servers and Slurm, so one more than there are cores.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
 TORCH  := torch==2.13.0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 

@@ -89,7 +89,7 @@ class Ceph:
         self._run("monmaptool", "--create", "--clobber", "--addv", "a", address, "--fsid", fsid, monmap)
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, *_as_root())
         self._spawn("ceph-mon", "-f", "-i", "a", *_as_root())
-        self._run("ceph", "osd", "new", osd)
+        self._ask("osd", "new", osd)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, *_as_root())
         self._wait("the OSD", self._osd_is_up)
         user = ("--uid=tester", "--display-name=tester", f"--access-key={ACCESS_KEY}", f"--secret={SECRET_KEY}")
@@ -104,7 +104,7 @@ class Ceph:
             self._processes.pop()
         if len(self._processes) == 1:
             self._spawn("ceph-osd", "-f", "-i", "0", *_as_root())
-        return "1 up" in self._run("ceph", "osd", "stat")
+        return "1 up" in self._ask("osd", "stat")
 
     def _answers(self) -> bool:
         try:
@@ -120,6 +120,16 @@ class Ceph:
             if dead or time.monotonic() > deadline:
                 raise RuntimeError(f"{what} does not come up; ended: {dead}\n{self._logs()}")
             time.sleep(0.1)
+
+    def _ask(self, *words: str) -> str:
+        """`ceph WORDS`; a client that asks before it has heard of the cluster's fsid is refused, and asks again."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return self._run("ceph", *words)
+            except RuntimeError as error:
+                if "getting command descriptions" not in str(error) or time.monotonic() > deadline:
+                    raise
 
     def _run(self, program: str, *arguments: str) -> str:
         command = [program, "-c", str(self._config), *arguments]

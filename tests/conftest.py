@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,18 +25,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell starts what it puts into the background with SIGINT ignored, and processes under test would inherit that."""
 
 SLOW_FIRST = (
-    "tests/slurm/",
+    "tests/slurm/test_survive.py",
+    "tests/slurm/test_graph.py",
+    "tests/slurm/test_launch.py",
+    "tests/training/test_train.py",
+    "tests/training/test_trouble.py",
+    "tests/training/test_places.py",
+    "tests/data_pipeline/storage/test_faults.py",
     "tests/integration/",
-    "tests/data_pipeline/storage/",
+    "tests/training/test_waiting.py",
     "tests/training/",
     "tests/data_pipeline/",
 )
-"""The order in which several workers take files: those that start processes first, so that no worker ends alone."""
+"""The order in which several workers take files: the longest first, so that no worker ends alone."""
+ROOT = Path(__file__).parents[1]
 
 
-def unit_of_work(nodeid: str) -> str:
+@functools.cache
+def unit_of_work(path: str) -> str:
     """What one worker runs whole: a file, since its tests share what they set up, and all that needs the one Slurm."""
-    return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+    return "the files on Slurm" if "@pytest.mark.slurm" in (ROOT / path).read_text() else path
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -43,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return unit_of_work(nodeid)
+            return unit_of_work(nodeid.partition("::")[0])
 
     return Scheduling(config, log)
 
@@ -75,14 +86,25 @@ def moto_process() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def ceph_process() -> Iterator[S3Server]:
+def ceph_starting() -> Iterator[Future[Ceph] | None]:
+    """Ceph, where it is installed: it takes its time to start, in which other tests run."""
+    if missing_programs():
+        yield None
+        return
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(Ceph)
+        yield starting
+    if not starting.exception():
+        starting.result().stop()
+
+
+@pytest.fixture(scope="session")
+def ceph_process(ceph_starting: Future[Ceph] | None) -> S3Server:
     """Ceph's S3 server, where its packages are installed; one that is installed must start."""
-    lacking = missing_programs()
-    if lacking:
-        pytest.skip(f"Ceph is not installed ({', '.join(lacking)}; apt-get install radosgw ceph-mon ceph-osd)")
-    ceph = Ceph()
-    yield ceph.server
-    ceph.stop()
+    if ceph_starting is None:
+        lacking = ", ".join(missing_programs())
+        pytest.skip(f"Ceph is not installed ({lacking}; apt-get install radosgw ceph-mon ceph-osd)")
+    return ceph_starting.result().server
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,9 @@ PART = 64 << 20
 """Bytes per part of a multipart upload, used for objects larger than this."""
 PAGE = 1000
 """Objects per page of a listing."""
+SESSION_S = 60.0
+"""Seconds that creating a client may take: it costs CPU time, of which a busy machine has little, and the credentials
+may come over the network."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
 
@@ -118,12 +121,13 @@ def _run(coroutine: Coroutine[Any, Any, Any], patience: Patience = DEFAULT) -> A
                 raise
 
 
-async def _request(fs: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+async def _request(fs: Any, method: str, arguments: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """One answer of the store within `limit_s`, in which the time to create the client is not counted."""
     try:
-        await fs.set_session()
+        await asyncio.wait_for(fs.set_session(), max(limit_s, SESSION_S))
     except ValueError as error:
         raise DataError(f"cannot create an S3 client from the environment and AWS_CONFIG_FILE: {error}") from error
-    answer: dict[str, Any] = await fs._call_s3(method, **arguments)
+    answer: dict[str, Any] = await asyncio.wait_for(fs._call_s3(method, **arguments), limit_s)
     return answer
 
 
@@ -192,7 +196,7 @@ def call(url: str, method: str, patience: Patience = DEFAULT, upload: int = 0, *
     while True:
         fs = filesystem()
         try:
-            answer: dict[str, Any] = _run(asyncio.wait_for(_request(fs, method, arguments), limit), patience)
+            answer: dict[str, Any] = _run(_request(fs, method, arguments, limit), patience)
             _answered = True
             return answer
         except Exception as error:
@@ -244,7 +248,7 @@ class S3Stream:
         """Read until the buffer holds `want` bytes or the range ends; bytes that arrived survive an error."""
         stall = self._patience.stall_s
         if self._body is None:
-            await asyncio.wait_for(self._open(fs), stall)
+            await self._open(fs)
         while len(self._buffer) < want and (self._end is None or self._fetched < self._end):
             try:
                 piece = await asyncio.wait_for(self._body.read(min(PIECE, want - len(self._buffer))), stall)
@@ -269,7 +273,7 @@ class S3Stream:
             arguments["Range"] = f"bytes={self._fetched}-{'' if self._end is None else self._end - 1}"
         if self.etag:
             arguments["IfMatch"] = f'"{self.etag}"'
-        answer = await _request(fs, "get_object", arguments)
+        answer = await _request(fs, "get_object", arguments, self._patience.stall_s)
         _answered = True
         self._body = answer["Body"]
         self.etag = answer.get("ETag", "").strip('"') or None

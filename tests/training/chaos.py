@@ -115,7 +115,8 @@ def main(config: Experiment) -> dict[str, Any]:
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
     training_data.open_loader = at_the_start
-    training.run.watchdog.MARGIN_S = 2.0
+    for name, seconds in {"MARGIN_S": 2.0, "SILENT_S": 4.0, "BEAT_S": 0.5}.items():
+        setattr(training.run.watchdog, name, seconds)
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
     if at("freeze", -1):
         os.kill(os.getpid(), signal.SIGSTOP)

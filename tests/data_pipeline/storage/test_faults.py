@@ -29,12 +29,13 @@ from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 
-QUICK = Patience(stall_s=0.7, deadline_s=20, base_s=0.01, cap_s=0.1)
+QUICK = Patience(stall_s=20, deadline_s=60, base_s=0.01, cap_s=0.1)
+"""A server on a busy machine may take its time: only where silence is the fault is a request given up soon."""
 DATA = bytes(range(251)) * 12_000  # 3 MB
 
 
 @pytest.fixture(scope="session", params=["moto", "ceph"])
-def s3_process(request: pytest.FixtureRequest) -> S3Server:
+def s3_process(request: pytest.FixtureRequest, ceph_starting: Any) -> S3Server:
     server: S3Server = request.getfixturevalue(f"{request.param}_process")
     return server
 
@@ -53,6 +54,10 @@ def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
         yield proxy
 
 
+def patience_for(fault: str) -> Patience:
+    return replace(QUICK, stall_s=1.5) if fault.startswith(("stall", "delay")) else QUICK
+
+
 def ranges(proxy: FaultProxy) -> list[str]:
     return [wanted for _, _, wanted, _ in proxy.log]
 
@@ -61,7 +66,7 @@ def ranges(proxy: FaultProxy) -> list[str]:
 def test_a_break_is_continued_at_the_broken_byte(url: str, proxy: FaultProxy, fault: str) -> None:
     for _ in range(5):  # on a busy machine the break may come before the first byte was taken
         proxy.plan([f"{fault}:1500000"])
-        assert store.read_bytes(url, QUICK) == DATA
+        assert store.read_bytes(url, patience_for(fault)) == DATA
         if ranges(proxy)[1]:
             break
     assert ranges(proxy)[0] == ""
@@ -76,10 +81,10 @@ def test_connections_that_all_die_early_still_bring_the_whole(url: str, proxy: F
     assert len(proxy.log) == -(-len(DATA) // 200_000)
 
 
-@pytest.mark.parametrize("fault", ["status:503", "status:500", "status:429", "reset-head", "delay:1"])
+@pytest.mark.parametrize("fault", ["status:503", "status:500", "status:429", "reset-head", "delay:3"])
 def test_a_store_that_is_ill_for_a_while(url: str, proxy: FaultProxy, fault: str) -> None:
     proxy.plan([fault] * 3)
-    assert store.read_range(url, 10, 100, patience=QUICK) == DATA[10:100]
+    assert store.read_range(url, 10, 100, patience=patience_for(fault)) == DATA[10:100]
     assert len(proxy.log) == 4  # one loop: s3fs and botocore retry nothing of their own
 
 
@@ -93,7 +98,7 @@ def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
     proxy.plan([], default=fault)
     sentence = rf"{url}: no progress for \d+ s in (\d+) attempts.*last cause.*({cause})"
     with pytest.raises(StoreError, match=sentence) as raised:
-        store.read_range(url, 0, 100, patience=Patience(stall_s=1, deadline_s=3, base_s=0.05, cap_s=0.1))
+        store.read_range(url, 0, 100, patience=replace(patience_for(fault), deadline_s=3, base_s=0.05))
     found = re.search(sentence, str(raised.value), re.DOTALL)
     # nothing beneath repeats a request on its own account; an attempt on a connection that is just being closed by the
     # server reaches nobody
@@ -184,10 +189,12 @@ def test_the_stream_of_keys_is_complete_and_unchanged(
 
 
 def test_a_stream_outlives_its_server_for_a_while(
-    shards: tuple[str, list[str]], proxy: FaultProxy, request: pytest.FixtureRequest
+    shards: tuple[str, list[str]], proxy: FaultProxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that has answered is waited for longer than one that never has."""
     url, expected = shards
-    gone_s = {"moto": 1.0, "ceph": 20.0}[request.node.callspec.params["s3_process"]]
+    gone_s = {"moto": 1.0, "ceph": 5.0}[request.node.callspec.params["s3_process"]]
+    monkeypatch.setattr(s3, "FIRST_CONTACT_S", 2.5)
     read = []
     for sample in ShardStream(url, stall_s=1, prefetch_mb=0, **OPTIONS):
         read.append(sample["__key__"])
@@ -205,7 +212,7 @@ def test_a_stream_outlives_its_server_for_a_while(
 def test_a_stream_that_cannot_go_on_says_why(
     shards: tuple[str, list[str]], proxy: FaultProxy, default: str, error: type[Exception], message: str
 ) -> None:
-    stream = ShardStream(shards[0], stall_s=1, deadline_s=3, prefetch_mb=0, **OPTIONS)
+    stream = ShardStream(shards[0], deadline_s=3, prefetch_mb=0, **OPTIONS)
     began = time.monotonic()
     with pytest.raises(error, match=message):
         for number, _ in enumerate(stream):
@@ -248,7 +255,7 @@ def test_a_store_without_multi_object_delete(url: str, proxy: FaultProxy) -> Non
     assert [entry[0] for entry in proxy.log].count("POST") == 1, "it has learned"
 
 
-DRIP = Patience(stall_s=0.3, deadline_s=3, base_s=0.01, cap_s=0.02)
+DRIP = Patience(stall_s=0.3, deadline_s=5, base_s=0.01, cap_s=0.02)
 
 
 def test_a_few_bytes_before_each_silence_do_not_put_off_the_deadline(url: str, proxy: FaultProxy) -> None:
@@ -346,7 +353,7 @@ def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
     try:
         with pytest.raises(StoreError, match="giving up"):
             store.write_bytes(url, b"x", replace(QUICK, hurry=True, deadline_s=1e9))
-        proxy.plan(["status:503"] * 60)
+        proxy.plan(["status:503"] * 20)
         store.write_bytes(url, DATA, QUICK)
     finally:
         retry.hurry_up(now=False)
