@@ -19,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.children import die_with_parent_only
-from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.jobs.records import EVENTS, append
 from slurm.script import environment_lines, setup
 from slurm.supervise import End, history, judge, last_step, record_end
-from training.config.cluster import ClusterConfig
+from training.config.cluster import refuse_unused
 from training.config.commands import COMMANDS
 from training.processes.exit_codes import EXIT_PREEMPTED
 from training.run.directory import json_lines
 
 POLL_S = 0.2
-OF_A_SCHEDULER = ("nodes", "min_nodes", "partition", "account", "mem", "sbatch", "container", "interface", "gpus_per")
-"""Keys of `cluster` that have no meaning on one machine."""
 SCRIPT = """\
 #!/bin/bash
 # {title}
@@ -50,13 +47,8 @@ def render_local(job: Job) -> str:
     Raises:
         ConfigError: a setting that only a scheduler could use.
     """
-    cluster, plain = job.config.cluster, ClusterConfig()
-    for name in OF_A_SCHEDULER:
-        if getattr(cluster, name) != getattr(plain, name):
-            raise ConfigError(
-                f"cluster.{name}={getattr(cluster, name)}: cluster=local runs on this machine only and would not use "
-                f"it; leave it out, or use cluster=slurm"
-            )
+    cluster = job.config.cluster
+    refuse_unused(cluster)
     return SCRIPT.format(
         title=job.title,
         directory=shlex.quote(str(Path.cwd())),

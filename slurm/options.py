@@ -110,7 +110,7 @@ def directives(
         if chosen:
             ours = {option: value for option, value in ours.items() if option not in group}
     options = ours | given
-    check_time("cluster.sbatch.time" if "time" in given else "cluster.time", options["time"], cluster)
+    check_time(cluster)
     return [
         f"--{option}" if value is True else f"--{option}={quoted(option, value)}"
         for option, value in options.items()
@@ -123,13 +123,21 @@ def _long(option: str) -> str:
     return SHORT.get(bare, bare)
 
 
-def check_time(key: str, limit: Any, cluster: ClusterConfig) -> None:
-    """Check that a time limit leaves time to work between the start and the signal.
+def time_limit(cluster: ClusterConfig) -> tuple[str, Any]:
+    """Return the key that sets the time limit of an allocation, and the limit in Slurm's format; None: the site's
+    default."""
+    given = {_long(str(option)): value for option, value in cluster.sbatch.items()}
+    return ("cluster.sbatch.time", given["time"]) if "time" in given else ("cluster.time", cluster.time)
+
+
+def check_time(cluster: ClusterConfig) -> None:
+    """Check that the time limit leaves time to work between the start and the signal.
 
     Raises:
         ConfigError: it does not; the job would be requeued forever without progress.
     """
-    if limit is None:
+    key, limit = time_limit(cluster)
+    if not wanted(limit):
         return
     seconds = slurm_seconds(key, str(limit))
     if seconds < cluster.signal_s + EARLY_S + WORK_S:

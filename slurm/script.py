@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
-from slurm.options import directives
+from slurm.options import directives, time_limit, wanted
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
@@ -91,6 +91,7 @@ REQUEUE = """
 # soon as the job is pending: so a background process that ignores the signals keeps trying.
 requeue() {
     local without
+    mkdir -p "${CASCADE_NOTES%-*}-own"
     without=$(IFS=,; echo "$*")
     if [ -n "$without" ]; then
         ( trap '' TERM CONT HUP USR1
@@ -178,7 +179,6 @@ def setup(cluster: ClusterConfig) -> list[str]:
     """
     lines = []
     if cluster.modules:
-        lines.append(MODULES)
         lines += [f"load_module {shlex.quote(name)}" for entry in cluster.modules for name in entry.split()]
     if cluster.conda:
         conda = os.environ.get("CONDA_EXE", "conda")
@@ -190,11 +190,18 @@ def setup(cluster: ClusterConfig) -> list[str]:
     before, after = [], []
     if lines:
         before = [
+            *([MODULES] if cluster.modules else []),
             'environment_before="${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}"',
-            'setup_failed() { echo "==> cluster.setup: \'$(sed -n "$2p" "$0")\' failed with code $1"; finish 2; }',
-            """trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed" "$LINENO"' ERR""",
+            """setup_failed() {
+    trap - ERR EXIT
+    echo "==> cluster.setup: '$setup_line' failed with code $1"
+    finish 2
+}""",
+            """trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR""",
+            """trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, after `set -u`""",
         ]
-        after = ["trap - ERR"]
+        # The options that the lines have set for themselves are not for the loop below, which expects failures.
+        after = ["trap - ERR EXIT", "set +eu +o pipefail"]
     if cluster.python:
         after.append(f"python={shlex.quote(cluster.python)}")
     elif cluster.container:
@@ -206,7 +213,8 @@ def setup(cluster: ClusterConfig) -> list[str]:
             after.append(
                 '[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)'
             )
-    return [*before, *lines, *after]
+    named = [part for line in lines for part in (f"setup_line={shlex.quote(line)}", line)]
+    return [*before, *named, *after]
 
 
 MODULES = """\
@@ -262,12 +270,13 @@ nodes=$(usable $((SLURM_JOB_NUM_NODES - $#))) || {give_up} {arguments}"""
 
 def _judge(job: Job) -> str:
     cluster = job.config.cluster
-    limit = slurm_seconds("cluster.time", str(cluster.sbatch.get("time") or cluster.time))
+    key, limit = time_limit(cluster)
     words = [sys.executable, "-P", "-m", "slurm.supervise", str(job.home), "--verb", job.verb]
-    words += ["--most", str(cluster.max_restarts_without_progress), "--limit", str(limit)]
+    words += ["--most", str(cluster.max_restarts_without_progress)]
     words += ["--requeue"] if cluster.requeue else []
+    said = str(slurm_seconds(key, str(limit))) if wanted(limit) else '"$(squeue -h -j "$SLURM_JOB_ID" -o %l)"'
     spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
-    return shlex.join(words) + spare
+    return f"{shlex.join(words)} --limit {said}{spare}"
 
 
 # ------------------------------------------------------------------------------------------------- containers

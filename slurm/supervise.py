@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.errors import ConfigError
 from slurm.task import FAILED, STOPPED
+from training.config.cluster import slurm_seconds
 from training.config.commands import COMMANDS
 from training.processes.exit_codes import (
     EXIT_CRASH,
@@ -30,6 +33,11 @@ from training.processes.interval import HISTORY
 
 UNEXPLAINED = EXIT_CRASH
 """A bug, or a library that failed: worth one retry, or more if the run has made progress in the meantime."""
+OWN = "own"
+"""Note of a script that has requeued its own job."""
+EXIT_LOST = 137
+"""Recorded for a start of which nothing is known except that Slurm requeued the job."""
+NODE_LOST = "requeued by Slurm without saving: a node failed, or somebody called `scontrol requeue`"
 BLAMED = 2
 """Number of failures after which a node is excluded."""
 PREFLIGHT = "preflight.json"
@@ -225,6 +233,36 @@ def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
         file.write(json.dumps(asdict(end)) + "\n")
 
 
+def _seconds(limit: str) -> float:
+    """Parse a time limit in seconds or in Slurm's format (1-00:00:00, UNLIMITED); infinite if it is neither."""
+    try:
+        return float(limit)
+    except ValueError:
+        pass
+    try:
+        return slurm_seconds("--limit", limit.strip())
+    except ConfigError:
+        return float("inf")
+
+
+def record_requeue(run_dir: Path, notes: Path, end: End) -> None:
+    """Add the end of a start to the history that its script could not record, because Slurm ended the script too.
+
+    Args:
+        notes: the notes of that start, without the number of the attempt.
+        end: the end to record; `code` and `why` are filled in.
+    """
+    known = [one for one in history(run_dir) if one.job == end.job and one.restart == end.restart]
+    by_script = notes.with_name(f"{notes.name}-{OWN}").exists()
+    if not by_script and not any(one.action.startswith("requeue") for one in known):
+        saved = any(True for _ in notes.parent.glob(f"{notes.name}-*/{STOPPED}"))
+        end.code = EXIT_PREEMPTED if saved else EXIT_LOST
+        end.why = "requeued by Slurm (preempted, or by hand), saved" if saved else NODE_LOST
+        record_end(run_dir, end, Verdict("requeue"))
+    for left in notes.parent.glob(f"{notes.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Judge and record the end; print the decision for the script. Returns 0."""
     parser = argparse.ArgumentParser(prog="slurm.supervise")
@@ -233,14 +271,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", default="0")
     for name in ("code", "asked", "restart", "attempt", "most", "elapsed"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=float("inf"))
+    parser.add_argument("--limit", type=_seconds, default=float("inf"))
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--requeue", action="store_true")
     parser.add_argument("--spare", action="store_true")
+    parser.add_argument("--requeued", action="store_true", help="record that Slurm has requeued the job by itself")
     given = parser.parse_args(words)
     trains = COMMANDS[given.verb].makes_run
     step = last_step(given.run_dir) if trains else -1
     numbers = {"restart": given.restart, "attempt": given.attempt, "step": step, "elapsed_s": float(given.elapsed)}
+    if given.requeued:
+        record_requeue(given.run_dir, given.notes, End(0, given.job, **numbers))
+        return 0
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
     before = [one for one in history(given.run_dir) if trains or one.job == given.job]
     slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from slurm.queue import UNKNOWN, living, submit, withdraw
 from training.cli.compose import composed, validate
 from training.cli.overrides import keys_given, typed_words
 from training.config.cluster import EMITTED
-from training.config.commands import COMMANDS, LaunchCommand
+from training.config.commands import COMMANDS, LaunchCommand, Verb
 from training.config.experiment import Experiment
 from training.config.reads import refuse_unread_by_all
 from training.plan.checks import check_named
@@ -42,6 +43,13 @@ SWEPT: list[tuple[Job, LaunchCommand]] = []
 OWN_KEYS = {f.name for f in fields(LaunchCommand)} - {f.name for f in fields(Experiment)} | {"json"}
 ENDINGS = {"local": "sh", "slurm": "sbatch"}
 """Extensions of the scripts; emitters have their own."""
+OF_SOME: dict[str, Callable[[Verb], bool]] = {
+    "cluster.nodes": lambda verb: verb.distributed,
+    **dict.fromkeys(
+        ("cluster.min_nodes", "cluster.preflight", "cluster.preflight_exclude"), lambda verb: verb.makes_run
+    ),
+}
+"""Keys of `cluster` that some commands follow."""
 FROZEN = """\
 # {title}
 defaults:
@@ -186,6 +194,9 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
             refuse_unread_by_all([(entry.verb, jobs[-1].config)], keys_given(entry.verb, entry.words))
     shared = dict.fromkeys(key for job in jobs for key in keys_given(job.verb, words))
     refuse_unread_by_all([(job.verb, job.config) for job in jobs], shared)
+    for key in shared:
+        if key in OF_SOME and not any(OF_SOME[key](COMMANDS[job.verb]) for job in jobs):
+            raise ConfigError(f"{key}: none of the commands {', '.join(job.verb for job in jobs)} would use it")
     return jobs
 
 

@@ -76,10 +76,11 @@ def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any
         after = [numbers[name] for name in job.get("after", []) if name in numbers]
         number = submit(Path(job["script"]), after, job.get("when", "succeeded"))
         numbers[job["name"]] = number
-        log = job["log"].replace(str(job["job"]), str(number))
+        log = Path(job["log"])
+        log = log.with_name(log.name.replace(str(job["job"]), str(number)))
         home = Path(job["script"]).parent
         record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}
-        append(home / SUBMITTED, {**record, "job": number, "log": log, "time": time.time()})
+        append(home / SUBMITTED, {**record, "job": number, "log": str(log), "time": time.time()})
         behind = f", after {', '.join(str(one) for one in after)}" if after else ""
         print(f"submitted job {number}: {job['name']}{behind}", flush=True)
         answers.append(_answer({**job, "job": number}))

@@ -7,6 +7,7 @@ run resumes from its newest checkpoint. Run directory, code and data must be on 
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,14 +18,15 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.graph import BEGUN
-from slurm.jobs.job import Job
+from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.script import environment_lines
-from training.config.cluster import slurm_mebibytes
+from training.config.cluster import ClusterConfig, slurm_mebibytes, slurm_seconds
 from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
 ENDING, WHOLE = "k8s.yaml", ("apply", "k8s.sh")
 PORT = 29400
+ARRAY = re.compile(r"0-(\d+)(?:%([1-9]\d*))?")
 NODE = """\
 export MASTER_ADDR={first} MASTER_PORT={port} WORLD_SIZE={world}
 children=()
@@ -87,7 +89,7 @@ def manifest(job: Job) -> str:
     if not cluster.container:
         raise ConfigError("cluster.container: Kubernetes needs an image with this project's dependencies")
     nodes = cluster.nodes if job.is_distributed else 1
-    tasks = _tasks(job)
+    tasks, at_once = _tasks(job)
     name = job_name(job)
     resources = {"cpu": str(job.cpus * job.processes or 1)}
     resources |= {"memory": f"{slurm_mebibytes('cluster.mem', cluster.mem)}Mi"} if cluster.mem else {}
@@ -109,16 +111,18 @@ def manifest(job: Job) -> str:
     }
     final = {"containerName": "cascade", "operator": "In", "values": sorted(FINAL_CODES)}
     saved = {"containerName": "cascade", "operator": "In", "values": [EXIT_PREEMPTED]}
+    again = "Ignore" if cluster.requeue else "FailJob"  # ignored as failures: the pod starts again
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": tasks or nodes,
-        "parallelism": tasks or nodes,
+        "parallelism": at_once or nodes,
         "backoffLimit": nodes * (cluster.max_restarts_without_progress + 1),
+        **_deadline(cluster),
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": final},
-                {"action": "Ignore", "onExitCodes": saved},
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": again, "onExitCodes": saved},
+                {"action": again, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
         "template": {"spec": pod},
@@ -131,10 +135,28 @@ def manifest(job: Job) -> str:
     return f"# {job.title}\n" + yaml.safe_dump_all(documents, sort_keys=False, width=1000)
 
 
-def _tasks(job: Job) -> int:
-    """Return the number of array tasks that share the job's work; 0 if it is not an array."""
+def _deadline(cluster: ClusterConfig) -> dict[str, int]:
+    """Return the time limit of the whole Job: at its end, the pods are asked to stop, save, and are not restarted."""
+    seconds = slurm_seconds("cluster.time", cluster.time) if cluster.time is not None else math.inf
+    if seconds < 1:
+        raise ConfigError(f"cluster.time={cluster.time}: it leaves no time to work; UNLIMITED or null is no limit")
+    return {} if seconds == math.inf else {"activeDeadlineSeconds": int(seconds)}
+
+
+def _tasks(job: Job) -> tuple[int, int]:
+    """Return the number of array tasks that share the job's work, and how many run at once; (0, 0) if it is not an
+    array."""
     array = str(job.config.cluster.sbatch.get("array") or "")
-    return int(array.rpartition("-")[2]) + 1 if array else 0
+    if not array:
+        return 0, 0
+    match = ARRAY.fullmatch(array)
+    if not match or job.verb not in SHARED_BY_ARRAY:
+        raise ConfigError(
+            f"cluster.sbatch.array={array}: on Kubernetes it must be 0-N or 0-N%AT_ONCE, and only embed and caption "
+            f"share their work among the tasks of an array"
+        )
+    tasks = int(match[1]) + 1
+    return tasks, min(tasks, int(match[2] or tasks))
 
 
 def _shell(job: Job, nodes: int, name: str) -> str:
@@ -142,8 +164,9 @@ def _shell(job: Job, nodes: int, name: str) -> str:
     lines = [*environment_lines(job), *job.config.cluster.setup]
     lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
-    if _tasks(job):  # embed reads these variables under any scheduler
-        lines.append(f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={_tasks(job)}")
+    tasks, _ = _tasks(job)
+    if tasks:  # embed reads these variables under any scheduler
+        lines.append(f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={tasks}")
     if not job.is_distributed:
         return "\n".join([*lines, f"exec {command}"])
     first = f"{name}-0.{name}" if nodes > 1 else "127.0.0.1"

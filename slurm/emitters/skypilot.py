@@ -64,10 +64,10 @@ def task(job: Job) -> dict[str, Any]:
         resources["memory"] = f"{math.ceil(slurm_mebibytes('cluster.mem', cluster.mem) / 1024)}+"
     if cluster.container:
         resources["image_id"] = f"docker:{cluster.container}"
-    recovery: dict[str, Any] = {"max_restarts_on_errors": cluster.max_restarts_without_progress}
-    if cluster.requeue:
-        recovery["recover_on_exit_codes"] = [EXIT_PREEMPTED]
-    resources["job_recovery"] = recovery
+    resources["job_recovery"] = {
+        "max_restarts_on_errors": cluster.max_restarts_without_progress,
+        "recover_on_exit_codes": [EXIT_PREEMPTED],
+    }
     found: dict[str, Any] = {"name": task_name(job), "num_nodes": nodes, "resources": resources}
     mounts = dict(_mount(entry) for entry in cluster.container_mounts)
     if mounts:

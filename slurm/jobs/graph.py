@@ -12,7 +12,7 @@ from training.config.experiment import Experiment
 
 SUCCEEDED, BEGUN = "succeeded", "begun"
 """When a job may start: after the jobs that it waits for have succeeded, or as soon as they have begun."""
-ALONE = ("cluster.nodes=1", "cluster.min_nodes=0", "cluster.processes=1")
+ALONE = ("cluster.nodes=1", "cluster.min_nodes=0", "cluster.processes=1", "cluster.preflight_exclude=false")
 """Overrides for a job that needs only one device."""
 JOBS = "jobs"
 """Directory, next to the runs, for the scripts and logs of jobs that are not trainings."""

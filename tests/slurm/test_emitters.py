@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 
 import kubernetes_validate
@@ -12,8 +14,10 @@ import pytest
 import yaml
 
 from data_pipeline.common.errors import ConfigError
+from slurm.commands.launch import compose_all, job_record, plan_entries, script_text
 from tests.slurm.launching import install, launch
-from training.config.cluster import slurm_mebibytes
+from training.cli.compose import load_config
+from training.config.cluster import FOLLOWED_BY, KINDS, ClusterConfig, slurm_mebibytes
 
 K8S = [
     "cluster=kubernetes",
@@ -150,11 +154,89 @@ def test_skypilot_takes_every_file(here: Path) -> None:
     assert train.startswith("demo-train-demo-base 2 {'H100': 2} 8+ 63+ ") and "[75]" in train
 
 
-def test_what_only_slurm_follows_is_refused_elsewhere() -> None:
-    for words in (["cluster.modules=[cuda]"], ["cluster.partition=a"], ["cluster.gpus_per=task"]):
-        for kind in (K8S, SKY):
-            with pytest.raises(ConfigError, match="only cluster=slurm follows it"):
-                launch(*kind, *words, own=["dry_run=true"])
+OTHER = {
+    "processes": 4, "threads": 3, "nodes": 4, "min_nodes": 1, "partition": "p", "account": "a", "time": "2:00:00",
+    "cpus_per_task": 5, "mem": "9G", "gpus": False, "gpus_per": "task", "requeue": False, "signal_s": 77,
+    "max_restarts_without_progress": 7, "sbatch": {"qos": "q"}, "modules": ["m"], "conda": "c", "venv": "v",
+    "setup": ["export S=1"], "python": "/p", "container": "image:2", "container_runtime": "apptainer",
+    "container_mounts": ["/a:/b"], "accelerator": "A100", "preflight": True, "preflight_exclude": True,
+    "interface": "ib0",
+}  # fmt: skip
+"""Key -> a value that is no default."""
+IN_SETTINGS = ("preflight", "preflight_exclude")
+ON_THIS_MACHINE = ("processes", "gpus")
+"""Read by the training itself, from its frozen settings; the second ones only where it starts its processes itself."""
+BASES = {
+    "local": [],
+    "slurm": ["cluster.nodes=2", "cluster.processes=2", "cluster.container=image:1"],
+    "kubernetes": ["cluster.container=image:1"],
+    "skypilot": [],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_is_used_or_refused(here: Path, kind: str) -> None:
+    """A launch whose files are the same with another value of a key would ignore it."""
+    assert {*OTHER, "kind"} == {*FOLLOWED_BY} == {one.name for one in fields(ClusterConfig)}
+    words = ["data.shards=x", f"cluster={kind}", "cluster.processes=1", *BASES[kind]]
+    words += ["cluster.accelerator=H100"] if kind == "skypilot" else []
+    config = load_config("launch", [*words, "dry_run=true"])
+    (job,) = compose_all(plan_entries(config, words), words, config)
+    cluster = job.config.cluster
+    needs = {"preflight_exclude": {"preflight": True}, "min_nodes": {"nodes": 3}} if kind == "slurm" else {}
+    needs |= {"preflight_exclude": {"preflight": True}, "container_mounts": {"container": "image:1"}}
+    needs |= {"container_runtime": {"container": "image:1"}, "gpus": {"accelerator": None}}
+    if kind == "skypilot":
+        needs["container_mounts"] = {}
+    for key, value in OTHER.items():
+        job.config.cluster = base = replace(cluster, **needs.get(key, {}))
+        if kind in FOLLOWED_BY[key]:
+            untyped = kind == "skypilot" and key == "gpus"  # GPUs of which it does not say the type are refused
+            before = "" if untyped else body(script_text(job))
+            job.config.cluster = replace(base, **{key: value})
+            record = job_record(job, "", "")  # where a restart on this machine looks
+            settings = (*IN_SETTINGS, *(ON_THIS_MACHINE if kind == "local" else ()))
+            assert before != body(script_text(job)) or key in settings or record["most"] == value, key
+        else:
+            named = "container" if key.startswith("container") else key  # which the others of its kind need
+            followers = " or ".join(f"cluster={one}" for one in FOLLOWED_BY[named if kind == "local" else key])
+            refusal = rf"cluster\.{named}\w*=.*: a launch with cluster={kind} would not use it, only {followers};"
+            with pytest.raises(ConfigError, match=refusal):
+                job.config.cluster = replace(base, **{key: value})
+                script_text(job)
+
+
+def body(script: str) -> str:
+    """Without the command line in its title."""
+    return "\n".join(line for line in script.splitlines() if not line.startswith("# "))
+
+
+def test_the_page_says_which_keys_a_target_follows() -> None:
+    page = (Path(__file__).parents[2] / "docs/cluster.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `") and "yes" in line]
+    said = {
+        key: tuple(kind for kind, cell in zip(KINDS, cells, strict=True) if cell.strip() != "refused")
+        for names, *cells in rows
+        for key in re.findall(r"`(\w+)`", names)
+    }
+    assert said == {key: kinds for key, kinds in FOLLOWED_BY.items() if key != "kind"}
+
+
+def test_a_pod_has_a_time_limit_and_may_be_left_to_its_end(here: Path) -> None:
+    words = ["cluster.time=2-12", "cluster.requeue=false"]
+    (answer,) = launch(*K8S, *words, own=["dry_run=true"])["jobs"]
+    spec = documents(answer)["Job"]["spec"]
+    assert spec["activeDeadlineSeconds"] == 216000
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob"] * 3
+    kubernetes_validate.validate(documents(answer)["Job"], kubernetes_validate.latest_version(), strict=True)
+    (answer,) = launch(*K8S, "cluster.time=UNLIMITED", own=["dry_run=true"])["jobs"]
+    assert "activeDeadlineSeconds" not in documents(answer)["Job"]["spec"]
+
+
+def test_an_array_on_kubernetes(here: Path) -> None:
+    (answer,) = launch(*K8S, "cluster.sbatch.array=0-7%3", own=["verb='embed output=e'", "dry_run=true"])["jobs"]
+    spec = documents(answer)["Job"]["spec"]
+    assert (spec["completions"], spec["parallelism"]) == (8, 3)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +257,12 @@ def test_memory_as_slurm_has_it(given: str, mebibytes: int) -> None:
             "cluster.container: Kubernetes needs an image",
         ),
         ([*K8S, "cluster.container_mounts=['a:b']"], [], "for Kubernetes it must be CLAIM:/PATH"),
+        ([*K8S, "cluster.time=0"], [], "cluster.time=0: it leaves no time to work"),
+        ([*K8S, "cluster.sbatch.array=0-3"], [], "cluster.sbatch.array=0-3: on Kubernetes"),
+        ([*K8S, "cluster.sbatch.array=1-3"], ["verb='embed output=e'"], "it must be 0-N or 0-N%AT_ONCE"),
+        ([*SKY, "cluster.sbatch.array=0-3"], ["verb='embed output=e'"], "cluster=skypilot would not use it"),
+        ([*K8S, "cluster.accelerator=H100"], [], "cluster=kubernetes would not use it, only cluster=skypilot"),
+        ([*SKY, "cluster.gpus=false"], [], "cluster.accelerator=H100: cluster.gpus=false requests no GPU"),
         ([*SKY, "cluster.accelerator=null"], [], "cluster.accelerator: SkyPilot needs a GPU type"),
         (SKY, ["embed_tasks=2", "verb=all"], "embed_tasks=2: SkyPilot has no job arrays"),
         (SKY, ["script=x.yml"], "script= and --multirun are for Slurm"),

@@ -100,7 +100,7 @@ def test_cluster_settings_reach_the_script(here: Path) -> None:
         assert f"#SBATCH --{option}\n" in text
     assert "#SBATCH --time=1:00:00\n" in text and "24:00:00" not in text
     assert "#SBATCH --signal=B:USR1@300" in text
-    assert "module load cuda\nexport NCCL_DEBUG=WARN\n" in text
+    assert "\nmodule load cuda\n" in text and "\nexport NCCL_DEBUG=WARN\n" in text
     assert "export OMP_NUM_THREADS=3" in text
     assert "--ntasks-per-node=8 --cpus-per-task=6 " in text, "srun does not take it over from sbatch"
 
@@ -112,7 +112,7 @@ def test_without_requeue_nothing_is_requeued(here: Path) -> None:
 
 
 def test_other_commands_are_one_task_on_one_node(here: Path) -> None:
-    answer = launch("cluster=slurm", "cluster.nodes=4", own=["verb=verify", "dry_run=true"])
+    answer = launch("cluster=slurm", own=["verb=verify", "dry_run=true"])
     text = Path(answer["script"]).read_text()
     assert "#SBATCH --nodes=1" in text and "#SBATCH --ntasks-per-node=1" in text
     assert "#SBATCH --cpus-per-task=64" in text
@@ -176,6 +176,16 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
     ("words", "own", "part"),
     [
         (["cluster=local"], [], "cluster=slurm"),
+        (
+            ["cluster=slurm", "cluster.nodes=4"],
+            ["verb=verify"],
+            "cluster.nodes: none of the commands verify would use it",
+        ),
+        (
+            ["cluster=slurm", "cluster.preflight=true"],
+            ["verb=[index,evaluate]"],
+            "cluster.preflight: none of the commands",
+        ),
         (["cluster=slurm"], ["verb=trian"], "verb=trian: it must be one of prepare, "),
         (["cluster=slurm"], ["verb=launch"], "verb=launch: it must be one of"),
         (["cluster=slurm", "cluster.processes=0"], [], "cluster.processes=0"),

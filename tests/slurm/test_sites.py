@@ -17,6 +17,7 @@ from slurm.jobs import frozen
 from slurm.queue import clean_environment
 from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
 from training.cli.compose import load_config
+from training.run.directory import json_lines
 
 OK = "ended with code 0"
 
@@ -62,6 +63,17 @@ def test_set_up_may_read_variables_that_are_not_set(site: Path, here: Path) -> N
     (here / "activate.sh").write_text('if [ -n "$NEVER_SET" ]; then :; fi\nfalse\nexport FOO=there\n')
     done = run_script(script("cluster.setup=[source activate.sh]"), site)
     assert "FOO=there" in done.stdout and OK in done.stdout, "what fails inside of a sourced file is that file's affair"
+
+
+@pytest.mark.parametrize("options", ["set -u", "set -euo pipefail"])
+def test_options_of_the_set_up_lines_end_with_them(site: Path, here: Path, program, options: str) -> None:
+    """`set -u` of one's own ends bash in the scripts of conda; the line is named, and later failures are expected."""
+    (here / "activate.sh").write_text('if [ -n "$NEVER_SET" ]; then :; fi\n')
+    done = run_script(script(f"cluster.setup=['{options}','source activate.sh']"), site)
+    assert re.search(r"cluster.setup: 'source activate.sh' failed with code \d+\n==> ended with code 2", done.stdout)
+    program('[ -e once ] || { touch once; exit 78; }\necho "ran: again"')
+    done = run_script(script(f"cluster.setup=['{options}','source activate.sh || true']"), site, NEVER_SET="1")
+    assert "restart in this allocation" in done.stderr and "ran: again" in done.stdout and OK in done.stdout, done
 
 
 @pytest.mark.parametrize("line", ["module load nosuch", "source absent.sh", "test -e absent"])
@@ -249,6 +261,16 @@ def test_a_run_that_lives_is_not_launched_again(site: Path, here: Path, monkeypa
     assert (state["state"], state["why"]) == ("unknown", "squeue does not answer")
     with pytest.raises(UserError, match="it is not known whether job 4711 is alive"):
         resume.main(load_config("resume", ["run.dir=runs/demo"]))
+
+
+def test_resume_names_the_log_of_the_new_job(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(site, sbatch="echo 17", squeue="echo 'Invalid job id specified' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    launch(*ONE_TASK, "run.dir=runs/17")
+    install(site, sbatch="echo 18")
+    assert [one["job"] for one in resume.main(load_config("resume", ["run.dir=runs/17"]))["resumed"]] == [18]
+    last = json_lines(here / "runs/17/launch/jobs.jsonl")[-1]
+    assert last["log"] == str(here / "runs/17/logs/slurm-18.log"), "the directory keeps its name"
 
 
 @pytest.mark.parametrize(

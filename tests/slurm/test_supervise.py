@@ -113,6 +113,23 @@ def test_the_script_gets_one_line_and_the_run_a_record(tmp_path: Path, capsys: p
     assert [(one.step, one.action) for one in history(run)] == [(40, "restart"), (40, "requeue n2")]
 
 
+def test_what_slurm_requeues_by_itself_is_a_restart_too(tmp_path: Path) -> None:
+    """A node crashed, a preemption: the script was ended before it could say anything."""
+    run, notes = tmp_path / "my run", tmp_path / "logs" / ".notes-7"
+    words = [str(run), "--verb", "index", "--requeued", "--job", "7"]
+    assert main([*words, "--restart", "0", "--notes", f"{notes}-0"]) == 0
+    stopped = tmp_path / "logs/.notes-7-1-2/stopped"
+    stopped.parent.mkdir(parents=True)
+    stopped.touch()
+    assert main([*words, "--restart", "1", "--notes", f"{notes}-1"]) == 0
+    assert main([*words, "--restart", "1", "--notes", f"{notes}-1"]) == 0, "it is there already"
+    (tmp_path / "logs/.notes-7-2-own").mkdir()
+    assert main([*words, "--restart", "2", "--notes", f"{notes}-2"]) == 0, "the script has done it, and said why"
+    first, second = history(run)
+    assert (first.code, first.restart, first.action) == (137, 0, "requeue") and "a node failed" in first.why
+    assert (second.code, second.action) == (EXIT_PREEMPTED, "requeue") and not stopped.parent.exists()
+
+
 # ------------------------------------------------------------------------------------------------------ one rank
 
 

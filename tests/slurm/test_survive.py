@@ -175,10 +175,7 @@ def test_a_slow_node_is_named_and_left_out(slurm: Slurm, here: Path) -> None:
         asked = ["cluster.preflight=true", "cluster.preflight_exclude=true", "cluster.min_nodes=1", "train.steps=2"]
         answer = cascade("launch", *TWO_NODES, *TINY, *asked, "run.dir=runs/a", env=slurm.env, cwd=here)
         log, run = log_of(answer), here / "runs/a"
-        state = slurm.wait(answer["job_id"], timeout=240, log=log)
-        if state != "COMPLETED" and "Pair is not connected" in log.read_text():
-            pytest.skip("gloo gave up connecting to a node with a quarter of a core beside other tests")
-        assert state == "COMPLETED"
+        assert slurm.wait(answer["job_id"], timeout=240, log=log) == "COMPLETED", log.read_text()
         assert re.search(r"preflight: rank 1 on n2 computes .* times slower than usual", log.read_text())
         (end,) = history(run)
         assert (end.code, end.action) == (79, "restart n2") and "n2 is slow: restart without it" in log.read_text()

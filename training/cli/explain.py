@@ -63,7 +63,6 @@ PLUGINS = {
     "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
     "hydra/launcher=ray": "hydra-ray-launcher",
     "hydra/sweeper=optuna": "hydra-optuna-sweeper",
-    "hydra/sweeper=ax": "hydra-ax-sweeper",
     "hydra/sweeper=nevergrad": "hydra-nevergrad-sweeper",
 }
 """Hydra launchers and sweepers -> the package that provides them."""
@@ -116,6 +115,8 @@ def _unknown_option(text: str, root: type) -> str:
     if not group:
         return ""
     options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or groups().get(group, [])
+    if (group, option) == ("hydra/sweeper", "ax"):  # its dataclasses have mutable defaults
+        return "hydra/sweeper=ax: its plugin, hydra-ax-sweeper, cannot be imported by Python 3.11 or later; use optuna"
     if package := PLUGINS.get(f"{group}={option}"):
         return f"{group}={option}: its plugin is not installed; pip install {package}"
     near = difflib.get_close_matches(option, options, n=1) or [o for o in options if o.endswith(option)][:1]

@@ -12,10 +12,22 @@ from data_pipeline.config import at_least, require
 
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 SLURM_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
-EMITTED = ("kubernetes", "skypilot")
+LOCAL, SLURM, KUBERNETES, SKYPILOT = "local", "slurm", "kubernetes", "skypilot"
+EMITTED = (KUBERNETES, SKYPILOT)
 """Schedulers for which `cascade launch` only writes files; their own tools submit them."""
-SLURM_ONLY = ("partition", "account", "sbatch", "modules", "conda", "venv", "min_nodes", "preflight_exclude")
-"""Keys that only the Slurm script uses."""
+KINDS = (LOCAL, SLURM, *EMITTED)
+FOLLOWED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("kind", "processes", "threads", "cpus_per_task", "gpus", "setup", "python"), KINDS),
+    **dict.fromkeys(("preflight", "max_restarts_without_progress"), KINDS),
+    **dict.fromkeys(("nodes", "mem", "container", "container_mounts", "interface"), (SLURM, *EMITTED)),
+    **dict.fromkeys(("time", "signal_s", "requeue"), (SLURM, KUBERNETES)),
+    **dict.fromkeys(("modules", "conda", "venv"), (LOCAL, SLURM)),
+    **dict.fromkeys(("min_nodes", "preflight_exclude", "gpus_per", "container_runtime"), (SLURM,)),
+    **dict.fromkeys(("partition", "account", "sbatch"), (SLURM,)),
+    "accelerator": (SKYPILOT,),
+}
+"""Key -> the kinds of cluster for which `cascade launch` uses it; elsewhere any value but its default is refused."""
+INSTEAD = dict.fromkeys(EMITTED, " (what the program needs belongs into the image, or into cluster.setup)")
 EARLY_S = 60
 """Slurm may send the signal up to this many seconds early (sbatch(1), --signal)."""
 
@@ -40,8 +52,9 @@ class ClusterConfig:
     """Slurm partition; null: the site's default."""
     account: str | None = None
     """Slurm account to charge; null: the user's default."""
-    time: str = "24:00:00"
-    """Time limit in Slurm's format: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED."""
+    time: str | None = None
+    """Time limit in Slurm's format: minutes, hours:minutes:seconds, days-hours, ..., or UNLIMITED. On Slurm, of one
+    allocation (cluster=slurm: 24:00:00; null: the site's default); on Kubernetes, of the whole Job (null: none)."""
     cpus_per_task: int = 0
     """CPU cores per process; 0: the scheduler's default."""
     mem: str | None = None
@@ -51,9 +64,11 @@ class ClusterConfig:
     gpus_per: str = "node"
     """`node`: each process sees all GPUs of its node and uses its own; `task`: it only sees its own (Slurm)."""
     requeue: bool = True
-    """Requeue the job at its time limit, on preemption, and when restarting within the allocation fails."""
+    """Requeue the job at its time limit, on preemption, and when restarting within the allocation fails (Slurm);
+    start again a pod that was evicted or has saved and stopped (Kubernetes)."""
     signal_s: int = 120
-    """Seconds before the time limit at which the job saves and requeues itself."""
+    """Seconds before the time limit at which the job saves and requeues itself (Slurm); seconds that a pod has to save
+    when it is asked to stop (Kubernetes)."""
     max_restarts_without_progress: int = 3
     """Consecutive restarts from the same checkpoint before the job ends."""
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -86,8 +101,7 @@ class ClusterConfig:
     """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo uses the one that leads to the first node."""
 
     def __post_init__(self) -> None:
-        kinds = ("local", "slurm", *EMITTED)
-        require(self.kind in kinds, f"cluster.kind={self.kind}: it must be {', '.join(kinds[:-1])} or {kinds[-1]}")
+        require(self.kind in KINDS, f"cluster.kind={self.kind}: it must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
@@ -108,20 +122,41 @@ class ClusterConfig:
             "cluster.preflight_exclude=true: it needs cluster.preflight=true, which finds the slow node",
         )
         require(
+            self.nodes > 1 or self.kind != SLURM or not self.preflight_exclude,
+            "cluster.preflight_exclude=true: with cluster.nodes=1 there is no other node to continue on",
+        )
+        require(
             bool(self.container) or not self.container_mounts or self.kind == "skypilot",
             "cluster.container_mounts: it needs cluster.container, the image to mount them in",
         )
         require(
-            self.gpus_per == "node" or self.kind not in EMITTED,
-            f"cluster.gpus_per={self.gpus_per}: only cluster=slurm follows it, not {self.kind}",
+            bool(self.container) or self.container_runtime == "pyxis",
+            f"cluster.container_runtime={self.container_runtime}: it needs cluster.container, the image to run",
         )
-        for key in SLURM_ONLY if self.kind in EMITTED else ():
-            value = getattr(self, key)
-            require(
-                not value or (key == "sbatch" and [*value] == ["array"]),  # `embed` has array tasks everywhere
-                f"cluster.{key}={value}: only cluster=slurm follows it, not {self.kind}; put what the "
-                f"program needs into the image or cluster.setup",
-            )
+        for key, value in (("gpus_per", self.gpus_per == "task"), ("accelerator", self.accelerator)):
+            require(self.gpus or not value, f"cluster.{key}={getattr(self, key)}: cluster.gpus=false requests no GPU")
+        if self.kind != LOCAL:  # with which one also trains, plans ... on this machine; see `refuse_unused`
+            refuse_unused(self)
+
+
+def refuse_unused(cluster: ClusterConfig) -> None:
+    """Refuse keys that a launch to this kind of cluster would ignore.
+
+    Raises:
+        ConfigError: it names the key, and the kinds that follow it.
+    """
+    plain = ClusterConfig()
+    for key, followers in FOLLOWED_BY.items():
+        value = getattr(cluster, key)
+        if cluster.kind in followers or value == getattr(plain, key):
+            continue
+        if key == "sbatch" and cluster.kind == KUBERNETES and [*value] == ["array"]:
+            continue  # the tasks among which `embed` shares its work
+        said = str(value).lower() if isinstance(value, bool) else value
+        raise ConfigError(
+            f"cluster.{key}={said}: a launch with cluster={cluster.kind} would not use it, only "
+            f"{' or '.join(f'cluster={kind}' for kind in followers)}; leave it out{INSTEAD.get(cluster.kind, '')}"
+        )
 
 
 def slurm_mebibytes(key: str, size: str) -> int:

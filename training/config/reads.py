@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
+from training.config.cluster import KINDS
 from training.config.commands import ACTIONS, COMMANDS, EVERYTHING, SAMPLER_KEYS
 from training.config.experiment import OptimizerConfig
 from training.config.optimizers import OPTIMIZERS, unused_settings
@@ -27,9 +28,14 @@ HELDOUT = (
 """Data settings for reading reference pictures; the evaluation itself decides their shards, crop and scale."""
 PLACE = ("run.dir", "run.name", "stage.name")
 """Keys that determine the run directory: runs/RUN.NAME/STAGE.NAME unless run.dir is given."""
-DEVICES = ("cluster", "precision.dtype")
+PROCESSES = ("cluster.kind", "cluster.processes", "cluster.threads", "cluster.gpus")
+"""Keys of `cluster` that a running program uses; `launch` uses the others for what it submits."""
+DEVICES = (*PROCESSES, "precision.dtype")
 TRAINING = (
-    *(section for section in EVERYTHING if section not in ("evaluation", "optimizer")),
+    *(section for section in EVERYTHING if section not in ("evaluation", "optimizer", "cluster")),
+    *PROCESSES,
+    "cluster.preflight",
+    "cluster.preflight_exclude",
     "evaluation.every",
     "evaluation.reference",
     "evaluation.samples",
@@ -48,8 +54,13 @@ def _optimizer(config: Any) -> Iterable[str]:
     return (f"optimizer.{one.name}" for one in fields(OptimizerConfig) if one.name not in unused)
 
 
+def _nodes(config: Any) -> Iterable[str]:
+    """Return the key of the number of nodes, which has no effect with cluster=local."""
+    return () if config.cluster.kind == "local" else ("cluster.nodes",)
+
+
 def _train(config: Any) -> Iterable[str]:
-    return (*TRAINING, *_optimizer(config))
+    return (*TRAINING, *_nodes(config), *_optimizer(config))
 
 
 def _distill(config: Any) -> Iterable[str]:
@@ -57,7 +68,12 @@ def _distill(config: Any) -> Iterable[str]:
     stage = [f"stage.{field.name}" for field in fields(config.stage) if field.name != "sampler"]
     shared = ("spacing", "threshold", "threshold_percentile", "aug_level", "original_side")
     sampler = (f"stage.sampler.{name}" for name in shared)
-    return (*_sections("stage"), *_optimizer(config), *stage, *sampler, "distill")
+    return (*_sections("stage"), *_nodes(config), *_optimizer(config), *stage, *sampler, "distill")
+
+
+def _ablate(config: Any) -> Iterable[str]:
+    """Return the keys of a training; with `dry_run`, which prints commands to launch, all of `cluster`."""
+    return (*_train(config), "ablate", *(("cluster",) if config.ablate.dry_run else ()))
 
 
 def _plan(config: Any) -> Iterable[str]:
@@ -167,10 +183,10 @@ READS: dict[str, Reads] = {
         "batches",
         "quality",
     ),
-    "embed": _fixed(*SHARDS, "data.captions", "text", "cluster", "output", "part", "parts", "dtype", "batch"),
-    "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", "cluster", "vlm", "output", "part", "parts", "batch"),
+    "embed": _fixed(*SHARDS, "data.captions", "text", *PROCESSES, "output", "part", "parts", "dtype", "batch"),
+    "caption": _fixed(*SHARDS, *CAPTIONING, "data.filter", *PROCESSES, "vlm", "output", "part", "parts", "batch"),
     "train": _train,
-    "ablate": lambda config: (*_train(config), "ablate"),
+    "ablate": _ablate,
     "distill": _distill,
     "bundle": _fixed("bundle.runs", "bundle.dir", "run.name"),
     "sample": _sample,
@@ -186,12 +202,13 @@ READS: dict[str, Reads] = {
 }
 """For each command, a function from its settings to the keys it reads, each including all keys below it (`launch`: all
 keys; each job reads its own)."""
-_OPTIMIZERS: dict[str, Sequence[Any]] = {
+_OF_TRAININGS: dict[str, Sequence[Any]] = {
+    "cluster.kind": KINDS,
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.decay": ("cosine", "linear", "constant"),
 }
 MODES: dict[str, dict[str, Sequence[Any]]] = {
-    **dict.fromkeys(("train", "plan", "ablate", "distill"), _OPTIMIZERS),
+    **dict.fromkeys(("train", "plan", "ablate", "distill"), _OF_TRAININGS),
     "sample": {"from_bundle": (None,), "output": (None,), "image": ("FILE",)},
     "evaluate": {"watch": (False, True), "evaluation.kind": ("shapes", "pictures"), "action": ACTIONS},
     "checkpoints": {"action": ("list", "verify", "diff", "export")},
@@ -245,6 +262,7 @@ def reader(verb: str, config: Any, key: str) -> str:
     if COMMANDS[verb].draws and own in SAMPLER_KEYS:
         return f"give {own}=..."
     others = [name for name in COMMANDS if name not in (verb, "launch") and _takes(name, key)]
+    others += ["launch"] if key.startswith("cluster.") else []
     if others:
         return f"it is a setting of {', '.join(others)}"
     return "other settings given here take its place; leave it out"

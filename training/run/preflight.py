@@ -48,8 +48,8 @@ class Measured:
         node: name of its node.
         tflops: rate of a matrix product, TFLOP/s.
         clock_s: time of day at a common moment, seconds.
-        all_reduce_gb_s: rate of an all-reduce over all ranks, GB/s of the tensor.
-        receive_gb_s: rate of receiving from the previous rank, GB/s.
+        all_reduce_gb_s: rate of an all-reduce over all ranks, GB/s of the tensor; None for a single rank.
+        receive_gb_s: rate of receiving from the previous rank, GB/s; None for a single rank.
         write_gb_s, read_gb_s: rates of the checkpoint store, GB/s; measured by one rank per node.
     """
 
@@ -114,7 +114,7 @@ def measure(ranks: Ranks, store: str, node: str) -> Measured:
     if ranks.local_rank == 0:
         written, read = _store_gb_s(store, ranks.rank)
     reduced = received = None
-    if ranks.control is not None:
+    if ranks.world_size > 1:  # gloo cannot send to itself
         tensor = torch.zeros(LINK_BYTES[kind] // 4, device=ranks.device)
         barrier(ranks)
         reduced = _gb_s(tensor, lambda: torch.distributed.all_reduce(tensor))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_pipeline.common.errors import ConfigError
 from training.cli.compose import ingredients_of, load_config, searching
@@ -186,7 +187,7 @@ def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(
     ],
 )
 def test_overrides_mean_what_they_say(override: str, key: str, value: object) -> None:
-    found: object = load_config("train", [override])
+    found: object = load_config("launch" if key.startswith("cluster.") else "train", [override])
     for part in key.split("."):
         found = getattr(found, part)
     if isinstance(found, dict):  # a mapping keeps the other names that a file gave
@@ -441,6 +442,22 @@ def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
     monkeypatch.setenv("WANDB_MODE", "somehow")
     with pytest.raises(ConfigError, match=r"wandb\.mode=somehow: it must be online, offline or disabled"):
         load_config("train", [])
+
+
+def test_the_command_of_a_wandb_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md: W&B's agent puts the values of a run into it, and names the run by a variable."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    text = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    (found,) = re.findall(r"`command: (\[.*?\])`", text, re.DOTALL)
+    cascade, verb, *words = yaml.safe_load(found)
+    values = {"optimizer.lr": {"value": 1e-05}, "ema.decays": {"value": [0.99, 0.999]}, "data.flip": {"value": 0.5}}
+    place = words.index("${args_no_hyphens}")
+    words[place : place + 1] = create_sweep_command_args({"args": values})["args_no_hyphens"]
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    config = load_config(verb, words)
+    assert cascade == "cascade" and config.run.dir == "runs/sweep/abc123" and config.wandb.mode == "online"
+    assert (config.optimizer.lr, config.ema.decays, config.data.flip) == (1e-05, [0.99, 0.999], 0.5)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,9 @@ def test_every_key_of_the_tables_exists() -> None:
             "train optimizer.decay=constant optimizer.decay_from=0.5",
             "it belongs to optimizer.decay=cosine or optimizer.decay=linear, not optimizer.decay=constant",
         ),
+        ("train cluster.time=1:00:00", "cluster.time: cascade train would not use it; it is a setting of launch"),
+        ("embed cluster.nodes=2", "cluster.nodes: cascade embed would not use it; it is a setting of launch"),
+        ("train cluster.nodes=2", "it belongs to cluster.kind=slurm or .*, not cluster.kind=local"),
         ("checkpoints average=1", "it belongs to action=export, not action=list"),
     ],
 )

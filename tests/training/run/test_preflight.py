@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.training.ranks import run_ranks
 from tests.training.runs import experiment
 from training.config.experiment import ClusterConfig
 from training.processes.endings import SlowNode
@@ -54,6 +56,19 @@ def test_it_measures_and_leaves_nothing_in_the_store(tmp_path: Path, shards: str
     assert one["node"] == "n1" and one["tflops"] > 0 and one["write_gb_s"] > 0 and report["slow"] == []
     assert one["all_reduce_gb_s"] is None and abs(one["clock_s"] - time.time()) < 60
     assert not list(Path(run.checkpoints).glob(".preflight*"))
+
+
+def measured(ranks: Ranks, store: str) -> dict[str, Any]:
+    return asdict(module.measure(ranks, store, f"n{ranks.rank}"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_links_are_measured_between_ranks(tmp_path: Path, processes: int) -> None:
+    """Also one rank has process groups, but nobody to send to: gloo says "Pair is not connected" to itself."""
+    (tmp_path / "store").mkdir()
+    for figures in run_ranks(measured, processes, tmp_path, str(tmp_path / "store")):
+        for name in ("all_reduce_gb_s", "receive_gb_s"):
+            assert (figures[name] is None) if processes == 1 else (figures[name] > 0)
 
 
 @pytest.mark.parametrize("exclude", [False, True])
