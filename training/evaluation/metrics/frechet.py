@@ -102,8 +102,11 @@ def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
 
 
 def _spectrum(features: FeatureRows, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (r,), rising, and eigenvectors (d, r) of the covariance; of N <= d samples only the N that can differ
-    from zero, from their Gram matrix: for d = 2048 and few hundred pictures that takes milliseconds, not seconds."""
+    """Return the eigenvalues (r,) of the covariance in ascending order, and its eigenvectors (d, r).
+
+    With N <= d samples at most N eigenvalues are not zero, and only these are computed, from the Gram matrix: with
+    d = 2048 and a few hundred pictures this takes milliseconds instead of seconds.
+    """
     count, width = features.shape
     if count > width:
         values, vectors = np.linalg.eigh(moments.covariance)
@@ -114,7 +117,7 @@ def _spectrum(features: FeatureRows, moments: Moments) -> tuple[np.ndarray, np.n
 
 
 def _inverse(roots: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """1 / roots; 0 where the eigenvalue `values` is rounding."""
+    """Return 1 / roots, and 0 for eigenvalues (`values`, ascending) that are only rounding error."""
     solid = values > SINGULAR * max(float(values[-1]), 1e-300)
     return np.where(solid, 1 / np.where(solid, roots, 1), 0)
 
