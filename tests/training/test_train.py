@@ -245,7 +245,7 @@ def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path:
             tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
             validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
             checkpoint__keep_last=1, train__log_every=3, evaluation__every=2, evaluation__samples=7,
-            evaluation__batch=3, train__profile=ProfileConfig([2, 3]),
+            evaluation__batch=3, train__profile=ProfileConfig([2, 3]), stage__sampler__steps=4,
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
         running = forks.start(config, ranks)
@@ -329,8 +329,8 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
     assert started.wait() == 75, rest
     assert "stopped by SIGTERM after step" in rest
     step = CheckpointStore(f"{tmp_path}/run/checkpoints").newest_whole()
-    command[-1] = f"train.steps={step + 2}"
-    done = subprocess.run(command, capture_output=True, text=True)
+    words[-1] = f"train.steps={step + 2}"
+    done = forks.command(*words, module="training.train")
     assert done.returncode == 0, done.stderr
     assert f"resuming from step {step}" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["step"] == step + 2
