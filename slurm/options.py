@@ -56,6 +56,7 @@ def directives(
     log: str,
     array: bool,
     share: str = "",
+    spread: bool = False,
 ) -> list[str]:
     """Return the options in order, as `--option=value`.
 
@@ -69,16 +70,25 @@ def directives(
         log: pattern of the log file, the value of --output.
         array: whether the tasks of an array may share the work of this command.
         share: otherwise, the setting that names the place to which all tasks would write.
+        spread: request cores per node instead of tasks: sbatch counts the tasks of the smallest number of nodes, and
+            never allocates more nodes than tasks.
 
     Raises:
         ConfigError: options conflict, or the script could not follow one of them.
     """
     per_task = cluster.gpus_per == "task"
+    if spread and gpus and per_task:
+        raise ConfigError(
+            f"cluster.gpus_per=task: Slurm would allocate at most {cluster.min_nodes * processes} of "
+            f"cluster.nodes={cluster.nodes} nodes, one per task of the smallest job; raise cluster.min_nodes, or leave "
+            f"cluster.gpus_per out"
+        )
     ours: dict[str, Any] = {
         "job-name": name.replace("/", "-"),
         "nodes": nodes,
-        "ntasks-per-node": processes,
-        "cpus-per-task": cpus or None,
+        "ntasks-per-node": None if spread else processes,
+        "cpus-per-task": (cpus * processes if spread else cpus) or None,
+        "mincpus": processes if spread and not cpus else None,
         "gpus-per-node": gpus if gpus and not per_task else None,
         "gpus-per-task": 1 if gpus and per_task else None,
         "mem": cluster.mem,
@@ -149,15 +159,19 @@ def check_time(cluster: ClusterConfig) -> None:
 
 
 def quoted(name: str, value: Any) -> str:
-    """Quote a value for a directive if needed: sbatch splits unquoted values at spaces.
+    """Quote a value for a directive if needed: sbatch splits unquoted values at spaces, and takes a backslash as an
+    escape.
 
     Raises:
-        ConfigError: it contains quotation marks or line breaks.
+        ConfigError: it contains line breaks.
     """
     text = str(value)
-    if re.search(r"[\"\n\r]", text):
-        raise ConfigError(f"#SBATCH --{name}={text!r}: it must not contain quotation marks or line breaks")
-    return f'"{text}"' if re.search(r"[\s#'\\]", text) else text
+    if re.search(r"[\n\r]", text):
+        raise ConfigError(f"#SBATCH --{name}={text!r}: it must not contain line breaks")
+    if not re.search(r"[\s#'\"\\]", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def wanted(value: Any) -> bool:

@@ -58,6 +58,7 @@ def render_script(job: Job) -> str:
         log=str(job.home / "logs").replace("%", "%%") + "/" + _log_name(job),
         array=job.verb in SHARED_BY_ARRAY,
         share=WRITES.get(job.verb, "output"),
+        spread=allowed_nodes(job)[0] > allowed_nodes(job)[-1] * job.processes,
     )
     values = {
         "title": job.title,

@@ -36,7 +36,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
         try_to_write(Path(config.html).absolute().parent, "html")
     while True:
         runs = [run for run in find_runs(folder) if run.name != JOBS]
-        rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or row["job"]]
+        rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or _trainings(run)]
         jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
         if not rows and not jobs:
             raise DataError(f"{folder}: no run there; give a run, or the directory of an experiment, with run=DIR")
@@ -69,9 +69,19 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
     row["job"] = job["job"] if job else None
     row["why"] = job["reason"] if job and row["state"] in ("pending", "unknown") else None
+    if row["state"] == "new" and job is None and (ended := _trainings(run)):  # it never came as far as a step
+        row["state"] = "failed" if ended[-1]["state"] == "failed" else "stopped"
+        row["code"] = ended[-1]["code"]
+        log = ended[-1]["log"]
+        row["error"] = f"job {ended[-1]['job']} ended with code {row['code']}, see {log}" if row["code"] else None
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
+
+
+def _trainings(run: Path) -> list[dict[str, Any]]:
+    """Return the newest training jobs that were submitted for a run."""
+    return [job for job in job_states(run) if trains(job)]
 
 
 def trains(job: dict[str, Any]) -> bool:

@@ -199,7 +199,7 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
             [],
             "cluster.sbatch.nodes: the script would ignore it; set cluster.",
         ),
-        (["cluster=slurm", "cluster.account='a\"b'"], [], "it must not contain quotation marks"),
+        (["cluster=slurm", "cluster.account='a\nb'"], [], "it must not contain line breaks"),
         (["cluster=slurm", "cluster.time=soon"], [], "cluster.time=soon: it must be a time limit"),
     ],
 )

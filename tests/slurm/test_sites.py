@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm.commands import resume, status
 from slurm.jobs import frozen
+from slurm.jobs.records import append
+from slurm.options import quoted
 from slurm.queue import clean_environment
 from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
 from training.cli.compose import load_config
@@ -184,6 +186,11 @@ def test_the_log_is_named_as_it_is(here: Path) -> None:
     assert f"#SBATCH --output={here}/50%%n/logs/slurm-%j.log\n" in Path(answer["script"]).read_text()
 
 
+def test_quotation_marks_and_backslashes_of_directives() -> None:
+    """sbatch takes a backslash as an escape, also between quotation marks."""
+    assert quoted("output", 'a "b"/c') == '"a \\"b\\"/c"' and quoted("comment", "a\\b") == '"a\\\\b"'
+
+
 def test_a_gpu_per_task(here: Path) -> None:
     text = Path(launch("cluster=slurm", "cluster.gpus_per=task", own=["dry_run=true"])["script"]).read_text()
     assert "#SBATCH --gpus-per-task=1\n" in text and "gpus-per-node" not in text
@@ -200,6 +207,10 @@ def test_a_number_of_nodes_that_may_vary(here: Path) -> None:
     words = [*ONE_TASK, "cluster.nodes=4", "cluster.min_nodes=1", "data.global_batch=8"]
     text = Path(launch(*words, own=["dry_run=true"])["script"]).read_text()
     assert "#SBATCH --nodes=1-4\n" in text and "for count in 4 2 1; do" in text, "3 cannot share 8 samples"
+    assert "--ntasks-per-node" not in text.split("unset SLURM")[0], "sbatch would allocate one node for one task"
+    assert "#SBATCH --cpus-per-task=8\n" in text
+    with pytest.raises(ConfigError, match=r"cluster\.gpus_per=task: Slurm would allocate at most 1 of"):
+        script("cluster.nodes=4", "cluster.min_nodes=1", "cluster.gpus=true", "cluster.gpus_per=task")
 
 
 # --------------------------------------------------------------------------------------------------- frozen code
@@ -269,6 +280,11 @@ def test_resume_names_the_log_of_the_new_job(site: Path, here: Path, monkeypatch
     launch(*ONE_TASK, "run.dir=runs/17")
     install(site, sbatch="echo 18")
     assert [one["job"] for one in resume.main(load_config("resume", ["run.dir=runs/17"]))["resumed"]] == [18]
+    (row,) = status.main(load_config("status", ["run.dir=runs/17"]))["runs"]
+    assert (row["state"], row["step"], row["job"]) == ("stopped", 0, None), "it was cancelled before it began"
+    append(here / "runs/17/launch/events.jsonl", {"name": "train", "what": "ended", "code": 2, "job": 18, "time": 1})
+    (row,) = status.main(load_config("status", ["run.dir=runs/17"]))["runs"]
+    assert row["state"] == "failed" and row["error"].startswith("job 18 ended with code 2, see ")
     last = json_lines(here / "runs/17/launch/jobs.jsonl")[-1]
     assert last["log"] == str(here / "runs/17/logs/slurm-18.log"), "the directory keeps its name"
 
