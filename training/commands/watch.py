@@ -69,8 +69,8 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         ends = done >= wanted or run.asked_to_stop()
         _log(run, store, output, live=not ends)
         if drawable and ends:
-            how = "complete" if done >= wanted else "asked to stop"
-            print(f"{output / 'report.html'}: the run is {how}, and all its checkpoints are evaluated")
+            how = "is complete" if done >= wanted else "was asked to stop"
+            print(f"{output / 'report.html'}: the run {how}, and all its checkpoints are evaluated")
             return write_series(output, config.figure)
         if time.monotonic() - last > config.wait_s:
             if not drawable:

@@ -153,7 +153,7 @@ def test_two_shards_of_one_name_cannot_share_an_output(shards: Path, tmp_path: P
     copy_shards(tmp_path / "more")
     settings = config(shards, output=str(tmp_path / "out"))
     settings.data.shards = [str(shards), str(tmp_path / "more")]
-    with pytest.raises(DataError, match="share one sidecar"):
+    with pytest.raises(DataError, match="would write the same sidecar"):
         main(settings)
 
 

@@ -110,7 +110,7 @@ def test_the_training_is_told_by_a_file(tmp_path: Path, monkeypatch, capsys) -> 
     reason = RunDir(command(run)).asked_to_stop()
     assert reason.startswith("kid.x was ") and "at step 5" in reason and "at step 12" in reason
     printed = capsys.readouterr().out
-    assert "asking the run to stop" in printed and f"{output / 'report.html'}: the run is asked to stop" in printed
+    assert "asking the run to stop" in printed and f"{output / 'report.html'}: the run was asked to stop" in printed
 
 
 def test_bisection_finds_the_step(tmp_path: Path) -> None:

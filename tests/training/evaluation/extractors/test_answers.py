@@ -105,5 +105,5 @@ def test_what_is_no_such_model_is_refused(config: ExtractorConfig, tmp_path: Pat
     with pytest.raises(DataError, match="its processor has no chat template"):
         open_answerer({"judge": ExtractorConfig(kind="vlm", path=str(tmp_path / "vlm"), sha256=config.sha256)})
     (tmp_path / "vlm" / "config.json").unlink()
-    with pytest.raises(DataError, match="not a vlm"):
+    with pytest.raises(DataError, match="cannot be loaded as a vision-language model"):
         open_answerer({"judge": ExtractorConfig(kind="vlm", path=str(tmp_path / "vlm"), sha256=config.sha256)})
