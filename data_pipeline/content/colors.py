@@ -41,7 +41,7 @@ def convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("RGB")
     transform = _transforms.get(profile, image.mode) if profile else None
     if transform is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     return ImageCms.applyTransform(image, transform) or image
 
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +25,7 @@ from data_pipeline.common.errors import BadSample
 from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
 from data_pipeline.content.members import instead, is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.content.resize import box_average, resize_box, resize_square
+from data_pipeline.content.webp import decode_still
 from data_pipeline.order.chance import hash_below, hash_uniform
 
 __all__ = ["BadSample", "check_size", "decode", "dimensions", "orientation_from_json", "training_pair", "training_view"]
@@ -37,6 +41,10 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 """Formats Pillow may open; its other readers start programs (EPS) or read vector graphics."""
+LARGE = 16_000_000
+"""Pixels above which pictures other than JPEGs are decoded one at a time per process, at up to 16 bytes each."""
+_BAND = 256
+"""Rows converted at once."""
 _ORIENTATION_TAG = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
 _DCT_EIGHTHS = (1, 2, 4, 8)
@@ -52,6 +60,17 @@ _EXIF_WORDS = {
     "Rotated 90 CCW": 8,
 }
 """How exifread, and hence img2dataset's .json, spells the orientation tag."""
+
+
+_large = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _large
+    _large = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class View(NamedTuple):
@@ -284,7 +303,18 @@ def _decode_jpeg(
 def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int, srgb: bool) -> np.ndarray:
     image = _open(data)
     check_size(*image.size, max_pixels)
+    with _large if image.width * image.height > LARGE else nullcontext():
+        return _decode_opened(image, data, background, orientation, srgb)
+
+
+def _decode_opened(image: Image.Image, data: bytes, background: int, orientation: int, srgb: bool) -> np.ndarray:
     try:
+        if image.format == "WEBP" and image.mode in ("RGB", "RGBA"):
+            still = decode_still(data, *image.size, image.mode)
+            if still is not None:
+                return _upright(
+                    _still_to_rgb(still, image.info, background, srgb), _exif_orientation(image, orientation)
+                )
         turned = image.format == "TIFF" and _exif_orientation(image, 0) > 0  # Pillow applies it to TIFFs itself
         try:
             image.load()
@@ -295,13 +325,46 @@ def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int,
             image = _open(lean)
             image.load()
         orientation = 1 if turned else _exif_orientation(image, orientation)
-        rgb = to_rgb(image, background, srgb)
-        del image  # together with its decoder it takes several times the memory of the pixels
-        return _upright(np.asarray(rgb), orientation)
+        if image.width * image.height <= LARGE:
+            rgb = to_rgb(image, background, srgb)
+            del image  # together with its decoder it takes several times the memory of the pixels
+            return _upright(np.asarray(rgb), orientation)
+        width = image.width
+        bands = _bands(image.height, lambda top, end: to_rgb(image.crop((0, top, width, end)), background, srgb))
+        return _upright(bands, orientation)
     except BadSample:
         raise
     except Exception as error:  # Pillow's readers raise all kinds of errors on damaged files
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def _still_to_rgb(still: np.ndarray, info: dict[Any, Any], background: int, srgb: bool) -> np.ndarray:
+    """Convert a decoded RGB or RGBA picture, of which Pillow read `info`, as `to_rgb` does."""
+    if still.shape[2] == 3:
+        return to_srgb(still, info.get("icc_profile") if srgb else None)
+
+    def convert(top: int, end: int) -> Image.Image:
+        band = Image.fromarray(still[top:end])
+        band.info.update(info)
+        return to_rgb(band, background, srgb)
+
+    return _bands(len(still), convert)
+
+
+def _bands(height: int, convert: Callable[[int, int], Image.Image]) -> np.ndarray:
+    """Convert a picture some rows at a time, because converting a large one at once holds it several times.
+
+    Args:
+        height: of the picture, pixels.
+        convert: first and end row -> these rows as RGB.
+    """
+    rows = [(top, min(top + _BAND, height)) for top in range(0, height, _BAND)]
+    first = np.asarray(convert(*rows[0]))
+    picture = np.empty((height, *first.shape[1:]), np.uint8)
+    picture[: len(first)] = first
+    for top, end in rows[1:]:
+        picture[top:end] = np.asarray(convert(top, end))
+    return picture
 
 
 def _open(data: bytes) -> Image.Image:

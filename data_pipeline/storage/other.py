@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error
-from data_pipeline.storage.s3_errors import Denied, Missing, causes_of
+from data_pipeline.storage.s3_errors import PROXY_ADVICE, Denied, Missing, causes_of, certificate_problem
 
 T = TypeVar("T")
 
@@ -123,6 +122,8 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
 
     if isinstance(error, CascadeError):
         return error
+    if isinstance(error, FileNotFoundError) and scheme_of(url) in _READ_ONLY:
+        error = error.__cause__ or error  # fsspec calls a file missing whatever kept it from asking
     status, said = _status(error), describe_error(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
@@ -131,13 +132,8 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if isinstance(error, NotImplementedError):
         return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
     unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
-    if isinstance(error, aiohttp.ClientConnectorCertificateError) or any(
-        isinstance(one, ssl.SSLCertVerificationError) for one in causes_of(error)
-    ):
-        return DataError(
-            f"{url}: the certificate of its server is not trusted ({said}); set {_certificates(url)} to the file with "
-            "your authority's certificates"
-        )
+    if refused := certificate_problem(error, _certificates(url)):
+        return DataError(f"{url}: {refused.format('its server')}")
     if isinstance(error, aiohttp.InvalidURL) or (unknown and root(url) not in _answered):
         return DataError(f"{url}: {said}")
     if status:
@@ -155,6 +151,8 @@ def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backo
         DataError: access is denied, there is no such object, or the scheme does not support the operation.
         StoreError: no answer within `patience.deadline_s`.
     """
+    import aiohttp
+
     backoff = backoff or Backoff(url, patience)
     while True:
         try:
@@ -165,7 +163,9 @@ def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backo
             fatal = _permanent(error, url)
             if fatal is not None:
                 raise fatal from error
-            backoff.wait(error, None if root(url) in _answered else FIRST_CONTACT_S)
+            proxy = any(isinstance(one, aiohttp.ClientProxyConnectionError) for one in causes_of(error))
+            known = root(url) in _answered
+            backoff.wait(error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else "")
 
 
 def _etag(info: dict[str, Any]) -> str:

@@ -46,6 +46,10 @@ TRANSIENT = {
 }
 _PASSING_STATUS = {408, 425, 429}
 _LASTING_STATUS = {501, 505}
+_OTHER_NAME, _OUT_OF_DATE = {62, 64}, {9, 10}
+"""OpenSSL's codes for certificates of another host name or IP address, and for those not yet or no longer valid."""
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
+PROXY_ADVICE = "; check HTTPS_PROXY and HTTP_PROXY, or name the store's host in NO_PROXY"
 _NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"}
 _SETTINGS = (
     "AWS_ENDPOINT_URL_S3",
@@ -93,11 +97,51 @@ def check_settings() -> None:
         value = os.environ.get(name, "")
         if value != value.strip() or any(ord(letter) < 32 for letter in value):
             raise DataError(f"{name} starts or ends with a space, or contains a line break: set it again without it")
+    if "@" in endpoint().partition("://")[2].partition("/")[0]:
+        raise DataError(
+            f"{endpoint_variable()} contains a name or password: leave it out, and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
     if endpoint() != "AWS" and not _is_address(endpoint()):
         raise DataError(f"{endpoint_variable()}={endpoint()} is not a URL such as https://host:port")
-    bundle = os.environ.get("AWS_CA_BUNDLE", "")
+    name = _bundle_variable()
+    bundle = os.environ.get(name, "")
     if bundle and not os.access(bundle, os.R_OK):
-        raise DataError(f"AWS_CA_BUNDLE={bundle}: no such file, or it cannot be read")
+        raise DataError(f"{name}={bundle}: no such file, or it cannot be read")
+    if bundle:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+        except (ssl.SSLError, OSError) as error:
+            raise DataError(f"{name}={bundle}: it must be a file of certificates in PEM form ({error})") from error
+
+
+def _bundle_variable() -> str:
+    """Return the variable that names the file of authorities' certificates for s3://."""
+    return "REQUESTS_CA_BUNDLE" if os.environ.get("REQUESTS_CA_BUNDLE") else "AWS_CA_BUNDLE"
+
+
+def certificate_problem(error: BaseException, variable: str) -> str:
+    """Return why a server's certificate is refused and what to do; empty for other errors.
+
+    Args:
+        variable: names the file of authorities' certificates.
+    """
+    for one in causes_of(error):
+        found = getattr(one, "certificate_error", one)
+        if isinstance(found, ssl.SSLCertVerificationError):
+            why = getattr(found, "verify_message", "") or describe_error(found)
+            code = getattr(found, "verify_code", 0)
+            if code in _OTHER_NAME:
+                return (
+                    f"the certificate of {{}} is for another name ({why}): use the name that it is for in the address"
+                )
+            if code in _OUT_OF_DATE:
+                return f"the certificate of {{}} is not valid now ({why}): it must be renewed, or this clock is wrong"
+            return (
+                f"the certificate of {{}} is not trusted ({why}); set {variable} to the file with your authority's "
+                f"certificates{_value_of(variable)}"
+            )
+    return ""
 
 
 def _is_address(text: str) -> bool:
@@ -176,13 +220,9 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
         )
     if isinstance(error, exceptions.CredentialRetrievalError):
         return DataError(f"{url}: the credentials could not be renewed: {describe_error(error)}")
+    if refused := certificate_problem(error, _bundle_variable()):
+        return DataError(f"{url}: {refused.format(where)}")
     for cause in chain:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            why = getattr(cause, "verify_message", "") or describe_error(cause)
-            return DataError(
-                f"{url}: the certificate of {where} is not trusted ({why}); set AWS_CA_BUNDLE to the "
-                f"file with your authority's certificates{_value_of('AWS_CA_BUNDLE')}"
-            )
         reason = getattr(cause, "reason", None)  # aiohttp's versions of these errors have none
         if isinstance(cause, ssl.SSLError) and reason in _NOT_TLS:
             return DataError(f"{url}: {where} does not speak TLS ({reason}); should it start with http://?")
@@ -192,6 +232,9 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
                 "HTTP_PROXY"
             )
         if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME and not answered:
+            socks = next((name for name in _PROXIES if os.environ.get(name, "").startswith("socks")), "")
+            if socks:
+                return DataError(f"{url}: {socks}={os.environ[socks]}: s3:// works with HTTP proxies, not with SOCKS")
             proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
             name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
             return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror})")
@@ -204,7 +247,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
     if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
         if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
             return None
-        return DataError(f"{url}: the request cannot be made: {describe_error(error)}{_value_of('AWS_CA_BUNDLE')}")
+        return DataError(f"{url}: the request cannot be made: {describe_error(error)}{_value_of(_bundle_variable())}")
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
         return DataError(f"{url}: {describe_error(error)}; {where}")
     return None
@@ -269,5 +312,5 @@ def refusal_advice(error: BaseException) -> str:
     from botocore import exceptions
 
     if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in causes_of(error)):
-        return "; check HTTPS_PROXY and HTTP_PROXY, or name the store's host in NO_PROXY"
+        return PROXY_ADVICE
     return ""

@@ -19,7 +19,7 @@ import pytest
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import DataError, StoreError
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.storage import store
+from data_pipeline.storage import other, store
 from data_pipeline.storage.folder import open_folder
 from data_pipeline.storage.retry import Patience
 from tests.data_pipeline.small_shards import write_shards
@@ -197,3 +197,25 @@ print(store.read_range(place, 5, 15).decode())
     server.shutdown()
     assert done.stdout == "5678901234\n", done.stderr
     assert Hub.ranges == ["bytes=5-14"]
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "install"),
+    [
+        ("gs://bucket/x", "gcsfs", "pip install 'cascade-t2i[gs]'"),
+        ("az://container/x", "adlfs", "pip install 'cascade-t2i[az]'"),
+        ("abfs://container/x", "adlfs", "pip install 'cascade-t2i[az]'"),
+        ("hf://datasets/a/b/x", "huggingface_hub", "pip install huggingface_hub"),
+    ],
+)
+def test_a_scheme_without_its_package_names_what_to_install(
+    url: str, package: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails as where it is not installed
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    other._filesystems.clear()
+    with pytest.raises(DataError) as error:
+        store.read_bytes(url, QUICK)
+    assert str(error.value).endswith(f"needs the package {package}: {install}")
