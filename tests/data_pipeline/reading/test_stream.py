@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
@@ -120,7 +122,10 @@ def _as_it_is(items: Any) -> Any:
     return items
 
 
-def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str) -> None:
+def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch waits so long, in vain, for each worker of a loader that ended with an error
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
     def positions(workers: int, batch: int | None, **options: Any) -> list[int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -134,6 +139,7 @@ def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str) ->
     for batch in (None, 4):
         with pytest.raises(ConfigError, match="micro_batch=1 for batch_size=None"):
             positions(2, batch)
+    gc.collect()  # such a loader ends here, not in a later test
 
 
 def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[list[str]], tmp_path: Path) -> None:
