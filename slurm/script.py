@@ -19,6 +19,10 @@ from training.processes.exit_codes import EXIT_PREEMPTED
 TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 FIRST_PORT, PORTS = 20000, 10000
 """Rendezvous ports, below those that Linux uses for outgoing connections (from 32768)."""
+REAP_S = 60
+"""Seconds from the first failed rank until srun is killed: it waits for nodes that have crashed."""
+STEP_TRIES = 30
+"""How often the script asks Slurm, once a second, to kill what is left of a step before it requeues the job."""
 WRITES = {
     "train": "run.dir",
     "distill": "run.dir",
@@ -69,6 +73,8 @@ def render_script(job: Job) -> str:
         "ended": shlex.quote(str(job.home / "launch" / EVENTS)),
         "name": job.name,
         "signal_s": str(cluster.signal_s),
+        "reap_s": str(REAP_S),
+        "step_tries": str(STEP_TRIES),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
         "code": shlex.quote(str(job.code)),

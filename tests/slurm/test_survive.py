@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from slurm import script
 from slurm.supervise import history
 from tests.slurm.conftest import SCRIPT, Slurm, until
 from tests.slurm.launching import TWO_NODES, cascade, launch
@@ -134,11 +136,16 @@ def signal_rank(rank: int, run: Path, number: int) -> None:
 
 
 @pytest.mark.slurm
-def test_what_happens_in_a_month_changes_no_step(slurm: Slurm, here: Path) -> None:
+def test_what_happens_in_a_month_changes_no_step(
+    on_cluster: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank killed, one that stands still, a node that crashes: each step has the loss of a run in peace."""
+    monkeypatch.setattr(script, "REAP_S", 10)  # it waits in vain for the node, which has forgotten the step
+    monkeypatch.setattr(script, "STEP_TRIES", 8)
+    slurm = on_cluster
     cascade(*DRAWN, env=slurm.env, cwd=here)
     words = [*TINY, "train.steps=80", "train.timeout_s=10", "data.own_process=false"]
-    answer = cascade("launch", *TWO_NODES, *words, "run.dir=runs/a", env=slurm.env, cwd=here)
+    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
     job, run, log = answer["job_id"], here / "runs/a", log_of(answer)
 
     def reached(step: int) -> int:
@@ -150,18 +157,20 @@ def test_what_happens_in_a_month_changes_no_step(slurm: Slurm, here: Path) -> No
     until(lambda: len(history(run)) == 1, 60, lambda: log.read_text())
     until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 2, 60)
     signal_rank(0, run, signal.SIGSTOP) if reached(last_step(run) + 8) else None
-    until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
-    until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
-    assert reached(last_step(run) + 8) < 80, "too quick for this test: raise train.steps"
-    subprocess.run([SCRIPT, "crash", "2"], env=slurm.env, check=True)
-    subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
-    assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
+    peaceful = ["train", *words, "cluster.processes=2", "run.dir=runs/calm"]
+    with ThreadPoolExecutor(1) as beside:  # the job has to wait for its time-outs
+        calm = beside.submit(cascade, *peaceful, env=slurm.env, cwd=here)
+        until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
+        until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
+        assert reached(last_step(run) + 8) < 80, "too quick for this test: raise train.steps"
+        subprocess.run([SCRIPT, "crash", "2"], env=slurm.env, check=True)
+        subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
+        assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
 
     killed, still, *_ = history(run)
     assert (killed.rank, killed.code, killed.action) == (1, 137, "restart")
     assert (still.code, still.action) == (78, "restart") and "hung" in still.why
-    calm = cascade("train", *words, "cluster.processes=2", "run.dir=runs/calm", env=slurm.env, cwd=here)
-    assert calm["step"] == 80 and losses(run) == losses(here / "runs/calm")
+    assert calm.result()["step"] == 80 and losses(run) == losses(here / "runs/calm")
 
 
 @pytest.mark.slurm
