@@ -189,6 +189,8 @@ def test_the_log_is_named_as_it_is(here: Path) -> None:
 def test_quotation_marks_and_backslashes_of_directives() -> None:
     """sbatch takes a backslash as an escape, also between quotation marks."""
     assert quoted("output", 'a "b"/c') == '"a \\"b\\"/c"' and quoted("comment", "a\\b") == '"a\\\\b"'
+    with pytest.raises(ConfigError, match="it must not contain line breaks"):
+        quoted("account", "a\nb")
 
 
 def test_a_gpu_per_task(here: Path) -> None:
