@@ -1,4 +1,4 @@
-"""The gain from single ingredients on a ladder of small tasks: paired trainings of base stages with and without each.
+"""The gain from single ingredients on a ladder of small tasks: paired trainings of stages with and without each.
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
         [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [pictures=PATTERN] [device=cpu]
@@ -9,8 +9,9 @@
 
     scene   one, relations (two objects), three, four (of different colours), counts (two to four equal ones)
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
-    stage   a base stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
-            network is that of `model`
+    stage   a stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
+            network is that of `model`. A super-resolution stage (demo_sr, sr256) makes pictures of `size`, twice that
+            of the same model's base stage, from pictures of half that size
     pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
 
 For each seed, all arms get the same pictures in the same order, the same initial weights, text dropout and noise: these
@@ -22,19 +23,21 @@ Two figures, computed with the averaged weights on held-out combinations of word
   error    the mean over fixed log-SNRs (LEVELS) of the logarithm of the x0 error, which does not depend on schedule,
            weighting or parametrisation. Differences are relative changes of the error.
   words    the share of words (background, colour, size, shape, relation) that the oracle reads correctly in sampled
-           pictures; only for one object, or two and their relation.
+           pictures; only for one object, or two and their relation, and not for super-resolution, which is shown them.
 A gain is the mean over seeds of the paired difference, with Student's 95 % interval over seeds; `detectable` is the
 gain that this many seeds would detect with a power of 80 % (training/ablation/gains.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +50,7 @@ from data_pipeline.content.synthetic import ShapeSpec, caption, crowd_at, exampl
 from data_pipeline.order.chance import hash_bits
 from training.ablation.gains import Gain, gain, percent, verdict
 from training.cli.compose import load_config
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, StageConfig
 from training.config.unet import for_stage
 from training.diffusion.objective import loss
 from training.diffusion.sampler import sample_stage
@@ -70,6 +73,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "large": {"size": 64, "widths": "", "blocks": "", "preset": "base64_100m", "steps": 5000, "batch": 256},
 }
 """Model -> default values of the options with these names."""
+SUPER_RESOLUTION = {"demo_base": "demo_sr", "base64_100m": "sr256_100m"}
+"""Preset of a base stage -> that of the same model's super-resolution stage, whose pictures are twice as large."""
 SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch")
 RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
 """The demo's settings, used for any stage."""
@@ -87,6 +92,12 @@ class Pictures(NamedTuple):
     """fp32 (N, 6): see `View.frame`."""
     specs: list[ShapeSpec]
     """What drawn pictures show; empty for photographs."""
+    low: torch.Tensor | None
+    """uint8 (N, 3, H / 2, W / 2): input of super-resolution; None for a base stage."""
+
+    def low_of(self, rows: torch.Tensor, device: str) -> torch.Tensor | None:
+        """Return the low-res pictures with these indices, on the device."""
+        return None if self.low is None else self.low[rows].to(device)
 
 
 def drawn(indices: range, scene: str, size: int, seed: int, heldout: bool) -> list[tuple[np.ndarray, ShapeSpec]]:
@@ -134,14 +145,17 @@ def pictures(indices: range, config: Experiment, settings: dict[str, Any], heldo
         frames, captions = [(size, size, 0, 0, size, size)] * len(made), [caption(spec) for spec in specs]
     text, mask = build_text_encoder(config.text, "cpu").encode(captions)
     stacked = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
-    return Pictures(stacked, text, mask, torch.tensor(frames, dtype=torch.float32), specs)
+    low = None
+    if config.stage.is_super_resolution:  # each pixel the mean of its block, as `training_view` makes it
+        low = torch.nn.functional.avg_pool2d(stacked.float(), 2).round().byte()
+    return Pictures(stacked, text, mask, torch.tensor(frames, dtype=torch.float32), specs, low)
 
 
 @torch.no_grad()
 def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> list[float]:
-    """Return ln(mean x0 error) at each of LEVELS, with fixed noise and no text dropout."""
-    diffusion, found = config.stage.diffusion, []
-    kept, diffusion.text_drop = diffusion.text_drop, 0.0
+    """Return ln(mean x0 error) at each of LEVELS: fixed noise, no text dropout, no noise on the low-res picture."""
+    diffusion, found = replace(config.stage.diffusion, text_drop=0.0, aug_max=0.0), []
+    everyone = torch.arange(len(data.images))
     for level in LEVELS:
         _, each = loss(
             model,
@@ -150,12 +164,12 @@ def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> l
             data.mask.to(device),
             config=diffusion,
             seed=QUESTION_SEED,
-            positions=torch.arange(len(data.images)),
+            positions=everyone,
+            low_res=data.low_of(everyone, device),
             log_snr=torch.full((len(data.images),), level, device=device),
             sizes=data.frames.to(device),
         )
         found.append(math.log(each["x0_error"].mean().item()))
-    diffusion.text_drop = kept
     return found
 
 
@@ -197,6 +211,7 @@ def train(config: Experiment, data: Pictures, device: str) -> Any:
             config=config.stage.diffusion,
             seed=config.seed,
             positions=positions,
+            low_res=data.low_of(rows, device),
             image_size=config.stage.image_size,
             global_batch=batch,
             sizes=data.frames[rows].to(device),
@@ -213,6 +228,11 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
         words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
     if settings["blocks"]:
         words += [f"stage.model.overrides.blocks=[{settings['blocks']}]", "stage.model.overrides.head_dim=32"]
+    stage = _stage(settings["stage"])
+    if stage.is_super_resolution:
+        low = settings["size"] // 2
+        words += [f"stage.low_res_size={low}", "stage.crop_size=0"]
+        words += [f"stage.diffusion.shift_from={low}"] if stage.diffusion.shift_from else []
     return load_config(
         "train",
         [
@@ -230,6 +250,12 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
             "cluster.processes=1",
         ],
     )
+
+
+@functools.cache
+def _stage(name: str) -> StageConfig:
+    """As conf/stage has it."""
+    return load_config("train", ["experiment=demo", f"stage={name}"]).stage
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -262,10 +288,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             right = gains_of(lines, arm, lambda line: 100 * line["words"])
             shown = f"{right.mean:+.1f} ± {right.half:.1f} points"
             row += f"| {f'**{shown}**' if right.is_seen else shown} | {right.detectable:.1f} "
-        clock = np.mean([line["seconds"] for line in lines if line["arm"] == arm]) / np.mean(
-            [line["seconds"] for line in none]
-        )
-        said.append(f"{row}| {clock:.2f} |")
+        clock = _seconds(lines, arm) / _seconds(lines, "none") if _seconds(lines, "none") else math.nan
+        said.append(f"{row}| {clock:.2f} |" if math.isfinite(clock) else f"{row}| |")
     said += ["", "| x0 error at log-SNR | " + " | ".join(f"{level:g}" for level in LEVELS) + " |"]
     said.append("|---" * (len(LEVELS) + 1) + "|")
     means = [math.exp(float(np.mean([line["levels"][i] for line in none]))) for i in range(len(LEVELS))]
@@ -275,6 +299,11 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             cells = [_short(gains_of(lines, arm, lambda line, i=i: line["levels"][i])) for i in range(len(LEVELS))]
             said.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(said) + "\n"
+
+
+def _seconds(lines: Sequence[dict[str, Any]], arm: str) -> float:
+    """CPU seconds of an arm's trainings, on average; not a number where one is not recorded."""
+    return float(np.mean([line.get("seconds") or math.nan for line in lines if line["arm"] == arm]))
 
 
 def _in_percent(found: Gain) -> str:
@@ -304,7 +333,10 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
             f"{wrong}: not known; models are {', '.join(MODELS)}, scenes {', '.join(DRAWN)}, words "
             f"{', '.join((*SHARED, 'ingredients', 'seeds', 'device'))}"
         )
-    found = {"stage": "demo_base", "pictures": "", **MODELS[model], **given, "model": model, "scene": scene}
+    base: dict[str, Any] = {"stage": "demo_base", "pictures": "", **MODELS[model]}
+    if _stage(given.get("stage", "demo_base")).is_super_resolution:
+        base |= {"preset": SUPER_RESOLUTION[base["preset"]], "size": 2 * base["size"]}
+    found = {**base, **given, "model": model, "scene": scene}
     return {key: int(found[key]) if key in ("size", "steps", "batch") else found[key] for key in SHARED}
 
 
@@ -344,7 +376,12 @@ def main(words: list[str]) -> None:
                 same = (learns, engine, time.process_time() - began)
                 trained.append(same)
             _, engine, seconds = same
-            reads = heldout.specs and len(heldout.specs[0].objects) <= 2 and not heldout.specs[0].is_count
+            reads = (
+                heldout.specs
+                and heldout.low is None
+                and len(heldout.specs[0].objects) <= 2
+                and not heldout.specs[0].is_count
+            )
             with engine.averaged() as model:
                 levels = log_errors(model, heldout, config, device)
                 line = {

@@ -54,7 +54,7 @@ def render_script(job: Job) -> str:
     again = cluster.requeue
     options = directives(
         cluster=cluster,
-        name=f"{job.config.run.name}-{job.config.stage.name if COMMANDS[job.verb].makes_run else job.name}",
+        name=f"{job.config.run.name}-{job.config.trained if COMMANDS[job.verb].makes_run else job.name}",
         nodes=_range(job),
         processes=job.processes,
         cpus=job.cpus,

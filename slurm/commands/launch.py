@@ -190,14 +190,35 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
         if entry.array:
             OmegaConf.update(cfg, "cluster.sbatch.array", entry.array, force_add=True)
         jobs.append(_job(entry, own, validate(entry.verb, cfg), cfg, config.script, jobs))
-        if config.verb != "all":
+        if config.verb != "all" or entry.verb == "distill":
             refuse_unread_by_all([(entry.verb, jobs[-1].config)], keys_given(entry.verb, entry.words))
     shared = dict.fromkeys(key for job in jobs for key in keys_given(job.verb, words))
     refuse_unread_by_all([(job.verb, job.config) for job in jobs], shared)
     for key in shared:
         if key in OF_SOME and not any(OF_SOME[key](COMMANDS[job.verb]) for job in jobs):
             raise ConfigError(f"{key}: none of the commands {', '.join(job.verb for job in jobs)} would use it")
+    check_apart(jobs)
     return jobs
+
+
+def check_apart(jobs: list[Job]) -> None:
+    """Each training has its own place for checkpoints.
+
+    Raises:
+        ConfigError: two would write to the same.
+    """
+    places: dict[str, Job] = {}
+    for job in jobs:
+        place = str(job.config.checkpoint.dir or "").rstrip("/")
+        if not (place and COMMANDS[job.verb].makes_run):
+            continue
+        other = places.setdefault(place, job)
+        if other.run_dir != job.run_dir:
+            raise ConfigError(
+                f"checkpoint.dir={place}: {other.name} and {job.name} would both write there; give each its own, for "
+                "example checkpoint.dir='s3://bucket/${run.name}/${stage.name}', and to a student another by its own "
+                "words"
+            )
 
 
 def _job(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.common.errors import ConfigError
-from training.config.commands import COMMANDS, LaunchCommand
+from training.config.commands import COMMANDS, DistillCommand, LaunchCommand
 from training.config.experiment import Experiment
 
 SUCCEEDED, BEGUN = "succeeded", "begun"
@@ -45,14 +47,15 @@ def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[Grap
     """Return prepare (if the experiment draws its data) -> index -> embed -> all stages at once -> bundle -> evaluate.
 
     Alongside each stage, its checkpoints are evaluated as they appear (evaluate_checkpoints). The stages do not depend
-    on each other: super-resolution is trained on downscaled pictures.
+    on each other: super-resolution is trained on downscaled pictures. A student waits for its teacher, and takes its
+    place in the bundle.
 
     Args:
         config: settings of the launch.
         words: overrides typed by the user.
 
     Raises:
-        ConfigError: there are no stages or no data, or an override cannot apply to all jobs.
+        ConfigError: there are no stages or no data, an override cannot apply to all jobs, or a student has no stage.
     """
     if not config.bundle.runs:
         raise ConfigError("verb=all: bundle.runs lists no stages; choose an experiment, for example experiment=demo")
@@ -78,21 +81,80 @@ def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[Grap
     for run in runs:
         own = [f"stage={run.name}", f"run.dir={run}", f"data.embeddings={embeddings}"]
         stages.append(GraphNode(f"train-{run.name}", "train", own, ["embed"]))
-    entries += stages
-    entries.append(GraphNode("bundle", "bundle", after=[entry.name for entry in stages], home=home))
+    students = {student.teacher: student for student in students_of(config)}
+    taught = {}
+    for teacher, student in students.items():
+        own = [f"stage={teacher.name}", f"run.dir={student.run}", f"distill.teacher={teacher}"]
+        own = [*student.words, *own, f"data.embeddings={embeddings}"]
+        taught[teacher] = GraphNode(f"distill-{teacher.name}", "distill", own, [f"train-{teacher.name}"])
+    entries += [*stages, *taught.values()]
+    last = [taught.get(run, training).name for run, training in zip(runs, stages, strict=True)]
+    drawn = [_bundle_of(students[run].run if run in students else run for run in runs)] if students else []
+    entries.append(GraphNode("bundle", "bundle", drawn, last, home=home))
     entries.append(GraphNode("evaluate", "evaluate", after=["bundle"], home=home))
-    for run, training in zip(runs, stages, strict=True) if config.evaluate_checkpoints else ():
-        own = ["watch=true", f"run.dir={run}", *ALONE]
+    watched: list[tuple[Path, GraphNode, list[str]]] = []
+    if config.evaluate_checkpoints:
+        watched += [(run, training, []) for run, training in zip(runs, stages, strict=True)]
+    for teacher, student in students.items() if config.evaluate_checkpoints else ():
+        # with the teachers of the other stages, which have begun: their own students may begin days later
+        others = _bundle_of(student.run if run == teacher else run for run in runs)
+        watched.append((student.run, taught[teacher], [others]))
+    for run, training, more in watched:
+        own = ["watch=true", f"run.dir={run}", *more, *ALONE]
         entries.append(GraphNode(f"watch-{run.name}", "evaluate", own, [training.name], BEGUN, home=home))
     return entries
 
 
+@dataclass(frozen=True)
+class Student:
+    """A stage that is to be distilled.
+
+    Attributes:
+        teacher, run: run directories of the stage and of its student.
+        words: overrides for `cascade distill`.
+    """
+
+    teacher: Path
+    run: Path
+    words: list[str]
+
+
+def students_of(config: LaunchCommand) -> list[Student]:
+    """Return the students that `students` asks for: each entry is a stage of bundle.runs and overrides of its own.
+
+    Raises:
+        ConfigError: an entry is not valid.
+    """
+    teachers = {Path(run).name: Path(run) for run in config.bundle.runs}
+    found: dict[str, Student] = {}
+    for entry in config.students:
+        try:
+            name, *words = shlex.split(entry) or [""]
+        except ValueError as error:
+            raise ConfigError(f"students={entry}: unbalanced quotation marks ({error})") from error
+        if name not in teachers or name in found:
+            why = "it is listed twice" if name in found else f"begin with one of {', '.join(teachers)} (bundle.runs)"
+            raise ConfigError(f"students={entry}: {why}; for example, students=[{next(iter(teachers))}]")
+        given = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)}
+        for key in ("run", "run.dir", "run.name", "stage", "experiment", "distill.teacher"):
+            if key in given:
+                raise ConfigError(f"students={entry}: verb=all decides {key} for each student; leave it out")
+        steps = given.get("distill.steps") or config.distill.steps or DistillCommand().distill.steps
+        teacher = teachers[name]
+        found[name] = Student(teacher, teacher.with_name(f"{name}_{steps}steps"), words)
+    return list(found.values())
+
+
+def _bundle_of(runs: Iterable[Path]) -> str:
+    """Return the override that makes these the stages of a bundle."""
+    return f"bundle.runs={json.dumps([str(run) for run in runs])}"
+
+
 def words_for(verb: str, words: Sequence[str]) -> list[str]:
     """Return the overrides of a whole cascade that apply to this command: one that draws reads its stages from the
-    bundle, so those of `stage` do not."""
-    if not COMMANDS[verb].draws:
-        return list(words)
-    return [word for word in words if not word.lstrip("+~").startswith("stage.")]
+    bundle, so those of `stage` do not; those of `distill` only apply to students."""
+    own = [*(["stage."] if COMMANDS[verb].draws else []), *(["distill."] if verb != "distill" else [])]
+    return [word for word in words if not word.lstrip("+~").startswith(tuple(own))]
 
 
 def _drawn(config: Experiment) -> bool:

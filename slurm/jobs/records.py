@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from training.checkpoint.store import CheckpointStore
+from training.config.experiment import trained_name
 from training.processes.interval import HISTORY
 from training.run.directory import json_lines
 
@@ -83,12 +84,13 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
     ends = json_lines(run_dir / HISTORY)
     step, rate = last.get("step", 0), last.get("images_per_second")
     batch = settings.get("data", {}).get("global_batch", 0)
+    taught = settings.get("distill", {}).get("steps", 0)
     hours = last.get("device_hours")
     cost = hours * price if hours is not None and settings.get("cluster", {}).get("gpus") else None
     validated = [line["validation_loss"] for line in metrics if line.get("validation_loss") is not None]
     return {
         "run": str(run_dir),
-        "stage": settings.get("stage", {}).get("name") or run_dir.name,
+        "stage": trained_name(settings.get("stage", {}).get("name", ""), taught) or run_dir.name,
         "step": step,
         "steps": steps,
         "images_per_second": rate,

@@ -60,6 +60,57 @@ def test_data_that_is_there_is_not_prepared(here: Path) -> None:
     assert not [name for name in settings if name.startswith("watch")]
 
 
+def test_students_follow_their_teachers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    students = 'students=["demo_base distill.steps=2 train.steps=5",demo_sr]'
+    answer = launch(*DEMO, "distill.guidance=2", own=["verb=all", "dry_run=true", students])
+    after = {job["name"]: job["after"] for job in answer["jobs"]}
+    taught = ["distill-demo_base", "distill-demo_sr"]
+    assert [after[name] for name in taught] == [["train-demo_base"], ["train-demo_sr"]]
+    assert after["bundle"] == taught and after["evaluate"] == ["bundle"]
+    assert list(after)[-2:] == ["watch-demo_base_2steps", "watch-demo_sr_4steps"]
+    assert "distill-demo_base | distill-demo_sr" in capsys.readouterr().out
+    settings = {job["name"]: OmegaConf.load(job["config"]) for job in answer["jobs"]}
+    base, runs = settings["distill-demo_base"], ["runs/demo/demo_base_2steps", "runs/demo/demo_sr_4steps"]
+    assert (base.run.dir, base.distill.teacher, base.train.steps) == (runs[0], "runs/demo/demo_base", 5)
+    assert (base.distill.steps, base.distill.guidance, settings["distill-demo_sr"].distill.steps) == (2, 2, 4)
+    assert base.data.embeddings == settings["train-demo_base"].data.embeddings
+    assert settings["train-demo_base"].distill.steps == 0 and settings["train-demo_base"].train.steps == 1600
+    assert settings["bundle"].bundle.runs == runs and settings["watch-demo_base"].bundle.runs[1] == "runs/demo/demo_sr"
+    assert settings["watch-demo_sr_4steps"].bundle.runs == ["runs/demo/demo_base", runs[1]], "its base has begun"
+    script = next(job["script"] for job in answer["jobs"] if job["name"] == taught[0])
+    assert "--job-name=demo-demo_base-distilled-2\n" in Path(script).read_text()
+
+
+def test_a_stage_without_a_student_is_bundled_itself(here: Path) -> None:
+    answer = launch(*DEMO, "run.name=a b", own=["verb=all", "dry_run=true", "students=[demo_base]"])
+    after = {job["name"]: job["after"] for job in answer["jobs"]}
+    assert after["bundle"] == ["distill-demo_base", "train-demo_sr"]
+    settings = OmegaConf.load(next(job["config"] for job in answer["jobs"] if job["name"] == "bundle"))
+    assert settings.bundle.runs == ["runs/a b/demo_base_4steps", "runs/a b/demo_sr"]
+
+
+@pytest.mark.parametrize(
+    ("students", "part"),
+    [
+        ("[base64]", r"students=base64: begin with one of demo_base, demo_sr \(bundle\.runs\)"),
+        ('[demo_sr,"demo_sr distill.steps=2"]', "students=demo_sr distill.steps=2: it is listed twice"),
+        ('["demo_sr run.dir=x"]', "verb=all decides run.dir for each student"),
+        ('["demo_sr guidance=2"]', "guidance"),
+        ('["demo_sr bundle.dir=x"]', "bundle.dir: cascade distill would not use it"),
+        (
+            '["demo_base checkpoint.dir=s3://b/x","demo_sr checkpoint.dir=s3://b/x/"]',
+            "s3://b/x: distill-demo_base and distill-demo_sr would both write there",
+        ),
+        ("[demo_sr] verb=train", "students: only verb=all trains them, not verb=train"),
+    ],
+)
+def test_students_that_cannot_be_are_refused(here: Path, students: str, part: str) -> None:
+    listed, _, verb = students.partition("] ")
+    own = [f"students={listed}]" if verb else f"students={listed}", verb or "verb=all", "dry_run=true"]
+    with pytest.raises(ConfigError, match=part):
+        launch(*DEMO, own=own)
+
+
 SPY = """
 import os, sys
 if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
@@ -145,6 +196,7 @@ def test_a_cascade_without_stages_is_refused(here: Path) -> None:
     [
         ("run.dir=runs/x", "run.dir=runs/x: verb=all has a run for each of bundle.runs"),
         ("stage=demo_sr", "stage=demo_sr: verb=all has a run for each of bundle.runs"),
+        ("checkpoint.dir=s3://b/x", "checkpoint.dir=s3://b/x: train-demo_base and train-demo_sr would both write"),
         ("separate=seed_1", "--multirun with verb=all"),
         ("at_once=2", "at_once=2: the scheduler decides"),
     ],

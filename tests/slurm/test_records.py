@@ -53,6 +53,16 @@ def test_the_runs_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows(tmp_path / "sr")[0]["stage"] == "sr", "one run"
 
 
+def test_a_student_is_not_taken_for_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = make_run(tmp_path / "base", 100, 0.3)
+    student = make_run(tmp_path / "base_4steps", 50, 0.2)
+    settings = yaml.safe_load((teacher / "config.yaml").read_text())
+    (student / "config.yaml").write_text(yaml.safe_dump({**settings, "distill": {"steps": 4}}))
+    assert [row["stage"] for row in rows(tmp_path)] == ["base", "base-distilled-4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("base ") and lines[2].startswith("base-distilled-4 ")
+
+
 def test_states() -> None:
     row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
     assert run_state({**row, "checkpoint": 100}, None, 0.0) == "complete"

@@ -37,7 +37,7 @@ from training.pictures.sheets import save
 from training.plan.checks import check_named, heldout_apart, validation_shards
 from training.processes.launcher import launch
 from training.processes.ranks import Ranks, read_ranks
-from training.run.directory import json_lines, replace_file, try_to_write
+from training.run.directory import RunDir, json_lines, replace_file, try_to_write
 
 RESULT, PICTURE = "ablate.json", "ablate.png"
 MEAN = "mean"
@@ -162,7 +162,7 @@ def measure_arms(arms: Sequence[Arm], output: Path, config: AblateCommand) -> di
             validation = Validation(question, ranks, partial(_encoded, text))
             found[arm.name] = []
             for number in range(config.ablate.seeds):
-                weights = collect([arm.run(output, number).run.dir]).stages[0]
+                weights = collect([RunDir(arm.run(output, number)).checkpoints]).stages[0]
                 unet = load_unet(weights).to(ranks.device)
                 found[arm.name].append(validation.at_levels(unet, config.ablate.levels))
                 bar.update()

@@ -176,8 +176,10 @@ def is_done(run: Experiment) -> bool:
         DataError: it was stopped on request before its last step, or its config.yaml cannot be read.
     """
     directory = RunDir(run)
-    _check_settings(run, directory.path)
-    step = CheckpointStore(directory.checkpoints).newest_whole()
+    store = CheckpointStore(directory.checkpoints)
+    step = store.newest_whole()
+    before, where = _settings_before(directory, store, step)
+    _check_settings(run, before, where)
     if step < run.train.steps and step >= 0 and (reason := directory.asked_to_stop()):
         raise DataError(
             f"{directory.path}: it was asked to stop early, at step {step} ({reason}), but all arms must train for the "
@@ -186,20 +188,25 @@ def is_done(run: Experiment) -> bool:
     return step >= run.train.steps
 
 
-def _check_settings(run: Experiment, path: Path) -> None:
-    file = path / "config.yaml"
+def _settings_before(directory: RunDir, store: CheckpointStore, step: int) -> tuple[Any, str]:
+    """What a training was started with, and where it is; None where it was not: as its directory says, or where that
+    is elsewhere (another ablate.output, another machine), its newest checkpoint."""
+    file = directory.path / "config.yaml"
     try:
-        before = yaml.safe_load(file.read_text())
+        return yaml.safe_load(file.read_text()), str(directory.path)
     except FileNotFoundError:
-        return
+        return (store.open(step).recorded("config"), directory.checkpoints) if step >= 0 else (None, "")
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{file}: cannot be read ({error}); choose another ablate.output") from error
+
+
+def _check_settings(run: Experiment, before: Any, where: str) -> None:
     changes = changed_since(before, to_dict(run)) if isinstance(before, dict) else []
     changed = [change for change in changes if learns(change[0])]
     if changed:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{key}={new}: {path} was trained with {old}{more}, but all arms must be trained alike; restore it, or "
-            "choose another ablate.output"
+            f"{key}={new}: {where} was trained with {old}{more}, but all arms must be trained alike; restore it, or "
+            f"choose another {'checkpoint.dir' if where == run.checkpoint.dir else 'ablate.output'}"
         )

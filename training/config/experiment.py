@@ -394,7 +394,7 @@ class WandbConfig:
     entity: str | None = None
     """W&B user or team; null: the account's default."""
     name: str | None = None
-    """Name of the run; null: RUN_NAME/STAGE_NAME."""
+    """Name of the run; null: RUN_NAME/STAGE_NAME, of a student of four steps RUN_NAME/STAGE_NAME-distilled-4."""
     group: str | None = None
     """Runs of a group are shown together."""
     notes: str | None = field(default=None, metadata=SENTENCES)
@@ -544,6 +544,11 @@ class EvaluationConfig:
         )
 
 
+def trained_name(stage: str, steps: int) -> str:
+    """The stage's own name, or with `steps` above 0 that of its student."""
+    return f"{stage}-distilled-{steps}" if steps else stage
+
+
 @dataclass
 class Experiment:
     """All sections that an experiment composes; the base of every command's config."""
@@ -586,7 +591,7 @@ class Experiment:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed={self.seed}: it must lie between 0 and 2**63 - 1")
         require(
-            self.wandb.mode == "disabled" or bool(self.wandb.name) or len(self.run.name + self.stage.name) < 128,
+            self.wandb.mode == "disabled" or bool(self.wandb.name) or len(self.run.name + self.trained) < 128,
             f"run.name={self.run.name}: W&B accepts run names of at most 128 characters; set wandb.name",
         )
         require(
@@ -595,6 +600,12 @@ class Experiment:
         )
         if self.distill.steps:  # sample grids, validation and bundles must all use the student's sampler
             self.stage = replace(self.stage, sampler=self.distill.student_sampler(self.stage.sampler))
+
+    @property
+    def trained(self) -> str:
+        """What a run trains, by which it is known in W&B and in a queue: `base64`, or `base64-distilled-4`, its student
+        of four steps."""
+        return trained_name(self.stage.name, self.distill.steps)
 
     @property
     def starts_from(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from tests.training import forks
 from training.ablation import ablate
 from training.ablation.arms import arms_of, is_done, learns
+from training.checkpoint.store import CheckpointStore
 from training.cli import main as cli
 from training.cli.compose import ingredients_of, load_config
 from training.config.commands import AblateCommand
@@ -156,7 +158,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     def launch(module: str, config: Experiment) -> None:
         started.append(config)
         Path(config.run.dir).parent.mkdir(parents=True, exist_ok=True)
-        running = forks.start(config, max(1, config.cluster.processes), module)
+        store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        running = forks.start(config, max(1, config.cluster.processes), module, **store)
         codes = running.codes()
         assert codes == [0] * len(codes), running.text
 
@@ -241,6 +244,53 @@ def test_two_processes(tmp_path: Path, shards: str, heldout: str, trained: list[
     assert result["heldout"] == heldout and result["output"] == f"{tmp_path}/run-ablation"
     assert [len(run) for run in result["arms"]["experiment"]["errors"]] == [7, 7]
     assert all(math.isfinite(error) for errors in result["arms"]["with-min_snr"]["errors"] for error in errors)
+
+
+def test_super_resolution_in_a_store_and_a_killed_ablation(
+    tmp_path: Path, shards: str, heldout: str, s3_server: Any, bucket: str, trained: list[Experiment], capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output, place = tmp_path / "of mine", f"s3://{bucket}/of-mine"
+    words = ["ablate", *TINY.replace("tiny_base", "tiny_sr").split(), "stage=demo_sr", "ingredient=muon", "json=true"]
+    words += [f"data.shards={shards}", f"validation.shards={heldout}", "ablate.seeds=2", "ablate.levels=[-2,2]"]
+    words += [f"checkpoint.dir={place}", "checkpoint.every=1", "evaluation.reference=null"]
+    start = ablate.launch
+
+    def killed(module: str, config: Experiment) -> None:
+        if len(trained) == 2:
+            raise SystemExit(137)
+        start(module, config)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(ablate, "launch", killed)
+        cli.main([*words, f"ablate.output={output}"])
+    half = output / "with-muon" / "seed-0"
+    assert CheckpointStore(f"{place}/with-muon/seed-0").steps() == [2, 1] and not (half / "checkpoints").exists()
+    client: Any = s3_server.client()  # as if it had been killed before the checkpoint of its second step was whole
+    for found in client.list_objects_v2(Bucket=bucket, Prefix="of-mine/with-muon/seed-0/step-00000002")["Contents"]:
+        client.delete_object(Bucket=bucket, Key=found["Key"])
+    (half / "saved.json").unlink()
+    trained.clear()
+    cli.main([*words, f"ablate.output={output}"])
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [Path(run.run.dir).relative_to(output).as_posix() for run in trained] == [
+        "with-muon/seed-0",
+        "experiment/seed-1",
+        "with-muon/seed-1",
+    ]
+    assert [start["step"] for start in json.loads((half / "code.json").read_text())["starts"]] == [0, 1]
+    assert all(math.isfinite(error) for errors in first["arms"]["with-muon"]["errors"] for error in errors)
+
+    # from elsewhere: the store has all, and says what it was made with
+    trained.clear()
+    cli.main([*words, f"ablate.output={tmp_path}/elsewhere"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not trained and again["gains"]["muon"]["by_level"] == first["gains"]["muon"]["by_level"]
+    assert again["gains"]["muon"]["time"] is None
+    with pytest.raises(SystemExit):
+        cli.main([*words, f"ablate.output={tmp_path}/elsewhere", "seed=7"])
+    said = capsys.readouterr().err
+    assert f"seed=7: {place}/experiment/seed-0 was trained with 0" in said and "choose another checkpoint.dir" in said
 
 
 def test_the_question_does_not_depend_on_what_an_arm_was_trained_with(tmp_path: Path, heldout: str) -> None:

@@ -58,6 +58,21 @@ def test_scenes_that_no_oracle_reads_and_photographs(tmp_path: Path) -> None:
     assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
 
 
+def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) -> None:
+    settings = ladder.settings_of({"stage": "sr256", "widths": "32,32"})
+    config = ladder.config_of("none", 0, settings)
+    assert (settings["size"], settings["preset"]) == (32, "demo_sr") and ladder.settings_of({})["size"] == 16
+    assert (config.stage.low_res_size, config.stage.diffusion.shift_from) == (16, 16)
+    assert ladder.config_of("none", 0, ladder.settings_of({"stage": "sr1024"})).stage.crop_size == 0
+    data = ladder.pictures(range(2), config, settings, False)
+    assert data.low is not None and data.low.shape == (2, 3, 16, 16)
+    block = data.images[1, 2, :2, 6:8].float().mean()
+    assert data.low[1, 2, 0, 3] == block.round()
+    ladder.main([str(tmp_path), "ingredients=muon", "stage=demo_sr", *TINY])
+    lines = results(tmp_path)
+    assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
+
+
 def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
     for word in ("objects=2", "scene=five", "model=huge", "seeds=1"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
@@ -81,3 +96,8 @@ def test_the_table_by_hand() -> None:
         f"| +15.0 ± 63.5 points | 70.4 | 1.70 |"
     )
     assert rows[-1] == "| muon" + " | -26 %" * 7 + " |"
+    for line in lines:
+        line["seconds"] = 0.0
+    assert ladder.table(lines).splitlines()[3].endswith("| 70.4 | |"), "no time was taken"
+    del lines[0]["seconds"]
+    assert ladder.table(lines).splitlines()[3].endswith("| 70.4 | |")

@@ -154,7 +154,7 @@ class Tracker:
         self._sinks.each(lambda sink: sink.log(step, record))
         screen = self._out.isatty()
         width = shutil.get_terminal_size().columns - 1 if screen else 0
-        line = progress_line(self.config.stage.name, step, self.config.train.steps, record, seconds_left, width)
+        line = progress_line(self.config.trained, step, self.config.train.steps, record, seconds_left, width)
         end = "\n" if not screen or step == self.config.train.steps else ""
         with suppress(OSError):
             self._out.write(f"\r\033[K{line}{end}" if screen else line + end)
@@ -285,7 +285,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             project=settings.project,
             entity=settings.entity,
             tags=list(settings.tags),
-            name=settings.name or f"{config.run.name}/{config.stage.name}",
+            name=settings.name or f"{config.run.name}/{config.trained}",
             group=settings.group,
             notes=settings.notes,
             id=os.environ.get("WANDB_RUN_ID", wandb_id) if "WANDB_SWEEP_ID" in os.environ else wandb_id,

@@ -163,6 +163,15 @@ def test_names_groups_notes_and_tags_reach_wandb(config: Experiment, caplog: pyt
     assert run.notes == "lr, doubled" and list(run.tags) == ["a", "b c"]
 
 
+def test_a_student_has_a_name_of_its_own_in_wandb(config: Experiment) -> None:
+    config.wandb.mode, config.run.name, config.stage.name = "offline", "demo", "base64"
+    config.distill.steps = 4
+    tracker(config, out=io.StringIO()).close()
+    (path,) = RunDir(config).path.glob("wandb/offline-run-*/run-*.wandb")
+    run = next(record.run for record in whole_wandb(path) if record.HasField("run"))
+    assert run.display_name == "demo/base64-distilled-4"
+
+
 def test_wandb_needs_no_home_directory(config: Experiment, tmp_path: Path) -> None:
     """A user without HOME and without an entry in passwd, as in many containers."""
     program = """
