@@ -77,11 +77,12 @@ class Loader:
         own_process: read and decode in a separate process, started immediately; otherwise in threads of this process,
             started with the first batch.
         multiple: the sides of pictures in `data.buckets` are multiples of this.
-        decode: (raw sample, position) -> `Decoded`, called in threads; only without `own_process`. By default pictures
+        decode: (raw sample, position) -> `Decoded`, called in threads; not with `own_process`. By default pictures
             are decoded and captions chosen.
         team: the processes that open the data together; one of them lists the shards and reads their indexes.
 
     Raises:
+        ValueError: `decode` together with `own_process`.
         ConfigError: the batch cannot be divided this way.
         DataError: shards are missing, access is denied, or they are not tar archives.
     """
@@ -103,6 +104,8 @@ class Loader:
         decode: Callable[[Sample, int], Decoded] | None = None,
         team: Team = ALONE,
     ) -> None:
+        if own_process and decode is not None:
+            raise ValueError("decode: it cannot be handed to another process; leave out own_process")
         self.config, self.seed, self.position = config, seed, position
         micro_batch = check_world_size(world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset = open_dataset(config, team)

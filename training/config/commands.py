@@ -77,7 +77,7 @@ class EvaluateCommand(SamplerKeys):
         require(
             not self.watch or self.action == "evaluate", f"watch=true: it belongs to action=evaluate, not {self.action}"
         )
-        at_least(self, "evaluate", stop_after=0)
+        require(self.stop_after >= 0, f"stop_after={self.stop_after}: it must be at least 0")
         require(self.wait_s > 0, f"wait_s={self.wait_s}: it must be positive")
         needs = self.action in ("compare", "pareto")
         require(needs or not self.results, f"results: only action=compare and action=pareto use it, not {self.action}")
@@ -303,6 +303,7 @@ class CheckpointsCommand(Experiment):
     """`export`: reconstruct the average of this relative width from the stored ones (ema.profile=power)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         actions = ("list", "verify", "diff", "export")
         require(self.action in actions, f"action={self.action}: it must be {', '.join(actions)}")
         require(self.action != "export" or bool(self.output), "output: action=export needs the file to write")
@@ -329,6 +330,7 @@ class EmbedCommand(Experiment):
     """Captions per batch."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.dtype in ("bf16", "int8"), f"dtype={self.dtype}: it must be bf16 or int8")
         require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
         require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts - 1={self.parts - 1}")

@@ -32,7 +32,7 @@ ANSWER_S = 3.0
 """Seconds that a report waits for information about the other ranks."""
 MARGIN_S = 60.0
 """Seconds that the watchdog waits longer than the process groups, whose time-out errors are more specific."""
-PATIENT = ("checkpoint", "samples", "validation", "end")
+PATIENT = ("checkpoint", "samples", "validation", "evaluation", "end")
 """Phases that may always take as long as the first step."""
 
 

@@ -23,7 +23,7 @@ SLOW = 1.5
 """Factor over the median from which a rank's own work is slow."""
 WORTH_SAYING = 0.1
 """Minimum fraction of an interval that a slow rank must cost the others to be reported."""
-ASIDE = ("samples", "validation", "checkpoint")
+ASIDE = ("samples", "validation", "evaluation", "checkpoint")
 """Phases that do not count in the rate."""
 
 
