@@ -231,8 +231,10 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
                 f"{url}: the proxy refused the request ({cause.status} {cause.message}); check HTTPS_PROXY and "
                 "HTTP_PROXY"
             )
-        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME and not answered:
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
             socks = next((name for name in _PROXIES if os.environ.get(name, "").startswith("socks")), "")
+            if not socks and answered:
+                continue  # the name server is out of order
             if socks:
                 return DataError(f"{url}: {socks}={os.environ[socks]}: s3:// works with HTTP proxies, not with SOCKS")
             proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)

@@ -199,10 +199,10 @@ def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image=absent\.png: no such file"):
         sample.main(command(bundle, tmp_path, image="absent.png"))
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match="not a readable picture"):
         sample.main(command(bundle, tmp_path, image=str(tmp_path / "text.png")))
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match="not a readable picture"):
         sample.main(command(bundle, tmp_path, image=str(tmp_path / "cut.png")))
     with pytest.raises(ConfigError, match="batch=0"):
         sample.main(command(bundle, tmp_path, batch=0))

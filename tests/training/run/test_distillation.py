@@ -195,7 +195,7 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
         ("distill distill.solver=heun", r"distill\.solver=heun: it must be ddim or dpmpp_2m"),
         ("distill distill.teacher_steps=2", r"distill\.teacher_steps=2: the teacher needs at least as many steps"),
         ("distill distill.teacher=null", r"distill\.teacher: set it to the run"),
-        ("distill distill.teacher=a run=a", r"run\.dir=a: it is the teacher's"),
+        ("distill distill.teacher=a run=a", r"run\.dir=a: this is the teacher's run"),
         ("distill stage.diffusion.parametrization=eps", "a student of few steps starts from pure noise"),
     ],
 )
