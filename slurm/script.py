@@ -23,6 +23,8 @@ REAP_S = 60
 """Seconds from the first failed rank until srun is killed: it waits for nodes that have crashed."""
 STEP_TRIES = 30
 """How often the script asks Slurm, once a second, to kill what is left of a step before it requeues the job."""
+STEP_S = 300
+"""Seconds that srun waits for the resources of its step: what is left of an earlier step may hold them forever."""
 WRITES = {
     "train": "run.dir",
     "distill": "run.dir",
@@ -75,6 +77,7 @@ def render_script(job: Job) -> str:
         "signal_s": str(cluster.signal_s),
         "reap_s": str(REAP_S),
         "step_tries": str(STEP_TRIES),
+        "step_s": str(STEP_S),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
         "code": shlex.quote(str(job.code)),

@@ -12,6 +12,8 @@
 #   slurm_cluster.sh stop         end all, remove namespaces and bridge; may be repeated
 #   slurm_cluster.sh crash I      kill everything on node nI
 #   slurm_cluster.sh boot I       start node nI again
+#   slurm_cluster.sh unplug I     take node nI off the network
+#   slurm_cluster.sh plug I       put it back
 #   slurm_cluster.sh slow I P     from now on node nI gets P percent of one core (a cgroup); `boot` ends that
 #
 # SLURM_LAB: directory for state and logs; its etc/slurm.conf is what SLURM_CONF must name.
@@ -153,16 +155,21 @@ host_down() {   # SIGKILL to unshare ends the namespace's first process, and so 
 
 cgroup() { if [ -d /sys/fs/cgroup/cpu ]; then echo "/sys/fs/cgroup/cpu/$TAG-$1"; else echo "/sys/fs/cgroup/$TAG-$1"; fi; }
 
-slow() {
-  local h=$1 percent=$2 p ns dir q
-  p=$(mine "$LAB/run/$h.unshare") || die "$h is not running"
+processes() {   # of a node
+  local p ns q
+  p=$(mine "$LAB/run/$1.unshare") || die "$1 is not running"
   ns=$(readlink "/proc/$(cut -d' ' -f1 "/proc/$p/task/$p/children")/ns/pid")
+  for q in /proc/[0-9]*; do [ "$(readlink "$q/ns/pid")" != "$ns" ] || echo "${q#/proc/}"; done 2>/dev/null
+}
+
+slow() {
+  local h=$1 percent=$2 dir q
   dir=$(cgroup "$h")
   [ -d /sys/fs/cgroup/cpu ] || echo +cpu > /sys/fs/cgroup/cgroup.subtree_control
   mkdir -p "$dir" || die "no cgroup can be made here"
   if [ -e "$dir/cpu.max" ]; then echo "$((percent * 200)) 20000" > "$dir/cpu.max"
   else echo 20000 > "$dir/cpu.cfs_period_us" && echo "$((percent * 200))" > "$dir/cpu.cfs_quota_us"; fi || die "no limit of CPU time here"
-  for q in /proc/[0-9]*; do [ "$(readlink "$q/ns/pid")" != "$ns" ] || echo "${q#/proc/}" > "$dir/cgroup.procs"; done 2>/dev/null
+  for q in $(processes "$h"); do echo "$q" > "$dir/cgroup.procs"; done 2>/dev/null
 }
 
 idle() { sinfo -h -N -p low -t idle -o %N 2>/dev/null | wc -l; }
@@ -198,6 +205,8 @@ case "${1:-}" in
   start) start "${2:-2}";;
   stop) stop;;
   crash) host_down "n$2";;
+  unplug) ip link set "${TAG}n$2" down;;
+  plug) ip link set "${TAG}n$2" up;;
   slow) slow "n$2" "$3";;
   boot) host_down "n$2"; host_up "n$2";;
   __inside) inside "$2";;

@@ -174,6 +174,46 @@ def test_what_happens_in_a_month_changes_no_step(
 
 
 @pytest.mark.slurm
+def test_requeues_and_a_lost_link_change_no_step(
+    on_cluster: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal before the time limit, an operator's requeue, a node off the network until Slurm gives it up: each
+    step has the loss of a run in peace."""
+    monkeypatch.setattr(script, "REAP_S", 10)
+    monkeypatch.setattr(script, "STEP_TRIES", 8)
+    monkeypatch.setattr(script, "STEP_S", 15)
+    slurm = on_cluster
+    cascade(*DRAWN, env=slurm.env, cwd=here)
+    words = [*TINY, "train.steps=100", "train.timeout_s=10", "data.own_process=false"]
+    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
+    job, run, log = answer["job_id"], here / "runs/a", log_of(answer)
+
+    def starts() -> list[dict]:
+        with suppress(OSError, ValueError):
+            return json.loads((run / "code.json").read_text())["starts"]
+        return []
+
+    def happens(number: int, *command: str) -> None:
+        """Waits until the start after `number` others has made some steps; then this happens, and Slurm requeues."""
+        until(
+            lambda: len(starts()) == number + 1 and last_step(run) >= starts()[-1]["step"] + 8,
+            90,
+            lambda: log.read_text()[-6000:],
+        )
+        assert last_step(run) < 100, "too quick for this test: raise train.steps"
+        subprocess.run(command, env=slurm.env, check=True)
+        until(lambda: slurm.field(job, "Restarts") == str(number + 1), 120, lambda: log.read_text()[-3000:])
+
+    happens(0, "scancel", "--signal=USR1", "--batch", str(job))  # what Slurm sends signal_s before the limit
+    happens(1, "scontrol", "requeue", str(job))
+    happens(2, SCRIPT, "unplug", "2")
+    subprocess.run([SCRIPT, "plug", "2"], env=slurm.env, check=True)
+    assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
+    calm = cascade("train", *words, "cluster.processes=2", "run.dir=runs/calm", env=slurm.env, cwd=here)
+    assert calm["step"] == 100 and losses(run) == losses(here / "runs/calm")
+
+
+@pytest.mark.slurm
 def test_a_slow_node_is_named_and_left_out(slurm: Slurm, here: Path) -> None:
     """It gets a seventh of a core: less than the other one has on a busy machine."""
     done = subprocess.run([SCRIPT, "slow", "2", "15"], env=slurm.env, capture_output=True, text=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.config import at_least, require
+from data_pipeline.config import require
 from training.config.diffusion import DistillConfig
 from training.config.experiment import SENTENCES, Experiment
 
