@@ -9,14 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.common.errors import ConfigError, DataError
 from slurm.pages.chart import picture_of, stacked, text_of
 from slurm.pages.curves import curves_of
 from training.config.commands import CompareCommand
 from training.pictures.sheets import save
-from training.run.directory import VALIDATION, flatten
+from training.run.directory import VALIDATION, flatten, recorded_config
 
 OWN = ("run.", "wandb.name", "json", "debug")
 """Settings that differ between any two runs, and do not affect their losses."""
@@ -62,11 +60,8 @@ def main(config: CompareCommand) -> dict[str, Any]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        found = None
-    if not isinstance(found, dict):
+    found = recorded_config(run)
+    if not found:
         raise DataError(f"{run}: not a run (no config.yaml); give run directories")
     return flatten(found)
 

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import trained_name
 from training.processes.interval import HISTORY
-from training.run.directory import json_lines
+from training.run.directory import json_lines, recorded_config
 
 SUBMITTED = "jobs.jsonl"
 """In RUN_DIR/launch: one line per job submitted for the run."""
@@ -49,16 +47,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 def is_complete(run_dir: Path) -> bool:
     """Return whether the checkpoint of a training's last step exists."""
-    settings = _settings(run_dir)
+    settings = recorded_config(run_dir)
     steps = settings.get("train", {}).get("steps")
     return bool(steps) and _newest_checkpoint(run_dir, settings) >= steps
-
-
-def _settings(run_dir: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load((run_dir / "config.yaml").read_text()) or {}
-    except (OSError, yaml.YAMLError):
-        return {}
 
 
 def _newest_checkpoint(run_dir: Path, settings: dict[str, Any]) -> int:
@@ -77,7 +68,7 @@ def run_summary(run_dir: Path, price: float) -> dict[str, Any]:
         restarts, causes, code (the last exit code of a failure),
         left_s, device_hours, cost, forecast (dollars; None without GPUs), error.
     """
-    settings = _settings(run_dir)
+    settings = recorded_config(run_dir)
     metrics = json_lines(run_dir / "metrics.jsonl")
     last = metrics[-1] if metrics else {}
     steps = settings.get("train", {}).get("steps")

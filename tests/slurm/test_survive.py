@@ -135,18 +135,26 @@ def signal_rank(rank: int, run: Path, number: int) -> None:
                 os.kill(int(path.name), number)
 
 
+def launch_tiny(
+    slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> tuple[int, Path, Path, list[str]]:
+    """Launches a training on two nodes, whose script waits seconds, not a minute, for nodes that have forgotten their
+    step; (job, run directory, log, words of the same training)."""
+    monkeypatch.setattr(script, "REAP_S", 10)
+    monkeypatch.setattr(script, "STEP_TRIES", 8)
+    cascade(*DRAWN, env=slurm.env, cwd=here)
+    words = [*TINY, f"train.steps={steps}", "train.timeout_s=10", "data.own_process=false"]
+    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
+    return answer["job_id"], here / "runs/a", log_of(answer), words
+
+
 @pytest.mark.slurm
 def test_what_happens_in_a_month_changes_no_step(
     on_cluster: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank killed, one that stands still, a node that crashes: each step has the loss of a run in peace."""
-    monkeypatch.setattr(script, "REAP_S", 10)  # it waits in vain for the node, which has forgotten the step
-    monkeypatch.setattr(script, "STEP_TRIES", 8)
     slurm = on_cluster
-    cascade(*DRAWN, env=slurm.env, cwd=here)
-    words = [*TINY, "train.steps=80", "train.timeout_s=10", "data.own_process=false"]
-    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
-    job, run, log = answer["job_id"], here / "runs/a", log_of(answer)
+    job, run, log, words = launch_tiny(slurm, here, monkeypatch, steps=80)
 
     def reached(step: int) -> int:
         """Waits until some step from there on has ended; the last that had."""
@@ -179,14 +187,9 @@ def test_requeues_and_a_lost_link_change_no_step(
 ) -> None:
     """The signal before the time limit, an operator's requeue, a node off the network until Slurm gives it up: each
     step has the loss of a run in peace."""
-    monkeypatch.setattr(script, "REAP_S", 10)
-    monkeypatch.setattr(script, "STEP_TRIES", 8)
     monkeypatch.setattr(script, "STEP_S", 15)
     slurm = on_cluster
-    cascade(*DRAWN, env=slurm.env, cwd=here)
-    words = [*TINY, "train.steps=100", "train.timeout_s=10", "data.own_process=false"]
-    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
-    job, run, log = answer["job_id"], here / "runs/a", log_of(answer)
+    job, run, log, words = launch_tiny(slurm, here, monkeypatch, steps=100)
 
     def starts() -> list[dict]:
         with suppress(OSError, ValueError):

@@ -1,7 +1,7 @@
 """`subprocess.Popen` in which `python -m MODULE` is a fork of the caller, who has imported torch already.
 
 What is started is a process of its own as ever: with its own pid, parent, environment, directory, descriptors and exit
-code, and run as `__main__`. Only the interpreter is not started anew, which costs seconds. Tests of the start itself
+code, and run as `__main__`. Only the interpreter is not started again, which costs seconds. Tests of the start itself
 (what is imported, what shadows what) start real ones.
 """
 

@@ -27,7 +27,7 @@ from training.config.commands import EvaluateCommand
 from training.evaluation.comparison import RESULT
 from training.evaluation.series import best_so_far, evaluation_place, turned_worse, write_series
 from training.processes.ranks import read_ranks
-from training.run.directory import RunDir, read_json, replace_file
+from training.run.directory import RunDir, read_json, recorded_config, replace_file
 from training.run.reporting.tracking import log_checkpoints
 
 FOLDER = "evaluations"
@@ -133,7 +133,7 @@ def _progress(store: CheckpointStore, run: RunDir) -> tuple[int, float]:
     if step < 0:
         return -1, math.inf
     wanted = store.open(step).meta["config"]["train"]["steps"]
-    recorded = run.recorded_config().get("train") or {}
+    recorded = recorded_config(run.path).get("train") or {}
     return step, max(wanted, recorded.get("steps", 0))
 
 

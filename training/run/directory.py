@@ -174,7 +174,7 @@ class RunDir:
         Raises:
             ConfigError: the run cannot resume with a changed setting.
         """
-        before = self.recorded_config()
+        before = recorded_config(self.path)
         if not isinstance(before.get("text"), dict):
             return []
         known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
@@ -208,7 +208,7 @@ class RunDir:
 
     def _last_place(self) -> str:
         """Return where the previous start kept its checkpoints; empty if there was none."""
-        before = self.recorded_config().get("checkpoint")
+        before = recorded_config(self.path).get("checkpoint")
         if not isinstance(before, dict) or "dir" not in before:
             return ""
         return before["dir"] or str(self.path / "checkpoints")
@@ -252,16 +252,6 @@ class RunDir:
         if not path.exists() or path.read_text().strip() != known:
             replace_file(path, known)
         return known
-
-    def recorded_config(self) -> dict[str, Any]:
-        """Return the settings of the last start from config.yaml; empty if they cannot be read."""
-        import yaml
-
-        try:
-            recorded = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-        return recorded if isinstance(recorded, dict) else {}
 
     def write_config(self, config: Experiment) -> None:
         """Write the resolved configuration to config.yaml."""
@@ -312,6 +302,18 @@ def leaving_nothing_empty(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty, or not created
                 path.rmdir()
         raise
+
+
+def recorded_config(run_dir: Path) -> dict[str, Any]:
+    """Return the settings of a run's newest start, from its config.yaml; empty if there is none or it cannot be
+    read."""
+    import yaml
+
+    try:
+        recorded = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

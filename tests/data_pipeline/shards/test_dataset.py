@@ -272,4 +272,4 @@ def test_an_index_of_the_version_before_is_read_and_made_anew_where_licences_are
     assert before.fingerprint == fresh.fingerprint and before.licences == {"not indexed": 9}
     assert load(licensed, min_side=9, max_caption=1, min_caption=1).licences == {"not indexed": 9}
     assert load(licensed, licences=["CC0 1.0"]).samples == 1
-    assert load(licensed).licences == fresh.licences, "the index has been made anew"
+    assert load(licensed).licences == fresh.licences, "the index has been rebuilt"

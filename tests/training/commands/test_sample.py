@@ -123,7 +123,7 @@ def test_explain_writes_words_and_diversity_is_printed(bundle: str, tmp_path: Pa
 
 
 def test_words_of_another_picture_are_drawn_again(bundle: str, tmp_path: Path) -> None:
-    """Heat maps from a run with another seed lie there still when the pictures have been drawn anew."""
+    """Heat maps from a run with another seed are not kept beside pictures that have been drawn again."""
     for seed, explain, drawn in ((1, True, 1), (2, False, 1), (2, True, 1), (2, True, 0)):
         found = sample.main(command(bundle, tmp_path, prompts=["a red circle"], seed=seed, explain=explain))
         assert found["drawn"] == drawn

@@ -82,8 +82,8 @@ def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
         ValueError: as for `frechet_distance`.
     """
     a, b = Moments.of(samples), Moments.of(reference)
-    _, second = _covariances(a, b)
-    values, vectors = _spectrum(samples, a)
+    first, second = _covariances(a, b)
+    values, vectors = _spectrum(samples, a.mean, first)
     roots = np.sqrt(np.clip(values, 0, None))
     back = vectors * _inverse(roots, values)
     root = vectors * roots
@@ -101,7 +101,7 @@ def frechet_figure(samples: FeatureRows, reference: FeatureRows) -> Figure:
     )
 
 
-def _spectrum(features: FeatureRows, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+def _spectrum(features: FeatureRows, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the eigenvalues (r,) of the covariance in ascending order, and its eigenvectors (d, r).
 
     With N <= d samples at most N eigenvalues are not zero, and only these are computed, from the Gram matrix: with
@@ -109,9 +109,9 @@ def _spectrum(features: FeatureRows, moments: Moments) -> tuple[np.ndarray, np.n
     """
     count, width = features.shape
     if count > width:
-        values, vectors = np.linalg.eigh(moments.covariance)
+        values, vectors = np.linalg.eigh(covariance)
         return values, vectors
-    centred = np.concatenate([block for _, block in blocks(features)]) - moments.mean
+    centred = np.concatenate([block for _, block in blocks(features)]) - mean
     values, rows = np.linalg.eigh(centred @ centred.T / (count - 1))
     return values, centred.T @ (rows * _inverse(np.sqrt(np.clip(values, 0, None) * (count - 1)), values))
 
