@@ -61,7 +61,7 @@ def main(config: Experiment) -> dict[str, Any]:
             self.data.loader._decoding._process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         for event in (e for e in events if e["step"] == step):
-            while event["what"] in ("small files", "gone", "back") and self.saving.writer.busy:
+            while event["what"] in ("small files", "room", "gone", "back") and self.saving.writer.busy:
                 time.sleep(0.01)  # the checkpoint before it is whole, or has failed
             if event["what"] in ("small files", "room"):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (event.get("bytes", resource.RLIM_INFINITY), -1))
