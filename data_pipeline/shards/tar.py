@@ -342,6 +342,11 @@ def _close_end(gap: _Gap, source: _Source, found: list[Problem], count: Counter[
         return
     if source.damage:
         found.append(Problem("corrupt_shard", end, source.damage))
+    elif end - gap.begin < 2 * BLOCK:
+        detail = "a single zero block ends the archive, not two: members may be missing"
+        found.append(Problem("missing_end_blocks", gap.begin, detail, end - gap.begin))
+        count["problems"] += end - gap.begin
+        return
     elif gap.zeros > _LONGEST_END and not _is_record(end // BLOCK, gap.zeros):
         detail = f"nothing but zero bytes from byte {gap.begin} on"
         found.append(Problem("truncated_shard", gap.begin, detail, end - gap.begin))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import DataError, NotAnArchive
@@ -201,6 +201,7 @@ EDITS = st.tuples(
 )
 
 
+@example(edits=[("cut", 1536, 1, False), ("zero to the end", 264, 1, False)], form=tarfile.GNU_FORMAT, zipped=False)
 @settings(max_examples=300, deadline=None)
 @given(
     edits=st.lists(EDITS, min_size=1, max_size=3), form=st.sampled_from(list(FORMATS.values())), zipped=st.booleans()
