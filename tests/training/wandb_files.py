@@ -12,16 +12,18 @@ from training.run.directory import RunDir
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum, length,
-    type)."""
+    """The whole records of a .wandb file: a 7-byte header, then LevelDB's log format (blocks of 32 KiB; checksum,
+    length, type). W&B's own process may still be writing: a record that is cut off is left for the next reading."""
     data, at, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
+    assert b":W&B".startswith(data[:4])
     while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
