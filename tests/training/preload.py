@@ -1,5 +1,6 @@
 """What the server of tests/training/forks.py imports once: what the ranks of a run would import each."""
 
+import gc
 import importlib
 
 import torch
@@ -26,4 +27,6 @@ for name in (
     "training.optim.adamw",
 ):
     importlib.import_module(name)
+gc.collect()
+gc.freeze()  # what is here stays: no collection of a fork, of which ZeRO 3 asks for some, looks at it again
 __all__ = ["training"]

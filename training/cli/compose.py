@@ -32,6 +32,8 @@ def register_schema(verb: str) -> None:
     from hydra.core.config_store import ConfigStore
 
     configs = ConfigStore.instance()
+    # Hydra copies its sources at every call, and with them all schemas, which it only reads: half of the time.
+    configs.__deepcopy__ = lambda memo: configs  # type: ignore[attr-defined]
     configs.store(name=f"schema_{verb}", node=COMMANDS[verb].config)
     own = {"run": {"dir": place}} if (place := COMMANDS[verb].run_dir) else {}
     configs.store(name=verb, node={"defaults": [f"schema_{verb}", "base", "_self_"], **own})
