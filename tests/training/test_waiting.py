@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.common.errors import BAD_REASONS
 from tests.s3 import S3Server
 from tests.training import forks
-from tests.training.runs import experiment
+from tests.training.runs import ONE_LEVEL, experiment
 
 GRADIENTS = {
     1: {"c10d.allreduce_": 1, "c10d._allgather_base_": 1},
@@ -31,6 +31,7 @@ def counts(tmp_path: Path, shards: str, place: str, stage: int, ranks: int, env:
         train__steps=STEPS, train__log_every=LOGGED, checkpoint__every=SAVED, train__sample_every=DRAWN,
         stage__sampler__steps=1, evaluation__every=EVALUATED, evaluation__samples=8, evaluation__batch=8,
         evaluation__reference=shards.replace("train", "heldout"), train__max_skipped=2,
+        stage__model__overrides=ONE_LEVEL,
     )  # fmt: skip
     Path(config.run.dir).parent.mkdir(parents=True)
     bad = [{"what": "nan", "rank": 0, "step": step} for step in (ROLLED_BACK - 1, ROLLED_BACK)]
