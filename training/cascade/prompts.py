@@ -46,8 +46,11 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
                 f"name as a prompt"
             )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
-            raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; rename it")
+            remedy = "write it as .jsonl" if given.lower().endswith(".json") else "rename it"
+            raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; {remedy}")
         found = _from_file(given, key) if given.lower().endswith(FILES) else [given]
+        if re.fullmatch(r"\[[^\[\]]+,[^\[\]]+\]", given):
+            print(f'{key}={given}: this is one prompt; the texts of a list need quotation marks: \'{key}=["a","b"]\'')
     elif isinstance(given, Sequence) and all(isinstance(item, (str, int, float)) for item in given):
         found = [str(item) for item in given]
         blank = 0 if keep_blank else sum(not item.strip() for item in found)
@@ -101,6 +104,8 @@ def _from_file(path: str, key: str) -> list[str]:
         return [line["prompt"] for line in _objects(text, path, key)]
     if not path.lower().endswith(TABLES):
         lines = re.split(r"\r\n|\r|\n", text)
+        if not lines[-1]:  # the end of the last line, which is not one more
+            lines.pop()
         return [_check(line, f"{key}={path}: line {number}") for number, line in enumerate(lines, 1)]
     return [row["prompt"] for row in _rows(text, path, key)]
 

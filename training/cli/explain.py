@@ -14,49 +14,112 @@ from training.cli.fields import Key, keys_of, type_words
 from training.cli.overrides import groups
 from training.config.commands import COMMANDS, LaunchCommand
 
-SYNONYMS = {
+EPOCHS = "train.steps (epochs x samples / data.global_batch)"
+RESUME = "the same command again, which resumes automatically"
+SYNONYMS: dict[str, str | tuple[str, ...]] = {
     "batch_size": "data.global_batch",
     "train_batch_size": "data.global_batch",
     "per_device_train_batch_size": "data.micro_batch",
     "micro_batch_size": "data.micro_batch",
+    "accumulate_grad_batches": "data.micro_batch (the rest of a rank's share is accumulated)",
+    "gradient_accumulation_steps": "data.micro_batch (the rest of a rank's share is accumulated)",
     "learning_rate": "optimizer.lr",
+    "lr_warmup_steps": "optimizer.warmup_steps",
+    "lr_scheduler": "optimizer.decay",
+    "max_grad_norm": "optimizer.clip_norm",
+    "gradient_clip_val": "optimizer.clip_norm",
     "max_steps": "train.steps",
     "max_train_steps": "train.steps",
     "num_steps": "train.steps",
-    "epochs": "train.steps (epochs x samples / data.global_batch)",
-    "num_epochs": "train.steps (epochs x samples / data.global_batch)",
-    "num_train_epochs": "train.steps (epochs x samples / data.global_batch)",
-    "gradient_accumulation_steps": "data.micro_batch (the rest of a rank's share is accumulated)",
-    "mixed_precision": "precision=bf16",
-    "fp16": "precision=bf16",
-    "bf16": "precision=bf16",
-    "resolution": "stage (stage=base64; the size is stage.image_size)",
-    "image_size": "stage.image_size",
-    "output_dir": "run.dir",
+    "epochs": EPOCHS,
+    "num_epochs": EPOCHS,
+    "max_epochs": EPOCHS,
+    "num_train_epochs": EPOCHS,
+    "mixed_precision": "precision (precision=bf16 or fp32)",
+    "fp16": "precision (precision=bf16 or fp32)",
+    "bf16": "precision (precision=bf16 or fp32)",
+    "resolution": ("size", "stage (stage=base64; the size is stage.image_size)"),
+    "image_size": ("size", "stage.image_size"),
+    "width": "size",
+    "height": "size",
+    "output_dir": ("output", "run.dir"),
+    "out": ("output", "run.dir"),
+    "outdir": ("output", "run.dir"),
+    "output_path": ("output", "run.dir"),
+    "logging_dir": "run.dir",
+    "run_name": "run.name",
+    "exp_name": "run.name",
+    "experiment_name": "run.name",
     "train_data_dir": "data.shards (cascade prepare makes shards of a folder)",
     "dataset": "data.shards",
     "workers": "data.threads",
     "num_workers": "data.threads",
+    "dataloader_num_workers": "data.threads",
+    "random_flip": "data.flip",
     "gpus": "cluster.processes",
     "num_gpus": "cluster.processes",
+    "num_processes": "cluster.processes",
+    "devices": "cluster.processes",
     "nproc_per_node": "cluster.processes",
     "nnodes": "cluster.nodes",
-    "resume": "the same command again, which resumes automatically",
+    "num_nodes": "cluster.nodes",
+    "num_machines": "cluster.nodes",
+    "accelerator": "cluster.gpus",
+    "device": "cluster.gpus",
+    "deepspeed": "zero (zero=zero2; the engine's settings follow from zero, optimizer and precision)",
+    "zero_stage": "zero.stage",
+    "resume": RESUME,
+    "resume_from": RESUME,
+    "resume_from_checkpoint": RESUME,
+    "ckpt_path": ("from_bundle", RESUME),
+    "ckpt": ("from_bundle", RESUME),
+    "pretrained_model_name_or_path": ("from_bundle", "train.init_from"),
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
     "cfg": "guidance",
+    "cfg_scale": "guidance",
+    "scheduler": ("sampler", "stage.sampler.name"),
+    "negative": "negative_prompts",
     "negative_prompt": "negative_prompts",
+    "validation_prompt": "train.sample_prompts",
+    "validation_prompts": "train.sample_prompts",
     "num_images_per_prompt": "num_images",
+    "num_samples": "num_images",
+    "n_samples": "num_images",
+    "n": "num_images",
+    "validation_steps": "validation.every",
     "checkpoint_every": "checkpoint.every",
+    "checkpointing_steps": "checkpoint.every",
     "save_steps": "checkpoint.every",
+    "checkpoints_total_limit": "checkpoint.keep_last",
+    "save_total_limit": "checkpoint.keep_last",
     "logging_steps": "train.log_every",
+    "use_wandb": "tracking (tracking=online, offline or disabled)",
+    "report_to": "tracking (tracking=online, offline or disabled)",
+    "logger": "tracking (tracking=online, offline or disabled)",
+    "wandb_project": "wandb.project",
     "ema_decay": "ema.decays",
-    "model": "stage",
+    "snr_gamma": "ingredient (ingredient=[min_snr])",
+    "model": ("from_bundle", "stage"),
     "config": "experiment",
 }
-"""Names of settings in other programs -> ours, with a remark if the meaning differs."""
+"""Names of settings in other programs -> ours, with a remark if the meaning differs; of several, the first that the
+command has."""
+OPTIONS = {
+    "config": "write experiment=NAME, or --config-dir DIR --config-name NAME for a file of your own (conf/README.md)",
+    "local_rank": "cascade starts its own processes (cluster.processes=N); other launchers set RANK, LOCAL_RANK and "
+    "WORLD_SIZE (docs/cluster.md)",
+}
+"""Options of other programs that no single setting replaces, and what to do instead."""
+CHOICES = {
+    "tracking": dict.fromkeys(("off", "none", "no", "false", "disable", "0"), "disabled"),
+    "precision": {"float32": "fp32", "32": "fp32", "bfloat16": "bf16", "mixed": "bf16"},
+}
+"""Options of groups by other names -> ours."""
 
 
+SEVERAL_OPTIONS = {"ingredient", "extractor"}
+"""Groups of which several options can be chosen."""
 PLUGINS = {
     "hydra/launcher=joblib": "hydra-joblib-launcher",
     "hydra/launcher=submitit_local": "hydra-submitit-launcher",
@@ -71,7 +134,7 @@ PLUGINS = {
 def explain(error: BaseException, root: type) -> str:
     """Return one sentence about a composition or validation error; `root` is the verb's config class."""
     text = "\n".join(_messages(error))
-    for rule in (_ambiguous, _unknown_option, _unknown_key, _not_optional, _wrong_type, _interpolation):
+    for rule in (_primary, _ambiguous, _unknown_option, _unknown_key, _not_optional, _wrong_type, _interpolation):
         sentence = rule(text, root)
         if sentence:
             return sentence
@@ -92,6 +155,15 @@ def _search(pattern: str, text: str) -> str:
     return match[1] if match else ""
 
 
+def _primary(text: str, root: type) -> str:
+    name = _search(r"Cannot find primary config '(.*?)'", text)
+    if not name:
+        return ""
+    if name in groups()["experiment"]:
+        return f"--config-name={name}: {name} is an experiment; write experiment={name}"
+    return f"--config-name={name}: there is no {name}.yaml; name the directory that contains it with --config-dir DIR"
+
+
 def _ambiguous(text: str, root: type) -> str:
     word = _search(r"Ambiguous value for argument '(.*?)'\n", text)
     if not word:
@@ -105,22 +177,29 @@ def _ambiguous(text: str, root: type) -> str:
     if known is not None and known.is_text:
         one = f"'{key}=\"{value}\"'"
         return f"{word}: several values; write {one} for a text with a comma, or add --multirun for one run per value"
-    number = known is not None and known.type in (int, float, bool)
-    how = "" if number else f"write {key}=[{value}] for a list, or "
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", value) and known is not None and known.type is int:
+        return f"{word}: several values; write {key}={value.replace(',', '')} for one number"
+    single = (known is not None and known.type in (int, float, bool)) or key in {*groups()} - SEVERAL_OPTIONS
+    how = "" if single else f"write {key}=[{value}] for a list, or "
     return f"{word}: several values; {how}add --multirun for one run per value"
 
 
 def _unknown_option(text: str, root: type) -> str:
-    group, _, option = _search(r"Could not (?:find|load) '([^']+)'", text).rpartition("/")
+    path = _search(r"Could not (?:find|load) '([^']+)'", text)
+    group, _, option = path.partition("/") if path.partition("/")[0] in groups() else path.rpartition("/")
     if not group:
         return ""
+    name = option.rpartition("/")[2].removesuffix(".yaml")
     options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or groups().get(group, [])
     if (group, option) == ("hydra/sweeper", "ax"):  # its dataclasses have mutable defaults
         return "hydra/sweeper=ax: its plugin, hydra-ax-sweeper, cannot be imported by Python 3.11 or later; use optuna"
     if package := PLUGINS.get(f"{group}={option}"):
         return f"{group}={option}: its plugin is not installed; pip install {package}"
-    near = difflib.get_close_matches(option, options, n=1) or [o for o in options if o.endswith(option)][:1]
+    near = [CHOICES.get(group, {}).get(name.lower(), "")] if name.lower() in CHOICES.get(group, {}) else []
+    near = near or difflib.get_close_matches(name, options, n=1) or [o for o in options if o.endswith(name)][:1]
     hint = f"did you mean {near[0]}? " if near else ""
+    if name != option:
+        hint += f"a file of your own is found as DIR/{group}/{name}.yaml with --config-dir DIR; "
     return f"{group}={option}: no such option; {hint}the options are {', '.join(options)}"
 
 
@@ -141,6 +220,8 @@ def _unknown_key(text: str, root: type) -> str:
 
 def _no_such_key(full: str, root: type) -> str:
     keys = keys_of(root)
+    if full.startswith("hydra."):
+        return f"{full}: Hydra has no such setting; cascade COMMAND --cfg hydra lists them"
     if near := meant(full, keys) or " or ".join(suggest(full, keys) or suggest(full.lower(), keys)):
         return f"{full}: no such key; did you mean {near}?"
     section = full.rpartition(".")[0]
@@ -153,10 +234,11 @@ def _no_such_key(full: str, root: type) -> str:
 def meant(full: str, keys: dict[str, Key]) -> str:
     """Return our name of a setting that other programs call so, if the command has it, or a similarly named group;
     otherwise an empty string."""
-    name = SYNONYMS.get(full.rpartition(".")[2].replace("-", "_"), "")
-    if name and (re.split(r"[\s=]", name)[0] in {*keys, *groups(), "the"}):
-        return name
-    return "" if "." in full else next(iter(difflib.get_close_matches(full, groups(), n=1, cutoff=0.75)), "")
+    names = SYNONYMS.get(full.rpartition(".")[2].replace("-", "_").lower(), ())
+    for name in (names,) if isinstance(names, str) else names:
+        if name.split()[0] in {*keys, *groups(), "the"}:
+            return name
+    return "" if "." in full else next(iter(difflib.get_close_matches(full.lower(), groups(), n=1, cutoff=0.75)), "")
 
 
 def flag(words: str, root: type) -> str:
@@ -165,6 +247,8 @@ def flag(words: str, root: type) -> str:
     name, equals, value = first.lstrip("-").partition("=")
     value = value if equals else ("" if rest.startswith("-") else rest.partition(" ")[0])
     key = name if name in groups() or name in keys_of(root) else name.replace("-", "_")
+    if key in OPTIONS:
+        return f"{first}: no such option; {OPTIONS[key]}"
     candidates = [key]
     if key not in groups() and key not in keys_of(root):
         words = meant(key, keys_of(root))
@@ -194,6 +278,8 @@ def _expected(key: str, root: type) -> str:
     keys, name = keys_of(root), re.sub(r"\[\d+\]$", "", key)
     if name in keys:
         return type_words(keys[name].type)
+    if name.rpartition(".")[0] not in keys:
+        return "a value that Hydra accepts; cascade COMMAND --cfg hydra lists its settings"
     mapping = keys[name.rpartition(".")[0]]
     return type_words(typing.get_args(mapping.type)[1])
 
@@ -210,10 +296,14 @@ def _wrong_type(text: str, root: type) -> str:
         "Invalid type assigned",
         "Invalid value assigned",
         "Cannot merge",
+        "Cannot assign",
+        "Cannot convert",
     )
     if not any(mark in text for mark in marks):
         return ""
     key = _search(r"full_key: (\S+)", text)
+    if key == "wandb":
+        return "wandb: it is a section; to turn W&B off or on, write tracking=disabled, offline or online"
     value = _search(r"Error merging override [^=\n]*=(.*)", text) or _search(r"Value '(.*?)' ", text)
     stated = f"{key}={value}" if value else key
     return f"{stated}: it must be {_expected(key, root)}"
@@ -226,4 +316,14 @@ def _interpolation(text: str, root: type) -> str:
     name = _search(r"Interpolation key '(.*?)' not found", text)
     key = _search(r"full_key: (\S+)", text)
     where = f"{key}: " if key else ""
+    if variable := _search(r"Environment variable '(.*?)' not found", text):
+        return f"{where}the environment variable {variable} is not set; set it, or write ${{oc.env:{variable},DEFAULT}}"
+    if kind := _search(r"Unsupported interpolation type (\S+)", text):
+        return (
+            f"{where}${{{kind}:...}} is not a reference; ${{KEY}} refers to a setting, ${{oc.env:NAME}} to a variable"
+        )
+    if "Recursive interpolation" in text:
+        return f"{where}it refers to itself; give it a value"
+    if broken := _search(r"no viable alternative at input '(.*)'", text):
+        return f"{where}'{broken}' is an incomplete reference; write ${{KEY}}, or \\${{ for the characters themselves"
     return f"{where}${{{name}}} refers to a key that does not exist" if name else ""

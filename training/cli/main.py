@@ -28,6 +28,22 @@ from training.processes.endings import Terminated, ends_at_once, run_program, sa
 from training.processes.exit_codes import EXIT_NOT_FINITE
 from training.processes.ranks import is_search
 
+OTHER_NAMES = {
+    "fit": "train",
+    "finetune": "train",
+    "generate": "sample",
+    "inference": "sample",
+    "infer": "sample",
+    "predict": "sample",
+    "test": "evaluate",
+    "validate": "evaluate",
+    "fid": "evaluate",
+    "export": "bundle",
+    "submit": "launch",
+    "download": "prepare",
+    "doctor": "plan doctor=true",
+}
+"""What other programs call our commands."""
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that are already part of the default paths."""
 
@@ -49,10 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(words: list[str]) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
+        if words[1:2] and words[1] in COMMANDS:
+            return _main([words[1], "--help"])
         from training.cli.help import overview
 
         return print(overview())
-    if words[0] in ("--version", "-V", "version"):
+    if words[0] in ("--version", "-V", "version") or (words[0] in COMMANDS and "--version" in words):
         from training.cli.help import version
 
         return print(version())
@@ -60,9 +78,8 @@ def _main(words: list[str]) -> None:
         return _complete(words)
     verb, rest = words[0], words[1:]
     if verb not in COMMANDS:
-        near = difflib.get_close_matches(verb, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        _fail("cascade", ConfigError(f"{verb}: no such command; {hint}the commands are {', '.join(COMMANDS)}"))
+        _fail("cascade", ConfigError(_no_such_command(words)))
+    rest = ["--help" if word == "help" else word for word in rest]
     with _errors(verb, debug="debug=true" in rest):
         if {"--help", "-h"} & set(rest):
             from training.cli.compose import searching
@@ -72,6 +89,20 @@ def _main(words: list[str]) -> None:
             with searching(arguments.config_path or arguments.config_dir):
                 return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
+
+
+def _no_such_command(words: Sequence[str]) -> str:
+    """Return the sentence about a first word that is not a command."""
+    verb = words[0]
+    if "=" in verb or verb.startswith("-"):
+        command = next((word for word in words if word in COMMANDS), "COMMAND")
+        return (
+            f"{verb}: the command comes first: cascade {command} key=value ...; the commands are {', '.join(COMMANDS)}"
+        )
+    name = verb.lower().replace("_", "-")
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{verb}: no such command; {hint}the commands are {', '.join(COMMANDS)}"
 
 
 def run(verb: str, config: Experiment) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
       without a blank next to their commas
     * values of other text keys stay text: run.name=007
     * values that are not Hydra expressions are taken as text: s3://bucket/{0000..0099}.tar, [a=1,b=2], unusual paths
-    * keys of open mappings (cluster.sbatch.qos=high) need no `+`
+    * keys of open mappings (cluster.sbatch.qos=high) need no `+`; before any other known key or group, `+` is dropped
     * words without `=` are the list that some commands take (cascade compare RUN RUN)
 
     Raises:
@@ -122,9 +122,14 @@ def _normalise_one(verb: str, word: str) -> str:
         return _removal(verb, word)
     match = OVERRIDE.fullmatch(word)
     if match is None:
-        raise ConfigError(f"'{word}': a setting is key=value, for example train.steps=100")
+        raise ConfigError(_no_setting(verb, word))
     prefix, key, value = match["prefix"], match["key"], match["value"]
     key = ALIASES.get(key, key)
+    group, _, place = key.partition("@")
+    if place and group in groups():
+        raise ConfigError(f"{word}: a group has its own section and cannot be put elsewhere; write {group}={value}")
+    if key in UNUSED_BY_HYDRA:
+        raise ConfigError(f"{word}: {UNUSED_BY_HYDRA[key]}")
     if key.startswith("stage.") and COMMANDS[verb].draws:
         own = key.removeprefix("stage.sampler.")
         own = {"name": "sampler"}.get(own, own)
@@ -135,9 +140,17 @@ def _normalise_one(verb: str, word: str) -> str:
     if key in groups():
         if value in ("", "null", "none", "None"):
             raise ConfigError(f"{word}: {_options(key)}; to use a group's default, leave it out")
+        if re.search(r"\s[\w.]+=", value):
+            raise ConfigError(
+                f"{word}: these are several settings in one pair of quotation marks; quote each on its own"
+            )
+        if re.search(r",[\w.]+=", value):
+            raise ConfigError(f"{word}: settings are separated by blanks, not by commas")
         if re.fullmatch(r"true|false|on|off|yes|no|\d+", value, re.IGNORECASE):
             value = f"'{value}'"
     known = keys_of(COMMANDS[verb].config)
+    if key in groups() or key in known:
+        prefix = ""
     if key in known and known[key].is_sentence:
         return f"{prefix}{key}={_sentence(value, known[key])}"
     opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
@@ -151,9 +164,41 @@ def _normalise_one(verb: str, word: str) -> str:
     return fixed if _is_expression(fixed) else f"{prefix}{key}={_as_text(value)}"
 
 
+UNUSED_BY_HYDRA = {
+    "hydra.run.dir": "nothing would be written there; a run's directory is run.dir=...",
+    "hydra.job.chdir": "cascade stays in the current directory; a run's directory is run.dir=...",
+    "hydra.job.name": "nothing would be named so; the name of a run is run.name=...",
+    "hydra.launcher": "a launcher is chosen with hydra/launcher=NAME",
+    "hydra.sweeper": "a sweeper is chosen with hydra/sweeper=NAME",
+}
+"""Settings of Hydra that would have no effect here, and what to write instead."""
+
+
+def _no_setting(verb: str, word: str) -> str:
+    """Return the sentence about a word that is not `key=value`, with the setting that was probably meant."""
+    key, known = word.partition("=")[0], keys_of(COMMANDS[verb].config)
+    if word[0] in "\u2010\u2011\u2012\u2013\u2014\u2212":
+        return f"'{word}': it starts with a typographic dash; type the dashes of options as - or --"
+    if re.match(r"[\w.]+\[", key):
+        return f"'{word}': a list is given as a whole: {key.partition('[')[0]}=[...]"
+    group = next((group for group, options in groups().items() if word in options), None)
+    text = next((key.name for key in known.values() if key.is_sentence and "." not in key.name), None)
+    if group:
+        meant = f"{group}={word}"
+    elif word in known or word in groups():
+        meant = f"{word}=VALUE"
+    elif text and "=" not in word:
+        meant = f"{text}={_quote(word)}"
+    else:
+        meant = "train.steps=100"
+    return f"'{word}': a setting is key=value, without blanks around =, for example {meant}"
+
+
 def _removal(verb: str, word: str) -> str:
     """Check `~key`, which removes a key from an open mapping; all other keys always exist."""
     key = word[1:].partition("=")[0]
+    if not key:
+        raise ConfigError(_no_setting(verb, word))
     if key in groups():
         raise ConfigError(f"{word}: a group always has an option; choose another one, or leave {key}=... out")
     known = keys_of(COMMANDS[verb].config)
@@ -242,13 +287,16 @@ NUMBER_OR_TRUTH = r"[+-]?(\d[\d_]*)?\.?\d+(e[+-]?\d+)?|true|false|nan|[+-]?inf"
 
 
 def _sentence(value: str, key: Key) -> str:
-    """Convert a value of free text: one text, unless it is unambiguously a list (or null)."""
+    """Convert a value of free text: one text, unless the key takes several and it is unambiguously a list (or null)."""
     if value in ("null", "None"):
         return "null"
     elements: list[str] | None = None
+    is_list = typing.get_origin(key.type) is list
+    if re.fullmatch(QUOTED, value) and is_list:
+        return f"[{value}]"
     if re.fullmatch(rf"({QUOTED})(\s*,\s*({QUOTED}))*", value):
         return value  # several values are one run each, with --multirun
-    if value.startswith("[") and value.endswith("]"):
+    if value.startswith("[") and value.endswith("]") and not key.is_text:
         inside = value[1:-1].strip()
         if re.fullmatch(rf"(({QUOTED})(\s*,\s*({QUOTED}))*)?", inside):
             elements = [e[0] for e in re.finditer(QUOTED, inside)]
@@ -257,7 +305,7 @@ def _sentence(value: str, key: Key) -> str:
     if elements is not None:
         return "[" + ",".join(elements) + "]"
     text = _quote(escaped(value))
-    return f"[{text}]" if typing.get_origin(key.type) is list else text
+    return f"[{text}]" if is_list else text
 
 
 def _as_text(value: str) -> str:

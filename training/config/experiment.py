@@ -32,6 +32,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir: it is empty; name a directory")
+        require(
+            bool(self.name.strip()) and ".." not in self.name.split("/") and self.name.isprintable(),
+            f"run.name={self.name!r}: it is part of paths; give a name without line breaks and without ..",
+        )
 
 
 @dataclass

@@ -40,6 +40,20 @@ def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
     assert read_prompts(str(table)) == [strange, "two\nlines"]
 
 
+def test_the_end_of_the_last_line_is_not_one_more(tmp_path: Path) -> None:
+    negatives = tmp_path / "negatives.txt"
+    for end in ("", "\n", "\r\n"):
+        negatives.write_bytes(f"blurry{end}".encode())
+        assert read_prompts(str(negatives), keep_blank=True) == ["blurry"]
+    negatives.write_text("\nugly\n")
+    assert read_prompts(str(negatives), keep_blank=True) == ["", "ugly"]
+
+
+def test_a_list_without_quotation_marks_is_said_to_be_one_prompt(capsys) -> None:
+    assert read_prompts("[a cat, a dog]") == ["[a cat, a dog]"]
+    assert "this is one prompt" in capsys.readouterr().out
+
+
 def test_skipped_blanks_are_said(capsys) -> None:
     assert read_prompts(["", "a", " "]) == ["a"]
     assert "prompts: 2 of 3 are blank and skipped" in capsys.readouterr().out

@@ -229,6 +229,42 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("wandb.mode=of", "wandb.mode=of: it must be online, offline or disabled"),
         ("stage.diffusion.schedule=square", "stage.diffusion.schedule=square: it must be one of cosine, linear, edm"),
         ("stage.model.preset=huge", "stage.model.preset=huge: it must be one of "),
+        ("stage=base64,sr256", "stage=base64,sr256: several values; add --multirun"),
+        ("ingredient=muon,min_snr", "ingredient=muon,min_snr: several values; write ingredient=[muon,min_snr]"),
+        ("train.steps=10,000", "train.steps=10,000: several values; write train.steps=10000 for one number"),
+        ("experiment=demo,stage=demo_base", "experiment=demo,stage=demo_base: settings are separated by blanks"),
+        ("experiment=demo stage=demo_base", "experiment=demo stage=demo_base: these are several settings in one"),
+        (
+            "experiment=conf/experiment/demo.yaml",
+            "experiment=conf/experiment/demo.yaml: no such option; did you mean demo?",
+        ),
+        ("stage@run=base64", "stage@run=base64: a group has its own section and cannot be put elsewhere; write stage="),
+        ("tracking=off", "tracking=off: no such option; did you mean disabled?"),
+        ("precision=float32", "precision=float32: no such option; did you mean fp32?"),
+        ("wandb=disabled", "wandb: it is a section; to turn W&B off or on, write tracking=disabled"),
+        ("EXPERIMENT=demo", "EXPERIMENT: no such key; did you mean experiment?"),
+        ("deepspeed=ds.json", "deepspeed: no such key; did you mean zero (zero=zero2;"),
+        ("hydra.run.dir=out", "hydra.run.dir=out: nothing would be written there; a run's directory is run.dir"),
+        ("hydra.job.chdir=true", "hydra.job.chdir=true: cascade stays in the current directory"),
+        ("hydra.launcher=joblib", "hydra.launcher=joblib: a launcher is chosen with hydra/launcher=NAME"),
+        ("hydra.nothing=1", "hydra.nothing: Hydra has no such setting"),
+        ("hydra.job.num=often", "hydra.job.num=often: it must be a value that Hydra accepts"),
+        ("data.captions.sources={a:1", "data.captions.sources='{a:1': it must be a mapping"),
+        ("run.name=[a]", "run.name=[a]: it must be text"),
+        ("run.name=", "run.name='': it is part of paths"),
+        ("run.name=a/../b", "run.name='a/../b': it is part of paths"),
+        ("run.name=${seed", "run.name: '${seed' is an incomplete reference"),
+        ("run.name=${run.name}", "run.name: it refers to itself"),
+        ("run.name=${oc.env:NOT_SET_HERE}", "run.name: the environment variable NOT_SET_HERE is not set"),
+        ("run.name=${env:HOME}", "run.name: ${env:...} is not a reference"),
+        ("ema.decays[0]=1", "'ema.decays[0]=1': a list is given as a whole: ema.decays=[...]"),
+        (
+            "train.steps",
+            "'train.steps': a setting is key=value, without blanks around =, for example train.steps=VALUE",
+        ),
+        ("photos", "'photos': a setting is key=value, without blanks around =, for example experiment=photos"),
+        ("\u2013\u2013multirun", "'\u2013\u2013multirun': it starts with a typographic dash"),
+        ("~", "'~': a setting is key=value"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, sentence: str) -> None:
@@ -331,12 +367,31 @@ def test_free_text_is_one_text(text: str) -> None:
         ("[]", []),
         ("null", None),
         ("'quoted, once'", "quoted, once"),
+        ("[a cat, a dog]", "[a cat, a dog]"),
     ],
 )
 def test_lists_of_prompts(typed: str, prompts: object) -> None:
     sample = load_config("sample", [f"prompts={typed}"])
     assert isinstance(sample, SampleCommand)
     assert sample.prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("train.sample_prompts='a cat'", "train.sample_prompts", ["a cat"]),
+        ("wandb.notes=[a,b]", "wandb.notes", "[a,b]"),
+        ('wandb.notes=["a"]', "wandb.notes", '["a"]'),
+        ("+seed=3", "seed", 3),
+        ("++train.steps=3", "train.steps", 3),
+        ("+experiment=demo", "run.name", "demo"),
+    ],
+)
+def test_what_can_only_mean_one_thing_is_taken_so(word: str, key: str, value: object) -> None:
+    config: object = load_config("train", ["data.shards=x", word])
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == value
 
 
 def test_texts_reach_other_processes_as_they_are() -> None:
@@ -359,6 +414,11 @@ def test_names_keep_their_spelling(name: str) -> None:
         ("train", "epochs=3", "train.steps (epochs x samples / data.global_batch)"),
         ("sample", "num_inference_steps=3", "steps"),
         ("sample", "guidance_scale=3", "guidance"),
+        ("sample", "width=64", "size"),
+        ("sample", "ckpt=x", "from_bundle"),
+        ("train", "ckpt_path=x", "the same command again, which resumes automatically"),
+        ("train", "devices=2", "cluster.processes"),
+        ("train", "use_wandb=false", "tracking (tracking=online, offline or disabled)"),
     ],
 )
 def test_what_other_programs_call_it(verb: str, typed: str, key: str) -> None:
@@ -369,7 +429,8 @@ def test_what_other_programs_call_it(verb: str, typed: str, key: str) -> None:
 
 def test_other_names_lead_to_keys_that_exist() -> None:
     keys = {key for verb in COMMANDS.values() for key in keys_of(verb.config)} | set(groups())
-    assert {re.split(r"[\s=]", name)[0] for name in SYNONYMS.values()} - {"the"} <= keys
+    names = [name for one in SYNONYMS.values() for name in ([one] if isinstance(one, str) else one)]
+    assert {name.split()[0] for name in names} - {"the"} <= keys
 
 
 def test_every_setting_is_explained() -> None:

@@ -91,8 +91,9 @@ def fake_verb(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["--version"])
-    assert re.match(r"cascade \d+\.\d+\.\d+, torch ", capsys.readouterr().out)
+    for words in (["--version"], ["train", "--version"]):
+        cli.main(words)
+        assert re.match(r"cascade \d+\.\d+\.\d+, torch ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -114,6 +115,12 @@ def test_help_of_a_command(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     for group in ("stage", "experiment", "zero", "text"):
         assert f"\n  {group} " in text
     assert "--cfg job" in text and "--multirun" in text
+
+
+@pytest.mark.parametrize("words", [["help", "bundle"], ["--help", "bundle"], ["bundle", "help"], ["bundle", "-h"]])
+def test_help_in_any_order(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(words)
+    assert capsys.readouterr().out.startswith("cascade bundle: ")
 
 
 def test_help_shows_the_values_that_overrides_give(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +163,14 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "~experiment"], ["~experiment: a group always has an option"]),
         (["train", "~cluster.sbatch.qos"], ["~cluster.sbatch.qos: no such key"]),
         (["sample", "guidanc=3"], ["guidanc: no such key", "did you mean guidance?"]),
+        (["sample", "a cat"], ["for example prompts='a cat'"]),
+        (["TRAIN"], ["TRAIN: no such command; did you mean train?"]),
+        (["generate"], ["did you mean sample?"]),
+        (["experiment=demo", "train"], ["experiment=demo: the command comes first: cascade train key=value"]),
+        (["train", "--local_rank=0"], ["--local_rank=0: no such option; cascade starts its own processes"]),
+        (["train", "--config", "x.yaml"], ["--config: no such option; write experiment=NAME, or --config-dir DIR"]),
+        (["train", "-cn", "demo"], ["--config-name=demo: demo is an experiment; write experiment=demo"]),
+        (["train", "--config-name=mine"], ["there is no mine.yaml", "--config-dir"]),
     ],
 )
 def test_a_mistake_is_one_sentence(words: list[str], expected: list[str], tmp_path: Path) -> None:
