@@ -1,17 +1,22 @@
 """The gain from single ingredients on a ladder of small tasks: paired trainings of stages with and without each.
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
-        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [pictures=PATTERN] [device=cpu]
+        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [equal_time=false] [pictures=PATTERN]
+        [device=cpu]
 
     OUTPUT/settings.json   the settings that all arms share; other settings need another OUTPUT
     OUTPUT/results.jsonl   one line per run; repeating the command trains only what is missing
+    OUTPUT/paces.json      with equal_time, the time of a step of each arm, in steps of `none`
     OUTPUT/ladder.md       the tables
 
     scene   one, relations (two objects), three, four (of different colours), counts (two to four equal ones)
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
     stage   a stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
             network is that of `model`. A super-resolution stage (demo_sr, sr256) makes pictures of `size`, twice that
-            of the same model's base stage, from pictures of half that size
+            of the same model's base stage, from pictures of half that size. An ingredient `base64:` or
+            `base64:muon+min_snr` has another stage's settings instead
+    equal_time=true   `steps` are those of `none`; each other arm takes as many as fit into the same CPU time
+    widths= blocks=   the whole network of the preset: with stage=demo_base, that of the demo
     pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
 
 For each seed, all arms get the same pictures in the same order, the same initial weights, text dropout and noise: these
@@ -75,7 +80,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """Model -> default values of the options with these names."""
 SUPER_RESOLUTION = {"demo_base": "demo_sr", "base64_100m": "sr256_100m"}
 """Preset of a base stage -> that of the same model's super-resolution stage, whose pictures are twice as large."""
-SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch")
+SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch", "equal_time")
+PACED, ROUNDS = 10, 3
+"""Steps of one measurement of an arm's pace, and how often it is repeated, in turns with `none`."""
 RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
 """The demo's settings, used for any stage."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -194,13 +201,16 @@ def words_right(model: Any, data: Pictures, config: Experiment, device: str) -> 
     return float(np.mean(right))
 
 
-def train(config: Experiment, data: Pictures, device: str) -> Any:
-    """Train `train.steps` steps on the pictures in order; return the engine."""
+def build(config: Experiment, device: str) -> Any:
+    """Return an engine with the initial weights of `config.seed`."""
     torch.manual_seed(config.seed)
-    model = UNet(for_stage(config.stage, config.text.dim)).to(device)
-    engine = build_engine(model, config, Ranks(device=device))
+    return build_engine(UNet(for_stage(config.stage, config.text.dim)).to(device), config, Ranks(device=device))
+
+
+def train(engine: Any, config: Experiment, data: Pictures, steps: range, device: str) -> None:
+    """Train these steps on the pictures in order."""
     batch = config.data.global_batch
-    for step in range(config.train.steps):
+    for step in steps:
         positions = torch.arange(step * batch, (step + 1) * batch)
         rows = positions % len(data.images)
         mean, _ = loss(
@@ -218,17 +228,42 @@ def train(config: Experiment, data: Pictures, device: str) -> Any:
         )
         engine.backward(mean)
         engine.step(step, mean.detach())
-    return engine
+
+
+def pace(arm: str, settings: dict[str, Any], device: str) -> float:
+    """Return the CPU time of a step of an arm, in steps of `none`: the ratio of the fastest of ROUNDS measurements,
+    since other work on the machine can only make a step slower."""
+    configs = [config_of(name, 0, settings) for name in ("none", arm)]
+    engines, fastest = [build(config, device) for config in configs], [math.inf, math.inf]
+    data = pictures(range(settings["batch"]), configs[0], settings, False)
+    for number in range(ROUNDS):
+        for i, config in enumerate(configs):
+            began = time.process_time()
+            train(engines[i], config, data, range(number * PACED, (number + 1) * PACED), device)
+            fastest[i] = min(fastest[i], time.process_time() - began)
+    return fastest[1] / fastest[0]
+
+
+def paces(path: Path, arms: Sequence[str], settings: dict[str, Any], device: str) -> dict[str, float]:
+    """Return the pace of each arm, measured once and kept in a file: all seeds take the same number of steps."""
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {"none": 1.0}
+    for arm in arms:
+        if arm not in found:
+            found[arm] = pace(arm, settings, device)
+            path.write_text(json.dumps(found, indent=1))
+    return found
 
 
 def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
-    """Return the settings of an arm: ingredients joined by +, or `none`."""
+    """Return the settings of an arm: `none`, or ingredients joined by +, after `STAGE:` if its stage is another."""
+    other, _, ingredients = arm.rpartition(":")
+    name = other or settings["stage"]
     words = [f"stage.model.preset={settings['preset']}"]
     if settings["widths"]:
         words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
     if settings["blocks"]:
         words += [f"stage.model.overrides.blocks=[{settings['blocks']}]", "stage.model.overrides.head_dim=32"]
-    stage = _stage(settings["stage"])
+    stage = _stage(name)
     if stage.is_super_resolution:
         low = settings["size"] // 2
         words += [f"stage.low_res_size={low}", "stage.crop_size=0"]
@@ -237,8 +272,8 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
         "train",
         [
             "experiment=demo",
-            f"stage={settings['stage']}",
-            f"ingredient=[{'' if arm == 'none' else arm.replace('+', ',')}]",
+            f"stage={name}",
+            f"ingredient=[{'' if arm == 'none' else ingredients.replace('+', ',')}]",
             f"stage.image_size={settings['size']}",
             *words,
             *RECIPE,
@@ -273,7 +308,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     none = [line for line in lines if line["arm"] == "none"]
     has_words = all(line.get("words") is not None for line in lines)
     said = [
-        "| ingredient | x0 error | detectable | " + ("words right | detectable | " if has_words else "") + "time |",
+        f"| ingredient | x0 error | detectable | {'words right | detectable | ' if has_words else ''}time |",
         "|---|---|---|" + ("---|---|" if has_words else "") + "---|",
     ]
     error = math.exp(float(np.mean([line["error"] for line in none])))
@@ -325,6 +360,9 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
     Raises:
         SystemExit: an option, model or scene does not exist.
     """
+    equal_time = given.get("equal_time", "false")
+    if equal_time not in ("true", "false"):
+        raise SystemExit(f"equal_time={equal_time}: it must be true or false")
     unknown = {*given} - {*SHARED, "ingredients", "seeds", "device"}
     model, scene = given.get("model", "small"), given.get("scene", "one")
     if unknown or model not in MODELS or scene not in DRAWN:
@@ -333,7 +371,7 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
             f"{wrong}: not known; models are {', '.join(MODELS)}, scenes {', '.join(DRAWN)}, words "
             f"{', '.join((*SHARED, 'ingredients', 'seeds', 'device'))}"
         )
-    base: dict[str, Any] = {"stage": "demo_base", "pictures": "", **MODELS[model]}
+    base: dict[str, Any] = {"stage": "demo_base", "pictures": "", "equal_time": "false", **MODELS[model]}
     if _stage(given.get("stage", "demo_base")).is_super_resolution:
         base |= {"preset": SUPER_RESOLUTION[base["preset"]], "size": 2 * base["size"]}
     found = {**base, **given, "model": model, "scene": scene}
@@ -351,13 +389,18 @@ def main(words: list[str]) -> None:
         raise SystemExit(f"seeds={seeds}: an interval needs at least two seeds")
     output.mkdir(parents=True, exist_ok=True)
     results, shared = output / "results.jsonl", output / "settings.json"
-    if shared.exists() and (before := json.loads(shared.read_text())) != settings:
+    before = {**settings, "equal_time": "false", **(json.loads(shared.read_text()) if shared.exists() else settings)}
+    if before != settings:
         changed = next(key for key in SHARED if before.get(key) != settings[key])
         raise SystemExit(
             f"{changed}={settings[changed]}: {output} was made with {before.get(changed)}; choose another directory"
         )
     shared.write_text(json.dumps(settings, indent=1))
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    steps_of = dict.fromkeys(arms, settings["steps"])
+    if settings["equal_time"] == "true":
+        found = paces(output / "paces.json", arms, settings, device)
+        steps_of = {arm: round(settings["steps"] / found[arm]) for arm in arms}
     for seed in range(seeds):
         missing = [arm for arm in arms if (arm, seed) not in {(line["arm"], line["seed"]) for line in lines}]
         if not missing:
@@ -367,12 +410,12 @@ def main(words: list[str]) -> None:
         heldout = pictures(range(HELDOUT), first, settings, True)
         trained: list[tuple[Any, Any, float]] = []
         for arm in missing:
-            config = config_of(arm, seed, settings)
-            learns = (config.stage.diffusion, config.stage.model, config.optimizer)
+            config = config_of(arm, seed, {**settings, "steps": steps_of[arm]})
+            learns = (config.stage.diffusion, config.stage.model, config.optimizer, config.train.steps)
             same = next((one for one in trained if one[0] == learns), None)
             if same is None:
-                began = time.process_time()
-                engine = train(config, data, device)
+                engine, began = build(config, device), time.process_time()
+                train(engine, config, data, range(config.train.steps), device)
                 same = (learns, engine, time.process_time() - began)
                 trained.append(same)
             _, engine, seconds = same
@@ -391,6 +434,7 @@ def main(words: list[str]) -> None:
                     "levels": levels,
                     "words": words_right(model, heldout, config, device) if reads else None,
                     "seconds": round(seconds, 1),
+                    "steps": steps_of[arm],
                 }
             lines.append(line)
             print(json.dumps(line), flush=True)

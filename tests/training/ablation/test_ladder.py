@@ -73,8 +73,28 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
 
 
+def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(ladder, "pace", lambda arm, *_: asked.append(arm) or {"muon": 2.0, "base64:": 0.8}[arm])
+    words = [str(tmp_path), "ingredients=muon,base64:", *TINY, "steps=4", "equal_time=true"]
+    ladder.main([*words, "seeds=2"])
+    assert {line["arm"]: line["steps"] for line in results(tmp_path)} == {"none": 4, "muon": 2, "base64:": 5}
+    ladder.main([*words, "seeds=3"])
+    assert asked == ["muon", "base64:"], "once for all seeds"
+    with pytest.raises(SystemExit, match=r"equal_time=false: .* was made with true"):
+        ladder.main([str(tmp_path), *TINY, "steps=4"])
+
+
+def test_pace_and_arms_of_another_stage() -> None:
+    settings = ladder.settings_of({"widths": "32,32", "batch": "2"})
+    assert 0 < ladder.pace("base64:muon", settings, "cpu") < math.inf
+    config = ladder.config_of("base64:muon", 0, settings)
+    assert (config.stage.diffusion.parametrization, config.optimizer.name) == ("v", "muon")
+    assert config.stage.image_size == 16 and ladder.config_of("muon", 0, settings).stage.diffusion.max_weight == 4
+
+
 def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
-    for word in ("objects=2", "scene=five", "model=huge", "seeds=1"):
+    for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
             ladder.main([str(tmp_path), word])
 
