@@ -24,7 +24,7 @@ from data_pipeline.common.errors import ConfigError, UserError
 from slurm.array import render_array, sweep_folder
 from slurm.emitters import emitter
 from slurm.jobs.frozen import freeze
-from slurm.jobs.graph import GraphNode, cascade_graph, drawing, words_for
+from slurm.jobs.graph import STUDENTS, GraphNode, cascade_graph, drawing, words_for
 from slurm.jobs.job import Job
 from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, local_record, render_local
@@ -193,6 +193,8 @@ def compose_all(entries: list[GraphNode], words: list[str], config: LaunchComman
         if config.verb != "all" or entry.verb == "distill":
             refuse_unread_by_all([(entry.verb, jobs[-1].config)], keys_given(entry.verb, entry.words))
     shared = dict.fromkeys(key for job in jobs for key in keys_given(job.verb, words))
+    if config.verb == "all":
+        shared.pop(STUDENTS, None)  # the graph has read it
     refuse_unread_by_all([(job.verb, job.config) for job in jobs], shared)
     for key in shared:
         if key in OF_SOME and not any(OF_SOME[key](COMMANDS[job.verb]) for job in jobs):

@@ -16,6 +16,8 @@ SUCCEEDED, BEGUN = "succeeded", "begun"
 """When a job may start: after the jobs that it waits for have succeeded, or as soon as they have begun."""
 ALONE = ("cluster.nodes=1", "cluster.min_nodes=0", "cluster.processes=1", "cluster.preflight_exclude=false")
 """Overrides for a job that needs only one device."""
+STUDENTS = "bundle.students"
+"""The key of `students_of`."""
 JOBS = "jobs"
 """Directory, next to the runs, for the scripts and logs of jobs that are not trainings."""
 
@@ -120,25 +122,25 @@ class Student:
 
 
 def students_of(config: LaunchCommand) -> list[Student]:
-    """Return the students that `students` asks for: each entry is a stage of bundle.runs and overrides of its own.
+    """Return the students of `bundle.students`: each entry is a stage of bundle.runs, followed by overrides of its own.
 
     Raises:
         ConfigError: an entry is not valid.
     """
     teachers = {Path(run).name: Path(run) for run in config.bundle.runs}
     found: dict[str, Student] = {}
-    for entry in config.students:
+    for entry in config.bundle.students:
         try:
             name, *words = shlex.split(entry) or [""]
         except ValueError as error:
-            raise ConfigError(f"students={entry}: unbalanced quotation marks ({error})") from error
+            raise ConfigError(f"bundle.students={entry}: unbalanced quotation marks ({error})") from error
         if name not in teachers or name in found:
             why = "it is listed twice" if name in found else f"begin with one of {', '.join(teachers)} (bundle.runs)"
-            raise ConfigError(f"students={entry}: {why}; for example, students=[{next(iter(teachers))}]")
+            raise ConfigError(f"bundle.students={entry}: {why}; for example, bundle.students=[{next(iter(teachers))}]")
         given = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)}
         for key in ("run", "run.dir", "run.name", "stage", "experiment", "distill.teacher"):
             if key in given:
-                raise ConfigError(f"students={entry}: verb=all decides {key} for each student; leave it out")
+                raise ConfigError(f"bundle.students={entry}: verb=all decides {key} for each student; leave it out")
         steps = given.get("distill.steps") or config.distill.steps or DistillCommand().distill.steps
         teacher = teachers[name]
         found[name] = Student(teacher, teacher.with_name(f"{name}_{steps}steps"), words)
@@ -152,8 +154,8 @@ def _bundle_of(runs: Iterable[Path]) -> str:
 
 def words_for(verb: str, words: Sequence[str]) -> list[str]:
     """Return the overrides of a whole cascade that apply to this command: one that draws reads its stages from the
-    bundle, so those of `stage` do not; those of `distill` only apply to students."""
-    own = [*(["stage."] if COMMANDS[verb].draws else []), *(["distill."] if verb != "distill" else [])]
+    bundle, so those of `stage` do not; those of `distill` only apply to students, which the graph alone reads."""
+    own = [STUDENTS, *(["stage."] if COMMANDS[verb].draws else []), *(["distill."] if verb != "distill" else [])]
     return [word for word in words if not word.lstrip("+~").startswith(tuple(own))]
 
 

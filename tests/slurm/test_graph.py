@@ -16,7 +16,7 @@ from slurm.commands.status import main
 from slurm.supervise import history
 from tests.slurm.conftest import Slurm, until
 from tests.slurm.launching import TWO_NODES, cascade, install, launch
-from training.cli.compose import load_config
+from training.cli.compose import load_config, searching
 
 DEMO = ("cluster=slurm", "experiment=demo")
 
@@ -61,7 +61,7 @@ def test_data_that_is_there_is_not_prepared(here: Path) -> None:
 
 
 def test_students_follow_their_teachers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    students = 'students=["demo_base distill.steps=2 train.steps=5",demo_sr]'
+    students = 'bundle.students=["demo_base distill.steps=2 train.steps=5",demo_sr]'
     answer = launch(*DEMO, "distill.guidance=2", own=["verb=all", "dry_run=true", students])
     after = {job["name"]: job["after"] for job in answer["jobs"]}
     taught = ["distill-demo_base", "distill-demo_sr"]
@@ -82,18 +82,37 @@ def test_students_follow_their_teachers(here: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_stage_without_a_student_is_bundled_itself(here: Path) -> None:
-    answer = launch(*DEMO, "run.name=a b", own=["verb=all", "dry_run=true", "students=[demo_base]"])
+    answer = launch(*DEMO, "run.name=a b", own=["verb=all", "dry_run=true", "bundle.students=[demo_base]"])
     after = {job["name"]: job["after"] for job in answer["jobs"]}
     assert after["bundle"] == ["distill-demo_base", "train-demo_sr"]
     settings = OmegaConf.load(next(job["config"] for job in answer["jobs"] if job["name"] == "bundle"))
     assert settings.bundle.runs == ["runs/a b/demo_base_4steps", "runs/a b/demo_sr"]
 
 
+def test_an_experiment_lists_its_students(here: Path) -> None:
+    (here / "experiment").mkdir()
+    own = {"defaults": ["demo"], "bundle": {"students": ["demo_base distill.steps=2 distill.guidance=1"]}}
+    (here / "experiment" / "quick.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(own)}")
+
+    def graph(*words: str, verb: str = "all") -> dict[str, Path]:
+        with searching(str(here)):
+            answer = launch("cluster=slurm", "experiment=quick", *words, own=[f"verb={verb}", "dry_run=true"])
+        return {job["name"]: Path(job["config"]) for job in answer["jobs"]}
+
+    settings = graph()
+    assert [name for name in settings if name.startswith("distill")] == ["distill-demo_base"]
+    student = OmegaConf.load(settings["distill-demo_base"])
+    assert (student.distill.steps, student.distill.guidance) == (2, 1)
+    assert OmegaConf.load(settings["bundle"]).bundle.runs == ["runs/demo/demo_base_2steps", "runs/demo/demo_sr"]
+    assert "distill-demo_sr" in graph("bundle.students=[demo_sr]"), "the command line replaces the list"
+    assert list(graph(verb="train")) == ["train"], "one stage has no students"
+
+
 @pytest.mark.parametrize(
     ("students", "part"),
     [
-        ("[base64]", r"students=base64: begin with one of demo_base, demo_sr \(bundle\.runs\)"),
-        ('[demo_sr,"demo_sr distill.steps=2"]', "students=demo_sr distill.steps=2: it is listed twice"),
+        ("[base64]", r"bundle\.students=base64: begin with one of demo_base, demo_sr \(bundle\.runs\)"),
+        ('[demo_sr,"demo_sr distill.steps=2"]', r"bundle\.students=demo_sr distill\.steps=2: it is listed twice"),
         ('["demo_sr run.dir=x"]', "verb=all decides run.dir for each student"),
         ('["demo_sr guidance=2"]', "guidance"),
         ('["demo_sr bundle.dir=x"]', "bundle.dir: cascade distill would not use it"),
@@ -101,14 +120,17 @@ def test_a_stage_without_a_student_is_bundled_itself(here: Path) -> None:
             '["demo_base checkpoint.dir=s3://b/x","demo_sr checkpoint.dir=s3://b/x/"]',
             "s3://b/x: distill-demo_base and distill-demo_sr would both write there",
         ),
-        ("[demo_sr] verb=train", "students: only verb=all trains them, not verb=train"),
+        (
+            "[demo_sr] verb=train",
+            r"bundle\.students: cascade train would not use it; it is a setting of launch verb=all",
+        ),
     ],
 )
 def test_students_that_cannot_be_are_refused(here: Path, students: str, part: str) -> None:
     listed, _, verb = students.partition("] ")
-    own = [f"students={listed}]" if verb else f"students={listed}", verb or "verb=all", "dry_run=true"]
+    given = f"bundle.students={listed}]" if verb else f"bundle.students={listed}"
     with pytest.raises(ConfigError, match=part):
-        launch(*DEMO, own=own)
+        launch(*DEMO, given, own=[verb or "verb=all", "dry_run=true"])
 
 
 SPY = """

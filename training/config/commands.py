@@ -171,9 +171,6 @@ class LaunchCommand(Experiment):
     chain, each job starting after the previous one succeeds; `all`: the whole cascade of the experiment, as a graph."""
     embed_tasks: int = 1
     """verb=all: array tasks that divide the text embedding among them."""
-    students: list[str] = field(default_factory=list)
-    """verb=all: stages to distil once they are trained, each with words of its own for `cascade distill`:
-    ["demo_base distill.steps=4 train.steps=400","demo_sr distill.steps=2"]; the bundle takes the students."""
     evaluate_checkpoints: bool = True
     """verb=all: for each stage, an additional job evaluates its checkpoints as they appear (on one device)."""
     at_once: int = 0
@@ -191,10 +188,6 @@ class LaunchCommand(Experiment):
         super().__post_init__()
         require(self.embed_tasks >= 1, f"embed_tasks={self.embed_tasks}: it must be at least 1")
         require(self.at_once >= 0, f"at_once={self.at_once}: it must not be negative")
-        require(
-            self.verb == "all" or not self.students,
-            f"students: only verb=all trains them, not verb={self.verb}; submit `distill stage=NAME` as a command",
-        )
 
 
 @dataclass
@@ -633,7 +626,7 @@ COMMANDS: dict[str, Verb] = {
         (
             "cascade launch verb=all cluster=slurm experiment=demo dry_run=true",
             "cascade launch verb=all cluster=slurm experiment=demo \\\n"
-            '      \'students=["demo_base distill.steps=4 train.steps=400","demo_sr distill.steps=2"]\'',
+            '      \'bundle.students=["demo_base distill.steps=4 train.steps=400","demo_sr distill.steps=2"]\'',
             "cascade launch cluster=slurm experiment=demo dry_run=true",
             "cascade launch cluster=slurm experiment=demo "
             "verb=\"['train stage=demo_base','train stage=demo_sr',bundle]\"",

@@ -439,6 +439,9 @@ class BundleConfig:
 
     runs: list[str] = field(default_factory=list)
     """Run directories (or checkpoints) of the stages, base first."""
+    students: list[str] = field(default_factory=list)
+    """`launch verb=all`: stages of bundle.runs to distil once they are trained, each with words of its own for `cascade
+    distill`: ["demo_base distill.steps=4 train.steps=400","demo_sr distill.steps=2"]; the bundle takes the students."""
     dir: str = "runs/default/bundle"
     """The bundle: a directory or s3:// prefix."""
     text_path: str | None = None

@@ -263,6 +263,7 @@ def reader(verb: str, config: Any, key: str) -> str:
         return f"give {own}=..."
     others = [name for name in COMMANDS if name not in (verb, "launch") and _takes(name, key)]
     others += ["launch"] if key.startswith("cluster.") else []
+    others += ["launch verb=all"] if key == "bundle.students" else []
     if others:
         return f"it is a setting of {', '.join(others)}"
     return "other settings given here take its place; leave it out"

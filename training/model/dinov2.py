@@ -16,6 +16,8 @@ from data_pipeline.common.errors import ConfigError, DataError
 from training.config.features import DinoConfig
 from training.text.identity import folder_hash
 
+DINO = "facebook/dinov2-base"
+"""The encoder to fetch where none is found; DINOv2 of any size will do."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of each colour channel that DINOv2 expects pictures in [0, 1] to be normalised with
 (ImageNet's)."""
@@ -30,7 +32,7 @@ def pinned_dino(config: DinoConfig) -> DinoConfig:
     """
     if not config.path:
         return config
-    found = folder_hash(config.path, "dino.path")
+    found = folder_hash(config.path, "dino.path", DINO)
     if config.sha not in (None, found):
         raise ConfigError(
             f"dino.sha={config.sha}: dino.path={config.path} has a different encoder, {found}; use the one that the "
@@ -53,7 +55,7 @@ def dino_settings(path: str) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"dino.path={path}: it has no readable config.json; fetch the encoder on a machine with internet access: "
-            f"hf download facebook/dinov2-base --local-dir {path}"
+            f"hf download {DINO} --local-dir {path}"
         ) from error
     if kind != "dinov2":
         raise DataError(f"dino.path={path}: it holds a model of type {kind}, not dinov2")

@@ -82,11 +82,12 @@ def identity(config: TextConfig) -> dict[str, Any]:
     return {**facts, "weights": _hash_files(folder, weights) + how, "tokenizer": _hash_files(place, tokenizer)}
 
 
-def folder_hash(path: str, key: str) -> str:
+def folder_hash(path: str, key: str, model: str = "MODEL") -> str:
     """Return the hash of a model's directory: weights, config, tokenizer and processor, independent of its path.
 
     Args:
         key: the setting to name in an error.
+        model: the model to fetch, to name in an error.
 
     Raises:
         DataError: there is no such directory, or it contains no weights.
@@ -94,8 +95,9 @@ def folder_hash(path: str, key: str) -> str:
     there = sorted(os.listdir(path)) if os.path.isdir(path) else []
     names = [name for name in there if name.endswith((".safetensors", ".bin", ".json", ".model", ".jinja", ".txt"))]
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        missing = "it has no weights (model.safetensors)" if os.path.isdir(path) else "there is no model"
         raise DataError(
-            f"{key}={path}: there is no model; fetch one on a machine with internet access: hf download MODEL "
+            f"{key}={path}: {missing}; fetch one on a machine with internet access: hf download {model} "
             f"--local-dir {path}"
         )
     return _hash_files(path, names)

@@ -95,7 +95,9 @@ def test_a_picture_of_another_shape_keeps_its_shape() -> None:
 def test_another_encoder_or_a_damaged_one_is_refused(dino: Path, tmp_path: Path) -> None:
     config = pinned_dino(DinoConfig(path=str(dino)))
     assert pinned_dino(config) == config and pinned_dino(DinoConfig()) == DinoConfig()
-    with pytest.raises(DataError, match=r"dino\.path=.*there is no model; fetch one"):
+    with pytest.raises(DataError, match=r"dino\.path=.*/none: there is no model; .*hf download facebook/dinov2-base"):
+        pinned_dino(DinoConfig(path=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"dino\.path=.*: it has no weights \(model\.safetensors\)"):
         pinned_dino(DinoConfig(path=str(tmp_path)))
     other = tmp_path / "other"
     shutil.copytree(dino, other)
