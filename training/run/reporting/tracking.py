@@ -23,7 +23,7 @@ from data_pipeline.common.terminal import VisibleFormatter
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
 from training.processes.ranks import Ranks
-from training.run.directory import RunDir, replace_file, to_dict
+from training.run.directory import RunDir, json_lines, read_json, replace_file, to_dict
 from training.run.reporting.trackers import Sinks
 
 log = logging.getLogger("cascade")
@@ -32,6 +32,8 @@ SILENT = logging.INFO - 1
 """Log level of messages for the rank's log file only, not the terminal."""
 INIT_S = 60.0
 """Seconds that W&B may take to respond at the start."""
+WHOLE = "wandb/whole.json"
+"""File in RUN_DIR: the id of the W&B run, and the last step before the end of a start that W&B wrote completely."""
 BAR = 20
 """Width of the progress bar in characters."""
 
@@ -126,6 +128,7 @@ class Tracker:
         self.run, self.config, self.active = run, config, ranks.is_main
         self._out = out or sys.stdout
         self._wandb: Any = None
+        self._wandb_failed = False
         self._lost: str | None = None
         if not self.active:
             return
@@ -134,7 +137,11 @@ class Tracker:
         if kept:
             log.info("metrics.jsonl: %d lines after step %d were removed; these steps run again", kept, step)
         self._sinks = Sinks(config.trackers, run.path, run.metrics, step)
-        self._wandb = start_wandb(run, config, wandb_id, code)
+        self._wandb_id, self._last = wandb_id, step
+        self._start_wandb = lambda: start_wandb(run, config, wandb_id, code)
+        self._wandb = self._start_wandb()
+        if self._wandb is not None:
+            self._catch_up(step)
 
     def log(self, step: int, record: dict[str, Any], seconds_left: float) -> None:
         """Log one record of metrics after `step` steps; `seconds_left` is shown in the progress line."""
@@ -150,6 +157,7 @@ class Tracker:
                     "metrics.jsonl cannot be written (%s): training continues, but lines are lost until there is space",
                     error,
                 )
+        self._last = step
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
         self._sinks.each(lambda sink: sink.log(step, record))
         screen = self._out.isatty()
@@ -198,8 +206,12 @@ class Tracker:
         with suppress(OSError):
             self._file.close()
         self._sinks.each(lambda sink: sink.close())
+        if self._wandb_failed and exit_code == 0:
+            self._start_again()
         offline = self._wandb is not None and self._wandb.settings._offline
         self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
+        if self._wandb is not None:
+            self._has_all(self._last)
         if offline:
             log.info(
                 "W&B: kept offline; upload it with: wandb sync %s",
@@ -209,14 +221,58 @@ class Tracker:
 
     def _to_wandb(self, call: Callable[[], None]) -> None:
         """Call W&B; if it fails, training continues without it. (Slurm's signals reach every process of a step, so a
-        job that is asked to stop loses W&B's own process before it has saved.)"""
+        job that is asked to stop loses W&B's own process before it has saved; the next start catches up.)"""
         if self._wandb is None:
             return
         try:
             call()
         except Exception as error:
             log.warning("W&B failed (%r): training continues, metrics.jsonl has everything", error)
-            self._wandb = None
+            self._wandb, self._wandb_failed = None, True
+
+    def _start_again(self) -> None:
+        """Start W&B once more at the end of a run, if it has failed before."""
+        with suppress(Exception):
+            import wandb
+
+            wandb.teardown()  # of the service that has failed
+        self._wandb = self._start_wandb()
+        if self._wandb is not None:
+            self._catch_up(self._last)
+
+    def _catch_up(self, step: int) -> None:
+        """Log again, up to `step`, what W&B has not written to the end: its process keeps the last records in memory,
+        and loses them if it is killed, or if one of Slurm's signals reaches it."""
+        whole = read_json(self.run.path / WHOLE)
+        if whole.get("id") != self._wandb_id:  # a new run, or one of an earlier version
+            self._has_all(step)
+            return
+        lines = [line for line in json_lines(self.run.metrics) if whole["step"] < line["step"] <= step]
+
+        def add() -> None:
+            import wandb
+
+            for line in lines:
+                if line["step"] < self._wandb.step:  # the server has it
+                    continue
+                record = {key: value for key, value in line.items() if value is not None}
+                picture = self.run.sample_file(line["step"])
+                if picture.exists():
+                    record["samples"] = wandb.Image(str(picture))
+                self._wandb.log(record, step=line["step"])
+
+        self._to_wandb(add)
+        if lines:
+            log.info(
+                "W&B: %d records after step %d, which it may have lost, were logged again", len(lines), whole["step"]
+            )
+
+    def _has_all(self, step: int) -> None:
+        """Record that W&B's files, or its server, have everything up to `step`."""
+        with suppress(OSError):  # disk full: records are logged twice
+            path = self.run.path / WHOLE
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, json.dumps({"id": self._wandb_id, "step": step}))
 
 
 def finite(value: Any) -> Any:

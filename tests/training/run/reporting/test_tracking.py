@@ -4,15 +4,19 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-from tests.training.wandb_files import read_wandb, whole_wandb
+from tests.training.wandb_files import read_wandb, wandb_records, whole_wandb
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
@@ -148,6 +152,54 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     artifact = next(values for _, values in found if "artifact" in values)
     assert artifact["places"] == [f"file://{place}/manifest.json"], "by reference, no copy"
     assert [(v["_step"], v["loss"]) for _, v in found if "loss" in v] == [(1, 0.5), (2, 0.25)]
+
+
+def kill_wandb() -> None:
+    """What Slurm's SIGTERM to every process of a step does to W&B's own process, which must end before we go on."""
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    pid = max(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core")
+    os.kill(pid, signal.SIGTERM)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def steps_in_wandb(config: Experiment) -> list[list[int]]:
+    """Of each offline file, the steps that it has; the process that wrote a file may have been killed."""
+    found = []
+    for path in sorted(RunDir(config).path.glob("wandb/offline-run-*/run-*.wandb")):
+        records = [Record.FromString(data) for data in wandb_records(path)]
+        items = [item for record in records if record.HasField("history") for item in record.history.item]
+        found.append([int(item.value_json) for item in items if "_step" in (item.key, *item.nested_key)])
+    return found
+
+
+def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config.wandb.mode = "offline"
+
+    def start(step: int, *logged: int) -> Tracker:
+        mine = tracker(config, step=step, out=io.StringIO())
+        for number in logged:
+            mine.log(number, RECORD, 1)
+        return mine
+
+    start(0, 1, 2).close()
+    mine = start(2, 3, 4)
+    kill_wandb()
+    mine.log(5, RECORD, 1)
+    mine.close(exit_code=1)
+    lost = {1, 2, 3, 4, 5} - {step for steps in steps_in_wandb(config) for step in steps}
+    assert 5 in lost and "W&B failed" in caplog.text
+    with suppress(ConnectionError):  # as in another process
+        wandb.teardown()
+    start(5, 6).close()
+    assert "3 records after step 2, which it may have lost, were logged again" in caplog.text
+    assert [steps_in_wandb(config)[0], steps_in_wandb(config)[-1]] == [[1, 2], [3, 4, 5, 6]]
+
+    mine = start(6, 7)
+    kill_wandb()
+    mine.log(8, RECORD, 1)
+    mine.close()
+    assert steps_in_wandb(config)[-1] == [7, 8], "a run that ends well waits for no other start"
 
 
 def test_names_groups_notes_and_tags_reach_wandb(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
