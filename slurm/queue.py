@@ -1,4 +1,4 @@
-"""Calls Slurm's commands and interprets their answers."""
+"""Submits jobs to Slurm, and says what has become of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+from slurm.client import PATIENCE_S, ask, clean_environment
 from slurm.jobs.graph import BEGUN, SUCCEEDED
 from slurm.jobs.records import EVENTS, submissions
 from slurm.local import local_state
 from slurm.options import EXCLUSIVE
 from training.run.directory import json_lines
 
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_EXIT_ERROR", "SLURM_TIME_FORMAT")
-"""Variables by which the user selects a cluster. All other SLURM_* and SRUN_* describe an allocation."""
-PATIENCE_S = 60
 LAST = 10
 """How many of a run's latest jobs to look up in the queue."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED")
@@ -60,19 +58,6 @@ HINTS = {
     "timed out": "Slurm does not answer; check with `squeue --me` whether it accepted the job before you try again",
 }
 """Part of a refusal -> what to do about it; the first match is used."""
-
-
-def clean_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment without the variables of an allocation from which a job is submitted.
-
-    sbatch would pass SLURM_CPU_BIND, SLURM_MEM_PER_CPU and the like on to the new job, where srun obeys them. SBATCH_*
-    are kept: they are the user's defaults.
-    """
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in KEPT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_", "CASCADE_"))
-    }
 
 
 def submission_environment(script: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -144,15 +129,6 @@ def withdraw(jobs: Sequence[int]) -> None:
     """Cancel the jobs of a launch that could not be submitted completely."""
     if jobs:
         ask("scancel", *map(str, jobs))
-
-
-def ask(*command: str) -> str | None:
-    """Run a Slurm command and return what it prints; None if it is missing, fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=clean_environment())
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _squeue(job: int) -> str | None:

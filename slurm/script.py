@@ -106,11 +106,11 @@ requeue() {
     if [ -n "$without" ]; then
         ( trap '' TERM CONT HUP USR1
           for try in $(seq 100); do
-              scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$without" 2>/dev/null && break
+              scontrol update JobId="$own_job" ExcNodeList="$without" 2>/dev/null && break
               sleep 0.1
           done ) &
     fi
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$own_job"; then
         sleep 600    # if this script exited by itself, the job could count as done
     fi
 }"""
@@ -284,7 +284,7 @@ def _judge(job: Job) -> str:
     words = [sys.executable, "-P", "-m", "slurm.supervise", str(job.home), "--verb", job.verb]
     words += ["--most", str(cluster.max_restarts_without_progress)]
     words += ["--requeue"] if cluster.requeue else []
-    said = str(slurm_seconds(key, str(limit))) if wanted(limit) else '"$(squeue -h -j "$SLURM_JOB_ID" -o %l)"'
+    said = str(slurm_seconds(key, str(limit))) if wanted(limit) else '"$(squeue -h -j "$own_job" -o %l)"'
     spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
     return f"{shlex.join(words)} --limit {said}{spare}"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
+from slurm.causes import why_requeued
 from slurm.task import FAILED, STOPPED
 from training.config.cluster import slurm_seconds
 from training.config.commands import COMMANDS
@@ -36,8 +37,9 @@ UNEXPLAINED = EXIT_CRASH
 OWN = "own"
 """Note of a script that has requeued its own job."""
 EXIT_LOST = 137
-"""Recorded for a start of which nothing is known except that Slurm requeued the job."""
-NODE_LOST = "requeued by Slurm without saving: a node failed, or somebody called `scontrol requeue`"
+"""Recorded for a start that a failed node ended, or of which nothing is known except that Slurm requeued the job."""
+NODES = "nodes"
+"""Note of the script: when this start began (seconds since 1970), and on which nodes."""
 BLAMED = 2
 """Number of failures after which a node is excluded."""
 PREFLIGHT = "preflight.json"
@@ -256,11 +258,24 @@ def record_requeue(run_dir: Path, notes: Path, end: End) -> None:
     by_script = notes.with_name(f"{notes.name}-{OWN}").exists()
     if not by_script and not any(one.action.startswith("requeue") for one in known):
         saved = any(True for _ in notes.parent.glob(f"{notes.name}-*/{STOPPED}"))
-        end.code = EXIT_PREEMPTED if saved else EXIT_LOST
-        end.why = "requeued by Slurm (preempted, or by hand), saved" if saved else NODE_LOST
+        cause = why_requeued(end.job, *_begun(notes))
+        end.code = EXIT_LOST if (cause.is_failure if cause else not saved) else EXIT_PREEMPTED
+        end.node = cause.node if cause else None
+        end.why = f"{cause.why if cause else 'requeued by Slurm'}; {'saved' if saved else 'not saved'}"
         record_end(run_dir, end, Verdict("requeue"))
     for left in notes.parent.glob(f"{notes.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _begun(notes: Path) -> tuple[str, float]:
+    """Return the nodes of the last start with these notes, and when it began; ("", 0) if there are none."""
+    found = []
+    for path in notes.parent.glob(f"{notes.name}-*/{NODES}"):
+        began, _, nodes = path.read_text().strip().partition(" ")
+        if began.isdecimal():
+            found.append((float(began), nodes))
+    began_s, nodes = max(found, default=(0.0, ""))
+    return nodes, began_s
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, DataError
+from slurm.causes import why_ended
 from slurm.jobs.graph import JOBS
 from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
 from slurm.jobs.remedies import remedy
@@ -17,6 +18,8 @@ from training.config.commands import COMMANDS, StatusCommand
 from training.run.directory import replace_file, try_to_write
 from training.run.reporting.tracking import duration
 
+WRITES_ON_S = 60.0
+"""Seconds for which a training may still write after Slurm has begun to end it."""
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
 
 
@@ -37,7 +40,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
     while True:
         runs = [run for run in find_runs(folder) if run.name != JOBS]
         rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or _trainings(run)]
-        jobs = [job_row(job) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
+        jobs = [job_row(explained(job)) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
         if not rows and not jobs:
             raise DataError(f"{folder}: no run there; give a run, or the directory of an experiment, with run=DIR")
         if rows and config.sort not in rows[0]:
@@ -69,14 +72,43 @@ def row_of(run: Path, price: float) -> dict[str, Any]:
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
     row["job"] = job["job"] if job else None
     row["why"] = job["reason"] if job and row["state"] in ("pending", "unknown") else None
-    if row["state"] == "new" and job is None and (ended := _trainings(run)):  # it never came as far as a step
-        row["state"] = "failed" if ended[-1]["state"] == "failed" else "stopped"
-        row["code"] = ended[-1]["code"]
-        log = ended[-1]["log"]
-        row["error"] = f"job {ended[-1]['job']} ended with code {row['code']}, see {log}" if row["code"] else None
+    if job is None and row["state"] in ("new", "running", "stopped"):
+        _add_end(row, run, max(written, default=0.0))
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
+
+
+def _add_end(row: dict[str, Any], run: Path, wrote: float) -> None:
+    """Add to a row what became of the run's last job, which has left the queue.
+
+    Args:
+        row: the row; its state is new, running (it wrote recently) or stopped.
+        run: the run directory.
+        wrote: when the run last wrote, seconds since 1970.
+    """
+    ended = _trainings(run)
+    if not ended:
+        return
+    last = explained(ended[-1])
+    failed = last["state"] == "failed"
+    if last["reason"] and last["ended"] > wrote - WRITES_ON_S:
+        row["state"] = "failed" if failed else "stopped"
+        row["error" if failed else "why"] = f"job {last['job']}: {last['reason']}"
+    elif row["state"] == "new":  # it never came as far as a step
+        row["state"], row["code"] = "failed" if failed else "stopped", last["code"]
+        row["error"] = f"job {last['job']} ended with code {last['code']}, see {last['log']}" if last["code"] else None
+
+
+def explained(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job with Slurm's reason for ending it, as `reason`, and when, as `ended`, if its script recorded no end;
+    such a job is failed unless somebody cancelled it."""
+    cause = None
+    if job["state"] == "cancelled" and "runner" not in job and "array" not in job:
+        cause = why_ended(str(job["job"]), Path(job["log"]))
+    if cause is None:
+        return job
+    return {**job, "state": "failed" if cause.is_failure else "cancelled", "reason": cause.why, "ended": cause.time}
 
 
 def _trainings(run: Path) -> list[dict[str, Any]]:
@@ -99,7 +131,8 @@ def _job_line(job: dict[str, Any]) -> str:
         "pending": f", waits: {job['reason']}",
         "unknown": f": {job['reason']}",
         "running": f" on {job['reason']}",
-        "failed": f" with code {job['code']}, see {job['log']}",
+        "failed": f" with code {job['code']}, see {job['log']}" if job["code"] else f": {job['reason']}",
+        "cancelled": f": {job['reason']}" if job["reason"] else "",
     }
     return f"{job['name']}: {job['state']}{notes.get(job['state'], '')}"
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
+from slurm.client import ask
 from slurm.jobs.records import find_runs
 from slurm.local import local_stop
-from slurm.queue import ask, living
+from slurm.queue import living
 from training.config.experiment import Experiment
 
 

@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm.client import clean_environment
 from slurm.commands import resume, status
 from slurm.jobs import frozen
 from slurm.jobs.records import append
 from slurm.options import quoted
-from slurm.queue import clean_environment
 from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
 from training.cli.compose import load_config
 from training.run.directory import json_lines

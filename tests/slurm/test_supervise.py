@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from slurm import task
+from slurm.causes import why_ended
 from slurm.supervise import End, Verdict, history, judge, main, read_end, slow_nodes
+from tests.slurm.launching import install
 from training.processes.exit_codes import EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
 
 KILLED = 137
@@ -113,21 +116,89 @@ def test_the_script_gets_one_line_and_the_run_a_record(tmp_path: Path, capsys: p
     assert [(one.step, one.action) for one in history(run)] == [(40, "restart"), (40, "requeue n2")]
 
 
-def test_what_slurm_requeues_by_itself_is_a_restart_too(tmp_path: Path) -> None:
-    """A node crashed, a preemption: the script was ended before it could say anything."""
-    run, notes = tmp_path / "my run", tmp_path / "logs" / ".notes-7"
-    words = [str(run), "--verb", "index", "--requeued", "--job", "7"]
-    assert main([*words, "--restart", "0", "--notes", f"{notes}-0"]) == 0
-    stopped = tmp_path / "logs/.notes-7-1-2/stopped"
-    stopped.parent.mkdir(parents=True)
-    stopped.touch()
-    assert main([*words, "--restart", "1", "--notes", f"{notes}-1"]) == 0
-    assert main([*words, "--restart", "1", "--notes", f"{notes}-1"]) == 0, "it is there already"
-    (tmp_path / "logs/.notes-7-2-own").mkdir()
-    assert main([*words, "--restart", "2", "--notes", f"{notes}-2"]) == 0, "the script has done it, and said why"
-    first, second = history(run)
-    assert (first.code, first.restart, first.action) == (137, 0, "requeue") and "a node failed" in first.why
-    assert (second.code, second.action) == (EXIT_PREEMPTED, "requeue") and not stopped.parent.exists()
+NODE = "NodeName={}\n   State={}\n   BootTime=2026-01-01T00:00:00 SlurmdStartTime={}\n"
+AT = {"BEGAN": "2026-02-03T04:05:06", "LATER": "2026-02-03T05:00:00", "EARLIER": "2026-02-01T00:00:00"}
+BEGAN = datetime.fromisoformat(AT["BEGAN"]).timestamp()
+
+
+def slurm_says(here: Path, monkeypatch: pytest.MonkeyPatch, log: str = "", nodes: str = "", sacct: str = "") -> Path:
+    """Lets shell scripts answer for Slurm; returns the job's log."""
+    path = here / "a log.log"
+    for name, text in (("log", log), ("nodes", nodes), ("sacct", sacct)):
+        for word, moment in AT.items():
+            text = text.replace(word, moment)
+        (path if name == "log" else here / name).write_text(text)
+    shown = f'echo "   StdErr={path}"; echo "   StdIn=/dev/null"'
+    programs = {
+        "scontrol": f'case "$2" in job) {shown};; node) cat "{here}/nodes";; esac',
+        "sacct": f'cat "{here}/sacct"',
+    }
+    monkeypatch.setenv("PATH", f"{install(here / 'site', **programs)}:{os.environ['PATH']}")
+    return path
+
+
+LOST = NODE.format("n1", "IDLE", "EARLIER") + NODE.format("n2", "DOWN+NOT_RESPONDING", "EARLIER")
+WELL = NODE.format("n1", "IDLE", "EARLIER")
+DONE = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT {}{} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "node", "why"),
+    [
+        ({"log": DONE.format("LATER", " DUE TO PREEMPTION")}, 75, None, "preempted by a job of higher priority"),
+        ({"log": DONE.format("LATER", " DUE TO JOB REQUEUE")}, 75, None, "requeued by `scontrol requeue`"),
+        ({"log": DONE.format("LATER", " DUE TO NODE FAILURE, SEE X"), "nodes": LOST}, 137, "n2", "node n2 failed"),
+        ({"log": DONE.format("LATER", " DUE TO NODE FAILURE, SEE X")}, 137, None, "a node failed"),
+        ({"nodes": NODE.format("n1", "MIXED", "LATER")}, 137, "n1", "node n1 failed"),
+        ({"sacct": "EARLIER|BEGAN|NODE_FAIL\nBEGAN|LATER|PREEMPTED\nLATER|Unknown|RUNNING\n"}, 75, None, "preempted"),
+        ({"sacct": "BEGAN|LATER|NODE_FAIL\n", "nodes": LOST}, 137, "n2", "node n2 failed"),
+        ({"log": DONE.format("EARLIER", " DUE TO PREEMPTION"), "nodes": WELL}, None, None, "requeued by Slurm"),
+    ],
+)
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_slurm_requeues_by_itself_has_its_cause(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict,
+    code: int | None,
+    node: str | None,
+    why: str,
+    saved: bool,
+) -> None:
+    """The script was ended before it could say anything; only a node that failed is a failure."""
+    slurm_says(tmp_path, monkeypatch, **said)
+    notes = tmp_path / "logs/.notes-7-1-1"
+    notes.mkdir(parents=True)
+    (notes / "nodes").write_text(f"{BEGAN:.0f} n[1-2]\n")
+    if saved:
+        (notes / "stopped").touch()
+    run = tmp_path / "my run"
+    words = [str(run), "--verb", "index", "--requeued", "--job", "7", "--restart", "1"]
+    for _ in range(2):
+        assert main([*words, "--notes", f"{tmp_path}/logs/.notes-7-1"]) == 0
+    (only,) = history(run)
+    assert only.code == (code or (75 if saved else 137)) and only.node == node and not notes.exists()
+    assert only.why.startswith(why) and only.why.endswith("; saved" if saved else "; not saved")
+
+
+def test_what_the_script_requeued_is_not_recorded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_says(tmp_path, monkeypatch)
+    (tmp_path / "logs/.notes-7-2-own").mkdir(parents=True)
+    words = [str(tmp_path), "--verb", "index", "--requeued", "--job", "7", "--restart", "2"]
+    assert main([*words, "--notes", f"{tmp_path}/logs/.notes-7-2"]) == 0
+    assert history(tmp_path) == []
+
+
+def test_why_slurm_ended_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = slurm_says(tmp_path, monkeypatch, log=DONE.format("LATER", " DUE TO TIME LIMIT"))
+    found = why_ended("7", log)
+    assert (found.state, found.is_failure) == ("TIMEOUT", True) and found.time == BEGAN + 3294
+    log.write_text(DONE.format(AT["LATER"], ""))
+    assert (why_ended("7", log).why, why_ended("7", log).is_failure) == ("cancelled by `scancel`", False)
+    log.write_text(f"{log.read_text()}==> job 7 on n1, restart 1\n")
+    assert why_ended("7", log) is None, "it began again afterwards"
+    (tmp_path / "sacct").write_text(f"{AT['BEGAN']}|{AT['LATER']}|CANCELLED by 1000\n")
+    assert why_ended("7", log).state == "CANCELLED"
 
 
 # ------------------------------------------------------------------------------------------------------ one rank
