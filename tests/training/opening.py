@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.reading import micro_batches
+from data_pipeline.reading.prefetch import Prefetcher
 from data_pipeline.storage import store
 from training.config.experiment import Experiment
 from training.engine.start import init_distributed, shut_down
@@ -13,12 +15,20 @@ from training.run.directory import RunDir
 from training.run.training_data import TrainingData
 
 STEPS = 2
+AHEAD_BYTES = 30_000
+"""Raw samples that a rank holds, a few steps of them: `data.prefetch_mb=1` would be three hundred requests of each."""
+
+
+class NearPrefetcher(Prefetcher):
+    def __init__(self, *others: Any) -> None:
+        super().__init__(*others[:-1], AHEAD_BYTES)
 
 
 def main(config: Experiment) -> dict[str, Any]:
     ranks = read_ranks()
     assert ranks is not None
     ranks = init_distributed(ranks, config)
+    micro_batches.Prefetcher = NearPrefetcher  # type: ignore[misc]
     data = TrainingData(config, ranks, RunDir(config), {})
     data.check({})
     keys: list[str] = []

@@ -16,7 +16,7 @@ from data_pipeline.storage.store import write_bytes
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 from tests.training import forks
-from tests.training.runs import chaos, curve, experiment, metrics
+from tests.training.runs import ONE_LEVEL, chaos, curve, experiment, metrics
 from training.cascade import bundle
 from training.checkpoint.store import CheckpointStore
 from training.commands.checkpoints import main as checkpoints
@@ -47,7 +47,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
             home, shards, checkpoint__dir=where, zero__stage=stage, checkpoint__keep_last=1, train__max_skipped=2,
             validation__every=4, validation__samples=8, train__sample_every=4, train__steps=9,
             stage__sampler__steps=1, train__sample_prompts=["a circle", "a square"],
-            evaluation__reference=shards.replace("train", "heldout"),
+            evaluation__reference=shards.replace("train", "heldout"), stage__model__overrides=ONE_LEVEL,
         )  # fmt: skip
         events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (5, 6)]
         first = chaos(config, 2, *events, {"what": "sigterm", "rank": 1, "step": 7}, **s3_server.env)
@@ -65,7 +65,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
         outcomes.append((curve(config), weights))
 
         other = experiment(home, shards, run__dir=str(home / "other"), zero__stage=stage, train__init_from=where)
-        other.train.steps = 1
+        other.train.steps, other.stage.model.overrides = 1, dict(ONE_LEVEL)
         begun = forks.start(other, 2, **s3_server.env)
         assert begun.codes() == [0, 0] and f"starting from the weights of {where}" in begun.text, begun.text
     for line, weights in outcomes:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.training import forks
-from tests.training.runs import STEPS, chaos, curve, experiment, metrics, newest, same_tensors, store
+from tests.training.runs import ONE_LEVEL, STEPS, chaos, curve, experiment, metrics, newest, same_tensors, store
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import Experiment, ProfileConfig
 from training.train import main, objective
@@ -215,7 +215,9 @@ def test_nothing_to_go_back_to(tmp_path: Path, shards: str) -> None:
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
 def test_a_spike_is_not_applied(tmp_path: Path, shards: str, stage: int, ranks: int) -> None:
     """The step is refused although its gradient is finite, and the next one is as if it had not been."""
-    config = experiment(tmp_path, shards, zero__stage=stage, train__steps=20, data__micro_batch=2)
+    config = experiment(
+        tmp_path, shards, zero__stage=stage, train__steps=20, data__micro_batch=2, stage__model__overrides=ONE_LEVEL
+    )
     running = chaos(config, ranks, *({"what": "spike", "rank": rank, "step": 18} for rank in range(ranks)))
     assert running.codes() == [0] * ranks, running.text
     assert "step 18 was skipped: its loss" in running.text and "times the median" in running.text
@@ -246,6 +248,7 @@ def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path:
             validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
             checkpoint__keep_last=1, train__log_every=3, evaluation__every=2, evaluation__samples=7,
             evaluation__batch=3, train__profile=ProfileConfig([2, 3]), stage__sampler__steps=4,
+            stage__model__overrides=ONE_LEVEL,
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
         running = forks.start(config, ranks)
