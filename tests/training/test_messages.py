@@ -18,18 +18,25 @@ FILES = (
     "engine/plain",
     "processes/endings",
     "processes/meeting",
+    "plan/fits",
     "run/directory",
+    "run/preflight",
     "run/saving",
     "run/session",
+    "run/starting_weights",
     "run/training_data",
     "run/reporting/report",
+    "run/reporting/trackers",
     "run/reporting/tracking",
     "run/validation",
     "run/watchdog",
     "commands/checkpoints",
     "plan/doctor",
 )
-ENDING = {"CheckpointError", "Superseded", "NotFinite", "RankLost", "DataError", "ConfigError", "UserError", "kind"}
+ENDING = {
+    *("CheckpointError", "Superseded", "NotFinite", "RankLost", "SlowNode", "DataError", "ConfigError", "UserError"),
+    "kind",
+}
 PLACE = re.compile(r"%[-\d.]*[sdgrf]|%\(\w+\)s")
 
 
@@ -48,8 +55,9 @@ def messages(path: Path) -> Iterator[str]:
         if not isinstance(node, ast.Call) or not node.args:
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if name in ("warning", "error") or name in ENDING:
-            longest = max(fragments(node.args[0]), key=len, default="").strip(" :;,.()=")
+        if name in ("warning", "error", "require") or name in ENDING:
+            message = node.args[name == "require"]
+            longest = max(fragments(message), key=len, default="").strip(" :;,.()=")
             if len(longest) > 3:
                 yield longest
 

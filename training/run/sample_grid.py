@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.reading.loader import Loader
+from training.cascade.requests import to_uint8
 from training.config.experiment import Experiment, StageConfig
 from training.diffusion.sampler import sample_stage
 from training.pictures import sheets as grid
@@ -71,8 +72,7 @@ def draw(
             seeds=mine,
             low_res=None if low_res is None else low_res[mine].to(ranks.device),
         )
-    drawn = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return gather_rows(drawn, ranks)[: len(captions)]
+    return gather_rows(to_uint8(pictures).cpu(), ranks)[: len(captions)]
 
 
 def write_samples(pictures: torch.Tensor, inputs: Inputs, path: Path, title: str) -> bool:
