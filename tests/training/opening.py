@@ -19,16 +19,15 @@ AHEAD_BYTES = 30_000
 """Raw samples that a rank holds, a few steps of them: `data.prefetch_mb=1` would be three hundred requests of each."""
 
 
-class NearPrefetcher(Prefetcher):
-    def __init__(self, *others: Any) -> None:
-        super().__init__(*others[:-1], AHEAD_BYTES)
+def near(reader: Any, order: Any, positions: Any, lanes: float, budget: int) -> Prefetcher:
+    return Prefetcher(reader, order, positions, lanes, AHEAD_BYTES)
 
 
 def main(config: Experiment) -> dict[str, Any]:
     ranks = read_ranks()
     assert ranks is not None
     ranks = init_distributed(ranks, config)
-    micro_batches.Prefetcher = NearPrefetcher  # type: ignore[misc]
+    micro_batches.Prefetcher = near  # type: ignore[assignment, misc]
     data = TrainingData(config, ranks, RunDir(config), {})
     data.check({})
     keys: list[str] = []
