@@ -1,6 +1,18 @@
 """`python -m cascade_t2i VERB key=value ...` is `cascade VERB key=value ...`."""
 
-from training.cli.main import program
+import sys
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
+
+# `python -m` searches the working directory first, and PYTHONPATH comes before a checkout that is installed in place:
+# a queue.py or a training/ there is not ours.
+if not sys.flags.safe_path:
+    del sys.path[0]
+if not Path(__file__).with_name("training").is_dir():  # a checkout, not a wheel
+    sys.path.insert(0, str(HOME))
+
+from training.cli.main import program  # noqa: E402
 
 if __name__ == "__main__":
     program()

@@ -54,7 +54,8 @@ def main(config: Experiment) -> dict[str, Any]:
             return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
         if done >= config.train.steps:
             changes = run.changes(config)
-            print(f"{run.path}: complete, all {config.train.steps} steps are done; raise train.steps to continue")
+            beyond = f" above {done}" if done > config.train.steps else ""
+            print(f"{run.path}: complete, all {done} steps are done; raise train.steps{beyond} to continue")
             for change in changes:
                 print(f"changed since, with no effect on training: {change}")
             return {"step": done, "run_dir": str(run.path), "complete": True}

@@ -18,11 +18,12 @@ def module(name: str) -> list[str]:
 def environment() -> dict[str, str]:
     """Return environment variables for subprocesses and their own children.
 
-    They keep Python from importing from the working directory, and let it find our packages in a checkout that is not
-    installed.
+    They keep Python from importing from the working directory, and let it find our packages in a checkout, whether or
+    not it is installed, before others of the same name on PYTHONPATH.
     """
     variables = {"PYTHONSAFEPATH": "1"}
-    if ROOT not in sys.path[1:]:
-        before = os.environ.get("PYTHONPATH")
-        variables["PYTHONPATH"] = os.pathsep.join([ROOT, before] if before and before != ROOT else [ROOT])
+    before = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != ROOT]
+    is_checkout = __name__.startswith("data_pipeline")  # in a wheel our packages have names of their own
+    if ROOT not in sys.path[1:] or (is_checkout and before):
+        variables["PYTHONPATH"] = os.pathsep.join([ROOT, *before])
     return variables

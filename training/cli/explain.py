@@ -196,8 +196,9 @@ def _unknown_option(text: str, root: type) -> str:
     if package := PLUGINS.get(f"{group}={option}"):
         return f"{group}={option}: its plugin is not installed; pip install {package}"
     near = [CHOICES.get(group, {}).get(name.lower(), "")] if name.lower() in CHOICES.get(group, {}) else []
+    near = near or [key.partition("=")[2] for key in PLUGINS if key.startswith(f"{group}={name}_")]
     near = near or difflib.get_close_matches(name, options, n=1) or [o for o in options if o.endswith(name)][:1]
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     if name != option:
         hint += f"a file of your own is found as DIR/{group}/{name}.yaml with --config-dir DIR; "
     return f"{group}={option}: no such option; {hint}the options are {', '.join(options)}"
@@ -220,6 +221,9 @@ def _unknown_key(text: str, root: type) -> str:
 
 def _no_such_key(full: str, root: type) -> str:
     keys = keys_of(root)
+    if full.startswith(("hydra.sweeper.", "hydra.launcher.")):
+        group = full.split(".")[1]
+        return f"{full}: no such setting; choose the {group} that has it with hydra/{group}=NAME"
     if full.startswith("hydra."):
         return f"{full}: Hydra has no such setting; cascade COMMAND --cfg hydra lists them"
     if near := meant(full, keys) or " or ".join(suggest(full, keys) or suggest(full.lower(), keys)):

@@ -26,7 +26,7 @@ from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.processes.endings import Terminated, ends_at_once, run_program, say
 from training.processes.exit_codes import EXIT_NOT_FINITE
-from training.processes.ranks import is_search
+from training.processes.ranks import is_search, read_ranks, speaks
 
 OTHER_NAMES = {
     "fit": "train",
@@ -44,6 +44,8 @@ OTHER_NAMES = {
     "doctor": "plan doctor=true",
 }
 """What other programs call our commands."""
+SWEEPING = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.", "hydra.sweep.")
+"""Settings of Hydra that only a --multirun uses."""
 NAMING = ("stage", "experiment", "run.name", "run.dir", "stage.name")
 """Keys that are already part of the default paths."""
 
@@ -148,11 +150,21 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
         if arguments.config_dir:
             raise ConfigError("--config-path and --config-dir: give only one of them; both name a config directory")
         arguments.config_dir, arguments.config_path = arguments.config_path, None
+    elif arguments.config_dir and not Path(arguments.config_dir).is_dir():
+        raise ConfigError(f"--config-dir={arguments.config_dir}: there is no such directory")
+    if arguments.experimental_rerun:
+        raise ConfigError("--experimental-rerun: there are no such files; the same command again resumes a run")
+    if arguments.hydra_help:
+        arguments.overrides = []
     variables = {"HYDRA_FULL_ERROR": "1"}  # makes Hydra raise its errors instead of printing them
     if arguments.shell_completion:
         variables["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb} ", " ", 1)  # Hydra knows no verbs
     else:
         arguments.overrides = normalise(verb, arguments.overrides)
+        if not arguments.multirun and "hydra.mode=MULTIRUN" not in arguments.overrides:
+            alone = [word for word in arguments.overrides if word.lstrip("+").startswith(SWEEPING)]
+            if alone:
+                raise ConfigError(f"{alone[0]}: only a sweep uses it; add --multirun")
     fixed = _fixed_keys(arguments.overrides) if arguments.multirun else None
     try:
         with _environment(**variables):
@@ -161,6 +173,10 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
             _after_sweep(verb)
             _end_workers()
     except CascadeError:
+        raise
+    except SystemExit as end:
+        if arguments.cfg and end.code == 1:  # Hydra has said that there is no such --package
+            raise SystemExit(EXIT_USER_ERROR) from None
         raise
     except Exception as error:
         raise ConfigError(explain(error, COMMANDS[verb].config)) from error
@@ -322,11 +338,11 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
 
 def _fail(who: str, error: CascadeError) -> NoReturn:
     """Print the message and exit. A user error is the same on all ranks, so only rank 0 prints it."""
-    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if os.environ.get("CASCADE_SRUN") == "1" else None)
-    if rank in (None, "0"):
+    if speaks():
         say(visible(f"{who}: {error}"))
     elif error.exit_code != EXIT_USER_ERROR:
-        say(visible(f"{who} (rank {rank}): {error}"))
+        ranks = read_ranks()
+        say(visible(f"{who} (rank {ranks.rank if ranks else 0}): {error}"))
     raise SystemExit(error.exit_code)
 
 

@@ -19,6 +19,7 @@ import conf
 from data_pipeline.common.errors import ConfigError
 from training.cli.fields import Key, keys_of
 from training.config.commands import COMMANDS, SAMPLER_KEYS
+from training.config.experiment import WandbConfig
 from training.config.plain import escaped
 
 CONF_DIR = Path(conf.__file__).parent
@@ -75,7 +76,7 @@ ENVIRONMENT = {
     "WANDB_NOTES": "wandb.notes",
     "WANDB_TAGS": "wandb.tags",
 }
-"""W&B's environment variables -> the keys they set, for commands that train."""
+"""W&B's environment variables -> the keys they set, for commands that train; WANDB_DISABLED=true sets the mode too."""
 MODES = {"dryrun": "offline", "run": "online"}
 """W&B's older names of modes."""
 
@@ -88,12 +89,19 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
     found = []
     for variable, key in ENVIRONMENT.items():
         value = environ.get(variable)
+        if key == "wandb.mode" and environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            value = "disabled"
         if not value or key in typed or (key == "wandb.mode" and "tracking" in typed):
             continue
         if key == "wandb.mode":
-            value = MODES.get(value, value)
+            value = MODES.get(value.lower(), value.lower())
+        tags = [tag.strip() for tag in value.split(",") if tag.strip()]
+        try:
+            WandbConfig(**{key.removeprefix("wandb."): tags if key == "wandb.tags" else value})
+        except ConfigError as error:
+            raise ConfigError(f"{variable}, in the environment, sets {error}") from error
         if key == "wandb.tags":
-            value = "[" + ",".join(_quote(tag.strip()) for tag in value.split(",")) + "]"
+            value = "[" + ",".join(map(_quote, tags)) + "]"
         found.append(f"{key}={value if key in ('wandb.tags', 'wandb.notes') else _quote(value)}")
     return found
 

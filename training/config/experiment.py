@@ -7,6 +7,7 @@ unknown keys and wrong types, `__post_init__` refuses invalid values, and `plan/
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -415,6 +416,11 @@ class WandbConfig:
         require(
             not wrong and 0 < len(self.project) <= 128,
             f"wandb.project={self.project}: W&B accepts 1 to 128 characters, and none of / \\ # ? % :",
+        )
+        require(
+            self.entity is None or re.fullmatch(r"[\w.-]+", self.entity) is not None,
+            f"wandb.entity={self.entity}: it is the name of a W&B user or team, without blanks or slashes; null: the "
+            f"account's default",
         )
         for name in ("name", "group"):
             value = getattr(self, name)

@@ -37,6 +37,10 @@ class Ranks:
         return self.rank == 0
 
 
+UNLAUNCHED = "if no launcher started this command: unset RANK CASCADE_SRUN"
+"""The remedy for variables that an earlier program has left in a shell."""
+
+
 def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     """Read the ranks that a launcher set in the environment: RANK..., or Slurm's variables if CASCADE_SRUN=1; None
     without a launcher.
@@ -57,15 +61,30 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     values = []
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
-            raise ConfigError(f"{name} is not set although {names[0]} is: a launcher must set both")
+            raise ConfigError(f"{name} is not set although {names[0]} is: a launcher must set both; {UNLAUNCHED}")
         values.append(environ[name])
-    try:
-        rank, local_rank, world_size = (int(v) for v in values[:3])
-    except ValueError as error:
-        raise ConfigError(f"{', '.join(names)} must be numbers: {values[:3]}") from error
+    numbers = [int(v) if v.isdecimal() else None for v in (*values[:3], values[4])]
+    for name, value, number in zip((*names, "MASTER_PORT"), (*values[:3], values[4]), numbers, strict=True):
+        if number is None:
+            raise ConfigError(f"{name}={value}: it must be a number; {UNLAUNCHED}")
+    rank, local_rank, world_size, port = (number or 0 for number in numbers)
     if not 0 <= rank < world_size:
-        raise ConfigError(f"{names[0]}={rank}: it must lie between 0 and {names[2]} - 1 = {world_size - 1}")
+        raise ConfigError(
+            f"{names[0]}={rank}: it must lie between 0 and {names[2]} - 1 = {world_size - 1}; {UNLAUNCHED}"
+        )
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"MASTER_PORT={port}: it must lie between 1 and 65535; {UNLAUNCHED}")
     return Ranks(rank, local_rank, world_size)
+
+
+def speaks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process reports errors that all ranks share: rank 0, or a process without a rank, which may
+    have variables left by an earlier program."""
+    try:
+        ranks = read_ranks(environ)
+    except ConfigError:
+        return True
+    return ranks is None or ranks.is_main
 
 
 def check_one_program(environ: Mapping[str, str] = os.environ) -> None:

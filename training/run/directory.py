@@ -152,8 +152,14 @@ class RunDir:
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def asked_to_stop(self) -> str:
-        """Return the reason in RUN/stop.json for ending the run early; empty if there is no such file."""
-        return str(read_json(self.path / STOP).get("reason", "")) if (self.path / STOP).exists() else ""
+        """Return the reason in RUN/stop.json for ending the run early; empty if there is no such file. A file without
+        one, such as of `touch stop.json`, is a request as well."""
+        if not (self.path / STOP).exists():
+            return ""
+        with suppress(OSError, ValueError, AttributeError):
+            if reason := json.loads((self.path / STOP).read_text()).get("reason"):
+                return str(reason)
+        return f"{STOP} exists, without a reason"
 
     def ask_to_stop(self, reason: str) -> None:
         """Make the training of this run, wherever it is running, save and end at its next step, and not start again."""
@@ -288,7 +294,10 @@ def try_to_write(folder: Path, key: str, inside: Sequence[str] = ()) -> None:
         replace_file(probe, " " * PROBE_BYTES)
         probe.unlink()
     except OSError as error:
-        raise DataError(f"{key}={folder}: cannot be written ({error.strerror}); choose another {key}") from error
+        reason = error.strerror
+        if isinstance(error, FileExistsError):
+            reason = "a link to a place that does not exist" if folder.is_symlink() else "there is a file of this name"
+        raise DataError(f"{key}={folder}: cannot be written ({reason}); choose another {key}") from error
 
 
 @contextmanager

@@ -491,7 +491,7 @@ def test_what_a_bundle_draws_lies_beside_it(verb: str, words: list[str], samples
 def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = {"MODE": "disabled", "PROJECT": "theirs", "NAME": "a, b", "TAGS": "x, 1", "RUN_GROUP": "g", "NOTES": "n, m"}
+    said = {"MODE": "disabled", "PROJECT": "theirs", "NAME": "a, b", "TAGS": "x, 1,", "RUN_GROUP": "g", "NOTES": "n, m"}
     for name, value in said.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb = load_config("train", []).wandb
@@ -500,9 +500,29 @@ def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
     typed = load_config("train", ["tracking=online", "wandb.project=mine", "wandb.tags=[z]"]).wandb
     assert (typed.mode, typed.project, typed.tags, typed.name) == ("online", "mine", ["z"], "a, b")
     assert load_config("sample", []).wandb.project == "cascade", "only what trains tracks"
-    monkeypatch.setenv("WANDB_MODE", "somehow")
-    with pytest.raises(ConfigError, match=r"wandb\.mode=somehow: it must be online, offline or disabled"):
+    monkeypatch.setenv("WANDB_MODE", "DRYRUN")
+    assert load_config("train", []).wandb.mode == "offline"
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert load_config("train", []).wandb.mode == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("WANDB_MODE", "somehow", "wandb.mode=somehow: it must be online, offline or disabled"),
+        ("WANDB_PROJECT", "team/project", "wandb.project=team/project: W&B accepts"),
+        ("WANDB_ENTITY", "my team", "wandb.entity=my team: it is the name of a W&B user or team"),
+        ("WANDB_TAGS", "y" * 65, "wandb.tags: W&B accepts tags of 1 to 64 characters"),
+        ("WANDB_NAME", "n" * 129, "wandb.name="),
+    ],
+)
+def test_a_variable_of_wandb_that_cannot_be_used_is_named(
+    variable: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
         load_config("train", [])
+    assert str(caught.value).startswith(f"{variable}, in the environment, sets {sentence}")
 
 
 def test_the_command_of_a_wandb_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -170,6 +171,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "--local_rank=0"], ["--local_rank=0: no such option; cascade starts its own processes"]),
         (["train", "--config", "x.yaml"], ["--config: no such option; write experiment=NAME, or --config-dir DIR"]),
         (["train", "-cn", "demo"], ["--config-name=demo: demo is an experiment; write experiment=demo"]),
+        (["train", "--config-dir", "nowhere"], ["--config-dir=nowhere: there is no such directory"]),
+        (["train", "hydra/sweeper=optuna"], ["hydra/sweeper=optuna: only a sweep uses it; add --multirun"]),
+        (["train", "hydra.sweep.dir=x"], ["hydra.sweep.dir=x: only a sweep uses it; add --multirun"]),
+        (["train", "-m", "hydra/launcher=submitit"], ["did you mean submitit_local or submitit_slurm?"]),
+        (["train", "-m", "hydra.sweeper.n_trials=3"], ["choose the sweeper that has it with hydra/sweeper=NAME"]),
         (["train", "--config-name=mine"], ["there is no mine.yaml", "--config-dir"]),
     ],
 )
@@ -303,16 +309,18 @@ def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.run.dir == "/home/me/runs/a" and config.data.shards == ["/home/me/x", "s3://b/~/y"]
 
 
-def test_files_of_the_working_directory_shadow_nothing(tmp_path: Path) -> None:
+def test_files_of_the_working_directory_and_of_pythonpath_shadow_nothing(tmp_path: Path) -> None:
     """The command, the processes that it starts, and those that decode for them; a Slurm script has the same -P."""
-    for name in ("training.py", "queue.py", "conf.py", "data_pipeline.py", "slurm.py"):
-        (tmp_path / name).write_text(f"raise SystemExit('shadowed by {name}')\n")
-    program = [sys.executable, "-P", "-c", "from training.cli.main import program; program()"]
+    ours = ("training", "conf", "data_pipeline", "slurm")
+    for name in (*ours, "queue", "other/training", "other/conf", "other/data_pipeline", "other/slurm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('shadowed by {name}')\n")
+    program, environ = [sys.executable, "-m", "cascade_t2i"], os.environ | {"PYTHONPATH": str(tmp_path / "other")}
     draw = ["prepare.output=data", "prepare.draw.count=8", "prepare.draw.heldout=0", "prepare.draw.size=16"]
     words = ["data.shards=data/train", "data.global_batch=2", "cluster.processes=2", "stage.model.preset=tiny_base"]
     words += ["train.steps=1", "train.sample_every=0", "tracking=disabled", "text.dim=32"]
     for command in (["prepare", *draw], ["train", *words]):
-        done = subprocess.run([*program, *command], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([*program, *command], capture_output=True, text=True, cwd=tmp_path, env=environ)
         assert done.returncode == 0 and "shadowed" not in done.stdout + done.stderr, done.stderr
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.ranks import Ranks, gpu_of, process_count, read_ranks, thread_count
+from training.processes.ranks import Ranks, gpu_of, process_count, read_ranks, speaks, thread_count
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -41,7 +41,10 @@ def test_the_gpu_of_a_process() -> None:
     [
         ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although RANK is"),
         ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
-        ({"RANK": "four"}, "must be numbers"),
+        ({"RANK": "four"}, "RANK=four: it must be a number; if no launcher started this command: unset RANK"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:1"}, "MASTER_PORT=tcp://10.0.0.1:1: it must be a number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: it must lie between 1 and 65535"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: it must be a number"),
         ({"RANK": "4"}, "must lie between 0 and WORLD_SIZE - 1 = 3"),
     ],
 )
@@ -49,6 +52,12 @@ def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sente
     environ: dict[str, str | None] = {**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **change}
     with pytest.raises(ConfigError, match=sentence):
         read_ranks({name: value for name, value in environ.items() if value is not None})
+
+
+def test_what_an_earlier_program_left_in_a_shell_silences_nobody() -> None:
+    assert speaks({"RANK": "3"}) and speaks({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) and speaks({})
+    assert not speaks({**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
+    assert speaks({**LAUNCHER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"})
 
 
 def test_counts() -> None:

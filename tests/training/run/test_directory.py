@@ -71,6 +71,15 @@ def test_damaged_small_files_are_begun_anew(tmp_path: Path, caplog: pytest.LogCa
     assert read_json(file) == {"1": 0.5}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"reason": ""}', '{"reason": "worse"}'])
+def test_any_stop_file_is_a_request(content: str, tmp_path: Path) -> None:
+    config = Experiment()
+    config.run.dir = str(tmp_path)
+    assert RunDir(config).asked_to_stop() == ""
+    (tmp_path / "stop.json").write_text(content)
+    assert RunDir(config).asked_to_stop() == ("worse" if "worse" in content else "stop.json exists, without a reason")
+
+
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -100,6 +109,16 @@ def test_small_files(tmp_path: Path) -> None:
     assert [(start["step"], start["attempt"]) for start in content["starts"]] == [(0, 1), (5, 2)]
     assert content["versions"]["deepspeed"] and "commit" in content
     assert run.wandb_id() == run.wandb_id() and len(run.wandb_id()) == 8
+
+
+def test_what_stands_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
+    config = Experiment()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, reason in (("file", "there is a file of this name"), ("link", "a link to a place that does not exist")):
+        config.run.dir = str(tmp_path / name)
+        with pytest.raises(DataError, match=f"cannot be written \\({reason}\\); choose another run.dir"):
+            RunDir(config).create()
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -326,6 +326,19 @@ def _give_wandb_a_home(run: RunDir) -> None:
         os.environ["HOME"] = str(folder)
 
 
+OWN = {
+    "WANDB_RUN_ID": "a run keeps the id in its file wandb_id",
+    "WANDB_RESUME": "a run that starts again continues its W&B run",
+    "WANDB_DIR": "W&B's files are in the run's directory",
+}
+"""W&B's variables that would set what a run decides itself, and what it decides."""
+
+
+def _in_sweep() -> bool:
+    """Return whether a W&B agent has started this run, and chosen its id."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
 def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
     """Start the W&B run, with the same id after a restart; None if it is disabled. If W&B cannot be reached, run
     offline and log a warning."""
@@ -333,6 +346,9 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
     if settings.mode == "disabled":
         return None
     _give_wandb_a_home(run)
+    for variable, reason in () if _in_sweep() else OWN.items():
+        if os.environ.get(variable):
+            log.info("%s is not used: %s", variable, reason)
     import wandb
 
     def begin(mode: str) -> Any:
@@ -344,7 +360,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             name=settings.name or f"{config.run.name}/{config.trained}",
             group=settings.group,
             notes=settings.notes,
-            id=os.environ.get("WANDB_RUN_ID", wandb_id) if "WANDB_SWEEP_ID" in os.environ else wandb_id,
+            id=os.environ.get("WANDB_RUN_ID", wandb_id) if _in_sweep() else wandb_id,
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
             config={**to_dict(config), "code": code},

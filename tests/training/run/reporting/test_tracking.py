@@ -202,13 +202,17 @@ def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogC
     assert steps_in_wandb(config)[-1] == [7, 8], "a run that ends well waits for no other start"
 
 
-def test_names_groups_notes_and_tags_reach_wandb(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_groups_notes_and_tags_reach_wandb(
+    config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
     config.wandb = WandbConfig("offline", "mine", None, "first try", "sweep 3", "lr, doubled", ["a", "b c"])
     with caplog.at_level(logging.INFO):
         mine = tracker(config, out=io.StringIO())
         mine.log(1, RECORD, 1)
         mine.close()
     assert "kept offline; upload it with: wandb sync" in caplog.text
+    assert "WANDB_RUN_ID is not used: a run keeps the id in its file wandb_id" in caplog.text
     (path,) = RunDir(config).path.glob("wandb/offline-run-*/run-*.wandb")
     run = next(record.run for record in whole_wandb(path) if record.HasField("run"))
     assert (run.project, run.display_name, run.run_group) == ("mine", "first try", "sweep 3")
