@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError, DataError, of_file
 from training.cascade import bundle
 from training.cascade.requests import (
     SHRINK,
@@ -55,6 +55,22 @@ from training.text.identity import pinned
 
 CHUNK_BATCHES = 16
 """Batches per device that go through all stages together, so that weights rarely move and memory stays bounded."""
+THEIRS = {
+    "prompts": "in a call it is `prompt`; `generate` takes `prompts`",
+    "negative_prompts": "in a call it is `negative_prompt`; `generate` takes `negative_prompts`",
+    "steps": "in a call it is `num_inference_steps`; `generate` takes `steps`",
+    "guidance": "in a call it is `guidance_scale`; `generate` takes `guidance`",
+    "num_images": "in a call it is `num_images_per_prompt`; `generate` takes `num_images`",
+    "mask": "in a call it is `mask_image`; `generate` takes `mask`",
+    "cfg": "it is `guidance_scale`",
+    "cfg_scale": "it is `guidance_scale`",
+    "num_steps": "it is `num_inference_steps`",
+    "callback_on_step_end": "give `callback`, which is called as callback(stage, step, steps)",
+    "callback_steps": "`callback` is called at every step, as callback(stage, step, steps)",
+    "latents": "pictures are drawn pixel by pixel, without latents; `seed` decides the noise",
+    "prompt_embeds": "give the text, as `prompt`; the cascade encodes it",
+}
+"""Arguments of other programs that a call does not have, and what to give instead."""
 Progress = Callable[[str, int, int], None]
 """Called as (stage name, sampler steps done, total sampler steps), counting the steps of every batch."""
 
@@ -113,8 +129,13 @@ class Cascade:
 
     def save(self, path: str) -> None:
         """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content."""
+        if not str(path):
+            raise ConfigError("save: the path is empty; name a directory")
         weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
-        bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
+        try:
+            bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
+        except OSError as error:
+            raise of_file(error) from error
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, message: str = "") -> str:
         """Upload the bundle with its model card to the Hugging Face Hub; return the URL.
@@ -146,7 +167,15 @@ class Cascade:
             offload: keep weights in host memory and move one stage at a time to the device; False: keep all weights on
                 the device.
         """
-        self.device, self.offload = torch.device(device), offload
+        if isinstance(device, torch.dtype):
+            device, dtype = self.device, device
+        try:
+            self.device, self.offload = torch.device(device), offload
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"to: {device!r} is not a device; give for example 'cuda', 'cuda:1' or 'cpu'") from error
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            self.device = torch.device("cpu")
+            raise ConfigError(f"to: torch sees no GPU for {str(device)!r}; use 'cpu'")
         home = torch.device("cpu") if offload else self.device
         for stage in self.stages:
             stage.unet.to(device=home, dtype=dtype)
@@ -196,7 +225,15 @@ class Cascade:
         Raises:
             ConfigError: as for `draw`, or an option that it does not have.
         """
+        if options.pop("output_type", "pil") != "pil":
+            raise ConfigError("output_type: the pictures are PIL images; numpy.asarray(picture) converts one")
+        if not options.pop("return_dict", True):
+            raise ConfigError("return_dict=False: the result is a list of pictures, which has them as `images` as well")
+        if "seed" in options and generator is not None:
+            raise ConfigError("seed and generator: give only one of them; both are the seed of all noise")
         known = inspect.signature(self.draw).parameters
+        if named := [name for name in options if name in THEIRS]:
+            raise ConfigError(f"{named[0]}: {THEIRS[named[0]]}")
         if unknown := [name for name in options if name not in known]:
             side = self.stages[-1].config.image_size
             other = f"pictures are {side} px; use size=(WIDTH, HEIGHT) for other sizes"

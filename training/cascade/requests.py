@@ -81,6 +81,8 @@ def number_drawings(
     for name, value in (("seed", seed), ("num_images", num_images)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value}: it must be a whole number")
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: it must be at least 0; for other pictures each time, draw it at random")
     if len(negatives) not in (0, 1, len(prompts)):
         raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
     if num_images < 1:

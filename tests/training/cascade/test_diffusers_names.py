@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
 
@@ -62,6 +62,45 @@ def test_what_it_does_not_have_is_refused(cascade: Cascade) -> None:
         cascade("red", eta=0.0)
     with pytest.raises(ConfigError, match="generator=list: give one"):
         cascade("red", generator=[torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 1}, "steps: in a call it is `num_inference_steps`"),
+        ({"guidance": 1}, "guidance: in a call it is `guidance_scale`"),
+        ({"cfg": 1}, "cfg: it is `guidance_scale`"),
+        ({"output_type": "np"}, "output_type: the pictures are PIL images"),
+        ({"return_dict": False}, "return_dict=False: the result is a list of pictures"),
+        ({"callback_on_step_end": print}, "callback_on_step_end: give `callback`"),
+        ({"prompt_embeds": 1}, "prompt_embeds: give the text"),
+        ({"seed": 1, "generator": 2}, "seed and generator: give only one"),
+        ({"seed": -1}, "seed=-1: it must be at least 0"),
+    ],
+)
+def test_other_arguments_are_told_what_they_are_here(cascade: Cascade, options: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cascade("red", **options)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_what_is_the_default_there_may_be_given(cascade: Cascade) -> None:
+    plain = cascade("red")[0].tobytes()
+    assert cascade("red", output_type="pil", return_dict=True).images[0].tobytes() == plain
+
+
+def test_devices_and_places_that_do_not_exist(cascade: Cascade, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="to: 'gpu' is not a device; give for example 'cuda'"):
+        cascade.to("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="to: torch sees no GPU for 'cuda'; use 'cpu'"):
+            cascade.to("cuda")
+    assert cascade.to(torch.float32).device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="save: the path is empty"):
+        cascade.save("")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CascadeError, match="file"):
+        cascade.save(str(tmp_path / "file"))
 
 
 def test_the_hub_out_of_reach_is_one_sentence(cascade: Cascade, monkeypatch) -> None:
