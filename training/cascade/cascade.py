@@ -159,16 +159,22 @@ class Cascade:
                 ) from error
         return str(done)
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None, *, offload: bool = True) -> Cascade:
+    def to(
+        self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None, *, offload: bool = True
+    ) -> Cascade:
         """Set the device and precision for drawing; return self.
 
         Args:
+            device: where to draw; a dtype alone leaves it unchanged.
             dtype: dtype of the U-Nets' weights, for example torch.bfloat16; None leaves it unchanged.
             offload: keep weights in host memory and move one stage at a time to the device; False: keep all weights on
                 the device.
+
+        Raises:
+            ConfigError: there is no such device.
         """
         if isinstance(device, torch.dtype):
-            device, dtype = self.device, device
+            dtype, device = device, self.device
         try:
             self.device, self.offload = torch.device(device), offload
         except (RuntimeError, TypeError) as error:

@@ -12,6 +12,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -97,7 +98,8 @@ def from_environment(verb: str, words: Sequence[str], environ: Mapping[str, str]
             value = MODES.get(value.lower(), value.lower())
         tags = [tag.strip() for tag in value.split(",") if tag.strip()]
         try:
-            WandbConfig(**{key.removeprefix("wandb."): tags if key == "wandb.tags" else value})
+            checked: dict[str, Any] = {key.removeprefix("wandb."): tags if key == "wandb.tags" else value}
+            WandbConfig(**checked)
         except ConfigError as error:
             raise ConfigError(f"{variable}, in the environment, sets {error}") from error
         if key == "wandb.tags":
