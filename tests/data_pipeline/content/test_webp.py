@@ -39,12 +39,29 @@ def test_orientation_and_colours_are_applied() -> None:
     assert decode(data).shape == (PHOTO.width, PHOTO.height, 3)
 
 
-def test_animated_and_cut_ones_are_left_to_pillow() -> None:
-    moving = webp(save_all=True, append_images=[PHOTO.rotate(90)])
-    assert decode_still(moving, *PHOTO.size, "RGB") is None
-    assert decode(moving).shape == (PHOTO.height, PHOTO.width, 3)
-    with pytest.raises(BadSample):
-        decode(webp()[:-200])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True, "quality": 0}])
+@pytest.mark.parametrize("more", [0, 6])
+def test_the_first_frame_of_an_animation_is_pillows(mode: str, options: dict[str, Any], more: int) -> None:
+    """Also where it is smaller than the picture, by `more` pixels."""
+    first = PHOTO.resize((31, 22))
+    if mode == "RGBA":
+        first.putalpha(Image.linear_gradient("L").resize(first.size))
+    data = bytearray(webp(first, save_all=True, append_images=[first.rotate(90)], **options))
+    for at, side in ((24, 31), (27, 22)):
+        data[at : at + 3] = (side + more - 1).to_bytes(3, "little")
+    image = Image.open(io.BytesIO(bytes(data)))
+    assert getattr(image, "n_frames", 1) == 2 and image.size == (31 + more, 22 + more)
+    picture = decode_still(bytes(data), *image.size, image.mode)
+    assert picture is not None and np.array_equal(picture, np.asarray(image))
+
+
+def test_cut_ones_are_left_to_pillow() -> None:
+    for data in (webp(), webp(save_all=True, append_images=[PHOTO.rotate(90)])):
+        for end in (len(data) // 3, 60, 40):
+            assert decode_still(data[:end], *PHOTO.size, "RGB") is None
+            with pytest.raises(BadSample):
+                decode(data[:end])
 
 
 def test_transparency_is_composed_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
