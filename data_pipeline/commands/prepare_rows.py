@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -31,8 +32,10 @@ from data_pipeline.common.one_way import OneWay
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead
 from data_pipeline.storage.atomic import naming, scratch
 
+logger = logging.getLogger(__name__)
+
 _HEAD = 1 << 16
-_LONGEST_QUOTED = 200
+_LONGEST_QUOTED, _LONGEST_PREAMBLE = 200, 64
 """Most lines that a quoted cell may span; a quote that stays open longer is treated as an ordinary character."""
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
 WIDE = {"caption", "captions", "text", "txt", "prompt", "description", "comment", "sentence", "title"}
@@ -199,9 +202,14 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: st
     for signature, words in _OTHERS:
         if head.startswith(signature):
             raise _no_table(path, words)
-    if path.suffix.lower() == ".parquet" or b"\0" in head:
+    if path.suffix.lower() == ".parquet" or 8 * head.count(0) > len(head):
         raise _no_table(path, "neither Parquet nor text")
-    return DelimitedRows(file, known, encoding)
+    if re.match(rb"(?:\s*(?:#|//).*\n)+\s*[{\[]", head):
+        raise _no_table(path, "lines that begin with # or // stand above the JSON: remove them")
+    rows = DelimitedRows(file, known, encoding)
+    if rows.has_preamble:
+        logger.warning("%s: the table begins at line %d; the lines above it are skipped", path, rows.first_line)
+    return rows
 
 
 class _Lines:
@@ -228,23 +236,24 @@ class DelimitedRows:
 
     def __init__(self, file: IO[bytes], known: Collection[str], encoding: str | None = None) -> None:
         self._lines, self._literal = _Lines(file), set[int]()
-        self.columns, self._separator, self._headless = _header(*_first_line(file), known)
+        self.first_line, self.has_preamble, header = _find_header(file, known)
+        self.columns, self._separator, self._headless = header
         self._wide = next((i for i, name in enumerate(self.columns) if plain_name(name) in WIDE), len(self.columns) - 1)
         self.joined: set[int] = set()
         """Number of rows read so far whose caption contains the separator unquoted."""
         self._encoding, self._otherwise = "utf-8", encoding
-        self._find_rows(file, skip=0 if self._headless else 1)
+        self._find_rows(file, self.first_line, skip=0 if self._headless else 1)
 
     def __len__(self) -> int:
         return len(self._lines.starts)
 
-    def _find_rows(self, file: IO[bytes], skip: int) -> None:
-        """Record the offset of each row, and detect the encoding."""
+    def _find_rows(self, file: IO[bytes], first: int, skip: int) -> None:
+        """Record the offset of each row from line `first` on, but not of the first `skip`, and detect the encoding."""
         wide_good = wide_bad = False
         file.seek(0)
         separator = self._separator.encode()
         for start, line, content, literal in _records(file, separator, len(self.columns)):
-            if line == 1 and content.lower().startswith(b"sep="):
+            if line < first:
                 continue
             if not content.strip():
                 continue
@@ -330,17 +339,27 @@ def _between(text: str, cells: Sequence[str], separator: str, wide: int, extra: 
     return f"{separator} ".join(cells[wide : wide + extra + 1])
 
 
-def _first_line(file: IO[bytes]) -> tuple[bytes, str]:
-    """Return the first non-blank line, and the separator if Excel's `sep=;` sets one."""
-    separator = ""
+def _find_header(file: IO[bytes], known: Collection[str]) -> tuple[int, bool, tuple[list[str], str, bool]]:
+    """Return the line of the header or first row, from 1, whether text stands above it, and what `_header` says of it.
+
+    Above it may stand blank lines, Excel's `sep=;`, comments, or a title.
+    """
+    separator, lines = "", list[tuple[int, bytes]]()
     file.seek(0)
-    for line in iter(lambda: file.readline(1 << 20), b""):
+    for number, line in enumerate(iter(lambda: file.readline(1 << 20), b""), 1):
         line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
-        if re.fullmatch(rb"(?i)sep=.", line):
+        if not lines and re.fullmatch(rb"(?i)sep=.", line):
             separator = line[-1:].decode()
         elif line.strip():
-            return line, separator
-    return b"", separator
+            lines.append((number, line))
+            found = _header(line.lstrip(b"# "), separator, known)
+            if not found[2] and sum(plain_name(name) in known for name in found[0]) > 1:
+                return number, len(lines) > 1, found
+            if len(lines) == _LONGEST_PREAMBLE:
+                break
+    own = (one for one in lines if not one[1].lstrip(b' "').startswith((b"#", b"//")))
+    number, line = next(own, lines[0] if lines else (1, b""))
+    return number, bool(lines) and number > lines[0][0], _header(line, separator, known)
 
 
 def _header(first: bytes, separator: str, known: Collection[str]) -> tuple[list[str], str, bool]:
