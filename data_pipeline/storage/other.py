@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error
-from data_pipeline.storage.s3_errors import PROXY_ADVICE, Denied, Missing, causes_of, certificate_problem
+from data_pipeline.storage.s3_errors import (
+    PROXY_ADVICE,
+    Denied,
+    Missing,
+    causes_of,
+    certificate_problem,
+    changed,
+    scheme_problem,
+    too_short,
+    unread_proxy,
+)
 
 T = TypeVar("T")
 
@@ -135,13 +145,18 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if refused := certificate_problem(error, _certificates(url)):
         return DataError(f"{url}: {refused.format('its server')}")
     if isinstance(error, aiohttp.InvalidURL) or (unknown and root(url) not in _answered):
-        return DataError(f"{url}: {said}")
+        return DataError(f"{url}: {said}{unread_proxy() if unknown else ''}")
     if status:
         return None if status in (408, 425, 429) or (status >= 500 and status != 501) else DataError(f"{url}: {said}")
     network = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
     if isinstance(error, network) or type(error).__module__.startswith(("azure.core", "requests", "httpx")):
         return None
     return DataError(f"{url}: {said}")
+
+
+def _may_be_scheme(error: Exception, fatal: CascadeError | None) -> bool:
+    """Return whether a first request may have failed because of http:// instead of https:// or the reverse."""
+    return fatal is None or 400 in (_status(error), _status(error.__cause__ or error))
 
 
 def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backoff | None = None) -> T:
@@ -161,11 +176,15 @@ def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backo
             return answer
         except Exception as error:
             fatal = _permanent(error, url)
+            known = root(url) in _answered
+            if not known and not backoff.attempts and scheme_of(url) in _READ_ONLY and _may_be_scheme(error, fatal):
+                words = scheme_problem(url)
+                if words:
+                    raise DataError(f"{url}: {words}") from error
             if fatal is not None:
                 raise fatal from error
             proxy = any(isinstance(one, aiohttp.ClientProxyConnectionError) for one in causes_of(error))
-            known = root(url) in _answered
-            backoff.wait(error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else "")
+            backoff.wait(error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else unread_proxy())
 
 
 def _etag(info: dict[str, Any]) -> str:
@@ -211,7 +230,7 @@ class OtherStream:
         if self._end is None:
             self._end, found = head(self.url, self._patience)
             if self._etag and found != self._etag:
-                raise DataError(f"{self.url}: the object has changed since it was indexed; run `cascade index` again")
+                raise changed(self.url)
         begin, end = self._fetched, min(self._fetched + PIECE, self._end)
         if begin >= end:
             return False
@@ -227,10 +246,7 @@ class OtherStream:
         elif len(data) > end - begin:
             raise DataError(f"{self.url}: its server does not support range requests, which are required")
         elif len(data) < end - begin:
-            at = begin + len(data)
-            raise DataError(
-                f"{self.url}: the object ends at byte {at}, its index says {self._end}; run `cascade index` again"
-            )
+            raise too_short(self.url, begin + len(data), self._end)
         self._buffer, self._at = data, 0
         self._fetched += len(data)
         self._backoff.progress(len(data))

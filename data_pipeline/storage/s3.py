@@ -50,6 +50,8 @@ _RENEWALS = 2
 
 _lock = threading.Lock()
 _filesystems: dict[int, Any] = {}
+_inherited: list[Any] = []
+"""File systems of the process that this one was forked from."""
 _answered = False
 _one_by_one: set[str] = set()
 """Buckets whose store has rejected a multi-object delete."""
@@ -101,6 +103,10 @@ def filesystem() -> Any:
 def _renew_lock() -> None:
     global _lock
     _lock = threading.Lock()
+    _inherited.extend(
+        _filesystems.values()
+    )  # its finalizer would fail, with a traceback: its event loop is the parent's
+    _filesystems.clear()
 
 
 os.register_at_fork(after_in_child=_renew_lock)
@@ -134,6 +140,10 @@ async def _request(fs: Any, method: str, arguments: dict[str, Any], limit_s: flo
 def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> None:
     """Sleep before the next attempt, or raise an error for the user."""
     fatal = s3_errors.permanent(error, url, split(url)[0], _answered)
+    if not _answered and not backoff.attempts and endpoint() != "AWS" and _may_be_scheme(error):
+        words = s3_errors.scheme_problem(endpoint())
+        if words:
+            raise DataError(f"{url}: {s3_errors.endpoint_variable()}={endpoint()}: {words}") from error
     if fatal is not None:
         refused = isinstance(fatal, Denied) or (s3_errors.is_wordless(error) and s3_errors.status_of(error) == 400)
         if refused and backoff.renewals < _RENEWALS and _renew(fs):
@@ -145,6 +155,15 @@ def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> Non
     known = _answered or s3_errors.error_code(error)
     cause = s3_errors.client_error(error) or error
     backoff.wait(cause, None if known else FIRST_CONTACT_S, s3_errors.refusal_advice(error))
+
+
+def _may_be_scheme(error: Exception) -> bool:
+    """Return whether a first request may have failed because of http:// instead of https:// or the reverse."""
+    from botocore.parsers import ResponseParserError
+
+    answer = s3_errors.client_error(error)
+    lasting = isinstance(error, DataError) or (answer is not None and s3_errors.status_of(error) != 400)
+    return not lasting or isinstance(error, ResponseParserError)
 
 
 def _renew(used: Any) -> bool:
@@ -281,9 +300,7 @@ class S3Stream:
         if "Range" in arguments and not str(answer.get("ContentRange", "")).startswith(f"bytes {self._fetched}-"):
             raise DataError(f"{self.url}: {endpoint()} does not support range requests, which are required")
         if self._end is not None and expected < self._end:
-            raise DataError(
-                f"{self.url}: the object ends at byte {expected}, its index says {self._end}; run `cascade index` again"
-            )
+            raise s3_errors.too_short(self.url, expected, self._end)
         self._end = expected
 
     def close(self) -> None:

@@ -7,8 +7,10 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.retry import describe_error
@@ -49,6 +51,8 @@ _LASTING_STATUS = {501, 505}
 _OTHER_NAME, _OUT_OF_DATE = {62, 64}, {9, 10}
 """OpenSSL's codes for certificates of another host name or IP address, and for those not yet or no longer valid."""
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
+_PROBE_S = 2.0
+"""How long to wait for each answer of a server when looking for the cause of an error, seconds."""
 PROXY_ADVICE = "; check HTTPS_PROXY and HTTP_PROXY, or name the store's host in NO_PROXY"
 _NOT_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG"}
 _SETTINGS = (
@@ -84,6 +88,73 @@ def endpoint_variable() -> str:
 def endpoint() -> str:
     """Return the address of the store according to the environment, or "AWS", for messages."""
     return os.environ.get(endpoint_variable()) or "AWS"
+
+
+def overlooked() -> str:
+    """Return a remark on an address of the store in a variable of another program, for errors at AWS; else empty."""
+    names = ("AWS_S3_ENDPOINT_URL", "AWS_S3_ENDPOINT", "AWS_ENDPOINT", "S3_ENDPOINT_URL", "S3_ENDPOINT")
+    found = next((name for name in names if os.environ.get(name)), "")
+    if not found or endpoint() != "AWS":
+        return ""
+    return f" ({found}={os.environ[found]} is not read: set AWS_ENDPOINT_URL to that address)"
+
+
+def scheme_problem(address: str) -> str:
+    """Return why a server cannot be reached by http:// or by https://, found by trying both; empty if that is not why.
+
+    Args:
+        address: the URL of the server.
+    """
+    parts = urlsplit(address)
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return ""  # it may not be reachable without the proxy
+    port = parts.port or (443 if secure else 80)
+    if not secure and _speaks_tls(host, port):
+        return "its server speaks TLS: it must start with https://"
+    if secure and not _speaks_tls(host, port) and _speaks_http(host, port):
+        return "its server does not speak TLS: it must start with http://"
+    return ""
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), _PROBE_S) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except (OSError, ValueError) as error:
+        return "ALERT" in str(getattr(error, "reason", ""))
+
+
+def _speaks_http(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), _PROBE_S) as plain:
+        plain.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+        return plain.recv(5) == b"HTTP/"
+    return False
+
+
+def after_change(url: str) -> str:
+    """Return what to do about a file or object that is no longer what it was."""
+    if url.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        return "run `cascade index` again"
+    return "repeat the command when nothing writes to it any more"
+
+
+def too_short(url: str, end: int, expected: int) -> DataError:
+    """Return the error for a file or object that ends at byte `end` and not at `expected`."""
+    if "index" in after_change(url):
+        return DataError(f"{url}: it ends at byte {end}, its index says {expected}; {after_change(url)}")
+    return DataError(f"{url}: it ends at byte {end} instead of {expected}; {after_change(url)}")
+
+
+def changed(url: str) -> Changed:
+    """Return the error for an object whose ETag is another one than before."""
+    when = "since it was indexed" if "index" in after_change(url) else "while it was being read"
+    return Changed(f"{url}: the object has changed {when} (its ETag differs); {after_change(url)}")
 
 
 def check_settings() -> None:
@@ -216,7 +287,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
     if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
         return DataError(
             f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
-            "(FSSPEC_S3_ANON=true reads a public bucket)"
+            f"(FSSPEC_S3_ANON=true reads a public bucket){overlooked()}"
         )
     if isinstance(error, exceptions.CredentialRetrievalError):
         return DataError(f"{url}: the credentials could not be renewed: {describe_error(error)}")
@@ -239,7 +310,8 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
                 return DataError(f"{url}: {socks}={os.environ[socks]}: s3:// works with HTTP proxies, not with SOCKS")
             proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
             name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
-            return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror})")
+            more = f"{unread_proxy()}{overlooked()}"
+            return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror}){more}")
     if isinstance(error, parsers.ResponseParserError):
         return (
             None
@@ -290,22 +362,23 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
         return Denied(
             f"{url}: {endpoint()} denies access to bucket {bucket!r} (HTTP {status}, {said}); check "
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and their permissions"
+            f"{overlooked()}"
         )
     if code == "NoSuchBucket":
         return DataError(
             f"{url}: the bucket {bucket!r} does not exist at {endpoint()}; check the name and "
-            f"{endpoint_variable()}{hint}"
+            f"{endpoint_variable()}{hint}{overlooked()}"
         )
     if code in ("NoSuchKey", "404", "NotFound"):
-        return Missing(f"{url}: no such object in bucket {bucket!r} at {endpoint()}{hint}")
+        return Missing(f"{url}: no such object in bucket {bucket!r} at {endpoint()}{hint}{overlooked()}")
     if code in ("PreconditionFailed", "412"):
-        return Changed(
-            f"{url}: the object has changed since it was indexed (its ETag differs); run `cascade index` again"
-        )
+        return changed(url)
     if code in ("InvalidRange", "416"):
-        return DataError(f"{url}: the object is shorter than its index says; run `cascade index` again")
+        return DataError(f"{url}: the object is shorter than it was; {after_change(url)}")
     if code in REGION or status in (301, 307):
-        return DataError(f"{url}: bucket {bucket!r} is in another region ({said}); set AWS_DEFAULT_REGION")
+        return DataError(
+            f"{url}: bucket {bucket!r} is in another region ({said}); set AWS_DEFAULT_REGION{overlooked()}"
+        )
     return DataError(f"{url}: {endpoint()} rejected the request: {describe_error(client_error(error))}")
 
 
@@ -315,4 +388,12 @@ def refusal_advice(error: BaseException) -> str:
 
     if any(isinstance(cause, exceptions.ProxyConnectionError) for cause in causes_of(error)):
         return PROXY_ADVICE
-    return ""
+    return "" if client_error(error) is not None else f"{unread_proxy()}{overlooked()}"
+
+
+def unread_proxy() -> str:
+    """Return a remark if the only proxy is named in ALL_PROXY, which is not read; otherwise empty."""
+    name = next((name for name in ("ALL_PROXY", "all_proxy") if os.environ.get(name)), "")
+    if not name or any(os.environ.get(other) for other in _PROXIES):
+        return ""
+    return f"; {name} is not read: name an HTTP proxy in HTTPS_PROXY and HTTP_PROXY"

@@ -21,6 +21,7 @@ from data_pipeline.common.errors import DataError, ShardsError, system_words
 from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
+from data_pipeline.storage.s3_errors import too_short
 from data_pipeline.storage.shard_lists import plain_patterns
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def read_range(url: str, start: int, end: int, etag: str | None = None, patience
     with open_stream(url, start, end, etag, patience) as stream:
         data = stream.read()
     if len(data) != end - start:
-        raise DataError(f"{url}: it ends at byte {start + len(data)}, its index says {end}; run `cascade index` again")
+        raise too_short(url, start + len(data), end)
     return data
 
 
@@ -354,6 +355,9 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
     if not shards:
         raise ShardsError(": it is not set; give a glob, brace pattern, directory or s3:// URL of .tar shards")
     given = [str(shards)] if isinstance(shards, (str, os.PathLike)) else [str(item) for item in shards]
+    for item in given:
+        if fixed := _respelled(item):
+            raise ShardsError(f"={item!r}: write {fixed}")
     patterns = [one for item in given for one in plain_patterns(item, lambda url: read_bytes(url, patience))]
     urls: dict[str, None] = {}
     for pattern in patterns:
@@ -363,6 +367,15 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
                 raise ShardsError(f"={one}: no .tar shards found{_hint(one, patience)}")
             urls.update(dict.fromkeys(found))
     return list(urls)
+
+
+def _respelled(pattern: str) -> str:
+    """Return how a URL is written that is almost one; empty for all others."""
+    if arn := re.fullmatch(r"\s*arn:aws[\w-]*:s3:::(\S+)\s*", pattern):
+        return f"s3://{arn[1]}"
+    if slash := re.fullmatch(r"\s*(s3|gs|az|hf|https?):/([^/].*)", pattern):
+        return f"{slash[1]}://{slash[2].strip()}"
+    return pattern.strip() if "://" in pattern and pattern.strip() != pattern else ""
 
 
 def _braces(pattern: str) -> Iterable[str]:
@@ -412,15 +425,20 @@ def _expand_remote(pattern: str, patience: Patience) -> list[str]:
     door = _door(pattern)
     root, key = door.root(pattern), door.split(pattern)[1]
     magic = _MAGIC.search(key)
-    if magic and not (key.endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
+    if magic and not (key.lower().endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
         matches = re.compile(_glob_regex(key)).fullmatch
         found = door.listing(f"{root}/{key[: magic.start()]}", patience=patience)
-        return _shards_among([f"{root}/{name}" for name, _, _ in found if matches(name)])
-    if key.endswith(SHARD_SUFFIXES):
+        files = (name for name, _, _ in found if not name.endswith("/"))  # some tools mark folders by such objects
+        return _shards_among([f"{root}/{name}" for name in files if matches(name)])
+    if key.lower().endswith(SHARD_SUFFIXES):
         return [pattern]
     prefix = key.rstrip("/") + "/" if key else ""
     found = door.listing(f"{root}/{prefix}", "/", patience)
-    return [f"{root}/{name}" for name, length, _ in found if length != -1 and _is_shard_name(basename(name))]
+    shards = [f"{root}/{name}" for name, length, _ in found if length != -1 and _is_shard_name(basename(name))]
+    is_page = pattern.startswith(("http://", "https://"))
+    if not shards and key and not key.endswith("/") and not is_page and _head_or_none(pattern, patience):
+        return [pattern]  # an object of another name
+    return shards
 
 
 def _glob_regex(pattern: str) -> str:
@@ -458,11 +476,14 @@ def _hint(pattern: str, patience: Patience) -> str:
         return f" (the directory {where!r} does not exist; `cascade prepare` makes shards from pictures)"
     door = _door(pattern)
     bucket, key = door.split(pattern)
-    prefix = re.split(r"[*?\[{]", key)[0].rpartition("/")[0]
-    other = next(iter(door.listing(f"{door.root(pattern)}/{prefix}", patience=patience)), None)
-    if other is None:
-        return f" (bucket {bucket!r} at {door.endpoint()} is empty below {prefix!r})"
-    return f" (bucket {bucket!r} contains, for example, {other[0]!r})"
+    begin = re.split(r"[*?\[{]", key)[0]
+    prefix = begin.rpartition("/")[0]
+    for start in (begin, prefix):
+        found = next((name for name, _, _ in door.listing(f"{door.root(pattern)}/{start}", patience=patience)), None)
+        if found is not None:
+            unpack = f": {_UNPACK}" if _PACKED.search(found) else ""
+            return f" (bucket {bucket!r} contains, for example, {found!r}{unpack})"
+    return f" (bucket {bucket!r} at {door.endpoint()} is empty below {prefix!r})"
 
 
 def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:

@@ -156,3 +156,52 @@ def test_a_socks_proxy_is_not_blamed_on_the_store(monkeypatch: pytest.MonkeyPatc
     forget()
     with pytest.raises(DataError, match=r"HTTP_PROXY=socks5://127.0.0.1:9: s3:// works with HTTP proxies"):
         store.read_bytes("s3://bucket/x", QUICK)
+
+
+def plain(folder: Path) -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *given: Web(*given, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+
+
+@pytest.mark.parametrize(("scheme", "wanted"), [("http", "its server speaks TLS"), ("https", "does not speak TLS")])
+def test_http_and_https_confused_are_said_at_once(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, wanted: str
+) -> None:
+    monkeypatch.setattr(s3, "_answered", False)
+    server = plain(tmp_path)
+    address = f"{scheme}://localhost:{port if scheme == 'http' else next(server)}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    forget()
+    waited: list[float] = []
+    monkeypatch.setattr("data_pipeline.storage.retry.time.sleep", waited.append)
+    with pytest.raises(DataError, match=f"AWS_ENDPOINT_URL={address}.*{wanted}"):
+        store.read_bytes("s3://bucket/x", CALM)
+    with pytest.raises(DataError, match=f"^{address}/x: {wanted if scheme == 'http' else f'its server {wanted}'}"):
+        store.read_bytes(f"{address}/x", CALM)
+    assert not waited
+    list(server)
+
+
+@pytest.mark.parametrize("name", ["S3_ENDPOINT_URL", "AWS_S3_ENDPOINT", "S3_ENDPOINT", "AWS_ENDPOINT"])
+def test_an_address_in_a_variable_that_is_not_read_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other_name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "FSSPEC_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(other_name, raising=False)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv(name, "http://localhost:9000")
+    forget()
+    with pytest.raises(DataError, match=rf"{name}=http://localhost:9000 is not read: set AWS_ENDPOINT_URL"):
+        store.read_bytes("s3://bucket/x", CALM)
+
+
+def test_a_proxy_in_all_proxy_is_named_when_no_connection_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://localhost:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:1")
+    forget()
+    for url in ("s3://bucket/x", "http://localhost:1/x"):
+        with pytest.raises(StoreError, match="ALL_PROXY is not read: name an HTTP proxy in HTTPS_PROXY"):
+            store.read_bytes(url, QUICK)

@@ -5,6 +5,7 @@ All of it against moto, and against Ceph's radosgw where its packages are instal
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,32 @@ def test_the_stream_of_keys_is_complete_and_unchanged(
     samples = list(stream)
     assert [sample["__key__"] for sample in samples] == expected
     assert not any(sample["__failures__"] for sample in samples)
+
+
+def test_bytes_that_are_wrong_in_every_read_are_told_by_the_etag(
+    shards: tuple[str, list[str]], proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = store.expand(shards[0])[0]
+    index_shard(url, QUICK)
+    assert not caplog.text
+    proxy.only = lambda method, path: path.endswith(".tar") and method == "GET"
+    proxy.plan([], default="flip:700")
+    index_shard(url, QUICK)
+    assert "two reads agree, but their MD5 is not the ETag" in caplog.text
+
+
+def test_a_forked_process_leaves_its_parents_connection_alone(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert store.size(url) == len(DATA)
+    child = os.fork()
+    if not child:
+        code = 1
+        with suppress(BaseException):
+            code = int(store.size(url) != len(DATA))
+            gc.collect()
+            time.sleep(0.2)  # the event loop of a finalizer gets its turn
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_stream_outlives_its_server_for_a_while(

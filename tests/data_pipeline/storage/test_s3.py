@@ -117,15 +117,22 @@ def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         store.read_bytes(f"s3://{bucket}/x")
 
 
-def test_a_changed_or_shorter_object_is_noticed(bucket: str) -> None:
-    url = f"s3://{bucket}/x"
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.tar", "since it was indexed.*`cascade index` again"),
+        ("x.safetensors", "while it was being read.*nothing writes"),
+    ],
+)
+def test_a_changed_or_shorter_object_is_noticed(bucket: str, name: str, words: str) -> None:
+    url = f"s3://{bucket}/{name}"
     store.write_bytes(url, b"0123456789")
     etag = store.describe([url])[0].etag
     store.write_bytes(url, b"9876543210")
-    with pytest.raises(DataError, match="changed since it was indexed"):
+    with pytest.raises(DataError, match=words):
         store.read_range(url, 2, 5, etag)
     for start in (8, 20):
-        with pytest.raises(DataError, match="index"):
+        with pytest.raises(DataError, match=words.rpartition("*")[2]):
             store.read_range(url, start, 30)
 
 
@@ -145,3 +152,29 @@ def test_a_versioned_bucket_is_read_as_it_is_now(bucket: str, s3_server: S3Serve
     assert store.read_bytes(place) == b"three"
     found = client.list_object_versions(Bucket=bucket)
     assert len(found["Versions"]) == 3 and found["DeleteMarkers"]
+
+
+def test_names_in_a_bucket_as_people_write_them(bucket: str) -> None:
+    names = ("a/UP.TAR", "a/shard-000", "b/x.tar", "b/x.tar/", "b/c/y.tar", "p+q/a #1?.tar", "z/a.tar.zst", "i/1.jpg")
+    for name in names:
+        store.write_bytes(f"s3://{bucket}/{name}", b"x")
+    found = {
+        "a/UP.TAR": ["a/UP.TAR"],
+        "a/shard-000": ["a/shard-000"],
+        "a": ["a/UP.TAR"],
+        "b/**": ["b/c/y.tar", "b/x.tar"],
+        "p+q": ["p+q/a #1?.tar"],
+        "p+q/a #1?.tar": ["p+q/a #1?.tar"],
+    }
+    for pattern, shards in found.items():
+        assert store.expand(f"s3://{bucket}/{pattern}") == [f"s3://{bucket}/{name}" for name in shards], pattern
+    refused = {
+        f"s3://{bucket}/z": r"a\.tar\.zst': only plain and gzip",
+        f"s3://{bucket}/i": r"contains, for example, 'i/1\.jpg'",
+        f" s3://{bucket}/b": f"write s3://{bucket}/b",
+        f"s3:/{bucket}/b": f"write s3://{bucket}/b",
+        f"arn:aws:s3:::{bucket}/b": f"write s3://{bucket}/b",
+    }
+    for pattern, words in refused.items():
+        with pytest.raises(DataError, match=words):
+            store.expand(pattern)
