@@ -90,7 +90,8 @@ class CaptionConfig:
 
     sources: dict[str, float] = field(default_factory=dict)
     """Weight of each source: `txt` (the .txt member), `txt:lines` (one caption per line of it), `json:FIELD` (a string
-    or a list of strings in the .json member; `json:meta.caption` is a nested field) or `file:NAME` (from `files`).
+    or a list of strings in the .json member; `json:meta.caption` is a nested field), `member:NAME` (another member of
+    text; NAME may be a glob: `member:*.txt` for K.1.txt, K.long.txt) or `file:NAME` (from `files`).
     Sources not listed are not used. Empty: the .txt or, if it is missing or empty, the caption, text or prompt in the
     .json."""
     files: dict[str, str] = field(default_factory=dict)
@@ -107,8 +108,9 @@ class CaptionConfig:
         for source, weight in self.sources.items():
             kind, _, name = source.partition(":")
             require(
-                source in ("txt", "txt:lines") or (kind in ("json", "file") and bool(name)),
-                f"data.captions.sources: {source!r} is not a source; use txt, txt:lines, json:FIELD or file:NAME",
+                source in ("txt", "txt:lines") or (kind in ("json", "member", "file") and bool(name)),
+                f"data.captions.sources: {source!r} is not a source; use txt, txt:lines, json:FIELD, member:NAME or "
+                "file:NAME",
             )
             require(
                 kind != "file" or name in self.files,
@@ -135,6 +137,12 @@ class CaptionConfig:
         """Return these settings without `files`, which belong to the training shards: for held-out shards."""
         sources = {name: weight for name, weight in self.sources.items() if not name.startswith("file:")}
         return replace(self, files={}, sources=sources if any(sources.values()) else {})
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names and globs of the members that the sources `member:NAME` use."""
+        pairs = (source.partition(":")[::2] for source, weight in self.sources.items() if weight > 0)
+        return tuple(name.lower().removeprefix(".") for kind, name in pairs if kind == "member")
 
     @property
     def weights(self) -> dict[str, float]:

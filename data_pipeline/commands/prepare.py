@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_pipeline.common.errors import BadSample, DataError, system_words
+from data_pipeline.common.errors import BadSample, ConfigError, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -137,6 +137,11 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
         begun["captions"] = settings.captions
     if config.data.captions.encoding:
         begun["encoding"] = config.data.captions.encoding
+    if members := config.data.captions.members:
+        raise ConfigError(
+            f"data.captions.sources: cascade prepare keeps one caption of a sample; instead of member:{members[0]}, "
+            f"choose it with 'data.members={{caption: [{members[0]}]}}'"
+        )
     if config.data.captions.sources:
         begun["sources"] = config.data.captions.sources
     if settings.heldout:

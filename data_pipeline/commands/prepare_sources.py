@@ -15,7 +15,7 @@ from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig, PrepareConfig
 from data_pipeline.content.captions import read_json_or_nothing
 from data_pipeline.content.members import IMAGE_EXTENSIONS
-from data_pipeline.reading.rows import runs_of
+from data_pipeline.reading.rows import Run, runs_of
 from data_pipeline.shards.index import ShardIndex
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ShardSource:
         if self.reader.is_direct(shard) or self._is_scattered(shard, row):
             sample = self.reader.read(shard, row)
         else:
-            sample = self.reader.sample_from(shard, row, *self._blocks.read(shard, row))
+            sample = self.reader.sample_from(shard, row, self._blocks.read(shard, row))
         extension = next((name for name in IMAGE_EXTENSIONS if name in sample), None)
         if extension is None:
             raise BadSample("missing_image", "no member is a picture")
@@ -100,15 +100,19 @@ class _Blocks:
         self._kept: Recent[tuple[int, int], Future[bytes]] = Recent(_BLOCKS_KEPT)
         self._lock = threading.Lock()
 
-    def read(self, shard: int, row: int) -> tuple[int, bytes]:
-        """Return (first byte, bytes of the shard from there on) that contain a sample."""
+    def read(self, shard: int, row: int) -> list[Run]:
+        """Return runs of the shard, (first byte, bytes), that contain a sample."""
         index, rows = self._dataset.index(shard)
-        parts = index.parts(int(rows[row]))
-        begin, end = parts[0].offset, max(part.offset + part.size for part in parts)
         # Every block of a compressed shard is unpacked from the first byte on, so blocks must be large.
         size = _COMPRESSED_BLOCK if index.compressed else _BLOCK
-        blocks = [self._block(shard, number, size, index) for number in range(begin // size, -(-end // size))]
-        return begin // size * size, b"".join(blocks)
+        found = []
+        for begin, end in runs_of(self._reader.places(index, int(rows[row]))):
+            numbers = range(begin // size, max(-(-end // size), begin // size + 1))
+            first = numbers[0] * size
+            blocks = [self._block(shard, number, size, index) for number in numbers]
+            cut = [block[max(begin - first - n * size, 0) : end - first - n * size] for n, block in enumerate(blocks)]
+            found.append((begin, b"".join(cut)))
+        return found
 
     def _block(self, shard: int, number: int, size: int, index: ShardIndex) -> bytes:
         with self._lock:

@@ -25,6 +25,7 @@ from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.content import captions, images
 from data_pipeline.content.captions import Caption
+from data_pipeline.content.members import more_captions
 from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import keep_rows, patience_of
@@ -37,7 +38,7 @@ from data_pipeline.shards.index import (
     read_index,
 )
 from data_pipeline.shards.mixture import entries_of
-from data_pipeline.shards.tar import MAX_MEMBER
+from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import naming, scratch
 from data_pipeline.storage.retry import Patience
@@ -143,7 +144,9 @@ def _verify_shard(
             broken.add(entry.url, index.key(row), _offset(index, row), "checksum", "it differs from the stored index")
         else:
             good.append(row)
-    for sample, outcome in ordered(pool, work, _read(index, entry, good, patience), 4 * data.threads):
+    for sample, outcome in ordered(
+        pool, work, _read(index, entry, good, patience, data.captions.members), 4 * data.threads
+    ):
         if isinstance(outcome, BadSample):
             if outcome.reason == "missing_caption":
                 tally.layouts[outcome.reason][str(index.table["layout"][sample["__position__"]].as_py())] += 1
@@ -187,8 +190,14 @@ def _whole(sample: dict[str, Any], data: DataConfig) -> np.ndarray:
     return images.decode(sample["__image__"], THUMBNAIL, 1.0, data.max_pixels, data.background, orientation, data.srgb)
 
 
-def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience) -> Iterator[dict[str, Any]]:
-    """Yield the members that training uses, sample by sample in archive order, in one pass over the shard."""
+def _read(
+    index: ShardIndex, entry: store.Entry, rows: list[int], patience: Patience, names: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Yield the members that training uses, sample by sample in archive order, in one pass over the shard.
+
+    Args:
+        names: `data.captions.members`.
+    """
     with PartReader(entry, index.compressed, patience) as reader:
         for row in rows:
             parts = {part.extension: part for part in index.parts(row)}
@@ -200,8 +209,9 @@ def _read(index: ShardIndex, entry: store.Entry, rows: list[int], patience: Pati
                 "__position__": row,
                 "__extension__": picture,
             }
-            wanted = [parts[name] for name in (picture, "txt", "json") if name in parts]
-            wanted = [part for part in wanted if part.extension != "json" or part.size <= MAX_MEMBER]
+            others = more_captions(parts, names)
+            wanted = [parts[name] for name in (picture, "txt", "json", *others) if name in parts]
+            wanted = [part for part in wanted if part.extension == picture or part.size <= MAX_TEXT]
             try:
                 for part in sorted(wanted, key=lambda part: part.offset):
                     sample[part.extension] = reader.read(part)

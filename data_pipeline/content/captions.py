@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import CaptionConfig
+from data_pipeline.content.members import ending, more_captions
 from data_pipeline.order.chance import hash_below, hash_uniform
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>|<!--[^<>]{0,500}-->")
@@ -101,6 +102,8 @@ def _texts_by_source(
                 texts = [decode_text(sample.get("txt") or b"", config.encoding)]
             elif source == "txt:lines":
                 texts = decode_text(sample.get("txt") or b"", config.encoding).splitlines()
+            elif source.startswith("member:"):
+                texts = _texts_of_members(sample, CaptionConfig(sources={source: 1}).members, config.encoding)
             elif source.startswith("file:"):
                 texts = sample[FROM_FILES].get(source.removeprefix("file:"), [])
             else:
@@ -121,16 +124,29 @@ def _texts_by_source(
     return found, problem
 
 
+def _texts_of_members(sample: Mapping[str, Any], wanted: tuple[str, ...], encoding: str | None) -> list[str]:
+    """Return the texts of further caption members, in the order of the archive; of a .json those of its caption."""
+    texts = []
+    for name in more_captions((name for name in sample if not name.startswith("__")), wanted):
+        if ending(name) == "json":
+            found = json_caption(parse_json(sample[name]))
+            texts += found[1] if found else []
+        else:
+            texts.append(decode_text(sample[name], encoding))
+    return texts
+
+
 def _cleaned(texts: list[str], config: CaptionConfig) -> list[str]:
     return [text for text in (clean(text, config) for text in texts) if text]
 
 
 def json_caption(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
-    """Return the first field of a .json that holds captions, with its texts; None if there is none."""
+    """Return the first field of a .json that holds captions, in any case, with its texts; None if there is none."""
+    spelled = {str(name).lower(): name for name in [*meta][::-1]}
+    spelled.update({name: name for name in JSON_CAPTIONS if name in meta})
     for name in JSON_CAPTIONS:
-        texts = texts_in(meta.get(name))
-        if texts:
-            return name, texts
+        if name in spelled and (texts := texts_in(meta[spelled[name]])):
+            return spelled[name], texts
     return None
 
 
@@ -184,12 +200,18 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     asked = ", ".join(config.sources) or "the .txt and the .json"
     there = ", ".join(f".{name}" for name in sample if not name.startswith("__")) or "nothing"
     words = f"no text in {asked} (data.captions.sources, data.members.caption); the members are {there}"
-    if (sample.get("txt") or b"").strip() and not {"txt", "txt:lines"} & {*config.sources}:
-        return f"{words}; the .txt has text"
-    with suppress(BadSample):
-        texts = fields_with_text(parse_json(sample.get("json")))
-        if texts:
-            return f"{words}; fields of the .json with text: {', '.join(sorted(texts)[:8])}"
+    if text := (sample.get("txt") or b"").strip():
+        if config.sources and not {"txt", "txt:lines"} & {*config.sources}:
+            return f"{words}; the .txt has text"
+        if decode_text(text, config.encoding).strip():
+            return f"{words}; of the .txt, {text[:40]!r}, data.captions.clean leaves nothing"
+    try:
+        texts = sorted(fields_with_text(parse_json(sample.get("json"))), key=lambda name: ("url" in name.lower(), name))
+    except BadSample as error:
+        return f"{words}; the .json cannot be parsed ({error.detail})"
+    if texts:
+        use = f"'data.captions.sources={{\"json:{texts[0]}\": 1}}' uses the first"
+        return f"{words}; fields of the .json with text: {', '.join(texts[:8])}; {use}"
     return words
 
 
@@ -219,6 +241,8 @@ def decode_text(data: bytes, otherwise: str | None = None) -> str:
         if otherwise:
             with suppress(UnicodeDecodeError):
                 return data.decode(otherwise)
+        if data.startswith((b"\x1f\x8b", b"\x80\x04", b"PK\x03\x04")):
+            raise BadSample("bad_text", f"a caption is not text: it begins with {data[:8]!r}") from error
         tried = f"neither {encoding.removesuffix('-sig')} nor {otherwise}" if otherwise else "not UTF-8"
         raise BadSample(
             "bad_text", f"a caption is {tried}; set data.captions.encoding to its encoding, such as cp1252"

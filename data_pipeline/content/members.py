@@ -187,6 +187,18 @@ def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None
     return "image" if content else None
 
 
+def more_captions(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Return the members of a sample, by their names in the index, that `data.captions.sources=member:NAME` means.
+
+    Args:
+        names: of the members; the picture, the caption in use and the metadata are called by their kind (`jpg`).
+        wanted: names or globs.
+    """
+    others = [name for name in names if name not in (*IMAGE_EXTENSIONS, "txt", "json")]
+    texts = [name for name in others if kind_of(name, None, MembersConfig()) in ("text", "json") or name in wanted]
+    return list(dict.fromkeys(name for one in wanted for name in texts if fnmatchcase(name, one)))
+
+
 def matches(name: str, wanted: Iterable[str]) -> bool:
     """Return whether a member's name (`image.jpg`) matches an entry: as a whole, by stem, by extension or by glob."""
     return any(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ import xxhash
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig
+from data_pipeline.content.members import IMAGE_EXTENSIONS, more_captions
 from data_pipeline.order.chance import hash_below
 from data_pipeline.shards.dataset import Dataset, node_cache
 from data_pipeline.shards.index import ShardIndex
-from data_pipeline.shards.tar import MAX_MEMBER, Gunzip
+from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Gunzip
 from data_pipeline.storage import store
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ _SAME_SHARD, _ANYWHERE = 16, 64
 Sample = dict[str, Any]
 _digest = xxhash.xxh3_64_intdigest
 _Place = tuple[str, int, int, int]
+Run = tuple[int, bytes]
+"""First byte of a run of a shard, and its bytes."""
 
 
 class _File:
@@ -76,12 +80,15 @@ class RowReader:
     Args:
         dataset: what to read from.
         config: its `data.cache_dir` is used.
-        extensions: extensions of the members to read; others are skipped, however large. None: read all.
+        extensions: extensions of the members to read, besides those that `data.captions.sources` names; others are
+            skipped, however large. None: read all.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, extensions: Collection[str] | None = None) -> None:
         self.dataset, self.config, self._extensions = dataset, config, extensions
         self._direct = [not s.compressed and not store.is_remote(s.entry.url) for s in dataset.summaries]
+        parts = config.parts() if extensions is not None else {}
+        self._captions = sorted({name for own in parts.values() for name in own.captions.members})
         self._files: Recent[int, _File] = Recent(_OPEN_FILES)
         self.cache = node_cache(config)
         dataset.keep_in(self.cache)
@@ -94,12 +101,13 @@ class RowReader:
             row: row of the shard, counting only samples that pass the filters.
 
         Raises:
-            BadSample: `checksum`, the bytes differ from the index even after rereading.
+            BadSample: `checksum`, the bytes differ from the index even after rereading; `too_large`, see `check`.
             DataError, StoreError: the shard is gone, has changed or is out of reach.
         """
         index, rows = self.dataset.index(shard)
         physical = rows.item(row)
         parts = self.places(index, physical)
+        self.check(parts)
         for attempt in range(1 + _REREADS):
             sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
@@ -114,20 +122,27 @@ class RowReader:
         places = index.places(row)
         if self._extensions is None:
             return places
-        wanted = [place for place in places if place[0] in self._extensions]
-        return [place for place in wanted if place[0] != "json" or place[2] <= MAX_MEMBER] or places
+        wanted = [place for place in places if place[0] in self._extensions or self._is_caption(place[0])]
+        return [place for place in wanted if place[0] in IMAGE_EXTENSIONS or place[2] <= MAX_TEXT] or places
+
+    def _is_caption(self, name: str) -> bool:
+        return bool(self._captions) and bool(more_captions([name], self._captions))
+
+    def check(self, places: list[_Place]) -> None:
+        """Raise `BadSample` (`too_large`) for a picture above `MAX_MEMBER` bytes, if this reader chooses members.
+
+        Newer indexes do not list such samples.
+        """
+        extension, _, size, _ = max(places, key=lambda place: place[2])
+        if self._extensions is not None and size > MAX_MEMBER:
+            limit = MAX_MEMBER >> 20
+            raise BadSample("too_large", f"member .{extension} has {size} bytes; at most {limit} MiB are read")
 
     def _read(self, shard: int, index: ShardIndex, row: int, parts: list[_Place], fresh: bool) -> tuple[Sample, str]:
         if self._direct[shard]:
             # The bound method keeps the file open even if another thread evicts it from the cache.
             return _cut(index, row, parts, (self._files.get(shard) or self._open(shard)).read)
-        runs = [(begin, self.read_range(shard, begin, end, fresh)) for begin, end in runs_of(parts)]
-
-        def get(first: int, end: int) -> bytes:
-            begin, data = next(run for run in reversed(runs) if run[0] <= first)
-            return data[first - begin : end - begin]
-
-        return _cut(index, row, parts, get)
+        return _cut(index, row, parts, _among(self.read_ranges(shard, runs_of(parts), fresh)))
 
     def _open(self, shard: int) -> _File:
         return self._files.put(shard, _File(self.dataset.urls[shard]))
@@ -155,16 +170,27 @@ class RowReader:
                 lambda a, b: store.read_range(url, a, b, etag, patience),
                 fresh,
             )
-        with store.open_stream(url, etag=etag if store.is_remote(url) else None, patience=patience) as stream:
-            return _skip_and_read(Gunzip(stream), begin, end, url)
+        return self.read_ranges(shard, [(begin, end)])[0][1]
 
-    def sample_from(self, shard: int, row: int, begin: int, data: bytes) -> Sample:
-        """Cut a sample out of `data`, the bytes of its shard from `begin` on; if it does not verify, read it again."""
+    def read_ranges(self, shard: int, runs: Sequence[tuple[int, int]], fresh: bool = False) -> list[Run]:
+        """Read several (first byte, end byte) runs of a shard, of a compressed one in a single pass.
+
+        Returns:
+            (first byte, bytes) of each, in the same order.
+        """
+        summary = self.dataset.summaries[shard]
+        if not summary.compressed or not runs:
+            return [(begin, self.read_range(shard, begin, end, fresh)) for begin, end in runs]
+        url = summary.entry.url
+        etag = summary.entry.etag if store.is_remote(url) else None
+        with store.open_stream(url, etag=etag, patience=self.dataset.patience) as stream:
+            return list(zip((begin for begin, _ in runs), _gather(Gunzip(stream), runs, url), strict=True))
+
+    def sample_from(self, shard: int, row: int, runs: Sequence[Run]) -> Sample:
+        """Cut a sample out of runs of its shard, (first byte, bytes); if it does not verify, read it again."""
         index, rows = self.dataset.index(shard)
         physical = int(rows[row])
-        sample, wrong = _cut(
-            index, physical, self.places(index, physical), lambda first, end: data[first - begin : end - begin]
-        )
+        sample, wrong = _cut(index, physical, self.places(index, physical), _among(runs))
         if wrong:
             key = sample["__key__"]
             logger.warning("%s: %s of %s does not match its checksum; reading it again", index.url, wrong, key)
@@ -219,15 +245,39 @@ def _cut(index: ShardIndex, row: int, parts: list[_Place], read: Callable[[int, 
     return sample, wrong
 
 
-def _skip_and_read(stream: Gunzip, begin: int, end: int, url: str) -> bytes:
-    position, kept = 0, bytearray()
-    while position < end:
+def _among(runs: Sequence[Run]) -> Callable[[int, int], bytes]:
+    """Return a function that returns bytes [first, end) of a shard of which these runs are known."""
+
+    def get(first: int, end: int) -> bytes:
+        begin, data = next(run for run in runs if run[0] <= first and end <= run[0] + len(run[1]))
+        return data[first - begin : end - begin]
+
+    return get
+
+
+def _gather(stream: Gunzip, runs: Sequence[tuple[int, int]], url: str) -> list[bytes]:
+    """Return the bytes of each (first byte, end byte) run, in any order, and keep nothing else in memory."""
+    found = [b""] * len(runs)
+    waiting = sorted(range(len(runs)), key=lambda number: runs[number], reverse=True)
+    open_runs: dict[int, io.BytesIO] = {}
+    position = 0
+    while waiting or open_runs:
         piece = stream.read(1 << 20)
         if not piece:
-            raise DataError(f"{url}: the compressed shard ends at byte {position}, its index says {end}")
-        kept += piece[max(begin - position, 0) : end - position]
-        position += len(piece)
-    return bytes(kept)
+            end = max(runs[number][1] for number in (*waiting, *open_runs))
+            raise DataError(
+                f"{url}: the compressed shard ends at byte {position}, its index says {end}; run `cascade index` again"
+            )
+        after = position + len(piece)
+        while waiting and runs[waiting[-1]][0] < after:
+            open_runs[waiting.pop()] = io.BytesIO()
+        for number in list(open_runs):
+            begin, end = runs[number]
+            open_runs[number].write(memoryview(piece)[max(begin - position, 0) : end - position])
+            if end <= after:
+                found[number] = open_runs.pop(number).getvalue()
+        position = after
+    return found
 
 
 def substitutes(dataset: Dataset, seed: int, position: int, shard: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 from data_pipeline.common.errors import BadSample, DataError
@@ -47,7 +48,7 @@ class PartReader:
         self._position = start
 
     def _take(self, count: int, keep: bool) -> bytes:
-        kept = bytearray()
+        kept = io.BytesIO()
         while count:
             piece = self._reader.read(min(count, 1 << 20))
             if not piece:
@@ -55,8 +56,8 @@ class PartReader:
             count -= len(piece)
             self._position += len(piece)
             if keep:
-                kept += piece
-        return bytes(kept)
+                kept.write(piece)
+        return kept.getvalue()
 
     def close(self) -> None:
         """Close the stream."""

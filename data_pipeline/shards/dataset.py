@@ -20,8 +20,8 @@ from data_pipeline.common.errors import CascadeError, DataError, ShardsError
 from data_pipeline.common.progress import progress
 from data_pipeline.common.recent import Recent
 from data_pipeline.common.team import ALONE, Team
-from data_pipeline.config import DataConfig, FilterConfig, MembersConfig
-from data_pipeline.content.members import advice
+from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig, MembersConfig
+from data_pipeline.content.members import advice, more_captions
 from data_pipeline.shards.filters import keep_rows
 from data_pipeline.shards.index import (
     ShardIndex,
@@ -48,7 +48,7 @@ from data_pipeline.storage.retry import Patience
 logger = logging.getLogger(__name__)
 
 NOT_INDEXED = "not indexed"
-HARMLESS = ("bad_json", "unused_image")
+HARMLESS = ("bad_json", "unused_image", "unused_caption")
 """Problems not reported at every start, because they cost no sample."""
 _CACHED = 64
 """Number of indexes kept in memory before `Dataset.expect` sets another."""
@@ -239,7 +239,7 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
         write_summaries(known_at, summaries, patience)
     dataset = Dataset(summaries, config.filter, patience, config.members)
     if not may_be_empty:
-        team.once(lambda: _report(dataset))
+        team.once(lambda: _report(dataset, config.captions))
     return dataset
 
 
@@ -312,7 +312,25 @@ def stored_index(entry: store.Entry, config: DataConfig, patience: Patience) -> 
     return load_index(entry.url, config.index_dir, entry, patience, config.members, bool(config.filter.licences))
 
 
-def _report(dataset: Dataset) -> None:
+def _unused_captions(dataset: Dataset, config: CaptionConfig) -> Iterator[str]:
+    """Say which captions beside the used ones are not used, judged by the first shard with any, and how to."""
+    summary = next((one for one in dataset.summaries if one.problems.get("unused_caption")), None)
+    if summary is None or config.members:
+        return
+    index = read_index(summary.entry.url, summary.place, dataset.patience)
+    layouts = set(index.column("layout").to_pylist()) if index is not None else set()
+    names = Counter(name for layout in layouts for name in more_captions(layout.split("/"), ["*"]))
+    if names:
+        count = dataset.problems["unused_caption"]
+        found = ", ".join(f".{name}" for name, _ in names.most_common(8))
+        setting = ", ".join(f'"member:{name}": 1' for name, _ in names.most_common(8))
+        yield (
+            f"{count} further captions are not used, such as {found} in {summary.entry.url}: "
+            f"'data.captions.sources={{txt: 1, {setting}}}' draws from all of them"
+        )
+
+
+def _report(dataset: Dataset, config: CaptionConfig) -> None:
     for summary in dataset.summaries:
         damage = {
             name: n for name, n in summary.problems.items() if name not in summary.dropped and name not in HARMLESS
@@ -324,6 +342,8 @@ def _report(dataset: Dataset) -> None:
                 "%s: it is compressed, so every read starts at its beginning; store it as a plain tar",
                 summary.entry.url,
             )
+    for words in _unused_captions(dataset, config):
+        logger.warning("%s", words)
     hint = _hint(dataset)
     if dataset.dropped:
         reasons = ", ".join(f"{count} {name}" for name, count in dataset.dropped.most_common())

@@ -66,6 +66,7 @@ OTHER_LICENCES = "other"
 _MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
+_unlike_etag: set[str] = set()
 _READS = 3
 """How often to walk a remote shard until two reads agree."""
 SCHEMA = pa.schema(
@@ -252,10 +253,25 @@ def index_shard(
     entry = entry or store.describe([url], patience)[0]
     for _ in range(_READS):
         index, confirmed = _walk(entry, patience, names)
-        if confirmed or index.meta["content"] == _content(entry, patience):
+        if confirmed:
+            return index
+        if index.meta["content"] == _content(entry, patience):
+            _say_unlike_etag(entry)
             return index
         logger.warning("%s: a second read returned different bytes; indexing it again", url)
     raise DataError(f"{url}: {_READS} times, two reads brought different bytes: the network or the store damages them")
+
+
+def _say_unlike_etag(entry: store.Entry) -> None:
+    """Warn, once per directory, of an object whose two equal reads do not fit an ETag that looks like an MD5."""
+    where = store.parent(entry.url)
+    if re.fullmatch("[0-9a-f]{32}", entry.etag) and where not in _unlike_etag:
+        _unlike_etag.add(where)
+        logger.warning(
+            "%s: two reads agree, but their MD5 is not the ETag; that is normal for objects that the store encrypts, "
+            "otherwise the object or what transfers it is damaged: compare it with the original",
+            entry.url,
+        )
 
 
 def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple[ShardIndex, bool]:
@@ -264,7 +280,7 @@ def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple
     problems: list[Problem] = []
     with store.open_stream(url, etag=entry.etag if remote else None, patience=patience) as stream:
         probe = _Probe(stream, EtagCheck(entry.etag, entry.size) if remote else None)
-        samples = rows_of(walk(probe, problems, name=url), problems, names)
+        samples = rows_of(walk(probe, problems, name=url, links=True), problems, names)
         probe.drain()
     expected = expected_count(url, patience)
     if expected is not None and expected != len(samples):

@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from posixpath import dirname, join, normpath
 from typing import Any
+from unicodedata import normalize
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import MembersConfig
 from data_pipeline.content.captions import decode_text, json_caption, object_of
 from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, kind_of, picture_kind, roles, split_samples
-from data_pipeline.shards.tar import Member, Problem
+from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Member, Problem
 
 SCORES = {
     "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetic_score_laion_v2"),
@@ -32,6 +34,7 @@ UNKNOWN = "unknown"
 """The licence of samples that state none."""
 _SAYS_NOTHING = ("", "?", "-", "none", "null", "nan", "n/a", UNKNOWN)
 _LONGEST_LICENCE = 200
+_TABLES = ("jsonl", "ndjson", "csv", "tsv", "parquet")
 _LARGEST_SIDE = 2**31 - 1
 _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
@@ -68,9 +71,27 @@ def rows_of(
     names = names or MembersConfig()
     groups: list[tuple[str, dict[str, _Found]]] = []
     newest: dict[str, dict[str, _Found]] = {}
+    named: dict[str, _Found] = {}
+    waiting: list[Member] = []
+
+    def add(found: _Found, offset: int) -> None:
+        folder, slash, base = found.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key, extension = folder + slash + stem, extension.lower()
+        one = normalize("NFC", key)  # macOS spells accents otherwise than the programs that write captions
+        group = newest.get(one)
+        if group is None or extension in group:
+            if group is not None:
+                problems.append(Problem("duplicate_key", offset, f"{found.name!r} comes again"))
+            group = newest[one] = {}
+            groups.append((key, group))
+        group[extension] = found
+
     for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
+        if member.link:
+            waiting.append(member)  # a symbolic link may come before its target
+            continue
+        stem, dot, extension = member.name.rpartition("/")[2].partition(".")
         content = picture_kind(member.data)
         if not stem:
             if content:  # unlike macOS' ._x.jpg, which are not pictures
@@ -78,17 +99,20 @@ def rows_of(
             continue
         if not dot and not content:
             continue  # such as README or LICENSE
-        key, extension = folder + slash + stem, extension.lower()
-        kind = kind_of(extension, content, names)
+        kind = kind_of(extension.lower(), content, names)
         facts = _facts(kind, member, problems)
         found = _Found(member.name, (member.offset, member.size, member.checksum), kind, content, facts)
-        group = newest.get(key)
-        if group is None or extension in group:
-            if group is not None:
-                problems.append(Problem("duplicate_key", member.offset, f"{member.name!r} comes again"))
-            group = newest[key] = {}
-            groups.append((key, group))
-        group[extension] = found
+        named[normpath(member.name)] = found
+        add(found, member.offset)
+        del member  # before the next one is read
+    for member in waiting:
+        target = named.get(_target(member))
+        base = member.name.rpartition("/")[2]
+        if target is not None and not base.startswith(".") and ("." in base or target.content):
+            add(_linked(member, target, names), member.offset)
+        elif target is None and kind_of(ending(member.name).lower(), None, names):
+            words = f"{member.name!r} is a link to {member.link!r}, which is not in the archive: pack it with `tar -h`"
+            problems.append(Problem("link_outside", member.offset, words))
     rows = []
     for key, group in groups:
         kinds = {name: found.kind for name, found in group.items()}
@@ -98,14 +122,26 @@ def rows_of(
 
 
 def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: list[Problem]) -> dict[str, Any]:
+    group = dict(sorted(group.items(), key=lambda item: item[1].part[0]))  # links may name earlier or later members
     used = roles({name: found.kind for name, found in group.items()}, names)
     image = group[used.image] if used.image is not None else None
     caption = next((name for name in used.captions if group[name].facts.get("length")), None)
     caption = caption or (used.captions[0] if used.captions else None)
+    if used.problem == "missing_image" and (table := next((name for name in group if ending(name) in _TABLES), None)):
+        words = (
+            f"{group[table].name!r} is a table inside a shard, which is not read: unpack it, see prepare.kind=folder"
+        )
+        problems.append(Problem("unused_table", group[table].part[0], words))
     for name in used.unused_images:
         beside = image.name if image else ""
         words = f"{group[name].name!r} is a picture beside {beside!r}; choose one with data.members.image"
         problems.append(Problem("unused_image", group[name].part[0], words))
+    others = [name for name in used.captions if name != caption]
+    others += [name for name, found in group.items() if found.kind == "json" and name != used.json]
+    for name in others:
+        if group[name].facts.get("length") and not names.caption:
+            words = f'{group[name].name!r} holds another caption: "member:{name}" in data.captions.sources would use it'
+            problems.append(Problem("unused_caption", group[name].part[0], words))
     called = _called(group, used.image, caption, used.json)
     data = group[used.json].facts if used.json else {}
     text = group[caption].facts if caption else {}
@@ -123,8 +159,23 @@ def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: lis
         "caption_length": text.get("length") or data.get("length", text.get("length")),
         **{name: data.get(name) for name in SCORES},
         "licence": data.get("licence"),
-        "problem": used.problem if image is None else "empty_image" if image.part[1] == 0 else None,
+        "problem": used.problem if image is None else _size_problem(image.part[1]),
     }
+
+
+def _target(link: Member) -> str:
+    """Return the normalized name of the member that a link names: a hard link from the root, others from its folder."""
+    return normpath(link.link if link.hard else join(dirname(link.name), link.link))
+
+
+def _linked(link: Member, target: _Found, names: MembersConfig) -> _Found:
+    kind = kind_of(link.name.rpartition("/")[2].partition(".")[2].lower(), target.content, names)
+    return _Found(link.name, target.part, kind, target.content, target.facts if kind == target.kind else {})
+
+
+def _size_problem(size: int) -> str | None:
+    """Return why a picture of so many bytes is never used, or None."""
+    return "empty_image" if size == 0 else "too_large" if size > MAX_MEMBER else None
 
 
 def _called(group: dict[str, _Found], image: str | None, caption: str | None, facts: str | None) -> dict[str, str]:
@@ -150,6 +201,12 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
     if kind == "image":
         width, height = image_size(member.data)
         return {"width": width, "height": height}
+    if kind in ("text", "json") and member.size > MAX_TEXT:
+        words = (
+            f"{member.name!r} has {member.size} bytes; captions and metadata above {MAX_TEXT >> 20} MiB are not used"
+        )
+        problems.append(Problem("oversized_text", member.offset, words))
+        return {}
     if kind == "text":
         try:
             return {"length": len(decode_text(member.data).strip())}

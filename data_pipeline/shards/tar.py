@@ -8,12 +8,15 @@ size), plain or gzipped.
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import re
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +54,20 @@ _PACKED = (
 """First bytes of other kinds of archive -> remedy."""
 _LISTS = (".txt", ".lst", ".list", ".csv", ".json")
 MAX_MEMBER = 128 << 20
-"""Members larger than this (bytes) are checked but not kept in memory."""
+"""Members larger than this (bytes) are checked but not kept in memory, and such pictures are not used."""
+MAX_TEXT = 16 << 20
+"""Captions and metadata larger than this (bytes) are not used: parsed, they take many times their size."""
+_LARGE = 8 << 20
+"""Of members larger than this (bytes), a process keeps one at a time, however many archives it walks."""
+_large = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _large
+    _large = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,10 @@ class Member:
     """Empty if the member is larger than `max_member` of the walk."""
     checksum: int
     """xxh3-64 of the data."""
+    link: str = ""
+    """Name of the member that this is a link to; it has no data of its own."""
+    hard: bool = False
+    """Whether it is a hard link, whose target is named from the root of the archive."""
 
 
 @dataclass(slots=True)
@@ -85,6 +105,7 @@ class _Header:
     size: int
     kind: bytes
     ustar: bool
+    link: str
 
 
 class Gunzip:
@@ -196,8 +217,9 @@ def walk(
     name: str = "shard",
     max_member: int = MAX_MEMBER,
     account: Counter[str] | None = None,
+    links: bool = False,
 ) -> Iterator[Member]:
-    """Yield every complete regular member, in archive order. Links, directories and devices are skipped, not followed.
+    """Yield every complete regular member, in archive order. Directories and devices are skipped.
 
     Args:
         stream: an object with `.read(n)`; memory is bounded by the largest member kept.
@@ -208,6 +230,7 @@ def walk(
         max_member: members larger than this many bytes are verified but not kept: their `data` is empty.
         account: counts the bytes of `members` (including headers), `skipped` members, the `end` and `problems`, which
             add up to the whole archive.
+        links: also yield links, which name another member.
 
     Raises:
         NotAnArchive: this is not a tar archive at all (for example an error page saved as a shard).
@@ -218,7 +241,7 @@ def walk(
     first, started = b"", False
     begin: int | None = None  # where the extended headers of the next member start
     gap: _Gap | None = None
-    long_name, pax, global_pax = "", {}, {}  # type: str, dict[str, str], dict[str, str]
+    long_name, long_link, pax, global_pax = "", "", {}, {}  # type: str, str, dict[str, str], dict[str, str]
 
     def report(reason: str, start: int, detail: str) -> None:
         found.append(Problem(reason, start, source.damage or detail, source.position - start))
@@ -236,7 +259,7 @@ def walk(
                 gap, begin = _Gap(begin, start, "the member after its extended header is missing"), None
             gap = gap or _Gap(start)
             gap.add(block, source.position)
-            long_name, pax = "", {}
+            long_name, long_link, pax = "", "", {}
             continue
         if gap is not None:
             _close_gap(gap, start, found, count, started)
@@ -253,7 +276,9 @@ def walk(
             data = data[: header.size]
             if header.kind == b"L":
                 long_name = _text(data.rstrip(b"\0"))
-            elif header.kind != b"K":
+            elif header.kind == b"K":
+                long_link = _text(data.rstrip(b"\0"))
+            else:
                 (global_pax if header.kind == b"g" else pax).update(_parse_pax(data))
                 if header.kind == b"g":
                     count["skipped"] += source.position - start
@@ -263,25 +288,31 @@ def walk(
         member_name = records.get("path") or long_name or header.name
         size = int(records["size"]) if _PAX_SIZE.fullmatch(records.get("size", "")) else header.size
         size = header.size if size < _LARGEST_PLAIN and header.size else size  # the header's is covered by its checksum
-        long_name, pax, since, begin = "", {}, begin, None
+        link = records.get("linkpath") or long_link or header.link
+        long_name, long_link, pax, since, begin = "", "", {}, begin, None
         if header.kind in _PASSED_OVER:
             if header.kind in b"VD":
                 source.read(_padded(size))
             count["skipped"] += source.position - since
+            if links and header.kind in b"12":
+                yield Member(member_name, since, 0, b"", 0, link, header.kind == b"1")
             continue
-        member = _read_data(source, member_name, size, max_member)
-        if member is None:
-            report("truncated_shard", since, f"the archive ends inside {member_name!r}, which begins at byte {start}")
-            return
-        padding = _padded(size) - size
-        whole = len(source.read(padding)) == padding
-        sparse = header.kind not in b"0\x007" or any(key.startswith("GNU.sparse") for key in records)
-        if sparse:
-            report("unsupported_member", since, f"{member_name!r} is of type {header.kind!r}")
-        else:
-            count["skipped" if member_name.endswith("/") else "members"] += source.position - since
-            if not member_name.endswith("/"):
-                yield member
+        with _large if _LARGE < size <= max_member else nullcontext():
+            member = _read_data(source, member_name, size, max_member)
+            if member is None:
+                what = f"the archive ends inside {member_name!r}, which begins at byte {start}"
+                report("truncated_shard", since, what)
+                return
+            padding = _padded(size) - size
+            whole = len(source.read(padding)) == padding
+            sparse = header.kind not in b"0\x007" or any(key.startswith("GNU.sparse") for key in records)
+            if sparse:
+                report("unsupported_member", since, f"{member_name!r} is of type {header.kind!r}")
+            else:
+                count["skipped" if member_name.endswith("/") else "members"] += source.position - since
+                if not member_name.endswith("/"):
+                    yield member
+            del member  # before the next one is read
         if not whole:
             found.append(Problem("truncated_shard", source.position, f"it ends in the padding after {member_name!r}"))
             return
@@ -383,7 +414,7 @@ def _read_data(source: _Source, name: str, size: int, keep: int) -> Member | Non
     if size <= min(_PIECE, keep):
         data = source.read(size)
         return Member(name, offset, size, data, xxhash.xxh3_64_intdigest(data)) if len(data) == size else None
-    pieces, digest, left = [], xxhash.xxh3_64(), size
+    kept, digest, left = io.BytesIO(), xxhash.xxh3_64(), size  # unlike a join, it does not hold the data twice
     while left:
         piece = source.read(min(_PIECE, left))
         if not piece:
@@ -391,8 +422,8 @@ def _read_data(source: _Source, name: str, size: int, keep: int) -> Member | Non
         digest.update(piece)
         left -= len(piece)
         if size <= keep:
-            pieces.append(piece)
-    return Member(name, offset, size, b"".join(pieces), digest.intdigest())
+            kept.write(piece)
+    return Member(name, offset, size, kept.getvalue(), digest.intdigest())
 
 
 def _parse(block: bytes, strict: bool) -> _Header | None:
@@ -417,7 +448,7 @@ def _parse(block: bytes, strict: bool) -> _Header | None:
     if block[257:263] == b"ustar\0":
         prefix = block[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
-    return _Header(_text(name), size, block[156:157], ustar)
+    return _Header(_text(name), size, block[156:157], ustar, _text(block[157:257].split(b"\0", 1)[0]))
 
 
 def _plausible_v7(block: bytes) -> bool:

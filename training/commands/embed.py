@@ -7,7 +7,6 @@ without one, `cluster.processes` processes of this machine (default: one per GPU
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,14 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import CaptionConfig
 from data_pipeline.content.captions import FROM_FILES, candidates
+from data_pipeline.content.members import more_captions
 from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.caption_files import CaptionFiles
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
 from data_pipeline.shards.mixture import entries_of
-from data_pipeline.shards.tar import MAX_MEMBER
+from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
 from training.commands.sharing import in_processes, ranks_of, share
 from training.text.identity import identity
@@ -89,8 +89,10 @@ def _texts(
 ) -> Iterator[tuple[str, str]]:
     """Yield (key, caption) for every caption of every sample, in archive order."""
     for row in range(len(index)):
-        limits = {"txt": math.inf, "json": MAX_MEMBER}  # training ignores larger ones, too
-        parts = [part for part in index.parts(row) if part.size <= limits.get(part.extension, -1)]
+        found = index.parts(row)
+        names = ("txt", "json", *more_captions((part.extension for part in found), config.members))
+        texts = [part for part in found if part.extension in names]
+        parts = [part for part in texts if part.size <= MAX_TEXT]  # training ignores larger ones, too
         key = index.key(row)
         sample: dict[str, Any] = {part.extension: reader.read(part) for part in sorted(parts, key=_place)}
         sample[FROM_FILES] = files.of(index.url, key)

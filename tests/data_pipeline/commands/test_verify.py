@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -12,7 +13,7 @@ import pytest
 
 from data_pipeline.commands.verify import main
 from data_pipeline.common.errors import DataError
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.index import cached_index_url, index_shard, index_url, save_index
 from data_pipeline.storage import store
@@ -173,13 +174,33 @@ def test_shards_that_are_not_there_are_one_sentence(folder: Path) -> None:
 
 
 def test_an_enormous_json_does_not_cost_a_sample_with_a_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("commands.verify", "reading.sequential", "reading.rows", "shards.tar"):
-        monkeypatch.setattr(f"data_pipeline.{module}.MAX_MEMBER", 200_000)
+    for module in ("commands.verify", "reading.rows", "shards.samples"):
+        monkeypatch.setattr(f"data_pipeline.{module}.MAX_TEXT", 200_000)
     (folder / "a.tar").write_bytes(tar([*good(), bad(json=b'{"a": "' + b"x" * 300_000 + b'"}')]))
     assert verify(folder)["delivered"] == 5
     loader = Loader(DataConfig(shards=str(folder / "a.tar"), global_batch=5), image_size=16)
     next(loader)
     assert loader.counters["bad"] == 0
+    loader.close()
+
+
+@pytest.mark.parametrize("indexed_before", [False, True])
+def test_a_picture_file_larger_than_the_limit_is_dropped_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, indexed_before: bool
+) -> None:
+    (folder / "a.tar.gz").write_bytes(
+        gzip.compress(tar([*good(), ("big", {"jpg": JPG + bytes(300_000), "txt": b"x"})]))
+    )
+    config = DataConfig(shards=str(folder / "a.tar.gz"), global_batch=6, lanes=1, max_bad_share=1)
+    if indexed_before:  # by a version that knew no limit
+        Loader(config, image_size=16).close()
+    for module in ("reading.sequential", "reading.rows", "shards.samples"):
+        monkeypatch.setattr(f"data_pipeline.{module}.MAX_MEMBER", 200_000)
+    assert main(Config(folder / "*.tar.gz", folder.parent / "out"))["dropped"] == {"too_large": 1}
+    loader = Loader(config, image_size=16)
+    next(loader)
+    assert loader.counters.get("bad_too_large", 0) == int(indexed_before)
+    assert loader.dataset.dropped == ({} if indexed_before else {"too_large": 1})
     loader.close()
 
 
@@ -196,3 +217,30 @@ def test_what_would_use_the_members_is_said(
     (folder / "a.tar").write_bytes(tar(list(files.items())))
     verify(folder)
     assert re.search(words, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("captions", "source", "used"),
+    [
+        (["0.txt", "1.txt"], "member:1.txt", "1.txt"),
+        (["txt", "en.txt", "de.txt"], "member:DE.txt", "de.txt"),
+        (["short.txt", "long.txt"], "member:*.txt", "long.txt"),
+        (["txt", "caption"], "member:.caption", "caption"),
+        (["json", "blip.json"], "member:blip.json", "blip.json"),
+    ],
+)
+def test_further_captions_are_named_and_can_be_used(
+    folder: Path, captions: list[str], source: str, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = {name: json.dumps({"caption": name}).encode() if "json" in name else name.encode() for name in captions}
+    (folder / "a.tar").write_bytes(tar([(str(number), {"jpg": JPG, **texts}) for number in range(2)]))
+    assert verify(folder)["warnings"] == {"unused_caption": 2 * (len(captions) - 1)}
+    data = DataConfig(shards=str(folder / "a.tar"), global_batch=2, own_process=False)
+    for sources, text in (({}, captions[0]), ({source: 1.0}, used)):
+        caplog.clear()
+        data.captions = CaptionConfig(sources=sources)
+        loader = Loader(data, image_size=16)
+        assert next(loader)[0].captions == [text] * 2
+        loader.close()
+        assert (f'"member:{used}": 1' in caplog.text) == (not sources)
+    assert verify(folder, captions=data.captions)["captions.sources"] == {source: 2}

@@ -176,3 +176,29 @@ def test_another_encoding_is_used_when_it_is_named() -> None:
         CaptionConfig(encoding="nonsense")
     with pytest.raises(ConfigError):
         CaptionConfig(encoding="base64_codec")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"txt": b"<br><p></p>"}, r"of the .txt, b'<br><p></p>', data\.captions\.clean leaves nothing"),
+        ({"txt": b"https://x.org/1.jpg"}, r"data\.captions\.clean leaves nothing"),
+        ({"json": b'{"caption": "a",}'}, r"the \.json cannot be parsed"),
+        ({"json": b'{"caption": 5}'}, r"the members are \.json$"),
+        (
+            {"json": b'{"page_url": "u", "blip_caption": "x"}'},
+            r"""'data\.captions\.sources=\{"json:blip_caption": 1\}'""",
+        ),
+        ({"txt": b"\x1f\x8b\x08\0\0\0\0\0\xff"}, "bad_text: a caption is not text"),
+    ],
+)
+def test_what_keeps_a_caption_from_use_is_said(members: dict[str, bytes], words: str) -> None:
+    with pytest.raises(BadSample, match=words):
+        choose_caption(members, CaptionConfig(), 0, 0)
+
+
+@pytest.mark.parametrize("name", ["TEXT", "Caption", "PROMPT"])
+def test_fields_are_known_in_any_case(name: str) -> None:
+    sample = {"json": json.dumps({"URL": "u", name: "a cat"}).encode()}
+    found = choose_caption(sample, CaptionConfig(), 0, 0)
+    assert (found.text, found.source) == ("a cat", f"json:{name}")

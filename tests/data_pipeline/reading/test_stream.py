@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -234,6 +235,26 @@ def test_a_compressed_shard_is_read_in_the_same_order(tmp_path: Path, folder: st
     for path in Path(folder).glob("*.tar"):
         (tmp_path / path.name).write_bytes(gzip.compress(path.read_bytes()))
     assert keys(str(tmp_path), 1, 0, 3) == reference[:3]
+
+
+@pytest.mark.parametrize("by_type", [False, True])
+def test_a_compressed_shard_takes_no_more_memory_than_the_budget(tmp_path: Path, by_type: bool) -> None:
+    """The files of 24 samples, 24 MB in a gzip of kilobytes, side by side or (`by_type`) all pictures first."""
+    names = [f"{number}.{ending}" for number in range(24) for ending in ("jpg", "txt")]
+    with tarfile.open(tmp_path / "a.tar.gz", mode="w:gz", compresslevel=1) as tar:
+        for name in sorted(names, key=lambda name: by_type and name.endswith("txt")):
+            info = tarfile.TarInfo(name)
+            info.size = 1 << 20 if name.endswith("jpg") else len(name)
+            tar.addfile(info, io.BytesIO(name.encode().ljust(info.size, b"\0")))
+    source = stream(str(tmp_path), prefetch_mb=4, window=0, stop=24)
+    tracemalloc.start()
+    try:
+        read = [(sample["jpg"][:9].split(b"\0")[0], sample["txt"]) for sample in source]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sorted(read) == sorted((f"{n}.jpg".encode(), f"{n}.txt".encode()) for n in range(24))
+    assert peak < 14 << 20, f"{peak >> 20} MiB"
 
 
 def test_filters_and_stop(folder: str) -> None:

@@ -225,3 +225,37 @@ def test_the_writer_is_deterministic_and_leaves_nothing_on_failure(tmp_path: Pat
         shard.write("k", {"txt": b"x"})
         raise RuntimeError
     assert os.listdir(tmp_path / "c") == []
+
+
+def test_links_inside_the_archive_are_followed_and_others_named(tmp_path: Path) -> None:
+    """As tar writes files with several names: hard links from the root, symbolic ones from their folder."""
+    files = {"x/a.jpg": b"\xff\xd8\xff", "x/a.txt": b"a", "./x/late.jpg": b"\xff\xd8\xff2"}
+    symbolic, hard = tarfile.SYMTYPE, tarfile.LNKTYPE
+    links = [
+        ("z.jpg", "x/late.jpg", symbolic),
+        ("z.txt", "x/a.txt", hard),
+        ("x/c.jpg", "a.jpg", symbolic),
+        ("x/c.txt", "../x/a.txt", symbolic),
+        ("n" * 150 + ".jpg", "./x/a.jpg", hard),
+        ("gone.jpg", "/data/x.jpg", symbolic),
+        ("LICENSE", "x/a.txt", symbolic),
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, target, kind in [*links[:1], *((name, "", tarfile.REGTYPE) for name in files), *links[1:]]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, len(files.get(name, b""))
+            archive.addfile(info, io.BytesIO(files.get(name, b"")))
+    index = index_shard(str(tmp_path / "a.tar"))
+    found = {index.key(row): {p.extension: p.offset for p in index.parts(row)} for row in range(len(index))}
+    assert found.keys() == {"x/a", "./x/late", "z", "x/c", "n" * 150}
+    assert found["x/c"] == found["x/a"] and found["z"] == found["./x/late"] | {"txt": found["x/a"]["txt"]}
+    assert index.problems == {"link_outside": 1} and "'gone.jpg' is a link to" in index.meta["details"][0]
+    data = (tmp_path / "a.tar").read_bytes()
+    assert data[found["z"]["jpg"] :][:4] == b"\xff\xd8\xff2"
+
+
+def test_names_with_accents_in_either_spelling_are_one_sample(tmp_path: Path) -> None:
+    members = [("caf\u00e9.jpg", b"\xff\xd8\xff"), ("cafe\u0301.txt", b"x"), ("metadata.jsonl", b"{}")]
+    index = index_shard(tar(tmp_path / "a.tar", members))
+    assert layouts(index) == {"caf\u00e9": "jpg/txt", "metadata": "jsonl"}
+    assert index.problems == {"missing_image": 1, "unused_table": 1}

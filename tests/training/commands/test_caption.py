@@ -135,7 +135,7 @@ def test_mistakes_are_told_before_anything_is_loaded(model: str, shards: str, tm
         Captioner(str(tmp_path), "what?")
     for sources, message in (
         ({"file:vlm": 1.0}, "data.captions.files has no 'vlm'"),
-        ({"lines": 1.0}, "is not a source; use txt, txt:lines, json:FIELD or file:NAME"),
+        ({"lines": 1.0}, "is not a source; use txt, txt:lines, json:FIELD, member:NAME"),
     ):
         with pytest.raises(ConfigError, match=message):
             CaptionConfig(sources=sources)
