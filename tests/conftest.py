@@ -28,16 +28,29 @@ SLOW_FIRST = (
     "tests/slurm/test_survive.py",
     "tests/slurm/test_graph.py",
     "tests/slurm/test_launch.py",
-    "tests/training/test_train.py",
-    "tests/training/test_trouble.py",
-    "tests/training/test_places.py",
     "tests/data_pipeline/storage/test_faults.py",
-    "tests/integration/",
+    "tests/training/test_train.py",
+    "tests/training/ablation/test_ablate.py",
+    "tests/training/plan/test_memory.py",
+    "tests/training/test_places.py",
     "tests/training/test_waiting.py",
+    "tests/slurm/",
+    "tests/training/test_trouble.py",
+    "tests/integration/",
+    "tests/training/checkpoint/test_two_attempts.py",
+    "tests/training/engine/",
+    "tests/training/test_",
+    "tests/training/cli/",
+    "tests/training/plan/",
+    "tests/training/ablation/",
+    "tests/training/run/",
+    "tests/test_",
+    "tests/data_pipeline/reading/",
+    "tests/data_pipeline/content/",
     "tests/training/",
     "tests/data_pipeline/",
 )
-"""The order in which several workers take files: the longest first, so that no worker ends alone."""
+"""The order in which several workers take files: by measured CPU time, so that no worker ends alone with a long one."""
 ROOT = Path(__file__).parents[1]
 
 
