@@ -81,7 +81,8 @@ def _main(words: list[str]) -> None:
     verb, rest = words[0], words[1:]
     if verb not in COMMANDS:
         _fail("cascade", ConfigError(_no_such_command(words)))
-    rest = ["--help" if word == "help" else word for word in rest]
+    if not COMMANDS[verb].bare:
+        rest = ["--help" if word == "help" else word for word in rest]
     with _errors(verb, debug="debug=true" in rest):
         if {"--help", "-h"} & set(rest):
             from training.cli.compose import searching
