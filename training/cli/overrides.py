@@ -185,6 +185,16 @@ UNUSED_BY_HYDRA = {
 """Settings of Hydra that would have no effect here, and what to write instead."""
 
 
+PLACES = {
+    **dict.fromkeys(("status", "logs", "stop", "resume", "checkpoints"), "run"),
+    **dict.fromkeys(("verify", "index", "order", "embed", "caption", "train"), "data.shards"),
+    "prepare": "prepare.source",
+    "sample": "from_bundle",
+    "evaluate": "bundle.dir",
+}
+"""The key of each command that a path alone most probably stands for."""
+
+
 def _no_setting(verb: str, word: str) -> str:
     """Return the sentence about a word that is not `key=value`, with the setting that was probably meant."""
     key, known = word.partition("=")[0], keys_of(COMMANDS[verb].config)
@@ -198,6 +208,8 @@ def _no_setting(verb: str, word: str) -> str:
         meant = f"{group}={word}"
     elif word in known or word in groups():
         meant = f"{word}=VALUE"
+    elif "=" not in word and verb in PLACES and ("/" in word or Path(word).exists() or PLACES[verb] == "run"):
+        meant = f"{PLACES[verb]}={word}"
     elif text and "=" not in word:
         meant = f"{text}={_quote(word)}"
     else:

@@ -400,6 +400,23 @@ def test_texts_reach_other_processes_as_they_are() -> None:
     assert from_plain(SampleCommand, json.loads(json.dumps(asdict(config)))) == config
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "setting"),
+    [
+        ("status", "runs", "run=runs"),
+        ("checkpoints", "runs/demo/demo_base", "run=runs/demo/demo_base"),
+        ("verify", "data/train", "data.shards=data/train"),
+        ("prepare", "my/pictures", "prepare.source=my/pictures"),
+        ("sample", "runs/demo/bundle", "from_bundle=runs/demo/bundle"),
+        ("sample", "a cat", "prompts='a cat'"),
+    ],
+)
+def test_a_word_alone_is_told_the_setting_that_it_may_be(verb: str, word: str, setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(verb, [word])
+    assert str(caught.value).endswith(f"for example {setting}")
+
+
 @pytest.mark.parametrize("name", ["007", "true", "1e3", "1_0", "nan", "2024-06-01"])
 def test_names_keep_their_spelling(name: str) -> None:
     assert load_config("train", [f"run.name={name}"]).run.name == name
@@ -419,6 +436,7 @@ def test_names_keep_their_spelling(name: str) -> None:
         ("sample", "ckpt=x", "from_bundle"),
         ("train", "ckpt_path=x", "the same command again, which resumes automatically"),
         ("train", "devices=2", "cluster.processes"),
+        ("launch", "qos=high", "cluster.sbatch (cluster.sbatch.qos=...)"),
         ("train", "use_wandb=false", "tracking (tracking=online, offline or disabled)"),
     ],
 )
