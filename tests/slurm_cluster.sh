@@ -12,6 +12,9 @@
 #   slurm_cluster.sh stop         end all, remove namespaces and bridge; may be repeated
 #   slurm_cluster.sh crash I      kill everything on node nI
 #   slurm_cluster.sh boot I       start node nI again
+#   slurm_cluster.sh kill-daemon I  kill slurmd on node nI; what runs there goes on
+#   slurm_cluster.sh daemon I     start slurmd on node nI again
+#   slurm_cluster.sh kill-steps I kill everything on node nI but its daemons
 #   slurm_cluster.sh unplug I     take node nI off the network
 #   slurm_cluster.sh plug I       put it back
 #   slurm_cluster.sh slow I P     from now on node nI gets P percent of one core (a cgroup); `boot` ends that
@@ -162,6 +165,20 @@ processes() {   # of a node
   for q in /proc/[0-9]*; do [ "$(readlink "$q/ns/pid")" != "$ns" ] || echo "${q#/proc/}"; done 2>/dev/null
 }
 
+leader() { local p; p=$(mine "$LAB/run/$1.unshare") && cut -d' ' -f1 "/proc/$p/task/$p/children"; }
+
+end_all() {   # on a node, with SIGKILL: the program $2, or all but those named by "not NAME..."
+  local q name first; first=$(leader "$1") || die "$1 is not running"
+  for q in $(processes "$1"); do
+    name=$(cat "/proc/$q/comm" 2>/dev/null)
+    [ "$q" != "$first" ] || continue
+    case "$2" in
+      "not "*) [[ " $2 " == *" $name "* ]] || kill -KILL "$q" 2>/dev/null;;
+      *) [ "$name" != "$2" ] || kill -KILL "$q" 2>/dev/null;;
+    esac
+  done
+}
+
 slow() {
   local h=$1 percent=$2 dir q
   dir=$(cgroup "$h")
@@ -208,6 +225,9 @@ case "${1:-}" in
   unplug) ip link set "${TAG}n$2" down;;
   plug) ip link set "${TAG}n$2" up;;
   slow) slow "n$2" "$3";;
+  kill-daemon) end_all "n$2" slurmd;;
+  kill-steps) end_all "n$2" "not slurmd munged";;
+  daemon) nsenter -t "$(leader "n$2")" -m -u -i -n -p slurmd -N "n$2";;
   boot) host_down "n$2"; host_up "n$2";;
   __inside) inside "$2";;
   *) sed -n '2,/^set -u/p' "$SELF" | sed '/^set -u/d; s/^# \{0,1\}//'; exit 2;;

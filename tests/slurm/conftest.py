@@ -30,7 +30,7 @@ class Slurm:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
-    def field(self, job: int, name: str) -> str:
+    def field(self, job: int | str, name: str) -> str:
         """A field of `scontrol show job`, for example JobState or Restarts."""
         found = re.search(rf"\b{name}=(\S+)", self.run("scontrol", "show", "job", str(job)))
         assert found

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from slurm import script
 from slurm.supervise import history
 from tests.slurm.conftest import SCRIPT, Slurm, until
-from tests.slurm.launching import TWO_NODES, cascade, launch
+from tests.slurm.launching import ONE_TASK, TWO_NODES, cascade, launch
 
 ONE_NODE = [word for word in TWO_NODES if not word.startswith("cluster.nodes")]
 COUNT = "n=$(cat starts 2>/dev/null | wc -l)\necho start >> starts\n"
@@ -104,24 +103,47 @@ def test_a_site_that_exports_nothing(on_cluster: Slurm, here: Path, program, mon
     assert json.loads((here / "50%n of ö/launch/jobs.jsonl").read_text())["job"] == answer["job_id"]
 
 
+@pytest.mark.slurm
+def test_a_task_with_the_number_of_its_array_leaves_the_others_alone(on_cluster: Slurm, here: Path, program) -> None:
+    """Slurm gives it to the last task, whose restart and requeue must not be those of all tasks."""
+    program(
+        "task=$SLURM_ARRAY_TASK_ID\necho start >> starts.$task\n"
+        "case $task.$(wc -l < starts.$task) in\n"
+        "1.1) until [ -e starts.0 ]; do sleep 0.1; done; exit 78 ;;\n"  # restarts in the allocation
+        "1.2) exit 75 ;;\n"  # asks to be requeued
+        "1.*) touch done ;;\n"
+        "0.*) until [ -e done ]; do sleep 0.1; done ;;\nesac"
+    )
+    words = [*ONE_TASK, "cluster.cpus_per_task=1", "cluster.sbatch={array: 0-1, nodelist: n1}"]
+    job = launch(*words, own=["verb='embed output=embeddings'"])["job_id"]
+    until(lambda: on_cluster.run("squeue", "-h", "-j", f"{job}") == "", 60, lambda: on_cluster.run("squeue"))
+    assert on_cluster.field(f"{job}_1", "JobId") == str(job)
+    assert [on_cluster.field(f"{job}_{task}", "JobState") for task in (0, 1)] == ["COMPLETED", "COMPLETED"]
+    assert [on_cluster.field(f"{job}_{task}", "Restarts") for task in (0, 1)] == ["0", "1"]
+    assert [(here / f"starts.{task}").read_text().count("start") for task in (0, 1)] == [1, 3]
+
+
 # ------------------------------------------------------------------------------------------- with a real training
 
 TINY = [
-    "data.shards=data/demo/train", "data.global_batch=4", "stage.model.preset=tiny_base", "text.dim=32",
+    "data.global_batch=4", "stage.model.preset=tiny_base", "text.dim=32",
     "train.log_every=1", "train.sample_every=0", "tracking=disabled", "checkpoint.every=5", "optimizer.warmup_steps=2",
 ]  # fmt: skip
+STEPS = 150
+SHARDS = "data/demo/train"
 DRAWN = ["prepare", "experiment=demo", "prepare.draw.count=64", "prepare.draw.heldout=8"]
 
 
-def losses(run: Path) -> dict[int, float]:
+def consumed(run: Path) -> dict[int, tuple[int, float]]:
+    """By step: the position in the data, and the loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: (line["position"], line["loss"]) for line in lines}
 
 
 def last_step(run: Path) -> int:
     """Also while a line is being written."""
     with suppress(OSError, ValueError):
-        return max(losses(run), default=0)
+        return max(consumed(run), default=0)
     return 0
 
 
@@ -135,26 +157,37 @@ def signal_rank(rank: int, run: Path, number: int) -> None:
                 os.kill(int(path.name), number)
 
 
-def launch_tiny(
-    slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> tuple[int, Path, Path, list[str]]:
-    """Launches a training on two nodes, whose script waits seconds, not a minute, for nodes that have forgotten their
-    step; (job, run directory, log, words of the same training)."""
+@pytest.fixture(scope="module")
+def calm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the tiny training in peace, on two processes; next to it is its data."""
+    home = tmp_path_factory.mktemp("calm")
+    cascade(*DRAWN, env=slurm.env, cwd=home)
+    words = ["cluster.processes=2", "run.dir=run", *tiny_words(home / "run")]
+    assert cascade("train", *words, env=slurm.env, cwd=home)["step"] == STEPS
+    return home / "run"
+
+
+def tiny_words(calm: Path) -> list[str]:
+    shards = f"data.shards={calm.parent / SHARDS}"
+    return [*TINY, shards, f"train.steps={STEPS}", "train.timeout_s=10", "data.own_process=false"]
+
+
+def launch_tiny(calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Path, Path]:
+    """Launches the tiny training on two nodes, with a script that waits seconds, not a minute, for nodes that have
+    forgotten their step; (job, run directory, log)."""
     monkeypatch.setattr(script, "REAP_S", 10)
     monkeypatch.setattr(script, "STEP_TRIES", 8)
-    cascade(*DRAWN, env=slurm.env, cwd=here)
-    words = [*TINY, f"train.steps={steps}", "train.timeout_s=10", "data.own_process=false"]
-    answer = launch(*TWO_NODES, *words, "run.dir=runs/a")
-    return answer["job_id"], here / "runs/a", log_of(answer), words
+    answer = launch(*TWO_NODES, *tiny_words(calm), "run.dir=runs/a")
+    return answer["job_id"], here / "runs/a", log_of(answer)
 
 
 @pytest.mark.slurm
 def test_what_happens_in_a_month_changes_no_step(
-    on_cluster: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch
+    on_cluster: Slurm, calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank killed, one that stands still, a node that crashes: each step has the loss of a run in peace."""
     slurm = on_cluster
-    job, run, log, words = launch_tiny(slurm, here, monkeypatch, steps=80)
+    job, run, log = launch_tiny(calm, here, monkeypatch)
 
     def reached(step: int) -> int:
         """Waits until some step from there on has ended; the last that had."""
@@ -165,55 +198,65 @@ def test_what_happens_in_a_month_changes_no_step(
     until(lambda: len(history(run)) == 1, 60, lambda: log.read_text())
     until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 2, 60)
     signal_rank(0, run, signal.SIGSTOP) if reached(last_step(run) + 8) else None
-    peaceful = ["train", *words, "cluster.processes=2", "run.dir=runs/calm"]
-    with ThreadPoolExecutor(1) as beside:  # the job has to wait for its time-outs
-        calm = beside.submit(cascade, *peaceful, env=slurm.env, cwd=here)
-        until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
-        until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
-        assert reached(last_step(run) + 8) < 80, "too quick for this test: raise train.steps"
-        subprocess.run([SCRIPT, "crash", "2"], env=slurm.env, check=True)
-        subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
-        assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
+    until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
+    until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
+    assert reached(last_step(run) + 8) < STEPS, "too quick for this test: raise STEPS"
+    subprocess.run([SCRIPT, "crash", "2"], env=slurm.env, check=True)
+    subprocess.run([SCRIPT, "boot", "2"], env=slurm.env, check=True)
+    assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
 
     killed, still, *_ = history(run)
     assert (killed.rank, killed.code, killed.action) == (1, 137, "restart")
     assert (still.code, still.action) == (78, "restart") and "hung" in still.why
-    assert calm.result()["step"] == 80 and losses(run) == losses(here / "runs/calm")
+    assert consumed(run) == consumed(calm)
 
 
 @pytest.mark.slurm
-def test_requeues_and_a_lost_link_change_no_step(
-    on_cluster: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_slurm_does_to_a_job_changes_no_step(
+    on_cluster: Slurm, calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal before the time limit, an operator's requeue, a node off the network until Slurm gives it up: each
-    step has the loss of a run in peace."""
+    """The signal before the time limit, an operator's requeue, a node off the network, one whose daemon has died, one
+    whose steps have: each step has the data and the loss of a run in peace, and each end its cause."""
     monkeypatch.setattr(script, "STEP_S", 15)
     slurm = on_cluster
-    job, run, log, words = launch_tiny(slurm, here, monkeypatch, steps=100)
+    job, run, log = launch_tiny(calm, here, monkeypatch)
+    seen = 0
 
     def starts() -> list[dict]:
         with suppress(OSError, ValueError):
             return json.loads((run / "code.json").read_text())["starts"]
         return []
 
-    def happens(number: int, *command: str) -> None:
-        """Waits until the start after `number` others has made some steps; then this happens, and Slurm requeues."""
+    def happens(*commands: list[object]) -> None:
+        """Waits until a new start has made some steps; then this happens, and the job is requeued."""
+        nonlocal seen
         until(
-            lambda: len(starts()) == number + 1 and last_step(run) >= starts()[-1]["step"] + 8,
+            lambda: len(starts()) > seen and last_step(run) >= starts()[-1]["step"] + 8,
             90,
             lambda: log.read_text()[-6000:],
         )
-        assert last_step(run) < 100, "too quick for this test: raise train.steps"
-        subprocess.run(command, env=slurm.env, check=True)
-        until(lambda: slurm.field(job, "Restarts") == str(number + 1), 120, lambda: log.read_text()[-3000:])
+        assert last_step(run) < STEPS, "too quick for this test: raise STEPS"
+        seen, before = len(starts()), int(slurm.field(job, "Restarts"))
+        for command in commands:
+            slurm.run(*map(str, command))
+        until(lambda: int(slurm.field(job, "Restarts")) > before, 120, lambda: log.read_text()[-3000:])
 
-    happens(0, "scancel", "--signal=USR1", "--batch", str(job))  # what Slurm sends signal_s before the limit
-    happens(1, "scontrol", "requeue", str(job))
-    happens(2, SCRIPT, "unplug", "2")
-    subprocess.run([SCRIPT, "plug", "2"], env=slurm.env, check=True)
+    down, up = (["scontrol", "update", "nodename=n2", f"state={state}", "reason=test"] for state in ("down", "resume"))
+    happens(["scancel", "--signal=USR1", "--batch", job])  # what Slurm sends signal_s before the limit
+    happens(["scontrol", "requeue", job])
+    happens([SCRIPT, "unplug", 2])
+    slurm.run(str(SCRIPT), "plug", "2")
+    happens([SCRIPT, "kill-daemon", 2], down)  # as after SlurmdTimeout; its rank goes on
+    slurm.run(str(SCRIPT), "daemon", "2")
+    subprocess.run(up, env=slurm.env, capture_output=True)  # fails if it is already back
+    happens([SCRIPT, "kill-steps", 2])
     assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
-    calm = cascade("train", *words, "cluster.processes=2", "run.dir=runs/calm", env=slurm.env, cwd=here)
-    assert calm["step"] == 100 and losses(run) == losses(here / "runs/calm")
+    assert consumed(run) == consumed(calm)
+    asked, requeued, *others, last = history(run)
+    assert (asked.code, asked.why) == (75, "asked to stop, saved")
+    assert requeued.code == 75 and requeued.why.startswith("requeued by `scontrol requeue`, or by the site; ")
+    assert any((one.code, one.node) == (137, "n2") and one.why.startswith("node n2 failed; ") for one in others)
+    assert (last.rank, last.code) == (0, 78)
 
 
 @pytest.mark.slurm
@@ -225,7 +268,9 @@ def test_a_slow_node_is_named_and_left_out(slurm: Slurm, here: Path) -> None:
     try:
         cascade(*DRAWN, env=slurm.env, cwd=here)
         asked = ["cluster.preflight=true", "cluster.preflight_exclude=true", "cluster.min_nodes=1", "train.steps=2"]
-        answer = cascade("launch", *TWO_NODES, *TINY, *asked, "run.dir=runs/a", env=slurm.env, cwd=here)
+        answer = cascade(
+            "launch", *TWO_NODES, f"data.shards={SHARDS}", *TINY, *asked, "run.dir=runs/a", env=slurm.env, cwd=here
+        )
         log, run = log_of(answer), here / "runs/a"
         assert slurm.wait(answer["job_id"], timeout=240, log=log) == "COMPLETED", log.read_text()
         assert re.search(r"preflight: rank 1 on n2 computes .* times slower than usual", log.read_text())
