@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForTextEncoding, T5Config
 
 from training.config.experiment import TextConfig
 from training.text.cost import V1_1, T5Shape, text_cost
 
 
 def test_a_shape_counts_what_the_network_has_and_does() -> None:
+    from transformers import AutoModelForTextEncoding, T5Config  # here, not for every process that collects the tests
+
     settings = T5Config(
         d_model=64, d_kv=8, num_heads=4, d_ff=96, num_layers=3, vocab_size=50, feed_forward_proj="gated-gelu"
     )
