@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipeline.shards.writer import ShardWriter
 from tests.training import forks
 from tests.training.runs import chaos, curve, experiment, metrics, store
-from training.run.directory import STOP, RunDir
+from training.run.directory import STOP, RunDir, json_lines
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
@@ -90,7 +90,7 @@ def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
 def test_a_run_that_is_asked_to_stop_saves_and_ends_and_stays_so(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, train__steps=5000, checkpoint__every=5000)
     run, running = RunDir(config), forks.start(config, 2)
-    while not (run.metrics.exists() and metrics(config)):
+    while not json_lines(run.metrics):
         time.sleep(0.05)
     run.ask_to_stop("kid got worse")
     assert running.codes() == [0, 0], running.text

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import gone
 from training.processes.launcher import run_processes
 
 
@@ -210,13 +211,6 @@ def test_nohup_keeps_its_word() -> None:
     )
     done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "0\n")
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_no_orphan_outlives_the_launcher() -> None:
