@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -43,6 +44,9 @@ def _in_words(value: Any) -> str:
 
 
 def guard_messages() -> None:
-    """Make log messages safe to show in a program that configures no logging of its own."""
+    """Make log messages safe to show in a program that configures no logging of its own, and characters that the
+    encoding of stdout lacks (PYTHONIOENCODING=ascii) visible as escapes instead of errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(VisibleFormatter())

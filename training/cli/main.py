@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.common import python
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file, system_words
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
@@ -309,13 +309,32 @@ def _separate(verb: str, cfg: Any, fixed: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _closed_pipe() -> Iterator[None]:
-    """Exit quietly if the reader of stdout has gone: `cascade order ... | head`."""
+    """Exit quietly if the reader of stdout has gone (`cascade order ... | head`), and with a sentence if the disk that
+    it is redirected to is full."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.filename is not None or _can_print():
+            raise
+        _drop_stdout()
+        say(f"cascade: the output cannot be written ({system_words(error)})")
+        raise SystemExit(1) from None
+
+
+def _can_print() -> bool:
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return False
+    return True
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

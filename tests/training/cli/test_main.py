@@ -330,10 +330,21 @@ def test_output_that_is_closed(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2"]
 
 
-def test_help_into_a_closed_pipe() -> None:
+def test_help_into_a_closed_pipe_and_onto_a_full_disk() -> None:
+    full = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m training.cli > /dev/full"], capture_output=True, text=True
+    )
+    assert full.returncode == 1
+    assert full.stderr == "cascade: the output cannot be written (No space left on device; make room)\n"
     script = f"{sys.executable} -m training.cli train --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.splitlines()[1] in ("0", "141")
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "training.cli", "sample", "prompts=\u00e4", "--cfg", "job"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "prompts: \\xe4\n" in done.stdout
 
 
 def test_commands_inherit_no_variable_of_ours(fake_verb) -> None:
