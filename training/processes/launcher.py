@@ -107,6 +107,7 @@ def run_processes(
             WORLD_SIZE=str(processes),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
+            TORCHELASTIC_USE_AGENT_STORE="False",  # rank 0 hosts the store, whatever torchrun has left in a shell
         )
         environ.setdefault("OMP_NUM_THREADS", str(threads))
         for rank in range(processes):

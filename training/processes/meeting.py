@@ -45,6 +45,8 @@ class Card:
     """Why it has no GPU."""
     files: int = 1 << 30
     """Number of files that it may open."""
+    no_interface: str = ""
+    """A name in GLOO_SOCKET_IFNAME that no network interface of its node has."""
 
 
 def own_card(ranks: Ranks) -> Card:
@@ -53,16 +55,26 @@ def own_card(ranks: Ranks) -> Card:
     import torch
 
     node, files = socket.gethostname(), allow_files(needed_files(ranks.world_size))
+    wrong = missing_interface(os.environ.get("GLOO_SOCKET_IFNAME", ""))
     if torch.cuda.is_available():
         index = gpu_of(ranks.local_rank, torch.cuda.device_count())
-        return Card(ranks.rank, node, f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid), files=files)
+        return Card(
+            ranks.rank, node, f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid), "", files, wrong
+        )
     cpu_build = torch.version.cuda is None and torch.version.hip is None
-    return Card(ranks.rank, node, "cpu", why="torch is a CPU build" if cpu_build else "torch sees no GPU", files=files)
+    why = "torch is a CPU build" if cpu_build else "torch sees no GPU"
+    return Card(ranks.rank, node, "cpu", why=why, files=files, no_interface=wrong)
+
+
+def missing_interface(names: str) -> str:
+    """Return the first of comma-separated names that no network interface of this machine has; empty if all exist."""
+    known = {name for _, name in socket.if_nameindex()}
+    return next((name for name in names.split(",") if name and name not in known), "")
 
 
 def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
-    """Check that all ranks have the requested kind of device, that no two share a GPU, and that all may open enough
-    files.
+    """Check that all ranks have the requested kind of device, that no two share a GPU, that all may open enough
+    files, and that the network interface they are told to use exists.
 
     Raises:
         ConfigError: otherwise; the message names the rank and its node.
@@ -81,6 +93,11 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
             raise ConfigError(
                 f"rank {card.rank} on {card.node} may open {card.files} files (ulimit -Hn), and {len(cards)} "
                 f"processes need {needed}: raise the hard limit there"
+            )
+        if card.no_interface:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME={card.no_interface}: {card.node} (rank {card.rank}) has no network interface of "
+                f"this name (see ip addr); unset the variable, or set cluster.interface"
             )
     seen: dict[str, Card] = {}
     for card in cards:

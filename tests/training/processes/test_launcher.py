@@ -41,6 +41,13 @@ def test_all_end_well(tmp_path: Path) -> None:
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["32"] * 3
 
 
+def test_what_torchrun_left_in_a_shell_is_not_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "nowhere")
+    body = "sys.exit(os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True' or os.environ['MASTER_ADDR'] == 'nowhere')"
+    assert run_processes(program(body), 1) == 0
+
+
 def test_one_dies_and_takes_the_others_along() -> None:
     assert run_processes(program("sys.exit(3) if rank == 1 else time.sleep(600)"), 2, grace_s=0.5) == 3
 

@@ -18,7 +18,7 @@ from tests.training.runs import experiment
 from training.config.experiment import ClusterConfig
 from training.processes.endings import RankLost
 from training.processes.launcher import free_port
-from training.processes.meeting import Card, check_cards, meet
+from training.processes.meeting import Card, check_cards, meet, missing_interface
 from training.processes.ranks import Ranks
 
 SLURM, LOCAL = ClusterConfig(kind="slurm"), ClusterConfig()
@@ -39,12 +39,21 @@ def cpu(rank: int, node: str = "n1") -> Card:
         ([cpu(0), gpu(1)], LOCAL, "rank 0 on n1 has no GPU"),
         ([cpu(0, "n7")], SLURM, "rank 0 on n7 has no GPU (torch is a CPU build), but cluster.gpus=true asks for one"),
         ([gpu(0), Card(1, "n1", "cuda:0", "GPU-0")], SLURM, "ranks 0 and 1 share one GPU on n1"),
+        (
+            [cpu(0), Card(1, "n2", "cpu", no_interface="ib9")],
+            LOCAL,
+            "GLOO_SOCKET_IFNAME=ib9: n2 (rank 1) has no network",
+        ),
         ([cpu(0), Card(1, "n2", "cpu", files=100)], LOCAL, "rank 1 on n2 may open 100 files (ulimit -Hn)"),
     ],
 )
 def test_refused(cards: list[Card], cluster: ClusterConfig, sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         check_cards(cards, cluster)
+
+
+def test_interfaces() -> None:
+    assert missing_interface("") == missing_interface("lo") == "" and missing_interface("lo,ib9") == "ib9"
 
 
 def test_accepted() -> None:
