@@ -114,6 +114,9 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     missing = [job for job in share if not is_drawn(output, job, request)]
     if len(missing) < len(share):
         print(f"{len(share) - len(missing)} of {len(share)} pictures are already in {output} and are kept")
+    changed = [keys for job in missing if (keys := changed_settings(output / f"{job.name}.png", request.metadata(job)))]
+    if changed:
+        print(f"{len(changed)} pictures in {output} have other settings ({', '.join(changed[0])}) and are drawn again")
     _draw(request, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),
@@ -306,6 +309,18 @@ def is_drawn(output: Path, job: SampleJob, request: SampleRequest) -> bool:
     except DAMAGED:
         return False
     return True
+
+
+def changed_settings(file: Path, wanted: dict[str, str]) -> list[str]:
+    """Return the names of the settings with which an existing picture was not made; empty if it does not exist, or was
+    not made by this command."""
+    try:
+        with Image.open(file) as image:
+            before = {key: image.info[key] for key in wanted}
+        old, new = ({**one, **json.loads(one["settings"]), "settings": None} for one in (before, wanted))
+    except (*DAMAGED, KeyError):
+        return []
+    return sorted({key for key in {*old, *new} if old.get(key) != new.get(key)})
 
 
 def _draw(request: SampleRequest, jobs: list[SampleJob], output: Path, devices: list[str]) -> None:

@@ -89,10 +89,13 @@ def test_the_same_command_again_draws_only_what_is_missing(bundle: str, tmp_path
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": 5}, {"steps": 2}, {"negative_prompts": "dark"}])
-def test_other_settings_are_drawn_again(bundle: str, tmp_path: Path, change: dict) -> None:
+def test_other_settings_are_drawn_again(bundle: str, tmp_path: Path, change: dict, capsys) -> None:
     sample.main(command(bundle, tmp_path, prompts="a red circle"))
     assert sample.main(command(bundle, tmp_path, prompts="a red circle"))["drawn"] == 0
+    assert "other settings" not in capsys.readouterr().out
     assert sample.main(command(bundle, tmp_path, prompts="a red circle", **change))["drawn"] == 1
+    name = {"seed": "seed", "negative_prompts": "negative_prompt"}.get(next(iter(change)), "stages")
+    assert f"1 pictures in {tmp_path} have other settings ({name}) and are drawn again" in capsys.readouterr().out
 
 
 def test_other_weights_are_drawn_again(bundle: str, tmp_path: Path) -> None:

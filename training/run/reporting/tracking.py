@@ -312,9 +312,16 @@ def keep_lines(path: Path, step: int) -> int:
 # ------------------------------------------------------------------------------------------------------- W&B
 
 
-def _give_wandb_a_home(run: RunDir) -> None:
+TAKEN = ("MODE", "DISABLED", "PROJECT", "ENTITY", "NAME", "RUN_GROUP", "NOTES", "TAGS")
+"""W&B's variables, without WANDB_, that set keys of `wandb` (training/cli/overrides.py)."""
+
+
+def _prepare_wandb(run: RunDir) -> None:
     """Put W&B's caches and settings in the run directory if there is no writable home directory (for example for a user
-    without an entry in passwd)."""
+    without an entry in passwd), and leave it no variable that the settings have already taken, as it would refuse the
+    run for one that another setting has replaced."""
+    for name in TAKEN:
+        os.environ.pop(f"WANDB_{name}", None)
     home = os.path.expanduser("~")
     if os.path.isabs(home) and os.access(home, os.W_OK):
         return
@@ -345,7 +352,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
     settings = config.wandb
     if settings.mode == "disabled":
         return None
-    _give_wandb_a_home(run)
+    _prepare_wandb(run)
     for variable, reason in () if _in_sweep() else OWN.items():
         if os.environ.get(variable):
             log.info("%s is not used: %s", variable, reason)
@@ -433,7 +440,7 @@ def _log_later(run: RunDir, meta: Mapping[str, Any], add: Callable[[Any], None])
     settings = WandbConfig(**meta["config"]["wandb"])
     if settings.mode == "disabled":
         return False
-    _give_wandb_a_home(run)
+    _prepare_wandb(run)
     try:
         import wandb
 

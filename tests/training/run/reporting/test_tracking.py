@@ -206,6 +206,8 @@ def test_names_groups_notes_and_tags_reach_wandb(
     config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "another")
+    monkeypatch.setenv("WANDB_TAGS", "replaced,")
+    monkeypatch.setenv("WANDB_PROJECT", "not/possible")
     config.wandb = WandbConfig("offline", "mine", None, "first try", "sweep 3", "lr, doubled", ["a", "b c"])
     with caplog.at_level(logging.INFO):
         mine = tracker(config, out=io.StringIO())
