@@ -322,6 +322,9 @@ def _prepare_wandb(run: RunDir) -> None:
     run for one that another setting has replaced."""
     for name in TAKEN:
         os.environ.pop(f"WANDB_{name}", None)
+    for variable, reason in () if _in_sweep() else OWN.items():
+        if os.environ.pop(variable, None):
+            log.info("%s is not used: %s", variable, reason)
     home = os.path.expanduser("~")
     if os.path.isabs(home) and os.access(home, os.W_OK):
         return
@@ -353,9 +356,6 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
     if settings.mode == "disabled":
         return None
     _prepare_wandb(run)
-    for variable, reason in () if _in_sweep() else OWN.items():
-        if os.environ.get(variable):
-            log.info("%s is not used: %s", variable, reason)
     import wandb
 
     def begin(mode: str) -> Any:

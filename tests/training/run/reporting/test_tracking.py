@@ -205,7 +205,7 @@ def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogC
 def test_names_groups_notes_and_tags_reach_wandb(
     config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    monkeypatch.setenv("WANDB_RUN_ID", "not/possible")
     monkeypatch.setenv("WANDB_TAGS", "replaced,")
     monkeypatch.setenv("WANDB_PROJECT", "not/possible")
     config.wandb = WandbConfig("offline", "mine", None, "first try", "sweep 3", "lr, doubled", ["a", "b c"])
