@@ -20,12 +20,13 @@ from data_pipeline.commands.prepare_item import (
     nfc,
     read_file,
     refuse_unsupported,
+    several_captions,
 )
 from data_pipeline.commands.prepare_rows import looks_like_picture
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import json_caption, read_json_or_nothing
+from data_pipeline.content.captions import decode_text, json_caption, read_json_or_nothing
 from data_pipeline.content.members import (
     CAPTION_ENDINGS,
     IMAGE_EXTENSIONS,
@@ -95,6 +96,8 @@ class FolderSource:
         """Captions and metadata without a picture of the same name, by folder and name."""
         self._joined = 0
         """Number of pictures whose caption is in another folder or has another name."""
+        self._several: list[int] = []
+        """Pictures read so far that have several captions."""
         found = list(self._entries())
         self._join_alone(found)
         found.sort(key=lambda one: (_is_unsupported(one), one.path.relative_to(self.folder).parts))
@@ -124,7 +127,11 @@ class FolderSource:
         if entry.problem is not None:
             raise BadSample(entry.problem.reason, entry.problem.detail)
         meta = read_json_or_nothing(read_file(entry.facts)) if entry.facts is not None else {}
-        caption = next((data for path in entry.captions if (data := read_file(path)).strip()), None)
+        texts = list(dict.fromkeys(data for path in entry.captions if (data := read_file(path)).strip()))
+        caption = texts[0] if texts else None
+        if len(texts) > 1 and not self.names.caption and "captions" not in meta:
+            meta["captions"] = [decode_text(text, self.encoding) for text in texts]
+            self._several.append(number)
         if self.captions != "files" and caption is None:
             place = entry.path.relative_to(self.folder)
             if self.captions == "folder" and len(place.parts) < 2:
@@ -132,9 +139,9 @@ class FolderSource:
             caption = _words(place.parent.name if self.captions == "folder" else place.stem).encode("utf-8", "replace")
         if entry.row is not None and caption is None and json_caption(meta) is None:
             table, row = entry.row
-            _, texts, facts = table.row(row)
+            _, found, facts = table.row(row)
             meta = {**facts, **meta}
-            first = texts[0] if texts else b""
+            first = found[0] if found else b""
             caption = first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first
         meta.setdefault("source", self.name(number))
         data = read_file(entry.path)
@@ -287,6 +294,7 @@ class FolderSource:
 
     def remarks(self) -> list[str]:
         said = [remark for table in self.tables for remark in table.remarks()]
+        said += several_captions(len(self._several))
         if self._joined:
             said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said

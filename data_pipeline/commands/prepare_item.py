@@ -54,6 +54,12 @@ class Source(Protocol):
         """Return remarks to log after all samples have been read."""
 
 
+def several_captions(count: int) -> list[str]:
+    """Return the remark that so many samples have more than one caption; none if `count` is 0."""
+    words = "the .txt has the first, and 'data.captions.sources={json:captions: 1}' trains with all"
+    return [f"{count} samples have several captions: {words}"] if count else []
+
+
 def nfc(name: str) -> str:
     """Return a name in Unicode normal form C; macOS may store names in form D."""
     return unicodedata.normalize("NFC", name)

@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from data_pipeline.commands.prepare_folder import FolderSource
-from data_pipeline.commands.prepare_item import Item, Source, refuse_unsupported
+from data_pipeline.commands.prepare_item import Item, Source, refuse_unsupported, several_captions
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError, about
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig, PrepareConfig
-from data_pipeline.content.captions import read_json_or_nothing
-from data_pipeline.content.members import IMAGE_EXTENSIONS
+from data_pipeline.content.captions import decode_text, read_json_or_nothing
+from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, more_captions
 from data_pipeline.reading.rows import Run, runs_of
 from data_pipeline.shards.index import ShardIndex
 
@@ -44,11 +44,12 @@ class ShardSource:
         from data_pipeline.storage import store
 
         with about("prepare.source"):
-            self.dataset = load_or_build(store.expand(shards, patience_of(config)), config)
+            self.dataset = load_or_build(store.expand(shards, patience_of(config)), config, every_caption=True)
         self.reader = RowReader(self.dataset, config)
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
         self._left_out: set[str] = set()
+        self._names, self._encoding, self._several = config.members, config.captions.encoding, list[int]()
         self._ends = np.cumsum(self.dataset.counts)
 
     def __len__(self) -> int:
@@ -72,19 +73,28 @@ class ShardSource:
         if extension is None:
             raise BadSample("missing_image", "no member is a picture")
         refuse_unsupported(sample[extension])
-        for other in {*sample} - {extension, "txt", "json"} - self._left_out:
+        facts = read_json_or_nothing(sample.get("json"))
+        others = more_captions(sorted(name for name in sample if not name.startswith("__")), ["*"])
+        if others and "txt" in sample and "captions" not in facts and not self._names.caption:
+            others = [name for name in others if ending(name) != "json"]
+            texts = dict.fromkeys(text for name in ("txt", *others) if (text := sample[name]).strip())
+            if len(texts) > 1:
+                facts["captions"] = [decode_text(text, self._encoding) for text in texts]
+                self._several.append(number)
+        else:
+            others = []
+        for other in {*sample} - {extension, "txt", "json", *others} - self._left_out:
             if not other.startswith("__"):
                 self._left_out.add(other)
-                logger.warning("members .%s are dropped: only a picture, its caption and its .json are written", other)
+                logger.warning("members .%s are dropped: only a picture, its captions and its .json are written", other)
         key = str(sample["__key__"]).rpartition("/")[2].replace(".", "_")
-        facts = read_json_or_nothing(sample.get("json"))
         return Item(self.name(number), key, extension, sample[extension], sample.get("txt"), facts)
 
     def advice(self, reason: str) -> str:
         return "look at the shards with `cascade verify`"
 
     def remarks(self) -> list[str]:
-        return []
+        return several_captions(len(self._several))
 
     def _is_scattered(self, shard: int, row: int) -> bool:
         """Return whether blocks would read far more than the sample. Compressed shards always use blocks."""

@@ -31,6 +31,7 @@ from data_pipeline.commands.prepare_item import (
     plain,
     read_file,
     refuse_unsupported,
+    several_captions,
 )
 from data_pipeline.commands.prepare_rows import (
     DelimitedRows,
@@ -348,12 +349,7 @@ class TableSource:
         return ""
 
     def remarks(self) -> list[str]:
-        said = []
-        if self._several:
-            said.append(
-                f"{self._several} samples have several captions: the .txt has the first, and "
-                "'data.captions.sources={json:captions: 1}' trains with all"
-            )
+        said = several_captions(self._several)
         joined = sum(len(part.joined) for part in self.parts if isinstance(part, DelimitedRows))
         if joined:
             said.append(f"{joined} captions contain the separator without quotes; it was kept as part of the caption")

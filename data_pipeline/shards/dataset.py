@@ -208,7 +208,9 @@ def patience_of(config: DataConfig) -> Patience:
     return Patience(stall_s=config.stall_s, deadline_s=config.deadline_s, hurry=True, reads=True)
 
 
-def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = False, team: Team = ALONE) -> Dataset:
+def load_or_build(
+    urls: list[str], config: DataConfig, may_be_empty: bool = False, team: Team = ALONE, every_caption: bool = False
+) -> Dataset:
     """Return the data set of these shards, after indexing those without a valid index (which is logged).
 
     Args:
@@ -216,6 +218,7 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
         config: the `data` section; its `shards` is not read.
         may_be_empty: it is part of a data set that is reported as a whole: report nothing, even if no sample is left.
         team: the first process asks the store; missing indexes are built by all, each its share.
+        every_caption: further captions of a sample are used, whatever `data.captions` says.
 
     Raises:
         DataError: a shard is missing or not a tar archive, or the filters leave no sample.
@@ -239,7 +242,7 @@ def load_or_build(urls: list[str], config: DataConfig, may_be_empty: bool = Fals
         write_summaries(known_at, summaries, patience)
     dataset = Dataset(summaries, config.filter, patience, config.members)
     if not may_be_empty:
-        team.once(lambda: _report(dataset, config.captions))
+        team.once(lambda: _report(dataset, None if every_caption else config.captions))
     return dataset
 
 
@@ -330,7 +333,7 @@ def _unused_captions(dataset: Dataset, config: CaptionConfig) -> Iterator[str]:
         )
 
 
-def _report(dataset: Dataset, config: CaptionConfig) -> None:
+def _report(dataset: Dataset, config: CaptionConfig | None) -> None:
     for summary in dataset.summaries:
         damage = {
             name: n for name, n in summary.problems.items() if name not in summary.dropped and name not in HARMLESS
@@ -342,7 +345,7 @@ def _report(dataset: Dataset, config: CaptionConfig) -> None:
                 "%s: it is compressed, so every read starts at its beginning; store it as a plain tar",
                 summary.entry.url,
             )
-    for words in _unused_captions(dataset, config):
+    for words in _unused_captions(dataset, config) if config is not None else ():
         logger.warning("%s", words)
     hint = _hint(dataset)
     if dataset.dropped:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ def folder(path: Path, **files: bytes | str) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
 
 
 def found(source: FolderSource) -> dict[str, str]:
@@ -252,3 +264,19 @@ def test_a_raw_picture_that_is_a_tiff_inside_has_a_remedy(tmp_path: Path) -> Non
     source = FolderSource(str(folder(tmp_path, a__jpg=ONE, a__txt="x", b__dng=b"II*\0" + bytes(50))))
     with pytest.raises(BadSample, match="dng: develop it first"):
         source.read(1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_several_captions_of_a_picture_are_all_kept(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"a.jpg": ONE, "a.0.txt": b"one", "a.1.txt": b"two", "b.jpg": TWO, "b.txt": b"same", "b.caption": b"same"}
+    source = folder(tmp_path / "in", **{name.replace(".", "__"): data for name, data in files.items()})
+    if kind == "shards":
+        (tmp_path / "in.tar").write_bytes(archive(files))
+        source = tmp_path / "in.tar"
+    assert imported(tmp_path / "out", kind, source)["samples"] == 2
+    written = members(tmp_path / "out" / "00000.tar")
+    first, second = sorted(name for name in written if name.endswith(".json"))
+    assert json.loads(written[first])["captions"] == ["one", "two"] and "captions" not in json.loads(written[second])
+    assert "1 samples have several captions" in caplog.text and "dropped" not in caplog.text
