@@ -37,9 +37,11 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     the process ("terminate called without an active exception"), and a completed training would exit with 134.
     """
     code: object = 1
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is the stream's own
+            os.set_inheritable(null, True)  # child processes need the streams as well
+            setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
     try:
         code = main()
     except SystemExit as end:

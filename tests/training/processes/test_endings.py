@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,15 @@ from training.processes.exit_codes import EXIT_CODES, FINAL_CODES, STOP_CODES
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_child_processes_have_the_streams_that_the_caller_closed(closed: str) -> None:
+    child = "import faulthandler; faulthandler.enable(); raise SystemExit(7)"
+    main = "import subprocess, sys; from training.processes.endings import run_program; "
+    main += f"run_program(lambda: subprocess.run([sys.executable, '-c', {child!r}]).returncode)"
+    done = subprocess.run(f"{sys.executable} -c {shlex.quote(main)} {closed}", shell=True, cwd=ROOT)
+    assert done.returncode == 7
 
 
 def test_a_signal_is_remembered_and_the_handlers_come_back() -> None:
