@@ -45,7 +45,8 @@ def whole_wandb(path: Path) -> list[Any]:
 def read_wandb(run: RunDir) -> list[tuple[str, dict[str, Any]]]:
     """(run id, values) of every record in the offline files."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for path in sorted(run.path.glob("wandb/offline-run-*/run-*.wandb")):
+    files = run.path.glob("wandb/offline-run-*/run-*.wandb")
+    for path in sorted(files, key=lambda path: path.parent.name):  # ...-1 is the second one of a second
         run_id = ""
         for record in whole_wandb(path):
             if record.HasField("run"):

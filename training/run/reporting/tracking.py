@@ -255,11 +255,11 @@ class Tracker:
             for line in lines:
                 if line["step"] < self._wandb.step:  # the server has it
                     continue
-                record = {key: value for key, value in line.items() if value is not None}
+                self._wandb.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
                 picture = self.run.sample_file(line["step"])
                 if picture.exists():
-                    record["samples"] = wandb.Image(str(picture))
-                self._wandb.log(record, step=line["step"])
+                    with suppress(OSError):  # it cannot be read
+                        self._wandb.log({"samples": wandb.Image(str(picture))}, step=line["step"])
 
         self._to_wandb(add)
         if lines:
