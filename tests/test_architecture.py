@@ -18,6 +18,7 @@ ROOMS = {
         "order",
         "content",
         "images",
+        "tables",
         "shards",
         "shard_index",
         "reading",

@@ -22,7 +22,6 @@ from data_pipeline.commands.prepare_item import (
     refuse_unsupported,
     several_captions,
 )
-from data_pipeline.commands.prepare_rows import looks_like_picture
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
@@ -38,6 +37,7 @@ from data_pipeline.content.members import (
     split_samples,
     unsupported_hint,
 )
+from data_pipeline.tables.base import looks_like_picture
 
 logger = logging.getLogger(__name__)
 

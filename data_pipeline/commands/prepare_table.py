@@ -33,19 +33,14 @@ from data_pipeline.commands.prepare_item import (
     refuse_unsupported,
     several_captions,
 )
-from data_pipeline.commands.prepare_rows import (
-    DelimitedRows,
-    ParquetRows,
-    Rows,
-    looks_like_picture,
-    open_table,
-    plain_name,
-    typed,
-)
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
 from data_pipeline.content.captions import texts_in, value_at
 from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
+from data_pipeline.tables.arrow import ParquetRows
+from data_pipeline.tables.base import Rows, looks_like_picture, plain_name
+from data_pipeline.tables.delimited import DelimitedRows, typed
+from data_pipeline.tables.table import open_table
 
 logger = logging.getLogger(__name__)
 

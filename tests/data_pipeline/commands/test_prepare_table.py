@@ -169,7 +169,7 @@ def test_several_tables_are_one(place: Path) -> None:
 
 
 def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.commands.prepare_rows._BATCH_BYTES", 1 << 14)
+    monkeypatch.setattr("data_pipeline.tables.arrow._BATCH_BYTES", 1 << 14)
     rows = [{"image": {"bytes": ONE, "path": f"{n}.jpg"}, "text": f"number {n}"} for n in range(400)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=150, use_dictionary=False)
     source = TableSource(str(tmp_path / "a.parquet"))

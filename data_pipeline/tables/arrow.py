@@ -1,0 +1,127 @@
+"""Parquet and Arrow, also as the `datasets` library writes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import BadSample
+from data_pipeline.tables.base import Rows
+
+_BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
+
+
+class ArrowRows:
+    """A memory-mapped Arrow table, as saved by the `datasets` library."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self.columns = table, list(table.column_names)
+        self.classes = class_names(table.schema)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def row(self, number: int) -> dict[str, Any]:
+        cells = ((name, self._table.column(place)) for place, name in enumerate(self.columns))
+        return dict(reversed([(name, _value(column[number])) for name, column in cells]))
+
+
+class ParquetRows:
+    """A Parquet file, read in batches of about 16 MB; fast if rows are requested roughly in order."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow import parquet
+
+        self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        self.columns = [str(name) for name in self._file.schema_arrow.names]
+        self.classes = class_names(self._file.schema_arrow)
+        self._wanted: list[str] | None = None
+        groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
+        self._starts = [0]
+        for group in groups:
+            self._starts.append(self._starts[-1] + group.num_rows)
+        self._row_bytes = [max(group.total_byte_size // max(group.num_rows, 1), 1) for group in groups]
+        self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
+        """The last batches, each with its first row's number."""
+        self._batches: Iterator[Any] = iter(())
+        self._next = -1
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def use(self, columns: Collection[str]) -> None:
+        """Read only these columns from now on."""
+        self._wanted = [name for name in self.columns if name in columns]
+
+    def row(self, number: int) -> dict[str, Any]:
+        with self._lock:
+            start, batch = self._batch(number)
+        cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
+        try:  # reversed: of several columns with the same name, the first is used
+            return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
+        except UnicodeDecodeError as error:
+            raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+
+    def _batch(self, number: int) -> tuple[int, Any]:
+        while True:
+            for start, batch in self._kept:
+                if start <= number < start + len(batch):
+                    return start, batch
+            if not self._next <= number or self._next < 0 or self._is_far(number):
+                group = next(i for i in range(len(self._row_bytes)) if number < self._starts[i + 1])
+                self._open(group)
+            batch = next(self._batches, None)
+            if batch is None:
+                self._open(next(i for i, start in enumerate(self._starts) if start >= self._next))
+                continue
+            self._kept.append((self._next, batch))
+            self._next += len(batch)
+
+    def _is_far(self, number: int) -> bool:
+        """Return whether the row is in a later row group, so that the rows before it can be skipped."""
+        return any(self._next < start <= number for start in self._starts)
+
+    def _open(self, group: int) -> None:
+        rows = min(max(_BATCH_BYTES // self._row_bytes[group], _LEAST_ROWS), 1 << 14)
+        self._next = self._starts[group]
+        self._batches = self._file.iter_batches(rows, row_groups=[group], columns=self._wanted, use_threads=False)
+
+
+def arrow_rows(path: Path, head: bytes) -> Rows:
+    """Open an Arrow file or stream, whose first bytes are `head`."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    table = (pa.ipc.open_file if head[:6] == b"ARROW1" else pa.ipc.open_stream)(source).read_all()
+    return ArrowRows(table)
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Return the class names of columns with class numbers, as stored in the schema by the `datasets` library."""
+    try:
+        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = said["info"]["features"]
+        found = {name: one.get("names") for name, one in features.items() if isinstance(one, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {str(name): [str(one) for one in names] for name, names in found.items() if isinstance(names, list)}
+
+
+def _value(cell: Any) -> Any:
+    """Convert a cell to a Python value, or to text if Python has no such type (nanoseconds)."""
+    from pyarrow import ArrowException
+
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, NotImplementedError):
+        with suppress(ArrowException):
+            return cell.cast("string").as_py()
+        return None

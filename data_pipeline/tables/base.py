@@ -1,0 +1,63 @@
+"""The rows of a table, whatever its format: the contract, and what the formats share."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.content.members import IMAGE_EXTENSIONS
+
+_PICTURE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(#\d+)?$", re.IGNORECASE)
+
+
+class Rows(Protocol):
+    """A table whose rows are read by number. Thread-safe."""
+
+    columns: list[str]
+
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Return the cells of row `number` by column.
+
+        Raises:
+            BadSample: `bad_row`, it cannot be parsed; the detail names the line.
+        """
+        ...
+
+
+class FileLines:
+    """Reads pieces of a file by number. Thread-safe."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.starts, self.sizes, self.lines = array("q"), array("q"), array("q")
+
+    def add(self, start: int, size: int, line: int) -> None:
+        """Add a piece: its first byte, its bytes, and its line, from 1."""
+        self.starts.append(start)
+        self.sizes.append(size)
+        self.lines.append(line)
+
+    def read(self, number: int) -> bytes:
+        """Return the piece with this number, from 0."""
+        return os.pread(self._file.fileno(), self.sizes[number], self.starts[number])
+
+
+def plain_name(column: str) -> str:
+    """Normalize a column's name for comparison: lower case, no surrounding quotes, `_` for white space, `-` and `.`."""
+    return re.sub(r"[\s\-.]+", "_", column.strip().strip("\"'").strip().lower())
+
+
+def looks_like_picture(value: Any) -> bool:
+    """Return whether a cell is the name of a picture file."""
+    return isinstance(value, str) and _PICTURE_NAME.search(value.strip()) is not None
+
+
+def no_table(path: Path, why: str) -> DataError:
+    """Return the error about a file that is not a table."""
+    return DataError(f"prepare.source={path}: not a readable table ({why})")

@@ -1,0 +1,159 @@
+"""JSON: an object per line, a list, columns, COCO's captions, or captions by the names of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipeline.common.errors import BadSample
+from data_pipeline.tables.base import FileLines, Rows, looks_like_picture, no_table, plain_name
+
+
+class ListRows:
+    """Rows held in memory."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+        self.columns = _columns(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int) -> dict[str, Any]:
+        found = self._rows[number]
+        if not isinstance(found, dict):
+            raise BadSample("bad_row", f"entry {number + 1}: not an object")
+        return found
+
+
+class JsonLineRows:
+    """One JSON object per line."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._lines = FileLines(file)
+        file.seek(0)
+        start = 0
+        for number, line in enumerate(iter(file.readline, b""), 1):
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
+                self._lines.add(start, len(line), number)
+            start += len(line)
+        some = []
+        for number in range(min(len(self), 100)):
+            try:
+                some.append(self.row(number))
+            except BadSample:
+                continue
+        self.columns = _columns(some)
+
+    def __len__(self) -> int:
+        return len(self._lines.starts)
+
+    def row(self, number: int) -> dict[str, Any]:
+        raw = self._lines.read(number).removeprefix(b"\xef\xbb\xbf")
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: {error}") from error
+        if not isinstance(value, dict):
+            raise BadSample("bad_row", f"line {self._lines.lines[number]}: not a JSON object")
+        return value
+
+
+def _columns(rows: list[Any]) -> list[str]:
+    return list(dict.fromkeys(str(name) for row in rows[:100] if isinstance(row, dict) for name in row))
+
+
+def json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
+    """Return the rows of a JSON file of any layout; for the arguments see `open_table`.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    first = b""
+    for line in iter(file.readline, b""):
+        first = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if first:
+            break
+    second = next((line for line in iter(file.readline, b"") if line.strip()), b"")
+    try:
+        if isinstance(json.loads(first), dict) and second.lstrip()[:1] == b"{":
+            return JsonLineRows(file)
+    except (ValueError, RecursionError):
+        if first.startswith(b"{") and first.endswith(b"}") and second.lstrip()[:1] == b"{":
+            return JsonLineRows(file)  # only the first line is damaged
+    file.seek(0)
+    text = file.read()
+    try:
+        return _rows_of_json(json.loads(text), known)
+    except (ValueError, RecursionError) as error:
+        values = _values(text.decode("utf-8-sig", "replace"))
+        if len(values) > 1:
+            return ListRows(values)
+        raise no_table(path, f"JSON: {error}") from error
+
+
+def _values(text: str) -> list[Any]:
+    """Parse concatenated JSON values, over any number of lines, up to the first that cannot be parsed."""
+    decoder, at = json.JSONDecoder(), 0
+    values: list[Any] = []
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return values
+        values.append(value)
+
+
+def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
+    """Return the rows in a JSON value: a list of objects, COCO's captions, columns, or captions by picture name."""
+    if isinstance(value, list):
+        return ListRows(value)
+    names, cells = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        return ListRows([dict(zip(map(str, names), row, strict=False)) for row in cells])  # pandas, orient="split"
+    numbered = [one for one in value.values() if isinstance(one, dict)]
+    if len(numbered) == len(value) > 1 and sum(plain_name(name) in known for name in value) > 1:
+        rows = dict.fromkeys(number for one in numbered for number in one)  # pandas, orient="columns"
+        return ListRows([{name: one.get(number) for name, one in value.items()} for number in rows])
+    images, captions = value.get("images"), value.get("annotations")
+    if isinstance(images, list) and isinstance(captions, list):
+        return ListRows(_coco(images, captions))
+    if value and all(map(looks_like_picture, value)):
+        return _named_rows(value)
+    lists = {name: one for name, one in value.items() if isinstance(one, list)}
+    objects = [one for one in lists.values() if one and all(isinstance(item, dict) for item in one)]
+    if objects:
+        return ListRows(max(objects, key=len))
+    if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
+        return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
+    if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
+        return _named_rows(value)
+    if (
+        len(value) > 1
+        and all(isinstance(one, str) for one in value.values())
+        and not {*map(plain_name, value)} & {*known}
+    ):
+        return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without extensions
+    return ListRows([value])
+
+
+def _named_rows(value: dict[str, Any]) -> ListRows:
+    """Return one row per name of a picture, with its captions or an object of facts."""
+    facts = ({"image": name, **(one if isinstance(one, dict) else {"caption": one})} for name, one in value.items())
+    return ListRows(list(facts))
+
+
+def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
+    """Return one row per picture, with its captions in order."""
+    captions: defaultdict[Any, list[str]] = defaultdict(list)
+    for one in annotations:
+        if isinstance(one, dict) and isinstance(one.get("caption"), str):
+            captions[str(one.get("image_id"))].append(one["caption"])
+    if not captions:  # boxes or outlines of objects
+        return [one for one in images if isinstance(one, dict)]
+    return [{**one, "captions": captions[str(one.get("id"))]} for one in images if isinstance(one, dict)]

@@ -1,0 +1,74 @@
+"""Opens a table in any format: Parquet, Arrow, delimited text, JSON, JSON lines; compressed or not.
+
+The format is detected from the content. Rows are read by number, from several threads, with little memory: Parquet
+keeps a few batches, text the offsets of its rows. JSON that is a single value (COCO's captions, an array) is loaded as
+a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import lzma
+import re
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO
+
+from data_pipeline.common.errors import DataError, system_words
+from data_pipeline.storage.atomic import scratch
+from data_pipeline.tables.arrow import ParquetRows, arrow_rows
+from data_pipeline.tables.base import Rows, no_table
+from data_pipeline.tables.delimited import DelimitedRows
+from data_pipeline.tables.json_rows import json_rows
+from data_pipeline.tables.unpacking import HEAD, NO_TABLES, open_plain
+
+logger = logging.getLogger(__name__)
+
+
+def open_table(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Rows:
+    """Open a table.
+
+    Args:
+        path: the file.
+        known: names of columns, normalized by `plain_name`, by which a header and its separator are recognized.
+        encoding: of text that is not UTF-8; None: Windows-1252.
+
+    Raises:
+        DataError: it is not a readable table, or there is no room in TMPDIR to unpack it.
+    """
+    import pyarrow as pa
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if head[:4] == b"PAR1":
+            return ParquetRows(path)
+        if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+            return arrow_rows(path, head)
+        return _text_rows(open_plain(path), path, known, encoding)
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
+        if isinstance(error, OSError) and error.filename == scratch():
+            raise DataError(f"{scratch()}: {system_words(error)}; {path} is unpacked there") from error
+        raise no_table(path, str(error) or type(error).__name__) from error
+
+
+def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: str | None) -> Rows:
+    head = file.read(HEAD).removeprefix(b"\xef\xbb\xbf")
+    file.seek(0)
+    start = head.lstrip()[:1]
+    if not start:
+        raise no_table(path, "it is empty")
+    if start in (b"{", b"["):
+        return json_rows(file, path, known)
+    for signature, words in NO_TABLES:
+        if head.startswith(signature):
+            raise no_table(path, words)
+    if path.suffix.lower() == ".parquet" or 8 * head.count(0) > len(head):
+        raise no_table(path, "neither Parquet nor text")
+    if re.match(rb"(?:\s*(?:#|//).*\n)+\s*[{\[]", head):
+        raise no_table(path, "lines that begin with # or // stand above the JSON: remove them")
+    rows = DelimitedRows(file, known, encoding)
+    if rows.has_preamble:
+        logger.warning("%s: the table begins at line %d; the lines above it are skipped", path, rows.first_line)
+    return rows
