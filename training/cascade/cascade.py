@@ -67,7 +67,7 @@ THEIRS = {
     "num_steps": "it is `num_inference_steps`",
     "callback_on_step_end": "give `callback`, which is called as callback(stage, step, steps)",
     "callback_steps": "`callback` is called at every step, as callback(stage, step, steps)",
-    "latents": "pictures are drawn pixel by pixel, without latents; `seed` decides the noise",
+    "latents": "the cascade works in pixel space and has no latents; `seed` determines the noise",
     "prompt_embeds": "give the text, as `prompt`; the cascade encodes it",
 }
 """Arguments of other programs that a call does not have, and what to give instead."""
