@@ -252,11 +252,14 @@ def test_what_slurm_does_to_a_job_changes_no_step(
     happens([SCRIPT, "kill-steps", 2])
     assert slurm.wait(job, timeout=240, log=log) == "COMPLETED"
     assert consumed(run) == consumed(calm)
-    asked, requeued, *others, last = history(run)
-    assert (asked.code, asked.why) == (75, "asked to stop, saved")
-    assert requeued.code == 75 and requeued.why.startswith("requeued by `scontrol requeue`, or by the site; ")
-    assert any((one.code, one.node) == (137, "n2") and one.why.startswith("node n2 failed; ") for one in others)
-    assert (last.rank, last.code) == (0, 78)
+    ends = iter(history(run))  # in this order; what is left of a start may also kill the next one's step
+    for code, rank, node, why in (
+        (75, None, None, "asked to stop, saved"),
+        (75, None, None, "requeued by `scontrol requeue`, or by the site; "),
+        (137, None, "n2", "node n2 failed; "),
+        (78, 0, "n1", "rank 0 on n1 lost another rank"),
+    ):
+        assert any((e.code, e.rank, e.node) == (code, rank, node) and e.why.startswith(why) for e in ends), why
 
 
 @pytest.mark.slurm
