@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from training.processes.exit_codes import (
 )
 from training.processes.interval import HISTORY
 
+TERMINATED = 128 + signal.SIGTERM
 UNEXPLAINED = EXIT_CRASH
 """A bug, or a library that failed: worth one retry, or more if the run has made progress in the meantime."""
 OWN = "own"
@@ -152,8 +154,9 @@ def _idle(end: End, before: Sequence[End], limit_s: float) -> int:
 
 
 def _blamed(ends: Sequence[End]) -> list[str]:
-    """Return the nodes that failed BLAMED times. Hangs do not count: the rank that reports one is not the cause."""
-    nodes = [one.node for one in ends if one.node and one.is_failure and one.code != EXIT_HUNG]
+    """Return the nodes that failed BLAMED times. Hangs do not count, as the rank that reports one is not the cause, nor
+    does SIGTERM, which Slurm sends to all ranks of a step."""
+    nodes = [one.node for one in ends if one.node and one.is_failure and one.code not in (EXIT_HUNG, TERMINATED)]
     return [node for node in nodes if nodes.count(node) >= BLAMED]
 
 

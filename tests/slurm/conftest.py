@@ -94,9 +94,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture()
 def on_cluster(slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    """This process talks to the test cluster."""
+    """This process talks to the test cluster, whose nodes all take jobs."""
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.env[name])
+    states = dict(line.split() for line in slurm.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
+    for node, state in states.items():
+        if "drain" in state:  # Slurm could not end a step there
+            slurm.run("scontrol", "update", f"nodename={node}", "state=resume")
     return slurm
 
 

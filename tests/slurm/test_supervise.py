@@ -54,6 +54,11 @@ def test_without_progress_it_gives_up_and_says_why() -> None:
     assert decide(end(KILLED), most=0).action == f"end {KILLED}"
 
 
+def test_a_node_whose_ranks_slurm_has_terminated_is_not_to_blame() -> None:
+    for code, action in ((143, "restart"), (KILLED, "requeue")):
+        assert decide(end(code, node="n1"), end(code, node="n1")).action == action
+
+
 def test_an_unexplained_end_is_tried_once_more() -> None:
     assert decide(end(1)).action == "restart"
     assert decide(end(1), end(1)).action == "end 1"
