@@ -5,8 +5,6 @@ BIN    := $(VENV)/bin
 # Processes that share the tests. Many tests wait for time-outs, servers and Slurm, so one more than there are cores.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
 TORCH  := torch==2.13.0
-# The tests start hundreds of processes, which need not all compile the same files.
-unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: help demo demo-long test lint format api setup clean
