@@ -25,6 +25,9 @@ STEP_TRIES = 30
 """How often the script asks Slurm, once a second, to kill what is left of a step before it requeues the job."""
 STEP_S = 300
 """Seconds that srun waits for the resources of its step: what is left of an earlier step may hold them forever."""
+QUICK_S, PAUSE_S = 20, 15
+"""A start that ends within QUICK_S seconds is restarted after PAUSE_S, the next one after twice as long, and so on:
+for up to UnkillableStepTimeout (60 s), Slurm also ends new steps of a job while it cleans up its last start."""
 WRITES = {
     "train": "run.dir",
     "distill": "run.dir",
@@ -78,6 +81,8 @@ def render_script(job: Job) -> str:
         "reap_s": str(REAP_S),
         "step_tries": str(STEP_TRIES),
         "step_s": str(STEP_S),
+        "quick_s": str(QUICK_S),
+        "pause_s": str(PAUSE_S),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
         "code": shlex.quote(str(job.code)),

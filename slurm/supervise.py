@@ -55,7 +55,7 @@ class End:
         code: exit code of the first process that failed; 75 if they were asked to stop, whether or not they had saved.
         job: the job number.
         restart: Slurm's count of requeues.
-        attempt: number of the start within the allocation, from 1.
+        attempt: number of the start within the allocation, from 1; 0: recorded after Slurm had requeued the job.
         step: the step from which the newest start of the run began; -1 if unknown.
         rank, node: the rank that failed first, and its node.
         elapsed_s: seconds since the start of the allocation.
@@ -143,14 +143,24 @@ def judge(
 def _idle(end: End, before: Sequence[End], limit_s: float) -> int:
     """Count consecutive ends, including this one, of starts from the same step.
 
-    A preemption is no failure: a requested stop counts only if it came late, probably because of the time limit.
+    A preemption is no failure: a requested stop counts only if it came late, probably because of the time limit. A lost
+    rank and the requeue by Slurm that follows are one failure, of the node.
     """
     count = 0
-    for one in [*before, end][::-1]:
+    ends = [*before, end]
+    for earlier, one in reversed([*zip([None, *ends], ends, strict=False)]):
         if one.step != end.step:
             break
+        if earlier is not None and _is_known(one, earlier):
+            continue
         count += one.is_failure or one.elapsed_s > limit_s / 2
     return count
+
+
+def _is_known(end: End, earlier: End) -> bool:
+    """Return whether an end was recorded after a requeue by Slurm, of a start whose failure is recorded already."""
+    same = (earlier.job, earlier.restart, earlier.step) == (end.job, end.restart, end.step)
+    return end.attempt == 0 and same and earlier.is_failure
 
 
 def _blamed(ends: Sequence[End]) -> list[str]:

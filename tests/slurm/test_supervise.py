@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_without_progress_it_gives_up_and_says_why() -> None:
     assert "cluster.max_restarts_without_progress=3" in verdict.sentence
     assert decide(end(KILLED, step=20), *same).action == "restart", "progress begins a new count"
     assert decide(end(KILLED), most=0).action == f"end {KILLED}"
+
+
+def test_a_lost_rank_and_the_requeue_of_its_node_are_one_failure() -> None:
+    node = [replace(end(EXIT_HUNG), restart=2), replace(end(KILLED), restart=2, attempt=0)]
+    again = [replace(end(KILLED), restart=3), replace(end(KILLED), restart=3, attempt=2)]
+    assert decide(replace(end(KILLED), restart=3, attempt=2), *node, again[0]).action == "restart"
+    assert decide(replace(end(KILLED), restart=3, attempt=3), *node, *again).action == f"end {KILLED}"
+    alone = [replace(end(KILLED), restart=number, attempt=0) for number in range(3)]
+    assert decide(replace(end(KILLED), restart=3), *alone).action == f"end {KILLED}", "a node may fail each time"
 
 
 def test_a_node_whose_ranks_slurm_has_terminated_is_not_to_blame() -> None:
