@@ -84,6 +84,12 @@ class FilterConfig:
         return {name: value for name, value in vars(self).items() if value is not None and value != []}
 
 
+def member_of(source: str) -> str:
+    """Return the name or glob of a source `member:NAME` of `data.captions.sources`; empty for other sources."""
+    kind, _, name = source.partition(":")
+    return name.lower().removeprefix(".") if kind == "member" else ""
+
+
 @dataclass
 class CaptionConfig:
     """Which caption to train a sample with, and how to clean it."""
@@ -141,8 +147,8 @@ class CaptionConfig:
     @property
     def members(self) -> tuple[str, ...]:
         """Names and globs of the members that the sources `member:NAME` use."""
-        pairs = (source.partition(":")[::2] for source, weight in self.sources.items() if weight > 0)
-        return tuple(name.lower().removeprefix(".") for kind, name in pairs if kind == "member")
+        used = (member_of(source) for source, weight in self.sources.items() if weight > 0)
+        return tuple(name for name in used if name)
 
     @property
     def weights(self) -> dict[str, float]:

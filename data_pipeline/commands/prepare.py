@@ -139,7 +139,7 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
         begun["encoding"] = config.data.captions.encoding
     if members := config.data.captions.members:
         raise ConfigError(
-            f"data.captions.sources: cascade prepare keeps one caption of a sample; instead of member:{members[0]}, "
+            f"data.captions.sources: cascade prepare does not read member:{members[0]}; "
             f"choose it with 'data.members={{caption: [{members[0]}]}}'"
         )
     if config.data.captions.sources:

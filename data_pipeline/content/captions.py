@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from data_pipeline.common.errors import BadSample
-from data_pipeline.config import CaptionConfig
+from data_pipeline.config import CaptionConfig, member_of
 from data_pipeline.content.members import ending, more_captions
 from data_pipeline.order.chance import hash_below, hash_uniform
 
@@ -103,7 +103,7 @@ def _texts_by_source(
             elif source == "txt:lines":
                 texts = decode_text(sample.get("txt") or b"", config.encoding).splitlines()
             elif source.startswith("member:"):
-                texts = _texts_of_members(sample, CaptionConfig(sources={source: 1}).members, config.encoding)
+                texts = _texts_of_members(sample, member_of(source), config.encoding)
             elif source.startswith("file:"):
                 texts = sample[FROM_FILES].get(source.removeprefix("file:"), [])
             else:
@@ -124,10 +124,10 @@ def _texts_by_source(
     return found, problem
 
 
-def _texts_of_members(sample: Mapping[str, Any], wanted: tuple[str, ...], encoding: str | None) -> list[str]:
+def _texts_of_members(sample: Mapping[str, Any], wanted: str, encoding: str | None) -> list[str]:
     """Return the texts of further caption members, in the order of the archive; of a .json those of its caption."""
     texts = []
-    for name in more_captions((name for name in sample if not name.startswith("__")), wanted):
+    for name in more_captions((name for name in sample if not name.startswith("__")), [wanted]):
         if ending(name) == "json":
             found = json_caption(parse_json(sample[name]))
             texts += found[1] if found else []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.common.errors import BadSample
+from data_pipeline.common.fork_lock import ForkLock
 from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
 from data_pipeline.content.members import instead, is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.content.resize import box_average, resize_box, resize_square
@@ -62,15 +62,7 @@ _EXIF_WORDS = {
 """How exifread, and hence img2dataset's .json, spells the orientation tag."""
 
 
-_large = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _large
-    _large = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+_large = ForkLock()
 
 
 class View(NamedTuple):

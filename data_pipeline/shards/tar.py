@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.common.errors import DataError, NotAnArchive
+from data_pipeline.common.fork_lock import ForkLock
 from data_pipeline.content.members import instead
 
 logger = logging.getLogger(__name__)
@@ -59,15 +58,7 @@ MAX_TEXT = 16 << 20
 """Captions and metadata larger than this (bytes) are not used: parsed, they take many times their size."""
 _LARGE = 8 << 20
 """Of members larger than this (bytes), a process keeps one at a time, however many archives it walks."""
-_large = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _large
-    _large = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+_large = ForkLock()
 
 
 @dataclass(frozen=True, slots=True)

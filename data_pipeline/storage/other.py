@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
+from data_pipeline.common.fork_lock import ForkLock
 from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error
 from data_pipeline.storage.s3_errors import (
     PROXY_ADVICE,
@@ -49,7 +49,7 @@ PIECE = 8 << 20
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
 """Fields by which file systems distinguish versions of an object; the first one present is used."""
 
-_lock = threading.Lock()
+_lock = ForkLock()
 _filesystems: dict[tuple[int, str], Any] = {}
 _answered: set[str] = set()
 
@@ -85,14 +85,6 @@ def filesystem(url: str) -> Any:
                 ) from error
             _filesystems[os.getpid(), scheme] = found
         return found
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
 
 
 def split(url: str) -> tuple[str, str]:

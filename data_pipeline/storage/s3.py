@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.fork_lock import ForkLock
 from data_pipeline.storage import s3_errors
 from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, NAP_S, Backoff, Patience
 from data_pipeline.storage.s3_errors import Changed, Denied, Missing, endpoint
@@ -48,7 +48,7 @@ may come over the network."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
 
-_lock = threading.Lock()
+_lock = ForkLock()
 _filesystems: dict[int, Any] = {}
 _inherited: list[Any] = []
 """File systems of the process that this one was forked from."""
@@ -100,16 +100,13 @@ def filesystem() -> Any:
         return fs
 
 
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _inherited.extend(
-        _filesystems.values()
-    )  # its finalizer would fail, with a traceback: its event loop is the parent's
+def _keep_inherited() -> None:
+    """Keep the parent's file systems: their finalizers would fail, with a traceback, as the event loop is not ours."""
+    _inherited.extend(_filesystems.values())
     _filesystems.clear()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def _run(coroutine: Coroutine[Any, Any, Any], patience: Patience = DEFAULT) -> Any:

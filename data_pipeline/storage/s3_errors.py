@@ -14,6 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.retry import describe_error
+from data_pipeline.storage.shard_lists import SHARD_SUFFIXES
 
 DENIED = {
     "AccessDenied",
@@ -137,23 +138,27 @@ def _speaks_http(host: str, port: int) -> bool:
     return False
 
 
+def _is_shard(url: str) -> bool:
+    return url.lower().endswith(SHARD_SUFFIXES)
+
+
 def after_change(url: str) -> str:
     """Return what to do about a file or object that is no longer what it was."""
-    if url.lower().endswith((".tar", ".tar.gz", ".tgz")):
+    if _is_shard(url):
         return "run `cascade index` again"
     return "repeat the command when nothing writes to it any more"
 
 
 def too_short(url: str, end: int, expected: int) -> DataError:
     """Return the error for a file or object that ends at byte `end` and not at `expected`."""
-    if "index" in after_change(url):
+    if _is_shard(url):
         return DataError(f"{url}: it ends at byte {end}, its index says {expected}; {after_change(url)}")
     return DataError(f"{url}: it ends at byte {end} instead of {expected}; {after_change(url)}")
 
 
 def changed(url: str) -> Changed:
     """Return the error for an object whose ETag is another one than before."""
-    when = "since it was indexed" if "index" in after_change(url) else "while it was being read"
+    when = "since it was indexed" if _is_shard(url) else "while it was being read"
     return Changed(f"{url}: the object has changed {when} (its ETag differs); {after_change(url)}")
 
 

@@ -11,6 +11,8 @@ from contextlib import suppress
 
 from data_pipeline.common.errors import ShardsError
 
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+"""Endings of the names of shards, in lower case."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 

@@ -22,11 +22,10 @@ from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience
 from data_pipeline.storage.s3_errors import too_short
-from data_pipeline.storage.shard_lists import plain_patterns
+from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns
 
 logger = logging.getLogger(__name__)
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MAGIC = re.compile(r"[*?\[]")
 _PACKED = re.compile(r"\.(tar\.(zst|bz2|xz|lz4|lzma)|tzst|tbz2?|txz)$", re.IGNORECASE)
 _S3_ALIASES = ("s3", "s3a", "s3n")

@@ -21,7 +21,7 @@ from data_pipeline.tables.arrow import ParquetRows, arrow_rows
 from data_pipeline.tables.base import Rows, no_table
 from data_pipeline.tables.delimited import DelimitedRows
 from data_pipeline.tables.json_rows import json_rows
-from data_pipeline.tables.unpacking import HEAD, NO_TABLES, open_plain
+from data_pipeline.tables.unpacking import HEAD, open_plain, refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: st
         raise no_table(path, "it is empty")
     if start in (b"{", b"["):
         return json_rows(file, path, known)
-    for signature, words in NO_TABLES:
-        if head.startswith(signature):
-            raise no_table(path, words)
+    refuse_others(head, path)
     if path.suffix.lower() == ".parquet" or 8 * head.count(0) > len(head):
         raise no_table(path, "neither Parquet nor text")
     if re.match(rb"(?:\s*(?:#|//).*\n)+\s*[{\[]", head):

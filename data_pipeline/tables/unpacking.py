@@ -19,7 +19,7 @@ from data_pipeline.tables.base import no_table
 
 HEAD = 1 << 16
 """Bytes at the beginning by which the format is detected."""
-NO_TABLES = (
+_OTHERS = (
     (b"ORC", "it is an ORC file: export the table as .parquet"),
     (b"Obj\x01", "it is an Avro file: export the table as .parquet"),
     (b"\x89HDF", "it is an HDF5 file: export the table as .parquet, or the pictures as files"),
@@ -33,6 +33,13 @@ NO_TABLES = (
 """How files that are not tables begin -> what to do."""
 
 
+def refuse_others(head: bytes, path: Path) -> None:
+    """Raise `DataError` with the remedy if a file that begins with `head` is of a format that is not a table."""
+    for signature, words in _OTHERS:
+        if head.removeprefix(b"\xef\xbb\xbf").startswith(signature):
+            raise no_table(path, words)
+
+
 def open_plain(path: Path) -> IO[bytes]:
     """Return a file with the decompressed content in UTF-8 or another superset of ASCII, with line feeds as line ends.
 
@@ -42,9 +49,7 @@ def open_plain(path: Path) -> IO[bytes]:
     file: IO[bytes] = open(path, "rb")  # noqa: SIM115
     head = file.read(HEAD)
     file.seek(0)
-    for signature, words in NO_TABLES:
-        if head.removeprefix(b"\xef\xbb\xbf").startswith(signature):
-            raise no_table(path, words)
+    refuse_others(head, path)
     if head[:4] == b"PK\x03\x04":
         file = _unpacked(_only_member(file, path))
     else:

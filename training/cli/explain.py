@@ -119,8 +119,6 @@ CHOICES = {
     "precision": {"float32": "fp32", "32": "fp32", "bfloat16": "bf16", "mixed": "bf16"},
 }
 """Options of groups by other names -> ours."""
-
-
 SEVERAL_OPTIONS = {"ingredient", "extractor"}
 """Groups of which several options can be chosen."""
 PLUGINS = {

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import data_pipeline
 import training
 from data_pipeline.common.terminal import VisibleFormatter
+from training.cli.overrides import ENVIRONMENT
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
 from training.processes.ranks import Ranks
@@ -312,16 +313,12 @@ def keep_lines(path: Path, step: int) -> int:
 # ------------------------------------------------------------------------------------------------------- W&B
 
 
-TAKEN = ("MODE", "DISABLED", "PROJECT", "ENTITY", "NAME", "RUN_GROUP", "NOTES", "TAGS")
-"""W&B's variables, without WANDB_, that set keys of `wandb` (training/cli/overrides.py)."""
-
-
 def _prepare_wandb(run: RunDir) -> None:
     """Put W&B's caches and settings in the run directory if there is no writable home directory (for example for a user
     without an entry in passwd), and leave it no variable that the settings have already taken, as it would refuse the
     run for one that another setting has replaced."""
-    for name in TAKEN:
-        os.environ.pop(f"WANDB_{name}", None)
+    for name in (*ENVIRONMENT, "WANDB_DISABLED"):
+        os.environ.pop(name, None)
     for variable, reason in () if _in_sweep() else OWN.items():
         if os.environ.pop(variable, None):
             log.info("%s is not used: %s", variable, reason)
