@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import wandb
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
+from tests.children import gone
 from tests.training.wandb_files import read_wandb, wandb_records, whole_wandb
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
@@ -157,8 +159,12 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
 def kill_wandb() -> None:
     """What Slurm's SIGTERM to every process of a step does to W&B's own process, which must end before we go on."""
     children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    states = {int(pid): Path(f"/proc/{pid}/stat").read_text() for pid in children}
-    (pid,) = [pid for pid, stat in states.items() if "(wandb-core)" in stat and ") Z " not in stat]
+    services = []
+    for child in map(int, children):
+        with suppress(OSError):  # it has ended meanwhile, as that of an earlier test may
+            if Path(f"/proc/{child}/comm").read_text().strip() == "wandb-core" and not gone(child):
+                services.append(child)
+    pid = max(services)
     os.kill(pid, signal.SIGTERM)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -171,6 +177,14 @@ def steps_in_wandb(config: Experiment) -> set[tuple[int, ...]]:
         items = [item for record in records if record.HasField("history") for item in record.history.item]
         found.add(tuple(int(item.value_json) for item in items if "_step" in (item.key, *item.nested_key)))
     return found
+
+
+def wait_for_steps(config: Experiment, *files: tuple[int, ...]) -> None:
+    """Wait until there are files with just these steps: W&B's own process may still be writing after `finish`."""
+    deadline = time.monotonic() + 60
+    while not {*files} <= (found := steps_in_wandb(config)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
 
 
 def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,15 +209,15 @@ def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogC
     Image.new("RGB", (4, 4)).save(RunDir(config).sample_file(4))
     RunDir(config).sample_file(5).write_bytes(b"no picture")
     start(5, 6).close()
-    assert len(list(RunDir(config).path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))) == 1
     assert "3 records after step 2, which it may have lost, were logged again" in caplog.text
-    assert {(1, 2), (3, 4, 5, 6)} <= steps_in_wandb(config)
+    wait_for_steps(config, (1, 2), (3, 4, 5, 6))
+    assert len(list(RunDir(config).path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))) == 1
 
     mine = start(6, 7)
     kill_wandb()
     mine.log(8, RECORD, 1)
     mine.close()
-    assert (7, 8) in steps_in_wandb(config), "a run that ends well waits for no other start"
+    wait_for_steps(config, (7, 8))  # a run that ends well waits for no other start
 
 
 def test_names_groups_notes_and_tags_reach_wandb(
