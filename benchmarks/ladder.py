@@ -2,7 +2,7 @@
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
         [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [equal_time=false] [pictures=PATTERN]
-        [device=cpu]
+        [dino=DIRECTORY] [dino_side=224] [device=cpu]
 
     OUTPUT/settings.json   the settings that all arms share; other settings need another OUTPUT
     OUTPUT/results.jsonl   one line per run; repeating the command trains only what is missing
@@ -18,17 +18,20 @@
     equal_time=true   `steps` are those of `none`; each other arm takes as many as fit into the same CPU time
     widths= blocks=   the whole network of the preset: with stage=demo_base, that of the demo
     pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
+    dino=DIRECTORY    dino.path of the ingredients repa and perceptual: a DINOv2 model, which sees pictures resized to
+            about dino_side pixels; benchmarks/scene_encoder.py makes a stand-in
 
 For each seed, all arms get the same pictures in the same order, the same initial weights, text dropout and noise: these
 are functions of (seed, position, stream). The arm `none` is the experiment with `ingredient=[]`. An arm that only
 changes sampling (guidance_interval) draws with the network of `none`. `cascade ablate` does the same for your own stage
 and data; the ladder needs neither shards nor the files of a run, and reads words from the pictures that it draws.
 
-Two figures, computed with the averaged weights on held-out combinations of words (or photographs):
+Three figures, computed with the averaged weights on held-out combinations of words (or photographs):
   error    the mean over fixed log-SNRs (LEVELS) of the logarithm of the x0 error, which does not depend on schedule,
            weighting or parametrisation. Differences are relative changes of the error.
   words    the share of words (background, colour, size, shape, relation) that the oracle reads correctly in sampled
            pictures; only for one object, or two and their relation, and not for super-resolution, which is shown them.
+  psnr     super-resolution only: that of pictures sampled from held-out low-res pictures, against the true ones, in dB.
 A gain is the mean over seeds of the paired difference, with Student's 95 % interval over seeds; `detectable` is the
 gain that this many seeds would detect with a power of 80 % (training/ablation/gains.py).
 """
@@ -50,19 +53,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.images import training_view
 from data_pipeline.content.synthetic import ShapeSpec, caption, crowd_at, example, render
 from data_pipeline.order.chance import hash_bits
+from data_pipeline.reading.loader import Batch
 from training.ablation.gains import Gain, gain, percent, verdict
 from training.cli.compose import load_config
 from training.config.experiment import Experiment, StageConfig
-from training.config.unet import for_stage
 from training.diffusion.objective import loss
 from training.diffusion.sampler import sample_stage
-from training.engine.start import build_engine
 from training.evaluation import oracle
-from training.model.unet import UNet
+from training.evaluation.metrics.psnr import psnr
 from training.processes.ranks import Ranks
+from training.run.training_state import TrainingState
 from training.text.encoder import build_text_encoder
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
@@ -80,7 +84,10 @@ MODELS: dict[str, dict[str, Any]] = {
 """Model -> default values of the options with these names."""
 SUPER_RESOLUTION = {"demo_base": "demo_sr", "base64_100m": "sr256_100m"}
 """Preset of a base stage -> that of the same model's super-resolution stage, whose pictures are twice as large."""
-SHARED = ("stage", "scene", "pictures", "model", "size", "widths", "blocks", "preset", "steps", "batch", "equal_time")
+DEFAULTS = {"stage": "demo_base", "pictures": "", "equal_time": "false", "dino": "", "dino_side": "224"}
+SHARED = ("scene", "model", "size", "widths", "blocks", "preset", "steps", "batch", *DEFAULTS)
+SAMPLED = {"words": ("words right", 100, "%", ".1f"), "psnr": ("PSNR", 1, "dB", ".2f")}
+"""Figure of sampled pictures -> heading, factor, unit and format in the table."""
 PACED, ROUNDS = 10, 3
 """Steps of one measurement of an arm's pace, and how often it is repeated, in turns with `none`."""
 RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
@@ -181,65 +188,68 @@ def log_errors(model: Any, data: Pictures, config: Experiment, device: str) -> l
 
 
 @torch.no_grad()
-def words_right(model: Any, data: Pictures, config: Experiment, device: str) -> float:
-    """Return the share of words that the oracle reads correctly in pictures sampled from held-out captions."""
-    size, right = data.images.shape[-1], []
+def sampled(model: Any, data: Pictures, config: Experiment, device: str) -> np.ndarray:
+    """Return pictures sampled from the first SAMPLES captions (and low-res pictures), uint8 (SAMPLES, H, W, 3)."""
     made = sample_stage(
         model,
         data.text[:SAMPLES].to(device),
         data.mask[:SAMPLES].to(device),
         config=config.stage.diffusion,
         sampler=config.stage.sampler,
-        image_size=size,
+        image_size=data.images.shape[-1],
         seeds=range(SAMPLES),
+        low_res=data.low_of(torch.arange(SAMPLES), device),
     )
-    for picture, spec in zip(
-        ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy(), data.specs, strict=False
-    ):
+    return ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def words_right(made: np.ndarray, specs: Sequence[ShapeSpec]) -> float:
+    """Return the share of words that the oracle reads correctly in pictures (n, H, W, 3) of these specs."""
+    right = []
+    for picture, spec in zip(made, specs, strict=False):
         large = np.asarray(Image.fromarray(picture).resize((64, 64), Image.Resampling.BICUBIC))
         right.append(np.mean(list(oracle.score(oracle.read_drawing(large, len(spec.objects)), spec).values())))
     return float(np.mean(right))
 
 
-def build(config: Experiment, device: str) -> Any:
-    """Return an engine with the initial weights of `config.seed`."""
-    torch.manual_seed(config.seed)
-    return build_engine(UNet(for_stage(config.stage, config.text.dim)).to(device), config, Ranks(device=device))
+def judged(model: Any, data: Pictures, config: Experiment, device: str) -> dict[str, float | None]:
+    """Return `words` and `psnr` of sampled pictures, each None where it cannot be measured."""
+    if data.low is not None:
+        true = data.images[:SAMPLES].permute(0, 2, 3, 1).numpy()
+        return {"words": None, "psnr": float(psnr(sampled(model, data, config, device), true).mean())}
+    if not data.specs or len(data.specs[0].objects) > 2 or data.specs[0].is_count:
+        return {"words": None, "psnr": None}
+    return {"words": words_right(sampled(model, data, config, device), data.specs), "psnr": None}
 
 
-def train(engine: Any, config: Experiment, data: Pictures, steps: range, device: str) -> None:
+def build(config: Experiment, device: str) -> TrainingState:
+    """Return the state of a training with the initial weights of `config.seed`."""
+    return TrainingState(config, Ranks(device=device), config.text.dim, 1, None)
+
+
+def train(state: TrainingState, config: Experiment, data: Pictures, steps: range, device: str) -> None:
     """Train these steps on the pictures in order."""
-    batch = config.data.global_batch
+    size = config.data.global_batch
     for step in steps:
-        positions = torch.arange(step * batch, (step + 1) * batch)
+        positions = torch.arange(step * size, (step + 1) * size)
         rows = positions % len(data.images)
-        mean, _ = loss(
-            engine,
-            data.images[rows].to(device),
-            data.text[rows].to(device),
-            data.mask[rows].to(device),
-            config=config.stage.diffusion,
-            seed=config.seed,
-            positions=positions,
-            low_res=data.low_of(rows, device),
-            image_size=config.stage.image_size,
-            global_batch=batch,
-            sizes=data.frames[rows].to(device),
-        )
-        engine.backward(mean)
-        engine.step(step, mean.detach())
+        images, low, frames = data.images[rows].to(device), data.low_of(rows, device), data.frames[rows].to(device)
+        batch = Batch(positions, [], images, low, [], frames=frames)
+        mean, _ = state.loss(batch, data.text[rows], data.mask[rows], step)
+        state.engine.backward(mean)
+        state.engine.step(step, mean.detach())
 
 
 def pace(arm: str, settings: dict[str, Any], device: str) -> float:
     """Return the CPU time of a step of an arm, in steps of `none`: the ratio of the fastest of ROUNDS measurements,
     since other work on the machine can only make a step slower."""
     configs = [config_of(name, 0, settings) for name in ("none", arm)]
-    engines, fastest = [build(config, device) for config in configs], [math.inf, math.inf]
+    states, fastest = [build(config, device) for config in configs], [math.inf, math.inf]
     data = pictures(range(settings["batch"]), configs[0], settings, False)
     for number in range(ROUNDS):
         for i, config in enumerate(configs):
             began = time.process_time()
-            train(engines[i], config, data, range(number * PACED, (number + 1) * PACED), device)
+            train(states[i], config, data, range(number * PACED, (number + 1) * PACED), device)
             fastest[i] = min(fastest[i], time.process_time() - began)
     return fastest[1] / fastest[0]
 
@@ -263,6 +273,9 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
         words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
     if settings["blocks"]:
         words += [f"stage.model.overrides.blocks=[{settings['blocks']}]", "stage.model.overrides.head_dim=32"]
+    if settings["dino"]:
+        words += [f"dino.path={json.dumps(settings['dino'])}", f"dino.side={settings['dino_side']}"]
+        words += [f"repa.width={4 * int(settings['widths'].split(',')[-1])}"] if settings["widths"] else []
     stage = _stage(name)
     if stage.is_super_resolution:
         low = settings["size"] // 2
@@ -306,23 +319,24 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return two Markdown tables: gains, and gains by noise level (bold if the interval excludes 0)."""
     arms = list(dict.fromkeys(line["arm"] for line in lines))
     none = [line for line in lines if line["arm"] == "none"]
-    has_words = all(line.get("words") is not None for line in lines)
+    drawn_well = next((one for one in SAMPLED if all(line.get(one) is not None for line in lines)), None)
+    title, factor, unit, form = SAMPLED.get(drawn_well or "", ("", 1, "", ""))
     said = [
-        f"| ingredient | x0 error | detectable | {'words right | detectable | ' if has_words else ''}time |",
-        "|---|---|---|" + ("---|---|" if has_words else "") + "---|",
+        f"| ingredient | x0 error | detectable | {f'{title} | detectable | ' if drawn_well else ''}time |",
+        "|---|---|---|" + ("---|---|" if drawn_well else "") + "---|",
     ]
     error = math.exp(float(np.mean([line["error"] for line in none])))
-    words = f"{np.mean([line['words'] for line in none]):.1%} | | " if has_words else ""
-    said.append(f"| none | {error:.4f} | | {words}1 |")
+    own = f"{format(np.mean([factor * line[drawn_well] for line in none]), form)} {unit} | | " if drawn_well else ""
+    said.append(f"| none | {error:.4f} | | {own}1 |")
     for arm in arms:
         if arm == "none":
             continue
         found = gains_of(lines, arm, lambda line: line["error"])
         row = f"| {arm} | {_in_percent(found)} | {-percent(-found.detectable):.1f} % "
-        if has_words:
-            right = gains_of(lines, arm, lambda line: 100 * line["words"])
-            shown = f"{right.mean:+.1f} ± {right.half:.1f} points"
-            row += f"| {f'**{shown}**' if right.is_seen else shown} | {right.detectable:.1f} "
+        if drawn_well:
+            better = gains_of(lines, arm, lambda line: factor * line[drawn_well])
+            shown = f"{better.mean:+{form}} ± {better.half:{form}} {'points' if unit == '%' else unit}"
+            row += f"| {f'**{shown}**' if better.is_seen else shown} | {better.detectable:{form}} "
         clock = _seconds(lines, arm) / _seconds(lines, "none") if _seconds(lines, "none") else math.nan
         said.append(f"{row}| {clock:.2f} |" if math.isfinite(clock) else f"{row}| |")
     said += ["", "| x0 error at log-SNR | " + " | ".join(f"{level:g}" for level in LEVELS) + " |"]
@@ -371,7 +385,7 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
             f"{wrong}: not known; models are {', '.join(MODELS)}, scenes {', '.join(DRAWN)}, words "
             f"{', '.join((*SHARED, 'ingredients', 'seeds', 'device'))}"
         )
-    base: dict[str, Any] = {"stage": "demo_base", "pictures": "", "equal_time": "false", **MODELS[model]}
+    base: dict[str, Any] = {**DEFAULTS, **MODELS[model]}
     if _stage(given.get("stage", "demo_base")).is_super_resolution:
         base |= {"preset": SUPER_RESOLUTION[base["preset"]], "size": 2 * base["size"]}
     found = {**base, **given, "model": model, "scene": scene}
@@ -387,9 +401,14 @@ def main(words: list[str]) -> None:
     seeds = int(given.get("seeds", 3))
     if seeds < 2:
         raise SystemExit(f"seeds={seeds}: an interval needs at least two seeds")
+    for arm in arms:
+        try:
+            config_of(arm, 0, settings)
+        except ConfigError as error:
+            raise SystemExit(f"ingredients={arm}: {error}") from error
     output.mkdir(parents=True, exist_ok=True)
     results, shared = output / "results.jsonl", output / "settings.json"
-    before = {**settings, "equal_time": "false", **(json.loads(shared.read_text()) if shared.exists() else settings)}
+    before = {**settings, **DEFAULTS, **(json.loads(shared.read_text()) if shared.exists() else settings)}
     if before != settings:
         changed = next(key for key in SHARED if before.get(key) != settings[key])
         raise SystemExit(
@@ -408,31 +427,26 @@ def main(words: list[str]) -> None:
         first = config_of("none", seed, settings)
         data = pictures(range(min(settings["steps"] * settings["batch"], MOST_PICTURES)), first, settings, False)
         heldout = pictures(range(HELDOUT), first, settings, True)
-        trained: list[tuple[Any, Any, float]] = []
+        trained: list[tuple[Any, TrainingState, float]] = []
         for arm in missing:
             config = config_of(arm, seed, {**settings, "steps": steps_of[arm]})
-            learns = (config.stage.diffusion, config.stage.model, config.optimizer, config.train.steps)
+            stage, features = config.stage, (config.repa, config.perceptual)
+            learns = (stage.diffusion, stage.model, config.optimizer, config.train.steps, *features)
             same = next((one for one in trained if one[0] == learns), None)
             if same is None:
-                engine, began = build(config, device), time.process_time()
-                train(engine, config, data, range(config.train.steps), device)
-                same = (learns, engine, time.process_time() - began)
+                state, began = build(config, device), time.process_time()
+                train(state, config, data, range(config.train.steps), device)
+                same = (learns, state, time.process_time() - began)
                 trained.append(same)
-            _, engine, seconds = same
-            reads = (
-                heldout.specs
-                and heldout.low is None
-                and len(heldout.specs[0].objects) <= 2
-                and not heldout.specs[0].is_count
-            )
-            with engine.averaged() as model:
+            _, state, seconds = same
+            with state.engine.averaged() as model:
                 levels = log_errors(model, heldout, config, device)
                 line = {
                     "arm": arm,
                     "seed": seed,
                     "error": sum(levels) / len(levels),
                     "levels": levels,
-                    "words": words_right(model, heldout, config, device) if reads else None,
+                    **judged(model, heldout, config, device),
                     "seconds": round(seconds, 1),
                     "steps": steps_of[arm],
                 }

@@ -236,9 +236,11 @@ def gains_picture(result: Mapping[str, Any]) -> Any:
     for name, found in result["gains"].items():
         row = [(f"{level:g}", each) for level, each in zip(result["levels"], found["by_level"], strict=True)]
         row += [(MEAN, found[MEAN])] if len(row) > 1 else []
-        rows[f"{name}: {found[MEAN]['verdict']}"] = [(label, each["percent"], *each["interval"]) for label, each in row]
-    title = f"x0 error with and without, by log-SNR, {len(result['seeds'])} seeds, 95 %: below 0 is better"
-    return panels(title, rows, " %")
+        rows[f"{name}: {found[MEAN]['verdict']} on average"] = [
+            (label, each["percent"], *each["interval"]) for label, each in row
+        ]
+    title = f"change of the x0 error by log-SNR (left: noisy), {len(result['seeds'])} seeds, 95 %; below 0 is better"
+    return panels(title, rows)
 
 
 def gains_table(result: Mapping[str, Any]) -> str:

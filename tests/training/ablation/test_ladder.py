@@ -7,10 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import ladder
+from benchmarks import ladder, scene_encoder
+from data_pipeline.content.synthetic import SHAPES, ShapeSpec, Thing, render
+from training.config.features import DinoConfig
+from training.model.dinov2 import Dinov2
 
 TINY = ["steps=2", "batch=4", "widths=32,32", "seeds=2"]
 
@@ -71,6 +76,9 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     ladder.main([str(tmp_path), "ingredients=muon", "stage=demo_sr", *TINY])
     lines = results(tmp_path)
     assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
+    assert all(4 < line["psnr"] < 40 for line in lines)
+    none = sum(line["psnr"] for line in lines if line["arm"] == "none") / 2
+    assert f"| {none:.2f} dB | | 1 |" in (tmp_path / "ladder.md").read_text()
 
 
 def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +101,43 @@ def test_pace_and_arms_of_another_stage() -> None:
     assert config.stage.image_size == 16 and ladder.config_of("muon", 0, settings).stage.diffusion.max_weight == 4
 
 
+def test_losses_on_features_of_an_encoder_trained_on_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """From the encoder's training to the ladder's, in a directory with a blank; each loss changes what is learned."""
+    monkeypatch.setattr(scene_encoder, "PICTURES", 8)
+    monkeypatch.setattr(scene_encoder, "HELDOUT", 4)
+    encoder = tmp_path / "an encoder"
+    found = scene_encoder.main([str(encoder), "steps=2", "width=16", "layers=1", "patch=4"])
+    assert found.keys() == {"background", "shape", "colour", "size"}
+    features, grid = Dinov2(DinoConfig(path=str(encoder), side=16), torch.float32, "cpu")(torch.zeros(2, 3, 16, 16))
+    assert (tuple(features.shape), grid) == ((2, 16, 16), (4, 4))
+    words = ["ingredients=repa,perceptual", *TINY]
+    with pytest.raises(SystemExit, match=r"ingredients=repa: .* set dino.path to the directory"):
+        ladder.main([str(tmp_path / "out"), *words])
+    ladder.main([str(tmp_path / "out"), *words, f"dino={encoder}", "dino_side=16"])
+    lines = results(tmp_path / "out")
+    assert [line["arm"] for line in lines] == ["none", "repa", "perceptual"] * 2
+    assert len({tuple(line["levels"]) for line in lines}) == 6
+    with pytest.raises(SystemExit, match=r"dino=: .* was made with .*an encoder"):
+        ladder.main([str(tmp_path / "out"), *TINY])
+
+
+def test_the_encoder_learns_which_object_covers_each_patch() -> None:
+    """Two objects of which each patch belongs to one or none, by the colours of the picture itself."""
+    spec = ShapeSpec("white", (Thing("red", "large", "square"), Thing("blue", "small", "circle")), "to the left of")
+    right = scene_encoder.answers(spec, 5, 64, 4)
+    assert set(right["background"]) == {0} and right["shape"].shape == (256,)
+    patches = render(spec, 64, 5).reshape(16, 4, 16, 4, 3).mean((1, 3)).reshape(-1, 3)
+    for colour, shape in (((220, 30, 40), "square"), ((40, 70, 225), "circle")):
+        inside = np.abs(patches - colour).sum(-1) < 1
+        assert inside.any() and (right["shape"][inside] == SHAPES.index(shape)).all()
+    empty = np.abs(patches - 250).sum(-1) < 1
+    assert empty.any() and all((right[name][empty] == len(words)).all() for name, words in scene_encoder.WORDS.items())
+    with pytest.raises(SystemExit, match="side: not known"):
+        scene_encoder.main(["out", "side=16"])
+
+
 def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
     for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
@@ -110,7 +155,7 @@ def test_the_table_by_hand() -> None:
     low, high = (100 * math.expm1(-0.3 + sign * half) for sign in (-1, 1))
     detectable = 100 * (1 - math.exp(-(12.7062 + 1.37638) * 0.1))
     rows = ladder.table(lines).splitlines()
-    assert rows[2] == f"| none | {math.exp(-2):.4f} | | 50.0% | | 1 |"
+    assert rows[2] == f"| none | {math.exp(-2):.4f} | | 50.0 % | | 1 |"
     assert rows[3] == (
         f"| muon | {100 * math.expm1(-0.3):+.1f} % ({low:+.1f} to {high:+.1f}) | {detectable:.1f} % "
         f"| +15.0 ± 63.5 points | 70.4 | 1.70 |"

@@ -1,6 +1,8 @@
-"""Estimates with their intervals: where they are drawn, and in which colour."""
+"""Relative changes with their intervals: where they are drawn, and in which colour."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from PIL import ImageColor
@@ -15,15 +17,15 @@ def rows_of(panel: np.ndarray, colour: str, column: int) -> np.ndarray:
 
 def test_an_interval_is_as_long_as_it_says() -> None:
     estimates = {
-        "one": [("a", -4.0, -6.0, -2.0), ("b", 4.0, 1.0, 10.0), ("c", 1.0, -1.0, 3.0)],
+        "one": [("a", -40.0, -50.0, -20.0), ("b", 150.0, 100.0, 300.0), ("c", 1.0, -20.0, 25.0)],
         "two": [("a", 0, 0, 0)],
     }
-    image = panels("title", estimates, " %")
+    image = panels("title", estimates)
     assert image.size == (WIDTH, ABOVE + 2 * HEIGHT)
     panel = np.asarray(image)[ABOVE : ABOVE + HEIGHT]
-    pixels = (HEIGHT - BELOW - ABOVE) / 16  # per unit: the axis goes from -6 to 10
+    pixels = (HEIGHT - BELOW - ABOVE) / 3  # per factor of two: the axis goes from a half to four times
     step = (WIDTH - LEFT - RIGHT) / 3
-    for place, (colour, low, high) in enumerate([(GOOD, -6, -2), (BAD, 1, 10), (FAINT, -1, 3)]):
+    for place, (colour, low, high) in enumerate([(GOOD, 0.5, 0.8), (BAD, 2, 4), (FAINT, 0.8, 1.25)]):
         rows = rows_of(panel[: HEIGHT - BELOW + 3], colour, round(LEFT + (place + 0.5) * step))
-        top, bottom = ABOVE + (10 - high) * pixels, ABOVE + (10 - low) * pixels
+        top, bottom = (ABOVE + (2 - math.log2(factor)) * pixels for factor in (high, low))
         assert abs(rows.min() - top) <= 2 and abs(rows.max() - bottom) <= 2, place
