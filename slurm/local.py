@@ -23,7 +23,7 @@ from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.jobs.records import EVENTS, append
 from slurm.script import environment_lines, setup
-from slurm.supervise import End, history, judge, last_step, record_end
+from slurm.supervise import End, add_missing, history, judge, last_step, record_end
 from training.config.cluster import refuse_unused
 from training.config.commands import COMMANDS
 from training.processes.exit_codes import EXIT_PREEMPTED
@@ -195,6 +195,7 @@ class LocalRunner:
         """Return whether a failed job should be restarted, judged as within an allocation."""
         home, trains = Path(record["home"]), COMMANDS[record["verb"]].makes_run
         end = End(code, record["job"], step=last_step(home) if trains else -1, why=f"ended with code {code}")
+        add_missing(end, home)
         before = [one for one in history(home) if trains or one.job == record["job"]]
         verdict = judge(end, before, requeue=False, most=record["most"], limit_s=float("inf"), spare=False)
         record_end(home, end, verdict)

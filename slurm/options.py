@@ -12,6 +12,7 @@ FOLLOWED = {
     **dict.fromkeys(("nodes", "N"), "cluster.nodes"),
     **dict.fromkeys(("ntasks", "n", "ntasks-per-node"), "cluster.processes"),
     **dict.fromkeys(("cpus-per-task", "c"), "cluster.cpus_per_task"),
+    "tres-per-task": "cluster.cpus_per_task, and for GPUs cluster.gpus_per=task",
     **dict.fromkeys(("requeue", "no-requeue"), "cluster.requeue"),
     "signal": "cluster.signal_s",
 }

@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from slurm import supervise
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
 from slurm.options import directives, time_limit, wanted
@@ -25,9 +26,8 @@ STEP_TRIES = 30
 """How often the script asks Slurm, once a second, to kill what is left of a step before it requeues the job."""
 STEP_S = 300
 """Seconds that srun waits for the resources of its step: what is left of an earlier step may hold them forever."""
-QUICK_S, PAUSE_S = 20, 15
-"""A start that ends within QUICK_S seconds is restarted after PAUSE_S, the next one after twice as long, and so on:
-for up to UnkillableStepTimeout (60 s), Slurm also ends new steps of a job while it cleans up its last start."""
+ANSWER_S = 5
+"""Seconds between attempts to requeue the job while Slurm does not answer."""
 WRITES = {
     "train": "run.dir",
     "distill": "run.dir",
@@ -81,8 +81,6 @@ def render_script(job: Job) -> str:
         "reap_s": str(REAP_S),
         "step_tries": str(STEP_TRIES),
         "step_s": str(STEP_S),
-        "quick_s": str(QUICK_S),
-        "pause_s": str(PAUSE_S),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
         "code": shlex.quote(str(job.code)),
@@ -93,7 +91,7 @@ def render_script(job: Job) -> str:
         "command": _command(job),
         "judge": _judge(job),
         "saved": "requeue" if again else f'"end {EXIT_PREEMPTED}"',
-        "elsewhere": "requeue" if again else "end",
+        "elsewhere": "action=requeue" if again else 'finish "$code"',
         "fewer": _indented(_fewer(job), 8),
         "again": _indented(AGAIN.format(preempted=EXIT_PREEMPTED) if again else "", 4),
     }
@@ -102,23 +100,34 @@ def render_script(job: Job) -> str:
 
 
 REQUEUE = """
-# Requeue the job without the given nodes. Slurm accepts ExcNodeList only for a pending job, and ends this script as
-# soon as the job is pending: so a background process that ignores the signals keeps trying.
-requeue() {
-    local without
-    mkdir -p "${CASCADE_NOTES%-*}-own"
+# Requeue the job without the given nodes; return if Slurm refuses.
+requeue() {{
+    local without said try
+    mkdir -p "${{CASCADE_NOTES%-*}}-own"
     without=$(IFS=,; echo "$*")
-    if [ -n "$without" ]; then
-        ( trap '' TERM CONT HUP USR1
-          for try in $(seq 100); do
-              scontrol update JobId="$own_job" ExcNodeList="$without" 2>/dev/null && break
-              sleep 0.1
-          done ) &
-    fi
-    if scontrol requeue "$own_job"; then
-        sleep 600    # if this script exited by itself, the job could count as done
-    fi
-}"""
+    for try in $(seq 60); do
+        [ -z "$without" ] || exclude "$without" &
+        if said=$(scontrol requeue "$own_job" 2>&1); then
+            sleep 600    # if this script exited by itself, the job could count as done
+            return
+        fi
+        case "$said" in
+            *ontact* | *imed\\ out* | *ommunication*) sleep {answer_s} ;;    # slurmctld may be starting again
+            *) break ;;
+        esac
+    done
+    echo "==> Slurm did not requeue this job (${{said:-scontrol failed}}); continue it with: cascade resume run="{home}
+}}
+# Slurm accepts ExcNodeList only for a pending job, and ends this script as soon as the job is pending: so this process
+# ignores the signals and keeps trying.
+exclude() {{
+    trap '' TERM CONT HUP USR1
+    local try
+    for try in $(seq 100); do
+        scontrol update JobId="$own_job" ExcNodeList="$1" 2>/dev/null && break
+        sleep 0.1
+    done
+}}"""
 AGAIN = """\
 if [ "$action" = requeue ]; then
     echo "==> requeue, $(date '+%F %T')"
@@ -148,6 +157,7 @@ nodes=$(usable "$SLURM_JOB_NUM_NODES")"""
 MEETING = """\
 export CASCADE_SRUN=1  # rank, local rank and world size come from Slurm
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "${without//,/$'\\n'}" | head -n 1)
+first=${first:-${SLURMD_NODENAME:-}}    # where compute nodes have no scontrol
 address=$(scontrol show node -o "$first" 2>/dev/null | grep -o 'NodeAddr=[^ ]*')
 export MASTER_ADDR="${address:-NodeAddr=$first}"
 MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
@@ -158,7 +168,7 @@ export MASTER_PORT="$(free_port)\""""
 def functions(job: Job) -> list[str]:
     """Return the shell functions that this job's script needs."""
     found = [PORT] if job.is_distributed else []
-    found += [REQUEUE] if job.config.cluster.requeue else []
+    found += [REQUEUE.format(home=shlex.quote(str(job.home)), answer_s=ANSWER_S)] if job.config.cluster.requeue else []
     allowed = allowed_nodes(job)
     if len(allowed) > 1:
         found.append(USABLE.format(counts=" ".join(str(n) for n in allowed)))
@@ -181,9 +191,6 @@ def environment_lines(job: Job) -> list[str]:
     if cluster.interface:
         name = shlex.quote(cluster.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
-    if job.is_distributed and job.gpus:  # flight recorder: what the ranks were doing when a collective timed out
-        trace = shlex.quote(str(job.run_dir / "logs" / "nccl-rank-"))
-        lines.append(f"export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE={trace}")
     return lines
 
 
@@ -290,6 +297,7 @@ def _judge(job: Job) -> str:
     words += ["--most", str(cluster.max_restarts_without_progress)]
     words += ["--requeue"] if cluster.requeue else []
     said = str(slurm_seconds(key, str(limit))) if wanted(limit) else '"$(squeue -h -j "$own_job" -o %l)"'
+    words += ["--pause", str(supervise.PAUSE_S)]
     spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
     return f"{shlex.join(words)} --limit {said}{spare}"
 

@@ -1,9 +1,10 @@
 """Decides what to do when the processes of a job have ended: restart in this allocation, requeue, or end.
 
 The script calls it after each srun: `python -P -m slurm.supervise RUN_DIR --code 137 --notes DIR ...`. It prints the
-decision for the script (`end CODE`, `restart [NODES]` or `requeue [NODES]`, with nodes to exclude), and explains it in
-one sentence on stderr. Every end other than a success is a line in RUN_DIR/restarts.jsonl, which `cascade status`
-reads. Imports neither torch nor Hydra, because an allocation waits for it.
+decision for the script (`end CODE`, `restart SECONDS [NODES]` or `requeue [NODES]`, with the seconds to wait and the
+nodes to exclude), and explains it in one sentence on stderr. Every end other than a success is a line in
+RUN_DIR/restarts.jsonl, which `cascade status` reads. Imports neither torch nor Hydra, because an allocation waits for
+it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from slurm.causes import why_requeued
-from slurm.task import FAILED, STOPPED
+from slurm.task import STOPPED
 from training.config.cluster import slurm_seconds
 from training.config.commands import COMMANDS
 from training.processes.exit_codes import (
     EXIT_CRASH,
+    EXIT_DEVICE_LOST,
     EXIT_HUNG,
     EXIT_PREEMPTED,
     EXIT_SLOW_NODE,
     FINAL_CODES,
 )
+from training.processes.failures import FAILED
+from training.processes.flight import who_is_missing
 from training.processes.interval import HISTORY
 
 TERMINATED = 128 + signal.SIGTERM
@@ -42,6 +46,9 @@ EXIT_LOST = 137
 """Recorded for a start that a failed node ended, or of which nothing is known except that Slurm requeued the job."""
 NODES = "nodes"
 """Note of the script: when this start began (seconds since 1970), and on which nodes."""
+QUICK_S, PAUSE_S = 20.0, 15
+"""A start that ends within QUICK_S seconds is repeated after PAUSE_S, the next one after twice as long, and so on: for
+up to UnkillableStepTimeout (60 s), Slurm also ends new steps of a job while it cleans up its last start."""
 BLAMED = 2
 """Number of failures after which a node is excluded."""
 PREFLIGHT = "preflight.json"
@@ -58,7 +65,10 @@ class End:
         attempt: number of the start within the allocation, from 1; 0: recorded after Slurm had requeued the job.
         step: the step from which the newest start of the run began; -1 if unknown.
         rank, node: the rank that failed first, and its node.
+        innocent: the node is not to blame: the memory that the job asked for was not enough.
+        suspect: after a hang, the node whose rank the others waited for.
         elapsed_s: seconds since the start of the allocation.
+        lasted_s: seconds that this start lasted; None: unknown.
         why: the cause, for people.
         action: what was done about it.
     """
@@ -70,7 +80,10 @@ class End:
     step: int = -1
     rank: int | None = None
     node: str | None = None
+    suspect: str | None = None
+    innocent: bool = False
     elapsed_s: float = 0.0
+    lasted_s: float | None = None
     why: str = ""
     action: str = ""
     time: float = field(default_factory=time.time)
@@ -130,14 +143,30 @@ def judge(
     if end.code == UNEXPLAINED and idle > 1:
         return Verdict(f"end {end.code}", f"gave up: {end.why}, twice without a checkpoint in between")
     bad = tuple(sorted({*_blamed(before), *_blamed([*before, end]), *slow}))
-    if end.node in bad or slow:
-        said = f"{', '.join(slow)} is slow" if slow else f"{end.node} has failed {BLAMED} times"
+    if _cause(end) in bad or slow:
+        said = f"{', '.join(slow)} is slow" if slow else f"{_cause(end)} has failed {BLAMED} times"
         if spare:
             return Verdict("restart", f"{end.why}; {said}: restart without it", bad)
         if requeue:
             return Verdict("requeue", f"{end.why}; {said}: requeue without it", bad)
         return Verdict(f"end {end.code}", f"{end.why}; {said}, and cluster.requeue=false")
     return Verdict("restart", f"{end.why}: restart in this allocation (from {where} or newer)", bad if spare else ())
+
+
+def pause_before(end: End, before: Sequence[End], first_s: int = PAUSE_S) -> int:
+    """Return how many seconds to wait before a restart in the allocation.
+
+    Args:
+        end: the last end.
+        before: earlier ends of this run, oldest first.
+        first_s: the pause after the first start that ended at once.
+    """
+    quick = 0
+    for one in reversed([*before, end]):
+        if (one.job, one.restart) != (end.job, end.restart) or one.lasted_s is None or one.lasted_s >= QUICK_S:
+            break
+        quick += 1
+    return first_s << quick - 1 if quick else 0
 
 
 def _idle(end: End, before: Sequence[End], limit_s: float) -> int:
@@ -164,17 +193,25 @@ def _is_known(end: End, earlier: End) -> bool:
 
 
 def _blamed(ends: Sequence[End]) -> list[str]:
-    """Return the nodes that failed BLAMED times. Hangs do not count, as the rank that reports one is not the cause, nor
-    does SIGTERM, which Slurm sends to all ranks of a step."""
-    nodes = [one.node for one in ends if one.node and one.is_failure and one.code not in (EXIT_HUNG, TERMINATED)]
-    return [node for node in nodes if nodes.count(node) >= BLAMED]
+    """Return the nodes that failed BLAMED times. The rank that reports a hang is not its cause, only the one that the
+    others waited for; nor is SIGTERM anybody's failure, which Slurm sends to all ranks of a step."""
+    nodes = [_cause(one) for one in ends if one.is_failure]
+    return [node for node in nodes if node and nodes.count(node) >= BLAMED]
+
+
+def _cause(end: End) -> str | None:
+    """Return the node to blame for a failure."""
+    if end.innocent:
+        return None
+    return end.suspect if end.code in (EXIT_HUNG, TERMINATED) else end.node
 
 
 # ---------------------------------------------------------------------------------------------------- files
 
 
 def read_end(notes: Path, code: int, asked: bool, job: str, **others: Any) -> End:
-    """Derive the end from the ranks' notes and srun's exit code; the first rank to fail explains the others.
+    """Derive the end from the ranks' notes and srun's exit code; the first rank to fail explains the others, and a GPU
+    that failed explains all, since ranks that wait for it may end earlier.
 
     Args:
         notes: directory of the notes, see `slurm.task`.
@@ -189,15 +226,23 @@ def read_end(notes: Path, code: int, asked: bool, job: str, **others: Any) -> En
             found.append(json.loads(path.read_text()))
         except (OSError, ValueError):
             continue
-    first = min(found, key=lambda note: note["time"], default=None)
+    first = min(found, key=lambda note: (note["code"] != EXIT_DEVICE_LOST, note["time"]), default=None)
     if (notes / STOPPED).exists() and not found:
         return End(EXIT_PREEMPTED, job, why="asked to stop, saved", **others)
     if asked and (code or first):
         return End(EXIT_PREEMPTED, job, why="asked to stop, ended before saving", **others)
     if first is None:
         return End(code, job, why=f"srun ended with code {code}" if code else "", **others)
-    why = f"rank {first['rank']} on {first['node']} {_how(first['code'])}"
-    return End(first["code"], job, rank=first["rank"], node=first["node"], why=why, **others)
+    why = first.get("why") or f"rank {first['rank']} on {first['node']} {_how(first['code'])}"
+    innocent = bool(first.get("innocent"))
+    return End(first["code"], job, rank=first["rank"], node=first["node"], innocent=innocent, why=why, **others)
+
+
+def add_missing(end: End, run_dir: Path) -> None:
+    """Add to a hang who did not join which collective, by the records that the ranks have left in RUN_DIR/logs."""
+    missing = who_is_missing(run_dir / "logs") if end.code == EXIT_HUNG else None
+    if missing is not None:
+        end.suspect, end.why = missing.node, f"{end.why}; {missing.sentence}"
 
 
 def _how(code: int) -> str:
@@ -297,9 +342,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--verb", default="train")
     parser.add_argument("--job", default="0")
-    for name in ("code", "asked", "restart", "attempt", "most", "elapsed"):
+    for name in ("code", "asked", "restart", "attempt", "most", "elapsed", "lasted"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--limit", type=_seconds, default=float("inf"))
+    parser.add_argument("--pause", type=int, default=PAUSE_S)
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--requeue", action="store_true")
     parser.add_argument("--spare", action="store_true")
@@ -308,10 +354,12 @@ def main(words: Sequence[str] | None = None) -> int:
     trains = COMMANDS[given.verb].makes_run
     step = last_step(given.run_dir) if trains else -1
     numbers = {"restart": given.restart, "attempt": given.attempt, "step": step, "elapsed_s": float(given.elapsed)}
+    numbers["lasted_s"] = float(given.lasted)
     if given.requeued:
         record_requeue(given.run_dir, given.notes, End(0, given.job, **numbers))
         return 0
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
+    add_missing(end, given.run_dir)
     before = [one for one in history(given.run_dir) if trains or one.job == given.job]
     slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()
     rules = {"requeue": given.requeue, "most": given.most, "limit_s": given.limit, "spare": given.spare}
@@ -319,7 +367,8 @@ def main(words: Sequence[str] | None = None) -> int:
     record_end(given.run_dir, end, verdict)
     if verdict.sentence:
         print(f"==> {verdict.sentence}", file=sys.stderr, flush=True)
-    print(" ".join([verdict.action, *verdict.without]), flush=True)
+    pause = [str(pause_before(end, before, given.pause))] if verdict.action == "restart" else []
+    print(" ".join([verdict.action, *pause, *verdict.without]), flush=True)
     return 0
 
 

@@ -7,24 +7,30 @@ it.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.common.children import die_with_parent
-from training.processes.exit_codes import EXIT_PREEMPTED
+from training.processes.exit_codes import EXIT_DEVICE_LOST, EXIT_HUNG, EXIT_PREEMPTED
+from training.processes.failures import STUCK, broken_gpu, is_lost_rank, leave_note
 
 STOPPED = "stopped"
 """Name of the note that the program was asked to stop and has saved."""
-FAILED = "failed-*.json"
-"""Names of the notes about programs that failed: {rank, node, code, time}."""
+KILLED, ABORTED = 128 + signal.SIGKILL, 128 + signal.SIGABRT
+"""Exit codes of a program that was killed, and of one that NCCL's threads, or a C++ error, have aborted, of which only
+the last words say why."""
+TAIL = 1 << 14
+"""Bytes of a program's error output that are searched for the reason of its end."""
+POLL_S = 0.1
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 SIOCGIFADDR = 0x8915
 
@@ -38,24 +44,88 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     set_meeting_place(environ)
     for number in PASSED_ON:  # Slurm sends them to every process of the step, including the program
         signal.signal(number, lambda *_: None)
-    child = subprocess.Popen(command, preexec_fn=die_with_parent)
+    child = subprocess.Popen(command, preexec_fn=die_with_parent, stderr=subprocess.PIPE)
+    errors = PassedOn(child)
     code = child.wait()
-    code = 128 - code if code < 0 else code
+    code, said = 128 - code if code < 0 else code, errors.end()
     notes = environ.get("CASCADE_NOTES")
     if notes and code:
-        note(Path(notes), code, environ)
+        note(Path(notes), code, said if code == ABORTED else "", environ)
     return 0 if code == EXIT_PREEMPTED and notes else code
 
 
-def note(notes: Path, code: int, environ: MutableMapping[str, str]) -> None:
-    """Write the note about an end, atomically."""
+class PassedOn(threading.Thread):
+    """Passes the error output of a program on to this process's own, and keeps the end of it."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        super().__init__(daemon=True)
+        assert child.stderr is not None
+        self._from, self._tail, self._ended = child.stderr.fileno(), b"", threading.Event()
+        self.start()
+
+    def end(self) -> str:
+        """Pass on what is left of a program that has ended; return the end of its output."""
+        self._ended.set()
+        self.join()
+        return self._tail.decode(errors="replace")
+
+    def run(self) -> None:
+        """Read until the program, and all that has its error output, has ended."""
+        while True:
+            ready, _, _ = select.select([self._from], [], [], POLL_S)
+            if not ready and self._ended.is_set():  # its own child processes may keep the pipe open
+                return
+            data = os.read(self._from, TAIL) if ready else b""
+            if ready and not data:
+                return
+            self._tail = (self._tail + data)[-TAIL:]
+            with suppress(OSError):
+                sys.stderr.buffer.write(data)
+                sys.stderr.buffer.flush()
+
+
+def note(notes: Path, code: int, said: str, environ: MutableMapping[str, str]) -> None:
+    """Write the note about an end.
+
+    Args:
+        notes: directory of the notes.
+        code: exit code of the program.
+        said: the last words of a program that was aborted.
+        environ: Slurm's variables.
+    """
     if code == EXIT_PREEMPTED:
         (notes / STOPPED).touch()
         return
     rank, node = int(environ.get("SLURM_PROCID", "0")), environ.get("SLURMD_NODENAME") or socket.gethostname()
-    path = notes / FAILED.replace("*", str(rank))
-    path.with_suffix(".tmp").write_text(json.dumps({"rank": rank, "node": node, "code": code, "time": time.time()}))
-    path.with_suffix(".tmp").replace(path)
+    why, innocent = "", False
+    if code == KILLED and oom_kills():
+        why, innocent = f"rank {rank} on {node} was killed because the job ran out of memory; raise cluster.mem", True
+    if broken := broken_gpu(said):
+        code, why = EXIT_DEVICE_LOST, f"rank {rank} on {node} was aborted: {broken}"
+    elif is_lost_rank(said) or STUCK.search(said):
+        code = EXIT_HUNG
+    leave_note(notes, rank, node, code, why, innocent)
+
+
+def oom_kills(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many processes of this process's control group the kernel has killed for lack of memory; 0 without
+    control groups.
+
+    Args:
+        own: the file that names the groups of this process.
+        root: where the groups are mounted.
+    """
+    found = 0
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            file = root / path.lstrip("/") / "memory.events"
+            if kinds:  # version 1 has a hierarchy for each kind
+                file = root / kinds / path.lstrip("/") / "memory.oom_control"
+            if kinds in ("", "memory") and file.exists():
+                words = file.read_text().split()
+                found += int(words[words.index("oom_kill") + 1])
+    return found
 
 
 def set_meeting_place(environ: MutableMapping[str, str]) -> None:

@@ -18,8 +18,10 @@ from data_pipeline.common.errors import CascadeError
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
-from training.processes.endings import RankLost, Signals, from_where, is_lost_rank, run_program, stop_error
-from training.processes.exit_codes import EXIT_CRASH, EXIT_DONE, EXIT_HUNG
+from training.processes.devices import node_name
+from training.processes.endings import DeviceLost, RankLost, Signals, blame, from_where, run_program, stop_error
+from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE
+from training.processes.failures import broken_gpu, is_lost_rank
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks
@@ -43,6 +45,7 @@ def main(config: Experiment) -> dict[str, Any]:
         CheckpointError: all steps are done, but the last checkpoint could not be written.
         NotFinite: `train.max_skipped` consecutive steps were skipped, even after rolling back to a checkpoint.
         RankLost: another process died, or did not respond within the time-outs.
+        DeviceLost: a GPU has failed, or is not there.
     """
     check_named("train", config)
     ranks = read_ranks()
@@ -93,8 +96,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             watchdog.join(ranks.store.clone)
         session = Session(config, ranks, watchdog)
     except RuntimeError as error:
-        if is_lost_rank(error):
-            raise RankLost(watchdog.last_words(error)) from error
+        if end := _explained(error, ranks, watchdog):
+            raise end from error
         raise
     engine, guard, settings = session.state.engine, session.guard, config.train
     exit_code, loss = EXIT_CRASH, math.nan
@@ -172,14 +175,28 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         exit_code = error.exit_code
         raise
     except RuntimeError as error:
-        if is_lost_rank(error):
-            exit_code = EXIT_HUNG
-            raise RankLost(watchdog.last_words(error)) from error
+        if end := _explained(error, ranks, watchdog):
+            exit_code = end.exit_code
+            raise end from error
         raise
     finally:
         watchdog.phase("end", session.step)
         session.close(exit_code)
-        shut_down()
+        if exit_code != EXIT_DEVICE_LOST:  # NCCL would wait for the GPU
+            shut_down()
+
+
+def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:
+    """Return the error for one that this rank's GPU, or another rank, has caused; None for any other."""
+    if said := broken_gpu(str(error)):
+        lost = DeviceLost(
+            f"rank {ranks.rank}: its GPU or the connection to it has failed, {ranks.place or node_name()}: {said}; the "
+            f"same command resumes from the newest checkpoint; if it is the same GPU again, exclude its node",
+            node_name(),
+        )
+        blame(ranks.rank, lost)
+        return lost
+    return RankLost(watchdog.last_words(error)) if is_lost_rank(str(error)) else None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm import script
+from slurm import supervise
 
 SCRIPT = Path(__file__).parent.parent / "slurm_cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
@@ -98,7 +98,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def on_cluster(slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     """This process talks to the test cluster, whose nodes all take jobs; its scripts restart a start that has ended at
     once sooner than elsewhere."""
-    monkeypatch.setattr(script, "PAUSE_S", 1)
+    monkeypatch.setattr(supervise, "PAUSE_S", 1)
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.env[name])
     states = dict(line.split() for line in slurm.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines())

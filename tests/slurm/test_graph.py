@@ -152,8 +152,22 @@ if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
                 pass
         return batches
     loader.Loader.__next__ = spy
+elif os.environ.get("SLURM_JOB_NAME") == "demo-evaluate" and "slurm.task" not in sys.orig_argv:
+    import subprocess, time
+    from training.commands import measuring
+    measuring.PART, write = 4, measuring.Parts.write
+    def drawn(self, number, arrays):
+        write(self, number, arrays)
+        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+        with open(os.path.dirname(__file__) + "/drawn", "a") as file:
+            file.write(f"{restart} {number}\\n")
+        if restart == "0":
+            subprocess.run(["scancel", "--signal=USR1", "--batch", os.environ["SLURM_JOB_ID"]])
+            time.sleep(60)
+    measuring.Parts.write = drawn
 """
-"""In every rank: writes down which samples it consumes, and kills rank 1 of the base stage once, in its sixth step."""
+"""In every rank: writes down which samples it consumes, and kills rank 1 of the base stage once, in its sixth step. In
+the evaluation: writes down what is drawn in which start, and lets its time run out after the first of two parts."""
 
 
 @pytest.mark.slurm
@@ -175,6 +189,9 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
         assert on_cluster.field(job, "JobState") == "COMPLETED", (name, log.read_text() if log.exists() else log)
     result = json.loads((here / "runs/demo/evaluation/result.json").read_text())
     assert result["samples"]["background"]["n"] == 8
+    assert (here / "spy/drawn").read_text() == "0 0\n1 1\n", "it goes on where the time limit stopped it"
+    (end,) = [one for one in history(here / "runs/demo/jobs") if one.job == str(jobs["evaluate"])]
+    assert (end.code, end.action) == (75, "requeue")
     assert (here / "runs/demo/demo_sr/evaluations/series.json").exists()
     rows = main(load_config("status", ["run.dir=runs/demo"]))
     assert {row["state"] for row in [*rows["runs"], *rows["jobs"]]} == {"complete"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm.client import clean_environment
 from slurm.commands import resume, status
@@ -163,6 +164,7 @@ def test_an_option_replaces_ours_that_it_excludes(here: Path, given: str, there:
             ["cluster.sbatch={requeue: false}"],
             "cluster.sbatch.requeue: the script would ignore it; set cluster.",
         ),
+        (["cluster.sbatch={tres-per-task: 'cpu=2'}"], "cluster.sbatch.tres-per-task: the script would ignore it; set"),
         (["cluster.sbatch={het-group: 1}"], "cluster.sbatch.het-group: a job with several components"),
         (["cluster.sbatch={array: 0-3}"], "all its tasks would write to the same run.dir"),
         (["cluster.time='1:00'", "cluster.signal_s=60"], "cluster.time=1:00: these 60 s leave no time to work"),
@@ -213,6 +215,35 @@ def test_a_number_of_nodes_that_may_vary(here: Path) -> None:
     assert "#SBATCH --cpus-per-task=8\n" in text
     with pytest.raises(ConfigError, match=r"cluster\.gpus_per=task: Slurm would allocate at most 1 of"):
         script("cluster.nodes=4", "cluster.min_nodes=1", "cluster.gpus=true", "cluster.gpus_per=task")
+
+
+# ------------------------------------------------------------------------------------------------------- requeue
+
+
+def test_a_requeue_that_slurm_refuses_is_said(site: Path, here: Path, program) -> None:
+    """A site may not let users requeue, or scontrol may be missing on its compute nodes."""
+    program("exit 75")
+    denied = "slurm_requeue error: Access/permission denied"
+    install(site, scontrol=f'[ "$1" != requeue ] || {{ echo "{denied}" >&2; exit 1; }}')
+    done = run_script(script(), site)
+    assert f"==> Slurm did not requeue this job ({denied}); continue it with: cascade resume run={here}" in done.stdout
+    assert "ended with code 75" in done.stdout and done.returncode == 75
+
+
+def test_a_requeue_waits_for_slurm_to_answer(site: Path, here: Path, program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm.script, "ANSWER_S", 0)
+    program("exit 75")
+    silent = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
+    tries = f'echo >> tries; [ $(wc -l < tries) -gt 2 ] || {{ echo "{silent}" >&2; exit 1; }}'
+    install(site, scontrol=f'[ "$1" != requeue ] || {{ {tries}; }}', sleep="true")
+    done = run_script(script(), site)
+    assert (here / "tries").read_text() == "\n\n\n" and "did not requeue" not in done.stdout
+
+
+def test_compute_nodes_without_scontrol(site: Path, program) -> None:
+    program('echo "at $MASTER_ADDR"')
+    install(site, scontrol="exit 127")
+    assert "at n1" in run_script(script(), site, SLURMD_NODENAME="n1").stdout
 
 
 # --------------------------------------------------------------------------------------------------- frozen code

@@ -12,15 +12,17 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slurm import task
 from slurm.causes import why_ended
-from slurm.supervise import End, Verdict, history, judge, main, read_end, slow_nodes
+from slurm.supervise import End, Verdict, history, judge, main, pause_before, read_end, slow_nodes
 from tests.children import gone
 from tests.slurm.launching import install
-from training.processes.exit_codes import EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
+from training.processes.exit_codes import EXIT_DEVICE_LOST, EXIT_HUNG, EXIT_PREEMPTED, EXIT_SLOW_NODE
+from training.processes.failures import leave_note
 
 KILLED = 137
 
@@ -42,6 +44,15 @@ def test_these_ends_are_final(code: int) -> None:
 def test_a_lost_rank_is_started_again_here(code: int) -> None:
     assert decide(end(code)).action == "restart"
     assert decide(end(code), requeue=False).action == "restart"
+
+
+def test_a_start_that_ended_at_once_is_repeated_after_a_pause() -> None:
+    """Longer each time: for a minute, Slurm may end the steps of a job whose last start it cleans up."""
+    quick, slow = (replace(end(KILLED), lasted_s=seconds) for seconds in (3.0, 600.0))
+    assert [pause_before(quick, [quick] * count) for count in range(3)] == [15, 30, 60]
+    assert pause_before(slow, [quick]) == 0 and pause_before(quick, [quick, slow]) == 15
+    assert pause_before(quick, [replace(quick, job="6"), replace(quick, restart=1)]) == 15, "of other allocations"
+    assert pause_before(quick, [quick], first_s=1) == 2
 
 
 def test_without_progress_it_gives_up_and_says_why() -> None:
@@ -86,6 +97,12 @@ def test_a_node_that_failed_twice_is_left_out() -> None:
     assert decide(end(EXIT_HUNG, 20, "n2"), hung).without == (), "who speaks of a hang is not who stood still"
 
 
+def test_a_node_that_the_others_waited_for_twice_is_left_out() -> None:
+    hung = [replace(end(EXIT_HUNG, step, "n1"), suspect="n2") for step in (10, 20)]
+    assert decide(hung[1], hung[0]).without == ("n2",)
+    assert "n2 has failed 2 times: requeue without it" in decide(hung[1], hung[0]).sentence
+
+
 def test_a_node_that_the_preflight_found_slow_is_left_out(tmp_path: Path) -> None:
     slow = end(EXIT_SLOW_NODE, node="n1")
     rules = {"requeue": True, "most": 3, "limit_s": 3600.0, "slow": ["n2"]}
@@ -95,6 +112,12 @@ def test_a_node_that_the_preflight_found_slow_is_left_out(tmp_path: Path) -> Non
     assert slow_nodes(tmp_path) == ()
     (tmp_path / "preflight.json").write_text('{"slow": ["n2", "n3"]}')
     assert slow_nodes(tmp_path) == ("n2", "n3")
+
+
+def test_a_node_that_lost_a_gpu_twice_is_left_out() -> None:
+    first, second = end(EXIT_DEVICE_LOST, 10, "n2"), end(EXIT_DEVICE_LOST, 10, "n2")
+    assert decide(first).action == "restart"
+    assert (decide(second, first).action, decide(second, first).without) == ("requeue", ("n2",))
 
 
 def test_stopped_and_saved_goes_back_to_the_queue() -> None:
@@ -115,6 +138,10 @@ def test_the_first_rank_that_failed_explains_the_others(tmp_path: Path) -> None:
     assert found.why == "rank 1 on n1 was killed by signal 9"
     assert read_end(tmp_path, 143, asked=True, job="7").code == EXIT_PREEMPTED
     assert read_end(tmp_path / "none", 137, asked=False, job="7").why == "srun ended with code 137"
+    leave_note(tmp_path, 3, "n3", EXIT_DEVICE_LOST, "rank 3: its GPU has failed")
+    leave_note(tmp_path, 3, "n9", 1)
+    found = read_end(tmp_path, 143, asked=False, job="7")
+    assert (found.rank, found.node, found.why) == (3, "n3", "rank 3: its GPU has failed"), "the others waited for it"
 
 
 def test_the_script_gets_one_line_and_the_run_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +154,7 @@ def test_the_script_gets_one_line_and_the_run_a_record(tmp_path: Path, capsys: p
     for _ in range(2):
         assert main(words) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["restart", "requeue n2"]
+    assert out.splitlines() == ["restart 15", "requeue n2"]
     assert "rank 3 on n2 was killed by signal 9; n2 has failed 2 times: requeue without it" in err
     assert [(one.step, one.action) for one in history(run)] == [(40, "restart"), (40, "requeue n2")]
 
@@ -220,16 +247,67 @@ def test_why_slurm_ended_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------------ one rank
 
 
-def run_task(notes: Path, *command: str) -> subprocess.Popen[str]:
+def run_task(notes: Path, *command: str, **streams: Any) -> subprocess.Popen[str]:
     env = {**os.environ, "CASCADE_NOTES": str(notes), "SLURM_PROCID": "3", "SLURMD_NODENAME": "n2"}
     words = [sys.executable, "-P", "-m", "slurm.task", *command]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True, **streams)
 
 
 def test_a_rank_that_failed_leaves_word(tmp_path: Path) -> None:
     assert run_task(tmp_path, "bash", "-c", "kill -9 $$").wait() == KILLED
     note = json.loads((tmp_path / "failed-3.json").read_text())
     assert (note["rank"], note["node"], note["code"]) == (3, "n2", KILLED)
+
+
+WATCHDOG = "[rank3]:[E1130 ProcessGroupNCCL.cpp:2100] [PG ID 0 PG GUID 0(default_pg) Rank 3] "
+ABORTS = "terminate called after throwing an instance of 'c10::DistBackendError'\n  what():  "
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "why"),
+    [
+        (
+            f"{ABORTS}{WATCHDOG}Process group watchdog thread terminated with exception: CUDA error: uncorrectable ECC "
+            "error encountered\nCUDA kernel errors might be asynchronously reported at some other API call",
+            EXIT_DEVICE_LOST,
+            "rank 3 on n2 was aborted: CUDA error: uncorrectable ECC error encountered",
+        ),
+        (
+            f"{WATCHDOG}Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for "
+            "600013 milliseconds before timing out.",
+            EXIT_HUNG,
+            "",
+        ),
+        ("double free or corruption", 134, ""),
+    ],
+)
+def test_the_last_words_of_a_rank_that_was_aborted(tmp_path: Path, says: str, code: int, why: str) -> None:
+    """By NCCL's threads, whose exit code is the same for a GPU that has failed and for another rank that hangs."""
+    words = ["bash", "-c", 'sleep 20 >&2 & echo "$0" >&2; kill -ABRT $$', says]
+    rank = run_task(tmp_path, *words, stderr=subprocess.PIPE)
+    assert rank.wait() == 134, "what its own processes do is not waited for"
+    note = json.loads((tmp_path / "failed-3.json").read_text())
+    assert (note["code"], note["node"], note["why"]) == (code, "n2", why)
+    assert says in rank.stderr.read()
+
+
+def test_memory_that_ran_out_is_not_the_nodes_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel counts it, in both versions of control groups."""
+    own = tmp_path / "cgroup"
+    for line, file, text in (
+        ("0::/system.slice/job_7/step_0", "system.slice/job_7/step_0/memory.events", "low 0\noom 1\noom_kill 1\n"),
+        ("4:memory:/slurm/job_7", "memory/slurm/job_7/memory.oom_control", "under_oom 0\noom_kill 2\n"),
+    ):
+        own.write_text(f"3:cpu,cpuacct:/x\n{line}\n")
+        assert task.oom_kills(own, tmp_path / "fs") == 0
+        (tmp_path / "fs" / file).parent.mkdir(parents=True)
+        (tmp_path / "fs" / file).write_text(text)
+        assert task.oom_kills(own, tmp_path / "fs") > 0
+    monkeypatch.setattr(task, "oom_kills", lambda: 1)
+    task.note(tmp_path, KILLED, "", {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n2"})
+    found = read_end(tmp_path, KILLED, asked=False, job="7")
+    assert found.why == "rank 1 on n2 was killed because the job ran out of memory; raise cluster.mem"
+    assert decide(found, found).without == () and decide(found, found).action == "restart"
 
 
 def test_a_rank_that_saved_is_no_failure_for_srun(tmp_path: Path) -> None:

@@ -47,8 +47,12 @@ def test_a_killed_rank_restarts_all_ranks_in_the_allocation(on_cluster: Slurm, h
 
 
 @pytest.mark.slurm
-def test_a_node_that_failed_twice_is_left_out(on_cluster: Slurm, here: Path, program) -> None:
-    program(COUNT + 'echo "on $SLURMD_NODENAME"\n[ $n -lt 2 ] || exit 0\nkill -9 $$')
+def test_a_node_whose_gpu_and_rank_failed_is_left_out(on_cluster: Slurm, here: Path, program) -> None:
+    abort = "echo 'Process group watchdog thread terminated with exception: CUDA error: unspecified launch failure' >&2"
+    program(
+        COUNT
+        + f'echo "on $SLURMD_NODENAME"\n[ $n -lt 2 ] || exit 0\n[ $n = 1 ] || {{ {abort}; kill -ABRT $$; }}\nkill -9 $$'
+    )
     answer = launch(*ONE_NODE, "run=runs/a", "data.shards=x")
     log = log_of(answer)
     assert on_cluster.wait(answer["job_id"], log=log) == "COMPLETED"
@@ -56,6 +60,9 @@ def test_a_node_that_failed_twice_is_left_out(on_cluster: Slurm, here: Path, pro
     assert bad == again != other
     assert on_cluster.field(answer["job_id"], "ExcNodeList") == bad
     assert f"{bad} has failed 2 times: requeue without it" in log.read_text()
+    lost, killed = history(here / "runs/a")
+    assert (lost.code, lost.node, killed.code, killed.node) == (80, bad, 137, bad)
+    assert lost.why == f"rank 0 on {bad} was aborted: CUDA error: unspecified launch failure"
 
 
 @pytest.mark.slurm

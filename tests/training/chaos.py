@@ -10,6 +10,8 @@ freeze                      SIGSTOP then (step 0), or before the ranks meet (ste
 slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
+gpu error                   torch's error `says` in phase forward of the step
+gpus                        what torch sees of `count` GPUs; with 0, CUDA says `says`
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
 silence                     from the end of the step on no data comes; a second later SIGTERM
 hurry                       a failing store is given up `seconds` after a signal
@@ -28,6 +30,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,6 +97,8 @@ def main(config: Experiment) -> dict[str, Any]:
         begin(self)
 
     def strike(name: str, step: int) -> None:
+        for event in (e for e in events if e["what"] == "gpu error" and name == "forward" and e["step"] == step):
+            raise torch.AcceleratorError(event["says"])
         for event in (e for e in events if e.get("phase") == name and e["step"] in (step, -1)):
             time.sleep(event.get("seconds", 0))
             if event["what"] == "stop":
@@ -118,9 +123,24 @@ def main(config: Experiment) -> dict[str, Any]:
     for name, seconds in {"MARGIN_S": 2.0, "SILENT_S": 4.0, "BEAT_S": 0.5}.items():
         setattr(training.run.watchdog, name, seconds)
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
+    for event in (e for e in events if e["what"] == "gpus"):
+        show_gpus(event["count"], event.get("says", ""))
     if at("freeze", -1):
         os.kill(os.getpid(), signal.SIGSTOP)
     return training.train.main(config)
+
+
+def show_gpus(count: int, says: str) -> None:
+    """Lets torch see GPUs that are not there, or miss them as CUDA does."""
+
+    def initialise() -> None:
+        raise RuntimeError(says)
+
+    torch.version.cuda = "13.0"
+    torch.cuda.is_available = lambda: count > 0
+    torch.cuda.device_count = lambda: count
+    torch.cuda.init = initialise
+    setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))  # noqa: B010
 
 
 def _die() -> Iterable[Any]:

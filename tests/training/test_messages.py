@@ -16,6 +16,7 @@ FILES = (
     "checkpoint/store",
     "checkpoint/writer",
     "engine/plain",
+    "processes/devices",
     "processes/endings",
     "processes/meeting",
     "plan/fits",
@@ -34,7 +35,17 @@ FILES = (
     "plan/doctor",
 )
 ENDING = {
-    *("CheckpointError", "Superseded", "NotFinite", "RankLost", "SlowNode", "DataError", "ConfigError", "UserError"),
+    *(
+        "CheckpointError",
+        "Superseded",
+        "NotFinite",
+        "RankLost",
+        "DeviceLost",
+        "SlowNode",
+        "DataError",
+        "ConfigError",
+        "UserError",
+    ),
     "kind",
 }
 PLACE = re.compile(r"%[-\d.]*[sdgrf]|%\(\w+\)s")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from slurm.supervise import read_end
 from tests.training.runs import chaos, experiment, metrics, newest, store
+from training.processes.flight import who_is_missing
 
 
 @pytest.mark.parametrize("phase", ["data", "forward"])
@@ -23,7 +25,11 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
     stacks = (Path(config.run.dir) / "logs" / "rank-1.log").read_text()
     assert f"rank 1 has been in step 4, phase {phase}" in stacks and "in strike" in stacks
     assert newest(config).step == 3
+    missing = who_is_missing(Path(config.run.dir) / "logs")
+    assert missing is not None and missing.rank == 1
+    assert missing.sentence.startswith(f"rank 1 on {missing.node} was in {phase}, and did not join rank 0 in ")
     assert chaos(config, 2).codes() == [0, 0], "the same command resumes"
+    assert who_is_missing(Path(config.run.dir) / "logs") is None, "it is no record of this start"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,19 @@ def test_a_rank_that_freezes_during_the_start_is_named(
     codes = running.codes(grace_s=2)
     assert codes[1 - rank] == 78 and codes[rank] == -9, running.text
     assert says in running.text and "Traceback" not in running.text
+
+
+def test_a_gpu_that_fails_is_blamed_on_its_node(tmp_path: Path, shards: str) -> None:
+    """The rank says so, and leaves a note for the job script; that the other one ends first changes nothing."""
+    says = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported"
+    config, notes = experiment(tmp_path, shards), tmp_path / "notes"
+    notes.mkdir()
+    where = {"CASCADE_NOTES": str(notes), "SLURMD_NODENAME": "n7"}
+    running = chaos(config, 2, {"what": "gpu error", "rank": 1, "step": 4, "says": says}, **where)
+    assert running.codes(grace_s=3)[1] == 80, running.text
+    assert "rank 1: its GPU or the connection to it has failed, n7: CUDA error: uncorrectable ECC" in running.text
+    end = read_end(notes, 143, asked=False, job="7")
+    assert (end.code, end.rank, end.node) == (80, 1, "n7") and "uncorrectable ECC error" in end.why
 
 
 def test_a_slow_rank_is_named(tmp_path: Path, shards: str) -> None:

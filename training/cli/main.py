@@ -24,7 +24,7 @@ from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigErr
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
-from training.processes.endings import Terminated, ends_at_once, run_program, say
+from training.processes.endings import DeviceLost, Terminated, crash_code, ends_at_once, run_program, say
 from training.processes.exit_codes import EXIT_NOT_FINITE
 from training.processes.ranks import is_search, read_ranks, speaks
 
@@ -124,9 +124,9 @@ def run(verb: str, config: Experiment) -> dict[str, Any] | None:
             if config.json and result is not None:
                 print(json.dumps(result), flush=True)
             return result
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        raise SystemExit(1) from None
+        raise SystemExit(crash_code(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------ Hydra
@@ -360,7 +360,7 @@ def _fail(who: str, error: CascadeError) -> NoReturn:
     """Print the message and exit. A user error is the same on all ranks, so only rank 0 prints it."""
     if speaks():
         say(visible(f"{who}: {error}"))
-    elif error.exit_code != EXIT_USER_ERROR:
+    elif error.exit_code != EXIT_USER_ERROR and not (isinstance(error, DeviceLost) and error.shared):
         ranks = read_ranks()
         say(visible(f"{who} (rank {ranks.rank if ranks else 0}): {error}"))
     raise SystemExit(error.exit_code)

@@ -21,6 +21,7 @@ from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
 from training.commands.sharing import in_processes, ranks_of, share
+from training.processes.devices import own_device
 from training.text.identity import folder_hash
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def main(config: CaptionCommand) -> dict[str, Any]:
 
 
 def _caption_share(config: CaptionCommand) -> dict[str, Any]:
-    import torch
     import transformers
 
     from training.text.captioner import Captioner
@@ -80,7 +80,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
             done["kept"] += 1
             continue
         if captioner is None:
-            device = f"cuda:{rank[1]}" if torch.cuda.is_available() else "cpu"
+            device = own_device(config.cluster, *rank[:2])
             captioner = Captioner(
                 str(settings.path), settings.prompt, max_tokens=settings.max_tokens, dtype=settings.dtype, device=device
             )

@@ -25,6 +25,7 @@ from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
 from training.commands.sharing import in_processes, ranks_of, share
+from training.processes.devices import own_device
 from training.text.identity import identity
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ def main(config: EmbedCommand) -> dict[str, Any]:
 
 
 def _embed_share(config: EmbedCommand) -> dict[str, Any]:
-    import torch
-
     from training.text.encoder import build_text_encoder
 
     patience = patience_of(config.data)
@@ -70,8 +69,8 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
             _check_kept(place, made_of)
             done["kept"] += 1
             continue
-        device = f"cuda:{ranks_of(os.environ)[1]}" if torch.cuda.is_available() else "cpu"
-        encoder = encoder or build_text_encoder(config.text, device)
+        if encoder is None:
+            encoder = build_text_encoder(config.text, own_device(config.cluster, *ranks_of(os.environ)[:2]))
         with PartReader(entry, index.compressed, patience) as reader:
             texts = _texts(index, reader, data.captions, CaptionFiles(data.captions.files, {entry.url: index.digest}))
             done["captions"] += _embed(texts, encoder, place, made_of, config)

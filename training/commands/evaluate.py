@@ -39,7 +39,8 @@ from training.evaluation.extractors.answers import open_answerer
 from training.evaluation.extractors.base import open_extractors
 from training.evaluation.parts import spilled
 from training.evaluation.references import RULE, SUFFIX, ReferenceFile, References
-from training.processes.ranks import gpu_of, read_ranks
+from training.processes.devices import own_device
+from training.processes.ranks import Ranks, read_ranks
 from training.run.directory import RunDir, leaving_nothing_empty, replace_file, try_to_write
 from training.run.reporting.tracking import log_picture
 
@@ -174,9 +175,5 @@ def _last_size(config: EvaluateCommand) -> int:
 
 def _device(config: EvaluateCommand) -> str:
     """Return the device for extractors: this process's GPU, or the CPU."""
-    import torch
-
-    if not (config.cluster.gpus and torch.cuda.is_available()):
-        return "cpu"
-    ranks = read_ranks()
-    return f"cuda:{gpu_of(ranks.local_rank, torch.cuda.device_count())}" if ranks else "cuda:0"
+    ranks = read_ranks() or Ranks()
+    return own_device(config.cluster, ranks.rank, ranks.local_rank)

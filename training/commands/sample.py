@@ -38,7 +38,8 @@ from training.engine.base import DTYPES
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials
 from training.pictures.sheets import Cell, heat_sheet, save, sheet
-from training.processes.ranks import gpu_of, read_ranks
+from training.processes.devices import own_device
+from training.processes.ranks import read_ranks
 from training.run.directory import leaving_nothing_empty, try_to_write
 
 SAVE_EVERY = 4
@@ -188,13 +189,13 @@ def open_cascade(config: Experiment, path: str | None = None) -> tuple[Cascade, 
 def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[str]]:
     """Return the cascade, in the precision of `precision.dtype` on a GPU, and the devices to draw on."""
     ranks = read_ranks()
-    if not (config.cluster.gpus and torch.cuda.is_available()):
+    own = own_device(config.cluster, *((ranks.rank, ranks.local_rank) if ranks else (0, 0)))
+    if own == "cpu":
         if config.cluster.threads:
             torch.set_num_threads(config.cluster.threads)
-        return cascade, ["cpu"]
+        return cascade, [own]
     dtype = DTYPES[config.precision.dtype]
-    count = torch.cuda.device_count()
-    devices = [f"cuda:{gpu_of(ranks.local_rank, count)}"] if ranks else [f"cuda:{i}" for i in range(count)]
+    devices = [own] if ranks else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return cascade.to(devices[0], dtype), devices
 
 

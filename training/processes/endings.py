@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from data_pipeline.common.errors import CascadeError
 from data_pipeline.storage.retry import hurry_up
 from training.processes.exit_codes import (
     EXIT_CRASH,
+    EXIT_DEVICE_LOST,
     EXIT_HUNG,
     EXIT_INTERRUPTED,
     EXIT_NOT_FINITE,
@@ -25,6 +27,7 @@ from training.processes.exit_codes import (
     EXIT_SLOW_NODE,
     EXIT_SUPERSEDED,
 )
+from training.processes.failures import broken_gpu, leave_note
 
 AT_ONCE_S = 2.0
 """Seconds after a signal at which a command that has nothing to save is ended by force."""
@@ -48,7 +51,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         code = end.code
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else crash_code(error)
     finally:
         atexit._run_exitfuncs()
         if isinstance(code, str):
@@ -59,6 +62,11 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
             except OSError:  # a terminal that was closed, a full disk
                 code = code or EXIT_CRASH
         os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def crash_code(error: BaseException) -> int:
+    """Return the exit code for an error that nobody expected: that of a GPU that has failed, or of a crash."""
+    return EXIT_DEVICE_LOST if isinstance(error, RuntimeError) and broken_gpu(str(error)) else EXIT_CRASH
 
 
 class Preempted(CascadeError):
@@ -91,33 +99,33 @@ class RankLost(CascadeError):
     exit_code = EXIT_HUNG
 
 
+class DeviceLost(CascadeError):
+    """A GPU has failed, or is not there.
+
+    Args:
+        message: the sentence for the user.
+        node: the node to blame.
+        shared: all ranks raise the same error, so only rank 0 prints it.
+    """
+
+    exit_code = EXIT_DEVICE_LOST
+
+    def __init__(self, message: str, node: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.node, self.shared = node, shared
+
+
+def blame(rank: int, error: DeviceLost) -> None:
+    """Tell the job script, if there is one, which node to blame."""
+    if notes := os.environ.get("CASCADE_NOTES"):
+        with suppress(OSError):
+            leave_note(Path(notes), rank, error.node, error.exit_code, str(error))
+
+
 class SlowNode(CascadeError):
     """The preflight found a slow node, which the run should exclude."""
 
     exit_code = EXIT_SLOW_NODE
-
-
-LOST = (
-    "timed out",
-    "timeout",
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "connection refused",
-    "connection was closed",  # NCCL's network plugins
-    "communicator was aborted",  # NCCL, in the threads of a rank whose watchdog has seen an error elsewhere
-    "ncclremoteerror",
-    "remote process exited",  # NCCL's text for ncclRemoteError
-    "peer may have exited",
-)
-"""Messages of gloo, NCCL and the key-value store if a peer is gone or does not respond. torch raises a plain
-RuntimeError (or DistBackendError), as for any other failure of a collective, so only the wording tells them apart."""
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Return whether a collective failed because of another process."""
-    message = str(error).lower()
-    return any(words in message for words in LOST)
 
 
 def say(sentence: str) -> None:

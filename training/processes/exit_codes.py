@@ -7,7 +7,7 @@ from typing import NamedTuple
 from data_pipeline.common.errors import EXIT_USER_ERROR
 
 EXIT_DONE, EXIT_CRASH, EXIT_PREEMPTED, EXIT_NOT_FINITE, EXIT_SUPERSEDED, EXIT_HUNG = 0, 1, 75, 76, 77, 78
-EXIT_SLOW_NODE = 79
+EXIT_SLOW_NODE, EXIT_DEVICE_LOST = 79, 80
 EXIT_INTERRUPTED = 130
 
 
@@ -32,6 +32,7 @@ EXIT_CODES = {
     EXIT_SUPERSEDED: Exit("a newer start of the run owns its checkpoints", agreed=True, final=True),
     EXIT_HUNG: Exit("a rank died, or made no progress within the time-outs", restart=True),
     EXIT_SLOW_NODE: Exit("the preflight found a slow node to exclude"),
+    EXIT_DEVICE_LOST: Exit("a GPU has failed, or is not there", restart=True),
     EXIT_INTERRUPTED: Exit("saved after SIGINT (Ctrl-C)", agreed=True, final=True),
 }
 """All exit codes of a training run, except 128 + n: killed by signal n."""

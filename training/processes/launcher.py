@@ -30,7 +30,7 @@ from data_pipeline.common.children import die_with_parent_only
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_file
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
-from training.processes.endings import Signals, run_program, say, unless_ignored
+from training.processes.endings import DeviceLost, Signals, run_program, say, unless_ignored
 from training.processes.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES
 from training.processes.ranks import process_count, thread_count
 
@@ -180,11 +180,12 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     try:
         result = command.main(config)
     except CascadeError as error:
+        alone = error.exit_code == EXIT_HUNG or (isinstance(error, DeviceLost) and not error.shared)
         if rank == 0 and config.debug:
             traceback.print_exc()
-        elif rank == 0 or error.exit_code == EXIT_HUNG:
+        elif rank == 0 or alone:
             say(str(error))
-        if error.exit_code != EXIT_HUNG:
+        if not alone:
             agreed_file(result_file).touch()
         return error.exit_code
     except OSError as error:

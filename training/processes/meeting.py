@@ -20,8 +20,9 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.endings import RankLost
-from training.processes.ranks import Ranks, gpu_of
+from training.processes.devices import Gpu, no_gpu, node_name, see_gpu
+from training.processes.endings import DeviceLost, RankLost
+from training.processes.ranks import Ranks
 
 POLL_S = 0.1
 READ_S = 10.0
@@ -43,6 +44,10 @@ class Card:
     """UUID of the GPU; empty without one."""
     why: str = ""
     """Why it has no GPU."""
+    visible: int = 0
+    """Number of GPUs that torch sees there."""
+    given: int = 0
+    """Number of GPUs that the scheduler gave it; 0: unknown."""
     files: int = 1 << 30
     """Number of files that it may open."""
     no_interface: str = ""
@@ -52,18 +57,20 @@ class Card:
 def own_card(ranks: Ranks) -> Card:
     """Return this process's card, with the GPU of its local rank if torch sees one; raises its limit of open files to
     what the run needs, as far as allowed."""
-    import torch
-
-    node, files = socket.gethostname(), allow_files(needed_files(ranks.world_size))
+    files = allow_files(needed_files(ranks.world_size))
     wrong = missing_interface(os.environ.get("GLOO_SOCKET_IFNAME", ""))
-    if torch.cuda.is_available():
-        index = gpu_of(ranks.local_rank, torch.cuda.device_count())
-        return Card(
-            ranks.rank, node, f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid), "", files, wrong
-        )
-    cpu_build = torch.version.cuda is None and torch.version.hip is None
-    why = "torch is a CPU build" if cpu_build else "torch sees no GPU"
-    return Card(ranks.rank, node, "cpu", why=why, files=files, no_interface=wrong)
+    gpu = see_gpu(ranks.local_rank)
+    return Card(
+        ranks.rank,
+        node_name(),
+        gpu.device,
+        gpu.uuid,
+        gpu.why,
+        visible=gpu.visible,
+        given=gpu.given,
+        files=files,
+        no_interface=wrong,
+    )
 
 
 def missing_interface(names: str) -> str:
@@ -77,16 +84,15 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
     files, and that the network interface they are told to use exists.
 
     Raises:
-        ConfigError: otherwise; the message names the rank and its node.
+        DeviceLost: a node has lost a GPU; the message names the rank and the node.
+        ConfigError: the settings ask for something else.
     """
     without = next((card for card in cards if not card.gpu), None)
     having = next((card for card in cards if card.gpu), None)
     if without is not None and (having is not None or (cluster.gpus and cluster.kind != "local")):
         reason = f"rank {having.rank} on {having.node} has one" if having else "cluster.gpus=true asks for one"
-        raise ConfigError(
-            f"rank {without.rank} on {without.node} has no GPU ({without.why}), but {reason}: fix or exclude the "
-            f"node, or train on CPUs with cluster.gpus=false"
-        )
+        seen_there = Gpu(why=without.why, visible=without.visible, given=without.given)
+        raise no_gpu(without.rank, without.node, seen_there, reason, having is not None, shared=True)
     needed = needed_files(len(cards))
     for card in cards:
         if card.files < needed:
@@ -102,6 +108,13 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
     seen: dict[str, Card] = {}
     for card in cards:
         other = seen.setdefault(card.gpu, card) if card.gpu else card
+        if other is not card and card.visible < card.given:
+            raise DeviceLost(
+                f"ranks {other.rank} and {card.rank} would share one GPU on {card.node}, where torch sees "
+                f"{card.visible} of the {card.given} GPUs in CUDA_VISIBLE_DEVICES: fix or exclude the node",
+                card.node,
+                shared=True,
+            )
         if other is not card:
             raise ConfigError(
                 f"ranks {other.rank} and {card.rank} share one GPU on {card.node}: start at most one process per GPU "

@@ -24,6 +24,8 @@ class Ranks:
     local_rank: int = 0
     world_size: int = 1
     device: str = "cpu"
+    place: str = ""
+    """Device and node, for messages."""
     control: Any = field(default=None, compare=False, repr=False)
     """Gloo process group for decisions (main thread); None without a process group."""
     background: Any = field(default=None, compare=False, repr=False)

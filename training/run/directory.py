@@ -23,6 +23,7 @@ from data_pipeline.storage.atomic import replacing
 from training.checkpoint.store import CheckpointStore
 from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment
+from training.processes.flight import put_records_aside
 from training.processes.launcher import TYPED
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ class RunDir:
             DataError: the directory cannot be written to.
         """
         try_to_write(self.path, "run.dir", ("logs", "samples"))
+        put_records_aside(self.path / "logs")
 
     def changes(self, config: Experiment) -> list[str]:
         """Return the settings that differ from those of the last start, as `key: old -> new`; empty if none are

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 from data_pipeline.storage.store import read_bytes, remove_files, write_bytes
 from training.config.experiment import Experiment
 from training.processes.collectives import barrier, gather_json, together
+from training.processes.devices import node_name
 from training.processes.endings import SlowNode
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, replace_file
@@ -81,7 +81,7 @@ def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = 
     Raises:
         SlowNode: on all ranks, with cluster.preflight_exclude, if a node is slow and others remain.
     """
-    own = measure(ranks, run.checkpoints, node or os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    own = measure(ranks, run.checkpoints, node or node_name())
     found = [Measured(**entry) for entry in gather_json(asdict(own), ranks)]
 
     def report() -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config.experiment import TrainConfig
+from training.processes import flight
+from training.processes.devices import node_name
 from training.processes.endings import say
 from training.processes.exit_codes import EXIT_HUNG
 from training.processes.ranks import Ranks
@@ -40,9 +42,9 @@ class Watchdog:
     """Watches the phases that the loop reports with `phase`.
 
     A phase that takes longer than `warn_s` seconds is reported once, with the stacks of all threads in this rank's log
-    (`log_file`; before there is one, on stderr). One that takes longer than `limit_s` (while `patient` is set, until
-    the first step is done, longer than `patient_s`) ends the process with exit code EXIT_HUNG, so that a scheduler can
-    restart it.
+    (`log_file`; before there is one, on stderr), and its last collectives beside it. One that takes longer than
+    `limit_s` (while `patient` is set, until the first step is done, longer than `patient_s`) ends the process with exit
+    code EXIT_HUNG, so that a scheduler can restart it.
 
     After `join`, rank 0 also reports which other ranks are stuck, and the others whether rank 0 is.
     """
@@ -119,6 +121,7 @@ class Watchdog:
                     self.log_file or "its output",
                 )
                 self._dump_stacks()
+                self._record_collectives()
             if silent > (self.patient_s if self.patient or name in PATIENT else self.limit_s):
                 sentence = (
                     f"rank {self.ranks.rank}: no progress in {where}, phase {name}, for {silent:.0f} s"
@@ -140,6 +143,17 @@ class Watchdog:
                 return
             with open(self.log_file, "a") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+
+    def _record_collectives(self) -> None:
+        """Write torch's record of this rank's last collectives next to its log, in a thread of its own: asking a GPU
+        that hangs may take forever."""
+        if self.log_file is None:
+            return
+        name, step, _ = self._now
+        facts = {"rank": self.ranks.rank, "world_size": self.ranks.world_size, "node": node_name()}
+        facts |= {"phase": name, "step": step, "time": time.time()}
+        place = flight.record_of(self.log_file)
+        threading.Thread(target=flight.write_record, args=(place, facts), daemon=True).start()
 
     def _others(self) -> str:
         """Describe the ranks that are in another phase or have stopped reporting."""

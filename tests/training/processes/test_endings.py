@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, is_lost_rank, stop_error
+from training.processes.endings import Interrupted, LossGuard, Preempted, Signals, crash_code, stop_error
 from training.processes.exit_codes import EXIT_CODES, FINAL_CODES, STOP_CODES
+from training.processes.failures import broken_gpu, is_lost_rank
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[3]
@@ -86,7 +88,7 @@ def test_one_table_of_exit_codes() -> None:
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
     assert sorted(listed) == sorted(EXIT_CODES)
     assert set(STOP_CODES) == {75, 76, 77, 130}
-    assert [code for code, end in EXIT_CODES.items() if end.restart] == [75, 78]
+    assert [code for code, end in EXIT_CODES.items() if end.restart] == [75, 78, 80]
     assert set(FINAL_CODES) == {2, 76, 77, 130} and not any(EXIT_CODES[code].restart for code in FINAL_CODES)
 
 
@@ -100,8 +102,59 @@ def test_one_table_of_exit_codes() -> None:
     ],
 )
 def test_errors_that_another_rank_has_caused(said: str) -> None:
-    assert is_lost_rank(RuntimeError(said))
-    assert not is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x32 and 16x64)"))
+    assert is_lost_rank(said) and not broken_gpu(said)
+    assert not is_lost_rank("mat1 and mat2 shapes cannot be multiplied (8x32 and 16x64)")
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:94, unhandled {} error (run with NCCL_DEBUG=INFO"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+            "CUDA error: an illegal memory access was encountered",
+        ),
+        ("CUDA error: unspecified launch failure", "CUDA error: unspecified launch failure"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "CUDA error: CUDA-capable device(s) is/are"),
+        ("CUDA error: no CUDA-capable device is detected", "CUDA error: no CUDA-capable device is detected"),
+        ("CUDA error: the launch timed out and was terminated", "CUDA error: the launch timed out"),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", "CUDA]: an illegal memory access"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`", "CUBLAS_STATUS_EXECUTION"),
+        (
+            f"{NCCL.format('cuda')}=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA "
+            "function failed.\nLast error:\nCuda failure 999 'unknown error'",
+            "Cuda failure 999 'unknown error'",
+        ),
+        (f"{NCCL.format('system')}\nncclSystemError: System call or external library call failed", "unhandled system"),
+        (
+            "[PG ID 0 PG GUID 0(default_pg) Rank 2] Process group watchdog thread terminated with exception: CUDA "
+            "error: uncorrectable ECC error encountered",
+            "CUDA error: uncorrectable ECC error encountered",
+        ),
+    ],
+)
+def test_errors_of_a_gpu_that_has_failed(said: str, line: str) -> None:
+    assert broken_gpu(said).startswith(line)
+    assert crash_code(torch.AcceleratorError(said)) == 80 and crash_code(ValueError(said)) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        f"{NCCL.format('cuda')}\nncclUnhandledCudaError\nCuda failure 2 'out of memory'",
+        f"{NCCL.format('system')}\nncclSystemError\nsocketPollConnect: connect returned Connection refused",
+        "CUDA error: invalid argument",
+    ],
+)
+def test_errors_that_are_not_the_gpus(said: str) -> None:
+    assert broken_gpu(said) == "" and crash_code(RuntimeError(said)) == 1
 
 
 def feed(guard: LossGuard, *losses: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -14,9 +15,11 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError
 from tests.training import forks
-from tests.training.runs import experiment
+from tests.training.runs import chaos, experiment
 from training.config.experiment import ClusterConfig
-from training.processes.endings import RankLost
+from training.processes import devices
+from training.processes.devices import own_device
+from training.processes.endings import DeviceLost, RankLost
 from training.processes.launcher import free_port
 from training.processes.meeting import Card, check_cards, meet, missing_interface
 from training.processes.ranks import Ranks
@@ -60,6 +63,54 @@ def test_accepted() -> None:
     check_cards([gpu(0), gpu(1)], SLURM)
     check_cards([cpu(0), cpu(1)], LOCAL)
     check_cards([cpu(0), cpu(1)], ClusterConfig(kind="slurm", gpus=False))
+
+
+LOST = "CUDA unknown error - this may be due to an incorrectly set up environment"
+
+
+@pytest.mark.parametrize(
+    ("cards", "node", "sentence"),
+    [
+        ([gpu(0), Card(1, "n2", "cpu", why=f"torch sees no GPU: {LOST}")], "n2", f"no GPU (torch sees no GPU: {LOST})"),
+        ([Card(0, "n7", "cpu", why="torch sees no GPU", given=8)], "n7", "but cluster.gpus=true asks for one"),
+        (
+            [gpu(0), *(Card(n, "n1", f"cuda:{n % 7}", f"GPU-{n % 7}", visible=7, given=8) for n in range(1, 8))],
+            "n1",
+            "ranks 0 and 7 would share one GPU on n1, where torch sees 7 of the 8 GPUs in CUDA_VISIBLE_DEVICES",
+        ),
+    ],
+)
+def test_a_node_that_has_lost_a_gpu_is_to_blame(cards: list[Card], node: str, sentence: str) -> None:
+    with pytest.raises(DeviceLost, match=re.escape(sentence)) as error:
+        check_cards(cards, SLURM)
+    assert (error.value.node, error.value.exit_code) == (node, 80)
+
+
+def test_a_rank_without_its_gpu_ends_all_before_a_group_forms(tmp_path: Path, shards: str) -> None:
+    """On every rank, with one sentence, and notes that blame the node of that rank, whoever writes first."""
+    config, notes = experiment(tmp_path, shards), tmp_path / "notes"
+    notes.mkdir()
+    events = [{"what": "gpus", "rank": 0, "count": 2}, {"what": "gpus", "rank": 1, "count": 0, "says": LOST}]
+    running = chaos(config, 2, *events, CASCADE_NOTES=str(notes), SLURMD_NODENAME="n7", CUDA_VISIBLE_DEVICES="0,1")
+    assert running.codes() == [80, 80], running.text
+    (line,) = running.text.splitlines()
+    assert line.startswith(f"rank 1 on n7 has no GPU (torch sees no GPU: {LOST}), but rank 0 on n7 has one")
+    said = [json.loads(path.read_text()) for path in sorted(notes.iterdir())]
+    assert [(note["code"], note["node"], note["why"]) for note in said] == [(80, "n7", line)] * 2
+    assert not Path(config.run.dir, "logs").exists(), "before the run directory is opened"
+
+
+def test_a_job_on_one_gpu_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device(LOCAL, 0, 0) == own_device(ClusterConfig(kind="slurm", gpus=False), 0, 0) == "cpu"
+    with pytest.raises(ConfigError, match="torch is a CPU build"):
+        own_device(SLURM, 0, 0)
+    monkeypatch.setattr(devices, "see_gpu", lambda rank: devices.Gpu(why="torch sees no GPU", given=1))
+    with pytest.raises(DeviceLost, match="has no GPU"):
+        own_device(SLURM, 0, 0)
+    old = devices.Gpu(why="torch sees no GPU: The NVIDIA driver on your system is too old", given=1)
+    monkeypatch.setattr(devices, "see_gpu", lambda rank: old)
+    with pytest.raises(ConfigError, match="too old"):
+        own_device(SLURM, 0, 0)
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there(tmp_path: Path, shards: str) -> None:
