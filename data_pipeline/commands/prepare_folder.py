@@ -15,12 +15,14 @@ from pathlib import Path
 from data_pipeline.commands.prepare_item import (
     Item,
     file_size,
+    files_below,
     hash_lines,
     image_ending,
     nfc,
     read_file,
     refuse_unsupported,
     several_captions,
+    splits_among,
 )
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
@@ -98,6 +100,9 @@ class FolderSource:
         """Number of pictures whose caption is in another folder or has another name."""
         self._several: list[int] = []
         """Pictures read so far that have several captions."""
+        self._files, passed_over = files_below(self.folder, strict=True)
+        if passed_over:
+            logger.warning("%s", _passed_over(passed_over))
         found = list(self._entries())
         self._join_alone(found)
         found.sort(key=lambda one: (_is_unsupported(one), one.path.relative_to(self.folder).parts))
@@ -110,6 +115,8 @@ class FolderSource:
                 f"{'; for shards set prepare.kind=shards' if shards else f'; unpack {packed.name}' if packed else ''}"
                 f"{self._tables_hint()}"
             )
+        if remark := splits_among((entry.path.parent for entry in found), self.folder):
+            logger.warning("%s", remark)
         self.tables = list(self._metadata())
         looks = (f"{self.name(i)} {_look(entry)}" for i, entry in enumerate(self.entries))
         self.identity = hash_lines([*looks, *(table.identity for table in self.tables)])
@@ -153,9 +160,10 @@ class FolderSource:
     def _entries(self) -> Iterator[_Entry]:
         groups: dict[tuple[Path, str], dict[str, Path]] = {}
         again: list[Path] = []
-        for path in sorted(self.folder.rglob("*")):
+        for path in self._files:
             stem, dot, ending = nfc(path.name).partition(".")
-            if not stem or not path.is_file():
+            is_lost = path.is_symlink() and path.suffix[1:].lower() in IMAGE_EXTENSIONS  # reading it says so
+            if not stem or not (path.is_file() or is_lost):
                 continue
             group = groups.setdefault((path.parent, stem), {})
             if ending.lower() in group:
@@ -235,7 +243,7 @@ class FolderSource:
     def _metadata(self) -> Iterator[TableSource]:
         """Joins the rows of metadata tables to the pictures that they name."""
         by_path: dict[Path, _Entry] | None = None
-        for place in sorted(path for name in _METADATA for path in self.folder.rglob(name)):
+        for place in (path for path in self._files if path.name in _METADATA):
             try:
                 table = TableSource(str(place), self.names, encoding=self.encoding)
             except DataError as error:
@@ -251,7 +259,7 @@ class FolderSource:
             yield table
 
     def _tables_hint(self) -> str:
-        if next(self.folder.rglob("*.parquet"), None) or next(self.folder.rglob("*.arrow"), None):
+        if any(path.suffix in (".parquet", ".arrow") for path in self._files):
             return f"; it contains tables: use prepare.kind=table {shlex.quote(f'prepare.source={self.folder}')}"
         tables = sorted(path for path in self.folder.iterdir() if path.suffix[1:].lower() in _TABLES)
         texts = [] if tables else sorted(path for path in self.folder.glob("*.txt") if path.stat().st_size < 1 << 28)
@@ -298,6 +306,13 @@ class FolderSource:
         if self._joined:
             said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said
+
+
+def _passed_over(folders: list[Path]) -> str:
+    """Return the remark that these folders, hidden or of systems, are not searched."""
+    some = ", ".join(map(str, folders[:3]))
+    more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+    return f"folders that are hidden or hold a system's own copies are not searched: {some}{more}"
 
 
 def _no_folder(path: Path, given: str) -> str:

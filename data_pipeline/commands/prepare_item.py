@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import BadSample
+from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
 
 _PIECE = 1 << 20
+_OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""Folders in which systems keep copies, thumbnails or deleted files, beside hidden ones (`.ipynb_checkpoints`)."""
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?:ing)?(?=$|[-_.\d])", re.IGNORECASE)
+"""Beginning of the name of a folder or file of one split of a data set."""
 
 
 @dataclass
@@ -80,6 +86,59 @@ def read_file(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadSample("missing_image", f"{path}: {reason}") from error
+
+
+def splits_among(files: Iterable[Path], root: Path) -> str:
+    """Return the remark that files below `root` belong to several splits, which are read as one; empty otherwise.
+
+    The names of folders or files tell: `train/`, `test-00000-of-00001.parquet`.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        for part in file.relative_to(root).parts:
+            if name := _SPLIT.match(part):
+                found.setdefault(name[1].lower(), file)
+                break
+    if "train" not in found or len(found) == 1:
+        return ""
+    names = ", ".join(found)
+    return (
+        f"{root}: it holds several splits ({names}), and all are read; give prepare.source one of them to train on it"
+    )
+
+
+def files_below(root: Path, strict: bool = False) -> tuple[list[Path], list[Path]]:
+    """Return the files below a folder, sorted, and the folders that were passed over: hidden ones and `_OF_SYSTEMS`.
+
+    Links to folders elsewhere are followed, each target once; those to folders below `root` are not, as their files are
+    found without them.
+
+    Args:
+        strict: refuse folders that cannot be listed, instead of passing them over.
+
+    Raises:
+        DataError: with `strict`, a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if strict:
+            raise DataError(f"{error.filename}: {system_words(error)}") from error
+
+    top = os.path.realpath(root)
+    seen, files, passed_over = {top}, list[Path](), list[Path]()
+    for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        files += [Path(folder, name) for name in names]
+        kept = []
+        for name in sorted(below):
+            path = os.path.join(folder, name)
+            place = os.path.realpath(path)
+            if name.startswith(".") or name in _OF_SYSTEMS:
+                passed_over.append(Path(path))
+            elif place not in seen and not (os.path.islink(path) and place.startswith(os.path.join(top, ""))):
+                seen.add(place)
+                kept.append(name)
+        below[:] = kept
+    return sorted(files), passed_over
 
 
 def file_size(path: Path) -> int:

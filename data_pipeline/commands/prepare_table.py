@@ -23,6 +23,7 @@ import numpy as np
 from data_pipeline.commands.prepare_item import (
     Item,
     file_size,
+    files_below,
     hash_file,
     hash_lines,
     image_ending,
@@ -32,6 +33,7 @@ from data_pipeline.commands.prepare_item import (
     read_file,
     refuse_unsupported,
     several_captions,
+    splits_among,
 )
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
@@ -297,12 +299,11 @@ class TableSource:
         if root.name.lower().startswith("annotation"):
             root = root.parent  # COCO's layout
         found: dict[str, list[Path]] = {}
-        for folder, _, names in os.walk(root):
-            for name in names:
-                stem, _, ending = name.rpartition(".")
-                if ending.lower() in IMAGE_EXTENSIONS or is_unsupported(ending.lower()):
-                    found.setdefault(nfc(name).lower(), []).append(Path(folder, name))
-                    found.setdefault(nfc(stem).lower(), []).append(Path(folder, name))
+        for path in files_below(root)[0]:
+            stem, _, ending = path.name.rpartition(".")
+            if ending.lower() in IMAGE_EXTENSIONS or is_unsupported(ending.lower()):
+                found.setdefault(nfc(path.name).lower(), []).append(path)
+                found.setdefault(nfc(stem).lower(), []).append(path)
         return found
 
     def _places(self) -> Iterator[Path]:
@@ -370,6 +371,8 @@ def _files(table: str) -> list[Path]:
             raise DataError(
                 f"prepare.source={table}: it is a directory without .parquet or .arrow files; give one of its tables"
             )
+        if remark := splits_among(found, path):
+            logger.warning("%s", remark)
         return found
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:

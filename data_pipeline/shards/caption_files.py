@@ -7,8 +7,10 @@ settings. `cascade caption` writes these files; `data.captions.files={NAME: DIR}
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,14 +23,23 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.recent import Recent
 from data_pipeline.storage import store
 
+logger = logging.getLogger(__name__)
+
 CAPTION_FILES_VERSION = 1
 _OPEN = 32
+_MADE_WITH = ("sha", "prompt", "max_tokens", "side", "dtype")
+"""Facts that are the same in all files of one output."""
 SCHEMA_OF_CAPTIONS = pa.schema([("key", pa.string()), ("caption", pa.string())])
 
 
 def caption_file_url(shard: str, folder: str) -> str:
     """Return where the captions of a shard are stored."""
     return store.join(folder, re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".captions.parquet")
+
+
+def captions_hash(shard: str, folder: str) -> str:
+    """Return a short hash of the captions of a shard, hexadecimal. Raises `DataError` if there are none."""
+    return hashlib.blake2b(store.read_bytes(caption_file_url(shard, folder)), digest_size=8).hexdigest()
 
 
 def write_captions(url: str, rows: Iterable[tuple[str, str]], facts: Mapping[str, Any]) -> int:
@@ -86,6 +97,10 @@ class CaptionFiles:
                         f"data.captions.files: {name}={folder}: no {place} for {shard} is there; run `cascade caption`"
                     )
         self._open: Recent[tuple[str, str], dict[str, list[str]]] = Recent(_OPEN)
+        self._first: dict[str, tuple[str, list[Any]]] = {}
+        """Name -> the first of its files that was opened, and what made it."""
+        self._mixed: set[str] = set()
+        """Names of which a warning was given that their files were not all made alike."""
 
     def of(self, shard: str, key: str) -> dict[str, list[str]]:
         """Return the captions of a sample by the name of their folder; an empty list if its model wrote none.
@@ -103,4 +118,14 @@ class CaptionFiles:
         found, facts = read_captions(url)
         if facts.get("digest") != self._digests[shard]:
             raise DataError(f"{url}: it was made from different contents of {shard}; run `cascade caption` again")
+        made = [facts.get(fact) for fact in _MADE_WITH]
+        first, of_first = self._first.setdefault(name, (url, made))
+        if made != of_first and name not in self._mixed:
+            self._mixed.add(name)
+            logger.warning(
+                "data.captions.files: %s: %s and %s were made by different models, prompts or settings; both are used",
+                name,
+                first,
+                url,
+            )
         return self._open.put((name, shard), found)

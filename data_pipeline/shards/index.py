@@ -17,6 +17,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -212,7 +213,7 @@ def index_url(shard: str, names: MembersConfig = _DEFAULT_NAMES) -> str:
 
 
 def _stem(shard: str) -> str:
-    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", shard)
+    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.without_query(shard))
 
 
 def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _DEFAULT_NAMES) -> str:
@@ -280,7 +281,8 @@ def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple
     problems: list[Problem] = []
     with store.open_stream(url, etag=entry.etag if remote else None, patience=patience) as stream:
         probe = _Probe(stream, EtagCheck(entry.etag, entry.size) if remote else None)
-        samples = rows_of(walk(probe, problems, name=url, links=True), problems, names)
+        with closing(walk(probe, problems, name=url, links=True)) as members:  # a large one is held until then
+            samples = rows_of(members, problems, names)
         probe.drain()
     expected = expected_count(url, patience)
     if expected is not None and expected != len(samples):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,7 @@ MAX_MEMBER = 128 << 20
 MAX_TEXT = 16 << 20
 """Captions and metadata larger than this (bytes) are not used: parsed, they take many times their size."""
 _LARGE = 8 << 20
-"""Of members larger than this (bytes), a process keeps one at a time, however many archives it walks."""
-_large = ForkLock()
+"""Of members larger than this (bytes), a process keeps one at a time, however many threads walk archives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,35 @@ class _Header:
     kind: bytes
     ustar: bool
     link: str
+
+
+class _OneAtATime:
+    """Lets one thread of this process hold a large member; the others wait.
+
+    A thread that already holds one does not wait for itself, so it may walk several archives in turn.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._holder = ForkLock(), 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        if self._lock.locked() and self._holder == threading.get_ident():
+            yield
+            return
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = 0
+
+    def locked(self) -> bool:
+        """Return whether a thread holds a large member."""
+        return self._lock.locked()
+
+
+_large = _OneAtATime()
 
 
 class Gunzip:
@@ -209,7 +238,7 @@ def walk(
     max_member: int = MAX_MEMBER,
     account: Counter[str] | None = None,
     links: bool = False,
-) -> Iterator[Member]:
+) -> Generator[Member, None, None]:
     """Yield every complete regular member, in archive order. Directories and devices are skipped.
 
     Args:
@@ -288,7 +317,7 @@ def walk(
             if links and header.kind in b"12":
                 yield Member(member_name, since, 0, b"", 0, link, header.kind == b"1")
             continue
-        with _large if _LARGE < size <= max_member else nullcontext():
+        with _large.turn() if _LARGE < size <= max_member else nullcontext():
             member = _read_data(source, member_name, size, max_member)
             if member is None:
                 what = f"the archive ends inside {member_name!r}, which begins at byte {start}"

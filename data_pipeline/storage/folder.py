@@ -231,8 +231,12 @@ Folder = LocalFolder | RemoteFolder
 
 
 def open_folder(path: str) -> Folder:
-    """Return the folder at a URL (`s3://...`) or path; nothing is created before the first write."""
-    return RemoteFolder(path) if "://" in path else LocalFolder(path)
+    """Return the folder at a URL (`s3://...`) or path; nothing is created before the first write.
+
+    Raises:
+        DataError: it is almost a URL, such as `s3:/bucket/x`.
+    """
+    return RemoteFolder(path) if "://" in path else LocalFolder(store.local_path(path))
 
 
 def in_cache(path: str, index: str) -> str:

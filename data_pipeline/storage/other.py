@@ -106,10 +106,11 @@ def endpoint() -> str:
 
 
 def _status(error: BaseException) -> int:
-    for name in ("status", "status_code", "code"):
-        value = getattr(error, name, None)
-        if isinstance(value, int):
-            return value
+    for holder in (error, getattr(error, "response", None)):  # the Hub's errors keep the answer
+        for name in ("status", "status_code", "code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return value
     return 0
 
 
@@ -127,6 +128,8 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if isinstance(error, FileNotFoundError) and scheme_of(url) in _READ_ONLY:
         error = error.__cause__ or error  # fsspec calls a file missing whatever kept it from asking
     status, said = _status(error), describe_error(error)
+    if scheme_of(url) == "hf" and isinstance(error, FileNotFoundError) and "not found)" in said:
+        return DataError(f"{url}: {said}")  # the repository or its revision
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
     if isinstance(error, PermissionError) or status in (401, 403):
@@ -295,7 +298,14 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
         Missing: it does not exist, or is a directory.
         DataError: its server does not report its size.
     """
-    info = _call(url, lambda fs: fs.info(url), patience)
+
+    def ask(fs: Any) -> dict[str, Any]:
+        if scheme_of(url) != "hf":
+            return dict(fs.info(url))
+        fs.invalidate_cache(url)  # it keeps listings, which other processes may have outdated
+        return dict(fs.info(url, expand_info=True))  # without this, it lists the whole folder first
+
+    info = _call(url, ask, patience)
     if info.get("type") == "directory":
         raise Missing(f"{url}: no such object")
     if info.get("size") is None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = re.compile(r"[*?\[]")
 _PACKED = re.compile(r"\.(tar\.(zst|bz2|xz|lz4|lzma)|tzst|tbz2?|txz)$", re.IGNORECASE)
+_WEB = ("http://", "https://")
 _S3_ALIASES = ("s3", "s3a", "s3n")
 _UNPACK = "only plain and gzip-compressed tars are read; unpack the others, for example with `zstd -d`"
 
@@ -56,7 +57,8 @@ class Entry:
 
 def is_remote(url: str) -> bool:
     """Return whether a URL names an object in a store rather than a local file."""
-    return "://" in url and (url.startswith("s3://") or other.scheme_of(url) in other.SCHEMES)
+    scheme, colon, _ = url.partition("://")
+    return bool(colon) and (scheme == "s3" or scheme in other.SCHEMES)
 
 
 def _door(url: str) -> Any:
@@ -68,15 +70,18 @@ def local_path(url: str) -> str:
     """Return the file path behind a path or file:// URL.
 
     Raises:
-        DataError: the scheme is not supported.
+        DataError: the scheme is not supported, or it is misspelled.
     """
-    if "://" not in url:
+    if ":/" not in url:
         return os.path.expanduser(url)
     if url.startswith("file://"):
         return url.removeprefix("file://")
-    scheme, _, rest = url.partition("://")
-    if scheme.lower() in _S3_ALIASES:
-        raise DataError(f"{url}: write s3://{rest}")
+    scheme, _, rest = url.partition(":/")
+    name = "s3" if scheme.lower() in _S3_ALIASES else scheme.lower()
+    if name == "s3" or name in other.SCHEMES:
+        raise DataError(f"{url}: write {name}://{rest.lstrip('/')}")
+    if "://" not in url:
+        return os.path.expanduser(url)
     known = ", ".join(f"{name}://" for name in ("s3", *other.SCHEMES))
     raise DataError(f"{url}: only file paths and {known} URLs can be read")
 
@@ -86,14 +91,19 @@ def join(parent: str, name: str) -> str:
     return f"{parent.rstrip('/')}/{name}" if is_remote(parent) else os.path.join(parent, name)
 
 
+def without_query(url: str) -> str:
+    """Return a URL without the query of a web address, such as `?download=true` or a signature."""
+    return url.partition("?")[0] if url.startswith(_WEB) else url
+
+
 def parent(url: str) -> str:
     """Return the directory of a file, or the prefix of an object without its last slash."""
-    return url.rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url)) or "."
+    return without_query(url).rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url)) or "."
 
 
 def basename(url: str) -> str:
     """Return the last component of a path or URL."""
-    return url.rstrip("/").rpartition("/")[2]
+    return without_query(url).rstrip("/").rpartition("/")[2]
 
 
 class LocalStream:
@@ -421,6 +431,8 @@ def _is_shard_name(name: str) -> bool:
 
 
 def _expand_remote(pattern: str, patience: Patience) -> list[str]:
+    if "?" in pattern and without_query(pattern).lower().endswith(SHARD_SUFFIXES):
+        return [pattern]  # not a glob
     door = _door(pattern)
     root, key = door.root(pattern), door.split(pattern)[1]
     magic = _MAGIC.search(key)
@@ -434,7 +446,7 @@ def _expand_remote(pattern: str, patience: Patience) -> list[str]:
     prefix = key.rstrip("/") + "/" if key else ""
     found = door.listing(f"{root}/{prefix}", "/", patience)
     shards = [f"{root}/{name}" for name, length, _ in found if length != -1 and _is_shard_name(basename(name))]
-    is_page = pattern.startswith(("http://", "https://"))
+    is_page = pattern.startswith(_WEB)
     if not shards and key and not key.endswith("/") and not is_page and _head_or_none(pattern, patience):
         return [pattern]  # an object of another name
     return shards
@@ -523,7 +535,7 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
 def _describe_prefix(prefix: str, wanted: list[str], patience: Patience) -> dict[str, Entry]:
     door = _door(prefix)
     root = door.root(prefix)
-    if len(wanted) > 4:
+    if len(wanted) > 4 and not prefix.startswith(_WEB):  # a web server need not list what it has
         try:
             found = [one for one in door.listing(prefix + "/", "/", patience) if one[1] != -1]
             if any(length < 0 or not etag for _, length, etag in found):

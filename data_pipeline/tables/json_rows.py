@@ -11,6 +11,9 @@ from typing import IO, Any
 from data_pipeline.common.errors import BadSample
 from data_pipeline.tables.base import FileLines, Rows, looks_like_picture, no_table, plain_name
 
+_OF_A_PICTURE = {"path", "bytes", "file_name", "filename"}
+"""Fields of an object that stands for a picture, as in the `datasets` library."""
+
 
 class ListRows:
     """Rows held in memory."""
@@ -116,8 +119,11 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     names, cells = value.get("columns"), value.get("data")
     if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
         return ListRows([dict(zip(map(str, names), row, strict=False)) for row in cells])  # pandas, orient="split"
+    if _is_row(value, known):
+        return ListRows([value])
     numbered = [one for one in value.values() if isinstance(one, dict)]
-    if len(numbered) == len(value) > 1 and sum(plain_name(name) in known for name in value) > 1:
+    aligned = all(set(one) == set(numbered[0]) for one in numbered)
+    if aligned and len(numbered) == len(value) > 1 and sum(plain_name(name) in known for name in value) > 1:
         rows = dict.fromkeys(number for one in numbered for number in one)  # pandas, orient="columns"
         return ListRows([{name: one.get(number) for name, one in value.items()} for number in rows])
     images, captions = value.get("images"), value.get("annotations")
@@ -140,6 +146,13 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     ):
         return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without extensions
     return ListRows([value])
+
+
+def _is_row(value: dict[str, Any], known: Collection[str]) -> bool:
+    """Return whether an object is itself a row: a known column holds the name of one picture, as text or as the `path`
+    of an object, or the picture. All other layouts hold lists, or have rows' numbers or names for keys."""
+    cells = (one for name, one in value.items() if plain_name(name) in known)
+    return any(looks_like_picture(one) or (isinstance(one, dict) and bool(_OF_A_PICTURE & set(one))) for one in cells)
 
 
 def _named_rows(value: dict[str, Any]) -> ListRows:

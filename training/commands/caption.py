@@ -20,7 +20,7 @@ from data_pipeline.shards.dataset import keep_rows, patience_of, stored_index
 from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
-from training.commands.sharing import in_processes, ranks_of, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, share
 from training.processes.devices import own_device
 from training.text.identity import folder_hash
 
@@ -67,6 +67,9 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
         "side": settings.side,
         "dtype": settings.dtype,
     }
+    places = [caption_file_url(entry.url, _folder_of(output, name)) for name, entry, _ in shards]
+    for number in first_and_last(places):
+        _check_same(places[number], {**made_by, **_of_data(shards[number][2])})
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
     for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
@@ -74,7 +77,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
         if index is None:
             index = build_index(entry, data.index_dir, patience, data.members)
         place = caption_file_url(entry.url, _folder_of(output, name))
-        facts = {**made_by, "shard": store.basename(entry.url), "digest": index.digest}
+        facts = {**made_by, **_of_data(data), "shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
             _check_same(place, facts)
             done["kept"] += 1
@@ -133,13 +136,30 @@ def _batches(items: Iterator[tuple[str, Image.Image]], size: int) -> Iterator[tu
         yield keys, pictures
 
 
+def _of_data(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that decide which pictures are captioned and how they look, unless they are the defaults."""
+    default = DataConfig()
+    looks = {name: getattr(data, name) for name in _LOOKS if getattr(data, name) != getattr(default, name)}
+    return {"filter": data.filter.in_force(), **looks}
+
+
 def _check_same(place: str, facts: dict[str, Any]) -> None:
-    made = read_captions(place)[1]
-    differing = [name for name in facts if name != "model" and made.get(name) != facts[name]]
+    made = {"filter": {}, **dict.fromkeys(_LOOKS), **read_captions(place)[1]}  # earlier versions did not record these
+    wanted = {**dict.fromkeys(_LOOKS), **facts}
+    differing = [said for name, said in _SAID.items() if name in wanted and made.get(name) != wanted[name]]
     if differing:
         raise DataError(
             f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
         )
+
+
+_LOOKS = ("max_pixels", "background", "srgb")
+_SAID = {
+    **{"sha": "model", "prompt": "vlm.prompt", "max_tokens": "vlm.max_tokens", "side": "vlm.side"},
+    **{"dtype": "vlm.dtype", "filter": "data.filter", "digest": "content of the shard"},
+    **{name: f"data.{name}" for name in _LOOKS},
+}
+"""Fact -> what it is called in messages."""
 
 
 def _check_names(shards: list[tuple[str, str]]) -> None:

@@ -17,14 +17,14 @@ from data_pipeline.config import CaptionConfig
 from data_pipeline.content.captions import FROM_FILES, candidates
 from data_pipeline.content.members import more_captions
 from data_pipeline.reading.sequential import PartReader
-from data_pipeline.shards.caption_files import CaptionFiles
+from data_pipeline.shards.caption_files import CaptionFiles, captions_hash
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
 from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
-from training.commands.sharing import in_processes, ranks_of, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, share
 from training.processes.devices import own_device
 from training.text.identity import identity
 
@@ -55,6 +55,9 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     part, parts = share(config.part, config.parts, os.environ)
     mine = shards[part::parts]
     facts = {"encoder": identity(config.text), "dtype": config.dtype}
+    places = [sidecar_url(entry.url, _folder(config.output, name)) for name, entry, _ in shards]
+    for number in first_and_last(places):
+        _check_kept(places[number], {**facts, "captions": _of_captions(shards[number][2].captions)})
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
     quiet = ranks_of(os.environ)[0] > 0
@@ -63,7 +66,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
         if index is None:
             index = build_index(entry, data.index_dir, patience, data.members)
         place = sidecar_url(entry.url, _folder(config.output, name))
-        made_of = {**facts, "captions": _of_captions(data.captions)}
+        made_of = {**facts, "captions": {**_of_captions(data.captions), **_of_files(data.captions, entry.url)}}
         made_of |= {"shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
             _check_kept(place, made_of)
@@ -139,16 +142,34 @@ def _groups(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
 def _of_captions(config: CaptionConfig) -> dict[str, Any]:
     """Return the settings that determine which captions are embedded."""
     sources = sorted(source for source, weight in config.weights.items() if weight > 0)
-    return {"sources": sources, "clean": config.clean, "max_characters": config.max_characters}
+    encoding = {"encoding": config.encoding} if config.encoding else {}
+    return {"sources": sources, "clean": config.clean, "max_characters": config.max_characters, **encoding}
+
+
+def _of_files(config: CaptionConfig, shard: str) -> dict[str, Any]:
+    """Return the hash of each file of captions of a shard: captions written anew have to be embedded anew."""
+    hashes = {name: captions_hash(shard, folder) for name, folder in sorted(config.files.items())}
+    return {"files": hashes} if hashes else {}
 
 
 def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
-    facts = {"captions": made_of["captions"], **Sidecar(place).facts}  # older sidecars do not record them
-    differing = [name for name in ("digest", "encoder", "dtype", "captions") if facts.get(name) != made_of[name]]
+    found = Sidecar(place).facts
+    facts = {"captions": made_of["captions"], **found}  # older sidecars do not record them
+    differing = [_SAID[name] for name in _SAID if name in made_of and facts.get(name) != made_of[name]]
+    captions = facts["captions"]
+    differing += [
+        f"data.captions.{name}"
+        for name in dict.fromkeys([*made_of["captions"], *captions])
+        if captions.get(name) != made_of["captions"].get(name) and (name != "files" or "digest" in made_of)
+    ]
     if differing:
         raise DataError(
             f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
         )
+
+
+_SAID = {"digest": "content of the shard", "encoder": "text encoder", "dtype": "dtype"}
+"""Fact -> what it is called in messages."""
 
 
 def _refuse_equal_names(shards: list[tuple[str, str | None]]) -> None:

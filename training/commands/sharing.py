@@ -6,11 +6,12 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.storage import store
 from training.processes.launcher import launch
 from training.processes.ranks import process_count
 
@@ -41,6 +42,24 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
     if _RESULTS in os.environ:
         Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
     return done
+
+
+def first_and_last(places: Sequence[str]) -> list[int]:
+    """Return the numbers of the first and last of these files that exist, of whichever process, from one listing of
+    each folder.
+
+    If these were made with the settings of this run, it may go on; otherwise a process whose files are all missing
+    would mix two kinds in one output.
+    """
+    there: dict[str, set[str]] = {}
+    found = []
+    for number, place in enumerate(places):
+        folder = store.parent(place)
+        if folder not in there:
+            there[folder] = set(store.list_dir(folder))
+        if store.basename(place) in there[folder]:
+            found.append(number)
+    return found[:1] + found[1:][-1:]
 
 
 def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:

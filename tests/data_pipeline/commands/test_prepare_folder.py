@@ -280,3 +280,37 @@ def test_several_captions_of_a_picture_are_all_kept(
     first, second = sorted(name for name in written if name.endswith(".json"))
     assert json.loads(written[first])["captions"] == ["one", "two"] and "captions" not in json.loads(written[second])
     assert "1 samples have several captions" in caplog.text and "dropped" not in caplog.text
+
+
+def test_copies_that_systems_keep_are_no_pictures_of_the_data_set(tmp_path: Path, caplog: Any) -> None:
+    for name in ("", ".ipynb_checkpoints/", "__MACOSX/", "@eaDir/a.jpg/", "sub/.thumbnails/"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "a.jpg").write_bytes(ONE) if name != "@eaDir/a.jpg/" else None
+        (tmp_path / name / "a.txt").write_text("one")
+    assert found(FolderSource(str(tmp_path))) == {"a.jpg": "one"}
+    assert "are not searched" in caplog.text and "and 1 more" in caplog.text
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
+    folder(tmp_path, own_in_a__jpg=ONE, own_in_a__txt="one", own_in_deep_in_b__jpg=TWO, own_in_deep_in_b__txt="two")
+    folder(tmp_path, elsewhere_in_c__jpg=ONE, elsewhere_in_c__txt="three")
+    own = tmp_path / "own"
+    (own / "linked").symlink_to(tmp_path / "elsewhere")
+    (own / "twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(own)
+    (own / "deep" / "loop").symlink_to(own)
+    (own / "again").symlink_to(own / "deep")
+    (own / "lost.jpg").symlink_to(tmp_path / "none.jpg")
+    source = FolderSource(str(own))
+    names = [source.name(number) for number in range(len(source))]
+    assert names == ["a.jpg", "deep/b.jpg", "linked/c.jpg", "lost.jpg"]
+    with pytest.raises(BadSample, match=r"lost\.jpg: No such file"):
+        source.read(3)
+
+
+@pytest.mark.parametrize(("names", "warned"), [(("train", "test"), True), (("train", "trains"), False)])
+def test_several_splits_in_one_folder_are_said(tmp_path: Path, caplog: Any, names: Any, warned: bool) -> None:
+    for name in names:
+        folder(tmp_path / name / "cat", a__jpg=ONE, a__txt="one")
+    assert len(FolderSource(str(tmp_path))) == 2
+    assert ("it holds several splits (test, train)" in caplog.text) == warned

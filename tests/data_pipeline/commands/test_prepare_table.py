@@ -117,6 +117,10 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
             b'{"info": {}, "data": [{"path": "1.jpg", "text": "one"}, {"path": "2.jpg", "text": "two"}]}',
             ["one", "two"],
         ),
+        ("a.jsonl", b'{"image": {"path": "1.jpg"}, "caption": {"text": "one"}}\n', ["one"]),
+        ("a.jsonl", b'{"image": "1.jpg", "captions": ["one", "eins"], "tags": ["a", "b"]}\n', ["one"]),
+        ("a.jsonl", b'{"image": "1.jpg", "caption": "one", "objects": [{"caption": "a box"}]}\n', ["one"]),
+        ("a.jsonl", b'{"image": "1.jpg", "conversations": [{"from": "gpt", "value": "one"}]}\n', ["one"]),
         ("a.json", b'{"path": "1.jpg",\n "text": "one"}\n{"path": "2.jpg",\n "text": "two"}\n', ["one", "two"]),
     ],
 )
@@ -343,7 +347,7 @@ def test_columns_that_python_cannot_hold_or_that_come_twice_cost_nothing(place: 
     assert captions(source) == ["one", "two"] and "1970" in source.read(0).meta["made"]
 
 
-def test_a_saved_dataset_and_its_class_names_are_read(place: Path) -> None:
+def test_a_saved_dataset_and_its_class_names_are_read(place: Path, caplog: Any) -> None:
     features = {"image": {"_type": "Image"}, "label": {"names": ["grey_cat", "dog"], "_type": "ClassLabel"}}
     table = pa.table({"image": [{"bytes": ONE}, {"bytes": TWO}], "label": [0, 1]})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -353,6 +357,7 @@ def test_a_saved_dataset_and_its_class_names_are_read(place: Path) -> None:
             out.write_table(part)
         (place / "saved" / split / "cache-123.arrow").write_bytes(b"of datasets.map")
     assert captions(TableSource(str(place / "saved"))) == ["grey cat", "dog"]
+    assert "several splits (train, validation), and all are read" in caplog.text
     pq.write_table(table, place / "a.parquet")
     assert captions(TableSource(str(place / "a.parquet"))) == ["grey cat", "dog"]
 

@@ -6,7 +6,9 @@ import io
 import shutil
 import subprocess
 import tarfile
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import DataError, NotAnArchive
+from data_pipeline.shards import tar as tars
 from data_pipeline.shards.tar import Problem, walk
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -301,3 +304,30 @@ def test_nothing_crashes_the_walk(data: bytes, at: int) -> None:
 def test_what_is_no_tar_says_what_to_do(name: str, data: bytes, words: str) -> None:
     with pytest.raises(NotAnArchive, match=words):
         list(walk(io.BytesIO(data + bytes(600)), name=name))
+
+
+def test_a_thread_that_walks_two_archives_in_turn_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_LARGE", 100)
+    data = archive([(f"{n}.jpg", bytes([n]) * 200) for n in range(3)])
+    pairs = list(zip(walk(io.BytesIO(data)), walk(io.BytesIO(data)), strict=True))
+    assert len(pairs) == 3 and all(one.data == other.data for one, other in pairs)
+    assert not tars._large.locked()
+
+
+def test_large_members_of_several_threads_are_held_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_LARGE", 100)
+    data, held, most = archive([(f"{n}.jpg", bytes([n]) * 200) for n in range(3)]), [0], [0]
+
+    def consume(_: int) -> int:
+        count = 0
+        for member in walk(io.BytesIO(data)):
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+            count += len(member.data)
+            time.sleep(0.001)
+            held[0] -= 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(consume, range(20))) == [600] * 20
+    assert most == [1]

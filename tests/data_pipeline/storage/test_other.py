@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,19 +9,21 @@ import threading
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import DataError, StoreError
+from data_pipeline.shards.embeddings import sidecar_url
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import other, store
 from data_pipeline.storage.folder import open_folder
 from data_pipeline.storage.retry import Patience
 from tests.data_pipeline.small_shards import write_shards
+from tests.hub import Hub
 
 QUICK = Patience(stall_s=1, deadline_s=2, base_s=0.01, cap_s=0.05)
 DATA = bytes(range(251)) * 100
@@ -32,7 +33,7 @@ OPTIONS: dict[str, Any] = {"seed": 1, "global_batch": 8, "lanes": 4, "window": 8
 class Web(SimpleHTTPRequestHandler):
     """A server of files that answers ranges, as object stores do, unless told otherwise."""
 
-    ranges = True
+    ranges = lists = True
     failing: list[int] = []  # noqa: RUF012
     protocol_version = "HTTP/1.1"
 
@@ -44,6 +45,9 @@ class Web(SimpleHTTPRequestHandler):
             self.send_error(Web.failing.pop(0))
             return
         path = Path(self.translate_path(self.path))
+        if path.is_dir() and not Web.lists:
+            self.send_error(404)
+            return
         wanted = self.headers.get("Range")
         if not (Web.ranges and wanted and path.is_file()):
             super().do_GET()
@@ -61,7 +65,7 @@ class Web(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "web").mkdir()
-    Web.ranges, Web.failing = True, []
+    Web.ranges, Web.lists, Web.failing = True, True, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -129,6 +133,21 @@ def test_shards_from_a_web_server(web: str, tmp_path: Path, monkeypatch: pytest.
         store.write_bytes(f"{web}/x", b"x")
 
 
+def test_shards_with_a_query_from_a_server_that_lists_nothing(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path / "web", [2] * 6)
+    expected = order(str(tmp_path / "web"))
+    for path in (tmp_path / "web").glob("*.parquet"):
+        path.unlink()
+    Web.lists = False
+    assert order(f"{web}/{{00000..00005}}.tar") == expected
+    assert order(f"{web}/{{00000..00005}}.tar?download=true&signed=a/b.tar") == expected
+    assert len({path.parent for path in (tmp_path / "cache").rglob("*.parquet")}) == 1, "one index, whatever the query"
+    assert sidecar_url(f"{web}/00000.tar?x=a/b", "out") == "out/00000.embeddings.safetensors"
+
+
 def test_a_web_server_without_ranges_is_refused_where_they_are_needed(web: str, tmp_path: Path) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)
     Web.ranges = False
@@ -150,53 +169,48 @@ def test_what_a_server_refuses_or_cannot_be_is_told_at_once(web: str, tmp_path: 
         store.read_bytes("gs://bucket/x")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's API as listing and reading one data set need."""
-
-    content = b"0123456789" * 100
-    ranges: ClassVar[list[str | None]] = []
-
-    def do_GET(self) -> None:
-        if "/resolve/" in self.path:
-            asked = self.headers.get("Range")
-            first, last = map(int, asked.split("=")[1].split("-")) if asked else (0, len(self.content) - 1)
-            if self.command == "GET":
-                self.ranges.append(asked)
-            return self._answer(206 if asked else 200, self.content[first : last + 1])
-        if "/tree/" in self.path:
-            return self._json([{"type": "file", "path": "data/a.tar", "size": len(self.content), "oid": "f" * 40}])
-        self._json({"id": "o/r", "sha": "c" * 40, "private": False, "siblings": []})
-
-    do_HEAD = do_GET
-
-    def _json(self, value: object) -> None:
-        self._answer(200, json.dumps(value).encode())
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        """Says nothing."""
-
-
-def test_a_data_set_of_the_hub_is_listed_and_read_in_exact_ranges() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    program = """
+ON_THE_HUB = """
+import json, os, urllib.request
+from data_pipeline.common.errors import DataError
 from data_pipeline.storage import store
 place = "hf://datasets/o/r/data/a.tar"
 assert store.expand("hf://datasets/o/r/data") == [place] and store.size(place) == 1000
-print(store.read_range(place, 5, 15).decode())
+assert store.read_range(place, 5, 15) == b"5678901234"
+assert store.describe([place])[0].etag == store.describe([place] * 5)[0].etag != ""
+run = "hf://datasets/o/r/run"
+store.write_bytes(f"{run}/1", b"one")
+assert not store.create(f"{run}/1", b"x") and store.create(f"{run}/deep/2", b"two")
+assert store.sizes(run) == {"1": 3, "deep": -1} and store.read_bytes(f"{run}/deep/2") == b"two"
+lines = [{"key": "header", "value": {}}]
+lines += [{"key": "file", "value": {"path": f"run/{n}", "content": "bGF0ZXI="}} for n in (1, 3)]
+body = "".join(json.dumps(line) + chr(10) for line in lines).encode()  # as another process would
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/api/datasets/o/r/commit/main", body).close()
+assert (store.size(f"{run}/1"), store.size(f"{run}/3")) == (5, 5)
+assert store.read_bytes(f"{run}/1") == store.read_bytes(f"{run}/3") == b"later"
+store.remove_files(run, ["3", "missing"])
+store.remove(run)
+assert not store.exists(run) and store.list_dir(run) == []
+for url, words in (("hf://datasets/o/none/x", "repository not found"), (f"{run}/1", "no such object")):
+    try:
+        store.read_bytes(url)
+    except DataError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(url)
+print("done")
 """
-    environ = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ)
-    server.shutdown()
-    assert done.stdout == "5678901234\n", done.stderr
-    assert Hub.ranges == ["bytes=5-14"]
+
+
+def test_a_repository_of_the_hub_is_listed_read_in_exact_ranges_and_written() -> None:
+    with Hub() as hub:
+        hub.files["datasets/o/r", "data/a.tar"] = b"0123456789" * 100
+        environ = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", ON_THE_HUB], capture_output=True, text=True, env=environ, timeout=120
+        )
+    assert done.stdout == "done\n", done.stderr
+    ranges = [asked for method, path, asked in hub.log if method == "GET" and path.endswith("resolve/main/data/a.tar")]
+    assert ranges == ["bytes=5-14"]
 
 
 @pytest.mark.parametrize(

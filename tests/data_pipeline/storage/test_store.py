@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.storage import store
+from data_pipeline.storage.folder import open_folder
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ def test_expand_a_list_without_repetition(folder: Path) -> None:
 def test_expand_says_what_is_wrong(folder: Path, pattern: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         store.describe(store.expand(pattern.format(folder=folder)))
+
+
+@pytest.mark.parametrize(("url", "right"), [("S3://b/x", "s3://b/x"), ("s3:/b/x", "s3://b/x"), ("GS://b", "gs://b")])
+def test_what_is_almost_a_url_is_no_path(url: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"write {right}$"):
+        store.write_bytes(url, b"x")
+    with pytest.raises(DataError, match=f"write {right}$"):
+        open_folder(url).names()
+    assert not os.listdir()
 
 
 def test_missing_shards_of_a_pattern_are_named_and_counted(folder: Path) -> None:

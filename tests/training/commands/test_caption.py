@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import CaptionConfig, DataConfig
 from data_pipeline.reading.loader import Loader
-from data_pipeline.shards.caption_files import read_captions
+from data_pipeline.shards.caption_files import read_captions, write_captions
 from data_pipeline.storage import store
 from tests.data_pipeline.photos import copy_shards, samples
 from tests.training.text.tiny_vlm import tiny_vlm
@@ -62,13 +62,36 @@ def test_the_same_command_goes_on_and_another_is_refused(written: str, model: st
     assert (kept["kept"], kept["captions"]) == (2, 0)
     other = command(model, shards, written)
     other.vlm.prompt = "the picture"
-    with pytest.raises(DataError, match=r"00000.captions.parquet: it was made with a different prompt; remove it"):
+    with pytest.raises(DataError, match=r"00000.captions.parquet: it was made with a different vlm.prompt; remove it"):
         main(other)
     parts = [main(command(model, shards, str(tmp_path), part=part, parts=2)) for part in (0, 1)]
     assert [part["shards"] for part in parts] == [1, 1]
     assert (
         read_captions(f"{tmp_path}/00001.captions.parquet")[0] == read_captions(f"{written}/00001.captions.parquet")[0]
     )
+
+
+def test_other_pictures_or_another_half_are_not_mixed_in_silently(
+    written: str, model: str, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = command(model, shards, written)
+    other.data.filter.min_side, other.data.background = 8, 0
+    with pytest.raises(DataError, match=r"with a different data\.filter and data\.background; remove it"):
+        main(other)
+    (tmp_path / "00000.captions.parquet").write_bytes(Path(f"{written}/00000.captions.parquet").read_bytes())
+    other = command(model, shards, str(tmp_path), part=1, parts=2)  # whose own file is missing
+    other.vlm.prompt = "the picture"
+    with pytest.raises(DataError, match=r"00000.captions.parquet: it was made with a different vlm\.prompt"):
+        main(other)
+    captions, facts = read_captions(f"{written}/00001.captions.parquet")
+    rows = [(key, text) for key, texts in captions.items() for text in texts]
+    write_captions(f"{tmp_path}/00001.captions.parquet", rows, {**facts, "prompt": "what?"})
+    settings = CaptionConfig(sources={"file:vlm": 1}, files={"vlm": str(tmp_path)})
+    loader = Loader(DataConfig(shards=shards, global_batch=8, captions=settings), image_size=16)
+    for _ in range(4):
+        next(loader)
+    loader.close()
+    assert caplog.text.count("were made by different models, prompts or settings") == 1
 
 
 def test_without_a_chat_template_the_prompt_is_taken_as_it_is(model: str, tmp_path: Path) -> None:

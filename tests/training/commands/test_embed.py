@@ -13,8 +13,9 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import CaptionConfig, DataConfig
 from data_pipeline.content.captions import candidates, choose_caption
 from data_pipeline.reading.loader import Loader
+from data_pipeline.shards.caption_files import caption_file_url, write_captions
 from data_pipeline.shards.embeddings import Embeddings, pad
-from data_pipeline.shards.index import load_index
+from data_pipeline.shards.index import index_shard, load_index
 from data_pipeline.storage import store
 from tests.data_pipeline.photos import copy_shards, samples
 from tests.training import forks
@@ -139,13 +140,36 @@ def test_other_captions_are_not_kept_silently(shards: Path) -> None:
     main(config(shards))
     settings = config(shards)
     settings.data.captions = CaptionConfig(sources={"txt": 1.0})
-    with pytest.raises(DataError, match="made with a different captions; remove it"):
+    with pytest.raises(DataError, match=r"made with a different data\.captions\.sources; remove it"):
         main(settings)
+
+
+def test_captions_written_anew_are_embedded_anew(shards: Path, tmp_path: Path) -> None:
+    def recaption(words: str) -> None:
+        for path in sorted(shards.glob("*.tar")):
+            index = load_index(str(path)) or index_shard(str(path))
+            rows = [(index.key(row), f"{words} {row}") for row in range(len(index))]
+            write_captions(caption_file_url(str(path), str(tmp_path / "vlm")), rows, {"digest": index.digest})
+
+    settings = config(shards, output=str(tmp_path / "out"))
+    settings.data.captions = CaptionConfig(sources={"file:vlm": 1.0}, files={"vlm": str(tmp_path / "vlm")})
+    recaption("a picture")
+    assert main(settings)["kept"] == 0 and main(settings)["kept"] == 2
+    recaption("something else")
+    with pytest.raises(DataError, match=r"with a different data\.captions\.files; remove it"):
+        main(settings)
+
+
+def test_a_process_without_sidecars_of_its_own_mixes_no_second_kind_in(shards: Path, tmp_path: Path) -> None:
+    main(config(shards, output=str(tmp_path), part=0, parts=2))
+    with pytest.raises(DataError, match=r"00000.*with a different dtype; remove it or choose another output"):
+        main(config(shards, output=str(tmp_path), part=1, parts=2, dtype="int8"))
+    assert main(config(shards, output=str(tmp_path), part=1, parts=2))["captions"]
 
 
 def test_sidecars_of_other_settings_are_never_overwritten(shards: Path) -> None:
     main(config(shards))
-    with pytest.raises(DataError, match="a different encoder and dtype"):
+    with pytest.raises(DataError, match="a different text encoder and dtype"):
         main(config(shards, TextConfig(dim=16, max_tokens=16), dtype="int8"))
 
 
