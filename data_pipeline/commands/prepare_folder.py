@@ -111,7 +111,7 @@ class FolderSource:
             shards = any(name.endswith(".tar") for name in os.listdir(self.folder))
             packed = next((path for path in sorted(self.folder.iterdir()) if _is_archive(path)), None)
             raise DataError(
-                f"prepare.source={folder}: it contains no pictures ({', '.join(IMAGE_EXTENSIONS)})"
+                f"prepare.source={folder}: it contains no pictures ({', '.join(IMAGE_EXTENSIONS)}){self._instead()}"
                 f"{'; for shards set prepare.kind=shards' if shards else f'; unpack {packed.name}' if packed else ''}"
                 f"{self._tables_hint()}"
             )
@@ -257,6 +257,11 @@ class FolderSource:
                     if entry is not None:
                         entry.row = table, number
             yield table
+
+    def _instead(self) -> str:
+        """Return what the folder contains instead of pictures."""
+        found = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
+        return f" but {found}" if found else ""
 
     def _tables_hint(self) -> str:
         if any(path.suffix in (".parquet", ".arrow") for path in self._files):

@@ -153,15 +153,18 @@ class TableSource:
         )
 
     def _caption_columns(self, first: Rows, by_name: dict[str, str]) -> tuple[str, ...]:
-        """Return the preferred column of captions, or several that are numbered (`caption_1`, `caption_2`)."""
-        for name in (*map(plain_name, self.names.caption), *CAPTION_COLUMNS):
-            if name in by_name:
-                return (by_name[name],)
+        """Return the preferred column of captions with those that are numbered like it (`caption_1`, `caption_2`)."""
         stems: dict[str, list[str]] = {}
         for name in map(str, first.columns):
             found = _NUMBERED.fullmatch(plain_name(name))
             if found and found[1] in CAPTION_COLUMNS:
                 stems.setdefault(found[1], []).append(name)
+        for name in map(plain_name, self.names.caption):
+            if name in by_name:
+                return (by_name[name],)
+        for name in CAPTION_COLUMNS:
+            if name in by_name:
+                return (by_name[name], *(one for one in stems.get(name, []) if one != by_name[name]))
         if stems:
             return tuple(min(stems.items(), key=lambda one: CAPTION_COLUMNS.index(one[0]))[1])
         return tuple(getattr(first, "classes", {}))[:1]

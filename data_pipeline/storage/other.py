@@ -179,7 +179,8 @@ def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backo
             if fatal is not None:
                 raise fatal from error
             proxy = any(isinstance(one, aiohttp.ClientProxyConnectionError) for one in causes_of(error))
-            backoff.wait(error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else unread_proxy())
+            hidden = error.__cause__ if isinstance(error, FileNotFoundError) else None  # an answer, see `_permanent`
+            backoff.wait(hidden or error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else unread_proxy())
 
 
 def _etag(info: dict[str, Any]) -> str:

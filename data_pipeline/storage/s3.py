@@ -395,7 +395,7 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     except DataError as error:
         if s3_errors.error_code(error) in _EXISTS:
             return False
-        if s3_errors.status_of(error) != 501:
+        if s3_errors.status_of(error) != 501 and s3_errors.error_code(error) != "NotImplemented":
             raise
         call(url, "put_object", patience, len(data), **target)
     return True

@@ -47,6 +47,13 @@ TRANSIENT = {
     "408",
     "OperationAborted",
 }
+_REMEDIES = {
+    "InvalidObjectState": "it is archived: restore it first",
+    "QuotaExceeded": "make room, or raise the quota",
+    "EntityTooLarge": "the store takes no object of this size",
+    "KMS.DisabledException": "enable the key with which the bucket is encrypted",
+}
+"""Codes of refusals that have nothing to do with credentials -> what to do."""
 _PASSING_STATUS = {408, 425, 429}
 _LASTING_STATUS = {501, 505}
 _OTHER_NAME, _OUT_OF_DATE = {62, 64}, {9, 10}
@@ -289,6 +296,20 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
 
     where = f"{endpoint_variable()}={endpoint()}" if endpoint() != "AWS" else "AWS"
     chain = list(causes_of(error))
+    if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
+        return DataError(
+            f"{url}: no credentials: {error.filename}: {error.strerror}; check AWS_PROFILE, AWS_CONFIG_FILE "
+            "(~/.aws/config) and AWS_WEB_IDENTITY_TOKEN_FILE"
+        )
+    if isinstance(error, RecursionError):
+        return DataError(
+            f"{url}: {where} redirects every request; check whether its address begins with https://, and "
+            "AWS_DEFAULT_REGION"
+        )
+    if isinstance(error, exceptions.ParamValidationError):
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        wrong = f"{bucket!r} is no valid name of a bucket" if key else "it names a bucket and no object in it"
+        return DataError(f"{url}: {wrong}; write s3://bucket/name")
     if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
         return DataError(
             f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
@@ -363,6 +384,8 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
             f"{url}: {endpoint()} requires the bucket in the host name ({said}): add `s3 =` and below it, indented, "
             "`addressing_style = virtual` to the profile in AWS_CONFIG_FILE (by default ~/.aws/config)"
         )
+    if code in _REMEDIES:
+        return DataError(f"{url}: {endpoint()} rejected the request ({said}); {_REMEDIES[code]}")
     if code in DENIED or status in (401, 403):
         return Denied(
             f"{url}: {endpoint()} denies access to bucket {bucket!r} (HTTP {status}, {said}); check "

@@ -485,6 +485,8 @@ def _hint(pattern: str, patience: Patience) -> str:
             holds = f"contains, for example, {other!r}; `cascade prepare` makes shards from pictures"
             return f" (the directory {where!r} {holds if other else 'is empty'})"
         return f" (the directory {where!r} does not exist; `cascade prepare` makes shards from pictures)"
+    if pattern.startswith(_WEB):
+        return " (its server lists none there: name them, for example with {00000..00009}.tar)"
     door = _door(pattern)
     bucket, key = door.split(pattern)
     begin = re.split(r"[*?\[{]", key)[0]

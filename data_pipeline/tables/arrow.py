@@ -115,10 +115,11 @@ def class_names(schema: Any) -> dict[str, list[str]]:
 
 def _value(cell: Any) -> Any:
     """Convert a cell to a Python value, or to text if Python has no such type (nanoseconds)."""
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
 
     try:
-        return cell.as_py()
+        value = cell.as_py()
+        return dict(value) if types.is_map(cell.type) and value is not None else value
     except UnicodeDecodeError:
         raise
     except (ValueError, OverflowError, NotImplementedError):

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from data_pipeline.common.errors import BadSample
@@ -78,6 +79,12 @@ class DelimitedRows:
         text = raw.decode(self._encoding, errors).lstrip("\ufeff")
         literal = number in self._literal or (self._headless and '"' in text and not text.rstrip().endswith('"'))
         cells = _cells(text, self._separator, literal, len(self.columns) if self._headless else 0)
+        if not self._headless and not literal:
+            if "\r" in text.rstrip("\r\n") and _ends_inside(text, self._separator):
+                words = "a row ends inside it with a carriage return: save the table with one kind of line ends"
+                raise BadSample("bad_row", f"line {self._lines.lines[number]}: {words}")
+            if '\\"' in text:
+                cells = _escaped(text, self._separator, len(self.columns)) or cells
         extra = len(cells) - len(self.columns)
         if extra < 0:
             words = f"it has {len(cells)} cells, the table {len(self.columns)} columns ({', '.join(self.columns)})"
@@ -119,6 +126,29 @@ def _cells(text: str, separator: str, literal: bool, most: int) -> list[str]:
         return line.split(separator)
     finally:
         csv.field_size_limit(limit)
+
+
+def _ends_inside(text: str, separator: str) -> bool:
+    """Return whether the CSV module sees more than one row in a row."""
+    try:
+        return sum(1 for _ in csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=separator)) > 1
+    except csv.Error:
+        return False
+
+
+def _escaped(text: str, separator: str, columns: int) -> list[str]:
+    """Return the cells of a row in which quotes are escaped by backslashes; empty if they are not."""
+
+    def parse(escape: str | None) -> list[str]:
+        source = io.StringIO(text.rstrip("\r\n"), newline="")
+        with suppress(csv.Error):
+            return next(
+                csv.reader(source, delimiter=separator, skipinitialspace=True, strict=True, escapechar=escape), []
+            )
+        return []
+
+    cells = [] if parse(None) else parse("\\")
+    return cells if len(cells) == columns else []
 
 
 def _unquoted(cell: str) -> str:
@@ -173,6 +203,7 @@ def _header(first: bytes, separator: str, known: Collection[str]) -> tuple[list[
             if len(cells) == 2 and looks_like_picture(cells[0]):
                 return ["image", "caption"], one, True
     names = [name or f"column {i + 1}" for i, name in enumerate(best[1])]
+    names = [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
     while len(names) > 1 and best[1][len(names) - 1] == "" and len(names) > best[0][0] + 1:
         names.pop()  # the header ends with separators
     return names, best[2], False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import IO, Any
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.tables.base import FileLines, Rows, looks_like_picture, no_table, plain_name
+
+logger = logging.getLogger(__name__)
 
 _OF_A_PICTURE = {"path", "bytes", "file_name", "filename"}
 """Fields of an object that stands for a picture, as in the `datasets` library."""
@@ -94,7 +97,7 @@ def json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
     except (ValueError, RecursionError) as error:
         values = _values(text.decode("utf-8-sig", "replace"))
         if len(values) > 1:
-            return ListRows(values)
+            return ListRows(_objects(values, known))
         raise no_table(path, f"JSON: {error}") from error
 
 
@@ -115,7 +118,7 @@ def _values(text: str) -> list[Any]:
 def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     """Return the rows in a JSON value: a list of objects, COCO's captions, columns, or captions by picture name."""
     if isinstance(value, list):
-        return ListRows(value)
+        return ListRows(_objects(value, known))
     names, cells = value.get("columns"), value.get("data")
     if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
         return ListRows([dict(zip(map(str, names), row, strict=False)) for row in cells])  # pandas, orient="split"
@@ -134,7 +137,11 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     lists = {name: one for name, one in value.items() if isinstance(one, list)}
     objects = [one for one in lists.values() if one and all(isinstance(item, dict) for item in one)]
     if objects:
-        return ListRows(max(objects, key=len))
+        longest = max(objects, key=len)
+        alike = {name: one for name, one in lists.items() if _alike(one, longest)}
+        if len(alike) > 1:
+            logger.warning("it holds several lists of rows (%s), and all are read", ", ".join(map(str, alike)))
+        return ListRows([row for one in alike.values() for row in one])
     if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
         return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
     if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
@@ -146,6 +153,23 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     ):
         return ListRows([{"image": name, "caption": one} for name, one in value.items()])  # names without extensions
     return ListRows([value])
+
+
+def _objects(rows: list[Any], known: Collection[str]) -> list[Any]:
+    """Return rows that are lists as objects: their names are the first row's, or they are a picture and its caption."""
+    if not rows or not all(isinstance(row, list) and len(row) == len(rows[0]) > 1 for row in rows):
+        return rows
+    first = rows[0]
+    if all(isinstance(name, str) for name in first) and sum(plain_name(name) in known for name in first) > 1:
+        return [dict(zip(first, row, strict=True)) for row in rows[1:]]
+    if len(first) == 2 and looks_like_picture(first[0]):
+        return [{"image": name, "caption": caption} for name, caption in rows]
+    return rows
+
+
+def _alike(rows: list[Any], others: list[Any]) -> bool:
+    """Return whether two lists hold objects with the same fields."""
+    return bool(rows) and isinstance(rows[0], dict) and set(rows[0]) == set(others[0])
 
 
 def _is_row(value: dict[str, Any], known: Collection[str]) -> bool:

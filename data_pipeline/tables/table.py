@@ -26,6 +26,9 @@ from data_pipeline.tables.unpacking import HEAD, open_plain, refuse_others
 logger = logging.getLogger(__name__)
 
 
+_MARKUP = (".yaml", ".yml", ".toml", ".ini")
+
+
 def open_table(path: Path, known: Collection[str] = (), encoding: str | None = None) -> Rows:
     """Open a table.
 
@@ -59,6 +62,8 @@ def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: st
     start = head.lstrip()[:1]
     if not start:
         raise no_table(path, "it is empty")
+    if path.suffix.lower() in _MARKUP:
+        raise no_table(path, f"it is a {path.suffix} file: save it as .json or .csv")
     if start in (b"{", b"["):
         return json_rows(file, path, known)
     refuse_others(head, path)

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import shutil
 import tempfile
 import zipfile
@@ -17,11 +18,14 @@ from data_pipeline.content.members import instead
 from data_pipeline.storage.atomic import naming, scratch
 from data_pipeline.tables.base import no_table
 
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
+"""A line end of old Macs; some files mix it with others."""
 HEAD = 1 << 16
 """Bytes at the beginning by which the format is detected."""
 _OTHERS = (
     (b"ORC", "it is an ORC file: export the table as .parquet"),
     (b"Obj\x01", "it is an Avro file: export the table as .parquet"),
+    (b"FEA1", "it is a Feather file of version 1: save it as .parquet"),
     (b"\x89HDF", "it is an HDF5 file: export the table as .parquet, or the pictures as files"),
     (b"\x93NUMPY", "it is a NumPy array: save the pictures as files"),
     (b"SQLite format 3", "it is a SQLite database: export the table as .csv"),
@@ -62,7 +66,7 @@ def open_plain(path: Path) -> IO[bytes]:
     head = file.read(HEAD)
     file.seek(0)
     encoding = _wide_encoding(head)
-    if encoding or (b"\r" in head and b"\n" not in head):
+    if encoding or _LONE_RETURN.search(head[:-1]):
         text = io.TextIOWrapper(file, encoding or "latin-1", newline=None)
         file = tempfile.TemporaryFile()  # noqa: SIM115
         with naming(scratch()):

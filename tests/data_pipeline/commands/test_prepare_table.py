@@ -90,6 +90,15 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.csv", b'image,caption\n1.jpg,one\n2.jpg,"never closed\n', ["one", '"never closed']),
         ("a.csv", b"\xef\xbb\xbfimage,caption\r\n1.jpg,one\r\n2.jpg,two", ["one", "two"]),
         ("a.csv", b"image,caption\r1.jpg,one\r2.jpg,two\r", ["one", "two"]),
+        ("a.csv", b"image,caption\n1.jpg,one\r2.jpg,two\n", ["one", "two"]),
+        ("a.csv", b"image,caption\r1.jpg,one\n2.jpg,two\r\n", ["one", "two"]),
+        (
+            "a.csv",
+            b'image,caption\n1.jpg,"say \\"hi\\", please"\n2.jpg,"a 5\\" pipe"\n',
+            ['say "hi", please', 'a 5" pipe'],
+        ),
+        ("a.csv", b"image,caption,caption\n1.jpg,one,uno\n2.jpg,,two\n", ["one", "two"]),
+        ("a.csv", b"image,caption,caption_0\n1.jpg,one,uno\n2.jpg,,two\n", ["one", "two"]),
         ("a.csv", b"\n\nImage Path,Image-Caption\n1.jpg,one\n\n2.jpg,two\n\n", ["one", "two"]),
         ("a.csv", "image,caption\n1.jpg,ein Hügel\n2.jpg,two\n".encode("cp1252"), ["ein Hügel", "two"]),
         ("a.csv", "image,caption\n1.jpg,東京\n2.jpg,two\n".encode("utf-16"), ["東京", "two"]),
@@ -121,6 +130,13 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.jsonl", b'{"image": "1.jpg", "captions": ["one", "eins"], "tags": ["a", "b"]}\n', ["one"]),
         ("a.jsonl", b'{"image": "1.jpg", "caption": "one", "objects": [{"caption": "a box"}]}\n', ["one"]),
         ("a.jsonl", b'{"image": "1.jpg", "conversations": [{"from": "gpt", "value": "one"}]}\n', ["one"]),
+        ("a.jsonl", b'["1.jpg", "one"]\n["2.jpg", "two"]\n', ["one", "two"]),
+        ("a.json", b'[["image", "score", "text"], ["1.jpg", 1, "one"], ["2.jpg", 2, "two"]]', ["one", "two"]),
+        (
+            "a.json",
+            b'{"train": [{"image": "1.jpg", "text": "one"}], "val": [{"image": "2.jpg", "text": "two"}]}',
+            ["one", "two"],
+        ),
         ("a.json", b'{"path": "1.jpg",\n "text": "one"}\n{"path": "2.jpg",\n "text": "two"}\n', ["one", "two"]),
     ],
 )
@@ -278,6 +294,8 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.csv", b"image,caption\n", "it has no rows"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.pkl", b"\x80\x04\x95" + bytes(99), "pickle"),
+        ("a.feather", b"FEA1" + bytes(99), r"Feather file of version 1: save it as \.parquet"),
+        ("a.yaml", b"1.jpg: one\n2.jpg: two\n", r"a \.yaml file: save it as \.json"),
     ],
 )
 def test_what_is_no_table_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -399,3 +417,18 @@ def test_pictures_of_a_table_that_are_not_read_have_a_remedy(place: Path) -> Non
     (place / "a.csv").write_bytes(b"image,caption\nx.dng,raw\n")
     with pytest.raises(BadSample, match="dng: develop it first"):
         TableSource(str(place / "a.csv")).read(0)
+
+
+def test_maps_of_captions_are_their_values_not_their_names(place: Path) -> None:
+    kind = pa.map_(pa.string(), pa.string())
+    told = pa.array([[("en", "one"), ("de", "eins")], [("text", "two")]], kind)
+    pq.write_table(pa.table({"image": ["1.jpg", "2.jpg"], "caption": told}), place / "a.parquet")
+    assert captions(TableSource(str(place / "a.parquet"))) == ["one", "two"]
+
+
+def test_a_row_that_a_carriage_return_ends_far_down_is_named(place: Path) -> None:
+    rows = "1.jpg,one\n" * 8000 + "1.jpg,one\r2.jpg,two\n"  # beyond what is read to detect the format
+    (place / "a.csv").write_bytes(f"image,caption\n{rows}".encode())
+    source = TableSource(str(place / "a.csv"))
+    with pytest.raises(BadSample, match="line 8002: a row ends inside it with a carriage return"):
+        source.read(8000)

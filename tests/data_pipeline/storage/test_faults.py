@@ -369,6 +369,28 @@ def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) ->
     assert store.read_bytes(f"{url}-new") == b"1"
     proxy.plan(["status:501"])
     assert store.create(f"{url}-new", b"3") and store.read_bytes(f"{url}-new") == b"3"
+    proxy.words = {400: ("NotImplemented", "A header you provided implies functionality that is not implemented")}
+    proxy.plan(["status:400"])
+    assert store.create(f"{url}-new", b"4") and store.read_bytes(f"{url}-new") == b"4"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [("InvalidObjectState", "archived: restore it first"), ("QuotaExceeded", "make room")]
+)
+def test_what_is_refused_for_other_reasons_than_credentials(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+) -> None:
+    monkeypatch.setattr(proxy, "words", {403: (code, "its words")})
+    proxy.plan([], default="status:403")
+    with pytest.raises(DataError, match=f"{code}: its words.*{words}") as error:
+        store.read_range(url, 0, 10, patience=QUICK)
+    assert "AWS_ACCESS_KEY_ID" not in str(error.value)
+
+
+def test_a_store_that_redirects_in_a_circle_is_told_at_once(url: str, proxy: FaultProxy) -> None:
+    proxy.plan([], default="status:301")
+    with pytest.raises(DataError, match="redirects every request; check whether its address begins with https://"):
+        store.list_dir(url.rpartition("/")[0], QUICK)
 
 
 def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(

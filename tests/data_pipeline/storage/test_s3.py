@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from data_pipeline.common.errors import DataError
@@ -96,6 +98,39 @@ def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyP
     s3.forget()
     with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is not a URL"):
         store.expand(f"s3://{bucket}/")
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("credential_process = /none/such", "no credentials: /none/such: No such file.*check AWS_PROFILE"),
+        ("role_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /none/token", "no credentials: /none/token: No"),
+        ("sso_start_url = https://x\nsso_region = x\nsso_account_id = 1\nsso_role_name = x", "SSO"),
+    ],
+)
+def test_credentials_that_a_profile_cannot_get_are_told_at_once(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, words: str
+) -> None:
+    (tmp_path / "config").write_text(f"[profile mine]\n{profile}\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    s3.forget()
+    with pytest.raises(DataError, match=words):
+        store.read_bytes(f"s3://{bucket}/x")
+
+
+def test_what_names_no_object_says_so(bucket: str) -> None:
+    for url, words in (
+        (f"s3://{bucket}", "names a bucket and no object in it; write s3://bucket/name"),
+        ("s3://a:b/x", "'a:b' is no valid name of a bucket"),
+    ):
+        with pytest.raises(DataError, match=words):
+            store.write_bytes(url, b"x")
+        with pytest.raises(DataError, match=words):
+            store.read_bytes(url)
 
 
 def test_wrong_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
