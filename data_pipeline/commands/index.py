@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
 from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive
+from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
@@ -166,7 +166,7 @@ def _result(index: ShardIndex, config: DataConfig) -> Result:
 
 
 def _workers(todo: list[_Shard]) -> Executor:
-    count = min(len(todo), os.cpu_count() or 1, 32)
+    count = min(len(todo), usable_cores(), 32)
     if count > 1 and sum(entry.size for _, entry, _ in todo) >= _WORTH_PROCESSES:
         return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     return ThreadPoolExecutor(max(count, 2))

@@ -112,6 +112,7 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
     """
     if row["steps"] and row["checkpoint"] >= row["steps"]:
         return "complete"
+    idle_s = abs(idle_s)  # negative if a clock was set back
     if job is not None and job["state"] == "UNKNOWN":  # squeue does not answer
         return "running" if idle_s < alive_s else "unknown"
     if job is not None:

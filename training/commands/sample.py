@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
 from training.cascade.cascade import Cascade, Stage
@@ -191,8 +193,8 @@ def place_cascade(config: Experiment, cascade: Cascade) -> tuple[Cascade, list[s
     ranks = read_ranks()
     own = own_device(config.cluster, *((ranks.rank, ranks.local_rank) if ranks else (0, 0)))
     if own == "cpu":
-        if config.cluster.threads:
-            torch.set_num_threads(config.cluster.threads)
+        if config.cluster.threads or not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(config.cluster.threads or min(torch.get_num_threads(), usable_cores()))
         return cascade, [own]
     dtype = DTYPES[config.precision.dtype]
     devices = [own] if ranks else [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.machine import total_memory
 from training.config.commands import PlanCommand
 from training.plan.flops import PEAK_TFLOPS
 from training.processes.ranks import process_count, thread_count
@@ -72,7 +71,7 @@ def planned_device(config: PlanCommand) -> Device:
 def this_machine(config: PlanCommand) -> Device:
     """Return a process's share of this machine: its memory, and the measured matrix-product rate of its threads."""
     processes = process_count(config.cluster)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+    memory: float = total_memory() / processes
     if config.memory_gib:
         memory = config.memory_gib * GIB
     peak, basis = config.train.peak_tflops * 1e12, "train.peak_tflops"
@@ -89,20 +88,6 @@ def has_bf16() -> bool:
     except OSError:
         return True
     return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def free_memory() -> int:
-    """Return the bytes that processes here may still allocate, on the machine or in the control group (a job, a
-    container)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return free
 
 
 def measured_peak(threads: int, side: int = 1024, rounds: int = 5) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from data_pipeline.common.machine import free_memory
 from data_pipeline.config import require
 from training.config.experiment import Experiment
 from training.config.unet import PRESETS, for_stage
-from training.plan.devices import free_memory, has_bf16
+from training.plan.devices import has_bf16
 from training.plan.features import align_of
 from training.plan.memory import Setup, least, parameter_count, parameter_shapes, teacher_bytes
 from training.plan.table import gib

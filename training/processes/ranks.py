@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.machine import usable_cores
 from training.config.experiment import ClusterConfig
 
 
@@ -154,5 +155,4 @@ def thread_count(cluster: ClusterConfig, environ: Mapping[str, str] = os.environ
     said = (environ.get(name) or "0").partition(",")[0].strip()
     if not said.isdecimal():
         raise ConfigError(f"{name}={environ[name]}: it must be a number of threads; unset it, or set cluster.threads")
-    cores = len(os.sched_getaffinity(0))
-    return cluster.threads or int(said) or max(1, cores // process_count(cluster, environ))
+    return cluster.threads or int(said) or max(1, usable_cores() // process_count(cluster, environ))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.machine import free_memory
 from training.cli.compose import load_config
-from training.plan.devices import free_memory
 from training.plan.fits import check_memory, remarks
 from training.processes.ranks import Ranks
 
