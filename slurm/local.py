@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.children import die_with_parent_only
+from data_pipeline.common.children import die_with_parent_only, pausing
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import Job
 from slurm.jobs.records import EVENTS, append
@@ -126,11 +126,12 @@ class LocalRunner:
         """
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while len(self.codes) < len(self.records):
-                self._look()
-                for record in self.records:
-                    self._consider(record)
-                time.sleep(POLL_S)
+            with pausing(lambda: [child.pid for child in self.running.values()]):
+                while len(self.codes) < len(self.records):
+                    self._look()
+                    for record in self.records:
+                        self._consider(record)
+                    time.sleep(POLL_S)
         finally:
             for child in self.running.values():
                 child.kill()

@@ -24,7 +24,7 @@ from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DON
 from training.processes.failures import broken_gpu, is_lost_rank
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
-from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks
+from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count
 from training.run.directory import STOP, RunDir, json_lines
 from training.run.watchdog import Watchdog
 
@@ -64,6 +64,7 @@ def main(config: Experiment) -> dict[str, Any]:
             return {"step": done, "run_dir": str(run.path), "complete": True}
         if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot start twice in one process
             return launch("training.train", config)
+        thread_count(config.cluster)  # before torch is imported, whose own message names no remedy
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         ranks = Ranks()
     with Signals() as signals, closing(Watchdog(ranks, None, *Watchdog.limits(config.train))) as watchdog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,8 +80,64 @@ REMEDIES = {
     errno.EFBIG: "a file may not become so large here, see ulimit -f",
     errno.EIO: "the disk reports a fault, choose another",
     errno.EROFS: "choose a directory that can be written",
+    errno.EACCES: "give this user access, or choose another place",
+    errno.EPERM: "give this user access, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ESTALE: "the file server no longer has it, mount it again",
 }
 """errno -> what the user can do about it."""
+
+
+class Exhausted(CascadeError):
+    """This machine has run out of something, or a limit of the shell or the container is too low."""
+
+
+NO_FILE = {
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine; close some, or use another",
+    errno.EAGAIN: "no more processes or threads can be started; raise the limit (ulimit -u, or that of the container)",
+    errno.ENOMEM: "out of memory; raise the limit (ulimit -v, or that of the job), or lower data.micro_batch or batch",
+}
+"""errno -> sentence for errors that concern no particular file."""
+
+
+NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment from shared object")
+"""Messages of torch and of the dynamic linker."""
+
+
+def of_machine(error: BaseException) -> CascadeError | None:
+    """Turn an error by which Python or torch says that the machine or the environment is at fault into a sentence; None
+    for all others, which may be bugs."""
+    if isinstance(error, CascadeError):
+        return error
+    if isinstance(error, OSError):
+        if error.errno in NO_FILE and error.strerror == os.strerror(error.errno):  # not a pipe that is full for now
+            where = f"{error.filename}: " if error.filename else ""
+            return Exhausted(f"{where}{NO_FILE[error.errno]}")
+        if error.filename is not None:
+            return of_file(error)
+        if "No usable temporary directory" in str(error):
+            given = f"TMPDIR={os.environ['TMPDIR']}: " if os.environ.get("TMPDIR") else ""
+            return UserError(f"{given}there is no directory for temporary files; point TMPDIR at one with room")
+        return UserError(system_words(error)) if error.errno in REMEDIES else None
+    said = str(error)
+    if isinstance(error, (MemoryError, RuntimeError, ImportError)):
+        if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):
+            return Exhausted(NO_FILE[errno.ENOMEM])
+        if said.startswith("CUDA out of memory"):
+            return Exhausted(f"{said.partition('. GPU')[0]}; lower data.micro_batch or batch (see cascade plan)")
+    if isinstance(error, RuntimeError) and "can't start new thread" in said:
+        return Exhausted(NO_FILE[errno.EAGAIN])
+    if isinstance(error, ValueError) and _raised_in(error, "torch/_logging/"):
+        return ConfigError(f"TORCH_LOGS={os.environ.get('TORCH_LOGS')}: torch does not accept it; unset or correct it")
+    return None
+
+
+def _raised_in(error: BaseException, folder: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and folder in trace.tb_frame.f_code.co_filename
 
 
 def system_words(error: OSError) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.common import python
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_file, system_words
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_machine, system_words
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
@@ -346,10 +346,11 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         _fail(f"cascade {verb}", error)
-    except OSError as error:
-        if debug or error.filename is None:
+    except Exception as error:
+        told = of_machine(error)
+        if debug or told is None:
             raise
-        _fail(f"cascade {verb}", of_file(error))
+        _fail(f"cascade {verb}", told)
     except KeyboardInterrupt as end:
         number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
         say(f"cascade {verb}: stopped by {number.name}")

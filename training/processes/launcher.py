@@ -26,8 +26,8 @@ from typing import Any
 
 import training.config.commands
 from data_pipeline.common import python
-from data_pipeline.common.children import die_with_parent_only
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_file
+from data_pipeline.common.children import die_with_parent_only, pausing
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_machine
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
 from training.processes.endings import DeviceLost, Signals, run_program, say, unless_ignored
@@ -74,6 +74,15 @@ def agreed_file(result_file: str) -> Path:
     return Path(f"{result_file}.agreed")
 
 
+def _is_first(result_file: str) -> bool:
+    """Return whether this process is the first of a launch to ask."""
+    try:
+        with open(f"{result_file}.told", "x"):
+            return True
+    except FileExistsError:
+        return False
+
+
 def run_processes(
     command: list[str],
     processes: int,
@@ -116,7 +125,8 @@ def run_processes(
             children.append(subprocess.Popen(command, env=own, preexec_fn=before))
             for number in received:
                 children[-1].send_signal(number)
-        return _wait(children, grace_s, agreed, received)
+        with pausing(lambda: [child.pid for child in children if child.poll() is None]):
+            return _wait(children, grace_s, agreed, received)
     finally:
         for child in children:
             if child.poll() is None:
@@ -188,11 +198,15 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
         if not alone:
             agreed_file(result_file).touch()
         return error.exit_code
-    except OSError as error:
-        if config.debug or error.filename is None:
+    except Exception as error:
+        told = of_machine(error)
+        if config.debug or told is None:
             raise
-        say(str(of_file(error)))
-        return EXIT_USER_ERROR
+        if told.exit_code != EXIT_USER_ERROR:
+            say(f"rank {rank}: {told}")
+        elif _is_first(result_file):  # of all ranks, which may share it
+            say(str(told))
+        return told.exit_code
     except KeyboardInterrupt:  # a second Ctrl-C
         return EXIT_INTERRUPTED
     if rank == 0:

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,9 @@ READ_S = 10.0
 FILES, FILES_PER_RANK = 256, 8
 """Open files that a process needs: a constant, and a number per process of the run (measured on rank 0: 31 + 6 per
 process, most of them connections of three gloo groups and the store; shards and checkpoints need some more)."""
+THREADS = 24
+"""Threads that a process must be able to start: a training on a CPU core had 16, and its decoding process 8. gloo hangs
+if it cannot start its own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Card:
 def own_card(ranks: Ranks) -> Card:
     """Return this process's card, with the GPU of its local rank if torch sees one; raises its limit of open files to
     what the run needs, as far as allowed."""
+    try_threads(THREADS)
     files = allow_files(needed_files(ranks.world_size))
     wrong = missing_interface(os.environ.get("GLOO_SOCKET_IFNAME", ""))
     gpu = see_gpu(ranks.local_rank)
@@ -97,8 +102,8 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
     for card in cards:
         if card.files < needed:
             raise ConfigError(
-                f"rank {card.rank} on {card.node} may open {card.files} files (ulimit -Hn), and {len(cards)} "
-                f"processes need {needed}: raise the hard limit there"
+                f"rank {card.rank} on {card.node} may open {card.files} files (ulimit -Hn), but each process of this "
+                f"run needs {needed}: raise the hard limit there"
             )
         if card.no_interface:
             raise ConfigError(
@@ -135,6 +140,21 @@ def allow_files(needed: int) -> int:
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     return allowed
+
+
+def try_threads(count: int) -> None:
+    """Start this many threads at once, and end them. Raises RuntimeError if the limits of this user or container do not
+    allow as many."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        done.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def open_store(ranks: Ranks, timeout_s: float) -> Any:

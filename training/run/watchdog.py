@@ -34,6 +34,9 @@ ANSWER_S = 3.0
 """Seconds that a report waits for information about the other ranks."""
 MARGIN_S = 60.0
 """Seconds that the watchdog waits longer than the process groups, whose time-out errors are more specific."""
+PAUSE_S = 10.0
+"""Seconds that the watchdog may oversleep; more means that the process was stopped (Ctrl-Z, `scontrol suspend`), which
+is no lack of progress."""
 PATIENT = ("checkpoint", "samples", "validation", "evaluation", "end")
 """Phases that may always take as long as the first step."""
 
@@ -105,9 +108,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         warned = None
-        while not self._stop.wait(min(BEAT_S, self.warn_s / 4)):
+        pause: tuple[object, float] = (None, 0.0)  # the phase during which this process was stopped, and how long
+        nap, asleep = min(BEAT_S, self.warn_s / 4), time.monotonic()
+        while not self._stop.wait(nap):
             now = name, step, since = self._now
-            silent = time.monotonic() - since
+            overslept = time.monotonic() - asleep - nap
+            paused = pause[1] if pause[0] is now else 0.0
+            if overslept > PAUSE_S:
+                paused += overslept
+                pause = (now, paused)
+            silent = time.monotonic() - since - paused
             where = "the start" if step is None else f"step {step}"
             if silent > self.warn_s and warned is not now:
                 warned = now
@@ -135,6 +145,7 @@ class Watchdog:
                     say(sentence)
                 self._leave(EXIT_HUNG)
                 return
+            asleep = time.monotonic()
 
     def _dump_stacks(self) -> None:
         with suppress(OSError, ValueError):

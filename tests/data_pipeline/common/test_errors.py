@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.errors import DataError, ShardsError, about
+from data_pipeline.common.errors import ConfigError, DataError, ShardsError, about, of_machine
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.mixture import entries_of, open_dataset
 from data_pipeline.storage import store
@@ -32,3 +34,49 @@ def test_a_data_set_of_a_mixture_is_named(tmp_path: Path) -> None:
     for opened in (open_dataset, entries_of):
         with pytest.raises(ShardsError, match=r"^data\.shards, data set art=.*none: no .tar shards found"):
             opened(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.tar"), "a.tar: too many open files; raise the limit", 1),
+        (OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no more processes or threads can be started", 1),
+        (RuntimeError("can't start new thread"), "no more processes or threads can be started", 1),
+        (MemoryError(), "out of memory; raise the limit", 1),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "out of memory", 1),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"),
+            "out of memory; raise",
+            1,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"), "CUDA out of memory. Tried to all", 1),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory", 1),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "TMPDIR=/none: there is no", 2),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room", 2),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "x: Is a directory (debug=true shows where)", 2),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; give this user access", 2),
+    ],
+)
+def test_what_the_machine_lacks_is_a_sentence(
+    error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/none")
+    told = of_machine(error)
+    assert told is not None and str(told).startswith(sentence) and told.exit_code == code
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RuntimeError("x"), OSError("x"), BlockingIOError(errno.EAGAIN, "write could not ...")]
+)
+def test_bugs_remain_bugs(error: Exception) -> None:
+    assert of_machine(error) is None
+
+
+def test_logs_that_torch_does_not_know_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._logging import _internal
+
+    monkeypatch.setenv("TORCH_LOGS", "bogus")
+    with pytest.raises(ValueError) as caught:
+        _internal._parse_log_settings("bogus")
+    told = of_machine(caught.value)
+    assert isinstance(told, ConfigError) and str(told).startswith("TORCH_LOGS=bogus: ")

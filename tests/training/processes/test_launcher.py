@@ -116,6 +116,44 @@ def test_signals_reach_every_process(number: signal.Signals) -> None:
     assert outer.returncode == 75
 
 
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(state: str, pids: list[int]) -> None:
+    while {state_of(pid) for pid in pids} != {state}:
+        time.sleep(0.01)
+
+
+def test_ctrl_z_stops_every_process_and_fg_continues_them() -> None:
+    outer = subprocess.Popen(
+        [sys.executable, "-c", OUTER, INNER], stdout=subprocess.PIPE, text=True, process_group=0
+    )  # a group of its own, as a shell gives to a job
+    assert outer.stdout is not None
+    pids = [int(outer.stdout.readline().split()[1]) for _ in range(2)]
+    for _ in range(2):
+        outer.send_signal(signal.SIGTSTP)
+        until("T", [outer.pid, *pids])
+        os.killpg(outer.pid, signal.SIGCONT)  # what `fg` sends
+        until("S", [outer.pid, *pids])
+    outer.send_signal(signal.SIGTERM)
+    outer.communicate(timeout=60)
+    assert outer.returncode == 75
+
+
+def test_ctrl_z_where_nobody_could_continue_it() -> None:
+    """In `ssh -t HOST cascade train`: there is no shell, and the system ignores it, for all processes."""
+    outer = subprocess.Popen(
+        [sys.executable, "-c", OUTER, INNER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert outer.stdout is not None
+    pids = [int(outer.stdout.readline().split()[1]) for _ in range(2)]
+    outer.send_signal(signal.SIGTSTP)
+    outer.send_signal(signal.SIGTERM)
+    outer.communicate(timeout=60)
+    assert outer.returncode == 75 and all(gone(pid) for pid in pids)
+
+
 DEAF = r"""
 import os, signal, time
 for number in (signal.SIGTERM, signal.SIGINT):

@@ -58,6 +58,26 @@ def test_the_first_step_may_take_long(tmp_path: Path) -> None:
     assert gone.wait(30)
 
 
+def test_a_pause_is_no_lack_of_progress(tmp_path: Path, monkeypatch: Any) -> None:
+    """Stopped for an hour (Ctrl-Z and fg), in the middle of a phase; then it stands still, and ends."""
+
+    class Clock:
+        late = 0.0
+
+        def monotonic(self) -> float:
+            return real() + self.late
+
+        time = staticmethod(module.time.time)
+
+    clock, real = Clock(), module.time.monotonic
+    monkeypatch.setattr(module, "time", clock)
+    dog, left, gone = watch(tmp_path, warn_s=2.0, limit_s=5.0)
+    dog.phase("backward", 12)
+    clock.late = 3600.0
+    assert not gone.wait(2.0) and left == []
+    assert gone.wait(30) and left == [EXIT_HUNG]
+
+
 def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     dog, left, gone = watch(tmp_path, warn_s=30.0, limit_s=0.4)
     for step in range(20):
