@@ -44,6 +44,8 @@ def main(config: OrderSettings) -> None:
     for name in ("workers", "batches"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name}={getattr(config, name)}: it cannot be negative")
+    if not config.batches and not config.quality:
+        raise ConfigError("batches=0: there is nothing to print; give at least 1, or quality=true")
     check_position(config.position)
     data = config.data
     micro_batch = check_world_size(config.world_size, data.global_batch, data.lane_count, data.micro_batch)

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ MIN_SIDE = 4
 MAX_ASPECT = 20.0
 """Pictures more elongated than this have no meaningful square crop: `aspect_ratio`."""
 Image.init()
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF blocks and the like, of pictures that still decode
 FORMATS = tuple(
     name
     for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")

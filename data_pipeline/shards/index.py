@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import struct
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -68,6 +69,7 @@ _MOST_DETAILS, _DETAILS_OF_A_KIND = 20, 5
 _MEMBER_BYTES = 3 * 8
 _PIECE = 1 << 22
 _unlike_etag: set[str] = set()
+_elsewhere: set[str] = set()
 _READS = 3
 """How often to walk a remote shard until two reads agree."""
 SCHEMA = pa.schema(
@@ -226,6 +228,8 @@ def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _
 def default_index_dir() -> str:
     """Return the default directory for indexes that cannot be stored beside their shards."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):  # a user without a home directory
+        return os.path.join(tempfile.gettempdir(), f"cascade-{os.getuid()}", "index")
     return os.path.join(base, "cascade", "index")
 
 
@@ -557,6 +561,18 @@ def store_index(
         return index_url(index.url, names)
     except CascadeError as error:
         where = cached_index_url(index.url, index_dir, names)
-        logger.info("%s; the index goes to %s", error, where)
-        save_index(index, where, patience)
+        _say_elsewhere(store.parent(index.url), store.parent(where), error)
+        try:
+            save_index(index, where, patience)
+        except CascadeError as second:
+            reason = str(second).partition(";")[0]
+            raise type(second)(f"{reason}; set data.index_dir to a directory that can be written") from second
         return where
+
+
+def _say_elsewhere(shards: str, indexes: str, error: CascadeError) -> None:
+    """Report, once per directory, that indexes cannot be stored beside their shards."""
+    if shards not in _elsewhere:
+        _elsewhere.add(shards)
+        reason = str(error).partition(";")[0]
+        logger.info("%s: indexes cannot be written there and go to %s (%s)", shards, indexes, reason)

@@ -60,4 +60,6 @@ def naming(path: str) -> Iterator[None]:
 
 def scratch() -> str:
     """Return the directory of temporary files as it is named in errors."""
-    return f"TMPDIR={tempfile.gettempdir()}"
+    with suppress(FileNotFoundError):  # there is none that can be written
+        return f"TMPDIR={tempfile.gettempdir()}"
+    return f"TMPDIR={os.environ.get('TMPDIR', '')}"

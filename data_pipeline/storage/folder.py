@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.storage import store
-from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.atomic import replacing, scratch
 from data_pipeline.storage.retry import Patience
 from data_pipeline.storage.s3 import Missing
 
@@ -32,6 +32,10 @@ POLL_S = 0.02
 
 class NoRoom(UserError):
     """The directory of temporary files is full or not writable; this says nothing about the checkpoint."""
+
+
+class _Gone(OSError):
+    """An object does not exist; unlike a missing directory of temporary files."""
 
 
 _shared: Path | None = None
@@ -166,19 +170,21 @@ class RemoteFolder:
             FileNotFoundError: the file does not exist.
             NoRoom: the directory of temporary files is full or not writable.
         """
-        path = self._place() / name
-        if not path.exists():
-            try:
+        try:
+            path = self._place() / name
+            if not path.exists():
                 with _locked(path.with_name(f"{name}.lock")):
                     if not path.exists():
                         self._download(name, path)
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) or error.errno is None:
-                    raise
-                raise NoRoom(
-                    f"TMPDIR={tempfile.gettempdir()}: no room for a copy of {self.url}/{name} ({error.strerror}); "
-                    f"point TMPDIR at a disk with room for a whole checkpoint"
-                ) from error
+        except _Gone as error:
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from error
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise NoRoom(
+                f"{scratch()}: no room for a copy of {self.url}/{name} ({error.strerror}); "
+                f"point TMPDIR at a disk with room for a whole checkpoint"
+            ) from error
         return path
 
     def _place(self) -> Path:
@@ -201,7 +207,7 @@ class RemoteFolder:
                     file.write(piece)
             partial.replace(path)
         except Missing as error:
-            raise FileNotFoundError(errno.ENOENT, "it is missing", f"{self.url}/{name}") from error
+            raise _Gone(errno.ENOENT, "it is missing", f"{self.url}/{name}") from error
         finally:
             partial.unlink(missing_ok=True)
 

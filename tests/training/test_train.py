@@ -276,9 +276,10 @@ def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path:
 
 
 def test_validation_without_held_out_data_is_refused(tmp_path: Path, shards: str) -> None:
-    running = forks.start(experiment(tmp_path, shards, zero__stage=0, validation__every=2))
-    assert running.codes() == [2]
+    running = forks.start(experiment(tmp_path, shards, validation__every=2), 2)
+    assert running.codes() == [2, 2]
     assert "validation.shards" in running.text
+    assert not (tmp_path / "run").exists(), "a start that was refused leaves nothing"
 
 
 def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: Path, shards: str) -> None:

@@ -21,6 +21,7 @@ Importing this file does not import torch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.folder import Folder, open_folder
-from training.checkpoint.attempts import Attempts
+from training.checkpoint.attempts import Attempts, record_name
 from training.checkpoint.downloads import Share
 from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
 from training.processes.collectives import all_sum, errors_of_all, gather_json, gather_objects, together
@@ -63,6 +64,17 @@ LATER_MANIFEST = re.compile(r"manifest-a(\d{4,})-\w+\.json")
 LOOK_BACK = 4
 """Number of lower checkpoints that decide whether one still belongs to the run; an earlier start commits at most one
 after a later start has begun."""
+
+
+OURS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of reading a file that say something about this process and its user, not about the file."""
+
+
+def unreadable(place: str, error: OSError) -> str:
+    """Return the sentence about a file of a checkpoint that this process may not read: skipping the checkpoint would
+    repeat steps for no reason."""
+    remedy = "raise the limits" if error.errno not in OURS[:2] else "give this user access to it"
+    return f"{place}: it cannot be read ({error.strerror}); {remedy}, or move the checkpoint away to use an earlier one"
 
 
 class CheckpointError(CascadeError):
@@ -159,6 +171,8 @@ class Checkpoint:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
+            if error.errno in OURS:
+                raise DataError(unreadable(f"{self.folder}/{name}", error)) from error
             return f"{name} cannot be read ({error.strerror})"
         return ""
 
@@ -219,6 +233,12 @@ class CheckpointStore:
         claimed = together(lambda: (*self.attempts.claim(), self._newest_committed()), ranks)
         self.attempts.number, self.attempts.token, self._taken = claimed
         return self.attempt
+
+    def disclaim(self) -> None:
+        """Give back the attempt number of a start that has written nothing. Rank 0 only."""
+        if self.attempt:
+            with suppress(OSError, CascadeError):
+                self.folder.remove(record_name(self.attempt))
 
     def resume(
         self, ranks: Ranks, check: Callable[[Checkpoint | None], None], share: Share | None = None
@@ -420,6 +440,8 @@ class CheckpointStore:
         try:
             sizes = folder.sizes()
         except (OSError, DataError) as error:
+            if isinstance(error, OSError) and error.errno in OURS:
+                raise DataError(unreadable(str(folder), error)) from error
             reason = getattr(error, "strerror", error)
             return [Found(problem=f"{folder}: its {MANIFEST} cannot be read ({reason})", committed=True)]
         found = []
@@ -429,6 +451,8 @@ class CheckpointStore:
                     Found({**parse_manifest(folder.read(name), step, name), "name": name}, sizes, committed=True)
                 )
             except OSError as error:
+                if error.errno in OURS:
+                    raise DataError(unreadable(f"{folder}/{name}", error)) from error
                 problem = f"{folder}: its {name} cannot be read ({error.strerror or 'it is gone'})"
                 found.append(Found(problem=problem, committed=True))
             except DataError as error:

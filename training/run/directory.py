@@ -166,14 +166,33 @@ class RunDir:
         """Make the training of this run, wherever it is running, save and end at its next step, and not start again."""
         replace_file(self.path / STOP, json.dumps({"reason": reason, "time": time.time()}))
 
-    def create(self) -> None:
+    def create(self) -> list[str]:
         """Create the directories, and check that there is space for small files.
+
+        Returns:
+            The directory of the run and its parents, innermost first, as far as they did not exist.
 
         Raises:
             DataError: the directory cannot be written to.
         """
+        made = [str(path) for path in (self.path, *self.path.parents) if not path.exists()]
         try_to_write(self.path, "run.dir", ("logs", "samples"))
         put_records_aside(self.path / "logs")
+        return made
+
+    def discard(self, made: Sequence[str], rank: int) -> None:
+        """Remove what a start that was refused has created: its log, and directories that are empty then.
+
+        Args:
+            made: as returned by `create`; empty for a directory that existed before, which stays as it is.
+        """
+        if not made or (self.path / "config.yaml").exists():  # another start has begun meanwhile
+            return
+        with suppress(OSError):
+            self.log_file(rank).unlink()
+        for folder in (*(self.path / name for name in ("logs", "samples", "checkpoints")), *map(Path, made)):
+            with suppress(OSError):  # not empty: other ranks are not done yet
+                folder.rmdir()
 
     def changes(self, config: Experiment) -> list[str]:
         """Return the settings that differ from those of the last start, as `key: old -> new`; empty if none are

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from data_pipeline.common.errors import UserError
 from data_pipeline.reading.loader import Batch
 from data_pipeline.storage.retry import StoppedWaiting
 from training.checkpoint.provenance import code_version
@@ -56,8 +57,19 @@ class Session:
         self._config = to_dict(config)
         self._code = code_version() if ranks.is_main else {}
         self.run = RunDir(config)
-        together(self.run.create, ranks)
+        made = together(self.run.create, ranks)
         start_logging(self.run, ranks)
+        try:
+            self._open()
+        except UserError:
+            self._discard(made)
+            raise
+
+    # --------------------------------------------------------------------------------------------------- opening
+
+    def _open(self) -> None:
+        """Open all parts, in order."""
+        config, ranks, watchdog = self.config, self.ranks, self.watchdog
         if config.cluster.preflight:
             watchdog.phase("preflight")
             preflight(config, ranks, self.run)
@@ -73,7 +85,6 @@ class Session:
         self.skipped: int = meta.get("counters", {}).get("skipped", 0)
         """Number of skipped steps in the whole run."""
         self.guard = LossGuard(config.train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
-        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
 
         watchdog.phase("data")
         each(lambda: check_memory(config, ranks), ranks)
@@ -94,6 +105,7 @@ class Session:
         downloads.close()
 
         watchdog.phase("tracking")
+        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
         together(self._record_start, ranks)
         self.report = self._open_report()
         self.profile = Profile(config.train.profile, self.run, ranks)
@@ -102,7 +114,12 @@ class Session:
         self._writing = True
         """Whether any rank was writing a checkpoint at the last step."""
 
-    # --------------------------------------------------------------------------------------------------- opening
+    def _discard(self, made: list[str]) -> None:
+        """Remove what this start has created, after it was refused."""
+        stop_logging()
+        if made and self.ranks.is_main and (saving := getattr(self, "saving", None)) is not None:
+            saving.store.disclaim()
+        self.run.discard(made, self.ranks.rank)
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None) -> None:
         """Refuse to resume with incompatible settings, or if this run's checkpoints have vanished."""

@@ -124,3 +124,9 @@ def test_mistakes(data: DataConfig) -> None:
             main(Command(data, **{key: value}))
     with pytest.raises(ConfigError, match="position=1000000000000000000000"):
         main(Command(data, position=10**21))
+
+
+def test_nothing_to_print_is_refused(data: DataConfig) -> None:
+    with pytest.raises(ConfigError, match="batches=0: there is nothing to print"):
+        main(Command(data, batches=0))
+    main(Command(data, batches=0, quality=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -284,6 +286,14 @@ def test_an_exif_block_is_found_wherever_it_stands_before_the_pixels() -> None:
         assert psnr(decode(variant), np.asarray(photo())[::-1, ::-1]) > 30
     unrotated = encoded(photo(), "JPEG", comment=b"Exif\0\0")
     assert psnr(decode(unrotated), np.asarray(photo())) > 30
+
+
+def test_a_damaged_exif_block_says_nothing() -> None:
+    """Pillow would print two lines into the output of a training, with a path of its own."""
+    data = encoded(photo(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
+    program = "import sys; from data_pipeline.content.images import decode; decode(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(("size", "low", "window"), [(64, 16, 0), (128, 32, 64), (96, 32, 48)])

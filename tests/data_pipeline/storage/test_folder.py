@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_both_kinds_of_folder_alike(remote: bool, request: pytest.FixtureRequest
 
 
 def test_a_full_directory_for_temporary_files_is_not_called_damage(
-    bucket: str, caplog: pytest.LogCaptureFixture
+    bucket: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(f"s3://{bucket}/ck")
     store.claim(ONE)
@@ -85,6 +86,11 @@ def test_a_full_directory_for_temporary_files_is_not_called_damage(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "skipped" not in caplog.text and store.newest() is not None
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(NoRoom, match=r"TMPDIR=.*No usable temporary directory"):
+        CheckpointStore(f"s3://{bucket}/ck").newest()
+    assert "skipped" not in caplog.text
 
 
 def test_threads_fetch_a_file_once(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

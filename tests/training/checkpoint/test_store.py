@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -476,3 +478,29 @@ def test_another_format_is_refused(store: CheckpointStore) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(DataError, match="format 99"):
         store.open(1)
+
+
+@pytest.mark.parametrize("name", ["safetensors", "manifest.json", ""])
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EACCES, "give this user access"), (errno.EMFILE, "the limits")])
+def test_what_this_user_may_not_read_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, remedy: str
+) -> None:
+    """An older checkpoint would repeat steps, and the newer one is not damaged."""
+    store = CheckpointStore(str(tmp_path))
+    store.claim(ONE)
+    for step in (1, 2):
+        store.save(step, {"param/w": torch.tensor([float(step)])}, {}, ONE)
+
+    def refusing(function: Any) -> Any:
+        def call(path: Any, *args: Any, **settings: Any) -> Any:
+            if "step-00000002" in str(path) and str(path).endswith(name or "step-00000002"):
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *args, **settings)
+
+        return call
+
+    monkeypatch.setattr("builtins.open", refusing(open))
+    monkeypatch.setattr("io.open", refusing(open))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    with pytest.raises(DataError, match=f"step-00000002.* cannot be read .*{remedy}"):
+        CheckpointStore(str(tmp_path)).newest()

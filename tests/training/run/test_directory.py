@@ -165,3 +165,21 @@ def test_changes_since_the_last_start(tmp_path: Path) -> None:
     config.seed = 3
     with pytest.raises(ConfigError, match=r"seed=3: .* was made with seed=0"):
         run.changes(config)
+
+
+def test_a_start_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
+    """Not even the parents that it created; what was there before stays."""
+    run = run_at(tmp_path / "runs" / "a")
+    made = run.create()
+    assert made == [str(tmp_path / "runs" / "a"), str(tmp_path / "runs")]
+    for rank in (0, 1):
+        run.log_file(rank).touch()
+    run.discard(made, rank=1)
+    assert run.log_file(0).exists() and not run.log_file(1).exists()
+    run.discard(made, rank=0)
+    assert list(tmp_path.iterdir()) == []
+    assert run.create() == made and run.create() == []
+    run.discard([], rank=0)
+    (run.path / "config.yaml").touch()
+    run.discard(made, rank=0)
+    assert (run.path / "logs").exists(), "another start has begun meanwhile"

@@ -323,14 +323,31 @@ def _prepare_wandb(run: RunDir) -> None:
         if os.environ.pop(variable, None):
             log.info("%s is not used: %s", variable, reason)
     home = os.path.expanduser("~")
-    if os.path.isabs(home) and os.access(home, os.W_OK):
+    places = (os.environ.get(name) or os.path.join(home, below) for name, below in HOMES.items())
+    if os.environ.get("HOME") and all(_could_write(Path(place)) for place in places):
         return
     folder = (run.path / "wandb" / "home").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, str(folder))
-    if not os.path.isabs(home):
+    if not _could_write(Path(home)):
         os.environ["HOME"] = str(folder)
+    for name in HOMES:  # W&B's own process reads them, too
+        if not _could_write(Path(os.environ.get(name, "/"))):
+            os.environ.pop(name, None)
+
+
+HOMES = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".local/share"}
+"""Variables that name the directories of caches, settings and data, and where they are in a home directory."""
+
+
+def _could_write(folder: Path) -> bool:
+    """Return whether this user can write to a directory, or create it."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError:
+        return False
+    return folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 OWN = {

@@ -26,6 +26,7 @@ from training.run.reporting import tracking
 from training.run.reporting.tracking import (
     SILENT,
     Tracker,
+    _could_write,
     duration,
     keep_lines,
     progress_line,
@@ -346,3 +347,10 @@ def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monk
     assert "nothing is lost" in caplog.text and "wandb sync" in caplog.text
     found = read_wandb(RunDir(config))
     assert any("loss" in values for _, values in found) and {run_id for run_id, _ in found} == {"def67890"}
+
+
+def test_directories_that_could_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert _could_write(tmp_path) and _could_write(tmp_path / "not" / "yet")
+    assert not _could_write(tmp_path / "file") and not _could_write(tmp_path / "file" / "below")
+    assert not _could_write(Path("~")), "a user without an entry in passwd"
