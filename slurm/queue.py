@@ -81,13 +81,15 @@ def submission_environment(script: str, environ: Mapping[str, str] = os.environ)
     }
 
 
-def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED) -> int:
+def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED, before: Sequence[int] = ()) -> int:
     """Submit a script to Slurm; return the job number.
 
     Args:
         script: the sbatch script.
         after: jobs to wait for; if one of them fails, this job is cancelled.
         when: SUCCEEDED: start when these jobs have succeeded; BEGUN: when they have begun.
+        before: with BEGUN, the jobs that those of `after` wait for. If one of them fails, this job is cancelled as
+            well: for Slurm, a job that was cancelled before it began has begun.
 
     Raises:
         UserError: there is no sbatch on this machine, or Slurm refused; the message gives its reason.
@@ -98,14 +100,9 @@ def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED) -> in
             f"sbatch is not on this machine's PATH: run this on a login node of the cluster, or with dry_run=true to "
             f"write the script only (it is in {script})"
         )
-    words = (
-        [
-            "--kill-on-invalid-dep=yes",
-            f"--dependency={'after' if when == BEGUN else 'afterok'}:{':'.join(str(job) for job in after)}",
-        ]
-        if after
-        else []
-    )
+    waits = [("after" if when == BEGUN else "afterok", after), ("afterok", before if when == BEGUN else ())]
+    said = [f"{kind}:{':'.join(map(str, jobs))}" for kind, jobs in waits if jobs]
+    words = ["--kill-on-invalid-dep=yes", f"--dependency={','.join(said)}"] if said else []
     done = subprocess.run(
         [sbatch, "--parsable", *words, str(script)],
         capture_output=True,
@@ -175,9 +172,13 @@ def living(run_dir: Path) -> list[dict[str, Any]]:
         state = local_state(job, events) if "runner" in job else None
         if state:
             found[job["job"]] = state
-    return [
+    held = [
         {**job, **dict(zip(("state", "reason"), found[job["job"]], strict=True))} for job in jobs if job["job"] in found
     ]
+    for job in held:
+        if job["reason"] == "Dependency" and job.get("after"):
+            job["reason"] = f"after {', '.join(job['after'])}"
+    return held
 
 
 def job_states(home: Path) -> list[dict[str, Any]]:

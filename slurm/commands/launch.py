@@ -327,21 +327,29 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
     """
     began = launch_id()
     for job in jobs:
+        log = str(log_of(job))
         if dry_run:
             print(job.script.read_text())
         else:
-            after = [other.job_id for other in jobs if other.name in job.after]
+            awaited = [other for other in jobs if other.name in job.after]
+            further = {name for other in awaited for name in other.after}
+            after = [other.job_id for other in awaited if other.job_id]
+            before = [other.job_id for other in jobs if other.name in further and other.job_id]
             try:
-                job.job_id = submit(job.script, [number for number in after if number], job.when)
+                job.job_id = submit(job.script, after, job.when, before)
             except UserError as error:
                 done = [other.job_id for other in jobs if other.job_id]
                 withdraw(done)
                 said = f"; the {len(done)} jobs of this launch submitted before it were cancelled" if done else ""
                 raise UserError(f"{error}{said}") from error
-            log = str(log_of(job)).replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
+            log = log.replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
             append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
             print(f"submitted job {job.job_id}: {job.title if len(jobs) == 1 else job.name}", flush=True)
-        print(f"script: {job.script}\nlog:    {log_of(job)}", flush=True)
+        if dry_run or len(jobs) == 1:
+            print(f"script: {job.script}\nlog:    {log}", flush=True)
+    if not dry_run:
+        place = os.path.relpath(os.path.commonpath([str(job.home) for job in jobs]))
+        print(f"follow: cascade status run={shlex.quote(place)} watch=30", flush=True)
     return {}
 
 

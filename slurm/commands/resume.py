@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
+from slurm.jobs.graph import SUCCEEDED
 from slurm.jobs.records import SUBMITTED, append, find_runs, is_complete
 from slurm.local import LocalRunner, local_record
 from slurm.queue import job_states, submit
@@ -74,7 +75,9 @@ def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any
     answers = []
     for job in again:
         after = [numbers[name] for name in job.get("after", []) if name in numbers]
-        number = submit(Path(job["script"]), after, job.get("when", "succeeded"))
+        further = [name for other in job.get("after", []) for name in all_jobs.get(other, {}).get("after", [])]
+        before = [numbers[name] for name in further if name in numbers]
+        number = submit(Path(job["script"]), after, job.get("when", SUCCEEDED), before)
         numbers[job["name"]] = number
         log = Path(job["log"])
         log = log.with_name(log.name.replace(str(job["job"]), str(number)))

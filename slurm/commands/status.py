@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from training.run.reporting.tracking import duration
 WRITES_ON_S = 60.0
 """Seconds for which a training may still write after Slurm has begun to end it."""
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
+LESS_IMPORTANT = ("wait", "MFU", "images/s", "saved", "restarts")
+"""Columns to leave out on a narrow terminal, in this order."""
 
 
 def main(config: StatusCommand) -> dict[str, Any]:
@@ -49,7 +54,10 @@ def main(config: StatusCommand) -> dict[str, Any]:
         several = len({row["stage"] for row in rows}) < len(rows)
         for row in rows:
             row["label"] = os.path.relpath(row["run"], folder) if several else row["stage"]
-        print("\n".join([*([status_table(rows)] if rows else []), *(_job_line(job) for job in jobs)]), flush=True)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(
+            "\n".join([*([status_table(rows, width)] if rows else []), *(_job_line(job) for job in jobs)]), flush=True
+        )
         if config.html:
             replace_file(Path(config.html), status_html(str(folder), rows, jobs))
             print(f"page: {config.html}", flush=True)
@@ -131,17 +139,36 @@ def _job_line(job: dict[str, Any]) -> str:
         "pending": f", waits: {job['reason']}",
         "unknown": f": {job['reason']}",
         "running": f" on {job['reason']}",
-        "failed": f" with code {job['code']}, see {job['log']}" if job["code"] else f": {job['reason']}",
+        "failed": f" with code {job['code']}{_said(job)}, see {job['log']}" if job["code"] else f": {job['reason']}",
         "cancelled": f": {job['reason']}" if job["reason"] else "",
     }
     return f"{job['name']}: {job['state']}{notes.get(job['state'], '')}"
 
 
-def status_table(rows: list[dict[str, Any]]) -> str:
-    """Return aligned columns, followed by why jobs wait and what went wrong."""
-    cells = [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+def _said(job: dict[str, Any]) -> str:
+    """Return the last message of a command that failed, as its log has it; empty if there is none."""
+    with suppress(OSError), open(job["log"], errors="replace") as file:
+        start = f"cascade {job['verb']}: "
+        said = [line[len(start) :].strip() for line in file if line.startswith(start)]
+        return f" ({said[-1]})" if said else ""
+    return ""
+
+
+def status_table(rows: list[dict[str, Any]], width: int = 0) -> str:
+    """Return aligned columns, followed by why jobs wait and what went wrong.
+
+    Args:
+        rows: of the runs.
+        width: of the terminal; columns that do not fit are left out, the less important ones first. 0: no limit.
+    """
+    cells = [dict(zip(COLUMNS, _cells(row), strict=True)) for row in rows]
+    widths = {name: max(len(name), *(len(line[name]) for line in cells)) for name in COLUMNS}
+    shown = [name for name in COLUMNS if any(line[name] for line in cells)]
+    for name in LESS_IMPORTANT:
+        if width and sum(widths[one] + 2 for one in shown) - 2 > width and name in shown:
+            shown.remove(name)
+    lines = ["  ".join(name.ljust(widths[name]) for name in shown).rstrip()]
+    lines += ["  ".join(line[name].ljust(widths[name]) for name in shown).rstrip() for line in cells]
     for row in rows:
         notes = [f"{'waits' if row['state'] == 'pending' else 'state'}: {row['why']}"] if row["why"] else []
         notes += [f"error: {row['error']}"] if row["error"] else []

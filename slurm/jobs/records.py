@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import trained_name
 from training.processes.interval import HISTORY
-from training.run.directory import json_lines, recorded_config
+from training.run.directory import json_lines, read_json, recorded_config
 
 SUBMITTED = "jobs.jsonl"
 """In RUN_DIR/launch: one line per job submitted for the run."""
@@ -23,6 +24,10 @@ RECORD = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
 )
 """The first line of a record in logs/rank-N.log; other lines continue the record before."""
+
+
+NO_ERROR = re.compile(r"[\w.]*\b(?:Preempted|Interrupted): ")
+"""The errors with which a run ends that somebody has stopped."""
 
 
 def append(path: Path, value: dict[str, Any]) -> None:
@@ -125,8 +130,13 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
 
 
 def first_failure(run_dir: Path) -> str | None:
-    """Return the first error that any rank logged, which caused those of the other ranks; None if there is none."""
+    """Return the first error that any rank logged since the run's newest start, which caused those of the other ranks;
+    None if there is none. A request to stop is no error."""
+    starts = read_json(run_dir / "code.json").get("starts") or [{}]
+    began = starts[-1].get("time", 0.0)
+    since = datetime.fromtimestamp(began).strftime("%Y-%m-%d %H:%M:%S,%f")[:23] if began else ""
     found = [(time, rank, text) for rank, path in _rank_logs(run_dir) for time, text in _errors(path)]
+    found = [one for one in found if one[0] >= since and not NO_ERROR.match(one[2])]
     if not found:
         return None
     time, rank, text = min(found)

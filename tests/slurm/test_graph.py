@@ -36,7 +36,7 @@ def test_the_whole_cascade_waits_for_what_it_needs(
     assert after["bundle"] == trainings and after["evaluate"] == ["bundle"]
     calls = (here / "calls").read_text().splitlines()
     assert "--dependency=afterok:3 " in calls[3] and "--dependency=afterok:4:5 " in calls[5]
-    assert "--dependency=after:4 " in calls[7], "an evaluation of checkpoints begins when its stage has begun"
+    assert "--dependency=after:4,afterok:3 " in calls[7], "it begins when its stage has begun, not if that cannot"
     assert "train-demo_base | train-demo_sr" in capsys.readouterr().out
 
     scripts = {job["name"]: Path(job["script"]) for job in answer["jobs"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError, DataError
 from slurm.commands import logs, status
-from slurm.jobs.records import find_runs, first_failure, run_state, submissions
+from slurm.jobs.records import append, find_runs, first_failure, run_state, submissions
 from training.cli.compose import load_config
 
 NOW = "2026-01-02 03:04:0"
@@ -63,6 +64,24 @@ def test_a_student_is_not_taken_for_its_teacher(tmp_path: Path, capsys: pytest.C
     assert lines[1].startswith("base ") and lines[2].startswith("base-distilled-4 ")
 
 
+def test_a_narrow_terminal_leaves_out_what_matters_less(tmp_path: Path) -> None:
+    make_run(tmp_path / "base", 50, 0.3)
+    wide, narrow = (status.status_table(rows(tmp_path), width).splitlines()[0] for width in (0, 60))
+    assert wide.split() == ["stage", "state", "step", "loss", "valid.", "images/s", "restarts", "left", "cost"]
+    assert narrow.split() == ["stage", "state", "step", "loss", "valid.", "left", "cost"], "no column is empty"
+
+
+def test_a_command_that_failed_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"name": "prepare", "verb": "prepare", "job": 7, "log": str(tmp_path / "x.log"), "after": [], "time": 1}
+    record |= {"home": str(tmp_path), "runner": [1, 0], "host": "elsewhere"}
+    append(tmp_path / "launch/jobs.jsonl", record)
+    append(tmp_path / "launch/events.jsonl", {"name": "prepare", "what": "ended", "code": 2, "job": 7, "time": 1})
+    (tmp_path / "x.log").write_text("==> job 7\ncascade prepare: data/x: there is no such directory\n==> ended\n")
+    rows(tmp_path)
+    said = f"prepare: failed with code 2 (data/x: there is no such directory), see {tmp_path / 'x.log'}\n"
+    assert capsys.readouterr().out == said
+
+
 def test_states() -> None:
     row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
     assert run_state({**row, "checkpoint": 100}, None, 0.0) == "complete"
@@ -89,6 +108,15 @@ def test_the_first_failure_is_that_of_the_rank_that_failed_first(tmp_path: Path)
     trace = f"{NOW}3,000 Level 19 cascade: ends with code 1\nTraceback (most recent call last):\nValueError: odd\n"
     (run / "logs/rank-1.log").write_text(trace)
     assert first_failure(run) == f"rank 1, {NOW}3,000: ValueError: odd"
+    began = datetime.fromisoformat(f"{NOW}4").timestamp()
+    (run / "code.json").write_text(json.dumps({"starts": [{"time": 1.0}, {"time": began}]}))
+    assert first_failure(run) == f"rank 0, {NOW}5,000: rank 0: no progress in step 3", (
+        "that of an earlier start is over"
+    )
+    (run / "logs/rank-0.log").write_text(
+        f"{NOW}6,000 Level 19 cascade: ends with code 75\nx.endings.Preempted: stopped\n"
+    )
+    assert first_failure(run) is None, "somebody has stopped it"
 
 
 def test_only_whole_lines_of_records_count(tmp_path: Path) -> None:

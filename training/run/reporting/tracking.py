@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +34,10 @@ SILENT = logging.INFO - 1
 """Log level of messages for the rank's log file only, not the terminal."""
 INIT_S = 60.0
 """Seconds that W&B may take to respond at the start."""
+FINISH_S = 60.0
+"""Seconds that W&B may take at the end to send what is left; without a limit, it waits for a server that is gone."""
+REFER_S = 5.0
+"""Seconds to wait at the end for a reference to a checkpoint."""
 WHOLE = "wandb/whole.json"
 """File in RUN_DIR: the id of the W&B run, and the last step before the end of a start that W&B wrote completely."""
 BAR = 20
@@ -131,6 +136,7 @@ class Tracker:
         self._wandb: Any = None
         self._wandb_failed = False
         self._lost: str | None = None
+        self._referring: threading.Thread | None = None
         if not self.active:
             return
         kept = keep_lines(run.metrics, step)
@@ -186,19 +192,28 @@ class Tracker:
         self._sinks.each(lambda sink: sink.checkpoint(step, place))
         if self._wandb is None:
             return
-        url = str(place) if "://" in str(place) else Path(str(place)).resolve().as_uri()
+        url, run = str(place) if "://" in str(place) else Path(str(place)).resolve().as_uri(), self._wandb
 
         def add() -> None:
             import wandb
 
-            artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="checkpoint", metadata={"step": step})
-            artifact.add_reference(url, checksum=False)
-            self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
+            try:
+                artifact = wandb.Artifact(f"checkpoint-{run.id}", type="checkpoint", metadata={"step": step})
+                artifact.add_reference(url, checksum=False)
+                run.log_artifact(artifact, aliases=[f"step-{step}"])
+            except Exception as error:  # losing a reference does not affect the metrics
+                refused((str(error).splitlines() or [repr(error)])[0])
 
-        try:
+        def refused(why: str) -> None:
+            log.warning("W&B did not accept a reference to the checkpoint of step %d (%s)", step, why)
+
+        if run.settings._offline:
             add()
-        except Exception as error:  # losing a reference does not affect the metrics
-            log.warning("W&B did not accept a reference to the checkpoint of step %d (%s)", step, error)
+        elif self._referring is not None and self._referring.is_alive():
+            refused("its server has not answered about the last one")
+        else:  # it asks its server; if that does not answer, all ranks would wait
+            self._referring = threading.Thread(target=add, daemon=True)
+            self._referring.start()
 
     def close(self, exit_code: int = 0) -> None:
         """Close the files and the W&B run."""
@@ -209,10 +224,17 @@ class Tracker:
         self._sinks.each(lambda sink: sink.close())
         if self._wandb_failed and exit_code == 0:
             self._start_again()
+        if self._referring is not None:
+            self._referring.join(REFER_S)
         offline = self._wandb is not None and self._wandb.settings._offline
         self._to_wandb(lambda: self._wandb.finish(exit_code=exit_code))
         if self._wandb is not None:
             self._has_all(self._last)
+        if self._wandb_failed:  # its exit handler would print a traceback
+            with suppress(Exception):
+                import wandb
+
+                wandb.teardown(exit_code)
         if offline:
             log.info(
                 "W&B: kept offline; upload it with: wandb sync %s",
@@ -385,7 +407,13 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
             config={**to_dict(config), "code": code},
-            settings=wandb.Settings(console="off", silent=True, init_timeout=INIT_S),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=INIT_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
         )
 
     began = time.monotonic()

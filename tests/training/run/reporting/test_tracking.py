@@ -19,6 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.children import gone
 from tests.training.wandb_files import read_wandb, wandb_records, whole_wandb
+from tests.training.wandb_server import WandbServer
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
@@ -219,6 +220,36 @@ def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogC
     mine.log(8, RECORD, 1)
     mine.close()
     wait_for_steps(config, (7, 8))  # a run that ends well waits for no other start
+
+
+def test_wandb_online_loses_nothing_and_waits_for_no_server_that_is_gone(
+    config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start whose W&B was killed; the next one continues the same run; then the server goes away."""
+    caplog.set_level(logging.INFO)
+    server = WandbServer()
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    config.wandb.mode = "online"
+    mine = tracker(config, out=io.StringIO())
+    for step in (1, 2, 3):
+        mine.log(step, RECORD, 1)
+    kill_wandb()
+    mine.log(4, RECORD, 1)
+    mine.close(exit_code=75)
+    assert "W&B failed" in caplog.text
+    mine = tracker(config, step=4, out=io.StringIO())
+    mine.log(5, RECORD, 1)
+    mine.close()
+    assert server.steps("abc12345") == [1, 2, 3, 4, 5] and server.runs["abc12345"]["exit_codes"] == [0]
+
+    monkeypatch.setattr(tracking, "FINISH_S", 1.0)
+    mine = tracker(config, step=5, out=io.StringIO())
+    server.stop()
+    mine.log(6, RECORD, 1)
+    mine.close()
+    assert "Timed out finishing run" in caplog.text
+    assert json.loads((RunDir(config).path / tracking.WHOLE).read_text())["step"] == 5, "the next start logs 6 again"
 
 
 def test_names_groups_notes_and_tags_reach_wandb(
