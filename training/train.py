@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
+from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
@@ -87,8 +88,9 @@ def objective(result: dict[str, Any]) -> float | None:
 
 def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog) -> dict[str, Any]:
     """Train as one process of a run; return its summary."""
-    from training.engine.start import init_distributed, shut_down
-    from training.run.session import Session
+    with importing():
+        from training.engine.start import init_distributed, shut_down
+        from training.run.session import Session
 
     try:
         watchdog.phase(meeting_place())

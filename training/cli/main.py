@@ -120,7 +120,9 @@ def run(verb: str, config: Experiment) -> dict[str, Any] | None:
     try:
         with _closed_pipe():
             with contextlib.nullcontext() if COMMANDS[verb].trains else ends_at_once(), _errors(verb, config.debug):
-                result = importlib.import_module(COMMANDS[verb].module).main(config)
+                with python.importing():
+                    command = importlib.import_module(COMMANDS[verb].module)
+                result = command.main(config)
             if config.json and result is not None:
                 print(json.dumps(result), flush=True)
             return result

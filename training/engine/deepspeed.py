@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.common.python import importing
 from training.config.experiment import Experiment
 from training.engine.base import (
     DTYPES,
@@ -62,11 +63,12 @@ def import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import deepspeed
+    with importing():
+        import deepspeed
 
+        _import_muon_uncompiled()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _import_muon_uncompiled()
     return deepspeed
 
 

@@ -184,7 +184,8 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
     ranks share."""
     rank = int(os.environ["RANK"])
     config = from_plain(getattr(training.config.commands, config_class), json.loads(Path(config_file).read_text()))
-    command = importlib.import_module(module)
+    with python.importing():
+        command = importlib.import_module(module)
     if not getattr(command, "HANDLES_SIGNALS", False):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     try:
