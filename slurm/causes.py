@@ -138,15 +138,16 @@ def told_by_log(log: Path | None, began: float | None = None) -> Cause | None:
 
 
 def told_by_accounting(job: str, began: float) -> Cause | None:
-    """Return what the accounting database says about the last start of a job that began no later than `began`; None
-    where there is no database."""
-    answer = ask("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "Start,End,State")
+    """Return what the accounting database says about the last start of a job that began, or was cancelled without one,
+    no later than `began`; None where there is no database."""
+    answer = ask("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "Start,End,State,Reason")
     starts = []
     for line in (answer or "").splitlines():
-        start, end, state = line.split("|")
-        at = _seconds(start)
+        start, end, state, reason = line.split("|")
+        at = _seconds(start) or _seconds(end)  # a job that never began has None or Unknown
         if 0 < at <= began + SKEW_S:
-            starts.append((at, state.split()[0], _seconds(end)))
+            waited = state == CANCELLED and reason == "Dependency"  # by a person: "CANCELLED by UID"
+            starts.append((at, NEVER if waited else state.split()[0], _seconds(end)))
     if not starts:
         return None
     _, state, ended = max(starts, key=lambda one: one[0])

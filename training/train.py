@@ -193,8 +193,8 @@ def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceL
     """Return the error for one that this rank's GPU, or another rank, has caused; None for any other."""
     if said := broken_gpu(str(error)):
         lost = DeviceLost(
-            f"rank {ranks.rank}: its GPU or the connection to it has failed, {ranks.place or node_name()}: {said}; the "
-            f"same command resumes from the newest checkpoint; if it is the same GPU again, exclude its node",
+            f"rank {ranks.rank}: its GPU or the connection to it has failed, {ranks.place or node_name()}: {said}",
+            "; the same command resumes from the newest checkpoint; if it is the same GPU again, exclude its node",
             node_name(),
         )
         blame(ranks.rank, lost)

@@ -193,8 +193,14 @@ DONE = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT {}{} ***\n"
         ({"log": DONE.format("LATER", " DUE TO NODE FAILURE, SEE X"), "nodes": LOST}, 137, "n2", "node n2 failed"),
         ({"log": DONE.format("LATER", " DUE TO NODE FAILURE, SEE X")}, 137, None, "a node failed"),
         ({"nodes": NODE.format("n1", "MIXED", "LATER")}, 137, "n1", "node n1 failed"),
-        ({"sacct": "EARLIER|BEGAN|NODE_FAIL\nBEGAN|LATER|PREEMPTED\nLATER|Unknown|RUNNING\n"}, 75, None, "preempted"),
-        ({"sacct": "BEGAN|LATER|NODE_FAIL\n", "nodes": LOST}, 137, "n2", "node n2 failed"),
+        (
+            {"sacct": "EARLIER|BEGAN|NODE_FAIL|None\nBEGAN|LATER|PREEMPTED|None\nLATER|Unknown|RUNNING|BeginTime\n"},
+            75,
+            None,
+            "preempted",
+        ),
+        ({"sacct": "BEGAN|LATER|REQUEUED|None\nUnknown|Unknown|PENDING|None\n"}, 75, None, "requeued by `scontrol"),
+        ({"sacct": "BEGAN|LATER|NODE_FAIL|None\n", "nodes": LOST}, 137, "n2", "node n2 failed"),
         ({"log": DONE.format("EARLIER", " DUE TO PREEMPTION"), "nodes": WELL}, None, None, "requeued by Slurm"),
     ],
 )
@@ -240,8 +246,18 @@ def test_why_slurm_ended_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (why_ended("7", log).why, why_ended("7", log).is_failure) == ("cancelled by `scancel`", False)
     log.write_text(f"{log.read_text()}==> job 7 on n1, restart 1\n")
     assert why_ended("7", log) is None, "it began again afterwards"
-    (tmp_path / "sacct").write_text(f"{AT['BEGAN']}|{AT['LATER']}|CANCELLED by 1000\n")
-    assert why_ended("7", log).state == "CANCELLED"
+    for said, why in (  # as slurmdbd 22.05 has it
+        ("BEGAN|LATER|CANCELLED by 1000|None", "cancelled by `scancel`"),
+        ("None|LATER|CANCELLED by 0|Resources", "cancelled by `scancel`"),
+        ("None|LATER|CANCELLED|Dependency", "a job that it waits for has failed"),
+        ("None|LATER|DEADLINE|None", "ended by Slurm at its deadline"),
+        ("BEGAN|LATER|TIMEOUT|None", "ended by Slurm at its time limit"),
+        ("BEGAN|LATER|OUT_OF_MEMORY|None", "killed by Slurm because it ran out of memory"),
+    ):
+        for word, moment in AT.items():
+            said = said.replace(word, moment)
+        (tmp_path / "sacct").write_text(f"{said}\n")
+        assert why_ended("7", log).why.startswith(why)
 
 
 # ------------------------------------------------------------------------------------------------------ one rank

@@ -76,11 +76,11 @@ def no_gpu(
         others_have: whether other processes of the run have one.
         shared: all ranks raise this error.
     """
-    said = f"rank {rank} on {node} has no GPU ({gpu.why}), but {reason}: fix or exclude the node, or "
-    said += "run on CPUs with cluster.gpus=false"
+    said = f"rank {rank} on {node} has no GPU ({gpu.why}), but {reason}"
+    remedy = ": fix or exclude the node, or run on CPUs with cluster.gpus=false"
     if gpu.why != CPU_BUILD and OLD_DRIVER not in gpu.why and (others_have or gpu.given):
-        return DeviceLost(said, node, shared)
-    return ConfigError(said)
+        return DeviceLost(said, remedy, node, shared)
+    return ConfigError(f"{said}{remedy}")
 
 
 def own_device(cluster: ClusterConfig, rank: int, local_rank: int) -> str:

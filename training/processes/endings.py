@@ -103,23 +103,24 @@ class DeviceLost(CascadeError):
     """A GPU has failed, or is not there.
 
     Args:
-        message: the sentence for the user.
+        why: what has happened, for the record of the run.
+        remedy: what to do about it, added to the message for the user.
         node: the node to blame.
         shared: all ranks raise the same error, so only rank 0 prints it.
     """
 
     exit_code = EXIT_DEVICE_LOST
 
-    def __init__(self, message: str, node: str, shared: bool = False) -> None:
-        super().__init__(message)
-        self.node, self.shared = node, shared
+    def __init__(self, why: str, remedy: str, node: str, shared: bool = False) -> None:
+        super().__init__(f"{why}{remedy}")
+        self.why, self.node, self.shared = why, node, shared
 
 
 def blame(rank: int, error: DeviceLost) -> None:
     """Tell the job script, if there is one, which node to blame."""
     if notes := os.environ.get("CASCADE_NOTES"):
         with suppress(OSError):
-            leave_note(Path(notes), rank, error.node, error.exit_code, str(error))
+            leave_note(Path(notes), rank, error.node, error.exit_code, error.why)
 
 
 class SlowNode(CascadeError):

@@ -116,7 +116,8 @@ def check_cards(cards: Sequence[Card], cluster: ClusterConfig) -> None:
         if other is not card and card.visible < card.given:
             raise DeviceLost(
                 f"ranks {other.rank} and {card.rank} would share one GPU on {card.node}, where torch sees "
-                f"{card.visible} of the {card.given} GPUs in CUDA_VISIBLE_DEVICES: fix or exclude the node",
+                f"{card.visible} of the {card.given} GPUs in CUDA_VISIBLE_DEVICES",
+                ": fix or exclude the node",
                 card.node,
                 shared=True,
             )
