@@ -508,7 +508,7 @@ COMMANDS: dict[str, Verb] = {
         "training.commands.caption",
         "caption the pictures with a local vision-language model",
         ("cascade caption data.shards=data/mine vlm.path=models/vlm output=data/mine-captions",),
-        ("vlm", "data"),
+        ("data",),
         outputs=("output",),
     ),
     "train": Verb(
@@ -535,7 +535,7 @@ COMMANDS: dict[str, Verb] = {
             "cascade ablate experiment=demo ingredient=muon train.steps=200",
             "cascade ablate experiment=demo 'ingredient=[muon,x_pred_v_loss]' ablate.seeds=5 ablate.dry_run=true",
         ),
-        ("ablate", *EVERYTHING),
+        EVERYTHING,
         outputs=("run.dir", "ablate.output"),
         local=("run.dir", "ablate.output"),
         trains=True,

@@ -116,6 +116,8 @@ def test_help_of_a_command(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     for group in ("stage", "experiment", "zero", "text"):
         assert f"\n  {group} " in text
     assert "--cfg job" in text and "--multirun" in text
+    keys = re.findall(r"^  ([\w.]+)=", text, re.MULTILINE)
+    assert keys and len(keys) == len({*keys}), "each key once"
 
 
 @pytest.mark.parametrize("words", [["help", "bundle"], ["--help", "bundle"], ["bundle", "help"], ["bundle", "-h"]])
