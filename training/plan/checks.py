@@ -120,6 +120,10 @@ def check_model(stage: StageConfig, text_dim: int) -> None:
         f"stage.model.preset={stage.model.preset} is for super-resolution but stage.low_res_size=0: choose the preset "
         "of a base stage, or set stage.low_res_size to the side of the picture it starts from",
     )
+    require(
+        stage.is_super_resolution or not stage.diffusion.residual,
+        "stage.diffusion.residual=true: a base stage has no low-res picture to start from; it is for super-resolution",
+    )
     given = stage.model.overrides.get("text_dim", text_dim)
     require(
         given == text_dim,

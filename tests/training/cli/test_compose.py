@@ -124,6 +124,10 @@ def test_ingredients_win_over_the_experiment_in_their_order() -> None:
     assert composed("ingredient=[x_pred_v_loss,sigmoid_weighting]") == ("logit_normal", "x0", "sigmoid")
     assert composed("ingredient=[sigmoid_weighting,x_pred_v_loss]")[2] == "flow_v"
     assert composed("ingredient=[x_pred_v_loss]", "stage.diffusion.weighting=v")[2] == "v"
+    with pytest.raises(ConfigError, match=r"residual=true: needs stage.diffusion.parametrization=x0, not eps"):
+        composed("stage=sr256", "ingredient=residual")
+    sr = load_config("train", ["experiment=paper", "text.path=x", "stage=sr256", "ingredient=[x_pred_v_loss,residual]"])
+    assert sr.stage.diffusion.residual and sr.stage.diffusion.parametrization == "x0"
     with pytest.raises(ConfigError, match=r"ingredient=nothing: no such option; the options are .*min_snr"):
         composed("ingredient=[min_snr,nothing]")
 

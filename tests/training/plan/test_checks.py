@@ -29,6 +29,7 @@ from training.plan.checks import planned_world_size
         ),
         (["stage.model.preset=demo_sr"], ["stage.model.preset=demo_sr", "stage.low_res_size"]),
         (["stage.model.overrides.text_dim=8"], ["text_dim=8", "text.dim=384"]),
+        (["ingredient=residual"], ["stage.diffusion.residual=true", "super-resolution"]),
         (["stage.image_size=18"], ["stage.image_size=18", "multiple of 4"]),
         (["stage=sr1024", "stage.crop_size=36"], ["stage.crop_size=36", "multiple of"]),
     ],
