@@ -31,6 +31,7 @@ def overrides_for(path: str) -> tuple[str, list[str]]:
     if parts[0] == "recipe":
         return "train", [f"experiment={parts[1]}", f"stage={parts[2]}"]
     needed = ["dino.path=models/dinov2"] if parts[1] in ("repa", "perceptual") else []
+    needed += ["stage=demo_sr"] if parts[1] == "residual" else []
     return "train", [f"{parts[0]}={parts[1]}", *needed]
 
 
