@@ -137,6 +137,9 @@ class LocalRunner:
                 child.kill()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if self.asked:
+            place = os.path.relpath(os.path.commonpath([record["home"] for record in self.records]))
+            print(f"==> stopped; to continue: cascade resume run={shlex.quote(place)}", flush=True)
         return self.codes
 
     def _stop(self, number: int, _frame: object) -> None:
@@ -157,7 +160,8 @@ class LocalRunner:
         if failed or self.asked:
             self.codes[name] = self.codes[failed[0]] if failed else EXIT_PREEMPTED
             self._event(record, "cancelled")
-            print(f"==> {name}: cancelled, {failed[0] + ' has failed' if failed else 'asked to stop'}", flush=True)
+            why = "asked to stop" if self.asked else f"{failed[0]} has failed"
+            print(f"==> {name}: cancelled, {why}", flush=True)
         elif len(self.running) < self.at_once and all(
             other in self.begun if record["when"] == BEGUN else self.codes.get(other) == 0 for other in before
         ):

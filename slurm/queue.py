@@ -185,7 +185,8 @@ def job_states(home: Path) -> list[dict[str, Any]]:
     """Return the newest job of each name in a home.
 
     Each is its record with `state` (pending, running, complete, failed, cancelled or, if squeue does not answer,
-    unknown), `reason` (why it waits, or where it runs) and `code` (its exit code; None if there is none yet).
+    unknown), `reason` (why it waits, or where it runs), `code` (its exit code; None if there is none yet) and `ended`
+    (when, seconds since 1970; None if it has not, or nobody has recorded it).
     """
     newest = {record["name"]: record for record in submissions(home)}
     held = {record["job"]: record for record in living(home)}
@@ -203,5 +204,6 @@ def job_states(home: Path) -> list[dict[str, Any]]:
             )
         elif ends and ends[-1]["what"] == "ended":
             state = "failed" if code else "complete"
-        found.append({"home": str(home), **record, "state": state, "reason": reason, "code": code})
+        ended = ends[-1]["time"] if ends and record["job"] not in held else None
+        found.append({"home": str(home), **record, "state": state, "reason": reason, "code": code, "ended": ended})
     return found

@@ -354,10 +354,10 @@ def main(words: Sequence[str] | None = None) -> int:
     trains = COMMANDS[given.verb].makes_run
     step = last_step(given.run_dir) if trains else -1
     numbers = {"restart": given.restart, "attempt": given.attempt, "step": step, "elapsed_s": float(given.elapsed)}
-    numbers["lasted_s"] = float(given.lasted)
     if given.requeued:
         record_requeue(given.run_dir, given.notes, End(0, given.job, **numbers))
         return 0
+    numbers["lasted_s"] = float(given.lasted)
     end = read_end(given.notes, given.code, bool(given.asked), given.job, **numbers)
     add_missing(end, given.run_dir)
     before = [one for one in history(given.run_dir) if trains or one.job == given.job]

@@ -13,6 +13,9 @@ from slurm.local import LocalRunner, local_record
 from slurm.queue import job_states, submit
 from training.config.commands import COMMANDS, ResumeCommand
 
+FOUND = ("state", "reason", "code", "ended")
+"""What `job_states` adds to the record of a job."""
+
 
 def main(config: ResumeCommand) -> dict[str, Any]:
     """Resubmit the jobs of a run, or of all runs of an experiment, that are neither finished nor in the queue.
@@ -82,7 +85,7 @@ def _submit_again(again: list[dict[str, Any]], all_jobs: dict[str, dict[str, Any
         log = Path(job["log"])
         log = log.with_name(log.name.replace(str(job["job"]), str(number)))
         home = Path(job["script"]).parent
-        record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}
+        record = {key: value for key, value in job.items() if key not in FOUND}
         append(home / SUBMITTED, {**record, "job": number, "log": str(log), "time": time.time()})
         behind = f", after {', '.join(str(one) for one in after)}" if after else ""
         print(f"submitted job {number}: {job['name']}{behind}", flush=True)
@@ -94,7 +97,7 @@ def _run_again(again: list[dict[str, Any]], at_once: int) -> dict[str, int]:
     """Run jobs again on this machine; return their exit codes by name."""
     records = []
     for job in again:
-        record = {key: value for key, value in job.items() if key not in ("state", "reason", "code")}
+        record = {key: value for key, value in job.items() if key not in FOUND}
         records.append({**record, **local_record(), "time": time.time()})
         append(Path(job["home"]) / "launch" / SUBMITTED, records[-1])
     return LocalRunner(records, at_once).run()

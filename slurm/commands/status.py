@@ -18,11 +18,13 @@ from slurm.jobs.remedies import remedy
 from slurm.pages.page import status_html
 from slurm.queue import job_states, living
 from training.config.commands import COMMANDS, StatusCommand
+from training.processes.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from training.run.directory import replace_file, try_to_write
 from training.run.reporting.tracking import duration
 
 WRITES_ON_S = 60.0
 """Seconds for which a training may still write after Slurm has begun to end it."""
+STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
 LESS_IMPORTANT = ("wait", "MFU", "images/s", "saved", "restarts")
 """Columns to leave out on a narrow terminal, in this order."""
@@ -103,6 +105,8 @@ def _add_end(row: dict[str, Any], run: Path, wrote: float) -> None:
     if last["reason"] and last["ended"] > wrote - WRITES_ON_S:
         row["state"] = "failed" if failed else "stopped"
         row["error" if failed else "why"] = f"job {last['job']}: {last['reason']}"
+    elif row["state"] == "running" and last["ended"] and last["ended"] > wrote - WRITES_ON_S:
+        row["state"] = "failed" if last["code"] and last["code"] not in STOPPED else "stopped"
     elif row["state"] == "new":  # it never came as far as a step
         row["state"], row["code"] = "failed" if failed else "stopped", last["code"]
         row["error"] = f"job {last['job']} ended with code {last['code']}, see {last['log']}" if last["code"] else None

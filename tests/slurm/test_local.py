@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -116,12 +117,17 @@ def busy(tmp_path: Path):
     ]
     for one in jobs:
         append(tmp_path / "jobs", one)
-    runner = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "jobs")], stdout=subprocess.DEVNULL)
+    with open(tmp_path / "output", "w") as output:
+        runner = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "jobs")], stdout=output)
     log = tmp_path / "logs/long.log"
     until(lambda: log.exists() and "up" in log.read_text(), 30)
     yield runner
     runner.kill()
     runner.wait()
+
+
+def busy_output(folder: Path) -> str:
+    return (folder / "output").read_text()
 
 
 def test_status_and_stop(busy: subprocess.Popen, tmp_path: Path) -> None:
@@ -139,6 +145,9 @@ def test_ctrl_c_stops_all(busy: subprocess.Popen, tmp_path: Path) -> None:
     assert busy.wait(30) == 0
     assert "saved" in (tmp_path / "logs/long.log").read_text()
     assert states(tmp_path)["waits"] == "cancelled"
+    said = busy_output(tmp_path)
+    assert "==> waits: cancelled, asked to stop\n" in said
+    assert said.endswith(f"==> stopped; to continue: cascade resume run={os.path.relpath(tmp_path)}\n")
 
 
 def test_nothing_outlives_a_launch_that_was_killed(busy: subprocess.Popen, tmp_path: Path) -> None:

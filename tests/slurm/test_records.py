@@ -92,6 +92,17 @@ def test_states() -> None:
     assert run_state({**row, "checkpoint": -1, "step": 0}, None, 1e9) == "new"
 
 
+@pytest.mark.parametrize(("code", "state"), [(75, "stopped"), (0, "stopped"), (76, "failed")])
+def test_a_run_whose_job_has_ended_no_longer_runs(tmp_path: Path, code: int, state: str) -> None:
+    """It wrote a moment ago, and nothing but the record of its job tells that it does not any more."""
+    run = make_run(tmp_path / "a", 50, 0.1)
+    assert rows(run)[0]["state"] == "running"
+    record = {"name": "train", "verb": "train", "job": "x", "log": str(tmp_path / "x.log"), "after": [], "time": 1}
+    append(run / "launch/jobs.jsonl", record | {"runner": [1, 0], "host": "elsewhere"})
+    append(run / "launch/events.jsonl", {"name": "train", "what": "ended", "code": code, "job": "x", "time": 4e9})
+    assert rows(run)[0]["state"] == state
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run there"):
         rows(tmp_path)
