@@ -119,7 +119,7 @@ def of_machine(error: BaseException) -> CascadeError | None:
         if "No usable temporary directory" in str(error):
             given = f"TMPDIR={os.environ['TMPDIR']}: " if os.environ.get("TMPDIR") else ""
             return UserError(f"{given}there is no directory for temporary files; point TMPDIR at one with room")
-        return UserError(system_words(error)) if error.errno in REMEDIES else None
+        return None
     said = str(error)
     if isinstance(error, (MemoryError, RuntimeError, ImportError)):
         if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):

@@ -88,7 +88,9 @@ def local_path(url: str) -> str:
 
 def join(parent: str, name: str) -> str:
     """Return the URL or path of `name` in `parent`."""
-    return f"{parent.rstrip('/')}/{name}" if is_remote(parent) else os.path.join(parent, name)
+    if is_remote(parent):
+        return f"{parent.rstrip('/')}/{name}"
+    return os.path.join(parent.rstrip("/") or parent[:1], name)
 
 
 def without_query(url: str) -> str:

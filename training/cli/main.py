@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.common import python
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, of_machine, system_words
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, ConfigError, UserError, of_machine, system_words
 from data_pipeline.common.terminal import guard_messages, visible
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
@@ -84,6 +84,7 @@ def _main(words: list[str]) -> None:
     if not COMMANDS[verb].bare:
         rest = ["--help" if word == "help" else word for word in rest]
     with _errors(verb, debug="debug=true" in rest):
+        _check_directory()
         if {"--help", "-h"} & set(rest):
             from training.cli.compose import searching
             from training.cli.help import verb_help
@@ -92,6 +93,14 @@ def _main(words: list[str]) -> None:
             with searching(arguments.config_path or arguments.config_dir):
                 return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
+
+
+def _check_directory() -> None:
+    """Raise UserError if the working directory has been deleted (and perhaps made again) since the shell went there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory of this shell no longer exists; change to one that does (cd)") from error
 
 
 def _no_such_command(words: Sequence[str]) -> str:

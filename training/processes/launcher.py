@@ -27,7 +27,7 @@ from typing import Any
 import training.config.commands
 from data_pipeline.common import python
 from data_pipeline.common.children import die_with_parent_only, pausing
-from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, of_machine
+from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, UserError, of_machine
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
 from training.processes.endings import DeviceLost, Signals, run_program, say, unless_ignored
@@ -173,9 +173,21 @@ def _held_back() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that is currently free on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    """Return a TCP port that is currently free on the loopback interface.
+
+    Raises:
+        UserError: that interface is down, as in a new network namespace.
+    """
+    with socket.socket() as probe, socket.socket() as other:
+        try:
+            probe.bind(("127.0.0.1", 0))
+            probe.listen()
+            other.connect(probe.getsockname())
+        except OSError as error:
+            raise UserError(
+                f"127.0.0.1 cannot be reached ({error.strerror}), where the processes of a run meet: bring up the "
+                f"loopback interface (ip link set lo up)"
+            ) from error
         return int(probe.getsockname()[1])
 
 

@@ -188,8 +188,9 @@ class RunDir:
         """
         if not made or (self.path / "config.yaml").exists():  # another start has begun meanwhile
             return
-        with suppress(OSError):
-            self.log_file(rank).unlink()
+        for file in (self.log_file(rank), self.path / "wandb_id"):
+            with suppress(OSError):
+                file.unlink()
         for folder in (*(self.path / name for name in ("logs", "samples", "checkpoints")), *map(Path, made)):
             with suppress(OSError):  # not empty: other ranks are not done yet
                 folder.rmdir()

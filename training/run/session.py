@@ -61,7 +61,7 @@ class Session:
         start_logging(self.run, ranks)
         try:
             self._open()
-        except UserError:
+        except (UserError, OSError):  # a setting, or a full disk
             self._discard(made)
             raise
 

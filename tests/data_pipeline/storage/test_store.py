@@ -128,3 +128,8 @@ def test_of_several_that_create_one_name_one_succeeds(
     assert store.sizes(str(tmp_path)) == {"deep": -1} and store.sizes(str(tmp_path / "deep")) == {"name": 1}
     store.remove_files(str(tmp_path / "deep"), ["name", "missing"])
     assert store.sizes(str(tmp_path / "deep")) == {} == store.sizes(str(tmp_path / "none"))
+
+
+def test_a_folder_may_end_in_slashes() -> None:
+    joined = [store.join(folder, "x") for folder in ("a", "a/", "a//", "/", "//", "", "s3://b/a//", "s3://b")]
+    assert joined == ["a/x", "a/x", "a/x", "/x", "/x", "x", "s3://b/a/x", "s3://b/x"]

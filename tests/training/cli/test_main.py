@@ -188,6 +188,17 @@ def test_a_mistake_is_one_sentence(words: list[str], expected: list[str], tmp_pa
         assert part in sentence
 
 
+def test_a_working_directory_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "data.shards=/x"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("cascade train: the working directory of this shell no longer exists")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = cascade("train", "train.stps=5", "debug=true", cwd=tmp_path)
     assert done.returncode == 2

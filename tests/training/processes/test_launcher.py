@@ -48,6 +48,16 @@ def test_what_torchrun_left_in_a_shell_is_not_for_the_ranks(monkeypatch: pytest.
     assert run_processes(program(body), 1) == 0
 
 
+def test_a_loopback_interface_that_is_down_is_named() -> None:
+    """As in a container without a network, where gloo ends in a traceback, or waits."""
+    program = "from training.processes.launcher import free_port; free_port()"
+    done = subprocess.run(["unshare", "-rn", sys.executable, "-c", program], capture_output=True, text=True)
+    if "unshare" in done.stderr:
+        pytest.skip("no network namespaces here")
+    assert "UserError: 127.0.0.1 cannot be reached (Network is unreachable)" in done.stderr
+    assert "ip link set lo up" in done.stderr
+
+
 def test_one_dies_and_takes_the_others_along() -> None:
     assert run_processes(program("sys.exit(3) if rank == 1 else time.sleep(600)"), 2, grace_s=0.5) == 3
 

@@ -172,6 +172,7 @@ def test_a_start_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
     run = run_at(tmp_path / "runs" / "a")
     made = run.create()
     assert made == [str(tmp_path / "runs" / "a"), str(tmp_path / "runs")]
+    run.wandb_id()
     for rank in (0, 1):
         run.log_file(rank).touch()
     run.discard(made, rank=1)
