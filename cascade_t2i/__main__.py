@@ -12,7 +12,10 @@ if not sys.flags.safe_path:
 if not Path(__file__).with_name("training").is_dir():  # a checkout, not a wheel
     sys.path.insert(0, str(HOME))
 
-from training.cli.main import program  # noqa: E402
+try:
+    from training.cli.main import program
+except KeyboardInterrupt:  # Ctrl-C while Python imports the command line: nothing has begun
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     program()

@@ -337,6 +337,19 @@ def test_files_of_the_working_directory_and_of_pythonpath_shadow_nothing(tmp_pat
         assert done.returncode == 0 and "shadowed" not in done.stdout + done.stderr, done.stderr
 
 
+def test_ctrl_c_while_python_imports_the_command_line() -> None:
+    program = """
+import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "training.cli.main": raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+import cascade_t2i.__main__
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_output_that_is_closed(tmp_path: Path) -> None:
     script = f"{sys.executable} -m training.cli order data.shards={tmp_path}/none >&- 2>&-; echo $?"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
