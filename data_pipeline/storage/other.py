@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
@@ -41,11 +43,23 @@ SCHEMES = {
 }
 """Scheme -> package that fsspec needs for it."""
 _EXTRAS = {"gcsfs": "gs", "adlfs": "az"}
+_CREDENTIALS = {
+    "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "adlfs": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "huggingface_hub": "HF_TOKEN",
+}
+"""Package -> the environment variables with its credentials."""
+_NO_BUCKET = re.compile("ContainerNotFound|specified (bucket|container) does not exist")
+"""What stores call a missing bucket."""
 _READ_ONLY = ("http", "https")
 _SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs", "gcs": "session_kwargs"}
 """Scheme -> option of its file system for aiohttp, which ignores HTTPS_PROXY and NO_PROXY unless told otherwise."""
 PIECE = 8 << 20
 """Bytes per request of a stream."""
+SLOWEST = 1e6
+"""Bytes per second by which the time for a request is extended beyond `Patience.stall_s`, for slow lines."""
+LISTING_S = 120.0
+"""Seconds that a listing may take, over all its pages."""
 _ETAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "last_modified", "Last-Modified", "mtime", "created")
 """Fields by which file systems distinguish versions of an object; the first one present is used."""
 
@@ -81,7 +95,7 @@ def filesystem(url: str) -> Any:
                 raise DataError(f"{url}: {scheme}:// needs the package {package}: {how}") from error
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{url}: cannot create a file system for {scheme}://: {describe_error(error)}"
+                    f"{url}: cannot create a file system for {scheme}://: {describe_error(error)}{_check(url)}"
                 ) from error
             _filesystems[os.getpid(), scheme] = found
         return found
@@ -105,6 +119,21 @@ def endpoint() -> str:
     return "its store"
 
 
+def _ask(fs: Any, method: str, limit_s: float, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a file system, and cancel it if it takes longer than `limit_s`.
+
+    File systems that are not asynchronous (`hf://`, `memory://`) have limits of their own.
+    """
+    from fsspec.asyn import AsyncFileSystem, sync
+
+    if isinstance(fs, AsyncFileSystem):
+        try:
+            return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=limit_s, **options)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {limit_s:.0f} s") from error
+    return getattr(fs, method)(*arguments, **options)
+
+
 def _status(error: BaseException) -> int:
     for holder in (error, getattr(error, "response", None)):  # the Hub's errors keep the answer
         for name in ("status", "status_code", "code"):
@@ -112,6 +141,12 @@ def _status(error: BaseException) -> int:
             if isinstance(value, int):
                 return value
     return 0
+
+
+def _check(url: str) -> str:
+    """Return the remark about where the credentials of a scheme come from; empty if it has none."""
+    names = _CREDENTIALS.get(SCHEMES[scheme_of(url)])
+    return f"; check {names}" if names else ""
 
 
 def _certificates(url: str) -> str:
@@ -127,13 +162,15 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
         return error
     if isinstance(error, FileNotFoundError) and scheme_of(url) in _READ_ONLY:
         error = error.__cause__ or error  # fsspec calls a file missing whatever kept it from asking
-    status, said = _status(error), describe_error(error)
+    status, said = _status(error), describe_error(error).partition(" RequestId:")[0]
+    if any(_NO_BUCKET.search(str(one)) for one in causes_of(error)):
+        return DataError(f"{url}: there is no {split(url)[0]!r} in its store ({said}); check the name{_check(url)}")
     if scheme_of(url) == "hf" and isinstance(error, FileNotFoundError) and "not found)" in said:
         return DataError(f"{url}: {said}")  # the repository or its revision
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return Denied(f"{url}: access is denied ({said})")
+        return Denied(f"{url}: access is denied ({said}){_check(url)}")
     if isinstance(error, NotImplementedError):
         return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
     unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
@@ -230,10 +267,11 @@ class OtherStream:
         begin, end = self._fetched, min(self._fetched + PIECE, self._end)
         if begin >= end:
             return False
+        limit = self._patience.stall_s + (end - begin) / SLOWEST
         exact = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}  # otherwise hf reads 5 MB per range
         data = _call(
             self.url,
-            lambda fs: fs.cat_file(self.url, start=begin, end=end, **exact),
+            lambda fs: _ask(fs, "cat_file", limit, self.url, start=begin, end=end, **exact),
             self._patience,
             self._backoff,
         )
@@ -271,8 +309,9 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
     def find(fs: Any) -> list[dict[str, Any]]:
         fs.invalidate_cache()
         if delimiter:
-            return list(fs.ls(folder.rstrip("/") if scheme_of(url) not in _READ_ONLY else folder, detail=True))
-        return list(fs.find(folder, detail=True).values())
+            place = folder.rstrip("/") if scheme_of(url) not in _READ_ONLY else folder
+            return list(_ask(fs, "ls", LISTING_S, place, detail=True))
+        return list(_ask(fs, "find", LISTING_S, folder, detail=True).values())
 
     try:
         found = _call(url, find, patience)
@@ -302,7 +341,7 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
 
     def ask(fs: Any) -> dict[str, Any]:
         if scheme_of(url) != "hf":
-            return dict(fs.info(url))
+            return dict(_ask(fs, "info", patience.stall_s, url))
         fs.invalidate_cache(url)  # it keeps listings, which other processes may have outdated
         return dict(fs.info(url, expand_info=True))  # without this, it lists the whole folder first
 
@@ -322,7 +361,8 @@ def _writable(url: str) -> None:
 def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
     """Write one object; in object stores the write is atomic."""
     _writable(url)
-    _call(url, lambda fs: fs.pipe_file(url, bytes(data)), patience)
+    limit = patience.stall_s + len(data) / SLOWEST
+    _call(url, lambda fs: _ask(fs, "pipe_file", limit, url, bytes(data)), patience)
 
 
 def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
@@ -331,13 +371,13 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
 
     def create(fs: Any) -> bool:
         try:
-            fs.pipe_file(url, data, mode="create")
+            _ask(fs, "pipe_file", patience.stall_s, url, data, mode="create")
         except FileExistsError:
             return False
         except TypeError:  # a file system without this mode: two writers at once may both believe they are first
-            if fs.exists(url):
+            if _ask(fs, "exists", patience.stall_s, url):
                 return False
-            fs.pipe_file(url, data)
+            _ask(fs, "pipe_file", patience.stall_s, url, data)
         return True
 
     return _call(url, create, patience)
@@ -349,7 +389,15 @@ def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
     base = root(url)
     for key in keys:
         try:
-            _call(url, lambda fs, key=key: fs.rm_file(f"{base}/{key}"), patience)  # type: ignore[misc]
+            _call(url, partial(_remove, place=f"{base}/{key}", limit_s=patience.stall_s), patience)
         except (Missing, Denied):
-            if _call(url, lambda fs, key=key: fs.isfile(f"{base}/{key}"), patience):  # type: ignore[misc]
+            if _call(url, partial(_is_file, place=f"{base}/{key}", limit_s=patience.stall_s), patience):
                 raise
+
+
+def _remove(fs: Any, place: str, limit_s: float) -> None:
+    _ask(fs, "rm_file", limit_s, place)
+
+
+def _is_file(fs: Any, place: str, limit_s: float) -> bool:
+    return bool(_ask(fs, "isfile", limit_s, place))

@@ -233,3 +233,23 @@ def test_a_scheme_without_its_package_names_what_to_install(
     with pytest.raises(DataError) as error:
         store.read_bytes(url, QUICK)
     assert str(error.value).endswith(f"needs the package {package}: {install}")
+
+
+def test_a_server_that_falls_silent_is_given_up_and_asked_again(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "web" / "x").write_bytes(DATA)
+    stuck, really = [threading.Event()], Web.do_GET
+
+    def silent_once(answer: Web) -> None:
+        if stuck:
+            stuck.pop().wait(30)
+        really(answer)
+
+    monkeypatch.setattr(Web, "do_GET", silent_once)
+    patience = Patience(stall_s=0.5, deadline_s=60, base_s=0.01, cap_s=0.05)
+    event = stuck[0]
+    try:
+        assert store.read_range(f"{web}/x", 5, 100, patience=patience) == DATA[5:100] and not event.is_set()
+    finally:
+        event.set()
