@@ -385,6 +385,13 @@ def _in_sweep() -> bool:
     return "WANDB_SWEEP_ID" in os.environ
 
 
+def _settings(kind: Any) -> Any:
+    """Return W&B's settings of a training, without those that the installed version does not have."""
+    limits: dict[str, Any] = {"finish_timeout": FINISH_S, "finish_timeout_raises": True}
+    known = {name: value for name, value in limits.items() if name in kind.model_fields}
+    return kind(console="off", silent=True, init_timeout=INIT_S, **known)
+
+
 def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, Any]) -> Any:
     """Start the W&B run, with the same id after a restart; None if it is disabled. If W&B cannot be reached, run
     offline and log a warning."""
@@ -407,13 +414,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
             config={**to_dict(config), "code": code},
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                init_timeout=INIT_S,
-                finish_timeout=FINISH_S,
-                finish_timeout_raises=True,
-            ),
+            settings=_settings(wandb.Settings),
         )
 
     began = time.monotonic()

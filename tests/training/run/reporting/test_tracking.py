@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import wandb
 from PIL import Image
+from pydantic import BaseModel
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.children import gone
@@ -363,6 +364,20 @@ def test_a_checkpoint_that_wandb_cannot_refer_to_costs_no_metrics(config: Experi
     mine.close()
     assert "not accept a reference to the checkpoint of step 1" in caplog.text
     assert any(values.get("_step") == 2 for _, values in read_wandb(RunDir(config)))
+
+
+def test_earlier_versions_of_wandb_get_only_the_settings_that_they_have() -> None:
+    class Earlier(BaseModel, extra="forbid"):  # as wandb 0.20.0
+        console: str
+        silent: bool
+        init_timeout: float
+
+    class Now(Earlier):
+        finish_timeout: float
+        finish_timeout_raises: bool
+
+    assert tracking._settings(Earlier).init_timeout == tracking.INIT_S
+    assert tracking._settings(Now).finish_timeout == tracking.FINISH_S
 
 
 def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
