@@ -142,6 +142,7 @@ class RunDir:
     def __init__(self, config: Experiment) -> None:
         self.path = Path(config.run.dir)
         self.metrics = self.path / "metrics.jsonl"
+        self._in_wandb = config.wandb.mode != "disabled"
         self.checkpoints = config.checkpoint.dir or str(self.path / "checkpoints")
 
     def log_file(self, rank: int) -> Path:
@@ -267,14 +268,25 @@ class RunDir:
             saved: the id in the checkpoint, for a run directory without one.
         """
         path = self.path / "wandb_id"
-        known = path.read_text().strip() if path.exists() else saved
+        known = (path.read_text().strip() if path.exists() else "") or saved
         starts = read_json(self.path / "code.json").get("starts") or [{}]
         home = starts[-1].get("run_dir")
         if known and home and Path(home) != self.path.resolve():
-            with suppress(OSError):
-                if (Path(home) / "wandb_id").read_text().strip() == known:
-                    log.warning("%s is a copy of %s: it gets its own W&B run", self.path, home)
-                    known = None
+            try:
+                is_copy = (Path(home) / "wandb_id").read_text().strip() == known
+            except OSError:
+                is_copy = False
+                if self._in_wandb:
+                    log.info(
+                        "%s was %s at its last start: it continues the same W&B run; if it is a copy whose original "
+                        "goes on elsewhere, write another id into %s",
+                        self.path,
+                        home,
+                        path,
+                    )
+            if is_copy:
+                log.warning("%s is a copy of %s: it gets its own W&B run", self.path, home)
+                known = None
         if not known:
             known = uuid.uuid4().hex[:8]
         if not path.exists() or path.read_text().strip() != known:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -136,7 +137,10 @@ def run_at(path: Path, **settings: object) -> RunDir:
     return RunDir(config)
 
 
-def test_a_copied_run_gets_a_wandb_run_of_its_own_and_a_moved_one_keeps_it(tmp_path: Path) -> None:
+def test_a_copied_run_gets_a_wandb_run_of_its_own_and_a_moved_one_keeps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     first = run_at(tmp_path / "a")
     first.create()
     name = first.wandb_id()
@@ -146,7 +150,11 @@ def test_a_copied_run_gets_a_wandb_run_of_its_own_and_a_moved_one_keeps_it(tmp_p
     other = copy.wandb_id(saved=name)
     assert other != name and copy.wandb_id(saved=name) == other and first.wandb_id(saved=name) == name
     (tmp_path / "a").rename(tmp_path / "c")
+    assert "it continues the same W&B run" not in caplog.text
     assert run_at(tmp_path / "c").wandb_id(saved=name) == name
+    assert "it continues the same W&B run; if it is a copy" in caplog.text, "its original may be on another machine"
+    (tmp_path / "c" / "wandb_id").write_text("")
+    assert run_at(tmp_path / "c").wandb_id(saved=name) == name, "a file that a full disk has left empty"
     fresh = run_at(tmp_path / "d")
     fresh.create()
     assert fresh.wandb_id(saved=name) == name, "a run directory that is lost, with its checkpoints elsewhere"
