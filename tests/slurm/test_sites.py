@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
+from slurm import supervise
 from slurm.client import clean_environment
 from slurm.commands import resume, status
 from slurm.jobs import frozen
@@ -26,8 +27,10 @@ OK = "ended with code 0"
 
 
 @pytest.fixture()
-def site(here: Path, program) -> Path:
-    """The programs of a site; the program that is submitted prints its words."""
+def site(here: Path, program, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The programs of a site; the program that is submitted prints its words. A start that has ended at once is
+    restarted without a long pause."""
+    monkeypatch.setattr(supervise, "PAUSE_S", 1)
     program('echo "ran: $*; FOO=$FOO"')
     return install(here / "site", **FAKE)
 

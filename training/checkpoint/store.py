@@ -30,7 +30,7 @@ import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -460,7 +460,7 @@ class CheckpointStore:
         return found or [Found(problem=f"{folder}: no {MANIFEST}, so the checkpoint was never finished")]
 
     def _plain_manifests(self, step: int) -> list[dict[str, Any]]:
-        return [asdict(found) for found in self._read(step)]
+        return [vars(found) for found in self._read(step)]
 
     def newest(
         self,
