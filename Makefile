@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests. Many tests wait for time-outs, servers and Slurm, so one more than there are cores.
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
+# Processes that share the tests. Many tests wait for time-outs, servers and Slurm, so two more than there are cores.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 2 : 8)))
 TORCH  := torch==2.13.0
+LINT   := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: help demo demo-long test lint format api setup clean
@@ -30,13 +31,17 @@ demo-long: setup  ## the same with two objects and their relation (about 20 minu
 	$(BIN)/cascade sample experiment=demo_long
 	$(BIN)/cascade evaluate experiment=demo_long
 
-test: $(VENV)/.installed-test lint  ## lint, type-check and run every test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15
+test: $(VENV)/.installed-test  ## lint, type-check and run every test
+	@echo "==> make lint, beside the tests; what it says is shown after them"
+	@( $(LINT) ) > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15; tests=$$?; \
+	wait $$lint; linted=$$?; \
+	echo "==> make lint ended with code $$linted:"; cat $(VENV)/lint.log; \
+	[ $$tests = 0 ] || echo "==> the tests ended with code $$tests (see above)"; \
+	[ $$tests = 0 ] && [ $$linted = 0 ]
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 format: $(VENV)/.installed-test  ## format and fix with ruff
 	$(BIN)/ruff format .
