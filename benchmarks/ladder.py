@@ -1,8 +1,8 @@
 """The gain from single ingredients on a ladder of small tasks: paired trainings of stages with and without each.
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
-        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [equal_time=false] [pictures=PATTERN]
-        [dino=DIRECTORY] [dino_side=224] [device=cpu]
+        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [factor=2] [equal_time=false]
+        [pictures=PATTERN] [dino=DIRECTORY] [dino_side=224] [device=cpu]
 
     OUTPUT/settings.json   the settings that all arms share; other settings need another OUTPUT
     OUTPUT/results.jsonl   one line per run; repeating the command trains only what is missing
@@ -13,8 +13,8 @@
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
     stage   a stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
             network is that of `model`. A super-resolution stage (demo_sr, sr256) makes pictures of `size`, twice that
-            of the same model's base stage, from pictures of half that size. An ingredient `base64:` or
-            `base64:muon+min_snr` has another stage's settings instead
+            of the same model's base stage, from pictures whose side is `factor` times smaller (that of sr256 itself: 4). An
+            ingredient `base64:` or `base64:muon+min_snr` has another stage's settings instead
     equal_time=true   `steps` are those of `none`; each other arm takes as many as fit into the same CPU time
     widths= blocks=   the whole network of the preset: with stage=demo_base, that of the demo
     pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
@@ -84,7 +84,14 @@ MODELS: dict[str, dict[str, Any]] = {
 """Model -> default values of the options with these names."""
 SUPER_RESOLUTION = {"demo_base": "demo_sr", "base64_100m": "sr256_100m"}
 """Preset of a base stage -> that of the same model's super-resolution stage, whose pictures are twice as large."""
-DEFAULTS = {"stage": "demo_base", "pictures": "", "equal_time": "false", "dino": "", "dino_side": "224"}
+DEFAULTS = {
+    "stage": "demo_base",
+    "pictures": "",
+    "equal_time": "false",
+    "dino": "",
+    "dino_side": "224",
+    "factor": 2,
+}
 SHARED = ("scene", "model", "size", "widths", "blocks", "preset", "steps", "batch", *DEFAULTS)
 SAMPLED = {"words": ("words right", 100, "%", ".1f"), "psnr": ("PSNR", 1, "dB", ".2f")}
 """Figure of sampled pictures -> heading, factor, unit and format in the table."""
@@ -107,7 +114,7 @@ class Pictures(NamedTuple):
     specs: list[ShapeSpec]
     """What drawn pictures show; empty for photographs."""
     low: torch.Tensor | None
-    """uint8 (N, 3, H / 2, W / 2): input of super-resolution; None for a base stage."""
+    """uint8 (N, 3, H / factor, W / factor): input of super-resolution; None for a base stage."""
 
     def low_of(self, rows: torch.Tensor, device: str) -> torch.Tensor | None:
         """Return the low-res pictures with these indices, on the device."""
@@ -161,7 +168,7 @@ def pictures(indices: range, config: Experiment, settings: dict[str, Any], heldo
     stacked = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
     low = None
     if config.stage.is_super_resolution:  # each pixel the mean of its block, as `training_view` makes it
-        low = torch.nn.functional.avg_pool2d(stacked.float(), 2).round().byte()
+        low = torch.nn.functional.avg_pool2d(stacked.float(), settings["factor"]).round().byte()
     return Pictures(stacked, text, mask, torch.tensor(frames, dtype=torch.float32), specs, low)
 
 
@@ -278,7 +285,7 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
         words += [f"repa.width={4 * int(settings['widths'].split(',')[-1])}"] if settings["widths"] else []
     stage = _stage(name)
     if stage.is_super_resolution:
-        low = settings["size"] // 2
+        low = settings["size"] // settings["factor"]
         words += [f"stage.low_res_size={low}", "stage.crop_size=0"]
         words += [f"stage.diffusion.shift_from={low}"] if stage.diffusion.shift_from else []
     return load_config(
@@ -389,7 +396,9 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
     if _stage(given.get("stage", "demo_base")).is_super_resolution:
         base |= {"preset": SUPER_RESOLUTION[base["preset"]], "size": 2 * base["size"]}
     found = {**base, **given, "model": model, "scene": scene}
-    return {key: int(found[key]) if key in ("size", "steps", "batch") else found[key] for key in SHARED}
+    if int(found["size"]) % int(found["factor"]):
+        raise SystemExit(f"factor={found['factor']}: size={found['size']} must be a multiple of it")
+    return {key: int(found[key]) if key in ("size", "steps", "batch", "factor") else found[key] for key in SHARED}
 
 
 def main(words: list[str]) -> None:

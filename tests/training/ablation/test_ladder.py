@@ -73,6 +73,10 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     assert data.low is not None and data.low.shape == (2, 3, 16, 16)
     block = data.images[1, 2, :2, 6:8].float().mean()
     assert data.low[1, 2, 0, 3] == block.round()
+    by_four = ladder.settings_of({"stage": "sr256", "widths": "32,32", "factor": "4"})
+    config = ladder.config_of("none", 0, by_four)
+    assert (config.stage.low_res_size, config.stage.diffusion.shift_from) == (8, 8)
+    assert ladder.pictures(range(2), config, by_four, False).low_of(torch.arange(2), "cpu").shape[-1] == 8
     ladder.main([str(tmp_path), "ingredients=muon", "stage=demo_sr", *TINY])
     lines = results(tmp_path)
     assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
@@ -139,7 +143,7 @@ def test_the_encoder_learns_which_object_covers_each_patch() -> None:
 
 
 def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
-    for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes"):
+    for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes", "factor=3"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
             ladder.main([str(tmp_path), word])
 
