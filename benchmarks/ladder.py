@@ -13,7 +13,7 @@
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
     stage   a stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
             network is that of `model`. A super-resolution stage (demo_sr, sr256) makes pictures of `size`, twice that
-            of the same model's base stage, from pictures whose side is `factor` times smaller (that of sr256 itself: 4). An
+            of the same model's base stage, from pictures `factor` times smaller (sr256 itself has 4). An
             ingredient `base64:` or `base64:muon+min_snr` has another stage's settings instead
     equal_time=true   `steps` are those of `none`; each other arm takes as many as fit into the same CPU time
     widths= blocks=   the whole network of the preset: with stage=demo_base, that of the demo
