@@ -82,7 +82,7 @@ def test_an_index_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_shards(tmp_path / "set", [6])
     for path in (tmp_path / "set").glob("*.parquet"):
         path.unlink()
-    with files_up_to(100), pytest.raises(CascadeError, match=r"index.parquet: File too large; .*ulimit -f"):
+    with files_up_to(100), pytest.raises(CascadeError, match=r"index.parquet: File too large; set data.index_dir"):
         index.main(settings(data=DataConfig(shards=str(tmp_path / "set"))))
     assert not [name for name in files(tmp_path) if not name.endswith(".tar")]
 
