@@ -273,6 +273,12 @@ def paces(path: Path, arms: Sequence[str], settings: dict[str, Any], device: str
 
 def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
     """Return the settings of an arm: `none`, or ingredients joined by +, after `STAGE:` if its stage is another."""
+    return replace(_composed(arm, tuple(settings.items())), seed=seed)
+
+
+@functools.cache
+def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
+    settings = dict(of_all)
     other, _, ingredients = arm.rpartition(":")
     name = other or settings["stage"]
     words = [f"stage.model.preset={settings['preset']}"]
@@ -299,7 +305,6 @@ def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
             *RECIPE,
             f"train.steps={settings['steps']}",
             f"data.global_batch={settings['batch']}",
-            f"seed={seed}",
             *(["text.max_tokens=40"] if settings["scene"] in ("three", "four") else []),
             "zero=zero0",
             "cluster.processes=1",

@@ -6,6 +6,7 @@ A key is free text if its field is marked `metadata=SENTENCES` (prompts): its va
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
 OVERRIDE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[A-Za-z_][\w./@-]*)=(?P<value>.*)", re.DOTALL)
 
 
+@functools.cache
 def groups() -> dict[str, list[str]]:
     """Return the config groups and their options: the directories of conf/, without recipe, which users do not choose
     from."""
