@@ -14,7 +14,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: setup  ## draw captioned shapes, train a two-stage cascade on them, sample and evaluate it (about 12 minutes on 2 cores)
+demo: setup  ## draw captioned shapes, train a two-stage cascade on them, sample and evaluate it (5 to 13 minutes on 2 cores)
 	$(BIN)/cascade prepare experiment=demo
 	$(BIN)/cascade train experiment=demo stage=demo_base
 	$(BIN)/cascade train experiment=demo stage=demo_sr
