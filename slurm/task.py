@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.common.children import die_with_parent
+from data_pipeline.common.machine import oom_kills
 from training.processes.exit_codes import EXIT_DEVICE_LOST, EXIT_HUNG, EXIT_PREEMPTED
-from training.processes.failures import STUCK, broken_gpu, is_lost_rank, leave_note
+from training.processes.failures import STUCK, broken_gpu, is_lost_rank, leave_note, node_name
 
 STOPPED = "stopped"
 """Name of the note that the program was asked to stop and has saved."""
@@ -96,7 +97,7 @@ def note(notes: Path, code: int, said: str, environ: MutableMapping[str, str]) -
     if code == EXIT_PREEMPTED:
         (notes / STOPPED).touch()
         return
-    rank, node = int(environ.get("SLURM_PROCID", "0")), environ.get("SLURMD_NODENAME") or socket.gethostname()
+    rank, node = int(environ.get("SLURM_PROCID", "0")), node_name(environ)
     why, innocent = "", False
     if code == KILLED and oom_kills():
         why, innocent = f"rank {rank} on {node} was killed because the job ran out of memory; raise cluster.mem", True
@@ -105,27 +106,6 @@ def note(notes: Path, code: int, said: str, environ: MutableMapping[str, str]) -
     elif is_lost_rank(said) or STUCK.search(said):
         code = EXIT_HUNG
     leave_note(notes, rank, node, code, why, innocent)
-
-
-def oom_kills(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many processes of this process's control group the kernel has killed for lack of memory; 0 without
-    control groups.
-
-    Args:
-        own: the file that names the groups of this process.
-        root: where the groups are mounted.
-    """
-    found = 0
-    with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            file = root / path.lstrip("/") / "memory.events"
-            if kinds:  # version 1 has a hierarchy for each kind
-                file = root / kinds / path.lstrip("/") / "memory.oom_control"
-            if kinds in ("", "memory") and file.exists():
-                words = file.read_text().split()
-                found += int(words[words.index("oom_kill") + 1])
-    return found
 
 
 def set_meeting_place(environ: MutableMapping[str, str]) -> None:

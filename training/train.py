@@ -19,10 +19,9 @@ from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
-from training.processes.devices import node_name
 from training.processes.endings import DeviceLost, RankLost, Signals, blame, from_where, run_program, stop_error
 from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE
-from training.processes.failures import broken_gpu, is_lost_rank
+from training.processes.failures import broken_gpu, is_lost_rank, node_name
 from training.processes.launcher import free_port, launch
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count

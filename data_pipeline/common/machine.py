@@ -70,15 +70,32 @@ def _number(path: Path) -> int:
     return int(path.read_text())
 
 
+def oom_kills() -> int:
+    """Return how many processes of this process's control group the kernel has killed for lack of memory; 0 without
+    control groups."""
+    found = 0
+    for root, own in _own_groups("memory"):
+        for name in ("memory.events", "memory.oom_control"):  # of version 2, of version 1
+            with suppress(OSError, ValueError):
+                words = (root / own / name).read_text().split()
+                found += int(words[words.index("oom_kill") + 1])
+    return found
+
+
 def _folders(controller: str) -> list[Path]:
     """Return the directories of this process's control groups, innermost first, that have limits of `controller`."""
-    found: list[Path] = []
+    # In a container, the mount may begin at one of the parents.
+    return [root / place for root, own in _own_groups(controller) for place in (own, *own.parents)]
+
+
+def _own_groups(controller: str) -> list[tuple[Path, Path]]:
+    """Return the control groups of this process that may have limits of `controller`: where their hierarchy is mounted,
+    and their path in it."""
+    found: list[tuple[Path, Path]] = []
     with suppress(OSError, ValueError):
         for line in OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
-            root = CGROUPS / controller if controllers else CGROUPS
-            inner = Path(path.lstrip("/"))  # in a container, its mount may begin at one of the parents
-            found += [root / place for place in (inner, *inner.parents)]
+            found.append((CGROUPS / controller if controllers else CGROUPS, Path(path.lstrip("/"))))
     return found

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.common import machine
 from slurm import task
 from slurm.causes import why_ended
 from slurm.supervise import End, Verdict, history, judge, main, pause_before, read_end, slow_nodes
@@ -310,15 +311,17 @@ def test_the_last_words_of_a_rank_that_was_aborted(tmp_path: Path, says: str, co
 def test_memory_that_ran_out_is_not_the_nodes_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel counts it, in both versions of control groups."""
     own = tmp_path / "cgroup"
+    monkeypatch.setattr(machine, "OWN_CGROUPS", own)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "fs")
     for line, file, text in (
         ("0::/system.slice/job_7/step_0", "system.slice/job_7/step_0/memory.events", "low 0\noom 1\noom_kill 1\n"),
         ("4:memory:/slurm/job_7", "memory/slurm/job_7/memory.oom_control", "under_oom 0\noom_kill 2\n"),
     ):
         own.write_text(f"3:cpu,cpuacct:/x\n{line}\n")
-        assert task.oom_kills(own, tmp_path / "fs") == 0
+        assert machine.oom_kills() == 0
         (tmp_path / "fs" / file).parent.mkdir(parents=True)
         (tmp_path / "fs" / file).write_text(text)
-        assert task.oom_kills(own, tmp_path / "fs") > 0
+        assert machine.oom_kills() > 0
     monkeypatch.setattr(task, "oom_kills", lambda: 1)
     task.note(tmp_path, KILLED, "", {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n2"})
     found = read_end(tmp_path, KILLED, asked=False, job="7")

@@ -147,7 +147,7 @@ def _of_captions(config: CaptionConfig) -> dict[str, Any]:
 
 
 def _of_files(config: CaptionConfig, shard: str) -> dict[str, Any]:
-    """Return the hash of each file of captions of a shard: captions written anew have to be embedded anew."""
+    """Return the hash of each file of captions of a shard: captions that have changed have to be embedded again."""
     hashes = {name: captions_hash(shard, folder) for name, folder in sorted(config.files.items())}
     return {"files": hashes} if hashes else {}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
 from training.processes.endings import DeviceLost, blame
+from training.processes.failures import node_name
 from training.processes.ranks import gpu_of
 
 CPU_BUILD = "torch is a CPU build"
@@ -35,11 +35,6 @@ class Gpu(NamedTuple):
     why: str = ""
     visible: int = 0
     given: int = 0
-
-
-def node_name(environ: Mapping[str, str] = os.environ) -> str:
-    """Return this machine's name: Slurm's name of the node, or the host name."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def see_gpu(local_rank: int, environ: Mapping[str, str] = os.environ) -> Gpu:

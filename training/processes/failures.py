@@ -1,12 +1,17 @@
 """Tells by the messages of torch, NCCL and gloo who has failed: another rank, or this one's GPU; and leaves notes about
-it for the job script. Only the standard library."""
+it for the job script. Imports nothing large, as the task of each rank on Slurm imports it."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+from data_pipeline.storage.atomic import replacing
 
 LOST = (
     "timed out",
@@ -61,6 +66,11 @@ def broken_gpu(message: str) -> str:
     return found[0].strip()[:200] if found else ""
 
 
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Return this machine's name: Slurm's name of the node, or the host name."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def leave_note(notes: Path, rank: int, node: str, code: int, why: str = "", innocent: bool = False) -> None:
     """Tell the job script how a rank failed, atomically. The first note of a rank stands: the program knows more than
     what started it.
@@ -77,5 +87,5 @@ def leave_note(notes: Path, rank: int, node: str, code: int, why: str = "", inno
     if path.exists():
         return
     note = {"rank": rank, "node": node, "code": code, "time": time.time(), "why": why, "innocent": innocent}
-    path.with_suffix(".tmp").write_text(json.dumps(note))
-    path.with_suffix(".tmp").replace(path)
+    with replacing(path, durable=False) as file:
+        file.write(json.dumps(note).encode())

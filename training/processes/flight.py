@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.storage.atomic import replacing
+
 LAST = 8
 """Collectives to keep per process group, besides unfinished ones."""
 PATTERN = "collectives-rank-*.json"
@@ -52,10 +54,8 @@ def write_record(path: Path, facts: Mapping[str, Any]) -> None:
         facts: what else to write: rank, world_size, node, phase, step, time.
     """
     text = json.dumps({**facts, "groups": _groups()}, indent=1)
-    with suppress(OSError):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+    with suppress(OSError), replacing(path, durable=False) as file:
+        file.write(text.encode())
 
 
 def _groups() -> dict[str, Any]:

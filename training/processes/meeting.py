@@ -21,8 +21,9 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.devices import Gpu, no_gpu, node_name, see_gpu
+from training.processes.devices import Gpu, no_gpu, see_gpu
 from training.processes.endings import DeviceLost, RankLost
+from training.processes.failures import node_name
 from training.processes.ranks import Ranks
 
 POLL_S = 0.1

@@ -19,8 +19,8 @@ import torch
 from data_pipeline.storage.store import read_bytes, remove_files, write_bytes
 from training.config.experiment import Experiment
 from training.processes.collectives import barrier, gather_json, together
-from training.processes.devices import node_name
 from training.processes.endings import SlowNode
+from training.processes.failures import node_name
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, replace_file
 

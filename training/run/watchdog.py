@@ -20,9 +20,9 @@ from typing import Any
 
 from training.config.experiment import TrainConfig
 from training.processes import flight
-from training.processes.devices import node_name
 from training.processes.endings import say
 from training.processes.exit_codes import EXIT_HUNG
+from training.processes.failures import node_name
 from training.processes.ranks import Ranks
 
 log = logging.getLogger("cascade")
