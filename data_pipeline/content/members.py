@@ -264,17 +264,20 @@ def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConf
         described = _has(kinds, part, "text") or (_has(kinds, part, "json") and not texts_apart)
         if stem and described and _has(kinds, part, "image"):
             own[stem] = part
-    owned = {name for part in own.values() for name in part.values()}
-    whole = {name: name for name in kinds if name not in owned}
-    pictures = sum(kinds[name] == "image" for name in whole)
-    described = any(kinds[name] in ("text", "json") for name in whole)
-    if "" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES):
-        return [(key, whole), *((f"{key}.{stem}", part) for stem, part in own.items())]
-    return [(f"{key}.{stem}", part) for stem, part in by_stem.items()]
+    pictures = sum(kind == "image" for kind in kinds.values())
+    described = any(kind in ("text", "json") for kind in kinds.values())
+    if not own and ("" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES)):
+        return [(key, whole)]
+    # The names contain dots, so what is left of them must not be joined: a picture and a caption of two others.
+    plain = by_stem.pop("", {})
+    for stem in [stem for stem, part in by_stem.items() if plain and not _has(kinds, part, "image", "text")]:
+        plain.update({name: name for name in by_stem.pop(stem).values()})
+    apart = [(f"{key}.{stem}", part) for stem, part in by_stem.items()]
+    return [(key, plain), *apart] if plain else apart
 
 
-def _has(kinds: Mapping[str, str | None], part: Mapping[str, str], kind: str) -> bool:
-    return any(kinds[name] == kind for name in part.values())
+def _has(kinds: Mapping[str, str | None], part: Mapping[str, str], *wanted: str) -> bool:
+    return any(kinds[name] in wanted for name in part.values())
 
 
 def advice(reason: str, layouts: Mapping[str, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -74,20 +75,21 @@ class ParquetRows:
                 if start <= number < start + len(batch):
                     return start, batch
             if not self._next <= number or self._next < 0 or self._is_far(number):
-                group = next(i for i in range(len(self._row_bytes)) if number < self._starts[i + 1])
-                self._open(group)
+                self._open(number)
             batch = next(self._batches, None)
             if batch is None:
-                self._open(next(i for i, start in enumerate(self._starts) if start >= self._next))
+                self._open(self._next)
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)
 
     def _is_far(self, number: int) -> bool:
         """Return whether the row is in a later row group, so that the rows before it can be skipped."""
-        return any(self._next < start <= number for start in self._starts)
+        return self._starts[bisect_right(self._starts, number) - 1] > self._next
 
-    def _open(self, group: int) -> None:
+    def _open(self, number: int) -> None:
+        """Begin to read at the row group that contains this row; row groups may be empty."""
+        group = bisect_right(self._starts, number) - 1
         rows = min(max(_BATCH_BYTES // self._row_bytes[group], _LEAST_ROWS), 1 << 14)
         self._next = self._starts[group]
         self._batches = self._file.iter_batches(rows, row_groups=[group], columns=self._wanted, use_threads=False)

@@ -199,6 +199,14 @@ def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(part._kept) <= 3 and max(len(batch) for _, batch in part._kept) <= 32  # type: ignore[attr-defined]
 
 
+def test_row_groups_may_be_empty(place: Path) -> None:
+    table = pa.table({"path": ["1.jpg", "2.jpg"], "caption": ["one", "two"]})
+    with pq.ParquetWriter(place / "a.parquet", table.schema) as out:
+        for part in (table[:0], table[:1], table[:0], table[:0], table[1:], table[:0]):
+            out.write_table(part)
+    assert captions(TableSource(str(place / "a.parquet"))) == ["one", "two"]
+
+
 def test_lists_of_captions_are_alternatives(place: Path, caplog: Any) -> None:
     pq.write_table(
         pa.table({"path": ["1.jpg", "2.jpg"], "caption": [["a dog", "a small dog"], ["a cat"]]}), place / "a.parquet"

@@ -57,6 +57,9 @@ def rows(*names: str, **settings: list[str]) -> tuple[dict[str, str], dict[str, 
         (["a.b.jpg", "a.b.jpg.txt", "a.c.jpg", "a.c.jpg.txt"], {"a.b": "jpg/txt", "a.c": "jpg/txt"}),
         (["img.1.jpg", "img.2.jpg", "img.3.jpg"], {"img.1": "jpg", "img.2": "jpg", "img.3": "jpg"}),
         (["k.img", "README", "k.txt"], {"k": "img/txt"}),
+        # a picture without its caption and a caption without its picture, beside a whole sample
+        (["v.1_a.jpg", "v.1_a.txt", "v.1_b.jpg", "v.1_c.txt"], {"v.1_a": "jpg/txt", "v.1_b": "jpg", "v.1_c": "txt"}),
+        (["v.jpg", "v.m.json", "v.2.jpg", "v.2.txt", "v.3.txt"], {"v": "jpg/json", "v.2": "jpg/txt", "v.3": "txt"}),
     ],
 )
 def test_the_members_of_a_sample_are_found_by_their_names(names: list[str], expected: dict[str, str]) -> None:
