@@ -3,16 +3,21 @@
 import gc
 import importlib
 
+import botocore.session
 import torch
 
+import tests.s3
 import training.run.session
 import training.train
 from training.cli.compose import load_config
 from training.engine.deepspeed import import_deepspeed
 
+NOWHERE = {"region_name": "us-east-1", "aws_access_key_id": "none", "aws_secret_access_key": "none"}
+
 torch.set_num_threads(1)
 import_deepspeed()
 load_config("train", ["data.shards=none"])
+botocore.session.get_session().create_client("s3", **NOWHERE)  # reads what it knows of S3, which its forks would
 for name in (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.module_inject.auto_ep_presets.registry",
@@ -29,4 +34,4 @@ for name in (
     importlib.import_module(name)
 gc.collect()
 gc.freeze()  # what is here stays: no collection of a fork, of which ZeRO 3 asks for some, looks at it again
-__all__ = ["training"]
+__all__ = ["tests", "training"]

@@ -33,6 +33,7 @@ CLOCK_S = 5.0
 requests."""
 REPEATS = 5
 """Number of measurements, of which the best counts, since disturbances only slow them down."""
+STORE_REPEATS = 2
 SIDE = {"cuda": 8192, "cpu": 768}
 LINK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 STORE_BYTES = 8 << 20
@@ -124,10 +125,10 @@ def measure(ranks: Ranks, store: str, node: str) -> Measured:
     return Measured(ranks.rank, node, tflops, clock, reduced, received, written, read)
 
 
-def _best(call: Callable[[], Any], device: str) -> float:
-    """Return the seconds of the fastest of REPEATS calls, after a warm-up call."""
+def _best(call: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
+    """Return the seconds of the fastest call, after a warm-up call."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         began = time.perf_counter()
         call()
         if device.startswith("cuda"):
@@ -160,11 +161,9 @@ def _store_gb_s(store: str, rank: int) -> tuple[float, float]:
     """Return the GB/s of writing and of reading a small object where the checkpoints go."""
     name, data = f".preflight-{rank}-{os.getpid()}", os.urandom(STORE_BYTES)
     try:
-        began = time.perf_counter()
-        write_bytes(f"{store}/{name}", data)
-        between = time.perf_counter()
-        read_bytes(f"{store}/{name}")
-        return STORE_BYTES / (between - began) / 1e9, STORE_BYTES / (time.perf_counter() - between) / 1e9
+        written_s = _best(lambda: write_bytes(f"{store}/{name}", data), "cpu", STORE_REPEATS)
+        read_s = _best(lambda: read_bytes(f"{store}/{name}"), "cpu", STORE_REPEATS)
+        return STORE_BYTES / written_s / 1e9, STORE_BYTES / read_s / 1e9
     finally:
         remove_files(store, [name])
 

@@ -107,7 +107,7 @@ def serve(request: Request, content: Content) -> Any:
 
 Process = Callable[[Stage, list[str]], None]
 """Runs on a folder; appends to the list what it has achieved."""
-Judge = Callable[[Content, list[list[str]]], str]
+Judge = Callable[[Content, list[tuple[str, ...]]], str]
 """(content, what each process has achieved) -> what is wrong, or "" """
 
 
@@ -130,7 +130,7 @@ class Explorer:
         self._contents: list[Content] = []
         self._content_numbers: dict[tuple[tuple[str, bytes], ...], int] = {}
         self._served: dict[tuple[int, Request], tuple[Any, int]] = {}
-        self._histories: list[tuple[list[Any], Request | None, list[str]]] = []
+        self._histories: list[tuple[list[Any], Request | None, tuple[str, ...]]] = []
         """Answers so far, the next request (None: it has ended), what it has achieved."""
         self._next: dict[tuple[int, str], int] = {}
         self._first = [self._history(number, []) for number in range(len(processes))]
@@ -205,7 +205,7 @@ class Explorer:
             self._processes[number](Stage(list(answers)), done)
         except Paused as paused:
             request = paused.request
-        self._histories.append((answers, request, done))
+        self._histories.append((answers, request, tuple(done)))
         return len(self._histories) - 1
 
     def _story(self, state: State) -> list[str]:

@@ -3,6 +3,8 @@ real code, no model of it."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +22,8 @@ ONE = Ranks()
 
 @pytest.fixture(autouse=True)
 def _same_each_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process that is run again does the same: no clock, no threads, files judged by their sizes."""
+    """A process that is run again does the same: no clock, no threads, files judged by their sizes; and in silence."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
     monkeypatch.setattr("training.checkpoint.attempts.time.time", lambda: 0.0)
 
     def by_size(self: Checkpoint, *_: Any, **__: Any) -> list[str]:
@@ -87,11 +90,12 @@ def _save_and_prune(store: CheckpointStore, steps: Sequence[int], done: list[str
         done.append("superseded")
 
 
-def numbers(done: list[str], word: str) -> list[int]:
+@functools.cache
+def numbers(done: tuple[str, ...], word: str) -> list[int]:
     return [int(line.split()[1]) for line in done if line.startswith(word)]
 
 
-def nothing_is_lost(content: Content, achieved: list[list[str]]) -> str:
+def nothing_is_lost(content: Content, achieved: list[tuple[str, ...]]) -> str:
     """A start that looks now finds a whole checkpoint: the last that the newest attempt has saved, or a later one of
     its own; before it has saved any, one from where it began or later. No two attempts have one number."""
     claims = [number for done in achieved for number in numbers(done, "claimed")]
