@@ -22,6 +22,8 @@ from tests.s3 import S3Server, start_server
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """One thread for each of the many processes: threads of tiny tensors that share cores wait for each other, spinning."""
 
+for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+    os.environ.pop(variable, None)  # every process would read the machine's, for servers of plain HTTP
 gc.disable()
 """Until all tests are collected: next to nothing of it is garbage, and the search takes almost a third of the time, in
 every worker."""
@@ -144,7 +146,7 @@ def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server
 
     for name, value in s3_process.env.items():
         monkeypatch.setenv(name, value)
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     s3.forget()
     return s3_process

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any, TypeVar
 
 C = TypeVar("C")
-
-
-@functools.cache
-def _schema(schema: type) -> tuple[Any, Any]:
-    """Return a settings class as OmegaConf sees it, which merging copies, and its defaults as plain values."""
-    from omegaconf import OmegaConf
-
-    structured = OmegaConf.structured(schema)
-    return structured, OmegaConf.to_container(structured)
+_schemas: dict[type, tuple[Any, Any]] = {}
+"""Settings classes as OmegaConf sees them, and their defaults: to read one takes longer than to build an instance."""
 
 
 def from_plain(schema: type[C], settings: Any) -> C:
@@ -27,7 +19,10 @@ def from_plain(schema: type[C], settings: Any) -> C:
     """
     from omegaconf import OmegaConf
 
-    structured, defaults = _schema(schema)
+    if schema not in _schemas:
+        structured = OmegaConf.structured(schema)
+        _schemas[schema] = structured, OmegaConf.to_container(structured)
+    structured, defaults = _schemas[schema]
     merged: Any = OmegaConf.to_object(OmegaConf.merge(structured, literal(_changed(settings, defaults))))
     assert isinstance(merged, schema)
     return merged

@@ -26,9 +26,9 @@ FINE = {"widths": [32, 64]}
 TWO_PROCESSES: list[Case] = [("tiny_base", WIDE, 16, 4, stage, 0) for stage in (2, 3)]
 ONE_PROCESS: list[Case] = [
     ("tiny_base", WIDE, 16, 4, 0, 0),
-    ("tiny_base", FINE, 96, 12, 1, 0),
-    ("tiny_sr", FINE, 128, 12, 0, 0),
-    ("tiny_base", FINE, 96, 12, 1, 8),
+    ("tiny_base", FINE, 96, 6, 1, 0),
+    ("tiny_sr", FINE, 128, 6, 0, 0),
+    ("tiny_base", FINE, 96, 6, 1, 8),
 ]
 
 
