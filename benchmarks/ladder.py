@@ -1,20 +1,25 @@
 """The gain from single ingredients on a ladder of small tasks: paired trainings of stages with and without each.
 
     python benchmarks/ladder.py OUTPUT [ingredients=muon,x_pred_v_loss+muon] [scene=one] [model=small] [seeds=3]
-        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [factor=2] [equal_time=false]
+        [steps=400] [batch=32] [size=16] [widths=32,64] [stage=demo_base] [factor=2] [network=] [equal_time=false]
         [pictures=PATTERN] [dino=DIRECTORY] [dino_side=224] [device=cpu]
 
     OUTPUT/settings.json   the settings that all arms share; other settings need another OUTPUT
     OUTPUT/results.jsonl   one line per run; repeating the command trains only what is missing
     OUTPUT/paces.json      with equal_time, the time of a step of each arm, in steps of `none`
     OUTPUT/ladder.md       the tables
+    OUTPUT/ARM-SEED.png    sampled pictures; for super-resolution, above them the true and the interpolated ones
 
     scene   one, relations (two objects), three, four (of different colours), counts (two to four equal ones)
     model   small (16 px), medium (32 px), large (64 px, 106e6 parameters, for a GPU); see MODELS
     stage   a stage of conf/stage, whose diffusion and sampler settings `none` uses (with the demo's guidance); the
             network is that of `model`. A super-resolution stage (demo_sr, sr256) makes pictures of `size`, twice that
             of the same model's base stage, from pictures `factor` times smaller (sr256 itself has 4). An
-            ingredient `base64:` or `base64:muon+min_snr` has another stage's settings instead
+            ingredient `base64:` or `base64:muon+min_snr` has another stage's settings instead, and one may set
+            single keys: `residual+stage.diffusion.shift_from=0`
+    network=efficient   an Efficient U-Net whose channels hold all values of a patch, as that of sr256 and sr1024 (their
+            default): 2x2 pixels of noise and of low-res picture, 24 values, in 32 channels. A network that folds 4x4
+            pixels, 96 values, into 32 channels (network=preset) cannot pass the noise on, as a v output must
     equal_time=true   `steps` are those of `none`; each other arm takes as many as fit into the same CPU time
     widths= blocks=   the whole network of the preset: with stage=demo_base, that of the demo
     pictures=FOLDER or SHARD.tar   crops of photographs, without captions, instead of drawn scenes
@@ -31,7 +36,12 @@ Three figures, computed with the averaged weights on held-out combinations of wo
            weighting or parametrisation. Differences are relative changes of the error.
   words    the share of words (background, colour, size, shape, relation) that the oracle reads correctly in sampled
            pictures; only for one object, or two and their relation, and not for super-resolution, which is shown them.
-  psnr     super-resolution only: that of pictures sampled from held-out low-res pictures, against the true ones, in dB.
+  psnr     super-resolution only: that of pictures sampled from held-out low-res pictures, against the true ones, in dB;
+           `bicubic` is that of the low-res pictures interpolated, with the noise of stage.sampler.aug_level as sampling
+           adds it, `clean_bicubic` without. A right sample is no best guess: its PSNR is 3 dB below that of the mean of
+           all right samples, so that interpolation, which adds no detail, can have the higher PSNR. Hence also
+           `detail`, the variance within the pixels of the low-res picture, relative to that of the true pictures (1 is
+           right), and `kept`, the PSNR of the sampled pictures, reduced, against their low-res pictures, in dB.
 A gain is the mean over seeds of the paired difference, with Student's 95 % interval over seeds; `detectable` is the
 gain that this many seeds would detect with a power of 80 % (training/ablation/gains.py).
 """
@@ -61,8 +71,10 @@ from data_pipeline.reading.loader import Batch
 from training.ablation.gains import Gain, gain, percent, verdict
 from training.cli.compose import load_config
 from training.config.experiment import Experiment, StageConfig
+from training.config.unet import PRESETS
+from training.diffusion.denoiser import to_unit, upsample
 from training.diffusion.objective import loss
-from training.diffusion.sampler import sample_stage
+from training.diffusion.sampler import augmented, sample_stage
 from training.evaluation import oracle
 from training.evaluation.metrics.psnr import psnr
 from training.processes.ranks import Ranks
@@ -72,6 +84,7 @@ from training.text.encoder import build_text_encoder
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """log-SNRs at which every arm is measured."""
 HELDOUT, SAMPLES, QUESTION_SEED = 64, 64, 20_220_523
+SHOWN, ENLARGED = 12, 4
 MOST_PICTURES = 4000
 """Most different pictures in a run; after that they repeat."""
 DRAWN = {"one": (1, False), "relations": (2, False), "three": (3, False), "four": (4, False), "counts": (4, True)}
@@ -91,10 +104,14 @@ DEFAULTS = {
     "dino": "",
     "dino_side": "224",
     "factor": 2,
+    "network": "preset",
 }
+NETWORKS = {"preset": (), "efficient": ("stage.model.overrides.patch=2", "stage.model.overrides.efficient=true")}
 SHARED = ("scene", "model", "size", "widths", "blocks", "preset", "steps", "batch", *DEFAULTS)
 SAMPLED = {"words": ("words right", 100, "%", ".1f"), "psnr": ("PSNR", 1, "dB", ".2f")}
 """Figure of sampled pictures -> heading, factor, unit and format in the table."""
+BESIDES = ("bicubic", "clean_bicubic", "detail", "kept")
+"""Further figures of super-resolution, shown as means."""
 PACED, ROUNDS = 10, 3
 """Steps of one measurement of an arm's pace, and how often it is repeated, in turns with `none`."""
 RECIPE = ("optimizer.lr=2e-3", "optimizer.warmup_steps=50", "ema.decays=[0.995]", "stage.sampler.guidance=1.5")
@@ -207,7 +224,20 @@ def sampled(model: Any, data: Pictures, config: Experiment, device: str) -> np.n
         seeds=range(SAMPLES),
         low_res=data.low_of(torch.arange(SAMPLES), device),
     )
-    return ((made + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return in_bytes(made)
+
+
+def in_bytes(made: torch.Tensor) -> np.ndarray:
+    """Return pictures (N, 3, H, W) in [-1, 1] as uint8 (N, H, W, 3)."""
+    return ((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def interpolated(data: Pictures, config: Experiment, aug_level: float) -> np.ndarray:
+    """Return what `sampled` starts from: its low-res pictures, with its noise of this level, up-sampled."""
+    assert data.low is not None
+    side, low = data.images.shape[-1], to_unit(data.low[:SAMPLES])
+    noised, _ = augmented(low, aug_level, range(SAMPLES), config.stage.diffusion, side)
+    return in_bytes(upsample(noised, side))
 
 
 def words_right(made: np.ndarray, specs: Sequence[ShapeSpec]) -> float:
@@ -219,14 +249,41 @@ def words_right(made: np.ndarray, specs: Sequence[ShapeSpec]) -> float:
     return float(np.mean(right))
 
 
-def judged(model: Any, data: Pictures, config: Experiment, device: str) -> dict[str, float | None]:
-    """Return `words` and `psnr` of sampled pictures, each None where it cannot be measured."""
+def strips(*rows: np.ndarray) -> Image.Image:
+    """Return the first SHOWN pictures of each array (N, H, W, 3), a row for each array, enlarged."""
+    whole = np.concatenate([np.concatenate(list(row[:SHOWN]), axis=1) for row in rows])
+    return Image.fromarray(whole.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1))
+
+
+def within(made: np.ndarray, factor: int) -> tuple[np.ndarray, float]:
+    """Split pictures (N, H, W, 3) into the means (N, H / factor, W / factor, 3) of blocks of factor x factor pixels and
+    the mean variance in the blocks of all pictures."""
+    count, height, width, _ = made.shape
+    blocks = made.astype(np.float64).reshape(count, height // factor, factor, width // factor, factor, 3)
+    return blocks.mean((2, 4)), float(blocks.var((2, 4)).mean())
+
+
+def judged(model: Any, data: Pictures, config: Experiment, device: str, drawing: Path) -> dict[str, float | None]:
+    """Return `words` and `psnr` of sampled pictures, each None where it cannot be measured; for super-resolution also
+    the other figures of the module's docstring. Write the first pictures to a file."""
     if data.low is not None:
         true = data.images[:SAMPLES].permute(0, 2, 3, 1).numpy()
-        return {"words": None, "psnr": float(psnr(sampled(model, data, config, device), true).mean())}
+        found = {
+            "psnr": sampled(model, data, config, device),
+            "bicubic": interpolated(data, config, config.stage.sampler.aug_level),
+            "clean_bicubic": interpolated(data, config, 0.0),
+        }
+        strips(true, found["bicubic"], found["psnr"]).save(drawing)
+        factor = config.stage.image_size // config.stage.low_res_size
+        (low, sharpness), (reduced, own) = within(true, factor), within(found["psnr"], factor)
+        kept = 10 * np.log10(255**2 / ((reduced - low) ** 2).mean((1, 2, 3)))
+        dbs = {name: float(psnr(made, true).mean()) for name, made in found.items()}
+        return {"words": None, **dbs, "detail": float(own / sharpness), "kept": float(kept.mean())}
     if not data.specs or len(data.specs[0].objects) > 2 or data.specs[0].is_count:
         return {"words": None, "psnr": None}
-    return {"words": words_right(sampled(model, data, config, device), data.specs), "psnr": None}
+    made = sampled(model, data, config, device)
+    strips(made).save(drawing)
+    return {"words": words_right(made, data.specs), "psnr": None}
 
 
 def build(config: Experiment, device: str) -> TrainingState:
@@ -272,16 +329,21 @@ def paces(path: Path, arms: Sequence[str], settings: dict[str, Any], device: str
 
 
 def config_of(arm: str, seed: int, settings: dict[str, Any]) -> Experiment:
-    """Return the settings of an arm: `none`, or ingredients joined by +, after `STAGE:` if its stage is another."""
+    """Return the settings of an arm: `none`, or ingredients and settings (KEY=VALUE) joined by +, after `STAGE:` if its
+    stage is another."""
     return replace(_composed(arm, tuple(settings.items())), seed=seed)
 
 
 @functools.cache
 def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
     settings = dict(of_all)
-    other, _, ingredients = arm.rpartition(":")
+    other, _, added = arm.rpartition(":")
     name = other or settings["stage"]
+    parts = [] if added in ("", "none") else added.split("+")
+    ingredients, keys = [part for part in parts if "=" not in part], [part for part in parts if "=" in part]
     words = [f"stage.model.preset={settings['preset']}"]
+    if not PRESETS[settings["preset"]].efficient:
+        words += NETWORKS[settings["network"]]
     if settings["widths"]:
         words.append(f"stage.model.overrides.widths=[{settings['widths']}]")
     if settings["blocks"]:
@@ -299,7 +361,7 @@ def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
         [
             "experiment=demo",
             f"stage={name}",
-            f"ingredient=[{'' if arm == 'none' else ingredients.replace('+', ',')}]",
+            f"ingredient=[{','.join(ingredients)}]",
             f"stage.image_size={settings['size']}",
             *words,
             *RECIPE,
@@ -308,6 +370,7 @@ def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
             *(["text.max_tokens=40"] if settings["scene"] in ("three", "four") else []),
             "zero=zero0",
             "cluster.processes=1",
+            *keys,
         ],
     )
 
@@ -359,6 +422,12 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         if arm != "none":
             cells = [_short(gains_of(lines, arm, lambda line, i=i: line["levels"][i])) for i in range(len(LEVELS))]
             said.append(f"| {arm} | " + " | ".join(cells) + " |")
+    columns = [name for name in ("psnr", *BESIDES) if all(line.get(name) is not None for line in lines)]
+    if len(columns) > 1:
+        said += ["", f"| mean | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for arm in arms:
+            means = [float(np.mean([line[name] for line in lines if line["arm"] == arm])) for name in columns]
+            said.append(f"| {arm} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
     return "\n".join(said) + "\n"
 
 
@@ -398,9 +467,13 @@ def settings_of(given: dict[str, str]) -> dict[str, Any]:
             f"{', '.join((*SHARED, 'ingredients', 'seeds', 'device'))}"
         )
     base: dict[str, Any] = {**DEFAULTS, **MODELS[model]}
-    if _stage(given.get("stage", "demo_base")).is_super_resolution:
+    stage = _stage(given.get("stage", "demo_base"))
+    if stage.is_super_resolution:
         base |= {"preset": SUPER_RESOLUTION[base["preset"]], "size": 2 * base["size"]}
+        base["network"] = "efficient" if PRESETS[stage.model.preset].efficient else "preset"
     found = {**base, **given, "model": model, "scene": scene}
+    if found["network"] not in NETWORKS:
+        raise SystemExit(f"network={found['network']}: it must be {' or '.join(NETWORKS)}")
     if int(found["size"]) % int(found["factor"]):
         raise SystemExit(f"factor={found['factor']}: size={found['size']} must be a multiple of it")
     return {key: int(found[key]) if key in ("size", "steps", "batch", "factor") else found[key] for key in SHARED}
@@ -460,7 +533,7 @@ def main(words: list[str]) -> None:
                     "seed": seed,
                     "error": sum(levels) / len(levels),
                     "levels": levels,
-                    **judged(model, heldout, config, device),
+                    **judged(model, heldout, config, device, output / f"{arm}-{seed}.png"),
                     "seconds": round(seconds, 1),
                     "steps": steps_of[arm],
                 }

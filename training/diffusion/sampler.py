@@ -198,6 +198,17 @@ def sample(
     return z
 
 
+def augmented(
+    low_res: Tensor, aug_level: float, seeds: Sequence[int] | Tensor, config: DiffusionConfig, image_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return low-res pictures (B, 3, h, w) in [-1, 1] with the noise that `sample_stage` adds for these seeds, not yet
+    up-sampled, and its log-SNR (B,)."""
+    rows = torch.as_tensor(seeds, dtype=torch.int64).to(low_res.device)
+    noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, tuple(low_res.shape[1:]))
+    level = torch.full((len(low_res),), aug_level, device=low_res.device)
+    return augment(low_res, level, noise, Schedule.of(config, image_size))
+
+
 @torch.no_grad()
 def sample_stage(
     model: Callable[..., Tensor],
@@ -235,11 +246,7 @@ def sample_stage(
     shape = shape or (image_size, image_size)
     aug_log_snr = None
     if low_res is not None:
-        low_res = to_unit(low_res.to(device))
-        rows = torch.as_tensor(seeds, dtype=torch.int64).to(device)
-        noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, tuple(low_res.shape[1:]))
-        level = torch.full((len(text),), sampler.aug_level, device=device)
-        low_res, aug_log_snr = augment(low_res, level, noise, schedule)
+        low_res, aug_log_snr = augmented(to_unit(low_res.to(device)), sampler.aug_level, seeds, config, image_size)
         low_res = upsample(low_res, shape)
     sizes = None
     if config.size_condition:

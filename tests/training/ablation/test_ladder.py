@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import ladder, scene_encoder
 from data_pipeline.content.synthetic import SHAPES, ShapeSpec, Thing, render
 from training.config.features import DinoConfig
+from training.config.unet import resolve
 from training.model.dinov2 import Dinov2
 
 TINY = ["steps=2", "batch=4", "widths=32,32", "seeds=2"]
@@ -69,6 +70,14 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     assert (settings["size"], settings["preset"]) == (32, "demo_sr") and ladder.settings_of({})["size"] == 16
     assert (config.stage.low_res_size, config.stage.diffusion.shift_from) == (16, 16)
     assert ladder.config_of("none", 0, ladder.settings_of({"stage": "sr1024"})).stage.crop_size == 0
+    network = resolve(config.stage.model.preset, dict(config.stage.model.overrides))
+    assert settings["network"] == "efficient" and network.efficient
+    assert 2 * 3 * network.patch**2 <= network.widths[0], "the stem holds all values of a patch, as in sr256"
+    of_demo = ladder.settings_of({"stage": "demo_sr"})
+    assert (of_demo["network"], of_demo["preset"]) == ("preset", "demo_sr")
+    arm = ladder.config_of("demo_sr:x_pred_v_loss+stage.diffusion.residual=false", 0, settings).stage
+    assert (arm.diffusion.weighting, arm.diffusion.residual, arm.sampler.steps) == ("flow_v", False, 10)
+    assert arm.model == config.stage.model, "all arms have the network of the ladder"
     data = ladder.pictures(range(2), config, settings, False)
     assert data.low is not None and data.low.shape == (2, 3, 16, 16)
     block = data.images[1, 2, :2, 6:8].float().mean()
@@ -81,8 +90,21 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     lines = results(tmp_path)
     assert [line["words"] for line in lines] == [None] * 4 and all(math.isfinite(line["error"]) for line in lines)
     assert all(4 < line["psnr"] < 40 for line in lines)
+    plain, muon = (strip.size for strip in (Image.open(tmp_path / f"{arm}-1.png") for arm in ("none", "muon")))
+    assert plain == muon == (2 * 32 * 4, 3 * 32 * 4), "true, interpolated and sampled pictures, two each"
+    assert all(0 < line["clean_bicubic"] - line["bicubic"] < 1 for line in lines), "the noise of aug_level=0.02"
+    assert all(line["detail"] > 0 and line["kept"] > line["psnr"] for line in lines)
+    assert "| mean | psnr | bicubic | clean_bicubic | detail | kept |" in (tmp_path / "ladder.md").read_text()
+    assert {line["clean_bicubic"] for line in lines if line["seed"] == 0} == {lines[0]["clean_bicubic"]}
     none = sum(line["psnr"] for line in lines if line["arm"] == "none") / 2
     assert f"| {none:.2f} dB | | 1 |" in (tmp_path / "ladder.md").read_text()
+
+
+def test_detail_is_the_variance_within_low_res_pixels() -> None:
+    made = np.zeros((1, 2, 4, 3), np.uint8)
+    made[0, :, 1:3] = 10  # columns 0 10 | 10 0: both blocks have mean 5 and variance 25
+    reduced, variance = ladder.within(made, 2)
+    assert reduced.shape == (1, 1, 2, 3) and (reduced == 5).all() and variance == 25
 
 
 def test_equal_time_gives_a_slow_arm_fewer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +165,7 @@ def test_the_encoder_learns_which_object_covers_each_patch() -> None:
 
 
 def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
-    for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes", "factor=3"):
+    for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes", "factor=3", "network=large"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
             ladder.main([str(tmp_path), word])
 
