@@ -9,8 +9,9 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.commands.prepare_item import (
     Item,
@@ -60,8 +61,16 @@ class _Entry:
     """Preferred ones first."""
     facts: Path | None = None
     problem: BadSample | None = None
-    row: tuple[TableSource, int] | None = None
-    """The table and the row of its metadata."""
+    rows: list[tuple[TableSource, int, bool]] = field(default_factory=list)
+    """The rows of its metadata: the table, the row, and whether its path leads here exactly; all do, or none does."""
+
+    def add_row(self, table: TableSource, row: int, exact: bool) -> None:
+        """Add a row of metadata; those found by the picture's name alone give way to those with its path."""
+        if self.rows and self.rows[0][2] != exact:
+            if not exact:
+                return
+            self.rows.clear()
+        self.rows.append((table, row, exact))
 
 
 class FolderSource:
@@ -98,7 +107,7 @@ class FolderSource:
         """Captions and metadata without a picture of the same name, by folder and name."""
         self._joined = 0
         """Number of pictures whose caption is in another folder or has another name."""
-        self._several: list[int] = []
+        self._several = set[int]()
         """Pictures read so far that have several captions."""
         self._files, passed_over = files_below(self.folder, strict=True)
         if passed_over:
@@ -138,22 +147,33 @@ class FolderSource:
         caption = texts[0] if texts else None
         if len(texts) > 1 and not self.names.caption and "captions" not in meta:
             meta["captions"] = [decode_text(text, self.encoding) for text in texts]
-            self._several.append(number)
+            self._several.add(number)
         if self.captions != "files" and caption is None:
             place = entry.path.relative_to(self.folder)
             if self.captions == "folder" and len(place.parts) < 2:
                 raise BadSample("missing_caption", "it is not in a subfolder of prepare.source")
             caption = _words(place.parent.name if self.captions == "folder" else place.stem).encode("utf-8", "replace")
-        if entry.row is not None and caption is None and json_caption(meta) is None:
-            table, row = entry.row
-            _, found, facts = table.row(row)
-            meta = {**facts, **meta}
-            first = found[0] if found else b""
-            caption = first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first
+        if entry.rows and caption is None and json_caption(meta) is None:
+            caption, meta = self._from_rows(number, entry, meta)
         meta.setdefault("source", self.name(number))
         data = read_file(entry.path)
         refuse_unsupported(data)
         return Item(self.name(number), f"{number:09d}", image_ending(entry.path.name, data), data, caption, meta)
+
+    def _from_rows(self, number: int, entry: _Entry, meta: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        """Return the caption and the metadata of a picture that rows of tables describe."""
+        texts: dict[str | bytes, None] = {}
+        facts: dict[str, Any] = {}
+        for table, row, _ in entry.rows:
+            _, found, more = table.row(row)
+            texts.update(dict.fromkeys(found))
+            facts = {**more, **facts}
+        del facts["source"]  # the path as the table has it
+        if len(entry.rows) > 1 and len(texts) > 1:
+            facts["captions"] = [text for text in texts if isinstance(text, str)]
+            self._several.add(number)
+        first = next(iter(texts), b"")
+        return first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first, {**facts, **meta}
 
     # ---------------------------------------------------------------------------------------------------- files
 
@@ -216,8 +236,8 @@ class FolderSource:
         return _Entry(picture, tuple(files[name] for name in used.captions), facts)
 
     def _join_alone(self, entries: list[_Entry]) -> None:
-        """Find captions for pictures without one: of the same name in a sibling folder (images/1.jpg, captions/1.txt),
-        `1_caption.txt`, or `caption.txt` in a folder with no other picture."""
+        """Find captions for pictures without one: of the same name in a sibling folder that has no pictures
+        (images/1.jpg, captions/1.txt), `1_caption.txt`, or `caption.txt` in a folder with no other picture."""
         if not self._alone:
             return
         bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
@@ -227,7 +247,9 @@ class FolderSource:
             by_name.setdefault(stem, []).append((folder, stem))
         for entry in bare:
             folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
-            near = [place for place in by_name.get(stem, []) if _apart(place[0], folder) == 1]
+            near = [
+                place for place in by_name.get(stem, []) if not pictures[place[0]] and _apart(place[0], folder) == 1
+            ]
             near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
@@ -251,11 +273,17 @@ class FolderSource:
                 continue
             if by_path is None:
                 by_path = {entry.path: entry for entry in self.entries}
+            lost: list[int] = []
             for number in range(len(table)):
                 with suppress(BadSample):
-                    entry = by_path.get(table.find(table.name(number)))
-                    if entry is not None:
-                        entry.row = table, number
+                    found, exact = table.find(number)
+                    if (entry := by_path.get(found)) is not None:
+                        entry.add_row(table, number, exact)
+                        continue
+                lost.append(number)
+            if lost:
+                words = "%s: %d of %d rows describe no picture of this folder, such as %r"
+                logger.warning(words, place, len(lost), len(table), table.name(lost[0]))
             yield table
 
     def _instead(self) -> str:

@@ -49,7 +49,7 @@ class ShardSource:
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
         self._left_out: set[str] = set()
-        self._names, self._encoding, self._several = config.members, config.captions.encoding, list[int]()
+        self._names, self._encoding, self._several = config.members, config.captions.encoding, set[int]()
         self._ends = np.cumsum(self.dataset.counts)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class ShardSource:
             texts = dict.fromkeys(text for name in ("txt", *others) if (text := sample[name]).strip())
             if len(texts) > 1:
                 facts["captions"] = [decode_text(text, self._encoding) for text in texts]
-                self._several.append(number)
+                self._several.add(number)
         else:
             others = []
         for other in {*sample} - {extension, "txt", "json", *others} - self._left_out:

@@ -13,22 +13,18 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
+from data_pipeline.commands.prepare_files import NamedFiles
 from data_pipeline.commands.prepare_item import (
     Item,
     file_size,
-    files_below,
     hash_file,
     hash_lines,
     image_ending,
-    nfc,
-    nfd,
     plain,
     read_file,
     refuse_unsupported,
@@ -38,7 +34,7 @@ from data_pipeline.commands.prepare_item import (
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
 from data_pipeline.content.captions import texts_in, value_at
-from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported, picture_kind
+from data_pipeline.content.members import instead, picture_kind
 from data_pipeline.tables.arrow import ParquetRows
 from data_pipeline.tables.base import Rows, looks_like_picture, plain_name
 from data_pipeline.tables.delimited import DelimitedRows, typed
@@ -73,6 +69,7 @@ _ID_COLUMNS = ("image_id", "img_id", "imageid", "image_key", "key", "id")
 """Columns used as names of pictures if files with these names exist."""
 _URL_COLUMNS = ("url", "image_url", "img_url", "image_urls")
 _LONGEST_TEXT = 1 << 20
+_LONGEST_PATH, _HEAD = 4096, 64
 _KNOWN = {*PATH_COLUMNS, *CAPTION_COLUMNS}
 
 
@@ -104,14 +101,16 @@ class TableSource:
         self._ends = np.cumsum([len(part) for part in self.parts])
         if images is not None and not os.path.isdir(os.path.expanduser(images)):
             raise DataError(f"prepare.images={images}: there is no such directory")
-        self._images = Path(os.path.expanduser(images)) if images else None
+        self._pictures = NamedFiles(Path(os.path.expanduser(images)) if images else self.paths[0].parent)
         if not len(self):
             raise DataError(f"prepare.source={table}: it has no rows")
         self.path_column, self.caption_columns = self._columns()
         for part in self.parts:
             if isinstance(part, ParquetRows):
                 part.use(self._read_columns(part))
-        self._lock, self._several, self._said = threading.Lock(), 0, set[str]()
+        self._lock, self._several, self._said = threading.Lock(), set[int](), set[str]()
+        self._more_pictures = set[int]()
+        """Rows read so far that hold several pictures."""
         if encoding is None:
             self._tell_encoding()
         whole = ",".join(map(hash_file, self.paths))
@@ -171,7 +170,7 @@ class TableSource:
 
     def _leads_to_a_file(self, value: Any) -> bool:
         with suppress(BadSample):
-            return self.find(_path_of(value) or "None").is_file()
+            return self._pictures.find(_path_of(value) or "None")[0].is_file()
         return False
 
     def _example(self, part: Rows) -> dict[str, Any]:
@@ -231,8 +230,7 @@ class TableSource:
         captions = texts_of(caption)
         if len(captions) > 1:
             facts["captions"] = [one for one in captions if isinstance(one, str)]
-            with self._lock:
-                self._several += 1
+            self._several.add(number)
         name = _path_of(cell) or f"{path.name}#{local + 1}"
         return cell, captions, {"source": name, **facts}
 
@@ -259,58 +257,27 @@ class TableSource:
         given = _path_of(cell)
         if not given:
             raise BadSample("missing_image", "the row has neither a path nor a picture")
-        place = self.find(given)
+        place, _ = self._pictures.find(given)
         if "://" in given and not place.is_file():
             raise BadSample("missing_image", "only local paths are read; download URLs with img2dataset first")
         return read_file(place)
 
     # ---------------------------------------------------------------------------------------------------- files
 
-    def find(self, given: str) -> Path:
-        """Resolve a path in the table: relative to `prepare.images` or the table's folder, or by name in a subfolder.
-
-        The result need not exist.
+    def find(self, number: int) -> tuple[Path, bool]:
+        """Return the file that a row names, which need not exist, and whether by its path or else by its name alone.
 
         Raises:
-            BadSample: `missing_image`, several files have this name.
+            BadSample: `missing_image`, see `NamedFiles.find`.
         """
-        root = self._images or self.paths[0].parent
-        given = given.removeprefix("file://")
-        forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0], unquote(given))
-        for form in dict.fromkeys(composed for one in forms for composed in (one, nfc(one), nfd(one))):
-            place = root / form
-            with suppress(OSError, ValueError):
-                if place.is_file():
-                    return place
-        name = given.replace("\\", "/").strip().rpartition("/")[2]
-        for form in dict.fromkeys((name, name.partition("#")[0], name.partition("?")[0])):
-            places = self._below.get(nfc(form).lower(), [])
-            if len(places) > 1:
-                ending = Path(given.replace("\\", "/")).parts[-2:]
-                places = [place for place in places if place.parts[-len(ending) :] == ending] or places
-            if len(places) == 1:
-                return places[0]
-            if places:
-                some = ", ".join(map(str, places[:3]))
-                raise BadSample("missing_image", f"{given}: several files have this name ({some}); set prepare.images")
-        return root / given
-
-    @cached_property
-    def _below(self) -> dict[str, list[Path]]:
-        """Pictures below the folder by name, with and without extension; for paths that do not exist."""
-        root = self._images or self.paths[0].parent
-        if root.name.lower().startswith("annotation"):
-            root = root.parent  # COCO's layout
-        found: dict[str, list[Path]] = {}
-        for path in files_below(root)[0]:
-            stem, _, ending = path.name.rpartition(".")
-            if ending.lower() in IMAGE_EXTENSIONS or is_unsupported(ending.lower()):
-                found.setdefault(nfc(path.name).lower(), []).append(path)
-                found.setdefault(nfc(stem).lower(), []).append(path)
-        return found
+        return self._pictures.find(self.name(number))
 
     def _places(self) -> Iterator[Path]:
         """Yield the files of the pictures; none if the table contains the pictures."""
+        yield from self._pictures.survey(self._paths)
+
+    def _paths(self) -> Iterator[str]:
+        """Yield the path in each row, except those of tables that contain the pictures."""
         for part in self.parts:
             if _bytes_of(_cell(self._example(part), self.path_column)) is not None:
                 continue
@@ -320,10 +287,7 @@ class TableSource:
                 given = None
                 with suppress(BadSample):
                     given = _path_of(_cell(part.row(number), self.path_column))
-                try:
-                    yield self.find(given or "None")
-                except BadSample:
-                    yield self.paths[0].parent / str(given)
+                yield given or "None"
             if isinstance(part, ParquetRows):
                 part.use(self._read_columns(part))
 
@@ -331,6 +295,12 @@ class TableSource:
 
     def read(self, number: int) -> Item:
         cell, captions, meta = self.row(number)
+        if (
+            isinstance(cell, (list, tuple))
+            and not isinstance(next(iter(cell), 0), int)
+            and sum(map(_holds_picture, cell)) > 1
+        ):
+            self._more_pictures.add(number)
         data = self.picture(cell)
         refuse_unsupported(data, _path_of(cell) or "")
         first = captions[0] if captions else None
@@ -339,7 +309,7 @@ class TableSource:
 
     def advice(self, reason: str) -> str:
         if reason == "missing_image":
-            root = self._images or self.paths[0].parent
+            root = self._pictures.root
             return f"paths are searched for in {root} and its subfolders; set prepare.images for another folder"
         if reason == "missing_caption":
             return (
@@ -348,7 +318,9 @@ class TableSource:
         return ""
 
     def remarks(self) -> list[str]:
-        said = several_captions(self._several)
+        said = several_captions(len(self._several))
+        if self._more_pictures:
+            said.append(f"{len(self._more_pictures)} rows hold several pictures, of which the first is used")
         joined = sum(len(part.joined) for part in self.parts if isinstance(part, DelimitedRows))
         if joined:
             said.append(f"{joined} captions contain the separator without quotes; it was kept as part of the caption")
@@ -431,16 +403,19 @@ def _written_list(text: str) -> list[str] | None:
 
 
 def _bytes_of(cell: Any) -> bytes | None:
-    """Return the encoded picture in a cell: bytes, an object with bytes (as in `datasets`), a list of these, or base64.
+    """Return the encoded picture in a cell: bytes, also as a list of numbers, an object with bytes (as in `datasets`),
+    a list of these, or base64.
 
     None if there is none.
     """
     if isinstance(cell, (bytes, bytearray, memoryview)):
-        return bytes(cell) if len(cell) == 0 or picture_kind(bytes(cell[:4096])) or len(cell) > 4096 else None
+        return None if _is_path(bytes(cell)) else bytes(cell)
     if isinstance(cell, dict):
         data = cell.get("bytes")
         return bytes(data) if isinstance(data, (bytes, bytearray)) else _bytes_of(data)
     if isinstance(cell, (list, tuple)):
+        if cell and all(isinstance(one, int) and 0 <= one < 256 for one in cell[:_HEAD]):
+            return bytes(cell) if picture_kind(bytes(cell[:_HEAD])) else None  # an array of numbers, as of NumPy
         return next((data for one in cell if (data := _bytes_of(one)) is not None), None)
     if isinstance(cell, str) and len(cell) > 64:
         encoded = cell.partition("base64,")[2] if cell.startswith("data:image/") else cell
@@ -453,7 +428,7 @@ def _bytes_of(cell: Any) -> bytes | None:
 def _path_of(cell: Any) -> str | None:
     """Return the path in a cell, that of an object or the first of a list; None if there is none."""
     if isinstance(cell, bytes):
-        return None if picture_kind(cell[:4096]) or len(cell) > 4096 or b"\0" in cell else os.fsdecode(cell)
+        return os.fsdecode(cell) if _is_path(cell) else None
     if isinstance(cell, dict):
         return _path_of(next((cell[name] for name in ("path", "file_name", "filename") if cell.get(name)), None))
     if isinstance(cell, (list, tuple)):
@@ -463,9 +438,20 @@ def _path_of(cell: Any) -> str | None:
     return str(cell) or None
 
 
+def _is_path(cell: bytes) -> bool:
+    """Return whether bytes are the path of a picture rather than a picture, possibly a broken one or an error page."""
+    return 0 < len(cell) <= _LONGEST_PATH and b"\0" not in cell and not picture_kind(cell) and not instead(cell)
+
+
+def _holds_picture(cell: Any) -> bool:
+    return _bytes_of(cell) is not None or _path_of(cell) is not None
+
+
 def _is_picture_value(cell: Any) -> bool:
-    path = _path_of(cell)
-    return _bytes_of(cell) is not None or (looks_like_picture(path) and "://" not in str(path))
+    path, data = _path_of(cell), _bytes_of(cell)
+    if data is not None:
+        return not data or len(data) > _LONGEST_PATH or b"\0" not in data or picture_kind(data) is not None
+    return looks_like_picture(path) and "://" not in str(path)
 
 
 def _holds_bytes(value: Any) -> bool:

@@ -21,6 +21,8 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>|<!--[^<>]{0,500}-->")
 _URL = re.compile(r"(?:https?://|www\.)\S+")
 _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+_HIGH = 9
+"""First byte that the upper half of a character does not have in the alphabets up to Arabic."""
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that may hold the caption, as a string or a list of strings; preferred ones first."""
 _TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
@@ -229,12 +231,14 @@ def clean(text: str, config: CaptionConfig) -> str:
 
 
 def decode_text(data: bytes, otherwise: str | None = None) -> str:
-    """Decode UTF-8, UTF-16/32 with a byte order mark, or else the encoding `otherwise`.
+    """Decode UTF-8, UTF-16/32 with a byte order mark, UTF-16 that is recognized without one, or else `otherwise`.
 
     Raises:
         BadSample: `bad_text`, the bytes fit none of these; an encoding is never guessed.
     """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and len(data) > 1 and min(data[:2]) < _HIGH:
+        encoding = _unmarked(data) or encoding
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -247,6 +251,17 @@ def decode_text(data: bytes, otherwise: str | None = None) -> str:
         raise BadSample(
             "bad_text", f"a caption is {tried}; set data.captions.encoding to its encoding, such as cp1252"
         ) from error
+
+
+def _unmarked(data: bytes) -> str | None:
+    """Return the encoding of UTF-16 without a byte order mark; None for other text.
+
+    Up to the letters of Arabic, one byte of a character is below 9, which no text in UTF-8 has in every other place.
+    """
+    for name, high, low in (("utf-16-le", data[1::2], data[0::2]), ("utf-16-be", data[0::2], data[1::2])):
+        if 2 * sum(byte < _HIGH for byte in high) > len(high) and 2 * sum(byte < _HIGH for byte in low) < len(low):
+            return name
+    return None
 
 
 def parse_json(member: bytes | None) -> dict[str, Any]:

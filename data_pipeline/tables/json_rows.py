@@ -95,14 +95,21 @@ def json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
     try:
         return _rows_of_json(json.loads(text), known)
     except (ValueError, RecursionError) as error:
-        values = _values(text.decode("utf-8-sig", "replace"))
+        values, rest = _values(text.decode("utf-8-sig", "replace"))
         if len(values) > 1:
+            if rest:
+                words = "%s: it cannot be parsed from line %d on, and is not read from there on"
+                logger.warning(words, path, 1 + text.count(b"\n") - rest.count("\n"))
             return ListRows(_objects(values, known))
         raise no_table(path, f"JSON: {error}") from error
 
 
-def _values(text: str) -> list[Any]:
-    """Parse concatenated JSON values, over any number of lines, up to the first that cannot be parsed."""
+def _values(text: str) -> tuple[list[Any], str]:
+    """Parse concatenated JSON values, over any number of lines, up to the first that cannot be parsed.
+
+    Returns:
+        The values, and the text that follows them.
+    """
     decoder, at = json.JSONDecoder(), 0
     values: list[Any] = []
     while True:
@@ -111,7 +118,7 @@ def _values(text: str) -> list[Any]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            return values
+            return values, text[at:]
         values.append(value)
 
 
@@ -138,12 +145,16 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
     objects = [one for one in lists.values() if one and all(isinstance(item, dict) for item in one)]
     if objects:
         longest = max(objects, key=len)
-        alike = {name: one for name, one in lists.items() if _alike(one, longest)}
+        alike = {name: one for name, one in lists.items() if _alike(one, longest, known)}
         if len(alike) > 1:
             logger.warning("it holds several lists of rows (%s), and all are read", ", ".join(map(str, alike)))
         return ListRows([row for one in alike.values() for row in one])
     if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
         return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
+    columns = {name: len(one) for name, one in lists.items() if plain_name(name) in known and len(one) > 1}
+    if len(set(columns.values())) > 1:
+        found = ", ".join(f"{count} in {name}" for name, count in columns.items())
+        raise ValueError(f"its columns have different numbers of entries ({found})")
     if value and sum(looks_like_picture(name) or isinstance(one, dict) for name, one in value.items()) == len(value):
         return _named_rows(value)
     if (
@@ -167,9 +178,12 @@ def _objects(rows: list[Any], known: Collection[str]) -> list[Any]:
     return rows
 
 
-def _alike(rows: list[Any], others: list[Any]) -> bool:
-    """Return whether two lists hold objects with the same fields."""
-    return bool(rows) and isinstance(rows[0], dict) and set(rows[0]) == set(others[0])
+def _alike(rows: list[Any], longest: list[Any], known: Collection[str]) -> bool:
+    """Return whether a list holds objects with the fields of the longest one, or also with a picture and a caption."""
+    if not rows or not isinstance(rows[0], dict):
+        return False
+    both = all(sum(plain_name(name) in known for name in one[0]) > 1 for one in (rows, longest))
+    return both or set(rows[0]) == set(longest[0])
 
 
 def _is_row(value: dict[str, Any], known: Collection[str]) -> bool:
@@ -187,10 +201,20 @@ def _named_rows(value: dict[str, Any]) -> ListRows:
 
 def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
     """Return one row per picture, with its captions in order."""
-    captions: defaultdict[Any, list[str]] = defaultdict(list)
+    rows = [one for one in images if isinstance(one, dict)]
+    captions: defaultdict[str, list[str]] = defaultdict(list)
     for one in annotations:
         if isinstance(one, dict) and isinstance(one.get("caption"), str):
-            captions[str(one.get("image_id"))].append(one["caption"])
+            captions[_id(one.get("image_id"))].append(one["caption"])
     if not captions:  # boxes or outlines of objects
-        return [one for one in images if isinstance(one, dict)]
-    return [{**one, "captions": captions[str(one.get("id"))]} for one in images if isinstance(one, dict)]
+        return rows
+    if lost := sum(map(len, captions.values())) - sum(
+        len(captions[name]) for name in {_id(one.get("id")) for one in rows}
+    ):
+        logger.warning("%d captions have an image_id that is not among the images, and are not used", lost)
+    return [{**one, "captions": captions[_id(one.get("id"))]} for one in rows]
+
+
+def _id(value: Any) -> str:
+    """Return an identifier as text; some programs write whole numbers as 7.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

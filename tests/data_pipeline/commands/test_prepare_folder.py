@@ -97,6 +97,19 @@ def test_metadata_tables_give_captions(tmp_path: Path, name: str) -> None:
     assert json.loads(shard["000000000.json"])["extra"] == 1
 
 
+def test_every_row_that_describes_a_picture_counts_and_paths_beat_names(tmp_path: Path, caplog: Any) -> None:
+    root = folder(tmp_path / "in", a_in_1__jpg=ONE, b_in_2__jpg=TWO)
+    rows = [("a/1.jpg", "one"), ("a/1.jpg", "eins"), ("elsewhere/2.jpg", "by its name")]
+    (root / "metadata.csv").write_text("file_name,text\n" + "".join(f"{path},{text}\n" for path, text in rows))
+    (root / "b" / "metadata.jsonl").write_text('{"file_name": "2.jpg", "text": "two"}\n')
+    assert imported(tmp_path / "out", "folder", root)["samples"] == 2
+    written = members(tmp_path / "out" / "00000.tar")
+    assert (written["000000000.txt"], written["000000001.txt"]) == (b"one", b"two")
+    facts = json.loads(written["000000000.json"])
+    assert facts["captions"] == ["one", "eins"] and facts["source"] == "a/1.jpg"
+    assert "1 samples have several captions" in caplog.text
+
+
 def test_pictures_that_are_not_used_are_counted_once_with_what_helps(tmp_path: Path, caplog: Any) -> None:
     root = folder(
         tmp_path / "in",
@@ -151,6 +164,7 @@ def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path
         {"images_in_1__jpg": ONE, "captions_in_1__txt": "one", "notes_in_1__txt": "two"},
         {"a_in_1__jpg": ONE, "a_in_2__jpg": TWO, "a_in_caption__txt": "one"},
         {"a_in_1__jpg": ONE, "a_in_readme__txt": "one"},
+        {"cats_in_1__jpg": ONE, "dogs_in_1__txt": "one", "dogs_in_2__jpg": TWO},
     ],
 )
 def test_captions_are_not_guessed(tmp_path: Path, files: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.commands.prepare_sources import TableSource
+from data_pipeline.commands.prepare_sources import FolderSource, TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
 from tests.data_pipeline.commands.importing import dropped, imported, members
@@ -134,7 +135,7 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.json", b'[["image", "score", "text"], ["1.jpg", 1, "one"], ["2.jpg", 2, "two"]]', ["one", "two"]),
         (
             "a.json",
-            b'{"train": [{"image": "1.jpg", "text": "one"}], "val": [{"image": "2.jpg", "text": "two"}]}',
+            b'{"train": [{"image": "1.jpg", "text": "one"}], "val": [{"image": "2.jpg", "text": "two", "x": 1}]}',
             ["one", "two"],
         ),
         ("a.json", b'{"path": "1.jpg",\n "text": "one"}\n{"path": "2.jpg",\n "text": "two"}\n', ["one", "two"]),
@@ -154,13 +155,24 @@ def embedded(column: str) -> pa.Array:
         "struct with paths": [{"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}],
         "base64": [base64.b64encode(ONE).decode(), "data:image/jpeg;base64," + base64.b64encode(TWO).decode()],
         "paths": ["1.jpg", "2.jpg"],
+        "list of numbers": [list(ONE), list(TWO)],
     }
     return pa.array(rows[column])
 
 
 @pytest.mark.parametrize("name", ["image", "images", "jpg", "foto"])
 @pytest.mark.parametrize(
-    "column", ["struct", "list of structs", "binary", "list of binary", "struct with paths", "base64", "paths"]
+    "column",
+    [
+        "struct",
+        "list of structs",
+        "binary",
+        "list of binary",
+        "struct with paths",
+        "base64",
+        "paths",
+        "list of numbers",
+    ],
 )
 def test_pictures_in_parquet_are_used(place: Path, column: str, name: str) -> None:
     table = pa.table({"text": ["one", "two"], name: embedded(column), "embedding": [b"\0" * 99, b"\1\0"]})
@@ -243,6 +255,14 @@ def test_broken_pictures_in_a_table_do_not_fill_the_report(place: Path) -> None:
     assert dropped(place / "out")[0]["sample"] == "a.parquet#1"
 
 
+def test_bytes_that_are_no_picture_are_no_path(place: Path) -> None:
+    pq.write_table(
+        pa.table({"image": [b"<html>gone</html>", b"1.jpg", b"\xff\xd8\0"], "text": ["x"] * 3}), place / "a.parquet"
+    )
+    assert imported(place / "out", "table", place / "a.parquet")["dropped"] == {"decode_error": 2}
+    assert "error page" in dropped(place / "out")[0]["detail"]
+
+
 def coco(place: Path) -> Path:
     """annotations/captions_val2017.json, its pictures in val2017."""
     for name in ("annotations", "val2017"):
@@ -280,6 +300,54 @@ def test_a_folder_of_pictures_can_be_named_and_equal_names_are_not_guessed(place
         TableSource(str(place / "list.csv"), images="nowhere")
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({"cats/x.jpg": "no", "dogs/x.jpg": "one"}, ["one"]),
+        ({"dogs/x.jpg": "one", "cats/x.jpg": "no"}, ["one"]),
+        ({"/home/me/cats/x.jpg": "no", "/home/me/dogs/x.jpg": "one"}, ["one"]),
+        ({"C:\\a\\x.jpg": "no", "C:\\b\\x.jpg": "no"}, []),
+        ({"x.jpg#0": "one", "x.jpg#1": "two"}, ["one", "two"]),
+        ({"/home/me/pets/dogs/x.jpg": "one"}, ["one"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_a_picture_that_is_missing_is_not_replaced_by_one_of_its_name(
+    tmp_path: Path, rows: dict[str, str], expected: list[str], kind: str, caplog: Any
+) -> None:
+    (tmp_path / "in" / "dogs").mkdir(parents=True)
+    (tmp_path / "in" / "dogs" / "x.jpg").write_bytes(ONE)
+    table = tmp_path / "in" / "metadata.jsonl"
+    table.write_text("".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows.items()))
+    if kind == "table":
+        source = TableSource(str(table))
+        found = []
+        for number in range(len(source)):
+            with contextlib.suppress(BadSample):
+                found.append(source.read(number).caption)
+        assert found == [text.encode() for text in expected]
+    else:
+        item = FolderSource(str(tmp_path / "in")).read(0)
+        assert [item.caption or b""] == [text.encode() for text in expected[:1] or [""]]
+        assert item.meta.get("captions", expected[:1]) == expected
+        lost = len(rows) - len(expected)
+        assert (f"{lost} of {len(rows)} rows describe no picture of this folder" in caplog.text) == (lost > 0)
+
+
+def test_what_a_table_has_more_of_is_said(place: Path, caplog: Any) -> None:
+    (place / "a.jsonl").write_text('{"images": ["1.jpg", "2.jpg"], "text": "one"}\n')
+    source = TableSource(str(place / "a.jsonl"))
+    assert captions(source) == captions(source) == ["one"]
+    assert source.remarks() == ["1 rows hold several pictures, of which the first is used"]
+    more = [{"image_id": 9, "caption": "of none"}, {"image_id": 8.0, "caption": "zwei"}]
+    (place / "a.json").write_text(json.dumps({**COCO, "annotations": COCO["annotations"] + more}))
+    assert TableSource(str(place / "a.json")).read(1).meta["captions"] == ["two", "zwei"]
+    assert "1 captions have an image_id that is not among the images" in caplog.text
+    (place / "b.json").write_text('{"image": "1.jpg",\n"text": "one"}\n{"image": "2.jpg",\n"text": "two"}\n{"image" 3}')
+    assert captions(TableSource(str(place / "b.json"))) == ["one", "two"]
+    assert "it cannot be parsed from line 5 on" in caplog.text
+
+
 def test_columns_are_named_by_the_settings(place: Path) -> None:
     (place / "a.csv").write_text("Foto,Bildtext,text\n1.jpg,one,no\n2.jpg,two,no\n")
     assert captions(TableSource(str(place / "a.csv"), MembersConfig(image=["foto"], caption=["bildtext"]))) == [
@@ -298,6 +366,7 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.xlsx", b"PK\x03\x04junk", "not a readable table"),
         ("a.csv.gz", gzip.compress(CSV, mtime=0)[:20], "not a readable table"),
         ("a.json", b'{"a": [1, 2', "JSON"),
+        ("a.json", b'{"image": ["1.jpg", "2.jpg"], "text": ["a", "b", "c"]}', "2 in image, 3 in text"),
         ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "URLs; download the pictures with img2dataset"),
         ("a.csv", b"image,caption\n", "it has no rows"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

@@ -109,6 +109,13 @@ def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
     assert decode_text("ein Hügel".encode(encoding)) == "ein Hügel"
 
 
+@pytest.mark.parametrize("text", ["a cat", "кот", "γάτα — και σκύλος", "on\0e", "\0", "x", ""])
+def test_wide_text_without_a_mark_is_no_other_text(text: str) -> None:
+    assert decode_text(text.encode()) == text
+    if len(text) > 1 and "\0" not in text:
+        assert decode_text(text.encode("utf-16-le")) == decode_text(text.encode("utf-16-be")) == text
+
+
 @pytest.mark.parametrize(
     ("sources", "words"),
     [
