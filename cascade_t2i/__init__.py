@@ -6,6 +6,8 @@ from cascade_t2i import Cascade, ShardStream, evaluate
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,8 +51,11 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        with suppress(importlib.metadata.PackageNotFoundError):  # a checkout that was not installed
+            return importlib.metadata.version("cascade-t2i")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

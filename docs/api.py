@@ -28,7 +28,8 @@ def _entry(name: str, thing: Any, mark: str) -> str:
     lines = [f"{mark} {name.rpartition('.')[2]}", "", f"```python\n{kind}{name}{_signature(thing)}\n```", ""]
     lines += [_prose(inspect.getdoc(thing) or ""), ""]
     if inspect.isclass(thing) and not issubclass(thing, Exception):
-        members = {n: m for cls in reversed(_own_bases(thing)) for n, m in vars(cls).items() if not n.startswith("_")}
+        named = [(name, member) for cls in reversed(_own_bases(thing)) for name, member in vars(cls).items()]
+        members = {n: m for n, m in named if n[0] != "_" or (n == "__call__" and m.__doc__)}
         for member in members:
             found = getattr(thing, member)
             if callable(found) and inspect.getdoc(found):

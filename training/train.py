@@ -150,6 +150,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 measured.update(session.evaluate(done))
             if done % settings.log_every == 0 or validating or evaluating or last:
                 session.log(done, measured)
+            else:
+                session.report.tick(done, loss)
             if settings.sample_every and not hurry and (done % settings.sample_every == 0 or last):
                 session.sample_grid(done)
 

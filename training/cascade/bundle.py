@@ -457,10 +457,15 @@ def read(path: str) -> Bundle:
     try:
         content = json.loads(folder.read(INDEX))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if path.rstrip("/").endswith(f"/{INDEX}") and Path(path).is_file():
+            raise DataError(f"{path}: give the directory that contains it: {Path(path).parent}") from error
         if (Path(path) / "bundle" / INDEX).is_file():
             raise DataError(f"{path}: not a bundle (no {INDEX}); there is one in {path}/bundle") from error
         make = f"'bundle.runs=[{path}]' bundle.dir=NEW" if _is_run(path) else "and the same experiment=..."
-        raise DataError(f"{path}: not a bundle (no {INDEX}); make one with: cascade bundle {make}") from error
+        fetch = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():  # perhaps a name on the Hub
+            fetch = f", or fetch one from the Hugging Face Hub with: hf download {path}"
+        raise DataError(f"{path}: not a bundle (no {INDEX}); make one with: cascade bundle {make}{fetch}") from error
     except ValueError as error:
         raise DataError(f"{path}/{INDEX}: not valid JSON ({error})") from error
     where = f"{path}/{INDEX}"

@@ -15,17 +15,19 @@ import copy
 import inspect
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import ConfigError, DataError, of_file
 from training.cascade import bundle
+from training.cascade.names import CALL, METHODS, named_as, refuse_call, refuse_generate, refuse_loading, size_of
 from training.cascade.requests import (
     SHRINK,
     Drawing,
@@ -34,13 +36,15 @@ from training.cascade.requests import (
     Pictures,
     Words,
     as_list,
+    as_texts,
     check_distilled,
     number_drawings,
+    place_of,
     plan_places,
     plan_sizes,
     plan_stages,
     plan_strengths,
-    seed_of,
+    seeds_of,
     to_images,
     to_masks,
     to_pictures,
@@ -55,22 +59,6 @@ from training.text.identity import pinned
 
 CHUNK_BATCHES = 16
 """Batches per device that go through all stages together, so that weights rarely move and memory stays bounded."""
-THEIRS = {
-    "prompts": "in a call it is `prompt`; `generate` takes `prompts`",
-    "negative_prompts": "in a call it is `negative_prompt`; `generate` takes `negative_prompts`",
-    "steps": "in a call it is `num_inference_steps`; `generate` takes `steps`",
-    "guidance": "in a call it is `guidance_scale`; `generate` takes `guidance`",
-    "num_images": "in a call it is `num_images_per_prompt`; `generate` takes `num_images`",
-    "mask": "in a call it is `mask_image`; `generate` takes `mask`",
-    "cfg": "it is `guidance_scale`",
-    "cfg_scale": "it is `guidance_scale`",
-    "num_steps": "it is `num_inference_steps`",
-    "callback_on_step_end": "give `callback`, which is called as callback(stage, step, steps)",
-    "callback_steps": "`callback` is called at every step, as callback(stage, step, steps)",
-    "latents": "the cascade works in pixel space and has no latents; `seed` determines the noise",
-    "prompt_embeds": "give the text, as `prompt`; the cascade encodes it",
-}
-"""Arguments of other programs that a call does not have, and what to give instead."""
 Progress = Callable[[str, int, int], None]
 """Called as (stage name, sampler steps done, total sampler steps), counting the steps of every batch."""
 
@@ -98,17 +86,32 @@ class Cascade:
 
     # ------------------------------------------------------------------------------------- loading and saving
 
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{stage.config.name} ({stage.config.image_size} px)" for stage in self.stages)
+        dtype = str(next(self.stages[0].unet.parameters()).dtype).removeprefix("torch.")
+        return f"<Cascade: {stages}; text encoder {self.encoder.name}; {self.device}, {dtype}>"
+
+    if not TYPE_CHECKING:  # otherwise mypy would believe that every attribute exists
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"a Cascade has no {name!r}{hint}")
+
     @classmethod
-    def from_pretrained(cls, path: str, text_path: str | None = None) -> Cascade:
+    def from_pretrained(cls, path: str, text_path: str | None = None, **others: Any) -> Cascade:
         """Load a bundle: a directory, an s3:// prefix or a name in the Hugging Face cache. Reads only safetensors.
 
         Args:
             text_path: path of the text encoder on this machine; None: the path stored in the bundle.
+            others: none; the error for what `from_pretrained` of other libraries takes names the remedy.
 
         Raises:
             DataError: there is no bundle, or it is damaged.
             ConfigError: the text encoder is missing, or is not the one the bundle was trained with.
         """
+        refuse_loading(others)
+        if not path:
+            raise ConfigError(f"from_pretrained: path={path!r}: give the directory of a bundle")
         return cls._from(bundle.read(str(path)), text_path)
 
     @classmethod
@@ -119,7 +122,7 @@ class Cascade:
             DataError: a run has no valid checkpoint.
             ConfigError: the stages do not form a cascade.
         """
-        return cls._from(bundle.collect(list(runs)))
+        return cls._from(bundle.collect([runs] if isinstance(runs, str) else [str(run) for run in runs]))
 
     @classmethod
     def _from(cls, opened: bundle.Bundle, text_path: str | None = None) -> Cascade:
@@ -160,28 +163,28 @@ class Cascade:
         return str(done)
 
     def to(
-        self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None, *, offload: bool = True
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offload: bool = True,
     ) -> Cascade:
         """Set the device and precision for drawing; return self.
 
         Args:
-            device: where to draw; a dtype alone leaves it unchanged.
+            device: where to draw; None, or a dtype alone, leaves it unchanged.
             dtype: dtype of the U-Nets' weights, for example torch.bfloat16; None leaves it unchanged.
             offload: keep weights in host memory and move one stage at a time to the device; False: keep all weights on
                 the device.
 
         Raises:
-            ConfigError: there is no such device.
+            ConfigError: there is no such device or dtype.
         """
         if isinstance(device, torch.dtype):
-            dtype, device = device, self.device
-        try:
-            self.device, self.offload = torch.device(device), offload
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(f"to: {device!r} is not a device; give for example 'cuda', 'cuda:1' or 'cpu'") from error
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            self.device = torch.device("cpu")
-            raise ConfigError(f"to: torch sees no GPU for {str(device)!r}; use 'cpu'")
+            dtype, device = device, None
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"to: {dtype!r} is not a dtype of weights; give for example torch.bfloat16")
+        self.device, self.offload = self.device if device is None else place_of(device, "to"), offload
         home = torch.device("cpu") if offload else self.device
         for stage in self.stages:
             stage.unet.to(device=home, dtype=dtype)
@@ -192,29 +195,39 @@ class Cascade:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
+        prompts: str | Iterable[str],
+        negative_prompts: str | Iterable[str] | None = None,
         guidance: Any = None,
         steps: Any = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num_images: int = 1,
         stages: Any = None,
         callback: Progress | None = None,
         **options: Any,
     ) -> Images:
-        """Return the final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`."""
+        """Return the final pictures: `num_images` of the first prompt, then of the second, and so on; see `draw`.
+
+        Warns:
+            UserWarning: the text encoder does not read all of a prompt.
+        """
+        refuse_generate(options, inspect.signature(self.draw).parameters)
         drawn = self.draw(prompts, negative_prompts, guidance, steps, seed, num_images, stages, callback, **options)
+        if cut := [one.prompt for one in drawn if self.encoder.is_cut(one.prompt)]:
+            tokens = self.encoder.max_tokens
+            warnings.warn(f"only the first {tokens} tokens of this prompt are read: {cut[0][:60]!r}...", stacklevel=2)
         return Images(drawing.image for drawing in drawn)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt: str | Iterable[str],
+        negative_prompt: str | Iterable[str] | None = None,
         *,
         num_inference_steps: Any = None,
         guidance_scale: Any = None,
         num_images_per_prompt: int = 1,
         generator: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         image: Pictures | None = None,
         mask_image: Pictures | None = None,
         strength: Any = None,
@@ -224,7 +237,9 @@ class Cascade:
 
         Args:
             num_inference_steps, guidance_scale: one value, one per stage, or a dict by stage name.
-            generator: a seed, or a `torch.Generator`, of which only the initial seed is used.
+            generator: a seed, or a `torch.Generator`, of which only the initial seed is used; or a list with one per
+                picture.
+            height, width: size of the final pictures, pixels; None: `size`.
             strength: how much of `image` is redrawn, see `draw`; None: 0.8, or 1 with a mask.
             options: further arguments of `draw`.
 
@@ -237,35 +252,32 @@ class Cascade:
             raise ConfigError("return_dict=False: the result is a list of pictures, which has them as `images` as well")
         if "seed" in options and generator is not None:
             raise ConfigError("seed and generator: give only one of them; both are the seed of all noise")
-        known = inspect.signature(self.draw).parameters
-        if named := [name for name in options if name in THEIRS]:
-            raise ConfigError(f"{named[0]}: {THEIRS[named[0]]}")
-        if unknown := [name for name in options if name not in known]:
-            side = self.stages[-1].config.image_size
-            other = f"pictures are {side} px; use size=(WIDTH, HEIGHT) for other sizes"
-            near = other if {"height", "width"} & set(unknown) else f"those are {', '.join(known)}"
-            raise ConfigError(f"{unknown[0]}: not an option of a cascade; {near}")
+        mine = inspect.signature(self.__call__).parameters
+        shared = inspect.signature(self.draw).parameters
+        refuse_call(options, [name for name in (*mine, *shared) if name not in (*CALL, "options")])
         whole = image is None or mask_image is not None
-        return self.generate(
-            prompt,
-            negative_prompt,
-            guidance_scale,
-            num_inference_steps,
-            seed_of(generator) if "seed" not in options else options.pop("seed"),
-            num_images_per_prompt,
-            image=image,
-            mask=mask_image,
-            strength=(1.0 if whole else 0.8) if strength is None else strength,
-            **options,
-        )
+        with named_as(CALL if "seed" in options else CALL | {"seed": "generator"}):
+            return self.generate(
+                prompt,
+                negative_prompt,
+                guidance_scale,
+                num_inference_steps,
+                options.pop("seed") if "seed" in options else seeds_of(generator),
+                num_images_per_prompt,
+                image=image,
+                mask=mask_image,
+                strength=(1.0 if whole else 0.8) if strength is None else strength,
+                size=size_of(height, width, options.pop("size", None)),
+                **options,
+            )
 
     def draw(
         self,
-        prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
+        prompts: str | Iterable[str],
+        negative_prompts: str | Iterable[str] | None = None,
         guidance: Any = None,
         steps: Any = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num_images: int = 1,
         stages: Any = None,
         callback: Progress | None = None,
@@ -294,7 +306,7 @@ class Cascade:
         Args:
             prompts: one caption or several; an empty one draws without text.
             negative_prompts: captions to steer away from: one for all prompts, or one per prompt.
-            seed: seed of all noise; the same seed gives the same pictures.
+            seed: seed of all noise, or a list with one per picture; the same seed gives the same pictures.
             num_images: pictures per prompt.
             stages: how many stages to run, from the first, or names of consecutive stages; None: all.
             callback: called after every sampler step of every batch, see `Progress`.
@@ -316,10 +328,10 @@ class Cascade:
             ConfigError: arguments that contradict each other or do not suit the cascade, for example settings that a
                 distilled stage was not trained for.
         """
-        if not isinstance(prompts, Sequence):
-            raise ConfigError(f"prompts={prompts}: give a caption, or a list of captions")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = [negative_prompts] if isinstance(negative_prompts, str) else list(negative_prompts or [])
+        texts = as_texts(prompts, "prompts")
+        negatives = [] if negative_prompts is None else as_texts(negative_prompts, "negative_prompts")
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback={callback!r}: give a function, called as callback(stage, step, steps)")
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
         settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}

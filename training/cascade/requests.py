@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -43,7 +43,7 @@ class Drawing:
     prompt: str
     negative_prompt: str
     number: int
-    """How many pictures of the same prompt came before it in this call."""
+    """How many pictures of the same prompt and seed came before it in this call."""
     seed: int
     """The 63-bit seed of its noise."""
     stages: dict[str, Image.Image] = field(default_factory=dict)
@@ -63,50 +63,77 @@ def picture_seed(seed: int, prompt: str, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def as_texts(given: Any, key: str) -> list[Any]:
+    """Return the captions: one text, or those of any ordered collection.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, (bytes, Mapping, Set)) or not isinstance(given, Iterable):
+        raise ConfigError(f"{key}={given!r}: give a caption, or a list of captions")
+    return list(given)
+
+
 def number_drawings(
     prompts: Sequence[str],
     negatives: Sequence[str],
-    seed: int,
+    seed: int | Sequence[int],
     num_images: int,
     numbers: Sequence[int] | None = None,
 ) -> list[Drawing]:
     """Return `num_images` numbered drawings per prompt, in order; with `numbers`, one per prompt with that number.
 
+    Args:
+        seed: one for all pictures, or one per picture.
+
     Raises:
         ConfigError: lists of the wrong length, or values of the wrong type.
     """
     for name, texts in (("prompts", prompts), ("negative_prompts", negatives)):
-        if other := [text for text in texts if not _is_text(text)]:
-            raise ConfigError(f"{name}: {other[0]!r} is not a string")
-    for name, value in (("seed", seed), ("num_images", num_images)):
+        for text in texts:
+            if not isinstance(text, str):
+                raise ConfigError(f"{name}: {text!r} is not a string")
+            if not _is_unicode(text):
+                raise ConfigError(f"{name}: {text!r} contains characters that are not valid Unicode")
+    seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple, np.ndarray)) else [seed]
+    for name, value in (*(("seed", one) for one in seeds), ("num_images", num_images)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value}: it must be a whole number")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: it must be at least 0; for other pictures each time, draw it at random")
+    for one in seeds:
+        if one < 0:
+            raise ConfigError(f"seed={one}: it must be at least 0; for other pictures each time, draw it at random")
     if len(negatives) not in (0, 1, len(prompts)):
         raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
     if num_images < 1:
         raise ConfigError(f"num_images={num_images}: it must be at least 1")
     if numbers is not None and (num_images != 1 or len(numbers) != len(prompts)):
         raise ConfigError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one per prompt, and num_images=1")
+    pictures = len(prompts) * num_images
+    if len(seeds) not in (1, pictures):
+        raise ConfigError(f"seed: {len(seeds)} for {pictures} pictures; give one for all, or one per picture")
+    own = seeds if len(seeds) == pictures else seeds * pictures
     each = list(negatives) if len(negatives) == len(prompts) else list(negatives or [""]) * len(prompts)
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     drawings = []
-    for index, (prompt, negative) in enumerate(zip(prompts, each, strict=True)):
-        for _ in range(num_images):
-            number = counts[prompt] if numbers is None else numbers[index]
-            drawings.append(Drawing(prompt, negative, number, picture_seed(seed, prompt, number)))
-            counts[prompt] += 1
+    for place in range(pictures):
+        index = place // num_images
+        prompt, key = prompts[index], (prompts[index], int(own[place]))
+        number = counts[key] if numbers is None else numbers[index]
+        drawings.append(Drawing(prompt, each[index], number, picture_seed(own[place], prompt, number)))
+        counts[key] += 1
     return drawings
 
 
-def _is_text(value: Any) -> bool:
-    """Return whether the value is a string of valid characters; input from a terminal with a different encoding can
-    contain lone surrogates."""
+def _is_unicode(text: str) -> bool:
+    """Return whether the text can be encoded; input from a terminal with a different encoding can contain lone
+    surrogates."""
     try:
-        return isinstance(value, str) and bool(value.encode() or True)
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------- settings per stage
@@ -240,14 +267,22 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
 
 def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
     """Return the devices to draw on. Raises `ConfigError` for one that this machine does not have."""
-    places = []
-    for name in devices:
-        try:
-            torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as error:  # torch raises either
-            raise ConfigError(f"devices: this machine has no {name} ({str(error).splitlines()[0]})") from error
-        places.append(torch.device(name))
-    return places
+    return [place_of(device, "devices") for device in devices]
+
+
+def place_of(device: str | torch.device, key: str) -> torch.device:
+    """Return the device. Raises `ConfigError`, naming `key`, if there is none, or nothing can be computed on it."""
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{key}: {device!r} is not a device; give for example 'cuda', 'cuda:1' or 'cpu'") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key}: torch sees no GPU for {str(device)!r}; use 'cpu'")
+    try:
+        torch.ones(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ConfigError(f"{key}: this machine has no {device} ({str(error).splitlines()[0]})") from error
+    return place
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -364,20 +399,24 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     return image
 
 
-def seed_of(generator: Any) -> int:
-    """Return the seed of a `torch.Generator`, or the number itself; None gives 0. The generator's current state does
-    not matter, since noise here is a function of the seed.
+def seeds_of(generator: Any) -> int | list[int]:
+    """Return the seed of a `torch.Generator`, or the number itself; None gives 0, and a list one seed for each. The
+    state of a generator does not matter, since noise here is a function of the seed.
 
     Raises:
-        ConfigError: any other value, such as one generator per picture.
+        ConfigError: any other value.
     """
-    if generator is None:
-        return 0
+    if isinstance(generator, (list, tuple)):
+        return [_seed_of(one) for one in generator]
+    return 0 if generator is None else _seed_of(generator)
+
+
+def _seed_of(generator: Any) -> int:
     if isinstance(generator, torch.Generator):
         return int(generator.initial_seed()) % 2**63
     if isinstance(generator, (int, np.integer)):
         return int(generator)
-    raise ConfigError(f"generator={type(generator).__name__}: give one torch.Generator or a seed for the whole call")
+    raise ConfigError(f"generator={type(generator).__name__}: give a torch.Generator or a seed, or a list of them")
 
 
 def _image(picture: Any) -> Image.Image:

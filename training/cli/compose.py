@@ -59,7 +59,7 @@ def validate(verb: str, cfg: DictConfig, words: Sequence[str] = ()) -> Experimen
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(explain(error, root)) from error
+        raise ConfigError(explain(error, verb)) from error
     return config
 
 
@@ -136,6 +136,10 @@ def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: a setting is invalid; one sentence that names the key and the valid values.
     """
+    if verb not in COMMANDS:
+        raise ConfigError(f"{verb}: no such command; the commands are {', '.join(COMMANDS)}")
+    if not isinstance(overrides, (list, tuple)):
+        raise ConfigError(f'overrides={overrides!r}: give a list of settings, for example ["experiment=demo"]')
     return validate(verb, composed(verb, overrides), overrides)
 
 
@@ -188,4 +192,4 @@ def _hydra_for(verb: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(explain(error, COMMANDS[verb].config)) from error
+        raise ConfigError(explain(error, verb)) from error

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from training.cli.fields import Key, keys_of, type_words
-from training.cli.overrides import groups
-from training.config.commands import COMMANDS, LaunchCommand
+from training.cli.overrides import groups, section_of
+from training.config.commands import COMMANDS
+from training.config.reads import may_read
 
 EPOCHS = "train.steps (epochs x samples / data.global_batch)"
 RESUME = "the same command again, which resumes automatically"
+OUTPUT = ("output", "prepare.output", "evaluation.output", "run.dir", "bundle.dir")
 SYNONYMS: dict[str, str | tuple[str, ...]] = {
     "batch_size": "data.global_batch",
     "train_batch_size": "data.global_batch",
@@ -42,10 +45,7 @@ SYNONYMS: dict[str, str | tuple[str, ...]] = {
     "image_size": ("size", "stage.image_size"),
     "width": "size",
     "height": "size",
-    "output_dir": ("output", "run.dir"),
-    "out": ("output", "run.dir"),
-    "outdir": ("output", "run.dir"),
-    "output_path": ("output", "run.dir"),
+    **dict.fromkeys(("output", "output_dir", "out", "outdir", "output_path"), OUTPUT),
     "logging_dir": "run.dir",
     "run_name": "run.name",
     "exp_name": "run.name",
@@ -84,6 +84,8 @@ SYNONYMS: dict[str, str | tuple[str, ...]] = {
     "scheduler": ("sampler", "stage.sampler.name"),
     "negative": "negative_prompts",
     "negative_prompt": "negative_prompts",
+    "prompt": ("prompts", "train.sample_prompts"),
+    "prompts": "train.sample_prompts",
     "validation_prompt": "train.sample_prompts",
     "validation_prompts": "train.sample_prompts",
     "num_images_per_prompt": "num_images",
@@ -132,11 +134,20 @@ PLUGINS = {
 """Hydra launchers and sweepers -> the package that provides them."""
 
 
-def explain(error: BaseException, root: type) -> str:
-    """Return one sentence about a composition or validation error; `root` is the verb's config class."""
+def explain(error: BaseException, verb: str) -> str:
+    """Return one sentence about a composition or validation error of the command."""
     text = "\n".join(_messages(error))
-    for rule in (_primary, _ambiguous, _unknown_option, _unknown_key, _not_optional, _wrong_type, _interpolation):
-        sentence = rule(text, root)
+    for rule in (
+        _primary,
+        _sweep,
+        _ambiguous,
+        _unknown_option,
+        _unknown_key,
+        _not_optional,
+        _wrong_type,
+        _interpolation,
+    ):
+        sentence = rule(text, verb)
         if sentence:
             return sentence
     return " ".join(str(error).split()) or type(error).__name__
@@ -156,7 +167,7 @@ def _search(pattern: str, text: str) -> str:
     return match[1] if match else ""
 
 
-def _primary(text: str, root: type) -> str:
+def _primary(text: str, verb: str) -> str:
     name = _search(r"Cannot find primary config '(.*?)'", text)
     if not name:
         return ""
@@ -165,16 +176,26 @@ def _primary(text: str, root: type) -> str:
     return f"--config-name={name}: there is no {name}.yaml; name the directory that contains it with --config-dir DIR"
 
 
-def _ambiguous(text: str, root: type) -> str:
+def _sweep(text: str, verb: str) -> str:
+    if words := _search(r"Sweep parameters '(.*?)' requires? --multirun", text):
+        return f"{words}: several values; add --multirun for one run per value"
+    if "does not support sweep type : INTERVAL_SWEEP" in text:
+        return "interval(...): only a sweeper that searches uses it; add hydra/sweeper=optuna, or list the values"
+    if "Only one of --run, --multirun, --cfg" in text:
+        return "--multirun, --cfg and --info exclude each other; --cfg shows one composition, without the sweep"
+    return ""
+
+
+def _ambiguous(text: str, verb: str) -> str:
     word = _search(r"Ambiguous value for argument '(.*?)'\n", text)
     if not word:
         return ""
     key, _, value = word.partition("=")
-    key, keys = key.lstrip("+"), keys_of(root)
+    key, keys = key.lstrip("+"), _keys(verb)
     known = keys.get(key)
     inside = any(one.is_open and key.startswith(f"{name}.") for name, one in keys.items())
     if known is None and key not in groups() and not inside:
-        return _no_such_key(key, root)
+        return _no_such_key(key, verb)
     if known is not None and known.is_text:
         one = f"'{key}=\"{value}\"'"
         return f"{word}: several values; write {one} for a text with a comma, or add --multirun for one run per value"
@@ -185,7 +206,7 @@ def _ambiguous(text: str, root: type) -> str:
     return f"{word}: several values; {how}add --multirun for one run per value"
 
 
-def _unknown_option(text: str, root: type) -> str:
+def _unknown_option(text: str, verb: str) -> str:
     path = _search(r"Could not (?:find|load) '([^']+)'", text)
     group, _, option = path.partition("/") if path.partition("/")[0] in groups() else path.rpartition("/")
     if not group:
@@ -205,30 +226,34 @@ def _unknown_option(text: str, root: type) -> str:
     return f"{group}={option}: no such option; {hint}the options are {', '.join(options)}"
 
 
-def _unknown_key(text: str, root: type) -> str:
+def _unknown_key(text: str, verb: str) -> str:
     if not re.search(r"Key '.*' (is )?not in ", text):
         return ""
     full = _search(r"full_key: (\S+)", text)
     typed = _search(r"Could not override '(\S+)'", text)
     full = typed if typed.startswith(full + ".") else full
-    if root is LaunchCommand:
-        owners = [name for name, verb in COMMANDS.items() if full in keys_of(verb.config)]
+    if verb == "launch":
+        owners = [name for name in COMMANDS if full in _keys(name)]
         if owners:
             return (
                 f"{full}: only a key of {', '.join(owners)}; write it after the command's name, verb='NAME {full}=...'"
             )
-    return _no_such_key(full, root)
+    return _no_such_key(full, verb)
 
 
-def _no_such_key(full: str, root: type) -> str:
-    keys = keys_of(root)
+def _no_such_key(full: str, verb: str) -> str:
     if full.startswith(("hydra.sweeper.", "hydra.launcher.")):
         group = full.split(".")[1]
         return f"{full}: no such setting; choose the {group} that has it with hydra/{group}=NAME"
     if full.startswith("hydra."):
         return f"{full}: Hydra has no such setting; cascade COMMAND --cfg hydra lists them"
-    if near := meant(full, keys) or " or ".join(suggest(full, keys) or suggest(full.lower(), keys)):
+    if near := meant(full, verb) or " or ".join(_same_ending(full, verb)):
         return f"{full}: no such key; did you mean {near}?"
+    if owners := _owners(full):
+        return f"{full}: cascade {verb} has no such key; it is a setting of {', '.join(owners)}"
+    if near := " or ".join(suggest(full, verb) or suggest(full.lower(), verb)):
+        return f"{full}: no such key; did you mean {near}?"
+    keys = _useful(verb)
     section = full.rpartition(".")[0]
     while section and section not in keys:
         section = section.rpartition(".")[0]
@@ -236,42 +261,73 @@ def _no_such_key(full: str, root: type) -> str:
     return f"{full}: no such key; {section or 'the top level'} has {', '.join(inside)}"
 
 
-def meant(full: str, keys: dict[str, Key]) -> str:
-    """Return our name of a setting that other programs call so, if the command has it, or a similarly named group;
+def _keys(verb: str) -> dict[str, Key]:
+    return keys_of(COMMANDS[verb].config)
+
+
+def _useful(verb: str) -> list[str]:
+    """Return the keys that the command has and can use; those of other commands in shared sections would be refused."""
+    return [key for key in _keys(verb) if may_read(verb, key)]
+
+
+def _owners(full: str) -> list[str]:
+    """Return the commands that have and can use this key."""
+    return [name for name in COMMANDS if full in _keys(name) and may_read(name, full)]
+
+
+def meant(full: str, verb: str) -> str:
+    """Return our name of a setting that other programs call so, if the command uses it, or a similarly named group;
     otherwise an empty string."""
+    useful = {*_useful(verb), *(group for group in groups() if may_read(verb, section_of(group)))}
     names = SYNONYMS.get(full.rpartition(".")[2].replace("-", "_").lower(), ())
     for name in (names,) if isinstance(names, str) else names:
-        if name.split()[0] in {*keys, *groups(), "the"}:
+        if name.split()[0] in {*useful, "the"}:
             return name
-    return "" if "." in full else next(iter(difflib.get_close_matches(full.lower(), groups(), n=1, cutoff=0.75)), "")
+    near = difflib.get_close_matches(full.lower(), useful & {*groups()}, n=1, cutoff=0.75)
+    return "" if "." in full else next(iter(near), "")
 
 
-def flag(words: str, root: type) -> str:
-    """Return the sentence for options with dashes, such as `--experiment demo`, that are settings here."""
-    first, _, rest = words.partition(" ")
+def flag(words: Sequence[str], verb: str) -> str:
+    """Return the sentence for options with dashes, such as `--experiment demo`, that are settings here.
+
+    Args:
+        words: the first unknown option, and what was typed after it.
+    """
+    first = words[0]
     name, equals, value = first.lstrip("-").partition("=")
-    value = value if equals else ("" if rest.startswith("-") else rest.partition(" ")[0])
-    key = name if name in groups() or name in keys_of(root) else name.replace("-", "_")
+    if not equals and words[1:] and "=" not in words[1] and not words[1].startswith("-"):
+        value = words[1]
+    value = shlex.quote(value) if value else "..."
+    known = {*groups(), *_keys(verb)}
+    key = name if name in known else name.replace("-", "_")
     if key in OPTIONS:
         return f"{first}: no such option; {OPTIONS[key]}"
     candidates = [key]
-    if key not in groups() and key not in keys_of(root):
-        words = meant(key, keys_of(root))
-        if words.startswith("the "):
-            return f"{first}: no such option; it is {words}; options are listed by --help"
-        near = re.split(r"[\s=]", words)[0]
-        candidates = [near] if near else suggest(key, keys_of(root))
-    how = "; write " + " or ".join(f"{key}={value or '...'}" for key in candidates) if candidates else ""
+    if key not in known:
+        other = meant(key, verb)
+        if other.startswith("the "):
+            return f"{first}: no such option; it is {other}; options are listed by --help"
+        if not other and not _same_ending(key, verb) and (owners := _owners(key)):
+            return f"{first}: no such option; {key}=... is a setting of {', '.join(owners)}"
+        near = re.split(r"[\s=]", other)[0]
+        candidates = [near] if near else suggest(key, verb)
+    how = "; write " + " or ".join(f"{key}={value}" for key in candidates) if candidates else ""
     return f"{first}: no such option{how}; settings are key=value, options are listed by --help"
 
 
-def suggest(full: str, keys: dict[str, Key]) -> list[str]:
-    """Return up to two known keys that a mistyped one may stand for: similar as a whole, or with the same last part."""
+def _same_ending(full: str, verb: str) -> list[str]:
+    """Return up to two keys that the command can use and whose last part is that of `full`."""
     last = full.rpartition(".")[2]
-    same = [k for k in keys if k.rpartition(".")[2] == last]
-    if same:
-        closest = difflib.get_close_matches(full, same, n=1, cutoff=0.85)
-        return closest or same[:2]
+    same = [key for key in _useful(verb) if key.rpartition(".")[2] == last]
+    return difflib.get_close_matches(full, same, n=1, cutoff=0.85) or same[:2]
+
+
+def suggest(full: str, verb: str) -> list[str]:
+    """Return up to two keys that the command can use and that a mistyped one may stand for: similar as a whole, or with
+    the same last part."""
+    if same := _same_ending(full, verb):
+        return same
+    keys = _useful(verb)
     section = full.rpartition(".")[0]
     siblings = [k for k in keys if k.rpartition(".")[0] == section]
     near = difflib.get_close_matches(full, siblings, n=1, cutoff=0.75)
@@ -279,8 +335,8 @@ def suggest(full: str, keys: dict[str, Key]) -> list[str]:
     return near or difflib.get_close_matches(full, others, n=1, cutoff=0.7)
 
 
-def _expected(key: str, root: type) -> str:
-    keys, name = keys_of(root), re.sub(r"\[\d+\]$", "", key)
+def _expected(key: str, verb: str) -> str:
+    keys, name = _keys(verb), re.sub(r"\[\d+\]$", "", key)
     if name in keys:
         return type_words(keys[name].type)
     if name.rpartition(".")[0] not in keys:
@@ -289,12 +345,12 @@ def _expected(key: str, root: type) -> str:
     return type_words(typing.get_args(mapping.type)[1])
 
 
-def _not_optional(text: str, root: type) -> str:
+def _not_optional(text: str, verb: str) -> str:
     key = _search(r"field '(\S+)' is not Optional", text)
-    return f"{key}=null: it must be {_expected(key, root)}" if key else ""
+    return f"{key}=null: it must be {_expected(key, verb)}" if key else ""
 
 
-def _wrong_type(text: str, root: type) -> str:
+def _wrong_type(text: str, verb: str) -> str:
     marks = (
         "could not be converted",
         "is not a valid",
@@ -311,10 +367,10 @@ def _wrong_type(text: str, root: type) -> str:
         return "wandb: it is a section; to turn W&B off or on, write tracking=disabled, offline or online"
     value = _search(r"Error merging override [^=\n]*=(.*)", text) or _search(r"Value '(.*?)' ", text)
     stated = f"{key}={value}" if value else key
-    return f"{stated}: it must be {_expected(key, root)}"
+    return f"{stated}: it must be {_expected(key, verb)}"
 
 
-def _interpolation(text: str, root: type) -> str:
+def _interpolation(text: str, verb: str) -> str:
     gone = _search(r"Could not delete from config. '(.*?)' does not exist", text)
     if gone:
         return f"~{gone}: no such key"

@@ -89,7 +89,7 @@ def _main(words: list[str]) -> None:
             from training.cli.compose import searching
             from training.cli.help import verb_help
 
-            arguments = _parser(verb).parse_intermixed_args([w for w in rest if w not in ("--help", "-h")])
+            _, arguments = _parsed([w for w in rest if w not in ("--help", "-h")], verb)
             with searching(arguments.config_path or arguments.config_dir):
                 return print(verb_help(verb, arguments.overrides))
         _hydra(verb, rest)
@@ -154,8 +154,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
 
     register_schema(verb)
     version.setbase("1.3")
-    parser = _parser(verb)
-    arguments = parser.parse_intermixed_args(words)
+    parser, arguments = _parsed(words, verb)
     if arguments.config_path:  # used like --config-dir, so that our groups and base.yaml stay available
         if not Path(arguments.config_path).is_dir():
             raise ConfigError(f"--config-path={arguments.config_path}: there is no such directory")
@@ -191,7 +190,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
             raise SystemExit(EXIT_USER_ERROR) from None
         raise
     except Exception as error:
-        raise ConfigError(explain(error, COMMANDS[verb].config)) from error
+        raise ConfigError(explain(error, verb)) from error
 
 
 def _after_sweep(verb: str) -> None:
@@ -254,23 +253,30 @@ def _environment(**values: str | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _parser(verb: str) -> Any:
-    """Return Hydra's parser, with one-sentence errors and without abbreviated options (it would accept --experiment as
-    one)."""
+def _parsed(words: Sequence[str], verb: str) -> tuple[Any, Any]:
+    """Return Hydra's parser and what it reads in the words: options, and the rest as `overrides`. Options cannot be
+    abbreviated (--experiment would be one).
+
+    Raises:
+        ConfigError: an option that does not exist, or would have no effect.
+    """
     from hydra._internal.utils import get_args_parser
 
     def wrong(message: str) -> NoReturn:
-        from training.cli.explain import flag
-
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            raise ConfigError(flag(unknown, COMMANDS[verb].config))
         raise ConfigError(f"{message}; settings are key=value, options are listed by --help")
 
     parser = get_args_parser()
     parser.allow_abbrev = False
     parser.error = wrong  # type: ignore[method-assign]
-    return parser
+    arguments, unknown = parser.parse_known_intermixed_args(list(words))
+    if unknown:
+        from training.cli.explain import flag
+
+        raise ConfigError(flag(words[words.index(unknown[0]) :], verb))
+    for name in ("package", "resolve"):
+        if getattr(arguments, name) and not arguments.cfg:
+            raise ConfigError(f"--{name}: only --cfg uses it; add --cfg job")
+    return parser, arguments
 
 
 def _complete(words: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from training.cli.fields import Key, keys_of
 from training.config.commands import COMMANDS, SAMPLER_KEYS
 from training.config.experiment import WandbConfig
 from training.config.plain import escaped
+from training.config.reads import may_read
 
 CONF_DIR = Path(conf.__file__).parent
 ALIASES = {"run": "run.dir", "init_from": "train.init_from"}
@@ -116,6 +117,11 @@ SEVERAL = ("experiment", "stage", "debug")
 """Groups that fill several sections (a stage loads the experiment's recipe for it)."""
 
 
+def section_of(group: str) -> str:
+    """Return the section that a group fills; an empty string: several."""
+    return "" if group in SEVERAL else SECTIONS.get(group, group)
+
+
 def keys_given(verb: str, words: Sequence[str]) -> list[str]:
     """Return the settings that the words set, in order: keys, and the sections that groups fill."""
     known, found = keys_of(COMMANDS[verb].config), []
@@ -123,7 +129,7 @@ def keys_given(verb: str, words: Sequence[str]) -> list[str]:
         name = word.partition("=")[0].lstrip("+~")
         key = ALIASES.get(name, name)
         if key in groups():
-            found += [] if key in SEVERAL else [SECTIONS.get(key, key)]
+            found += [] if key in SEVERAL else [section_of(key)]
         elif key in known or any(known[parent].is_open for parent in _parents(key) if parent in known):
             found.append(key)
     return found
@@ -204,7 +210,8 @@ def _no_setting(verb: str, word: str) -> str:
         return f"'{word}': it starts with a typographic dash; type the dashes of options as - or --"
     if re.match(r"[\w.]+\[", key):
         return f"'{word}': a list is given as a whole: {key.partition('[')[0]}=[...]"
-    group = next((group for group, options in groups().items() if word in options), None)
+    mine = [group for group, options in groups().items() if word in options and may_read(verb, section_of(group))]
+    group = next(iter(mine), None)
     text = next((key.name for key in known.values() if key.is_sentence and "." not in key.name), None)
     if group:
         meant = f"{group}={word}"
@@ -214,8 +221,10 @@ def _no_setting(verb: str, word: str) -> str:
         meant = f"{PLACES[verb]}={word}"
     elif text and "=" not in word:
         meant = f"{text}={_quote(word)}"
+    elif "=" not in word and verb in PLACES and not may_read(verb, "train.steps"):
+        meant = f"{PLACES[verb]}={word}"
     else:
-        meant = "train.steps=100"
+        meant = "train.steps=100" if may_read(verb, "train.steps") else "experiment=demo"
     return f"'{word}': a setting is key=value, without blanks around =, for example {meant}"
 
 

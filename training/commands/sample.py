@@ -107,7 +107,8 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     if long := [prompt for prompt in prompts if cascade.encoder.is_cut(prompt)]:
         most = cascade.encoder.max_tokens
         print(
-            f"{len(long)} of {len(prompts)} prompts are truncated to {most} tokens (text.max_tokens): {long[0][:60]!r}"
+            f"{len(long)} of {len(prompts)} prompts are longer than the {most} tokens that the bundle's text encoder "
+            f"reads, and are cut: {long[0][:60]!r}"
         )
     request = SampleRequest(config, cascade, starts, credentials)
     ranks = read_ranks()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -210,7 +211,12 @@ _OF_TRAININGS: dict[str, Sequence[Any]] = {
 MODES: dict[str, dict[str, Sequence[Any]]] = {
     **dict.fromkeys(("train", "plan", "ablate", "distill"), _OF_TRAININGS),
     "sample": {"from_bundle": (None,), "output": (None,), "image": ("FILE",)},
-    "evaluate": {"watch": (False, True), "evaluation.kind": ("shapes", "pictures"), "action": ACTIONS},
+    "evaluate": {
+        "watch": (False, True),
+        "evaluation.kind": ("shapes", "pictures"),
+        "evaluation.training": ("SHARDS",),
+        "action": ACTIONS,
+    },
     "checkpoints": {"action": ("list", "verify", "diff", "export")},
     "prepare": {"prepare.kind": ("draw", "folder", "table", "shards")},
 }
@@ -220,7 +226,24 @@ MODES: dict[str, dict[str, Sequence[Any]]] = {
 def is_read(verb: str, config: Any, key: str) -> bool:
     """Return whether the command reads this key, or one below it, with these settings."""
     read = (*ALWAYS, *READS[verb](config))
+    return _covers(read, key)
+
+
+def may_read(verb: str, key: str) -> bool:
+    """Return whether the command reads this key, or one below it, with any settings. An empty key stands for all."""
+    return not key or _covers(_ever_read(verb), key)
+
+
+def _covers(read: Iterable[str], key: str) -> bool:
     return any(not name or f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in read)
+
+
+@functools.cache
+def _ever_read(verb: str) -> frozenset[str]:
+    """Return the keys that the command reads in any of its modes, each including all keys below it."""
+    config = unchecked(verb)
+    modes = [_with(config, key, value) for key, values in MODES.get(verb, {}).items() for value in values]
+    return frozenset((*ALWAYS, *(key for one in (config, *modes) for key in READS[verb](one))))
 
 
 def refuse_unread(verb: str, config: Any, keys: Iterable[str]) -> None:

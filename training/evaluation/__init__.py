@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 __all__ = ["compare", "evaluate"]
@@ -29,10 +30,15 @@ def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **se
     Raises:
         ConfigError, DataError: invalid settings or data; one sentence that names the key and the remedy.
     """
+    from data_pipeline.common.errors import ConfigError
     from training.config.commands import COMMANDS, SAMPLER_KEYS, EvaluateCommand
     from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
 
     own = {key: settings.pop(key) for key in SAMPLER_KEYS if key in settings}
+    known = [field.name for field in fields(EvaluationConfig) if field.name != "output"]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{key}: evaluate has no such setting; there are {', '.join((*known, *SAMPLER_KEYS))}")
     command = EvaluateCommand(
         seed=seed,
         bundle=BundleConfig(dir=str(bundle)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,8 @@ from data_pipeline.storage.atomic import replacing
 log = logging.getLogger("cascade")
 
 SHOWN = 192
-"""Pictures smaller than this are enlarged by integer factors (nearest neighbour); those above `LARGEST` are shrunk."""
+"""The largest picture of a cell is enlarged to at least this width by a whole factor (nearest neighbour), the others to
+its width; those above `LARGEST` are shrunk."""
 LARGEST = 512
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 GAP, MARGIN, FONT_SIZE = 8, 16, 14
@@ -112,7 +114,8 @@ def heat_sheet(picture: Image.Image, heat: Sequence[tuple[str, np.ndarray]], cap
 
 
 def _draw_cell(cell: Cell) -> Image.Image:
-    side = min(max(SHOWN, max(picture.width for picture in cell.pictures)), LARGEST)
+    largest = max(picture.width for picture in cell.pictures)
+    side = min(largest * -(-SHOWN // largest), LARGEST)  # a multiple, so that it is not the smallest
     shown = [to_side(picture, side) for picture in cell.pictures]
     above = FONT_SIZE + 4 if cell.labels else 0
     width = sum(picture.width for picture in shown) + GAP * (len(shown) - 1)
@@ -184,8 +187,9 @@ def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 @lru_cache(maxsize=1)
 def _say_boxes(letter: str) -> None:
     """Warn once about letters that no font has."""
-    remedy = "no installed font has them (on Debian: apt-get install fonts-noto-cjk)"
-    log.warning("letters such as %s are shown as boxes in picture sheets: %s", letter, remedy)
+    east_asian = unicodedata.name(letter, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
+    remedy = " (on Debian: apt-get install fonts-noto-cjk)" if east_asian else ""
+    log.warning("%s is shown as a box in picture sheets: no installed font has it%s", letter, remedy)
 
 
 @lru_cache(maxsize=len(FONTS))

@@ -29,6 +29,10 @@ CHARACTERS_PER_TOKEN = 32
 """Captions are truncated to this many characters per token before tokenizing, so that very long ones cost nothing."""
 
 
+def _size(row: Tensor) -> int:  # a named function, so that encoders can be pickled
+    return row.nbytes
+
+
 class TextEncoder(ABC):
     """Encodes captions as token embeddings. Deterministic and frozen; repeated captions come from a bounded cache.
 
@@ -45,7 +49,7 @@ class TextEncoder(ABC):
     def __init__(self, config: TextConfig, device: torch.device | str) -> None:
         self.max_tokens = config.max_tokens
         self.device = torch.device(device)
-        self._cache: Recent[str, Tensor] = Recent(CACHE_BYTES, lambda row: row.nbytes)
+        self._cache: Recent[str, Tensor] = Recent(CACHE_BYTES, _size)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode captions, on `self.device`.

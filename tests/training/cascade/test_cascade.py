@@ -288,7 +288,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"stages": 1.0}, "stages=1.0: give a number of stages"),
         ({"guidance_interval": "ab"}, "guidance_interval=ab: give two times"),
         ({"batch": 2.5}, "batch=2.5"),
-        ({"negative_prompts": "caf\udce9"}, "negative_prompts: 'caf\\udce9' is not a string"),
+        ({"negative_prompts": "caf\udce9"}, "negative_prompts: 'caf\\udce9' contains characters"),
         ({"num_images": 0}, "num_images=0"),
         ({"batch": 0}, "batch=0"),
         ({"guidance": float("nan")}, "guidance=nan: it must be a finite number"),
@@ -297,7 +297,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"negative_prompts": [None]}, "negative_prompts: None is not a string"),
         ({"strength": 0.5}, "strength=0.5: it needs `image`, the picture to redraw"),
         ({"low_res": Image.new("RGB", (8, 8))}, "low_res: base draws from text only"),
-        ({"devices": ["abacus"]}, "devices: this machine has no abacus"),
+        ({"devices": ["abacus"]}, "devices: 'abacus' is not a device"),
     ],
 )
 def test_impossible_arguments_are_one_sentence(cascade: Cascade, arguments: dict, message: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +58,48 @@ def test_picture_paths_are_read(cascade: Cascade, tmp_path: Path) -> None:
 
 
 def test_what_it_does_not_have_is_refused(cascade: Cascade) -> None:
-    with pytest.raises(ConfigError, match="height: not an option of a cascade; pictures are 32 px"):
-        cascade("red", height=512)
-    with pytest.raises(ConfigError, match="eta: not an option of a cascade; those are prompts"):
-        cascade("red", eta=0.0)
-    with pytest.raises(ConfigError, match="generator=list: give one"):
-        cascade("red", generator=[torch.Generator()])
+    with pytest.raises(ConfigError) as caught:
+        cascade("red", clip_skip=1)
+    assert str(caught.value).startswith("clip_skip: no such argument; there are prompt, negative_prompt, num_inference")
+    assert not {"prompts", "steps", "guidance", "options"} & set(str(caught.value).split(", ")), "a call refuses those"
+    for name, hint in (("save_pretrained", r"use save\(DIRECTORY\)"), ("cuda", r"use to\('cuda'\)"), ("nothing", "'$")):
+        with pytest.raises(AttributeError, match=f"a Cascade has no '{name}.*{hint}"):
+            getattr(cascade, name)
+    with pytest.raises(ConfigError, match=r"from_pretrained: torch_dtype: load it, then use to\(torch.bfloat16\)"):
+        Cascade.from_pretrained("bundle", torch_dtype=torch.float16)
+    with pytest.raises(ConfigError, match="from_pretrained: path=''"):
+        Cascade.from_pretrained("")
+
+
+def test_a_list_has_one_generator_per_picture(cascade: Cascade) -> None:
+    seeded = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    alone = [cascade("red", generator=one)[0].tobytes() for one in seeded]
+    assert [image.tobytes() for image in cascade("red", num_images_per_prompt=2, generator=seeded)] == alone
+    assert [image.tobytes() for image in cascade(["red", "red"], seed=[3, 4])] == alone
+    with pytest.raises(ConfigError, match="generator: 2 for 3 pictures; give one for all, or one per picture"):
+        cascade(["red", "blue", "green"], generator=seeded)
+
+
+def test_height_and_width_are_a_size(cascade: Cascade) -> None:
+    wide = cascade("red", height=32, width=64)[0]
+    assert wide.size == (64, 32) and wide.tobytes() == cascade("red", size=(64, 32))[0].tobytes()
+
+
+def test_prompts_come_in_any_ordered_collection(cascade: Cascade) -> None:
+    plain = [image.tobytes() for image in cascade(["red", "blue"])]
+    for given in (("red", "blue"), np.array(["red", "blue"]), iter(["red", "blue"])):
+        assert [image.tobytes() for image in cascade(given)] == plain
+
+
+def test_a_cascade_says_what_it_is_and_can_be_pickled(cascade: Cascade) -> None:
+    assert repr(cascade).startswith("<Cascade: ") and "32 px" in repr(cascade) and "cpu, float32>" in repr(cascade)
+    again = pickle.loads(pickle.dumps(cascade))
+    assert again("red")[0].tobytes() == cascade("red")[0].tobytes()
+
+
+def test_a_prompt_that_is_not_read_to_its_end_is_said(cascade: Cascade) -> None:
+    with pytest.warns(UserWarning, match=r"only the first \d+ tokens of this prompt are read: 'red red"):
+        cascade("red " * 500)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +114,46 @@ def test_what_it_does_not_have_is_refused(cascade: Cascade) -> None:
         ({"prompt_embeds": 1}, "prompt_embeds: give the text"),
         ({"seed": 1, "generator": 2}, "seed and generator: give only one"),
         ({"seed": -1}, "seed=-1: it must be at least 0"),
+        ({"generator": -1}, "generator=-1: it must be at least 0"),
+        ({"generator": "3"}, "generator=str: give a torch.Generator or a seed"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0: it must be at least 1"),
+        ({"guidance_scale": "high"}, "guidance_scale=high: it must be a number"),
+        ({"negative_prompt": 3}, "negative_prompt=3: give a caption, or a list"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 for 1 prompts"),
+        ({"width": 64}, "width=64: give height as well"),
+        ({"width": 64, "height": 64, "size": 64}, "size: give it, or height and width"),
+        ({"scheduler": "ddim"}, "scheduler: give `sampler`"),
+        ({"sampelr": "ddim"}, "sampelr: no such argument; did you mean `sampler`?"),
+        ({"callback": 3}, "callback=3: give a function"),
     ],
 )
 def test_other_arguments_are_told_what_they_are_here(cascade: Cascade, options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         cascade("red", **options)
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"red", {"red": 1}, {"red"}])
+def test_what_is_no_caption_is_refused(cascade: Cascade, prompts: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^prompt=.*: give a caption, or a list of captions"):
+        cascade(prompts)
+    with pytest.raises(ConfigError, match=r"^prompts=.*: give a caption, or a list of captions"):
+        cascade.generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"guidance_scale": 3}, "guidance_scale: `generate` takes `guidance`; a call, cascade"),
+        ({"height": 64}, "height: `generate` takes `size`, (WIDTH, HEIGHT)"),
+        ({"generator": 3}, "generator: `generate` takes `seed`"),
+        ({"nothing": 3}, "nothing: no such argument; there are prompts, negative_prompts, guidance"),
+    ],
+)
+def test_generate_tells_its_own_names(cascade: Cascade, options: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cascade.generate("red", **options)
     assert str(caught.value).startswith(sentence)
 
 
@@ -95,7 +168,12 @@ def test_devices_and_places_that_do_not_exist(cascade: Cascade, tmp_path: Path) 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="to: torch sees no GPU for 'cuda'; use 'cpu'"):
             cascade.to("cuda")
-    assert cascade.to(torch.float32).device == torch.device("cpu")
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(ConfigError, match=r"to: .*int8 is not a dtype|to: 'bfloat16' is not a dtype"):
+            cascade.to("cpu", dtype)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="to: this machine has no meta"):
+        cascade.to("meta")
+    assert cascade.to(torch.float32).device == cascade.to(dtype=torch.float32).device == torch.device("cpu")
     with pytest.raises(ConfigError, match="save: the path is empty"):
         cascade.save("")
     (tmp_path / "file").write_text("")

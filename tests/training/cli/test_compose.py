@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -280,6 +281,41 @@ def test_a_wrong_override_is_explained(override: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "sentence"),
+    [
+        ("evaluate", "samples=4", "samples: no such key; did you mean evaluation.samples?"),
+        ("evaluate", "prompts=a", "prompts: no such key; did you mean evaluation.prompts?"),
+        ("evaluate", "evaluation.trainng=x", "evaluation.trainng: no such key; did you mean evaluation.training?"),
+        ("train", "guidance=4", "guidance: no such key; did you mean stage.sampler.guidance?"),
+        ("train", "prompts=a", "prompts: no such key; did you mean train.sample_prompts?"),
+        ("train", "num_images=4", "num_images: cascade train has no such key; it is a setting of sample"),
+        ("train", "dry_run=true", "dry_run: cascade train has no such key; it is a setting of launch"),
+        ("bundle", "output=x", "output: no such key; did you mean bundle.dir?"),
+        ("prepare", "out=x", "out: no such key; did you mean prepare.output?"),
+        ("prepare", "optimzer=x", "optimzer: no such key; the top level has seed, json, debug, data, prepare"),
+    ],
+)
+def test_only_settings_that_the_command_uses_are_suggested(verb: str, word: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(verb, [word])
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "sentence"),
+    [
+        ("trian", [], "trian: no such command; the commands are prepare, index"),
+        ("train", "experiment=demo", "overrides='experiment=demo': give a list of settings"),
+        ("train", {"experiment": "demo"}, "overrides={'experiment': 'demo'}: give a list of settings"),
+    ],
+)
+def test_a_program_is_told_what_to_give(verb: str, words: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(verb, words)
+    assert str(caught.value).startswith(sentence)
+
+
 def test_a_mistake_in_a_file_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from training.cli import main as cli
 
@@ -412,6 +448,8 @@ def test_texts_reach_other_processes_as_they_are() -> None:
         ("checkpoints", "runs/demo/demo_base", "run=runs/demo/demo_base"),
         ("verify", "data/train", "data.shards=data/train"),
         ("prepare", "my/pictures", "prepare.source=my/pictures"),
+        ("prepare", "pictures", "prepare.source=pictures"),  # also an option of a group that prepare does not use
+        ("bundle", "now", "experiment=demo"),
         ("sample", "runs/demo/bundle", "from_bundle=runs/demo/bundle"),
         ("sample", "a cat", "prompts='a cat'"),
     ],

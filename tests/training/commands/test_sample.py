@@ -137,7 +137,7 @@ def test_words_of_another_picture_are_drawn_again(bundle: str, tmp_path: Path) -
 
 def test_long_prompts_are_said_to_be_cut(bundle: str, tmp_path: Path, capsys) -> None:
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a very " * 30 + "red circle"]))
-    assert "1 of 2 prompts are truncated to" in capsys.readouterr().out
+    assert "1 of 2 prompts are longer than the 10 tokens that the bundle's" in capsys.readouterr().out
 
 
 def test_processes_share_the_prompts(bundle: str, tmp_path: Path, monkeypatch) -> None:

@@ -28,6 +28,11 @@ def test_all_pictures_of_all_cells_are_there() -> None:
     assert count(paper, (255, 0, 0)) == count(paper, (0, 0, 255)) == 5 * 192 * 192
 
 
+def test_super_resolution_is_not_shown_smaller_than_its_input() -> None:
+    paper = sheet([Cell([RED.resize((32, 32)), BLUE.resize((128, 128))], "", ["32 px", "128 px"])])
+    assert count(paper, (255, 0, 0)) == count(paper, (0, 0, 255)) == 256 * 256
+
+
 def test_wrong_cells_have_a_red_frame_and_a_note() -> None:
     frame = (0xC6, 0x28, 0x28)
     assert count(sheet([Cell([BLUE], "c")]), frame) == 0
@@ -74,5 +79,10 @@ def test_letters_that_no_font_has_are_said_once(monkeypatch, caplog) -> None:
     grid._say_boxes.cache_clear()
     for _ in range(2):
         grid.sheet([Cell([Image.new("RGB", (16, 16))], "a 蓝天 sky")])
-    assert len(caplog.records) == 1 and "no installed font has them" in caplog.text
+    assert (
+        len(caplog.records) == 1
+        and "no installed font has it (on Debian: apt-get install fonts-noto-cjk)" in caplog.text
+    )
+    grid.sheet([Cell([Image.new("RGB", (16, 16))], "a \N{FOX FACE}")])
+    assert caplog.messages[1].endswith("no installed font has it"), "that font has no emoji"
     grid._font.cache_clear()

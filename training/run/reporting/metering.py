@@ -46,7 +46,11 @@ class TimeLeft:
             now: seconds of any monotonic clock.
         """
         self._records.append((step, now))
-        first, began = self._records[0]
+        return self.estimate(step, rate, now)
+
+    def estimate(self, step: int, rate: float, now: float) -> float:
+        """Return what `seconds` does, between two records."""
+        first, began = self._records[0] if self._records else (step, now)
         whole = (step - first) / (now - began) if step > first and now > began else rate
         return (self.steps - step) / whole if whole > 0 else 0.0
 
@@ -96,6 +100,12 @@ class Meter:
         """Start a new interval at `step`."""
         self._step, self._began = step, time.monotonic()
         self._seconds.clear()
+
+    def pace(self, step: int) -> float:
+        """Return this rank's steps per second since the last record, without pauses; 0: unknown."""
+        aside = sum(self._seconds[name] for name in ASIDE)
+        seconds = time.monotonic() - self._began - aside
+        return (step - self._step) / seconds if self._step is not None and seconds > 0 else 0.0
 
     def record(self, step: int, more: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Return the measurements since the last record, and the numbers in `more` summed over the ranks, by name. One

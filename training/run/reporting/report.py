@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,6 +51,7 @@ class Report:
         self.meter = Meter(ranks, config.data.global_batch, flops, peak_flops, datasets)
         self._left = TimeLeft(config.train.steps)
         self._slow = 0
+        self._shown = -math.inf
 
     def device_hours(self) -> float | None:
         """Return the device-hours of all starts up to now; None on ranks other than 0."""
@@ -62,6 +64,17 @@ class Report:
         self._name_slow_rank(step, record)
         rate = record["images_per_second"] / self.config.data.global_batch
         self.tracker.log(step, record, self._left.seconds(step, rate, time.monotonic()))
+
+    def tick(self, step: int, loss: float) -> None:
+        """Between two records, bring the progress line of a terminal up to date, at most once per second: on a slow
+        machine a record can take minutes."""
+        now, pace = time.monotonic(), self.meter.pace(step)
+        if not self.tracker.on_screen or now - self._shown < 1 or pace <= 0:
+            return
+        self._shown = now
+        seen = {"loss": loss if math.isfinite(loss) else None}
+        seen["images_per_second"] = pace * self.config.data.global_batch
+        self.tracker.show(step, seen, self._left.estimate(step, pace, now))
 
     def _name_slow_rank(self, step: int, record: Mapping[str, Any]) -> None:
         """Log one line when a rank was slow in SLOW_RECORDS consecutive records."""

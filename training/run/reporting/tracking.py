@@ -100,7 +100,7 @@ def duration(seconds: float) -> str:
 
 
 def progress_line(
-    stage: str, step: int, steps: int, record: dict[str, Any], seconds_left: float, width: int = 0
+    stage: str, step: int, steps: int, record: Mapping[str, Any], seconds_left: float, width: int = 0
 ) -> str:
     """Return a line such as `demo_base  step 240/1200 [####----] 20%  loss 0.0831  312.0 images/s  2:41 left`, with the
     bar shortened or omitted and the rest truncated to fit `width` columns (0: no limit)."""
@@ -167,7 +167,16 @@ class Tracker:
         self._last = step
         self._to_wandb(lambda: self._wandb.log({k: v for k, v in record.items() if v is not None}, step=step))
         self._sinks.each(lambda sink: sink.log(step, record))
-        screen = self._out.isatty()
+        self.show(step, record, seconds_left)
+
+    @property
+    def on_screen(self) -> bool:
+        """Whether the progress line is shown on a terminal, which can replace it."""
+        return self.active and self._out.isatty()
+
+    def show(self, step: int, record: Mapping[str, Any], seconds_left: float) -> None:
+        """Show the progress line; on a terminal, it replaces the one before."""
+        screen = self.on_screen
         width = shutil.get_terminal_size().columns - 1 if screen else 0
         line = progress_line(self.config.trained, step, self.config.train.steps, record, seconds_left, width)
         end = "\n" if not screen or step == self.config.train.steps else ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,26 @@ def test_a_rank_that_stays_slow_is_named_once(report: Report, caplog: pytest.Log
         for step in range(SLOW_RECORDS + 2):
             report.log(SLOW_RECORDS + step, record(**slow))
     assert len(caplog.messages) == 1 and "rank 3 is slow" in caplog.messages[0]
+
+
+def test_between_records_a_terminal_shows_the_step_once_per_second(report: Report, monkeypatch: Any) -> None:
+    class Screen(io.StringIO):
+        terminal = True
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = report.tracker._out = Screen()
+    report.meter.start(0)
+    for step, now in ((1, 100.5), (2, 101.0), (3, 101.75)):
+        clock[0] = now
+        report.tick(step, 0.5 if step == 1 else math.nan)
+    lines = out.getvalue().split("\r\033[K")[1:]
+    assert [line.split("step ")[1].split("/")[0].strip() for line in lines] == ["1", "3"]
+    assert "loss 0.5000" in lines[0] and "loss not finite" in lines[1]
+    assert not report.tracker.run.metrics.read_text(), "the records stay the same"
+    out.terminal, clock[0] = False, 200.0
+    report.tick(4, 0.5)
+    assert out.getvalue().count("step") == 2, "a file gets the records only"
