@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,6 +30,8 @@ class Hub:
         """Method, path and range of every request."""
         self.failing: list[int] = []
         """Statuses to answer the next requests with."""
+        self.failing_on: dict[str, int] = {}
+        """Word in the path -> status of the next answer to such a request."""
 
     def __enter__(self) -> Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Answers,), {"hub": self}))
@@ -50,6 +53,11 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts, body = urlsplit(self.path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, asked = unquote(parts.path).strip("/"), self.headers.get("Range")
+        if order := re.fullmatch(r"fail/(\d+)/on/(\w+)", path):  # from a process that has no Hub object
+            self.hub.failing_on[order[2]] = int(order[1])
+            return self._answer(200, b"{}")
+        if due := next((word for word in self.hub.failing_on if word in path.split("/")), ""):
+            return self._answer(self.hub.failing_on.pop(due), b"{}")
         self.hub.log.append((self.command, path, asked))
         if self.hub.failing:
             return self._answer(self.hub.failing.pop(0), b"{}")

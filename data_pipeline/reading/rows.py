@@ -21,6 +21,7 @@ from data_pipeline.shards.dataset import Dataset, node_cache
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Gunzip
 from data_pipeline.storage import store
+from data_pipeline.storage.s3_errors import changed
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,16 @@ class RowReader:
             sample, wrong = self._read(shard, index, physical, parts, fresh=attempt > 0)
             if not wrong:
                 return self._named(sample, shard)
+        self._check_unchanged(shard)
         raise BadSample("checksum", f"{wrong} differs from its index; the shard has changed or is damaged")
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Raise an error if an object is no longer the one that was indexed; reads over s3:// find that themselves."""
+        entry = self.dataset.summaries[shard].entry
+        if entry.etag and store.is_remote(entry.url):
+            found = store.entry(entry.url, self.dataset.patience)
+            if (found.size, found.etag) != (entry.size, entry.etag):
+                raise changed(entry.url)
 
     def places(self, index: ShardIndex, row: int) -> list[_Place]:
         """Return (extension, first byte, size, checksum) of each wanted member; `row` counts all samples of the file.

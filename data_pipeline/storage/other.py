@@ -9,20 +9,27 @@ import asyncio
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.fork_lock import ForkLock
-from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error
+from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error, result_of
 from data_pipeline.storage.s3_errors import (
     PROXY_ADVICE,
     Denied,
     Missing,
+    after_change,
     causes_of,
     certificate_problem,
     changed,
+    passes,
+    remedy,
     scheme_problem,
     too_short,
     unread_proxy,
@@ -51,9 +58,11 @@ _CREDENTIALS = {
 """Package -> the environment variables with its credentials."""
 _NO_BUCKET = re.compile("ContainerNotFound|specified (bucket|container) does not exist")
 """What stores call a missing bucket."""
+_NO_PLACE = ("RepositoryNotFoundError", "RevisionNotFoundError")
+"""The Hub's errors about more than one file."""
 _READ_ONLY = ("http", "https")
-_SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs", "gcs": "session_kwargs"}
-"""Scheme -> option of its file system for aiohttp, which ignores HTTPS_PROXY and NO_PROXY unless told otherwise."""
+WORDS = 500
+"""Most bytes of a web server's explanation to read."""
 PIECE = 8 << 20
 """Bytes per request of a stream."""
 SLOWEST = 1e6
@@ -87,8 +96,9 @@ def filesystem(url: str) -> Any:
 
             package = SCHEMES[scheme]
             try:
-                options = {_SESSIONS[scheme]: {"trust_env": True}} if scheme in _SESSIONS else {}
+                options = _session_options(scheme)
                 found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+                _switch_retries_off(found)
             except ImportError as error:
                 extra = _EXTRAS.get(package)
                 how = f"pip install 'cascade-t2i[{extra}]'" if extra else f"pip install {package}"
@@ -99,6 +109,46 @@ def filesystem(url: str) -> Any:
                 ) from error
             _filesystems[os.getpid(), scheme] = found
         return found
+
+
+def _session_options(scheme: str) -> dict[str, Any]:
+    """Return the options of a file system for aiohttp, which ignores HTTPS_PROXY and NO_PROXY unless told otherwise.
+
+    A web server must send bytes as they are stored: ranges of compressed ones are not those of the file.
+    """
+    if scheme in _READ_ONLY:
+        plain = {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}
+        return {"client_kwargs": {"trust_env": True, "raise_for_status": _refuse, **plain}}
+    return {"session_kwargs": {"trust_env": True}} if scheme in ("gs", "gcs") else {}
+
+
+async def _refuse(answer: Any) -> None:
+    """Raise an error that has the server's explanation, and no signature of the address; fsspec handles 404 itself."""
+    import aiohttp
+
+    if answer.status < 400 or answer.status == 404:
+        return
+    words = b""
+    with suppress(Exception):  # the status says enough
+        words = await answer.content.read(WORDS)
+    said = " ".join(re.sub("<[^>]*>", " ", words.decode("utf-8", "replace")).split())
+    asked = answer.request_info
+    raise aiohttp.ClientResponseError(
+        asked._replace(real_url=asked.real_url.with_query(None)),
+        answer.history,
+        status=answer.status,
+        message=f"{answer.reason}: {said}" if said else str(answer.reason),
+        headers=answer.headers,
+    )
+
+
+def _switch_retries_off(fs: Any) -> None:
+    """Switch off the retries inside gcsfs and Azure's client: they last longer than a request may take, and the cause
+    would be lost. The attributes are private; without them, requests just time out."""
+    with suppress(AttributeError):
+        fs._request = MethodType(type(fs)._request.__wrapped__, fs)
+    with suppress(AttributeError):
+        fs.service_client._config.retry_policy.total_retries = 0
 
 
 def split(url: str) -> tuple[str, str]:
@@ -119,19 +169,38 @@ def endpoint() -> str:
     return "its store"
 
 
-def _ask(fs: Any, method: str, limit_s: float, *arguments: Any, **options: Any) -> Any:
-    """Call a method of a file system, and cancel it if it takes longer than `limit_s`.
+def _ask(fs: Any, method: str, patience: Patience, limit_s: float, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a file system, and cancel it if it takes longer than `limit_s` or the process must stop.
 
-    File systems that are not asynchronous (`hf://`, `memory://`) have limits of their own.
+    `hf://` is not asynchronous and itself waits as long as the Hub asks it to: it may take until the deadline.
     """
-    from fsspec.asyn import AsyncFileSystem, sync
+    from fsspec.asyn import AsyncFileSystem
 
     if isinstance(fs, AsyncFileSystem):
+        request = getattr(fs, f"_{method}")(*arguments, **options)
+        return result_of(asyncio.run_coroutine_threadsafe(request, fs.loop), patience, limit_s)
+    work = partial(getattr(fs, method), *arguments, **options)
+    if fs.protocol != "hf":
+        return work()
+    return result_of(_started(work), patience, max(limit_s, patience.deadline_s))
+
+
+def _started(work: Callable[[], T]) -> Future[T]:
+    """Start work in a thread for which the end of the process does not wait."""
+    future: Future[T] = Future()
+
+    def do() -> None:
         try:
-            return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=limit_s, **options)
-        except TimeoutError as error:
-            raise TimeoutError(f"no answer within {limit_s:.0f} s") from error
-    return getattr(fs, method)(*arguments, **options)
+            result = work()
+        except BaseException as error:
+            with suppress(Exception):  # cancelled
+                future.set_exception(error)
+        else:
+            with suppress(Exception):
+                future.set_result(result)
+
+    threading.Thread(target=do, daemon=True).start()
+    return future
 
 
 def _status(error: BaseException) -> int:
@@ -162,14 +231,24 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
         return error
     if isinstance(error, FileNotFoundError) and scheme_of(url) in _READ_ONLY:
         error = error.__cause__ or error  # fsspec calls a file missing whatever kept it from asking
-    status, said = _status(error), describe_error(error).partition(" RequestId:")[0]
+    status, said = _status(error), re.split(" RequestId:| Content: <", describe_error(error))[0]
     if any(_NO_BUCKET.search(str(one)) for one in causes_of(error)):
         return DataError(f"{url}: there is no {split(url)[0]!r} in its store ({said}); check the name{_check(url)}")
-    if scheme_of(url) == "hf" and isinstance(error, FileNotFoundError) and "not found)" in said:
-        return DataError(f"{url}: {said}")  # the repository or its revision
+    unknown_place = any(type(one).__name__ in _NO_PLACE for one in causes_of(error)) or "not found)" in said
+    if scheme_of(url) == "hf" and unknown_place:
+        return DataError(f"{url}: {said}")
+    if isinstance(error, FileExistsError):  # of a write that replaces: Azure's conflicts, such as an immutable object
+        return DataError(f"{url}: it cannot be replaced ({describe_error(error.__cause__ or error)})")
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return DataError(f"{url}: its server redirects the request in a circle, or too often")
+    if more := remedy(str(getattr(error, "error_code", None) or ""), status):
+        return DataError(f"{url}: its store rejected the request ({said}); {more}")
+    if status == 416:
+        return DataError(f"{url}: the object is shorter than it was; {after_change(url)}")
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden:")  # gcsfs's words for a 403
+    if isinstance(error, PermissionError) or status in (401, 403) or forbidden:
         return Denied(f"{url}: access is denied ({said}){_check(url)}")
     if isinstance(error, NotImplementedError):
         return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
@@ -178,8 +257,10 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
         return DataError(f"{url}: {refused.format('its server')}")
     if isinstance(error, aiohttp.InvalidURL) or (unknown and root(url) not in _answered):
         return DataError(f"{url}: {said}{unread_proxy() if unknown else ''}")
+    if status in (409, 412) and scheme_of(url) == "hf":
+        return None  # another process has committed at the same time
     if status:
-        return None if status in (408, 425, 429) or (status >= 500 and status != 501) else DataError(f"{url}: {said}")
+        return None if passes(status) else DataError(f"{url}: {said}")
     network = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
     if isinstance(error, network) or type(error).__module__.startswith(("azure.core", "requests", "httpx")):
         return None
@@ -214,7 +295,7 @@ def _call(url: str, work: Callable[[Any], T], patience: Patience, backoff: Backo
                 if words:
                     raise DataError(f"{url}: {words}") from error
             if fatal is not None:
-                raise fatal from error
+                raise fatal from (None if fatal is error else error)
             proxy = any(isinstance(one, aiohttp.ClientProxyConnectionError) for one in causes_of(error))
             hidden = error.__cause__ if isinstance(error, FileNotFoundError) else None  # an answer, see `_permanent`
             backoff.wait(hidden or error, None if known else FIRST_CONTACT_S, PROXY_ADVICE if proxy else unread_proxy())
@@ -271,7 +352,7 @@ class OtherStream:
         exact = {"cache_type": "none"} if scheme_of(self.url) == "hf" else {}  # otherwise hf reads 5 MB per range
         data = _call(
             self.url,
-            lambda fs: _ask(fs, "cat_file", limit, self.url, start=begin, end=end, **exact),
+            lambda fs: _ask(fs, "cat_file", self._patience, limit, self.url, start=begin, end=end, **exact),
             self._patience,
             self._backoff,
         )
@@ -310,8 +391,8 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
         fs.invalidate_cache()
         if delimiter:
             place = folder.rstrip("/") if scheme_of(url) not in _READ_ONLY else folder
-            return list(_ask(fs, "ls", LISTING_S, place, detail=True))
-        return list(_ask(fs, "find", LISTING_S, folder, detail=True).values())
+            return list(_ask(fs, "ls", patience, LISTING_S, place, detail=True))
+        return list(_ask(fs, "find", patience, LISTING_S, folder, detail=True).values())
 
     try:
         found = _call(url, find, patience)
@@ -341,9 +422,10 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
 
     def ask(fs: Any) -> dict[str, Any]:
         if scheme_of(url) != "hf":
-            return dict(_ask(fs, "info", patience.stall_s, url))
+            return dict(_ask(fs, "info", patience, patience.stall_s, url))
         fs.invalidate_cache(url)  # it keeps listings, which other processes may have outdated
-        return dict(fs.info(url, expand_info=True))  # without this, it lists the whole folder first
+        # without `expand_info`, it lists the whole folder first
+        return dict(_ask(fs, "info", patience, patience.stall_s, url, expand_info=True))
 
     info = _call(url, ask, patience)
     if info.get("type") == "directory":
@@ -362,7 +444,7 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
     """Write one object; in object stores the write is atomic."""
     _writable(url)
     limit = patience.stall_s + len(data) / SLOWEST
-    _call(url, lambda fs: _ask(fs, "pipe_file", limit, url, bytes(data)), patience)
+    _call(url, lambda fs: _ask(fs, "pipe_file", patience, limit, url, bytes(data)), patience)
 
 
 def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
@@ -370,14 +452,17 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     _writable(url)
 
     def create(fs: Any) -> bool:
+        def ask(method: str, *arguments: Any, **options: Any) -> Any:
+            return _ask(fs, method, patience, patience.stall_s, *arguments, **options)
+
         try:
-            _ask(fs, "pipe_file", patience.stall_s, url, data, mode="create")
+            ask("pipe_file", url, data, mode="create")
         except FileExistsError:
             return False
         except TypeError:  # a file system without this mode: two writers at once may both believe they are first
-            if _ask(fs, "exists", patience.stall_s, url):
+            if ask("exists", url):
                 return False
-            _ask(fs, "pipe_file", patience.stall_s, url, data)
+            ask("pipe_file", url, data)
         return True
 
     return _call(url, create, patience)
@@ -389,15 +474,11 @@ def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
     base = root(url)
     for key in keys:
         try:
-            _call(url, partial(_remove, place=f"{base}/{key}", limit_s=patience.stall_s), patience)
+            _call(url, partial(_on_object, "rm_file", patience, f"{base}/{key}"), patience)
         except (Missing, Denied):
-            if _call(url, partial(_is_file, place=f"{base}/{key}", limit_s=patience.stall_s), patience):
+            if _call(url, partial(_on_object, "isfile", patience, f"{base}/{key}"), patience):
                 raise
 
 
-def _remove(fs: Any, place: str, limit_s: float) -> None:
-    _ask(fs, "rm_file", limit_s, place)
-
-
-def _is_file(fs: Any, place: str, limit_s: float) -> bool:
-    return bool(_ask(fs, "isfile", limit_s, place))
+def _on_object(method: str, patience: Patience, place: str, fs: Any) -> Any:
+    return _ask(fs, method, patience, patience.stall_s, place)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import random
 import signal
 import time
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from data_pipeline.common.errors import StoreError
@@ -167,7 +171,7 @@ class Backoff:
                 f"the last cause was {describe_error(cause)}{advice}"
             ) from cause
         longest = min(self.patience.cap_s, self.patience.base_s * 2.0 ** min(self.attempts - 1, 20))
-        delay = min(random.uniform(0.0, longest), max(deadline - silent, 0.0))
+        delay = min(max(random.uniform(0.0, longest), asked_delay(cause)), max(deadline - silent, 0.0))
         level = logging.WARNING if self.attempts >= 3 else logging.INFO
         logger.log(
             level, "%s: %s; starting attempt %d in %.1f s", self.what, describe_error(cause), self.attempts + 1, delay
@@ -177,6 +181,45 @@ class Backoff:
             if self.patience.too_late():
                 return self.wait(cause, deadline_s, advice) if self.patience.reads else None
             time.sleep(min(left, NAP_S))
+
+
+def result_of(running: Future[T], patience: Patience, limit_s: float = math.inf) -> T:
+    """Return what work in another thread returns, or raise what it raises; cancel it if it takes too long.
+
+    Args:
+        running: the work.
+        patience: once the process was asked to stop, tells when waiting must end.
+        limit_s: seconds that the work may take.
+
+    Raises:
+        TimeoutError: it took too long, or the process was asked to stop.
+    """
+    end = time.monotonic() + limit_s
+    while True:
+        try:
+            return running.result(NAP_S)
+        except TimeoutError as error:
+            if running.done():
+                raise
+            if patience.too_late() or time.monotonic() >= end:
+                running.cancel()
+                raise TimeoutError(
+                    "no answer yet" if patience.too_late() else f"no answer within {limit_s:.0f} s"
+                ) from error
+
+
+def asked_delay(error: BaseException) -> float:
+    """Return for how many seconds a server asks not to be asked again (`Retry-After`); 0 if it does not say."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):  # botocore's
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
+    else:
+        headers = getattr(error, "headers", None) or getattr(answer, "headers", None)
+    value = str(headers.get("Retry-After") or headers.get("retry-after") or "") if headers else ""
+    with suppress(ValueError):
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+    return 0.0
 
 
 def describe_error(error: BaseException) -> str:

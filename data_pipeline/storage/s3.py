@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
+from base64 import b64encode
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.fork_lock import ForkLock
 from data_pipeline.storage import s3_errors
-from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, NAP_S, Backoff, Patience
+from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, result_of
 from data_pipeline.storage.s3_errors import Changed, Denied, Missing, endpoint
 
 __all__ = [
@@ -112,24 +114,20 @@ os.register_at_fork(after_in_child=_keep_inherited)
 def _run(coroutine: Coroutine[Any, Any, Any], patience: Patience = DEFAULT) -> Any:
     """Run a coroutine on the file system's event loop and wait for it, but not for a silent store once the process was
     asked to stop."""
-    running = asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop)
-    while True:
-        try:
-            return running.result(NAP_S)
-        except TimeoutError:
-            if running.done():
-                raise
-            if patience.too_late():
-                running.cancel()
-                raise
+    return result_of(asyncio.run_coroutine_threadsafe(coroutine, filesystem().loop), patience)
 
 
 async def _request(fs: Any, method: str, arguments: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """One answer of the store within `limit_s`, in which the time to create the client is not counted."""
+    limit = max(limit_s, SESSION_S)
     try:
-        await asyncio.wait_for(fs.set_session(), max(limit_s, SESSION_S))
+        await asyncio.wait_for(fs.set_session(), limit)
     except ValueError as error:
         raise DataError(f"cannot create an S3 client from the environment and AWS_CONFIG_FILE: {error}") from error
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"no credentials within {limit:.0f} s; check AWS_PROFILE and its credential_process, role or sso settings"
+        ) from error
     answer: dict[str, Any] = await asyncio.wait_for(fs._call_s3(method, **arguments), limit_s)
     return answer
 
@@ -146,7 +144,7 @@ def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> Non
         if refused and backoff.renewals < _RENEWALS and _renew(fs):
             backoff.renewals += 1
             return
-        raise fatal from error
+        raise fatal from (None if fatal is error else error)
     if isinstance(error, (ValueError, TypeError, AttributeError)):
         raise error  # a bug, not an outage
     known = _answered or s3_errors.error_code(error)
@@ -363,24 +361,46 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
     """Write one object atomically."""
     bucket, key = split(url)
     if len(data) <= PART:
-        call(url, "put_object", patience, len(data), Bucket=bucket, Key=key, Body=bytes(data))
+        call(url, "put_object", patience, len(data), Bucket=bucket, Key=key, **_body(data))
         return
     target: dict[str, Any] = {"Bucket": bucket, "Key": key}
     upload = call(url, "create_multipart_upload", patience, 0, **target)["UploadId"]
     try:
         parts = []
         for number, start in enumerate(range(0, len(data), PART), 1):
-            body = bytes(data[start : start + PART])
+            body = _body(data[start : start + PART])
             answer = call(
-                url, "upload_part", patience, len(body), **target, UploadId=upload, PartNumber=number, Body=body
+                url, "upload_part", patience, len(body["Body"]), **target, UploadId=upload, PartNumber=number, **body
             )
             parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-        call(url, "complete_multipart_upload", patience, **target, UploadId=upload, MultipartUpload={"Parts": parts})
+        try:
+            call(
+                url, "complete_multipart_upload", patience, **target, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        except DataError as error:
+            if s3_errors.error_code(error) != "NoSuchUpload" or not _is_written(url, len(data), len(parts), patience):
+                raise
     except BaseException:
         with contextlib.suppress(Exception):
             abort = filesystem()._call_s3("abort_multipart_upload", **target, UploadId=upload)
             _run(asyncio.wait_for(abort, patience.stall_s))
         raise
+
+
+def _body(data: bytes | memoryview) -> dict[str, Any]:
+    """Return the arguments for a body, with the checksum that lets the store refuse damaged ones; buckets with object
+    lock require one."""
+    body = bytes(data)
+    return {"Body": body, "ContentMD5": b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()}
+
+
+def _is_written(url: str, size: int, parts: int, patience: Patience) -> bool:
+    """Return whether an upload of which the store knows nothing any more has become the object: the answer to its
+    completion was lost, and a second one is refused."""
+    with contextlib.suppress(Missing):
+        found, etag = head(url, patience)
+        return found == size and etag.endswith(f"-{parts}")
+    return False
 
 
 def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
@@ -389,7 +409,7 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     A store that does not support the condition overwrites the object: read it back to find out who won.
     """
     bucket, key = split(url)
-    target: dict[str, Any] = {"Bucket": bucket, "Key": key, "Body": data}
+    target: dict[str, Any] = {"Bucket": bucket, "Key": key, **_body(data)}
     try:
         call(url, "put_object", patience, len(data), **target, IfNoneMatch="*")
     except DataError as error:
@@ -420,7 +440,8 @@ def delete(url: str, keys: list[str], patience: Patience = DEFAULT) -> None:
                 _one_by_one.add(bucket)
             else:
                 for kept in answer.get("Errors", []):
-                    raise DataError(f"s3://{bucket}/{kept['Key']}: {endpoint()} did not delete it ({kept['Code']})")
+                    said = ": ".join(kept[name] for name in ("Code", "Message") if kept.get(name))
+                    raise DataError(f"s3://{bucket}/{kept['Key']}: {endpoint()} did not delete it ({said})")
                 continue
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda key: call(url, "delete_object", patience, Bucket=bucket, Key=key), batch))

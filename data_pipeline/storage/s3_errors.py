@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -29,7 +31,6 @@ DENIED = {
     "AllAccessDisabled",
     "AccountProblem",
     "TokenRefreshRequired",
-    "RequestTimeTooSkewed",
     "InvalidClientTokenId",
     "401",
     "Unauthorized",
@@ -46,16 +47,24 @@ TRANSIENT = {
     "ThrottlingException",
     "408",
     "OperationAborted",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "IncompleteBody",
 }
+_TOO_LARGE = "the store, or a proxy in front of it, takes no object of this size"
+_SKEWED = "set the clock of this machine"
 _REMEDIES = {
     "InvalidObjectState": "it is archived: restore it first",
-    "QuotaExceeded": "make room, or raise the quota",
-    "EntityTooLarge": "the store takes no object of this size",
-    "KMS.DisabledException": "enable the key with which the bucket is encrypted",
+    "EntityTooLarge": _TOO_LARGE,
+    "RequestTimeTooSkewed": _SKEWED,
+    "RequestInTheFuture": _SKEWED,
 }
 """Codes of refusals that have nothing to do with credentials -> what to do."""
+_FULL = re.compile("quota|storagefull|insufficientstorage", re.IGNORECASE)
+"""What the codes of full stores have in common: QuotaExceeded, XMinioStorageFull, InsufficientStorage, ..."""
+_UNLISTED = "; shards that may be read but not listed must be named, for example with {00000..00999}.tar"
 _PASSING_STATUS = {408, 425, 429}
-_LASTING_STATUS = {501, 505}
+_LASTING_STATUS = {501, 505, 507, 511}
 _OTHER_NAME, _OUT_OF_DATE = {62, 64}, {9, 10}
 """OpenSSL's codes for certificates of another host name or IP address, and for those not yet or no longer valid."""
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy")
@@ -88,14 +97,33 @@ class Changed(DataError):
 
 
 def endpoint_variable() -> str:
-    """Return the environment variable that sets the store's address, for messages."""
+    """Return the variable or the key of AWS_CONFIG_FILE that sets the store's address, for messages."""
     names = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    return next((name for name in names if os.environ.get(name)), "AWS_ENDPOINT_URL")
+    found = next((name for name in names if os.environ.get(name)), "")
+    return found or ("endpoint_url" if _address_of_profile() else "AWS_ENDPOINT_URL")
+
+
+def _address_of_profile() -> str:
+    """Return the address of the store in AWS_CONFIG_FILE; empty if there is none."""
+    return _read_address(*(os.environ.get(name, "") for name in ("AWS_PROFILE", "AWS_CONFIG_FILE", "HOME")))
+
+
+@lru_cache(maxsize=4)
+def _read_address(profile: str, *_: str) -> str:
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.session import Session
+
+    try:
+        session = Session(profile=profile or None)
+        found = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3", environ={}).provide()
+    except Exception:  # reported when the client is created
+        return ""
+    return str(found or "")
 
 
 def endpoint() -> str:
-    """Return the address of the store according to the environment, or "AWS", for messages."""
-    return os.environ.get(endpoint_variable()) or "AWS"
+    """Return the address of the store according to the environment and AWS_CONFIG_FILE, or "AWS", for messages."""
+    return os.environ.get(endpoint_variable()) or _address_of_profile() or "AWS"
 
 
 def overlooked() -> str:
@@ -235,11 +263,32 @@ def _is_address(text: str) -> bool:
         return False
 
 
+def passes(status: int) -> bool:
+    """Return whether an answer with this HTTP status may be followed by a better one."""
+    return status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
+
+
+def remedy(code: str, status: int) -> str:
+    """Return what to do about a refusal that has nothing to do with credentials; empty for all others.
+
+    Args:
+        code: the store's error code; empty if it has none.
+        status: the HTTP status.
+    """
+    if status == 507 or _FULL.search(code):
+        return "the store is full: make room, or raise the quota"
+    if code.startswith("KMS."):
+        return "check the key with which the bucket is encrypted"
+    return _REMEDIES.get(code, _TOO_LARGE if status == 413 else "")
+
+
 def client_error(error: BaseException | None) -> Any:
     """Return the store's own error behind one that s3fs translated (losing the code), or None."""
-    while error is not None and not isinstance(getattr(error, "response", None), dict):
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen and not isinstance(getattr(error, "response", None), dict):
+        seen.add(id(error))
         error = error.__cause__
-    return error
+    return error if isinstance(getattr(error, "response", None), dict) else None
 
 
 def _response(error: BaseException) -> dict[str, Any]:
@@ -316,7 +365,9 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             f"(FSSPEC_S3_ANON=true reads a public bucket){overlooked()}"
         )
     if isinstance(error, exceptions.CredentialRetrievalError):
-        return DataError(f"{url}: the credentials could not be renewed: {describe_error(error)}")
+        return DataError(f"{url}: there are no credentials{_value_of('AWS_PROFILE')}: {describe_error(error)}")
+    if isinstance(error, exceptions.NoRegionError):
+        return DataError(f"{url}: {describe_error(error)} Set AWS_DEFAULT_REGION{_value_of('AWS_PROFILE')}")
     if refused := certificate_problem(error, _bundle_variable()):
         return DataError(f"{url}: {refused.format(where)}")
     for cause in chain:
@@ -349,7 +400,7 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
             return None
         return DataError(f"{url}: the request cannot be made: {describe_error(error)}{_value_of(_bundle_variable())}")
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
-        return DataError(f"{url}: {describe_error(error)}; {where}")
+        return DataError(f"{url}: {describe_error(error)}; {where}{_value_of('AWS_PROFILE')}")
     return None
 
 
@@ -375,22 +426,23 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
     code, status = error_code(error), status_of(error)
     words = " ".join(str(_response(error).get("Error", {}).get("Message", "")).split())
     said = f"{code}: {words}" if words else code
-    path = urlsplit(endpoint()).path.strip("/")
+    path = urlsplit(endpoint()).path.strip("/") if endpoint() != "AWS" else ""
     hint = f" (its path {path!r} comes before the bucket)" if path else ""
-    if code in TRANSIENT or status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS):
+    if more := remedy(code, status):
+        return DataError(f"{url}: {endpoint()} rejected the request ({said}); {more}")
+    if code in TRANSIENT or passes(status):
         return None
     if code in PATH_STYLE:
         return Denied(
             f"{url}: {endpoint()} requires the bucket in the host name ({said}): add `s3 =` and below it, indented, "
             "`addressing_style = virtual` to the profile in AWS_CONFIG_FILE (by default ~/.aws/config)"
         )
-    if code in _REMEDIES:
-        return DataError(f"{url}: {endpoint()} rejected the request ({said}); {_REMEDIES[code]}")
     if code in DENIED or status in (401, 403):
+        asked = getattr(client_error(error), "operation_name", "")
         return Denied(
-            f"{url}: {endpoint()} denies access to bucket {bucket!r} (HTTP {status}, {said}); check "
+            f"{url}: {endpoint()} denies access to bucket {bucket!r} ({asked}: HTTP {status}, {said}); check "
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and their permissions"
-            f"{overlooked()}"
+            f"{_UNLISTED if asked.startswith('ListObjects') else ''}{overlooked()}"
         )
     if code == "NoSuchBucket":
         return DataError(

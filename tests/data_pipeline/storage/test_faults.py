@@ -375,16 +375,62 @@ def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) ->
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [("InvalidObjectState", "archived: restore it first"), ("QuotaExceeded", "make room")]
+    ("status", "code", "words"),
+    [
+        (403, "InvalidObjectState", "archived: restore it first"),
+        (403, "QuotaExceeded", "the store is full: make room"),
+        (403, "RequestTimeTooSkewed", "set the clock"),
+        (400, "KMS.NotFoundException", "check the key with which the bucket is encrypted"),
+        (507, "XMinioStorageFull", "the store is full: make room"),
+        (413, "413", "takes no object of this size"),
+        (511, "511", "rejected the request"),
+    ],
 )
 def test_what_is_refused_for_other_reasons_than_credentials(
-    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
 ) -> None:
-    monkeypatch.setattr(proxy, "words", {403: (code, "its words")})
-    proxy.plan([], default="status:403")
-    with pytest.raises(DataError, match=f"{code}: its words.*{words}") as error:
-        store.read_range(url, 0, 10, patience=QUICK)
-    assert "AWS_ACCESS_KEY_ID" not in str(error.value)
+    monkeypatch.setattr(proxy, "words", {status: (code, "its words")})
+    proxy.plan([], default=f"status:{status}")
+    with pytest.raises(DataError, match=f"its words.*{words}|{words}.*its words") as error:
+        store.write_bytes(url, b"x", QUICK)
+    assert "AWS_ACCESS_KEY_ID" not in str(error.value) and len(proxy.log) == 1
+
+
+def test_a_body_that_arrives_damaged_is_sent_again(url: str, proxy: FaultProxy) -> None:
+    proxy.words = {400: ("BadDigest", "The Content-MD5 you specified did not match what we received.")}
+    proxy.plan(["status:400"])
+    store.write_bytes(url, b"whole", QUICK)
+    assert store.read_bytes(url) == b"whole"
+
+
+def test_a_bucket_whose_objects_may_be_read_but_not_listed(
+    shards: tuple[str, list[str]], proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a bucket refuses, with 403 instead of 404, what does not exist."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url, expected = shards
+    store.remove_files(url.rpartition("/")[0], [f"0000{n}.index.parquet" for n in range(3)])
+    refused = ("list-type=2", ".parquet")
+    proxy.choose = lambda method, path, wanted: "status:403" if any(word in path for word in refused) else "ok"
+    with pytest.raises(DataError, match=r"denies access .*ListObjectsV2.*must be named, for example with \{00000"):
+        store.expand(url)
+    named = ShardStream(url.replace("*", "{00000..00002}"), **OPTIONS)
+    assert [sample["__key__"] for sample in named] == expected
+
+
+def test_an_upload_whose_completion_was_answered_to_nobody(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART", 5 << 20)
+    data = bytes(range(256)) * (6 << 12)
+    proxy.only = lambda method, path: method == "POST" and "uploadId" in path
+    proxy.words = {404: ("NoSuchUpload", "The specified upload does not exist.")}
+    proxy.plan(["fin:0", "status:404"])
+    store.write_bytes(url, data, QUICK)
+    assert len(proxy.log) == 2 and store.read_bytes(url) == data
+    proxy.plan(["status:404"])
+    with pytest.raises(DataError, match="NoSuchUpload"):
+        store.write_bytes(f"{url}-new", data, QUICK)
 
 
 def test_a_store_that_redirects_in_a_circle_is_told_at_once(url: str, proxy: FaultProxy) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import email.utils
+import gzip
+import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import DataError, StoreError
@@ -21,7 +26,8 @@ from data_pipeline.shards.embeddings import sidecar_url
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import other, store
 from data_pipeline.storage.folder import open_folder
-from data_pipeline.storage.retry import Patience
+from data_pipeline.storage.retry import Patience, asked_delay
+from data_pipeline.storage.s3_errors import Denied
 from tests.data_pipeline.small_shards import write_shards
 from tests.hub import Hub
 
@@ -34,7 +40,11 @@ class Web(SimpleHTTPRequestHandler):
     """A server of files that answers ranges, as object stores do, unless told otherwise."""
 
     ranges = lists = True
+    packs = False
+    """Whether it compresses for clients that accept that."""
     failing: list[int] = []  # noqa: RUF012
+    said: dict[str, str] = {}  # noqa: RUF012
+    """Headers of its failures."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
@@ -42,18 +52,35 @@ class Web(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if Web.failing:
-            self.send_error(Web.failing.pop(0))
+            body = b"<html><p>its words</p></html>"
+            self.send_response(Web.failing.pop(0))
+            for name, value in {"Content-Length": str(len(body)), **Web.said}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
             return
         path = Path(self.translate_path(self.path))
         if path.is_dir() and not Web.lists:
             self.send_error(404)
             return
         wanted = self.headers.get("Range")
+        if Web.packs and "gzip" in self.headers.get("Accept-Encoding", "") and path.is_file():
+            body = gzip.compress(path.read_bytes())
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
         if not (Web.ranges and wanted and path.is_file()):
             super().do_GET()
             return
         data = path.read_bytes()
         first, _, last = wanted.removeprefix("bytes=").partition("-")
+        if int(first) >= len(data):
+            self.send_error(416)
+            return
         body = data[int(first) : int(last) + 1 if last else len(data)]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{int(first) + len(body) - 1}/{len(data)}")
@@ -65,7 +92,7 @@ class Web(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "web").mkdir()
-    Web.ranges, Web.lists, Web.failing = True, True, []
+    Web.ranges, Web.lists, Web.packs, Web.failing, Web.said = True, True, False, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -148,6 +175,46 @@ def test_shards_with_a_query_from_a_server_that_lists_nothing(
     assert sidecar_url(f"{web}/00000.tar?x=a/b", "out") == "out/00000.embeddings.safetensors"
 
 
+def test_a_web_server_that_compresses_sends_the_file_itself(web: str, tmp_path: Path) -> None:
+    (tmp_path / "web" / "x").write_bytes(DATA)
+    Web.packs = True
+    assert store.read_range(f"{web}/x", 100, 200) == DATA[100:200] and store.read_bytes(f"{web}/x") == DATA
+
+
+def test_a_server_that_says_when_to_come_back_is_waited_for(
+    web: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "web" / "x").write_bytes(DATA)
+    Web.failing, Web.said = [429], {"Retry-After": "1"}
+    assert store.read_range(f"{web}/x", 100, 200) == DATA[100:200]
+    assert "429, message='Too Many Requests: its words'" in caplog.text and "attempt 2 in 1.0 s" in caplog.text
+    later = email.utils.formatdate(time.time() + 100, usegmt=True)
+    for answer, seconds in (({"retry-after": later}, 90), ({"retry-after": "soon"}, 0), ({}, 0)):
+        error = ClientError({"ResponseMetadata": {"HTTPHeaders": answer}}, "GetObject")
+        assert seconds <= asked_delay(error) <= seconds + 10
+
+
+def test_a_shard_that_changes_on_a_server_is_named(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not counted as one bad sample after the other."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = Path(write_shards(tmp_path / "web", [9])[0])
+    stream = iter(ShardStream(f"{web}/00000.tar", **OPTIONS | {"prefetch_mb": 0}))
+    next(stream)
+    path.write_bytes(bytes(len(path.read_bytes()) + 512))
+    with pytest.raises(DataError, match=r"00000\.tar: the object has changed since it was indexed"):
+        list(stream)
+
+
+def test_what_gcsfs_and_adlfs_call_refusals() -> None:
+    """gcsfs raises a plain OSError for 403, adlfs FileExistsError for all conflicts."""
+    refused = other._permanent(OSError("Forbidden: b/x\nno storage.objects.get access"), "gs://b/x")
+    assert isinstance(refused, Denied) and "no storage.objects.get access" in str(refused)
+    kept = FileExistsError("x")
+    kept.__cause__ = OSError("BlobImmutableDueToPolicy")
+    assert "cannot be replaced (OSError: BlobImmutableDueToPolicy)" in str(other._permanent(kept, "az://b/x"))
+
+
 def test_a_web_server_without_ranges_is_refused_where_they_are_needed(web: str, tmp_path: Path) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)
     Web.ranges = False
@@ -160,6 +227,16 @@ def test_what_a_server_refuses_or_cannot_be_is_told_at_once(web: str, tmp_path: 
     (tmp_path / "web" / "x").write_bytes(DATA)
     with pytest.raises(DataError, match="no such object"):
         store.read_bytes(f"{web}/missing")
+    with pytest.raises(DataError, match=r"x: the object is shorter than it was; repeat"):
+        store.read_range(f"{web}/x", len(DATA), len(DATA) + 10)
+    for status, words in ((403, r"access is denied \(.*403.*its words"), (507, "its words.*the store is full")):
+        Web.failing = [status] * 2
+        with pytest.raises(DataError, match=words) as error:
+            store.read_bytes(f"{web}/x?signature=SECRET", QUICK)
+        assert str(error.value).count("SECRET") == 1, "only in the address that was given"
+    Web.failing, Web.said = [302] * 100, {"Location": f"{web}/x"}
+    with pytest.raises(DataError, match="redirects the request in a circle"):
+        store.read_bytes(f"{web}/x", QUICK)
     with pytest.raises(DataError, match=r"no-such-host\.invalid"):
         store.read_bytes("http://no-such-host.invalid/x.tar", QUICK)
     Web.failing = [503] * 1000
@@ -180,6 +257,8 @@ assert store.describe([place])[0].etag == store.describe([place] * 5)[0].etag !=
 run = "hf://datasets/o/r/run"
 store.write_bytes(f"{run}/1", b"one")
 assert not store.create(f"{run}/1", b"x") and store.create(f"{run}/deep/2", b"two")
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/fail/412/on/commit").close()  # another has committed meanwhile
+store.write_bytes(f"{run}/1", b"one")
 assert store.sizes(run) == {"1": 3, "deep": -1} and store.read_bytes(f"{run}/deep/2") == b"two"
 lines = [{"key": "header", "value": {}}]
 lines += [{"key": "file", "value": {"path": f"run/{n}", "content": "bGF0ZXI="}} for n in (1, 3)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.storage import s3, store
+from data_pipeline.storage import s3, s3_errors, store
 from data_pipeline.storage.retry import Patience
 from tests.s3 import S3Server
 
@@ -103,6 +106,8 @@ def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
+        ("credential_process = /bin/echo hello", "cannot create an S3 client|no credentials"),
+        ("credential_process = /bin/false", "there are no credentials \\(AWS_PROFILE=mine\\).*custom-process"),
         ("credential_process = /none/such", "no credentials: /none/such: No such file.*check AWS_PROFILE"),
         ("role_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /none/token", "no credentials: /none/token: No"),
         ("sso_start_url = https://x\nsso_region = x\nsso_account_id = 1\nsso_role_name = x", "SSO"),
@@ -118,8 +123,38 @@ def test_credentials_that_a_profile_cannot_get_are_told_at_once(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_PROFILE", "mine")
     s3.forget()
-    with pytest.raises(DataError, match=words):
-        store.read_bytes(f"s3://{bucket}/x")
+    for ask in (store.read_bytes, store.size):
+        with pytest.raises(DataError, match=words):
+            ask(f"s3://{bucket}/x")
+
+
+def test_an_address_in_a_profile_is_named(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text(f"[default]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    address = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    s3.forget()
+    with pytest.raises(DataError) as error:
+        store.size(f"s3://{bucket}/x")
+    assert str(error.value).endswith(f"no such object in bucket {bucket!r} at {address}")
+    assert s3_errors.endpoint_variable() == "endpoint_url"
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    answer = ClientError({"Error": {"Code": "NoSuchKey"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "GetObject")
+    assert str(s3_errors.permanent(answer, "s3://b/x", "b", True)) == "s3://b/x: no such object in bucket 'b' at AWS"
+
+
+def test_a_bucket_whose_objects_are_locked(s3_server: S3Server) -> None:
+    """Each write must have a checksum; what is overwritten or removed stays as a version."""
+    client, name = s3_server.client(), f"locked-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
+    rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    locked = {"ObjectLockEnabled": "Enabled", "Rule": rule}
+    client.put_object_lock_configuration(Bucket=name, ObjectLockConfiguration=locked)
+    for content in (b"one", b"two"):
+        store.write_bytes(f"s3://{name}/run/x", content)
+    assert store.read_bytes(f"s3://{name}/run/x") == b"two"
+    store.remove(f"s3://{name}/run")
+    assert store.list_dir(f"s3://{name}/run") == [] and len(client.list_object_versions(Bucket=name)["Versions"]) == 2
 
 
 def test_what_names_no_object_says_so(bucket: str) -> None:
