@@ -17,6 +17,8 @@ class WandbServer:
 
     def __init__(self, port: int = 0) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
+        self.failing = 0
+        """Status of all answers to requests with data, if it is not 0."""
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"owner": self}))
         self._http.daemon_threads = True
         self.port = int(self._http.server_address[1])
@@ -95,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.owner.failing:
+            return self._answer({"errors": [{"message": "refused"}]}, self.owner.failing)
         if not self.path.endswith(("/graphql", "/file_stream")):  # telemetry
             return self._answer({})
         data = json.loads(sent or b"{}")
@@ -111,10 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer({})
 
-    def _answer(self, value: Any) -> None:
+    def _answer(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
         with suppress(OSError):
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -279,7 +279,10 @@ class Tracker:
         if whole.get("id") != self._wandb_id:  # a new run, or one of an earlier version
             self._has_all(step)
             return
-        lines = [line for line in json_lines(self.run.metrics) if whole["step"] < line["step"] <= step]
+        first = whole["step"]
+        if not self._wandb.settings._offline:  # its server may have refused what W&B wrote, or no longer have it
+            first = min(first, self._wandb.step - 1)
+        lines = [line for line in json_lines(self.run.metrics) if first < line["step"] <= step]
 
         def add() -> None:
             import wandb
@@ -296,7 +299,7 @@ class Tracker:
         self._to_wandb(add)
         if lines:
             log.info(
-                "W&B: %d records after step %d, which it may have lost, were logged again", len(lines), whole["step"]
+                "W&B: %d records after step %d, which it may have lost, were logged again", len(lines), max(first, 0)
             )
 
     def _has_all(self, step: int) -> None:
@@ -348,6 +351,7 @@ def _prepare_wandb(run: RunDir) -> None:
     """Put W&B's caches and settings in the run directory if there is no writable home directory (for example for a user
     without an entry in passwd), and leave it no variable that the settings have already taken, as it would refuse the
     run for one that another setting has replaced."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # reports on W&B's own work, of no use to a run
     for name in (*ENVIRONMENT, "WANDB_DISABLED"):
         os.environ.pop(name, None)
     for variable, reason in () if _in_sweep() else OWN.items():
@@ -433,12 +437,14 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
         if settings.mode == "offline":
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", error)
             return None
+        said = " ".join(str(error).split())
         log.warning(
             "W&B could not be reached in %.0f s (%s): its files are written offline, and nothing is lost; "
-            "upload them later with: wandb sync %s/wandb/offline-run-*",
+            "upload them later with: wandb sync %s/offline-run-*%s",
             time.monotonic() - began,
-            error,
-            run.path,
+            said,
+            shlex.quote(f"{run.path}/wandb"),
+            f"; for a new W&B run, write another id into {run.path}/wandb_id" if "deleted" in said else "",
         )
         try:
             wandb.teardown()  # its service still holds the run's id

@@ -244,13 +244,24 @@ def test_wandb_online_loses_nothing_and_waits_for_no_server_that_is_gone(
     mine.close()
     assert server.steps("abc12345") == [1, 2, 3, 4, 5] and server.runs["abc12345"]["exit_codes"] == [0]
 
-    monkeypatch.setattr(tracking, "FINISH_S", 1.0)
     mine = tracker(config, step=5, out=io.StringIO())
-    server.stop()
+    server.failing = 401
     mine.log(6, RECORD, 1)
     mine.close()
+    server.failing = 0
+    server.runs.clear()  # deleted
+    mine = tracker(config, step=6, out=io.StringIO())
+    mine.log(7, RECORD, 1)
+    mine.close()
+    assert server.steps("abc12345") == [1, 2, 3, 4, 5, 6, 7], "what a server does not have is logged again"
+
+    monkeypatch.setattr(tracking, "FINISH_S", 1.0)
+    mine = tracker(config, step=7, out=io.StringIO())
+    server.stop()
+    mine.log(8, RECORD, 1)
+    mine.close()
     assert "Timed out finishing run" in caplog.text
-    assert json.loads((RunDir(config).path / tracking.WHOLE).read_text())["step"] == 5, "the next start logs 6 again"
+    assert json.loads((RunDir(config).path / tracking.WHOLE).read_text())["step"] == 7, "the next start logs 8 again"
 
 
 def test_names_groups_notes_and_tags_reach_wandb(
