@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,10 @@ from training.config.experiment import TrackersConfig
 from training.run.directory import replace_file
 
 log = logging.getLogger("cascade")
+
+FLUSH_S = 30.0
+"""Seconds between writes of TensorBoard's files to disk."""
+_DROPPED = "%s failed (%r): training continues without it, metrics.jsonl has everything"
 
 
 class Sink(Protocol):
@@ -40,41 +45,59 @@ class TensorBoard:
     """Event files in RUN_DIR/tensorboard: `tensorboard --logdir RUN_DIR/tensorboard`. A restart purges the steps that
     run again.
 
+    Not tensorboardX's `SummaryWriter`: a full disk ends its thread, and the training then waits for it for ever.
+
     Raises:
         ConfigError: the package is not installed.
+        OSError: the directory cannot be written.
     """
 
     name = "TensorBoard"
 
     def __init__(self, run: Path, step: int) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
         except ModuleNotFoundError as error:
             raise ConfigError("trackers.tensorboard=true: it needs `pip install cascade-t2i[tensorboard]`") from error
-        self._writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".from-{step}"
-        )
+        folder = run / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), f".from-{step}")
+        self._flushed = time.monotonic()
+        if step:
+            self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Log numbers as scalars."""
+        from tensorboardX.summary import scalar
+
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, step)
+                self._write(step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed >= FLUSH_S:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def image(self, step: int, path: Path) -> None:
         """Log the sample grid."""
         import numpy as np
         from PIL import Image
+        from tensorboardX.summary import image
 
-        self._writer.add_image("samples", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self._write(step, summary=image("samples", np.asarray(Image.open(path).convert("RGB")), dataformats="HWC"))
 
     def checkpoint(self, step: int, place: object) -> None:
         """Flush what has been logged so far to disk."""
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._writer.close()
+        self._events.close()
 
 
 class Table:
@@ -116,7 +139,10 @@ class Sinks:
     def __init__(self, settings: TrackersConfig, run: Path, metrics: Path, step: int) -> None:
         self._sinks: list[Sink] = []
         if settings.tensorboard:
-            self._sinks.append(TensorBoard(run, step))
+            try:
+                self._sinks.append(TensorBoard(run, step))
+            except OSError as error:
+                log.warning(_DROPPED, TensorBoard.name, error)
         if settings.csv:
             self._sinks.append(Table(metrics))
 
@@ -126,7 +152,5 @@ class Sinks:
             try:
                 call(sink)
             except Exception as error:
-                log.warning(
-                    "%s failed (%r): training continues without it, metrics.jsonl has everything", sink.name, error
-                )
+                log.warning(_DROPPED, sink.name, error)
                 self._sinks.remove(sink)

@@ -349,6 +349,25 @@ def test_tensorboard_and_a_table_beside_it_over_a_restart(config: Experiment) ->
     assert {(1, "loss"), (2, "loss"), (1, "samples"), (2, "samples"), (2, "validation_loss")} <= set(found)
 
 
+@pytest.mark.parametrize("buffering", [0, -1], ids=["at the start", "in the middle"])
+def test_tensorboard_on_a_full_disk_is_dropped(
+    config: Experiment, caplog: pytest.LogCaptureFixture, buffering: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And training waits for nothing."""
+    import tensorboardX.record_writer as writer
+
+    config.trackers = TrackersConfig(tensorboard=True)
+    full = open("/dev/full", "wb", buffering)  # noqa: SIM115
+    monkeypatch.setattr(writer, "open_file", lambda path: full)
+    mine = tracker(config, out=io.StringIO())
+    for step in range(1, 50):
+        mine.log(step, RECORD, 1)
+    mine.close()
+    with suppress(OSError):
+        full.close()
+    assert caplog.text.count("TensorBoard failed") == 1 and len(RunDir(config).metrics.read_text().splitlines()) == 49
+
+
 def test_a_tracker_that_fails_costs_itself_alone(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
     config.trackers = TrackersConfig(csv=True)
     mine = tracker(config, out=io.StringIO())
