@@ -29,7 +29,7 @@ from data_pipeline.storage.s3_errors import (
     certificate_problem,
     changed,
     passes,
-    remedy,
+    remedy_for,
     scheme_problem,
     too_short,
     unread_proxy,
@@ -243,7 +243,7 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
         return Missing(f"{url}: no such object")
     if isinstance(error, aiohttp.TooManyRedirects):
         return DataError(f"{url}: its server redirects the request in a circle, or too often")
-    if more := remedy(str(getattr(error, "error_code", None) or ""), status):
+    if more := remedy_for(str(getattr(error, "error_code", None) or ""), status):
         return DataError(f"{url}: its store rejected the request ({said}); {more}")
     if status == 416:
         return DataError(f"{url}: the object is shorter than it was; {after_change(url)}")

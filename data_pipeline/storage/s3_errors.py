@@ -268,7 +268,7 @@ def passes(status: int) -> bool:
     return status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
 
 
-def remedy(code: str, status: int) -> str:
+def remedy_for(code: str, status: int) -> str:
     """Return what to do about a refusal that has nothing to do with credentials; empty for all others.
 
     Args:
@@ -428,7 +428,7 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
     said = f"{code}: {words}" if words else code
     path = urlsplit(endpoint()).path.strip("/") if endpoint() != "AWS" else ""
     hint = f" (its path {path!r} comes before the bucket)" if path else ""
-    if more := remedy(code, status):
+    if more := remedy_for(code, status):
         return DataError(f"{url}: {endpoint()} rejected the request ({said}); {more}")
     if code in TRANSIENT or passes(status):
         return None
