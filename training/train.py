@@ -51,12 +51,15 @@ def main(config: Experiment) -> dict[str, Any]:
     ranks = read_ranks()
     if ranks is None:
         run = RunDir(config)
-        done = CheckpointStore(run.checkpoints).newest_whole()
+        store = CheckpointStore(run.checkpoints)
+        done = store.newest_whole()
         if done >= 0 and (reason := run.asked_to_stop()):
             print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to continue")
             return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
         if done >= config.train.steps:
-            changes = run.changes(config)
+            saved = store.open(done).meta.get("config", {})
+            run.check_own(saved)
+            changes = run.changes(config, saved)
             beyond = f" above {done}" if done > config.train.steps else ""
             print(f"{run.path}: complete, all {done} steps are done; raise train.steps{beyond} to continue")
             for change in changes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 EXIT_USER_ERROR = 2
 
@@ -68,12 +69,26 @@ def about(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from error
 
 
-def of_file(error: OSError) -> UserError:
-    """Turn a system error into a `UserError` that names the file."""
+def of_file(error: OSError) -> CascadeError:
+    """Turn a system error into one that names the file: a `StoreError` if it may pass, otherwise a `UserError`."""
     where = "" if error.errno in REMEDIES else " (debug=true shows where)"
-    return UserError(f"{error.filename}: {system_words(error)}{where}")
+    kind = StoreError if error.errno in PASSING else UserError
+    return kind(f"{error.filename}: {system_words(error)}{where}")
 
 
+SERVER_GONE = (
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+)
+"""errno with which NFS, Lustre and FUSE say that their server does not answer."""
 REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "your quota is used up, make room",
@@ -84,8 +99,11 @@ REMEDIES = {
     errno.EPERM: "give this user access, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ESTALE: "the file server no longer has it, mount it again",
+    **dict.fromkeys(SERVER_GONE, "the file server does not answer, mount it again"),
 }
 """errno -> what the user can do about it."""
+PASSING = frozenset((errno.EIO, errno.ESTALE, *SERVER_GONE))
+"""errno of file systems over a network that may be gone when the file is opened again; EIO also of a broken disk."""
 
 
 class Exhausted(CascadeError):
@@ -101,7 +119,9 @@ NO_FILE = {
 """errno -> sentence for errors that concern no particular file."""
 
 
-NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment from shared object")
+SHARED = "failed to map segment from shared object"
+"""Message of the dynamic linker without memory, or with a file system that may hold no programs."""
+NO_MEMORY = ("DefaultCPUAllocator: ", SHARED)
 """Messages of torch and of the dynamic linker."""
 
 
@@ -122,6 +142,11 @@ def of_machine(error: BaseException) -> CascadeError | None:
         return None
     said = str(error)
     if isinstance(error, (MemoryError, RuntimeError, ImportError)):
+        if folder := _without_programs(said):
+            return UserError(
+                f"{folder}: compiled code cannot be loaded from a file system that is mounted noexec; point TMPDIR (or "
+                f"TORCHINDUCTOR_CACHE_DIR) at a directory on another"
+            )
         if isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY):
             return Exhausted(NO_FILE[errno.ENOMEM])
         if said.startswith("CUDA out of memory"):
@@ -131,6 +156,15 @@ def of_machine(error: BaseException) -> CascadeError | None:
     if isinstance(error, ValueError) and _raised_in(error, "torch/_logging/"):
         return ConfigError(f"TORCH_LOGS={os.environ.get('TORCH_LOGS')}: torch does not accept it; unset or correct it")
     return None
+
+
+def _without_programs(said: str) -> str:
+    """Return the directory of the library that the dynamic linker could not map, if it is mounted noexec; else ""."""
+    if place := re.search(rf"(/[^:\n]+)/[^/:\n]+: {SHARED}", said):
+        with suppress(OSError):
+            if os.statvfs(place[1]).f_flag & os.ST_NOEXEC:
+                return place[1]
+    return ""
 
 
 def _raised_in(error: BaseException, folder: str) -> bool:

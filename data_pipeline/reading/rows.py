@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.common.errors import BadSample, DataError
+from data_pipeline.common.errors import PASSING, BadSample, DataError, system_words
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig
 from data_pipeline.content.members import IMAGE_EXTENSIONS, more_captions
@@ -21,6 +21,7 @@ from data_pipeline.shards.dataset import Dataset, node_cache
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Gunzip
 from data_pipeline.storage import store
+from data_pipeline.storage.retry import Patience, persist
 from data_pipeline.storage.s3_errors import changed
 
 logger = logging.getLogger(__name__)
@@ -44,31 +45,52 @@ Run = tuple[int, bytes]
 class _File:
     """An open file that closes when the last reference to it is dropped."""
 
-    def __init__(self, url: str) -> None:
-        self._url, self._descriptor = url, -1
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url, self._patience, self._descriptor = url, patience, -1
         try:
-            self._descriptor = os.open(store.local_path(url), os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = persist(url, self._open, patience)
         except OSError as error:
-            raise DataError(f"{url}: {error.strerror or error}") from error
+            raise DataError(f"{url}: {system_words(error)}") from error
+
+    def _open(self) -> int:
+        return os.open(store.local_path(self._url), os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, begin: int, end: int) -> bytes:
         """Read bytes [begin, end), if possible with one system call and no copy.
 
         Raises:
             DataError: the file is shorter, or cannot be read.
+            StoreError: its file system kept failing.
         """
         try:
-            data = os.pread(self._descriptor, end - begin, begin)
-            while len(data) < end - begin:
-                more = os.pread(self._descriptor, end - begin - len(data), begin + len(data))
-                if not more:
-                    raise DataError(
-                        f"{self._url}: it ends before byte {end}, where its index has a sample; run `cascade index`"
-                    )
-                data += more
+            try:
+                return self._read(begin, end)
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                return persist(self._url, lambda: self._read_again(begin, end), self._patience)
         except OSError as error:
-            raise DataError(f"{self._url}: {error.strerror or error}") from error
+            raise DataError(f"{self._url}: {system_words(error)}") from error
+
+    def _read(self, begin: int, end: int) -> bytes:
+        data = os.pread(self._descriptor, end - begin, begin)
+        while len(data) < end - begin:
+            more = os.pread(self._descriptor, end - begin - len(data), begin + len(data))
+            if not more:
+                raise DataError(
+                    f"{self._url}: it ends before byte {end}, where its index has a sample; run `cascade index`"
+                )
+            data += more
         return data
+
+    def _read_again(self, begin: int, end: int) -> bytes:
+        """Open the file again, in the place of the one that other threads may be reading, and read."""
+        fresh = self._open()
+        try:
+            os.dup2(fresh, self._descriptor, inheritable=False)
+        finally:
+            os.close(fresh)
+        return self._read(begin, end)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -155,7 +177,7 @@ class RowReader:
         return _cut(index, row, parts, _among(self.read_ranges(shard, runs_of(parts), fresh)))
 
     def _open(self, shard: int) -> _File:
-        return self._files.put(shard, _File(self.dataset.urls[shard]))
+        return self._files.put(shard, _File(self.dataset.urls[shard], self.dataset.patience))
 
     def is_direct(self, shard: int) -> bool:
         """Return whether the shard is a plain local file, any sample of which takes a system call or two."""

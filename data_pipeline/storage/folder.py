@@ -19,7 +19,7 @@ from pathlib import Path
 from data_pipeline.common.errors import UserError
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import replacing, scratch
-from data_pipeline.storage.retry import Patience
+from data_pipeline.storage.retry import Patience, persist
 from data_pipeline.storage.s3 import Missing
 
 PATIENCE = Patience(hurry=True)
@@ -90,7 +90,7 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes:
         """Read a file. Raises `FileNotFoundError` if it does not exist."""
-        return (self.path / name).read_bytes()
+        return persist(str(self.path / name), (self.path / name).read_bytes, PATIENCE)
 
     def fetch(self, name: str) -> Path:
         """Return a local path with the file's content, whether or not it exists."""
@@ -98,10 +98,13 @@ class LocalFolder:
 
     def names(self) -> list[str]:
         """Return the names of files and folders in this one, sorted; empty if it does not exist."""
-        return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        return persist(str(self.path), lambda: sorted(os.listdir(self.path)) if self.path.is_dir() else [], PATIENCE)
 
     def sizes(self) -> dict[str, int]:
         """Return name -> bytes, or -1 for a directory; empty if the folder does not exist."""
+        return persist(str(self.path), self._sizes, PATIENCE)
+
+    def _sizes(self) -> dict[str, int]:
         found = {}
         try:
             for entry in os.scandir(self.path):
@@ -114,7 +117,7 @@ class LocalFolder:
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if it does not exist."""
         try:
-            return (self.path / name).stat().st_size
+            return persist(str(self.path / name), lambda: (self.path / name).stat().st_size, PATIENCE)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -8,13 +8,14 @@ import queue
 import random
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from data_pipeline.common.errors import StoreError
+from data_pipeline.common.errors import PASSING, StoreError
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ READ_S = 1.5
 """The same for reads, which have nothing to save."""
 FIRST_CONTACT_S = 30.0
 """Deadline for an endpoint that has never answered in this process: probably a wrong address, not an outage."""
+FILE_S = 60.0
+"""Deadline for a file system that fails: a file server comes back within that time, a broken disk never does."""
 NAP_S = 0.25
 _asked_at: float | None = None
 _asked_by = 0
@@ -220,6 +223,29 @@ def asked_delay(error: BaseException) -> float:
         seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
         return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
     return 0.0
+
+
+def persist(place: str, action: Callable[[], T], patience: Patience = DEFAULT) -> T:
+    """Return what `action` returns; repeat it while the file system fails in a way that may pass (`PASSING`).
+
+    Args:
+        place: the path, for messages.
+        action: opens what it reads by its path.
+        patience: retry limits; FILE_S applies if it is shorter than the deadline.
+
+    Raises:
+        StoreError: it still fails at the deadline.
+        OSError: any other error of `action`.
+    """
+    backoff: Backoff | None = None
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            backoff = backoff or Backoff(place, patience)
+            backoff.wait(error, FILE_S, "; check the disk, or the mount of the file server")
 
 
 def describe_error(error: BaseException) -> str:

@@ -15,12 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, BinaryIO, Protocol
 
-from data_pipeline.common.errors import DataError, ShardsError, system_words
+from data_pipeline.common.errors import PASSING, DataError, ShardsError, system_words
 from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
-from data_pipeline.storage.retry import DEFAULT, Patience
+from data_pipeline.storage.retry import DEFAULT, Patience, persist
 from data_pipeline.storage.s3_errors import too_short
 from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns
 
@@ -109,30 +110,57 @@ def basename(url: str) -> str:
 
 
 class LocalStream:
-    """Reads bytes [start, end) of a file in order.
+    """Reads bytes [start, end) of a file in order; if its file system fails for a while, it is opened again.
 
     Raises:
-        DataError: the file is missing, not readable or not a regular file.
+        DataError: the file is missing, not readable or not a regular file, or was replaced in the meantime.
+        StoreError: its file system kept failing.
     """
 
-    def __init__(self, path: str, start: int = 0, end: int | None = None) -> None:
+    def __init__(self, path: str, start: int = 0, end: int | None = None, patience: Patience = DEFAULT) -> None:
+        self._path, self._patience = path, patience
+        self._position, self._end = start, end
+        self._known: tuple[int, int] | None = None
+        self._file = self._open()
+
+    def _open(self) -> BinaryIO:
+        def open_file() -> BinaryIO:
+            status = os.stat(self._path)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{self._path}: not a regular file")
+            if self._known not in (None, (status.st_size, status.st_mtime_ns)):
+                raise DataError(f"{self._path}: it has changed while it was being read")
+            self._known = status.st_size, status.st_mtime_ns
+            file = open(self._path, "rb")  # noqa: SIM115
+            file.seek(self._position)
+            return file
+
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise DataError(f"{path}: not a regular file")
-            self._file = open(path, "rb")  # noqa: SIM115
+            return persist(self._path, open_file, self._patience)
         except OSError as error:
-            raise _local_error(path, error) from error
-        self._file.seek(start)
-        self._left = None if end is None else max(end - start, 0)
+            raise _local_error(self._path, error) from error
 
     def read(self, size: int = -1) -> bytes:
         """Read exactly `size` bytes, fewer only at the end; -1: read the rest."""
-        if self._left is not None:
-            size = self._left if size < 0 else min(size, self._left)
-        piece = self._file.read(size)
-        if self._left is not None:
-            self._left -= len(piece)
+        if self._end is not None:
+            left = max(self._end - self._position, 0)
+            size = left if size < 0 else min(size, left)
+        try:
+            piece = self._file.read(size)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise _local_error(self._path, error) from error
+            piece = self._read_again(size)
+        self._position += len(piece)
         return piece
+
+    def _read_again(self, size: int) -> bytes:
+        def read() -> bytes:
+            self._file.close()
+            self._file = self._open()
+            return self._file.read(size)
+
+        return persist(self._path, read, self._patience)
 
     def close(self) -> None:
         """Close the file."""
@@ -169,7 +197,7 @@ def open_stream(
     if is_remote(url):
         kind = s3.S3Stream if url.startswith("s3://") else other.OtherStream
         return kind(url, start, end, etag, patience)
-    return LocalStream(local_path(url), start, end)
+    return LocalStream(local_path(url), start, end, patience)
 
 
 def read_range(url: str, start: int, end: int, etag: str | None = None, patience: Patience = DEFAULT) -> bytes:
@@ -219,7 +247,11 @@ def create(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     path = local_path(url)
     temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        write_bytes(temporary, data, patience)
+        with replacing(temporary) as file:
+            file.write(data)
+    except OSError as error:
+        raise _local_error(path, error) from error
+    try:
         try:
             os.link(temporary, path)
         finally:
@@ -269,7 +301,7 @@ def size(url: str, patience: Patience = DEFAULT) -> int:
     if is_remote(url):
         return int(_door(url).head(url, patience)[0])
     try:
-        return os.stat(local_path(url)).st_size
+        return persist(url, lambda: os.stat(local_path(url)).st_size, patience)
     except OSError as error:
         raise _local_error(url, error) from error
 
@@ -283,7 +315,7 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
     """Return the names of the files and directories in `url`, sorted; empty if it does not exist."""
     if not is_remote(url):
         try:
-            return sorted(os.listdir(local_path(url)))
+            return persist(url, lambda: sorted(os.listdir(local_path(url))), patience)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -297,9 +329,13 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
 def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
     """Return name -> bytes of the files in `url`, with -1 for directories; empty if it does not exist."""
     if not is_remote(url):
-        try:
+
+        def look() -> dict[str, int]:
             with os.scandir(local_path(url)) as found:
                 return {e.name: e.stat().st_size if e.is_file() else -1 for e in found}
+
+        try:
+            return persist(url, look, patience)
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -405,15 +441,27 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
         return _expand_remote(pattern, patience)
     path = local_path(pattern)
     if _MAGIC.search(path) and not os.path.exists(path):
+        _check_folders(path, patience)
         return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
+        names = list_dir(path, patience)
         found = [os.path.join(path, name) for name in names if _is_shard_name(name)]
         packed = [name for name in names if _PACKED.search(name)]
         if found and packed:
             logger.warning("%s: %d shards such as %s are skipped: %s", path, len(packed), packed[0], _UNPACK)
         return _no_directories(found)
     return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
+
+
+def _check_folders(pattern: str, patience: Patience) -> None:
+    """Raise DataError or StoreError if a directory in which a glob looks cannot be listed; `glob` would silently leave
+    out its shards."""
+    parts = pattern.split(os.sep)
+    for number, part in enumerate(parts):
+        if _MAGIC.search(part):
+            above = os.sep.join([*parts[:number], "**" if part == "**" else "", ""])
+            for folder in glob.glob(above, recursive=True) if _MAGIC.search(above) else [above or "."]:
+                list_dir(folder, patience)
 
 
 def _shards_among(found: list[str]) -> list[str]:
@@ -518,7 +566,7 @@ def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:
     for url in urls:
         if not is_remote(url):
             try:
-                status = os.stat(local_path(url))
+                status = persist(url, partial(os.stat, local_path(url)), patience)
             except FileNotFoundError:
                 if os.path.islink(local_path(url)):
                     listed[url] = Entry(url, 0, "")  # a dangling link: reported when this shard is read

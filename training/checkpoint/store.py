@@ -34,10 +34,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.folder import Folder, open_folder
+from data_pipeline.common.errors import CascadeError, DataError, StoreError
+from data_pipeline.storage.folder import PATIENCE, Folder, open_folder
+from data_pipeline.storage.retry import persist
 from training.checkpoint.attempts import Attempts, record_name
 from training.checkpoint.downloads import Share
 from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
@@ -47,6 +48,8 @@ from training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,18 @@ def unreadable(place: str, error: OSError) -> str:
     repeat steps for no reason."""
     remedy = "raise the limits" if error.errno not in OURS[:2] else "give this user access to it"
     return f"{place}: it cannot be read ({error.strerror}); {remedy}, or move the checkpoint away to use an earlier one"
+
+
+def disk_fault(read: Callable[[], T]) -> T:
+    """Return what `read` returns. A disk that reports EIO until the deadline is broken and raises OSError, so that an
+    earlier checkpoint may serve; a file server that is gone raises StoreError, as an object store does."""
+    try:
+        return read()
+    except StoreError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno == errno.EIO:
+            raise cause from error
+        raise
 
 
 class CheckpointError(CascadeError):
@@ -140,8 +155,13 @@ class Checkpoint:
 
         place = self.manifest["tensors"][name]["file"]
         if place not in self._files:
-            self._files[place] = safe_open(self.folder.fetch(place), framework="pt")
+            self._files[place] = self._persist(place, partial(safe_open, framework="pt"))
         return self._files[place].get_tensor(name)
+
+    def _persist(self, name: str, action: Callable[[Path], Any]) -> Any:
+        """Call `action` with the local path of a file; its file system may fail for a while."""
+        where = f"{self.folder}/{name}"
+        return disk_fault(lambda: persist(where, lambda: action(self.folder.fetch(name)), PATIENCE))
 
     def problems(self, part: int = 0, parts: int = 1, checksums: bool = True, thorough: bool = False) -> list[str]:
         """Return the problems of the files, each as the end of a sentence ("FILE is missing").
@@ -166,7 +186,7 @@ class Checkpoint:
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
         try:
-            if checksums and checksum(self.folder.fetch(name), kind) != entry[kind]:
+            if checksums and self._persist(name, partial(checksum, kind=kind)) != entry[kind]:
                 return f"{name} does not match its checksum"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -407,7 +427,7 @@ class CheckpointStore:
     def is_committed(self, step: int) -> bool:
         """Return whether a checkpoint of this step was committed, that is, has a manifest."""
         try:
-            return bool(manifests(self._folder(step).sizes()))
+            return bool(manifests(disk_fault(self._folder(step).sizes)))
         except (OSError, DataError):  # there is something, but it cannot be read
             return True
 
@@ -438,7 +458,7 @@ class CheckpointStore:
         """Read the manifests of a step, the one that takes precedence first; the list is never empty."""
         folder = self._folder(step)
         try:
-            sizes = folder.sizes()
+            sizes = disk_fault(folder.sizes)
         except (OSError, DataError) as error:
             if isinstance(error, OSError) and error.errno in OURS:
                 raise DataError(unreadable(str(folder), error)) from error
@@ -448,7 +468,11 @@ class CheckpointStore:
         for name in manifests(sizes):
             try:
                 found.append(
-                    Found({**parse_manifest(folder.read(name), step, name), "name": name}, sizes, committed=True)
+                    Found(
+                        {**parse_manifest(disk_fault(partial(folder.read, name)), step, name), "name": name},
+                        sizes,
+                        committed=True,
+                    )
                 )
             except OSError as error:
                 if error.errno in OURS:

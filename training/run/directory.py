@@ -15,11 +15,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import persist
 from training.checkpoint.store import CheckpointStore
 from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment
@@ -156,7 +158,10 @@ class RunDir:
     def asked_to_stop(self) -> str:
         """Return the reason in RUN/stop.json for ending the run early; empty if there is no such file. A file without
         one, such as of `touch stop.json`, is a request as well."""
-        if not (self.path / STOP).exists():
+        try:
+            if not (self.path / STOP).exists():
+                return ""
+        except OSError:  # its file system fails at the moment; the next step asks again
             return ""
         with suppress(OSError, ValueError, AttributeError):
             if reason := json.loads((self.path / STOP).read_text()).get("reason"):
@@ -177,6 +182,12 @@ class RunDir:
             DataError: the directory cannot be written to.
         """
         made = [str(path) for path in (self.path, *self.path.parents) if not path.exists()]
+        store = Path(self.checkpoints)
+        if store.is_symlink() and not store.exists():
+            raise DataError(
+                f"checkpoint.dir={store}: a link to {os.readlink(store)}, which does not exist; mount or create it, or "
+                f"choose another checkpoint.dir"
+            )
         try_to_write(self.path, "run.dir", ("logs", "samples"))
         put_records_aside(self.path / "logs")
         return made
@@ -196,14 +207,17 @@ class RunDir:
             with suppress(OSError):  # not empty: other ranks are not done yet
                 folder.rmdir()
 
-    def changes(self, config: Experiment) -> list[str]:
+    def changes(self, config: Experiment, saved: dict[str, Any] | None = None) -> list[str]:
         """Return the settings that differ from those of the last start, as `key: old -> new`; empty if none are
         recorded.
+
+        Args:
+            saved: those in the newest checkpoint, for a run that has never started in this directory.
 
         Raises:
             ConfigError: the run cannot resume with a changed setting.
         """
-        before = recorded_config(self.path)
+        before = recorded_config(self.path) or saved or {}
         if not isinstance(before.get("text"), dict):
             return []
         known = {**before, "text": {**before["text"]}, "dino": {**before.get("dino", {})}}
@@ -211,6 +225,24 @@ class RunDir:
             if getattr(config, name).sha is None:  # computed at the start
                 known[name]["sha"] = None
         return check_same_run(known, to_dict(config), str(self.path))
+
+    def check_own(self, recorded: dict[str, Any]) -> None:
+        """Check that the checkpoints in a `checkpoint.dir` are not those of another run, which would continue here.
+
+        Args:
+            recorded: the settings in the newest checkpoint.
+
+        Raises:
+            ConfigError: this run has never started, and the one that wrote them still has its directory.
+        """
+        other = Path((recorded.get("run") or {}).get("dir") or self.path)
+        if (self.path / "config.yaml").exists() or not (other / "config.yaml").exists():
+            return  # it has started here before, or it was moved here
+        if other.resolve() != self.path.resolve() and self.checkpoints != str(self.path / "checkpoints"):
+            raise ConfigError(
+                f"checkpoint.dir={self.checkpoints}: it holds the checkpoints of another run, {other}; choose another "
+                f"checkpoint.dir (to start from its weights, set train.init_from), or continue it with run.dir={other}"
+            )
 
     def check_nothing_lost(self) -> None:
         """For a start that found no checkpoint, check that the run has never had any.
@@ -268,7 +300,7 @@ class RunDir:
             saved: the id in the checkpoint, for a run directory without one.
         """
         path = self.path / "wandb_id"
-        known = (path.read_text().strip() if path.exists() else "") or saved
+        known = (read_text(path).strip() if path.exists() else "") or saved
         starts = read_json(self.path / "code.json").get("starts") or [{}]
         home = starts[-1].get("run_dir")
         if known and home and Path(home) != self.path.resolve():
@@ -289,7 +321,7 @@ class RunDir:
                 known = None
         if not known:
             known = uuid.uuid4().hex[:8]
-        if not path.exists() or path.read_text().strip() != known:
+        if not path.exists() or read_text(path).strip() != known:
             replace_file(path, known)
         return known
 
@@ -353,7 +385,7 @@ def recorded_config(run_dir: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        recorded = yaml.safe_load((run_dir / "config.yaml").read_text())
+        recorded = yaml.safe_load(read_text(run_dir / "config.yaml"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return recorded if isinstance(recorded, dict) else {}
@@ -363,7 +395,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a file of JSON lines; half-written lines are skipped, and a missing file is empty."""
     found = []
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_text(path).splitlines()
     except OSError:
         return []
     for line in lines:
@@ -382,11 +414,16 @@ def replace_file(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def read_text(path: Path) -> str:
+    """Read a small file, also if its file system fails for a while. Raises `OSError` or `StoreError`."""
+    return persist(str(path), partial(path.read_text, errors="replace"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object; empty if the file is missing. A damaged file does not stop the run: it is logged, and
     recreated later."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
         if isinstance(found, dict):
             return found
     except FileNotFoundError:

@@ -128,6 +128,7 @@ class Session:
             return
         for key in ("position", "data", "updates"):
             checkpoint.recorded(key)
+        self.run.check_own(checkpoint.recorded("config"))
         changes = check_same_run(checkpoint.recorded("config"), self._config, str(checkpoint.folder))
         log.info("resuming from step %d (%s)", checkpoint.step, checkpoint.folder)
         for change in changes:

@@ -6,10 +6,11 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from data_pipeline.common.errors import ConfigError, DataError, ShardsError, about, of_machine
+from data_pipeline.common.errors import ConfigError, DataError, ShardsError, UserError, about, of_machine
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.mixture import entries_of, open_dataset
 from data_pipeline.storage import store
@@ -54,6 +55,7 @@ def test_a_data_set_of_a_mixture_is_named(tmp_path: Path) -> None:
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "TMPDIR=/none: there is no", 2),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "x: Is a directory (debug=true shows where)", 2),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; give this user access", 2),
+        (OSError(errno.ESTALE, "Stale file handle", "x"), "x: Stale file handle; the file server no longer has it", 1),
     ],
 )
 def test_what_the_machine_lacks_is_a_sentence(
@@ -86,3 +88,13 @@ def test_logs_that_torch_does_not_know_are_named(monkeypatch: pytest.MonkeyPatch
         _internal._parse_log_settings("bogus")
     told = of_machine(caught.value)
     assert isinstance(told, ConfigError) and str(told).startswith("TORCH_LOGS=bogus: ")
+
+
+def test_a_library_on_a_file_system_without_programs_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR is often mounted noexec, and torch.compile loads what it has built there."""
+    said = RuntimeError("ImportError: /tmp/inductor/ab/k.so: failed to map segment from shared object")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    told = of_machine(said)
+    assert isinstance(told, UserError) and str(told).startswith("/tmp/inductor/ab: compiled code cannot be loaded")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=0))
+    assert str(of_machine(said)).startswith("out of memory")

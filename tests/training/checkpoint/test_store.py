@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, StoreError
+from data_pipeline.storage import retry
 from data_pipeline.storage.folder import LocalFolder
 from training.checkpoint import store as checkpoint_module
 from training.checkpoint.store import MANIFEST, CheckpointError, CheckpointStore
@@ -504,3 +505,50 @@ def test_what_this_user_may_not_read_is_not_skipped(
     monkeypatch.setattr(os, "scandir", refusing(os.scandir))
     with pytest.raises(DataError, match=f"step-00000002.* cannot be read .*{remedy}"):
         CheckpointStore(str(tmp_path)).newest()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["read", "sizes", "checksum"])
+def test_a_disk_that_fails_for_a_moment_costs_no_checkpoint(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Without another attempt, the run would resume from an older one."""
+    save(store, 1, 2)
+    places: dict[str, Any] = {
+        "read": (Path, "read_bytes"),
+        "sizes": (os, "scandir"),
+        "checksum": (checkpoint_module, "checksum"),
+    }
+    place = places[name]
+    right, failures = getattr(*place), iter([1, 1])
+
+    def flaky(*arguments: Any, **options: Any) -> Any:
+        if "step-00000002" in str(arguments[0]) and next(failures, 0):
+            raise OSError(number, os.strerror(number), str(arguments[0]))
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(place[0], place[1], flaky)
+    found = store.newest()
+    assert found is not None and found.step == 2 and next(failures, 0) == 0
+
+
+@pytest.mark.parametrize(("number", "step"), [(errno.ESTALE, None), (errno.EIO, 1)])
+def test_a_broken_disk_costs_one_and_a_server_that_is_gone_ends_the_start(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, number: int, step: int | None
+) -> None:
+    save(store, 1, 2)
+    monkeypatch.setattr(retry, "FILE_S", 0.0)
+    right = checkpoint_module.checksum
+
+    def broken(path: Path, kind: str) -> str:
+        if "step-00000002" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path, kind)
+
+    monkeypatch.setattr(checkpoint_module, "checksum", broken)
+    if step is None:
+        with pytest.raises(StoreError, match=r"step-00000002.*Stale file handle"):
+            store.newest()
+    else:
+        found = store.newest()
+        assert found is not None and found.step == step

@@ -299,6 +299,10 @@ def test_multirun_separates_an_output_that_is_given(fake_verb, monkeypatch: pyte
     fake_verb(lambda config: seen.append(config.output), "sample")
     cli.main(["sample", "--multirun", "seed=1,2", "output=mine"])
     assert seen == ["mine/seed=1", "mine/seed=2"]
+    seen.clear()
+    fake_verb(lambda config: seen.append(config.checkpoint.dir))
+    cli.main(["train", "--multirun", "optimizer.lr=1,2", "checkpoint.dir=s3://b/ck"])
+    assert seen == ["s3://b/ck/optimizer.lr=1", "s3://b/ck/optimizer.lr=2"]
 
 
 def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

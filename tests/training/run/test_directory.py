@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -192,3 +193,41 @@ def test_a_start_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
     (run.path / "config.yaml").touch()
     run.discard(made, rank=0)
     assert (run.path / "logs").exists(), "another start has begun meanwhile"
+
+
+def test_checkpoints_of_another_run_are_not_continued(tmp_path: Path) -> None:
+    """`checkpoint.dir` in a file that several runs share. Those of a run that was moved are its own."""
+    config, saved = Experiment(), {"run": {"dir": str(tmp_path / "first")}}
+    config.run.dir, config.checkpoint.dir = str(tmp_path / "second"), str(tmp_path / "shared")
+    RunDir(config).check_own(saved)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"checkpoint.dir=.*shared: it holds the checkpoints of another run, .*first"):
+        RunDir(config).check_own(saved)
+    config.run.dir = str(tmp_path / "first")
+    RunDir(config).check_own({"run": {"dir": "elsewhere"}})
+    RunDir(config).check_own(saved)
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
+    config = Experiment()
+    config.run.dir = str(tmp_path)
+    (tmp_path / "checkpoints").symlink_to("/mnt/none/ck")
+    with pytest.raises(DataError, match=r"checkpoint.dir=.*checkpoints: a link to /mnt/none/ck, which does not exist"):
+        RunDir(config).create()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_request_to_stop_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system fails for a moment: the next step looks again."""
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    config = Experiment()
+    config.run.dir = str(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "stat", stale)
+        assert RunDir(config).asked_to_stop() == ""
+    RunDir(config).ask_to_stop("enough")
+    assert RunDir(config).asked_to_stop() == "enough"

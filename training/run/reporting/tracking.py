@@ -14,18 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 import data_pipeline
 import training
+from data_pipeline.common.errors import PASSING
 from data_pipeline.common.terminal import VisibleFormatter
 from training.cli.overrides import ENVIRONMENT
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
 from training.processes.ranks import Ranks
-from training.run.directory import RunDir, json_lines, read_json, replace_file, to_dict
+from training.run.directory import RunDir, json_lines, read_json, read_text, replace_file, to_dict
 from training.run.reporting.trackers import Sinks
 
 log = logging.getLogger("cascade")
@@ -118,6 +120,40 @@ def progress_line(
 # ------------------------------------------------------------------------------------------------ the tracker
 
 
+class Lines:
+    """Appends lines to a file. Those that cannot be written, as on a full disk, are kept and written with a later one;
+    if a file server no longer knows the open file, it is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._unwritten = path, b""
+        self._file = self._open()
+
+    def _open(self) -> FileIO:
+        return open(self._path, "ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        """Write a line, after those that are not written yet. Raises `OSError` if they still cannot be."""
+        self._unwritten += f"{line}\n".encode()
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            fresh = self._open()
+            self.close()
+            self._file = fresh
+            self._write()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
+
+
 class Tracker:
     """Writes metrics on rank 0; on other ranks every method does nothing."""
 
@@ -140,7 +176,7 @@ class Tracker:
         if not self.active:
             return
         kept = keep_lines(run.metrics, step)
-        self._file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        self._lines = Lines(run.metrics)
         if kept:
             log.info("metrics.jsonl: %d lines after step %d were removed; these steps run again", kept, step)
         self._sinks = Sinks(config.trackers, run.path, run.metrics, step)
@@ -156,12 +192,12 @@ class Tracker:
             return
         record = {"step": step, **{key: finite(value) for key, value in record.items()}}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._lines.append(json.dumps(record))
         except OSError as error:
             if self._lost is None:
                 self._lost = str(error)
                 log.warning(
-                    "metrics.jsonl cannot be written (%s): training continues, but lines are lost until there is space",
+                    "metrics.jsonl cannot be written (%s): training continues, its lines are kept until they can be",
                     error,
                 )
         self._last = step
@@ -228,8 +264,7 @@ class Tracker:
         """Close the files and the W&B run."""
         if not self.active:
             return
-        with suppress(OSError):
-            self._file.close()
+        self._lines.close()
         self._sinks.each(lambda sink: sink.close())
         if self._wandb_failed and exit_code == 0:
             self._start_again()
@@ -323,7 +358,7 @@ def keep_lines(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_text(errors="replace").splitlines()
+    lines = read_text(path).splitlines()
     kept = []
     for line in lines:
         try:

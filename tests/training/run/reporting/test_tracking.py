@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -23,7 +24,7 @@ from tests.training.wandb_files import read_wandb, wandb_records, whole_wandb
 from tests.training.wandb_server import WandbServer
 from training.config.experiment import Experiment, TrackersConfig, WandbConfig
 from training.processes.ranks import Ranks
-from training.run.directory import RunDir
+from training.run.directory import RunDir, json_lines
 from training.run.reporting import tracking
 from training.run.reporting.tracking import (
     SILENT,
@@ -127,17 +128,25 @@ def test_every_rank_has_a_log_and_rank_0_a_terminal(config: Experiment, capsys: 
         assert f"hello from {rank}" in text and f"only for the file of {rank}" in text
 
 
-def test_a_full_disk_is_said_once(config: Experiment, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, 1), (errno.ESTALE, 0)])
+def test_lines_that_cannot_be_written_come_later(
+    config: Experiment, caplog: pytest.LogCaptureFixture, number: int, said: int
+) -> None:
     mine = tracker(config, out=io.StringIO())
 
-    def full(_: str) -> int:
-        raise OSError(28, "No space left on device")
+    class Broken(io.FileIO):
+        def write(self, _: Any) -> int:
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(mine, "_file", type("Full", (), {"write": staticmethod(full), "close": lambda self: None})())
+    mine._lines._file, whole = Broken(mine.run.metrics, "ab"), mine._lines._file
     with caplog.at_level(logging.WARNING):
         mine.log(1, RECORD, 1)
         mine.log(2, RECORD, 1)
-    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+    assert caplog.text.count("metrics.jsonl cannot be written") == said
+    if said:
+        mine._lines._file = whole
+    mine.log(3, RECORD, 1)
+    assert [line["step"] for line in json_lines(mine.run.metrics)] == [1, 2, 3]
 
 
 def test_wandb_offline_over_a_restart(config: Experiment) -> None:
