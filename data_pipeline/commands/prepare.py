@@ -366,7 +366,7 @@ def _done(output: str, shard: str) -> dict[str, Any] | None:
 def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]]) -> dict[str, Any]:
     """Write a shard, unless all its samples were dropped, and then the record that it is complete."""
     done: dict[str, Any] = {"samples": 0, "dropped": []}
-    used: set[str] = set()
+    used: dict[str, int] = {}
     writer = ShardWriter(store.join(output, f"{shard}.tar"))
     try:
         for one in made:
@@ -374,11 +374,11 @@ def _write_shard(output: str, shard: str, made: Iterator[Made | dict[str, str]])
                 done["dropped"].append(one)
                 continue
             key, members = one
-            name, number = key, 1
+            name = key
             while name in used:
-                number += 1
-                name = f"{key}-{number}"
-            used.add(name)
+                used[key] += 1
+                name = f"{key}-{used[key]}"
+            used[name] = 1
             writer.write(name, members)
             done["samples"] += 1
     except BaseException:

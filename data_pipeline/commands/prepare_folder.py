@@ -167,8 +167,9 @@ class FolderSource:
         for table, row, _ in entry.rows:
             _, found, more = table.row(row)
             texts.update(dict.fromkeys(found))
+            if more["source"] == table.name(row):
+                del more["source"]  # not a column of this name, but the path as the table has it
             facts = {**more, **facts}
-        del facts["source"]  # the path as the table has it
         if len(entry.rows) > 1 and len(texts) > 1:
             facts["captions"] = [text for text in texts if isinstance(text, str)]
             self._several.add(number)

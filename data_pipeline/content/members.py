@@ -74,6 +74,8 @@ _SIGNATURES = (
     (b"GIF89a", "gif"),
     (b"II*\0", "tif"),
     (b"MM\0*", "tif"),
+    (b"II+\0", "tif"),  # above 4 GB, but also written for smaller ones
+    (b"MM\0+", "tif"),
     (b"\0\0\0\x0cjP  ", "jp2"),
     (b"\xff\x4f\xff\x51", "j2k"),
     (b"qoif", "qoi"),
@@ -270,7 +272,8 @@ def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConf
         return [(key, whole)]
     # The names contain dots, so what is left of them must not be joined: a picture and a caption of two others.
     plain = by_stem.pop("", {})
-    for stem in [stem for stem, part in by_stem.items() if plain and not _has(kinds, part, "image", "text")]:
+    alone = ("image", "text", *["json"] * any(not _has(kinds, part, "text") for part in own.values()))
+    for stem in [stem for stem, part in by_stem.items() if plain and not _has(kinds, part, *alone)]:
         plain.update({name: name for name in by_stem.pop(stem).values()})
     apart = [(f"{key}.{stem}", part) for stem, part in by_stem.items()]
     return [(key, plain), *apart] if plain else apart

@@ -56,6 +56,16 @@ class _Found:
     facts: dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Group:
+    """The members of one archive with the same key, by what follows the key."""
+
+    key: str
+    archive: int
+    offset: int
+    members: dict[str, _Found]
+
+
 def rows_of(
     members: Iterable[Member], problems: list[Problem], names: MembersConfig | None = None
 ) -> list[dict[str, Any]]:
@@ -69,23 +79,23 @@ def rows_of(
         names: `data.members`.
     """
     names = names or MembersConfig()
-    groups: list[tuple[str, dict[str, _Found]]] = []
-    newest: dict[str, dict[str, _Found]] = {}
+    groups: list[_Group] = []
+    newest: dict[str, _Group] = {}
     named: dict[str, _Found] = {}
     waiting: list[Member] = []
 
-    def add(found: _Found, offset: int) -> None:
+    def add(found: _Found, archive: int, offset: int) -> None:
         folder, slash, base = found.name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = folder + slash + stem, extension.lower()
         one = normalize("NFC", key)  # macOS spells accents otherwise than the programs that write captions
         group = newest.get(one)
-        if group is None or extension in group:
-            if group is not None:
+        if group is None or group.archive != archive or extension in group.members:
+            if group is not None and group.archive == archive:
                 problems.append(Problem("duplicate_key", offset, f"{found.name!r} comes again"))
-            group = newest[one] = {}
-            groups.append((key, group))
-        group[extension] = found
+            group = newest[one] = _Group(key, archive, offset, {})
+            groups.append(group)
+        group.members[extension] = found
 
     for member in members:
         if member.link:
@@ -103,22 +113,49 @@ def rows_of(
         facts = _facts(kind, member, problems)
         found = _Found(member.name, (member.offset, member.size, member.checksum), kind, content, facts)
         named[normpath(member.name)] = found
-        add(found, member.offset)
+        add(found, member.archive, member.offset)
         del member  # before the next one is read
     for member in waiting:
         target = named.get(_target(member))
         base = member.name.rpartition("/")[2]
         if target is not None and not base.startswith(".") and ("." in base or target.content):
-            add(_linked(member, target, names), member.offset)
+            add(_linked(member, target, names), member.archive, member.offset)
         elif target is None and kind_of(ending(member.name).lower(), None, names):
             words = f"{member.name!r} is a link to {member.link!r}, which is not in the archive: pack it with `tar -h`"
             problems.append(Problem("link_outside", member.offset, words))
     rows = []
-    for key, group in groups:
-        kinds = {name: found.kind for name, found in group.items()}
-        for sample_key, parts in split_samples(key, kinds, names):
-            rows.append(_row(sample_key, {name: group[whole] for name, whole in parts.items()}, names, problems))
+    for group in _joined(groups, problems) if any(group.archive for group in groups) else groups:
+        own = group.members
+        for sample_key, parts in split_samples(group.key, {name: one.kind for name, one in own.items()}, names):
+            rows.append(_row(sample_key, {name: own[whole] for name, whole in parts.items()}, names, problems))
     return rows
+
+
+def _joined(groups: list[_Group], problems: list[Problem]) -> list[_Group]:
+    """Join groups of the same key in several archives in a row, such as one of pictures and one of captions.
+
+    If both have a member of the same name, or a picture, they are two samples: the caption of the one is not that of
+    the other, whose own may be missing.
+    """
+    kept: list[_Group] = []
+    last: dict[str, _Group] = {}
+    for group in groups:
+        one = normalize("NFC", group.key)
+        before = last.get(one)
+        if before is not None and before.archive != group.archive:
+            if not (before.members.keys() & group.members.keys() or (_has_picture(before) and _has_picture(group))):
+                before.members.update(group.members)
+                continue
+            name = next(iter(group.members.values())).name
+            problems.append(Problem("duplicate_key", group.offset, f"{name!r} comes again in another archive"))
+        last[one] = group
+        kept.append(group)
+    return kept
+
+
+def _has_picture(group: _Group) -> bool:
+    """Return whether a group has a picture that is named by its key alone."""
+    return any(found.kind == "image" and "." not in name for name, found in group.members.items())
 
 
 def _row(key: str, group: dict[str, _Found], names: MembersConfig, problems: list[Problem]) -> dict[str, Any]:

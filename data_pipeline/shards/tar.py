@@ -88,6 +88,8 @@ class Member:
     """Name of the member that this is a link to; it has no data of its own."""
     hard: bool = False
     """Whether it is a hard link, whose target is named from the root of the archive."""
+    archive: int = 0
+    """Number of the archive, of several in a row, that the member is in."""
 
 
 @dataclass(slots=True)
@@ -261,6 +263,7 @@ def walk(
     first, started = b"", False
     begin: int | None = None  # where the extended headers of the next member start
     gap: _Gap | None = None
+    archive = 0
     long_name, long_link, pax, global_pax = "", "", {}, {}  # type: str, str, dict[str, str], dict[str, str]
 
     def report(reason: str, start: int, detail: str) -> None:
@@ -282,7 +285,7 @@ def walk(
             long_name, long_link, pax = "", "", {}
             continue
         if gap is not None:
-            _close_gap(gap, start, found, count, started)
+            archive += _close_gap(gap, start, found, count, started)
         started, gap = True, None
         begin = start if begin is None else begin
         if header.kind in b"xgXLK":
@@ -315,7 +318,7 @@ def walk(
                 source.read(_padded(size))
             count["skipped"] += source.position - since
             if links and header.kind in b"12":
-                yield Member(member_name, since, 0, b"", 0, link, header.kind == b"1")
+                yield Member(member_name, since, 0, b"", 0, link, header.kind == b"1", archive)
             continue
         with _large.turn() if _LARGE < size <= max_member else nullcontext():
             member = _read_data(source, member_name, size, max_member)
@@ -331,6 +334,7 @@ def walk(
             else:
                 count["skipped" if member_name.endswith("/") else "members"] += source.position - since
                 if not member_name.endswith("/"):
+                    member.archive = archive
                     yield member
             del member  # before the next one is read
         if not whole:
@@ -357,22 +361,27 @@ def walk(
         report("truncated_shard" if source.damage else "missing_end_blocks", start, "no end-of-archive blocks")
 
 
-def _close_gap(gap: _Gap, end: int, found: list[Problem], count: Counter[str], started: bool) -> None:
-    """Close a gap before a header at byte `end`; it is damage unless it is the end marks between two archives."""
+def _close_gap(gap: _Gap, end: int, found: list[Problem], count: Counter[str], started: bool) -> bool:
+    """Close a gap before a header at byte `end`; it is damage unless it is the end marks between two archives.
+
+    Returns:
+        Whether another archive begins at the header, as far as can be told.
+    """
     size = end - gap.begin
     if not gap.junk_end and 2 <= gap.zeros <= _LONGEST_END and end % (_RECORD * BLOCK) == 0:
         count["end"] += size
-        return
+        return True
     count["problems"] += size
     if not gap.junk_end and gap.zeros == 2 and started:
         detail = f"end marks before the header at byte {end}: two archives in a row, or a small member was lost"
         found.append(Problem("end_blocks_inside", gap.begin, detail, size))
-        return
+        return True
     if gap.junk_end:
         detail = f"{size} bytes before the header at byte {end} belong to no member"
     else:
         detail = f"{size} zero bytes before the header at byte {end}"
     found.append(Problem("corrupt_shard", gap.begin, gap.why or detail, size))
+    return False
 
 
 def _close_end(gap: _Gap, source: _Source, found: list[Problem], count: Counter[str], name: str) -> None:

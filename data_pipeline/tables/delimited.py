@@ -20,7 +20,9 @@ _LONGEST_PREAMBLE = 64
 WIDE = {"caption", "captions", "text", "txt", "prompt", "description", "comment", "sentence", "title"}
 """Columns whose cells may contain unquoted separators."""
 _SEPARATORS = (",", "\t", ";", "|")
-_PICTURE_CELL = re.compile(rf'"?[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?"?\s*'.encode(), re.IGNORECASE)
+_PICTURE_CELL = re.compile(
+    rf'(?P<quote>"?)[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?(?P=quote)\s*'.encode(), re.IGNORECASE
+)
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 

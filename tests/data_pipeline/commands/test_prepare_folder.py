@@ -101,12 +101,13 @@ def test_every_row_that_describes_a_picture_counts_and_paths_beat_names(tmp_path
     root = folder(tmp_path / "in", a_in_1__jpg=ONE, b_in_2__jpg=TWO)
     rows = [("a/1.jpg", "one"), ("a/1.jpg", "eins"), ("elsewhere/2.jpg", "by its name")]
     (root / "metadata.csv").write_text("file_name,text\n" + "".join(f"{path},{text}\n" for path, text in rows))
-    (root / "b" / "metadata.jsonl").write_text('{"file_name": "2.jpg", "text": "two"}\n')
+    (root / "b" / "metadata.jsonl").write_text('{"file_name": "2.jpg", "text": "two", "source": "web"}\n')
     assert imported(tmp_path / "out", "folder", root)["samples"] == 2
     written = members(tmp_path / "out" / "00000.tar")
     assert (written["000000000.txt"], written["000000001.txt"]) == (b"one", b"two")
     facts = json.loads(written["000000000.json"])
     assert facts["captions"] == ["one", "eins"] and facts["source"] == "a/1.jpg"
+    assert json.loads(written["000000001.json"])["source"] == "web"
     assert "1 samples have several captions" in caplog.text
 
 

@@ -87,6 +87,7 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
             ['say "hi", please', "two\nlines"],
         ),
         ("a.csv", b'image,caption\n1.jpg,"A 5 inch pipe\n2.jpg,two\n', ['"A 5 inch pipe', "two"]),
+        ("a.csv", b'text,image\n"one\nat x.jpg",1.jpg\n"two\n",2.jpg\n', ["one\nat x.jpg", "two\n"]),
         ("a.csv", b'image,caption\n1.jpg,A 5" pipe\n2.jpg,two\n', ['A 5" pipe', "two"]),
         ("a.csv", b'image,caption\n1.jpg,one\n2.jpg,"never closed\n', ["one", '"never closed']),
         ("a.csv", b"\xef\xbb\xbfimage,caption\r\n1.jpg,one\r\n2.jpg,two", ["one", "two"]),

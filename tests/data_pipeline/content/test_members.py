@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.dataset import load_or_build
 from data_pipeline.shards.index import index_shard, load_index
 from data_pipeline.shards.samples import rows_of
-from data_pipeline.shards.tar import Member, Problem
+from data_pipeline.shards.tar import Member, Problem, walk
 from tests.data_pipeline.damage import archive
 from tests.data_pipeline.photos import jpegs
 from tests.data_pipeline.verifying import Config
@@ -59,6 +60,7 @@ def rows(*names: str, **settings: list[str]) -> tuple[dict[str, str], dict[str, 
         (["k.img", "README", "k.txt"], {"k": "img/txt"}),
         # a picture without its caption and a caption without its picture, beside a whole sample
         (["v.1_a.jpg", "v.1_a.txt", "v.1_b.jpg", "v.1_c.txt"], {"v.1_a": "jpg/txt", "v.1_b": "jpg", "v.1_c": "txt"}),
+        (["v.jpg", "v.2.jpg", "v.2.json", "v.3.json"], {"v": "jpg", "v.2": "jpg/json", "v.3": "json"}),
         (["v.jpg", "v.m.json", "v.2.jpg", "v.2.txt", "v.3.txt"], {"v": "jpg/json", "v.2": "jpg/txt", "v.3": "txt"}),
     ],
 )
@@ -89,6 +91,25 @@ def test_what_is_not_used_is_said() -> None:
     assert rows(".hidden.jpg", "k.jpg")[2] == ["hidden_image"]
     assert rows("k.heic", "k.txt")[1] == {"k": "unsupported_image"}
     assert rows("k.txt")[1] == {"k": "missing_image"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected", "found"),
+    [
+        ([["1.jpg"], ["1.txt", "1.jpg"]], [("1", "jpg"), ("1", "txt/jpg")], ["duplicate_key"]),
+        ([["1.txt"], ["1.jpg", "1.txt"]], [("1", "txt"), ("1", "jpg/txt")], ["duplicate_key"]),
+        ([["1.jpg"], ["1.txt", "1.png"]], [("1", "jpg"), ("1", "txt/png")], ["duplicate_key"]),
+        ([["1.jpg", "2.jpg"], ["1.mask.png"], ["2.txt", "1.txt"]], [("1", "jpg/mask.png/txt"), ("2", "jpg/txt")], []),
+    ],
+)
+def test_archives_in_a_row_do_not_share_captions(
+    parts: list[list[str]], expected: list[tuple[str, str]], found: list[str]
+) -> None:
+    data = b"".join(archive([(name, CONTENT[name.rpartition(".")[2]]) for name in part]) for part in parts)
+    problems: list[Problem] = []
+    samples = rows_of(walk(io.BytesIO(data), problems), problems)
+    assert [(row["key"], row["layout"]) for row in samples] == expected
+    assert [one.reason for one in problems if one.reason != "unused_image"] == found
 
 
 def test_an_empty_txt_leaves_its_place_to_another_caption() -> None:
@@ -123,6 +144,7 @@ def test_names_like_img_1_jpg_take_linear_time() -> None:
         (b"\0\0\0\x20ftypavif", "avif"),
         (b"\0\0\0\x20ftypheic", "heic"),
         (b"\xff\x0a\xfa", "jxl"),
+        (b"II+\0\x08\0\0\0", "tif"),
         (b"<?xml version='1.0'?>\n<svg xmlns=''>", "svg"),
         (b"a caption", None),
         (b"", None),
