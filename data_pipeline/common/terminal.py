@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -26,15 +26,15 @@ class VisibleFormatter(logging.Formatter):
         return visible(super().format(record))
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """Print the result of a command: readable lines in a terminal, otherwise one line of JSON."""
-    print(in_lines(result) if sys.stdout.isatty() else json.dumps(result), flush=True)
+def width() -> int:
+    """Return the width for running text, 60 to 120 columns: that of the terminal; 100 without one."""
+    return min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
 
 
 def in_lines(result: Mapping[str, Any]) -> str:
     """Return one `name: value` per line; a mapping of counts takes one line."""
-    width = max(map(len, result), default=0) + 1
-    return "\n".join(f"{name + ':':<{width}} {_in_words(value)}" for name, value in result.items())
+    longest = max(map(len, result), default=0) + 1
+    return "\n".join(f"{name + ':':<{longest}} {_in_words(value)}" for name, value in result.items())
 
 
 def _in_words(value: Any) -> str:

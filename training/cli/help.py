@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from data_pipeline.common import terminal
 from training.cli.compose import load_config
 from training.cli.fields import keys_of
-from training.cli.overrides import CONF_DIR, groups
+from training.cli.overrides import CONF_DIR, groups, section_of
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
+from training.config.reads import may_read
 
-FLAGS = """\
-  --cfg job              show the composed settings instead of running (--resolve: with references resolved)
-  --multirun, -m         run once per combination of comma-separated values: seed=1,2,3
-  --info                 show how the settings were composed (all, config, defaults, searchpath, ...)
-  --config-dir DIR       also search DIR for config files; --config-name NAME starts from another file
-  -sc install=bash       shell completion: eval "$(cascade -sc install=bash)"  (also fish, zsh)
-  --hydra-help           other options of Hydra, which parses this command line"""
+FLAGS = {
+    "--cfg job": "show the composed settings instead of running (--resolve: with references resolved)",
+    "--multirun, -m": "run once per combination of comma-separated values: seed=1,2,3",
+    "--info": "show how the settings were composed (all, config, defaults, searchpath, ...)",
+    "--config-dir DIR": "also search DIR for config files; --config-name NAME starts from another file",
+    "-sc install=bash": 'shell completion: eval "$(cascade -sc install=bash)" (also fish, zsh)',
+    "--hydra-help": "other options of Hydra, which parses this command line",
+}
 COMMON = {"json": "print a JSON object as the last line on stdout", "debug": "show tracebacks"}
 
 
@@ -38,9 +40,11 @@ def version() -> str:
 
 def overview() -> str:
     """Return the help of `cascade` itself: the list of commands."""
-    rows = "\n".join(f"  {name:<12} {verb.line}" for name, verb in COMMANDS.items())
+    rows = _table({name: verb.line for name, verb in COMMANDS.items()}, 12)
+    common = _table({f"{name}=true": text for name, text in COMMON.items()}, 26)
+    experiments = "\n".join(_wrapped("experiments: ", ", ".join(groups().get("experiment", []))))
     return f"""\
-cascade: train an Imagen-style cascade of diffusion models on your own machines, and sample from it.
+cascade: train an Imagen-style cascade of diffusion models, and sample from it.
 
 usage: cascade COMMAND key=value ...
 
@@ -54,14 +58,14 @@ Train a small cascade from scratch, in minutes, on a CPU:
   cascade sample   experiment=demo
   cascade evaluate experiment=demo
 
-Any setting can be given on the command line: cascade train experiment=demo train.steps=50 zero.stage=2
-  json=true            {COMMON["json"]}
-  debug=true           {COMMON["debug"]}
+Any setting can be given on the command line:
+  cascade train experiment=demo train.steps=50 zero.stage=2
+{common}
   cascade COMMAND --help     the settings of a command and their defaults
   cascade COMMAND --cfg job  all settings, as the command would use them
   cascade --version          show the version
 
-experiments: {", ".join(groups().get("experiment", []))}"""
+{experiments}"""
 
 
 def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
@@ -72,17 +76,25 @@ def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
     """
     config = load_config(verb, overrides)
     known = COMMANDS[verb]
-    blocks = [f"cascade {verb}: {known.line}", "examples:", *(f"  {example}" for example in known.examples), ""]
+    blocks = [
+        *_wrapped(f"cascade {verb}: ", known.line),
+        "examples:",
+        *(f"  {example}" for example in known.examples),
+        "",
+    ]
     blocks += ["groups (GROUP=OPTION loads conf/GROUP/OPTION.yaml):"]
     defaults = group_defaults()
     for group, options in groups().items():
+        if not may_read(verb, section_of(group)):
+            continue
         named = ", ".join(f"[{o}]" if o == defaults.get(group) else o for o in options)
         blocks += _wrapped(f"  {group:<12} ", named)
     own = [f.name for f in fields(known.config) if f.name not in {f.name for f in fields(Experiment)}]
     blocks += ["", "keys (with their current values):"]
     for section in [*own, *known.sections]:
-        blocks += _key_lines(known.config, config, section)
-    blocks += ["", "  json=false  " + COMMON["json"], "  debug=false  " + COMMON["debug"], "", "flags:", FLAGS]
+        blocks += _key_lines(verb, config, section)
+    blocks += ["", *(line for key, text in COMMON.items() for line in _wrapped(f"  {key}=false  ", text))]
+    blocks += ["", "flags:", _table(FLAGS, 22)]
     return "\n".join(blocks)
 
 
@@ -92,15 +104,21 @@ def group_defaults() -> dict[str, str]:
     return dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
 
 
-def _key_lines(root: type, config: Any, name: str) -> Iterator[str]:
+def _table(rows: Mapping[str, str], width: int) -> str:
+    """Return one entry per row, its name padded to `width`, and its text wrapped to the terminal."""
+    return "\n".join(line for name, text in rows.items() for line in _wrapped(f"  {name:<{width}} ", text, width + 3))
+
+
+def _key_lines(verb: str, config: Any, name: str) -> Iterator[str]:
+    """Yield the lines of a key, or of all keys of a section, that the command uses."""
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)
     if is_dataclass(value):
         for field in fields(value):
-            yield from _key_lines(root, config, f"{name}.{field.name}")
-    else:
-        yield from _wrapped(f"  {name}={_shown(value)}  ", keys_of(root)[name].doc)
+            yield from _key_lines(verb, config, f"{name}.{field.name}")
+    elif may_read(verb, name):
+        yield from _wrapped(f"  {name}={_shown(value)}  ", keys_of(COMMANDS[verb].config)[name].doc)
 
 
 def _shown(value: Any) -> str:
@@ -113,10 +131,13 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _wrapped(head: str, text: str) -> list[str]:
-    """Wrap `head` and `text` to the width of the terminal, with a hanging indent for the text."""
-    width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
-    margin = " " * min(len(head), 16)
+def _wrapped(head: str, text: str, indent: int = 16) -> list[str]:
+    """Wrap `head` and `text` to the width of the terminal, with a hanging indent of up to `indent` for
+    the text."""
+    width = terminal.width()
+    margin = " " * min(len(head), indent)
+    if len(head) > width:  # a long value, which may be wrapped itself
+        head, text = " " * (len(head) - len(head.lstrip())), head.lstrip() + text
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=margin, break_long_words=False) or [
         head.rstrip()
     ]

@@ -77,7 +77,7 @@ def this_machine(config: PlanCommand) -> Device:
     peak, basis = config.train.peak_tflops * 1e12, "train.peak_tflops"
     if not peak:
         threads = thread_count(config.cluster)
-        peak, basis = measured_peak(threads), f"fp32 matrix product of {threads} thread(s), measured now"
+        peak, basis = measured_peak(threads), f"fp32 matrix product, measured now; threads: {threads}"
     return Device("cpu", memory, peak, False, basis)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+from itertools import zip_longest
 from typing import Any
+
+from data_pipeline.common.terminal import width
 
 PARTS = (
     "weights",
@@ -29,12 +33,27 @@ def gib(size: float) -> str:
 def table(plan: dict[str, Any]) -> str:
     """Return the table: one line per quantity, then problems and remarks."""
     groups = (_network(plan), _memory(plan), _time(plan), _input_output(plan), _fits(plan))
-    blocks = ["\n".join(f"{label:<{LABEL}}{value}".rstrip() for label, value in rows) for rows in groups]
+    blocks = ["\n".join(_row(label, value) for label, value in rows) for rows in groups]
     problems = [f"problem: {problem}" for problem in plan["problems"]] or ["no problem found"]
     return "\n\n".join([*blocks, "\n".join([*problems, *(f"note: {remark}" for remark in plan["remarks"])])])
 
 
+def _row(label: str, value: str) -> str:
+    """Return `value` beside its label, wrapped to the width of the terminal."""
+    lines = textwrap.wrap(value, width() - LABEL, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(f"{name:<{LABEL}}{line}".rstrip() for name, line in zip_longest([label], lines, fillvalue=""))
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _device(plan: dict[str, Any]) -> str:
+    return "process" if plan["gpu"] == "cpu" else "GPU"
+
+
 def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    digits = 1 if plan["peak_flops"] >= 1e12 else 3
     frozen = plan["trained_parameters"] < plan["parameters"]
     trained = f", of which {plan['trained_parameters'] / 1e6:,.2f} M are trained (lora)" if frozen else ""
     taught = f"{plan['teacher_passes']} of them by the teacher, " if plan["teacher_passes"] else ""
@@ -49,8 +68,8 @@ def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "devices",
-            f"{plan['world_size']} x {plan['gpu']} on {plan['nodes']} node(s), ZeRO {plan['zero_stage']}; peak "
-            f"{plan['peak_flops'] / 1e12:,.1f} TFLOP/s ({plan['peak_basis']})",
+            f"{plan['world_size']} x {plan['gpu']} on {_counted(plan['nodes'], 'node')}, ZeRO {plan['zero_stage']}; "
+            f"peak {plan['peak_flops'] / 1e12:,.{digits}f} TFLOP/s ({plan['peak_basis']})",
         ),
     ]
 
@@ -59,7 +78,7 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
     parts = plan["memory"]
     rows = [
         (
-            "memory per GPU",
+            f"memory per {_device(plan)}",
             f"{gib(parts['total'])} of {gib(plan['memory_available'])} at micro-batch "
             f"{plan['micro_batch']}; highest in the {parts['moment']}",
         ),
@@ -73,7 +92,7 @@ def _memory(plan: dict[str, Any]) -> list[tuple[str, str]]:
         cells = ", ".join(f"{count}: {gib(total)}" for count, total in totals.items())
         rows.append((f"  ZeRO {stage}, micro-batch", cells))
     usable = plan["largest_usable_micro_batch"]
-    rows.append(("largest micro-batch", f"{plan['largest_micro_batch']} fit ({usable} divides this global batch)"))
+    rows.append(("largest micro-batch", f"{plan['largest_micro_batch']:,} fit; this global batch can use {usable}"))
     return rows
 
 
@@ -84,9 +103,18 @@ def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{plan['images_per_second']:,.1f} images/s, {plan['seconds_per_step']:,.3f} s per step, assuming "
             f"{plan['mfu']:.0%} MFU",
         ),
-        ("time", f"{plan['days']:,.2f} days for {plan['steps']:,} steps, {plan['images']:,} images"),
-        ("cost", f"{plan['cost']:,.0f} dollars, {plan['gpu_hours']:,.1f} GPU hours at {plan['price']:g}"),
+        ("time", f"{_days(plan['days'])} for {_counted(plan['steps'], 'step')}, {plan['images']:,} images"),
+        (
+            "cost",
+            f"{plan['cost']:,.0f} dollars, {plan['gpu_hours']:,.1f} {_device(plan)} hours at {plan['price']:g}",
+        ),
     ]
+
+
+def _days(days: float) -> str:
+    return (
+        f"{days:,.2f} days" if days >= 2 else f"{days * 24:,.1f} hours" if days >= 1 / 24 else f"{days * 1440:,.0f} min"
+    )
 
 
 def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -95,7 +123,10 @@ def _input_output(plan: dict[str, Any]) -> list[tuple[str, str]]:
         *_features(plan["picture_encoder"]),
         ("data", _data(plan["data"])),
         *_buckets(plan["data"].get("buckets") or {}),
-        ("store", f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read ({plan['data']['basis']} bytes each)"),
+        (
+            "store",
+            f"{plan['store_bytes_per_second'] / 1e6:,.1f} MB/s to read (size of a sample: {plan['data']['basis']})",
+        ),
         (
             "checkpoint",
             f"{gib(plan['checkpoint_bytes'])}, {plan['checkpoint_seconds']:,.1f} s in the background, "
@@ -153,7 +184,7 @@ def _features(features: dict[str, Any] | None) -> list[tuple[str, str]]:
 def _data(data: dict[str, Any]) -> str:
     if data["shards"] is None:
         return "data.shards is not set or cannot be read"
-    row = f"{data['shards']:,} shards, {gib(data['bytes'])}"
+    row = f"{_counted(data['shards'], 'shard')}, {gib(data['bytes'])}"
     if data["samples"] is None:
         return f"{row}, no index yet (cascade index)"
     epochs = data.get("dataset_epochs", {})

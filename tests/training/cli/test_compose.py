@@ -17,9 +17,10 @@ from data_pipeline.common.errors import ConfigError
 from training.cli.compose import ingredients_of, load_config, searching
 from training.cli.explain import SYNONYMS
 from training.cli.fields import keys_of
-from training.cli.overrides import ALIASES, CONF_DIR, groups
+from training.cli.overrides import ALIASES, CONF_DIR, groups, section_of
 from training.config.commands import COMMANDS, SampleCommand
 from training.config.plain import from_plain
+from training.config.reads import may_read
 
 FILES = sorted(str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*.yaml"))
 
@@ -528,6 +529,7 @@ def test_documented_settings_exist() -> None:
                 continue
             options, known = groups().get(key), keys_of(COMMANDS[verb].config)
             key = ALIASES.get(key, key)
+            assert may_read(verb, section_of(key) if options else key), f"{command}: it would be refused"
             if options is None:
                 assert key in known or key.rpartition(".")[0] in ("cluster.sbatch", "stage.model.overrides"), command
             elif "..." not in value:

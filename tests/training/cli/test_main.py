@@ -17,7 +17,9 @@ import pytest
 
 from training.cli import main as cli
 from training.cli.compose import load_config
+from training.cli.help import overview
 from training.config.commands import COMMANDS
+from training.config.reads import may_read
 
 SERVER = """
 import json, os, sys, traceback
@@ -104,20 +106,28 @@ def test_overview_lists_every_command(words: list[str], tmp_path: Path) -> None:
     assert done.stderr.splitlines() == ["heavy: []"]
     for name, verb in COMMANDS.items():
         assert f"  {name} " in done.stdout
-        assert verb.line in done.stdout
+        assert verb.line in " ".join(done.stdout.split())
+
+
+def test_the_overview_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, overview().splitlines())) <= 80
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_help_of_a_command(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     cli.main([verb, "--help"])
     text = capsys.readouterr().out
     assert text.startswith(f"cascade {verb}: ")
     assert f"cascade {verb} " in text.split("\n", 1)[1], "an example of the command itself"
-    for group in ("stage", "experiment", "zero", "text"):
-        assert f"\n  {group} " in text
+    assert "\n  experiment " in text and ("\n  optimizer " in text) == may_read(verb, "optimizer"), "the groups it uses"
     assert "--cfg job" in text and "--multirun" in text
     keys = re.findall(r"^  ([\w.]+)=", text, re.MULTILINE)
     assert keys and len(keys) == len({*keys}), "each key once"
+    assert [key for key in keys if not may_read(verb, key)] == [], "none that it would refuse"
+    pasted = ("  cascade ", "      '")
+    assert [line for line in text.splitlines() if len(line) > 80 and not line.startswith(pasted)] == []
 
 
 @pytest.mark.parametrize("words", [["help", "bundle"], ["--help", "bundle"], ["bundle", "help"], ["bundle", "-h"]])

@@ -91,13 +91,16 @@ def test_impossible_assumptions_are_refused(wrong: str) -> None:
         load_config("plan", [wrong])
 
 
-def test_what_does_not_fit_is_listed_and_the_rest_is_still_answered() -> None:
+def test_what_does_not_fit_is_listed_and_the_rest_is_still_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(plan_config(cluster__processes=3, memory_gib=1e-3))
     assert plan["fits"] == {"memory": False, "world_size": False, "lanes": False, "micro_batch": True, "shards": None}
     assert not plan["ok"] and any("3 processes" in problem for problem in plan["problems"])
     assert any("data.micro_batch=21 needs" in problem and "per device" in problem for problem in plan["problems"])
     assert plan["parameters"] > 0 and plan["days"] > 0
-    assert "problem: 3 processes" in table(plan)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = table(plan).splitlines()
+    assert any(line.startswith("problem: 3 processes") for line in shown)
+    assert [line for line in shown if len(line) > 80 and not line.startswith("problem: ")] == []
 
 
 def test_memory_by_zero_stage_and_micro_batch() -> None:
