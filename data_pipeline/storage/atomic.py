@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -45,6 +46,23 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
+
+
+def abandoned(name: str) -> str:
+    """Return the name of the file that a temporary file, left by a dead process of this machine, was to become.
+
+    Empty for other files; cut at `LONGEST_NAME` bytes.
+    """
+    found = re.fullmatch(r"\.(.+)\.(\d+)-\d+\.tmp", name, re.DOTALL)
+    if not found:
+        return ""
+    try:
+        os.kill(int(found[2]), 0)
+    except (ProcessLookupError, OverflowError):
+        return found[1]
+    except PermissionError:  # it lives, as another user's
+        pass
+    return ""
 
 
 @contextmanager

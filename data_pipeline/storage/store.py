@@ -481,12 +481,13 @@ def _is_shard_name(name: str) -> bool:
 
 
 def _expand_remote(pattern: str, patience: Patience) -> list[str]:
-    if "?" in pattern and without_query(pattern).lower().endswith(SHARD_SUFFIXES):
+    if pattern.startswith(_WEB) and "?" in pattern and without_query(pattern).lower().endswith(SHARD_SUFFIXES):
         return [pattern]  # not a glob
     door = _door(pattern)
     root, key = door.root(pattern), door.split(pattern)[1]
     magic = _MAGIC.search(key)
-    if magic and not (key.lower().endswith(SHARD_SUFFIXES) and exists(pattern, patience)):
+    may_be_name = key.lower().endswith(SHARD_SUFFIXES) or not pattern.startswith(_WEB)
+    if magic and not (may_be_name and exists(pattern, patience)):
         matches = re.compile(_glob_regex(key)).fullmatch
         found = door.listing(f"{root}/{key[: magic.start()]}", patience=patience)
         files = (name for name, _, _ in found if not name.endswith("/"))  # some tools mark folders by such objects

@@ -20,7 +20,7 @@ from data_pipeline.shards.dataset import keep_rows, patience_of, stored_index
 from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, remove_leftovers, share
 from training.processes.devices import own_device
 from training.text.identity import folder_hash
 
@@ -70,6 +70,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
     places = [caption_file_url(entry.url, _folder_of(output, name)) for name, entry, _ in shards]
     for number in first_and_last(places):
         _check_same(places[number], {**made_by, **_of_data(shards[number][2])})
+    remove_leftovers(places[part::parts])
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
     for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):

@@ -24,7 +24,7 @@ from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, remove_leftovers, share
 from training.processes.devices import own_device
 from training.text.identity import identity
 
@@ -58,6 +58,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     places = [sidecar_url(entry.url, _folder(config.output, name)) for name, entry, _ in shards]
     for number in first_and_last(places):
         _check_kept(places[number], {**facts, "captions": _of_captions(shards[number][2].captions)})
+    remove_leftovers(places[part::parts])
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
     quiet = ranks_of(os.environ)[0] > 0

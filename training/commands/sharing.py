@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.storage import store
+from data_pipeline.storage.atomic import abandoned
 from training.processes.launcher import launch
 from training.processes.ranks import process_count
 
@@ -60,6 +61,14 @@ def first_and_last(places: Sequence[str]) -> list[int]:
         if store.basename(place) in there[folder]:
             found.append(number)
     return found[:1] + found[1:][-1:]
+
+
+def remove_leftovers(places: Sequence[str]) -> None:
+    """Remove what killed processes have left on disk of these files, which no other process writes."""
+    mine = [place for place in places if not store.is_remote(place)]
+    for folder in {store.parent(place) for place in mine}:
+        own = {store.basename(place) for place in mine if store.parent(place) == folder}
+        store.remove_files(folder, [name for name in store.list_dir(folder) if abandoned(name) in own])
 
 
 def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:

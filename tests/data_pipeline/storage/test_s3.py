@@ -225,7 +225,17 @@ def test_a_versioned_bucket_is_read_as_it_is_now(bucket: str, s3_server: S3Serve
 
 
 def test_names_in_a_bucket_as_people_write_them(bucket: str) -> None:
-    names = ("a/UP.TAR", "a/shard-000", "b/x.tar", "b/x.tar/", "b/c/y.tar", "p+q/a #1?.tar", "z/a.tar.zst", "i/1.jpg")
+    names = (
+        "a/UP.TAR",
+        "a/shard-000",
+        "b/x.tar",
+        "b/x.tar/",
+        "b/c/y.tar",
+        "p+q/a #1?.tar",
+        "w?[1]/é%25.tar",
+        "z/a.tar.zst",
+        "i/1.jpg",
+    )
     for name in names:
         store.write_bytes(f"s3://{bucket}/{name}", b"x")
     found = {
@@ -235,6 +245,9 @@ def test_names_in_a_bucket_as_people_write_them(bucket: str) -> None:
         "b/**": ["b/c/y.tar", "b/x.tar"],
         "p+q": ["p+q/a #1?.tar"],
         "p+q/a #1?.tar": ["p+q/a #1?.tar"],
+        "w?[1]": ["w?[1]/é%25.tar"],
+        "w?*/*.tar": ["w?[1]/é%25.tar"],
+        "b/?.tar": ["b/x.tar"],
     }
     for pattern, shards in found.items():
         assert store.expand(f"s3://{bucket}/{pattern}") == [f"s3://{bucket}/{name}" for name in shards], pattern

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,13 @@ def shards(tmp_path: Path) -> Path:
     return copy_shards(tmp_path / "shards")
 
 
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def joined(folder: Path, shards: Path) -> Embeddings:
     digests = {}
     for path in sorted(shards.glob("*.tar")):
@@ -90,7 +99,14 @@ def test_finished_sidecars_stay_and_missing_ones_are_made(shards: Path, tmp_path
     kept, lost = sorted((tmp_path / "out").glob("*"))
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
+    dead, alive, other = (
+        tmp_path / "out" / f".{name}.{process}-1.tmp"
+        for name, process in ((lost.name, gone()), (lost.name, os.getpid()), ("x", gone()))
+    )
+    for left in (dead, alive, other):
+        left.touch()
     again = main(settings)
+    assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True), "left by a killed process"
     assert again["kept"] == 1 and again["captions"] < first["captions"]
     assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
 
