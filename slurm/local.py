@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_pipeline.common.children import die_with_parent_only, pausing
 from slurm.jobs.graph import BEGUN
@@ -26,10 +26,13 @@ from slurm.script import environment_lines, setup
 from slurm.supervise import End, add_missing, history, judge, last_step, record_end
 from training.config.cluster import refuse_unused
 from training.config.commands import COMMANDS
+from training.processes.endings import unless_ignored
 from training.processes.exit_codes import EXIT_PREEMPTED
 from training.run.directory import json_lines
 
 POLL_S = 0.2
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask for an end of all jobs."""
 SCRIPT = """\
 #!/bin/bash
 # {title}
@@ -122,9 +125,9 @@ class LocalRunner:
     def run(self) -> dict[str, int]:
         """Run until all jobs have ended; return their exit codes by name.
 
-        Ctrl-C and TERM stop all jobs; a second Ctrl-C kills them.
+        Ctrl-C, TERM and a closed terminal stop all jobs; a second Ctrl-C kills them.
         """
-        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._stop) for number in unless_ignored(ASKING)}
         try:
             with pausing(lambda: [child.pid for child in self.running.values()]):
                 while len(self.codes) < len(self.records):
@@ -139,7 +142,7 @@ class LocalRunner:
                 signal.signal(number, handler)
         if self.asked:
             place = os.path.relpath(os.path.commonpath([record["home"] for record in self.records]))
-            print(f"==> stopped; to continue: cascade resume run={shlex.quote(place)}", flush=True)
+            _tell(f"stopped; to continue: cascade resume run={shlex.quote(place)}")
         return self.codes
 
     def _stop(self, number: int, _frame: object) -> None:
@@ -161,7 +164,7 @@ class LocalRunner:
             self.codes[name] = self.codes[failed[0]] if failed else EXIT_PREEMPTED
             self._event(record, "cancelled")
             why = "asked to stop" if self.asked else f"{failed[0]} has failed"
-            print(f"==> {name}: cancelled, {why}", flush=True)
+            _tell(f"{name}: cancelled, {why}")
         elif len(self.running) < self.at_once and all(
             other in self.begun if record["when"] == BEGUN else self.codes.get(other) == 0 for other in before
         ):
@@ -179,7 +182,7 @@ class LocalRunner:
         self.running[record["name"]] = child
         self.begun.add(record["name"])
         self._event(record, "began", process=process_identity(child.pid))
-        print(f"==> {record['name']}: began, {record['log']}", flush=True)
+        _tell(f"{record['name']}: began, {record['log']}")
 
     def _look(self) -> None:
         for record in self.records:
@@ -194,7 +197,7 @@ class LocalRunner:
             self.codes[record["name"]] = code
             self._event(record, "ended", code=code)
             how = "succeeded" if code == 0 else f"ended with code {code}, see {record['log']}"
-            print(f"==> {record['name']}: {how}", flush=True)
+            _tell(f"{record['name']}: {how}")
 
     def _again(self, record: dict[str, Any], code: int) -> bool:
         """Return whether a failed job should be restarted, judged as within an allocation."""
@@ -205,12 +208,18 @@ class LocalRunner:
         verdict = judge(end, before, requeue=False, most=record["most"], limit_s=float("inf"), spare=False)
         record_end(home, end, verdict)
         if verdict.sentence:
-            print(f"==> {record['name']}: {verdict.sentence}", file=sys.stderr, flush=True)
+            _tell(f"{record['name']}: {verdict.sentence}", sys.stderr)
         return verdict.action == "restart"
 
     def _event(self, record: dict[str, Any], what: str, **more: Any) -> None:
         event = {"name": record["name"], "what": what, "job": record["job"], "time": time.time(), **more}
         append(Path(record["home"]) / "launch" / EVENTS, event)
+
+
+def _tell(sentence: str, stream: TextIO | None = None) -> None:
+    """Print what happens to the jobs; a closed terminal or a full disk must not end them."""
+    with suppress(OSError):
+        print(f"==> {sentence}", file=stream, flush=True)
 
 
 def local_record() -> dict[str, Any]:

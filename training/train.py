@@ -22,7 +22,7 @@ from training.plan.checks import check_named
 from training.processes.endings import DeviceLost, RankLost, Signals, blame, from_where, run_program, stop_error
 from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE
 from training.processes.failures import broken_gpu, is_lost_rank, node_name
-from training.processes.launcher import free_port, launch
+from training.processes.launcher import launch, meeting_here
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count
 from training.run.directory import STOP, RunDir, json_lines
@@ -68,7 +68,7 @@ def main(config: Experiment) -> dict[str, Any]:
         if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot start twice in one process
             return launch("training.train", config)
         thread_count(config.cluster)  # before torch is imported, whose own message names no remedy
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(meeting_here())
         ranks = Ranks()
     with Signals() as signals, closing(Watchdog(ranks, None, *Watchdog.limits(config.train))) as watchdog:
         return train(config, ranks, signals, watchdog)

@@ -109,7 +109,7 @@ LocalRunner(jobs, 1).run()
 
 
 @pytest.fixture()
-def busy(tmp_path: Path):
+def busy(tmp_path: Path, request: pytest.FixtureRequest):
     """A launch in a process of its own: one job that runs until it is asked to end, one that waits for it."""
     jobs = [
         job(tmp_path, 0, "long", "trap 'echo saved; exit 75' TERM; echo up; while :; do sleep 0.05; done"),
@@ -117,7 +117,7 @@ def busy(tmp_path: Path):
     ]
     for one in jobs:
         append(tmp_path / "jobs", one)
-    with open(tmp_path / "output", "w") as output:
+    with open(getattr(request, "param", tmp_path / "output"), "w") as output:
         runner = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "jobs")], stdout=output)
     log = tmp_path / "logs/long.log"
     until(lambda: log.exists() and "up" in log.read_text(), 30)
@@ -148,6 +148,15 @@ def test_ctrl_c_stops_all(busy: subprocess.Popen, tmp_path: Path) -> None:
     said = busy_output(tmp_path)
     assert "==> waits: cancelled, asked to stop\n" in said
     assert said.endswith(f"==> stopped; to continue: cascade resume run={os.path.relpath(tmp_path)}\n")
+
+
+@pytest.mark.parametrize("busy", ["/dev/full"], indirect=True)
+def test_a_closed_terminal_stops_all_and_they_save(busy: subprocess.Popen, tmp_path: Path) -> None:
+    """The output can no longer be written."""
+    busy.send_signal(signal.SIGHUP)
+    assert busy.wait(30) == 0
+    assert "saved" in (tmp_path / "logs/long.log").read_text()
+    assert states(tmp_path)["waits"] == "cancelled"
 
 
 def test_nothing_outlives_a_launch_that_was_killed(busy: subprocess.Popen, tmp_path: Path) -> None:

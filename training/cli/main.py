@@ -369,7 +369,7 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
             raise
         _fail(f"cascade {verb}", told)
     except KeyboardInterrupt as end:
-        number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+        number = signal.Signals(end.number) if isinstance(end, Terminated) else signal.SIGINT
         say(f"cascade {verb}: stopped by {number.name}")
         raise SystemExit(128 + number) from None
 

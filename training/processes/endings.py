@@ -175,25 +175,30 @@ class Signals:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, received by a command that has nothing to save."""
+    """Signal `number`, received by a command that has nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end a command that has nothing to save: waits for a failing store are cut short,
-    incomplete files are removed, and after `AT_ONCE_S` seconds the process exits in any case."""
+    """Let SIGINT, SIGTERM and SIGHUP (unless ignored) end a command that has nothing to save: waits for a failing store
+    are cut short, incomplete files are removed, and after `AT_ONCE_S` seconds the process exits in any case."""
 
     def handle(number: int, _frame: FrameType | None) -> None:
         hurry_up(number=number)
         last = threading.Timer(AT_ONCE_S, _end_by_force, [number])
         last.daemon = True
         last.start()
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = [n for n in ending if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in caught}
     try:
         yield

@@ -42,6 +42,8 @@ AGREED_GRACE_S = 600.0
 checkpoint or finishing its W&B run."""
 IMPATIENT_S = 2.0
 """The same after a second Ctrl-C."""
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable with the network interface that gloo uses."""
 TYPED = "CASCADE_COMMAND"
 """Environment variable that holds the command line as typed, as JSON."""
 
@@ -114,8 +116,7 @@ def run_processes(
         environ = dict(
             os.environ | python.environment(),
             WORLD_SIZE=str(processes),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(free_port()),
+            **meeting_here(),
             TORCHELASTIC_USE_AGENT_STORE="False",  # rank 0 hosts the store, whatever torchrun has left in a shell
         )
         environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -172,23 +173,45 @@ def _held_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
 
-def free_port() -> int:
-    """Return a TCP port that is currently free on the loopback interface.
+def meeting_here() -> dict[str, str]:
+    """Return the environment variables with which processes of this machine meet.
+
+    They use its loopback interface, whatever its host name resolves to: gloo would ask the name server for it, which
+    may not answer, and refuses a name of 64 characters.
 
     Raises:
         UserError: that interface is down, as in a new network namespace.
     """
-    with socket.socket() as probe, socket.socket() as other:
+    host, port = _free_address()
+    found = {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    known = {name for _, name in socket.if_nameindex()}
+    if not os.environ.get(INTERFACE) and (name := next((name for name in ("lo", "lo0") if name in known), "")):
+        found[INTERFACE] = name
+    return found
+
+
+def free_port() -> int:
+    """Return a TCP port that is currently free on the loopback interface. Raises UserError if that is down."""
+    return _free_address()[1]
+
+
+def _free_address() -> tuple[str, int]:
+    """Return the address of the loopback interface, of IPv4 if it has one, and a free TCP port."""
+    problem: OSError | None = None
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
-            probe.bind(("127.0.0.1", 0))
-            probe.listen()
-            other.connect(probe.getsockname())
+            with socket.socket(family) as probe, socket.socket(family) as other:
+                probe.bind((host, 0))
+                probe.listen()
+                other.connect(probe.getsockname())
+                return host, int(probe.getsockname()[1])
         except OSError as error:
-            raise UserError(
-                f"127.0.0.1 cannot be reached ({error.strerror}), where the processes of a run meet: bring up the "
-                f"loopback interface (ip link set lo up)"
-            ) from error
-        return int(probe.getsockname()[1])
+            problem = problem or error
+    assert problem is not None
+    raise UserError(
+        f"127.0.0.1 cannot be reached ({problem.strerror}), where the processes of a run meet: bring up the loopback "
+        f"interface (ip link set lo up)"
+    ) from problem
 
 
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:

@@ -48,14 +48,25 @@ def test_what_torchrun_left_in_a_shell_is_not_for_the_ranks(monkeypatch: pytest.
     assert run_processes(program(body), 1) == 0
 
 
-def test_a_loopback_interface_that_is_down_is_named() -> None:
-    """As in a container without a network, where gloo ends in a traceback, or waits."""
-    program = "from training.processes.launcher import free_port; free_port()"
-    done = subprocess.run(["unshare", "-rn", sys.executable, "-c", program], capture_output=True, text=True)
-    if "unshare" in done.stderr:
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        ("true", "UserError: 127.0.0.1 cannot be reached (Network is unreachable)"),
+        ("ip link set lo up && ip address del 127.0.0.1/8 dev lo", "::1 lo"),
+        ("ip link set lo up && export GLOO_SOCKET_IFNAME=eth7", "127.0.0.1 eth7"),
+    ],
+)
+def test_where_the_processes_of_a_machine_meet(prepare: str, said: str) -> None:
+    """Also in a container without a network, where gloo would end in a traceback, or wait."""
+    program = "import os; from training.processes.launcher import INTERFACE, meeting_here; os.environ |= meeting_here()"
+    program += "; print(os.environ['MASTER_ADDR'], os.environ[INTERFACE])"
+    script = f'{prepare} && exec {sys.executable} -c "{program}"'
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "ip: not found" in done.stderr:
         pytest.skip("no network namespaces here")
-    assert "UserError: 127.0.0.1 cannot be reached (Network is unreachable)" in done.stderr
-    assert "ip link set lo up" in done.stderr
+    assert said in done.stdout + done.stderr
+    if done.returncode:
+        assert "ip link set lo up" in done.stderr
 
 
 def test_one_dies_and_takes_the_others_along() -> None:
