@@ -8,12 +8,36 @@ import re
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
+from urllib.parse import unquote
 
 from data_pipeline.common.errors import ShardsError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """Endings of the names of shards, in lower case."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+
+
+_PAGES = (
+    (r"https://(?:[\w-]+\.)?console\.aws\.amazon\.com/s3/\w+/([^/?]+)\?(?:.*&)?prefix=([^&]*).*", r"s3://\1/\2"),
+    (r"https://s3[.-](?:[\w-]+\.)*amazonaws\.com/([^/]+)/(.*)", r"s3://\1/\2"),
+    (r"https://([\w.-]+?)\.s3[.-](?:[\w-]+\.)*amazonaws\.com/(.*)", r"s3://\1/\2"),
+    (r"https://console\.cloud\.google\.com/storage/browser/([^;?]*).*", r"gs://\1"),
+    (r"https://storage\.googleapis\.com/(.*)", r"gs://\1"),
+    (r"https://huggingface\.co/((?:datasets/)?[^/]+/[^/]+)/\w+/main/?(.*)", r"hf://\1/\2"),
+    (r"https://huggingface\.co/((?:datasets/)?[^/]+/[^/]+)/\w+/([^/]+)/?(.*)", r"hf://\1@\2/\3"),
+)
+"""Web addresses in stores -> the same place in the store itself."""
+
+
+def store_address(url: str) -> str:
+    """Return the address in a store of what a web address shows as a page; empty if it has none.
+
+    The web address of a shard itself (not its page on the Hub) can be read as it is.
+    """
+    path = url.partition("?")[0]
+    if path.lower().endswith(SHARD_SUFFIXES) and not re.search(r"[*\[]|/blob/", path):
+        return ""
+    return next((re.sub(page, place, unquote(url)) for page, place in _PAGES if re.fullmatch(page, url)), "")
 
 
 def plain_patterns(pattern: str, read: Callable[[str], bytes], depth: int = 0) -> list[str]:

@@ -23,7 +23,7 @@ from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience, persist
 from data_pipeline.storage.s3_errors import too_short
-from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns
+from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns, store_address
 
 logger = logging.getLogger(__name__)
 
@@ -422,6 +422,8 @@ def _respelled(pattern: str) -> str:
         return f"s3://{arn[1]}"
     if slash := re.fullmatch(r"\s*(s3|gs|az|hf|https?):/([^/].*)", pattern):
         return f"{slash[1]}://{slash[2].strip()}"
+    if address := store_address(pattern):
+        return address
     return pattern.strip() if "://" in pattern and pattern.strip() != pattern else ""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, ShardsError
 from data_pipeline.storage import store
-from data_pipeline.storage.shard_lists import plain_patterns
+from data_pipeline.storage.shard_lists import plain_patterns, store_address
 
 
 def nothing(place: str) -> bytes:
@@ -96,3 +97,27 @@ def test_shards_of_a_folder_in_capitals_count_and_packed_ones_are_named(
         (tmp_path / name).write_bytes(b"")
     assert [os.path.basename(url) for url in store.expand(str(tmp_path))] == ["0.tar", "1.TAR"]
     assert "1 shards such as 2.tar.zst are skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("page", "place"),
+    [
+        ("https://my-bucket.s3.eu-west-1.amazonaws.com/a/b/*.tar", "s3://my-bucket/a/b/*.tar"),
+        ("https://my.bucket.s3.amazonaws.com/a%20b/", "s3://my.bucket/a b/"),
+        ("https://s3.us-east-1.amazonaws.com/bucket/a", "s3://bucket/a"),
+        ("https://eu-west-1.console.aws.amazon.com/s3/buckets/bucket?region=x&prefix=a/b/&tab=y", "s3://bucket/a/b/"),
+        ("https://storage.googleapis.com/bucket/a/*.tar", "gs://bucket/a/*.tar"),
+        ("https://console.cloud.google.com/storage/browser/bucket/a;tab=objects?project=x", "gs://bucket/a"),
+        ("https://huggingface.co/datasets/o/r/tree/main/data", "hf://datasets/o/r/data"),
+        ("https://huggingface.co/datasets/o/r/blob/v2/a.tar", "hf://datasets/o/r@v2/a.tar"),
+        ("https://bucket.s3.amazonaws.com/{000..002}.tar", ""),
+        ("https://bucket.s3.amazonaws.com/0.tar?X-Amz-Signature=x", ""),
+        ("https://huggingface.co/datasets/o/r/resolve/main/a.tar?download=true", ""),
+        ("https://example.org/set/", ""),
+    ],
+)
+def test_pages_of_stores_are_not_shards(page: str, place: str) -> None:
+    assert store_address(page) == place
+    if place:
+        with pytest.raises(ShardsError, match=re.escape(f"write {place}")):
+            store.expand(page)
