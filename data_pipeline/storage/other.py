@@ -123,16 +123,23 @@ def _session_options(scheme: str) -> dict[str, Any]:
 
 
 async def _refuse(answer: Any) -> None:
-    """Raise an error that has the server's explanation, and no signature of the address; fsspec handles 404 itself."""
+    """Raise an error that has the server's explanation, and no signature of the address; fsspec handles 404 itself.
+
+    Also if other bytes come than were asked for, as from a cache that ignores ranges.
+    """
     import aiohttp
 
+    asked = answer.request_info
+    sent, wanted = answer.headers.get("Content-Range", ""), asked.headers.get("Range", "").replace("=", " ")
+    if answer.status == 206 and not sent.startswith(wanted.partition("-")[0] + "-"):
+        address = asked.real_url.with_query(None)
+        raise DataError(f"{address}: its server was asked for {wanted!r} and sent {sent!r}; it does not support ranges")
     if answer.status < 400 or answer.status == 404:
         return
     words = b""
     with suppress(Exception):  # the status says enough
         words = await answer.content.read(WORDS)
     said = " ".join(re.sub("<[^>]*>", " ", words.decode("utf-8", "replace")).split())
-    asked = answer.request_info
     raise aiohttp.ClientResponseError(
         asked._replace(real_url=asked.real_url.with_query(None)),
         answer.history,

@@ -40,6 +40,8 @@ class Web(SimpleHTTPRequestHandler):
     """A server of files that answers ranges, as object stores do, unless told otherwise."""
 
     ranges = lists = True
+    shifted = 0
+    """How many bytes too late its ranges begin."""
     packs = False
     """Whether it compresses for clients that accept that."""
     failing: list[int] = []  # noqa: RUF012
@@ -78,6 +80,7 @@ class Web(SimpleHTTPRequestHandler):
             return
         data = path.read_bytes()
         first, _, last = wanted.removeprefix("bytes=").partition("-")
+        first = str(int(first) + Web.shifted)
         if int(first) >= len(data):
             self.send_error(416)
             return
@@ -92,6 +95,7 @@ class Web(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "web").mkdir()
+    Web.shifted = 0
     Web.ranges, Web.lists, Web.packs, Web.failing, Web.said = True, True, False, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -220,6 +224,9 @@ def test_a_web_server_without_ranges_is_refused_where_they_are_needed(web: str, 
     Web.ranges = False
     assert store.read_bytes(f"{web}/x") == DATA
     with pytest.raises(DataError, match="does not support range requests"):
+        store.read_range(f"{web}/x", 100, 200)
+    Web.ranges, Web.shifted = True, 3
+    with pytest.raises(DataError, match=r"asked for 'bytes 100-199' and sent 'bytes 103-\d+/"):
         store.read_range(f"{web}/x", 100, 200)
 
 
