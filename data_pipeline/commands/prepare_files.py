@@ -47,7 +47,8 @@ class NamedFiles:
             self._taken = {place for path in given() if (place := self._exact(path)) in self._claims}
 
     def find(self, given: str) -> tuple[Path, bool]:
-        """Return the place of a path, which need not exist, and whether the path leads there exactly.
+        """Return the place of a path, which need not exist, and whether it is certain: the path leads there, or all
+        folders from the root on agree.
 
         Raises:
             BadSample: `missing_image`, several files have this name, or the only one belongs to another row.
@@ -58,11 +59,14 @@ class NamedFiles:
         place = self._by_name(given)
         if place is None:
             return self.root / given, False
-        claim = self._claims.get(place)
-        if place in self._taken or claim not in (None, (_agree(given, place), _one(given))):
+        claim = _agree(given, place), _one(given)
+        certain = 0 < len(place.parts) - len(self.root.parts) - 1 <= claim[0]
+        if (place in self._taken and not certain) or (
+            place not in self._taken and self._claims.get(place, claim) != claim
+        ):
             words = f"{given}: there is no such file; {place} has this name, but other rows name it, too"
             raise BadSample("missing_image", f"{words}; set prepare.images to the folder that the paths begin in")
-        return place, False
+        return place, certain
 
     def _claim(self, given: str, place: Path) -> None:
         claim = _agree(given, place), _one(given)

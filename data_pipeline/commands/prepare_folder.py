@@ -61,16 +61,8 @@ class _Entry:
     """Preferred ones first."""
     facts: Path | None = None
     problem: BadSample | None = None
-    rows: list[tuple[TableSource, int, bool]] = field(default_factory=list)
-    """The rows of its metadata: the table, the row, and whether its path leads here exactly; all do, or none does."""
-
-    def add_row(self, table: TableSource, row: int, exact: bool) -> None:
-        """Add a row of metadata; those found by the picture's name alone give way to those with its path."""
-        if self.rows and self.rows[0][2] != exact:
-            if not exact:
-                return
-            self.rows.clear()
-        self.rows.append((table, row, exact))
+    rows: list[tuple[TableSource, int]] = field(default_factory=list)
+    """The rows of its metadata, each a table and a row of it."""
 
 
 class FolderSource:
@@ -164,7 +156,7 @@ class FolderSource:
         """Return the caption and the metadata of a picture that rows of tables describe."""
         texts: dict[str | bytes, None] = {}
         facts: dict[str, Any] = {}
-        for table, row, _ in entry.rows:
+        for table, row in entry.rows:
             _, found, more = table.row(row)
             texts.update(dict.fromkeys(found))
             if more["source"] == table.name(row):
@@ -265,23 +257,31 @@ class FolderSource:
 
     def _metadata(self) -> Iterator[TableSource]:
         """Joins the rows of metadata tables to the pictures that they name."""
-        by_path: dict[Path, _Entry] | None = None
+        by_path: dict[Path, _Entry] = {}
+        found: list[tuple[Path, TableSource, dict[int, tuple[_Entry, bool]]]] = []
         for place in (path for path in self._files if path.name in _METADATA):
             try:
                 table = TableSource(str(place), self.names, encoding=self.encoding)
             except DataError as error:
                 logger.warning("%s; ignoring it", error)
                 continue
-            if by_path is None:
-                by_path = {entry.path: entry for entry in self.entries}
-            lost: list[int] = []
+            by_path = by_path or {entry.path: entry for entry in self.entries}
+            rows: dict[int, tuple[_Entry, bool]] = {}
             for number in range(len(table)):
                 with suppress(BadSample):
-                    found, exact = table.find(number)
-                    if (entry := by_path.get(found)) is not None:
-                        entry.add_row(table, number, exact)
-                        continue
-                lost.append(number)
+                    picture, certain = table.find(number)
+                    if picture in by_path:
+                        rows[number] = by_path[picture], certain
+            found.append((place, table, rows))
+        sure = {id(entry) for *_, rows in found for entry, certain in rows.values() if certain}
+        for place, table, rows in found:
+            lost = []
+            for number in range(len(table)):
+                entry, certain = rows.get(number, (None, False))
+                if entry is None or (not certain and id(entry) in sure):
+                    lost.append(number)
+                else:
+                    entry.rows.append((table, number))
             if lost:
                 words = "%s: %d of %d rows describe no picture of this folder, such as %r"
                 logger.warning(words, place, len(lost), len(table), table.name(lost[0]))

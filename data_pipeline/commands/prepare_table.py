@@ -265,7 +265,7 @@ class TableSource:
     # ---------------------------------------------------------------------------------------------------- files
 
     def find(self, number: int) -> tuple[Path, bool]:
-        """Return the file that a row names, which need not exist, and whether by its path or else by its name alone.
+        """Return the file that a row names, which need not exist, and whether that is certain, see `NamedFiles.find`.
 
         Raises:
             BadSample: `missing_image`, see `NamedFiles.find`.

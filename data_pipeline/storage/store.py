@@ -26,6 +26,7 @@ from data_pipeline.storage.s3_errors import too_short
 from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns, store_address
 
 logger = logging.getLogger(__name__)
+_named_again: set[str] = set()
 
 _MAGIC = re.compile(r"[*?\[]")
 _PACKED = re.compile(r"\.(tar\.(zst|bz2|xz|lz4|lzma)|tzst|tbz2?|txz)$", re.IGNORECASE)
@@ -406,14 +407,21 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
         if fixed := _respelled(item):
             raise ShardsError(f"={item!r}: write {fixed}")
     patterns = [one for item in given for one in plain_patterns(item, lambda url: read_bytes(url, patience))]
-    urls: dict[str, None] = {}
+    urls: dict[str, str] = {}
+    again = ""
     for pattern in patterns:
         for one in _braces(pattern):
             found = _expand_one(one, patience)
             if not found:
                 raise ShardsError(f"={one}: no .tar shards found{_hint(one, patience)}")
-            urls.update(dict.fromkeys(found))
-    return list(urls)
+            for url in found:
+                place = url if is_remote(url) else os.path.abspath(local_path(url))
+                again = url if place in urls else again
+                urls.setdefault(place, url)
+    if again and again not in _named_again:
+        _named_again.add(again)
+        logger.warning("%s, perhaps among others, is named more than once; each shard is read once per epoch", again)
+    return list(urls.values())
 
 
 def _respelled(pattern: str) -> str:

@@ -309,6 +309,7 @@ def test_a_folder_of_pictures_can_be_named_and_equal_names_are_not_guessed(place
         ({"/home/me/cats/x.jpg": "no", "/home/me/dogs/x.jpg": "one"}, ["one"]),
         ({"C:\\a\\x.jpg": "no", "C:\\b\\x.jpg": "no"}, []),
         ({"x.jpg#0": "one", "x.jpg#1": "two"}, ["one", "two"]),
+        ({"dogs/x.jpg": "one", "/home/me/dogs/x.jpg": "two", "/home/me/cats/x.jpg": "no"}, ["one", "two"]),
         ({"/home/me/pets/dogs/x.jpg": "one"}, ["one"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_commands_are_not_run(command: str) -> None:
         plain_patterns(f"pipe:{command}", nothing)
 
 
-def test_a_list_of_shards_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_shards_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     (tmp_path / "lists").mkdir()
     for name in ("0", "1", "2"):
         (tmp_path / "lists" / f"{name}.tar").write_bytes(b"")
@@ -50,6 +51,9 @@ def test_a_list_of_shards_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path / "lists")
     (tmp_path / "lists" / "all.txt").write_text("{0..1}.tar\n2.tar\n")
     assert store.expand("@all.txt") == ["0.tar", "1.tar", "2.tar"]
+    assert "more than once" not in caplog.text
+    assert store.expand(["@all.txt", "./1.tar", str(tmp_path / "lists" / "*.tar")]) == ["0.tar", "1.tar", "2.tar"]
+    assert "2.tar, perhaps among others, is named more than once" in caplog.text
 
 
 def test_lists_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
