@@ -174,7 +174,7 @@ class Watchdog:
 
 class _Beats(threading.Thread):
     """Exchanges phases: every rank writes its own to the store; rank 0 reads those of the others, and they read that of
-    rank 0."""
+    rank 0. The clocks of nodes may differ, so a rank repeats the time that it has last read of rank 0's."""
 
     def __init__(
         self, ranks: Ranks, connect: Callable[[], Any], now: Callable[[], tuple[str, int | None, float]]
@@ -184,7 +184,10 @@ class _Beats(threading.Thread):
         self.stop = threading.Event()
         self._wanted, self._known = threading.Event(), threading.Event()
         self._found: list[str] = []
-        self._answered = time.monotonic()
+        self._answered = self._heard = time.monotonic()
+        """When the store last answered, and when rank 0's time last changed."""
+        self._time_of_0 = 0.0
+        """Time of rank 0, seconds of its monotonic clock, as last read."""
         self.start()
 
     def others(self) -> list[str]:
@@ -202,13 +205,24 @@ class _Beats(threading.Thread):
             while not self.stop.is_set():
                 name, step, since = self._now()
                 mine = f"beat/{self._ranks.rank}"
-                store.set(mine, json.dumps([name, step, time.monotonic() - since, time.time()]))
+                self._ask_time(store)
+                store.set(mine, json.dumps([name, step, time.monotonic() - since, self._time_of_0]))
                 store.check([mine])  # `set` does not wait for an answer
                 self._answered = time.monotonic()
                 if self._wanted.wait(BEAT_S):
                     self._wanted.clear()
                     self._found = self._read(store)
                     self._known.set()
+
+    def _ask_time(self, store: Any) -> None:
+        before = self._time_of_0
+        if self._ranks.is_main:
+            self._time_of_0 = time.monotonic()
+            store.set("time of rank 0", str(self._time_of_0))
+        elif store.check(["time of rank 0"]):
+            self._time_of_0 = float(store.get("time of rank 0"))
+        if self._time_of_0 != before:
+            self._heard = time.monotonic()
 
     def _read(self, store: Any) -> list[str]:
         found = []
@@ -218,7 +232,8 @@ class _Beats(threading.Thread):
                 continue
             name, step, silent, at = json.loads(store.get(f"beat/{rank}"))
             where = "the start" if step is None else f"step {step}"
-            age = time.time() - at
+            seen = at if self._ranks.is_main else self._heard
+            age = time.monotonic() - seen if at else 0.0  # at its first beat, a rank has not read the time yet
             if age > SILENT_S:
                 found.append(f"rank {rank} has not reported for {age:.0f} s (last in {where}, phase {name})")
             elif (name, step) != here:

@@ -89,7 +89,8 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
 
 def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
-    now = module.time.time()
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)  # clocks may differ and jump
+    now = module.time.monotonic()
     store.set("beat/1", json.dumps(["data", 12, 33.0, now]))
     store.set("beat/2", json.dumps(["step", 11, 1.0, now - 1000]))
     store.set("beat/3", json.dumps(["backward", 12, 30.0, now]))
@@ -101,3 +102,27 @@ def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "rank 1 is in step 12, phase data, for 33 s" in caplog.text
     assert "rank 2 has not reported for 100" in caplog.text and "last in step 11, phase step" in caplog.text
     assert "rank 3" not in caplog.text, "it is where rank 0 is"
+
+
+def test_beats_need_no_common_clock(monkeypatch: Any) -> None:
+    """Rank 1's clocks are others; it reports rank 0's time, and rank 0 is silent once that stands still."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
+    first, other = (object.__new__(module._Beats) for _ in range(2))
+    for beats, rank in ((first, 0), (other, 1)):
+        beats._ranks, beats._time_of_0, beats._heard = Ranks(rank, rank, 2), 0.0, 0.0
+        beats._now = lambda: ("step", 4, 0.0)
+    now = 1_000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    first._ask_time(store)
+    now = 7.0  # of the other node
+    other._ask_time(store)
+    store.set("beat/0", json.dumps(["data", 4, 0.0, first._time_of_0]))
+    store.set("beat/1", json.dumps(["data", 4, 0.0, other._time_of_0]))
+    assert other._read(store) == ["rank 0 is in step 4, phase data, for 0 s"]
+    now = 27.0
+    other._ask_time(store)
+    assert other._read(store) == ["rank 0 has not reported for 20 s (last in step 4, phase data)"]
+    now = 1_003.0
+    assert first._read(store) == ["rank 1 is in step 4, phase data, for 3 s"]
+    now = 1_020.0
+    assert first._read(store) == ["rank 1 has not reported for 20 s (last in step 4, phase data)"]
