@@ -292,17 +292,18 @@ class RunDir:
             path.parent.mkdir(exist_ok=True)
             replace_file(path, json.dumps({"step": step, "loss": [float(f"{loss:.7g}") for loss in losses]}))
 
-    def wandb_id(self, saved: str | None = None) -> str:
+    def wandb_id(self, saved: str | None = None, origin: str | None = None) -> str:
         """Return the W&B id of this run, chosen once, so that a start that died before its first checkpoint keeps it. A
         copy of a run that still exists gets a new one.
 
         Args:
             saved: the id in the checkpoint, for a run directory without one.
+            origin: the run directory in the checkpoint, for one that has never been started.
         """
         path = self.path / "wandb_id"
         known = (read_text(path).strip() if path.exists() else "") or saved
         starts = read_json(self.path / "code.json").get("starts") or [{}]
-        home = starts[-1].get("run_dir")
+        home = starts[-1].get("run_dir") or (origin and str(Path(origin).resolve()))
         if known and home and Path(home) != self.path.resolve():
             try:
                 is_copy = (Path(home) / "wandb_id").read_text().strip() == known

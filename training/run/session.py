@@ -105,7 +105,8 @@ class Session:
         downloads.close()
 
         watchdog.phase("tracking")
-        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id")), ranks)
+        origin = meta.get("config", {}).get("run", {}).get("dir")
+        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id"), origin), ranks)
         together(self._record_start, ranks)
         self.report = self._open_report()
         self.profile = Profile(config.train.profile, self.run, ranks)

@@ -159,6 +159,9 @@ def test_a_copied_run_gets_a_wandb_run_of_its_own_and_a_moved_one_keeps_it(
     fresh = run_at(tmp_path / "d")
     fresh.create()
     assert fresh.wandb_id(saved=name) == name, "a run directory that is lost, with its checkpoints elsewhere"
+    part = run_at(tmp_path / "e")
+    part.create()
+    assert part.wandb_id(saved=name, origin=str(tmp_path / "d")) != name, "only the checkpoints were copied"
 
 
 def test_changes_since_the_last_start(tmp_path: Path) -> None:
