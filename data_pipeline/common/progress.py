@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sized
 from typing import Any
 
+from data_pipeline.common.terminal import can_overwrite
+
 LOG_INTERVAL_S = 15.0
 
 
@@ -26,6 +28,6 @@ def progress(items: Iterable[Any] | None = None, **settings: Any) -> Any:
 
     total = settings.get("total", len(items) if isinstance(items, Sized) else None)
     settings["disable"] = settings.get("disable", False) or total == 0
-    if sys.stderr.isatty():
+    if can_overwrite(sys.stderr):
         return tqdm(items, mininterval=0.5, **settings)
     return tqdm(items, mininterval=LOG_INTERVAL_S, file=_Lines(), **settings)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -24,6 +25,12 @@ class VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format the record, with control characters escaped."""
         return visible(super().format(record))
+
+
+def can_overwrite(out: TextIO) -> bool:
+    """Return whether `out` is a terminal in which a line can be written over; those of some editors (TERM=dumb) show
+    the codes instead."""
+    return out.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def width() -> int:

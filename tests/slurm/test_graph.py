@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_data_that_is_there_is_not_prepared(here: Path) -> None:
     assert settings["train-demo_sr"].stage.model.overrides == {"patch": 2}
     assert settings["evaluate"].stage.model.overrides == {}, "it draws with what the bundle holds"
     assert not [name for name in settings if name.startswith("watch")]
+
+
+def test_the_launch_of_the_readme_passes_every_check(here: Path) -> None:
+    lines = Path(__file__).parents[2].joinpath("README.md").read_text().splitlines()
+    (command,) = [shlex.split(line) for line in lines if line.strip().startswith("cascade launch ")]
+    words = [
+        {"data.shards=...": "data.shards=mine/*.tar", "text.path=...": "text.path=t5"}.get(w, w) for w in command[2:]
+    ]
+    answer = launch(*(word for word in words if word != "verb=all"), own=["verb=all", "dry_run=true"])
+    assert len(answer["jobs"]) == 10, "index, embed, three trainings that are watched, bundle, evaluation"
 
 
 def test_students_follow_their_teachers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

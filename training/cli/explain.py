@@ -6,6 +6,7 @@ Both raise the same few exception classes for many different mistakes, so only t
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 import typing
@@ -294,6 +295,10 @@ def flag(words: Sequence[str], verb: str) -> str:
         words: the first unknown option, and what was typed after it.
     """
     first = words[0]
+    if "=" in first and "WANDB_SWEEP_ID" in os.environ:
+        return (
+            f"{first}: settings have no dashes; in the command of the sweep, write ${{args_no_hyphens}} for ${{args}}"
+        )
     name, equals, value = first.lstrip("-").partition("=")
     if not equals and words[1:] and "=" not in words[1] and not words[1].startswith("-"):
         value = words[1]

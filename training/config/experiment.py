@@ -33,9 +33,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir: it is empty; name a directory")
+        inside = not self.name.startswith(("/", "~")) and ".." not in self.name.split("/")
         require(
-            bool(self.name.strip()) and ".." not in self.name.split("/") and self.name.isprintable(),
-            f"run.name={self.name!r}: it is part of paths; give a name without line breaks and without ..",
+            bool(self.name.strip()) and inside and self.name.isprintable(),
+            f"run.name={self.name!r}: it is part of paths; give a name without line breaks, .. and a leading / or ~ "
+            "(the directory of a run is run.dir)",
         )
 
 

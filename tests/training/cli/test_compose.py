@@ -261,6 +261,7 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("run.name=[a]", "run.name=[a]: it must be text"),
         ("run.name=", "run.name='': it is part of paths"),
         ("run.name=a/../b", "run.name='a/../b': it is part of paths"),
+        ("run.name=/scratch/a", "run.name='/scratch/a': it is part of paths"),
         ("run.name=${seed", "run.name: '${seed' is an incomplete reference"),
         ("run.name=${run.name}", "run.name: it refers to itself"),
         ("run.name=${oc.env:NOT_SET_HERE}", "run.name: the environment variable NOT_SET_HERE is not set"),

@@ -204,6 +204,15 @@ def test_a_mistake_is_one_sentence(words: list[str], expected: list[str], tmp_pa
         assert part in sentence
 
 
+def test_an_agent_of_a_wandb_sweep_is_told_how_to_pass_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--optimizer.lr=1e-3"])
+    assert "write ${args_no_hyphens} for ${args}" in capsys.readouterr().err
+
+
 def test_a_working_directory_that_was_deleted_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import data_pipeline
 import training
 from data_pipeline.common.errors import PASSING
-from data_pipeline.common.terminal import VisibleFormatter
+from data_pipeline.common.terminal import VisibleFormatter, can_overwrite
 from training.cli.overrides import ENVIRONMENT
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
@@ -86,7 +86,7 @@ class _Terminal(logging.Handler):
     """Prints messages without prefixes, after clearing the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        clear = "\r\033[K" if can_overwrite(sys.stdout) else ""
         with suppress(OSError):  # output redirected to a file on a full disk
             print(f"{clear}{self.format(record)}", flush=True)
 
@@ -208,7 +208,7 @@ class Tracker:
     @property
     def on_screen(self) -> bool:
         """Whether the progress line is shown on a terminal, which can replace it."""
-        return self.active and self._out.isatty()
+        return self.active and can_overwrite(self._out)
 
     def show(self, step: int, record: Mapping[str, Any], seconds_left: float) -> None:
         """Show the progress line; on a terminal, it replaces the one before."""

@@ -58,6 +58,7 @@ def test_between_records_a_terminal_shows_the_step_once_per_second(report: Repor
         def isatty(self) -> bool:
             return self.terminal
 
+    monkeypatch.setenv("TERM", "xterm")
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     out = report.tracker._out = Screen()

@@ -69,12 +69,16 @@ def test_lines_for_programs_and_people(config: Experiment) -> None:
     assert out.getvalue() == text
 
 
-def test_on_a_screen_one_line_is_written_over(config: Experiment) -> None:
+@pytest.mark.parametrize(("term", "codes", "lines"), [("xterm", 2, 1), ("dumb", 0, 2)])
+def test_on_a_screen_one_line_is_written_over(
+    config: Experiment, monkeypatch: pytest.MonkeyPatch, term: str, codes: int, lines: int
+) -> None:
+    monkeypatch.setenv("TERM", term)
     out = Screen()
     mine = tracker(config, out=out)
     mine.log(10, RECORD, 1)
     mine.log(20, RECORD, 0)
-    assert out.getvalue().count("\r\033[K") == 2 and out.getvalue().count("\n") == 1
+    assert out.getvalue().count("\r\033[K") == codes and out.getvalue().count("\n") == lines
 
 
 def test_only_rank_0_writes(config: Experiment) -> None:
