@@ -49,6 +49,9 @@ SESSION_S = 60.0
 may come over the network."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
+_METADATA_ATTEMPTS = "3"
+"""How often to ask a machine's metadata service for credentials, a second each: asked by many processes at once, it
+refuses some, which then would have no credentials."""
 
 _lock = ForkLock()
 _filesystems: dict[int, Any] = {}
@@ -84,6 +87,7 @@ def filesystem() -> Any:
             import s3fs
 
             s3_errors.check_settings()
+            os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", _METADATA_ATTEMPTS)
             fs = s3fs.S3FileSystem(
                 skip_instance_cache=True,
                 use_listings_cache=False,

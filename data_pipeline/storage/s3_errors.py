@@ -439,10 +439,11 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
         )
     if code in DENIED or status in (401, 403):
         asked = getattr(client_error(error), "operation_name", "")
+        unlisted = asked.startswith("ListObjects") and code in ("AccessDenied", "403", "Forbidden")
         return Denied(
             f"{url}: {endpoint()} denies access to bucket {bucket!r} ({asked}: HTTP {status}, {said}); check "
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and their permissions"
-            f"{_UNLISTED if asked.startswith('ListObjects') else ''}{overlooked()}"
+            f"{_UNLISTED if unlisted else ''}{overlooked()}"
         )
     if code == "NoSuchBucket":
         return DataError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -126,6 +130,42 @@ def test_credentials_that_a_profile_cannot_get_are_told_at_once(
     for ask in (store.read_bytes, store.size):
         with pytest.raises(DataError, match=words):
             ask(f"s3://{bucket}/x")
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What a machine of Amazon's answers about itself, but not at once."""
+
+    busy = 2
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        Metadata.busy -= 1
+        names = {"AccessKeyId": "a", "SecretAccessKey": "b", "Token": "t"}
+        credentials = {**names, "Expiration": "2099-01-01T00:00:00Z", "Code": "Success"}
+        answer = json.dumps(credentials) if self.path.endswith("/a-role") else "a-role"
+        self.send_response(503 if Metadata.busy >= 0 else 200)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+
+def test_credentials_of_a_machine_whose_metadata_service_is_busy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setattr(Metadata, "busy", 2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        s3.forget()
+        with pytest.raises(DataError, match="InvalidAccessKeyId"):  # that it was asked with these credentials is the point
+            store.list_dir(f"s3://{bucket}")
+        server.shutdown()
 
 
 def test_an_address_in_a_profile_is_named(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
