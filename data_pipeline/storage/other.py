@@ -54,13 +54,14 @@ _CREDENTIALS = {
     "gcsfs": "GOOGLE_APPLICATION_CREDENTIALS",
     "adlfs": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "huggingface_hub": "HF_TOKEN",
+    "aiohttp": "the address, NETRC (~/.netrc) and FSSPEC_HTTPS",
 }
-"""Package -> the environment variables with its credentials."""
+"""Package -> where its credentials come from."""
 _NO_BUCKET = re.compile("ContainerNotFound|specified (bucket|container) does not exist")
 """What stores call a missing bucket."""
 _NO_PLACE = ("RepositoryNotFoundError", "RevisionNotFoundError")
 """The Hub's errors about more than one file."""
-_READ_ONLY = ("http", "https")
+_READ_ONLY, _GOOGLE = ("http", "https"), ("gs", "gcs")
 WORDS = 500
 """Most bytes of a web server's explanation to read."""
 PIECE = 8 << 20
@@ -114,12 +115,19 @@ def filesystem(url: str) -> Any:
 def _session_options(scheme: str) -> dict[str, Any]:
     """Return the options of a file system for aiohttp, which ignores HTTPS_PROXY and NO_PROXY unless told otherwise.
 
-    A web server must send bytes as they are stored: ranges of compressed ones are not those of the file.
+    A web server must send bytes as they are stored: ranges of compressed ones are not those of the file. The user's own
+    options, from fsspec's settings, are kept.
     """
+    from fsspec.config import conf
+
+    name = "client_kwargs" if scheme in _READ_ONLY else "session_kwargs"
+    same = next((group for group in (_READ_ONLY, _GOOGLE) if scheme in group), ())
+    own = {key: value for one in same for key, value in conf.get(one, {}).get(name, {}).items()}
     if scheme in _READ_ONLY:
-        plain = {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False}
-        return {"client_kwargs": {"trust_env": True, "raise_for_status": _refuse, **plain}}
-    return {"session_kwargs": {"trust_env": True}} if scheme in ("gs", "gcs") else {}
+        headers = {"Accept-Encoding": "identity", **own.pop("headers", {})}
+        plain = {"headers": headers, "auto_decompress": False, "raise_for_status": _refuse}
+        return {name: {"trust_env": True, **plain, **own}}
+    return {name: {"trust_env": True, **own}} if scheme in _GOOGLE else {}
 
 
 async def _refuse(answer: Any) -> None:

@@ -17,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec.config
 import pytest
 from botocore.exceptions import ClientError
 
@@ -40,6 +41,8 @@ class Web(SimpleHTTPRequestHandler):
     """A server of files that answers ranges, as object stores do, unless told otherwise."""
 
     ranges = lists = True
+    token = ""
+    """What the header Authorization must say."""
     shifted = 0
     """How many bytes too late its ranges begin."""
     packs = False
@@ -61,6 +64,9 @@ class Web(SimpleHTTPRequestHandler):
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
+            return
+        if Web.token and self.headers.get("Authorization") != Web.token:
+            self.send_error(401)
             return
         path = Path(self.translate_path(self.path))
         if path.is_dir() and not Web.lists:
@@ -95,7 +101,7 @@ class Web(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "web").mkdir()
-    Web.shifted = 0
+    Web.shifted, Web.token = 0, ""
     Web.ranges, Web.lists, Web.packs, Web.failing, Web.said = True, True, False, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -183,6 +189,21 @@ def test_a_web_server_that_compresses_sends_the_file_itself(web: str, tmp_path: 
     (tmp_path / "web" / "x").write_bytes(DATA)
     Web.packs = True
     assert store.read_range(f"{web}/x", 100, 200) == DATA[100:200] and store.read_bytes(f"{web}/x") == DATA
+
+
+def test_a_header_in_fsspecs_settings_reaches_a_web_server(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "web" / "x").write_bytes(DATA)
+    Web.token = "Bearer T"
+    with pytest.raises(DataError, match=r"access is denied .*401.*check .*FSSPEC_HTTPS"):
+        store.read_range(f"{web}/x", 100, 200)
+    headers = {"headers": {"Authorization": "Bearer T"}}
+    for settings in (headers, {"client_kwargs": headers}):
+        monkeypatch.setitem(fsspec.config.conf, "https", settings)
+        other._filesystems.clear()
+        assert store.read_range(f"{web}/x", 100, 200) == DATA[100:200]
+    other._filesystems.clear()
 
 
 def test_a_server_that_says_when_to_come_back_is_waited_for(

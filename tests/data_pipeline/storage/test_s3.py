@@ -163,7 +163,9 @@ def test_credentials_of_a_machine_whose_metadata_service_is_busy(bucket: str, mo
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         s3.forget()
-        with pytest.raises(DataError, match="InvalidAccessKeyId"):  # that it was asked with these credentials is the point
+        with pytest.raises(
+            DataError, match="InvalidAccessKeyId"
+        ):  # that it was asked with these credentials is the point
             store.list_dir(f"s3://{bucket}")
         server.shutdown()
 
