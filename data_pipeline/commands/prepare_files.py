@@ -26,6 +26,8 @@ class NamedFiles:
         """File found by name -> how many parts of the best path agree with its own, and that path; empty if two do."""
         self._taken: set[Path] = set()
         """Of these files, those that another row names by its path."""
+        self._folders_tell = False
+        """Whether a folder in any path agrees with that of its file, so that the others' must as well."""
 
     def survey(self, given: Callable[[], Iterable[str]]) -> Iterator[Path]:
         """Yield the place of each path in the table, which may not exist, and learn which rows name which files.
@@ -42,6 +44,7 @@ class NamedFiles:
                     place = self._by_name(path)
                 if place is not None:
                     self._claim(path, place)
+            self._folders_tell |= place is not None and place.parent != self.root and _agree(path, place) > 0
             yield place or self.root / path
         if exact and self._claims:
             self._taken = {place for path in given() if (place := self._exact(path)) in self._claims}
@@ -61,11 +64,13 @@ class NamedFiles:
             return self.root / given, False
         claim = _agree(given, place), _one(given)
         certain = 0 < len(place.parts) - len(self.root.parts) - 1 <= claim[0]
-        if (place in self._taken and not certain) or (
-            place not in self._taken and self._claims.get(place, claim) != claim
-        ):
+        others = place in self._taken or self._claims.get(place, claim) != claim
+        if others and not (certain and place in self._taken):
             words = f"{given}: there is no such file; {place} has this name, but other rows name it, too"
             raise BadSample("missing_image", f"{words}; set prepare.images to the folder that the paths begin in")
+        folder = claim[1].rpartition("/")[0].rpartition("/")[2]
+        if folder and not claim[0] and (self._folders_tell or folder in self._folders):
+            raise BadSample("missing_image", f"{given}: there is no such file; {place}, of the same name, is another")
         return place, certain
 
     def _claim(self, given: str, place: Path) -> None:
@@ -100,6 +105,11 @@ class NamedFiles:
                 some = ", ".join(map(str, places[:3]))
                 raise BadSample("missing_image", f"{given}: several files have this name ({some}); set prepare.images")
         return None
+
+    @cached_property
+    def _folders(self) -> set[str]:
+        """Names of the folders of pictures below, in lower case."""
+        return {nfc(place.parent.name).lower() for places in self._below.values() for place in places}
 
     @cached_property
     def _below(self) -> dict[str, list[Path]]:

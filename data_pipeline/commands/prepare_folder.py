@@ -229,20 +229,22 @@ class FolderSource:
         return _Entry(picture, tuple(files[name] for name in used.captions), facts)
 
     def _join_alone(self, entries: list[_Entry]) -> None:
-        """Find captions for pictures without one: of the same name in a sibling folder that has no pictures
-        (images/1.jpg, captions/1.txt), `1_caption.txt`, or `caption.txt` in a folder with no other picture."""
+        """Find captions for pictures without one: of the same name in a sibling folder, if that has no pictures and
+        their own no captions (images/1.jpg, captions/1.txt), `1_caption.txt`, or `caption.txt` in a folder with no
+        other picture."""
         if not self._alone:
             return
         bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
         pictures = Counter(entry.path.parent for entry in entries)
+        described = {entry.path.parent for entry in entries if entry.captions or entry.facts}
+        above = {folder for below in pictures for folder in (below, *below.parents)}
         by_name: dict[str, list[tuple[Path, str]]] = {}
         for folder, stem in self._alone:
             by_name.setdefault(stem, []).append((folder, stem))
         for entry in bare:
             folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
-            near = [
-                place for place in by_name.get(stem, []) if not pictures[place[0]] and _apart(place[0], folder) == 1
-            ]
+            beside = by_name.get(stem, []) if folder not in described else []
+            near = [place for place in beside if place[0] not in above and _apart(place[0], folder) == 1]
             near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]

@@ -83,6 +83,7 @@ _SIGNATURES = (
     (b"\0\0\0\x0cJXL ", "jxl"),
     (b"8BPS", "psd"),
 )
+_NUMBER = re.compile("[0-9]+")
 _NETPBM = re.compile(rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d+\s+\d+")
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -268,7 +269,11 @@ def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConf
             own[stem] = part
     pictures = sum(kind == "image" for kind in kinds.values())
     described = any(kind in ("text", "json") for kind in kinds.values())
-    if not own and ("" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES)):
+    if (
+        not own
+        and not _numbered(by_stem, kinds)
+        and ("" in by_stem or (described and 1 <= pictures <= _MOST_NAMED_IMAGES))
+    ):
         return [(key, whole)]
     # The names contain dots, so what is left of them must not be joined: a picture and a caption of two others.
     plain = by_stem.pop("", {})
@@ -277,6 +282,13 @@ def split_samples(key: str, kinds: Mapping[str, str | None], config: MembersConf
         plain.update({name: name for name in by_stem.pop(stem).values()})
     apart = [(f"{key}.{stem}", part) for stem, part in by_stem.items()]
     return [(key, plain), *apart] if plain else apart
+
+
+def _numbered(by_stem: Mapping[str, Mapping[str, str]], kinds: Mapping[str, str | None]) -> bool:
+    """Return whether the names of a picture and of a caption differ by a number, as those of two samples do."""
+    numbered = {stem: _NUMBER.sub("0", stem) for stem in by_stem if _NUMBER.search(stem)}
+    pictures = {form for stem, form in numbered.items() if _has(kinds, by_stem[stem], "image")}
+    return any(form in pictures and _has(kinds, by_stem[stem], "text", "json") for stem, form in numbered.items())
 
 
 def _has(kinds: Mapping[str, str | None], part: Mapping[str, str], *wanted: str) -> bool:

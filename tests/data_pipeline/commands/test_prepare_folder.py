@@ -166,6 +166,7 @@ def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path
         {"a_in_1__jpg": ONE, "a_in_2__jpg": TWO, "a_in_caption__txt": "one"},
         {"a_in_1__jpg": ONE, "a_in_readme__txt": "one"},
         {"cats_in_1__jpg": ONE, "dogs_in_1__txt": "one", "dogs_in_2__jpg": TWO},
+        {"cats_in_1__jpg": ONE, "dogs_in_1__txt": "one", "cats_in_2__jpg": TWO, "cats_in_2__txt": ""},
     ],
 )
 def test_captions_are_not_guessed(tmp_path: Path, files: dict[str, Any]) -> None:

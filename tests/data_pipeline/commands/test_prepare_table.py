@@ -309,6 +309,7 @@ def test_a_folder_of_pictures_can_be_named_and_equal_names_are_not_guessed(place
         ({"/home/me/cats/x.jpg": "no", "/home/me/dogs/x.jpg": "one"}, ["one"]),
         ({"C:\\a\\x.jpg": "no", "C:\\b\\x.jpg": "no"}, []),
         ({"x.jpg#0": "one", "x.jpg#1": "two"}, ["one", "two"]),
+        ({"/home/me/downloads/x.jpg": "one"}, ["one"]),
         ({"dogs/x.jpg": "one", "/home/me/dogs/x.jpg": "two", "/home/me/cats/x.jpg": "no"}, ["one", "two"]),
         ({"/home/me/pets/dogs/x.jpg": "one"}, ["one"]),
     ],
@@ -334,6 +335,19 @@ def test_a_picture_that_is_missing_is_not_replaced_by_one_of_its_name(
         assert item.meta.get("captions", expected[:1]) == expected
         lost = len(rows) - len(expected)
         assert (f"{lost} of {len(rows)} rows describe no picture of this folder" in caplog.text) == (lost > 0)
+
+
+@pytest.mark.parametrize(("folders", "other"), [("dogs", "/me/dogs/z.jpg"), ("dogs cats", "/me/birds/none.jpg")])
+def test_folders_that_agree_elsewhere_or_exist_tell_pictures_apart(tmp_path: Path, folders: str, other: str) -> None:
+    for folder in folders.split():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "z.jpg").write_bytes(TWO)
+    (tmp_path / "dogs" / "x.jpg").write_bytes(ONE)
+    (tmp_path / "a.csv").write_text(f"image,caption\n/me/cats/x.jpg,no\n{other},two\n")
+    with pytest.raises(
+        BadSample, match=r"cats/x\.jpg: there is no such file; .*dogs/x\.jpg, of the same name, is another"
+    ):
+        TableSource(str(tmp_path / "a.csv")).read(0)
 
 
 def test_what_a_table_has_more_of_is_said(place: Path, caplog: Any) -> None:

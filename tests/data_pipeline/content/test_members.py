@@ -60,6 +60,8 @@ def rows(*names: str, **settings: list[str]) -> tuple[dict[str, str], dict[str, 
         (["k.img", "README", "k.txt"], {"k": "img/txt"}),
         # a picture without its caption and a caption without its picture, beside a whole sample
         (["v.1_a.jpg", "v.1_a.txt", "v.1_b.jpg", "v.1_c.txt"], {"v.1_a": "jpg/txt", "v.1_b": "jpg", "v.1_c": "txt"}),
+        (["v.1.jpg", "v.2.txt"], {"v.1": "jpg", "v.2": "txt"}),
+        (["v.1.jpg", "v.2.json", "v.c.txt"], {"v.1": "jpg", "v.2": "json", "v.c": "txt"}),
         (["v.jpg", "v.2.jpg", "v.2.json", "v.3.json"], {"v": "jpg", "v.2": "jpg/json", "v.3": "json"}),
         (["v.jpg", "v.m.json", "v.2.jpg", "v.2.txt", "v.3.txt"], {"v": "jpg/json", "v.2": "jpg/txt", "v.3": "txt"}),
     ],
