@@ -140,7 +140,7 @@ def explain(error: BaseException, verb: str) -> str:
     text = "\n".join(_messages(error))
     for rule in (
         _primary,
-        _sweep,
+        _usage,
         _ambiguous,
         _unknown_option,
         _unknown_key,
@@ -177,7 +177,9 @@ def _primary(text: str, verb: str) -> str:
     return f"--config-name={name}: there is no {name}.yaml; name the directory that contains it with --config-dir DIR"
 
 
-def _sweep(text: str, verb: str) -> str:
+def _usage(text: str, verb: str) -> str:
+    if place := _search(r"provider=hydra.searchpath in .*, path=(.*) is not available", text):
+        return f"hydra.searchpath: there is no directory {place}; write file://DIR, or use --config-dir DIR"
     if words := _search(r"Sweep parameters '(.*?)' requires? --multirun", text):
         return f"{words}: several values; add --multirun for one run per value"
     if "does not support sweep type : INTERVAL_SWEEP" in text:

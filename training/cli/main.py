@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -178,7 +179,8 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
                 raise ConfigError(f"{alone[0]}: only a sweep uses it; add --multirun")
     fixed = _fixed_keys(arguments.overrides) if arguments.multirun else None
     try:
-        with _environment(**variables):
+        with _environment(**variables), warnings.catch_warnings():
+            warnings.filterwarnings("error", "provider=hydra.searchpath .* is not available")
             _run_hydra(arguments, parser, _task(verb, fixed), config_path=str(CONF_DIR), config_name=verb)
         if arguments.multirun:
             _after_sweep(verb)

@@ -184,6 +184,8 @@ def _normalise_one(verb: str, word: str) -> str:
 
 UNUSED_BY_HYDRA = {
     "hydra.run.dir": "nothing would be written there; a run's directory is run.dir=...",
+    "hydra.output_subdir": "nothing would be written there; a run's directory is run.dir=...",
+    "hydra.sweep.subdir": "nothing would be written there; each job of a sweep has its own run.dir or output",
     "hydra.job.chdir": "cascade stays in the current directory; a run's directory is run.dir=...",
     "hydra.job.name": "nothing would be named so; the name of a run is run.name=...",
     "hydra.verbose": "nothing more would be shown; debug=true shows tracebacks",

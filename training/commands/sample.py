@@ -120,7 +120,7 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
         print(f"{len(share) - len(missing)} of {len(share)} pictures are already in {output} and are kept")
     changed = [keys for job in missing if (keys := changed_settings(output / f"{job.name}.png", request.metadata(job)))]
     if changed:
-        print(f"{len(changed)} pictures in {output} have other settings ({', '.join(changed[0])}) and are drawn again")
+        print(f"pictures in {output} with other settings ({', '.join(changed[0])}), drawn again: {len(changed)}")
     _draw(request, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),

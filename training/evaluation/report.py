@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.content.synthetic import ShapeSpec
+from training.evaluation.measure import LOWER_IS_BETTER
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.oracle import Reading
 from training.pictures.sheets import Cell, sheet
@@ -143,6 +144,11 @@ def summary(result: dict[str, Any]) -> str:
             floor = entry.get("floor")
             more = "" if floor is None else f" (real drawings of the same captions: {floor:.4g})"
             lines.append(f"{title} on {name}: {with_interval(entry)}{more}")
+    shown = [metric for metric in METRICS if result.get(metric)]
+    if lower := [METRICS[metric] for metric in shown if metric in LOWER_IS_BETTER]:
+        lines.append(
+            f"lower is better: {', '.join(lower)}{'; of the others, higher' if len(lower) < len(shown) else ''}"
+        )
     lines += [f"note: {remark}" for remark in result["remarks"]]
     return "\n".join(lines)
 

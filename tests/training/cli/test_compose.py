@@ -253,6 +253,7 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("deepspeed=ds.json", "deepspeed: no such key; did you mean zero (zero=zero2;"),
         ("hydra.run.dir=out", "hydra.run.dir=out: nothing would be written there; a run's directory is run.dir"),
         ("hydra.job.chdir=true", "hydra.job.chdir=true: cascade stays in the current directory"),
+        ("hydra.output_subdir=x", "hydra.output_subdir=x: nothing would be written there"),
         ("hydra.verbose=true", "hydra.verbose=true: nothing more would be shown; debug=true shows tracebacks"),
         ("hydra.launcher=joblib", "hydra.launcher=joblib: a launcher is chosen with hydra/launcher=NAME"),
         ("hydra.nothing=1", "hydra.nothing: Hydra has no such setting"),

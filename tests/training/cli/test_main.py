@@ -194,6 +194,10 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "-m", "optimizer.lr=interval(1e-4,1e-3)"], ["only a sweeper that searches uses it; add hydra/swee"]),
         (["train", "seed=range(1,3)"], ["seed=range(1,3): several values; add --multirun for one run per value"]),
         (["train", "-m", "seed=1,2", "--cfg", "job"], ["--multirun, --cfg and --info exclude each other"]),
+        (
+            ["train", "hydra.searchpath=[nowhere]"],
+            ["hydra.searchpath: there is no directory nowhere; write file://DIR"],
+        ),
         (["train", "--config-name=mine"], ["there is no mine.yaml", "--config-dir"]),
     ],
 )

@@ -95,7 +95,7 @@ def test_other_settings_are_drawn_again(bundle: str, tmp_path: Path, change: dic
     assert "other settings" not in capsys.readouterr().out
     assert sample.main(command(bundle, tmp_path, prompts="a red circle", **change))["drawn"] == 1
     name = {"seed": "seed", "negative_prompts": "negative_prompt"}.get(next(iter(change)), "stages")
-    assert f"1 pictures in {tmp_path} have other settings ({name}) and are drawn again" in capsys.readouterr().out
+    assert f"pictures in {tmp_path} with other settings ({name}), drawn again: 1" in capsys.readouterr().out
 
 
 def test_other_weights_are_drawn_again(bundle: str, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ def to_images_of(picture: np.ndarray):
     return to_images(torch.from_numpy(picture).permute(2, 0, 1)[None])
 
 
+def test_the_summary_says_which_way_is_better() -> None:
+    assert "\nlower is better: " in summary(RESULT)
+
+
 def test_markdown_and_summary_state_every_figure() -> None:
     for text in (markdown(RESULT), summary(RESULT)):
         for figure in (
