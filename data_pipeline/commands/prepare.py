@@ -406,7 +406,9 @@ class _Guarded:
 
 
 def _record(output: str, name: str) -> str:
-    return store.join(store.join(output, ".prepare"), name)
+    from data_pipeline.commands.prepare_item import RECORDS
+
+    return store.join(store.join(output, RECORDS), name)
 
 
 def _ranges(count: int, step: int) -> list[range]:

@@ -17,6 +17,8 @@ from data_pipeline.common.errors import BadSample, DataError, system_words
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
 
 _PIECE = 1 << 20
+RECORDS = ".prepare"
+"""Folder in an output with the settings that it was made with."""
 _OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 """Folders in which systems keep copies, thumbnails or deleted files, beside hidden ones (`.ipynb_checkpoints`)."""
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?:ing)?(?=$|[-_.\d])", re.IGNORECASE)
@@ -133,7 +135,7 @@ def files_below(root: Path, strict: bool = False) -> tuple[list[Path], list[Path
             path = os.path.join(folder, name)
             place = os.path.realpath(path)
             if name.startswith(".") or name in _OF_SYSTEMS:
-                passed_over.append(Path(path))
+                passed_over += [Path(path)] * (name != RECORDS)
             elif place not in seen and not (os.path.islink(path) and place.startswith(os.path.join(top, ""))):
                 seen.add(place)
                 kept.append(name)

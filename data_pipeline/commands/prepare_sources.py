@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -32,11 +34,14 @@ _BLOCK, _COMPRESSED_BLOCK, _BLOCKS_KEPT = 8 << 20, 128 << 20, 4
 class ShardSource:
     """The samples of existing shards that pass `data.filter`, in order.
 
+    Args:
+        output: where they are written to.
+
     Raises:
-        DataError: the shards are missing or not tar archives, or no sample is left.
+        DataError: the shards are missing or not tar archives, some are in the output, or no sample is left.
     """
 
-    def __init__(self, shards: str, config: DataConfig) -> None:
+    def __init__(self, shards: str, config: DataConfig, output: str) -> None:
         import numpy as np
 
         from data_pipeline.reading.rows import RowReader
@@ -44,7 +49,14 @@ class ShardSource:
         from data_pipeline.storage import store
 
         with about("prepare.source"):
-            self.dataset = load_or_build(store.expand(shards, patience_of(config)), config, every_caption=True)
+            urls = store.expand(shards, patience_of(config))
+            if own := _inside(urls, output):
+                some = f"{len(own)} shard{'s' * (len(own) > 1)}"
+                raise DataError(
+                    f"{shards} also matches {some} in prepare.output={output}, such as {own[0]}; name only those to "
+                    f"read, or choose another prepare.output"
+                )
+            self.dataset = load_or_build(urls, config, every_caption=True)
         self.reader = RowReader(self.dataset, config)
         self._blocks = _Blocks(self.dataset, self.reader)
         self.identity = self.dataset.fingerprint
@@ -139,6 +151,17 @@ class _Blocks:
         return future.result()
 
 
+def _inside(urls: Sequence[str], folder: str) -> list[str]:
+    """Return the URLs or paths that lie in a folder or prefix."""
+    from data_pipeline.storage import store
+
+    def plain(place: str) -> str:
+        return place if store.is_remote(place) else os.path.realpath(store.local_path(place))
+
+    top = plain(folder).rstrip("/") + "/"
+    return [url for url in urls if plain(url).startswith(top)]
+
+
 def open_source(settings: PrepareConfig, config: DataConfig) -> Source:
     """Open the source given by prepare.kind and prepare.source. Raises `DataError` if it cannot be read."""
     source = str(settings.source)
@@ -148,4 +171,4 @@ def open_source(settings: PrepareConfig, config: DataConfig) -> Source:
         return TableSource(source, config.members, settings.images, config.captions.encoding)
     if source.lower().endswith((".zip", ".rar", ".7z")):
         raise DataError(f"prepare.source={source}: it is not a tar archive: unpack it and use prepare.kind=folder")
-    return ShardSource(source, config)
+    return ShardSource(source, config, str(settings.output))

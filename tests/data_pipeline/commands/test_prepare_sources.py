@@ -86,3 +86,16 @@ def test_damaged_pictures_are_dropped_and_reported(folder: Path, tmp_path: Path)
         (folder / f"{name}.txt").write_text("x")
     result = imported(tmp_path / "out", "folder", folder, max_side=50)
     assert result["dropped"] == {"decode_error": 1, "empty_image": 1, "missing_caption": 1, "too_small": 1}
+
+
+def test_what_was_written_is_no_source(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern that also matches the output, and an output inside the folder that is read."""
+    imported(tmp_path / "in", "folder", folder)
+    imported(tmp_path / "in/out", "shards", f"{tmp_path}/in/*.tar")
+    with pytest.raises(
+        DataError, match=r"prepare.source: .*/\*\*/\*.tar also matches 1 shard in prepare.output=.*in/out"
+    ):
+        imported(tmp_path / "in/out", "shards", f"{tmp_path}/in/**/*.tar")
+    imported(folder / "out", "folder", folder)
+    imported(folder / "out", "folder", folder)
+    assert ".prepare" not in caplog.text
