@@ -153,9 +153,20 @@ def of_machine(error: BaseException) -> CascadeError | None:
             return Exhausted(f"{said.partition('. GPU')[0]}; lower data.micro_batch or batch (see cascade plan)")
     if isinstance(error, RuntimeError) and "can't start new thread" in said:
         return Exhausted(NO_FILE[errno.EAGAIN])
-    if isinstance(error, ValueError) and _raised_in(error, "torch/_logging/"):
-        return ConfigError(f"TORCH_LOGS={os.environ.get('TORCH_LOGS')}: torch does not accept it; unset or correct it")
+    if isinstance(error, ValueError) and (name := _refused_variable(error)):
+        library = "DeepSpeed" if name.startswith("DS_") else "torch"
+        return ConfigError(f"{name}={os.environ.get(name)}: {library} does not accept it; unset or correct it")
     return None
+
+
+def _refused_variable(error: ValueError) -> str:
+    """Return the environment variable whose value a library refuses; empty if the error is another."""
+    if _raised_in(error, "torch/_logging/"):
+        return "TORCH_LOGS"
+    if not any(_raised_in(error, f"/{library}/") for library in ("torch", "deepspeed")):
+        return ""
+    names = re.findall(r"\b(?:TORCH|DS)_[A-Z_]+", str(error))
+    return next((name for name in names if name in os.environ), "")
 
 
 def _without_programs(said: str) -> str:

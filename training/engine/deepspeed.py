@@ -59,8 +59,8 @@ def join_groups() -> None:
 def import_deepspeed() -> Any:
     """Import DeepSpeed, silencing its logs and without compiling `deepspeed_shm_comm` (minutes of g++ at first use, and
     not needed here)."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.cuda.is_available():  # also if a shell says cuda, which would end in a traceback
+        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     with importing():

@@ -12,6 +12,7 @@ torch.compile).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -250,6 +251,7 @@ class UNet(nn.Module):
         compiles a function for at most 8 shapes and silently runs the rest uncompiled; the base U-Net has 17. Without
         forced layouts, inductor runs strongly narrowing blocks as NCHW, so that convolutions convert back and forth.
         """
+        warnings.filterwarnings("ignore", module="_distutils_hack")  # of setuptools, which the compiler imports late
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         options: dict[str, Any] = {"dynamic": False, "backend": backend}
         if backend == "inductor":

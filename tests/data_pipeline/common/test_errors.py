@@ -90,6 +90,16 @@ def test_logs_that_torch_does_not_know_are_named(monkeypatch: pytest.MonkeyPatch
     assert isinstance(told, ConfigError) and str(told).startswith("TORCH_LOGS=bogus: ")
 
 
+def test_a_variable_that_torch_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = compile("import torch; torch.distributed.set_debug_level_from_env()", "/x/torch/distributed/x.py", "exec")
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "bogus")
+    with pytest.raises(ValueError) as caught:  # as at its import
+        exec(imports)
+    assert str(of_machine(caught.value)) == (
+        "TORCH_DISTRIBUTED_DEBUG=bogus: torch does not accept it; unset or correct it"
+    )
+
+
 def test_a_library_on_a_file_system_without_programs_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """TMPDIR is often mounted noexec, and torch.compile loads what it has built there."""
     said = RuntimeError("ImportError: /tmp/inductor/ab/k.so: failed to map segment from shared object")
