@@ -104,7 +104,7 @@ def refuse_loading(options: Iterable[str]) -> None:
 
 
 def _refuse(where: str, options: Iterable[str], known: Iterable[str], hints: Mapping[str, str]) -> None:
-    known = list(known)
+    known = list(dict.fromkeys(known))
     for name in options:
         if name in known:
             continue

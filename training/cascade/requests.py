@@ -281,7 +281,7 @@ def place_of(device: str | torch.device, key: str) -> torch.device:
     try:
         torch.ones(1, device=place).item()
     except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise ConfigError(f"{key}: this machine has no {device} ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{key}: this machine has no {device} ({str(error).partition('. ')[0]})") from error
     return place
 
 
