@@ -351,12 +351,9 @@ def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
     if settings["dino"]:
         words += [f"dino.path={json.dumps(settings['dino'])}", f"dino.side={settings['dino_side']}"]
         words += [f"repa.width={4 * int(settings['widths'].split(',')[-1])}"] if settings["widths"] else []
-    stage = _stage(name)
-    if stage.is_super_resolution:
-        low = settings["size"] // settings["factor"]
-        words += [f"stage.low_res_size={low}", "stage.crop_size=0"]
-        words += [f"stage.diffusion.shift_from={low}"] if stage.diffusion.shift_from else []
-    return load_config(
+    low = settings["size"] // settings["factor"] if _stage(name).is_super_resolution else 0
+    words += [f"stage.low_res_size={low}", "stage.crop_size=0"] if low else []
+    config = load_config(
         "train",
         [
             "experiment=demo",
@@ -373,6 +370,10 @@ def _composed(arm: str, of_all: tuple[tuple[str, Any], ...]) -> Experiment:
             *keys,
         ],
     )
+    diffusion = config.stage.diffusion
+    if not low or not diffusion.shift_from:
+        return config
+    return replace(config, stage=replace(config.stage, diffusion=replace(diffusion, shift_from=low)))
 
 
 @functools.cache

@@ -78,6 +78,7 @@ def test_super_resolution_starts_from_pictures_of_half_the_side(tmp_path: Path) 
     arm = ladder.config_of("demo_sr:x_pred_v_loss+stage.diffusion.residual=false", 0, settings).stage
     assert (arm.diffusion.weighting, arm.diffusion.residual, arm.sampler.steps) == ("flow_v", False, 10)
     assert arm.model == config.stage.model, "all arms have the network of the ladder"
+    assert ladder.config_of("x_pred_v_loss+unshifted", 0, settings).stage.diffusion.shift_from == 0
     data = ladder.pictures(range(2), config, settings, False)
     assert data.low is not None and data.low.shape == (2, 3, 16, 16)
     block = data.images[1, 2, :2, 6:8].float().mean()

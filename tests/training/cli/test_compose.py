@@ -144,7 +144,15 @@ def test_a_recipe_names_the_ingredients_of_one_stage_and_the_command_line_replac
     assert composed("base64") == (["x_pred_v_loss", "muon"], "x0", "muon")
     assert composed("base64", "ingredient=[]") == ([], "v", "adamw")
     assert composed("base64", "ingredient=[muon]") == (["muon"], "v", "muon")
-    assert composed("sr256") == ([], "v", "adamw")
+    assert composed("sr256") == (["capped_x0", "residual", "unshifted"], "x0", "adamw")
+    assert composed("sr256", "ingredient=[]") == ([], "v", "adamw")
+    for words, shifted in (
+        (["experiment=modern", "stage=sr1024"], 0),
+        (["experiment=speedrun", "stage=sr256"], 0),
+        (["experiment=modern", "stage=sr256", "ingredient=[]"], 64),
+        (["experiment=paper", "stage=sr256"], 0),
+    ):
+        assert load_config("plan", words).stage.diffusion.shift_from == shifted
 
 
 def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(tmp_path: Path) -> None:
