@@ -89,9 +89,9 @@ class CaptionFiles:
     def __init__(self, folders: Mapping[str, str], shards: Mapping[str, str]) -> None:
         self._folders, self._digests = dict(folders), dict(shards)
         for name, folder in folders.items():
-            there = set(store.list_dir(folder))
-            for shard in shards:
-                place = store.basename(caption_file_url(shard, folder))
+            names = {shard: store.basename(caption_file_url(shard, folder)) for shard in shards}
+            there = store.present(folder, names.values())
+            for shard, place in names.items():
                 if place not in there:
                     raise DataError(
                         f"data.captions.files: {name}={folder}: no {place} for {shard} is there; run `cascade caption`"

@@ -266,7 +266,8 @@ class Embeddings:
         self._cache = cache
         places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
         self._digests = dict(shards)
-        there = {folder: set(store.list_dir(folder)) for folder in places}
+        names = [store.basename(sidecar_url(shard)) for shard in shards]
+        there = {folder: store.present(folder, names) for folder in places}
         self._urls: dict[str, list[str]] = {}
         for shard in shards:
             name = store.basename(sidecar_url(shard))

@@ -450,6 +450,15 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
     return int(info["size"]), _etag(info)
 
 
+def answers(url: str, patience: Patience = DEFAULT) -> bool:
+    """Return whether a web server has something at an address."""
+    try:
+        _call(url, lambda fs: _ask(fs, "info", patience, patience.stall_s, url), patience)
+    except Missing:
+        return False
+    return True
+
+
 def _writable(url: str) -> None:
     if scheme_of(url) in _READ_ONLY:
         raise DataError(f"{url}: {scheme_of(url)}:// is read-only")

@@ -288,13 +288,28 @@ def upload(url: str, file: Any, patience: Patience = DEFAULT) -> None:
 
 
 def exists(url: str, patience: Patience = DEFAULT) -> bool:
-    """Return whether a file, directory or object exists, or a prefix with objects below it."""
+    """Return whether a file, directory or object exists, or a prefix with objects below it.
+
+    A web server, which need not list what it has, is asked for the address itself.
+    """
     if not is_remote(url):
         return os.path.exists(local_path(url))
+    if url.startswith(_WEB):
+        return other.answers(url, patience)
     _, key = _door(url).split(url)
     below = key.rstrip("/") + "/" if key else ""
     found = _door(url).listing(url.rstrip("/"), delimiter="/", patience=patience)
     return any(name in (key, below) or (not key) for name, _, _ in found)
+
+
+def present(folder: str, names: Iterable[str], patience: Patience = DEFAULT) -> set[str]:
+    """Return those of these names that are in `folder`: by one listing, or by asking a web server for each."""
+    if not folder.startswith(_WEB):
+        return set(names) & set(list_dir(folder, patience))
+    wanted = list(names)
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda name: exists(join(folder, name), patience), wanted)
+        return {name for name, there in zip(wanted, found, strict=True) if there}
 
 
 def size(url: str, patience: Patience = DEFAULT) -> int:

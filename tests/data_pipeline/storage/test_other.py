@@ -182,6 +182,8 @@ def test_shards_with_a_query_from_a_server_that_lists_nothing(
     assert order(f"{web}/{{00000..00005}}.tar") == expected
     assert order(f"{web}/{{00000..00005}}.tar?download=true&signed=a/b.tar") == expected
     assert len({path.parent for path in (tmp_path / "cache").rglob("*.parquet")}) == 1, "one index, whatever the query"
+    assert store.exists(f"{web}/00000.tar") and not store.exists(f"{web}/none")
+    assert store.present(web, ["00000.tar", "none"]) == {"00000.tar"}
     assert sidecar_url(f"{web}/00000.tar?x=a/b", "out") == "out/00000.embeddings.safetensors"
 
 
