@@ -263,7 +263,7 @@ def walk(
     first, started = b"", False
     begin: int | None = None  # where the extended headers of the next member start
     gap: _Gap | None = None
-    archive = 0
+    archive, ahead = 0, b""
     long_name, long_link, pax, global_pax = "", "", {}, {}  # type: str, str, dict[str, str], dict[str, str]
 
     def report(reason: str, start: int, detail: str) -> None:
@@ -271,8 +271,8 @@ def walk(
         count["problems"] += source.position - start
 
     while True:
-        start = source.position
-        block = source.read(BLOCK)
+        start = source.position - len(ahead)
+        block, ahead = ahead or source.read(BLOCK), b""
         first = first or block[:48]
         if len(block) < BLOCK:
             break
@@ -327,7 +327,15 @@ def walk(
                 report("truncated_shard", since, what)
                 return
             padding = _padded(size) - size
-            whole = len(source.read(padding)) == padding
+            rest = source.read(padding)
+            whole = len(rest) == padding
+            if rest.strip(b"\0") and whole and (last := _last_block(member.data, rest)) and _parse(last, strict=True):
+                lost = source.position - BLOCK - since
+                detail = f"in the place of the data of {member_name!r}, or of its end, is the header of the next member"
+                found.append(Problem("corrupt_shard", since, detail, lost))
+                count["problems"] += lost
+                ahead = last
+                continue
             sparse = header.kind not in b"0\x007" or any(key.startswith("GNU.sparse") for key in records)
             if sparse:
                 report("unsupported_member", since, f"{member_name!r} is of type {header.kind!r}")
@@ -431,6 +439,12 @@ def _not_a_tar(name: str, first: bytes) -> DataError:
     words = words or instead(first)
     hint = f"; {words}" if words else ""
     return NotAnArchive(f"{name}: this is not a tar archive (it begins with {first[:24]!r}){hint}")
+
+
+def _last_block(data: bytes, rest: bytes) -> bytes:
+    """Return the last block of a member, given its data and padding; empty if its data is not kept."""
+    last = data[len(data) - BLOCK + len(rest) :] if len(data) >= BLOCK else data
+    return last + rest if len(last) + len(rest) == BLOCK else b""
 
 
 def _padded(size: int) -> int:

@@ -111,6 +111,16 @@ def test_a_header_of_zeros_is_reported() -> None:
     assert members == [member for member in SAMPLES if member[0] != "002.jpg"]
 
 
+@pytest.mark.parametrize("size", [15, 700])
+def test_the_header_of_the_next_member_is_no_data(size: int) -> None:
+    data = archive([("1.txt", b"a" * size), ("2.jpg", b"b" * 99), ("2.txt", b"c")])
+    found: list[Problem] = []
+    count: Counter[str] = Counter()
+    members = [one.name for one in walk(io.BytesIO(data[:512] + data[1024:]), found, account=count)]
+    assert members == ["2.jpg", "2.txt"] and [(one.reason, one.offset) for one in found] == [("corrupt_shard", 0)]
+    assert "the header of the next member" in found[0].detail and count.total() == len(data) - 512
+
+
 def test_two_archives_in_a_row_are_both_read() -> None:
     assert read(archive(SAMPLES[:4]) + archive(SAMPLES[4:])) == (SAMPLES, [])
 
