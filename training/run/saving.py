@@ -3,6 +3,7 @@ content."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
+from data_pipeline.common.errors import DataError, system_words
 from training.checkpoint.downloads import Share, shared_downloads
 from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
@@ -96,7 +98,12 @@ class Saving:
 
     def resume(self, check: Callable[[Checkpoint | None], None], share: Share | None) -> Checkpoint | None:
         """Claim the checkpoints for this start; return the one to resume from, or None (see CheckpointStore.resume)."""
-        checkpoint = self.store.resume(self.ranks, check, share)
+        try:
+            checkpoint = self.store.resume(self.ranks, check, share)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise DataError(f"checkpoint.dir={self.run.checkpoints}: {system_words(error)}") from error
         if checkpoint is not None:
             self.writer.last_step = self._announced = checkpoint.step
             self._last, self._next = checkpoint.step, checkpoint.step + FIRST

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.common.errors import DataError
 from data_pipeline.storage.folder import LocalFolder
 from training.checkpoint.store import Checkpoint
 from training.config.experiment import Experiment
@@ -48,6 +49,15 @@ class Run:
     def save(self, step: int, healthy: bool = True, wait: bool = True) -> None:
         snapshot = HostSnapshot({"param/w": torch.tensor(self.value)})
         self.saving.save(step, healthy, lambda: snapshot, self.meta, wait)
+
+
+def test_a_place_that_cannot_hold_checkpoints_is_named_by_its_key(tmp_path: Path) -> None:
+    """As on a read-only mount."""
+    (tmp_path / "file").touch()
+    config = Experiment()
+    config.run.dir, config.checkpoint.dir = str(tmp_path), str(tmp_path / "file" / "ck")
+    with pytest.raises(DataError, match=r"checkpoint.dir=.*file/ck: Not a directory"):
+        Saving(RunDir(config), config, Ranks(), lambda step, place: None).resume(lambda checkpoint: None, None)
 
 
 def test_what_is_committed_is_announced_once_and_resumed(tmp_path: Path) -> None:
