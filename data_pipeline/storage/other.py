@@ -253,7 +253,9 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if scheme_of(url) == "hf" and unknown_place:
         return DataError(f"{url}: {said}")
     if isinstance(error, FileExistsError):  # of a write that replaces: Azure's conflicts, such as an immutable object
-        return DataError(f"{url}: it cannot be replaced ({describe_error(error.__cause__ or error)})")
+        return DataError(
+            f"{url}: it cannot be replaced ({describe_error(error.__cause__ or error.__context__ or error)})"
+        )
     if isinstance(error, FileNotFoundError) or status == 404:
         return Missing(f"{url}: no such object")
     if isinstance(error, aiohttp.TooManyRedirects):
