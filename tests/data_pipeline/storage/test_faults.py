@@ -389,6 +389,7 @@ def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) ->
 def test_what_is_refused_for_other_reasons_than_credentials(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
 ) -> None:
+    store.size(url)  # the address is right: no error makes it search for another
     monkeypatch.setattr(proxy, "words", {status: (code, "its words")})
     proxy.plan([], default=f"status:{status}")
     with pytest.raises(DataError, match=f"its words.*{words}|{words}.*its words") as error:
@@ -397,6 +398,7 @@ def test_what_is_refused_for_other_reasons_than_credentials(
 
 
 def test_a_body_that_arrives_damaged_is_sent_again(url: str, proxy: FaultProxy) -> None:
+    store.size(url)
     proxy.words = {400: ("BadDigest", "The Content-MD5 you specified did not match what we received.")}
     proxy.plan(["status:400"])
     store.write_bytes(url, b"whole", QUICK)
