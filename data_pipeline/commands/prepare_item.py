@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import BadSample, DataError, system_words
+from data_pipeline.common.errors import NO_FILE, BadSample, DataError, system_words
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
+from data_pipeline.storage.retry import disk_fault, persist
 
 _PIECE = 1 << 20
 RECORDS = ".prepare"
@@ -79,13 +80,21 @@ def nfd(name: str) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file. Raises `BadSample` (`missing_image`) if it cannot be read or is a Git LFS pointer."""
+    """Read a file.
+
+    Raises:
+        BadSample: `missing_image`, it cannot be read or is a Git LFS pointer.
+        StoreError, OSError: its file server is gone, or this process has run out of something; the picture is not to
+            blame.
+    """
     try:
-        data = path.read_bytes()
+        data = disk_fault(lambda: persist(str(path), path.read_bytes))
         if "LFS" in (words := instead(data[:99])):
             raise BadSample("missing_image", f"{path}: {words}")
         return data
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_FILE:
+            raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadSample("missing_image", f"{path}: {reason}") from error
 

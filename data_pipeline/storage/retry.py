@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import queue
@@ -246,6 +247,18 @@ def persist(place: str, action: Callable[[], T], patience: Patience = DEFAULT) -
                 raise
             backoff = backoff or Backoff(place, patience)
             backoff.wait(error, FILE_S, "; check the disk, or the mount of the file server")
+
+
+def disk_fault(read: Callable[[], T]) -> T:
+    """Return what `read` returns. A disk that reports EIO until the deadline is broken and raises OSError, so that the
+    caller can do without the file; a file server that is gone raises StoreError, as an object store does."""
+    try:
+        return read()
+    except StoreError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno == errno.EIO:
+            raise cause from error
+        raise
 
 
 def describe_error(error: BaseException) -> str:

@@ -34,11 +34,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import CascadeError, DataError, StoreError
+from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.storage.folder import PATIENCE, Folder, open_folder
-from data_pipeline.storage.retry import persist
+from data_pipeline.storage.retry import disk_fault, persist
 from training.checkpoint.attempts import Attempts, record_name
 from training.checkpoint.downloads import Share
 from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
@@ -48,8 +48,6 @@ from training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +76,6 @@ def unreadable(place: str, error: OSError) -> str:
     repeat steps for no reason."""
     remedy = "raise the limits" if error.errno not in OURS[:2] else "give this user access to it"
     return f"{place}: it cannot be read ({error.strerror}); {remedy}, or move the checkpoint away to use an earlier one"
-
-
-def disk_fault(read: Callable[[], T]) -> T:
-    """Return what `read` returns. A disk that reports EIO until the deadline is broken and raises OSError, so that an
-    earlier checkpoint may serve; a file server that is gone raises StoreError, as an object store does."""
-    try:
-        return read()
-    except StoreError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno == errno.EIO:
-            raise cause from error
-        raise
 
 
 class CheckpointError(CascadeError):

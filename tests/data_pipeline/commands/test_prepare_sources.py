@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from data_pipeline.commands.prepare_item import read_file
 from data_pipeline.commands.prepare_sources import TableSource
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import BadSample, DataError, StoreError
 from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.storage import retry
 from tests.data_pipeline.commands.importing import imported, members
 from tests.data_pipeline.photos import jpegs
 
@@ -99,3 +103,29 @@ def test_what_was_written_is_no_source(folder: Path, tmp_path: Path, caplog: pyt
     imported(folder / "out", "folder", folder)
     imported(folder / "out", "folder", folder)
     assert ".prepare" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "raised"),
+    [
+        (errno.ESTALE, 2, None),
+        (errno.EIO, 99, BadSample),
+        (errno.ESTALE, 99, StoreError),
+        (errno.EMFILE, 99, OSError),
+    ],
+)
+def test_a_picture_is_not_dropped_for_what_its_disk_or_this_process_lacks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, times: int, raised: type[Exception] | None
+) -> None:
+    right, failures = Path.read_bytes, iter([1] * times)
+
+    def flaky(path: Path) -> bytes:
+        if next(failures, 0):
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path)
+
+    picture = next(folder.glob("*.jpg"))
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    monkeypatch.setattr(retry, "FILE_S", 60.0 if raised is None else 0.0)
+    with nullcontext() if raised is None else pytest.raises(raised, match=os.strerror(number)):
+        assert read_file(picture) == right(picture)
