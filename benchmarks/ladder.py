@@ -84,7 +84,8 @@ from training.text.encoder import build_text_encoder
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """log-SNRs at which every arm is measured."""
 HELDOUT, SAMPLES, QUESTION_SEED = 64, 64, 20_220_523
-SHOWN, ENLARGED = 12, 4
+SHOWN, ENLARGED, LONGEST = 12, 4, 200
+"""Pictures in a strip, their magnification, and the most letters of an arm in its file's name."""
 MOST_PICTURES = 4000
 """Most different pictures in a run; after that they repeat."""
 DRAWN = {"one": (1, False), "relations": (2, False), "three": (3, False), "four": (4, False), "counts": (4, True)}
@@ -534,7 +535,7 @@ def main(words: list[str]) -> None:
                     "seed": seed,
                     "error": sum(levels) / len(levels),
                     "levels": levels,
-                    **judged(model, heldout, config, device, output / f"{arm}-{seed}.png"),
+                    **judged(model, heldout, config, device, output / f"{arm[:LONGEST]}-{seed}.png"),
                     "seconds": round(seconds, 1),
                     "steps": steps_of[arm],
                 }

@@ -146,6 +146,7 @@ def test_a_recipe_names_the_ingredients_of_one_stage_and_the_command_line_replac
     assert composed("base64", "ingredient=[muon]") == (["muon"], "v", "muon")
     assert composed("sr256") == (["capped_x0", "residual", "unshifted"], "x0", "adamw")
     assert composed("sr256", "ingredient=[]") == ([], "v", "adamw")
+    assert load_config("plan", ["experiment=modern", "stage=sr256"]).stage.sampler.threshold == "static"
     for words, shifted in (
         (["experiment=modern", "stage=sr1024"], 0),
         (["experiment=speedrun", "stage=sr256"], 0),
