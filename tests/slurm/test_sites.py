@@ -35,14 +35,6 @@ def site(here: Path, program, monkeypatch: pytest.MonkeyPatch) -> Path:
     return install(here / "site", **FAKE)
 
 
-def test_the_launch_of_the_readme(here: Path) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    (line,) = (line for line in readme.read_text().splitlines() if "cascade launch" in line)
-    given = {"data.shards=...": "data.shards=s3://bucket/{00..09}.tar", "text.path=...": f"text.path={here}"}
-    words = [given.get(word, word) for word in shlex.split(line)[2:] if word != "verb=all"]
-    assert len(launch(*words, own=["verb=all", "dry_run=true"])["jobs"]) > 8
-
-
 def script(*words: str, own: tuple[str, ...] = ()) -> Path:
     return Path(launch(*ONE_TASK, *words, own=["dry_run=true", *own])["script"])
 

@@ -20,7 +20,7 @@ from data_pipeline.shards.dataset import keep_rows, patience_of, stored_index
 from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, remove_leftovers, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, refuse_other, remove_leftovers, share
 from training.processes.devices import own_device
 from training.text.identity import folder_hash
 
@@ -148,10 +148,7 @@ def _check_same(place: str, facts: dict[str, Any]) -> None:
     made = {"filter": {}, **dict.fromkeys(_LOOKS), **read_captions(place)[1]}  # earlier versions did not record these
     wanted = {**dict.fromkeys(_LOOKS), **facts}
     differing = [said for name, said in _SAID.items() if name in wanted and made.get(name) != wanted[name]]
-    if differing:
-        raise DataError(
-            f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
-        )
+    refuse_other(place, differing)
 
 
 _LOOKS = ("max_pixels", "background", "srgb")

@@ -24,7 +24,7 @@ from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, remove_leftovers, share
+from training.commands.sharing import first_and_last, in_processes, ranks_of, refuse_other, remove_leftovers, share
 from training.processes.devices import own_device
 from training.text.identity import identity
 
@@ -163,10 +163,7 @@ def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*made_of["captions"], *captions])
         if captions.get(name) != made_of["captions"].get(name) and (name != "files" or "digest" in made_of)
     ]
-    if differing:
-        raise DataError(
-            f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
-        )
+    refuse_other(place, differing)
 
 
 _SAID = {"digest": "content of the shard", "encoder": "text encoder", "dtype": "dtype"}

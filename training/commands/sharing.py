@@ -1,4 +1,5 @@
-"""Divides work on shards: by `part` and `parts`, among the tasks of a Slurm array, and among processes."""
+"""Divides work on shards: by `part` and `parts`, among the tasks of a Slurm array, and among processes; and refuses to
+continue what was made otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import abandoned
 from training.processes.launcher import launch
@@ -43,6 +44,14 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
     if _RESULTS in os.environ:
         Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
     return done
+
+
+def refuse_other(place: str, differing: Sequence[str]) -> None:
+    """Raise DataError for an existing output that was made otherwise; `differing` says in which respects."""
+    if differing:
+        raise DataError(
+            f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
+        )
 
 
 def first_and_last(places: Sequence[str]) -> list[int]:
