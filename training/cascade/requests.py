@@ -157,6 +157,8 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     told = [configs[index].name for index in chosen if configs[index].diffusion.size_condition]
     if settings.get("original_side") is not None and not told:
         raise ConfigError("original_side: no stage drawn was trained with stage.diffusion.size_condition=true")
+    if settings.get("aug_level") is not None and not any(configs[index].is_super_resolution for index in chosen):
+        raise ConfigError("aug_level: no stage drawn is for super-resolution")
     plan = []
     for turn, index in enumerate(chosen):
         given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
@@ -168,6 +170,8 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
             raise ConfigError(f"{key}{error.words}") from error
         except TypeError as error:
             raise ConfigError(str(error)) from error
+        if given.get("aug_level") is not None:
+            configs[index].check_aug_level(sampler, "aug_level")
         plan.append((index, sampler))
     return plan
 

@@ -98,6 +98,14 @@ class StageConfig:
         """Side of the training pictures: the crop, or the whole image."""
         return self.crop_size or self.image_size
 
+    def check_aug_level(self, sampler: SamplerConfig, key: str) -> None:
+        """Raise ConfigError, naming `key`, for more noise on the low-res picture than the stage is trained with."""
+        require(
+            not self.is_super_resolution or sampler.aug_level <= self.diffusion.aug_max,
+            f"{key}={sampler.aug_level:g}: {self.name} is trained with low-res pictures of at most "
+            f"stage.diffusion.aug_max={self.diffusion.aug_max:g}; choose a level up to that",
+        )
+
 
 TEXT_KINDS = ("words", "t5", "hidden", "clip")
 """Text encoders: `text.kind`; training/text/encoder.py builds them."""

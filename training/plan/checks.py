@@ -304,6 +304,11 @@ def check_mixture(config: Experiment, _world_size: int) -> None:
     config.data.check_changes()
 
 
+def check_sampler(config: Experiment, _world_size: int) -> None:
+    """Check that sampling asks for no more noise on the low-res picture than the training has."""
+    config.stage.check_aug_level(config.stage.sampler, "stage.sampler.aug_level")
+
+
 RULES = (
     check_the_optimizer,
     check_lanes,
@@ -315,6 +320,7 @@ RULES = (
     check_validation,
     check_deterministic,
     check_distillation,
+    check_sampler,
 )
 """Checks of the settings against a number of processes."""
 

@@ -298,12 +298,18 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"strength": 0.5}, "strength=0.5: it needs `image`, the picture to redraw"),
         ({"low_res": Image.new("RGB", (8, 8))}, "low_res: base draws from text only"),
         ({"devices": ["abacus"]}, "devices: 'abacus' is not a device"),
+        ({"stages": 1, "aug_level": 0.1}, "aug_level: no stage drawn is for super-resolution"),
     ],
 )
 def test_impossible_arguments_are_one_sentence(cascade: Cascade, arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         cascade.generate(PROMPTS, **arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_more_noise_on_low_res_pictures_than_in_training() -> None:
+    with pytest.raises(ConfigError, match=r"aug_level=0\.2: sr is trained .* at most stage\.diffusion\.aug_max=0\.1"):
+        tiny_cascade(aug_max=0.1).draw("a", aug_level=0.2)
 
 
 def test_prompts_that_are_none_and_numbers_of_numpy(cascade: Cascade) -> None:

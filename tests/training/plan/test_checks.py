@@ -32,6 +32,7 @@ from training.plan.checks import planned_world_size
         (["ingredient=residual"], ["stage.diffusion.residual=true", "super-resolution"]),
         (["stage.image_size=18"], ["stage.image_size=18", "multiple of 4"]),
         (["stage=sr1024", "stage.crop_size=36"], ["stage.crop_size=36", "multiple of"]),
+        (["stage=demo_sr", "stage.sampler.aug_level=0.2"], ["aug_level=0.2: demo_sr", "stage.diffusion.aug_max=0.15"]),
     ],
 )
 def test_refused(overrides: list[str], parts: list[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -449,6 +450,8 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
     _prepare_wandb(run)
     import wandb
 
+    sys.argv[1:] = without_tokens(sys.argv[1:])  # W&B sends them
+
     def begin(mode: str) -> Any:
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
@@ -461,7 +464,7 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
             id=os.environ.get("WANDB_RUN_ID", wandb_id) if _in_sweep() else wandb_id,
             resume="allow" if mode == "online" else None,
             dir=str(run.path),
-            config={**to_dict(config), "code": code},
+            config=without_tokens({**to_dict(config), "code": code}),
             settings=_settings(wandb.Settings),
         )
 
@@ -487,6 +490,20 @@ def start_wandb(run: RunDir, config: Experiment, wandb_id: str, code: dict[str, 
         except Exception as second:
             log.warning("W&B is switched off: %s; metrics.jsonl has everything", second)
             return None
+
+
+_WEB = re.compile(r"(https?://)([^/@\s]*@)?([^\s?'\",\]}]*)(\?[^\s'\",\]}]*)?")
+
+
+def without_tokens(settings: Any) -> Any:
+    """Return the settings without what may be secret in web addresses: a name and password, and what follows a `?`."""
+    if isinstance(settings, dict):
+        return {name: without_tokens(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_tokens(value) for value in settings]
+    if not isinstance(settings, str):
+        return settings
+    return _WEB.sub(lambda found: f"{found[1]}{found[3]}{'?...' if found[4] else ''}", settings)
 
 
 CHECKPOINT_STEP = "checkpoint/step"

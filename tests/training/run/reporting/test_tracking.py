@@ -284,6 +284,8 @@ def test_names_groups_notes_and_tags_reach_wandb(
     monkeypatch.setenv("WANDB_TAGS", "replaced,")
     monkeypatch.setenv("WANDB_PROJECT", "not/possible")
     config.wandb = WandbConfig("offline", "mine", None, "first try", "sweep 3", "lr, doubled", ["a", "b c"])
+    config.data.shards = "https://me:secret@host/a.tar?X-Signature=secret"
+    monkeypatch.setattr(sys, "argv", ["cascade", "train", f"data.shards=[{config.data.shards},s3://b/?.tar]"])
     with caplog.at_level(logging.INFO):
         mine = tracker(config, out=io.StringIO())
         mine.log(1, RECORD, 1)
@@ -294,6 +296,7 @@ def test_names_groups_notes_and_tags_reach_wandb(
     run = next(record.run for record in whole_wandb(path) if record.HasField("run"))
     assert (run.project, run.display_name, run.run_group) == ("mine", "first try", "sweep 3")
     assert run.notes == "lr, doubled" and list(run.tags) == ["a", "b c"]
+    assert b"https://host/a.tar?...,s3://b/?.tar]" in path.read_bytes() and b"secret" not in path.read_bytes()
 
 
 def test_a_student_has_a_name_of_its_own_in_wandb(config: Experiment) -> None:
