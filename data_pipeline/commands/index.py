@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
-from data_pipeline.common.terminal import in_lines
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.copies import copies
 from data_pipeline.shards.dataset import patience_of
@@ -84,7 +84,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
     if sets:
         result |= {"datasets": sets, "copies": _copies(entries, samples, patience)}
     if not config.json:
-        print(in_lines(result), flush=True)
+        print_result(result)
     return result
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from data_pipeline.common.errors import BadSample, ConfigError, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
-from data_pipeline.common.terminal import in_lines
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import CaptionConfig, DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.content.captions import decode_text, fields_with_text, first_caption, json_caption
 from data_pipeline.content.members import CAPTION_ENDINGS
@@ -73,7 +73,7 @@ def main(config: PrepareSettings) -> dict[str, Any]:
         raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
     result.pop("why", None)
     if not config.json:
-        print(in_lines(result), flush=True)
+        print_result(result)
     if result["dropped"] and not result["samples"]:
         raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there lists the reasons")
     return result

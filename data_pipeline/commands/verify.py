@@ -21,7 +21,7 @@ from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
 from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
-from data_pipeline.common.terminal import in_lines
+from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.content import captions, images
 from data_pipeline.content.captions import Caption
@@ -92,7 +92,7 @@ def main(config: VerifySettings) -> dict[str, Any]:
         logger.warning("%s", hint)
     result = {**tally.result(), "shards": len(entries), "quarantine": quarantine, "report": page}
     if not config.json:
-        print(in_lines(result), flush=True)
+        print_result(result)
     return result
 
 

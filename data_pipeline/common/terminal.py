@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -36,6 +37,11 @@ def can_overwrite(out: TextIO) -> bool:
 def width() -> int:
     """Return the width for running text, 60 to 120 columns: that of the terminal; 100 without one."""
     return min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print the result of a command: readable lines in a terminal, otherwise one line of JSON."""
+    print(in_lines(result) if sys.stdout.isatty() else json.dumps(result), flush=True)
 
 
 def in_lines(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ import pytest
 
 from data_pipeline.commands.index import main
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.terminal import in_lines
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.shards.index import ShardIndex, index_shard, index_url, save_index
 from data_pipeline.storage import s3, store
@@ -39,7 +38,7 @@ def test_only_what_is_new_or_changed_is_walked(tmp_path: Path, capsys: pytest.Ca
     write_shards(tmp_path, [3, 4])
     remove_indexes(tmp_path)
     result = run(str(tmp_path))
-    assert capsys.readouterr().out == in_lines(result) + "\n"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert {name: result[name] for name in ("shards", "samples", "problems", "built")} == {
         "shards": 2,
         "samples": 7,

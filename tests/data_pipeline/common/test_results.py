@@ -1,10 +1,23 @@
-"""What commands say to people."""
+"""What commands say to people and to programs."""
 
 from __future__ import annotations
 
-from data_pipeline.common.terminal import in_lines
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.common.terminal import in_lines, print_result
 
 RESULT = {"output": "a\x1b[2J", "samples": 12345, "dropped": {"too_small": 3}, "problems": {}, "report": None}
+
+
+def test_programs_get_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(RESULT)
+    assert json.loads(capsys.readouterr().out) == RESULT
 
 
 def test_people_get_lines() -> None:
@@ -15,3 +28,12 @@ def test_people_get_lines() -> None:
         "problems: none",
         "report:   none",
     ]
+
+
+def test_a_terminal_is_for_people() -> None:
+    ours, theirs = pty.openpty()
+    program = "from data_pipeline.common.terminal import print_result; print_result({'samples': 3})"
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, check=True)
+    os.close(theirs)
+    assert os.read(ours, 100) == b"samples: 3\r\n"
+    os.close(ours)
