@@ -7,7 +7,9 @@ seconds.
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +17,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.s3 import S3Server, free_port
@@ -63,6 +66,15 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
+def _lasting_port() -> int:
+    """A free port that no connection is given meanwhile: radosgw takes it some ten seconds later."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    return free_port()
+
+
 class Ceph:
     """A running cluster of one machine; `stop` ends its processes and removes its files."""
 
@@ -71,7 +83,7 @@ class Ceph:
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._config = self.folder / "ceph.conf"
-        self.server = S3Server("127.0.0.1", free_port(), ACCESS_KEY, SECRET_KEY)
+        self.server = S3Server("127.0.0.1", _lasting_port(), ACCESS_KEY, SECRET_KEY)
         try:
             self._start()
         except BaseException:
