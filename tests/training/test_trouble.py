@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -36,9 +35,9 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
 @pytest.mark.parametrize(
     ("rank", "when", "says"),
     [
-        (0, -1, r"phase meeting rank 0 at 127\.0\.0\.1:"),
-        (0, 0, r"\(rank 0 has not responded for"),
-        (1, 0, r"\(rank 1 (has not reported for|is in the start, phase run directory)"),  # its last report may be new
+        (0, -1, "phase meeting rank 0 at 127.0.0.1:"),
+        (0, 0, "(rank 0 has not responded for"),
+        (1, 0, "(rank 1 has not reported for"),
     ],
 )
 def test_a_rank_that_freezes_during_the_start_is_named(
@@ -49,7 +48,7 @@ def test_a_rank_that_freezes_during_the_start_is_named(
     running = chaos(config, 2, {"what": "freeze", "rank": rank, "step": when})
     codes = running.codes(grace_s=2)
     assert codes[1 - rank] == 78 and codes[rank] == -9, running.text
-    assert re.search(says, running.text) and "Traceback" not in running.text
+    assert says in running.text and "Traceback" not in running.text
 
 
 def test_a_gpu_that_fails_is_blamed_on_its_node(tmp_path: Path, shards: str) -> None:

@@ -185,7 +185,7 @@ class _Beats(threading.Thread):
         self._wanted, self._known = threading.Event(), threading.Event()
         self._found: list[str] = []
         self._answered = self._heard = time.monotonic()
-        """When the store last answered, and when rank 0's time last changed."""
+        """When the store last answered, and when rank 0's time last changed; on rank 0, when it began to listen."""
         self._time_of_0 = 0.0
         """Time of rank 0, seconds of its monotonic clock, as last read."""
         self.start()
@@ -215,14 +215,13 @@ class _Beats(threading.Thread):
                     self._known.set()
 
     def _ask_time(self, store: Any) -> None:
-        before = self._time_of_0
         if self._ranks.is_main:
             self._time_of_0 = time.monotonic()
             store.set("time of rank 0", str(self._time_of_0))
         elif store.check(["time of rank 0"]):
-            self._time_of_0 = float(store.get("time of rank 0"))
-        if self._time_of_0 != before:
-            self._heard = time.monotonic()
+            before, self._time_of_0 = self._time_of_0, float(store.get("time of rank 0"))
+            if self._time_of_0 != before:
+                self._heard = time.monotonic()
 
     def _read(self, store: Any) -> list[str]:
         found = []
@@ -232,8 +231,8 @@ class _Beats(threading.Thread):
                 continue
             name, step, silent, at = json.loads(store.get(f"beat/{rank}"))
             where = "the start" if step is None else f"step {step}"
-            seen = at if self._ranks.is_main else self._heard
-            age = time.monotonic() - seen if at else 0.0  # at its first beat, a rank has not read the time yet
+            # A rank whose first report was before rank 0's has no time of it yet, and may never send a second one.
+            age = time.monotonic() - (at if self._ranks.is_main and at else self._heard)
             if age > SILENT_S:
                 found.append(f"rank {rank} has not reported for {age:.0f} s (last in {where}, phase {name})")
             elif (name, step) != here:

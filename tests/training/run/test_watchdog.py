@@ -126,3 +126,7 @@ def test_beats_need_no_common_clock(monkeypatch: Any) -> None:
     assert first._read(store) == ["rank 1 is in step 4, phase data, for 3 s"]
     now = 1_020.0
     assert first._read(store) == ["rank 1 has not reported for 20 s (last in step 4, phase data)"]
+    store.set("beat/1", json.dumps(["data", 4, 0.0, 0.0]))
+    first._heard = 1_005.0
+    silent = ["rank 1 has not reported for 15 s (last in step 4, phase data)"]
+    assert first._read(store) == silent, "its only report was made before rank 0's first"
