@@ -69,6 +69,7 @@ from data_pipeline.content.synthetic import ShapeSpec, caption, crowd_at, exampl
 from data_pipeline.order.chance import hash_bits
 from data_pipeline.reading.loader import Batch
 from training.ablation.gains import Gain, gain, percent, verdict
+from training.cascade.requests import to_uint8
 from training.cli.compose import load_config
 from training.config.experiment import Experiment, StageConfig
 from training.config.unet import PRESETS
@@ -230,7 +231,7 @@ def sampled(model: Any, data: Pictures, config: Experiment, device: str) -> np.n
 
 def in_bytes(made: torch.Tensor) -> np.ndarray:
     """Return pictures (N, 3, H, W) in [-1, 1] as uint8 (N, H, W, 3)."""
-    return ((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(made).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def interpolated(data: Pictures, config: Experiment, aug_level: float) -> np.ndarray:
@@ -277,9 +278,8 @@ def judged(model: Any, data: Pictures, config: Experiment, device: str, drawing:
         strips(true, found["bicubic"], found["psnr"]).save(drawing)
         factor = config.stage.image_size // config.stage.low_res_size
         (low, sharpness), (reduced, own) = within(true, factor), within(found["psnr"], factor)
-        kept = 10 * np.log10(255**2 / ((reduced - low) ** 2).mean((1, 2, 3)))
         dbs = {name: float(psnr(made, true).mean()) for name, made in found.items()}
-        return {"words": None, **dbs, "detail": float(own / sharpness), "kept": float(kept.mean())}
+        return {"words": None, **dbs, "detail": float(own / sharpness), "kept": float(psnr(reduced, low).mean())}
     if not data.specs or len(data.specs[0].objects) > 2 or data.specs[0].is_count:
         return {"words": None, "psnr": None}
     made = sampled(model, data, config, device)

@@ -1,4 +1,4 @@
-"""A thread pool that never keeps the process alive (concurrent.futures joins its threads at exit)."""
+"""Threads that never keep the process alive (concurrent.futures joins its threads at exit): a pool, and single ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 CLOSE_S = 1.0
 """How long `close` waits for busy threads, seconds."""
+
+
+def in_daemon(function: Callable[[], T]) -> Future[T]:
+    """Start a function in a daemon thread of its own; return its future."""
+    future: Future[T] = Future()
+    threading.Thread(target=_fulfil, args=(future, function), daemon=True).start()
+    return future
+
+
+def _fulfil(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:  # re-raised by future.result()
+        future.set_exception(error)
 
 
 class DaemonPool:
@@ -39,10 +57,7 @@ class DaemonPool:
             if self._closed:
                 future.cancel()
                 continue
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:  # re-raised by future.result()
-                future.set_exception(error)
+            _fulfil(future, function, *arguments)
             del task, future, function, arguments
 
     def close(self) -> None:

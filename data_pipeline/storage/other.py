@@ -9,9 +9,7 @@ import asyncio
 import os
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from types import MethodType
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.common.fork_lock import ForkLock
+from data_pipeline.common.pool import in_daemon
 from data_pipeline.storage.retry import DEFAULT, FIRST_CONTACT_S, Backoff, Patience, describe_error, result_of
 from data_pipeline.storage.s3_errors import (
     PROXY_ADVICE,
@@ -197,25 +196,7 @@ def _ask(fs: Any, method: str, patience: Patience, limit_s: float, *arguments: A
     work = partial(getattr(fs, method), *arguments, **options)
     if fs.protocol != "hf":
         return work()
-    return result_of(_started(work), patience, max(limit_s, patience.deadline_s))
-
-
-def _started(work: Callable[[], T]) -> Future[T]:
-    """Start work in a thread for which the end of the process does not wait."""
-    future: Future[T] = Future()
-
-    def do() -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            with suppress(Exception):  # cancelled
-                future.set_exception(error)
-        else:
-            with suppress(Exception):
-                future.set_result(result)
-
-    threading.Thread(target=do, daemon=True).start()
-    return future
+    return result_of(in_daemon(work), patience, max(limit_s, patience.deadline_s))
 
 
 def _status(error: BaseException) -> int:

@@ -32,12 +32,15 @@ def _changed(settings: Any, defaults: Any) -> Any:
     """Return the settings without those that are the defaults: OmegaConf takes its time to merge each."""
     if not (isinstance(settings, dict) and isinstance(defaults, dict)):
         return settings
-    pairs = {name: (_changed(value, defaults.get(name)), defaults.get(name)) for name, value in settings.items()}
-    return {  # by their representation: 1, 1.0 and True are equal
-        name: value
-        for name, (value, default) in pairs.items()
-        if name not in defaults or repr(value) != ("{}" if isinstance(default, dict) else repr(default))
-    }
+    changed = {}
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            if inner := _changed(value, default):
+                changed[name] = inner
+        elif name not in defaults or repr(value) != repr(default):  # 1, 1.0 and True are equal
+            changed[name] = value
+    return changed
 
 
 def literal(settings: Any) -> Any:

@@ -9,7 +9,7 @@ def psnr(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return 10 log10(255^2 / mean squared error) per picture, in dB.
 
     Args:
-        pictures, truth: uint8 (N, ...), of equal shape.
+        pictures, truth: (N, ...), of equal shape, uint8 or floating-point, 0 to 255.
 
     Returns:
         float64 (N,); infinite for identical pictures.

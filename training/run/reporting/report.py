@@ -68,8 +68,8 @@ class Report:
     def tick(self, step: int, loss: float) -> None:
         """Between two records, bring the progress line of a terminal up to date, at most once per second: on a slow
         machine a record can take minutes."""
-        now, pace = time.monotonic(), self.meter.pace(step)
-        if not self.tracker.on_screen or now - self._shown < 1 or pace <= 0:
+        now = time.monotonic()
+        if now - self._shown < 1 or not self.tracker.on_screen or (pace := self.meter.pace(step)) <= 0:
             return
         self._shown = now
         seen = {"loss": loss if math.isfinite(loss) else None}

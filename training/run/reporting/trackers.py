@@ -45,7 +45,7 @@ class TensorBoard:
     """Event files in RUN_DIR/tensorboard: `tensorboard --logdir RUN_DIR/tensorboard`. A restart purges the steps that
     run again.
 
-    Not tensorboardX's `SummaryWriter`: a full disk ends its thread, and the training then waits for it for ever.
+    Not tensorboardX's `SummaryWriter`: a full disk ends its thread, and the training then waits for it forever.
 
     Raises:
         ConfigError: the package is not installed.
