@@ -33,6 +33,13 @@ HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, sign
 CLOSE_S = 2.0
 
 
+def pickled(value: Any) -> list[memoryview]:
+    """Return the pickle of an object, followed by its arrays, which are not copied."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return [memoryview(head), *(buffer.raw() for buffer in buffers)]
+
+
 class Wire:
     """Sends and receives Python objects over a socket. Any thread may send; only one may receive."""
 
@@ -41,9 +48,10 @@ class Wire:
 
     def send(self, value: Any) -> None:
         """Send one object, its arrays without a copy."""
-        buffers: list[pickle.PickleBuffer] = []
-        head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+        self.send_parts(pickled(value))
+
+    def send_parts(self, parts: list[memoryview]) -> None:
+        """Send one object that has been `pickled`."""
         with self._lock:
             self._end.sendall(struct.pack(f"<{1 + len(parts)}Q", len(parts), *map(len, parts)))
             for part in parts:
@@ -101,7 +109,8 @@ class DecodingProcess:
             theirs.close()
         self._received: queue.Queue[MicroBatch | BaseException] = queue.Queue(-(-work.share // work.micro_batch))
         self._failure: BaseException | None = None
-        threading.Thread(target=self._receive, args=(work,), name="loader", daemon=True).start()
+        parts = pickled(work)  # not in the thread: from here on the trainer may change what its data set caches
+        threading.Thread(target=self._receive, args=(parts,), name="loader", daemon=True).start()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -113,9 +122,9 @@ class DecodingProcess:
             raise found
         return found
 
-    def _receive(self, work: Work) -> None:
+    def _receive(self, work: list[memoryview]) -> None:
         try:
-            self._wire.send(work)
+            self._wire.send_parts(work)
             while not self._closed:
                 value = self._wire.receive()
                 if isinstance(value, logging.LogRecord):
@@ -127,6 +136,8 @@ class DecodingProcess:
         except (EOFError, OSError):
             if not self._closed:
                 self._offer(CascadeError(self._last_words()))
+        except Exception as error:  # a bug, which must end the training rather than let it wait
+            self._offer(error)
 
     def _offer(self, value: MicroBatch | BaseException) -> None:
         while not self._closed:

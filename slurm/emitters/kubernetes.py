@@ -49,6 +49,8 @@ APPLY = """\
 # Applies each job after those that it depends on: bash {name}
 cd {folder} || exit 1
 scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+nap() {{ kill -0 $$ 2>/dev/null || exit 1; sleep "${{POLL_S:-10}}"; }}    # with this script, its waits end
 state() {{ kubectl get job "$1" -o "jsonpath={{.status.$2}}" 2>/dev/null; }}
 succeeded() {{    # waits for a job; fails if the job has failed, or was never applied
     while [ ! -e "$scratch/$1" ]; do
@@ -56,7 +58,7 @@ succeeded() {{    # waits for a job; fails if the job has failed, or was never a
             *" Complete "*) return 0 ;;
             *" Failed "*) break ;;
         esac
-        sleep "${{POLL_S:-10}}"
+        nap
     done
     echo "$1 has failed" >&2
     return 1
@@ -64,7 +66,7 @@ succeeded() {{    # waits for a job; fails if the job has failed, or was never a
 begun() {{
     until [ -n "$(state "$1" active)$(state "$1" succeeded)" ]; do
         [ ! -e "$scratch/$1" ] || return 1
-        sleep "${{POLL_S:-10}}"
+        nap
     done
 }}
 {lines}

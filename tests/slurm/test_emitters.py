@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError
 from slurm.commands.launch import compose_all, job_record, plan_entries, script_text
+from tests.slurm.conftest import until
 from tests.slurm.launching import install, launch
 from training.cli.compose import load_config
 from training.config.cluster import FOLLOWED_BY, KINDS, ClusterConfig, slurm_mebibytes
@@ -95,6 +98,36 @@ def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[d
     assert applied[:3] == ["prepare-001.k8s.yaml", "index-001.k8s.yaml", "embed-001.k8s.yaml"]
     assert applied.index("bundle-001.k8s.yaml") > max(i for i, name in enumerate(applied) if name.startswith("train"))
     assert "evaluate-001.k8s.yaml" not in applied, "it waits for the bundle"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_script_that_is_stopped_applies_no_more(
+    cascade: tuple[dict, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    _, here = cascade
+    (script,) = here.rglob("apply-001.k8s.sh")
+    site = install(tmp_path / "site", kubectl='[ $1 = get ] || echo "$3" >> "$HOME/applied"')
+    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05", "TMPDIR": str(tmp_path)}
+    output = tmp_path / "output"
+    with output.open("w") as out:
+        process = subprocess.Popen(["bash", script], env=env, stdout=out, stderr=out, start_new_session=True)
+    applied = tmp_path / "applied"
+    until(applied.exists, 30)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
+    assert process.wait(30) == -number
+    until(lambda: not _in_session(process.pid), 30, lambda: f"still there: {_in_session(process.pid)}")
+    assert len(applied.read_text().splitlines()) == 1, "prepare, which nothing comes before"
+    assert number == signal.SIGKILL or not list(tmp_path.glob("tmp.*"))
+
+
+def _in_session(leader: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            found += [int(path.parent.name)] if int(session) == leader and state != "Z" else []
+    return found
 
 
 def test_skypilot_has_a_task_per_job_and_a_pipeline(here: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -179,6 +181,44 @@ def test_what_it_logs_is_logged_here(photos: str, bucket: str, caplog: pytest.Lo
     read(replace(BASE, shards=f"s3://{bucket}/*.tar", prefetch_mb=0), 1, own_process=True)
     (advice,) = (record for record in caplog.records if "samples are requested one by one" in record.getMessage())
     assert advice.name == "data_pipeline.reading.prefetch" and advice.process != os.getpid()
+
+
+class _Noting:
+    """Notes in which thread it was pickled."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def __reduce__(self) -> Any:
+        self.threads.append(threading.current_thread())
+        return dict, ()
+
+
+def test_what_the_child_gets_is_pickled_before_the_trainer_goes_on(photos: str) -> None:
+    files: Any = _Noting()
+    process = DecodingProcess(
+        replace(Loader(replace(BASE, shards=photos), image_size=32, seed=1)._work, caption_files=files)
+    )
+    try:
+        assert next(process).keys
+    finally:
+        process.close()
+    assert _Noting.threads == [threading.current_thread()], "another thread may meet a dict that grows"
+
+
+def test_a_bug_in_receiving_ends_the_wait(photos: str, bucket: str) -> None:
+    for path in Path(photos).glob("*.tar"):
+        store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
+
+    def broken(record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError(record.getMessage())
+
+    logger = logging.getLogger("data_pipeline.reading.prefetch")
+    logger.addFilter(broken)
+    try:
+        with pytest.raises(ZeroDivisionError, match="samples are requested one by one"):
+            read(replace(BASE, shards=f"s3://{bucket}/*.tar", prefetch_mb=0), 1, own_process=True)
+    finally:
+        logger.removeFilter(broken)
 
 
 class _Unsendable(Exception):
