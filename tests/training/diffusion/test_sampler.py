@@ -151,6 +151,8 @@ def test_thresholds() -> None:
     dynamic = threshold(x0, "dynamic", 0.9)
     assert torch.equal(dynamic[1], x0[1])  # judged per picture: all of it lies within [-1, 1]
     torch.testing.assert_close(dynamic[0], x0[0].clamp(-2.7, 2.7) / 2.7, atol=1e-4, rtol=0)
+    large = torch.linspace(-3, 3, 4097**2).view(1, 1, 4097, 4097)  # more values than torch.quantile accepts
+    assert (threshold(large, "dynamic", 0.9).abs() == 1).double().mean() == pytest.approx(0.1, abs=1e-4)
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:

@@ -84,8 +84,7 @@ def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu")
         else:
             from training.evaluation.extractors.towers import load_dinov2 as load
         try:
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                found.append(load(name, config, digest, device))
+            found.append(load(name, config, digest, device))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"evaluation.extractors.{name}.path={config.path}: not {config.kind} ({reason})") from error
@@ -154,7 +153,7 @@ def in_batches(
     """Return a network's output, (N, d), for pictures uint8 (N, H, W, 3), `size` at a time and in full fp32 (no
     TF32)."""
     found = []
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its default is False
         for at in range(0, len(pictures), size):
             part = torch.from_numpy(np.ascontiguousarray(pictures[at : at + size])).permute(0, 3, 1, 2).to(device)
             found.append(compute(part).float().cpu().numpy())

@@ -20,24 +20,26 @@ DENSITY_NEIGHBOURS = 5
 """k for density and coverage, as published."""
 RARE, COPY = 0.01, 0.5
 """See `closeness`."""
+ROUNDING = 1e-12
+"""Fraction of |x|^2 + |y|^2 up to which |x - y|^2 is rounding error: that of the difference of nearly equal numbers, and
+that of a network's fp32 features of the same picture in different batches."""
 
 
-def fidelity_and_variety(
-    samples: FeatureRows, reference: FeatureRows, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
-) -> dict[str, Figure]:
+def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[str, Figure]:
     """Return four figures, from three passes over the distances. The intervals treat the balls as fixed.
 
     `precision`, `recall` (Kynkaanniemi et al. 2019): the fraction of samples in a ball around any reference picture
-    that reaches its k-th neighbour, and the fraction of reference pictures in such a ball around a sample. `density`,
-    `coverage` (Naeem et al. 2020), with balls to the `density_k`-th neighbour: the number of reference balls that
-    contain a sample, divided by `density_k`, which outliers of the reference hardly affect; and the fraction of
-    reference balls that contain a sample.
+    that reaches its `NEIGHBOURS`-th neighbour, and the fraction of reference pictures in such a ball around a sample. `density`,
+    `coverage` (Naeem et al. 2020), with balls to the `DENSITY_NEIGHBOURS`-th neighbour: the number of reference balls
+    that contain a sample, divided by `DENSITY_NEIGHBOURS`, which outliers of the reference hardly affect; and the
+    fraction of reference balls that contain a sample.
 
     Raises:
-        ValueError: k or fewer samples, `density_k` or fewer reference pictures, or features that are not finite.
+        ValueError: at most `NEIGHBOURS` samples or `DENSITY_NEIGHBOURS` reference pictures, or features that are not
+            finite.
     """
-    around_reference = kth_distances(reference, k, density_k)
-    around_samples = kth_distances(samples, k)[:, 0]
+    around_reference = kth_distances(reference, NEIGHBOURS, DENSITY_NEIGHBOURS)
+    around_samples = kth_distances(samples, NEIGHBOURS)[:, 0]
     precise, density = np.zeros(len(samples), bool), np.zeros(len(samples))
     recalled, nearest_sample = np.zeros(len(reference), bool), np.full(len(reference), np.inf)
     for rows, columns, distances in _tiles(samples, reference):
@@ -49,7 +51,7 @@ def fidelity_and_variety(
     return {
         "precision": Figure.mean(precise, is_share=True),
         "recall": Figure.mean(recalled, of="reference", is_share=True),
-        "density": replace(Figure.mean(density / density_k), least=0.0),
+        "density": replace(Figure.mean(density / DENSITY_NEIGHBOURS), least=0.0),
         "coverage": Figure.mean(covered, of="reference", is_share=True),
     }
 
@@ -100,12 +102,11 @@ def closeness(samples: FeatureRows, training: FeatureRows) -> tuple[np.ndarray, 
 
 
 def _tiles(a: FeatureRows, b: FeatureRows) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Yield (rows of a, rows of b, Euclidean distances between them) for all pairs, with the rows of `a` in order. A
-    row's distance to itself is exactly 0."""
+    """Yield (rows of a, rows of b, Euclidean distances between them) for all pairs, with the rows of `a` in order. The
+    distance of equal rows is exactly 0."""
     for rows, x in blocks(a):
         for columns, y in blocks(b):
-            squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1) - 2 * (x @ y.T)
-            if a is b and rows == columns:
-                np.fill_diagonal(squares, 0.0)
-            np.maximum(squares, 0, out=squares)
+            norms = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)
+            squares = norms - 2 * (x @ y.T)
+            squares[squares <= ROUNDING * norms] = 0.0
             yield rows, columns, np.sqrt(squares, out=squares)

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
 from tests.training.evaluation.extractors import tiny_weights
-from training.evaluation.extractors.base import open_extractors
+from training.evaluation.extractors.base import in_batches, open_extractors
 from training.evaluation.extractors.inception import Inception, resize_like_tensorflow
 from training.evaluation.extractors.towers import resized
 from training.evaluation.metrics.frechet import frechet_figure
@@ -65,6 +65,16 @@ def test_inception_equals_torch_fidelitys_on_the_same_file(inception) -> None:
     two = [frechet_figure(f[:3, :64], f[3:, :64]).value for f in (features, expected)]
     assert two[0] == pytest.approx(two[1], rel=1e-6)
     assert mine.describe() == {"width": 2048, "sha256": inception.sha256, "rule": mine.rule} and "299" in mine.rule
+
+
+def test_networks_run_with_cudnn_and_without_tf32() -> None:
+    seen = []
+
+    def compute(batch: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return batch.float().mean(dim=(2, 3))
+
+    assert in_batches(PICTURES, 4, "cpu", compute).shape == (6, 3) and seen == [(True, False)] * 2
 
 
 def test_the_resize_is_tensorflows_not_torchs() -> None:

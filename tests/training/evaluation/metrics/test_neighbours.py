@@ -34,7 +34,7 @@ def test_against_double_loops(monkeypatch) -> None:
     between = np.linalg.norm(x[:, None] - y[None], axis=-1)
     radius_x = np.sort(np.linalg.norm(x[:, None] - x[None], axis=-1), axis=1)
     radius_y = np.sort(np.linalg.norm(y[:, None] - y[None], axis=-1), axis=1)
-    found = fidelity_and_variety(x, y, 3, 5)
+    found = fidelity_and_variety(x, y)
     assert found["precision"].value == np.mean((between <= radius_y[:, 3]).any(axis=1))
     assert found["recall"].value == np.mean((radius_x[:, 3] >= between.T).any(axis=1))
     assert found["density"].value == pytest.approx(np.mean((between <= radius_y[:, 5]).sum(axis=1) / 5))
@@ -52,6 +52,16 @@ def test_a_planted_copy_is_found_and_its_absence_not_reported() -> None:
     training[7] = training[8]  # duplicates in the training data do not blind it
     found, places = closeness(samples, training)
     assert found[17] < 0.01 and places[17] == 42 and np.sort(found)[1] > COPY
+
+
+def test_many_duplicates_in_the_training_data_do_not_hide_copies(monkeypatch) -> None:
+    """Their distance, computed as |x|^2 + |y|^2 - 2 x y, is not exactly 0, and must not become the unit."""
+    monkeypatch.setattr(rows, "BLOCK", 64)
+    training, samples = cloud(400, 0, width=256, shift=1), cloud(100, 1, width=256, shift=1)
+    training[300:330] = training[:30]  # in the same block and in others
+    samples[17] = training[42] + 1e-3
+    found, places = closeness(samples, training)
+    assert found[17] < 0.01 and places[17] == 42 and 0.9 < np.sort(found)[1] < 2
 
 
 def test_too_few_pictures_are_refused() -> None:
