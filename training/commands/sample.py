@@ -416,13 +416,16 @@ def _open(file: Path) -> Image.Image:
 
 
 def measure_diversity(output: Path, jobs: list[SampleJob]) -> dict[str, Any]:
-    """Return the mean pairwise distance between the pictures of each prompt, and its mean over prompts."""
+    """Return the mean pairwise distance between the pictures of each prompt that has several, and its mean over these
+    prompts."""
     by_prompt: dict[str, list[SampleJob]] = {}
     for job in jobs:
         by_prompt.setdefault(job.prompt, []).append(job)
     found = {}
     for prompt, some in by_prompt.items():
+        if len(some) < 2:
+            continue
         pictures = np.stack([np.asarray(_open(output / f"{job.name}.png")) for job in some])
         found[prompt] = round(diversity(colour_grid(pictures)), 6)
-    mean = sum(found.values()) / max(len(found), 1)
+    mean = sum(found.values()) / len(found)
     return {"features": DIVERSITY_FEATURES, "mean": round(mean, 6), "prompts": found}

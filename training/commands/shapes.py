@@ -14,6 +14,7 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.images import box_average
 from data_pipeline.content.synthetic import ShapeSpec, caption, example, parse, render
 from training.commands.measuring import PART, Evaluation, ImagesOf
+from training.config.commands import SAMPLER_KEYS
 from training.evaluation import oracle, report
 from training.evaluation.metrics.figure import Figure
 from training.evaluation.metrics.frechet import Moments, frechet_distance
@@ -94,7 +95,7 @@ class ShapesEvaluation(Evaluation):
         specs = [_spec(text) for text in captions]
         stages = list(shown.values())
         readings, scores = _read_all(stages[-1], specs)
-        several = self.settings.images_per_prompt
+        prompts, several = arrays["place"], self.settings.images_per_prompt
         on_sheet = report.places_on_sheet(scores)
         real, read, true = self._real({place // several for place in on_sheet})
         beside = {} if self.prompts else {place: Image.fromarray(true[place // several]) for place in on_sheet}
@@ -108,13 +109,10 @@ class ShapesEvaluation(Evaluation):
         kept |= {f"psnr.stages.{s}.{k}": f for s, found in restored.items() for k, f in found.items()}
         psnrs = {s: {k: f.as_dict() for k, f in found.items()} for s, found in restored.items()}
         return {
-            "samples": {field: figure.as_dict() for field, figure in shares.items()},
-            "base": {field: f.as_dict() for field, f in report.shares(_read_all(base, specs)[1]).items()},
+            "samples": {field: figure.as_dict(prompts) for field, figure in shares.items()},
+            "base": {field: f.as_dict(prompts) for field, f in report.shares(_read_all(base, specs)[1]).items()},
             "real": {field: f.as_dict() for field, f in report.shares(read).items()},
-            "by_word": {
-                field: {word: figure.as_dict() for word, figure in words.items()}
-                for field, words in report.shares_by_word(scores, specs).items()
-            },
+            "by_word": report.shares_by_word(scores, specs, prompts),
             "psnr": {**list(psnrs.values())[-1], "n": len(real.captions), "stages": psnrs} if psnrs else {},
             "floors": self._floors(specs, reference),
         }
@@ -161,7 +159,8 @@ class ShapesEvaluation(Evaluation):
             low = [box_average(picture, stage.image_size // stage.low_res_size) for picture in truth]
             found = {"bicubic": [np.asarray(_enlarged(Image.fromarray(p), stage.image_size)) for p in low]}
             sampler = own[stage.name]
-            options = {key: getattr(sampler, key) for key in ("guidance", "steps", "spacing", "threshold")}
+            apart = {"sampler", "aug_level"} | (set() if stage.diffusion.size_condition else {"original_side"})
+            options = {key: getattr(sampler, key) for key in SAMPLER_KEYS if key not in apart}
             for name, level in (("sr", 0.0), ("sr_noised", sampler.aug_level)):
                 drawings = self._sample(
                     real.captions[:count],

@@ -35,7 +35,7 @@ METRICS = {
     "copies": "share of copies of training pictures",
     "diversity": "diversity within a prompt",
 }
-"""Feature-based figures: key in result.json -> display name."""
+"""Figures on features and on answers: key in result.json -> display name."""
 
 
 def shares(scores: Scores) -> dict[str, Figure]:
@@ -44,18 +44,29 @@ def shares(scores: Scores) -> dict[str, Figure]:
     return {field: Figure.mean(np.array([score[field] for score in scores]), is_share=True) for field in fields}
 
 
-def shares_by_word(scores: Scores, specs: Sequence[ShapeSpec]) -> dict[str, dict[str, Figure]]:
+def shares_by_word(
+    scores: Scores, specs: Sequence[ShapeSpec], prompts: np.ndarray
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Return by field and word the fraction of pictures in which the field is right, among those whose caption has the
-    word."""
-    found: dict[str, dict[str, list[bool]]] = {}
-    for score, spec in zip(scores, specs, strict=True):
+    word, as entries of result.json.
+
+    Args:
+        prompts: int (N,): the prompt of each picture, by number.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for row, spec in enumerate(specs):
         words = {("background", spec.background)}
         words |= {(field, getattr(thing, field)) for thing in spec.objects for field in ("colour", "size", "shape")}
         words |= {("relation", spec.relation)} if spec.relation else set()
         for field, word in words:
-            found.setdefault(field, {}).setdefault(word, []).append(score[field])
+            found.setdefault(field, {}).setdefault(word, []).append(row)
+
+    def entry(field: str, rows: list[int]) -> dict[str, Any]:
+        right = np.array([scores[row][field] for row in rows])
+        return Figure.mean(right, is_share=True).as_dict(prompts[rows])
+
     return {
-        field: {word: Figure.mean(np.array(right), is_share=True) for word, right in sorted(found[field].items())}
+        field: {word: entry(field, rows) for word, rows in sorted(found[field].items())}
         for field in FIELDS
         if field in found
     }

@@ -15,7 +15,7 @@ from data_pipeline.config import DataConfig, divisors
 from data_pipeline.content.images import bucket_shape
 from data_pipeline.storage import store
 from training.config.commands import PlanCommand
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, ZeroConfig
 from training.config.unet import for_stage, side_multiple
 from training.engine.base import DTYPES
 from training.optim.registry import optimizer_class
@@ -159,7 +159,7 @@ def memory_plan(
     config: PlanCommand, setup: Setup, passes: Passes, device: Device, encoder: int, problems: list[str]
 ) -> dict[str, Any]:
     """Return the bytes by part at the configured micro-batch, the largest micro-batch that fits, and totals by ZeRO
-    stage and micro-batch."""
+    stage and micro-batch: of the configured stage as configured, of the others without offloading."""
     share = max(1, config.data.share_of(setup.world_size))
     micro_batch = config.data.micro_batch or share
     parts = memory(setup, passes, micro_batch, encoder)
@@ -176,7 +176,7 @@ def memory_plan(
     sizes = sorted({*(n for n in range(1, share + 1) if share % n == 0), micro_batch})
     near = sorted(sizes, key=lambda n: abs(sizes.index(n) - sizes.index(micro_batch)))[:SHOWN_MICRO_BATCHES]
     stages = [s for s in (0, 1, 2, 3) if s or (setup.world_size == 1 and setup.weight_bytes == 4)]
-    setups = {s: replace(setup, zero=type(config.zero)(stage=s)) for s in stages}
+    setups = {s: setup if s == setup.zero.stage else replace(setup, zero=ZeroConfig(stage=s)) for s in stages}
     return {
         "micro_batch": micro_batch,
         "memory": parts,

@@ -144,6 +144,30 @@ def test_a_perfect_cascade_scores_as_it_should(evaluation: ShapesEvaluation) -> 
     assert min(shapes.values()) >= 0 and max(shapes.values()) == 1.0
 
 
+class Twins(Perfect):
+    """Draws each prompt's second picture like its first."""
+
+    def draw(self, prompts, *arguments, **options):  # type: ignore[no-untyped-def]
+        return [drawing for drawing in super().draw(prompts[::2], *arguments, **options) for _ in range(2)]
+
+
+def test_two_equal_pictures_of_a_prompt_narrow_no_interval(evaluation: ShapesEvaluation, tmp_path: Path) -> None:
+    single = evaluation.cascade
+    twins = Twins(single.stages, single.encoder, single.text)
+    found = []
+    for cascade, several in ((single, 1), (twins, 2)):
+        config = command("unused", tmp_path / str(several), samples=16, psnr_samples=0, images_per_prompt=several)
+        one = ShapesEvaluation(config, cascade, ["cpu"], evaluation.extractors)
+        one.draw()
+        found.append(one.result())
+    for group in ("samples", "base"):
+        once, again = (result[group]["all"] for result in found)
+        assert (once["n"], again["n"]) == (16, 32) and again["value"] == once["value"]
+        assert again["interval"] == pytest.approx(once["interval"])
+    word, once = next((word, entry) for word, entry in found[0]["by_word"]["shape"].items() if 0 < entry["value"] < 1)
+    assert found[1]["by_word"]["shape"][word]["interval"] == pytest.approx(once["interval"])
+
+
 def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: ShapesEvaluation) -> None:
     real = evaluation._real(())[0]
     evaluation.cascade.truth = real.pictures  # type: ignore[attr-defined]
@@ -153,6 +177,15 @@ def test_bicubic_is_pillows_on_the_true_low_res_picture(evaluation: ShapesEvalua
     expected = np.mean([10 * np.log10(255**2 / error) for error in errors])
     measured = evaluation._psnr(real)["sr"]
     assert measured["bicubic"].value == pytest.approx(expected) and measured["sr"].value == 100
+
+
+def test_pictures_are_restored_with_the_original_side_that_was_given(tmp_path: Path) -> None:
+    cascade, found = tiny_cascade(size_condition=True), []
+    for side in (None, 64):
+        config = command("unused", tmp_path, {"original_side": side}, samples=2, psnr_samples=2)
+        one = ShapesEvaluation(config, cascade, ["cpu"], open_extractors({}))
+        found.append(one._psnr(one._real(())[0])["sr"])
+    assert found[0]["sr"].value != found[1]["sr"].value and found[0]["bicubic"].value == found[1]["bicubic"].value
 
 
 def photographs(folder: Path, count: int, captions: str = "a street in the rain", broken: int = 0) -> str:

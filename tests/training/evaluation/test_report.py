@@ -25,8 +25,8 @@ def test_shares() -> None:
     found = {field: figure.value for field, figure in shares(SCORES).items()}
     assert found == pytest.approx({"background": 1, "colour": 2 / 3, "size": 1, "shape": 2 / 3, "all": 2 / 3})
     by_word = {
-        field: {word: figure.value for word, figure in words.items()}
-        for field, words in shares_by_word(SCORES, SPECS).items()
+        field: {word: entry["value"] for word, entry in words.items()}
+        for field, words in shares_by_word(SCORES, SPECS, np.arange(3)).items()
     }
     assert by_word["colour"] == {"red": 1.0, "blue": 0.5} and by_word["shape"] == {"circle": 0.5, "cross": 1.0}
     assert by_word["background"] == {"white": 1.0, "black": 1.0} and "relation" not in by_word

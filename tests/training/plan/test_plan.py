@@ -109,6 +109,9 @@ def test_memory_by_zero_stage_and_micro_batch() -> None:
     assert set(by_stage) == {"1", "2", "3"} and {"1", "2", "4", "8", "16"} <= set(by_stage["1"])
     assert by_stage["2"]["4"] == plan["memory"]["total"]
     assert by_stage["1"]["16"] > by_stage["1"]["1"]
+    offloaded = make_plan(plan_config(data__micro_batch=4, zero__stage=2, zero__offload_optimizer=True))
+    assert offloaded["memory_by_zero_stage"]["2"]["4"] == offloaded["memory"]["total"] < by_stage["2"]["4"]
+    assert offloaded["memory_by_zero_stage"]["3"] == by_stage["3"], "another stage without offloading"
 
 
 def test_the_text_encoder_online_against_precomputed() -> None:

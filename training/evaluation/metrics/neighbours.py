@@ -21,22 +21,21 @@ DENSITY_NEIGHBOURS = 5
 RARE, COPY = 0.01, 0.5
 """See `closeness`."""
 ROUNDING = 1e-12
-"""Fraction of |x|^2 + |y|^2 up to which |x - y|^2 is rounding error: that of the difference of nearly equal numbers, and
-that of a network's fp32 features of the same picture in different batches."""
+"""Fraction of |x|^2 + |y|^2 up to which |x - y|^2 is rounding error: of the difference of nearly equal numbers, or of a
+network's fp32 features of the same picture in different batches."""
 
 
 def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[str, Figure]:
     """Return four figures, from three passes over the distances. The intervals treat the balls as fixed.
 
     `precision`, `recall` (Kynkaanniemi et al. 2019): the fraction of samples in a ball around any reference picture
-    that reaches its `NEIGHBOURS`-th neighbour, and the fraction of reference pictures in such a ball around a sample. `density`,
-    `coverage` (Naeem et al. 2020), with balls to the `DENSITY_NEIGHBOURS`-th neighbour: the number of reference balls
-    that contain a sample, divided by `DENSITY_NEIGHBOURS`, which outliers of the reference hardly affect; and the
-    fraction of reference balls that contain a sample.
+    that reaches its neighbour number `NEIGHBOURS`, and the fraction of reference pictures in such a ball around a
+    sample. `density`, `coverage` (Naeem et al. 2020), with balls to neighbour number k = `DENSITY_NEIGHBOURS`: the
+    number of reference balls that contain a sample, divided by k, which outliers of the reference hardly affect; and
+    the fraction of reference balls that contain a sample.
 
     Raises:
-        ValueError: at most `NEIGHBOURS` samples or `DENSITY_NEIGHBOURS` reference pictures, or features that are not
-            finite.
+        ValueError: too few samples or reference pictures to have such neighbours, or features that are not finite.
     """
     around_reference = kth_distances(reference, NEIGHBOURS, DENSITY_NEIGHBOURS)
     around_samples = kth_distances(samples, NEIGHBOURS)[:, 0]
