@@ -32,6 +32,7 @@ demo-long: setup  ## the same with two objects and their relation (about 20 minu
 	$(BIN)/cascade evaluate experiment=demo_long
 
 test: $(VENV)/.installed-test  ## lint, type-check and run every test
+	@$(BIN)/python -m compileall -q cascade_t2i data_pipeline slurm training tests  # once, not in each process
 	@echo "==> make lint, beside the tests; what it says is shown after them"
 	@( $(LINT) ) > $(VENV)/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15; tests=$$?; \

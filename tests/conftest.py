@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import os
@@ -11,7 +10,6 @@ import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,14 +31,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_FIRST = (
     "tests/slurm/test_survive.py",
-    "tests/slurm/test_graph.py",
-    "tests/slurm/test_launch.py",
     "tests/data_pipeline/storage/test_faults.py",
     "tests/training/test_train.py",
     "tests/training/ablation/test_ablate.py",
+    "tests/slurm/test_graph.py",
     "tests/training/plan/test_memory.py",
     "tests/training/test_places.py",
     "tests/training/test_waiting.py",
+    "tests/slurm/test_launch.py",
     "tests/slurm/",
     "tests/training/test_trouble.py",
     "tests/integration/",
@@ -58,25 +56,6 @@ SLOW_FIRST = (
     "tests/data_pipeline/",
 )
 """The order in which several workers take files: by measured CPU time, so that no worker ends alone with a long one."""
-ROOT = Path(__file__).parents[1]
-
-
-@functools.cache
-def unit_of_work(path: str) -> str:
-    """What one worker runs whole: a file, since its tests share what they set up, and all that needs the one Slurm."""
-    return "the files on Slurm" if "@pytest.mark.slurm" in (ROOT / path).read_text() else path
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Not `--dist loadgroup`: xdist 3.8 writes the group into the test's id, which pytest 9.2 no longer lets it."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            return unit_of_work(nodeid.partition("::")[0])
-
-    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
