@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
 
-from data_pipeline.commands.prepare_item import files_below, nfc, nfd
+from data_pipeline.commands.prepare_item import files_below, nfc, nfd, on_disk
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.members import IMAGE_EXTENSIONS, is_unsupported
 
@@ -87,7 +87,7 @@ class NamedFiles:
         for form in dict.fromkeys(composed for one in forms for composed in (one, nfc(one), nfd(one))):
             place = self.root / form
             with suppress(OSError, ValueError):
-                if place.is_file():
+                if on_disk(place, place.is_file):
                     return place
         return None
 

@@ -8,14 +8,17 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from data_pipeline.common.errors import NO_FILE, BadSample, DataError, system_words
+from data_pipeline.common.errors import NO_FILE, PASSING, BadSample, DataError, system_words
 from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.storage.retry import disk_fault, persist
+
+T = TypeVar("T")
 
 _PIECE = 1 << 20
 RECORDS = ".prepare"
@@ -79,6 +82,16 @@ def nfd(name: str) -> str:
     return unicodedata.normalize("NFD", name)
 
 
+def on_disk(path: Path, look: Callable[[], T]) -> T:
+    """Return what `look` returns, which reads `path` or asks about it; its file system may fail for a while.
+
+    Raises:
+        StoreError: its file server is gone.
+        OSError: any other error of `look`; also EIO, if it does not pass.
+    """
+    return disk_fault(lambda: persist(str(path), look))
+
+
 def read_file(path: Path) -> bytes:
     """Read a file.
 
@@ -88,7 +101,7 @@ def read_file(path: Path) -> bytes:
             blame.
     """
     try:
-        data = disk_fault(lambda: persist(str(path), path.read_bytes))
+        data = on_disk(path, path.read_bytes)
         if "LFS" in (words := instead(data[:99])):
             raise BadSample("missing_image", f"{path}: {words}")
         return data
@@ -129,9 +142,15 @@ def files_below(root: Path, strict: bool = False) -> tuple[list[Path], list[Path
 
     Raises:
         DataError: with `strict`, a folder cannot be listed.
+        StoreError: its file system kept failing.
     """
+    return persist(str(root), partial(_files_below, root, strict))
 
+
+def _files_below(root: Path, strict: bool) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
+        if error.errno in PASSING:
+            raise error
         if strict:
             raise DataError(f"{error.filename}: {system_words(error)}") from error
 
@@ -155,7 +174,7 @@ def files_below(root: Path, strict: bool = False) -> tuple[list[Path], list[Path
 def file_size(path: Path) -> int:
     """Return the size of a file in bytes; -1 if it does not exist."""
     try:
-        return path.stat().st_size
+        return on_disk(path, path.stat).st_size
     except (OSError, ValueError):
         return -1
 
@@ -203,7 +222,11 @@ def hash_lines(lines: Iterable[Any]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return a short hash of a file's content, hexadecimal, reading it piece by piece."""
+    """Return a short hash of a file's content, hexadecimal. Raises `OSError` or `StoreError`."""
+    return on_disk(path, partial(_hash_file, path))
+
+
+def _hash_file(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):

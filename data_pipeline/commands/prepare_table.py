@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
 from data_pipeline.content.captions import texts_in, value_at
 from data_pipeline.content.members import instead, picture_kind
+from data_pipeline.storage.retry import persist
 from data_pipeline.tables.arrow import ParquetRows
 from data_pipeline.tables.base import Rows, looks_like_picture, plain_name
 from data_pipeline.tables.delimited import DelimitedRows, typed
@@ -95,7 +97,7 @@ class TableSource:
         encoding: str | None = None,
     ) -> None:
         self.names, self.table = names or MembersConfig(), table
-        self.paths = _files(table)
+        self.paths = persist(table, partial(_files, table))
         known = {*_KNOWN, *map(plain_name, (*self.names.image, *self.names.caption))}
         self.parts = [open_table(path, known, encoding) for path in self.paths]
         self._ends = np.cumsum([len(part) for part in self.parts])

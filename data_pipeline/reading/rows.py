@@ -85,11 +85,7 @@ class _File:
 
     def _read_again(self, begin: int, end: int) -> bytes:
         """Open the file again, in the place of the one that other threads may be reading, and read."""
-        fresh = self._open()
-        try:
-            os.dup2(fresh, self._descriptor, inheritable=False)
-        finally:
-            os.close(fresh)
+        store.reopen(store.local_path(self._url), self._descriptor)
         return self._read(begin, end)
 
     def __del__(self) -> None:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
@@ -258,6 +259,10 @@ def in_cache(path: str, index: str) -> str:
     Returns:
         The snapshot directory; `path` unchanged if there is none.
     """
+    return persist(path, partial(_in_cache, path, index), PATIENCE)
+
+
+def _in_cache(path: str, index: str) -> str:
     snapshots = Path(path) / "snapshots"
     if snapshots.is_dir() and not (Path(path) / index).exists():
         named = Path(path) / "refs" / "main"

@@ -129,9 +129,7 @@ class LocalStream:
             status = os.stat(self._path)
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{self._path}: not a regular file")
-            if self._known not in (None, (status.st_size, status.st_mtime_ns)):
-                raise DataError(f"{self._path}: it has changed while it was being read")
-            self._known = status.st_size, status.st_mtime_ns
+            self._known = check_unchanged(self._path, status, self._known)
             file = open(self._path, "rb")  # noqa: SIM115
             file.seek(self._position)
             return file
@@ -172,6 +170,44 @@ class LocalStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return what changes when a file does: its size in bytes and its mtime in ns."""
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: str, status: os.stat_result, known: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the stamp of a file. Raises `DataError` if it is not `known`."""
+    if known not in (None, stamp(status)):
+        raise DataError(f"{path}: it has changed while it was being read")
+    return stamp(status)
+
+
+def reopen(path: str, descriptor: int, known: tuple[int, int] | None = None) -> None:
+    """Open a file again, in the place of a descriptor that other threads may be reading.
+
+    Args:
+        known: its `stamp` when it was opened first; None: it may have changed.
+
+    Raises:
+        OSError: it cannot be opened.
+        DataError: it has changed.
+    """
+    fresh = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check_unchanged(path, os.fstat(fresh), known)
+        os.dup2(fresh, descriptor, inheritable=False)
+    finally:
+        os.close(fresh)
+
+
+def _mode(path: str, patience: Patience) -> int:
+    """Return the type and permissions of a file or directory; 0 if there is none, or none that this user can see."""
+    try:
+        return persist(path, partial(os.stat, path), patience).st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def _local_error(path: str, error: OSError) -> DataError:
@@ -293,7 +329,7 @@ def exists(url: str, patience: Patience = DEFAULT) -> bool:
     A web server, which need not list what it has, is asked for the address itself.
     """
     if not is_remote(url):
-        return os.path.exists(local_path(url))
+        return _mode(local_path(url), patience) != 0
     if url.startswith(_WEB):
         return other.answers(url, patience)
     _, key = _door(url).split(url)
@@ -425,7 +461,7 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
     urls: dict[str, str] = {}
     again = ""
     for pattern in patterns:
-        for one in _braces(pattern):
+        for one in _braces(pattern, patience):
             found = _expand_one(one, patience)
             if not found:
                 raise ShardsError(f"={one}: no .tar shards found{_hint(one, patience)}")
@@ -450,8 +486,8 @@ def _respelled(pattern: str) -> str:
     return pattern.strip() if "://" in pattern and pattern.strip() != pattern else ""
 
 
-def _braces(pattern: str) -> Iterable[str]:
-    if "{" not in pattern or (not is_remote(pattern) and os.path.exists(local_path(pattern))):
+def _braces(pattern: str, patience: Patience) -> Iterable[str]:
+    if "{" not in pattern or (not is_remote(pattern) and exists(pattern, patience)):
         return [pattern]
     from braceexpand import braceexpand
 
@@ -465,17 +501,18 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
     if is_remote(pattern):
         return _expand_remote(pattern, patience)
     path = local_path(pattern)
-    if _MAGIC.search(path) and not os.path.exists(path):
+    mode = _mode(path, patience)
+    if _MAGIC.search(path) and not mode:
         _check_folders(path, patience)
         return _no_directories(_shards_among(sorted(glob.glob(path, recursive=True))))
-    if os.path.isdir(path):
+    if stat.S_ISDIR(mode):
         names = list_dir(path, patience)
         found = [os.path.join(path, name) for name in names if _is_shard_name(name)]
         packed = [name for name in names if _PACKED.search(name)]
         if found and packed:
             logger.warning("%s: %d shards such as %s are skipped: %s", path, len(packed), packed[0], _UNPACK)
         return _no_directories(found)
-    return [path] if os.path.exists(path) or path.endswith(SHARD_SUFFIXES) else []
+    return [path] if mode or path.endswith(SHARD_SUFFIXES) else []
 
 
 def _check_folders(pattern: str, patience: Patience) -> None:

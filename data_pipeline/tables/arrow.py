@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -11,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import BadSample
+from data_pipeline.common.errors import PASSING, BadSample
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import persist
 from data_pipeline.tables.base import Rows
 
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
@@ -36,9 +39,8 @@ class ParquetRows:
     """A Parquet file, read in batches of about 16 MB; fast if rows are requested roughly in order."""
 
     def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
-
-        self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        self._path, self._stamp = path, store.stamp(os.stat(path))
+        self._file = self._opened()
         self.columns = [str(name) for name in self._file.schema_arrow.names]
         self.classes = class_names(self._file.schema_arrow)
         self._wanted: list[str] | None = None
@@ -53,6 +55,11 @@ class ParquetRows:
         self._next = -1
         self._lock = threading.Lock()
 
+    def _opened(self) -> Any:
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(self._path, pre_buffer=False, buffer_size=1 << 20)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -62,12 +69,31 @@ class ParquetRows:
 
     def row(self, number: int) -> dict[str, Any]:
         with self._lock:
-            start, batch = self._batch(number)
+            start, batch = self._found(number)
         cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
         try:  # reversed: of several columns with the same name, the first is used
             return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
         except UnicodeDecodeError as error:
             raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+
+    def _found(self, number: int) -> tuple[int, Any]:
+        """Return the batch that contains a row, and its first row; the file is opened again if its file system fails.
+
+        Raises:
+            DataError: it had to be opened again, and has changed.
+            StoreError: its file system kept failing.
+        """
+        try:
+            return self._batch(number)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            return persist(str(self._path), lambda: self._batch_again(number))
+
+    def _batch_again(self, number: int) -> tuple[int, Any]:
+        store.check_unchanged(str(self._path), os.stat(self._path), self._stamp)
+        self._file, self._next = self._opened(), -1
+        return self._batch(number)
 
     def _batch(self, number: int) -> tuple[int, Any]:
         while True:

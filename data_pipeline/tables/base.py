@@ -8,8 +8,10 @@ from array import array
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import PASSING, DataError
 from data_pipeline.content.members import IMAGE_EXTENSIONS
+from data_pipeline.storage import store
+from data_pipeline.storage.retry import persist
 
 _PICTURE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(#\d+)?$", re.IGNORECASE)
 
@@ -31,10 +33,15 @@ class Rows(Protocol):
 
 
 class FileLines:
-    """Reads pieces of a file by number. Thread-safe."""
+    """Reads pieces of a file by number; if its file system fails for a while, it is opened again. Thread-safe.
+
+    A file without a name, to which a table was unpacked, is not: its bytes are nowhere else.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._path = file.name if isinstance(file.name, str) else ""
+        self._stamp = store.stamp(os.fstat(file.fileno()))
         self.starts, self.sizes, self.lines = array("q"), array("q"), array("q")
 
     def add(self, start: int, size: int, line: int) -> None:
@@ -44,8 +51,25 @@ class FileLines:
         self.lines.append(line)
 
     def read(self, number: int) -> bytes:
-        """Return the piece with this number, from 0."""
+        """Return the piece with this number, from 0.
+
+        Raises:
+            DataError: the file had to be opened again, and has changed.
+            StoreError: its file system kept failing.
+        """
+        try:
+            return self._read(number)
+        except OSError as error:
+            if error.errno not in PASSING or not self._path:
+                raise
+            return persist(self._path, lambda: self._read_again(number))
+
+    def _read(self, number: int) -> bytes:
         return os.pread(self._file.fileno(), self.sizes[number], self.starts[number])
+
+    def _read_again(self, number: int) -> bytes:
+        store.reopen(self._path, self._file.fileno(), self._stamp)
+        return self._read(number)
 
 
 def plain_name(column: str) -> str:

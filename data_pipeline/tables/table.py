@@ -12,11 +12,13 @@ import lzma
 import re
 import zipfile
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from data_pipeline.common.errors import DataError, system_words
 from data_pipeline.storage.atomic import scratch
+from data_pipeline.storage.retry import persist
 from data_pipeline.tables.arrow import ParquetRows, arrow_rows
 from data_pipeline.tables.base import Rows, no_table
 from data_pipeline.tables.delimited import DelimitedRows
@@ -39,21 +41,29 @@ def open_table(path: Path, known: Collection[str] = (), encoding: str | None = N
 
     Raises:
         DataError: it is not a readable table, or there is no room in TMPDIR to unpack it.
+        StoreError: its file system kept failing.
     """
     import pyarrow as pa
 
     try:
-        with open(path, "rb") as file:
-            head = file.read(8)
-        if head[:4] == b"PAR1":
-            return ParquetRows(path)
-        if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
-            return arrow_rows(path, head)
-        return _text_rows(open_plain(path), path, known, encoding)
+        return persist(str(path), partial(_rows, path, known, encoding))
     except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
-        if isinstance(error, OSError) and error.filename == scratch():
-            raise DataError(f"{scratch()}: {system_words(error)}; {path} is unpacked there") from error
         raise no_table(path, str(error) or type(error).__name__) from error
+
+
+def _rows(path: Path, known: Collection[str], encoding: str | None) -> Rows:
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head[:4] == b"PAR1":
+        return ParquetRows(path)
+    if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+        return arrow_rows(path, head)
+    try:
+        return _text_rows(open_plain(path), path, known, encoding)
+    except OSError as error:
+        if error.filename == scratch():
+            raise DataError(f"{scratch()}: {system_words(error)}; {path} is unpacked there") from error
+        raise
 
 
 def _text_rows(file: IO[bytes], path: Path, known: Collection[str], encoding: str | None) -> Rows:

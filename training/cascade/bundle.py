@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.storage.folder import in_cache, open_folder
+from data_pipeline.storage.folder import PATIENCE, in_cache, open_folder
+from data_pipeline.storage.retry import persist
 from data_pipeline.storage.store import is_remote
 from training.checkpoint.provenance import code_version
-from training.checkpoint.safetensors import Digest, chunks
+from training.checkpoint.safetensors import Digest, chunks, open_tensors
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment, StageConfig, TextConfig
@@ -122,10 +124,12 @@ def _open_run(run: str, experiment: str) -> Checkpoint:
 def checkpoint_dir(run: str) -> str:
     """Return the checkpoint directory of a run; a directory that is not a run is taken as a checkpoint directory
     itself."""
+    return run if "://" in run else persist(run, partial(_checkpoint_dir, run), PATIENCE)
+
+
+def _checkpoint_dir(run: str) -> str:
     from omegaconf import OmegaConf
 
-    if "://" in run:
-        return run
     settings = Path(run) / "config.yaml"
     if not settings.exists():
         inside = Path(run) / "checkpoints"
@@ -526,15 +530,19 @@ class _Reader:
 
     def __call__(self) -> dict[str, Tensor]:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        file = self.folder.fetch(self.name)
+        where = f"{self.folder}/{self.name}"
         try:
-            if checksum(file, "sha256") != self.sha256:
-                raise DataError(f"{self.folder}/{self.name}: does not match its SHA-256; bundle or copy it again")
-            return {name: tensor.clone() for name, tensor in load_file(file).items()}
+            return persist(where, self._read, PATIENCE)
         except SafetensorError as error:
-            raise DataError(f"{self.folder}/{self.name}: damaged ({error}); bundle or copy it again") from error
+            raise DataError(f"{where}: damaged ({error}); bundle or copy it again") from error
+
+    def _read(self) -> dict[str, Tensor]:
+        file = self.folder.fetch(self.name)
+        if checksum(file, "sha256") != self.sha256:
+            raise DataError(f"{self.folder}/{self.name}: does not match its SHA-256; bundle or copy it again")
+        content = open_tensors(file)
+        return {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
 
 
 def _is_run(path: str) -> bool:

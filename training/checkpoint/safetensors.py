@@ -1,9 +1,13 @@
-"""Streams tensors into safetensors files, computing both checksums on the way."""
+"""Streams tensors into safetensors files, computing both checksums on the way, and opens such files."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -58,6 +62,22 @@ class Digest:
     def sha256(self) -> str:
         """SHA-256 of the chunks passed so far, as hex."""
         return self._hash.hexdigest()
+
+
+def open_tensors(path: Path) -> Any:
+    """Map a safetensors file; the tensors are read from it on demand.
+
+    Raises:
+        OSError: it cannot be opened; the library calls it missing, whatever the reason.
+        SafetensorError: it is damaged.
+    """
+    from safetensors import safe_open
+
+    with open(path, "rb"):
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError as error:  # it was there just now
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path)) from error
 
 
 def split_by_size(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:

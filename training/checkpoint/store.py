@@ -137,11 +137,11 @@ class Checkpoint:
         Raises:
             KeyError: there is no tensor of this name.
         """
-        from safetensors import safe_open
+        from training.checkpoint.safetensors import open_tensors
 
         place = self.manifest["tensors"][name]["file"]
         if place not in self._files:
-            self._files[place] = self._persist(place, partial(safe_open, framework="pt"))
+            self._files[place] = self._persist(place, open_tensors)
         return self._files[place].get_tensor(name)
 
     def _persist(self, name: str, action: Callable[[Path], Any]) -> Any:

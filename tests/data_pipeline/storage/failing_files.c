@@ -1,4 +1,4 @@
-/* Preloaded: calls on paths that contain FAULT_PATH fail with FAULT_ERRNO, the first FAULT_COUNT times. */
+/* Preloaded: calls on paths that contain FAULT_PATH fail with FAULT_ERRNO, FAULT_COUNT times after the first FAULT_AFTER. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -17,7 +17,8 @@ static int fails(const char *path) {
   static int done;
   if (!where || !*where || !path || !strstr(path, where)) return 0;
   if (strcmp(last, getenv("FAULT_CASE"))) done = 0, snprintf(last, sizeof last, "%s", getenv("FAULT_CASE"));
-  if (done++ >= atoi(count)) return 0;
+  int after = atoi(getenv("FAULT_AFTER")), number = done++;
+  if (number < after || number >= after + atoi(count)) return 0;
   errno = atoi(getenv("FAULT_ERRNO"));
   return 1;
 }
@@ -47,9 +48,16 @@ static int descriptor_fails(int number) {
     va_end(more); \
     return strcmp(getenv("FAULT_CALL") ?: "", "open") == 0 && fails(path) ? -1 : next(path, flags, mode); \
   }
+#define STAT(name, kind) \
+  int name(const char *path, kind *to) { \
+    NEXT(name); \
+    return strcmp(getenv("FAULT_CALL") ?: "", "stat") == 0 && fails(path) ? -1 : next(path, to); \
+  }
 #define READING(call) (strcmp(getenv("FAULT_CALL") ?: "", "read") == 0 && (call))
 OPEN(open)
 OPEN(open64)
+STAT(stat, struct stat)
+STAT(stat64, struct stat64)
 ssize_t read(int number, void *to, size_t size) {
   NEXT(read);
   return READING(descriptor_fails(number)) ? -1 : next(number, to, size);

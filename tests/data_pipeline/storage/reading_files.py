@@ -1,45 +1,56 @@
-"""Reads the shards of a directory in several ways while failing_files.c makes calls fail; prints what came of it."""
+"""Reads shards and tables in several ways while failing_files.c makes calls fail; prints what came of it."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import CascadeError
+from data_pipeline.commands.prepare_files import NamedFiles
+from data_pipeline.commands.prepare_item import hash_file
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.rows import RowReader
 from data_pipeline.shards.mixture import open_dataset
-from data_pipeline.storage import retry, store
+from data_pipeline.storage import store
+from data_pipeline.tables.base import Rows
+from data_pipeline.tables.table import open_table
+from tests.data_pipeline.storage.failing_files import tried
 
 
-def main(folder: str, cases: list[list[Any]]) -> dict[str, list[str]]:
-    shard = f"{folder}/one/00000.tar"
-    ways: dict[str, Callable[[], Any]] = {
-        "sample": lambda: RowReader(dataset, config).read(0, 1),
-        "stream": lambda: store.read_bytes(shard),
-        "folder": lambda: store.list_dir(f"{folder}/one"),
-        "glob": lambda: store.expand(f"{folder}/*/*.tar"),
-        "nested": lambda: store.expand(f"{folder}/**/*.tar"),
-    }
+def main(place: str, cases: list[list[Any]]) -> dict[str, list[str]]:
+    folder = f"{place}/a set"
+    one = Path(folder) / "one"
+    shard = str(one / "00000.tar")
     config = DataConfig(shards=shard)
     dataset = open_dataset(config)
     dataset.index(0)
-    right = {name: read() for name, read in ways.items()}
-    found = {}
-    for way, call, number, count in cases:
-        name = f"{way} {call} {number} {count}"
-        given = {"CASE": name, "CALL": call, "ERRNO": str(number), "COUNT": str(count), "PATH": "a set/one"}
-        os.environ.update({f"FAULT_{key}": value for key, value in given.items()})
-        retry.FILE_S = 60.0 if count < 10 else 0.02
-        try:
-            found[name] = ["same" if ways[way]() == right[way] else "different"]
-        except CascadeError as error:
-            found[name] = [type(error).__name__, str(error)]
-        os.environ["FAULT_PATH"] = ""
-    return found
+    opened = {name: open_table(one / name) for name in ("t.csv", "t.jsonl", "t.parquet")}
+    ways: dict[str, Callable[[], Any]] = {
+        "sample": lambda: RowReader(dataset, config).read(0, 1),
+        "stream": lambda: store.read_bytes(shard),
+        "folder": lambda: store.list_dir(str(one)),
+        "glob": lambda: store.expand(f"{folder}/*/*.tar"),
+        "nested": lambda: store.expand(f"{folder}/**/*.tar"),
+        "directory": lambda: store.expand(str(one)),
+        "exists": lambda: store.exists(shard),
+        **{f"rows of {name}": partial(rows, table) for name, table in opened.items()},
+        **{name: partial(opened_rows, one / name) for name in ("t.csv", "t.csv.gz", "t.parquet")},
+        "hash": lambda: hash_file(one / "t.csv"),
+        "picture": lambda: NamedFiles(Path(folder)).find("one/00000.tar"),
+        "found": lambda: NamedFiles(Path(folder)).find("elsewhere/a.jpg"),
+    }
+    return tried(ways, "a set/one", cases)
+
+
+def opened_rows(path: Path) -> list[Any]:
+    return rows(open_table(path))
+
+
+def rows(table: Rows) -> list[Any]:
+    return [table.row(number) for number in range(0, len(table), 7)]
 
 
 if __name__ == "__main__":
