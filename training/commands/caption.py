@@ -10,17 +10,27 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import BadSample, ConfigError, DataError
+from data_pipeline.common.errors import BadSample, ConfigError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import DataConfig
 from data_pipeline.content import images
 from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.caption_files import caption_file_url, read_captions, write_captions
-from data_pipeline.shards.dataset import keep_rows, patience_of, stored_index
-from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex, build_index
+from data_pipeline.shards.dataset import keep_rows, patience_of
+from data_pipeline.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, refuse_other, remove_leftovers, share
+from training.commands.sharing import (
+    first_and_last,
+    in_groups,
+    in_processes,
+    index_of,
+    ranks_of,
+    refuse_equal_names,
+    refuse_other,
+    remove_leftovers,
+    share,
+)
 from training.processes.devices import own_device
 from training.text.identity import folder_hash
 
@@ -56,9 +66,10 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
 
     settings, patience, output = config.vlm, patience_of(config.data), str(config.output)
     shards = entries_of(config.data)
-    _check_names([(entry.url, _folder_of(output, name)) for name, entry, _ in shards])
+    places = [caption_file_url(entry.url, _folder_of(output, name)) for name, entry, _ in shards]
+    refuse_equal_names([entry.url for _, entry, _ in shards], places, "caption file")
     part, parts = share(config.part, config.parts, os.environ)
-    mine, rank = shards[part::parts], ranks_of(os.environ)
+    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of(os.environ)
     made_by = {
         "model": os.path.basename(os.path.normpath(str(settings.path))),
         "sha": folder_hash(str(settings.path), "vlm.path"),
@@ -67,17 +78,13 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
         "side": settings.side,
         "dtype": settings.dtype,
     }
-    places = [caption_file_url(entry.url, _folder_of(output, name)) for name, entry, _ in shards]
     for number in first_and_last(places):
         _check_same(places[number], {**made_by, **_of_data(shards[number][2])})
     remove_leftovers(places[part::parts])
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
-    for name, entry, data in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
-        index = stored_index(entry, data, patience)
-        if index is None:
-            index = build_index(entry, data.index_dir, patience, data.members)
-        place = caption_file_url(entry.url, _folder_of(output, name))
+    for (_, entry, data), place in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
+        index = index_of(entry, data, patience)
         facts = {**made_by, **_of_data(data), "shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
             _check_same(place, facts)
@@ -90,8 +97,9 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
             )
         rows: list[tuple[str, str]] = []
         with PartReader(entry, index.compressed, patience) as reader:
-            for keys, pictures in _batches(_pictures(index, reader, data, settings.side, done), config.batch):
-                rows += [pair for pair in zip(keys, captioner.describe(pictures), strict=True) if pair[1]]
+            for group in in_groups(_pictures(index, reader, data, settings.side, done), config.batch):
+                texts = captioner.describe([picture for _, picture in group])
+                rows += [(key, text) for (key, _), text in zip(group, texts, strict=True) if text]
         done["bytes"] += write_captions(place, rows, {**facts, "transformers": transformers.__version__})
         done["captions"] += len(rows)
     return done
@@ -124,19 +132,6 @@ def _pictures(
         yield index.key(row), shown
 
 
-def _batches(items: Iterator[tuple[str, Image.Image]], size: int) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    keys: list[str] = []
-    pictures: list[Image.Image] = []
-    for key, picture in items:
-        keys.append(key)
-        pictures.append(picture)
-        if len(keys) == size:
-            yield keys, pictures
-            keys, pictures = [], []
-    if keys:
-        yield keys, pictures
-
-
 def _of_data(data: DataConfig) -> dict[str, Any]:
     """Return the settings that decide which pictures are captioned and how they look, unless they are the defaults."""
     default = DataConfig()
@@ -158,12 +153,3 @@ _SAID = {
     **{name: f"data.{name}" for name in _LOOKS},
 }
 """Fact -> what it is called in messages."""
-
-
-def _check_names(shards: list[tuple[str, str]]) -> None:
-    """Raise DataError if two of the shards (URL, folder) would write the same file."""
-    places: dict[str, str] = {}
-    for url, folder in shards:
-        other = places.setdefault(caption_file_url(url, folder), url)
-        if other != url:
-            raise DataError(f"{url} and {other} would write the same caption file; give them different outputs")

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.common.errors import DataError
 from data_pipeline.common.progress import progress
 from data_pipeline.config import CaptionConfig
 from data_pipeline.content.captions import FROM_FILES, candidates
@@ -20,11 +19,21 @@ from data_pipeline.reading.sequential import PartReader
 from data_pipeline.shards.caption_files import CaptionFiles, captions_hash
 from data_pipeline.shards.dataset import patience_of
 from data_pipeline.shards.embeddings import Sidecar, SidecarWriter, sidecar_url
-from data_pipeline.shards.index import Part, ShardIndex, build_index, load_index
+from data_pipeline.shards.index import Part, ShardIndex
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.shards.tar import MAX_TEXT
 from data_pipeline.storage import store
-from training.commands.sharing import first_and_last, in_processes, ranks_of, refuse_other, remove_leftovers, share
+from training.commands.sharing import (
+    first_and_last,
+    in_groups,
+    in_processes,
+    index_of,
+    ranks_of,
+    refuse_equal_names,
+    refuse_other,
+    remove_leftovers,
+    share,
+)
 from training.processes.devices import own_device
 from training.text.identity import identity
 
@@ -51,22 +60,18 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
 
     patience = patience_of(config.data)
     shards = entries_of(config.data)
-    _refuse_equal_names([(entry.url, _folder(config.output, name)) for name, entry, _ in shards])
-    part, parts = share(config.part, config.parts, os.environ)
-    mine = shards[part::parts]
-    facts = {"encoder": identity(config.text), "dtype": config.dtype}
     places = [sidecar_url(entry.url, _folder(config.output, name)) for name, entry, _ in shards]
+    refuse_equal_names([entry.url for _, entry, _ in shards], places, "sidecar")
+    part, parts = share(config.part, config.parts, os.environ)
+    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of(os.environ)
+    facts = {"encoder": identity(config.text), "dtype": config.dtype}
     for number in first_and_last(places):
         _check_kept(places[number], {**facts, "captions": _of_captions(shards[number][2].captions)})
     remove_leftovers(places[part::parts])
     done: dict[str, Any] = {"shards": len(mine), "captions": 0, "kept": 0, "bytes": 0}
     encoder: TextEncoder | None = None
-    quiet = ranks_of(os.environ)[0] > 0
-    for name, entry, data in progress(mine, desc="embed", unit="shard", disable=quiet):
-        index = load_index(entry.url, data.index_dir, entry, patience, data.members)
-        if index is None:
-            index = build_index(entry, data.index_dir, patience, data.members)
-        place = sidecar_url(entry.url, _folder(config.output, name))
+    for (_, entry, data), place in progress(mine, desc="embed", unit="shard", disable=rank[0] > 0):
+        index = index_of(entry, data, patience)
         made_of = {**facts, "captions": {**_of_captions(data.captions), **_of_files(data.captions, entry.url)}}
         made_of |= {"shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
@@ -74,7 +79,7 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
             done["kept"] += 1
             continue
         if encoder is None:
-            encoder = build_text_encoder(config.text, own_device(config.cluster, *ranks_of(os.environ)[:2]))
+            encoder = build_text_encoder(config.text, own_device(config.cluster, *rank[:2]))
         with PartReader(entry, index.compressed, patience) as reader:
             texts = _texts(index, reader, data.captions, CaptionFiles(data.captions.files, {entry.url: index.digest}))
             done["captions"] += _embed(texts, encoder, place, made_of, config)
@@ -113,7 +118,7 @@ def _embed(
     """Write one sidecar; return its number of captions."""
     writer = SidecarWriter(place, facts, encoder.dim, config.dtype)
     count = 0
-    for group in _groups(texts, 16 * config.batch):
+    for group in in_groups(texts, 16 * config.batch):
         by_length = sorted(range(len(group)), key=lambda i: len(group[i][1]))  # less padding in each batch
         rows: dict[int, Any] = {}
         for start in range(0, len(group), config.batch):
@@ -127,17 +132,6 @@ def _embed(
         count += len(group)
     writer.close()
     return count
-
-
-def _groups(items: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    group: list[tuple[str, str]] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _of_captions(config: CaptionConfig) -> dict[str, Any]:
@@ -168,14 +162,3 @@ def _check_kept(place: str, made_of: Mapping[str, Any]) -> None:
 
 _SAID = {"digest": "content of the shard", "encoder": "text encoder", "dtype": "dtype"}
 """Fact -> what it is called in messages."""
-
-
-def _refuse_equal_names(shards: list[tuple[str, str | None]]) -> None:
-    """Raise DataError if two of the shards (URL, folder of the sidecars) would write the same file."""
-    places: dict[str, str] = {}
-    for url, folder in shards:
-        place = sidecar_url(url, folder)
-        other = places.get(place)
-        places[place] = url
-        if other is not None:
-            raise DataError(f"{url} and {other} would write the same sidecar; give them different outputs")

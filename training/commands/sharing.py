@@ -1,5 +1,5 @@
-"""Divides work on shards: by `part` and `parts`, among the tasks of a Slurm array, and among processes; and refuses to
-continue what was made otherwise."""
+"""What commands that make a file per shard have in common: they divide the shards by `part` and `parts`, among the
+tasks of a Slurm array and among processes, and refuse to continue what was made otherwise."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.config import DataConfig
+from data_pipeline.shards.dataset import stored_index
+from data_pipeline.shards.index import ShardIndex, build_index
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import abandoned
+from data_pipeline.storage.retry import Patience
 from training.processes.launcher import launch
 from training.processes.ranks import process_count
 
 _RESULTS = "CASCADE_SHARED_RESULTS"
 """Directory in which the processes of one command store their counts."""
+T = TypeVar("T")
 
 
 def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -44,6 +50,35 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
     if _RESULTS in os.environ:
         Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
     return done
+
+
+def refuse_equal_names(shards: Sequence[str], places: Sequence[str], kind: str) -> None:
+    """Raise DataError if two shards (URLs) would write the same file.
+
+    Args:
+        places: the file that is made of each shard.
+        kind: what such a file is called in the message.
+    """
+    writers: dict[str, str] = {}
+    for shard, place in zip(shards, places, strict=True):
+        if place in writers:
+            raise DataError(
+                f"{shard} and {writers[place]} would write the same {kind}; run the command for each, with its own output"
+            )
+        writers[place] = shard
+
+
+def index_of(entry: store.Entry, data: DataConfig, patience: Patience) -> ShardIndex:
+    """Return the stored index of a shard or, if it has no valid one, a new one, which is stored."""
+    index = stored_index(entry, data, patience)
+    return build_index(entry, data.index_dir, patience, data.members) if index is None else index
+
+
+def in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def refuse_other(place: str, differing: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from training.config.unet import UNetConfig
 
 PEAK_TFLOPS = {
@@ -20,16 +22,18 @@ PEAK_TFLOPS = {
     "A10": 125.0,
     "L4": 121.0,
     "MI300X": 1307.4,
-    "MI250X": 383.0,
+    "MI250X": 191.5,
     "RTX 4090": 165.2,
     "RTX 3090": 71.2,
 }
-"""Dense bf16 matrix TFLOP/s from the vendors' data sheets (sparse figures halved), by words of the device's name."""
+"""Dense bf16 matrix TFLOP/s from the vendors' data sheets (sparse figures halved), by words of the device's name. Each
+of the two dies of an MI250X is a device, with half of the sheet's figure."""
 
 
 def peak_tflops(device_name: str) -> float | None:
     """Return the data sheet's peak of a GPU (`torch.cuda.get_device_name`); None if it is not in the table."""
-    fitting = [name for name in PEAK_TFLOPS if all(word in device_name for word in name.split())]
+    words = set(re.findall(r"\w+", device_name))  # whole ones: an RTX A4000 is no A40, an A10G no A10
+    fitting = [name for name in PEAK_TFLOPS if words.issuperset(name.split())]
     return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
 
 

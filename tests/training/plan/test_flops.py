@@ -29,6 +29,11 @@ def test_super_resolution_is_counted_too() -> None:
         ("NVIDIA H200", 989.4),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI250X/MI250", 191.5),
         ("NVIDIA GeForce GT 710", None),
     ],
 )
