@@ -30,11 +30,6 @@ class Key:
         return field_docs(self.owner).get(self.name.rpartition(".")[2], "")
 
     @property
-    def is_section(self) -> bool:
-        """Whether it is a section, not a single setting."""
-        return is_dataclass(self.type)
-
-    @property
     def is_text(self) -> bool:
         """Whether it is a string or an optional string, such as a name or path."""
         return self.type is str or set(typing.get_args(self.type)) == {str, type(None)}
@@ -45,13 +40,9 @@ class Key:
         return typing.get_origin(self.type) is dict
 
 
+@functools.cache
 def keys_of(root: type) -> dict[str, Key]:
     """Return all keys of a config class by dotted name, including sections, in source order."""
-    return _keys_of(root)
-
-
-@functools.lru_cache(None)
-def _keys_of(root: type) -> dict[str, Key]:
     return {key.name: key for key in _walk(root, "")}
 
 
@@ -64,7 +55,7 @@ def _walk(root: type, prefix: str) -> Iterator[Key]:
             yield from _walk(kind, f"{prefix}{item.name}.")
 
 
-@functools.lru_cache(None)
+@functools.cache
 def field_docs(root: type) -> dict[str, str]:
     """Return the docstring that follows each field in the source of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}

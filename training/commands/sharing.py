@@ -63,7 +63,8 @@ def refuse_equal_names(shards: Sequence[str], places: Sequence[str], kind: str) 
     for shard, place in zip(shards, places, strict=True):
         if place in writers:
             raise DataError(
-                f"{shard} and {writers[place]} would write the same {kind}; run the command for each, with its own output"
+                f"{shard} and {writers[place]} would write the same {kind}; run the command for each, with its own "
+                "output"
             )
         writers[place] = shard
 

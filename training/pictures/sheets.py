@@ -180,14 +180,20 @@ def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     fonts = [own, *(font for name in FONTS if (font := _installed(name)))]
     best = min(fonts, key=lambda font: len(_missing(font, text)))
     if missing := _missing(best, text):
-        _say_boxes("".join(sorted(missing))[:1])
+        _say_boxes(min(missing))
     return best
 
 
-@lru_cache(maxsize=1)
+_boxes_said: set[bool] = set()
+"""The kinds of letters, East Asian or not, whose boxes were warned about."""
+
+
 def _say_boxes(letter: str) -> None:
-    """Warn once about letters that no font has."""
+    """Warn about a letter that no font has, once for East Asian letters and once for others."""
     east_asian = unicodedata.name(letter, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
+    if east_asian in _boxes_said:
+        return
+    _boxes_said.add(east_asian)
     remedy = " (on Debian: apt-get install fonts-noto-cjk)" if east_asian else ""
     log.warning("%s is shown as a box in picture sheets: no installed font has it%s", letter, remedy)
 

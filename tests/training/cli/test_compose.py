@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -509,7 +509,7 @@ def test_other_names_lead_to_keys_that_exist() -> None:
 
 def test_every_setting_is_explained() -> None:
     keys = {key.name: key for verb in COMMANDS.values() for key in keys_of(verb.config).values()}
-    assert [name for name, key in keys.items() if not (key.doc or key.is_section)] == []
+    assert [name for name, key in keys.items() if not (key.doc or is_dataclass(key.type))] == []
 
 
 def documented() -> tuple[list[str], list[str]]:

@@ -76,9 +76,9 @@ def test_save_makes_directories_and_leaves_no_temporary_file(tmp_path: Path) -> 
 def test_letters_that_no_font_has_are_said_once(monkeypatch, caplog) -> None:
     monkeypatch.setattr(grid, "FONTS", ())
     grid._font.cache_clear()
-    grid._say_boxes.cache_clear()
-    for _ in range(2):
-        grid.sheet([Cell([Image.new("RGB", (16, 16))], "a 蓝天 sky")])
+    monkeypatch.setattr(grid, "_boxes_said", set())
+    for caption in ("a 蓝天 sky", "a 猫 cat", "a 蓝天 sky", "a 蓝天 sky again"):
+        grid.sheet([Cell([Image.new("RGB", (16, 16))], caption)])
     assert (
         len(caplog.records) == 1
         and "no installed font has it (on Debian: apt-get install fonts-noto-cjk)" in caplog.text
