@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -19,6 +19,12 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def one_of(key: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise `ConfigError` unless the value of `key` is one of at least two allowed ones."""
+    *most, last = allowed
+    require(value in allowed, f"{key}={value}: it must be {', '.join(map(str, most))} or {last}")
 
 
 def at_least(settings: Any, section: str, **bounds: float) -> None:
@@ -332,7 +338,7 @@ class DataConfig:
             self, "data", global_batch=1, window=0, micro_batch=0, threads=1, prefetch_mb=0, max_pixels=1, cache_gb=0
         )
         positive(self, "data", "decode_margin", "deadline_s", "stall_s")
-        require(self.crop in ("random", "center"), f"data.crop={self.crop}: it must be random or center")
+        one_of("data.crop", self.crop, ("random", "center"))
         require(0 <= self.flip <= 1, f"data.flip={self.flip}: it must be a probability from 0 to 1")
         require(
             0 <= self.background <= 255, f"data.background={self.background}: it must be a grey value from 0 to 255"
@@ -505,7 +511,7 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "prepare.draw", count=0, heldout=0, size=8, samples_per_shard=1)
-        require(self.objects in (1, 2), f"prepare.draw.objects={self.objects}: it must be 1 or 2")
+        one_of("prepare.draw.objects", self.objects, (1, 2))
 
 
 @dataclass
@@ -538,14 +544,8 @@ class PrepareConfig:
     draw: DrawConfig = field(default_factory=DrawConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in ("draw", "folder", "table", "shards"),
-            f"prepare.kind={self.kind}: it must be draw, folder, table or shards",
-        )
-        require(
-            self.deduplicate in ("none", "exact", "perceptual"),
-            f"prepare.deduplicate={self.deduplicate}: it must be none, exact or perceptual",
-        )
+        one_of("prepare.kind", self.kind, ("draw", "folder", "table", "shards"))
+        one_of("prepare.deduplicate", self.deduplicate, ("none", "exact", "perceptual"))
         at_least(self, "prepare", samples_per_shard=1, heldout=0)
         require(
             self.heldout == 0 or self.kind != "draw",
@@ -561,10 +561,7 @@ class PrepareConfig:
             self.images is None or self.kind == "table",
             f"prepare.images={self.images}: only prepare.kind=table uses it",
         )
-        require(
-            self.captions in ("files", "folder", "name"),
-            f"prepare.captions={self.captions}: it must be files, folder or name",
-        )
+        one_of("prepare.captions", self.captions, ("files", "folder", "name"))
         require(
             self.captions == "files" or self.kind == "folder",
             f"prepare.captions={self.captions}: only prepare.kind=folder reads it",

@@ -40,9 +40,13 @@ class Key:
         return typing.get_origin(self.type) is dict
 
 
-@functools.cache
 def keys_of(root: type) -> dict[str, Key]:
     """Return all keys of a config class by dotted name, including sections, in source order."""
+    return _keys_of(root)  # mypy takes no dataclass for an argument of a cached function
+
+
+@functools.cache
+def _keys_of(root: type) -> dict[str, Key]:
     return {key.name: key for key in _walk(root, "")}
 
 

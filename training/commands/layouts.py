@@ -27,6 +27,7 @@ from typing import Any
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.config import one_of
 
 LAYOUTS = ("flat", "geneval", "geneval2", "dpg", "t2i_compbench", "parti", "oneig")
 PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "oneig": 4}
@@ -64,8 +65,7 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
     Raises:
         ConfigError: an unknown layout, the wrong number of pictures, or lines that lack a field.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout={layout}: it must be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
+    one_of("layout", layout, LAYOUTS)
     wanted = PICTURES.get(layout)
     if wanted and num_images != wanted:
         raise ConfigError(f"layout={layout}: it reads {wanted} pictures per prompt; set num_images={wanted}")

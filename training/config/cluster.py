@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
-from data_pipeline.config import at_least, require
+from data_pipeline.config import at_least, one_of, require
 
 SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 SLURM_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
@@ -101,18 +101,15 @@ class ClusterConfig:
     """Network interface of NCCL and gloo (ib0); null: NCCL chooses, gloo uses the one that leads to the first node."""
 
     def __post_init__(self) -> None:
-        require(self.kind in KINDS, f"cluster.kind={self.kind}: it must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        one_of("cluster.kind", self.kind, KINDS)
         at_least(self, "cluster", nodes=1, processes=0, threads=0, cpus_per_task=0, signal_s=0, min_nodes=0)
         at_least(self, "cluster", max_restarts_without_progress=0)
         require(
             self.min_nodes <= self.nodes,
             f"cluster.min_nodes={self.min_nodes}: it must be at most cluster.nodes={self.nodes}",
         )
-        require(self.gpus_per in ("node", "task"), f"cluster.gpus_per={self.gpus_per}: it must be node or task")
-        require(
-            self.container_runtime in ("pyxis", "apptainer"),
-            f"cluster.container_runtime={self.container_runtime}: it must be pyxis or apptainer",
-        )
+        one_of("cluster.gpus_per", self.gpus_per, ("node", "task"))
+        one_of("cluster.container_runtime", self.container_runtime, ("pyxis", "apptainer"))
         require(
             not (self.conda and self.venv),
             f"cluster.conda={self.conda} and cluster.venv={self.venv}: set only one of them",

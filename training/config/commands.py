@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.config import require
+from data_pipeline.config import at_least, one_of, require
 from training.config.diffusion import DistillConfig
 from training.config.experiment import SENTENCES, Experiment
 
@@ -73,7 +73,7 @@ class EvaluateCommand(SamplerKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.action in ACTIONS, f"action={self.action}: it must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}")
+        one_of("action", self.action, ACTIONS)
         require(
             not self.watch or self.action == "evaluate", f"watch=true: it belongs to action=evaluate, not {self.action}"
         )
@@ -297,8 +297,7 @@ class CheckpointsCommand(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        actions = ("list", "verify", "diff", "export")
-        require(self.action in actions, f"action={self.action}: it must be {', '.join(actions)}")
+        one_of("action", self.action, ("list", "verify", "diff", "export"))
         require(self.action != "export" or bool(self.output), "output: action=export needs the file to write")
         require(
             self.sigma_rel is None or 0 < self.sigma_rel < 0.288,
@@ -324,7 +323,7 @@ class EmbedCommand(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.dtype in ("bf16", "int8"), f"dtype={self.dtype}: it must be bf16 or int8")
+        one_of("dtype", self.dtype, ("bf16", "int8"))
         require(self.batch >= 1, f"batch={self.batch}: it must be at least 1")
         require(0 <= self.part < self.parts, f"part={self.part}: it must lie between 0 and parts - 1={self.parts - 1}")
 
@@ -348,10 +347,9 @@ class VlmConfig:
     """Number format of the model: `bf16` or `fp32`."""
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("bf16", "fp32"), f"vlm.dtype={self.dtype}: it must be bf16 or fp32")
+        one_of("vlm.dtype", self.dtype, ("bf16", "fp32"))
         require(bool(self.prompt), "vlm.prompt: it is empty; give the model a prompt")
-        for name in ("max_tokens", "side"):
-            require(getattr(self, name) >= 1, f"vlm.{name}={getattr(self, name)}: it must be at least 1")
+        at_least(self, "vlm", max_tokens=1, side=1)
 
 
 @dataclass

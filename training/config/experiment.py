@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from data_pipeline.config import DataConfig, PrepareConfig, at_least, positive, require
+from data_pipeline.config import DataConfig, PrepareConfig, at_least, one_of, positive, require
 from training.config.cluster import ClusterConfig
 from training.config.diffusion import DiffusionConfig, DistillConfig, SamplerConfig
 from training.config.features import DinoConfig, PerceptualConfig, RepaConfig
@@ -139,9 +139,8 @@ class TextConfig:
     refuse a different encoder."""
 
     def __post_init__(self) -> None:
-        *most, last = TEXT_KINDS
-        require(self.kind in TEXT_KINDS, f"text.kind={self.kind}: it must be {', '.join(most)} or {last}")
-        require(self.dtype in ("fp32", "bf16"), f"text.dtype={self.dtype}: it must be fp32 or bf16")
+        one_of("text.kind", self.kind, TEXT_KINDS)
+        one_of("text.dtype", self.dtype, ("fp32", "bf16"))
         at_least(self, "text", max_tokens=1, dim=1)
         require(
             self.kind == "words" or bool(self.path),
@@ -200,10 +199,7 @@ class OptimizerConfig:
     """Settings specific to the optimizer."""
 
     def __post_init__(self) -> None:
-        require(
-            self.decay in ("constant", "cosine", "linear"),
-            f"optimizer.decay={self.decay}: it must be constant, cosine or linear",
-        )
+        one_of("optimizer.decay", self.decay, ("constant", "cosine", "linear"))
         positive(self, "optimizer", "lr", "eps")
         at_least(self, "optimizer", weight_decay=0, warmup_steps=0, clip_norm=0)
         require(
@@ -232,7 +228,7 @@ class EmaConfig:
                 self.profile != "power" or 0 < decay < 0.288,
                 f"ema.decays: {decay} is not a relative width; ema.profile=power needs values between 0 and 0.288",
             )
-        require(self.profile in ("constant", "power"), f"ema.profile={self.profile}: it must be constant or power")
+        one_of("ema.profile", self.profile, ("constant", "power"))
 
 
 @dataclass
@@ -247,7 +243,7 @@ class ZeroConfig:
     """ZeRO 3: weights in host memory."""
 
     def __post_init__(self) -> None:
-        require(self.stage in (0, 1, 2, 3), f"zero.stage={self.stage}: it must be 0, 1, 2 or 3")
+        one_of("zero.stage", self.stage, (0, 1, 2, 3))
         require(
             not self.offload_parameters or self.stage == 3,
             f"zero.offload_parameters=true: it needs zero.stage=3, not {self.stage}",
@@ -270,7 +266,7 @@ class PrecisionConfig:
     """torch.compile per block (GPU)."""
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("fp32", "bf16"), f"precision.dtype={self.dtype}: it must be fp32 or bf16")
+        one_of("precision.dtype", self.dtype, ("fp32", "bf16"))
 
 
 @dataclass
@@ -418,10 +414,7 @@ class WandbConfig:
     """Tags of the run."""
 
     def __post_init__(self) -> None:
-        require(
-            self.mode in ("online", "offline", "disabled"),
-            f"wandb.mode={self.mode}: it must be online, offline or disabled",
-        )
+        one_of("wandb.mode", self.mode, ("online", "offline", "disabled"))
         wrong = sorted(set(self.project) & set("/\\#?%:"))
         require(
             not wrong and 0 < len(self.project) <= 128,
@@ -509,10 +502,7 @@ class ExtractorConfig:
     """Pictures per forward pass."""
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in EXTRACTORS,
-            f"evaluation.extractors: kind={self.kind}: it must be {', '.join(EXTRACTORS[:-1])} or {EXTRACTORS[-1]}",
-        )
+        one_of("evaluation.extractors: kind", self.kind, EXTRACTORS)
         at_least(self, "evaluation.extractors", batch=1)
 
 
@@ -553,7 +543,7 @@ class EvaluationConfig:
     """Directory of the results, the report and the parts."""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("shapes", "pictures"), f"evaluation.kind={self.kind}: it must be shapes or pictures")
+        one_of("evaluation.kind", self.kind, ("shapes", "pictures"))
         at_least(self, "evaluation", every=0)
         require(
             not self.every or bool(self.reference),

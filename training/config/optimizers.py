@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.config import one_of
 from training.config.experiment import OptimizerConfig
 
 
@@ -38,9 +39,7 @@ conf/optimizer/NAME.yaml."""
 
 def optimizer_entry(name: str) -> OptimizerEntry:
     """Return the entry of `optimizer.name`. Raises ConfigError if there is none."""
-    if name not in OPTIMIZERS:
-        *most, last = OPTIMIZERS
-        raise ConfigError(f"optimizer.name={name}: it must be {', '.join(most)} or {last}")
+    one_of("optimizer.name", name, tuple(OPTIMIZERS))
     return OPTIMIZERS[name]
 
 
