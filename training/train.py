@@ -19,9 +19,18 @@ from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment
 from training.plan.checks import check_named
-from training.processes.endings import DeviceLost, RankLost, Signals, blame, from_where, run_program, stop_error
+from training.processes.endings import (
+    DeviceLost,
+    RankLost,
+    Signals,
+    blame,
+    device_lost,
+    from_where,
+    run_program,
+    stop_error,
+)
 from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE
-from training.processes.failures import broken_gpu, is_lost_rank, node_name
+from training.processes.failures import is_lost_rank
 from training.processes.launcher import launch, meeting_here
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count
@@ -195,12 +204,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
 
 def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:
     """Return the error for one that this rank's GPU, or another rank, has caused; None for any other."""
-    if said := broken_gpu(str(error)):
-        lost = DeviceLost(
-            f"rank {ranks.rank}: its GPU or the connection to it has failed, {ranks.place or node_name()}: {said}",
-            "; the same command resumes from the newest checkpoint; if it is the same GPU again, exclude its node",
-            node_name(),
-        )
+    if lost := device_lost(error, ranks):
         blame(ranks.rank, lost)
         return lost
     return RankLost(watchdog.last_words(error)) if is_lost_rank(str(error)) else None

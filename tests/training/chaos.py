@@ -10,7 +10,7 @@ freeze                      SIGSTOP then (step 0), or before the ranks meet (ste
 slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
-gpu error                   torch's error `says` in phase forward of the step
+gpu error                   torch's error `says` in phase forward of the step (step 0: while the text encoder is loaded)
 gpus                        what torch sees of `count` GPUs; with 0, CUDA says `says`
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
 silence                     from the end of the step on no data comes; a second later SIGTERM
@@ -42,7 +42,7 @@ from data_pipeline.reading.loader import Loader
 from data_pipeline.storage import retry
 from data_pipeline.storage.folder import LocalFolder
 from training.config.experiment import Experiment
-from training.run import training_data
+from training.run import session, training_data
 from training.run.session import Session
 
 
@@ -50,6 +50,7 @@ def main(config: Experiment) -> dict[str, Any]:
     events = [e for e in json.loads(os.environ["CASCADE_CHAOS"]) if e["rank"] == int(os.environ["RANK"])]
     log, loss, write, load = Session.log, Session.loss, LocalFolder.write, Loader.__next__
     phase, begin, open_loader = Session.phase, Session.begin, training_data.open_loader
+    build = session.build_text_encoder
     checkpoints = Path(config.run.dir) / "checkpoints"
 
     def at(what: str, step: int) -> bool:
@@ -92,13 +93,21 @@ def main(config: Experiment) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGSTOP)
         return open_loader(*args, **kwargs)
 
+    def on_the_gpu(*given: Any) -> Any:
+        fail_gpu(0)
+        return build(*given)
+
+    def fail_gpu(step: int) -> None:
+        for event in (e for e in events if e["what"] == "gpu error" and e["step"] == step):
+            raise torch.AcceleratorError(event["says"])
+
     def before_the_first(self: Session) -> None:
         strike("begin", 0)
         begin(self)
 
     def strike(name: str, step: int) -> None:
-        for event in (e for e in events if e["what"] == "gpu error" and name == "forward" and e["step"] == step):
-            raise torch.AcceleratorError(event["says"])
+        if name == "forward":
+            fail_gpu(step)
         for event in (e for e in events if e.get("phase") == name and e["step"] in (step, -1)):
             time.sleep(event.get("seconds", 0))
             if event["what"] == "stop":
@@ -120,6 +129,7 @@ def main(config: Experiment) -> dict[str, Any]:
     Loader.__next__ = broken  # type: ignore[method-assign]
     Session.phase, Session.begin = in_phase, before_the_first  # type: ignore[method-assign, assignment]
     training_data.open_loader = at_the_start
+    session.build_text_encoder = on_the_gpu  # type: ignore[assignment]
     for name, seconds in {"MARGIN_S": 2.0, "SILENT_S": 4.0, "BEAT_S": 0.5}.items():
         setattr(training.run.watchdog, name, seconds)
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -62,6 +63,20 @@ def test_a_gpu_that_fails_is_blamed_on_its_node(tmp_path: Path, shards: str) -> 
     assert "rank 1: its GPU or the connection to it has failed, n7: CUDA error: uncorrectable ECC" in running.text
     end = read_end(notes, 143, asked=False, job="7")
     assert (end.code, end.rank, end.node) == (80, 1, "n7") and "uncorrectable ECC error" in end.why
+
+
+def test_a_gpu_that_fails_during_the_start_is_blamed_by_all_ranks(tmp_path: Path, shards: str) -> None:
+    """All ranks raise the error of the rank whose GPU failed; no other rank takes it for an error of its own GPU."""
+    config, notes = experiment(tmp_path, shards), tmp_path / "notes"
+    notes.mkdir()
+    event = {"what": "gpu error", "rank": 1, "step": 0, "says": "CUDA error: device busy or unavailable"}
+    running = chaos(config, 2, event, CASCADE_NOTES=str(notes))
+    assert running.codes() == [80, 80], running.text
+    line = running.text.splitlines()[-1]
+    assert line.startswith("rank 1: its GPU or the connection to it has failed, "), line
+    assert "rank 0: its GPU" not in running.text
+    said = [json.loads(path.read_text())["why"] for path in sorted(notes.iterdir())]
+    assert len(said) == 2 and said[0] == said[1] and line.startswith(said[0])
 
 
 def test_a_slow_rank_is_named(tmp_path: Path, shards: str) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline.common.team import Team
+from training.processes.endings import DeviceLost, blame, device_lost
 from training.processes.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def together(call: Callable[[], Any], ranks: Ranks) -> Any:
             problem = error
     size = from_main(torch.tensor([-1 if problem is not None else len(data)]), ranks)
     if size < 0:
-        box = [problem]
+        box = [_named(problem, ranks)]
         dist.broadcast_object_list(box, src=0, group=ranks.control)
         assert box[0] is not None
-        raise box[0]
+        raise _noted(box[0], ranks)
     sent = from_main(_tensor_of(data) if ranks.is_main else torch.empty(int(size), dtype=torch.uint8), ranks)
     return json.loads(sent.numpy().tobytes())
 
@@ -167,7 +168,23 @@ def errors_of_all(error: Exception | None, ranks: Ranks, group: Any = None) -> l
 
     failed = torch.tensor([int(error is not None)])
     dist.all_reduce(failed, group=group or ranks.control)
-    return gather_objects(error, ranks, group) if failed else []
+    return [_noted(one, ranks) for one in gather_objects(_named(error, ranks), ranks, group)] if failed else []
+
+
+Problem = TypeVar("Problem", bound=Exception | None)
+
+
+def _named(error: Exception | None, ranks: Ranks) -> Exception | None:
+    """Return the error to send to the other ranks. That of a GPU is replaced by one that names this rank and its node:
+    raised elsewhere, it would blame the wrong GPU."""
+    return error and (device_lost(error, ranks, shared=True) or error)
+
+
+def _noted(error: Problem, ranks: Ranks) -> Problem:
+    """Return an error received from a rank. All ranks leave a note about a lost GPU, as any of them may end first."""
+    if isinstance(error, DeviceLost):
+        blame(ranks.rank, error)
+    return error
 
 
 def _tensor_of(data: bytes) -> torch.Tensor:

@@ -27,7 +27,8 @@ from training.processes.exit_codes import (
     EXIT_SLOW_NODE,
     EXIT_SUPERSEDED,
 )
-from training.processes.failures import broken_gpu, leave_note
+from training.processes.failures import broken_gpu, leave_note, node_name
+from training.processes.ranks import Ranks
 
 AT_ONCE_S = 2.0
 """Seconds after a signal at which a command that has nothing to save is ended by force."""
@@ -113,7 +114,29 @@ class DeviceLost(CascadeError):
 
     def __init__(self, why: str, remedy: str, node: str, shared: bool = False) -> None:
         super().__init__(f"{why}{remedy}")
-        self.why, self.node, self.shared = why, node, shared
+        self.why, self.remedy, self.node, self.shared = why, remedy, node, shared
+
+    def __reduce__(self) -> tuple[type[DeviceLost], tuple[str, str, str, bool]]:
+        return DeviceLost, (self.why, self.remedy, self.node, self.shared)
+
+
+def device_lost(error: BaseException, ranks: Ranks, shared: bool = False) -> DeviceLost | None:
+    """Return the error that names this rank and its node if `error` says that its GPU has failed; None for any other.
+
+    Args:
+        error: as CUDA or NCCL raised it; its message names neither.
+        ranks: this rank.
+        shared: all ranks will raise the returned error.
+    """
+    said = broken_gpu(str(error)) if isinstance(error, RuntimeError) else ""
+    if not said:
+        return None
+    return DeviceLost(
+        f"rank {ranks.rank}: its GPU or the connection to it has failed, {ranks.place or node_name()}: {said}",
+        "; the same command resumes from the newest checkpoint; if it is the same GPU again, exclude its node",
+        node_name(),
+        shared,
+    )
 
 
 def blame(rank: int, error: DeviceLost) -> None:
