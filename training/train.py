@@ -62,7 +62,7 @@ def main(config: Experiment) -> dict[str, Any]:
         run = RunDir(config)
         store = CheckpointStore(run.checkpoints)
         done = store.newest_whole()
-        if done >= 0 and (reason := run.asked_to_stop()):
+        if 0 <= done < config.train.steps and (reason := run.asked_to_stop()):
             print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to continue")
             return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
         if done >= config.train.steps:
@@ -196,7 +196,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             raise end from error
         raise
     finally:
-        watchdog.phase("end", session.step)
+        watchdog.phase("end", session.data.step)
         session.close(exit_code)
         if exit_code != EXIT_DEVICE_LOST:  # NCCL would wait for the GPU
             shut_down()

@@ -11,6 +11,8 @@ slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
 gpu error                   torch's error `says` in phase forward of the step (step 0: while the text encoder is loaded)
+elsewhere                   the rank has another run directory, `place`, as on a node that does not share the first
+missing                     the package `module` is not installed
 gpus                        what torch sees of `count` GPUs; with 0, CUDA says `says`
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
 silence                     from the end of the step on no data comes; a second later SIGTERM
@@ -25,6 +27,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -133,6 +136,10 @@ def main(config: Experiment) -> dict[str, Any]:
     for name, seconds in {"MARGIN_S": 2.0, "SILENT_S": 4.0, "BEAT_S": 0.5}.items():
         setattr(training.run.watchdog, name, seconds)
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
+    for event in (e for e in events if e["what"] == "elsewhere"):
+        config.run.dir = event["place"]
+    for event in (e for e in events if e["what"] == "missing"):
+        sys.modules[event["module"]] = None  # type: ignore[assignment]
     for event in (e for e in events if e["what"] == "gpus"):
         show_gpus(event["count"], event.get("says", ""))
     if at("freeze", -1):

@@ -8,13 +8,16 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image
 
 from data_pipeline.shards.writer import ShardWriter
 from tests.training import forks
 from tests.training.runs import chaos, curve, experiment, metrics, store
 from training.run.directory import STOP, RunDir, json_lines
+from training.train import main
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
@@ -60,6 +63,23 @@ def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Pa
     assert "Traceback" not in running.text
 
 
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        ({"what": "elsewhere", "rank": 1, "place": "/nowhere/run"}, "run.dir=/nowhere/run: rank 1 on "),
+        ({"what": "missing", "rank": 0, "module": "tensorboardX"}, "trackers.tensorboard=true: it needs "),
+    ],
+)
+def test_what_one_rank_alone_lacks_ends_all_with_one_sentence(
+    tmp_path: Path, shards: str, event: dict[str, Any], sentence: str
+) -> None:
+    """At the start, whichever rank it is: rank 0 says it, and no other waits for the one that cannot go on."""
+    config = experiment(tmp_path, shards, train__steps=1, trackers__tensorboard=True)
+    running = chaos(config, 2, {**event, "step": 0})
+    assert running.codes() == [2, 2], running.text
+    assert running.text.count(sentence) == 1 and "another rank died" not in running.text, running.text
+
+
 def test_the_first_step_and_the_last_checkpoint_may_take_long(tmp_path: Path, shards: str) -> None:
     limits = {"train__timeout_s": 2.0, "train__timeout_first_s": 600.0, "train__steps": 3}
     config = experiment(tmp_path, shards, zero__stage=0, **limits)
@@ -100,6 +120,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_and_stays_so(tmp_path: Path,
     assert f"stopped early after step {step}: kid got worse" in running.text
     assert store(config).newest_whole() == step and metrics(config)[-1]["step"] == step
     assert forks.start(config).codes() == [0] and store(config).newest_whole() == step, "not one more step"
-    (run.path / STOP).unlink()
+    (run.path / STOP).rename(tmp_path / STOP)
     config.train.steps = step + 1
     assert forks.start(config).codes() == [0] and store(config).newest_whole() == step + 1
+    (tmp_path / STOP).rename(run.path / STOP)
+    done = forks.start(config)
+    assert done.codes() == [0] and json.loads(done.result.read_text())["complete"], "nothing is left to stop"
+    assert "stopped early" not in done.text
+    assert main(config)["complete"]

@@ -18,7 +18,7 @@ import torch
 
 from data_pipeline.storage.store import read_bytes, remove_files, write_bytes
 from training.config.experiment import Experiment
-from training.processes.collectives import barrier, gather_json, together
+from training.processes.collectives import barrier, each, gather_json, together
 from training.processes.endings import SlowNode
 from training.processes.failures import node_name
 from training.processes.ranks import Ranks
@@ -110,10 +110,12 @@ def preflight(config: Experiment, ranks: Ranks, run: RunDir, node: str | None = 
 def measure(ranks: Ranks, store: str, node: str) -> Measured:
     """Measure this rank. Collective."""
     kind = ranks.device.partition(":")[0]
-    tflops = _tflops(ranks.device, SIDE[kind])
-    written = read = None
-    if ranks.local_rank == 0:
-        written, read = _store_gb_s(store, ranks.rank)
+
+    def alone() -> tuple[float, float | None, float | None]:
+        speed = _tflops(ranks.device, SIDE[kind])
+        return speed, *(_store_gb_s(store, ranks.rank) if ranks.local_rank == 0 else (None, None))
+
+    tflops, written, read = each(alone, ranks)
     reduced = received = None
     if ranks.world_size > 1:  # gloo cannot send to itself
         tensor = torch.zeros(LINK_BYTES[kind] // 4, device=ranks.device)

@@ -44,18 +44,8 @@ class QuickEvaluation:
         self.extractors = each(lambda: open_extractors(settings.extractors, ranks.device), ranks)
         self._clip = next((e.name for e in self.extractors if e.texts is not None), "")
         reference = References(settings.reference, config.data, stage.image_size, config.seed, team=RankTeam(ranks))
-        features: dict[str, list[np.ndarray]] = {e.name: [] for e in self.extractors}
-        captions: list[str] = []
-        low: list[np.ndarray] = []
-        for number, real in enumerate(reference.chunks(CHUNK, settings.samples)):
-            captions += real.captions
-            if number % ranks.world_size == ranks.rank:
-                for extractor in self.extractors:
-                    features[extractor.name].append(extractor.pictures(real.pictures))
-            if stage.is_super_resolution:
-                low += [box_average(picture, stage.image_size // stage.low_res_size) for picture in real.pictures]
+        captions, low, features = each(lambda: self._read(reference), ranks)
         self.count = len(captions)
-        self.broken = reference.broken
         self._reference = self._in_turn(features)
         counts: Counter[str] = Counter()
         seeds = []
@@ -68,6 +58,21 @@ class QuickEvaluation:
         self._captions = [captions[i] for i in mine]
         self._seeds = torch.tensor([seeds[i] for i in mine], dtype=torch.int64)
         self._low = torch.from_numpy(np.stack([low[i] for i in mine])).permute(0, 3, 1, 2) if low else None
+
+    def _read(self, reference: References) -> tuple[list[str], list[np.ndarray], dict[str, list[np.ndarray]]]:
+        """Return all captions and low-res pictures of the reference, and the features of this rank's chunks of it."""
+        stage, ranks = self.config.stage, self.ranks
+        captions: list[str] = []
+        low: list[np.ndarray] = []
+        features: dict[str, list[np.ndarray]] = {e.name: [] for e in self.extractors}
+        for number, real in enumerate(reference.chunks(CHUNK, self.config.evaluation.samples)):
+            captions += real.captions
+            if number % ranks.world_size == ranks.rank:
+                for extractor in self.extractors:
+                    features[extractor.name].append(extractor.pictures(real.pictures))
+            if stage.is_super_resolution:
+                low += [box_average(picture, stage.image_size // stage.low_res_size) for picture in real.pictures]
+        return captions, low, features
 
     def _in_turn(self, features: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         """Gather the chunks of all ranks in the order of the pictures. Pickles them, as shares differ in size, so use

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -58,8 +58,8 @@ class Session:
         self._code = code_version() if ranks.is_main else {}
         self.run = RunDir(config)
         made = together(self.run.create, ranks)
-        start_logging(self.run, ranks)
         try:
+            each(lambda: start_logging(self.run, ranks), ranks)
             self._open()
         except (UserError, OSError):  # a setting, or a full disk
             self._discard(made)
@@ -77,15 +77,31 @@ class Session:
 
         watchdog.phase("checkpoint")
         self.saving = Saving(self.run, config, ranks, lambda step, place: self.report.tracker.checkpoint(step, place))
-        downloads = ExitStack()
-        share = downloads.enter_context(self.saving.downloads(config.train.init_from, config.distill.teacher))
-        checkpoint = self.saving.resume(self._check_checkpoint, share)
-        meta = checkpoint.meta if checkpoint else {}
-        self.step: int = checkpoint.step if checkpoint else 0
-        self.skipped: int = meta.get("counters", {}).get("skipped", 0)
-        """Number of skipped steps in the whole run."""
-        self.guard = LossGuard(config.train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
+        with self.saving.downloads(config.train.init_from, config.distill.teacher) as share:
+            checkpoint = self.saving.resume(self._check_checkpoint, share)
+            meta = checkpoint.meta if checkpoint else {}
+            self.step: int = checkpoint.step if checkpoint else 0
+            self.skipped: int = meta.get("counters", {}).get("skipped", 0)
+            """Number of skipped steps in the whole run."""
+            self.guard = LossGuard(config.train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
+            self._open_data(meta)
+            watchdog.phase("engine")
+            self.state = TrainingState(config, ranks, self.text_encoder.dim, self.data.accumulate, checkpoint)
 
+        watchdog.phase("tracking")
+        origin = meta.get("config", {}).get("run", {}).get("dir")
+        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id"), origin), ranks)
+        together(self._record_start, ranks)
+        self.report = each(self._open_report, ranks)
+        self.profile = Profile(config.train.profile, self.run, ranks)
+        self._validated, self._validated_step = math.inf, -1
+        self._grid: Inputs | None = None
+        self._writing = True
+        """Whether any rank was writing a checkpoint at the last step."""
+
+    def _open_data(self, meta: dict[str, Any]) -> None:
+        """Open the training data and what else reads captions or pictures. `meta`: see TrainingData."""
+        config, ranks, watchdog = self.config, self.ranks, self.watchdog
         watchdog.phase("data")
         each(lambda: check_memory(config, ranks), ranks)
         for remark in remarks(config, ranks.device) if ranks.is_main else ():
@@ -98,22 +114,7 @@ class Session:
         encode = self.text_encoder.encode
         self.evaluation: QuickEvaluation | None = None
         if config.evaluation.every:
-            self.evaluation = each(lambda: QuickEvaluation(config, ranks, encode), ranks)
-
-        watchdog.phase("engine")
-        self.state = TrainingState(config, ranks, self.text_encoder.dim, self.data.accumulate, checkpoint)
-        downloads.close()
-
-        watchdog.phase("tracking")
-        origin = meta.get("config", {}).get("run", {}).get("dir")
-        self.wandb_id: str = together(lambda: self.run.wandb_id(meta.get("wandb_id"), origin), ranks)
-        together(self._record_start, ranks)
-        self.report = self._open_report()
-        self.profile = Profile(config.train.profile, self.run, ranks)
-        self._validated, self._validated_step = math.inf, -1
-        self._grid: Inputs | None = None
-        self._writing = True
-        """Whether any rank was writing a checkpoint at the last step."""
+            self.evaluation = QuickEvaluation(config, ranks, encode)
 
     def _discard(self, made: list[str]) -> None:
         """Remove what this start has created, after it was refused."""
@@ -182,7 +183,8 @@ class Session:
     def begin(self) -> None:
         """Start the loop: reset the clocks on all ranks at the same time (rank 0 first has to start W&B)."""
         self.watchdog.phase("wait for rank 0")
-        told = self.ranks.is_main and bool(self.step and self.run.asked_to_stop())
+        left = 0 < self.step < self.config.train.steps
+        told = self.ranks.is_main and left and bool(self.run.asked_to_stop())
         self.told_to_stop = bool(all_sum([float(told)], self.ranks)[0])
         """Another program has asked the run to end early (RUN/stop.json)."""
         self.report.meter.start(self.step)
@@ -314,8 +316,8 @@ class Session:
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint in progress is committed; a failure is logged, not raised. Collective."""
-        self.watchdog.phase("checkpoint", self.data.step)
-        self.saving.finish()
+        with self.phase("checkpoint", self.data.step):
+            self.saving.finish()
 
     def roll_back(self, step: int) -> None:
         """Roll weights, moments and averages back to the last healthy checkpoint; the data position does not change.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.common.errors import DataError
 from tests.training.ranks import run_ranks
 from tests.training.runs import experiment
 from training.config.experiment import ClusterConfig
@@ -69,6 +70,22 @@ def test_links_are_measured_between_ranks(tmp_path: Path, processes: int) -> Non
     for figures in run_ranks(measured, processes, tmp_path, str(tmp_path / "store")):
         for name in ("all_reduce_gb_s", "receive_gb_s"):
             assert (figures[name] is None) if processes == 1 else (figures[name] > 0)
+
+
+def refused(ranks: Ranks, *stores: str) -> str:
+    """As on a node per rank, each of which writes to the store."""
+    try:
+        module.measure(replace(ranks, local_rank=0), stores[ranks.rank], "n")
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_a_store_that_one_node_cannot_write_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "file").touch()
+    said = run_ranks(refused, 2, tmp_path, str(tmp_path / "store"), str(tmp_path / "file"))
+    assert said[0] == said[1] and "Not a directory" in said[0]
 
 
 @pytest.mark.parametrize("exclude", [False, True])

@@ -22,11 +22,12 @@ from typing import Any, TextIO
 
 import data_pipeline
 import training
-from data_pipeline.common.errors import PASSING
+from data_pipeline.common.errors import PASSING, DataError
 from data_pipeline.common.terminal import VisibleFormatter, can_overwrite
 from training.cli.overrides import ENVIRONMENT
 from training.config.experiment import Experiment, WandbConfig
 from training.evaluation.measure import flattened
+from training.processes.failures import node_name
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, json_lines, read_json, read_text, replace_file, to_dict
 from training.run.reporting.trackers import Sinks
@@ -51,10 +52,20 @@ BAR = 20
 
 
 def start_logging(run: RunDir, ranks: Ranks) -> None:
-    """Send log messages to this rank's logs/rank-#.log, and those of rank 0 to the terminal as well."""
+    """Send log messages to this rank's logs/rank-#.log, and those of rank 0 to the terminal as well.
+
+    Raises:
+        DataError: rank 0 has created the directory of the logs, and it is not there for this rank.
+    """
     stop_logging()
     root = logging.getLogger()
-    file = _RankFile(run.log_file(ranks.rank))
+    try:
+        file = _RankFile(run.log_file(ranks.rank))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"run.dir={run.path}: rank {ranks.rank} on {node_name()} does not see the directory that rank 0 has "
+            f"created; choose a run.dir on a file system that all nodes share"
+        ) from error
     file.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     if ranks.is_main:
