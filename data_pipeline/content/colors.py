@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -61,22 +62,32 @@ def to_srgb(picture: np.ndarray, profile: bytes | None) -> np.ndarray:
 def icc_of_jpeg(data: bytes) -> bytes | None:
     """Return the ICC profile in a JPEG's segments before the image data; None if it is missing or incomplete."""
     parts: dict[int, bytes] = {}
-    total, at = 0, 2
+    total = 0
+    for marker, begin, end in jpeg_segments(data):
+        if marker == 0xE2 and data[begin : begin + 12] == b"ICC_PROFILE\0" and end - begin >= 14:
+            total = data[begin + 13]
+            parts[data[begin + 12]] = data[begin + 14 : end]
+    if not parts or sorted(parts) != list(range(1, total + 1)):
+        return None
+    return b"".join(parts[number] for number in sorted(parts))
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, first byte, end byte) of the content of each segment before a JPEG's image data.
+
+    The end byte of a truncated segment lies beyond the data.
+    """
+    at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
         if marker == 0xDA:
-            break
+            return
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
             at += 1 if marker == 0xFF else 2
             continue
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xE2 and data[at + 4 : at + 16] == b"ICC_PROFILE\0" and end - at >= 18:
-            total = data[at + 17]
-            parts[data[at + 16]] = data[at + 18 : end]
+        yield marker, at + 4, end
         at = end
-    if not parts or sorted(parts) != list(range(1, total + 1)):
-        return None
-    return b"".join(parts[number] for number in sorted(parts))
 
 
 def _transform(profile: bytes, mode: str) -> Any:

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.common.fork_lock import ForkLock
-from data_pipeline.content.colors import convert_profile, icc_of_jpeg, to_srgb
+from data_pipeline.content.colors import convert_profile, icc_of_jpeg, jpeg_segments, to_srgb
 from data_pipeline.content.members import instead, is_unsupported, picture_kind, unsupported_hint
 from data_pipeline.content.resize import box_average, resize_box, resize_square
 from data_pipeline.content.webp import decode_still
@@ -193,11 +193,9 @@ def dimensions(data: bytes) -> tuple[int, int]:
     if not data:
         raise BadSample("empty_image", "the picture has no bytes")
     if data.startswith(b"\xff\xd8\xff"):
-        try:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            return width, height
-        except ValueError:
-            pass  # subsampling that libjpeg-turbo's fast path does not support; Pillow may
+        header = _jpeg_header(data)
+        if header is not None:
+            return header[:2]
     return _open(data).size
 
 
@@ -274,12 +272,10 @@ def _decode_jpeg(
     data: bytes, least: int, max_pixels: int, orientation: int, scratch: _Scratch | None
 ) -> tuple[np.ndarray, Extent, float] | None:
     """Return the picture, its extent and its scale, or None if only Pillow can decode it (CMYK, rare subsampling)."""
-    try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    header = _jpeg_header(data)
+    if header is None or header[2] in ("CMYK", "YCCK"):
         return None
-    if space in ("CMYK", "YCCK"):
-        return None
+    width, height, _ = header
     check_size(width, height, max_pixels)
     eighths = next(n for n in _DCT_EIGHTHS if n == 8 or (least and min(height, width) * n >= 8 * least))
     rows, columns = -(-height * eighths // 8), -(-width * eighths // 8)
@@ -292,6 +288,15 @@ def _decode_jpeg(
         orientation = _exif_orientation(_open(data), orientation)
     scale = eighths / 8  # the decoder rounds the sides up to whole pixels
     return _upright(picture, orientation), _upright_extent(picture, width * scale, height * scale, orientation), scale
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
+    """Return (width, height, colour space) of a JPEG; None if only Pillow may be able to read it."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):  # the latter for subsampling that simplejpeg has no name for, such as 4:4:1
+        return None
+    return width, height, space
 
 
 def _decode_any(data: bytes, max_pixels: int, background: int, orientation: int, srgb: bool) -> np.ndarray:
@@ -425,16 +430,7 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 
 def _has_exif(data: bytes) -> bool:
     """Return whether a JPEG has an EXIF block before its image data; reads only segment headers."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        marker = data[at + 1]
-        if marker == 0xDA:
-            return False
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return True
-        fill = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8  # these have no length
-        at += (1 if marker == 0xFF else 2) if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+    return any(marker == 0xE1 and data[begin : begin + 6] == b"Exif\0\0" for marker, begin, _ in jpeg_segments(data))
 
 
 def _exif_orientation(image: Image.Image, default: int) -> int:

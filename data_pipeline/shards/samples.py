@@ -302,7 +302,7 @@ def _header_size(data: bytes) -> tuple[int | None, int | None]:
 
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             return width, height
-    except ValueError:
+    except (ValueError, KeyError):  # the latter for subsampling that simplejpeg has no name for, such as 4:4:1
         pass
     from PIL import Image
 

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from data_pipeline.common.errors import BadSample
 from data_pipeline.content.images import decode, dimensions, orientation_from_json, training_pair, training_view
 from data_pipeline.content.resize import box_average
+from data_pipeline.shards.samples import image_size
 from tests.data_pipeline.photos import jpegs
 
 
@@ -194,6 +196,19 @@ def test_every_usual_format_is_read(kind: str, options: dict[str, object]) -> No
 def test_modes_without_colour_become_rgb(mode: str) -> None:
     image = photo().convert(mode)
     assert np.array_equal(decode(encoded(image, "PNG")), np.asarray(image.convert("RGB")))
+
+
+def test_subsampling_that_simplejpeg_has_no_name_for_is_read() -> None:
+    square = np.ascontiguousarray(np.asarray(photo())[:64, :64])
+    data = bytearray(simplejpeg.encode_jpeg(square, colorsubsampling="411"))
+    place = data.index(b"\xff\xc0") + 11
+    assert data[place] == 0x41
+    data[place] = 0x14  # 4:4:1, as a lossless rotation of 4:1:1 has it
+    jpeg = bytes(data)
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(jpeg)
+    assert np.array_equal(decode(jpeg), np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+    assert dimensions(jpeg) == image_size(jpeg) == (64, 64)
 
 
 def test_bytes_behind_the_end_of_a_jpeg_are_no_damage() -> None:
