@@ -66,11 +66,14 @@ class NamedFiles:
         certain = 0 < len(place.parts) - len(self.root.parts) - 1 <= claim[0]
         others = place in self._taken or self._claims.get(place, claim) != claim
         if others and not (certain and place in self._taken):
-            words = f"{given}: there is no such file; {place} has this name, but other rows name it, too"
-            raise BadSample("missing_image", f"{words}; set prepare.images to the folder that the paths begin in")
+            words = f"{given}: there is no such file; {place} has the same name, but other rows refer to it"
+            raise BadSample(
+                "missing_image", f"{words}; set prepare.images to the folder that the paths are relative to"
+            )
         folder = claim[1].rpartition("/")[0].rpartition("/")[2]
         if folder and not claim[0] and (self._folders_tell or folder in self._folders):
-            raise BadSample("missing_image", f"{given}: there is no such file; {place}, of the same name, is another")
+            words = f"{given}: there is no such file; {place} has the same name but is a different picture"
+            raise BadSample("missing_image", words)
         return place, certain
 
     def _claim(self, given: str, place: Path) -> None:

@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables that the `datasets` library puts into a folder of pictures."""
-_TABLES = ("csv", "tsv", "jsonl", "parquet", "json", "gz")
+_TABLES = ("csv", "tsv", "jsonl", "parquet", "json")
 _ARCHIVES = ("zip", "rar", "7z", "tar", "tgz")
 _CAPTION_NAMES = ("caption", "captions", "text", "prompt", "label", "description")
 """Names of the caption beside the only picture of a folder, as in `DIR/caption.txt`."""
@@ -89,7 +89,7 @@ class FolderSource:
         self.encoding = encoding
         self.folder, self.names, self.captions = Path(os.path.expanduser(folder)), names or MembersConfig(), captions
         if self.folder.is_file() and _is_archive(self.folder):
-            tars = "; tar shards are read with prepare.kind=shards" if ".t" in self.folder.suffix else ""
+            tars = "; tar shards are read with prepare.kind=shards" if _ending(self.folder) in ("tar", "tgz") else ""
             raise DataError(f"prepare.source={folder}: it is an archive: unpack it and give the folder{tars}")
         if not self.folder.is_dir():
             raise DataError(f"prepare.source={folder}: {_no_folder(self.folder, folder)}")
@@ -109,13 +109,7 @@ class FolderSource:
         found.sort(key=lambda one: (_is_unsupported(one), one.path.relative_to(self.folder).parts))
         self.entries = found
         if not self.entries:
-            shards = any(name.endswith(".tar") for name in os.listdir(self.folder))
-            packed = next((path for path in sorted(self.folder.iterdir()) if _is_archive(path)), None)
-            raise DataError(
-                f"prepare.source={folder}: it contains no pictures ({', '.join(IMAGE_EXTENSIONS)}){self._instead()}"
-                f"{'; for shards set prepare.kind=shards' if shards else f'; unpack {packed.name}' if packed else ''}"
-                f"{self._tables_hint()}"
-            )
+            raise DataError(f"prepare.source={folder}: {self._no_pictures()}")
         if remark := splits_among((entry.path.parent for entry in found), self.folder):
             logger.warning("%s", remark)
         self.tables = list(self._metadata())
@@ -237,14 +231,11 @@ class FolderSource:
         bare = [entry for entry in entries if not entry.captions and entry.facts is None and entry.problem is None]
         pictures = Counter(entry.path.parent for entry in entries)
         described = {entry.path.parent for entry in entries if entry.captions or entry.facts}
-        above = {folder for below in pictures for folder in (below, *below.parents)}
-        by_name: dict[str, list[tuple[Path, str]]] = {}
-        for folder, stem in self._alone:
-            by_name.setdefault(stem, []).append((folder, stem))
+        in_siblings = self._alone_by_siblings(pictures)
         for entry in bare:
             folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
-            beside = by_name.get(stem, []) if folder not in described else []
-            near = [place for place in beside if place[0] not in above and _apart(place[0], folder) == 1]
+            keys = self._siblings(folder) if folder not in described else ()
+            near = [place for key in keys for place in in_siblings.get((stem, *key), [])]
             near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
@@ -254,6 +245,25 @@ class FolderSource:
                 joined = self._of(entry.path, roles(kinds, self.names), files)
                 entry.captions, entry.facts = joined.captions, joined.facts
                 self._joined += 1
+
+    def _alone_by_siblings(self, pictures: Iterable[Path]) -> Mapping[tuple[Any, ...], list[tuple[Path, str]]]:
+        """Return the texts in folders without pictures in or below them, by (name, *key) for each key of `_siblings`.
+
+        To compare each folder with every other one would take an hour for 20,000 folders.
+        """
+        above = {folder for below in pictures for folder in (below, *below.parents)}
+        found: defaultdict[tuple[Any, ...], list[tuple[Path, str]]] = defaultdict(list)
+        for folder, stem in self._alone:
+            for key in self._siblings(folder) if folder not in above else ():
+                found[stem, *key].append((folder, stem))
+        return found
+
+    def _siblings(self, folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Yield, for each part of the folder's path, its number and the other parts. Siblings, whose paths differ in
+        exactly one part, have exactly one of these in common, and other folders none."""
+        parts = folder.relative_to(self.folder).parts
+        for number in range(len(parts)):
+            yield number, (*parts[:number], *parts[number + 1 :])
 
     # ------------------------------------------------------------------------------------------------- metadata
 
@@ -289,16 +299,27 @@ class FolderSource:
                 logger.warning(words, place, len(lost), len(table), table.name(lost[0]))
             yield table
 
-    def _instead(self) -> str:
-        """Return what the folder contains instead of pictures."""
-        found = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
-        return f" but {found}" if found else ""
+    def _no_pictures(self) -> str:
+        """Return that the folder contains no pictures, what it contains instead, and the remedy."""
+        beside = self._beside()
+        packed = next((path for path in sorted(self.folder.iterdir()) if _is_archive(path)), None)
+        remedy = f"; unpack {packed.name}" if packed else ""
+        if any(path.suffix == ".tar" for path in self.folder.iterdir()):
+            remedy = "; for shards set prepare.kind=shards"
+        return (
+            f"it contains no pictures ({', '.join(IMAGE_EXTENSIONS)}){beside and f' but {beside}'}{remedy}"
+            f"{self._tables_hint()}"
+        )
+
+    def _beside(self) -> str:
+        """Return the most frequent extensions of files that are not used; empty if there are none."""
+        return ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
 
     def _tables_hint(self) -> str:
         if any(path.suffix in (".parquet", ".arrow") for path in self._files):
             return f"; it contains tables: use prepare.kind=table {shlex.quote(f'prepare.source={self.folder}')}"
-        tables = sorted(path for path in self.folder.iterdir() if path.suffix[1:].lower() in _TABLES)
-        texts = [] if tables else sorted(path for path in self.folder.glob("*.txt") if path.stat().st_size < 1 << 28)
+        tables = sorted(path for path in self.folder.iterdir() if _ending(path) in _TABLES)
+        texts = [] if tables else sorted(path for path in self.folder.glob("*.txt") if file_size(path) < 1 << 28)
         for path in texts[:20]:
             with suppress(DataError):
                 if looks_like_picture(TableSource(str(path), self.names).name(0)):
@@ -311,7 +332,7 @@ class FolderSource:
     def advice(self, reason: str) -> str:
         """Return a remedy for the case that most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
-            beside = ", ".join(f"{count} .{name}" for name, count in self._endings.most_common(6))
+            beside = self._beside()
             if not beside and any(entry.facts is not None for entry in self.entries):
                 return ""  # the reason of the first one lists the fields of its .json
             if not beside:
@@ -324,8 +345,7 @@ class FolderSource:
                 f"captions are searched for as {looked} and in the .json; found {beside}; {self._other_names()}"
                 f"{self._tables_hint()}"
             )
-        first = next((one.problem.detail for one in self.entries if one.problem and one.problem.reason == reason), "")
-        return first
+        return next((one.problem.detail for one in self.entries if one.problem and one.problem.reason == reason), "")
 
     def _other_names(self) -> str:
         """Return what is wrong with the files beside pictures without a caption: their names or their extensions."""
@@ -345,10 +365,10 @@ class FolderSource:
 
 
 def _passed_over(folders: list[Path]) -> str:
-    """Return the remark that these folders, hidden or of systems, are not searched."""
+    """Return the remark that these folders, which are hidden or the system's, are not searched."""
     some = ", ".join(map(str, folders[:3]))
     more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
-    return f"folders that are hidden or hold a system's own copies are not searched: {some}{more}"
+    return f"hidden folders and those in which systems keep copies are not searched: {some}{more}"
 
 
 def _no_folder(path: Path, given: str) -> str:
@@ -357,7 +377,7 @@ def _no_folder(path: Path, given: str) -> str:
         return (
             f"only local folders are read: copy it first{', for example with `aws s3 sync`' * given.startswith('s3')}"
         )
-    if path.is_file() and path.suffix[1:].lower() in _TABLES:
+    if path.is_file() and _ending(path) in _TABLES:
         return "it is a file; a table of pictures is read with prepare.kind=table"
     if path.is_file():
         return f"it is a file; give its folder, {path.parent}"
@@ -393,20 +413,19 @@ def _look(entry: _Entry) -> str:
     return " ".join([str(file_size(entry.path)), *(f"{file_size(text)} {text.stat().st_mtime_ns}" for text in texts)])
 
 
+def _ending(path: Path) -> str:
+    """Return the extension in lower case; of `captions.csv.gz` that of the file inside."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix[1:]
+
+
 def _is_archive(path: Path) -> bool:
-    return path.suffix[1:].lower() in (*_ARCHIVES, "gz") and path.is_file()
+    packed = path.suffix.lower() == ".gz" and _ending(path) not in _TABLES
+    return (packed or _ending(path) in _ARCHIVES) and path.is_file()
 
 
 def _words(name: str) -> str:
     """Return a name as a caption: spaces for underscores, without other trainers' repeat counts (`10_sks dog`)."""
     return re.sub(r"^\d+_(?=\D)", "", name).replace("_", " ").strip()
-
-
-def _apart(one: Path, other: Path) -> int:
-    """Return in how many parts two paths of equal depth differ; -1 if their depths differ."""
-    if len(one.parts) != len(other.parts):
-        return -1
-    return sum(a != b for a, b in zip(one.parts, other.parts, strict=True))
 
 
 def _has_words(paths: Iterable[Path]) -> bool:

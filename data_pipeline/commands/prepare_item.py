@@ -127,7 +127,7 @@ def splits_among(files: Iterable[Path], root: Path) -> str:
         return ""
     names = ", ".join(found)
     return (
-        f"{root}: it holds several splits ({names}), and all are read; give prepare.source one of them to train on it"
+        f"{root}: it contains several splits ({names}), all of which are read; to read one, give it as prepare.source"
     )
 
 

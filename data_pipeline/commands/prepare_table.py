@@ -46,18 +46,8 @@ logger = logging.getLogger(__name__)
 
 PATH_COLUMNS = (
     *("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image"),
-    *(
-        "image_name",
-        "image_file",
-        "img",
-        "img_path",
-        "image_filename",
-        "imagepath",
-        "images",
-        "picture",
-        "photo",
-        "pic",
-    ),
+    *("image_name", "image_file", "img", "img_path", "image_filename", "imagepath"),
+    *("images", "picture", "photo", "pic"),
     *("jpg", "jpeg", "png", "webp", "image_jpg", "image_bytes", "img_bytes", "image_data", "bytes"),
 )
 """Names of columns of pictures, as paths or as bytes; preferred ones first."""
@@ -198,7 +188,9 @@ class TableSource:
         for path, part in zip(self.paths, self.parts, strict=True):
             if isinstance(part, DelimitedRows) and part.encoding != "utf-8":
                 logger.warning(
-                    "%s: it is not UTF-8; reading it as %s (data.captions.encoding names another)", path, part.encoding
+                    "%s: it is not UTF-8; reading it as %s (to change that, set data.captions.encoding)",
+                    path,
+                    part.encoding,
                 )
 
     # ----------------------------------------------------------------------------------------------------- rows
@@ -325,7 +317,7 @@ class TableSource:
             said.append(f"{len(self._more_pictures)} rows hold several pictures, of which the first is used")
         joined = sum(len(part.joined) for part in self.parts if isinstance(part, DelimitedRows))
         if joined:
-            said.append(f"{joined} captions contain the separator without quotes; it was kept as part of the caption")
+            said.append(f"{joined} captions contain unquoted separators, which were kept as part of the captions")
         return said
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.commands import prepare_folder
 from data_pipeline.commands.prepare import main
 from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.common.errors import BadSample, DataError
@@ -150,6 +152,7 @@ def test_a_picture_is_one_by_its_content(tmp_path: Path) -> None:
     [
         {"images_in_1__jpg": ONE, "captions_in_1__txt": "one"},
         {"train_in_images_in_1__jpg": ONE, "train_in_captions_in_1__txt": "one", "val_in_captions_in_2__txt": "no"},
+        {"photos_in_1_in_a__jpg": ONE, "texts_in_1_in_a__txt": "one", "texts_in_2_in_a__txt": "no"},
         {"a_in_photo__jpg": ONE, "a_in_caption__txt": "one"},
     ],
 )
@@ -166,6 +169,8 @@ def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path
         {"a_in_1__jpg": ONE, "a_in_2__jpg": TWO, "a_in_caption__txt": "one"},
         {"a_in_1__jpg": ONE, "a_in_readme__txt": "one"},
         {"cats_in_1__jpg": ONE, "dogs_in_1__txt": "one", "dogs_in_2__jpg": TWO},
+        {"photos_in_1_in_a__jpg": ONE, "texts_in_2_in_a__txt": "one"},
+        {"photos_in_1_in_a__jpg": ONE, "texts_in_a__txt": "one"},
         {"cats_in_1__jpg": ONE, "dogs_in_1__txt": "one", "cats_in_2__jpg": TWO, "cats_in_2__txt": ""},
     ],
 )
@@ -211,6 +216,10 @@ def test_a_caption_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, 
     [
         ("pics.zip", b"PK", "unpack it and give the folder"),
         ("in/pics.zip", b"PK", "unpack pics.zip"),
+        ("in/pics.tar.gz", b"", "unpack pics.tar.gz$"),
+        ("in/list.csv.gz", b"", "there is a table: use prepare.kind=table .*list.csv.gz"),
+        ("list.csv.gz", b"", "it is a file; a table of pictures is read with prepare.kind=table"),
+        ("pics.tar.gz", b"", "it is an archive: .* tar shards are read with prepare.kind=shards"),
         ("in/data/train.arrow", b"x", "prepare.kind=table"),
     ],
 )
@@ -222,6 +231,33 @@ def test_what_is_no_folder_of_pictures_is_told_what_to_do(
     place.write_bytes(content)
     with pytest.raises(DataError, match=words):
         FolderSource(str(tmp_path / name.partition("/")[0]))
+
+
+def test_a_text_that_is_a_lost_link_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match="it contains no pictures"):
+        FolderSource(str(tmp_path))
+
+
+def test_many_folders_of_texts_beside_folders_of_pictures_are_not_compared_one_by_one(tmp_path: Path) -> None:
+    for number in range(300):
+        for kind, name, content in (("photos", "main.jpg", jpegs()[0]), ("texts", "main.txt", b"one")):
+            place = tmp_path / kind / str(number) / name
+            place.parent.mkdir(parents=True)
+            place.write_bytes(content)
+    calls = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename == prepare_folder.__file__
+
+    sys.setprofile(count)
+    try:
+        source = FolderSource(str(tmp_path))
+    finally:
+        sys.setprofile(None)
+    assert source.remarks() == ["300 pictures take their captions from a sibling folder or a caption.txt"]
+    assert calls < 100 * 300
 
 
 def test_pictures_that_stand_for_files_elsewhere_are_told(tmp_path: Path, caplog: Any) -> None:
@@ -329,4 +365,4 @@ def test_several_splits_in_one_folder_are_said(tmp_path: Path, caplog: Any, name
     for name in names:
         folder(tmp_path / name / "cat", a__jpg=ONE, a__txt="one")
     assert len(FolderSource(str(tmp_path))) == 2
-    assert ("it holds several splits (test, train)" in caplog.text) == warned
+    assert ("it contains several splits (test, train)" in caplog.text) == warned

@@ -345,7 +345,7 @@ def test_folders_that_agree_elsewhere_or_exist_tell_pictures_apart(tmp_path: Pat
     (tmp_path / "dogs" / "x.jpg").write_bytes(ONE)
     (tmp_path / "a.csv").write_text(f"image,caption\n/me/cats/x.jpg,no\n{other},two\n")
     with pytest.raises(
-        BadSample, match=r"cats/x\.jpg: there is no such file; .*dogs/x\.jpg, of the same name, is another"
+        BadSample, match=r"cats/x\.jpg: there is no such file; .*dogs/x\.jpg has the same name but is a different"
     ):
         TableSource(str(tmp_path / "a.csv")).read(0)
 
@@ -468,7 +468,7 @@ def test_a_saved_dataset_and_its_class_names_are_read(place: Path, caplog: Any) 
             out.write_table(part)
         (place / "saved" / split / "cache-123.arrow").write_bytes(b"of datasets.map")
     assert captions(TableSource(str(place / "saved"))) == ["grey cat", "dog"]
-    assert "several splits (train, validation), and all are read" in caplog.text
+    assert "several splits (train, validation), all of which are read" in caplog.text
     pq.write_table(table, place / "a.parquet")
     assert captions(TableSource(str(place / "a.parquet"))) == ["grey cat", "dog"]
 
@@ -489,7 +489,7 @@ def test_joined_captions_are_counted_once(place: Path) -> None:
     (place / "a.csv").write_bytes(b"image,caption\n1.jpg,a red, round ball\n2.jpg,two\n")
     source = TableSource(str(place / "a.csv"))
     assert captions(source) == captions(source) == ["a red, round ball", "two"]
-    assert source.remarks()[0].startswith("1 captions contain the separator")
+    assert source.remarks()[0].startswith("1 captions contain unquoted separators")
 
 
 @pytest.mark.parametrize(
