@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive
+from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive, exhausted
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -51,6 +51,7 @@ def main(config: IndexSettings) -> dict[str, Any]:
 
     Raises:
         DataError: no shards match, or the store denies access.
+        Exhausted: this machine has run out of memory or of open files.
         StoreError: the store kept failing until the deadline. Finished indexes are kept; running again continues.
     """
     patience = patience_of(config.data)
@@ -141,12 +142,14 @@ def _known(patience: Patience) -> Callable[[_Shard], Result | None]:
     return load
 
 
-def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: bool = False) -> Result:
+def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: bool) -> Result:
     """Walk one shard and store its index; a shard that is not an archive or cannot be opened counts as a problem."""
     try:
         if not store.is_remote(entry.url):
             store.open_stream(entry.url).close()
     except DataError as error:
+        if fault := exhausted(error):
+            raise fault from error
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}, {}
     try:
         index = build_index(entry, config.index_dir, patience, config.members, rebuild)
@@ -155,6 +158,8 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
     except CascadeError:
         raise
     except Exception as error:  # unforeseen damage affects only this shard
+        if fault := exhausted(error):
+            raise fault from error
         return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}, {}
     return _result(index, config)
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
-from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive
+from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive, exhausted
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -71,6 +71,7 @@ def main(config: VerifySettings) -> dict[str, Any]:
 
     Raises:
         DataError: no shards match, the store denies access, or `output` cannot be written.
+        Exhausted: this machine has run out of memory or of open files.
     """
     patience = patience_of(config.data)
     entries = entries_of(config.data)
@@ -80,10 +81,10 @@ def main(config: VerifySettings) -> dict[str, Any]:
         for _, entry, data in progress(entries, desc="verify", unit="shard"):
             try:
                 _verify_shard(entry, config, data, patience, pool, tally, broken)
-            except CascadeError as error:
-                broken.add(entry.url, None, 0, _shard_reason(error), str(error))
-            except Exception as error:  # unforeseen damage affects only this shard
-                broken.add(entry.url, None, 0, "corrupt_shard", f"{type(error).__name__}: {error}")
+            except Exception as error:  # damage, even unforeseen, affects only this shard
+                if fault := exhausted(error):
+                    raise fault from error
+                broken.add(entry.url, None, 0, *_shard_damage(error))
     page = store.join(config.output, "report.html") if config.report else None
     if page:
         write_page(page, config.data.shards, tally)
@@ -105,32 +106,11 @@ def _verify_shard(
     tally: Tally,
     broken: _Quarantine,
 ) -> None:
-    names = data.members
-    index = index_shard(entry.url, patience, entry, names)
-    for detail in index.meta["details"]:
-        reason, _, words = str(detail).partition(" at byte ")
-        offset, _, words = words.partition(": ")
-        broken.write(entry.url, None, int(offset), reason, words)
-    changed = _changed_rows(index, data, patience)
+    index = index_shard(entry.url, patience, entry, data.members)
     rows, dropped = keep_rows(index, data.filter)
-    problems = index.column("problem").to_pylist()
-    row_problems = Counter(problem for problem in problems if problem)
-    missing = max((index.meta["expected"] or 0) - len(index), 0)
-    if missing:
-        tally.dropped["count_mismatch"] += missing
-    for reason, count in index.problems.items():
-        count -= row_problems[reason] + (reason == "count_mismatch" and missing > 0)
-        if count > 0:
-            (tally.dropped if reason in LOST else tally.warnings)[reason] += count
+    _report_problems(index, tally, broken)
     tally.dropped.update(dropped)
     tally.describe(index)
-    for problem in row_problems:
-        tally.layouts[problem].update(index.layouts_of(problem))
-    for row, problem in enumerate(problems):
-        if problem:
-            members = f"its members are {index.table['layout'][row].as_py()}"
-            broken.write(entry.url, index.key(row), _offset(index, row), problem, members)
-
     files = CaptionFiles(data.captions.files, {entry.url: index.digest}) if data.captions.files else None
 
     def work(sample: dict[str, Any]) -> Caption | BadSample:
@@ -138,7 +118,7 @@ def _verify_shard(
             sample[captions.FROM_FILES] = files.of(entry.url, sample["__key__"])
         return _decode(sample, config, data)
 
-    good = []
+    changed, good = _changed_rows(index, data, patience), []
     for row in rows.tolist():
         if row in changed:
             broken.add(entry.url, index.key(row), _offset(index, row), "checksum", "it differs from the stored index")
@@ -153,6 +133,29 @@ def _verify_shard(
             broken.add(entry.url, sample["__key__"], sample["__offset__"], outcome.reason, outcome.detail)
         else:
             tally.deliver(sample, outcome, partial(_whole, sample, data))
+
+
+def _report_problems(index: ShardIndex, tally: Tally, broken: _Quarantine) -> None:
+    """Count and record what the index says is wrong with the shard. `keep_rows` counts its unusable samples."""
+    for detail in index.meta["details"]:
+        reason, _, words = str(detail).partition(" at byte ")
+        offset, _, words = words.partition(": ")
+        broken.write(index.url, None, int(offset), reason, words)
+    problems = index.column("problem").to_pylist()
+    row_problems = Counter(problem for problem in problems if problem)
+    missing = max((index.meta["expected"] or 0) - len(index), 0)
+    if missing:
+        tally.dropped["count_mismatch"] += missing
+    for reason, count in index.problems.items():
+        count -= row_problems[reason] + (reason == "count_mismatch" and missing > 0)
+        if count > 0:
+            (tally.dropped if reason in LOST else tally.warnings)[reason] += count
+    for problem in row_problems:
+        tally.layouts[problem].update(index.layouts_of(problem))
+    for row, problem in enumerate(problems):
+        if problem:
+            members = f"its members are {index.table['layout'][row].as_py()}"
+            broken.write(index.url, index.key(row), _offset(index, row), problem, members)
 
 
 def _decode(sample: dict[str, Any], config: VerifySettings, data: DataConfig) -> Caption | BadSample:
@@ -238,8 +241,11 @@ def _offset(index: ShardIndex, row: int) -> int:
     return min(part.offset for part in index.parts(row))
 
 
-def _shard_reason(error: CascadeError) -> str:
-    return "corrupt_shard" if isinstance(error, NotAnArchive) else "unreadable_shard"
+def _shard_damage(error: Exception) -> tuple[str, str]:
+    """Return the reason and the detail of the loss of a whole shard."""
+    if not isinstance(error, CascadeError):
+        return "corrupt_shard", f"{type(error).__name__}: {error}"
+    return "corrupt_shard" if isinstance(error, NotAnArchive) else "unreadable_shard", str(error)
 
 
 class _Quarantine:
@@ -268,8 +274,8 @@ class _Quarantine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with naming(self._place):
-            self._file.flush()
-        if store.is_remote(self._url) and self._file.tell():
-            store.upload(self._url, self._file)
-        self._file.close()
+        with self._file:
+            with naming(self._place):
+                self._file.flush()
+            if store.is_remote(self._url) and self._file.tell():
+                store.upload(self._url, self._file)

@@ -159,6 +159,12 @@ def of_machine(error: BaseException) -> CascadeError | None:
     return None
 
 
+def exhausted(error: BaseException) -> Exhausted | None:
+    """Return what this machine has run out of, if an error or its cause says so; None for all other errors."""
+    faults = (of_machine(one) for one in (error, error.__cause__) if one is not None)
+    return next((fault for fault in faults if isinstance(fault, Exhausted)), None)
+
+
 def _refused_variable(error: ValueError) -> str:
     """Return the environment variable whose value a library refuses; empty if the error is another."""
     if _raised_in(error, "torch/_logging/"):

@@ -15,7 +15,7 @@ class Stage:
 class Config:
     """The parts of the command's config that `verify` reads."""
 
-    seed, json, stage = 0, True, Stage
+    seed, json, stage, rebuild = 0, True, Stage, True
 
     def __init__(self, shards: Any, output: Path, report: bool = False, **data: Any) -> None:
         self.data, self.output, self.report = DataConfig(shards=str(shards), **data), str(output), report

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.commands import index
 from data_pipeline.commands.verify import main
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.shards.index import cached_index_url, index_shard, index_url, save_index
@@ -37,6 +42,44 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "shards"
     place.mkdir()
     return place
+
+
+@pytest.mark.parametrize("command", [main, index.main])
+def test_shards_are_not_blamed_for_want_of_open_files(command: Callable[[Any], dict[str, Any]], folder: Path) -> None:
+    for name in "ab":
+        (folder / f"{name}.tar").write_bytes(tar(good(3)))
+    config = Config(folder / "*.tar", folder.parent / "out")
+    config.rebuild = True
+    command(config)
+    outcomes = set()
+    for free in range(10):
+        with few_open_files(free):
+            try:
+                result = command(config)
+                outcomes.add(str([result.get("dropped"), result.get("problems", {})]))
+            except CascadeError as error:
+                assert "too many open files" in str(error).lower()
+                outcomes.add("refused")
+    assert outcomes == {"[{}, {}]", "refused"}
+
+
+@contextmanager
+def few_open_files(free: int) -> Iterator[None]:
+    """Let this process open only `free` more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    held = []
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(free):
+            os.close(held.pop())
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("name", CASES)
