@@ -24,7 +24,7 @@ NAMED = re.compile(rf"(?<=[\"'])({NAMES})(?=(\.[a-z_]\w*)+\.?[\"'{{])")
 
 
 def moved(source: str) -> str:
-    """A module's source with the names that its packages have inside `cascade_t2i`."""
+    """Return a module's source with the names that its packages have inside `cascade_t2i`."""
     source = FROM.sub(r"\1from cascade_t2i.\2", source)
     source = IMPORT_MODULE.sub(r"\1import cascade_t2i.\2\3\n\1from cascade_t2i import \2", source)
     source = IMPORT.sub(r"\1from cascade_t2i import \2", source)

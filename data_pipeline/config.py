@@ -37,7 +37,7 @@ def at_least(settings: Any, section: str, **bounds: float) -> None:
 def _is_encoding(name: str) -> bool:
     """Return whether Python can decode bytes to text with this encoding."""
     try:
-        b"a".decode(codecs.lookup(name).name)
+        bytes(4).decode(codecs.lookup(name).name)  # of 4 bytes, UTF-32 makes one character
     except (LookupError, ValueError):
         return False
     return True
@@ -179,7 +179,9 @@ class MembersConfig:
 
     def __post_init__(self) -> None:
         for name in ("image", "caption", "json"):
-            names = [str(one).removeprefix(".").lower() for one in getattr(self, name)]
+            given = getattr(self, name)
+            require(isinstance(given, (list, tuple)), f"data.members.{name}={given}: it must be a list: [{given}]")
+            names = [str(one).removeprefix(".").lower() for one in given]
             require(all(names), f"data.members.{name}: a name is empty")
             setattr(self, name, names)
 
@@ -556,7 +558,10 @@ class PrepareConfig:
             f"prepare.max_side={self.max_side}: it must be positive, or null to keep the pictures as they are",
         )
         require(1 <= self.quality <= 100, f"prepare.quality={self.quality}: it must lie between 1 and 100")
-        require(self.kind == "draw" or bool(self.source), f"prepare.source: prepare.kind={self.kind} needs one")
+        require(
+            self.kind == "draw" or bool(self.source),
+            f"prepare.source: give the folder, table or shards that prepare.kind={self.kind} is to read",
+        )
         require(
             self.images is None or self.kind == "table",
             f"prepare.images={self.images}: only prepare.kind=table uses it",

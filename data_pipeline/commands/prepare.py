@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_pipeline.common.errors import BadSample, ConfigError, DataError, system_words
+from data_pipeline.common.errors import NO_FILE, BadSample, ConfigError, DataError, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 DROPPED = "dropped.jsonl"
-_AHEAD = 16
+_AHEAD_PER_THREAD = 4
+"""Samples made ahead per thread: one that takes long, such as a large picture, must not idle the other threads."""
 _LONGEST = 500
 """Most characters of a name or detail in the report."""
 
@@ -69,6 +70,8 @@ def main(config: PrepareSettings) -> dict[str, Any]:
         else:
             result = _import(settings, config)
     except OSError as error:
+        if error.errno in NO_FILE:  # no file is to blame
+            raise
         place = error.filename or settings.output
         raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
     result.pop("why", None)
@@ -121,31 +124,13 @@ def _draw_split(draw: DrawConfig, output: str, split: str, count: int, seed: int
 def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
     from data_pipeline.commands.prepare_sources import open_source
 
-    source = open_source(settings, config.data)
-    begun: dict[str, Any] = {
-        "kind": settings.kind,
-        "content": source.identity,
-        "max_side": settings.max_side,
-        "quality": settings.quality,
-        "samples_per_shard": settings.samples_per_shard,
-        "deduplicate": settings.deduplicate,
-        "max_pixels": config.data.max_pixels,
-    }
-    if config.data.members.tag:
-        begun["members"] = config.data.members.tag
-    if settings.captions != "files":
-        begun["captions"] = settings.captions
-    if config.data.captions.encoding:
-        begun["encoding"] = config.data.captions.encoding
     if members := config.data.captions.members:
         raise ConfigError(
             f"data.captions.sources: cascade prepare does not read member:{members[0]}; "
             f"choose it with 'data.members={{caption: [{members[0]}]}}'"
         )
-    if config.data.captions.sources:
-        begun["sources"] = config.data.captions.sources
-    if settings.heldout:
-        begun["heldout"] = settings.heldout
+    source = open_source(settings, config.data)
+    begun = _begun(settings, config.data, source.identity)
     _begin(settings.output, begun)
     duplicates: dict[int, Duplicate] = {}
     if settings.deduplicate != "none":
@@ -163,6 +148,28 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
         if remark:
             logger.warning("%s", remark)
     return result
+
+
+def _begun(settings: PrepareConfig, data: DataConfig, content: str) -> dict[str, Any]:
+    """Return what an import of `content` depends on. Settings that were added later appear only if they are in use, so
+    that older outputs can still be continued."""
+    later = {
+        "members": data.members.tag,
+        "captions": settings.captions if settings.captions != "files" else "",
+        "encoding": data.captions.encoding,
+        "sources": data.captions.sources,
+        "heldout": settings.heldout,
+    }
+    return {
+        "kind": settings.kind,
+        "content": content,
+        "max_side": settings.max_side,
+        "quality": settings.quality,
+        "samples_per_shard": settings.samples_per_shard,
+        "deduplicate": settings.deduplicate,
+        "max_pixels": data.max_pixels,
+        **{name: value for name, value in later.items() if value},
+    }
 
 
 def _write_splits(
@@ -270,16 +277,17 @@ def _find_duplicates(source: Source, settings: PrepareConfig, data: DataConfig) 
             width, height = dimensions(item.image)
             check_size(width, height, data.max_pixels)
             _caption(item, data.captions)
-            return fingerprint(item.image, width * height, perceptual)
+            return fingerprint(item.image, width * height, perceptual, data.max_pixels)
         except BadSample:
             return None  # it will be dropped when it is written, so no other picture may count as its duplicate
 
     prints: list[Print | None] = []
+    ahead = _AHEAD_PER_THREAD * data.threads
     with ThreadPoolExecutor(data.threads) as pool:
         for numbers in progress(_ranges(len(source), settings.samples_per_shard), desc="comparing", unit="shard"):
             place = _record(settings.output, f"prints-{numbers.start // settings.samples_per_shard:05d}.json")
             if not store.exists(place):
-                found = [one.to_json() if one else None for _, one in ordered(pool, measure, numbers, _AHEAD)]
+                found = [one.to_json() if one else None for _, one in ordered(pool, measure, numbers, ahead)]
                 store.write_bytes(place, json.dumps(found).encode())
             prints += [Print.from_json(one) if one else None for one in json.loads(store.read_bytes(place))]
     return find(prints, perceptual)
@@ -333,7 +341,9 @@ def _write_all(
             shard = f"{prefix}{places.start // per_shard:05d}"
             done = _done(output, shard)
             if done is None:
-                made = ordered(pool, _Guarded(make, name), (numbers[place] for place in places), _AHEAD)
+                made = ordered(
+                    pool, _Guarded(make, name), (numbers[place] for place in places), _AHEAD_PER_THREAD * threads
+                )
                 done = _write_shard(output, shard, _counted(made, bar))
             else:
                 bar.update(len(places))

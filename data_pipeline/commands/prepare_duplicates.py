@@ -56,13 +56,14 @@ class Duplicate:
     bits: int | None
 
 
-def fingerprint(data: bytes, pixels: int, perceptual: bool) -> Print:
+def fingerprint(data: bytes, pixels: int, perceptual: bool, max_pixels: int) -> Print:
     """Return the print of an encoded picture.
 
     Args:
         data: the encoded picture.
         pixels: its width times height.
         perceptual: include the hash and the thumbnail, for which it is decoded.
+        max_pixels: see `images.decode`.
 
     Raises:
         BadSample: it cannot be decoded (only if `perceptual`).
@@ -77,7 +78,7 @@ def fingerprint(data: bytes, pixels: int, perceptual: bool) -> Print:
         raise ConfigError(
             "prepare.deduplicate=perceptual: the package imagehash is missing; install it with `pip install imagehash`"
         ) from error
-    picture = Image.fromarray(decode(data, target=32))
+    picture = Image.fromarray(decode(data, target=32, max_pixels=max_pixels))
     bits = np.concatenate([imagehash.dhash(picture).hash.ravel(), imagehash.dhash_vertical(picture).hash.ravel()])
     thumbnail = picture.resize((4, 4), Image.Resampling.BOX).tobytes()
     return Print(pixels, exact, int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail)

@@ -206,7 +206,7 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
         if config.sources and not {"txt", "txt:lines"} & {*config.sources}:
             return f"{words}; the .txt has text"
         if decode_text(text, config.encoding).strip():
-            return f"{words}; of the .txt, {text[:40]!r}, data.captions.clean leaves nothing"
+            return f"{words}; data.captions.clean removes all of the .txt: {text[:40]!r}"
     try:
         texts = sorted(fields_with_text(parse_json(sample.get("json"))), key=lambda name: ("url" in name.lower(), name))
     except BadSample as error:

@@ -40,29 +40,8 @@ UNSUPPORTED = {
     **dict.fromkeys(("svg", "svgz"), "svg"),
     **dict.fromkeys(("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"), "raw"),
     **dict.fromkeys(("psd", "xcf"), "psd"),
-    **dict.fromkeys(
-        (
-            "tga",
-            "ico",
-            "icns",
-            "pcx",
-            "sgi",
-            "dds",
-            "exr",
-            "hdr",
-            "pdf",
-            "eps",
-            "bpg",
-            "emf",
-            "wmf",
-            "fits",
-            "pfm",
-            "jxr",
-            "wdp",
-            "jls",
-        ),
-        "other",
-    ),
+    **dict.fromkeys(("tga", "ico", "icns", "pcx", "sgi", "dds", "exr", "hdr", "pdf"), "other"),
+    **dict.fromkeys(("eps", "bpg", "emf", "wmf", "fits", "pfm", "jxr", "wdp", "jls"), "other"),
     **dict.fromkeys(("mp4", "mov", "webm", "avi", "mkv"), "video"),
 }
 """Extension of unsupported pictures -> their kind."""
@@ -321,8 +300,8 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
         return ""
     if reason == "missing_image" and all(kind_of(name, None, MembersConfig()) in ("text", "json") for name in seen):
         return (
-            f"their only members are {members}: the files of a sample have one path up to the first dot; unpacked, "
-            "prepare.kind=folder also pairs images/1.jpg with captions/1.txt"
+            f"their only members are {members}: the files of a sample must have the same path up to the first dot; "
+            "once they are unpacked, prepare.kind=folder also pairs images/1.jpg with captions/1.txt"
         )
     pictures = [name for name in seen if ending(name) in IMAGE_EXTENSIONS]
     if not pictures:

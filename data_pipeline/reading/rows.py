@@ -294,7 +294,8 @@ def _gather(stream: Gunzip, runs: Sequence[tuple[int, int]], url: str) -> list[b
         if not piece:
             end = max(runs[number][1] for number in (*waiting, *open_runs))
             raise DataError(
-                f"{url}: the compressed shard ends at byte {position}, its index says {end}; run `cascade index` again"
+                f"{url}: the compressed shard ends at byte {position}, but its index says {end}; "
+                "run `cascade index` again"
             )
         after = position + len(piece)
         while waiting and runs[waiting[-1]][0] < after:

@@ -13,7 +13,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.common.errors import BadSample, ConfigError
-from data_pipeline.config import DataConfig, FilterConfig
+from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig, MembersConfig
 from data_pipeline.order.order import check_position, check_world_size
 from data_pipeline.order.sharing import Chunks
 from data_pipeline.reading.prefetch import Prefetcher
@@ -58,7 +58,8 @@ class ShardStream(IterableDataset[Sample]):
         micro_batch: samples per chunk given to a worker; 0: the pipeline's batch size or, without workers, the rank's
             whole share of a global batch.
         state: the result of `state` of an earlier stream; starts at its position and requires the same data.
-        filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`.
+        filter: rules on the index, e.g. `{"min_side": 256, "min_aesthetic": 5.0}`; like `members` and `captions` a
+            mapping or an instance of its class.
         stop: position at which to stop; None: never. With several workers the order is exact up to the last full batch.
         settings: other fields of `DataConfig` (`index_dir`, `cache_dir`, `prefetch_mb`, `deadline_s`, ...).
 
@@ -86,10 +87,12 @@ class ShardStream(IterableDataset[Sample]):
         **settings: Any,
     ) -> None:
         super().__init__()
-        rules = filter if isinstance(filter, FilterConfig) else _settings(FilterConfig, "filter", filter or {})
         if window is not None:
             settings["window"] = window
-        settings |= {"global_batch": global_batch, "lanes": lanes, "micro_batch": micro_batch, "filter": rules}
+        settings |= {"global_batch": global_batch, "lanes": lanes, "micro_batch": micro_batch, "filter": filter or {}}
+        for name, kind in (("filter", FilterConfig), ("members", MembersConfig), ("captions", CaptionConfig)):
+            if isinstance(settings.get(name), Mapping):
+                settings[name] = _settings(kind, name, settings[name])
         self.config = _settings(DataConfig, "ShardStream", {"shards": shards, **settings})
         self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size

@@ -21,9 +21,12 @@ class _Writer(io.BytesIO):
         self._url = url
 
     def close(self) -> None:
-        if not self.closed:
-            store.write_bytes(self._url, self.getbuffer())
-        super().close()
+        if self.closed:
+            return
+        try:
+            store.write_bytes(self._url, self.getvalue())
+        finally:
+            super().close()  # or else Python, which closes it once more when it is dropped, would upload it again
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:

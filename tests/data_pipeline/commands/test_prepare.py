@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.commands.prepare import main
+from data_pipeline.commands.prepare import _finish, main
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.content.images import decode
@@ -271,6 +272,37 @@ def test_perceptual_duplicates_lose_to_the_largest_version(copies: Path, tmp_pat
     (tmp_path / "out" / "00001.tar").unlink()
     imported(tmp_path / "out", "folder", copies, deduplicate="perceptual", samples_per_shard=3)
     assert contents(tmp_path / "out") == before
+
+
+def test_pictures_as_large_as_data_max_pixels_are_compared(tmp_path: Path) -> None:
+    large = io.BytesIO()
+    Image.new("L", (8008, 8000)).save(large, "JPEG", quality=10)
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(large.getvalue())
+        (tmp_path / "in" / f"{name}.txt").write_text("black")
+    settings = PrepareConfig(
+        kind="folder", source=str(tmp_path / "in"), output=str(tmp_path / "out"), deduplicate="perceptual"
+    )
+    result = main(Config(settings, data=DataConfig(max_pixels=80_000_000)))
+    assert result["samples"] == 1 and result["dropped"] == {"duplicate": 1}
+
+
+def test_all_threads_of_data_threads_work_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(20)
+
+    def finish(*arguments: Any) -> Any:
+        together.wait(20)
+        return _finish(*arguments)
+
+    monkeypatch.setattr("data_pipeline.commands.prepare._finish", finish)
+    root = tmp_path / "in"
+    root.mkdir()
+    for number in range(40):
+        (root / f"{number}.jpg").write_bytes(jpegs()[0])
+        (root / f"{number}.txt").write_text("x")
+    settings = PrepareConfig(kind="folder", source=str(root), output=str(tmp_path / "out"))
+    assert main(Config(settings, data=DataConfig(threads=20)))["samples"] == 40
 
 
 def test_nothing_is_dropped_for_the_sake_of_what_is_dropped_itself(tmp_path: Path) -> None:

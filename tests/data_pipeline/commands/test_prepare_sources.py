@@ -129,3 +129,14 @@ def test_a_picture_is_not_dropped_for_what_its_disk_or_this_process_lacks(
     monkeypatch.setattr(retry, "FILE_S", 60.0 if raised is None else 0.0)
     with nullcontext() if raised is None else pytest.raises(raised, match=os.strerror(number)):
         assert read_file(picture) == right(picture)
+
+
+def test_the_output_is_not_blamed_for_want_of_open_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_files(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", without_files)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        imported(tmp_path / "out", "folder", folder)

@@ -179,6 +179,9 @@ def test_another_encoding_is_used_when_it_is_named() -> None:
     config = CaptionConfig(encoding="cp1252")
     assert choose_caption(sample("caf\u00e9".encode("cp1252")), config, 0, 0).text == "caf\u00e9"
     assert choose_caption(sample("caf\u00e9".encode()), config, 0, 0).text == "caf\u00e9", "UTF-8 comes first"
+    for encoding in ("utf-16-le", "utf-32-be"):
+        text = "\u4e2d\u6587" * 3
+        assert choose_caption(sample(text.encode(encoding)), CaptionConfig(encoding=encoding), 0, 0).text == text
     with pytest.raises(ConfigError, match=r"data\.captions\.encoding=nonsense"):
         CaptionConfig(encoding="nonsense")
     with pytest.raises(ConfigError):
@@ -188,8 +191,8 @@ def test_another_encoding_is_used_when_it_is_named() -> None:
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ({"txt": b"<br><p></p>"}, r"of the .txt, b'<br><p></p>', data\.captions\.clean leaves nothing"),
-        ({"txt": b"https://x.org/1.jpg"}, r"data\.captions\.clean leaves nothing"),
+        ({"txt": b"<br><p></p>"}, r"data\.captions\.clean removes all of the .txt: b'<br><p></p>'"),
+        ({"txt": b"https://x.org/1.jpg"}, r"data\.captions\.clean removes all"),
         ({"json": b'{"caption": "a",}'}, r"the \.json cannot be parsed"),
         ({"json": b'{"caption": 5}'}, r"the members are \.json$"),
         (

@@ -201,9 +201,12 @@ def test_missing_captions_are_told_with_what_lies_beside(tmp_path: Path) -> None
     assert "fields of the .json with text: caption" in line["detail"]
 
 
-def test_an_empty_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.members\.image"):
-        MembersConfig(image=["."])
+@pytest.mark.parametrize(
+    ("names", "words"), [(["."], "image: a name is empty"), ("jpg", r"image=jpg: it must be a list: \[jpg\]")]
+)
+def test_names_that_match_nothing_are_refused(names: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.members\.{words}"):
+        MembersConfig(image=names)
 
 
 class _Counted(str):

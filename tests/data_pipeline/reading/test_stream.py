@@ -157,8 +157,17 @@ def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[l
 def test_misspelt_settings_are_named(folder: str) -> None:
     with pytest.raises(ConfigError, match="filter: unknown setting min_sid; the settings are min_side"):
         stream(folder, filter={"min_sid": 64})
+    with pytest.raises(ConfigError, match="members: unknown setting img; the settings are image, caption, json"):
+        stream(folder, members={"img": ["jpg"]})
     with pytest.raises(ConfigError, match=r"unknown setting prefetch; the settings are .*prefetch_mb"):
         stream(folder, prefetch=64)
+
+
+def test_members_may_be_a_mapping(folder: str, tmp_path: Path) -> None:
+    named = stream(folder, members={"image": ["jpg"]}, index_dir=str(tmp_path))
+    assert [sample["__key__"] for sample in islice(named, 8)] == [
+        sample["__key__"] for sample in islice(stream(folder), 8)
+    ]
 
 
 def test_samples_are_the_members_bytes(folder: str) -> None:

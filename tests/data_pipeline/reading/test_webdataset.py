@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset as wds
 
 from data_pipeline import register_s3
 from data_pipeline.common.errors import DataError
+from data_pipeline.reading.webdataset import open_s3
 from data_pipeline.storage import s3, store
 from tests.data_pipeline.small_shards import members, write_shards
 from tests.faultproxy import FaultProxy
@@ -46,6 +49,18 @@ def test_writing(bucket: str) -> None:
         writer.write({"__key__": "a", "txt": "hello"})
     (sample,) = wds.WebDataset(f"s3://{bucket}/out.tar", shardshuffle=False)
     assert (sample["__key__"], sample["txt"]) == ("a", b"hello")
+
+
+def test_a_failed_upload_is_not_repeated_when_the_file_is_dropped(bucket: str, s3_server: S3Server) -> None:
+    writer = open_s3(f"s3://{bucket}-later/out.tar", "wb")
+    writer.write(b"content")
+    with pytest.raises(DataError):
+        writer.close()
+    client: Any = s3_server.client()
+    client.create_bucket(Bucket=f"{bucket}-later")
+    del writer
+    gc.collect()
+    assert not store.exists(f"s3://{bucket}-later/out.tar")
 
 
 def test_importing_the_package_is_light() -> None:

@@ -383,6 +383,17 @@ import cascade_t2i.__main__
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_a_child_of_multiprocessing_keeps_the_path_of_its_parent() -> None:
+    program = """
+import sys
+sys.modules["__mp_main__"] = sys  # as multiprocessing's spawn does while it runs the main program again
+sys.path.insert(0, "/from/PYTHONPATH")
+import cascade_t2i.__main__
+assert "/from/PYTHONPATH" in sys.path
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_output_that_is_closed(tmp_path: Path) -> None:
     script = f"{sys.executable} -m training.cli order data.shards={tmp_path}/none >&- 2>&-; echo $?"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
