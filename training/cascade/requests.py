@@ -32,6 +32,8 @@ Heat = list[tuple[str, np.ndarray]]
 Size = int | tuple[int, int]
 """Size of a picture in pixels: one side, or (width, height)."""
 NUMBER = (int, float, np.integer, np.floating)
+DAMAGED = (OSError, SyntaxError, ValueError)
+"""Errors that Pillow raises for files that are not complete pictures."""
 SHRINK = Image.Resampling.BOX
 """How pictures are downsized for a super-resolution stage to start from: block means, as in training."""
 
@@ -395,10 +397,15 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     name = os.fspath(file)
     if not store.exists(name):
         raise DataError(f"{name}: no such picture")
+    return opened(store.read_bytes(name), name)
+
+
+def opened(data: bytes, name: str) -> Image.Image:
+    """Return the picture in an encoded file. Raises `DataError`, naming `name`, if it is none."""
     try:
-        image = Image.open(io.BytesIO(store.read_bytes(name)))
+        image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a readable picture ({error})") from error
     return image
 

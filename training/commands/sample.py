@@ -11,7 +11,6 @@ OUTPUT/
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
 from training.cascade.cascade import Cascade, Stage
 from training.cascade.prompts import read_lines, read_prompts
-from training.cascade.requests import Drawing, as_list, number_drawings, plan_sizes, plan_stages
+from training.cascade.requests import DAMAGED, Drawing, as_list, number_drawings, opened, plan_sizes, plan_stages
 from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment
@@ -49,8 +48,6 @@ SAVE_EVERY = 4
 GRID_CELLS = 64
 EARLIER = "earlier"
 """Directory for pictures of prompts that are no longer on the list."""
-DAMAGED = (OSError, SyntaxError, ValueError)
-"""Errors that Pillow raises for files that are not complete pictures."""
 SHEET = "sheet"
 DIVERSITY_FEATURES = "colour_grid_4x4"
 
@@ -87,15 +84,10 @@ def main(config: SampleCommand) -> dict[str, Any]:
 
 def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     began = time.monotonic()
-    own = config.prompts is None
-    prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
-    if not prompts:
-        given = "prompts: " if own else f"prompts={config.prompts}: it contains no prompt; "
-        raise ConfigError(f"{given}give a text file with one prompt per line, or a list: prompts=['a red circle']")
+    prompts, lines = _prompts(config), read_lines(config.prompts)
     try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
     jobs = list_jobs(prompts, negatives, config.seed, config.num_images)
-    lines = read_lines(config.prompts)
     credentials = None
     if config.sampling.certificate and config.sampling.key:
         credentials = Credentials(config.sampling.certificate, config.sampling.key)
@@ -116,11 +108,7 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
         set_aside(output, {job.name for job in jobs})
     share = jobs[ranks.rank :: ranks.world_size] if ranks else jobs
     missing = [job for job in share if not is_drawn(output, job, request)]
-    if len(missing) < len(share):
-        print(f"{len(share) - len(missing)} of {len(share)} pictures are already in {output} and are kept")
-    changed = [keys for job in missing if (keys := changed_settings(output / f"{job.name}.png", request.metadata(job)))]
-    if changed:
-        print(f"pictures in {output} with other settings ({', '.join(changed[0])}), drawn again: {len(changed)}")
+    _say_kept(output, len(share), missing, request)
     _draw(request, missing, output, devices)
     result: dict[str, Any] = {
         "output": str(output),
@@ -130,17 +118,49 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     }
     # with several processes, only the last one to finish finds all pictures
     if all((output / f"{job.name}.png").exists() for job in jobs):
-        result["grid"] = str(write_grid(output, jobs[:GRID_CELLS], request.stages, config.sampling.columns))
-        print(f"{result['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
-        if len({job.prompt for job in jobs}) < len(jobs):
-            result["diversity"] = measure_diversity(output, jobs)
-            print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {result['diversity']['mean']:.4f}")
-        if config.layout:
-            files = [output / f"{job.name}.png" for job in jobs]
-            each = [files[at : at + config.num_images] for at in range(0, len(files), config.num_images)]
-            result["layout"] = str(layouts.arrange(config.layout, output, each, prompts, lines))
-            print(f"{result['layout']}: the pictures in the layout of {config.layout}")
+        result |= _together(config, output, jobs, request.stages, prompts, lines)
     return result | {"seconds": round(time.monotonic() - began, 3)}
+
+
+def _prompts(config: SampleCommand) -> list[str]:
+    """Return `prompts`, or the experiment's own. Raises ConfigError if there are none."""
+    own = config.prompts is None
+    prompts = read_prompts(list(config.sampling.prompts), "sampling.prompts") if own else read_prompts(config.prompts)
+    if not prompts:
+        given = "prompts: " if own else f"prompts={config.prompts}: it contains no prompt; "
+        raise ConfigError(f"{given}give a text file with one prompt per line, or a list: prompts=['a red circle']")
+    return prompts
+
+
+def _say_kept(output: Path, count: int, missing: Sequence[SampleJob], request: SampleRequest) -> None:
+    """Say how many of `count` pictures are kept, and why existing ones are drawn again."""
+    if len(missing) < count:
+        print(f"{count - len(missing)} of {count} pictures are already in {output} and are kept")
+    changed = [keys for job in missing if (keys := changed_settings(output / f"{job.name}.png", request.metadata(job)))]
+    if changed:
+        print(f"pictures in {output} with other settings ({', '.join(changed[0])}), drawn again: {len(changed)}")
+
+
+def _together(
+    config: SampleCommand,
+    output: Path,
+    jobs: list[SampleJob],
+    stages: Sequence[Stage],
+    prompts: list[str],
+    lines: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Write and measure what needs all pictures; return `grid`, `diversity` and `layout` of the result."""
+    found: dict[str, Any] = {"grid": str(write_grid(output, jobs[:GRID_CELLS], stages, config.sampling.columns))}
+    print(f"{found['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
+    if len({job.prompt for job in jobs}) < len(jobs):
+        found["diversity"] = measure_diversity(output, jobs)
+        print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {found['diversity']['mean']:.4f}")
+    if config.layout:
+        files = [output / f"{job.name}.png" for job in jobs]
+        each = [files[at : at + config.num_images] for at in range(0, len(files), config.num_images)]
+        found["layout"] = str(layouts.arrange(config.layout, output, each, prompts, lines))
+        print(f"{found['layout']}: the pictures in the layout of {config.layout}")
+    return found
 
 
 def set_aside(output: Path, names: set[str]) -> None:
@@ -175,10 +195,9 @@ def list_jobs(prompts: list[str], negatives: list[str], seed: int, num_images: i
     """
     jobs = []
     for index, drawing in enumerate(number_drawings(prompts, negatives, seed, num_images)):
-        place = index // num_images
+        place, copy = divmod(index, num_images)
         words = re.sub(r"\W+", "_", drawing.prompt).strip("_")[:50] or "empty"
-        copy = f"-{index % num_images}" if num_images > 1 else ""
-        name = f"{index // num_images:05d}-{words}{copy}"
+        name = f"{place:05d}-{words}{f'-{copy}' if num_images > 1 else ''}"
         jobs.append(SampleJob(name, drawing.prompt, drawing.negative_prompt, drawing.number, drawing.seed, place))
     return jobs
 
@@ -290,12 +309,7 @@ def _read_start(key: str, file: str) -> Start:
     if not store.exists(file):
         raise DataError(f"{key}={file}: no such file")
     data = store.read_bytes(file)
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise DataError(f"{key}={file}: not a readable picture ({error})") from error
-    return Start(file, sha256(data).hexdigest(), image)
+    return Start(file, sha256(data).hexdigest(), opened(data, f"{key}={file}"))
 
 
 def is_drawn(output: Path, job: SampleJob, request: SampleRequest) -> bool:

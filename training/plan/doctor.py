@@ -25,6 +25,7 @@ from data_pipeline.storage.folder import open_folder
 from training.config.commands import PlanCommand
 from training.config.experiment import Experiment, ValidationConfig
 from training.plan.checks import check_heldout, planned_world_size, training_problems
+from training.plan.table import counted
 from training.processes.launcher import launch
 from training.processes.ranks import process_count
 
@@ -83,7 +84,7 @@ def settings(config: PlanCommand) -> str:
     problems = training_problems(config, world_size)
     if problems:
         raise ConfigError("; ".join(problems))
-    return f"cascade train accepts them on {world_size} process(es)"
+    return f"cascade train accepts them on {counted(world_size, 'process')}"
 
 
 def software(config: PlanCommand) -> str:
@@ -238,7 +239,7 @@ class Trial:
 
     def _where(self) -> str:
         part = small(self.config)
-        return f"{part.cluster.processes} process(es), batch {part.data.global_batch}"
+        return f"{counted(part.cluster.processes, 'process')}, batch {part.data.global_batch}"
 
     def _refuse_giants(self) -> None:
         import torch

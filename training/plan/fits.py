@@ -5,10 +5,10 @@ from __future__ import annotations
 from data_pipeline.common.machine import free_memory
 from data_pipeline.config import require
 from training.config.experiment import Experiment
-from training.config.unet import PRESETS, for_stage
+from training.config.unet import PRESETS
 from training.plan.devices import has_bf16
 from training.plan.features import align_of
-from training.plan.memory import Setup, least, parameter_count, parameter_shapes, teacher_bytes
+from training.plan.memory import least, setup_of
 from training.plan.table import gib
 from training.processes.ranks import Ranks, process_count
 
@@ -42,19 +42,8 @@ def check_memory(config: Experiment, ranks: Ranks) -> None:
     Raises:
         ConfigError: it does not fit; the message states the needed and the available memory.
     """
-    unet = for_stage(config.stage, config.text.dim)
     on_gpu = ranks.device != "cpu"
-    setup = Setup(
-        parameter_shapes(unet, config.lora, align_of(config)),
-        config.zero,
-        2 if config.precision.dtype == "bf16" else 4,
-        ranks.world_size,
-        len(config.ema.decays),
-        config.optimizer.name,
-        on_gpu,
-        parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
-        teacher=teacher_bytes(config),
-    )
+    setup = setup_of(config, ranks.world_size, on_gpu, align_of(config))
     needed = least(setup)
     if on_gpu:
         import torch

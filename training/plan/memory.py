@@ -21,6 +21,7 @@ import numpy as np
 
 from training.config.experiment import Experiment, LoraConfig, StageConfig, ZeroConfig
 from training.config.unet import UNetConfig, for_stage
+from training.engine.base import DTYPES
 from training.optim.registry import optimizer_class
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ class Setup:
     features: int = 0
     """Bytes of the frozen picture encoder."""
     teacher: int = 0
-    """Bytes of a distillation's teacher (`teacher_bytes`), which every process holds whole."""
+    """Bytes of a distillation's teacher, which every process holds whole, in the network's precision. The activations
+    of its passes take less than what the student later keeps for its backward pass."""
 
     @property
     def trained(self) -> int:
@@ -278,12 +280,28 @@ def process_floor(config: Experiment, on_gpu: bool) -> int:
     return sum(CPU_FLOOR[name] for name, loaded in parts.items() if loaded)
 
 
-def teacher_bytes(config: Experiment) -> int:
-    """Return the bytes of a distillation's teacher: its weights in the network's precision. The activations of its
-    passes take less than what the student later keeps for its backward pass."""
-    if not config.distill.steps:
-        return 0
-    return parameter_count(config.stage, config.text.dim) * (2 if config.precision.dtype == "bf16" else 4)
+def setup_of(config: Experiment, world_size: int, on_gpu: bool, align: Align | None = None, features: int = 0) -> Setup:
+    """Return what the size of a run's state depends on.
+
+    Args:
+        align: see `features.align_of`.
+        features: bytes of the frozen picture encoder.
+    """
+    weight_bytes, has_more = DTYPES[config.precision.dtype].itemsize, config.lora.rank or config.distill.steps
+    everything = parameter_count(config.stage, config.text.dim) if has_more else 0
+    return Setup(
+        parameter_shapes(for_stage(config.stage, config.text.dim), config.lora, align),
+        config.zero,
+        weight_bytes,
+        world_size,
+        len(config.ema.decays),
+        config.optimizer.name,
+        on_gpu,
+        frozen=everything if config.lora.rank else 0,
+        floor=process_floor(config, on_gpu),
+        features=features,
+        teacher=everything * weight_bytes if config.distill.steps else 0,
+    )
 
 
 def kept(setup: Setup) -> dict[str, int]:

@@ -31,10 +31,7 @@ from training.plan.memory import (
     follow,
     largest_micro_batch,
     memory,
-    parameter_count,
-    parameter_shapes,
-    process_floor,
-    teacher_bytes,
+    setup_of,
 )
 from training.plan.table import gib, table
 from training.processes.interval import best_interval, between_failures
@@ -74,7 +71,6 @@ TOLD = ("schedule", "parametrization", "weighting")
 
 def make_plan(config: PlanCommand) -> dict[str, Any]:
     """Return all numbers of the table, under stable names for the JSON output."""
-
     unet = for_stage(config.stage, config.text.dim)
     size, tokens = config.stage.train_size, config.text.max_tokens
     device, world = planned_device(config), planned_world_size(config.cluster)
@@ -85,19 +81,7 @@ def make_plan(config: PlanCommand) -> dict[str, Any]:
         features, align = feature_cost(config, unet, dtype), align_of(config)
     except CascadeError as error:
         problems.append(str(error))
-    setup = Setup(
-        parameter_shapes(unet, config.lora, align),
-        config.zero,
-        dtype.itemsize,
-        world,
-        len(config.ema.decays),
-        config.optimizer.name,
-        device.on_gpu,
-        parameter_count(config.stage, config.text.dim) if config.lora.rank else 0,
-        process_floor(config, device.on_gpu),
-        features.bytes,
-        teacher_bytes(config),
-    )
+    setup = setup_of(config, world, device.on_gpu, align, features.bytes)
     passes = features.added_to(follow(unet, size, tokens, dtype, config.lora, align))
     taught = config.distill.teacher_passes
     training = training_flops(unet, size, tokens, frozen=bool(config.lora.rank), teacher_passes=taught)

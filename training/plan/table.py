@@ -44,8 +44,10 @@ def _row(label: str, value: str) -> str:
     return "\n".join(f"{name:<{LABEL}}{line}".rstrip() for name, line in zip_longest([label], lines, fillvalue=""))
 
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str) -> str:
+    """Return the number with its noun in the singular or plural: 1 node, 2 nodes, 2 processes."""
+    ending = "" if number == 1 else "es" if thing.endswith("s") else "s"
+    return f"{number:,} {thing}{ending}"
 
 
 def _device(plan: dict[str, Any]) -> str:
@@ -68,7 +70,7 @@ def _network(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "devices",
-            f"{plan['world_size']} x {plan['gpu']} on {_counted(plan['nodes'], 'node')}, ZeRO {plan['zero_stage']}; "
+            f"{plan['world_size']} x {plan['gpu']} on {counted(plan['nodes'], 'node')}, ZeRO {plan['zero_stage']}; "
             f"peak {plan['peak_flops'] / 1e12:,.{digits}f} TFLOP/s ({plan['peak_basis']})",
         ),
     ]
@@ -103,7 +105,7 @@ def _time(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{plan['images_per_second']:,.1f} images/s, {plan['seconds_per_step']:,.3f} s per step, assuming "
             f"{plan['mfu']:.0%} MFU",
         ),
-        ("time", f"{_days(plan['days'])} for {_counted(plan['steps'], 'step')}, {plan['images']:,} images"),
+        ("time", f"{_days(plan['days'])} for {counted(plan['steps'], 'step')}, {plan['images']:,} images"),
         (
             "cost",
             f"{plan['cost']:,.0f} dollars, {plan['gpu_hours']:,.1f} {_device(plan)} hours at {plan['price']:g}",
@@ -184,7 +186,7 @@ def _features(features: dict[str, Any] | None) -> list[tuple[str, str]]:
 def _data(data: dict[str, Any]) -> str:
     if data["shards"] is None:
         return "data.shards is not set or cannot be read"
-    row = f"{_counted(data['shards'], 'shard')}, {gib(data['bytes'])}"
+    row = f"{counted(data['shards'], 'shard')}, {gib(data['bytes'])}"
     if data["samples"] is None:
         return f"{row}, no index yet (cascade index)"
     epochs = data.get("dataset_epochs", {})
