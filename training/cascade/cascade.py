@@ -38,6 +38,7 @@ from training.cascade.requests import (
     as_list,
     as_texts,
     check_distilled,
+    check_start,
     number_drawings,
     place_of,
     plan_places,
@@ -332,34 +333,28 @@ class Cascade:
         negatives = [] if negative_prompts is None else as_texts(negative_prompts, "negative_prompts")
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback={callback!r}: give a function, called as callback(stage, step, steps)")
+        if not isinstance(batch, int) or batch < 1:
+            raise ConfigError(f"batch={batch}: it must be at least 1")
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
         settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}
         settings |= {"original_side": original_side}
         plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
-        first = self.stages[plan[0][0]].config
         chosen = [self.stages[index] for index, _ in plan]
         sizes = plan_sizes(size, [stage.config for stage in chosen], [stage.unet.config.divisor for stage in chosen])
-        strengths = plan_strengths(strength, [self.stages[index].config.name for index, _ in plan])
-        for (index, sampler), redrawn in zip(plan, strengths, strict=True):
-            check_distilled(self.stages[index].config, self.stages[index].origin, sampler, redrawn)
+        strengths = plan_strengths(strength, [stage.config.name for stage in chosen])
+        for stage, (_, sampler), redrawn in zip(chosen, plan, strengths, strict=True):
+            check_distilled(stage.config, stage.origin, sampler, redrawn)
         if any(negatives) and all(sampler.guidance == 1 for _, sampler in plan):
             raise ConfigError("negative_prompts: no stage drawn has guidance to steer by (guidance=1)")
-        if not isinstance(batch, int) or batch < 1:
-            raise ConfigError(f"batch={batch}: it must be at least 1")
-        if mask is not None and image is None:
-            raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
         if image is None and any(value < 1 for value in strengths):
             raise ConfigError(f"strength={strength}: it needs `image`, the picture to redraw")
-        if low_res is not None and not first.is_super_resolution:
-            raise ConfigError(f"low_res: {first.name} draws from text only; to redraw a picture, give `image`")
         start = image if low_res is None else low_res
-        if first.is_super_resolution and start is None:
-            raise ConfigError(f"low_res: {first.name} starts from {first.low_res_size} px pictures; give them")
+        check_start(chosen[0].config, low_res=low_res is not None, image=image is not None, mask=mask is not None)
 
         places = plan_places(devices or [self.device])
         batches = -(-len(drawings) // batch)
-        meter = _Meter(callback, {self.stages[i].config.name: s.steps * batches for i, s in plan})
+        meter = _Meter(callback, {one.config.name: s.steps * batches for one, (_, s) in zip(chosen, plan, strict=True)})
         pictures = {
             name: None if given is None else as_list(given, len(texts), name)
             for name, given in {"image": image, "mask": mask, "low_res": start}.items()

@@ -203,6 +203,23 @@ def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: Sample
         raise ConfigError(f"strength={strength:g}: {learnt}, and cannot start in between; use its teacher instead")
 
 
+def check_start(first: StageConfig, *, low_res: bool, image: bool, mask: bool) -> None:
+    """Check which pictures are given to start from.
+
+    Args:
+        first: the first stage drawn.
+
+    Raises:
+        ConfigError: one is missing, or the stage has no use for it.
+    """
+    if mask and not image:
+        raise ConfigError("mask: inpainting needs `image`, the picture that the mask belongs to")
+    if low_res and not first.is_super_resolution:
+        raise ConfigError(f"low_res: {first.name} draws from text only; to redraw a picture, give `image`")
+    if first.is_super_resolution and not (low_res or image):
+        raise ConfigError(f"low_res: {first.name} starts from {first.low_res_size} px pictures; give them")
+
+
 def _chosen(names: Sequence[str], wanted: Any) -> list[int]:
     if wanted is None:
         return list(range(len(names)))

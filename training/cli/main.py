@@ -156,14 +156,7 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
     register_schema(verb)
     version.setbase("1.3")
     parser, arguments = _parsed(words, verb)
-    if arguments.config_path:  # used like --config-dir, so that our groups and base.yaml stay available
-        if not Path(arguments.config_path).is_dir():
-            raise ConfigError(f"--config-path={arguments.config_path}: there is no such directory")
-        if arguments.config_dir:
-            raise ConfigError("--config-path and --config-dir: give only one of them; both name a config directory")
-        arguments.config_dir, arguments.config_path = arguments.config_path, None
-    elif arguments.config_dir and not Path(arguments.config_dir).is_dir():
-        raise ConfigError(f"--config-dir={arguments.config_dir}: there is no such directory")
+    _use_directory(arguments)
     if arguments.experimental_rerun:
         raise ConfigError("--experimental-rerun: there are no such files; the same command again resumes a run")
     if arguments.hydra_help:
@@ -193,6 +186,21 @@ def _hydra(verb: str, words: Sequence[str]) -> None:
         raise
     except Exception as error:
         raise ConfigError(explain(error, verb)) from error
+
+
+def _use_directory(arguments: Any) -> None:
+    """Use --config-path like --config-dir, so that our groups and base.yaml stay available.
+
+    Raises:
+        ConfigError: both are given, or there is no such directory.
+    """
+    if arguments.config_path and arguments.config_dir:
+        raise ConfigError("--config-path and --config-dir: give only one of them; both name a config directory")
+    for option in ("config_path", "config_dir"):
+        folder = getattr(arguments, option)
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(f"--{option.replace('_', '-')}={folder}: there is no such directory")
+    arguments.config_dir, arguments.config_path = arguments.config_path or arguments.config_dir, None
 
 
 def _after_sweep(verb: str) -> None:
