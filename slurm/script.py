@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import supervise
@@ -209,36 +210,37 @@ def setup(cluster: ClusterConfig) -> list[str]:
     if cluster.venv:
         lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
     lines += cluster.setup
-    before, after = [], []
+    found = [MODULES] if cluster.modules else []
     if lines:
-        before = [
-            *([MODULES] if cluster.modules else []),
-            'environment_before="${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}"',
-            """setup_failed() {
+        found += ['environment_before="${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}"', *checked(lines)]
+    if cluster.python:
+        return [*found, f"python={shlex.quote(cluster.python)}"]
+    if cluster.container:
+        return [*found, "python=python3"]
+    found.append(f"python={shlex.quote(sys.executable)}")
+    if lines:
+        found.append("# If an environment was activated above, use its Python.")
+        found.append('[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)')
+    return found
+
+
+def checked(lines: Sequence[str]) -> list[str]:
+    """Return shell lines of the user such that the first that fails calls `finish 2`, after it has been named. What
+    they `set` for themselves ends with them: the lines that follow may expect failures."""
+    if not lines:
+        return []
+    named = [part for line in lines for part in (f"setup_line={shlex.quote(line)}", line)]
+    return [CHECK, *named, "trap - ERR EXIT", "set +eu +o pipefail"]
+
+
+CHECK = """\
+setup_failed() {
     trap - ERR EXIT
     echo "==> cluster.setup: '$setup_line' failed with code $1"
     finish 2
-}""",
-            """trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR""",
-            """trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, after `set -u`""",
-        ]
-        # The options that the lines have set for themselves are not for the loop below, which expects failures.
-        after = ["trap - ERR EXIT", "set +eu +o pipefail"]
-    if cluster.python:
-        after.append(f"python={shlex.quote(cluster.python)}")
-    elif cluster.container:
-        after.append("python=python3")
-    else:
-        after.append(f"python={shlex.quote(sys.executable)}")
-        if lines:
-            after.append("# If an environment was activated above, use its Python.")
-            after.append(
-                '[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)'
-            )
-    named = [part for line in lines for part in (f"setup_line={shlex.quote(line)}", line)]
-    return [*before, *named, *after]
-
-
+}
+trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR
+trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, after `set -u`"""
 MODULES = """\
 load_module() {    # detects failure even where `module load` returns 0
     local init

@@ -17,33 +17,17 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import ConfigError
+from slurm.emitters.node import node_script
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
-from slurm.script import environment_lines
 from training.config.cluster import ClusterConfig, slurm_mebibytes, slurm_seconds
 from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
 ENDING, WHOLE = "k8s.yaml", ("apply", "k8s.sh")
-PORT = 29400
+LONGEST = 50
+"""Characters of the name of a Job; those of its pods are longer, and may have 63."""
 ARRAY = re.compile(r"0-(\d+)(?:%([1-9]\d*))?")
-NODE = """\
-export MASTER_ADDR={first} MASTER_PORT={port} WORLD_SIZE={world}
-children=()
-trap 'kill -TERM "${{children[@]}}" 2>/dev/null' TERM
-for local in $(seq 0 {last}); do
-    RANK=$((JOB_COMPLETION_INDEX * {processes} + local)) LOCAL_RANK=$local {command} &
-    children+=($!)
-done
-code=0
-for child in "${{children[@]}}"; do
-    wait "$child"; ended=$?
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; ended=$?; done    # the trap ends a wait early
-    if [ "$code" = 0 ] && [ "$ended" != 0 ]; then code=$ended; fi
-done
-exit "$code\""""
-"""The script of a training's pod: starts the processes of its node, forwards TERM, and exits with the code of the first
-failure."""
 APPLY = """\
 #!/bin/bash
 # Applies each job after those that it depends on: bash {name}
@@ -64,7 +48,7 @@ succeeded() {{    # waits for a job; fails if the job has failed, or was never a
     return 1
 }}
 begun() {{
-    until [ -n "$(state "$1" active)$(state "$1" succeeded)" ]; do
+    until [ -n "$(state "$1" active)$(state "$1" succeeded)$(state "$1" failed)" ]; do
         [ ! -e "$scratch/$1" ] || return 1
         nap
     done
@@ -76,9 +60,11 @@ wait
 
 
 def job_name(job: Job) -> str:
-    """Return a valid Kubernetes name: at most 50 lower-case letters, digits and hyphens (pod names are longer)."""
-    name = re.sub(r"[^a-z0-9-]+", "-", f"{job.config.run.name}-{job.name}".lower()).strip("-")
-    return name[:50].rstrip("-")
+    """Return a valid Kubernetes name, also for a Service: at most LONGEST lower-case letters, digits and hyphens,
+    beginning with a letter. The name of a long experiment is cut, not that of the job."""
+    experiment, own = (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in (job.config.run.name, job.name))
+    name = f"{experiment[: LONGEST - len(own) - 3]}-{own}".strip("-")
+    return name if name[0].isalpha() else f"r-{name}"
 
 
 def manifest(job: Job) -> str:
@@ -163,20 +149,11 @@ def _tasks(job: Job) -> tuple[int, int]:
 
 def _shell(job: Job, nodes: int, name: str) -> str:
     """Return the script that the container runs."""
-    lines = [*environment_lines(job), *job.config.cluster.setup]
-    lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
     tasks, _ = _tasks(job)
-    if tasks:  # embed reads these variables under any scheduler
-        lines.append(f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={tasks}")
-    if not job.is_distributed:
-        return "\n".join([*lines, f"exec {command}"])
+    # embed and caption read these variables under any scheduler
+    array = [f"export SLURM_ARRAY_TASK_ID=$JOB_COMPLETION_INDEX SLURM_ARRAY_TASK_COUNT={tasks}"] if tasks else []
     first = f"{name}-0.{name}" if nodes > 1 else "127.0.0.1"
-    world = nodes * job.processes
-    node = NODE.format(
-        first=first, port=PORT, world=world, last=job.processes - 1, processes=job.processes, command=command
-    )
-    return "\n".join([*lines, node])
+    return node_script(job, nodes=nodes, node="JOB_COMPLETION_INDEX", first=first, before=array)
 
 
 def _volumes(wanted: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -16,28 +16,13 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import ConfigError
+from slurm.emitters.node import node_script
 from slurm.jobs.job import Job
-from slurm.script import environment_lines
 from training.config.cluster import slurm_mebibytes
 from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 ENDING, WHOLE = "sky.yaml", ("pipeline", "sky.yaml")
-PORT = 29400
-RUN = """\
-export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={port} WORLD_SIZE={world}
-children=()
-trap 'kill -TERM "${{children[@]}}" 2>/dev/null' TERM
-for local in $(seq 0 {last}); do
-    RANK=$((SKYPILOT_NODE_RANK * {processes} + local)) LOCAL_RANK=$local {command} &
-    children+=($!)
-done
-code=0
-for child in "${{children[@]}}"; do
-    wait "$child"; ended=$?
-    if [ "$code" = 0 ] && [ "$ended" != 0 ]; then code=$ended; fi
-done
-exit "$code\""""
 
 
 def task_name(job: Job) -> str:
@@ -105,11 +90,6 @@ def _mount(entry: str) -> tuple[str, str]:
 
 
 def _run(job: Job, nodes: int) -> str:
-    lines = [f"cd {shlex.quote(str(Path.cwd()))}", *environment_lines(job), *job.config.cluster.setup]
-    lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    command = shlex.join([job.config.cluster.python or "python3", *job.arguments])
-    if not job.is_distributed:
-        return "\n".join([*lines, f"exec {command}"])
-    world = nodes * job.processes
-    run = RUN.format(port=PORT, world=world, last=job.processes - 1, processes=job.processes, command=command)
-    return "\n".join([*lines, run])
+    first = '$(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
+    here = [f"cd {shlex.quote(str(Path.cwd()))}"]
+    return node_script(job, nodes=nodes, node="SKYPILOT_NODE_RANK", first=first, before=here)

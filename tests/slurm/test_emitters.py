@@ -79,6 +79,37 @@ def test_a_pod_starts_its_processes_and_ends_with_the_first_failure(cascade: tup
     assert sorted((tmp_path / "ranks").read_text().splitlines()) == ["2 0 4 training.cli", "3 1 4 training.cli"]
 
 
+def test_a_line_of_the_set_up_that_fails_ends_the_pod(here: Path) -> None:
+    (job,) = launch(*K8S, "cluster.setup=['export A=1','false']", own=["dry_run=true"])["jobs"]
+    shell = documents(job)["Job"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    site = install(here / "site", python3="echo ran")
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={"PATH": f"{site}:/usr/bin:/bin"})
+    assert (done.returncode, done.stdout) == (2, "==> cluster.setup: 'false' failed with code 1\n")
+
+
+SAVES = """
+trap 'sleep 0.3; echo $RANK >> saved; exit 75' TERM
+echo >> began
+for i in $(seq 300); do sleep 0.1; done"""
+"""A program that saves when it is asked to stop."""
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "skypilot"])
+def test_the_processes_of_a_node_save_before_it_ends(here: Path, kind: str) -> None:
+    """Neither ends with the code of the signal before its processes have ended, nor loses that of the first of them."""
+    words = K8S if kind == "kubernetes" else SKY
+    answer = launch(*words, "stage=demo_base", own=["dry_run=true"])
+    (text,) = (one for one in yaml.safe_load_all(Path(answer["script"]).read_text()) if one.get("kind") != "Service")
+    pod = text["spec"]["template"]["spec"]["containers"][0]["command"][2] if kind == "kubernetes" else text["run"]
+    site = install(here / "site", python3=SAVES)
+    env = {"PATH": f"{site}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "0", "SKYPILOT_NODE_RANK": "0"}
+    with subprocess.Popen(["bash", "-c", pod], cwd=here, env=env) as node:
+        until(lambda: (here / "began").exists() and (here / "began").read_text() == "\n\n", 30)
+        node.terminate()
+        assert node.wait(30) == 75
+    assert sorted((here / "saved").read_text().split()) == ["0", "1"]
+
+
 def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
     _, here = cascade
     (script,) = here.rglob("apply-001.k8s.sh")
@@ -128,6 +159,32 @@ def _in_session(leader: int) -> list[int]:
             state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
             found += [int(path.parent.name)] if int(session) == leader and state != "Z" else []
     return found
+
+
+def test_a_training_that_fails_at_once_has_begun(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+    """Nobody has seen it active: it failed between two looks."""
+    _, here = cascade
+    (script,) = here.rglob("apply-001.k8s.sh")
+    kubectl = (
+        'if [ $1 = apply ]; then basename "$3" >> $HOME/applied; exit; fi\n'
+        'case "$3 $*" in\n'
+        "  demo-train*conditions*) echo Failed ;; demo-train*failed*) echo 1 ;; demo-train*) ;;\n"
+        "  *conditions*) echo Complete ;; *active*) echo 1 ;; esac"
+    )
+    site = install(tmp_path / "site", kubectl=kubectl)
+    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05"}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
+    applied = (tmp_path / "applied").read_text()
+    assert done.returncode == 1 and applied.count("bundle") == 0 and "evaluate-003.k8s.yaml" in applied
+
+
+def test_names_that_kubernetes_takes_and_tells_apart(here: Path) -> None:
+    """A Service begins with a letter; a long name of an experiment leaves its jobs theirs."""
+    for name in ("2026-photos", "the-experiment-with-a-very-long-name-about-which-" + "x" * 20, "Ünïcode"):
+        jobs = launch(*K8S, f"run.name={name}", "cluster.nodes=2", own=["verb=all", "dry_run=true"])["jobs"]
+        names = [documents(job)["Job"]["metadata"]["name"] for job in jobs]
+        assert len({*names}) == len(jobs)
+        assert all(re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", one) for one in names), names
 
 
 def test_skypilot_has_a_task_per_job_and_a_pipeline(here: Path) -> None:
