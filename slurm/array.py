@@ -32,6 +32,16 @@ exec bash "$script" >> "${{logs[$SLURM_ARRAY_TASK_ID]}}/slurm-${{SLURM_ARRAY_JOB
 """
 
 
+def tasks_of(array: str) -> int:
+    """Return how many tasks the value of sbatch's --array names, such as 0-15%4 or 1,3,8-20:4; 1 if it is empty."""
+    count = 0
+    for part in array.partition("%")[0].split(","):
+        ends, _, step = part.partition(":")
+        first, _, last = ends.partition("-")
+        count += (int(last) - int(first)) // int(step or 1) + 1 if last else 1
+    return count
+
+
 def sweep_folder(jobs: Sequence[Job]) -> Path:
     """Return the common parent directory of all runs of a sweep."""
     return Path(os.path.commonpath([str(job.home.parent) for job in jobs]))

@@ -99,7 +99,7 @@ def local_stop(record: dict[str, Any], state: str) -> None:
     process = record["runner"]
     if state == "RUNNING":
         process = next(e["process"] for e in reversed(events) if e["job"] == record["job"] and e["what"] == "began")
-    if is_alive(process, record["host"]):
+    if process and is_alive(process, record["host"]):  # it was seen to have ended when it began
         os.kill(process[0], signal.SIGTERM)
 
 

@@ -101,7 +101,7 @@ def directives(
         "requeue" if cluster.requeue else "no-requeue": True,
         "signal": f"B:USR1@{cluster.signal_s}",
     }
-    given = {_long(str(option)): value for option, value in cluster.sbatch.items()}
+    given = own_options(cluster)
     for option, value in given.items():
         if option in FOLLOWED:
             raise ConfigError(f"cluster.sbatch.{option}: the script would ignore it; set {FOLLOWED[option]}")
@@ -129,15 +129,16 @@ def directives(
     ]
 
 
-def _long(option: str) -> str:
-    bare = option.lstrip("-")
-    return SHORT.get(bare, bare)
+def own_options(cluster: ClusterConfig) -> dict[str, Any]:
+    """Return the options of `cluster.sbatch` by their long names without hyphens."""
+    bare = {str(option).lstrip("-"): value for option, value in cluster.sbatch.items()}
+    return {SHORT.get(option, option): value for option, value in bare.items()}
 
 
 def time_limit(cluster: ClusterConfig) -> tuple[str, Any]:
     """Return the key that sets the time limit of an allocation, and the limit in Slurm's format; None: the site's
     default."""
-    given = {_long(str(option)): value for option, value in cluster.sbatch.items()}
+    given = own_options(cluster)
     return ("cluster.sbatch.time", given["time"]) if "time" in given else ("cluster.time", cluster.time)
 
 

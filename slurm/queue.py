@@ -12,16 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+from slurm.array import tasks_of
 from slurm.client import PATIENCE_S, ask, clean_environment
-from slurm.jobs.graph import BEGUN, SUCCEEDED
-from slurm.jobs.records import EVENTS, submissions
+from slurm.jobs.graph import BEGUN
+from slurm.jobs.records import EVENTS, WAITING, submissions
 from slurm.local import local_state
 from slurm.options import EXCLUSIVE
 from training.run.directory import json_lines
 
 LAST = 10
 """How many of a run's latest jobs to look up in the queue."""
-LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
+"""States in squeue(1) of a job that has ended, and that squeue may still show for a while."""
 _silent_until = 0.0
 """Time (monotonic) until which squeue is not asked again, because a query has timed out."""
 UNKNOWN = "UNKNOWN"
@@ -81,15 +94,30 @@ def submission_environment(script: str, environ: Mapping[str, str] = os.environ)
     }
 
 
-def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED, before: Sequence[int] = ()) -> int:
+def dependency(after: Sequence[str], when: str, waits: Mapping[str, Sequence[str]], numbers: Mapping[str, Any]) -> str:
+    """Return what a job waits for, as the value of sbatch's --dependency; empty if it may start at once.
+
+    With BEGUN it also needs the success of the jobs that those of `after` wait for, because for Slurm a job that was
+    cancelled before it began has begun.
+
+    Args:
+        after: names of the jobs that it waits for.
+        when: SUCCEEDED: it starts when these jobs have succeeded; BEGUN: when they have begun.
+        waits: name -> names of the jobs that it waits for, of all jobs of the graph.
+        numbers: name -> number, of the jobs that have not succeeded yet.
+    """
+    further = [name for other in after for name in waits.get(other, ())] if when == BEGUN else []
+    kinds = [("after" if when == BEGUN else "afterok", after), ("afterok", further)]
+    found = [(kind, [str(numbers[name]) for name in dict.fromkeys(names) if name in numbers]) for kind, names in kinds]
+    return ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in found if jobs)
+
+
+def submit(script: Path, waits_for: str = "") -> int:
     """Submit a script to Slurm; return the job number.
 
     Args:
         script: the sbatch script.
-        after: jobs to wait for; if one of them fails, this job is cancelled.
-        when: SUCCEEDED: start when these jobs have succeeded; BEGUN: when they have begun.
-        before: with BEGUN, the jobs that those of `after` wait for. If one of them fails, this job is cancelled as
-            well: for Slurm, a job that was cancelled before it began has begun.
+        waits_for: a `dependency`; if it can no longer be fulfilled, the job is cancelled.
 
     Raises:
         UserError: there is no sbatch on this machine, or Slurm refused; the message gives its reason.
@@ -100,9 +128,7 @@ def submit(script: Path, after: Sequence[int] = (), when: str = SUCCEEDED, befor
             f"sbatch is not on this machine's PATH: run this on a login node of the cluster, or with dry_run=true to "
             f"write the script only (it is in {script})"
         )
-    waits = [("after" if when == BEGUN else "afterok", after), ("afterok", before if when == BEGUN else ())]
-    said = [f"{kind}:{':'.join(map(str, jobs))}" for kind, jobs in waits if jobs]
-    words = ["--kill-on-invalid-dep=yes", f"--dependency={','.join(said)}"] if said else []
+    words = ["--kill-on-invalid-dep=yes", f"--dependency={waits_for}"] if waits_for else []
     done = subprocess.run(
         [sbatch, "--parsable", *words, str(script)],
         capture_output=True,
@@ -158,7 +184,7 @@ def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
             return found | {one: (UNKNOWN, "squeue does not answer") for one in jobs if one not in found}
         for line in answer.splitlines():
             state, _, reason = line.partition("|")
-            if state in LIVING:
+            if state and state not in ENDED:
                 found[job] = (state, reason.strip("()"))
     return found
 
@@ -199,11 +225,14 @@ def job_states(home: Path) -> list[dict[str, Any]]:
         state, reason = "cancelled", None
         if record["job"] in held:
             reason = held[record["job"]]["reason"]
-            state = {"PENDING": "pending", "REQUEUED": "pending", UNKNOWN: "unknown"}.get(
+            state = {**dict.fromkeys(WAITING, "pending"), UNKNOWN: "unknown"}.get(
                 held[record["job"]]["state"], "running"
             )
         elif ends and ends[-1]["what"] == "ended":
-            state = "failed" if code else "complete"
+            tasks = tasks_of(record.get("array", ""))
+            missing = 0 if code else max(0, tasks - codes.count(0))
+            state = "failed" if code or missing else "complete"
+            reason = f"{missing} of {tasks} tasks did not end" if missing else None
         ended = ends[-1]["time"] if ends and record["job"] not in held else None
         found.append({"home": str(home), **record, "state": state, "reason": reason, "code": code, "ended": ended})
     return found

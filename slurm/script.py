@@ -12,7 +12,7 @@ from pathlib import Path
 from slurm import supervise
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
-from slurm.options import directives, time_limit, wanted
+from slurm.options import directives, own_options, time_limit, wanted
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
@@ -40,14 +40,14 @@ WRITES = {
 
 def log_file(job: Job) -> Path:
     """Return where Slurm appends the output of the job and of all its restarts (%j or %A: the job number)."""
-    own = job.config.cluster.sbatch.get("output") or job.config.cluster.sbatch.get("o")
+    own = own_options(job.config.cluster).get("output")
     if own:
         return Path.cwd() / str(own)
     return job.home / "logs" / _log_name(job)
 
 
 def _log_name(job: Job) -> str:
-    return "slurm-%A-%a.log" if job.config.cluster.sbatch.get("array") else "slurm-%j.log"
+    return "slurm-%A-%a.log" if own_options(job.config.cluster).get("array") else "slurm-%j.log"
 
 
 def render_script(job: Job) -> str:

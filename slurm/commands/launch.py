@@ -28,7 +28,8 @@ from slurm.jobs.graph import STUDENTS, GraphNode, cascade_graph, drawing, words_
 from slurm.jobs.job import Job
 from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, local_record, render_local
-from slurm.queue import UNKNOWN, living, submit, withdraw
+from slurm.options import own_options
+from slurm.queue import UNKNOWN, dependency, living, submit, withdraw
 from training.cli.compose import composed, validate
 from training.cli.overrides import keys_given, typed_words
 from training.config.cluster import EMITTED
@@ -325,18 +326,15 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
     Raises:
         UserError: Slurm refused a job; those submitted before it are cancelled.
     """
-    began = launch_id()
+    began, waits = launch_id(), {job.name: job.after for job in jobs}
     for job in jobs:
         log = str(log_of(job))
         if dry_run:
             print(job.script.read_text())
         else:
-            awaited = [other for other in jobs if other.name in job.after]
-            further = {name for other in awaited for name in other.after}
-            after = [other.job_id for other in awaited if other.job_id]
-            before = [other.job_id for other in jobs if other.name in further and other.job_id]
+            numbers = {other.name: other.job_id for other in jobs if other.job_id}
             try:
-                job.job_id = submit(job.script, after, job.when, before)
+                job.job_id = submit(job.script, dependency(job.after, job.when, waits, numbers))
             except UserError as error:
                 done = [other.job_id for other in jobs if other.job_id]
                 withdraw(done)
@@ -417,7 +415,7 @@ def launch_id() -> str:
 
 def job_record(job: Job, log: str, launch: str) -> dict[str, Any]:
     """Return a line of jobs.jsonl, without the job number."""
-    array = str(job.config.cluster.sbatch.get("array") or "")
+    array = str(own_options(job.config.cluster).get("array") or "")
     return {
         "name": job.name,
         "verb": job.verb,

@@ -24,8 +24,8 @@ RECORD = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
 )
 """The first line of a record in logs/rank-N.log; other lines continue the record before."""
-
-
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""States in squeue(1) of a job that does not run yet, or not again yet."""
 NO_ERROR = re.compile(r"[\w.]*\b(?:Preempted|Interrupted): ")
 """The errors with which a run ends that somebody has stopped."""
 
@@ -121,7 +121,7 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
     if job is not None and job["state"] == "UNKNOWN":  # squeue does not answer
         return "running" if idle_s < alive_s else "unknown"
     if job is not None:
-        return "pending" if job["state"] in ("PENDING", "REQUEUED") else "running"
+        return "pending" if job["state"] in WAITING else "running"
     if row["error"]:
         return "failed"
     if idle_s < alive_s:

@@ -91,6 +91,15 @@ def test_a_failure_stops_what_needs_it_and_resume_does_the_rest(tmp_path: Path) 
     assert resume.main(load_config("resume", [f"run.dir={tmp_path}"]))["resumed"] == []
 
 
+def test_launches_whose_jobs_have_the_same_names_are_resumed_each(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        home = tmp_path / name / "jobs"
+        recorded(home, [{**job(home, number, "index", "echo ran >> ran"), "launch": name, "host": "elsewhere"}])
+    answer = resume.main(load_config("resume", [f"run.dir={tmp_path}"]))
+    assert [one["name"] for one in answer["resumed"]] == ["index", "index"]
+    assert states(tmp_path / "a/jobs") == states(tmp_path / "b/jobs") == {"index": "complete"}
+
+
 def test_a_job_that_was_killed_starts_again(tmp_path: Path) -> None:
     body = COUNT + "[ $n -gt 0 ] || kill -9 $$"
     assert LocalRunner([job(tmp_path, 0, "a", body)], at_once=1).run() == {"a": 0}

@@ -19,6 +19,7 @@ from slurm.commands import resume, status
 from slurm.jobs import frozen
 from slurm.jobs.records import append
 from slurm.options import quoted
+from slurm.queue import job_states
 from tests.slurm.launching import FAKE, ONE_TASK, install, launch, run_script
 from training.cli.compose import load_config
 from training.run.directory import json_lines
@@ -187,6 +188,10 @@ def test_options_that_cannot_work(here: Path, words: list[str], part: str) -> No
 def test_the_log_is_named_as_it_is(here: Path) -> None:
     answer = launch(*ONE_TASK, "cluster.sbatch={output: x.log}", own=["dry_run=true"])
     assert answer["log"] == str(here / "x.log")
+    answer = launch(*ONE_TASK, "cluster.sbatch={-o: x.log}", own=["dry_run=true"])
+    assert answer["log"] == str(here / "x.log")
+    answer = launch(*ONE_TASK, "cluster.sbatch={a: 0-3}", own=["verb='embed output=e'", "dry_run=true"])
+    assert answer["log"].endswith("/logs/slurm-%A-%a.log")
     answer = launch(*ONE_TASK, "run.dir='50%n'", own=["dry_run=true"])
     assert f"#SBATCH --output={here}/50%%n/logs/slurm-%j.log\n" in Path(answer["script"]).read_text()
 
@@ -323,6 +328,85 @@ def test_resume_names_the_log_of_the_new_job(site: Path, here: Path, monkeypatch
     assert row["state"] == "failed" and row["error"].startswith("job 18 ended with code 2, see ")
     last = json_lines(here / "runs/17/launch/jobs.jsonl")[-1]
     assert last["log"] == str(here / "runs/17/logs/slurm-18.log"), "the directory keeps its name"
+
+
+def ended(home: Path, name: str, job: int, code: int | None, *after: str, launch: str = "a", **more: object) -> None:
+    """Records a job that has left the queue, with its script."""
+    script = home / "launch" / f"{name}.sbatch"
+    record = {"name": name, "verb": "index", "job": job, "home": str(home), "script": str(script), "time": job}
+    append(script.parent / "jobs.jsonl", {**record, "log": f"{job}.log", "after": after, "launch": launch, **more})
+    script.write_text("#!/bin/bash\n")
+    if code is not None:
+        append(script.parent / "events.jsonl", {"name": name, "what": "ended", "code": code, "job": job, "time": 1})
+
+
+@pytest.fixture()
+def calls(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where sbatch writes down how it is called. It numbers jobs from 101; squeue knows none of the earlier ones."""
+    install(site, sbatch='echo "$*" >> calls; echo $((100 + $(wc -l < calls)))')
+    install(site, squeue="echo 'Invalid job id specified' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    return here / "calls"
+
+
+def test_resume_tells_runs_apart_whose_jobs_have_one_name(calls: Path, here: Path) -> None:
+    """As those of a sweep have."""
+    ended(here / "runs/lr=1", "train", 1, 0)
+    ended(here / "runs/lr=2", "train", 2, 1)
+    ended(here / "runs/lr=3", "train", 3, 1)
+    answer = resume.main(load_config("resume", ["run.dir=runs"]))
+    assert answer["left"] == {"train (runs/lr=1)": "complete"}
+    assert [call.split("/runs/")[1] for call in calls.read_text().splitlines()] == [
+        "lr=2/launch/train.sbatch",
+        "lr=3/launch/train.sbatch",
+    ]
+
+
+def test_resume_submits_what_others_wait_for_first(calls: Path, here: Path) -> None:
+    """Whatever the order in which they were submitted last; the names are those of the same launch."""
+    for number, launch_id in enumerate("ab"):
+        jobs = here / f"runs/{launch_id}/jobs"
+        ended(jobs, "watch", 10 * number + 1, 1, "train", launch=launch_id, when="begun")
+        ended(jobs, "index", 10 * number + 2, 1, launch=launch_id)
+        ended(jobs, "train", 10 * number + 3, 1, "index", launch=launch_id)
+    resume.main(load_config("resume", ["run.dir=runs"]))
+    waits = [re.search(r"--dependency=(\S+) .*/runs/(.)/", call) for call in calls.read_text().splitlines()]
+    assert [match and (match[2], match[1]) for match in waits] == [
+        None, None, ("a", "afterok:101"), ("b", "afterok:102"),
+        ("a", "after:103,afterok:101"), ("b", "after:104,afterok:102"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("array", "codes", "state", "reason"),
+    [
+        ("0-2", [0, 0, 0], "complete", None),
+        ("0-2%2", [0, 0], "failed", "1 of 3 tasks did not end"),
+        ("1,4-8:2", [0, 0, 0, 0], "complete", None),
+        ("0-2", [0, 1], "failed", None),
+    ],
+)
+def test_an_array_is_complete_with_all_of_its_tasks(
+    calls: Path, here: Path, array: str, codes: list[int], state: str, reason: str | None
+) -> None:
+    """One that Slurm ended could not record it."""
+    ended(here, "embed", 7, None, array=array)
+    for code in codes:
+        append(here / "launch/events.jsonl", {"name": "embed", "what": "ended", "code": code, "job": 7, "time": 1})
+    (job,) = job_states(here)
+    assert (job["state"], job["reason"]) == (state, reason)
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [("SIGNALING", "running"), ("STAGE_OUT", "running"), ("SPECIAL_EXIT", "pending"), ("PREEMPTED", "cancelled")],
+)
+def test_a_job_is_alive_until_squeue_says_that_it_ended(
+    calls: Path, site: Path, here: Path, state: str, shown: str
+) -> None:
+    ended(here, "train", 7, None)
+    install(site, squeue=f'echo "{state}|n1"')
+    assert [job["state"] for job in job_states(here)] == [shown]
 
 
 @pytest.mark.parametrize(
