@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data_pipeline.common.errors import NO_FILE, BadSample, ConfigError, DataError, system_words
@@ -64,22 +65,33 @@ def main(config: PrepareSettings) -> dict[str, Any]:
             was dropped.
     """
     settings = config.prepare
-    try:
+    with _naming("output", settings.output):
         if settings.kind == "draw":
             result = _draw(settings.draw, settings.output, config.seed)
         else:
             result = _import(settings, config)
-    except OSError as error:
-        if error.errno in NO_FILE:  # no file is to blame
-            raise
-        place = error.filename or settings.output
-        raise DataError(f"prepare.output={settings.output}: {place}: {system_words(error)}") from error
     result.pop("why", None)
     if not config.json:
         print_result(result)
     if result["dropped"] and not result["samples"]:
         raise DataError(f"{settings.output}: every sample was dropped; {DROPPED} there lists the reasons")
     return result
+
+
+@contextmanager
+def _naming(key: str, value: str | None) -> Iterator[None]:
+    """Make errors of the system name a setting of this command, unless no file is to blame.
+
+    Raises:
+        DataError: a file cannot be read or written.
+        OSError: this machine has run out of something.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise
+        raise DataError(f"prepare.{key}={value}: {error.filename or value}: {system_words(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ drawings
@@ -129,7 +141,8 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
             f"data.captions.sources: cascade prepare does not read member:{members[0]}; "
             f"choose it with 'data.members={{caption: [{members[0]}]}}'"
         )
-    source = open_source(settings, config.data)
+    with _naming("source", settings.source):
+        source = open_source(settings, config.data)
     begun = _begun(settings, config.data, source.identity)
     _begin(settings.output, begun)
     duplicates: dict[int, Duplicate] = {}

@@ -379,6 +379,8 @@ def test_settings_that_cannot_work_are_named(section: type, values: dict[str, An
         ("table", "notes.csv", "a column of paths .* it has one, two"),
         ("table", "junk.parquet", "not a readable table"),
         ("shards", "nothing-*.tar", "nothing-"),
+        ("folder", "x" * 300, "File name too long"),
+        ("table", "x" * 300, "File name too long"),
     ],
 )
 def test_sources_that_cannot_be_read_are_one_sentence(tmp_path: Path, kind: str, source: str, words: str) -> None:
@@ -386,5 +388,5 @@ def test_sources_that_cannot_be_read_are_one_sentence(tmp_path: Path, kind: str,
     root.mkdir()
     (root / "notes.csv").write_text("one,two\n1,2\n")
     (root / "junk.parquet").write_bytes(b"junk")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=rf"^prepare\.source.*{words}"):
         imported(tmp_path / "out", kind, root / source)

@@ -384,6 +384,7 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.json", b'{"a": [1, 2', "JSON"),
         ("a.json", b'{"image": ["1.jpg", "2.jpg"], "text": ["a", "b", "c"]}', "2 in image, 3 in text"),
         ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "URLs; download the pictures with img2dataset"),
+        ("a.csv", b"url,caption\nhttp://x/%s.jpg,one\n" % (b"1" * 300), "URLs; download the pictures with img2dataset"),
         ("a.csv", b"image,caption\n", "it has no rows"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.pkl", b"\x80\x04\x95" + bytes(99), "pickle"),
@@ -510,6 +511,14 @@ def test_pictures_of_a_table_that_are_not_read_have_a_remedy(place: Path) -> Non
     (place / "a.csv").write_bytes(b"image,caption\nx.dng,raw\n")
     with pytest.raises(BadSample, match="dng: develop it first"):
         TableSource(str(place / "a.csv")).read(0)
+
+
+def test_a_long_url_among_paths_costs_its_row_alone(place: Path) -> None:
+    (place / "a.csv").write_bytes(b"image,caption\n1.jpg,one\nhttp://x/%s.jpg,two\n" % (b"1" * 300))
+    source = TableSource(str(place / "a.csv"))
+    assert source.read(0).image == ONE
+    with pytest.raises(BadSample, match="only local paths are read"):
+        source.read(1)
 
 
 def test_maps_of_captions_are_their_values_not_their_names(place: Path) -> None:
