@@ -59,21 +59,8 @@ def main(config: Experiment) -> dict[str, Any]:
     check_named("train", config)
     ranks = read_ranks()
     if ranks is None:
-        run = RunDir(config)
-        store = CheckpointStore(run.checkpoints)
-        done = store.newest_whole()
-        if 0 <= done < config.train.steps and (reason := run.asked_to_stop()):
-            print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to continue")
-            return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
-        if done >= config.train.steps:
-            saved = store.open(done).meta.get("config", {})
-            run.check_own(saved)
-            changes = run.changes(config, saved)
-            beyond = f" above {done}" if done > config.train.steps else ""
-            print(f"{run.path}: complete, all {done} steps are done; raise train.steps{beyond} to continue")
-            for change in changes:
-                print(f"changed since, with no effect on training: {change}")
-            return {"step": done, "run_dir": str(run.path), "complete": True}
+        if ended := _ended(config):
+            return ended
         if process_count(config.cluster) > 1 or is_sweep():  # DeepSpeed cannot start twice in one process
             return launch("training.train", config)
         thread_count(config.cluster)  # before torch is imported, whose own message names no remedy
@@ -81,6 +68,26 @@ def main(config: Experiment) -> dict[str, Any]:
         ranks = Ranks()
     with Signals() as signals, closing(Watchdog(ranks, None, *Watchdog.limits(config.train))) as watchdog:
         return train(config, ranks, signals, watchdog)
+
+
+def _ended(config: Experiment) -> dict[str, Any] | None:
+    """Return the result of a run in which nothing is left to train, after saying so; None for any other."""
+    run = RunDir(config)
+    store = CheckpointStore(run.checkpoints)
+    done, steps = store.newest_whole(), config.train.steps
+    if 0 <= done < steps and (reason := run.asked_to_stop()):
+        print(f"{run.path}: stopped early at step {done}: {reason}; delete {run.path / STOP} to continue")
+        return {"step": done, "run_dir": str(run.path), "complete": False, "stopped": reason}
+    if done < steps:
+        return None
+    saved = store.open(done).meta.get("config", {})
+    run.check_own(saved)
+    changes = run.changes(config, saved)
+    beyond = f" above {done}" if done > steps else ""
+    print(f"{run.path}: complete, all {done} steps are done; raise train.steps{beyond} to continue")
+    for change in changes:
+        print(f"changed since, with no effect on training: {change}")
+    return {"step": done, "run_dir": str(run.path), "complete": True}
 
 
 def objective(result: dict[str, Any]) -> float | None:
@@ -154,17 +161,17 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             last = done == settings.steps or early
             measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
             hurry = bool(signal_number) and done < settings.steps  # saving the state comes first
-            validating = config.validation.every and not hurry and (done % config.validation.every == 0 or last)
+            validating = not hurry and _is_due(config.validation.every, done, last)
             if validating:
                 measured.update(session.validate(done))
-            evaluating = config.evaluation.every and not hurry and (done % config.evaluation.every == 0 or last)
+            evaluating = not hurry and _is_due(config.evaluation.every, done, last)
             if evaluating:
                 measured.update(session.evaluate(done))
-            if done % settings.log_every == 0 or validating or evaluating or last:
+            if _is_due(settings.log_every, done, last) or validating or evaluating:
                 session.log(done, measured)
             else:
                 session.report.tick(done, loss)
-            if settings.sample_every and not hurry and (done % settings.sample_every == 0 or last):
+            if not hurry and _is_due(settings.sample_every, done, last):
                 session.sample_grid(done)
 
             # -------------------------------------------------------------------------------------- save, stop
@@ -200,6 +207,11 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         session.close(exit_code)
         if exit_code != EXIT_DEVICE_LOST:  # NCCL would wait for the GPU
             shut_down()
+
+
+def _is_due(every: int, step: int, last: bool) -> bool:
+    """Return whether that which happens every `every` steps (0: never), and after the last one, is due after `step`."""
+    return bool(every) and (step % every == 0 or last)
 
 
 def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from data_pipeline.common.errors import CascadeError
@@ -23,6 +24,12 @@ END_S = 60.0
 """Seconds that the end of a run waits for deletions in progress."""
 STOPPED_S = 5.0
 """The same after a signal, since its sender may not wait long before killing the process."""
+
+
+def _give_way() -> None:
+    """Lower the priority of this thread; a container that forbids this costs speed, not a checkpoint."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 class Pruner:
@@ -43,7 +50,7 @@ class Pruner:
                 self._thread.start()
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        _give_way()
         while True:
             with self._lock:
                 if not self._again:
@@ -104,7 +111,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
         began = time.monotonic()
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        _give_way()
         try:
             self.store.save(step, snapshot.assemble(), meta, self.ranks, self.ranks.background)
             self.last_step = step

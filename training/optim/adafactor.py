@@ -136,8 +136,9 @@ class Adafactor(TrainOptimizer):
         state["step"] = state.get("step", torch.zeros(())) + 1
         step = float(state["step"])
         held = [(index, piece) for index, unit in enumerate(units) for piece in unit.pieces]
-        gradients = [_cut(p.grad, piece) for _, piece in held]  # type: ignore[arg-type]
-        weights = [_cut(p, piece) for _, piece in held]
+        assert p.grad is not None
+        gradients = [piece.cut(p.grad) for _, piece in held]
+        weights = [piece.cut(p) for _, piece in held]
 
         lengths = [[*unit.lengths.values(), 1] for unit in units]
         flat_sums = torch.zeros(sum(map(sum, lengths)), device=p.device)
@@ -168,7 +169,3 @@ class Adafactor(TrainOptimizer):
         unit = Unit("", tuple(p.shape), [Piece("", 0, p.numel(), 0, 0)], self.state[p])
         unit.begin(p.device)
         return [unit]
-
-
-def _cut(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor.view(-1)[piece.offset : piece.offset + piece.size]

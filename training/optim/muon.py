@@ -152,40 +152,42 @@ class Muon(TrainOptimizer):
         """Update by AdamW. Every process keeps all second moments of these few values, so their squares are reduced
         over the processes."""
         (beta1, beta2), step = group["betas"], float(self.state[p]["step"])
+        assert p.grad is not None
         squares = torch.zeros(sum(part.size for part in parts), device=p.device)
         if not len(squares):
             return
         for part, own in zip(parts, squares.split([part.size for part in parts]), strict=True):
             for piece in part.pieces:
-                own[piece.start : piece.stop] = _cut(p.grad, piece).square()
+                own[piece.start : piece.stop] = piece.cut(p.grad).square()
         self._add_up(squares)
         for part, own in zip(parts, squares.split([part.size for part in parts]), strict=True):
             part.state["variance"].lerp_(own, 1 - beta2)
             for piece in part.pieces:
-                mean = _cut(self.state[p]["exp_avg"], piece).lerp_(_cut(p.grad, piece), 1 - beta1)
+                mean = piece.cut(self.state[p]["exp_avg"]).lerp_(piece.cut(p.grad), 1 - beta1)
                 root = (part.state["variance"][piece.start : piece.stop] / (1 - beta2**step)).sqrt_()
                 rate = group["lr"] / (1 - beta1**step)
-                _cut(p, piece).addcdiv_(mean, root.add_(group["eps"]), value=-rate)
+                piece.cut(p).addcdiv_(mean, root.add_(group["eps"]), value=-rate)
 
     def _by_matrix(self, p: Tensor, parts: list[MuonPart], group: dict[str, Any]) -> None:
         """Update by orthogonalised Nesterov momentum."""
         share, iterations, lr = group["momentum"], group["iterations"], group["lr"]
+        assert p.grad is not None
         for part in parts:
             for piece in part.pieces:
-                gradient = _cut(p.grad, piece)
-                momentum = _cut(self.state[p]["exp_avg"], piece).lerp_(gradient, 1 - share)
+                gradient = piece.cut(p.grad)
+                momentum = piece.cut(self.state[p]["exp_avg"]).lerp_(gradient, 1 - share)
                 gradient.lerp_(momentum, share)
         for part in parts:
             if part.owner < 0 and part.pieces:
                 (piece,) = part.pieces
-                update = muon_update(_cut(p.grad, piece), part.shape, iterations)
-                _cut(p, piece).sub_(update, alpha=lr)
+                update = muon_update(piece.cut(p.grad), part.shape, iterations)
+                piece.cut(p).sub_(update, alpha=lr)
         for some in _chunks([part for part in parts if part.owner >= 0]):
             sizes = [part.size for part in some]
             whole = torch.zeros(sum(sizes), device=p.device)
             for part, values in zip(some, whole.split(sizes), strict=True):
                 for piece in part.pieces:
-                    values[piece.start : piece.stop] = _cut(p.grad, piece)
+                    values[piece.start : piece.stop] = piece.cut(p.grad)
             self._add_up(whole)
             for part, values in zip(some, whole.split(sizes), strict=True):
                 mine = part.owner == self._rank
@@ -193,7 +195,7 @@ class Muon(TrainOptimizer):
             self._add_up(whole)
             for part, values in zip(some, whole.split(sizes), strict=True):
                 for piece in part.pieces:
-                    _cut(p, piece).sub_(values[piece.start : piece.stop], alpha=lr)
+                    piece.cut(p).sub_(values[piece.start : piece.stop], alpha=lr)
 
     def _parts_of(self, p: Tensor) -> list[MuonPart]:
         if p in self._parts:
@@ -218,8 +220,3 @@ def _chunks(parts: list[MuonPart]) -> Iterator[list[MuonPart]]:
         some.append(part)
     if some:
         yield some
-
-
-def _cut(tensor: Tensor | None, piece: Piece) -> Tensor:
-    assert tensor is not None
-    return tensor.view(-1)[piece.offset : piece.offset + piece.size]

@@ -32,9 +32,13 @@ class Piece:
         """Number of values."""
         return self.stop - self.start
 
+    def cut(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the view of this piece in its own flat tensor."""
+        return flat.view(-1)[self.offset : self.offset + self.size]
+
     def of(self, flats: list[torch.Tensor]) -> torch.Tensor:
         """Return the view of this piece in `flats`."""
-        return flats[self.flat].view(-1)[self.offset : self.offset + self.size]
+        return self.cut(flats[self.flat])
 
 
 Layout = list[list[Piece]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.storage.atomic import replacing
+from training.processes.ranks import named
 
 LAST = 8
 """Collectives to keep per process group, besides unfinished ones."""
@@ -126,22 +127,17 @@ def compare_records(records: Sequence[Mapping[str, Any]]) -> Stuck | None:
     call = there[0]["groups"][group]["collectives"][-1]
     others = [record for record in records if record["rank"] not in here and _reached(record, group) < number]
     where = f"{call['name']} {number}" + (f" ({call['frames'][0]})" if call["frames"] else "")
-    waits = f"{_named(sorted(here))} in {where}"
+    waits = f"{named(sorted(here))} in {where}"
     if others:
         said = "; ".join(f"rank {other['rank']} on {other['node']} was in {other['phase']}" for other in others[:4])
         one = others[0] if len(others) == 1 else {}
         return Stuck(one.get("rank"), one.get("node"), f"{said}, and did not join {waits}")
     silent = sorted({*range(there[0]["world_size"])} - {record["rank"] for record in records})
     if silent:
-        return Stuck(None, None, f"{_named(silent)} left no record, and did not join {waits}")
+        return Stuck(None, None, f"{named(silent)} left no record, and did not join {waits}")
     return None
 
 
 def _reached(record: Mapping[str, Any], group: str) -> int:
     found = record["groups"].get(group, {}).get("collectives") or [{"number": -1}]
     return int(found[-1]["number"])
-
-
-def _named(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"

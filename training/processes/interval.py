@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.processes.exit_codes import EXIT_DONE, STOP_CODES
+
 HISTORY = "restarts.jsonl"
 """File in RUN_DIR: one line for each time that a run's processes ended without success."""
-EXIT_SAVED = 75
 NODE_S = 54 * 86400 * 2048 / 419
 """Prior mean time between failures of a node, seconds: 419 unexpected interruptions of 2,048 nodes of eight H100 in 54
 days (The Llama 3 Herd of Models, arXiv:2407.21783, section 3.3.4)."""
@@ -38,9 +40,10 @@ def between_failures(failures: int, ran_s: float, nodes: int) -> float:
     return (NODE_S / nodes + ran_s) / (failures + 1)
 
 
-def failures_of(run_dir: Path) -> int:
-    """Return the number of failures in the run's history; stops on request do not count."""
-    return sum(line.get("code", 0) not in (0, EXIT_SAVED) for line in _lines(run_dir / HISTORY))
+def failures_of(ends: Iterable[Mapping[str, Any]]) -> int:
+    """Return the number of failures in the lines of a run's HISTORY; ends that all its ranks agreed on (a stop on
+    request, Ctrl-C) lose no work, and do not count."""
+    return sum(end.get("code", EXIT_DONE) not in (EXIT_DONE, *STOP_CODES) for end in ends)
 
 
 def ran_seconds(run_dir: Path, world_size: int) -> float:
@@ -50,17 +53,3 @@ def ran_seconds(run_dir: Path, world_size: int) -> float:
         return sum(hours.values()) * 3600 / world_size
     except (OSError, ValueError, AttributeError, TypeError):
         return 0.0
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # half a line
-            continue
-    return found

@@ -24,7 +24,7 @@ from training.config.experiment import ClusterConfig
 from training.processes.devices import Gpu, no_gpu, see_gpu
 from training.processes.endings import DeviceLost, RankLost
 from training.processes.failures import node_name
-from training.processes.ranks import Ranks
+from training.processes.ranks import Ranks, named
 
 POLL_S = 0.1
 READ_S = 10.0
@@ -208,10 +208,9 @@ def _call_the_roll(store: Any, world_size: int, timeout_s: float) -> None:
     missing, deadline = list(range(1, world_size)), time.monotonic() + timeout_s
     while missing := [rank for rank in missing if not store.check([f"card/{rank}"])]:
         if time.monotonic() > deadline:
-            named = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise RankLost(
-                f"rank {named} did not arrive within {timeout_s:.0f} s (train.timeout_first_s) ({meeting_place()}): "
-                f"it did not start, hangs, or does not reach this node; its output says more"
+                f"{named(missing)} did not arrive within {timeout_s:.0f} s (train.timeout_first_s; {meeting_place()}): "
+                f"a rank that is missing did not start, hangs, or cannot reach this node; its output says more"
             )
         time.sleep(POLL_S)
 

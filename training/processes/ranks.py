@@ -6,7 +6,7 @@ Imports neither torch nor deepspeed.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +38,12 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes shared files."""
         return self.rank == 0
+
+
+def named(ranks: Sequence[int], most: int = 8) -> str:
+    """Return `rank 3`, or `ranks 1, 2 and 5 more`, for a message."""
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:most]))}{more}"
 
 
 UNLAUNCHED = "if no launcher started this command: unset RANK CASCADE_SRUN"

@@ -21,9 +21,9 @@ from training.config.experiment import Experiment
 from training.engine.base import Snapshot
 from training.processes.collectives import together
 from training.processes.endings import NotFinite
-from training.processes.interval import best_interval, between_failures, failures_of, ran_seconds
+from training.processes.interval import HISTORY, best_interval, between_failures, failures_of, ran_seconds
 from training.processes.ranks import Ranks
-from training.run.directory import RunDir
+from training.run.directory import RunDir, json_lines
 
 log = logging.getLogger("cascade")
 
@@ -160,7 +160,8 @@ class Saving:
             step_s = max(0.0, began - self._since) / max(1, step - self._last)
             cluster, path = self.config.cluster, self.run.path
             nodes = cluster.nodes if cluster.kind != "local" else 1
-            mean_s = between_failures(failures_of(path), ran_seconds(path, self.ranks.world_size), nodes)
+            failures = failures_of(json_lines(path / HISTORY))
+            mean_s = between_failures(failures, ran_seconds(path, self.ranks.world_size), nodes)
             best_s = max(best_interval(cost_s, mean_s), written_s)
             every = max(1, math.ceil(best_s / step_s)) if step_s else FIRST
             said = (

@@ -139,9 +139,7 @@ class Watchdog:
                     f"checkpoint"
                 )
                 log.error("%s", sentence)
-                if (
-                    self.log_file is not None and not self.ranks.is_main
-                ):  # rank 0, which normally reports, may be frozen
+                if self.log_file is not None and not self.ranks.is_main:  # rank 0, whose log is shown, may be frozen
                     say(sentence)
                 self._leave(EXIT_HUNG)
                 return

@@ -130,7 +130,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_ranks_that_do_not_come_are_named(place: int) -> None:
-    with pytest.raises(RankLost, match=f"rank 1, 2 did not arrive within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
+    with pytest.raises(RankLost, match=f"ranks 1, 2 did not arrive within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
         meet(Ranks(0, 0, 3), cpu(0), 1.0)
 
 

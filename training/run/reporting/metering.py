@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections import defaultdict, deque
@@ -101,19 +102,20 @@ class Meter:
         self._step, self._began = step, time.monotonic()
         self._seconds.clear()
 
+    def _training_seconds(self) -> float:
+        """Return the seconds since the last record, without those ASIDE."""
+        return time.monotonic() - self._began - sum(self._seconds[name] for name in ASIDE)
+
     def pace(self, step: int) -> float:
         """Return this rank's steps per second since the last record, without pauses; 0: unknown."""
-        aside = sum(self._seconds[name] for name in ASIDE)
-        seconds = time.monotonic() - self._began - aside
+        seconds = self._training_seconds()
         return (step - self._step) / seconds if self._step is not None and seconds > 0 else 0.0
 
     def record(self, step: int, more: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Return the measurements since the last record, and the numbers in `more` summed over the ranks, by name. One
         collective."""
         assert self._step is not None, "start() first"
-        now = time.monotonic()
-        aside = sum(self._seconds[name] for name in ASIDE)
-        seconds, steps = max(now - self._began - aside, 1e-9), step - self._step
+        seconds, steps = max(self._training_seconds(), 1e-9), step - self._step
         own = [self._seconds["data"], self._seconds["forward"], memory_gb(self.ranks.device), seconds]
         bands = [0.0] * 2 * BANDS if self._bands is None else self._bands.flatten().tolist()
         by_dataset = [0.0] * 2 * len(self.datasets) if self._by_dataset is None else self._by_dataset.flatten().tolist()
@@ -192,8 +194,6 @@ class Hours:
 
 def process_age() -> float:
     """Return the seconds since this process started, including imports."""
-    import os
-
     ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
