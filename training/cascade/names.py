@@ -111,7 +111,7 @@ def _refuse(where: str, options: Iterable[str], known: Iterable[str], hints: Map
         if name in hints:
             raise ConfigError(f"{where}{name}: {hints[name]}")
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+        hint = f"did you mean `{near[0]}`?" if near else f"the arguments are {', '.join(known)}"
         raise ConfigError(f"{where}{name}: no such argument; {hint}")
 
 

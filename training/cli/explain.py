@@ -185,7 +185,7 @@ def _usage(text: str, verb: str) -> str:
     if "does not support sweep type : INTERVAL_SWEEP" in text:
         return "interval(...): only a sweeper that searches uses it; add hydra/sweeper=optuna, or list the values"
     if "Only one of --run, --multirun, --cfg" in text:
-        return "--multirun, --cfg and --info exclude each other; --cfg shows one composition, without the sweep"
+        return "--multirun, --cfg and --info cannot be combined; --cfg shows one composition, without the sweep"
     return ""
 
 

@@ -187,7 +187,7 @@ UNUSED_BY_HYDRA = {
     "hydra.output_subdir": "nothing would be written there; a run's directory is run.dir=...",
     "hydra.sweep.subdir": "nothing would be written there; each job of a sweep has its own run.dir or output",
     "hydra.job.chdir": "cascade stays in the current directory; a run's directory is run.dir=...",
-    "hydra.job.name": "nothing would be named so; the name of a run is run.name=...",
+    "hydra.job.name": "nothing would get this name; the name of a run is run.name=...",
     "hydra.verbose": "nothing more would be shown; debug=true shows tracebacks",
     "hydra.launcher": "a launcher is chosen with hydra/launcher=NAME",
     "hydra.sweeper": "a sweeper is chosen with hydra/sweeper=NAME",

@@ -423,7 +423,8 @@ class Evaluation:
                 f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} truncated to {most} tokens (text.max_tokens)"
             )
         if n["broken"]:
-            found.append(f"{n['broken']} reference pictures could not be read and were skipped")
+            ending, were = ("", "was") if n["broken"] == 1 else ("s", "were")
+            found.append(f"{n['broken']} reference picture{ending} could not be read and {were} skipped")
         return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
 
     @property

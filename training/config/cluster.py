@@ -27,7 +27,7 @@ FOLLOWED_BY: dict[str, tuple[str, ...]] = {
     "accelerator": (SKYPILOT,),
 }
 """Key -> the kinds of cluster for which `cascade launch` uses it; elsewhere any value but its default is refused."""
-INSTEAD = dict.fromkeys(EMITTED, " (what the program needs belongs into the image, or into cluster.setup)")
+INSTEAD = dict.fromkeys(EMITTED, " (what the program needs belongs in the image or in cluster.setup)")
 EARLY_S = 60
 """Slurm may send the signal up to this many seconds early (sbatch(1), --signal)."""
 

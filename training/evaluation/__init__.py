@@ -38,7 +38,7 @@ def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **se
     known = [field.name for field in fields(EvaluationConfig) if field.name != "output"]
     for key in settings:
         if key not in known:
-            raise ConfigError(f"{key}: evaluate has no such setting; there are {', '.join((*known, *SAMPLER_KEYS))}")
+            raise ConfigError(f"{key}: evaluate has no such setting; it has {', '.join((*known, *SAMPLER_KEYS))}")
     command = EvaluateCommand(
         seed=seed,
         bundle=BundleConfig(dir=str(bundle)),

@@ -144,11 +144,12 @@ def measurement_remarks(samples: int, reference: int, widths: Mapping[str, int])
     least = min(samples, reference)
     if wide := [f"{name} ({width})" for name, width in widths.items() if width >= least]:
         found.append(
-            f"{least} pictures are not more than the features of {', '.join(wide)}: their covariance is singular; "
-            "trust KID instead of the Frechet distance"
+            f"{least} pictures are too few for the number of features of {', '.join(wide)}: their covariance is "
+            "singular, so trust KID instead of the Frechet distance"
         )
     if least < LEAST_FRECHET:
         found.append(
-            f"a Frechet distance of {least} pictures is biased upwards by about 1/N: compare only figures of equal N"
+            f"the Frechet distance of N={least} pictures is biased upwards by about 1/N: compare only figures of equal "
+            "N"
         )
     return found

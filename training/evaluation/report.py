@@ -157,9 +157,8 @@ def summary(result: dict[str, Any]) -> str:
             lines.append(f"{title} on {name}: {with_interval(entry)}{more}")
     shown = [metric for metric in METRICS if result.get(metric)]
     if lower := [METRICS[metric] for metric in shown if metric in LOWER_IS_BETTER]:
-        lines.append(
-            f"lower is better: {', '.join(lower)}{'; of the others, higher' if len(lower) < len(shown) else ''}"
-        )
+        others = "; higher is better for the others" if len(lower) < len(shown) else ""
+        lines.append(f"lower is better for {', '.join(lower)}{others}")
     lines += [f"note: {remark}" for remark in result["remarks"]]
     return "\n".join(lines)
 

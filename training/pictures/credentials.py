@@ -108,7 +108,7 @@ def _algorithm(private: bytes, file: str) -> str:
     try:
         key = load_pem_private_key(private, password=None)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"sampling.key={file}: not a private key in PEM without a password ({error})") from error
+        raise ConfigError(f"sampling.key={file}: not an unencrypted private key in PEM format ({error})") from error
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return "ed25519"
     return ALGORITHMS.get(key.curve.name, "es256") if isinstance(key, ec.EllipticCurvePrivateKey) else "ps256"

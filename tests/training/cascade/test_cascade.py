@@ -239,7 +239,7 @@ def test_to_bf16_draws_nearly_the_same(cascade: Cascade, tmp_path: Path) -> None
     assert 0 < difference.mean() < 12
 
 
-def test_a_bundle_knows_its_text_encoder_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_bundle_knows_its_text_encoder_wherever_it_is_stored(tmp_path: Path) -> None:
     home = Path(tiny_t5(tmp_path / "encoder"))
     tiny_cascade(text=TextConfig(kind="t5", path=str(home), dim=16, max_tokens=32)).save(str(tmp_path / "bundle"))
     elsewhere = home.rename(tmp_path / "elsewhere")
@@ -312,7 +312,7 @@ def test_no_more_noise_on_low_res_pictures_than_in_training() -> None:
         tiny_cascade(aug_max=0.1).draw("a", aug_level=0.2)
 
 
-def test_prompts_that_are_none_and_numbers_of_numpy(cascade: Cascade) -> None:
+def test_what_is_not_a_prompt_is_refused_and_numpy_numbers_are_taken(cascade: Cascade) -> None:
     with pytest.raises(ConfigError, match="prompts=None: give a caption"):
         cascade.generate(None)  # type: ignore[arg-type]
     picture = Image.new("RGB", (16, 16), "red")

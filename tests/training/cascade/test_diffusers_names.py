@@ -22,7 +22,7 @@ def cascade() -> Cascade:
     return tiny_cascade()
 
 
-def test_the_names_mean_what_they_mean_there(cascade: Cascade) -> None:
+def test_arguments_mean_what_they_mean_in_diffusers(cascade: Cascade) -> None:
     seeded = torch.Generator().manual_seed(7)
     torch.rand(3, generator=seeded)
     called = cascade(
@@ -57,10 +57,10 @@ def test_picture_paths_are_read(cascade: Cascade, tmp_path: Path) -> None:
         cascade("red", image=str(tmp_path / "text.png"))
 
 
-def test_what_it_does_not_have_is_refused(cascade: Cascade) -> None:
+def test_arguments_and_methods_it_does_not_have_are_refused(cascade: Cascade) -> None:
     with pytest.raises(ConfigError) as caught:
         cascade("red", clip_skip=1)
-    assert str(caught.value).startswith("clip_skip: no such argument; there are prompt, negative_prompt, num_inference")
+    assert str(caught.value).startswith("clip_skip: no such argument; the arguments are prompt, negative_prompt")
     assert not {"prompts", "steps", "guidance", "options"} & set(str(caught.value).split(", ")), "a call refuses those"
     for name, hint in (("save_pretrained", r"use save\(DIRECTORY\)"), ("cuda", r"use to\('cuda'\)"), ("nothing", "'$")):
         with pytest.raises(AttributeError, match=f"a Cascade has no '{name}.*{hint}"):
@@ -128,14 +128,14 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(cascade: Cascade) -> None:
         ({"callback": 3}, "callback=3: give a function"),
     ],
 )
-def test_other_arguments_are_told_what_they_are_here(cascade: Cascade, options: dict, sentence: str) -> None:
+def test_other_arguments_of_diffusers_are_explained(cascade: Cascade, options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         cascade("red", **options)
     assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize("prompts", [None, 3, b"red", {"red": 1}, {"red"}])
-def test_what_is_no_caption_is_refused(cascade: Cascade, prompts: Any) -> None:
+def test_what_is_not_a_caption_is_refused(cascade: Cascade, prompts: Any) -> None:
     with pytest.raises(ConfigError, match=r"^prompt=.*: give a caption, or a list of captions"):
         cascade(prompts)
     with pytest.raises(ConfigError, match=r"^prompts=.*: give a caption, or a list of captions"):
@@ -148,7 +148,7 @@ def test_what_is_no_caption_is_refused(cascade: Cascade, prompts: Any) -> None:
         ({"guidance_scale": 3}, "guidance_scale: `generate` takes `guidance`; a call, cascade"),
         ({"height": 64}, "height: `generate` takes `size`, (WIDTH, HEIGHT)"),
         ({"generator": 3}, "generator: `generate` takes `seed`"),
-        ({"nothing": 3}, "nothing: no such argument; there are prompts, negative_prompts, guidance"),
+        ({"nothing": 3}, "nothing: no such argument; the arguments are prompts, negative_prompts, guidance"),
     ],
 )
 def test_generate_tells_its_own_names(cascade: Cascade, options: dict, sentence: str) -> None:
@@ -157,7 +157,7 @@ def test_generate_tells_its_own_names(cascade: Cascade, options: dict, sentence:
     assert str(caught.value).startswith(sentence)
 
 
-def test_what_is_the_default_there_may_be_given(cascade: Cascade) -> None:
+def test_defaults_of_diffusers_may_be_given(cascade: Cascade) -> None:
     plain = cascade("red")[0].tobytes()
     assert cascade("red", output_type="pil", return_dict=True).images[0].tobytes() == plain
 

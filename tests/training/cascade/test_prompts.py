@@ -95,7 +95,7 @@ LONG = "x" * 100_000
         ("p.jsonl", '{"prompt": "a\\u0000b"}', "line 1 contains a NUL character"),
     ],
 )
-def test_what_is_no_prompt_is_refused_by_line(tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_what_is_not_a_prompt_is_refused_by_line(tmp_path: Path, name: str, content: str, said: str) -> None:
     file = tmp_path / name
     file.write_text(content, encoding="utf-8", newline="")
     with pytest.raises(DataError, match=rf"prompts=.*{name}: {said}"):

@@ -193,7 +193,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "-m", "hydra.sweeper.n_trials=3"], ["choose the sweeper that has it with hydra/sweeper=NAME"]),
         (["train", "-m", "optimizer.lr=interval(1e-4,1e-3)"], ["only a sweeper that searches uses it; add hydra/swee"]),
         (["train", "seed=range(1,3)"], ["seed=range(1,3): several values; add --multirun for one run per value"]),
-        (["train", "-m", "seed=1,2", "--cfg", "job"], ["--multirun, --cfg and --info exclude each other"]),
+        (["train", "-m", "seed=1,2", "--cfg", "job"], ["--multirun, --cfg and --info cannot be combined"]),
         (
             ["train", "hydra.searchpath=[nowhere]"],
             ["hydra.searchpath: there is no directory nowhere; write file://DIR"],

@@ -192,7 +192,7 @@ def test_it_begins_before_the_run(tmp_path: Path, monkeypatch) -> None:
     assert evaluate.main(command(run))["best"]["step"] == 1000
 
 
-def test_a_run_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatch) -> None:
+def test_a_run_without_progress_is_given_up(tmp_path: Path, monkeypatch) -> None:
     make_run(tmp_path / "base", stage_config("base", 32), steps=(5,))
     with pytest.raises(
         DataError, match=r"no new checkpoint for wait_s=0\.1 seconds, and the run is at step 5, not complete"

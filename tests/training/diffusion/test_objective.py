@@ -266,7 +266,7 @@ def test_low_res_without_augmentation_is_the_up_sampled_picture() -> None:
     torch.testing.assert_close(seen[0], torch.full((2, 3, 16, 16), 0.25))
 
 
-def test_residual_learns_the_difference_to_the_low_res_picture() -> None:
+def test_residual_learns_the_difference_from_the_low_res_picture() -> None:
     images = pictures(4, 8).clamp(-1, 1)
     config = DiffusionConfig(parametrization="x0", residual=True, aug_max=0.0)
     value, _ = run(zero, images, config, low_res=images)

@@ -93,7 +93,7 @@ def test_ancestral_sampling_to_one_percent_at_250_steps() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_few_steps_keep_fine_detail_where_they_lie_evenly_in_log_snr(schedule: str) -> None:
+def test_few_steps_keep_fine_detail_if_spaced_evenly_in_log_snr(schedule: str) -> None:
     """Exact Gaussian data of deviation s: 20 steps even in time lose up to 70 % of it, the presets' spacing 5 %."""
 
     def lost(s: float, spacing: str) -> float:

@@ -66,7 +66,7 @@ def to_images_of(picture: np.ndarray):
 
 
 def test_the_summary_says_which_way_is_better() -> None:
-    assert "\nlower is better: " in summary(RESULT)
+    assert "\nlower is better for Frechet distance, KID" in summary(RESULT)
 
 
 def test_markdown_and_summary_state_every_figure() -> None:

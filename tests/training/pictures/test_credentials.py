@@ -50,7 +50,7 @@ def test_what_does_not_sign_is_refused(tmp_path: Path) -> None:
     certificate, key = write_chain(tmp_path)
     with pytest.raises(ConfigError, match=r"sampling\.certificate=.*root\.pem: it does not sign"):
         Credentials(str(tmp_path / "root.pem"), key)
-    with pytest.raises(ConfigError, match=r"sampling\.key=.*chain\.pem: not a private key in PEM"):
+    with pytest.raises(ConfigError, match=r"sampling\.key=.*chain\.pem: not an unencrypted private key in PEM"):
         Credentials(certificate, certificate)
     with pytest.raises(ConfigError, match=r"sampling\.key=nowhere: cannot be read"):
         Credentials(certificate, "nowhere")

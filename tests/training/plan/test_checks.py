@@ -64,7 +64,7 @@ def test_accepted(overrides: list[str]) -> None:
         ("evaluate", "evaluation.output"),
     ],
 )
-def test_what_must_lie_on_a_disk(verb: str, key: str) -> None:
+def test_what_must_be_on_disk(verb: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}=s3://b/x: it must be a local directory"):
         load_config(verb, ["experiment=demo", f"{key}=s3://b/x"])
 
