@@ -45,15 +45,22 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def in_lines(result: Mapping[str, Any]) -> str:
-    """Return one `name: value` per line; a mapping of counts takes one line."""
+    """Return one `name: value` per line; a mapping or a list takes one line, those inside it are in parentheses."""
     longest = max(map(len, result), default=0) + 1
-    return "\n".join(f"{name + ':':<{longest}} {_in_words(value)}" for name, value in result.items())
+    return "\n".join(f"{name + ':':<{longest}} {_in_words(value) or 'none'}" for name, value in result.items())
 
 
 def _in_words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{visible(str(name))} {count:,}" for name, count in value.items()) or "none"
-    return "none" if value is None else f"{value:,}" if isinstance(value, int) else visible(str(value))
+        return ", ".join(f"{visible(str(name))} {_inside(one)}" for name, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_inside, value))
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else visible(str(value))
+
+
+def _inside(value: Any) -> str:
+    words = _in_words(value) or "none"
+    return f"({words})" if isinstance(value, (Mapping, list, tuple)) and value else words
 
 
 def guard_messages() -> None:

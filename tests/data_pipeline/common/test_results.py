@@ -30,6 +30,16 @@ def test_people_get_lines() -> None:
     ]
 
 
+def test_what_is_inside_of_something_is_in_parentheses() -> None:
+    sets = {"a": {"shards": 1, "samples": 2000}, "b\x1b": {"shards": 0, "samples": 0}}
+    pairs = [{"datasets": ["a", "b"], "example": None}, {"datasets": [], "example": "k"}]
+    assert in_lines({"datasets": sets, "copies": pairs, "others": []}).splitlines() == [
+        "datasets: a (shards 1, samples 2,000), b\\x1b (shards 0, samples 0)",
+        "copies:   (datasets (a, b), example none), (datasets none, example k)",
+        "others:   none",
+    ]
+
+
 def test_a_terminal_is_for_people() -> None:
     ours, theirs = pty.openpty()
     program = "from data_pipeline.common.terminal import print_result; print_result({'samples': 3})"

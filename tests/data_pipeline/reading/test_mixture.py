@@ -13,6 +13,7 @@ import pytest
 from data_pipeline import ShardStream
 from data_pipeline.commands import index, order
 from data_pipeline.common.errors import BadSample, ConfigError, DataError
+from data_pipeline.common.terminal import in_lines
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.reading.micro_batches import Decoded
@@ -189,6 +190,7 @@ def test_the_index_tells_of_each_data_set_and_of_copies(tmp_path: Path) -> None:
     first, *others = found["copies"]
     assert first == {"datasets": ["a", "c"], "same_picture": 6, "same_key": 6, "example": first["example"]}
     assert first["example"].startswith("00000")
+    assert "c (shards 2, samples 9, remaining 9)" in in_lines(found)
     assert [(pair["datasets"], pair["same_picture"], pair["same_key"]) for pair in others] == [
         (["a", "b"], 0, 6),
         (["b", "c"], 0, 6),
