@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.common.errors import PASSING, BadSample
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import persist
-from data_pipeline.tables.base import Rows
+from data_pipeline.tables.base import Rows, no_table
 
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
 
@@ -102,12 +102,24 @@ class ParquetRows:
                     return start, batch
             if not self._next <= number or self._next < 0 or self._is_far(number):
                 self._open(number)
-            batch = next(self._batches, None)
+            batch = self._following()
             if batch is None:
                 self._open(self._next)
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)
+
+    def _following(self) -> Any:
+        """Return the next batch; None at the end of a row group."""
+        from pyarrow import ArrowException
+
+        try:
+            return next(self._batches, None)
+        except (ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's fault, not the file's
+                raise
+            words = f"it is damaged at or after row {self._next + 1}: {error}; download or export the table again"
+            raise no_table(self._path, words) from error
 
     def _is_far(self, number: int) -> bool:
         """Return whether the row is in a later row group, so that the rows before it can be skipped."""

@@ -83,5 +83,5 @@ def looks_like_picture(value: Any) -> bool:
 
 
 def no_table(path: Path, why: str) -> DataError:
-    """Return the error about a file that is not a table."""
-    return DataError(f"prepare.source={path}: not a readable table ({why})")
+    """Return the error about a file that is not a table; `why`, which may quote a library, is put on one line."""
+    return DataError(f"prepare.source={path}: not a readable table ({' '.join(why.split())})")

@@ -23,6 +23,7 @@ _SEPARATORS = (",", "\t", ";", "|")
 _PICTURE_CELL = re.compile(
     rf'(?P<quote>"?)[^"]{{0,300}}?\.({"|".join(IMAGE_EXTENSIONS)})(#\d+)?(?P=quote)\s*'.encode(), re.IGNORECASE
 )
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 27))  # of the whole process: threads could not each set their own
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
 
 
@@ -89,7 +90,9 @@ class DelimitedRows:
                 cells = _escaped(text, self._separator, len(self.columns)) or cells
         extra = len(cells) - len(self.columns)
         if extra < 0:
-            words = f"it has {len(cells)} cells, the table {len(self.columns)} columns ({', '.join(self.columns)})"
+            words = (
+                f"it has {len(cells)} cells, but the table has {len(self.columns)} columns ({', '.join(self.columns)})"
+            )
             raise BadSample("bad_row", f"line {self._lines.lines[number]}: {words}")
         if extra and any(cells[len(self.columns) :]):
             end = self._wide + extra + 1
@@ -118,16 +121,17 @@ def _cells(text: str, separator: str, literal: bool, most: int) -> list[str]:
     if most:  # without a header there are two cells: the name of the picture and the caption
         parts = line.split(separator, most - 1) if separator != " " else line.split(None, most - 1)
         return [_unquoted(part.strip()) for part in parts]
-    limit = csv.field_size_limit(1 << 27)
+    source = io.StringIO(line, newline="")
     try:
-        source = io.StringIO(line, newline="")
-        if literal:
-            return next(csv.reader(source, delimiter=separator, skipinitialspace=True, quoting=csv.QUOTE_NONE), [])
-        return next(csv.reader(source, delimiter=separator, skipinitialspace=True), [])
+        rows = csv.reader(
+            source,
+            delimiter=separator,
+            skipinitialspace=True,
+            quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
+        )
+        return next(rows, [])
     except csv.Error:
         return line.split(separator)
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _ends_inside(text: str, separator: str) -> bool:

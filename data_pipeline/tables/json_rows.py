@@ -84,24 +84,28 @@ def json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
         if first:
             break
     second = next((line for line in iter(file.readline, b"") if line.strip()), b"")
-    try:
-        if isinstance(json.loads(first), dict) and second.lstrip()[:1] == b"{":
-            return JsonLineRows(file)
-    except (ValueError, RecursionError):
-        if first.startswith(b"{") and first.endswith(b"}") and second.lstrip()[:1] == b"{":
-            return JsonLineRows(file)  # only the first line is damaged
+    if second.lstrip()[:1] == b"{" and _is_line(first):
+        return JsonLineRows(file)
     file.seek(0)
     text = file.read()
     try:
-        return _rows_of_json(json.loads(text), known)
+        return _rows_of_json(json.loads(text), path, known)
     except (ValueError, RecursionError) as error:
         values, rest = _values(text.decode("utf-8-sig", "replace"))
         if len(values) > 1:
             if rest:
-                words = "%s: it cannot be parsed from line %d on, and is not read from there on"
+                words = "%s: it cannot be parsed from line %d on; the rest is not read"
                 logger.warning(words, path, 1 + text.count(b"\n") - rest.count("\n"))
             return ListRows(_objects(values, known))
         raise no_table(path, f"JSON: {error}") from error
+
+
+def _is_line(text: bytes) -> bool:
+    """Return whether text, the first of a file, is an object on a line of its own; it may be damaged inside."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return text.startswith(b"{") and text.endswith(b"}")
 
 
 def _values(text: str) -> tuple[list[Any], str]:
@@ -122,7 +126,7 @@ def _values(text: str) -> tuple[list[Any], str]:
         values.append(value)
 
 
-def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
+def _rows_of_json(value: Any, path: Path, known: Collection[str]) -> Rows:
     """Return the rows in a JSON value: a list of objects, COCO's captions, columns, or captions by picture name."""
     if isinstance(value, list):
         return ListRows(_objects(value, known))
@@ -138,7 +142,7 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
         return ListRows([{name: one.get(number) for name, one in value.items()} for number in rows])
     images, captions = value.get("images"), value.get("annotations")
     if isinstance(images, list) and isinstance(captions, list):
-        return ListRows(_coco(images, captions))
+        return ListRows(_coco(images, captions, path))
     if value and all(map(looks_like_picture, value)):
         return _named_rows(value)
     lists = {name: one for name, one in value.items() if isinstance(one, list)}
@@ -147,7 +151,7 @@ def _rows_of_json(value: Any, known: Collection[str]) -> Rows:
         longest = max(objects, key=len)
         alike = {name: one for name, one in lists.items() if _alike(one, longest, known)}
         if len(alike) > 1:
-            logger.warning("it holds several lists of rows (%s), and all are read", ", ".join(map(str, alike)))
+            logger.warning("%s: it holds several lists of rows (%s); all are read", path, ", ".join(map(str, alike)))
         return ListRows([row for one in alike.values() for row in one])
     if len(lists) > 1 and len({len(one) for one in lists.values()}) == 1:
         return ListRows([dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)])
@@ -199,7 +203,7 @@ def _named_rows(value: dict[str, Any]) -> ListRows:
     return ListRows(list(facts))
 
 
-def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
+def _coco(images: list[Any], annotations: list[Any], path: Path) -> list[dict[str, Any]]:
     """Return one row per picture, with its captions in order."""
     rows = [one for one in images if isinstance(one, dict)]
     captions: defaultdict[str, list[str]] = defaultdict(list)
@@ -211,7 +215,7 @@ def _coco(images: list[Any], annotations: list[Any]) -> list[dict[str, Any]]:
     if lost := sum(map(len, captions.values())) - sum(
         len(captions[name]) for name in {_id(one.get("id")) for one in rows}
     ):
-        logger.warning("%d captions have an image_id that is not among the images, and are not used", lost)
+        logger.warning("%s: captions whose image_id is not among the images are not used: %d", path, lost)
     return [{**one, "captions": captions[_id(one.get("id"))]} for one in rows]
 
 

@@ -11,6 +11,7 @@ import logging
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from data_pipeline.tables.json_rows import json_rows
 from data_pipeline.tables.unpacking import HEAD, open_plain, refuse_others
 
 logger = logging.getLogger(__name__)
-
 
 _MARKUP = (".yaml", ".yml", ".toml", ".ini")
 
@@ -47,7 +47,15 @@ def open_table(path: Path, known: Collection[str] = (), encoding: str | None = N
 
     try:
         return persist(str(path), partial(_rows, path, known, encoding))
-    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, UnicodeError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        zlib.error,
+        UnicodeError,
+    ) as error:
         raise no_table(path, str(error) or type(error).__name__) from error
 
 

@@ -99,7 +99,10 @@ def _only_member(file: IO[bytes], path: Path) -> IO[bytes]:
     if len(names) != 1:
         words = "give the table, or for pictures the folder with prepare.kind=folder"
         raise no_table(path, f"the archive holds {len(names)} files: unpack it and {words}")
-    return archive.open(names[0])
+    try:
+        return archive.open(names[0])
+    except RuntimeError as error:  # it needs a password, or was packed by a method that Python lacks
+        raise no_table(path, f"{error}; unpack the archive and give the table") from error
 
 
 def _wide_encoding(head: bytes) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import bz2
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -52,6 +53,8 @@ def zipped(data: bytes) -> bytes:
 
 
 CSV = b"file_name,text\n1.jpg,one\n2.jpg,two\n"
+LOCKED = zipped(CSV).replace(b"PK\x01\x02" + bytes([20, 3, 20, 0, 0]), b"PK\x01\x02" + bytes([20, 3, 20, 0, 1]))
+"""An archive whose entry says that it is encrypted."""
 COCO = {
     "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
     "annotations": [{"image_id": 8, "caption": "two"}, {"image_id": 7, "caption": "one"}],
@@ -212,6 +215,20 @@ def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(part._kept) <= 3 and max(len(batch) for _, batch in part._kept) <= 32  # type: ignore[attr-defined]
 
 
+def test_damage_inside_parquet_names_the_table_and_the_row(place: Path) -> None:
+    rows = {"path": ["1.jpg"] * 400, "caption": [f"number {number}" for number in range(400)]}
+    pq.write_table(pa.table(rows), place / "a.parquet", row_group_size=100, use_dictionary=False)
+    with (place / "a.parquet").open("r+b") as file:
+        file.seek(pq.read_metadata(place / "a.parquet").row_group(2).column(1).data_page_offset)
+        file.write(b"\xff" * 40)
+    source = TableSource(str(place / "a.parquet"))
+    assert source.read(199).caption == b"number 199"
+    with pytest.raises(
+        DataError, match=r"a\.parquet: not a readable table \(it is damaged at or after row 201: .*again"
+    ):
+        source.read(200)
+
+
 def test_row_groups_may_be_empty(place: Path) -> None:
     table = pa.table({"path": ["1.jpg", "2.jpg"], "caption": ["one", "two"]})
     with pq.ParquetWriter(place / "a.parquet", table.schema) as out:
@@ -358,7 +375,7 @@ def test_what_a_table_has_more_of_is_said(place: Path, caplog: Any) -> None:
     more = [{"image_id": 9, "caption": "of none"}, {"image_id": 8.0, "caption": "zwei"}]
     (place / "a.json").write_text(json.dumps({**COCO, "annotations": COCO["annotations"] + more}))
     assert TableSource(str(place / "a.json")).read(1).meta["captions"] == ["two", "zwei"]
-    assert "1 captions have an image_id that is not among the images" in caplog.text
+    assert "a.json: captions whose image_id is not among the images are not used: 1" in caplog.text
     (place / "b.json").write_text('{"image": "1.jpg",\n"text": "one"}\n{"image": "2.jpg",\n"text": "two"}\n{"image" 3}')
     assert captions(TableSource(str(place / "b.json"))) == ["one", "two"]
     assert "it cannot be parsed from line 5 on" in caplog.text
@@ -381,6 +398,8 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.db", b"SQLite format 3\0", "SQLite"),
         ("a.xlsx", b"PK\x03\x04junk", "not a readable table"),
         ("a.csv.gz", gzip.compress(CSV, mtime=0)[:20], "not a readable table"),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)[:10] + b"\xff" * 30, "not a readable table .*invalid"),
+        ("a.zip", LOCKED, "password required for extraction; unpack the archive and give the table"),
         ("a.json", b'{"a": [1, 2', "JSON"),
         ("a.json", b'{"image": ["1.jpg", "2.jpg"], "text": ["a", "b", "c"]}', "2 in image, 3 in text"),
         ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "URLs; download the pictures with img2dataset"),
@@ -484,6 +503,15 @@ def test_what_helps_is_said_when_most_is_dropped(place: Path, caplog: Any) -> No
 def test_the_encoding_of_a_table_may_be_given(place: Path) -> None:
     (place / "a.csv").write_bytes("image,caption\n1.jpg,\u4e2d\u6587\n2.jpg,two\n".encode("gb18030"))
     assert captions(TableSource(str(place / "a.csv"), encoding="gb18030")) == ["\u4e2d\u6587", "two"]
+
+
+def test_a_long_cell_needs_no_change_of_a_limit_that_all_threads_share(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "a.csv").write_bytes(b'image,caption\n1.jpg,"' + b"long " * 40_000 + b'"\n')
+    source = TableSource(str(place / "a.csv"))
+    monkeypatch.setattr(csv, "field_size_limit", None)
+    assert len(source.read(0).caption or b"") == 200_000
 
 
 def test_joined_captions_are_counted_once(place: Path) -> None:
