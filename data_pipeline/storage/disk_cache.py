@@ -87,26 +87,27 @@ class DiskCache:
             fresh: ignore and replace the cached copy.
         """
         path = self.folder / "pieces" / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}-whole"
+        found = None if fresh else _read(path)
+        if found is not None:
+            return found
         try:
-            if not fresh and path.exists():
-                os.utime(path)
-                return path.read_bytes()
-            with self._locked(f"locks/{zlib.crc32(path.name.encode()) % _LOCKS:03d}"):
-                if not fresh and path.exists():
-                    return path.read_bytes()
-                data = fetch()
-                partial = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
-                if self._reserve(len(data), partial):
-                    self._keep(data, partial, path)
-                return data
+            return self._bring_whole(path, fetch, fresh)
         except DataError:
             return None
+
+    def _bring_whole(self, path: Path, fetch: Callable[[], bytes], fresh: bool) -> bytes:
+        """Fetch and cache a whole object, or do without the cache if it has become unusable."""
+        try:
+            with self._locked(_lock_of(path)):
+                found = None if fresh else _read(path)
+                if found is None:
+                    found, partial = fetch(), self._new_partial()
+                    if self._reserve(len(found), partial):
+                        self._keep(found, partial, path)
+                return found
         except OSError as error:  # from the cache itself: stores raise other errors
             self._say(error)
-        try:
-            return fetch()
-        except DataError:
-            return None
+        return fetch()
 
     def _bring_or_pass(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
         """Like `_bring`, but recreate the folder if it was deleted, and do without it if it has become unusable."""
@@ -121,11 +122,11 @@ class DiskCache:
 
     def _bring(self, path: Path, low: int, high: int, fetch: Fetch, fresh: bool) -> bytes:
         """Fetch and cache a piece. If several processes want the same one, one fetches it while the others wait."""
-        with self._locked(f"locks/{zlib.crc32(path.name.encode()) % _LOCKS:03d}"):
-            found = None if fresh else _read(path, 0, high - low, high - low)
+        with self._locked(_lock_of(path)):
+            found = None if fresh else _read(path, size=high - low)
             if found is not None:
                 return found
-            partial = self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
+            partial = self._new_partial()
             reserved = False
             try:
                 reserved = self._reserve(high - low, partial)
@@ -137,6 +138,9 @@ class DiskCache:
                 if reserved:
                     self._release(partial, high - low)
                 raise
+
+    def _new_partial(self) -> Path:
+        return self.folder / "partial" / f"{os.getpid()}-{uuid.uuid4().hex}"
 
     def _keep(self, data: bytes, partial: Path, path: Path) -> None:
         """Store a piece; on a full disk it is just not cached."""
@@ -216,20 +220,29 @@ class DiskCache:
             os.close(handle)
 
 
-def _read(path: Path, begin: int, end: int, size: int) -> bytes | None:
-    """Return bytes [begin, end) of a cached piece and mark it as used; None if it is missing or incomplete."""
-    try:
+def _lock_of(path: Path) -> str:
+    """Return the name of the lock of a cached file, which it shares with some others."""
+    return f"locks/{zlib.crc32(path.name.encode()) % _LOCKS:03d}"
+
+
+def _read(path: Path, begin: int = 0, end: int | None = None, size: int | None = None) -> bytes | None:
+    """Return bytes [begin, end) of a cached file and mark it as used.
+
+    None: it is not cached, its size is not `size`, or its disk is broken.
+    """
+    with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # not cached, or the disk is broken
-        return None
-    try:
-        if os.fstat(handle).st_size != size:
-            return None
-        data = os.pread(handle, end - begin, begin)
-        os.utime(handle)
-    finally:
-        os.close(handle)
-    return data if len(data) == end - begin else None
+        try:
+            there = os.fstat(handle).st_size
+            if size not in (None, there):
+                return None
+            count = (there if end is None else end) - begin
+            data = os.pread(handle, count, begin)
+            os.utime(handle)
+        finally:
+            os.close(handle)
+        return data if len(data) == count else None
+    return None
 
 
 def _count(handle: int) -> int | None:

@@ -20,10 +20,11 @@ class EtagCheck:
 
     def __init__(self, etag: str, size: int) -> None:
         form = re.fullmatch(r"([0-9a-f]{32})(?:-([0-9]{1,5}))?", etag)
-        count = int(form[2] or 0) if form else -1
-        sizes = [max(size, 1)] if count == 0 else [part * _MIB for part in PARTS if -(-size // (part * _MIB)) == count]
+        count = int(form[2] or 0) if form else -1  # -1: no number of parts fits
+        whole = max(size, 1)
+        parts = {min(part * _MIB, whole) for part in PARTS if -(-size // (part * _MIB)) == count}
         self._etag, self._in_parts = etag, count > 0
-        self._tries = [_Parts(part) for part in sizes] if form else []
+        self._tries = [_Parts(part) for part in ([whole] if count == 0 else parts)]
 
     def update(self, data: bytes) -> None:
         """Add the next bytes of the object."""

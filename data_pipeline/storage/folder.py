@@ -103,17 +103,7 @@ class LocalFolder:
 
     def sizes(self) -> dict[str, int]:
         """Return name -> bytes, or -1 for a directory; empty if the folder does not exist."""
-        return persist(str(self.path), self._sizes, PATIENCE)
-
-    def _sizes(self) -> dict[str, int]:
-        found = {}
-        try:
-            for entry in os.scandir(self.path):
-                with suppress(FileNotFoundError):  # deleted in the meantime
-                    found[entry.name] = entry.stat().st_size if entry.is_file() else -1
-        except FileNotFoundError:
-            return {}
-        return found
+        return store.local_sizes(str(self.path), PATIENCE)
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if it does not exist."""
@@ -167,8 +157,8 @@ class RemoteFolder:
     def fetch(self, name: str) -> Path:
         """Download a file once, and return the path of the copy.
 
-        The copy belongs to the processes that share copies (see `share_copies`), or else to this object, and is kept as
-        long.
+        The copy belongs to the processes that share copies (see `share_copies`), or else to this object, and lasts as
+        long as they do.
 
         Raises:
             FileNotFoundError: the file does not exist.

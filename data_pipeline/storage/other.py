@@ -266,8 +266,8 @@ def _permanent(error: BaseException, url: str) -> CascadeError | None:
     if isinstance(error, NotImplementedError):
         return DataError(f"{url}: {scheme_of(url)}:// does not support this operation ({said})")
     unknown = any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in causes_of(error))
-    if refused := certificate_problem(error, _certificates(url)):
-        return DataError(f"{url}: {refused.format('its server')}")
+    if refused := certificate_problem(error, "its server", _certificates(url)):
+        return DataError(f"{url}: {refused}")
     if isinstance(error, aiohttp.InvalidURL) or (unknown and root(url) not in _answered):
         return DataError(f"{url}: {said}{unread_proxy() if unknown else ''}")
     if status in (409, 412) and scheme_of(url) == "hf":

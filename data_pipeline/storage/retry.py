@@ -200,16 +200,13 @@ def result_of(running: Future[T], patience: Patience, limit_s: float = math.inf)
     """
     end = time.monotonic() + limit_s
     while True:
-        try:
+        with suppress(TimeoutError):  # of the wait, or one that the work raised
             return running.result(NAP_S)
-        except TimeoutError as error:
-            if running.done():
-                raise
-            if patience.too_late() or time.monotonic() >= end:
-                running.cancel()
-                raise TimeoutError(
-                    "no answer yet" if patience.too_late() else f"no answer within {limit_s:.0f} s"
-                ) from error
+        if running.done():  # it may have ended since: a write that succeeded must not be repeated
+            return running.result()
+        if patience.too_late() or time.monotonic() >= end:
+            running.cancel()
+            raise TimeoutError("no answer yet" if patience.too_late() else f"no answer within {limit_s:.0f} s")
 
 
 def asked_delay(error: BaseException) -> float:

@@ -51,7 +51,7 @@ TRANSIENT = {
     "XAmzContentSHA256Mismatch",
     "IncompleteBody",
 }
-_TOO_LARGE = "the store, or a proxy in front of it, takes no object of this size"
+_TOO_LARGE = "the store, or a proxy in front of it, accepts no object of this size"
 _SKEWED = "set the clock of this machine"
 _REMEDIES = {
     "InvalidObjectState": "it is archived: restore it first",
@@ -181,18 +181,18 @@ def after_change(url: str) -> str:
     """Return what to do about a file or object that is no longer what it was."""
     if _is_shard(url):
         return "run `cascade index` again"
-    return "repeat the command when nothing writes to it any more"
+    return "repeat the command once nothing writes to it any more"
 
 
 def too_short(url: str, end: int, expected: int) -> DataError:
     """Return the error for a file or object that ends at byte `end` and not at `expected`."""
     if _is_shard(url):
-        return DataError(f"{url}: it ends at byte {end}, its index says {expected}; {after_change(url)}")
+        return DataError(f"{url}: it ends at byte {end}, but its index says {expected}; {after_change(url)}")
     return DataError(f"{url}: it ends at byte {end} instead of {expected}; {after_change(url)}")
 
 
 def changed(url: str) -> Changed:
-    """Return the error for an object whose ETag is another one than before."""
+    """Return the error for an object whose ETag has changed."""
     when = "since it was indexed" if _is_shard(url) else "while it was being read"
     return Changed(f"{url}: the object has changed {when} (its ETag differs); {after_change(url)}")
 
@@ -207,7 +207,7 @@ def check_settings() -> None:
     for name in _SETTINGS:
         value = os.environ.get(name, "")
         if value != value.strip() or any(ord(letter) < 32 for letter in value):
-            raise DataError(f"{name} starts or ends with a space, or contains a line break: set it again without it")
+            raise DataError(f"{name} starts or ends with a space, or contains a line break: set it again without that")
     if "@" in endpoint().partition("://")[2].partition("/")[0]:
         raise DataError(
             f"{endpoint_variable()} contains a name or password: leave it out, and set AWS_ACCESS_KEY_ID and "
@@ -231,10 +231,12 @@ def _bundle_variable() -> str:
     return "REQUESTS_CA_BUNDLE" if os.environ.get("REQUESTS_CA_BUNDLE") else "AWS_CA_BUNDLE"
 
 
-def certificate_problem(error: BaseException, variable: str) -> str:
+def certificate_problem(error: BaseException, server: str, variable: str) -> str:
     """Return why a server's certificate is refused and what to do; empty for other errors.
 
     Args:
+        error: the error of a request.
+        server: how the message names the server.
         variable: names the file of authorities' certificates.
     """
     for one in causes_of(error):
@@ -243,14 +245,14 @@ def certificate_problem(error: BaseException, variable: str) -> str:
             why = getattr(found, "verify_message", "") or describe_error(found)
             code = getattr(found, "verify_code", 0)
             if code in _OTHER_NAME:
-                return (
-                    f"the certificate of {{}} is for another name ({why}): use the name that it is for in the address"
-                )
+                return f"the certificate of {server} is for another name ({why}): use that name in the address"
             if code in _OUT_OF_DATE:
-                return f"the certificate of {{}} is not valid now ({why}): it must be renewed, or this clock is wrong"
+                return (
+                    f"the certificate of {server} is not valid now ({why}): it must be renewed, or this clock is wrong"
+                )
             return (
-                f"the certificate of {{}} is not trusted ({why}); set {variable} to the file with your authority's "
-                f"certificates{_value_of(variable)}"
+                f"the certificate of {server} is not trusted ({why}); set {variable} to the file with your "
+                f"certificate authority's certificates{_value_of(variable)}"
             )
     return ""
 
@@ -344,12 +346,8 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
     from botocore import exceptions, parsers
 
     where = f"{endpoint_variable()}={endpoint()}" if endpoint() != "AWS" else "AWS"
-    chain = list(causes_of(error))
-    if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
-        return DataError(
-            f"{url}: no credentials: {error.filename}: {error.strerror}; check AWS_PROFILE, AWS_CONFIG_FILE "
-            "(~/.aws/config) and AWS_WEB_IDENTITY_TOKEN_FILE"
-        )
+    if words := _without_credentials(error) or _on_the_way(error, where, answered):
+        return DataError(f"{url}: {words}")
     if isinstance(error, RecursionError):
         return DataError(
             f"{url}: {where} redirects every request; check whether its address begins with https://, and "
@@ -357,51 +355,66 @@ def _of_connection(error: BaseException, url: str, answered: bool) -> CascadeErr
         )
     if isinstance(error, exceptions.ParamValidationError):
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        wrong = f"{bucket!r} is no valid name of a bucket" if key else "it names a bucket and no object in it"
+        wrong = f"{bucket!r} is not a valid bucket name" if key else "it names a bucket but no object in it"
         return DataError(f"{url}: {wrong}; write s3://bucket/name")
-    if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
-        return DataError(
-            f"{url}: no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
-            f"(FSSPEC_S3_ANON=true reads a public bucket){overlooked()}"
-        )
-    if isinstance(error, exceptions.CredentialRetrievalError):
-        return DataError(f"{url}: there are no credentials{_value_of('AWS_PROFILE')}: {describe_error(error)}")
-    if isinstance(error, exceptions.NoRegionError):
-        return DataError(f"{url}: {describe_error(error)} Set AWS_DEFAULT_REGION{_value_of('AWS_PROFILE')}")
-    if refused := certificate_problem(error, _bundle_variable()):
-        return DataError(f"{url}: {refused.format(where)}")
-    for cause in chain:
-        reason = getattr(cause, "reason", None)  # aiohttp's versions of these errors have none
-        if isinstance(cause, ssl.SSLError) and reason in _NOT_TLS:
-            return DataError(f"{url}: {where} does not speak TLS ({reason}); should it start with http://?")
-        if isinstance(cause, aiohttp.ClientHttpProxyError):
-            return DataError(
-                f"{url}: the proxy refused the request ({cause.status} {cause.message}); check HTTPS_PROXY and "
-                "HTTP_PROXY"
-            )
-        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
-            socks = next((name for name in _PROXIES if os.environ.get(name, "").startswith("socks")), "")
-            if not socks and answered:
-                continue  # the name server is out of order
-            if socks:
-                return DataError(f"{url}: {socks}={os.environ[socks]}: s3:// works with HTTP proxies, not with SOCKS")
-            proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
-            name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
-            more = f"{unread_proxy()}{overlooked()}"
-            return DataError(f"{url}: the host name of {name} is unknown ({cause.strerror}){more}")
     if isinstance(error, parsers.ResponseParserError):
-        return (
-            None
-            if answered
-            else DataError(f"{url}: {where} does not respond like an S3 store ({describe_error(error)[:200]})")
-        )
+        words = f"{where} does not respond like an S3 store ({describe_error(error)[:200]})"
+        return None if answered else DataError(f"{url}: {words}")
     if isinstance(error, exceptions.HTTPClientError) and not isinstance(error, exceptions.ConnectionError):
-        if any(isinstance(cause, (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)) for cause in chain):
+        passing = (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)
+        if any(isinstance(cause, passing) for cause in causes_of(error)):
             return None
         return DataError(f"{url}: the request cannot be made: {describe_error(error)}{_value_of(_bundle_variable())}")
     if isinstance(error, exceptions.BotoCoreError) and not isinstance(error, _passing_errors()):
         return DataError(f"{url}: {describe_error(error)}; {where}{_value_of('AWS_PROFILE')}")
     return None
+
+
+def _without_credentials(error: BaseException) -> str:
+    """Return why there are no credentials, or no region, and what to do; empty for other errors."""
+    from botocore import exceptions
+
+    if isinstance(error, (FileNotFoundError, PermissionError)) and error.filename:
+        return (
+            f"no credentials: {error.filename}: {error.strerror}; check AWS_PROFILE, AWS_CONFIG_FILE (~/.aws/config) "
+            "and AWS_WEB_IDENTITY_TOKEN_FILE"
+        )
+    if isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+        return (
+            f"no credentials for {endpoint()}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
+            f"(FSSPEC_S3_ANON=true reads a public bucket){overlooked()}"
+        )
+    if isinstance(error, exceptions.CredentialRetrievalError):
+        return f"there are no credentials{_value_of('AWS_PROFILE')}: {describe_error(error)}"
+    if isinstance(error, exceptions.NoRegionError):
+        return f"{describe_error(error)} Set AWS_DEFAULT_REGION{_value_of('AWS_PROFILE')}"
+    return ""
+
+
+def _on_the_way(error: BaseException, where: str, answered: bool) -> str:
+    """Return why a request did not reach the store, if a retry would not either: its certificate, TLS, the proxy or
+    the host name; empty for other errors."""
+    import aiohttp
+    from botocore import exceptions
+
+    if refused := certificate_problem(error, where, _bundle_variable()):
+        return refused
+    chain = list(causes_of(error))
+    for cause in chain:
+        reason = getattr(cause, "reason", None)  # aiohttp's versions of these errors have none
+        if isinstance(cause, ssl.SSLError) and reason in _NOT_TLS:
+            return f"{where} does not speak TLS ({reason}); should it start with http://?"
+        if isinstance(cause, aiohttp.ClientHttpProxyError):
+            return f"the proxy refused the request ({cause.status} {cause.message}); check HTTPS_PROXY and HTTP_PROXY"
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            if socks := next((name for name in _PROXIES if os.environ.get(name, "").startswith("socks")), ""):
+                return f"{socks}={os.environ[socks]}: s3:// works with HTTP proxies, not with SOCKS"
+            if answered:
+                continue  # the name server is out of order
+            proxy = any(isinstance(other, exceptions.ProxyConnectionError) for other in chain)
+            name = "HTTPS_PROXY, HTTP_PROXY" if proxy else where
+            return f"the host name of {name} is unknown ({cause.strerror}){unread_proxy()}{overlooked()}"
+    return ""
 
 
 def _passing_errors() -> tuple[type[Exception], ...]:

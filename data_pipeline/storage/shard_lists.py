@@ -15,8 +15,6 @@ from data_pipeline.common.errors import ShardsError
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """Endings of the names of shards, in lower case."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
-
-
 _PAGES = (
     (r"https://(?:[\w-]+\.)?console\.aws\.amazon\.com/s3/\w+/([^/?]+)\?(?:.*&)?prefix=([^&]*).*", r"s3://\1/\2"),
     (r"https://s3[.-](?:[\w-]+\.)*amazonaws\.com/([^/]+)/(.*)", r"s3://\1/\2"),
@@ -27,6 +25,11 @@ _PAGES = (
     (r"https://huggingface\.co/((?:datasets/)?[^/]+/[^/]+)/\w+/([^/]+)/?(.*)", r"hf://\1@\2/\3"),
 )
 """Web addresses in stores -> the same place in the store itself."""
+
+
+def stem(shard: str) -> str:
+    """Return the name or URL of a shard without its ending; the names of the files that belong to it begin so."""
+    return next((shard.removesuffix(suffix) for suffix in SHARD_SUFFIXES if shard.endswith(suffix)), shard)
 
 
 def store_address(url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import logging
 import mmap
@@ -14,6 +15,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Protocol
@@ -381,21 +383,31 @@ def list_dir(url: str, patience: Patience = DEFAULT) -> list[str]:
 def sizes(url: str, patience: Patience = DEFAULT) -> dict[str, int]:
     """Return name -> bytes of the files in `url`, with -1 for directories; empty if it does not exist."""
     if not is_remote(url):
-
-        def look() -> dict[str, int]:
-            with os.scandir(local_path(url)) as found:
-                return {e.name: e.stat().st_size if e.is_file() else -1 for e in found}
-
         try:
-            return persist(url, look, patience)
-        except FileNotFoundError:
-            return {}
+            return local_sizes(local_path(url), patience)
         except OSError as error:
             raise _local_error(url, error) from error
     prefix = url.rstrip("/") + "/"
     _, key = _door(url).split(prefix)
     listed = ((name[len(key) :].rstrip("/"), length) for name, length, _ in _door(url).listing(prefix, "/", patience))
     return {name: length for name, length in listed if name}
+
+
+def local_sizes(path: str, patience: Patience = DEFAULT) -> dict[str, int]:
+    """Like `sizes`, of a directory on disk. Raises `OSError`."""
+
+    def look() -> dict[str, int]:
+        found = {}
+        with os.scandir(path) as entries:
+            for one in entries:
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    found[one.name] = one.stat().st_size if one.is_file() else -1
+        return found
+
+    try:
+        return persist(path, look, patience)
+    except FileNotFoundError:
+        return {}
 
 
 def remove_files(folder: str, names: Sequence[str], patience: Patience = DEFAULT) -> None:
@@ -567,13 +579,14 @@ def _expand_remote(pattern: str, patience: Patience) -> list[str]:
 
 def _glob_regex(pattern: str) -> str:
     """Convert a shell glob to a regular expression; only `**` matches across slashes."""
+    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     out = ""
-    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
-        special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\])", pattern):
         if token in special:
             out += special[token]
-        elif token.startswith("[") and token.endswith("]"):
-            out += "[" + token[1:-1].replace("!", "^", 1) + "]"
+        elif token.startswith("["):
+            token = "[!" + token[2:] if token.startswith("[^") else token
+            out += "(?!/)" + fnmatch.translate(token).removesuffix(r"\Z").removesuffix(r"\z")
         else:
             out += re.escape(token)
     return out
@@ -582,22 +595,7 @@ def _glob_regex(pattern: str) -> str:
 def _hint(pattern: str, patience: Patience) -> str:
     """Say what exists instead, for the error about a pattern without matches."""
     if not is_remote(pattern):
-        where = pattern if os.path.isdir(pattern) else parent(pattern)
-        one = pattern.split()[:1]
-        if pattern.strip() != pattern or (one and one[0] != pattern and os.path.exists(local_path(one[0]))):
-            return f" (a pattern is a path alone, without blanks around it{f': {one[0]!r}?' if one else ''})"
-        if os.path.isdir(where):
-            packed = [name for name in os.listdir(where) if _PACKED.search(name)]
-            if packed:
-                return f" (the directory {where!r} contains {min(packed)!r}: {_UNPACK})"
-            below = next(glob.iglob(os.path.join(glob.escape(where), "*", "*.tar")), None)
-            if below and where == pattern:
-                every = os.path.join(where, "**", "*.tar")
-                return f" (but {os.path.dirname(below)!r} contains some: {every!r} names all below)"
-            other = min((name for name in os.listdir(where) if not name.startswith(".")), default=None)
-            holds = f"contains, for example, {other!r}; `cascade prepare` makes shards from pictures"
-            return f" (the directory {where!r} {holds if other else 'is empty'})"
-        return f" (the directory {where!r} does not exist; `cascade prepare` makes shards from pictures)"
+        return _hint_on_disk(pattern)
     if pattern.startswith(_WEB):
         return " (its server lists none there: name them, for example with {00000..00009}.tar)"
     door = _door(pattern)
@@ -610,6 +608,28 @@ def _hint(pattern: str, patience: Patience) -> str:
             unpack = f": {_UNPACK}" if _PACKED.search(found) else ""
             return f" (bucket {bucket!r} contains, for example, {found!r}{unpack})"
     return f" (bucket {bucket!r} at {door.endpoint()} is empty below {prefix!r})"
+
+
+def _hint_on_disk(pattern: str) -> str:
+    where = pattern if os.path.isdir(pattern) else parent(pattern)
+    one = pattern.split()[:1]
+    if pattern.strip() != pattern or (one and one[0] != pattern and os.path.exists(local_path(one[0]))):
+        return f" (give the path alone, without blanks around it{f': {one[0]!r}?' if one else ''})"
+    if not os.path.isdir(where):
+        return f" (the directory {where!r} does not exist; `cascade prepare` makes shards from pictures)"
+    names = os.listdir(where)
+    if packed := [name for name in names if _PACKED.search(name)]:
+        return f" (the directory {where!r} contains {min(packed)!r}: {_UNPACK})"
+    below = next(glob.iglob(os.path.join(glob.escape(where), "*", "*.tar")), None)
+    if below and where == pattern:
+        every = os.path.join(where, "**", "*.tar")
+        return f" (but {os.path.dirname(below)!r} contains some: {every!r} names all below)"
+    seen = [name for name in names if not name.startswith(".")]
+    if not seen:
+        return f" (the directory {where!r} is empty)"
+    return (
+        f" (the directory {where!r} contains, for example, {min(seen)!r}; `cascade prepare` makes shards from pictures)"
+    )
 
 
 def describe(urls: list[str], patience: Patience = DEFAULT) -> list[Entry]:

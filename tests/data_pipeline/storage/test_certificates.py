@@ -95,7 +95,7 @@ def test_https_with_a_private_authority(port: int, tmp_path: Path, monkeypatch: 
         store.read_bytes(f"https://localhost:{port}/x", CALM)
     trust(tmp_path / "ca.pem", monkeypatch)
     assert store.read_bytes(f"https://localhost:{port}/x", CALM) == b"content"
-    with pytest.raises(DataError, match=r"is for another name .* use the name that it is for"):
+    with pytest.raises(DataError, match=r"is for another name .* use that name in the address"):
         store.read_bytes(f"https://127.0.0.1:{port}/x", CALM)
 
 
@@ -104,6 +104,11 @@ def test_s3_with_a_private_authority(port: int, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{port}")
     forget()
     with pytest.raises(DataError, match=r"not trusted \(self.signed.*set AWS_CA_BUNDLE to the file"):
+        store.read_bytes("s3://bucket/x", CALM)
+    write_certificate(tmp_path / "{other}.pem")
+    monkeypatch.setenv(variable, str(tmp_path / "{other}.pem"))
+    forget()
+    with pytest.raises(DataError, match=rf"not trusted .* \({variable}=.*\{{other\}}\.pem\)"):
         store.read_bytes("s3://bucket/x", CALM)
     monkeypatch.setenv(variable, str(tmp_path / "ca.pem"))
     forget()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -7,13 +8,14 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline import ShardStream
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage import store
 from data_pipeline.storage.disk_cache import DiskCache
 from tests.data_pipeline.small_shards import write_shards
@@ -105,6 +107,38 @@ def test_a_piece_that_did_not_verify_is_fetched_again(tmp_path: Path) -> None:
     piece.write_bytes(b"cut")
     origin.read(cache, "a", 0, 10)
     assert len(origin.asked) == 3
+
+
+def test_a_disk_that_cannot_be_read_only_means_that_nothing_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
+    origin.read(cache, "a", 0, 10)
+    assert cache.whole("index", lambda: b"whole") == b"whole"
+
+    def broken(*_: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    origin.read(cache, "a", 0, 10)
+    assert origin.asked == [("a", 0)] * 2 and cache.whole("index", lambda: b"again") == b"again"
+
+
+def test_a_whole_object_is_fetched_once(tmp_path: Path) -> None:
+    cache, asked = DiskCache(str(tmp_path), 100 * PIECE, PIECE), []  # type: DiskCache, list[int]
+
+    def fetch() -> bytes:
+        asked.append(1)
+        return b"whole"
+
+    def missing() -> bytes:
+        raise DataError("no such object")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: cache.whole("index", fetch), range(8))) == {b"whole"}
+    assert len(asked) == 1 and cache.whole("index", missing) == b"whole"
+    assert cache.whole("index", missing, fresh=True) is None is cache.whole("other", missing)
+    assert cache.whole("index", lambda: b"newer", fresh=True) == b"newer" == cache.whole("index", missing)
 
 
 def test_a_failed_fetch_leaves_nothing(tmp_path: Path) -> None:

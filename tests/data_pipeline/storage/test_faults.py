@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -382,7 +383,7 @@ def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) ->
         (403, "RequestTimeTooSkewed", "set the clock"),
         (400, "KMS.NotFoundException", "check the key with which the bucket is encrypted"),
         (507, "XMinioStorageFull", "the store is full: make room"),
-        (413, "413", "takes no object of this size"),
+        (413, "413", "accepts no object of this size"),
         (511, "511", "rejected the request"),
     ],
 )
@@ -455,6 +456,23 @@ def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
         store.write_bytes(url, DATA, QUICK)
     finally:
         retry.hurry_up(now=False)
+
+
+def test_an_answer_that_comes_as_the_wait_for_it_ends_is_taken() -> None:
+    class Late(Future[str]):
+        def result(self, timeout: float | None = None) -> str:
+            if not self.done():
+                self.set_result("written")
+                raise TimeoutError
+            return super().result(timeout)
+
+    assert retry.result_of(Late(), QUICK) == "written"
+    failed: Future[str] = Future()
+    failed.set_exception(TimeoutError("its own"))
+    with pytest.raises(TimeoutError, match="its own"):
+        retry.result_of(failed, QUICK)
+    with pytest.raises(TimeoutError, match="no answer within 0 s"):
+        retry.result_of(Future(), QUICK, 0.1)
 
 
 @pytest.mark.parametrize("fault", ["status:503", "stall:0"])

@@ -68,6 +68,11 @@ def test_expand_and_describe(bucket: str, s3_server: S3Server) -> None:
     assert store.expand(f"{base}/part-0") == [f"{base}/part-0/{n:05d}.tar" for n in (0, 2, 4, 6)]
     assert store.expand(f"{base}/part-*/*.tar") == [f"{base}/part-{n % 2}/{n:05d}.tar" for n in (0, 2, 4, 6, 1, 3, 5)]
     assert store.expand(f"{base}/**/0000[12].tar") == [f"{base}/part-0/00002.tar", f"{base}/part-1/00001.tar"]
+    assert store.expand(f"{base}/part-[!1]/0000[]2-4].tar") == [f"{base}/part-0/{n:05d}.tar" for n in (2, 4)]
+    assert store.expand(f"{base}/part-[^1]/0000[4!].tar") == [f"{base}/part-0/00004.tar"]
+    for nothing in (f"{base}/part-0/0000[9-0].tar", f"{base}/part-0[!x]00002.tar"):
+        with pytest.raises(DataError, match=r"no \.tar shards found"):
+            store.expand(nothing)
     assert store.expand(f"{base}/part-1/{{00001,00003}}.tar") == [f"{base}/part-1/{n:05d}.tar" for n in (1, 3)]
     entries = store.describe(store.expand(f"{base}/part-*/*.tar"))
     assert [entry.size for entry in entries] == [0, 2, 4, 6, 1, 3, 5]
@@ -201,8 +206,8 @@ def test_a_bucket_whose_objects_are_locked(s3_server: S3Server) -> None:
 
 def test_what_names_no_object_says_so(bucket: str) -> None:
     for url, words in (
-        (f"s3://{bucket}", "names a bucket and no object in it; write s3://bucket/name"),
-        ("s3://a:b/x", "'a:b' is no valid name of a bucket"),
+        (f"s3://{bucket}", "names a bucket but no object in it; write s3://bucket/name"),
+        ("s3://a:b/x", "'a:b' is not a valid bucket name"),
     ):
         with pytest.raises(DataError, match=words):
             store.write_bytes(url, b"x")

@@ -81,8 +81,8 @@ def test_gaps_are_counted_at_once(tmp_path: Path) -> None:
     [
         ("a/x.tar.zst", "{place}/a", "only plain and gzip-compressed tars are read"),
         ("a/b/0.tar", "{place}/a", r"contains some: '.*/a/\*\*/\*\.tar' names all below"),
-        ("0.tar", "{place}/0.tar ", "a path alone, without blanks around it: '.*/0.tar'"),
-        ("0.tar", "{place}/0.tar 4", "a path alone, without blanks around it: '.*/0.tar'"),
+        ("0.tar", "{place}/0.tar ", "the path alone, without blanks around it: '.*/0.tar'"),
+        ("0.tar", "{place}/0.tar 4", "the path alone, without blanks around it: '.*/0.tar'"),
         ("0.tar", "s3a://b/0.tar", "write s3://b/0.tar"),
         ("0.tar", "S3://b/0.tar", "write s3://b/0.tar"),
     ],

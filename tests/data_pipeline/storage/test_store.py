@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,20 @@ def test_of_several_that_create_one_name_one_succeeds(
 def test_a_folder_may_end_in_slashes() -> None:
     joined = [store.join(folder, "x") for folder in ("a", "a/", "a//", "/", "//", "", "s3://b/a//", "s3://b")]
     assert joined == ["a/x", "a/x", "a/x", "/x", "/x", "x", "s3://b/a/x", "s3://b/x"]
+
+
+def test_a_file_removed_while_sizes_are_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    @contextmanager
+    def slow(path: str) -> Iterator[list[os.DirEntry[str]]]:
+        with real(path) as entries:
+            found = list(entries)
+        (tmp_path / "going").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", slow)
+    for sizes in (lambda: store.sizes(str(tmp_path)), open_folder(str(tmp_path)).sizes):
+        for name in ("going", "staying"):
+            (tmp_path / name).write_bytes(b"x")
+        assert sizes() == {"staying": 1}
