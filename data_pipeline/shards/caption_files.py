@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.recent import Recent
 from data_pipeline.storage import store
+from data_pipeline.storage.shard_lists import stem
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ SCHEMA_OF_CAPTIONS = pa.schema([("key", pa.string()), ("caption", pa.string())])
 
 def caption_file_url(shard: str, folder: str) -> str:
     """Return where the captions of a shard are stored."""
-    return store.join(folder, re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".captions.parquet")
+    return store.join(folder, f"{stem(store.basename(shard))}.captions.parquet")
 
 
 def captions_hash(shard: str, folder: str) -> str:
@@ -94,7 +94,7 @@ class CaptionFiles:
             for shard, place in names.items():
                 if place not in there:
                     raise DataError(
-                        f"data.captions.files: {name}={folder}: no {place} for {shard} is there; run `cascade caption`"
+                        f"data.captions.files: {name}={folder}: no {place} for {shard}; run `cascade caption`"
                     )
         self._open: Recent[tuple[str, str], dict[str, list[str]]] = Recent(_OPEN)
         self._first: dict[str, tuple[str, list[Any]]] = {}

@@ -77,10 +77,8 @@ class Dataset:
         self.problems: Counter[str] = Counter()
         """Damage to shards found while indexing, by reason."""
         for summary in summaries:
-            for reason, count in summary.dropped.items():
-                self.dropped[reason] += count
-            for reason, count in summary.problems.items():
-                self.problems[reason] += count
+            self.dropped.update(summary.dropped)
+            self.problems.update(summary.problems)
         self._cache: Recent[int, tuple[ShardIndex, np.ndarray]] = Recent(_CACHED)
 
     @property

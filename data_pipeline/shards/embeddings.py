@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import struct
 import tempfile
@@ -36,6 +35,7 @@ from data_pipeline.storage import store
 from data_pipeline.storage.atomic import naming, replacing, scratch
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.safetensors import header
+from data_pipeline.storage.shard_lists import stem
 
 VERSION = 2
 DTYPES = ("bf16", "int8")
@@ -53,8 +53,7 @@ _NAMES: dict[str, np.dtype[Any]] = {
 
 def sidecar_url(shard: str, folder: str | None = None) -> str:
     """Return where the sidecar of a shard is stored: in `folder`, or beside the shard."""
-    name = re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.basename(shard)) + ".embeddings.safetensors"
-    return store.join(folder or store.parent(shard) or ".", name)
+    return store.join(folder or store.parent(shard), f"{stem(store.basename(shard))}.embeddings.safetensors")
 
 
 def caption_hash(caption: str) -> int:
@@ -243,7 +242,7 @@ class Sidecar:
             if _checksum(data, scales) == self._checksums[row]:
                 break
         else:
-            raise BadSample("checksum", f"its embedding in {self.url} is damaged; remove that and run `cascade embed`")
+            raise BadSample("checksum", f"its embedding in {self.url} is damaged; remove it and run `cascade embed`")
         values = np.frombuffer(data, self._kind).reshape(last - first, self._dim)
         if self._scales is None:
             return from_bf16(values)
@@ -254,7 +253,7 @@ class Embeddings:
     """The sidecars of a data set, opened on demand. Thread-safe.
 
     Args:
-        folders: `data.embeddings`: a directory or s3:// prefix, or a list of them.
+        folders: directories or s3:// prefixes; the first that has a sidecar of the shard's contents is used.
         shards: URL -> digest of every shard of the data set.
         cache: caches parts of remote files on the node's disk.
 
@@ -262,20 +261,17 @@ class Embeddings:
         DataError: a shard has no sidecar.
     """
 
-    def __init__(self, folders: Any, shards: Mapping[str, str], cache: DiskCache | None = None) -> None:
+    def __init__(self, folders: Sequence[str], shards: Mapping[str, str], cache: DiskCache | None = None) -> None:
         self._cache = cache
-        places = [str(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
         self._digests = dict(shards)
         names = [store.basename(sidecar_url(shard)) for shard in shards]
-        there = {folder: store.present(folder, names) for folder in places}
+        there = {folder: store.present(folder, names) for folder in folders}
         self._urls: dict[str, list[str]] = {}
         for shard in shards:
             name = store.basename(sidecar_url(shard))
-            self._urls[shard] = [store.join(folder, name) for folder in places if name in there[folder]]
+            self._urls[shard] = [store.join(folder, name) for folder in folders if name in there[folder]]
             if not self._urls[shard]:
-                raise DataError(
-                    f"data.embeddings={', '.join(places)}: no {name} for {shard} is there; run `cascade embed`"
-                )
+                raise DataError(f"data.embeddings={', '.join(folders)}: no {name} for {shard}; run `cascade embed`")
         self._open: Recent[str, Sidecar] = Recent(_OPEN_SIDECARS)
         self._identity: dict[str, Any] | None = None
 
@@ -320,7 +316,7 @@ class DatasetEmbeddings:
     """The sidecars of all data sets of a run. In a mixture, those of data set NAME are in FOLDER/NAME or in FOLDER.
 
     Args:
-        folders: `data.embeddings`.
+        folders: `data.embeddings`: a directory or s3:// prefix, or a list of them.
         shards: URL -> digest of the shards of each data set, by name ("" without a mixture).
         cache: as for `Embeddings`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -40,11 +40,20 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
     """
     keep = np.ones(len(index), bool)
     dropped: Counter[str] = Counter()
-    problems = index.column("problem").to_pylist() if len(index) else []
-    for row, problem in enumerate(problems):
+    for failing, reason in _failures(index, rules):
+        out = keep & failing
+        if out.any():
+            dropped[reason] += int(out.sum())
+            keep &= ~out
+    return np.flatnonzero(keep), dropped
+
+
+def _failures(index: ShardIndex, rules: FilterConfig) -> Iterator[tuple[np.ndarray, str]]:
+    """Yield which samples violate a rule, bool (n,), and the reason, rule by rule."""
+    problems = np.array([problem or "" for problem in index.column("problem").to_pylist()], dtype=str)
+    for problem in dict.fromkeys(problems.tolist()):
         if problem:
-            keep[row] = False
-            dropped[problem] += 1
+            yield problems == problem, problem
     for setting, (column, reason, fails) in _RULES.items():
         limit = getattr(rules, setting)
         if limit is None:
@@ -52,20 +61,13 @@ def keep_rows(index: ShardIndex, rules: FilterConfig) -> tuple[np.ndarray, Count
         values = _values(index, column)
         if column in SCORES:
             limit = float(np.float32(limit))  # scores are stored as float32; a score of 0.3 must not exceed 0.3
-        for failing, name in ((np.isnan(values), f"unknown_{column}"), (fails(values, limit), reason)):
-            out = keep & failing
-            if out.any():
-                dropped[name] += int(out.sum())
-                keep &= ~out
+        yield np.isnan(values), f"unknown_{column}"
+        yield fails(values, limit), reason
     if rules.licences:
         found = licences_of(index)
-        allowed = np.isin(found, [one for one in np.unique(found) if _is_allowed(one, rules.licences)])
-        for failing, name in ((found == UNKNOWN, "unknown_licence"), (found != UNKNOWN, "licence")):
-            out = keep & ~allowed & failing
-            if out.any():
-                dropped[name] += int(out.sum())
-        keep &= allowed
-    return np.flatnonzero(keep), dropped
+        refused = ~np.isin(found, [one for one in np.unique(found) if _is_allowed(one, rules.licences)])
+        yield refused & (found == UNKNOWN), "unknown_licence"
+        yield refused, "licence"
 
 
 def licences_of(index: ShardIndex) -> np.ndarray:

@@ -35,6 +35,7 @@ from data_pipeline.shards.tar import Problem, walk
 from data_pipeline.storage import store
 from data_pipeline.storage.etag import EtagCheck
 from data_pipeline.storage.retry import DEFAULT, Patience
+from data_pipeline.storage.shard_lists import stem
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -211,11 +212,7 @@ def index_url(shard: str, names: MembersConfig = _DEFAULT_NAMES) -> str:
     With `data.members`, which changes the content of an index, the name contains a hash of that setting.
     """
     tag = f".{names.tag}" if names.tag else ""
-    return f"{_stem(shard)}{tag}.index.parquet"
-
-
-def _stem(shard: str) -> str:
-    return re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", store.without_query(shard))
+    return f"{stem(store.without_query(shard))}{tag}.index.parquet"
 
 
 def cached_index_url(shard: str, index_dir: str | None, names: MembersConfig = _DEFAULT_NAMES) -> str:
@@ -264,7 +261,9 @@ def index_shard(
             _say_unlike_etag(entry)
             return index
         logger.warning("%s: a second read returned different bytes; indexing it again", url)
-    raise DataError(f"{url}: {_READS} times, two reads brought different bytes: the network or the store damages them")
+    raise DataError(
+        f"{url}: {_READS} times in a row, two reads returned different bytes: the network or the store damages them"
+    )
 
 
 def _say_unlike_etag(entry: store.Entry) -> None:
@@ -331,13 +330,13 @@ def expected_count(url: str, patience: Patience = DEFAULT) -> int | None:
 
     This is the only way to notice a tar that was truncated exactly at a member's header.
     """
-    stem = _stem(url)
+    beside = stem(store.without_query(url))
     try:
-        return int(json.loads(store.read_bytes(f"{stem}_stats.json", patience))["successes"])
+        return int(json.loads(store.read_bytes(f"{beside}_stats.json", patience))["successes"])
     except (DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # not made by img2dataset, or img2dataset was interrupted
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(f"{stem}.parquet", patience)), columns=["status"])
+        table = pq.read_table(io.BytesIO(store.read_bytes(f"{beside}.parquet", patience)), columns=["status"])
     except (DataError, pa.ArrowException, KeyError, OSError):
         return None
     return table.column("status").to_pylist().count("success")

@@ -79,24 +79,43 @@ def rows_of(
         names: `data.members`.
     """
     names = names or MembersConfig()
-    groups: list[_Group] = []
-    newest: dict[str, _Group] = {}
-    named: dict[str, _Found] = {}
-    waiting: list[Member] = []
+    groups = _grouped(members, problems, names)
+    rows = []
+    for group in _joined(groups, problems) if any(group.archive for group in groups) else groups:
+        own = group.members
+        for sample_key, parts in split_samples(group.key, {name: one.kind for name, one in own.items()}, names):
+            rows.append(_row(sample_key, {name: own[whole] for name, whole in parts.items()}, names, problems))
+    return rows
 
-    def add(found: _Found, archive: int, offset: int) -> None:
+
+class _Groups:
+    """The groups of an archive, or of several in a row, in the order in which they begin."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.found: list[_Group] = []
+        self._newest: dict[str, _Group] = {}
+        self._problems = problems
+
+    def add(self, found: _Found, archive: int, offset: int) -> None:
+        """Add a member to the newest group with its key; begin another group if that has a member of its name."""
         folder, slash, base = found.name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = folder + slash + stem, extension.lower()
         one = normalize("NFC", key)  # macOS spells accents otherwise than the programs that write captions
-        group = newest.get(one)
+        group = self._newest.get(one)
         if group is None or group.archive != archive or extension in group.members:
             if group is not None and group.archive == archive:
-                problems.append(Problem("duplicate_key", offset, f"{found.name!r} comes again"))
-            group = newest[one] = _Group(key, archive, offset, {})
-            groups.append(group)
+                self._problems.append(Problem("duplicate_key", offset, f"{found.name!r} occurs again"))
+            group = self._newest[one] = _Group(key, archive, offset, {})
+            self.found.append(group)
         group.members[extension] = found
 
+
+def _grouped(members: Iterable[Member], problems: list[Problem], names: MembersConfig) -> list[_Group]:
+    """Group members by key and archive, links as the members that they name."""
+    groups = _Groups(problems)
+    named: dict[str, _Found] = {}
+    waiting: list[Member] = []
     for member in members:
         if member.link:
             waiting.append(member)  # a symbolic link may come before its target
@@ -113,22 +132,17 @@ def rows_of(
         facts = _facts(kind, member, problems)
         found = _Found(member.name, (member.offset, member.size, member.checksum), kind, content, facts)
         named[normpath(member.name)] = found
-        add(found, member.archive, member.offset)
+        groups.add(found, member.archive, member.offset)
         del member  # before the next one is read
     for member in waiting:
         target = named.get(_target(member))
         base = member.name.rpartition("/")[2]
         if target is not None and not base.startswith(".") and ("." in base or target.content):
-            add(_linked(member, target, names), member.archive, member.offset)
+            groups.add(_linked(member, target, names), member.archive, member.offset)
         elif target is None and kind_of(ending(member.name).lower(), None, names):
             words = f"{member.name!r} is a link to {member.link!r}, which is not in the archive: pack it with `tar -h`"
             problems.append(Problem("link_outside", member.offset, words))
-    rows = []
-    for group in _joined(groups, problems) if any(group.archive for group in groups) else groups:
-        own = group.members
-        for sample_key, parts in split_samples(group.key, {name: one.kind for name, one in own.items()}, names):
-            rows.append(_row(sample_key, {name: own[whole] for name, whole in parts.items()}, names, problems))
-    return rows
+    return groups.found
 
 
 def _joined(groups: list[_Group], problems: list[Problem]) -> list[_Group]:
@@ -147,7 +161,7 @@ def _joined(groups: list[_Group], problems: list[Problem]) -> list[_Group]:
                 before.members.update(group.members)
                 continue
             name = next(iter(group.members.values())).name
-            problems.append(Problem("duplicate_key", group.offset, f"{name!r} comes again in another archive"))
+            problems.append(Problem("duplicate_key", group.offset, f"{name!r} occurs again in another archive"))
         last[one] = group
         kept.append(group)
     return kept
@@ -249,8 +263,11 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
             return {"length": len(decode_text(member.data).strip())}
         except BadSample:
             return {"length": len(member.data.decode("utf-8", "replace").strip())}
-    if kind != "json":
-        return {}
+    return _json_facts(member, problems) if kind == "json" else {}
+
+
+def _json_facts(member: Member, problems: list[Problem]) -> dict[str, Any]:
+    """Return the scores, the licence and the length of the caption in a .json."""
     try:
         data = object_of(json.loads(member.data))
     except (ValueError, RecursionError):

@@ -97,7 +97,6 @@ class _Header:
     name: str
     size: int
     kind: bytes
-    ustar: bool
     link: str
 
 
@@ -145,6 +144,9 @@ class Gunzip:
                 self.damage = "" if self._inflate.eof else "the gzip data is cut short"
                 break
             if self._inflate.eof:
+                self._waiting = self._waiting.lstrip(b"\0")  # as gzip itself does: blocks of tapes are padded
+                if not self._waiting:
+                    continue
                 self._inflate = zlib.decompressobj(31)
             before = self._inflate.copy()
             try:
@@ -331,7 +333,9 @@ def walk(
             whole = len(rest) == padding
             if rest.strip(b"\0") and whole and (last := _last_block(member.data, rest)) and _parse(last, strict=True):
                 lost = source.position - BLOCK - since
-                detail = f"in the place of the data of {member_name!r}, or of its end, is the header of the next member"
+                detail = (
+                    f"the header of the next member stands where the data of {member_name!r}, or its end, should be"
+                )
                 found.append(Problem("corrupt_shard", since, detail, lost))
                 count["problems"] += lost
                 ahead = last
@@ -475,8 +479,7 @@ def _parse(block: bytes, strict: bool) -> _Header | None:
     Args:
         strict: also require the ustar magic (or a plausible v7 header), for searching arbitrary data for a header.
     """
-    ustar = block[257:262] == b"ustar"
-    if strict and not ustar and not _plausible_v7(block):
+    if strict and block[257:262] != b"ustar" and not _plausible_v7(block):
         return None
     stored = _number(block[148:156])
     if stored is None:
@@ -491,7 +494,7 @@ def _parse(block: bytes, strict: bool) -> _Header | None:
     if block[257:263] == b"ustar\0":
         prefix = block[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
-    return _Header(_text(name), size, block[156:157], ustar, _text(block[157:257].split(b"\0", 1)[0]))
+    return _Header(_text(name), size, block[156:157], _text(block[157:257].split(b"\0", 1)[0]))
 
 
 def _plausible_v7(block: bytes) -> bool:

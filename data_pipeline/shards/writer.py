@@ -59,11 +59,15 @@ class ShardWriter:
             members: bytes by extension.
 
         Raises:
-            DataError: the key is empty or has a dot, which readers would split it at, or an extension is empty or has a
-                slash.
+            DataError: the key, after its last slash, is empty or has a dot, or an extension is empty or has a slash:
+                readers would find another key.
         """
-        if not key or "." in key.rpartition("/")[2] or any("/" in name or not name for name in members):
-            raise DataError(f"{self.path}: key {key!r} with {list(members)}: readers split a key at its first dot")
+        stem = key.rpartition("/")[2]
+        if not stem or "." in stem or any("/" in name or not name for name in members):
+            raise DataError(
+                f"{self.path}: key {key!r} with {list(members)}: readers split a name at the first dot after its last "
+                "slash, so the key must end in a name without dots, and extensions must have no slash"
+            )
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode, info.mtime = len(data), 0o444, 0

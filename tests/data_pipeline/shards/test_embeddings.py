@@ -138,17 +138,15 @@ SHARDS = {"/data/00000.tar": "digest 00000", "/data/00001.tar": "digest 00001"}
 
 
 def test_samples_are_joined_by_shard_key_and_caption(folder: Path) -> None:
-    embeddings = Embeddings(str(folder), SHARDS)
+    embeddings = Embeddings([str(folder)], SHARDS)
     embeddings.check(ENCODER)
     found = embeddings.lookup("/data/00001.tar", "key3", "caption 3")
     assert np.abs(found - rows(5)[3]).max() < 0.02
 
 
 def test_a_shard_without_sidecar_is_refused_at_once(folder: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"no 00002.embeddings.safetensors for /data/00002.tar is there; run `cascade embed`"
-    ):
-        Embeddings(str(folder), {**SHARDS, "/data/00002.tar": "x"})
+    with pytest.raises(DataError, match=r"no 00002.embeddings.safetensors for /data/00002.tar; run `cascade embed`"):
+        Embeddings([str(folder)], {**SHARDS, "/data/00002.tar": "x"})
 
 
 @pytest.mark.parametrize(
@@ -157,11 +155,11 @@ def test_a_shard_without_sidecar_is_refused_at_once(folder: Path) -> None:
 )
 def test_a_sample_or_caption_that_was_not_embedded_is_refused(folder: Path, key: str, caption: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        Embeddings(str(folder), SHARDS).lookup("/data/00000.tar", key, caption)
+        Embeddings([str(folder)], SHARDS).lookup("/data/00000.tar", key, caption)
 
 
 def test_a_shard_that_changed_is_refused(folder: Path) -> None:
-    embeddings = Embeddings(str(folder), {**SHARDS, "/data/00001.tar": "new"})
+    embeddings = Embeddings([str(folder)], {**SHARDS, "/data/00001.tar": "new"})
     embeddings.lookup("/data/00000.tar", "key0", "caption 0")
     with pytest.raises(DataError, match="made from different contents"):
         embeddings.lookup("/data/00001.tar", "key0", "caption 0")
@@ -169,7 +167,7 @@ def test_a_shard_that_changed_is_refused(folder: Path) -> None:
 
 def test_another_encoder_is_refused_with_what_differs(folder: Path) -> None:
     with pytest.raises(ConfigError, match="weights abc, the run's is xyz"):
-        Embeddings(str(folder), SHARDS).check({**ENCODER, "weights": "xyz"})
+        Embeddings([str(folder)], SHARDS).check({**ENCODER, "weights": "xyz"})
 
 
 def test_shards_of_one_name_find_their_own_sidecar_among_several_folders(tmp_path: Path) -> None:

@@ -183,6 +183,13 @@ def test_empty() -> None:
     assert read(bytes(10240)) == ([], ["empty_shard"])
 
 
+@pytest.mark.parametrize("zeros", [1, 511, 3 << 20])
+def test_zero_bytes_after_gzip_or_between_are_padding(zeros: int) -> None:
+    data = archive(SAMPLES)
+    parts = gzip.compress(data[:700]) + bytes(zeros) + gzip.compress(data[700:]) + bytes(zeros)
+    assert read(parts) == read(data) and read(parts)[1] == []
+
+
 def test_cut_gzip_gives_what_is_whole() -> None:
     zipped = gzip.compress(archive([(name, bytes(range(256)) * 40) for name, _ in SAMPLES]), 0)
     members, problems = read(zipped[: len(zipped) // 2])

@@ -1,4 +1,4 @@
-"""Writing shards where there is no room."""
+"""Writing shards: names that readers would split otherwise, and disks without room."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.common.errors import DataError
 from data_pipeline.shards.writer import ShardWriter
 
 
@@ -28,4 +29,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, samples: int) -> None
     with pytest.raises(OSError, match="too large"), largest_file(2048), ShardWriter(str(tmp_path / "a.tar")) as shard:
         for number in range(samples):
             shard.write(str(number), {"jpg": bytes(1000), "txt": b"x"})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "extension"), [("", "jpg"), ("folder/", "jpg"), ("a.b", "jpg"), ("x/a.b", "jpg"), ("a", ""), ("a", "b/jpg")]
+)
+def test_a_name_that_readers_would_split_otherwise_is_refused(tmp_path: Path, key: str, extension: str) -> None:
+    with (
+        pytest.raises(DataError, match=r"a\.tar: key .* must end in a name without dots"),
+        ShardWriter(str(tmp_path / "a.tar")) as shard,
+    ):
+        shard.write(key, {extension: b"x"})
     assert os.listdir(tmp_path) == []

@@ -63,7 +63,7 @@ def joined(folder: Path, shards: Path) -> Embeddings:
         index = load_index(str(path))
         assert index is not None
         digests[str(path)] = index.digest
-    return Embeddings(str(folder), digests)
+    return Embeddings([str(folder)], digests)
 
 
 @pytest.mark.parametrize("kind", ["words", "t5", "hidden"])
