@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipeline.commands.prepare_item import (
     Item,
+    caption_bytes,
     file_size,
     files_below,
     hash_lines,
@@ -159,8 +160,7 @@ class FolderSource:
         if len(entry.rows) > 1 and len(texts) > 1:
             facts["captions"] = [text for text in texts if isinstance(text, str)]
             self._several.add(number)
-        first = next(iter(texts), b"")
-        return first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first, {**facts, **meta}
+        return caption_bytes(next(iter(texts), b"")), {**facts, **meta}
 
     # ---------------------------------------------------------------------------------------------------- files
 

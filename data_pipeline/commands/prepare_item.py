@@ -27,6 +27,8 @@ _OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume 
 """Folders in which systems keep copies, thumbnails or deleted files, beside hidden ones (`.ipynb_checkpoints`)."""
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?:ing)?(?=$|[-_.\d])", re.IGNORECASE)
 """Beginning of the name of a folder or file of one split of a data set."""
+_HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Surrogates, except those by which Python represents bytes that are not UTF-8 (surrogateescape)."""
 
 
 @dataclass
@@ -70,6 +72,12 @@ def several_captions(count: int) -> list[str]:
     """Return the remark that so many samples have more than one caption; none if `count` is 0."""
     words = "the .txt has the first, and 'data.captions.sources={json:captions: 1}' trains with all"
     return [f"{count} samples have several captions: {words}"] if count else []
+
+
+def caption_bytes(text: str | bytes) -> bytes:
+    """Return a caption of a table as the content of a .txt: bytes that were not UTF-8 as they stand in the table, and
+    without the half characters of JSON that was cut off (`\\ud83d`)."""
+    return text if isinstance(text, bytes) else _HALF_CHARACTERS.sub("", text).encode("utf-8", "surrogateescape")
 
 
 def nfc(name: str) -> str:

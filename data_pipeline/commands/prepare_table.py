@@ -22,6 +22,7 @@ import numpy as np
 from data_pipeline.commands.prepare_files import NamedFiles
 from data_pipeline.commands.prepare_item import (
     Item,
+    caption_bytes,
     file_size,
     hash_file,
     hash_lines,
@@ -298,7 +299,7 @@ class TableSource:
         data = self.picture(cell)
         refuse_unsupported(data, _path_of(cell) or "")
         first = captions[0] if captions else None
-        text = first.encode("utf-8", "surrogateescape") if isinstance(first, str) else first
+        text = None if first is None else caption_bytes(first)
         return Item(str(meta["source"]), f"{number:09d}", image_ending(_path_of(cell) or "", data), data, text, meta)
 
     def advice(self, reason: str) -> str:

@@ -549,6 +549,12 @@ def test_a_long_url_among_paths_costs_its_row_alone(place: Path) -> None:
         source.read(1)
 
 
+def test_half_a_character_is_left_out(place: Path) -> None:
+    (place / "metadata.jsonl").write_text('{"file_name": "1.jpg", "text": "a \\ud83d\\ude00 and half: \\ud83d"}\n')
+    sources = TableSource(str(place / "metadata.jsonl")), FolderSource(str(place))
+    assert [source.read(0).caption for source in sources] == ["a \U0001f600 and half: ".encode()] * 2
+
+
 def test_maps_of_captions_are_their_values_not_their_names(place: Path) -> None:
     kind = pa.map_(pa.string(), pa.string())
     told = pa.array([[("en", "one"), ("de", "eins")], [("text", "two")]], kind)
