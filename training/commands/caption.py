@@ -84,7 +84,7 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
     done = {"shards": len(mine), "captions": 0, "kept": 0, "bad": 0, "bytes": 0}
     captioner: Captioner | None = None
     for (_, entry, data), place in progress(mine, desc="caption", unit="shard", disable=rank[0] > 0):
-        index = index_of(entry, data, patience)
+        index = index_of(entry, data, patience, bool(data.filter.licences))
         facts = {**made_by, **_of_data(data), "shard": store.basename(entry.url), "digest": index.digest}
         if store.exists(place):
             _check_same(place, facts)

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.config import DataConfig
-from data_pipeline.shards.dataset import stored_index
-from data_pipeline.shards.index import ShardIndex, build_index
+from data_pipeline.shards.index import ShardIndex, build_index, load_index
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import abandoned
 from data_pipeline.storage.retry import Patience
@@ -69,9 +68,13 @@ def refuse_equal_names(shards: Sequence[str], places: Sequence[str], kind: str) 
         writers[place] = shard
 
 
-def index_of(entry: store.Entry, data: DataConfig, patience: Patience) -> ShardIndex:
-    """Return the stored index of a shard or, if it has no valid one, a new one, which is stored."""
-    index = stored_index(entry, data, patience)
+def index_of(entry: store.Entry, data: DataConfig, patience: Patience, licences: bool = False) -> ShardIndex:
+    """Return the stored index of a shard or, if it has no valid one, a new one, which is stored.
+
+    Args:
+        licences: an index without the licences of the pictures is not valid.
+    """
+    index = load_index(entry.url, data.index_dir, entry, patience, data.members, licences)
     return build_index(entry, data.index_dir, patience, data.members) if index is None else index
 
 

@@ -138,10 +138,10 @@ def _evaluate(config: Any) -> Iterable[str]:
     if config.action == "pareto":
         return [*keys, "results", "record", *(("bundle.dir",) if config.record else ())]
     settings, shapes = config.evaluation, config.evaluation.kind == "shapes"
-    keys += ["seed", *DEVICES, *HELDOUT, "bundle.text_path", "evaluation.reference", "evaluation.extractors"]
+    keys += ["seed", *PROCESSES, *HELDOUT, "evaluation.reference", "evaluation.extractors"]
     if config.action == "reference":
         return [*keys, "bundle.dir", "evaluation.reference_samples"]
-    keys += ["watch", *SAMPLER_KEYS]
+    keys += ["precision.dtype", "bundle.text_path", "watch", *SAMPLER_KEYS]
     keys += [
         f"evaluation.{name}" for name in ("kind", "samples", "images_per_prompt", "from_stage", "batch", "training")
     ]

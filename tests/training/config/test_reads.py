@@ -113,6 +113,7 @@ def test_every_key_of_the_tables_exists() -> None:
             "evaluate action=compare results=[a,b] guidance=3",
             "guidance: .*action=evaluate or .*, not action=compare",
         ),
+        ("evaluate action=reference bundle.text_path=x", "bundle.text_path: .* action=evaluate or .*, not action=ref"),
         ("evaluate figure=kid.x", "figure: .* it belongs to watch=true, not watch=false"),
         ("evaluate ++data.crop=random", "data.crop: cascade evaluate would not use it"),
         ("evaluate run=x", "run.dir: .* it belongs to watch=true"),
