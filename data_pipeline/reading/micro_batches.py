@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.common.pool import DaemonPool
@@ -269,4 +268,4 @@ def _decoded_ahead(work: Work) -> int:
 
 def _stack(pictures: list[np.ndarray]) -> np.ndarray:
     """Stack uint8 (H, W, 3) pictures into uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().numpy()
+    return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))

@@ -97,7 +97,7 @@ class DecodingProcess:
         environ = dict(
             os.environ,
             CUDA_VISIBLE_DEVICES="",
-            OMP_NUM_THREADS="1",
+            OMP_NUM_THREADS="1",  # of torch, which is imported to resize: data.threads threads do that in parallel
             PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
         )
         command = [*python.module("data_pipeline.reading.process"), str(theirs.fileno())]
@@ -193,10 +193,7 @@ def main(descriptor: int) -> None:
     """
     import faulthandler
 
-    import torch
-
     faulthandler.enable()
-    torch.set_num_threads(1)  # data.threads threads already resize in parallel
     wire = Wire(socket.socket(fileno=descriptor))
     work = wire.receive()
     threading.Thread(target=_end_with_trainer, args=(wire,), daemon=True).start()

@@ -83,27 +83,28 @@ def test_the_batches_are_those_of_threads(
             other.images.zero_()  # the memory is the batch's own
 
 
-def test_embeddings_come_along(photos: str, tmp_path: Path) -> None:
-    for path in Path(photos).glob("*.tar"):
+def test_embeddings_come_along(shards: str, tmp_path: Path) -> None:
+    for path in Path(shards).glob("*.tar"):
         index = index_shard(str(path))
         writer = SidecarWriter(sidecar_url(str(path), str(tmp_path)), {"digest": index.digest}, 4)
         for plain in read(replace(BASE, shards=str(path)), 8):
             for key, caption in zip(plain[0].keys, plain[0].captions, strict=True):
                 writer.add(key, caption, np.full((len(caption.split()), 4), len(caption), np.float32))
         writer.close()
-    (batch,) = read(replace(BASE, shards=photos, embeddings=str(tmp_path)), 1, own_process=True)[0]
+    (batch,) = read(replace(BASE, shards=shards, embeddings=str(tmp_path)), 1, own_process=True)[0]
     assert batch.embeddings is not None
     for caption, found in zip(batch.captions, batch.embeddings, strict=True):
         assert found.dtype == np.float32 and found.shape == (len(caption.split()), 4)
         assert np.abs(found - len(caption)).max() < 1
 
 
-def test_bad_samples_are_counted_when_they_are_consumed(photos: str, tmp_path: Path) -> None:
-    write_shards(Path(photos), [1])  # its picture is none
-    config = replace(BASE, shards=photos, max_bad_share=1.0)
+def test_bad_samples_are_counted_when_they_are_consumed(shards: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    write_shards(folder, [1])  # its picture is none
+    config = replace(BASE, shards=str(folder), max_bad_share=1.0)
     quarantine, counts = tmp_path / "quarantine.jsonl", []
     for own_process in (False, True):
-        loader = Loader(config, image_size=16, quarantine=str(quarantine), own_process=own_process)
+        loader = Loader(config, image_size=32, quarantine=str(quarantine), own_process=own_process)
         counts.append([(next(loader), dict(loader.counters))[1] for _ in range(8)])
         loader.close()
     assert counts[0] == counts[1] and counts[0][-1]["bad"] > 0
@@ -124,8 +125,8 @@ def test_a_shard_that_disappears_is_named(photos: str) -> None:
     process.close()
 
 
-def test_a_process_that_is_killed_ends_the_run_with_a_sentence(photos: str) -> None:
-    loader = Loader(replace(BASE, shards=photos), image_size=16, own_process=True)
+def test_a_process_that_is_killed_ends_the_run_with_a_sentence(shards: str) -> None:
+    loader = Loader(replace(BASE, shards=shards), image_size=32, own_process=True)
     next(loader)
     child_of(loader).kill()
     with pytest.raises(CascadeError, match=r"rank 0: the process.*was killed by signal 9 \(SIGKILL\).*prefetch_mb"):
@@ -134,17 +135,17 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence(photos: str) -> N
     loader.close()
 
 
-def test_closing_ends_it(photos: str) -> None:
+def test_closing_ends_it(shards: str) -> None:
     for consumed in (0, 2):
-        loader = Loader(replace(BASE, shards=photos), image_size=16, own_process=True)
+        loader = Loader(replace(BASE, shards=shards), image_size=32, own_process=True)
         for _ in range(consumed):
             next(loader)
         loader.close()
         assert child_of(loader).returncode is not None
 
 
-def test_signals_are_the_trainers_to_act_on(photos: str) -> None:
-    loader = Loader(replace(BASE, shards=photos), image_size=16, own_process=True)
+def test_signals_are_the_trainers_to_act_on(shards: str) -> None:
+    loader = Loader(replace(BASE, shards=shards), image_size=32, own_process=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         child_of(loader).send_signal(number)
     for _ in range(20):
@@ -157,15 +158,15 @@ TRAINER = """
 import sys, time
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.loader import Loader
-loader = Loader(DataConfig(shards=sys.argv[1], global_batch=8), image_size=16, own_process=True)
+loader = Loader(DataConfig(shards=sys.argv[1], global_batch=8), image_size=32, own_process=True)
 next(loader)
 print(loader._decoding._process.pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_it_ends_with_its_trainer(photos: str) -> None:
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, photos], stdout=subprocess.PIPE, text=True)
+def test_it_ends_with_its_trainer(shards: str) -> None:
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, shards], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     child = int(trainer.stdout.readline())
     assert is_alive(child)
@@ -175,8 +176,8 @@ def test_it_ends_with_its_trainer(photos: str) -> None:
     wait_for(lambda: not is_alive(child))
 
 
-def test_what_it_logs_is_logged_here(photos: str, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
-    for path in Path(photos).glob("*.tar"):
+def test_what_it_logs_is_logged_here(shards: str, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    for path in Path(shards).glob("*.tar"):
         store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
     read(replace(BASE, shards=f"s3://{bucket}/*.tar", prefetch_mb=0), 1, own_process=True)
     (advice,) = (record for record in caplog.records if "samples are requested one by one" in record.getMessage())
@@ -224,6 +225,15 @@ def test_a_bug_in_receiving_ends_the_wait(photos: str, bucket: str) -> None:
 class _Unsendable(Exception):
     def __reduce__(self) -> Any:
         raise TypeError("cannot be sent")
+
+
+def test_pictures_of_the_stages_size_are_read_without_torch(shards: str) -> None:
+    """Which takes a second to import, in each process."""
+    loader = Loader(replace(BASE, shards=shards), image_size=32, low_res_size=8, own_process=True)
+    next(loader)
+    loaded = Path(f"/proc/{child_of(loader).pid}/maps").read_text()
+    loader.close()
+    assert "_multiarray_umath" in loaded and "libtorch" not in loaded
 
 
 @pytest.mark.parametrize(
