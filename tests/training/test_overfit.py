@@ -51,11 +51,11 @@ def test_a_base_stage_learns_eight_photographs(text: tuple[Tensor, Tensor]) -> N
     torch.set_num_threads(1)
     pictures = tensors([training_pair(photo["jpg"], size=64) for photo in PHOTOS], 0)
     structure = UNetConfig(
-        widths=(96, 192), blocks=(1, 1), self_attention=(False, True), patch=8, cond_dim=128, head_dim=32, text_dim=64
+        widths=(64, 128), blocks=(1, 1), self_attention=(False, True), patch=16, cond_dim=128, head_dim=32, text_dim=64
     )
     unet = UNet(structure)
     config = DiffusionConfig(parametrization="x0", max_weight=2.0, text_drop=0.0)
-    learn(unet, pictures, text, config, steps=200, lr=3e-3)
+    learn(unet, pictures, text, config, steps=120, lr=3e-3)
     sampler = SamplerConfig(steps=8, guidance=1.0)
     drawn = sample_stage(unet, *text, config=config, sampler=sampler, image_size=64, seeds=range(8))
     truth = to_unit(pictures).flatten(1)
@@ -72,11 +72,11 @@ def test_a_super_resolution_stage_learns_their_crops(text: tuple[Tensor, Tensor]
     pairs = [training_pair(photo["jpg"], size=256, low_res_size=64, crop_size=64) for photo in PHOTOS]
     high, low = tensors(pairs, 0), tensors(pairs, 1)
     structure = UNetConfig(
-        widths=(32, 64), blocks=(1, 1), self_attention=(False, False), patch=2, cond_dim=64, text_dim=64, low_res=True
+        widths=(24, 48), blocks=(1, 1), self_attention=(False, False), patch=4, cond_dim=64, text_dim=64, low_res=True
     )
     unet = UNet(structure)
     config = DiffusionConfig(parametrization="x0", max_weight=2.0, text_drop=0.0, residual=True, aug_max=0.02)
-    learn(unet, high, text, config, steps=130, lr=2e-3, low_res=low, image_size=256)
+    learn(unet, high, text, config, steps=90, lr=2e-3, low_res=low, image_size=256)
     sampler = SamplerConfig(steps=4, guidance=1.0, aug_level=0.0, threshold="static")
     drawn = sample_stage(unet, *text, config=config, sampler=sampler, image_size=64, seeds=range(8), low_res=low)
 
