@@ -40,18 +40,27 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Reading(torch.overrides.TorchFunctionMode):
-    """Counts `Tensor.tolist`, `cpu` and `numpy`, which ask the dispatcher nothing where the tensor is on a CPU."""
+class Reading:
+    """Counts what this thread asks of `Tensor.tolist`, `cpu` and `numpy`: of a tensor in host memory these ask the
+    dispatcher nothing."""
 
     def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
         self.counts = counts
         self.paused = False
+        self.thread = threading.get_ident()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.paused and getattr(func, "__name__", "") in ("tolist", "cpu", "numpy"):
-            self.counts[f"Tensor.{func.__name__}"] += 1
-        return func(*args, **(kwargs or {}))
+    def watch(self) -> None:
+        """Only these methods, since a mode of torch would look at every call of a step."""
+        for name in ("tolist", "cpu", "numpy"):
+            setattr(torch.Tensor, name, self._counting(name, getattr(torch.Tensor, name)))
+
+    def _counting(self, name: str, method: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if not self.paused and threading.get_ident() == self.thread:
+                self.counts[f"Tensor.{name}"] += 1
+            return method(*args, **kwargs)
+
+        return counted
 
 
 class Objects:
@@ -85,7 +94,7 @@ def main(config: Experiment) -> dict[str, Any]:
         begin(self)
         objects.watch()
         counting.__enter__()
-        reading.__enter__()
+        reading.watch()
 
     def counted(self: Session, healthy: bool) -> Any:
         steps.append(dict(counting.counts))

@@ -15,7 +15,6 @@ from tests.training import forks
 from tests.training.runs import curve, experiment, metrics, newest
 from tests.training.text.tiny_models import tiny_model
 from training.cascade.cascade import Cascade
-from training.cli import main as cli
 from training.commands import embed
 from training.config.commands import EmbedCommand, PlanCommand
 from training.config.experiment import Experiment, TextConfig
@@ -128,7 +127,8 @@ def test_a_sweep_over_weights_of_a_mixture(folders: list[str], tmp_path: Path) -
     pairs = [f"[{{name: a, shards: '{folders[0]}', weight: {w}}}, {{name: b, shards: '{folders[1]}'}}]" for w in (1, 3)]
     words = ["stage.model.preset=tiny_base", "text.dim=32", "data.global_batch=8", "zero=zero2", "train.steps=2"]
     words += ["train.log_every=1", "train.sample_every=0", "tracking=disabled", f"run.dir={tmp_path}/a run"]
-    cli.main(["train", "--multirun", *words, "cluster.threads=1", f"data.shards={','.join(pairs)}"])
+    done = forks.command("train", "--multirun", *words, "cluster.threads=1", f"data.shards={','.join(pairs)}")
+    assert done.returncode == 0, done.stderr
     shares = [json.loads(file.read_text().splitlines()[-1]) for file in sorted(tmp_path.glob("a run/*/metrics.jsonl"))]
     assert sorted(line["samples_dataset/a"] for line in shares) == [8, 12]
 
