@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, command_for
 from training.plan.checks import check_named
 from training.processes.endings import (
     DeviceLost,
@@ -87,6 +87,8 @@ def _ended(config: Experiment) -> dict[str, Any] | None:
     print(f"{run.path}: complete, all {done} steps are done; raise train.steps{beyond} to continue")
     for change in changes:
         print(f"changed since, with no effect on training: {change}")
+    for line in _what_is_there(config, done):
+        print(line)
     return {"step": done, "run_dir": str(run.path), "complete": True}
 
 
@@ -191,6 +193,10 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 f"all {done} steps are done, but the last checkpoint was not written: free up space or fix the "
                 f"store; the same command resumes {from_where(session.saving.last_step)}"
             )
+        if ranks.is_main and not early:
+            log.info("%s: complete, all %d steps are done; checkpoint %s", config.run.dir, done, session.saving.place)
+            for line in _what_is_there(config, done):
+                log.info(line)
         exit_code = EXIT_DONE
         return session.summary(loss, done)
     except CascadeError as error:  # raised on all ranks, so a checkpoint in progress can still be finished
@@ -212,6 +218,18 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
 def _is_due(every: int, step: int, last: bool) -> bool:
     """Return whether that which happens every `every` steps (0: never), and after the last one, is due after `step`."""
     return bool(every) and (step % every == 0 or last)
+
+
+def _what_is_there(config: Experiment, step: int) -> list[str]:
+    """Return where the samples of a run are that is complete, and what to do next, as far as that is known."""
+    sheet = RunDir(config).sample_file(step)
+    lines = [f"samples: {sheet}"] if os.path.exists(sheet) else []
+    stages = {os.path.basename(os.path.normpath(one)): one for one in config.bundle.runs}
+    if stages.get(config.stage.name) == config.run.dir:
+        to_do = [name for name, one in stages.items() if not os.path.exists(os.path.join(one, "config.yaml"))]
+        further = command_for("train", config, stage=to_do[0]) if to_do else command_for("bundle", config)
+        lines.append(f"next: {further}")
+    return lines
 
 
 def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,32 @@ def test_the_run_directory_explains_itself(whole: Experiment) -> None:
 
 def test_progress_reads_well_in_a_log(whole: Experiment) -> None:
     log = next(Path(whole.run.dir).parent.glob("forks-*/output")).read_text()
+    made = [f"{whole.run.dir}: complete, all {STEPS} steps are done; checkpoint {store(whole).folder}/step-00000010"]
+    assert log.splitlines()[-2:] == [*made, f"samples: {whole.run.dir}/samples/step-00000010.png"]
     assert log.count("step 10/10 [####################] 100%") == 1, "only rank 0 speaks"
     assert "images/s" in log and "left" in log and "\r" not in log
 
 
 def test_a_complete_run_says_so(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(whole)["complete"]
-    assert f"complete, all {STEPS} steps are done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"complete, all {STEPS} steps are done" in said
+    assert said.splitlines()[-1] == f"samples: {whole.run.dir}/samples/step-00000010.png", "in no bundle"
+
+
+def test_it_names_the_command_that_comes_next(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    base, sr = whole.run.dir, f"{whole.run.dir}-sr/other"
+    config = replace(whole, stage=replace(whole.stage, name=Path(base).name), run=replace(whole.run, name="mine"))
+    config.bundle = replace(whole.bundle, runs=[base, sr])
+    assert next_step(config, capsys) == "next: cascade train experiment=mine stage=other"
+    Path(sr).mkdir(parents=True)
+    Path(sr, "config.yaml").write_text("")
+    assert next_step(config, capsys) == "next: cascade bundle experiment=mine"
+
+
+def next_step(config: Experiment, capsys: pytest.CaptureFixture[str]) -> str:
+    main(config)
+    return capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

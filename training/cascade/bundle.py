@@ -30,7 +30,7 @@ from training.checkpoint.provenance import code_version
 from training.checkpoint.safetensors import Digest, chunks, open_tensors
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config.diffusion import TAUGHT
-from training.config.experiment import Experiment, StageConfig, TextConfig
+from training.config.experiment import Experiment, StageConfig, TextConfig, command_for
 from training.config.unet import UNetConfig, for_stage
 from training.model.alignment import BESIDE
 from training.model.lora import merged, weights_sha256
@@ -41,9 +41,7 @@ INDEX, CARD = "bundle.json", "README.md"
 FORMAT = 1
 PLAIN_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """Valid name of a weights file: one in the bundle's own directory."""
-HOW_TO = (
-    'from training.cascade import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
-)
+HOW_TO = 'from cascade_t2i import Cascade; images = Cascade.from_pretrained("{path}").generate(["a caption"], seed=0)'
 T = TypeVar("T")
 
 
@@ -76,6 +74,7 @@ def main(config: Experiment) -> dict[str, Any]:
     for stage in written["stages"]:
         print(f"{stage['name']}: {stage['parameters'] / 1e6:.1f}M parameters of step {stage['origin']['step']}")
     print(f"{config.bundle.dir}: bundle of {len(bundle.stages)} stages")
+    print(f"next: {command_for('sample', config)}")
     brief = ("name", "file", "bytes", "sha256", "parameters", "origin")
     return {"bundle": config.bundle.dir, "stages": [{key: stage[key] for key in brief} for stage in written["stages"]]}
 
@@ -306,8 +305,13 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
 # ------------------------------------------------------------------------------------------------- on disk
 
 
-def write(path: str, bundle: Bundle) -> dict[str, Any]:
-    """Write a bundle directory or s3:// prefix; return the content of its `bundle.json`."""
+def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, Any]:
+    """Write a bundle directory or s3:// prefix; return the content of its `bundle.json`.
+
+    Args:
+        address: where it will be opened from, for its card; None: `path`.
+    """
+    address = address or path
     folder = open_folder(path)
     folder.remove(INDEX)
     stages = []
@@ -330,12 +334,12 @@ def write(path: str, bundle: Bundle) -> dict[str, Any]:
         )
     content = {
         "format": FORMAT,
-        "index": _readme(path, stages),
+        "index": _readme(address, stages),
         "text": asdict(bundle.text),
         "stages": stages,
         "code": code_version(),
     }
-    folder.write(CARD, [model_card(path, content).encode()])
+    folder.write(CARD, [model_card(address, content).encode()])
     folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
     return content
 

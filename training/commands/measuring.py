@@ -413,7 +413,11 @@ class Evaluation:
     def _remarks(self, n: Mapping[str, int], widths: Mapping[str, int]) -> list[str]:
         found = []
         if n["prompts"] < self.settings.samples:
-            found.append(f"evaluation.samples={self.settings.samples}, but there are only {n['prompts']} captions")
+            what, key = ("prompts", "prompts") if self.settings.prompts else ("captions", "reference")
+            found.append(
+                f"evaluation.{key}={getattr(self.settings, key)} has {n['prompts']} {what}, fewer than "
+                f"evaluation.samples={self.settings.samples}: all were drawn, and more would narrow the intervals"
+            )
         wanted = self.settings.reference_samples
         if self.settings.kind == "pictures" and wanted > n["reference"]:
             found.append(f"evaluation.reference_samples={wanted}, but there are only {n['reference']} pictures")

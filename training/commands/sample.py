@@ -34,7 +34,7 @@ from training.cascade.prompts import read_lines, read_prompts
 from training.cascade.requests import DAMAGED, Drawing, as_list, number_drawings, opened, plan_sizes, plan_stages
 from training.commands import layouts
 from training.config.commands import SampleCommand
-from training.config.experiment import Experiment
+from training.config.experiment import Experiment, command_for
 from training.engine.base import DTYPES
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials
@@ -119,6 +119,8 @@ def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     # with several processes, only the last one to finish finds all pictures
     if all((output / f"{job.name}.png").exists() for job in jobs):
         result |= _together(config, output, jobs, request.stages, prompts, lines)
+        if config.prompts is None and not config.from_bundle:
+            print(f"next: {command_for('evaluate', config)}")
     return result | {"seconds": round(time.monotonic() - began, 3)}
 
 
@@ -151,6 +153,7 @@ def _together(
 ) -> dict[str, Any]:
     """Write and measure what needs all pictures; return `grid`, `diversity` and `layout` of the result."""
     found: dict[str, Any] = {"grid": str(write_grid(output, jobs[:GRID_CELLS], stages, config.sampling.columns))}
+    print(f"{output}: {len(jobs)} picture{'s' * (len(jobs) > 1)}")
     print(f"{found['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
     if len({job.prompt for job in jobs}) < len(jobs):
         found["diversity"] = measure_diversity(output, jobs)

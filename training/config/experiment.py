@@ -8,6 +8,7 @@ unknown keys and wrong types, `__post_init__` refuses invalid values, and `plan/
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -624,3 +625,12 @@ class Experiment:
     def starts_from(self) -> str | None:
         """The run, checkpoint or bundle whose weights a new run starts from; None: random weights."""
         return self.train.init_from or (self.distill.teacher if self.distill.steps else None)
+
+
+def command_for(verb: str, config: Experiment, **more: str) -> str:
+    """Return the command of another step of the same experiment, with some of its keys, for the user to type."""
+    name, bundle = config.run.name, config.bundle.dir
+    keys = ({"experiment": name} if name != RunConfig.name else {}) | more
+    if verb in ("sample", "evaluate") and bundle != f"runs/{name}/bundle":
+        keys["bundle.dir"] = bundle
+    return shlex.join(["cascade", verb, *(f"{key}={value}" for key, value in keys.items())])

@@ -53,7 +53,9 @@ def test_bundle_holds_the_averaged_weights_of_the_newest_checkpoints(runs: list[
     assert content["text"]["dim"] == 32 and content["stages"][1]["config"]["low_res_size"] == 16
     card = (tmp_path / "bundle" / "README.md").read_text()
     assert "| sr | 16 -> 32 px |" in card and "Cascade.from_pretrained" in card and "pipeline_tag" in card
-    assert "bundle of 2 stages" in capsys.readouterr().out
+    *_, made, further = capsys.readouterr().out.splitlines()
+    assert made == f"{tmp_path}/bundle: bundle of 2 stages"
+    assert further == f"next: cascade sample experiment=demo bundle.dir={tmp_path}/bundle"
     json.dumps(answer)
 
 

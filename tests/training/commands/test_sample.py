@@ -54,7 +54,10 @@ def test_one_png_per_prompt_with_everything_in_its_metadata(bundle: str, tmp_pat
         assert Image.open(tmp_path / "base" / name).size == (16, 16)
     expected = Cascade.from_pretrained(bundle).generate(PROMPTS, "blurry", guidance=[3, 1], seed=4)
     assert np.array_equal(np.asarray(Image.open(tmp_path / names[1])), np.asarray(expected[1]))
-    assert "grid.png: 2 of 2 pictures" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{tmp_path}: 2 pictures",
+        f"{tmp_path}/sheet/grid.png: 2 of 2 pictures",
+    ]
 
 
 def test_the_grid_shows_base_beside_final(bundle: str, tmp_path: Path) -> None:
