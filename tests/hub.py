@@ -61,6 +61,12 @@ class _Answers(BaseHTTPRequestHandler):
         self.hub.log.append((self.command, path, asked))
         if self.hub.failing:
             return self._answer(self.hub.failing.pop(0), b"{}")
+        if path == "api/repos/create":
+            name = "{organization}/{name}".format(**json.loads(body))
+            self.hub.repositories.add(f"models/{name}")
+            return self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
+        if path == "api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
         words = path.removeprefix("api/").split("/")
         words = words if words[0] in ("datasets", "models") else ["models", *words]
         repository, rest = "/".join(words[:3]), words[3:]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import ConfigError, DataError, of_file
+from data_pipeline.storage.retry import describe_error
 from training.cascade import bundle
 from training.cascade.names import CALL, METHODS, named_as, refuse_call, refuse_generate, refuse_loading, size_of
 from training.cascade.requests import (
@@ -135,9 +136,12 @@ class Cascade:
         """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content."""
         if not str(path):
             raise ConfigError("save: the path is empty; name a directory")
+        self._write(str(path))
+
+    def _write(self, path: str, address: str | None = None) -> None:
         weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
         try:
-            bundle.write(str(path), bundle.Bundle(pinned(self.text), weights))
+            bundle.write(path, bundle.Bundle(pinned(self.text), weights), address)
         except OSError as error:
             raise of_file(error) from error
 
@@ -151,16 +155,14 @@ class Cascade:
 
         hub = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            self._write(folder, repo_id)
             try:
                 hub.create_repo(repo_id, private=private, exist_ok=True)
                 done = hub.upload_folder(
                     repo_id=repo_id, folder_path=folder, commit_message=message or "cascade bundle"
                 )
-            except (OSError, ValueError, RuntimeError) as error:
-                raise DataError(
-                    f"push_to_hub: {repo_id} was not uploaded ({' '.join(str(error).split())[:200]})"
-                ) from error
+            except Exception as error:  # of its client for HTTP, of which it has had several
+                raise DataError(f"push_to_hub: {repo_id} was not uploaded ({describe_error(error)[:200]})") from error
         return str(done)
 
     def to(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,11 @@ import torch
 from PIL import Image
 
 from data_pipeline.common.errors import CascadeError, ConfigError, DataError
+from tests.hub import Hub
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +188,44 @@ def test_devices_and_places_that_do_not_exist(cascade: Cascade, tmp_path: Path) 
         cascade.save(str(tmp_path / "file"))
 
 
-def test_the_hub_out_of_reach_is_one_sentence(cascade: Cascade, monkeypatch) -> None:
-    import huggingface_hub
+TO_THE_HUB = """
+import os, sys
+from data_pipeline.common.errors import DataError
+from training.cascade import Cascade
+cascade = Cascade.from_pretrained(sys.argv[1])
+for name in ("me", "me"):
+    try:
+        print(cascade.push_to_hub(f"{name}/shapes"))
+    except DataError as error:
+        print(error)
+"""
 
-    def unreachable(*arguments, **options):
-        raise OSError("no route to the Hub")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)
-    with pytest.raises(DataError, match=r"push_to_hub: me/cascade was not uploaded \(no route"):
-        cascade.push_to_hub("me/cascade")
+def pushed(bundle: str, endpoint: str) -> list[str]:
+    """Upload a bundle twice, in a process of its own; return what it says."""
+    environ = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TO_THE_HUB, bundle], capture_output=True, text=True, env=environ, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_bundle_on_the_hub_is_the_one_that_was_uploaded(cascade: Cascade, tmp_path: Path) -> None:
+    cascade.save(str(tmp_path / "made"))
+    with Hub() as hub:
+        said = pushed(str(tmp_path / "made"), hub.endpoint)
+        kept = {name: data for (place, name), data in hub.files.items() if place == "models/me/shapes"}
+    assert len(said) == 2 and all(line.startswith(f"{hub.endpoint}/") for line in said), said
+    for file in (tmp_path / "made").glob("*.safetensors"):
+        assert kept.pop(file.name) == file.read_bytes()
+    card = kept.pop("README.md").decode()
+    assert 'Cascade.from_pretrained("me/shapes")' in card and "/tmp" not in card
+    assert "me/shapes" in json.loads(kept.pop("bundle.json"))["index"]["use"]
+    assert set(kept) <= {".gitattributes"}
+
+
+def test_the_hub_out_of_reach_is_one_sentence(cascade: Cascade, tmp_path: Path) -> None:
+    cascade.save(str(tmp_path / "made"))
+    said = pushed(str(tmp_path / "made"), "http://127.0.0.1:9")
+    assert len(said) == 2 and all(line.startswith("push_to_hub: me/shapes was not uploaded (") for line in said), said
