@@ -20,16 +20,22 @@ HERE = Path(__file__).parent
 
 def outcomes(module: str, folder: Path, cases: list[list[Any]]) -> dict[str, list[str]]:
     """Return what `tried` finds in a process of its own: `module`, given `folder` and the cases, prints it."""
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler")
-    library = folder / "failing.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, HERE / "failing_files.c", "-ldl"], check=True)
+    library = build(folder)
     done = subprocess.run(
         [sys.executable, "-m", module, str(folder), json.dumps(cases)], cwd=HERE.parents[2],
         env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def build(folder: Path) -> Path:
+    """Return the library to preload; its path must not contain a space."""
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    library = folder / "failing.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, HERE / "failing_files.c", "-ldl"], check=True)
+    return library
 
 
 def tried(ways: dict[str, Callable[[], Any]], place: str, cases: list[list[Any]]) -> dict[str, list[str]]:
