@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from typing import Any, TypeVar
 
 C = TypeVar("C")
-_schemas: dict[type, tuple[Any, Any]] = {}
-"""Settings classes as OmegaConf sees them, and their defaults: to read one takes longer than to build an instance."""
+_schemas: dict[type, tuple[bytes, Any]] = {}
+"""Settings classes as OmegaConf sees them, pickled, and their defaults: to read one takes longer than to build an
+instance, and to copy one much longer than to unpickle it."""
 
 
 def from_plain(schema: type[C], settings: Any) -> C:
@@ -21,9 +23,11 @@ def from_plain(schema: type[C], settings: Any) -> C:
 
     if schema not in _schemas:
         structured = OmegaConf.structured(schema)
-        _schemas[schema] = structured, OmegaConf.to_container(structured)
-    structured, defaults = _schemas[schema]
-    merged: Any = OmegaConf.to_object(OmegaConf.merge(structured, literal(_changed(settings, defaults))))
+        _schemas[schema] = pickle.dumps(structured), OmegaConf.to_container(structured)
+    pickled, defaults = _schemas[schema]
+    merged: Any = OmegaConf.to_object(
+        OmegaConf.unsafe_merge(pickle.loads(pickled), literal(_changed(settings, defaults)))
+    )
     assert isinstance(merged, schema)
     return merged
 
