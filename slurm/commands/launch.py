@@ -106,7 +106,9 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
         check_before_submission(jobs, config.cluster.kind)
+    frozen = {folder: freeze(folder) for folder in {job.code for job in jobs}}
     for job in jobs:
+        job.code = frozen[job.code]
         write_job(job)
     if local and len(jobs) > 1:
         print(drawing(entries), flush=True)
@@ -237,6 +239,7 @@ def _job(
     kind = config.cluster.kind
     ending = emitter(kind).ENDING if kind in EMITTED else ENDINGS[kind]
     path = (Path(script) if script else next_script(home / "launch", entry.verb, taken, ending)).absolute()
+    shared = [*(job.code.parent for job, _ in SWEPT), *(job.code for job in others)]  # those of a sweep are frozen
     title = " ".join(f"cascade {entry.verb} {shlex.join(word.lstrip('+') for word in words)}".split())
     text = FROZEN.format(title=title, verb=entry.verb, settings=OmegaConf.to_yaml(cfg))
     job = Job(
@@ -246,7 +249,7 @@ def _job(
         config=config,
         script=path,
         settings=path.with_suffix(".yaml") if script else path.parent / f"{path.name.partition('.')[0]}.yaml",
-        code=next((other.code for other in [*(job for job, _ in SWEPT), *others]), home / "launch" / "code"),
+        code=next(iter(shared), home / "launch" / "code"),
         title=title,
         frozen=text,
         home=home,
@@ -312,9 +315,8 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
 
 
 def write_job(job: Job) -> None:
-    """Write the script, the settings and the code."""
+    """Write the script and the settings."""
     job.script.parent.mkdir(parents=True, exist_ok=True)
-    job.code = freeze(job.code)
     job.settings.write_text(job.frozen)
     job.script.write_text(script_text(job))
     log_of(job).parent.mkdir(parents=True, exist_ok=True)  # Slurm does not create it

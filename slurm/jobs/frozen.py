@@ -34,8 +34,9 @@ def freeze(folder: Path) -> Path:
         UserError: the code contains large files.
     """
     sources = {name: _place(name) for name in PACKAGES}
-    _check_size(sources)
-    target = folder / _digest(sources)
+    files = {name: _files(source) for name, source in sources.items()}
+    _check_size([path for paths in files.values() for path in paths])
+    target = folder / _digest(sources, files)
     if target.exists():
         return target
     scratch = folder / f".{target.name}.{os.getpid()}"
@@ -66,8 +67,8 @@ def _files(source: Path) -> list[Path]:
     ]
 
 
-def _check_size(sources: dict[str, Path]) -> None:
-    sizes = {path: path.stat().st_size for source in sources.values() for path in _files(source)}
+def _check_size(files: list[Path]) -> None:
+    sizes = {path: path.stat().st_size for path in files}
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
         raise UserError(
@@ -82,9 +83,9 @@ def _place(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))).resolve()
 
 
-def _digest(sources: dict[str, Path]) -> str:
+def _digest(sources: dict[str, Path], files: dict[str, list[Path]]) -> str:
     digest = hashlib.sha256()
     for name, source in sources.items():
-        for path in _files(source):
+        for path in files[name]:
             digest.update(f"{name}/{path.relative_to(source)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -170,6 +170,7 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
     for run in runs:
         settings = OmegaConf.load(run / "launch/train-001.yaml")
         assert (here / settings.run.dir).samefile(run) and str(settings.optimizer.lr) == run.name.partition("=")[2]
+    assert len(list((here / "runs").rglob("frozen.json"))) == 1, "one copy of the code for all"
 
 
 @pytest.mark.parametrize(
