@@ -11,7 +11,7 @@ slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
 gpu error                   torch's error `says` in phase forward of the step (step 0: while the text encoder is loaded)
-elsewhere                   the rank has another run directory, `place`, as on a node that does not share the first
+elsewhere                   `SECTION.dir` of the rank is `place`, as on a node that does not share it with the others
 missing                     the package `module` is not installed
 gpus                        what torch sees of `count` GPUs; with 0, CUDA says `says`
 small files, room           from the end of the step on no file can be larger than `bytes` (a full disk); as before
@@ -137,7 +137,7 @@ def main(config: Experiment) -> dict[str, Any]:
         setattr(training.run.watchdog, name, seconds)
     retry.HURRY_S = next((event["seconds"] for event in events if event["what"] == "hurry"), retry.HURRY_S)
     for event in (e for e in events if e["what"] == "elsewhere"):
-        config.run.dir = event["place"]
+        getattr(config, event["section"]).dir = event["place"]
     for event in (e for e in events if e["what"] == "missing"):
         sys.modules[event["module"]] = None  # type: ignore[assignment]
     for event in (e for e in events if e["what"] == "gpus"):

@@ -66,7 +66,11 @@ def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Pa
 @pytest.mark.parametrize(
     ("event", "sentence"),
     [
-        ({"what": "elsewhere", "rank": 1, "place": "/nowhere/run"}, "run.dir=/nowhere/run: rank 1 on "),
+        ({"what": "elsewhere", "rank": 1, "section": "run", "place": "/nowhere"}, "run.dir=/nowhere: rank 1 on "),
+        (
+            {"what": "elsewhere", "rank": 1, "section": "checkpoint", "place": "/nowhere"},
+            "checkpoint.dir=/nowhere: rank 1 on ",
+        ),
         ({"what": "missing", "rank": 0, "module": "tensorboardX"}, "trackers.tensorboard=true: it needs "),
     ],
 )

@@ -14,13 +14,15 @@ from statistics import median
 from typing import Any
 
 from data_pipeline.common.errors import DataError, system_words
+from training.checkpoint.attempts import record_name
 from training.checkpoint.downloads import Share, shared_downloads
 from training.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from training.checkpoint.writer import CheckpointWriter
 from training.config.experiment import Experiment
 from training.engine.base import Snapshot
-from training.processes.collectives import together
+from training.processes.collectives import each, together
 from training.processes.endings import NotFinite
+from training.processes.failures import node_name
 from training.processes.interval import HISTORY, best_interval, between_failures, failures_of, ran_seconds
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir, json_lines
@@ -104,12 +106,27 @@ class Saving:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise DataError(f"checkpoint.dir={self.run.checkpoints}: {system_words(error)}") from error
+        each(self._check_shared, self.ranks)
         if checkpoint is not None:
             self.writer.last_step = self._announced = checkpoint.step
             self._last, self._next = checkpoint.step, checkpoint.step + FIRST
             self.recent_rollbacks = checkpoint.meta.get("counters", {}).get("rollbacks", 0)
             self.rollbacks = checkpoint.meta.get("rollbacks", self.recent_rollbacks)
         return checkpoint
+
+    def _check_shared(self) -> None:
+        """Check that this rank sees where rank 0 keeps the checkpoints: what it writes elsewhere would be missing at
+        the next start.
+
+        Raises:
+            DataError: it does not.
+        """
+        if "://" not in self.run.checkpoints and self.store.folder.size(record_name(self.store.attempt)) is None:
+            raise DataError(
+                f"checkpoint.dir={self.run.checkpoints}: rank {self.ranks.rank} on {node_name()} does not see what "
+                f"rank 0 has written there; choose a checkpoint.dir on a file system that all nodes share, or in an "
+                f"object store"
+            )
 
     def save(
         self,
