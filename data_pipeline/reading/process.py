@@ -92,6 +92,7 @@ class DecodingProcess:
     """
 
     def __init__(self, work: Work) -> None:
+        parts = pickled(work)  # not in the thread: from here on the trainer may change what its data set caches
         ours, theirs = socket.socketpair()
         self._rank, self._wire, self._closed = work.rank, Wire(ours), False
         environ = dict(
@@ -109,7 +110,6 @@ class DecodingProcess:
             theirs.close()
         self._received: queue.Queue[MicroBatch | BaseException] = queue.Queue(-(-work.share // work.micro_batch))
         self._failure: BaseException | None = None
-        parts = pickled(work)  # not in the thread: from here on the trainer may change what its data set caches
         threading.Thread(target=self._receive, args=(parts,), name="loader", daemon=True).start()
 
     def __iter__(self) -> Iterator[MicroBatch]:
