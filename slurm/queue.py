@@ -15,13 +15,15 @@ from data_pipeline.common.errors import UserError
 from slurm.array import tasks_of
 from slurm.client import PATIENCE_S, ask, clean_environment
 from slurm.jobs.graph import BEGUN
-from slurm.jobs.records import EVENTS, WAITING, submissions
+from slurm.jobs.records import EVENTS, submissions
 from slurm.local import local_state
 from slurm.options import EXCLUSIVE
 from training.run.directory import json_lines
 
 LAST = 10
 """How many of a run's latest jobs to look up in the queue."""
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""States in squeue(1) of a job that does not run yet, or not again yet."""
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",

@@ -73,36 +73,10 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         ConfigError: a setting that the launcher or the submitted command would refuse.
         SystemExit: a job on this machine failed.
     """
-    local = config.cluster.kind == "local"
+    local, in_sweep = config.cluster.kind == "local", is_sweep()
     words = [*given_overrides(), *config.overrides]
     entries = plan_entries(config, words)
-    if local and len(entries) == 1:
-        raise ConfigError(
-            f"cluster=local: a single command needs no launch: `cascade {entries[0].verb} ...` is the same; verb=all "
-            f"or a list of commands runs here in order, and cluster=slurm submits"
-        )
-    in_sweep = is_sweep()
-    if config.at_once and not local and not in_sweep:
-        raise ConfigError(
-            f"at_once={config.at_once}: the scheduler decides this; use it only with cluster=local or --multirun"
-        )
-    if config.cluster.kind in EMITTED and (in_sweep or config.script):
-        raise ConfigError(
-            f"cluster.kind={config.cluster.kind}: script= and --multirun are for Slurm; launch each value separately"
-        )
-    if config.cluster.kind in EMITTED:
-        emitter(config.cluster.kind).check_launch(config)
-    if is_search():
-        raise ConfigError(
-            "hydra/sweeper: it chooses values by the results of earlier runs, but a launch only submits; use it with "
-            "`cascade train` inside an allocation"
-        )
-    if in_sweep and len(entries) > 1:
-        raise ConfigError("--multirun: a sweep is one job array of one command; sweep verb=train, for example")
-    if config.script and len(entries) > 1:
-        raise ConfigError(
-            f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out"
-        )
+    check_launch(config, entries)
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
         check_before_submission(jobs, config.cluster.kind)
@@ -125,6 +99,48 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     if any(codes.values()):
         raise SystemExit(next(code for code in codes.values() if code))
     return {**answers[0], "dry_run": config.dry_run, "jobs": answers}
+
+
+def check_launch(config: LaunchCommand, entries: list[GraphNode]) -> None:
+    """Check that the target, a sweep and a script of one's own can do what is asked.
+
+    Raises:
+        ConfigError: they cannot; it names the key and what to do instead.
+    """
+    kind, in_sweep, several = config.cluster.kind, is_sweep(), len(entries) > 1
+    refusals = [
+        (
+            kind == "local" and not several,
+            f"cluster=local: a single command needs no launch: `cascade {entries[0].verb} ...` is the same; verb=all "
+            f"or a list of commands runs here in order, and cluster=slurm submits",
+        ),
+        (
+            config.at_once and kind != "local" and not in_sweep,
+            f"at_once={config.at_once}: the scheduler decides this; use it only with cluster=local or --multirun",
+        ),
+        (
+            kind in EMITTED and (in_sweep or config.script),
+            f"cluster.kind={kind}: script= and --multirun are for Slurm; launch each value separately",
+        ),
+        (
+            is_search(),
+            "hydra/sweeper: it chooses values by the results of earlier runs, but a launch only submits; use it with "
+            "`cascade train` inside an allocation",
+        ),
+        (
+            in_sweep and several,
+            "--multirun: a sweep is one job array of one command; sweep verb=train, for example",
+        ),
+        (
+            config.script and several,
+            f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise ConfigError(sentence)
+    if kind in EMITTED:
+        emitter(kind).check_launch(config)
 
 
 def given_overrides() -> list[str]:

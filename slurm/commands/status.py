@@ -16,12 +16,14 @@ from slurm.jobs.graph import JOBS
 from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
 from slurm.jobs.remedies import remedy
 from slurm.pages.page import status_html
-from slurm.queue import job_states, living
+from slurm.queue import job_states
 from training.config.commands import COMMANDS, StatusCommand
 from training.processes.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from training.run.directory import replace_file, try_to_write
 from training.run.reporting.tracking import duration
 
+ALIVE = ("pending", "running", "unknown")
+"""States of a job that has not ended, as far as anybody knows."""
 WRITES_ON_S = 60.0
 """Seconds for which a training may still write after Slurm has begun to end it."""
 STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
@@ -45,9 +47,10 @@ def main(config: StatusCommand) -> dict[str, Any]:
     if config.html:
         try_to_write(Path(config.html).absolute().parent, "html")
     while True:
-        runs = [run for run in find_runs(folder) if run.name != JOBS]
-        rows = [row for run in runs if (row := row_of(run, config.price))["steps"] or _trainings(run)]
-        jobs = [job_row(explained(job)) for run in find_runs(folder) for job in job_states(run) if not trains(job)]
+        found = {run: job_states(run) for run in find_runs(folder)}
+        trainings = {run: [job for job in jobs if trains(job)] for run, jobs in found.items() if run.name != JOBS}
+        rows = [row for run, jobs in trainings.items() if (row := row_of(run, jobs, config.price))["steps"] or jobs]
+        jobs = [job_row(explained(job)) for jobs in found.values() for job in jobs if not trains(job)]
         if not rows and not jobs:
             raise DataError(f"{folder}: no run there; give a run, or the directory of an experiment, with run=DIR")
         if rows and config.sort not in rows[0]:
@@ -68,39 +71,39 @@ def main(config: StatusCommand) -> dict[str, Any]:
         time.sleep(config.watch)
 
 
-def row_of(run: Path, price: float) -> dict[str, Any]:
-    """Return the row of a run, from its files and the state of its job in the queue.
+def row_of(run: Path, trainings: list[dict[str, Any]], price: float) -> dict[str, Any]:
+    """Return the row of a run, from its files and the states of its jobs.
 
     Args:
         run: the run directory.
+        trainings: the newest jobs that were submitted to train it, from `job_states`.
         price: dollars per GPU hour.
     """
     row = run_summary(run, price)
-    jobs = [job for job in living(run) if trains(job)]
-    job = jobs[-1] if jobs else None
+    alive = [job for job in trainings if job["state"] in ALIVE]
+    job = alive[-1] if alive else None
     written = [path.stat().st_mtime for path in (run / "metrics.jsonl", run / "code.json") if path.exists()]
     row["state"] = run_state(row, job, time.time() - max(written, default=0.0))
     row["job"] = job["job"] if job else None
     row["why"] = job["reason"] if job and row["state"] in ("pending", "unknown") else None
     if job is None and row["state"] in ("new", "running", "stopped"):
-        _add_end(row, run, max(written, default=0.0))
+        _add_end(row, trainings, max(written, default=0.0))
     row["error"] = row["error"] or (first_failure(run) if row["state"] in ("failed", "stopped") else None)
     row["remedy"] = remedy(f"{row['error']} {first_failure(run) or ''}", row["code"]) if row["error"] else None
     return row
 
 
-def _add_end(row: dict[str, Any], run: Path, wrote: float) -> None:
+def _add_end(row: dict[str, Any], trainings: list[dict[str, Any]], wrote: float) -> None:
     """Add to a row what became of the run's last job, which has left the queue.
 
     Args:
         row: the row; its state is new, running (it wrote recently) or stopped.
-        run: the run directory.
+        trainings: as in `row_of`.
         wrote: when the run last wrote, seconds since 1970.
     """
-    ended = _trainings(run)
-    if not ended:
+    if not trainings:
         return
-    last = explained(ended[-1])
+    last = explained(trainings[-1])
     failed = last["state"] == "failed"
     if last["reason"] and last["ended"] > wrote - WRITES_ON_S:
         row["state"] = "failed" if failed else "stopped"
@@ -121,11 +124,6 @@ def explained(job: dict[str, Any]) -> dict[str, Any]:
     if cause is None:
         return job
     return {**job, "state": "failed" if cause.is_failure else "cancelled", "reason": cause.why, "ended": cause.time}
-
-
-def _trainings(run: Path) -> list[dict[str, Any]]:
-    """Return the newest training jobs that were submitted for a run."""
-    return [job for job in job_states(run) if trains(job)]
 
 
 def trains(job: dict[str, Any]) -> bool:

@@ -24,8 +24,6 @@ RECORD = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (?P<level>[A-Z]+|Level \d+) (?P<name>\S+): (?P<text>.*)"
 )
 """The first line of a record in logs/rank-N.log; other lines continue the record before."""
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-"""States in squeue(1) of a job that does not run yet, or not again yet."""
 NO_ERROR = re.compile(r"[\w.]*\b(?:Preempted|Interrupted): ")
 """The errors with which a run ends that somebody has stopped."""
 
@@ -111,17 +109,17 @@ def run_state(row: dict[str, Any], job: dict[str, Any] | None, idle_s: float, al
 
     Args:
         row: the run's `run_summary`.
-        job: the run's job in the queue, with its `state`; None without one.
+        job: the run's job that has not ended, whose `state` is pending, running or unknown; None without one.
         idle_s: seconds since the run last wrote.
         alive_s: a run that wrote more recently counts as running even without a job in a queue.
     """
     if row["steps"] and row["checkpoint"] >= row["steps"]:
         return "complete"
     idle_s = abs(idle_s)  # negative if a clock was set back
-    if job is not None and job["state"] == "UNKNOWN":  # squeue does not answer
+    if job is not None and job["state"] == "unknown":  # squeue does not answer
         return "running" if idle_s < alive_s else "unknown"
     if job is not None:
-        return "pending" if job["state"] in WAITING else "running"
+        return str(job["state"])
     if row["error"]:
         return "failed"
     if idle_s < alive_s:

@@ -85,8 +85,8 @@ def test_a_command_that_failed_says_why(tmp_path: Path, capsys: pytest.CaptureFi
 def test_states() -> None:
     row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
     assert run_state({**row, "checkpoint": 100}, None, 0.0) == "complete"
-    assert run_state(row, {"state": "PENDING"}, 0.0) == "pending"
-    assert run_state({**row, "error": "x"}, {"state": "RUNNING"}, 1e9) == "running"
+    assert run_state(row, {"state": "pending"}, 0.0) == "pending"
+    assert run_state({**row, "error": "x"}, {"state": "running"}, 1e9) == "running"
     assert run_state({**row, "error": "x"}, None, 1e9) == "failed"
     assert run_state(row, None, 1e9) == "stopped"
     assert run_state({**row, "checkpoint": -1, "step": 0}, None, 1e9) == "new"

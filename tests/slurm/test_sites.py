@@ -409,6 +409,15 @@ def test_a_job_is_alive_until_squeue_says_that_it_ended(
     assert [job["state"] for job in job_states(here)] == [shown]
 
 
+def test_squeue_is_asked_once_about_each_job(calls: Path, site: Path, here: Path) -> None:
+    ended(here / "runs/a", "train", 7, None, verb="train")
+    ended(here / "runs/jobs", "embed", 8, None)
+    install(site, squeue='echo >> asked; echo "RUNNING|n1"')
+    answer = status.main(load_config("status", ["run.dir=runs"]))
+    assert [row["state"] for row in [*answer["runs"], *answer["jobs"]]] == ["running", "running"]
+    assert (here / "asked").read_text() == "\n\n"
+
+
 @pytest.mark.parametrize(
     "said",
     [
