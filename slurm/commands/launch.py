@@ -76,7 +76,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     local, in_sweep = config.cluster.kind == "local", is_sweep()
     words = [*given_overrides(), *config.overrides]
     entries = plan_entries(config, words)
-    check_launch(config, entries)
+    check_request(config, entries)
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
         check_before_submission(jobs, config.cluster.kind)
@@ -101,7 +101,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     return {**answers[0], "dry_run": config.dry_run, "jobs": answers}
 
 
-def check_launch(config: LaunchCommand, entries: list[GraphNode]) -> None:
+def check_request(config: LaunchCommand, entries: list[GraphNode]) -> None:
     """Check that the target, a sweep and a script of one's own can do what is asked.
 
     Raises:
