@@ -59,8 +59,9 @@ class Pruner:
                 self._again = False
             try:
                 self.store.prune(self.config.keep_last, self.config.keep_every, self.config.keep_best)
-            except (OSError, CascadeError) as error:  # costs space, not the run; the next save checks ownership
-                log.warning("old checkpoints were not deleted: %s", error)
+            except Exception as error:  # costs space, not the run; the next save checks ownership
+                expected = isinstance(error, (OSError, CascadeError))
+                log.warning("old checkpoints were not deleted: %s", error, exc_info=None if expected else error)
 
     def close(self, seconds: float) -> None:
         """Wait up to this many seconds for deletions in progress."""

@@ -462,6 +462,24 @@ def test_the_writer_prunes_and_reports(store: CheckpointStore) -> None:
     assert writer.last_step == 3
 
 
+def test_a_bug_in_pruning_is_shown_and_the_next_save_prunes(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> list[int]:
+        monkeypatch.undo()
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(store, "prune", broken)
+    writer = CheckpointWriter(store, CheckpointConfig(keep_last=1), ONE)
+    for step in (1, 2):
+        writer.start(step, HostSnapshot(tensors(step)), {})
+        assert writer.wait() is None
+        writer.close()
+    assert store.steps() == [2]
+    (record,) = (record for record in caplog.records if "were not deleted: a bug" in record.getMessage())
+    assert record.exc_info
+
+
 def test_an_unexpected_error_in_the_background_is_raised(store: CheckpointStore) -> None:
     class Broken(HostSnapshot):
         def assemble(self) -> dict[str, torch.Tensor]:
