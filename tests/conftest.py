@@ -81,6 +81,14 @@ def messages_of_one_file() -> Iterator[None]:
         logging.getLogger(name).setLevel(level)
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """Where the tests run under nohup, what they start would ignore a closed terminal as well."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="session")
 def moto_process() -> Iterator[S3Server]:
     """One S3 server for the whole session."""

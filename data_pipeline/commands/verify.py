@@ -274,8 +274,7 @@ class _Quarantine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
-            with naming(self._place):
-                self._file.flush()
+        with naming(self._place), self._file:  # closing it writes again what could not be flushed
+            self._file.flush()
             if store.is_remote(self._url) and self._file.tell():
                 store.upload(self._url, self._file)

@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import IO
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards.dataset import Dataset, load_or_build
@@ -43,12 +44,14 @@ class ShardWriter:
         self.path = str(path) if store.is_remote(str(path)) else store.local_path(str(path))
         self._place = scratch() if store.is_remote(self.path) else self.path
         self.samples = 0
-        folder = None if store.is_remote(self.path) else store.parent(self.path)
-        if folder:
+        self._temporary = ""  # a remote shard has no name before it is uploaded
+        if store.is_remote(self.path):
+            self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        else:
+            folder, prefix = store.parent(self.path), f".{store.basename(self.path)}."
             os.makedirs(folder, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            prefix=f".{store.basename(self.path)}.", suffix=".tmp", dir=folder, delete=False
-        )
+            descriptor, self._temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+            self._file = open(descriptor, "wb")  # noqa: SIM115
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -91,8 +94,8 @@ class ShardWriter:
             else:
                 os.fsync(self._file.fileno())
                 self._file.close()
-                os.chmod(self._file.name, 0o644)
-                os.replace(self._file.name, self.path)
+                os.chmod(self._temporary, 0o644)
+                os.replace(self._temporary, self.path)
         finally:
             self.abort()
         index = index_shard(self.path)
@@ -103,8 +106,9 @@ class ShardWriter:
         """Discard what was written."""
         with suppress(OSError):  # closing flushes the buffer, which fails on a full disk
             self._file.close()
-        with suppress(FileNotFoundError):
-            os.unlink(self._file.name)
+        if self._temporary:
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
 
     def __enter__(self) -> ShardWriter:
         return self

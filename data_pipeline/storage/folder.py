@@ -27,6 +27,8 @@ PATIENCE = Patience(hurry=True)
 """Gives up on a failing store soon after a signal has asked the process to stop."""
 PREFIX = "cascade-checkpoint-"
 """Prefix of the directories for copies, below TMPDIR."""
+OWNER = ".owner"
+"""File in such a directory that the process which made it keeps locked for as long as it lives."""
 PIECE = 1 << 22
 POLL_S = 0.02
 
@@ -50,6 +52,32 @@ def share_copies(directory: Path | None) -> None:
     """
     global _shared
     _shared = directory
+
+
+class TemporaryCopies:
+    """A new directory for copies below TMPDIR, called PREFIX + `name` (a random one if empty), until `close`.
+
+    Directories that killed processes have left there are removed first: they may hold whole checkpoints.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        _remove_abandoned()
+        hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # not found by others before it is locked
+        self._owned = open(hidden / OWNER, "w")  # noqa: SIM115
+        fcntl.flock(self._owned, fcntl.LOCK_EX)
+        self.path = hidden.rename(hidden.with_name(f"{PREFIX}{name}" if name else hidden.name[1:]))
+
+    def close(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._owned.close()
+
+
+def _remove_abandoned() -> None:
+    for owner in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError), open(owner, "r+") as file:  # locked by a living process, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -189,8 +217,9 @@ class RemoteFolder:
                 place.mkdir(exist_ok=True)
                 return place
             if self._cache is None:
-                self._cache = Path(tempfile.mkdtemp(prefix=PREFIX))
-                weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+                copies = TemporaryCopies()
+                weakref.finalize(self, copies.close)
+                self._cache = copies.path
             return self._cache
 
     def _download(self, name: str, path: Path) -> None:

@@ -118,7 +118,7 @@ LocalRunner(jobs, 1).run()
 
 
 @pytest.fixture()
-def busy(tmp_path: Path, request: pytest.FixtureRequest):
+def busy(tmp_path: Path, request: pytest.FixtureRequest, no_nohup: None):
     """A launch in a process of its own: one job that runs until it is asked to end, one that waits for it."""
     jobs = [
         job(tmp_path, 0, "long", "trap 'echo saved; exit 75' TERM; echo up; while :; do sleep 0.05; done"),

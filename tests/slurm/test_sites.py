@@ -275,7 +275,7 @@ def test_a_checkout_as_people_have_it(tmp_path: Path, monkeypatch: pytest.Monkey
         (tree / name / "__init__.py").write_text("")
     (tree / "conf/untracked.yaml").write_text("a: 1")
     (tree / "conf/.secret").write_text("x")
-    (tree / "conf/gone.yaml").symlink_to("/nowhere")
+    (tree / "conf/gone.yaml").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(frozen, "_place", lambda name: tree / name)
     monkeypatch.setattr(frozen, "code_version", lambda: {"commit": None, "dirty": True, "versions": {}})
     code = frozen.freeze(tmp_path / "code")

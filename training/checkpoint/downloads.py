@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.storage.folder import PREFIX, share_copies
+from data_pipeline.storage.folder import PREFIX, TemporaryCopies, share_copies
 from training.processes.collectives import barrier, each, gather_bytes, together
 from training.processes.ranks import Ranks
 
@@ -39,16 +38,16 @@ def shared_downloads(ranks: Ranks) -> Iterator[Share]:
     homes = gather_bytes(each(_this_machine, ranks), ranks)
     mates = [rank for rank, home in enumerate(homes) if home == homes[ranks.rank]]
     first, token = ranks.rank == mates[0], together(lambda: secrets.token_hex(8), ranks)
-    copies = Path(tempfile.gettempdir(), f"{PREFIX}{token}-{mates[0]}")
-    each(lambda: copies.mkdir(mode=0o700) if first else None, ranks)
-    share_copies(copies)
+    name = f"{token}-{mates[0]}"
+    owned = each(lambda: TemporaryCopies(name) if first else None, ranks)
+    share_copies(Path(tempfile.gettempdir(), f"{PREFIX}{name}"))
     try:
         yield Share(mates.index(ranks.rank), len(mates))
         barrier(ranks)  # the others may still be reading
     finally:
         share_copies(None)
-        if first:
-            shutil.rmtree(copies, ignore_errors=True)
+        if owned is not None:
+            owned.close()
 
 
 def _this_machine() -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from data_pipeline.storage import s3
-from data_pipeline.storage.folder import LocalFolder, NoRoom, RemoteFolder, open_folder
+from data_pipeline.storage.folder import PREFIX, LocalFolder, NoRoom, RemoteFolder, TemporaryCopies, open_folder
 from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 from training.checkpoint import store as checkpoint_module
@@ -73,7 +76,7 @@ def test_both_kinds_of_folder_alike(remote: bool, request: pytest.FixtureRequest
 
 
 def test_a_full_directory_for_temporary_files_is_not_called_damage(
-    bucket: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(f"s3://{bucket}/ck")
     store.claim(ONE)
@@ -87,7 +90,7 @@ def test_a_full_directory_for_temporary_files_is_not_called_damage(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "skipped" not in caplog.text and store.newest() is not None
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
     with pytest.raises(NoRoom, match=r"TMPDIR=.*No usable temporary directory"):
         CheckpointStore(f"s3://{bucket}/ck").newest()
     assert "skipped" not in caplog.text
@@ -103,3 +106,34 @@ def test_threads_fetch_a_file_once(bucket: str, s3_server: S3Server, monkeypatch
         with ThreadPoolExecutor(8) as pool:
             assert len({path.read_bytes() for path in pool.map(folder.fetch, ["a"] * 8)}) == 1
         assert len(proxy.log) == 1
+
+
+def test_copies_that_killed_processes_left_are_removed_and_those_of_living_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """if True:
+        import sys
+        from data_pipeline.storage.folder import TemporaryCopies
+        copies = TemporaryCopies(sys.argv[1])
+        (copies.path / "copy").write_bytes(b"weights")
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    names = ["token-0", ""]
+    environ, pipe = {**os.environ, "TMPDIR": str(tmp_path)}, subprocess.PIPE
+    killed = [
+        subprocess.Popen([sys.executable, "-c", program, name], env=environ, stdin=pipe, stdout=pipe) for name in names
+    ]
+    for process in killed:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    (tmp_path / f"{PREFIX}of-someone").mkdir()
+    there = set(tmp_path.iterdir())
+    assert len(there) == 3 and tmp_path / f"{PREFIX}token-0" in there
+    ours = TemporaryCopies()
+    assert set(tmp_path.iterdir()) == {*there, ours.path}, "all of them live"
+    for process in killed:
+        process.kill()
+        process.communicate()
+    TemporaryCopies().close()
+    assert set(tmp_path.iterdir()) == {tmp_path / f"{PREFIX}of-someone", ours.path}

@@ -88,7 +88,11 @@ LONG = "x" * 100_000
         ("p.txt", f"a cat\n{LONG}\n", r"line 2 has 100,000 characters; a prompt may have up to 10,000"),
         ("p.txt", "a cat\r\n\r\na\0dog", "line 3 contains a NUL character"),
         ("p.tsv", f"Prompt\tCategory\na cat\tx\n{LONG}\tx\n", "line 3 has 100,000 characters"),
-        ("p.csv", f'prompt\n"{LONG}{LONG}"\n', r"line 2 cannot be read as a table \(field larger"),
+        (
+            "p.csv",
+            f'prompt\n"{LONG}{LONG}"\n',
+            r"line 2 (has 200,000 characters|cannot be read as a table \(field larger)",
+        ),
         ("p.csv", "prompt\na cat\na \0 dog\n", "line 3 contains a NUL|line 3 cannot be read as a table .*NUL"),
         ("p.csv", "id,prompt\n1,a cat\n\n2\n", "line 4 has 1 of 2 columns and no prompt"),
         ("p.jsonl", f'{{"prompt": "a"}}\n\n{{"prompt": "{LONG}"}}', "line 3 has 100,000 characters"),

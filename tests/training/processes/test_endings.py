@@ -46,6 +46,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_command_with_nothing_to_save_ends_at_once(number: signal.Signals, code: int) -> None:
     """Also where a thread is stuck; what the program has open is closed first."""

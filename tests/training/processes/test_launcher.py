@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,7 @@ import pytest
 from tests.children import gone
 from training.processes.launcher import run_processes
 
-
-@pytest.fixture(autouse=True)
-def no_nohup() -> Iterator[None]:
-    """Where the tests run under nohup, what they start would ignore a closed terminal as well."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+pytestmark = pytest.mark.usefixtures("no_nohup")
 
 
 def program(body: str) -> list[str]:
