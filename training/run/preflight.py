@@ -33,7 +33,6 @@ CLOCK_S = 5.0
 requests."""
 REPEATS = 5
 """Number of measurements, of which the best counts, since disturbances only slow them down."""
-STORE_REPEATS = 2
 SIDE = {"cuda": 8192, "cpu": 768}
 LINK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 STORE_BYTES = 8 << 20
@@ -127,10 +126,10 @@ def measure(ranks: Ranks, store: str, node: str) -> Measured:
     return Measured(ranks.rank, node, tflops, clock, reduced, received, written, read)
 
 
-def _best(call: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
+def _best(call: Callable[[], Any], device: str) -> float:
     """Return the seconds of the fastest call, after a warm-up call."""
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(REPEATS + 1):
         began = time.perf_counter()
         call()
         if device.startswith("cuda"):
@@ -163,8 +162,8 @@ def _store_gb_s(store: str, rank: int) -> tuple[float, float]:
     """Return the GB/s of writing and of reading a small object where the checkpoints go."""
     name, data = f".preflight-{rank}-{os.getpid()}", os.urandom(STORE_BYTES)
     try:
-        written_s = _best(lambda: write_bytes(f"{store}/{name}", data), "cpu", STORE_REPEATS)
-        read_s = _best(lambda: read_bytes(f"{store}/{name}"), "cpu", STORE_REPEATS)
+        written_s = _best(lambda: write_bytes(f"{store}/{name}", data), "cpu")
+        read_s = _best(lambda: read_bytes(f"{store}/{name}"), "cpu")
         return STORE_BYTES / written_s / 1e9, STORE_BYTES / read_s / 1e9
     finally:
         remove_files(store, [name])
