@@ -132,6 +132,11 @@ def check_request(config: LaunchCommand, entries: list[GraphNode]) -> None:
             "--multirun: a sweep is one job array of one command; sweep verb=train, for example",
         ),
         (
+            in_sweep and "output" in own_options(config.cluster),
+            "cluster.sbatch.output: a sweep appends the output of each run to a log in its own run directory; leave it "
+            "out",
+        ),
+        (
             config.script and several,
             f"script={config.script}: it names one file, but verb lists {len(entries)} commands; leave it out",
         ),

@@ -173,6 +173,12 @@ def test_a_sweep_is_a_run_for_each_value(here: Path) -> None:
     assert len(list((here / "runs").rglob("frozen.json"))) == 1, "one copy of the code for all"
 
 
+def test_a_sweep_has_no_output_of_its_own(here: Path) -> None:
+    words = ["launch", "cluster=slurm", "experiment=demo", "dry_run=true", "--multirun", "seed=1,2"]
+    done = forks.command(*words, "cluster.sbatch.o=x.log", cwd=here)
+    assert done.returncode == 2 and "cluster.sbatch.output: a sweep appends the output of each run" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "own", "part"),
     [
