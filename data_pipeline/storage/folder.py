@@ -54,8 +54,13 @@ def share_copies(directory: Path | None) -> None:
     _shared = directory
 
 
+def copies_place(name: str) -> Path:
+    """Return the path of the directory for copies of this name."""
+    return Path(tempfile.gettempdir(), f"{PREFIX}{name}")
+
+
 class TemporaryCopies:
-    """A new directory for copies below TMPDIR, called PREFIX + `name` (a random one if empty), until `close`.
+    """A new directory for copies, at `copies_place(name)`, until `close`; without a name, it gets a random one.
 
     Directories that killed processes have left there are removed first: they may hold whole checkpoints.
     """
@@ -65,7 +70,7 @@ class TemporaryCopies:
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # not found by others before it is locked
         self._owned = open(hidden / OWNER, "w")  # noqa: SIM115
         fcntl.flock(self._owned, fcntl.LOCK_EX)
-        self.path = hidden.rename(hidden.with_name(f"{PREFIX}{name}" if name else hidden.name[1:]))
+        self.path = hidden.rename(copies_place(name or hidden.name.removeprefix(f".{PREFIX}")))
 
     def close(self) -> None:
         """Remove the directory."""

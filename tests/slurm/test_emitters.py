@@ -17,6 +17,7 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError
 from slurm.commands.launch import compose_all, job_record, plan_entries, script_text
+from tests.children import gone
 from tests.slurm.conftest import until
 from tests.slurm.launching import install, launch
 from training.cli.compose import load_config
@@ -110,9 +111,14 @@ def test_the_processes_of_a_node_save_before_it_ends(here: Path, kind: str) -> N
     assert sorted((here / "saved").read_text().split()) == ["0", "1"]
 
 
+def apply_script(cascade: tuple[dict, Path], folder: Path, kubectl: str) -> tuple[Path, dict[str, str]]:
+    """The script that applies the cascade, and its environment, in which `kubectl` is a shell script of this body."""
+    (script,) = cascade[1].rglob("apply-001.k8s.sh")
+    site, home = install(folder / "site", kubectl=kubectl), str(folder)
+    return script, {"PATH": f"{site}:/usr/bin:/bin", "HOME": home, "TMPDIR": home, "POLL_S": "0.05"}
+
+
 def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
-    _, here = cascade
-    (script,) = here.rglob("apply-001.k8s.sh")
     kubectl = (
         'state="$HOME/state"; mkdir -p "$state"\n'
         'if [ $1 = apply ]; then name=$(basename "$3"); echo "$name" >> $HOME/applied\n'
@@ -121,8 +127,7 @@ def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[d
         'name=$3; [ -e "$state/$name" ] || exit 1\n'
         'case "$*" in *active*) echo 1 ;; *conditions*) [ $name = demo-bundle ] && echo Failed || echo Complete ;; esac'
     )
-    site = install(tmp_path / "site", kubectl=kubectl)
-    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05"}
+    script, env = apply_script(cascade, tmp_path, kubectl)
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "demo-bundle has failed" in done.stderr
     applied = (tmp_path / "applied").read_text().split()
@@ -135,10 +140,7 @@ def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[d
 def test_a_script_that_is_stopped_applies_no_more(
     cascade: tuple[dict, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
-    _, here = cascade
-    (script,) = here.rglob("apply-001.k8s.sh")
-    site = install(tmp_path / "site", kubectl='[ $1 = get ] || echo "$3" >> "$HOME/applied"')
-    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05", "TMPDIR": str(tmp_path)}
+    script, env = apply_script(cascade, tmp_path, '[ $1 = get ] || echo "$3" >> "$HOME/applied"')
     output = tmp_path / "output"
     with output.open("w") as out:
         process = subprocess.Popen(["bash", script], env=env, stdout=out, stderr=out, start_new_session=True)
@@ -154,25 +156,21 @@ def test_a_script_that_is_stopped_applies_no_more(
 def _in_session(leader: int) -> list[int]:
     """The processes of a session that have not ended."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            found += [int(path.parent.name)] if int(session) == leader and state != "Z" else []
+    for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with suppress(ProcessLookupError):
+            found += [pid] if os.getsid(pid) == leader and not gone(pid) else []
     return found
 
 
 def test_a_training_that_fails_at_once_has_begun(cascade: tuple[dict, Path], tmp_path: Path) -> None:
     """Nobody has seen it active: it failed between two looks."""
-    _, here = cascade
-    (script,) = here.rglob("apply-001.k8s.sh")
     kubectl = (
         'if [ $1 = apply ]; then basename "$3" >> $HOME/applied; exit; fi\n'
         'case "$3 $*" in\n'
         "  demo-train*conditions*) echo Failed ;; demo-train*failed*) echo 1 ;; demo-train*) ;;\n"
         "  *conditions*) echo Complete ;; *active*) echo 1 ;; esac"
     )
-    site = install(tmp_path / "site", kubectl=kubectl)
-    env = {"PATH": f"{site}:/usr/bin:/bin", "HOME": str(tmp_path), "POLL_S": "0.05"}
+    script, env = apply_script(cascade, tmp_path, kubectl)
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
     applied = (tmp_path / "applied").read_text()
     assert done.returncode == 1 and applied.count("bundle") == 0 and "evaluate-003.k8s.yaml" in applied

@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_pipeline.storage.folder import PREFIX, TemporaryCopies, share_copies
+from data_pipeline.storage.folder import TemporaryCopies, copies_place, share_copies
 from training.processes.collectives import barrier, each, gather_bytes, together
 from training.processes.ranks import Ranks
 
@@ -40,7 +39,7 @@ def shared_downloads(ranks: Ranks) -> Iterator[Share]:
     first, token = ranks.rank == mates[0], together(lambda: secrets.token_hex(8), ranks)
     name = f"{token}-{mates[0]}"
     owned = each(lambda: TemporaryCopies(name) if first else None, ranks)
-    share_copies(Path(tempfile.gettempdir(), f"{PREFIX}{name}"))
+    share_copies(copies_place(name))
     try:
         yield Share(mates.index(ranks.rank), len(mates))
         barrier(ranks)  # the others may still be reading

@@ -1,5 +1,5 @@
 """What commands that make a file per shard have in common: they divide the shards by `part` and `parts`, among the
-tasks of a Slurm array and among processes, and refuse to continue what was made otherwise."""
+tasks of a Slurm array and among processes, and refuse to continue an output that other settings have made."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def refuse_other(place: str, differing: Sequence[str]) -> None:
-    """Raise DataError for an existing output that was made otherwise; `differing` says in which respects."""
+    """Raise DataError for an existing output that other settings have made; `differing` says in which respects."""
     if differing:
         raise DataError(
             f"{place}: it was made with a different {' and '.join(differing)}; remove it or choose another output"
