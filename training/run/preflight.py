@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -28,6 +29,9 @@ log = logging.getLogger("cascade")
 
 SLOW_DEVICE, SLOW_LINK, SLOW_STORE = 1.3, 2.0, 4.0
 """Factor over the median's time from which something is slow; stores vary most."""
+FAST_STORE_GB_S = 2.0
+"""Rate up to which a slower node counts: above it, nodes read back from their own memory what they have just written,
+which says nothing about the store."""
 CLOCK_S = 5.0
 """Seconds by which a clock may be off; larger differences confuse logs, cache leases and the signatures of S3
 requests."""
@@ -176,10 +180,11 @@ def judge_measured(found: Sequence[Measured]) -> list[Finding]:
     """Return what stands out from the other ranks."""
     findings = []
     if len(found) > 1:
-        findings += _slow(found, "tflops", SLOW_DEVICE, "computes {value:.3g} TFLOP/s")
+        findings += _slow(found, "tflops", "computes {value:.3g} TFLOP/s", SLOW_DEVICE)
         findings += _slow_links(found)
-        findings += _slow(found, "write_gb_s", SLOW_STORE, "writes {value:.3g} GB/s to the checkpoint store")
-        findings += _slow(found, "read_gb_s", SLOW_STORE, "reads {value:.3g} GB/s from the checkpoint store")
+        store = (SLOW_STORE, FAST_STORE_GB_S)
+        findings += _slow(found, "write_gb_s", "writes {value:.3g} GB/s to the checkpoint store", *store)
+        findings += _slow(found, "read_gb_s", "reads {value:.3g} GB/s from the checkpoint store", *store)
     middle = statistics.median(one.clock_s for one in found)
     for one in {one.node: one for one in found}.values():
         if abs(one.clock_s - middle) > CLOCK_S:
@@ -189,7 +194,10 @@ def judge_measured(found: Sequence[Measured]) -> list[Finding]:
     return findings
 
 
-def _slow(found: Sequence[Measured], name: str, factor: float, what: str) -> list[Finding]:
+def _slow(
+    found: Sequence[Measured], name: str, what: str, factor: float, fast_enough: float = math.inf
+) -> list[Finding]:
+    """Find ranks whose rate times `factor` is below the usual one, and below `fast_enough`."""
     values = {one: value for one in found if (value := getattr(one, name)) is not None}
     if len(values) < 2:
         return []
@@ -202,7 +210,7 @@ def _slow(found: Sequence[Measured], name: str, factor: float, what: str) -> lis
             f"here ({usual:.3g}): fix or exclude the node",
         )
         for one, value in values.items()
-        if value * factor < usual
+        if value * factor < min(usual, fast_enough)
     ]
 
 

@@ -38,6 +38,8 @@ def test_a_slow_node_is_named() -> None:
     assert findings(clock_s=65.0) == [("n2", False)], "a wrong clock is told, the node may stay"
     said = judge_measured([USUAL[0], replace(USUAL[1], tflops=50.0)])
     assert [one.node for one in said] == ["n1"]
+    from_memory = [replace(USUAL[0], read_gb_s=12.0), replace(USUAL[1], read_gb_s=1.3)]
+    assert judge_measured(from_memory) == [], "1.3 GB/s is no reason to exclude a node"
     assert "rank 1 on n1 computes 50 TFLOP/s, 2.0 times slower" in said[0].sentence
 
 
