@@ -1,4 +1,4 @@
-"""Shards with one damage each between four good samples, of the kinds that are met in the wild.
+"""Shards with four good samples and one kind of damage each, as found in the wild.
 
 `CASES` maps a name to (a function that gives the bytes of the shard, samples that must be delivered, reasons that must
 be counted as dropped, findings that must be counted as warnings).
@@ -33,7 +33,7 @@ def bad(**changes: bytes | None) -> Sample:
 
 
 def archive(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar of members by their whole names."""
+    """A tar of members, given by their full names."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as file:
         for name, data in members:
@@ -83,7 +83,7 @@ def text(data: bytes) -> Sample:
 
 
 def promised(width: int, height: int) -> bytes:
-    """A PNG whose header says so."""
+    """A PNG whose header claims this size."""
     data = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
@@ -103,7 +103,8 @@ def pax_size(value: str) -> bytes:
 
 
 def zero_tail() -> bytes:
-    """The last sample, and 20 kB after it, are zero bytes: a file that was made at full size and never finished."""
+    """The last sample and the 20 kB after it are zero bytes: a file that was allocated at full size and never
+    finished."""
     whole = tar([*good(), bad()])
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
         begin = archive.getmembers()[12].offset
@@ -121,7 +122,7 @@ def gzip_of_wrong_checksum() -> bytes:
 
 
 def gzip_of_wrong_block() -> bytes:
-    """Inside the last picture stands a block of a kind that does not exist."""
+    """The last picture contains a deflate block of an invalid type."""
     packer = zlib.compressobj(wbits=31)
     return packer.compress(cut_inside_member()) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 2000
 
@@ -151,7 +152,7 @@ def broken_scan() -> bytes:
 
 
 def with_member(kind: bytes) -> bytes:
-    """A link or device of a picture's name where a picture should be."""
+    """A link or device with a picture's name in place of the picture."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for number, (key, members) in enumerate(good()):
@@ -166,7 +167,7 @@ def with_member(kind: bytes) -> bytes:
 
 
 def broken_header() -> bytes:
-    """The third sample's first header (behind its pax records) is overwritten."""
+    """The third sample's first header (after its pax records) is overwritten."""
     whole = bytearray(tar([*good(), bad()], tarfile.USTAR_FORMAT))
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
         header = archive.getmembers()[6].offset

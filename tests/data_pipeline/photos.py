@@ -12,7 +12,7 @@ SHARDS = sorted((Path(__file__).parents[1] / "fixtures" / "photos").glob("*.tar"
 
 @cache
 def samples(shard: int = 0) -> dict[str, dict[str, bytes]]:
-    """Key -> the members' bytes by extension, in the shard's own order."""
+    """Maps each key to its members' bytes by extension, in the shard's order."""
     found: dict[str, dict[str, bytes]] = {}
     with tarfile.open(SHARDS[shard]) as tar:
         for member in tar:
@@ -25,11 +25,11 @@ def samples(shard: int = 0) -> dict[str, dict[str, bytes]]:
 
 @cache
 def jpegs() -> list[bytes]:
-    """All twelve pictures as published, encoded."""
+    """All twelve pictures as published, still encoded."""
     return [sample["jpg"] for shard in range(len(SHARDS)) for sample in samples(shard).values()]
 
 
 def copy_shards(folder: Path) -> Path:
-    """The shards with what lies beside them in a folder of their own, where an index may be written."""
+    """Copies the shards, and the files next to them, into a folder where an index may be written."""
     shutil.copytree(SHARDS[0].parent, folder, ignore=shutil.ignore_patterns("*.index.parquet"))
     return folder

@@ -1,4 +1,4 @@
-"""Shards of pictures of several shapes."""
+"""Shards with pictures of several shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = ((40, 30), (31, 41), (36, 36), (64, 36), (37, 35))
 
 
 def png(width: int, height: int, number: int) -> bytes:
-    """A picture of two greys."""
+    """A picture in two shades of grey."""
     pixels = np.full((height, width, 3), number % 250, np.uint8)
     pixels[:, : width // 2] //= 2
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Little shards for tests: members are random bytes of random length, so that reads must be exact to verify."""
+"""Small shards for tests: members are random bytes of random length, so that only exact reads pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PHOTOS = Path(__file__).parents[1] / "fixtures" / "photos"
 
 
 def members(seed: str, longest: int = 600) -> dict[str, bytes]:
-    """jpg (not a picture), json, txt; always the same for a seed."""
+    """Members jpg (not a picture), json and txt; always the same for a given seed."""
     generator = random.Random(seed)
     facts = {"caption": f"caption {seed}", "AESTHETIC_SCORE": round(generator.uniform(3, 7), 3)}
     return {

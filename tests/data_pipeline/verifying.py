@@ -1,4 +1,4 @@
-"""What `cascade verify` reads of its settings, for tests."""
+"""The settings that `cascade verify` reads, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Twenty kills at random moments, of one rank or of all, wherever they strike: as if nothing had happened."""
+"""Twenty kills at random moments, of one rank or of all, wherever they strike; the result is as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ def test_twenty_kills(tmp_path: Path, shards: str) -> None:
     kills = 0
     while kills < KILLS and store(rough).newest_whole() < STEPS:
         running = forks.start(rough, 2)
-        if chance.random() < 0.8:  # else in the middle of starting
+        if chance.random() < 0.8:  # otherwise in the middle of starting
             goal = chance.randint(0, 6)
             seen, last = 0, lines(log)
             while seen < goal and all(process.exitcode is None for process in running.processes):
-                now = lines(log)  # a start takes lines out, so only growth counts
+                now = lines(log)  # a start removes lines, so only growth counts
                 seen, last = seen + max(0, now - last), now
                 time.sleep(0.002)
         time.sleep(chance.random() * 0.1)

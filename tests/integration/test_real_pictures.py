@@ -38,7 +38,7 @@ def last_json(done: subprocess.CompletedProcess[str]) -> Any:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """The shards alone, without indexes that another test may have left beside the fixture."""
+    """Only the shards, without indexes that another test may have left next to the fixture."""
     folder = tmp_path / "photos"
     shutil.copytree(PHOTOS, folder, ignore=shutil.ignore_patterns("*.index.parquet"))
     return folder

@@ -10,7 +10,7 @@ from tests.data_pipeline.photos import samples
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of pictures with their captions, one in a sub-folder, one without any caption."""
+    """A folder of pictures with their captions, one picture in a subfolder, one without a caption."""
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     for number, (key, sample) in enumerate(samples().items()):

@@ -1,4 +1,4 @@
-"""Importing small folders of pictures, and looking at what came out."""
+"""Imports small folders of pictures and looks at the results."""
 
 from __future__ import annotations
 

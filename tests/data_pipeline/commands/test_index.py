@@ -66,7 +66,9 @@ def test_rebuild_walks_what_is_indexed(tmp_path: Path) -> None:
     assert run(str(tmp_path))["samples"] == 7
 
 
-def test_a_cut_shard_is_told_by_the_count_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_shard_is_recognized_by_the_count_next_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_shards(tmp_path, [4])[0]
     begin = index_shard(path).parts(3)[0].offset - 512
     Path(path).write_bytes(Path(path).read_bytes()[:begin])
@@ -89,7 +91,7 @@ def test_the_count_from_img2datasets_parquet(tmp_path: Path) -> None:
     assert run(str(tmp_path))["problems"] == {}
 
 
-def test_shards_that_are_no_archives_are_counted_and_the_rest_indexed(tmp_path: Path) -> None:
+def test_shards_that_are_not_archives_are_counted_and_the_rest_indexed(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     (tmp_path / "00001.tar").write_text("<html>")
     (tmp_path / "00002.tar").write_bytes(b"")
@@ -109,7 +111,7 @@ def test_unreadable_shards_are_counted_and_the_rest_indexed(tmp_path: Path, capl
     assert "dangling link" in caplog.text and "this is a directory, not a shard" in caplog.text
 
 
-def test_a_listing_is_held_to_the_runs_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_keeps_the_runs_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def listing(url: str, delimiter: str = "", patience: Any = None) -> Any:
@@ -129,7 +131,7 @@ def test_filters_are_counted_per_reason(tmp_path: Path) -> None:
     assert 0 < result["remaining"] < 30
 
 
-def test_over_s3_the_index_lies_beside_the_shard(tmp_path: Path, bucket: str) -> None:
+def test_on_s3_the_index_is_next_to_its_shard(tmp_path: Path, bucket: str) -> None:
     for path in write_shards(tmp_path, [3, 4]):
         store.write_bytes(f"s3://{bucket}/set/{store.basename(path)}", Path(path).read_bytes())
     result = run(f"s3://{bucket}/set")
@@ -141,7 +143,7 @@ def test_over_s3_the_index_lies_beside_the_shard(tmp_path: Path, bucket: str) ->
     assert (result["samples"], result["built"]) == (8, 1)
 
 
-def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_processes_gives_the_same_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_pipeline.commands import index
 
     write_shards(tmp_path, [3, 4])

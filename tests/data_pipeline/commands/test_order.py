@@ -109,7 +109,7 @@ def stream_positions(data: DataConfig, steps: int) -> list[int]:
     return [p for part in parts for p in part.tolist()]
 
 
-def test_quality_is_a_last_line(capsys: pytest.CaptureFixture[str], data: DataConfig) -> None:
+def test_the_mixing_quality_is_the_last_line(capsys: pytest.CaptureFixture[str], data: DataConfig) -> None:
     *batches, quality = lines(capsys, Command(data, batches=2, quality=True))
     assert [batch["position"] for batch in batches] == [0, 8]
     assert 1 <= quality["distinct_shards"] <= 3 and 2 < quality["perfect_distinct_shards"] < 3

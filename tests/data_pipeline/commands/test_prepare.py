@@ -1,4 +1,4 @@
-"""`cascade prepare`: drawings, folders, tables, repacked shards; what happens again, what is dropped."""
+"""`cascade prepare`: drawings, folders, tables, repacked shards; repeated commands, dropped samples."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_heldout_drawings_show_only_what_training_never_sees(tmp_path: Path) -> 
             assert parse(data.decode()) in combinations(True, 2)
 
 
-def test_the_same_settings_give_the_same_bytes_and_finish_what_was_broken_off(tmp_path: Path) -> None:
+def test_the_same_settings_give_the_same_bytes_and_finish_what_was_interrupted(tmp_path: Path) -> None:
     drawn(tmp_path / "a")
     drawn(tmp_path / "b")
     expected = contents(tmp_path / "a")
@@ -79,7 +79,7 @@ def test_the_same_settings_give_the_same_bytes_and_finish_what_was_broken_off(tm
     assert contents(tmp_path / "c") != expected
 
 
-def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
+def test_other_settings_are_refused_and_the_difference_is_named(tmp_path: Path) -> None:
     drawn(tmp_path)
     with pytest.raises(DataError, match=r"prepared with other settings \(size was 32, now 16\)"):
         drawn(tmp_path, size=16)
@@ -93,7 +93,7 @@ def test_foreign_shards_are_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "train" / "train-00000.tar").read_bytes() == b"precious"
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file"):
         drawn(tmp_path / "file")
@@ -196,7 +196,7 @@ def modified(server: S3Server, bucket: str, key: str) -> Any:
     return server.client().head_object(Bucket=bucket, Key=key)["LastModified"]
 
 
-def test_into_a_bucket_the_same_objects_come_and_broken_off_work_continues(
+def test_a_bucket_gets_the_same_objects_and_interrupted_work_continues(
     folder: Path, tmp_path: Path, bucket: str, s3_server: S3Server
 ) -> None:
     there = f"s3://{bucket}/deep/out"
@@ -305,7 +305,7 @@ def test_all_threads_of_data_threads_work_at_once(tmp_path: Path, monkeypatch: p
     assert main(Config(settings, data=DataConfig(threads=20)))["samples"] == 40
 
 
-def test_nothing_is_dropped_for_the_sake_of_what_is_dropped_itself(tmp_path: Path) -> None:
+def test_nothing_is_dropped_as_a_duplicate_of_a_dropped_sample(tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()
     (root / "a.jpg").write_bytes(jpegs()[0])  # the first of two equal ones, but it has no caption
@@ -316,7 +316,7 @@ def test_nothing_is_dropped_for_the_sake_of_what_is_dropped_itself(tmp_path: Pat
         assert result["samples"] == 1 and result["dropped"] == {"missing_caption": 1}
 
 
-def test_equal_bytes_and_equal_looks_are_told_apart(copies: Path, tmp_path: Path) -> None:
+def test_equal_bytes_and_equal_looks_are_counted_separately(copies: Path, tmp_path: Path) -> None:
     image = Image.open(io.BytesIO(jpegs()[4]))
     image.save(copies / "4-png.png")
     (copies / "4-png.txt").write_text("x")
@@ -326,7 +326,7 @@ def test_equal_bytes_and_equal_looks_are_told_apart(copies: Path, tmp_path: Path
     assert "of 4-png.png (it shows the same: " in lines["4.jpg"]
 
 
-def test_the_result_is_the_last_line_and_nothing_left_is_an_error(
+def test_the_result_is_the_last_line_and_an_empty_result_is_an_error(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Config(PrepareConfig(kind="folder", source=str(folder), output=str(tmp_path / "out")))
@@ -383,7 +383,9 @@ def test_settings_that_cannot_work_are_named(section: type, values: dict[str, An
         ("table", "x" * 300, "File name too long"),
     ],
 )
-def test_sources_that_cannot_be_read_are_one_sentence(tmp_path: Path, kind: str, source: str, words: str) -> None:
+def test_sources_that_cannot_be_read_are_reported_in_one_sentence(
+    tmp_path: Path, kind: str, source: str, words: str
+) -> None:
     root = tmp_path / "in"
     root.mkdir()
     (root / "notes.csv").write_text("one,two\n1,2\n")

@@ -1,4 +1,4 @@
-"""Folders as people have them: other endings, named parts, metadata tables, pictures that are not read."""
+"""Folders as people have them: other extensions, named parts, metadata tables, pictures that are not read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE, TWO = jpegs()[:2]
 
 
 def folder(path: Path, **files: bytes | str) -> Path:
-    """Files by their names, in which `__` stands for a dot and `_in_` for a slash."""
+    """Creates files from keywords, in whose names `__` stands for a dot and `_in_` for a slash."""
     for name, data in files.items():
         place = path / name.replace("__", ".").replace("_in_", "/")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def test_named_parts_and_dotted_names_are_found(tmp_path: Path) -> None:
     }
 
 
-def test_an_empty_caption_leaves_its_place_to_the_json(tmp_path: Path) -> None:
+def test_an_empty_caption_is_replaced_by_the_one_in_the_json(tmp_path: Path) -> None:
     folder(tmp_path / "in", a__jpg=ONE, a__txt=" \n", a__json='{"text": "of the json"}')
     assert imported(tmp_path / "out", "folder", tmp_path / "in")["samples"] == 1
     assert members(tmp_path / "out" / "00000.tar")["000000000.txt"] == b"of the json"
@@ -128,7 +128,7 @@ def test_pictures_that_are_not_used_are_counted_once_with_what_helps(tmp_path: P
     assert "data.members.image" in details["d.x.jpg"] and "data.members.image" in details["a.mask.png"]
 
 
-def test_what_lies_beside_the_pictures_is_said(tmp_path: Path, caplog: Any) -> None:
+def test_files_next_to_the_pictures_are_reported(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.WARNING)
     root = folder(tmp_path / "in", a__jpg=ONE, a__story="x", b__jpg=TWO, b__story="x", captions__csv="file,caption\n")
     with pytest.raises(DataError, match="every sample was dropped"):
@@ -140,7 +140,7 @@ def test_what_lies_beside_the_pictures_is_said(tmp_path: Path, caplog: Any) -> N
     assert main(Config(settings, data=data))["samples"] == 2
 
 
-def test_a_picture_is_one_by_its_content(tmp_path: Path) -> None:
+def test_a_picture_is_recognized_by_its_content(tmp_path: Path) -> None:
     assert found(FolderSource(str(folder(tmp_path, IMG_0001=ONE, IMG_0001__txt="x", a__image=TWO, a__txt="y")))) == {
         "IMG_0001": "x",
         "a.image": "y",
@@ -156,7 +156,7 @@ def test_a_picture_is_one_by_its_content(tmp_path: Path) -> None:
         {"a_in_photo__jpg": ONE, "a_in_caption__txt": "one"},
     ],
 )
-def test_captions_in_a_folder_beside_or_under_one_name_are_joined(tmp_path: Path, files: dict[str, Any]) -> None:
+def test_captions_in_a_parallel_folder_or_under_one_name_are_joined(tmp_path: Path, files: dict[str, Any]) -> None:
     source = FolderSource(str(folder(tmp_path, **files)))
     assert list(found(source).values()) == ["one"] and "1 pictures take their captions from" in source.remarks()[0]
 
@@ -223,7 +223,7 @@ def test_a_caption_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, 
         ("in/data/train.arrow", b"x", "prepare.kind=table"),
     ],
 )
-def test_what_is_no_folder_of_pictures_is_told_what_to_do(
+def test_a_source_that_is_no_folder_of_pictures_names_the_remedy(
     tmp_path: Path, name: str, content: bytes, words: str
 ) -> None:
     place = tmp_path / name
@@ -233,13 +233,13 @@ def test_what_is_no_folder_of_pictures_is_told_what_to_do(
         FolderSource(str(tmp_path / name.partition("/")[0]))
 
 
-def test_a_text_that_is_a_lost_link_is_passed_over(tmp_path: Path) -> None:
+def test_a_text_file_that_is_a_dangling_link_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match="it contains no pictures"):
         FolderSource(str(tmp_path))
 
 
-def test_many_folders_of_texts_beside_folders_of_pictures_are_not_compared_one_by_one(tmp_path: Path) -> None:
+def test_many_folders_of_texts_and_of_pictures_are_not_compared_one_by_one(tmp_path: Path) -> None:
     for number in range(300):
         for kind, name, content in (("photos", "main.jpg", jpegs()[0]), ("texts", "main.txt", b"one")):
             place = tmp_path / kind / str(number) / name
@@ -260,14 +260,14 @@ def test_many_folders_of_texts_beside_folders_of_pictures_are_not_compared_one_b
     assert calls < 100 * 300
 
 
-def test_pictures_that_stand_for_files_elsewhere_are_told(tmp_path: Path, caplog: Any) -> None:
+def test_pictures_that_are_pointers_to_files_elsewhere_are_recognized(tmp_path: Path, caplog: Any) -> None:
     place = folder(tmp_path / "in", **{"1__jpg": "version https://git-lfs.github.com/spec/v1\n", "1__txt": "one"})
     with pytest.raises(DataError):
         imported(tmp_path / "out", "folder", place)
     assert "git lfs pull" in caplog.text
 
 
-def test_a_table_under_the_name_of_a_text_is_seen(tmp_path: Path, caplog: Any) -> None:
+def test_a_table_with_the_name_of_a_text_is_recognized(tmp_path: Path, caplog: Any) -> None:
     place = folder(tmp_path / "in", **{"1__jpg": ONE, "captions__txt": "1.jpg,one\n"})
     with pytest.raises(DataError):
         imported(tmp_path / "out", "folder", place)
@@ -279,7 +279,7 @@ def test_captions_named_after_their_picture_are_found(tmp_path: Path) -> None:
     assert found(source) == {"a.jpg": "of a", "b.jpg": "of b"}
 
 
-def test_captions_of_other_names_are_told_apart_from_other_endings(tmp_path: Path) -> None:
+def test_captions_with_other_names_are_distinguished_from_other_endings(tmp_path: Path) -> None:
     source = FolderSource(str(folder(tmp_path, a__jpg=ONE, other__txt="of a")))
     assert "found 1 .txt; a caption must have its picture's name: a.txt for a.jpg, not other.txt" in source.advice(
         "missing_caption"
@@ -306,7 +306,7 @@ def test_a_field_of_the_json_is_named_and_used(tmp_path: Path, caplog: pytest.Lo
         ("{place}/*.jpg", "give the folder itself, without a pattern"),
     ],
 )
-def test_what_is_no_folder_says_what_to_give(tmp_path: Path, source: str, words: str) -> None:
+def test_a_source_that_is_no_folder_says_what_to_give(tmp_path: Path, source: str, words: str) -> None:
     folder(tmp_path, a__jpg=ONE, list__csv="image,caption")
     with pytest.raises(DataError, match=words):
         FolderSource(source.format(place=tmp_path))
@@ -334,7 +334,7 @@ def test_several_captions_of_a_picture_are_all_kept(
     assert "1 samples have several captions" in caplog.text and "dropped" not in caplog.text
 
 
-def test_copies_that_systems_keep_are_no_pictures_of_the_data_set(tmp_path: Path, caplog: Any) -> None:
+def test_copies_in_folders_of_the_system_are_not_part_of_the_data_set(tmp_path: Path, caplog: Any) -> None:
     for name in ("", ".ipynb_checkpoints/", "__MACOSX/", "@eaDir/a.jpg/", "sub/.thumbnails/"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "a.jpg").write_bytes(ONE) if name != "@eaDir/a.jpg/" else None
@@ -361,7 +361,7 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "warned"), [(("train", "test"), True), (("train", "trains"), False)])
-def test_several_splits_in_one_folder_are_said(tmp_path: Path, caplog: Any, names: Any, warned: bool) -> None:
+def test_several_splits_in_one_folder_are_reported(tmp_path: Path, caplog: Any, names: Any, warned: bool) -> None:
     for name in names:
         folder(tmp_path / name / "cat", a__jpg=ONE, a__txt="one")
     assert len(FolderSource(str(tmp_path))) == 2

@@ -1,4 +1,4 @@
-"""Samples kept apart for evaluation."""
+"""Samples held out for evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_held_out_samples_are_in_no_training_shard(folder: Path, tmp_path: Path)
         imported(tmp_path / "out", "folder", folder, heldout=3, samples_per_shard=2)
 
 
-def test_more_than_there_are_cannot_be_held_out(folder: Path, tmp_path: Path) -> None:
+def test_more_samples_than_there_are_cannot_be_held_out(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepare\.heldout=7: the source has 7 samples"):
         imported(tmp_path / "out", "folder", folder, heldout=7)
     with pytest.raises(ConfigError, match=r"prepare\.draw\.heldout"):

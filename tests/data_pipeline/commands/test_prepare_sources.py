@@ -1,4 +1,4 @@
-"""Folders, tables and shards as sources of `cascade prepare`: what is another source, and what stays text."""
+"""Folders, tables and shards as sources of `cascade prepare`: what counts as another source, and what remains text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data_pipeline.commands.importing import imported, members
 from tests.data_pipeline.photos import jpegs
 
 
-def test_endings_that_no_reader_knows_and_columns_that_begin_empty(folder: Path, tmp_path: Path) -> None:
+def test_unknown_endings_and_columns_that_begin_empty(folder: Path, tmp_path: Path) -> None:
     picture = next(folder.glob("*.jpg"))
     (folder / "pic.jpg_large").write_bytes(picture.read_bytes())
     rows = "".join(f"{picture.name},a caption of some length {n:06d},\n" for n in range(30_000))
@@ -29,7 +29,7 @@ def test_endings_that_no_reader_knows_and_columns_that_begin_empty(folder: Path,
     assert source.read(len(source) - 1).meta["note"] == "said late"
 
 
-def test_captions_that_look_like_something_else_are_text(folder: Path, tmp_path: Path) -> None:
+def test_captions_that_look_like_other_values_remain_text(folder: Path, tmp_path: Path) -> None:
     picture = next(folder.glob("*.jpg"))
     captions = ["007", "true", "1.50", "2020-01-01"]
     (folder / "table.csv").write_text("file,Text\n" + "".join(f"{picture.name},{text}\n" for text in captions))
@@ -37,14 +37,14 @@ def test_captions_that_look_like_something_else_are_text(folder: Path, tmp_path:
     assert [source.read(number).caption for number in range(4)] == [text.encode() for text in captions]
 
 
-def test_home_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_in_a_source_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with ShardWriter("~/out/0.tar") as shard:
         shard.write("a", {"jpg": jpegs()[0], "txt": b"a"})
     assert (tmp_path / "out" / "0.tar").exists()
 
 
-def test_a_corrected_caption_and_a_picture_that_came_later_are_another_source(folder: Path, tmp_path: Path) -> None:
+def test_a_corrected_caption_or_an_added_picture_makes_another_source(folder: Path, tmp_path: Path) -> None:
     imported(tmp_path / "out", "folder", folder)
     caption = next(folder.glob("*.txt"))
     caption.write_text(caption.read_text()[::-1])
@@ -71,7 +71,7 @@ def test_a_key_that_looks_like_the_second_of_another(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == 5 and keys[:2] == ["img", "img-2"]
 
 
-def test_captions_of_a_table_that_are_no_utf8_cost_their_row_alone(folder: Path, tmp_path: Path) -> None:
+def test_captions_of_a_table_that_are_not_utf8_cost_only_their_row(folder: Path, tmp_path: Path) -> None:
     names = [path.name.encode() for path in sorted(folder.glob("*.jpg"))[:3]]
     captions = [b"plain", "ein H\xfcgel".encode("latin-1"), "東京".encode()]
     lines = [b"path,caption"] + [name + b"," + caption for name, caption in zip(names, captions, strict=True)]
@@ -92,7 +92,7 @@ def test_damaged_pictures_are_dropped_and_reported(folder: Path, tmp_path: Path)
     assert result["dropped"] == {"decode_error": 1, "empty_image": 1, "missing_caption": 1, "too_small": 1}
 
 
-def test_what_was_written_is_no_source(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_output_is_never_read_as_a_source(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A pattern that also matches the output, and an output inside the folder that is read."""
     imported(tmp_path / "in", "folder", folder)
     imported(tmp_path / "in/out", "shards", f"{tmp_path}/in/*.tar")
@@ -131,7 +131,7 @@ def test_a_picture_is_not_dropped_for_what_its_disk_or_this_process_lacks(
         assert read_file(picture) == right(picture)
 
 
-def test_the_output_is_not_blamed_for_want_of_open_files(
+def test_the_output_is_not_blamed_for_the_limit_of_open_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_files(path: Path) -> bytes:

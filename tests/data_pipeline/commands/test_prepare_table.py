@@ -1,4 +1,5 @@
-"""Tables as people have them: separators, headers, quotes, encodings, JSON, Parquet with pictures; damage by line."""
+"""Tables as people have them: separators, headers, quotes, encodings, JSON, Parquet with pictures; damage named by
+line."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def zipped(data: bytes) -> bytes:
 
 CSV = b"file_name,text\n1.jpg,one\n2.jpg,two\n"
 LOCKED = zipped(CSV).replace(b"PK\x01\x02" + bytes([20, 3, 20, 0, 0]), b"PK\x01\x02" + bytes([20, 3, 20, 0, 1]))
-"""An archive whose entry says that it is encrypted."""
+"""An archive whose entry is marked as encrypted."""
 COCO = {
     "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
     "annotations": [{"image_id": 8, "caption": "two"}, {"image_id": 7, "caption": "one"}],
@@ -145,7 +146,9 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.json", b'{"path": "1.jpg",\n "text": "one"}\n{"path": "2.jpg",\n "text": "two"}\n', ["one", "two"]),
     ],
 )
-def test_what_a_table_is_is_told_by_its_content(place: Path, name: str, content: bytes, expected: list[str]) -> None:
+def test_the_kind_of_a_table_is_detected_from_its_content(
+    place: Path, name: str, content: bytes, expected: list[str]
+) -> None:
     (place / name).write_bytes(content)
     assert captions(TableSource(str(place / name))) == expected
 
@@ -204,7 +207,7 @@ def test_several_tables_are_one(place: Path) -> None:
     assert captions(TableSource(str(place / "data" / "*.parquet"))) == ["one", "two"]
 
 
-def test_parquet_rows_are_held_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_rows_are_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.tables.arrow._BATCH_BYTES", 1 << 14)
     rows = [{"image": {"bytes": ONE, "path": f"{n}.jpg"}, "text": f"number {n}"} for n in range(400)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=150, use_dictionary=False)
@@ -273,7 +276,7 @@ def test_broken_pictures_in_a_table_do_not_fill_the_report(place: Path) -> None:
     assert dropped(place / "out")[0]["sample"] == "a.parquet#1"
 
 
-def test_bytes_that_are_no_picture_are_no_path(place: Path) -> None:
+def test_bytes_that_are_not_a_picture_are_not_taken_for_a_path(place: Path) -> None:
     pq.write_table(
         pa.table({"image": [b"<html>gone</html>", b"1.jpg", b"\xff\xd8\0"], "text": ["x"] * 3}), place / "a.parquet"
     )
@@ -355,7 +358,7 @@ def test_a_picture_that_is_missing_is_not_replaced_by_one_of_its_name(
 
 
 @pytest.mark.parametrize(("folders", "other"), [("dogs", "/me/dogs/z.jpg"), ("dogs cats", "/me/birds/none.jpg")])
-def test_folders_that_agree_elsewhere_or_exist_tell_pictures_apart(tmp_path: Path, folders: str, other: str) -> None:
+def test_folders_that_agree_elsewhere_or_exist_distinguish_pictures(tmp_path: Path, folders: str, other: str) -> None:
     for folder in folders.split():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "z.jpg").write_bytes(TWO)
@@ -367,7 +370,7 @@ def test_folders_that_agree_elsewhere_or_exist_tell_pictures_apart(tmp_path: Pat
         TableSource(str(tmp_path / "a.csv")).read(0)
 
 
-def test_what_a_table_has_more_of_is_said(place: Path, caplog: Any) -> None:
+def test_further_pictures_and_captions_of_a_table_are_reported(place: Path, caplog: Any) -> None:
     (place / "a.jsonl").write_text('{"images": ["1.jpg", "2.jpg"], "text": "one"}\n')
     source = TableSource(str(place / "a.jsonl"))
     assert captions(source) == captions(source) == ["one"]
@@ -411,7 +414,9 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.yaml", b"1.jpg: one\n2.jpg: two\n", r"a \.yaml file: save it as \.json"),
     ],
 )
-def test_what_is_no_table_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_table_is_reported_in_one_sentence(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         TableSource(str(tmp_path / name))
@@ -448,7 +453,7 @@ def test_json_as_other_programs_write_it(place: Path, value: Any) -> None:
     assert captions(TableSource(str(place / "a.json"))) == ["one", "two"]
 
 
-def test_numbered_columns_are_alternatives_and_nan_is_no_caption(place: Path) -> None:
+def test_numbered_columns_are_alternatives_and_nan_is_not_a_caption(place: Path) -> None:
     (place / "a.csv").write_text("image,caption_1,caption_2\n1.jpg,one,uno\n2.jpg,,dos\n")
     source = TableSource(str(place / "a.csv"))
     assert captions(source) == ["one", "dos"] and source.read(0).meta["captions"] == ["one", "uno"]
@@ -465,7 +470,7 @@ def test_other_compressions_are_unpacked(place: Path, codec: str) -> None:
     assert captions(TableSource(str(place / "a.csv"))) == ["one", "two"]
 
 
-def test_columns_that_python_cannot_hold_or_that_come_twice_cost_nothing(place: Path) -> None:
+def test_columns_that_python_cannot_hold_or_that_occur_twice_do_no_harm(place: Path) -> None:
     columns = [
         pa.array([ONE, TWO]),
         pa.array(["one", "two"]),
@@ -493,7 +498,7 @@ def test_a_saved_dataset_and_its_class_names_are_read(place: Path, caplog: Any) 
     assert captions(TableSource(str(place / "a.parquet"))) == ["grey cat", "dog"]
 
 
-def test_what_helps_is_said_when_most_is_dropped(place: Path, caplog: Any) -> None:
+def test_a_remedy_is_named_when_most_samples_are_dropped(place: Path, caplog: Any) -> None:
     caplog.set_level(logging.WARNING)
     (place / "a.csv").write_text("image,caption\nx.jpg,one\ny.jpg,two\n1.jpg,three\n")
     imported(place / "out", "table", place / "a.csv")
@@ -541,7 +546,7 @@ def test_pictures_of_a_table_that_are_not_read_have_a_remedy(place: Path) -> Non
         TableSource(str(place / "a.csv")).read(0)
 
 
-def test_a_long_url_among_paths_costs_its_row_alone(place: Path) -> None:
+def test_a_long_url_among_paths_costs_only_its_row(place: Path) -> None:
     (place / "a.csv").write_bytes(b"image,caption\n1.jpg,one\nhttp://x/%s.jpg,two\n" % (b"1" * 300))
     source = TableSource(str(place / "a.csv"))
     assert source.read(0).image == ONE
@@ -562,7 +567,7 @@ def test_maps_of_captions_are_their_values_not_their_names(place: Path) -> None:
     assert captions(TableSource(str(place / "a.parquet"))) == ["one", "two"]
 
 
-def test_a_row_that_a_carriage_return_ends_far_down_is_named(place: Path) -> None:
+def test_a_row_far_down_that_ends_with_a_carriage_return_is_named(place: Path) -> None:
     rows = "1.jpg,one\n" * 8000 + "1.jpg,one\r2.jpg,two\n"  # beyond what is read to detect the format
     (place / "a.csv").write_bytes(f"image,caption\n{rows}".encode())
     source = TableSource(str(place / "a.csv"))

@@ -45,7 +45,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [main, index.main])
-def test_shards_are_not_blamed_for_want_of_open_files(command: Callable[[Any], dict[str, Any]], folder: Path) -> None:
+def test_shards_are_not_blamed_for_the_limit_of_open_files(
+    command: Callable[[Any], dict[str, Any]], folder: Path
+) -> None:
     for name in "ab":
         (folder / f"{name}.tar").write_bytes(tar(good(3)))
     config = Config(folder / "*.tar", folder.parent / "out")
@@ -120,8 +122,8 @@ def test_filters_count_but_do_not_fill_the_quarantine_file(folder: Path) -> None
     assert quarantine(folder) == []
 
 
-def test_samples_that_were_written_and_are_not_there_are_missed(folder: Path) -> None:
-    """A tar that ends at a member's header looks whole but for its end marks."""
+def test_samples_that_were_written_but_are_gone_are_reported(folder: Path) -> None:
+    """A tar that ends at a member's header looks complete except for its missing end marks."""
     data = tar([*good(), bad()])
     (folder / "a.tar").write_bytes(data)
     last = index_shard(str(folder / "a.tar")).parts(4)[0].offset - 512
@@ -175,7 +177,7 @@ def test_random_damage_never_stops_it(folder: Path) -> None:
     assert sum(result["dropped"].values()) > 20
 
 
-def test_the_page_holds_everything_and_trusts_nothing(folder: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_everything(folder: Path) -> None:
     (folder / "a.tar").write_bytes(tar([*good(), bad(txt=b"a <script>alert(1)</script> & more", json=b"{}")]))
     (folder / "b.tar").write_bytes(tar([("<b>key</b>", {**bad()[1], "jpg": b"x"})]))
     result = verify(folder, report=True, captions=DataConfig().captions)
@@ -211,7 +213,7 @@ def test_from_and_into_a_bucket(folder: Path, bucket: str) -> None:
     assert store.list_dir(f"s3://{bucket}") == ["in", "out"] and store.list_dir(f"s3://{bucket}/in") == ["a.tar"]
 
 
-def test_shards_that_are_not_there_are_one_sentence(folder: Path) -> None:
+def test_shards_that_do_not_exist_are_reported_in_one_sentence(folder: Path) -> None:
     with pytest.raises(DataError, match="shards"):
         verify(folder)
 
@@ -235,7 +237,7 @@ def test_a_picture_file_larger_than_the_limit_is_dropped_by_name(
         gzip.compress(tar([*good(), ("big", {"jpg": JPG + bytes(300_000), "txt": b"x"})]))
     )
     config = DataConfig(shards=str(folder / "a.tar.gz"), global_batch=6, lanes=1, max_bad_share=1)
-    if indexed_before:  # by a version that knew no limit
+    if indexed_before:  # by a version without the limit
         Loader(config, image_size=16).close()
     for module in ("reading.sequential", "reading.rows", "shards.samples"):
         monkeypatch.setattr(f"data_pipeline.{module}.MAX_MEMBER", 200_000)
@@ -254,7 +256,7 @@ def test_a_picture_file_larger_than_the_limit_is_dropped_by_name(
         ({"images/a": {"jpg": JPG}, "captions/a": {"txt": b"one"}}, "prepare.kind=folder also pairs"),
     ],
 )
-def test_what_would_use_the_members_is_said(
+def test_the_setting_that_would_use_the_members_is_named(
     folder: Path, files: dict[str, dict[str, bytes]], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "a.tar").write_bytes(tar(list(files.items())))

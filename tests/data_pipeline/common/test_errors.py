@@ -1,4 +1,4 @@
-"""Errors that name a setting: which one it was is data, not wording."""
+"""Errors that name a setting: the name is data, not part of the wording."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_data_set_of_a_mixture_is_named(tmp_path: Path) -> None:
         (OSError(errno.ESTALE, "Stale file handle", "x"), "x: Stale file handle; the file server no longer has it", 1),
     ],
 )
-def test_what_the_machine_lacks_is_a_sentence(
+def test_resources_that_the_machine_lacks_are_reported_in_one_sentence(
     error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/none")
@@ -80,7 +80,7 @@ def test_bugs_remain_bugs(error: Exception) -> None:
     assert of_machine(error) is None
 
 
-def test_logs_that_torch_does_not_know_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_names_that_torch_does_not_know_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._logging import _internal
 
     monkeypatch.setenv("TORCH_LOGS", "bogus")
@@ -100,7 +100,7 @@ def test_a_variable_that_torch_refuses_is_named(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_a_library_on_a_file_system_without_programs_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_on_a_noexec_file_system_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """TMPDIR is often mounted noexec, and torch.compile loads what it has built there."""
     said = RuntimeError("ImportError: /tmp/inductor/ab/k.so: failed to map segment from shared object")
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))

@@ -1,4 +1,4 @@
-"""The limits of control groups, in the files of versions 1 and 2, as a container or a job sees them."""
+"""The limits of control groups, versions 1 and 2, as a container or a job sees them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.common import machine
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty tree of control groups, of which this process has none yet."""
+    """An empty tree of control groups, none of which contains this process yet."""
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
@@ -33,7 +33,7 @@ def test_without_control_groups_the_machine_is_the_limit(groups: Path) -> None:
 
 
 def test_the_second_version(groups: Path) -> None:
-    """A job in a slice: the narrowest limit on the way counts, and cached files do not."""
+    """A job in a slice: the tightest limit on the path counts, and cached files do not."""
     files = {
         "job/step/cpu.max": "max 100000\n",
         "job/cpu.max": "250000 100000\n",
@@ -48,7 +48,7 @@ def test_the_second_version(groups: Path) -> None:
 
 
 def test_the_first_version_in_a_container(groups: Path) -> None:
-    """Its own group is mounted at the root, though its path is the one outside."""
+    """Its own group is mounted at the root, although its path is the one seen from outside."""
     files = {
         "cpu/cpu.cfs_quota_us": "50000\n",
         "cpu/cpu.cfs_period_us": "100000\n",
@@ -61,7 +61,7 @@ def test_the_first_version_in_a_container(groups: Path) -> None:
     assert machine.total_memory() == 6 << 20 and machine.free_memory() == 0
 
 
-def test_limits_that_are_none(groups: Path) -> None:
+def test_files_that_state_no_limit(groups: Path) -> None:
     files = {
         "cpu/cpu.cfs_quota_us": "-1\n",
         "cpu/cpu.cfs_period_us": "100000\n",

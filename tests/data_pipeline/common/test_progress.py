@@ -6,7 +6,7 @@ from data_pipeline.common import progress as module
 from data_pipeline.common.progress import progress
 
 
-def test_in_a_log_file_every_state_is_a_line_and_the_last_one_is_there(
+def test_in_a_log_file_every_state_is_a_line_and_the_last_one_is_present(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with progress(total=3, desc="drawing", unit="sample") as bar:
@@ -18,7 +18,7 @@ def test_in_a_log_file_every_state_is_a_line_and_the_last_one_is_there(
     assert not any("\r" in line for line in lines)
 
 
-def test_nothing_to_do_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_is_shown_when_there_is_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress([], desc="drawing")) == []
     progress(total=0, desc="drawing").close()
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""What is kept, what is dropped, and by how many threads."""
+"""What the cache keeps, what it drops, and how threads share it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_values_used_last_stay() -> None:
     assert recent.get("c") is None and recent.size == 0
 
 
-def test_room_may_be_counted_in_bytes() -> None:
+def test_the_size_may_be_counted_in_bytes() -> None:
     recent: Recent[int, bytes] = Recent(10, len)
     for number in range(4):
         recent.put(number, b"1234")

@@ -1,4 +1,4 @@
-"""What commands say to people and to programs."""
+"""What commands print for people and for programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_people_get_lines() -> None:
     ]
 
 
-def test_what_is_inside_of_something_is_in_parentheses() -> None:
+def test_nested_values_are_in_parentheses() -> None:
     sets = {"a": {"shards": 1, "samples": 2000}, "b\x1b": {"shards": 0, "samples": 0}}
     pairs = [{"datasets": ["a", "b"], "example": None}, {"datasets": [], "example": "k"}]
     assert in_lines({"datasets": sets, "copies": pairs, "others": []}).splitlines() == [

@@ -13,7 +13,7 @@ def test_escape_sequences_become_visible_and_text_stays() -> None:
     assert visible("東京 ü\n\tline") == "東京 ü\n\tline"
 
 
-def test_messages_are_shown_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_escaped_in_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     guard_messages()
     record = logging.LogRecord("x", logging.WARNING, "", 0, "key %s", ("\x1b[31m",), None)
     assert VisibleFormatter("%(levelname)s %(message)s").format(record) == "WARNING key \\x1b[31m"

@@ -36,7 +36,7 @@ def test_sources_are_drawn_by_weight_and_the_same_at_the_same_position() -> None
 @pytest.mark.parametrize(
     "members", [sample(b" ", caption="spare"), sample(caption="spare"), sample(b"\xff", caption="spare")]
 )
-def test_a_source_without_text_leaves_its_weight_to_the_others(members: dict[str, bytes]) -> None:
+def test_the_weight_of_a_source_without_text_goes_to_the_others(members: dict[str, bytes]) -> None:
     config = CaptionConfig(sources={"txt": 1000.0, "json:caption": 1.0})
     assert choose_caption(members, config, 0, 0).text == "spare"
 
@@ -110,7 +110,7 @@ def test_encodings_with_a_byte_order_mark_are_read(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a cat", "кот", "γάτα — και σκύλος", "on\0e", "\0", "x", ""])
-def test_wide_text_without_a_mark_is_no_other_text(text: str) -> None:
+def test_wide_text_without_a_mark_is_recognized_and_other_text_is_not(text: str) -> None:
     assert decode_text(text.encode()) == text
     if len(text) > 1 and "\0" not in text:
         assert decode_text(text.encode("utf-16-le")) == decode_text(text.encode("utf-16-be")) == text
@@ -129,7 +129,7 @@ def test_impossible_sources_are_refused(sources: dict[str, float], words: str) -
         CaptionConfig(sources=sources)
 
 
-def test_a_caption_on_each_line() -> None:
+def test_each_line_is_a_caption() -> None:
     config = CaptionConfig(sources={"txt:lines": 1})
     sample = {"txt": b"a red circle\r\n\n  a circle on  white \n"}
     assert candidates(sample, config) == ["a red circle", "a circle on white"]
@@ -202,7 +202,7 @@ def test_another_encoding_is_used_when_it_is_named() -> None:
         ({"txt": b"\x1f\x8b\x08\0\0\0\0\0\xff"}, "bad_text: a caption is not text"),
     ],
 )
-def test_what_keeps_a_caption_from_use_is_said(members: dict[str, bytes], words: str) -> None:
+def test_the_reason_why_a_caption_is_not_used_is_reported(members: dict[str, bytes], words: str) -> None:
     with pytest.raises(BadSample, match=words):
         choose_caption(members, CaptionConfig(), 0, 0)
 

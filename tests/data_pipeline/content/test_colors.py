@@ -1,4 +1,4 @@
-"""Colour profiles: what is converted, what stays as it is."""
+"""Colour profiles: what is converted, and what is left as it is."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_profiles_that_are_srgb_or_damaged_leave_the_pixels_alone(profile: bytes
     assert np.array_equal(decode(encoded("JPEG", profile)), decode(encoded("JPEG", None)))
 
 
-def test_a_profile_in_several_segments_is_joined_and_one_that_is_cut_is_none() -> None:
+def test_a_profile_in_several_segments_is_joined_and_a_truncated_one_is_ignored() -> None:
     profile = swapped() + bytes(150_000)
     data = encoded("JPEG", profile)
     assert icc_of_jpeg(data) == profile
@@ -89,6 +89,6 @@ def test_other_kinds_of_pictures_are_read(kind: str, options: dict[str, Any]) ->
     assert np.abs(decode(data).astype(int) - decode(jpegs()[0])).mean() < 6
 
 
-def test_what_helps_with_a_heic_is_said() -> None:
+def test_the_remedy_for_a_heic_is_named() -> None:
     with pytest.raises(BadSample, match="unsupported_image: heic: convert it to JPEG first"):
         decode(b"\0\0\0\x20ftypheic" + bytes(100))

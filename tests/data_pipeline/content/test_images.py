@@ -1,4 +1,4 @@
-"""Decoding: what comes out of good, odd and damaged files; crops and pairs."""
+"""Decoding of good, odd and damaged files; crops and pairs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def plain_resize(image: Image.Image, size: int) -> np.ndarray:
-    """A full decode and one antialiased resize of the central square, as a plain reader does it."""
+    """A full decode and one antialiased resize of the central square, as a simple reader does it."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
@@ -211,7 +211,7 @@ def test_subsampling_that_simplejpeg_has_no_name_for_is_read() -> None:
     assert dimensions(jpeg) == image_size(jpeg) == (64, 64)
 
 
-def test_bytes_behind_the_end_of_a_jpeg_are_no_damage() -> None:
+def test_bytes_after_the_end_of_a_jpeg_are_not_damage() -> None:
     assert np.array_equal(decode(jpegs()[0] + b"\xff\x00garbage" * 100), decode(jpegs()[0]))
 
 
@@ -271,7 +271,7 @@ def test_dimensions_read_the_header_only() -> None:
 
 
 def test_pictures_own_their_memory() -> None:
-    """Decoding reuses a thread's memory; what was handed out must not change."""
+    """Decoding reuses a thread's memory; returned pictures must not change."""
     data = encoded(photo().resize((64, 64)), "JPEG")
     kept = [training_pair(data, size=64), training_pair(jpegs()[0], size=64, low_res_size=16), (decode(data), None)]
     copies = [tuple(None if part is None else part.copy() for part in pair) for pair in kept]
@@ -303,8 +303,8 @@ def test_an_exif_block_is_found_wherever_it_stands_before_the_pixels() -> None:
     assert psnr(decode(unrotated), np.asarray(photo())) > 30
 
 
-def test_a_damaged_exif_block_says_nothing() -> None:
-    """Pillow would print two lines into the output of a training, with a path of its own."""
+def test_a_damaged_exif_block_prints_nothing() -> None:
+    """Pillow would print two lines, with a path of its own, into the output of a training."""
     data = encoded(photo(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
     program = "import sys; from data_pipeline.content.images import decode; decode(sys.stdin.buffer.read())"
     done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True)
@@ -332,7 +332,7 @@ def test_a_window_is_cut_from_the_whole_picture_on_the_low_res_grid(crop: str, s
         whole = training_pair(jpegs()[2], low_res_size=size // 4, **common)[0].astype(int)
         window = training_pair(jpegs()[2], low_res_size=size // 4, crop_size=size // 2, **common)[0]
         half, every = size // 2, size // 64
-        errors = {  # of some pixels; of all, where it was found
+        errors = {  # the average of some pixels; of all of them where the bug was found
             (x, y): np.abs(whole[y : y + half : every, x : x + half : every] - window[::every, ::every]).max()
             for x in range(0, half + 1, 4)
             for y in range(0, half + 1, 4)
@@ -379,7 +379,7 @@ def test_the_random_square_moves_along_the_longer_side_only() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_the_frame_says_where_the_picture_lies_in_its_original(kind: str) -> None:
-    """A JPEG of 640 x 320 is decoded at a quarter for 64 px: original sizes are those of the file all the same."""
+    """A JPEG of 640 x 320 is decoded at a quarter for 64 px; the original size is that of the file nevertheless."""
     wide = photo().resize((640, 320))
     data = encoded(wide, kind)
     assert training_view(data, size=32).frame == (320, 640, 0, 16, 32, 32), "the middle of 64 x 32"
@@ -406,7 +406,7 @@ def test_the_frame_of_a_turned_picture_is_upright() -> None:
         (b"\0\1", "JPEG"),
     ],
 )
-def test_what_lies_there_instead_of_a_picture_is_said(data: bytes, words: str) -> None:
+def test_content_that_is_not_a_picture_is_identified(data: bytes, words: str) -> None:
     with pytest.raises(BadSample) as caught:
         decode(data)
     assert caught.value.reason == "decode_error" and words in caught.value.detail

@@ -34,7 +34,7 @@ def member(name: str, data: bytes | None = None) -> Member:
 
 
 def rows(*names: str, **settings: list[str]) -> tuple[dict[str, str], dict[str, str | None], list[str]]:
-    """Key -> layout and key -> problem of each sample, and the other findings."""
+    """Maps each sample's key to its layout and to its problem; also returns the other findings."""
     problems: list[Problem] = []
     found = rows_of([member(name) for name in names], problems, MembersConfig(**settings))
     return (
@@ -58,7 +58,7 @@ def rows(*names: str, **settings: list[str]) -> tuple[dict[str, str], dict[str, 
         (["a.b.jpg", "a.b.jpg.txt", "a.c.jpg", "a.c.jpg.txt"], {"a.b": "jpg/txt", "a.c": "jpg/txt"}),
         (["img.1.jpg", "img.2.jpg", "img.3.jpg"], {"img.1": "jpg", "img.2": "jpg", "img.3": "jpg"}),
         (["k.img", "README", "k.txt"], {"k": "img/txt"}),
-        # a picture without its caption and a caption without its picture, beside a whole sample
+        # a picture without its caption and a caption without its picture, next to a complete sample
         (["v.1_a.jpg", "v.1_a.txt", "v.1_b.jpg", "v.1_c.txt"], {"v.1_a": "jpg/txt", "v.1_b": "jpg", "v.1_c": "txt"}),
         (["v.1.jpg", "v.2.txt"], {"v.1": "jpg", "v.2": "txt"}),
         (["v.1.jpg", "v.2.json", "v.c.txt"], {"v.1": "jpg", "v.2": "json", "v.c": "txt"}),
@@ -70,7 +70,7 @@ def test_the_members_of_a_sample_are_found_by_their_names(names: list[str], expe
     assert rows(*names)[0] == expected
 
 
-def test_a_picture_without_a_known_ending_is_one_by_its_content() -> None:
+def test_a_picture_without_a_known_ending_is_recognized_by_its_content() -> None:
     found = rows_of([member("k.img", JPEG), member("k.txt"), member("bare", JPEG), member("README", b"x")], [])
     assert [(row["key"], row["layout"], row["problem"]) for row in found] == [
         ("k", "jpg/txt", None),
@@ -88,7 +88,7 @@ def test_names_given_by_the_settings_come_first() -> None:
     assert rows("k.a.jpg", "k.a.txt", "k.b.txt", image=["a.jpg"], caption=["b.txt"])[0] == {"k": "jpg/a.txt/txt"}
 
 
-def test_what_is_not_used_is_said() -> None:
+def test_members_that_are_not_used_are_reported() -> None:
     assert rows("photo.jpg", "photo.txt", "photo.v2.jpg")[2] == ["unused_image"]
     assert rows(".hidden.jpg", "k.jpg")[2] == ["hidden_image"]
     assert rows("k.heic", "k.txt")[1] == {"k": "unsupported_image"}
@@ -104,7 +104,7 @@ def test_what_is_not_used_is_said() -> None:
         ([["1.jpg", "2.jpg"], ["1.mask.png"], ["2.txt", "1.txt"]], [("1", "jpg/mask.png/txt"), ("2", "jpg/txt")], []),
     ],
 )
-def test_archives_in_a_row_do_not_share_captions(
+def test_concatenated_archives_do_not_share_captions(
     parts: list[list[str]], expected: list[tuple[str, str]], found: list[str]
 ) -> None:
     data = b"".join(archive([(name, CONTENT[name.rpartition(".")[2]]) for name in part]) for part in parts)
@@ -114,7 +114,7 @@ def test_archives_in_a_row_do_not_share_captions(
     assert [one.reason for one in problems if one.reason != "unused_image"] == found
 
 
-def test_an_empty_txt_leaves_its_place_to_another_caption() -> None:
+def test_an_empty_txt_is_replaced_by_another_caption() -> None:
     found = rows_of([member("k.jpg"), member("k.txt", b" \n"), member("k.caption", b"a cat")], [])
     assert found[0]["layout"] == "jpg/unused.txt/txt" and found[0]["caption_length"] == 5
 
@@ -152,7 +152,7 @@ def test_names_like_img_1_jpg_take_linear_time() -> None:
         (b"", None),
     ],
 )
-def test_content_tells_pictures(data: bytes, kind: str | None) -> None:
+def test_pictures_are_recognized_by_their_first_bytes(data: bytes, kind: str | None) -> None:
     assert picture_kind(data) == kind
 
 
@@ -177,7 +177,7 @@ def test_the_settings_reach_index_verify_and_training(tmp_path: Path) -> None:
     assert result["delivered"] == 8
 
 
-def test_mostly_dropped_shards_are_told_with_the_setting_that_helps(tmp_path: Path, caplog: Any) -> None:
+def test_the_setting_that_helps_is_named_for_shards_that_are_mostly_dropped(tmp_path: Path, caplog: Any) -> None:
     CONTENT["heic"] = b"\0\0\0\x20ftypheic"
     path = shard(tmp_path / "a.tar", "heic", "txt")
     result = verify(Config(path, tmp_path / "out"))
@@ -193,7 +193,7 @@ def test_captions_of_the_json_stand_in_for_an_empty_txt(tmp_path: Path) -> None:
     assert verify(Config(with_text, tmp_path / "out"))["captions.sources"] == {"txt": 8}
 
 
-def test_missing_captions_are_told_with_what_lies_beside(tmp_path: Path) -> None:
+def test_missing_captions_are_reported_with_the_members_next_to_them(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", "jpg", "json")
     result = verify(Config(path, tmp_path / "out", captions=CaptionConfig(sources={"json:title": 1.0})))
     assert result["dropped"] == {"missing_caption": 8}
@@ -210,7 +210,7 @@ def test_names_that_match_nothing_are_refused(names: Any, words: str) -> None:
 
 
 class _Counted(str):
-    """A name that counts how often names are compared."""
+    """A name that counts comparisons."""
 
     compared = 0
 

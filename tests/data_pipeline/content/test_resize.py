@@ -1,4 +1,4 @@
-"""Resizing: Pillow's pixels whichever way is taken, box averages to the bit."""
+"""Resizing: Pillow's pixels on every code path, box averages to the bit."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def test_box_average_is_exact(factor: int) -> None:
 @pytest.mark.parametrize("size", [16, 100, 300])
 @pytest.mark.parametrize(("x", "y"), [(0, 0), (7, 0), (0, 5), (7, 5), (6.5, 0), (0, 3.25), (6.5, 3.25), (7, 3.25)])
 @pytest.mark.parametrize("length", [150, 133.125])
-def test_every_place_gives_the_pixels_of_pillow(x: float, y: float, length: float, size: int) -> None:
-    """Whole, half and odd places take different ways to one picture; only the first pixels see less of their outside.
+def test_every_position_gives_pillows_pixels(x: float, y: float, length: float, size: int) -> None:
+    """Whole, half and odd positions take different paths to the same picture; only at its edges does a pixel see less
+    of its surroundings.
 
-    Between its two directions each way rounds and clips, in its own order.
+    Each path rounds and clips between its two directions, in its own order.
     """
     image = photo(1)
     box = (x, y, x + length, y + length)

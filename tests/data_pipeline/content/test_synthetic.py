@@ -67,7 +67,7 @@ def test_pairs_of_the_training_split_hold_no_heldout_object() -> None:
         assert not any((spec.background, thing) in unseen for thing in spec.objects)
 
 
-def test_each_combination_comes_once_per_cycle() -> None:
+def test_each_combination_occurs_once_per_cycle() -> None:
     count = len(combinations(False))
     first = [spec_at(i, seed=3) for i in range(count)]
     second = [spec_at(count + i, seed=3) for i in range(count)]
@@ -146,7 +146,7 @@ def test_several_objects_are_named_in_plain_words() -> None:
 
 
 def test_several_objects_do_not_touch() -> None:
-    """Each lies in a quarter of its own, whole."""
+    """Each lies completely in its own quarter."""
     for seed in range(20):
         spec = ShapeSpec("white", tuple(Thing(colour, "large", "triangle") for colour in list(synthetic.COLOURS)[:4]))
         picture = render(spec, 64, seed).astype(int)

@@ -43,7 +43,7 @@ def test_orientation_and_colours_are_applied() -> None:
 @pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True, "quality": 0}])
 @pytest.mark.parametrize("more", [0, 6])
 def test_the_first_frame_of_an_animation_is_pillows(mode: str, options: dict[str, Any], more: int) -> None:
-    """Also where it is smaller than the picture, by `more` pixels."""
+    """Even if it is smaller than the picture by `more` pixels."""
     first = PHOTO.resize((31, 22))
     if mode == "RGBA":
         first.putalpha(Image.linear_gradient("L").resize(first.size))
@@ -56,7 +56,7 @@ def test_the_first_frame_of_an_animation_is_pillows(mode: str, options: dict[str
     assert picture is not None and np.array_equal(picture, np.asarray(image))
 
 
-def test_cut_ones_are_left_to_pillow() -> None:
+def test_truncated_files_are_left_to_pillow() -> None:
     for data in (webp(), webp(save_all=True, append_images=[PHOTO.rotate(90)])):
         for end in (len(data) // 3, 60, 40):
             assert decode_still(data[:end], *PHOTO.size, "RGB") is None

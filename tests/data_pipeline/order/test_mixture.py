@@ -31,7 +31,7 @@ def schedules(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[Fraction]]]]:
 
 @settings(max_examples=60, deadline=None)
 @given(schedule=schedules())
-def test_every_own_position_comes_once_in_its_lane_and_is_found_again(
+def test_every_position_of_a_data_set_occurs_once_in_its_lane_and_is_found_again(
     schedule: tuple[int, list[tuple[int, list[Fraction]]]],
 ) -> None:
     lanes, rows = schedule
@@ -44,7 +44,7 @@ def test_every_own_position_comes_once_in_its_lane_and_is_found_again(
             numbers = own[here & (positions % lanes == lane)] // lanes
             assert np.array_equal(numbers, np.arange(len(numbers))), "no position is missed or repeated"
         assert np.array_equal(shares.join(dataset, own[here]), positions[here])
-        if rows[-1][1][dataset] == 0:  # what would have come next never comes
+        if rows[-1][1][dataset] == 0:  # what would have come next is never reached
             assert set(shares.join(dataset, np.arange(lanes) + lanes * 60).tolist()) == {-1}
     for number, (start, weights) in enumerate(rows):
         end = rows[number + 1][0] if number + 1 < len(rows) else len(positions)
@@ -55,7 +55,8 @@ def test_every_own_position_comes_once_in_its_lane_and_is_found_again(
 @settings(max_examples=60, deadline=None)
 @given(lanes=LANES, first=st.integers(1, 999), whole=st.just(1000), rounds=st.integers(1, 300))
 def test_two_data_sets_have_their_shares_to_the_sample(lanes: int, first: int, whole: int, rounds: int) -> None:
-    """Hermite's identity: after any number of whole rounds the count is the weight times the samples, rounded down."""
+    """Hermite's identity: after any number of complete rounds, the count is the weight times the samples, rounded
+    down."""
     share = Fraction(first, whole)
     datasets, _ = Shares(lanes, [(0, [share, 1 - share])]).split(np.arange(lanes * rounds))
     ahead = np.cumsum(datasets == 0)[lanes - 1 :: lanes]
@@ -71,10 +72,10 @@ def test_any_stretch_of_several_data_sets_is_within_a_few_samples(
     positions = far // lanes * lanes + np.arange(lanes * 100)
     order = MixedOrder([Order([5], 0, lanes, 2)] * len(weights), Shares(lanes, [(0, weights)]))
     for found in shares_kept(order, positions):
-        assert found["largest_deviation"] < 14  # 24 lanes; twice what any point is off from its ideal
+        assert found["largest_deviation"] < 14  # 24 lanes; twice the largest deviation of any point from its ideal
 
 
-def test_the_shares_do_not_depend_on_how_the_data_sets_are_listed() -> None:
+def test_the_shares_do_not_depend_on_the_order_of_the_data_sets() -> None:
     weights = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
     one = Shares(4, [(0, weights)]).split(np.arange(200))
     other = Shares(4, [(0, weights[::-1])], ranking=[2, 1, 0]).split(np.arange(200))

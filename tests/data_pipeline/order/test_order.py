@@ -147,7 +147,7 @@ def test_the_order_is_frozen() -> None:
 
 
 def test_batches_mix_the_data_set() -> None:
-    """A batch of 64 lanes holds about as many distinct shards as one drawn at random."""
+    """A batch of 64 lanes contains about as many distinct shards as a random one."""
     order = Order([100] * 640, 0, 64, 32)
     _, shards, _ = order.locate_many(np.arange(64 * 100))
     distinct = np.mean([len(set(batch)) for batch in shards.reshape(100, 64).tolist()])

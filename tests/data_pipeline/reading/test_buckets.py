@@ -1,4 +1,4 @@
-"""Pictures sorted by shape: one shape in each step, every sample once per epoch of its bucket, on any number of
+"""Pictures sorted by shape: one shape per step, every sample once per epoch of its bucket, on any number of
 processes."""
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_ranks_micro_batches_and_stops_change_nothing(folder: str) -> None:
     rounds=st.integers(1, 4),
     first=st.integers(0, 50),
 )
-def test_each_step_is_of_one_bucket_and_each_sample_comes_once_per_epoch(
+def test_each_step_uses_one_bucket_and_each_sample_occurs_once_per_epoch(
     counts: list[int], lanes: int, rounds: int, first: int
 ) -> None:
     batch = lanes * rounds
@@ -101,7 +101,7 @@ def test_each_step_is_of_one_bucket_and_each_sample_comes_once_per_epoch(
     assert first * batch in window and len(set(order.locate_many(window)[1].tolist())) == 1
 
 
-def test_other_buckets_are_another_order(folder: str) -> None:
+def test_other_buckets_give_another_order(folder: str) -> None:
     state = Loader(config(folder), image_size=32).state()
     check_state(state, state)
     fewer = replace(config(folder), buckets=["1x1", "4x3"])
@@ -177,7 +177,7 @@ def dataset_parts(folders: list[str]) -> list[tuple[str, str]]:
     return [name.rpartition("/")[::2] for name in names]
 
 
-def test_ranks_and_a_data_set_more_change_nothing_before(folders: list[str]) -> None:
+def test_ranks_and_an_added_data_set_change_nothing_earlier(folders: list[str]) -> None:
     whole = [step[0] for step in steps(mixed(folders), 6)]
     parts = [steps(mixed(folders, micro_batch=2), 4, rank=rank, world_size=2, position=16) for rank in (0, 1)]
     for number, expected in enumerate(whole[2:]):
@@ -202,10 +202,10 @@ def test_ranks_and_a_data_set_more_change_nothing_before(folders: list[str]) -> 
     lanes=st.sampled_from([1, 2, 4]),
     change=st.integers(1, 60),
 )
-def test_each_part_comes_in_its_share_and_order(
+def test_each_part_occurs_in_its_share_and_order(
     counts: list[list[int]], weights: list[int], lanes: int, change: int
 ) -> None:
-    """counts: of each data set by bucket. From step `change` on the first data set weighs as much again."""
+    """counts: of each data set by bucket. From step `change` on, the first data set has twice its weight."""
     counts = [[*row[:2], row[2] + 1] for row in counts]
     places = [(b, d) for d, row in enumerate(counts) for b in range(3) if row[b]]
     used = sorted({b for b, _ in places})

@@ -67,7 +67,7 @@ def test_ranks_and_micro_batches_change_nothing(photos: str, world_size: int, mi
         assert [key for part in parts for key in part.keys] == expected.keys
 
 
-def test_resume_gives_what_would_have_followed(photos: str) -> None:
+def test_resuming_gives_what_would_have_followed(photos: str) -> None:
     config = replace(BASE, shards=photos)
     loader = Loader(config, image_size=32, seed=1)
     assert loader.position == 0
@@ -85,7 +85,7 @@ def test_resume_gives_what_would_have_followed(photos: str) -> None:
     assert json.loads(json.dumps(state)) == state
 
 
-def test_a_changed_run_is_refused_by_what_changed(photos: str, tmp_path: Path) -> None:
+def test_a_changed_run_is_refused_and_the_change_named(photos: str, tmp_path: Path) -> None:
     state = Loader(replace(BASE, shards=photos), image_size=32, seed=1).state()
     shutil.copytree(photos, tmp_path / "copy")
     moved = replace(BASE, shards=str(tmp_path / "copy"))
@@ -149,7 +149,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     half = {f"00001{i:04d}" for i in range(30)}
     loader = Loader(config, image_size=2, decode=fake(half))
     alone = Loader(config, image_size=2, decode=fake(half), world_size=2)
-    steps(alone, 12)  # one of several processes does not judge
+    steps(alone, 12)  # one of several processes does not decide alone
     assert alone.too_many(60, 20) and not alone.too_many(6000, 20)
     said = str(alone.too_many_error(60, 20, [Counter({"a.tar": 5}), Counter({"b.tar": 9, "a.tar": 6})]))
     assert "20 of 60 samples were bad" in said and "a.tar (11), b.tar (9)" in said
@@ -193,8 +193,8 @@ def test_impossible_world_size(photos: str) -> None:
         Loader(replace(BASE, shards=photos), image_size=32, world_size=3)
 
 
-def test_members_that_training_does_not_look_at_are_not_read(tmp_path: Path) -> None:
-    """Latents or masks beside the pictures cost no reading, and damage to them is none to the sample."""
+def test_members_that_training_does_not_use_are_not_read(tmp_path: Path) -> None:
+    """Latents or masks next to the pictures are not read, and damage to them does not affect the sample."""
     for name in ("plain", "more"):
         (tmp_path / name).mkdir()
         with ShardWriter(str(tmp_path / name / "0.tar")) as shard:

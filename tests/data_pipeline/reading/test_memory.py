@@ -23,4 +23,4 @@ def test_a_workers_memory_stays_flat_over_100_000_samples(tmp_path: Path) -> Non
     loader = iter(wds.WebLoader(pipeline, num_workers=1, batch_size=None))
     sizes = [batch[-1] for batch, _ in zip(loader, range(SAMPLES // 1000), strict=False)]
     assert len(sizes) == SAMPLES // 1000
-    assert sizes[-1] - sizes[9] < 10, sizes  # 100 bytes kept of each sample would be as much
+    assert sizes[-1] - sizes[9] < 10, sizes  # keeping 100 bytes of each sample would amount to this

@@ -1,4 +1,4 @@
-"""Mixtures through the stream and the loader: on disk and s3, any number of processes, resumed, changed in the
+"""Mixtures through the stream and the loader: on disk and s3, on any number of processes, resumed, and changed in the
 middle."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Seen = list[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three data sets in a directory with a blank; the names of their shards and keys are the same."""
+    """Three data sets in a directory whose name contains a blank; their shards and keys have the same names."""
     folder = tmp_path_factory.mktemp("mixed data") / "with blank"
     for name, counts in {"a": [20, 33, 7], "b": [11, 9], "c": [5, 6]}.items():
         (folder / name).mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_processes_and_stops_change_nothing_and_shares_are_kept(home: Path, refe
 
 
 @pytest.mark.parametrize("budget_mb", [64, 0])
-def test_over_s3_it_is_the_same(home: Path, reference: Seen, bucket: str, budget_mb: int) -> None:
+def test_a_mixture_on_s3_is_read_in_the_same_order(home: Path, reference: Seen, bucket: str, budget_mb: int) -> None:
     for path in home.rglob("*.*"):
         store.write_bytes(f"s3://{bucket}/{path.relative_to(home)}", path.read_bytes())
     shards = mixture(f"s3://{bucket}")
@@ -92,7 +92,7 @@ def test_over_s3_it_is_the_same(home: Path, reference: Seen, bucket: str, budget
     assert read(shards, position=480, stop=640, prefetch_mb=budget_mb) == reference[480:640]
 
 
-def test_one_data_set_alone_keeps_its_order(home: Path) -> None:
+def test_a_single_data_set_keeps_its_order(home: Path) -> None:
     alone = [key for _, key in read([{"name": "a", "shards": f"{home}/a"}], stop=320)]
     plain = {
         s["__position__"]: s["__key__"]
@@ -124,7 +124,7 @@ def test_a_data_set_appended_in_the_middle_leaves_the_others_in_their_order(home
             check_state(state([{**more[0], "start": start}, *first]), before)
 
 
-def test_a_weight_changes_from_a_position_on_and_not_otherwise(home: Path) -> None:
+def test_a_weight_changes_only_from_a_position_on(home: Path) -> None:
     shards = mixture(home)
     before = state(shards)
     check_state(state([*reversed(shards)]), before)
@@ -178,7 +178,7 @@ def test_a_missing_data_set_is_named(home: Path) -> None:
         open_dataset(DataConfig(shards=[{"name": "b", "shards": f"{home}/none"}]))
 
 
-def test_the_index_tells_of_each_data_set_and_of_copies(tmp_path: Path) -> None:
+def test_index_reports_each_data_set_and_its_copies(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2), ("c", 1)):
         (tmp_path / name).mkdir()
         write_shards(tmp_path / name, [6, 3] if name == "c" else [6], seed=seed)

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: the same batches, the same errors, and nobody left behind."""
+"""Decoding in a separate process: the same batches, the same errors, and no process left behind."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_batches_are_those_of_threads(
             other.images.zero_()  # the memory is the batch's own
 
 
-def test_embeddings_come_along(shards: str, tmp_path: Path) -> None:
+def test_embeddings_are_delivered_with_the_pictures(shards: str, tmp_path: Path) -> None:
     for path in Path(shards).glob("*.tar"):
         index = index_shard(str(path))
         writer = SidecarWriter(sidecar_url(str(path), str(tmp_path)), {"digest": index.digest}, 4)
@@ -100,7 +100,7 @@ def test_embeddings_come_along(shards: str, tmp_path: Path) -> None:
 
 def test_bad_samples_are_counted_when_they_are_consumed(shards: str, tmp_path: Path) -> None:
     folder = shutil.copytree(shards, tmp_path / "shards")
-    write_shards(folder, [1])  # its picture is none
+    write_shards(folder, [1])  # its jpg is not a picture
     config = replace(BASE, shards=str(folder), max_bad_share=1.0)
     quarantine, counts = tmp_path / "quarantine.jsonl", []
     for own_process in (False, True):
@@ -119,7 +119,7 @@ def test_a_shard_that_disappears_is_named(photos: str) -> None:
     for path in Path(photos).glob("*.tar"):
         path.unlink()
     process = DecodingProcess(loader._work)
-    for _ in range(2):  # it does not hang when it is asked again
+    for _ in range(2):  # asking again does not hang
         with pytest.raises(DataError, match=r"\.tar: No such file"):
             next(process)
     process.close()
@@ -135,7 +135,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence(shards: str) -> N
     loader.close()
 
 
-def test_closing_ends_it(shards: str) -> None:
+def test_closing_ends_the_process(shards: str) -> None:
     for consumed in (0, 2):
         loader = Loader(replace(BASE, shards=shards), image_size=32, own_process=True)
         for _ in range(consumed):
@@ -144,7 +144,7 @@ def test_closing_ends_it(shards: str) -> None:
         assert child_of(loader).returncode is not None
 
 
-def test_signals_are_the_trainers_to_act_on(shards: str) -> None:
+def test_signals_are_left_to_the_trainer(shards: str) -> None:
     loader = Loader(replace(BASE, shards=shards), image_size=32, own_process=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         child_of(loader).send_signal(number)
@@ -165,7 +165,7 @@ time.sleep(600)
 """
 
 
-def test_it_ends_with_its_trainer(shards: str) -> None:
+def test_the_process_ends_with_its_trainer(shards: str) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, shards], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     child = int(trainer.stdout.readline())
@@ -176,7 +176,9 @@ def test_it_ends_with_its_trainer(shards: str) -> None:
     wait_for(lambda: not is_alive(child))
 
 
-def test_what_it_logs_is_logged_here(shards: str, bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_process_logs_is_logged_by_the_trainer(
+    shards: str, bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for path in Path(shards).glob("*.tar"):
         store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
     read(replace(BASE, shards=f"s3://{bucket}/*.tar", prefetch_mb=0), 1, own_process=True)
@@ -185,7 +187,7 @@ def test_what_it_logs_is_logged_here(shards: str, bucket: str, caplog: pytest.Lo
 
 
 class _Noting:
-    """Notes in which thread it was pickled."""
+    """Records in which thread it was pickled."""
 
     threads: ClassVar[list[threading.Thread]] = []
 
@@ -206,7 +208,7 @@ def test_what_the_child_gets_is_pickled_before_the_trainer_goes_on(photos: str) 
     assert _Noting.threads == [threading.current_thread()], "another thread may meet a dict that grows"
 
 
-def test_a_bug_in_receiving_ends_the_wait(photos: str, bucket: str) -> None:
+def test_a_bug_in_the_receiver_ends_the_wait(photos: str, bucket: str) -> None:
     for path in Path(photos).glob("*.tar"):
         store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
 
@@ -228,7 +230,7 @@ class _Unsendable(Exception):
 
 
 def test_pictures_of_the_stages_size_are_read_without_torch(shards: str) -> None:
-    """Which takes a second to import, in each process."""
+    """Importing torch takes a second in each process."""
     loader = Loader(replace(BASE, shards=shards), image_size=32, low_res_size=8, own_process=True)
     next(loader)
     loaded = Path(f"/proc/{child_of(loader).pid}/maps").read_text()

@@ -59,7 +59,7 @@ def test_members_packed_by_type_are_unpacked_once(tmp_path: Path) -> None:
     assert read_all(packed(tmp_path / "b.tar.gz", [["jpg", "txt"]]), ("txt", "jpg")) == 2
 
 
-def test_no_room_to_unpack_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_during_unpacking_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = packed(tmp_path / "a.tar.gz", [["jpg"], ["txt"]])
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))  # noqa: SIM115
     with pytest.raises(DataError, match=r"TMPDIR=.*: No space left.*make room; .*a\.tar\.gz is unpacked there"):

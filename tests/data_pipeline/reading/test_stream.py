@@ -40,7 +40,7 @@ def stream(shards: Any, **options: Any) -> ShardStream:
 
 
 def batches_of(parts: list[list[str]], world_size: int) -> list[list[str]]:
-    """The ranks' key lists -> the keys of each global batch."""
+    """Merges the ranks' lists of keys into the keys of each global batch."""
     share = BATCH // world_size
     steps = len(parts[0]) // share
     return [[key for part in parts for key in part[step * share : (step + 1) * share]] for step in range(steps)]
@@ -97,7 +97,7 @@ def test_same_batches_on_any_number_of_ranks_and_workers(
 
 
 @pytest.mark.parametrize("world_size, workers, steps_done", [(1, 0, 1), (2, 1, 4), (4, 0, 7), (1, 3, 9)])
-def test_resume_anywhere_with_another_layout(
+def test_any_position_resumes_with_another_layout(
     folder: str, reference: list[list[str]], world_size: int, workers: int, steps_done: int
 ) -> None:
     resumed = keys(folder, world_size, workers, 4, position=steps_done * BATCH)
@@ -105,8 +105,10 @@ def test_resume_anywhere_with_another_layout(
 
 
 @pytest.mark.parametrize("batch", [2, 4, 5, 0])
-def test_workers_deal_as_their_pipeline_batches(folder: str, reference: list[list[str]], batch: int) -> None:
-    """Nobody tells the stream how large batches are, nor need they fit the rank's share of 8 samples."""
+def test_workers_divide_positions_as_their_pipeline_batches(
+    folder: str, reference: list[list[str]], batch: int
+) -> None:
+    """The stream is not told how large batches are, and they need not fit the rank's share of 8 samples."""
     parts = []
     for rank in range(2):
         stages = [wds.map(_key), *([wds.batched(batch, collation_fn=None)] if batch else [])]
@@ -123,8 +125,10 @@ def _as_it_is(items: Any) -> Any:
     return items
 
 
-def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch waits so long, in vain, for each worker of a loader that ended with an error
+def test_a_loader_that_batches_itself_states_its_batch_or_has_one_worker(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch waits this long, in vain, for each worker of a loader that ended with an error
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
 
     def positions(workers: int, batch: int | None, **options: Any) -> list[int]:
@@ -140,7 +144,7 @@ def test_a_loader_that_batches_itself_says_how_or_has_one_worker(folder: str, mo
     for batch in (None, 4):
         with pytest.raises(ConfigError, match="micro_batch=1 for batch_size=None"):
             positions(2, batch)
-    gc.collect()  # such a loader ends here, not in a later test
+    gc.collect()  # ends such a loader here, not in a later test
 
 
 def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[list[str]], tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_samples_are_the_members_bytes(folder: str) -> None:
 
 
 @pytest.mark.parametrize("budget_mb, whole", [(64, True), (0, False)])
-def test_over_s3_the_order_is_the_same(
+def test_on_s3_the_order_is_the_same(
     folder: str, reference: list[list[str]], bucket: str, monkeypatch: pytest.MonkeyPatch, budget_mb: int, whole: bool
 ) -> None:
     upload(folder, bucket)
@@ -196,7 +200,7 @@ def test_over_s3_the_order_is_the_same(
     assert seen == [whole, whole]
 
 
-def test_over_s3_in_worker_processes_after_the_parent_has_used_it(
+def test_s3_works_in_worker_processes_after_the_parent_has_used_it(
     folder: str, reference: list[list[str]], bucket: str
 ) -> None:
     upload(folder, bucket)
@@ -208,10 +212,10 @@ def upload(folder: str, bucket: str) -> None:
         store.write_bytes(f"s3://{bucket}/{path.name}", path.read_bytes())
 
 
-def test_members_that_lie_far_apart_are_requested_by_themselves(
+def test_members_that_are_far_apart_are_requested_individually(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A tar that was packed kind by kind: first all pictures, then all texts."""
+    """A tar packed by type: first all pictures, then all texts."""
     samples = {f"{i:03d}": members(str(i), longest=200_000) for i in range(24)}
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for extension in ("jpg", "txt"):
@@ -266,7 +270,7 @@ def test_a_compressed_shard_takes_no_more_memory_than_the_budget(tmp_path: Path,
     assert peak < 14 << 20, f"{peak >> 20} MiB"
 
 
-def test_filters_and_stop(folder: str) -> None:
+def test_filters_apply_and_the_stream_stops(folder: str) -> None:
     source = stream(folder, filter={"min_aesthetic": 5.0}, stop=40)
     read = list(source)
     assert len(read) == 40
@@ -305,7 +309,7 @@ def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: st
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
-    os.utime(paths[3], ns=(modified, modified))  # a bad disk leaves no trace
+    os.utime(paths[3], ns=(modified, modified))  # a failing disk leaves no trace
     read = {s["__position__"]: s for s in source}
     hit = [p for p, sample in read.items() if sample["__failures__"]]
     assert hit and all(clean[p] == victim and read[p]["__key__"] != victim for p in hit)
@@ -322,7 +326,7 @@ def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: st
 def test_the_first_sample_does_not_wait_until_the_budget_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a few small samples on a network or in a .tar.gz, the budget holds tens of thousands of epochs."""
+    """On a network or in a .tar.gz, the budget would hold tens of thousands of epochs of a few small samples."""
     with tarfile.open(tmp_path / "a.tar.gz", mode="w:gz") as tar:
         for name in ("0.jpg", "0.txt", "1.jpg", "1.txt"):
             info = tarfile.TarInfo(name)

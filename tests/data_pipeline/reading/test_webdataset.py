@@ -44,7 +44,7 @@ def test_a_missing_object_is_named(bucket: str) -> None:
         list(wds.WebDataset(f"s3://{bucket}/x.tar", shardshuffle=False, empty_check=False))
 
 
-def test_writing(bucket: str) -> None:
+def test_the_writer_works_with_plain_webdataset(bucket: str) -> None:
     with wds.TarWriter(f"s3://{bucket}/out.tar") as writer:
         writer.write({"__key__": "a", "txt": "hello"})
     (sample,) = wds.WebDataset(f"s3://{bucket}/out.tar", shardshuffle=False)

@@ -67,8 +67,8 @@ def test_filters_count_each_reason_exactly(scored: Path) -> None:
     assert data.key(0, 0) == "0"
 
 
-def test_a_score_at_the_limit_is_within_it(tmp_path: Path) -> None:
-    """Scores are kept in 32 bits, where 0.3 is a little more and 5.1 a little less than what the settings say."""
+def test_a_score_equal_to_the_limit_passes(tmp_path: Path) -> None:
+    """Scores are stored in 32 bits, where 0.3 is slightly more and 5.1 slightly less than in the settings."""
     facts = {"AESTHETIC_SCORE": 5.1, "pwatermark": 0.3, "punsafe": 0.1, "similarity": 0.7}
     with ShardWriter(str(tmp_path / "0.tar")) as shard:
         text = "\ufefffive".encode("utf-16-le")
@@ -103,7 +103,7 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert load(moved).fingerprint == base
 
 
-def test_missing_indexes_are_built_and_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_indexes_are_built_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shards(tmp_path, [2, 3])
     (tmp_path / "00001.index.parquet").unlink()
     with caplog.at_level(logging.WARNING):
@@ -114,7 +114,7 @@ def test_missing_indexes_are_built_and_announced(tmp_path: Path, caplog: pytest.
     assert caplog.text == ""
 
 
-def test_indexes_that_went_while_their_summaries_stayed_are_written_again(
+def test_indexes_deleted_while_their_summaries_remain_are_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from data_pipeline.shards import summaries
@@ -129,7 +129,7 @@ def test_indexes_that_went_while_their_summaries_stayed_are_written_again(
     assert [path.name for path in tmp_path.glob("*.index.parquet")] == ["00001.index.parquet"]
 
 
-def test_damage_is_announced_and_the_rest_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_reported_and_the_rest_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_shards(tmp_path, [6], longest=3000)[0]
     data = Path(path).read_bytes()
     (tmp_path / "00000.index.parquet").unlink()
@@ -141,14 +141,14 @@ def test_damage_is_announced_and_the_rest_used(tmp_path: Path, caplog: pytest.Lo
     assert "truncated_shard" in caplog.text and "empty_shard" in caplog.text
 
 
-def test_a_shard_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, [2])
     (tmp_path / "00001.tar").write_text("<Error><Code>AccessDenied</Code></Error>")
     with pytest.raises(DataError, match=r"00001\.tar: this is not a tar archive"):
         load(tmp_path)
 
 
-def test_pickled_data_sets_read_the_same(tmp_path: Path) -> None:
+def test_a_pickled_data_set_reads_the_same(tmp_path: Path) -> None:
     write_shards(tmp_path, [3, 4])
     data = load(tmp_path)
     data.key(0, 0)
@@ -185,7 +185,7 @@ def test_a_later_start_opens_no_index(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "00001.tar" in opened and "00000.tar" not in opened
     assert changed.total == 11
     load(tmp_path, min_aesthetic=4.5)
-    assert "00000.tar" in opened  # other filters have other counts
+    assert "00000.tar" in opened  # other filters give other counts
 
 
 @pytest.mark.parametrize(
@@ -250,18 +250,18 @@ def test_samples_of_some_licences(licensed: Path, allowed: list[str], keys: str,
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("CC0", "licences=CC0: it must be a list"), ([" "], "a licence is empty")])
-def test_what_is_no_list_of_licences_is_refused(wrong: Any, said: str) -> None:
+def test_a_value_that_is_no_list_of_licences_is_refused(wrong: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         FilterConfig(licences=wrong)
 
 
-def test_licences_are_counted_of_what_takes_part(licensed: Path) -> None:
+def test_licences_are_counted_among_the_samples_in_use(licensed: Path) -> None:
     counts = {"CC0 1.0": 1, "cc by 2.0": 1, LICENCES[2]["license_url"]: 1, "Attribution License": 1, "3": 1}
     assert load(licensed).licences == {"unknown": 4, **counts}
     assert load(licensed, licences=["cc*"]).licences == {"CC0 1.0": 1, "cc by 2.0": 1}
 
 
-def test_an_index_of_the_version_before_is_read_and_made_anew_where_licences_are_asked_for(licensed: Path) -> None:
+def test_an_index_of_the_previous_version_is_read_and_rebuilt_when_licences_are_needed(licensed: Path) -> None:
     fresh = load(licensed)
     path = str(licensed / "0.tar")
     index = load_index(path)

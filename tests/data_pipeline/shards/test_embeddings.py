@@ -1,4 +1,4 @@
-"""Sidecar files of text embeddings: format, precision, joins and refusals."""
+"""Sidecar files with text embeddings: format, precision, joins and refusals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_int8_is_exact_to_half_a_step_of_the_token() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("bf16", 2**-8), ("int8", 0.02)])
-def test_what_is_written_comes_back_ragged(tmp_path: Path, dtype: str, error: float) -> None:
+def test_embeddings_of_different_lengths_survive_a_round_trip(tmp_path: Path, dtype: str, error: float) -> None:
     values = rows(20)
     write(tmp_path / "a.embeddings.safetensors", values, dtype)
     sidecar = Sidecar(str(tmp_path / "a.embeddings.safetensors"))
@@ -170,7 +170,7 @@ def test_another_encoder_is_refused_with_what_differs(folder: Path) -> None:
         Embeddings([str(folder)], SHARDS).check({**ENCODER, "weights": "xyz"})
 
 
-def test_shards_of_one_name_find_their_own_sidecar_among_several_folders(tmp_path: Path) -> None:
+def test_shards_of_the_same_name_find_their_own_sidecar_among_several_folders(tmp_path: Path) -> None:
     shards = {"/a/00000.tar": "digest a", "/b/00000.tar": "digest b"}
     for number, shard in enumerate(shards):
         write(sidecar_url(shard, str(tmp_path / shard[1])), rows(5)[number:], digest=shards[shard])
@@ -185,7 +185,7 @@ def test_padding_marks_the_true_tokens() -> None:
     assert text[0, 2:].sum() == 0
 
 
-def test_sidecars_lie_beside_the_shard_or_in_a_folder() -> None:
+def test_sidecars_are_next_to_the_shard_or_in_a_folder() -> None:
     assert sidecar_url("s3://b/d/0.tar") == "s3://b/d/0.embeddings.safetensors"
     assert sidecar_url("d/0.tar", "s3://b/e") == "s3://b/e/0.embeddings.safetensors"
 
@@ -193,7 +193,7 @@ def test_sidecars_lie_beside_the_shard_or_in_a_folder() -> None:
 # -------------------------------------------------------------------------------------------------- in the loader
 
 
-def test_the_loader_joins_them_to_its_batches(tmp_path: Path) -> None:
+def test_the_loader_joins_embeddings_to_its_batches(tmp_path: Path) -> None:
     shards = copy_shards(tmp_path / "shards")
     config = DataConfig(shards=str(shards), global_batch=4, embeddings=str(tmp_path / "text"), threads=1)
     config.captions.sources = {"txt": 1.0, "json:captions": 3.0}
@@ -220,7 +220,7 @@ def test_the_loader_joins_them_to_its_batches(tmp_path: Path) -> None:
     assert len(seen) > 12, "several captions per picture were met"
 
 
-def test_the_loader_refuses_to_begin_without_them(tmp_path: Path) -> None:
+def test_the_loader_refuses_to_start_without_embeddings(tmp_path: Path) -> None:
     shards = copy_shards(tmp_path / "shards")
     (tmp_path / "text").mkdir()
     with pytest.raises(DataError, match="run `cascade embed`"):

@@ -66,7 +66,7 @@ def test_members_in_any_order_even_apart(tmp_path: Path) -> None:
     assert layouts(index) == {"b": "txt/jpg", "a": "json/jpg/txt", "c": "jpg/txt"}
 
 
-def test_a_key_that_comes_again_begins_a_new_sample(tmp_path: Path) -> None:
+def test_a_repeated_key_begins_a_new_sample(tmp_path: Path) -> None:
     names = ["a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"]
     index = index_shard(tar(tmp_path / "x.tar", [(name, b"x") for name in names]))
     assert index.column("key").to_pylist() == ["a", "b", "a"]
@@ -116,12 +116,12 @@ def test_image_size_from_the_header(form: str) -> None:
     assert image_size(out.getvalue()) == (37, 21)
 
 
-def test_image_size_of_what_is_no_picture() -> None:
+def test_content_that_is_not_a_picture_has_no_image_size() -> None:
     for data in (b"", b"\xff\xd8\xff", b"<html>", b"\x89PNG\r\n\x1a\n"):
         assert image_size(data) == (None, None)
 
 
-def test_saved_index_is_the_same_and_beside_the_shard(tmp_path: Path) -> None:
+def test_the_saved_index_is_the_same_and_next_to_the_shard(tmp_path: Path) -> None:
     path = write_shards(tmp_path, [5])[0]
     assert index_url(path) == str(tmp_path / "00000.index.parquet")
     loaded = load_index(path)
@@ -157,7 +157,7 @@ def test_a_copy_of_an_indexed_shard_is_not_walked_again(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 broken", b"PAR1" + bytes(64) + b"PAR1"])
-def test_a_broken_index_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_index_file_is_ignored(tmp_path: Path, content: bytes) -> None:
     path = write_shards(tmp_path, [3])[0]
     Path(index_url(path)).write_bytes(content)
     assert load_index(path) is None and load_meta(store.describe([path])[0]) is None
@@ -176,8 +176,8 @@ def test_no_flipped_byte_of_an_index_file_changes_what_it_says(tmp_path: Path) -
         assert read is None or (read.table.equals(index.table) and read.meta == index.meta), at
 
 
-def test_an_index_whose_rows_contradict_each_other_counts_as_none(tmp_path: Path) -> None:
-    """Such as a flipped bit leaves that no checksum of Parquet covers."""
+def test_an_index_whose_rows_contradict_each_other_is_ignored(tmp_path: Path) -> None:
+    """As after a flipped bit that no Parquet checksum covers."""
     path = write_shards(tmp_path, [6])[0]
     index = load_index(path)
     assert index is not None
@@ -188,13 +188,13 @@ def test_an_index_whose_rows_contradict_each_other_counts_as_none(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"successes": 1e999}', b'{"successes": null}', b"\xff"])
-def test_a_broken_count_beside_the_shard_counts_as_none(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_count_next_to_the_shard_is_ignored(tmp_path: Path, content: bytes) -> None:
     path = write_shards(tmp_path, [3])[0]
     (tmp_path / "00000_stats.json").write_bytes(content)
     assert index_shard(path).meta["expected"] is None
 
 
-def test_the_digest_does_not_depend_on_the_place(tmp_path: Path) -> None:
+def test_the_digest_does_not_depend_on_the_location(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = write_shards(tmp_path / "a", [4])[0], write_shards(tmp_path / "b", [4])[0]
@@ -209,7 +209,7 @@ def test_an_index_goes_to_the_cache_when_the_directory_cannot_be_written(
     path = write_shards(tmp_path, [3])[0]
     index = index_shard(path)
     os.unlink(index_url(path))
-    (tmp_path / "00000.index.parquet").mkdir()  # root may write everywhere, but not over a directory
+    (tmp_path / "00000.index.parquet").mkdir()  # root may write anywhere, but cannot replace a directory
     cache = str(tmp_path / "cache")
     assert store_index(index, cache) == cached_index_url(path, cache)
     loaded = load_index(path, cache)
@@ -228,7 +228,8 @@ def test_the_writer_is_deterministic_and_leaves_nothing_on_failure(tmp_path: Pat
 
 
 def test_links_inside_the_archive_are_followed_and_others_named(tmp_path: Path) -> None:
-    """As tar writes files with several names: hard links from the root, symbolic ones from their folder."""
+    """As tar stores files with several names: hard links relative to the root, symbolic links relative to their
+    folder."""
     files = {"x/a.jpg": b"\xff\xd8\xff", "x/a.txt": b"a", "./x/late.jpg": b"\xff\xd8\xff2"}
     symbolic, hard = tarfile.SYMTYPE, tarfile.LNKTYPE
     links = [
@@ -254,7 +255,7 @@ def test_links_inside_the_archive_are_followed_and_others_named(tmp_path: Path) 
     assert data[found["z"]["jpg"] :][:4] == b"\xff\xd8\xff2"
 
 
-def test_names_with_accents_in_either_spelling_are_one_sample(tmp_path: Path) -> None:
+def test_names_with_accents_in_either_unicode_form_are_one_sample(tmp_path: Path) -> None:
     members = [("caf\u00e9.jpg", b"\xff\xd8\xff"), ("cafe\u0301.txt", b"x"), ("metadata.jsonl", b"{}")]
     index = index_shard(tar(tmp_path / "a.tar", members))
     assert layouts(index) == {"caf\u00e9": "jpg/txt", "metadata": "jsonl"}

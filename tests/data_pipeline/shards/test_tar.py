@@ -75,7 +75,7 @@ def test_small_pieces_from_the_stream() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(cut=st.integers(512, len(archive(SAMPLES)) - 1))
-def test_a_cut_archive_gives_its_whole_members_and_is_reported(cut: int) -> None:
+def test_a_truncated_archive_gives_its_complete_members_and_is_reported(cut: int) -> None:
     members, problems = read(archive(SAMPLES)[:cut])
     assert members == SAMPLES[: len(members)]
     whole = archive(SAMPLES).rstrip(b"\0")
@@ -83,7 +83,7 @@ def test_a_cut_archive_gives_its_whole_members_and_is_reported(cut: int) -> None
         assert problems and problems[-1] in ("truncated_shard", "missing_end_blocks")
 
 
-def test_a_cut_at_a_header_is_told_from_a_missing_trailer_only_by_the_count() -> None:
+def test_only_the_count_distinguishes_a_cut_at_a_header_from_a_missing_trailer() -> None:
     data = archive(SAMPLES)
     end_of_first = 512 + 512
     assert read(data[:end_of_first]) == (SAMPLES[:1], ["missing_end_blocks"])
@@ -112,7 +112,7 @@ def test_a_header_of_zeros_is_reported() -> None:
 
 
 @pytest.mark.parametrize("size", [15, 700])
-def test_the_header_of_the_next_member_is_no_data(size: int) -> None:
+def test_the_header_of_the_next_member_is_not_data(size: int) -> None:
     data = archive([("1.txt", b"a" * size), ("2.jpg", b"b" * 99), ("2.txt", b"c")])
     found: list[Problem] = []
     count: Counter[str] = Counter()
@@ -121,7 +121,7 @@ def test_the_header_of_the_next_member_is_no_data(size: int) -> None:
     assert "the header of the next member" in found[0].detail and count.total() == len(data) - 512
 
 
-def test_two_archives_in_a_row_are_both_read() -> None:
+def test_two_concatenated_archives_are_both_read() -> None:
     assert read(archive(SAMPLES[:4]) + archive(SAMPLES[4:])) == (SAMPLES, [])
 
 
@@ -142,7 +142,7 @@ def test_links_directories_and_devices_are_skipped() -> None:
     assert read(out.getvalue()) == ([("real.txt", b"ok")], [])
 
 
-def test_sizes_in_base_256_and_in_pax() -> None:
+def test_sizes_in_base_256_and_in_pax_records_are_read() -> None:
     info = tarfile.TarInfo("big.bin")
     info.size = 8 << 30
     gnu = info.tobuf(tarfile.GNU_FORMAT)
@@ -171,26 +171,26 @@ def test_an_old_v7_archive_is_read() -> None:
 @pytest.mark.parametrize(
     "data", [b"<html>403 Forbidden</html>", b"\x89PNG" + bytes(range(256)) * 40, b"{}", b"PK\x03\x04" * 200]
 )
-def test_what_is_no_archive_is_refused_by_name(data: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(DataError, match=r"00007\.tar: this is not a tar archive") as caught:
         list(walk(io.BytesIO(data), name="00007.tar"))
     assert ("error page" in str(caught.value)) == data.lstrip().startswith((b"<", b"{"))
     assert ("unpack it" in str(caught.value)) == data.startswith(b"PK")
 
 
-def test_empty() -> None:
+def test_empty_archives_have_no_members() -> None:
     assert read(b"") == ([], ["empty_shard"])
     assert read(bytes(10240)) == ([], ["empty_shard"])
 
 
 @pytest.mark.parametrize("zeros", [1, 511, 3 << 20])
-def test_zero_bytes_after_gzip_or_between_are_padding(zeros: int) -> None:
+def test_zero_bytes_after_or_between_gzip_members_are_padding(zeros: int) -> None:
     data = archive(SAMPLES)
     parts = gzip.compress(data[:700]) + bytes(zeros) + gzip.compress(data[700:]) + bytes(zeros)
     assert read(parts) == read(data) and read(parts)[1] == []
 
 
-def test_cut_gzip_gives_what_is_whole() -> None:
+def test_a_truncated_gzip_gives_its_complete_members() -> None:
     zipped = gzip.compress(archive([(name, bytes(range(256)) * 40) for name, _ in SAMPLES]), 0)
     members, problems = read(zipped[: len(zipped) // 2])
     assert 0 < len(members) < len(SAMPLES)
@@ -204,7 +204,7 @@ def hole(size: int, fill: bytes, at: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("form", FORMATS.values())
 @pytest.mark.parametrize("zeros", [1, 2, 3, 20, 22, 40, 64])
 def test_a_hole_of_zeros_with_junk_to_the_end_is_reported(form: int, zeros: int) -> None:
-    """Also where so many zero blocks could be end marks."""
+    """Even where that many zero blocks could be end marks."""
     whole = archive([(f"{i}.jpg", b"x" * 5000) for i in range(12)], form)
     begin = next(m.offset for m in walk(io.BytesIO(whole)) if m.name == "2.jpg") - 512
     data = whole[:begin] + bytes(512 * zeros) + b"\xa5" * (len(whole) - begin - 512 * zeros)
@@ -227,8 +227,8 @@ EDITS = st.tuples(
     edits=st.lists(EDITS, min_size=1, max_size=3), form=st.sampled_from(list(FORMATS.values())), zipped=st.booleans()
 )
 def test_every_byte_is_accounted_for(edits: list[tuple[str, int, int, bool]], form: int, zipped: bool) -> None:
-    """Whatever happens to an archive: delivered, skipped, ending and reported bytes are all of it, and no member is
-    missing without a report."""
+    """Whatever happens to an archive, its delivered, skipped, trailing and reported bytes add up to all of it, and no
+    member is missing without a report."""
     members = [(f"{i:03d}.{ext}", bytes([65 + i]) * (300 + 700 * i)) for i in range(6) for ext in ("jpg", "txt")]
     data = archive(members, form)
     for kind, at, size, aligned in edits:
@@ -259,7 +259,7 @@ def test_every_byte_is_accounted_for(edits: list[tuple[str, int, int, bool]], fo
     assert account.total() == len(data), (account, problems)
     assert account["problems"] == sum(problem.size for problem in problems)
     lost = len(members) - len(found)
-    if lost > 0 and not problems:  # then the bytes are those of a whole archive: nobody could know
+    if lost > 0 and not problems:  # then the bytes are those of a complete archive, and the change cannot be detected
         end = found[-1].offset + -(-found[-1].size // 512) * 512
         zeros = (len(data) - len(data[end:].lstrip(b"\0")) - end) // 512
         assert zeros >= 2 and (not data[end:].strip(b"\0") or (end + 512 * zeros) % 10240 == 0), lost
@@ -277,7 +277,7 @@ GNU_TAR = pytest.mark.skipif(
     ["--format=v7", "--format=oldgnu", "--format=ustar", "--format=posix", "-b 2048", "-b 64", "-b 1", "--label=L",
      "--format=posix --label=L", "-g snapshot", "--format=posix -g snapshot", "-b 512 -g snapshot --label=L", "-z"],
 )  # fmt: skip
-def test_what_gnu_tar_writes_is_whole(tmp_path: Path, options: str) -> None:
+def test_archives_written_by_gnu_tar_are_complete(tmp_path: Path, options: str) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, data in SAMPLES:
@@ -318,12 +318,12 @@ def test_nothing_crashes_the_walk(data: bytes, at: int) -> None:
         ("https://h/x/blob/main/0.tar", b"<!doctype html>", "write /resolve/ instead of /blob/"),
     ],
 )
-def test_what_is_no_tar_says_what_to_do(name: str, data: bytes, words: str) -> None:
+def test_a_file_that_is_no_tar_names_the_remedy(name: str, data: bytes, words: str) -> None:
     with pytest.raises(NotAnArchive, match=words):
         list(walk(io.BytesIO(data + bytes(600)), name=name))
 
 
-def test_a_thread_that_walks_two_archives_in_turn_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_walks_two_archives_alternately_does_not_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tars, "_LARGE", 100)
     data = archive([(f"{n}.jpg", bytes([n]) * 200) for n in range(3)])
     pairs = list(zip(walk(io.BytesIO(data)), walk(io.BytesIO(data)), strict=True))

@@ -1,4 +1,4 @@
-"""Writing shards: names that readers would split otherwise, and disks without room."""
+"""Writing shards: names that readers would split differently, and full disks."""
 
 from __future__ import annotations
 

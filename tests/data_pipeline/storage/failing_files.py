@@ -1,4 +1,4 @@
-"""Makes system calls fail: `failing_files.c`, preloaded into a process that reads the same files in several ways."""
+"""Makes system calls fail: preloads `failing_files.c` into a process that reads the same files in several ways."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def outcomes(module: str, folder: Path, cases: list[list[Any]]) -> dict[str, list[str]]:
-    """Return what `tried` finds in a process of its own: `module`, given `folder` and the cases, prints it."""
+    """Return what `tried` finds in a separate process: `module`, given `folder` and the cases, prints it."""
     library = build(folder)
     done = subprocess.run(
         [sys.executable, "-m", module, str(folder), json.dumps(cases)], cwd=HERE.parents[2],

@@ -1,4 +1,4 @@
-"""Reads shards and tables in several ways while failing_files.c makes calls fail; prints what came of it."""
+"""Reads shards and tables in several ways while failing_files.c makes calls fail; prints the outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Servers with certificates of a private authority, and proxies: what works, and what is said where it does not."""
+"""Servers with certificates of a private authority, and proxies: what works, and which messages explain what does
+not."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    """The next request takes the settings of the environment."""
+    """Makes the next request read the settings of the environment again."""
     s3._filesystems.clear()
     other._filesystems.clear()
 
@@ -130,7 +131,7 @@ def test_a_certificate_that_is_out_of_date(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
 @pytest.mark.parametrize(("name", "words"), [("nowhere", "no such file"), (".", "PEM form"), ("x", "PEM form")])
-def test_what_is_no_file_of_certificates_is_named(
+def test_a_file_that_holds_no_certificates_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, name: str, words: str
 ) -> None:
     (tmp_path / "x").write_bytes(b"no certificate")
@@ -171,7 +172,7 @@ def plain(folder: Path) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("scheme", "wanted"), [("http", "its server speaks TLS"), ("https", "does not speak TLS")])
-def test_http_and_https_confused_are_said_at_once(
+def test_confusing_http_and_https_is_reported_at_once(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, wanted: str
 ) -> None:
     monkeypatch.setattr(s3, "_answered", False)

@@ -28,7 +28,7 @@ def content(etag: str, size: int) -> bytes:
 
 
 class Origin:
-    """Objects, and which of their bytes were asked for."""
+    """Objects, and a record of which bytes were requested."""
 
     def __init__(self, size: int = 10 * PIECE + 7) -> None:
         self.size, self.asked = size, []  # type: int, list[tuple[str, int]]
@@ -44,7 +44,7 @@ class Origin:
 
 
 def used(folder: Path) -> int:
-    """Bytes on disk, as an outsider counts them."""
+    """Bytes on disk, as counted from outside the cache."""
     total = 0
     for name in ("pieces", "partial"):
         for path in (folder / name).iterdir():
@@ -55,7 +55,7 @@ def used(folder: Path) -> int:
     return total
 
 
-def test_what_was_read_is_read_from_disk(tmp_path: Path) -> None:
+def test_a_piece_that_was_read_before_comes_from_disk(tmp_path: Path) -> None:
     cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
     origin.read(cache, "a", 1500, 3500)
     assert origin.asked == [("a", 1000), ("a", 2000), ("a", 3000)]
@@ -66,7 +66,7 @@ def test_what_was_read_is_read_from_disk(tmp_path: Path) -> None:
     assert used(tmp_path) == 5 * PIECE + 7
 
 
-def test_objects_are_told_apart_by_etag_and_size(tmp_path: Path) -> None:
+def test_objects_are_distinguished_by_etag_and_size(tmp_path: Path) -> None:
     cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
     origin.read(cache, "a", 0, 100)
     origin.read(cache, "b", 0, 100)
@@ -96,7 +96,7 @@ def test_a_limit_below_one_piece_only_means_no_caching(tmp_path: Path) -> None:
     assert used(tmp_path) == 0
 
 
-def test_a_piece_that_did_not_verify_is_fetched_again(tmp_path: Path) -> None:
+def test_a_piece_that_failed_verification_is_fetched_again(tmp_path: Path) -> None:
     cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
     origin.read(cache, "a", 0, 10)
     (piece,) = (tmp_path / "pieces").iterdir()
@@ -109,9 +109,7 @@ def test_a_piece_that_did_not_verify_is_fetched_again(tmp_path: Path) -> None:
     assert len(origin.asked) == 3
 
 
-def test_a_disk_that_cannot_be_read_only_means_that_nothing_is_cached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_disk_only_means_that_nothing_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, origin = DiskCache(str(tmp_path), 100 * PIECE, PIECE), Origin()
     origin.read(cache, "a", 0, 10)
     assert cache.whole("index", lambda: b"whole") == b"whole"
@@ -220,7 +218,7 @@ def test_a_full_disk_only_means_that_nothing_is_kept(tmp_path: Path, monkeypatch
     assert len(origin.asked) == 3 and used(tmp_path) == PIECE
 
 
-def test_a_folder_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
+def test_a_folder_deleted_in_the_meantime_is_created_again(tmp_path: Path) -> None:
     cache, origin = DiskCache(str(tmp_path / "cache"), 100 * PIECE, PIECE), Origin()
     origin.read(cache, "a", 0, 3 * PIECE)
     shutil.rmtree(tmp_path / "cache")

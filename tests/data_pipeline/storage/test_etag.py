@@ -1,4 +1,4 @@
-"""ETags as stores and uploaders make them: one MD5, or an MD5 of the MD5s of the parts."""
+"""ETags as stores and uploaders compute them: an MD5, or an MD5 of the MD5s of the parts."""
 
 from __future__ import annotations
 

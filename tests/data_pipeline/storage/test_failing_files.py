@@ -19,14 +19,14 @@ READS += [(f"rows of {name}", "read") for name in ("t.csv", "t.jsonl", "t.parque
 READS += [(name, call) for name in ("t.csv", "t.csv.gz", "t.parquet") for call in ("open", "read")]
 LISTS = [("glob", "list"), ("nested", "list")]
 LENIENT = [("hash", "open"), ("hash", "read"), ("directory", "stat"), ("picture", "stat"), ("found", "list")]
-"""Without another attempt, what is there would be taken for missing."""
+"""Without another attempt, existing files would be reported as missing."""
 PASSING = [(*way, number) for way in READS + LISTS + LENIENT for number in (errno.ESTALE, errno.EIO)]
 ROWS = 20_000
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Case -> what became of it: "same" (as without faults), or the type and the message of the error."""
+    """Maps each case to its outcome: "same" (as without faults), or the type and the message of the error."""
     folder = tmp_path_factory.mktemp("failing")
     one = folder / "a set/one"
     write_shards(one, [3])
@@ -49,7 +49,7 @@ def test_a_server_that_comes_back_costs_nothing(said: dict[str, list[str]], way:
 
 
 @pytest.mark.parametrize(("way", "call"), [*READS, *LISTS])
-def test_one_that_does_not_ends_with_the_file_and_may_be_started_again(
+def test_a_server_that_stays_away_ends_the_command_with_the_file_named(
     said: dict[str, list[str]], way: str, call: str
 ) -> None:
     kind, message = said[f"{way} {call} {errno.EIO} 10000"]
@@ -58,6 +58,6 @@ def test_one_that_does_not_ends_with_the_file_and_may_be_started_again(
 
 
 @pytest.mark.parametrize(("way", "call"), LISTS)
-def test_a_glob_leaves_out_no_directory_in_silence(said: dict[str, list[str]], way: str, call: str) -> None:
+def test_a_glob_skips_no_directory_silently(said: dict[str, list[str]], way: str, call: str) -> None:
     kind, message = said[f"{way} {call} {errno.EACCES} 10000"]
     assert kind == "DataError" and "one" in message and "Permission denied; give this user access" in message

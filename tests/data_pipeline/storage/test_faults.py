@@ -1,4 +1,4 @@
-"""A broken network between us and a real S3 server: what is read is whole, or the run ends with a sentence.
+"""A broken network between us and a real S3 server: reads are complete, or the run ends with a clear message.
 
 All of it against moto, and against Ceph's radosgw where its packages are installed.
 """
@@ -33,7 +33,7 @@ from tests.faultproxy import FaultProxy
 from tests.s3 import S3Server
 
 QUICK = Patience(stall_s=20, deadline_s=60, base_s=0.01, cap_s=0.1)
-"""A server on a busy machine may take its time: only where silence is the fault is a request given up soon."""
+"""A server on a busy machine may be slow: requests are given up soon only where silence is the fault under test."""
 DATA = bytes(range(251)) * 12_000  # 3 MB
 
 
@@ -66,36 +66,36 @@ def ranges(proxy: FaultProxy) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", ["reset", "fin", "stall"])
-def test_a_break_is_continued_at_the_broken_byte(url: str, proxy: FaultProxy, fault: str) -> None:
-    for _ in range(5):  # on a busy machine the break may come before the first byte was taken
+def test_a_broken_read_continues_at_the_same_byte(url: str, proxy: FaultProxy, fault: str) -> None:
+    for _ in range(5):  # on a busy machine, the connection may break before the first byte has been read
         proxy.plan([f"{fault}:1500000"])
         assert store.read_bytes(url, patience_for(fault)) == DATA
         if ranges(proxy)[1]:
             break
     assert ranges(proxy)[0] == ""
     first = int(ranges(proxy)[1].removeprefix("bytes=").split("-")[0])
-    assert 1_000_000 < first <= 1_500_000  # a reset may drop what lay in the socket's buffers
+    assert 1_000_000 < first <= 1_500_000  # a reset may drop the contents of the socket's buffers
     assert len(proxy.log) == 2
 
 
-def test_connections_that_all_die_early_still_bring_the_whole(url: str, proxy: FaultProxy) -> None:
+def test_connections_that_all_die_early_still_deliver_everything(url: str, proxy: FaultProxy) -> None:
     proxy.plan([], default="fin:200000")
     assert store.read_bytes(url, QUICK) == DATA
     assert len(proxy.log) == -(-len(DATA) // 200_000)
 
 
 @pytest.mark.parametrize("fault", ["status:503", "status:500", "status:429", "reset-head", "delay:3"])
-def test_a_store_that_is_ill_for_a_while(url: str, proxy: FaultProxy, fault: str) -> None:
+def test_a_store_that_fails_for_a_while_is_retried(url: str, proxy: FaultProxy, fault: str) -> None:
     proxy.plan([fault] * 3)
     assert store.read_range(url, 10, 100, patience=patience_for(fault)) == DATA[10:100]
-    assert len(proxy.log) == 4  # one loop: s3fs and botocore retry nothing of their own
+    assert len(proxy.log) == 4  # a single retry loop: s3fs and botocore retry nothing themselves
 
 
 @pytest.mark.parametrize(
     "fault, cause",
     [("status:503", "SlowDown"), ("status:500", "InternalError"), ("stall:0", "Timeout"), ("fin:0", "Payload|ended")],
 )
-def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
+def test_a_store_that_keeps_failing_ends_the_run_with_its_name_and_the_cause(
     url: str, proxy: FaultProxy, fault: str, cause: str
 ) -> None:
     proxy.plan([], default=fault)
@@ -103,8 +103,8 @@ def test_a_store_that_stays_ill_ends_the_run_with_its_name_and_the_cause(
     with pytest.raises(StoreError, match=sentence) as raised:
         store.read_range(url, 0, 100, patience=replace(patience_for(fault), deadline_s=3, base_s=0.05))
     found = re.search(sentence, str(raised.value), re.DOTALL)
-    # nothing beneath repeats a request on its own account; an attempt on a connection that is just being closed by the
-    # server reaches nobody
+    # no layer below repeats a request by itself; an attempt on a connection that the server is just closing reaches
+    # nobody
     assert found and len(proxy.log) <= int(found[1]) <= len(proxy.log) + 3
 
 
@@ -127,7 +127,7 @@ def test_an_object_that_changes_during_a_read_is_noticed(url: str, proxy: FaultP
             stream.read()
 
 
-def test_credentials_revoked_during_a_read(url: str, proxy: FaultProxy) -> None:
+def test_credentials_revoked_during_a_read_are_reported(url: str, proxy: FaultProxy) -> None:
     proxy.plan(["fin:1000000"], default="status:403")
     with pytest.raises(DataError, match=r"denies access.*AWS_ACCESS_KEY_ID"):
         store.read_bytes(url, QUICK)
@@ -145,7 +145,7 @@ def test_a_server_that_comes_back(url: str, proxy: FaultProxy) -> None:
         back.join()
 
 
-def test_a_wrong_endpoint_is_found_soon(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_endpoint_is_noticed_soon(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr(s3, "FIRST_CONTACT_S", 0.5)
     s3.forget()
@@ -160,8 +160,8 @@ OPTIONS: dict[str, Any] = {"seed": 1, "global_batch": 16, "lanes": 4, "window": 
 
 @pytest.fixture
 def shards(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
-    """Where the shards lie in the bucket, and the keys in the order that an undisturbed local run reads."""
-    # shorter waits than a run's
+    """The shards in the bucket, and the keys in the order in which an undisturbed local run reads them."""
+    # shorter waits than in a run
     monkeypatch.setattr(dataset, "patience_of", lambda config: Patience(config.stall_s, config.deadline_s, 0.02, 0.2))
     for path in write_shards(tmp_path, [20, 13, 31], longest=60_000):
         for name in (path, path.replace(".tar", ".index.parquet")):
@@ -191,7 +191,7 @@ def test_the_stream_of_keys_is_complete_and_unchanged(
     assert not any(sample["__failures__"] for sample in samples)
 
 
-def test_bytes_that_are_wrong_in_every_read_are_told_by_the_etag(
+def test_bytes_that_are_wrong_in_every_read_are_detected_by_the_etag(
     shards: tuple[str, list[str]], proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = store.expand(shards[0])[0]
@@ -220,7 +220,7 @@ def test_a_forked_process_leaves_its_parents_connection_alone(url: str, capfd: p
 def test_a_stream_outlives_its_server_for_a_while(
     shards: tuple[str, list[str]], proxy: FaultProxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that has answered is waited for longer than one that never has."""
+    """The wait is longer for a server that has answered before than for one that never has."""
     url, expected = shards
     gone_s = {"moto": 1.0, "ceph": 5.0}[request.node.callspec.params["s3_process"]]
     monkeypatch.setattr(s3, "FIRST_CONTACT_S", 2.5)
@@ -247,7 +247,7 @@ def test_a_stream_that_cannot_go_on_says_why(
         for number, _ in enumerate(stream):
             if number == 5:
                 proxy.plan([], default=default)
-    assert time.monotonic() - began < 60  # it ends; how fast is not the point
+    assert time.monotonic() - began < 60  # it ends; how fast does not matter
 
 
 def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str, list[str]], proxy: FaultProxy) -> None:
@@ -264,7 +264,7 @@ def test_a_sample_that_arrives_damaged_every_time_is_replaced(shards: tuple[str,
         assert (sample["__key__"] == key) == (key != victim)
 
 
-def test_what_a_store_cannot_do_is_not_retried(url: str, proxy: FaultProxy) -> None:
+def test_unsupported_operations_of_a_store_are_not_retried(url: str, proxy: FaultProxy) -> None:
     proxy.plan([], default="status:501")
     with pytest.raises(DataError, match="rejected the request"):
         store.write_bytes(url, b"x", QUICK)
@@ -294,7 +294,7 @@ def test_a_few_bytes_before_each_silence_do_not_put_off_the_deadline(url: str, p
     assert 5 < len(proxy.log) < 30
 
 
-def test_a_pause_of_the_reader_is_no_silence_of_the_store(url: str, proxy: FaultProxy) -> None:
+def test_a_pause_of_the_reader_does_not_count_as_silence_of_the_store(url: str, proxy: FaultProxy) -> None:
     with store.open_stream(url, patience=Patience(stall_s=5, deadline_s=0.3, base_s=0.01, cap_s=0.01)) as stream:
         first = stream.read(1000)
         proxy.plan(["reset-head", "ok"])
@@ -303,7 +303,7 @@ def test_a_pause_of_the_reader_is_no_silence_of_the_store(url: str, proxy: Fault
         assert first + stream.read() == DATA
 
 
-def test_credentials_that_a_helper_renews_are_read_again(
+def test_credentials_renewed_by_a_helper_are_read_again(
     url: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "credentials"
@@ -323,7 +323,7 @@ def test_credentials_that_a_helper_renews_are_read_again(
     monkeypatch.setattr(proxy, "words", {403: ("ExpiredToken", "The provided token has expired.")})
     proxy.plan([], default="status:403")
     with pytest.raises(DataError, match=r"ExpiredToken: The provided token has expired\."):
-        store.size(url, QUICK)  # an answer to HEAD has no words, one to GET has
+        store.size(url, QUICK)  # a response to HEAD has no body, one to GET has
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -387,10 +387,10 @@ def test_a_store_without_conditions_and_one_with(url: str, proxy: FaultProxy) ->
         (511, "511", "rejected the request"),
     ],
 )
-def test_what_is_refused_for_other_reasons_than_credentials(
+def test_refusals_for_other_reasons_than_credentials_are_explained(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
 ) -> None:
-    store.size(url)  # the address is right: no error makes it search for another
+    store.size(url)  # the address is right: no error makes it look for another
     monkeypatch.setattr(proxy, "words", {status: (code, "its words")})
     proxy.plan([], default=f"status:{status}")
     with pytest.raises(DataError, match=f"its words.*{words}|{words}.*its words") as error:
@@ -421,7 +421,7 @@ def test_a_bucket_whose_objects_may_be_read_but_not_listed(
     assert [sample["__key__"] for sample in named] == expected
 
 
-def test_an_upload_whose_completion_was_answered_to_nobody(
+def test_an_upload_whose_completion_response_was_lost_succeeds(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART", 5 << 20)
@@ -436,16 +436,16 @@ def test_an_upload_whose_completion_was_answered_to_nobody(
         store.write_bytes(f"{url}-new", data, QUICK)
 
 
-def test_a_store_that_redirects_in_a_circle_is_told_at_once(url: str, proxy: FaultProxy) -> None:
+def test_a_store_that_redirects_in_a_circle_is_reported_at_once(url: str, proxy: FaultProxy) -> None:
     proxy.plan([], default="status:301")
     with pytest.raises(DataError, match="redirects every request; check whether its address begins with https://"):
         store.list_dir(url.rpartition("/")[0], QUICK)
 
 
-def test_whoever_asks_a_process_to_stop_need_not_wait_for_the_deadline(
+def test_a_process_asked_to_stop_does_not_wait_for_the_deadline(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a request gives up soon; others keep their deadline."""
+    """Such a process gives up its request soon; others keep their deadline."""
     monkeypatch.setattr(retry, "HURRY_S", 0.2)
     proxy.plan([], default="status:503")
     retry.hurry_up()
@@ -476,7 +476,7 @@ def test_an_answer_that_comes_as_the_wait_for_it_ends_is_taken() -> None:
 
 
 @pytest.mark.parametrize("fault", ["status:503", "stall:0"])
-def test_whoever_only_reads_stops_at_once(
+def test_a_process_that_only_reads_stops_at_once(
     url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Also where the store accepts a request and never answers."""

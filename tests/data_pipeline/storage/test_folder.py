@@ -75,7 +75,7 @@ def test_both_kinds_of_folder_alike(remote: bool, request: pytest.FixtureRequest
     assert folder.sub("deeper").names() == []
 
 
-def test_a_full_directory_for_temporary_files_is_not_called_damage(
+def test_a_full_temporary_directory_is_not_reported_as_damage(
     bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(f"s3://{bucket}/ck")

@@ -1,4 +1,4 @@
-"""Writes for which there is no room: the message names the file and the remedy, and nothing half-made stays."""
+"""Writes to a full disk: the message names the file and the remedy, and no partial file remains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.data_pipeline.small_shards import write_shards
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file may become larger (EFBIG), as on a full disk."""
+    """No file may grow beyond this size (EFBIG), much as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -40,7 +40,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
     with files_up_to(100), pytest.raises(OSError) as caught, replacing(path) as file:
@@ -109,7 +109,7 @@ def test_embeddings_name_the_directory_of_temporary_files(tmp_path: Path) -> Non
     assert files(tmp_path) == []
 
 
-def test_a_table_that_finds_no_room_to_be_unpacked_is_no_bad_table(tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_unpacked_for_lack_of_space_is_not_called_bad(tmp_path: Path) -> None:
     import gzip
 
     picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Other schemes through fsspec: its memory store, and a web server with ranges, one without, one that fails."""
+"""Other schemes through fsspec: its memory store, and web servers with ranges, without ranges, and with failures."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Web(SimpleHTTPRequestHandler):
 
     ranges = lists = True
     token = ""
-    """What the header Authorization must say."""
+    """The required value of the Authorization header."""
     shifted = 0
-    """How many bytes too late its ranges begin."""
+    """By how many bytes its ranges begin too late."""
     packs = False
     """Whether it compresses for clients that accept that."""
     failing: list[int] = []  # noqa: RUF012
@@ -158,7 +158,7 @@ def test_shards_in_memory_are_read_in_the_same_order(memory: str, tmp_path: Path
 
 
 def test_shards_from_a_web_server(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the indexes go: the server is read only
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the indexes go: the server is read-only
     write_shards(tmp_path / "web", [9, 7, 8])
     expected = order(str(tmp_path / "web"))
     for path in (tmp_path / "web").glob("*.parquet"):
@@ -208,7 +208,7 @@ def test_a_header_in_fsspecs_settings_reaches_a_web_server(
     other._filesystems.clear()
 
 
-def test_a_server_that_says_when_to_come_back_is_waited_for(
+def test_a_server_that_says_when_to_retry_is_waited_for(
     web: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -223,7 +223,7 @@ def test_a_server_that_says_when_to_come_back_is_waited_for(
 
 
 def test_a_shard_that_changes_on_a_server_is_named(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not counted as one bad sample after the other."""
+    """It is not counted as one bad sample after another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = Path(write_shards(tmp_path / "web", [9])[0])
     stream = iter(ShardStream(f"{web}/00000.tar", **OPTIONS | {"prefetch_mb": 0}))
@@ -233,7 +233,7 @@ def test_a_shard_that_changes_on_a_server_is_named(web: str, tmp_path: Path, mon
         list(stream)
 
 
-def test_what_gcsfs_and_adlfs_call_refusals() -> None:
+def test_refusals_of_gcsfs_and_adlfs_are_recognized() -> None:
     """gcsfs raises a plain OSError for 403, adlfs FileExistsError for all conflicts."""
     refused = other._permanent(OSError("Forbidden: b/x\nno storage.objects.get access"), "gs://b/x")
     assert isinstance(refused, Denied) and "no storage.objects.get access" in str(refused)
@@ -253,7 +253,7 @@ def test_a_web_server_without_ranges_is_refused_where_they_are_needed(web: str, 
         store.read_range(f"{web}/x", 100, 200)
 
 
-def test_what_a_server_refuses_or_cannot_be_is_told_at_once(web: str, tmp_path: Path) -> None:
+def test_refusals_and_impossible_servers_are_reported_at_once(web: str, tmp_path: Path) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)
     with pytest.raises(DataError, match="no such object"):
         store.read_bytes(f"{web}/missing")
@@ -336,7 +336,7 @@ def test_a_scheme_without_its_package_names_what_to_install(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails as where it is not installed
+    monkeypatch.setitem(sys.modules, package, None)  # makes importing it fail as if it were not installed
     monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     other._filesystems.clear()
     with pytest.raises(DataError) as error:
@@ -344,7 +344,7 @@ def test_a_scheme_without_its_package_names_what_to_install(
     assert str(error.value).endswith(f"needs the package {package}: {install}")
 
 
-def test_a_server_that_falls_silent_is_given_up_and_asked_again(
+def test_a_request_to_a_silent_server_is_given_up_and_repeated(
     web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)

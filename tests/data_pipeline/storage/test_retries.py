@@ -1,4 +1,5 @@
-"""The packages for gs:// and az:// repeat no request themselves. Needs gcsfs and adlfs, which are optional."""
+"""The packages for gs:// and az:// repeat no request themselves. These tests need gcsfs and adlfs, which are
+optional."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ QUICK = Patience(stall_s=5, deadline_s=0, base_s=0.01, cap_s=0.05)
 
 
 class Failing(BaseHTTPRequestHandler):
-    """A store that is out of order."""
+    """A store that always fails."""
 
     asked: list[str] = []  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The S3 door against a real server over HTTP. Broken servers are in test_faults.py."""
+"""The S3 module against a real server over HTTP. Failing servers are in test_faults.py."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_mistakes_are_named_at_once(bucket: str) -> None:
             store.describe(store.expand(pattern))
 
 
-def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_an_address_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
     s3.forget()
     with pytest.raises(DataError, match="AWS_ENDPOINT_URL=nonsense is not a URL"):
@@ -122,7 +122,7 @@ def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyP
         ("sso_start_url = https://x\nsso_region = x\nsso_account_id = 1\nsso_role_name = x", "SSO"),
     ],
 )
-def test_credentials_that_a_profile_cannot_get_are_told_at_once(
+def test_credentials_that_a_profile_cannot_get_are_reported_at_once(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, words: str
 ) -> None:
     (tmp_path / "config").write_text(f"[profile mine]\n{profile}\n")
@@ -138,7 +138,7 @@ def test_credentials_that_a_profile_cannot_get_are_told_at_once(
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """What a machine of Amazon's answers about itself, but not at once."""
+    """The metadata service of an Amazon machine, which is slow to answer."""
 
     busy = 2
 
@@ -158,7 +158,7 @@ class Metadata(BaseHTTPRequestHandler):
         self.wfile.write(answer.encode())
 
 
-def test_credentials_of_a_machine_whose_metadata_service_is_busy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_arrive_from_a_busy_metadata_service(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
@@ -168,9 +168,7 @@ def test_credentials_of_a_machine_whose_metadata_service_is_busy(bucket: str, mo
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         s3.forget()
-        with pytest.raises(
-            DataError, match="InvalidAccessKeyId"
-        ):  # that it was asked with these credentials is the point
+        with pytest.raises(DataError, match="InvalidAccessKeyId"):  # what matters is that these credentials were used
             store.list_dir(f"s3://{bucket}")
         server.shutdown()
 
@@ -191,7 +189,7 @@ def test_an_address_in_a_profile_is_named(bucket: str, tmp_path: Path, monkeypat
 
 
 def test_a_bucket_whose_objects_are_locked(s3_server: S3Server) -> None:
-    """Each write must have a checksum; what is overwritten or removed stays as a version."""
+    """Each write must have a checksum; overwritten and removed objects remain as versions."""
     client, name = s3_server.client(), f"locked-{uuid.uuid4().hex}"
     client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
     rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
@@ -204,7 +202,7 @@ def test_a_bucket_whose_objects_are_locked(s3_server: S3Server) -> None:
     assert store.list_dir(f"s3://{name}/run") == [] and len(client.list_object_versions(Bucket=name)["Versions"]) == 2
 
 
-def test_what_names_no_object_says_so(bucket: str) -> None:
+def test_a_url_without_an_object_is_refused(bucket: str) -> None:
     for url, words in (
         (f"s3://{bucket}", "names a bucket but no object in it; write s3://bucket/name"),
         ("s3://a:b/x", "'a:b' is not a valid bucket name"),
@@ -253,8 +251,8 @@ def test_a_changed_or_shorter_object_is_noticed(bucket: str, name: str, words: s
             store.read_range(url, start, 30)
 
 
-def test_a_versioned_bucket_is_read_as_it_is_now(bucket: str, s3_server: S3Server) -> None:
-    """What was overwritten or removed stays in the bucket as versions and delete markers, and is not seen."""
+def test_a_versioned_bucket_is_read_in_its_current_state(bucket: str, s3_server: S3Server) -> None:
+    """Overwritten and removed objects stay in the bucket as versions and delete markers, and are not visible."""
     client = s3_server.client()
     client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     place = f"s3://{bucket}/run/a.json"
@@ -271,7 +269,7 @@ def test_a_versioned_bucket_is_read_as_it_is_now(bucket: str, s3_server: S3Serve
     assert len(found["Versions"]) == 3 and found["DeleteMarkers"]
 
 
-def test_names_in_a_bucket_as_people_write_them(bucket: str) -> None:
+def test_unusual_names_in_a_bucket_are_read(bucket: str) -> None:
     names = (
         "a/UP.TAR",
         "a/shard-000",

@@ -56,7 +56,7 @@ def test_a_list_of_shards_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "2.tar, perhaps among others, is named more than once" in caplog.text
 
 
-def test_lists_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+def test_lists_that_cannot_be_read_are_reported_in_one_sentence(tmp_path: Path) -> None:
     for name, content, words in (("empty", b"\n", "is empty"), ("tar", b"\xff\xfe\xfd", "text file")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=words):
@@ -87,7 +87,9 @@ def test_gaps_are_counted_at_once(tmp_path: Path) -> None:
         ("0.tar", "S3://b/0.tar", "write s3://b/0.tar"),
     ],
 )
-def test_what_is_nearly_a_pattern_says_the_right_one(tmp_path: Path, name: str, pattern: str, words: str) -> None:
+def test_an_almost_correct_pattern_is_answered_with_the_correct_one(
+    tmp_path: Path, name: str, pattern: str, words: str
+) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=words):
@@ -120,7 +122,7 @@ def test_shards_of_a_folder_in_capitals_count_and_packed_ones_are_named(
         ("https://example.org/set/", ""),
     ],
 )
-def test_pages_of_stores_are_not_shards(page: str, place: str) -> None:
+def test_web_pages_of_stores_are_not_shards(page: str, place: str) -> None:
     assert store_address(page) == place
     if place:
         with pytest.raises(ShardsError, match=re.escape(f"write {place}")):

@@ -62,7 +62,9 @@ def test_expand_says_what_is_wrong(folder: Path, pattern: str, message: str) -> 
 
 
 @pytest.mark.parametrize(("url", "right"), [("S3://b/x", "s3://b/x"), ("s3:/b/x", "s3://b/x"), ("GS://b", "gs://b")])
-def test_what_is_almost_a_url_is_no_path(url: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_almost_correct_url_is_not_taken_for_a_path(
+    url: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"write {right}$"):
         store.write_bytes(url, b"x")
