@@ -21,7 +21,7 @@ def command(width: int, folder: Path) -> list[str]:
 
 
 def measured(page: str, width: int, folder: Path) -> tuple[int, int, int, int]:
-    """Width of the content, of the window, pictures that are shown, and pictures in all."""
+    """The width of the content and of the window, the number of pictures shown, and the number of all pictures."""
     file = folder / "measured.html"
     file.write_text(page.replace("</body>", f"{MEASURE}</body>"))
     words = [*command(width, folder), "--dump-dom", file.as_uri()]

@@ -67,7 +67,7 @@ def missing_programs() -> list[str]:
 
 
 def _lasting_port() -> int:
-    """A free port that no connection is given meanwhile: radosgw takes it some ten seconds later."""
+    """A free port that no connection takes in the meantime: radosgw binds it some ten seconds later."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

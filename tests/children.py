@@ -1,4 +1,4 @@
-"""Processes that others have started."""
+"""Processes started by others."""
 
 from __future__ import annotations
 

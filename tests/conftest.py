@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures shared by several folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 """One thread for each of the many processes: threads of tiny tensors that share cores wait for each other, spinning."""
 
 for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
-    os.environ.pop(variable, None)  # every process would read the machine's, for servers of plain HTTP
+    os.environ.pop(variable, None)  # otherwise every process reads the machine's certificates, even for plain HTTP
 gc.disable()
 """Until all tests are collected: next to nothing of it is garbage, and the search takes almost a third of the time, in
 every worker."""
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What there is now stays to the end: no collection needs to look at it again."""
+    """Objects that exist now stay to the end: no garbage collection needs to look at them again."""
     gc.freeze()
     gc.enable()
 
@@ -83,7 +83,7 @@ def messages_of_one_file() -> Iterator[None]:
 
 @pytest.fixture
 def no_nohup() -> Iterator[None]:
-    """Where the tests run under nohup, what they start would ignore a closed terminal as well."""
+    """Under nohup, processes that the tests start would ignore a closed terminal as well."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -100,7 +100,7 @@ def moto_process() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def ceph_starting() -> Iterator[Future[Ceph] | None]:
-    """Ceph, where it is installed: it takes its time to start, in which other tests run."""
+    """Ceph, where it is installed: it starts slowly, while other tests run."""
     if missing_programs():
         yield None
         return
@@ -113,7 +113,7 @@ def ceph_starting() -> Iterator[Future[Ceph] | None]:
 
 @pytest.fixture(scope="session")
 def ceph_process(ceph_starting: Future[Ceph] | None) -> S3Server:
-    """Ceph's S3 server, where its packages are installed; one that is installed must start."""
+    """Ceph's S3 server, where its packages are installed; if it is installed, it must start."""
     if ceph_starting is None:
         lacking = ", ".join(missing_programs())
         pytest.skip(f"Ceph is not installed ({lacking}; apt-get install radosgw ceph-mon ceph-osd)")
@@ -150,7 +150,7 @@ def bucket(s3_server: S3Server) -> str:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A few drawn training shards, with their index."""
+    """A few training shards of drawings, with their index."""
     from dataclasses import replace
 
     from data_pipeline.commands import prepare

@@ -72,7 +72,7 @@ class FaultProxy:
         asyncio.run_coroutine_threadsafe(start(), self._loop).result(10)
 
     def down(self) -> None:
-        """The server is gone: connections are refused, open ones cut."""
+        """The server is gone: new connections are refused, open ones are cut."""
 
         async def stop() -> None:
             self._server.close()
@@ -94,7 +94,7 @@ class FaultProxy:
                 writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Passes one request on; False when the connection is over."""
+        """Passes one request on; returns False when the connection is over."""
         lines, head = await _read_head(reader)
         method, path, _ = (part.decode() for part in lines[0].split(b" ", 2))
         fault = "ok"
@@ -176,7 +176,7 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[list[bytes], dict[by
 async def _body(
     reader: asyncio.StreamReader, head: dict[bytes, bytes], method: str, status: int = 200
 ) -> AsyncIterator[bytes]:
-    """The body as it stands on the wire, in pieces."""
+    """The body as it is on the wire, in pieces."""
     if b"chunked" in head.get(b"transfer-encoding", b"").lower():
         size = -1
         while size:

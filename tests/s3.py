@@ -1,4 +1,4 @@
-"""A real S3 server over HTTP for the tests: moto's, as a process of its own, checking signatures."""
+"""A real S3 server over HTTP for the tests: moto's, in a separate process, checking signatures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def free_port() -> int:
 
 
 def start_server() -> tuple[S3Server, subprocess.Popen[bytes]]:
-    """Starts moto_server on a free port and makes one user with all rights; wrong credentials get a 403."""
+    """Starts moto_server on a free port and creates one user with all rights; wrong credentials get a 403."""
     import boto3
 
     port = free_port()

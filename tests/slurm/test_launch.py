@@ -338,6 +338,6 @@ def test_a_failure_ends_the_job_and_the_chain(on_cluster: Slurm, here: Path, pro
 
 
 @pytest.mark.slurm
-def test_what_slurm_refuses_is_said(on_cluster: Slurm, here: Path) -> None:
+def test_what_slurm_refuses_is_reported(on_cluster: Slurm, here: Path) -> None:
     with pytest.raises(UserError, match=r"Slurm refused .*train-001\.sbatch: .*invalid partition"):
         launch(*TWO_NODES, "data.shards=x", "cluster.partition=nowhere")

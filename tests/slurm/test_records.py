@@ -103,7 +103,7 @@ def test_a_run_whose_job_has_ended_no_longer_runs(tmp_path: Path, code: int, sta
     assert rows(run)[0]["state"] == state
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_what_is_no_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run there"):
         rows(tmp_path)
     make_run(tmp_path / "a", 1, 0.1)

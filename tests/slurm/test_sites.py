@@ -228,7 +228,7 @@ def test_a_number_of_nodes_that_may_vary(here: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- requeue
 
 
-def test_a_requeue_that_slurm_refuses_is_said(site: Path, here: Path, program) -> None:
+def test_a_requeue_that_slurm_refuses_is_reported(site: Path, here: Path, program) -> None:
     """A site may not let users requeue, or scontrol may be missing on its compute nodes."""
     program("exit 75")
     denied = "slurm_requeue error: Access/permission denied"

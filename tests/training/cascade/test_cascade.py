@@ -301,7 +301,7 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"stages": 1, "aug_level": 0.1}, "aug_level: no stage drawn is for super-resolution"),
     ],
 )
-def test_impossible_arguments_are_one_sentence(cascade: Cascade, arguments: dict, message: str) -> None:
+def test_impossible_arguments_are_reported_in_one_sentence(cascade: Cascade, arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         cascade.generate(PROMPTS, **arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -330,7 +330,7 @@ def test_pictures_mean_what_they_mean_in_training() -> None:
     assert to_masks([clear], 8).all() and to_masks([np.ones((8, 8), bool)], 8).all()
 
 
-def test_a_missing_bundle_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not a bundle \(no bundle.json\); make one with: cascade bundle"):
         Cascade.from_pretrained(str(tmp_path))
     with pytest.raises(DataError, match="not a bundle"):

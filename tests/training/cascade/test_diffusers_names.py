@@ -104,7 +104,7 @@ def test_a_cascade_says_what_it_is_and_can_be_pickled(cascade: Cascade) -> None:
     assert again("red")[0].tobytes() == cascade("red")[0].tobytes()
 
 
-def test_a_prompt_that_is_not_read_to_its_end_is_said(cascade: Cascade) -> None:
+def test_a_prompt_that_is_not_read_to_its_end_is_reported(cascade: Cascade) -> None:
     with pytest.warns(UserWarning, match=r"only the first \d+ tokens of this prompt are read: 'red red"):
         cascade("red " * 500)
 
@@ -225,7 +225,7 @@ def test_a_bundle_on_the_hub_is_the_one_that_was_uploaded(cascade: Cascade, tmp_
     assert set(kept) <= {".gitattributes"}
 
 
-def test_the_hub_out_of_reach_is_one_sentence(cascade: Cascade, tmp_path: Path) -> None:
+def test_the_hub_out_of_reach_is_reported_in_one_sentence(cascade: Cascade, tmp_path: Path) -> None:
     cascade.save(str(tmp_path / "made"))
     said = pushed(str(tmp_path / "made"), "http://127.0.0.1:9")
     assert len(said) == 2 and all(line.startswith("push_to_hub: me/shapes was not uploaded (") for line in said), said

@@ -16,14 +16,15 @@ WAYS = [(way, call) for way in ("bundle", "run", "prompts", "table") for call in
 WAYS += [("weights", "open"), ("weights", "read"), ("start", "stat")]
 PASSING = [(*way, number, 2) for way in WAYS for number in (errno.ESTALE, errno.EIO)]
 BETWEEN = [("weights", "open", errno.ESTALE, 1, after) for after in (1, 2)]
-"""Between the check of a file and its reading: the library of the format calls any file missing that it cannot open."""
+"""Between the check of a file and its reading: the safetensors library reports any file that it cannot open as
+missing."""
 LASTING = [(*way, errno.ESTALE, 10_000) for way in WAYS]
 DENIED = [(way, "open", errno.EACCES, 10_000) for way in ("bundle", "weights", "prompts")]
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Case -> what became of it: "same" (as without faults), or the type and the message of the error."""
+    """Maps each case to its outcome: "same" (as without faults), or the type and the message of the error."""
     folder = tmp_path_factory.mktemp("failing")
     run = make_run(folder / "some files/run", stage_config("base", 16))
     bundle.write(str(folder / "some files/made"), bundle.collect([run]))
@@ -39,7 +40,7 @@ def test_a_server_that_comes_back_costs_nothing(said: dict[str, list[str]], case
 
 
 @pytest.mark.parametrize("case", LASTING, ids=str)
-def test_one_that_does_not_ends_with_the_file_and_may_be_started_again(
+def test_a_server_that_stays_away_ends_the_command_with_the_file_named(
     said: dict[str, list[str]], case: tuple[str | int, ...]
 ) -> None:
     kind, message = said[" ".join(map(str, case))]

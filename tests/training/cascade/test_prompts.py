@@ -54,7 +54,7 @@ def test_a_list_without_quotation_marks_is_said_to_be_one_prompt(capsys) -> None
     assert "this is one prompt" in capsys.readouterr().out
 
 
-def test_skipped_blanks_are_said(capsys) -> None:
+def test_skipped_blanks_are_reported(capsys) -> None:
     assert read_prompts(["", "a", " "]) == ["a"]
     assert "prompts: 2 of 3 are blank and skipped" in capsys.readouterr().out
 

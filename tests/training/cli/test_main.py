@@ -93,7 +93,7 @@ def fake_verb(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--version"], ["train", "--version"]):
         cli.main(words)
         assert re.match(r"cascade \d+\.\d+\.\d+, torch ", capsys.readouterr().out)
@@ -201,7 +201,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "--config-name=mine"], ["there is no mine.yaml", "--config-dir"]),
     ],
 )
-def test_a_mistake_is_one_sentence(words: list[str], expected: list[str], tmp_path: Path) -> None:
+def test_a_mistake_is_reported_in_one_sentence(words: list[str], expected: list[str], tmp_path: Path) -> None:
     sentence = mistake(*words, cwd=tmp_path)
     assert sentence.startswith("cascade")
     for part in expected:
@@ -281,7 +281,9 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(fake_verb, capfd: pytest.CaptureFi
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_is_reported_in_one_sentence(
+    fake_verb, capfd: pytest.CaptureFixture[str]
+) -> None:
     fake_verb(lambda config: Path("/proc/nowhere").mkdir())
     with pytest.raises(SystemExit) as ended:
         cli.main(["train"])

@@ -363,7 +363,7 @@ def test_constant_grey_and_16_bit_references_have_finite_figures(bundle: str, tm
         assert np.isfinite([entry["value"], *entry["interval"], entry["detectable"]]).all(), name
 
 
-def test_more_samples_than_captions_is_said(bundle: str, tmp_path: Path) -> None:
+def test_more_samples_than_captions_is_reported(bundle: str, tmp_path: Path) -> None:
     folder = photographs(tmp_path / "shards", 2)
     result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=100_000_000))
     said = " ".join(result["remarks"])
@@ -474,7 +474,7 @@ def test_from_python_in_five_lines(bundle: str, heldout: str, tmp_path: Path) ->
     assert figures["kid.colour_grid_4x4"]["baseline"] == a["kid"]["colour_grid_4x4"]["value"]
 
 
-def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.reference: set it to held-out shards"):
         evaluate.main(command(bundle, tmp_path, kind="pictures"))
     with pytest.raises(DataError, match="not a bundle"):

@@ -191,7 +191,7 @@ def test_repeated_prompts_have_a_diversity(bundle: str, tmp_path: Path) -> None:
     assert result["diversity"]["mean"] == result["diversity"]["prompts"]["a red circle"] > 0
 
 
-def test_mistakes_are_one_sentence(bundle: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_sentence(bundle: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompts: give a text file"):
         sample.main(command(bundle, tmp_path, prompts=None))
     (tmp_path / "empty.txt").write_text("\n \n")

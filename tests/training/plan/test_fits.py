@@ -25,7 +25,7 @@ def test_processes_of_a_machine_share_its_memory() -> None:
         check_memory(load_config("train", [*small, "cluster.processes=1048576", "zero.stage=1"]), Ranks())
 
 
-def test_a_base_stages_preset_for_super_resolution_is_said() -> None:
+def test_a_base_stages_preset_for_super_resolution_is_reported() -> None:
     assert remarks(load_config("train", ["stage=demo_sr"]), "cuda") == []
     found = remarks(load_config("train", ["stage=demo_sr", "stage.model.preset=demo_base"]), "cuda")
     assert len(found) == 1 and "stage.model.preset=demo_base is for a base stage" in found[0]
