@@ -96,8 +96,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture()
 def on_cluster(slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    """This process talks to the test cluster, whose nodes all take jobs; its scripts restart a start that has ended at
-    once sooner than elsewhere."""
+    """This process talks to the test cluster, whose nodes all accept jobs; its scripts wait less than usual before
+    repeating a start that ended at once."""
     monkeypatch.setattr(supervise, "PAUSE_S", 1)
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.env[name])
@@ -110,7 +110,7 @@ def on_cluster(slurm: Slurm, here: Path, monkeypatch: pytest.MonkeyPatch) -> Slu
 
 @pytest.fixture()
 def program(here: Path, monkeypatch: pytest.MonkeyPatch):
-    """Lets a shell script stand for the Python program in the scripts that are written; what runs beside it is real."""
+    """Lets a shell script stand in for the Python program in the generated scripts; everything else is real."""
 
     real = f'case "$*" in "-P -m slurm."*) exec {sys.executable} "$@" ;; esac\nshift'
 

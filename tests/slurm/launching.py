@@ -1,4 +1,4 @@
-"""What the tests of `cascade launch` share."""
+"""Helpers for the tests of `cascade launch`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAKE = {
     "squeue": "echo RUNNING",
     "scancel": "true",
 }
-"""Programs of a site, as far as the script of a job uses them on one node."""
+"""The programs of a site, as far as a job's script uses them on one node."""
 
 
 def launch(*words: str, own: list[str] | None = None) -> dict:

@@ -67,7 +67,9 @@ def test_kubernetes_takes_every_document(cascade: tuple[dict, Path]) -> None:
     assert "Service" not in jobs["bundle"]
 
 
-def test_a_pod_starts_its_processes_and_ends_with_the_first_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+def test_a_pod_starts_its_processes_and_ends_with_the_code_of_the_first_failure(
+    cascade: tuple[dict, Path], tmp_path: Path
+) -> None:
     answer, _ = cascade
     (job,) = (job for job in answer["jobs"] if job["name"] == "train-demo_base")
     shell = documents(job)["Job"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
@@ -97,7 +99,8 @@ for i in $(seq 300); do sleep 0.1; done"""
 
 @pytest.mark.parametrize("kind", ["kubernetes", "skypilot"])
 def test_the_processes_of_a_node_save_before_it_ends(here: Path, kind: str) -> None:
-    """Neither ends with the code of the signal before its processes have ended, nor loses that of the first of them."""
+    """It neither ends with the code of the signal before its processes have ended, nor loses the first code among
+    theirs."""
     words = K8S if kind == "kubernetes" else SKY
     answer = launch(*words, "stage=demo_base", own=["dry_run=true"])
     (text,) = (one for one in yaml.safe_load_all(Path(answer["script"]).read_text()) if one.get("kind") != "Service")
@@ -118,7 +121,7 @@ def apply_script(cascade: tuple[dict, Path], folder: Path, kubectl: str) -> tupl
     return script, {"PATH": f"{site}:/usr/bin:/bin", "HOME": home, "TMPDIR": home, "POLL_S": "0.05"}
 
 
-def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+def test_the_script_applies_in_order_and_stops_after_a_failure(cascade: tuple[dict, Path], tmp_path: Path) -> None:
     kubectl = (
         'state="$HOME/state"; mkdir -p "$state"\n'
         'if [ $1 = apply ]; then name=$(basename "$3"); echo "$name" >> $HOME/applied\n'
@@ -137,7 +140,7 @@ def test_the_script_applies_in_order_and_stops_behind_a_failure(cascade: tuple[d
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_script_that_is_stopped_applies_no_more(
+def test_a_stopped_script_applies_nothing_more(
     cascade: tuple[dict, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     script, env = apply_script(cascade, tmp_path, '[ $1 = get ] || echo "$3" >> "$HOME/applied"')
@@ -162,8 +165,8 @@ def _in_session(leader: int) -> list[int]:
     return found
 
 
-def test_a_training_that_fails_at_once_has_begun(cascade: tuple[dict, Path], tmp_path: Path) -> None:
-    """Nobody has seen it active: it failed between two looks."""
+def test_a_training_that_fails_at_once_counts_as_begun(cascade: tuple[dict, Path], tmp_path: Path) -> None:
+    """It was never seen active: it failed between two polls."""
     kubectl = (
         'if [ $1 = apply ]; then basename "$3" >> $HOME/applied; exit; fi\n'
         'case "$3 $*" in\n'
@@ -176,8 +179,8 @@ def test_a_training_that_fails_at_once_has_begun(cascade: tuple[dict, Path], tmp
     assert done.returncode == 1 and applied.count("bundle") == 0 and "evaluate-003.k8s.yaml" in applied
 
 
-def test_names_that_kubernetes_takes_and_tells_apart(here: Path) -> None:
-    """A Service begins with a letter; a long name of an experiment leaves its jobs theirs."""
+def test_names_are_valid_on_kubernetes_and_distinct(here: Path) -> None:
+    """A Service begins with a letter; a long experiment name leaves room for the names of its jobs."""
     for name in ("2026-photos", "the-experiment-with-a-very-long-name-about-which-" + "x" * 20, "Ünïcode"):
         jobs = launch(*K8S, f"run.name={name}", "cluster.nodes=2", own=["verb=all", "dry_run=true"])["jobs"]
         names = [documents(job)["Job"]["metadata"]["name"] for job in jobs]
@@ -253,7 +256,8 @@ OTHER = {
 """Key -> a value that is no default."""
 IN_SETTINGS = ("preflight", "preflight_exclude")
 ON_THIS_MACHINE = ("processes", "gpus")
-"""Read by the training itself, from its frozen settings; the second ones only where it starts its processes itself."""
+"""Read by the training itself, from its frozen settings; those in ON_THIS_MACHINE only where it starts its own
+processes."""
 BASES = {
     "local": [],
     "slurm": ["cluster.nodes=2", "cluster.processes=2", "cluster.container=image:1"],
@@ -264,7 +268,7 @@ BASES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_is_used_or_refused(here: Path, kind: str) -> None:
-    """A launch whose files are the same with another value of a key would ignore it."""
+    """If another value of a key leaves the files of a launch unchanged, the launch ignores the key."""
     assert {*OTHER, "kind"} == {*FOLLOWED_BY} == {one.name for one in fields(ClusterConfig)}
     words = ["data.shards=x", f"cluster={kind}", "cluster.processes=1", *BASES[kind]]
     words += ["cluster.accelerator=H100"] if kind == "skypilot" else []
@@ -279,14 +283,14 @@ def test_every_key_is_used_or_refused(here: Path, kind: str) -> None:
     for key, value in OTHER.items():
         job.config.cluster = base = replace(cluster, **needs.get(key, {}))
         if kind in FOLLOWED_BY[key]:
-            untyped = kind == "skypilot" and key == "gpus"  # GPUs of which it does not say the type are refused
+            untyped = kind == "skypilot" and key == "gpus"  # GPUs without a type are refused
             before = "" if untyped else body(script_text(job))
             job.config.cluster = replace(base, **{key: value})
-            record = job_record(job, "", "")  # where a restart on this machine looks
+            record = job_record(job, "", "")  # where a restart on this machine reads it
             settings = (*IN_SETTINGS, *(ON_THIS_MACHINE if kind == "local" else ()))
             assert before != body(script_text(job)) or key in settings or record["most"] == value, key
         else:
-            named = "container" if key.startswith("container") else key  # which the others of its kind need
+            named = "container" if key.startswith("container") else key  # which the other container keys need
             followers = " or ".join(f"cluster={one}" for one in FOLLOWED_BY[named if kind == "local" else key])
             refusal = rf"cluster\.{named}\w*=.*: a launch with cluster={kind} would not use it, only {followers};"
             with pytest.raises(ConfigError, match=refusal):
@@ -295,7 +299,7 @@ def test_every_key_is_used_or_refused(here: Path, kind: str) -> None:
 
 
 def body(script: str) -> str:
-    """Without the command line in its title."""
+    """Returns the script without the command line in its title."""
     return "\n".join(line for line in script.splitlines() if not line.startswith("# "))
 
 
@@ -310,7 +314,7 @@ def test_the_page_says_which_keys_a_target_follows() -> None:
     assert said == {key: kinds for key, kinds in FOLLOWED_BY.items() if key != "kind"}
 
 
-def test_a_pod_has_a_time_limit_and_may_be_left_to_its_end(here: Path) -> None:
+def test_a_pod_has_a_time_limit_and_need_not_be_restarted(here: Path) -> None:
     words = ["cluster.time=2-12", "cluster.requeue=false"]
     (answer,) = launch(*K8S, *words, own=["dry_run=true"])["jobs"]
     spec = documents(answer)["Job"]["spec"]

@@ -51,7 +51,7 @@ def test_the_whole_cascade_waits_for_what_it_needs(
     assert len(list((here / "runs").rglob("frozen.json"))) == 1, "one copy of the code for all"
 
 
-def test_data_that_is_there_is_not_prepared(here: Path) -> None:
+def test_existing_data_is_not_prepared(here: Path) -> None:
     own = ["verb=all", "dry_run=true", "evaluate_checkpoints=false"]
     answer = launch(*DEMO, "data.shards=mine/*.tar", "stage.model.overrides.patch=2", own=own)
     assert answer["jobs"][0]["name"] == "index"
@@ -137,7 +137,7 @@ def test_an_experiment_lists_its_students(here: Path) -> None:
         ),
     ],
 )
-def test_students_that_cannot_be_are_refused(here: Path, students: str, part: str) -> None:
+def test_impossible_students_are_refused(here: Path, students: str, part: str) -> None:
     listed, _, verb = students.partition("] ")
     given = f"bundle.students={listed}]" if verb else f"bundle.students={listed}"
     with pytest.raises(ConfigError, match=part):
@@ -179,8 +179,8 @@ elif os.environ.get("SLURM_JOB_NAME") == "demo-evaluate" and "slurm.task" not in
             time.sleep(60)
     measuring.Parts.write = drawn
 """
-"""In every rank: writes down which samples it consumes, and kills rank 1 of the base stage once, in its sixth step. In
-the evaluation: writes down what is drawn in which start, and lets its time run out after the first of two parts."""
+"""In every rank: records which samples it consumes, and kills rank 1 of the base stage once, in its sixth step. In the
+evaluation: records what is drawn in which start, and lets its time run out after the first of two parts."""
 
 
 @pytest.mark.slurm
@@ -232,7 +232,7 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> loss; each step stands there once."""
+    """Maps each step to its loss; each step occurs once."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
     return {line["step"]: line["loss"] for line in lines}
@@ -253,13 +253,13 @@ def test_a_cascade_without_stages_is_refused(here: Path) -> None:
         ("at_once=2", "at_once=2: the scheduler decides"),
     ],
 )
-def test_what_a_cascade_cannot_share_is_refused(here: Path, word: str, part: str) -> None:
+def test_settings_that_a_cascade_cannot_share_are_refused(here: Path, word: str, part: str) -> None:
     own = [word] if word.startswith(("separate", "at_once")) else []
     with pytest.raises(ConfigError, match=part):
         launch(*DEMO, *([] if own else [word]), own=["verb=all", "dry_run=true", *own])
 
 
-def test_evaluations_of_a_sweep_write_to_places_of_their_own(here: Path) -> None:
+def test_evaluations_of_a_sweep_write_to_separate_directories(here: Path) -> None:
     settings = []
     for guidance, more in (("1", ""), ("2", ""), ("3", " evaluation.output=mine")):
         verb = f"verb='evaluate guidance={guidance}{more}'"

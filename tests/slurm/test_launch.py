@@ -132,7 +132,7 @@ def test_a_later_launch_leaves_the_files_of_a_queued_job_alone(here: Path) -> No
     assert [OmegaConf.load(a["config"]).seed for a in (first, second)] == [1, 2]
 
 
-def test_the_command_line_hands_its_words_on(here: Path) -> None:
+def test_the_command_line_passes_its_words_on(here: Path) -> None:
     words = ["launch", "cluster=slurm", "experiment=demo", "stage=demo_sr", "cluster.sbatch.qos=high", "dry_run=true"]
     answer = cascade(*words, "script=mine.sbatch", "data.shards=s3://b/{0..3}.tar", env=dict(os.environ), cwd=here)
     assert answer["script"] == str(here / "mine.sbatch")
@@ -215,7 +215,7 @@ def test_refused_before_anything_is_written(here: Path, words: list[str], own: l
     assert list(here.iterdir()) == []
 
 
-def test_a_key_of_another_command_is_written_beside_its_name(here: Path) -> None:
+def test_a_key_of_another_command_is_written_next_to_its_name(here: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"output: only a key of verify, embed, .*sample, checkpoints.*; write it after the command.s name",

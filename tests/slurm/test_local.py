@@ -1,4 +1,4 @@
-"""Jobs on this machine: order, failures, stopping, restarts, and what `status`, `stop` and `resume` make of them."""
+"""Jobs on this machine: order, failures, stopping, restarts, and how `status`, `stop` and `resume` treat them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recorded(home: Path, jobs: list[dict]) -> list[dict]:
     return jobs
 
 
-def test_each_after_what_it_needs(tmp_path: Path) -> None:
+def test_each_job_starts_after_those_it_needs(tmp_path: Path) -> None:
     home = tmp_path / "my jobs"
     jobs = [
         job(home, 0, "a", "sleep 0.3; echo a >> order"),
@@ -65,7 +65,7 @@ def test_each_after_what_it_needs(tmp_path: Path) -> None:
     assert states(home) == {"a": "complete", "b": "complete", "beside": "complete"}
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_jobs_run_one_at_a_time(tmp_path: Path) -> None:
     body = "mkdir busy || exit 2; sleep 0.2; rmdir busy"
     assert LocalRunner([job(tmp_path, n, f"j{n}", body) for n in range(3)], at_once=1).run() == {
         "j0": 0,
@@ -74,7 +74,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     }
 
 
-def test_a_failure_stops_what_needs_it_and_resume_does_the_rest(tmp_path: Path) -> None:
+def test_a_failure_cancels_what_depends_on_it_and_resume_does_the_rest(tmp_path: Path) -> None:
     jobs = [
         job(tmp_path, 0, "first", COUNT),
         job(tmp_path, 1, "bad", "[ -e repaired ] || exit 2", "first"),
@@ -91,7 +91,7 @@ def test_a_failure_stops_what_needs_it_and_resume_does_the_rest(tmp_path: Path) 
     assert resume.main(load_config("resume", [f"run.dir={tmp_path}"]))["resumed"] == []
 
 
-def test_launches_whose_jobs_have_the_same_names_are_resumed_each(tmp_path: Path) -> None:
+def test_launches_whose_jobs_have_the_same_names_are_all_resumed(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
         home = tmp_path / name / "jobs"
         recorded(home, [{**job(home, number, "index", "echo ran >> ran"), "launch": name, "host": "elsewhere"}])
@@ -100,7 +100,7 @@ def test_launches_whose_jobs_have_the_same_names_are_resumed_each(tmp_path: Path
     assert states(tmp_path / "a/jobs") == states(tmp_path / "b/jobs") == {"index": "complete"}
 
 
-def test_a_job_that_was_killed_starts_again(tmp_path: Path) -> None:
+def test_a_killed_job_is_restarted(tmp_path: Path) -> None:
     body = COUNT + "[ $n -gt 0 ] || kill -9 $$"
     assert LocalRunner([job(tmp_path, 0, "a", body)], at_once=1).run() == {"a": 0}
     assert [(end.code, end.action) for end in history(tmp_path)] == [(137, "restart")]
@@ -119,7 +119,7 @@ LocalRunner(jobs, 1).run()
 
 @pytest.fixture()
 def busy(tmp_path: Path, request: pytest.FixtureRequest, no_nohup: None):
-    """A launch in a process of its own: one job that runs until it is asked to end, one that waits for it."""
+    """A launch in a separate process: one job that runs until it is asked to end, and one that waits for it."""
     jobs = [
         job(tmp_path, 0, "long", "trap 'echo saved; exit 75' TERM; echo up; while :; do sleep 0.05; done"),
         job(tmp_path, 1, "waits", "true", "long"),
@@ -139,7 +139,7 @@ def busy_output(folder: Path) -> str:
     return (folder / "output").read_text()
 
 
-def test_status_and_stop(busy: subprocess.Popen, tmp_path: Path) -> None:
+def test_status_shows_and_stop_ends_a_launch(busy: subprocess.Popen, tmp_path: Path) -> None:
     found = {one["name"]: one for one in status.main(load_config("status", [f"run.dir={tmp_path}"]))["jobs"]}
     assert (found["long"]["state"], found["waits"]["state"]) == ("running", "pending")
     assert found["waits"]["reason"] == "after long"
@@ -149,7 +149,7 @@ def test_status_and_stop(busy: subprocess.Popen, tmp_path: Path) -> None:
     assert states(tmp_path) == {"long": "failed", "waits": "cancelled"}
 
 
-def test_ctrl_c_stops_all(busy: subprocess.Popen, tmp_path: Path) -> None:
+def test_ctrl_c_stops_all_jobs(busy: subprocess.Popen, tmp_path: Path) -> None:
     busy.send_signal(signal.SIGINT)
     assert busy.wait(30) == 0
     assert "saved" in (tmp_path / "logs/long.log").read_text()
@@ -160,8 +160,8 @@ def test_ctrl_c_stops_all(busy: subprocess.Popen, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("busy", ["/dev/full"], indirect=True)
-def test_a_closed_terminal_stops_all_and_they_save(busy: subprocess.Popen, tmp_path: Path) -> None:
-    """The output can no longer be written."""
+def test_a_closed_terminal_stops_all_jobs_and_they_save(busy: subprocess.Popen, tmp_path: Path) -> None:
+    """Output can no longer be written."""
     busy.send_signal(signal.SIGHUP)
     assert busy.wait(30) == 0
     assert "saved" in (tmp_path / "logs/long.log").read_text()
@@ -191,11 +191,11 @@ def test_the_launch_of_a_cascade(here: Path, program, capsys: pytest.CaptureFixt
     assert "evaluate: cancelled, bundle has failed" in capsys.readouterr().out
 
 
-def test_what_only_a_scheduler_could_do_is_refused(here: Path) -> None:
+def test_requests_that_only_a_scheduler_can_serve_are_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.time=1:00:00: a launch with cluster=local would not use it, only"):
         launch("experiment=demo", "cluster.time=1:00:00", own=["verb=all", "dry_run=true"])
 
 
-def test_a_directory_that_nothing_was_launched_in(tmp_path: Path) -> None:
+def test_a_directory_without_launches_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing was launched from there"):
         resume.main(load_config("resume", [f"run.dir={tmp_path}"]))

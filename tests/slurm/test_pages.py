@@ -1,4 +1,4 @@
-"""What runs look like: the status page, the comparison of runs, remedies."""
+"""How runs are displayed: the status page, the comparison of runs, remedies."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_page_has_curves_samples_and_what_to_do(page: str) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_sticks_out_in_a_browser(page: str, width: int, tmp_path: Path) -> None:
-    """The page is laid out in a frame of the width of a phone: a window cannot be so narrow."""
+def test_nothing_overflows_the_page_in_a_browser(page: str, width: int, tmp_path: Path) -> None:
+    """The page is laid out in a frame as wide as a phone: a window cannot be that narrow."""
     frame = f'<iframe srcdoc="{html.escape(page)}" style="width:{width}px;height:900px;border:0"></iframe>'
     script = (
         "<script>onload=()=>{const d=frames[0].document;document.title=[d.documentElement.scrollWidth,"
@@ -78,7 +78,7 @@ def test_nothing_sticks_out_in_a_browser(page: str, width: int, tmp_path: Path) 
     assert scroll <= inner == width and loaded == images == 4
 
 
-def test_what_the_page_of_training_says_about_a_failure() -> None:
+def test_the_advice_on_a_failure_is_that_of_the_page_on_training() -> None:
     said = remedy("rank 3: another rank died or did not respond within the time-outs (step 5, phase step, rank 1)")
     assert said and "the one named in brackets is not" in said and not said.startswith(("(", "*"))
     assert "optimizer.lr" in str(remedy("gave up", 76)), "by its code"
@@ -120,7 +120,7 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"{a} is better" in said and "validation_loss_ema" in said and "x " + str(b) in said
 
 
-def test_validations_that_ask_different_questions_are_not_compared(tmp_path: Path) -> None:
+def test_validations_with_different_settings_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", validation={"samples": 8})]
     (pair,) = compared(*map(str, runs), f"output={tmp_path / 'x.png'}")["paired"]
     assert pair["why"] == "their validations use different settings (validation.samples)"

@@ -54,7 +54,7 @@ def test_the_runs_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rows(tmp_path / "sr")[0]["stage"] == "sr", "one run"
 
 
-def test_a_student_is_not_taken_for_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_student_is_not_mistaken_for_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = make_run(tmp_path / "base", 100, 0.3)
     student = make_run(tmp_path / "base_4steps", 50, 0.2)
     settings = yaml.safe_load((teacher / "config.yaml").read_text())
@@ -64,7 +64,7 @@ def test_a_student_is_not_taken_for_its_teacher(tmp_path: Path, capsys: pytest.C
     assert lines[1].startswith("base ") and lines[2].startswith("base-distilled-4 ")
 
 
-def test_a_narrow_terminal_leaves_out_what_matters_less(tmp_path: Path) -> None:
+def test_a_narrow_terminal_omits_the_less_important_columns(tmp_path: Path) -> None:
     make_run(tmp_path / "base", 50, 0.3)
     wide, narrow = (status.status_table(rows(tmp_path), width).splitlines()[0] for width in (0, 60))
     assert wide.split() == ["stage", "state", "step", "loss", "valid.", "images/s", "restarts", "left", "cost"]
@@ -82,7 +82,7 @@ def test_a_command_that_failed_says_why(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == said
 
 
-def test_states() -> None:
+def test_the_states_of_runs() -> None:
     row = {"steps": 100, "checkpoint": 50, "step": 60, "error": None}
     assert run_state({**row, "checkpoint": 100}, None, 0.0) == "complete"
     assert run_state(row, {"state": "pending"}, 0.0) == "pending"
@@ -93,8 +93,8 @@ def test_states() -> None:
 
 
 @pytest.mark.parametrize(("code", "state"), [(75, "stopped"), (0, "stopped"), (76, "failed")])
-def test_a_run_whose_job_has_ended_no_longer_runs(tmp_path: Path, code: int, state: str) -> None:
-    """It wrote a moment ago, and nothing but the record of its job tells that it does not any more."""
+def test_a_run_whose_job_has_ended_is_not_shown_as_running(tmp_path: Path, code: int, state: str) -> None:
+    """It wrote a moment ago, and only the record of its job shows that it no longer runs."""
     run = make_run(tmp_path / "a", 50, 0.1)
     assert rows(run)[0]["state"] == "running"
     record = {"name": "train", "verb": "train", "job": "x", "log": str(tmp_path / "x.log"), "after": [], "time": 1}
@@ -103,7 +103,7 @@ def test_a_run_whose_job_has_ended_no_longer_runs(tmp_path: Path, code: int, sta
     assert rows(run)[0]["state"] == state
 
 
-def test_what_is_no_run_is_reported(tmp_path: Path) -> None:
+def test_a_directory_that_is_no_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run there"):
         rows(tmp_path)
     make_run(tmp_path / "a", 1, 0.1)
@@ -130,7 +130,7 @@ def test_the_first_failure_is_that_of_the_rank_that_failed_first(tmp_path: Path)
     assert first_failure(run) is None, "somebody has stopped it"
 
 
-def test_only_whole_lines_of_records_count(tmp_path: Path) -> None:
+def test_only_complete_lines_of_records_count(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/jobs.jsonl").write_text('{"job": 3}\n{"job": ')
     assert submissions(tmp_path) == [{"job": 3}]

@@ -1,4 +1,4 @@
-"""Clusters as sites run them: what a job's script does there, with the site's programs played by shell scripts."""
+"""Clusters as sites run them: what a job's script does there, with shell scripts in place of the site's programs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OK = "ended with code 0"
 
 @pytest.fixture()
 def site(here: Path, program, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The programs of a site; the program that is submitted prints its words. A start that has ended at once is
-    restarted without a long pause."""
+    """The programs of a site; the submitted program prints its arguments. A start that ended at once is repeated
+    without a long pause."""
     monkeypatch.setattr(supervise, "PAUSE_S", 1)
     program('echo "ran: $*; FOO=$FOO"')
     return install(here / "site", **FAKE)
@@ -66,7 +66,7 @@ def test_nothing_is_exported_to_the_tasks(site: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- set-up
 
 
-def test_set_up_may_read_variables_that_are_not_set(site: Path, here: Path) -> None:
+def test_the_set_up_may_read_unset_variables(site: Path, here: Path) -> None:
     (here / "activate.sh").write_text('if [ -n "$NEVER_SET" ]; then :; fi\nfalse\nexport FOO=there\n')
     done = run_script(script("cluster.setup=[source activate.sh]"), site)
     assert "FOO=there" in done.stdout and OK in done.stdout, "what fails inside of a sourced file is that file's affair"
@@ -74,7 +74,8 @@ def test_set_up_may_read_variables_that_are_not_set(site: Path, here: Path) -> N
 
 @pytest.mark.parametrize("options", ["set -u", "set -euo pipefail"])
 def test_options_of_the_set_up_lines_end_with_them(site: Path, here: Path, program, options: str) -> None:
-    """`set -u` of one's own ends bash in the scripts of conda; the line is named, and later failures are expected."""
+    """A user's `set -u` would end bash inside conda's scripts; the failing line is named, and failures later on are
+    left to the program."""
     (here / "activate.sh").write_text('if [ -n "$NEVER_SET" ]; then :; fi\n')
     done = run_script(script(f"cluster.setup=['{options}','source activate.sh']"), site)
     assert re.search(r"cluster.setup: 'source activate.sh' failed with code \d+\n==> ended with code 2", done.stdout)
@@ -109,7 +110,7 @@ def test_conda_by_key(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_modules_by_key_are_there_afterwards(site: Path, here: Path) -> None:
     (here / "modules/init").mkdir(parents=True)
-    (here / "modules/init/bash").write_text(  # as the old ones: 0 also for what does not exist
+    (here / "modules/init/bash").write_text(  # like old versions: 0 even for a module that does not exist
         'LOADEDMODULES=\nmodule() { case $2 in cuda*) LOADEDMODULES="$LOADEDMODULES:$2/12.4";; esac; }\n'
     )
     place = {"MODULESHOME": str(here / "modules")}
@@ -154,7 +155,7 @@ def test_apptainer(site: Path, here: Path) -> None:
         ("{p: long}", "--partition=long", "--partition=short"),
     ],
 )
-def test_an_option_replaces_ours_that_it_excludes(here: Path, given: str, there: str, gone: str) -> None:
+def test_an_option_replaces_the_one_of_ours_that_it_excludes(here: Path, given: str, there: str, gone: str) -> None:
     words = ["cluster=slurm", "cluster.mem=4G", "cluster.partition=short", f"cluster.sbatch={given}"]
     text = Path(launch(*words, own=["dry_run=true"])["script"]).read_text()
     assert f"#SBATCH {there}" in text and f"#SBATCH {gone}" not in text
@@ -179,13 +180,13 @@ def test_an_option_replaces_ours_that_it_excludes(here: Path, given: str, there:
         (["cluster.nodes=2", "cluster.min_nodes=3"], "cluster.min_nodes=3"),
     ],
 )
-def test_options_that_cannot_work(here: Path, words: list[str], part: str) -> None:
+def test_options_that_cannot_work_are_refused(here: Path, words: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(part)):
         script(*words)
     assert not list(here.iterdir())
 
 
-def test_the_log_is_named_as_it_is(here: Path) -> None:
+def test_the_log_is_named_where_it_is(here: Path) -> None:
     answer = launch(*ONE_TASK, "cluster.sbatch={output: x.log}", own=["dry_run=true"])
     assert answer["log"] == str(here / "x.log")
     answer = launch(*ONE_TASK, "cluster.sbatch={-o: x.log}", own=["dry_run=true"])
@@ -215,7 +216,7 @@ def test_a_command_asks_for_what_it_uses(here: Path, verb: str, gpus: int | None
     assert (f"#SBATCH --gpus-per-node={gpus}\n" in text) if gpus else ("gpus" not in text)
 
 
-def test_a_number_of_nodes_that_may_vary(here: Path) -> None:
+def test_the_number_of_nodes_may_vary(here: Path) -> None:
     words = [*ONE_TASK, "cluster.nodes=4", "cluster.min_nodes=1", "data.global_batch=8"]
     text = Path(launch(*words, own=["dry_run=true"])["script"]).read_text()
     assert "#SBATCH --nodes=1-4\n" in text and "for count in 4 2 1; do" in text, "3 cannot share 8 samples"
@@ -248,7 +249,7 @@ def test_a_requeue_waits_for_slurm_to_answer(site: Path, here: Path, program, mo
     assert (here / "tries").read_text() == "\n\n\n" and "did not requeue" not in done.stdout
 
 
-def test_compute_nodes_without_scontrol(site: Path, program) -> None:
+def test_a_requeue_works_on_compute_nodes_without_scontrol(site: Path, program) -> None:
     program('echo "at $MASTER_ADDR"')
     install(site, scontrol="exit 127")
     assert "at n1" in run_script(script(), site, SLURMD_NODENAME="n1").stdout
@@ -268,7 +269,7 @@ def test_the_job_imports_the_code_of_its_submission(site: Path, here: Path, prog
 
 
 def test_a_checkout_as_people_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without git, with a link into nothing, hidden and untracked files; with data among the code."""
+    """Without git, with a dangling link, hidden and untracked files, and with data among the code."""
     tree = tmp_path / "tree"
     for name in frozen.PACKAGES:
         (tree / name).mkdir(parents=True)
@@ -298,7 +299,7 @@ def test_a_module_of_the_directory_replaces_nothing(site: Path, here: Path) -> N
 # --------------------------------------------------------------------------------------------- before submission
 
 
-def test_a_run_that_lives_is_not_launched_again(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_run_is_not_launched_again(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, sbatch="echo 4711", squeue='echo "PENDING|(Resources)"')
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     launch(*ONE_TASK)
@@ -342,15 +343,15 @@ def ended(home: Path, name: str, job: int, code: int | None, *after: str, launch
 
 @pytest.fixture()
 def calls(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where sbatch writes down how it is called. It numbers jobs from 101; squeue knows none of the earlier ones."""
+    """The file in which sbatch records its calls. It numbers jobs from 101; squeue knows no earlier ones."""
     install(site, sbatch='echo "$*" >> calls; echo $((100 + $(wc -l < calls)))')
     install(site, squeue="echo 'Invalid job id specified' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     return here / "calls"
 
 
-def test_resume_tells_runs_apart_whose_jobs_have_one_name(calls: Path, here: Path) -> None:
-    """As those of a sweep have."""
+def test_resume_distinguishes_runs_whose_jobs_have_the_same_name(calls: Path, here: Path) -> None:
+    """As in a sweep."""
     ended(here / "runs/lr=1", "train", 1, 0)
     ended(here / "runs/lr=2", "train", 2, 1)
     ended(here / "runs/lr=3", "train", 3, 1)
@@ -363,7 +364,7 @@ def test_resume_tells_runs_apart_whose_jobs_have_one_name(calls: Path, here: Pat
 
 
 def test_resume_submits_what_others_wait_for_first(calls: Path, here: Path) -> None:
-    """Whatever the order in which they were submitted last; the names are those of the same launch."""
+    """Regardless of the order of their last submission; the names are those of the same launch."""
     for number, launch_id in enumerate("ab"):
         jobs = here / f"runs/{launch_id}/jobs"
         ended(jobs, "watch", 10 * number + 1, 1, "train", launch=launch_id, when="begun")
@@ -389,7 +390,7 @@ def test_resume_submits_what_others_wait_for_first(calls: Path, here: Path) -> N
 def test_an_array_is_complete_with_all_of_its_tasks(
     calls: Path, here: Path, array: str, codes: list[int], state: str, reason: str | None
 ) -> None:
-    """One that Slurm ended could not record it."""
+    """A task that Slurm ended could not record that it is complete."""
     ended(here, "embed", 7, None, array=array)
     for code in codes:
         append(here / "launch/events.jsonl", {"name": "embed", "what": "ended", "code": code, "job": 7, "time": 1})
@@ -401,7 +402,7 @@ def test_an_array_is_complete_with_all_of_its_tasks(
     ("state", "shown"),
     [("SIGNALING", "running"), ("STAGE_OUT", "running"), ("SPECIAL_EXIT", "pending"), ("PREEMPTED", "cancelled")],
 )
-def test_a_job_is_alive_until_squeue_says_that_it_ended(
+def test_a_job_counts_as_alive_until_squeue_says_that_it_ended(
     calls: Path, site: Path, here: Path, state: str, shown: str
 ) -> None:
     ended(here, "train", 7, None)
@@ -428,13 +429,15 @@ def test_squeue_is_asked_once_about_each_job(calls: Path, site: Path, here: Path
         "4711\n==> thanks",
     ],
 )
-def test_what_sbatch_may_say(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+def test_the_job_number_is_read_whatever_else_sbatch_prints(
+    site: Path, here: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
     install(site, sbatch=f"printf '%s\n' {shlex.quote(said)}; echo 'sbatch: warning: old partition' >&2")
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     assert launch(*ONE_TASK)["job_id"] == 4711
 
 
-def test_a_number_that_sbatch_does_not_say(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_job_number_of_sbatch_is_an_error(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, sbatch="echo welcome to 12 nodes")
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     with pytest.raises(UserError, match="sbatch printed no job number, but 'welcome to 12 nodes'"):
@@ -470,7 +473,7 @@ def test_a_graph_is_submitted_whole_or_not_at_all(
 
 
 def test_the_users_defaults_do_not_overrule_the_script(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To sbatch its variables count for more than the script's lines."""
+    """For sbatch, its environment variables take precedence over the script's lines."""
     install(site, sbatch="env | grep SBATCH_ > given; echo 1")
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     overruling = (

@@ -1,4 +1,4 @@
-"""What becomes of a job whose processes have ended, and how one rank is started and noted."""
+"""What happens to a job whose processes have ended, and how one rank is started and recorded."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def end(code: int, step: int = 10, node: str | None = None, elapsed_s: float = 1
 
 
 @pytest.mark.parametrize("code", [0, 2, 76, 77, 130])
-def test_these_ends_are_final(code: int) -> None:
+def test_these_exit_codes_are_final(code: int) -> None:
     assert decide(end(code)).action == f"end {code}"
 
 
 @pytest.mark.parametrize("code", [KILLED, EXIT_HUNG, 134, 143])
-def test_a_lost_rank_is_started_again_here(code: int) -> None:
+def test_a_lost_rank_is_restarted_in_the_allocation(code: int) -> None:
     assert decide(end(code)).action == "restart"
     assert decide(end(code), requeue=False).action == "restart"
 
 
 def test_a_start_that_ended_at_once_is_repeated_after_a_pause() -> None:
-    """Longer each time: for a minute, Slurm may end the steps of a job whose last start it cleans up."""
+    """The pause grows each time: for a minute, Slurm may end new steps of a job while it cleans up the last start."""
     quick, slow = (replace(end(KILLED), lasted_s=seconds) for seconds in (3.0, 600.0))
     assert [pause_before(quick, [quick] * count) for count in range(3)] == [15, 30, 60]
     assert pause_before(slow, [quick]) == 0 and pause_before(quick, [quick, slow]) == 15
@@ -56,7 +56,7 @@ def test_a_start_that_ended_at_once_is_repeated_after_a_pause() -> None:
     assert pause_before(quick, [quick], first_s=1) == 2
 
 
-def test_without_progress_it_gives_up_and_says_why() -> None:
+def test_without_progress_restarts_end_and_the_reason_is_given() -> None:
     same = [end(KILLED) for _ in range(3)]
     assert decide(end(KILLED), *same[:2]).action == "restart"
     verdict = decide(end(KILLED), *same)
@@ -76,7 +76,7 @@ def test_a_lost_rank_and_the_requeue_of_its_node_are_one_failure() -> None:
     assert decide(replace(end(KILLED), restart=3), *alone).action == f"end {KILLED}", "a node may fail each time"
 
 
-def test_a_node_whose_ranks_slurm_has_terminated_is_not_to_blame() -> None:
+def test_a_node_whose_ranks_slurm_terminated_is_not_blamed() -> None:
     for code, action in ((143, "restart"), (KILLED, "requeue")):
         assert decide(end(code, node="n1"), end(code, node="n1")).action == action
 
@@ -121,7 +121,7 @@ def test_a_node_that_lost_a_gpu_twice_is_left_out() -> None:
     assert (decide(second, first).action, decide(second, first).without) == ("requeue", ("n2",))
 
 
-def test_stopped_and_saved_goes_back_to_the_queue() -> None:
+def test_a_stopped_and_saved_job_returns_to_the_queue() -> None:
     assert decide(end(EXIT_PREEMPTED)).action == "requeue"
     assert decide(end(EXIT_PREEMPTED), requeue=False).action == f"end {EXIT_PREEMPTED}"
     early = [end(EXIT_PREEMPTED) for _ in range(9)]
@@ -166,7 +166,7 @@ BEGAN = datetime.fromisoformat(AT["BEGAN"]).timestamp()
 
 
 def slurm_says(here: Path, monkeypatch: pytest.MonkeyPatch, log: str = "", nodes: str = "", sacct: str = "") -> Path:
-    """Lets shell scripts answer for Slurm; returns the job's log."""
+    """Lets shell scripts answer in place of Slurm; returns the job's log."""
     path = here / "a log.log"
     for name, text in (("log", log), ("nodes", nodes), ("sacct", sacct)):
         for word, moment in AT.items():
@@ -206,7 +206,7 @@ DONE = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT {}{} ***\n"
     ],
 )
 @pytest.mark.parametrize("saved", [True, False])
-def test_what_slurm_requeues_by_itself_has_its_cause(
+def test_a_requeue_by_slurm_itself_is_recorded_with_its_cause(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     said: dict,
@@ -215,7 +215,7 @@ def test_what_slurm_requeues_by_itself_has_its_cause(
     why: str,
     saved: bool,
 ) -> None:
-    """The script was ended before it could say anything; only a node that failed is a failure."""
+    """The script was ended before it could report anything; only a failed node counts as a failure."""
     slurm_says(tmp_path, monkeypatch, **said)
     notes = tmp_path / "logs/.notes-7-1-1"
     notes.mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_what_slurm_requeues_by_itself_has_its_cause(
     assert only.why.startswith(why) and only.why.endswith("; saved" if saved else "; not saved")
 
 
-def test_what_the_script_requeued_is_not_recorded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeue_by_the_script_is_not_recorded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_says(tmp_path, monkeypatch)
     (tmp_path / "logs/.notes-7-2-own").mkdir(parents=True)
     words = [str(tmp_path), "--verb", "index", "--requeued", "--job", "7", "--restart", "2"]
@@ -239,7 +239,7 @@ def test_what_the_script_requeued_is_not_recorded_twice(tmp_path: Path, monkeypa
     assert history(tmp_path) == []
 
 
-def test_why_slurm_ended_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_slurm_ended_a_job_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = slurm_says(tmp_path, monkeypatch, log=DONE.format("LATER", " DUE TO TIME LIMIT"))
     found = why_ended("7", log)
     assert (found.state, found.is_failure) == ("TIMEOUT", True) and found.time == BEGAN + 3294
@@ -247,7 +247,7 @@ def test_why_slurm_ended_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (why_ended("7", log).why, why_ended("7", log).is_failure) == ("cancelled by `scancel`", False)
     log.write_text(f"{log.read_text()}==> job 7 on n1, restart 1\n")
     assert why_ended("7", log) is None, "it began again afterwards"
-    for said, why in (  # as slurmdbd 22.05 has it
+    for said, why in (  # as slurmdbd 22.05 prints it
         ("BEGAN|LATER|CANCELLED by 1000|None", "cancelled by `scancel`"),
         ("None|LATER|CANCELLED by 0|Resources", "cancelled by `scancel`"),
         ("None|LATER|CANCELLED|Dependency", "a job that it waits for has failed"),
@@ -270,7 +270,7 @@ def run_task(notes: Path, *command: str, **streams: Any) -> subprocess.Popen[str
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True, **streams)
 
 
-def test_a_rank_that_failed_leaves_word(tmp_path: Path) -> None:
+def test_a_failed_rank_leaves_a_note(tmp_path: Path) -> None:
     assert run_task(tmp_path, "bash", "-c", "kill -9 $$").wait() == KILLED
     note = json.loads((tmp_path / "failed-3.json").read_text())
     assert (note["rank"], note["node"], note["code"]) == (3, "n2", KILLED)
@@ -298,8 +298,8 @@ ABORTS = "terminate called after throwing an instance of 'c10::DistBackendError'
         ("double free or corruption", 134, ""),
     ],
 )
-def test_the_last_words_of_a_rank_that_was_aborted(tmp_path: Path, says: str, code: int, why: str) -> None:
-    """By NCCL's threads, whose exit code is the same for a GPU that has failed and for another rank that hangs."""
+def test_the_last_message_of_an_aborted_rank_explains_it(tmp_path: Path, says: str, code: int, why: str) -> None:
+    """NCCL's threads abort it, with the same exit code for a failed GPU and for another rank that hangs."""
     words = ["bash", "-c", 'sleep 20 >&2 & echo "$0" >&2; kill -ABRT $$', says]
     rank = run_task(tmp_path, *words, stderr=subprocess.PIPE)
     assert rank.wait() == 134, "what its own processes do is not waited for"
@@ -308,8 +308,8 @@ def test_the_last_words_of_a_rank_that_was_aborted(tmp_path: Path, says: str, co
     assert says in rank.stderr.read()
 
 
-def test_memory_that_ran_out_is_not_the_nodes_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel counts it, in both versions of control groups."""
+def test_running_out_of_memory_is_not_blamed_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As counted by the kernel, in both versions of control groups."""
     own = tmp_path / "cgroup"
     monkeypatch.setattr(machine, "OWN_CGROUPS", own)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "fs")
@@ -344,7 +344,7 @@ def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
     child = int(rank.stdout.readline())
     rank.kill()
     rank.wait()
-    while not gone(child):  # pytest-timeout ends it if it stays
+    while not gone(child):  # pytest-timeout ends it if it does not
         time.sleep(0.05)
 
 
@@ -359,7 +359,7 @@ def test_ranks_meet_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["MASTER_ADDR"] == "10.1.2.3" and asked[-1] == "10.1.2.3"
 
 
-def test_the_interface_that_leads_there() -> None:
+def test_the_interface_that_leads_to_the_address_is_found() -> None:
     assert task.interface_towards("127.0.0.1") == "lo"
     assert task.interface_towards("no-such-name.invalid") is None
     if Path("/proc/net/if_inet6").exists() and socket.has_ipv6:

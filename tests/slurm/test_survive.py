@@ -19,7 +19,7 @@ from tests.slurm.launching import ONE_TASK, TWO_NODES, cascade, launch
 
 ONE_NODE = [word for word in TWO_NODES if not word.startswith("cluster.nodes")]
 COUNT = "n=$(cat starts 2>/dev/null | wc -l)\necho start >> starts\n"
-"""n: how many starts there were before."""
+"""n: the number of earlier starts."""
 
 
 def log_of(answer: dict) -> Path:
@@ -66,7 +66,7 @@ def test_a_node_whose_gpu_and_rank_failed_is_left_out(on_cluster: Slurm, here: P
 
 
 @pytest.mark.slurm
-def test_it_gives_up_without_progress(on_cluster: Slurm, here: Path, program) -> None:
+def test_a_job_gives_up_without_progress(on_cluster: Slurm, here: Path, program) -> None:
     program(COUNT + "exit 78")
     answer = launch(*ONE_NODE, "run=runs/a", "data.shards=x", "cluster.max_restarts_without_progress=1")
     assert on_cluster.wait(answer["job_id"], log=log_of(answer)) == "FAILED"
@@ -76,7 +76,7 @@ def test_it_gives_up_without_progress(on_cluster: Slurm, here: Path, program) ->
 
 
 @pytest.mark.slurm
-def test_srun_killed_leaves_no_second_copy(on_cluster: Slurm, here: Path, program) -> None:
+def test_a_killed_srun_leaves_no_second_copy(on_cluster: Slurm, here: Path, program) -> None:
     program(COUNT + "[ $n = 0 ] || exit 0\necho up\nsleep 1000")
     answer = launch(*ONE_NODE, "run=runs/a", "data.shards=x")
     log = log_of(answer)
@@ -113,7 +113,7 @@ def test_a_site_that_exports_nothing(on_cluster: Slurm, here: Path, program, mon
 
 @pytest.mark.slurm
 def test_a_task_with_the_number_of_its_array_leaves_the_others_alone(on_cluster: Slurm, here: Path, program) -> None:
-    """Slurm gives it to the last task, whose restart and requeue must not be those of all tasks."""
+    """Slurm gives that number to the last task, whose restart and requeue must not affect all tasks."""
     program(
         "task=$SLURM_ARRAY_TASK_ID\necho start >> starts.$task\n"
         "case $task.$(wc -l < starts.$task) in\n"
@@ -149,14 +149,14 @@ def consumed(run: Path) -> dict[int, tuple[int, float]]:
 
 
 def last_step(run: Path) -> int:
-    """Also while a line is being written."""
+    """Works even while a line is being written."""
     with suppress(OSError, ValueError):
         return max(consumed(run), default=0)
     return 0
 
 
 def signal_rank(rank: int, run: Path, number: int) -> None:
-    """To the program of a rank, not to what stands in front of it."""
+    """Sends a signal to the program of a rank, not to the wrapper that started it."""
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
@@ -167,7 +167,7 @@ def signal_rank(rank: int, run: Path, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def calm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the tiny training in peace, on two processes; next to it is its data."""
+    """The run directory of an undisturbed tiny training on two processes; next to it is its data."""
     home = tmp_path_factory.mktemp("calm")
     cascade(*DRAWN, env=slurm.env, cwd=home)
     words = ["cluster.processes=2", "run.dir=run", *tiny_words(home / "run")]
@@ -181,8 +181,8 @@ def tiny_words(calm: Path) -> list[str]:
 
 
 def launch_tiny(calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, Path, Path]:
-    """Launches the tiny training on two nodes, with a script that waits seconds, not a minute, for nodes that have
-    forgotten their step; (job, run directory, log)."""
+    """Launches the tiny training on two nodes, with a script that waits seconds, not a minute, for nodes that have lost
+    their step; returns (job, run directory, log)."""
     monkeypatch.setattr(script, "REAP_S", 10)
     monkeypatch.setattr(script, "STEP_TRIES", 8)
     answer = launch(*TWO_NODES, *tiny_words(calm), "run.dir=runs/a", *more)
@@ -190,15 +190,15 @@ def launch_tiny(calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch, *more: 
 
 
 @pytest.mark.slurm
-def test_what_happens_in_a_month_changes_no_step(
+def test_the_events_of_a_month_change_no_step(
     on_cluster: Slurm, calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank killed, one that stands still, a node that crashes: each step has the loss of a run in peace."""
+    """A rank is killed, one stalls, a node crashes: each step has the loss of an undisturbed run."""
     slurm = on_cluster
     job, run, log = launch_tiny(calm, here, monkeypatch)
 
     def reached(step: int) -> int:
-        """Waits until some step from there on has ended; the last that had."""
+        """Waits until this step or a later one has ended; returns the last one that has."""
         until(lambda: last_step(run) >= step, 180, lambda: log.read_text()[-3000:])
         return last_step(run)
 
@@ -220,14 +220,14 @@ def test_what_happens_in_a_month_changes_no_step(
 
 
 @pytest.mark.slurm
-def test_what_slurm_does_to_a_job_changes_no_step(
+def test_interventions_of_slurm_change_no_step(
     on_cluster: Slurm, calm: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal before the time limit, an operator's requeue, a node off the network, one whose daemon has died, one
-    whose steps have: each step has the data and the loss of a run in peace, and each end its cause."""
+    whose steps have: each step has the data and the loss of an undisturbed run, and each end has its cause."""
     monkeypatch.setattr(script, "STEP_S", 15)
     slurm = on_cluster
-    # What Slurm still cleans up of a start before may end some of the next ones as soon as they begin.
+    # While Slurm cleans up an earlier start, it may end some of the next ones as soon as they begin.
     job, run, log = launch_tiny(calm, here, monkeypatch, "cluster.max_restarts_without_progress=20")
     seen = 0
 
@@ -237,7 +237,7 @@ def test_what_slurm_does_to_a_job_changes_no_step(
         return []
 
     def happens(*commands: list[object]) -> None:
-        """Waits until a new start has made some steps; then this happens, and the job is requeued."""
+        """Waits until a new start has made some steps, then triggers the event, after which the job is requeued."""
         nonlocal seen
         until(
             lambda: len(starts()) > seen and last_step(run) >= starts()[-1]["step"] + 8,
@@ -275,7 +275,7 @@ def test_what_slurm_does_to_a_job_changes_no_step(
 
 @pytest.mark.slurm
 def test_a_slow_node_is_named_and_left_out(slurm: Slurm, here: Path) -> None:
-    """It gets a seventh of a core: less than the other one has on a busy machine."""
+    """It gets a seventh of a core: less than the other node has on a busy machine."""
     done = subprocess.run([SCRIPT, "slow", "2", "15"], env=slurm.env, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a node cannot be made slow here: {done.stderr}")
