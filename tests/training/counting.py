@@ -41,8 +41,8 @@ class Counting(TorchDispatchMode):
 
 
 class Reading:
-    """Counts what this thread asks of `Tensor.tolist`, `cpu` and `numpy`: of a tensor in host memory these ask the
-    dispatcher nothing."""
+    """Counts the calls of `Tensor.tolist`, `cpu` and `numpy` by this thread: for a tensor in host memory these do not
+    reach the dispatcher."""
 
     def __init__(self, counts: Counter[str]) -> None:
         self.counts = counts
@@ -50,7 +50,7 @@ class Reading:
         self.thread = threading.get_ident()
 
     def watch(self) -> None:
-        """Only these methods, since a mode of torch would look at every call of a step."""
+        """Watches only these methods, since a torch mode would inspect every call of a step."""
         for name in ("tolist", "cpu", "numpy"):
             setattr(torch.Tensor, name, self._counting(name, getattr(torch.Tensor, name)))
 
@@ -64,7 +64,7 @@ class Reading:
 
 
 class Objects:
-    """Notes the collectives on pickled objects, of all threads, and which threads have used any collective."""
+    """Records the collectives on pickled objects in all threads, and which threads have used any collective."""
 
     def __init__(self) -> None:
         self.sent: list[str] = []

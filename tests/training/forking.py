@@ -24,7 +24,7 @@ _signature = inspect.signature(_execute)
 
 
 def module_of(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The module and its arguments where this starts a module of Python; options before it change no import."""
+    """The module and its arguments if this command starts a Python module; options before it do not affect imports."""
     if isinstance(words, str) or not words or words[0] != sys.executable or "-m" not in words[:3]:
         return None
     place = list(words).index("-m")
@@ -53,7 +53,7 @@ def _fork_child(self: Any, *given: Any) -> None:
 
 
 def _become(asked: dict[str, Any]) -> None:
-    """What `Popen` promises of the child."""
+    """What `Popen` promises about the child."""
     for target, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
         if asked[name] not in (-1, target):
             os.dup2(asked[name], target)
@@ -61,8 +61,8 @@ def _become(asked: dict[str, Any]) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2 and descriptor not in asked["pass_fds"]:
             try:
-                os.dup2(nothing, descriptor)  # not closed: objects of the parent would close another one of this number
-            except OSError:  # that of the listing
+                os.dup2(nothing, descriptor)  # not closed: objects of the parent would close a later one of this number
+            except OSError:  # that of the listing itself
                 continue
     if asked["cwd"] is not None:
         os.chdir(asked["cwd"])
@@ -104,5 +104,5 @@ def run(module: str, words: Sequence[str]) -> NoReturn:
 
 
 def fork_modules() -> None:
-    """From now on this process and those that it starts fork where they start modules of Python."""
+    """From now on, this process and those that it starts fork instead of starting Python modules."""
     subprocess.Popen._execute_child = _fork_child  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Running:
-    """The processes of one start, and what they have said so far."""
+    """The processes of one start, and their output so far."""
 
     processes: list[Any]
     output: Path
@@ -50,8 +50,8 @@ class Running:
                 os.kill(process.pid, number)
 
     def codes(self, grace_s: float = 60.0) -> list[int]:
-        """Waits; when one process has failed the others are killed after a while, as a launcher does. Exit codes by
-        rank."""
+        """Waits; after one process has failed, the others are killed after a while, as by a launcher. Returns the exit
+        codes by rank."""
         deadline = float("inf")
         while any(process.exitcode is None for process in self.processes):
             if any(process.exitcode for process in self.processes):
@@ -68,7 +68,7 @@ class Running:
 
 
 def start(config: Experiment, ranks: int = 1, module: str = "training.train", **variables: str) -> Running:
-    """`module.main(config)` in `ranks` processes, with more environment variables."""
+    """Runs `module.main(config)` in `ranks` processes, with additional environment variables."""
     scratch = Path(tempfile.mkdtemp(prefix="forks-", dir=str(Path(config.run.dir).parent)))
     (scratch / "config.json").write_text(json.dumps(asdict(config)))
     words = (module, type(config).__name__, f"{scratch}/config.json", f"{scratch}/result.json")
@@ -76,7 +76,7 @@ def start(config: Experiment, ranks: int = 1, module: str = "training.train", **
 
 
 def call(function: Callable[..., Any], ranks: int, scratch: Path, *arguments: str) -> Running:
-    """`function(*arguments)` in `ranks` processes."""
+    """Runs `function(*arguments)` in `ranks` processes."""
     return Running(_start(function, arguments, ranks, scratch, {}), scratch / "output", scratch / "result.json")
 
 

@@ -1,4 +1,4 @@
-"""The memory that two training steps really take on a CPU: peak resident memory above what the process had before the
+"""The memory that two training steps actually take on a CPU: peak resident memory above what the process had before the
 network existed, as the kernel counts it."""
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def peaks(ranks: Ranks, cases: list[Case]) -> list[int]:
 def experiment(
     preset: str, overrides: dict[str, Any], size: int, micro_batch: int, stage: int, rank: int, world_size: int
 ) -> Experiment:
-    """What is measured, and what `training.plan.memory` is asked about."""
+    """The experiment that is measured, and about which `training.plan.memory` is asked."""
     config = Experiment()
     config.stage.model.preset, config.stage.model.overrides = preset, overrides
     config.stage.image_size = size

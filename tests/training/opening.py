@@ -16,7 +16,8 @@ from training.run.training_data import TrainingData
 
 STEPS = 2
 AHEAD_BYTES = 30_000
-"""Raw samples that a rank holds, a few steps of them: `data.prefetch_mb=1` would be three hundred requests of each."""
+"""Raw samples that a rank holds, for a few steps: `data.prefetch_mb=1` would mean three hundred requests from each
+rank."""
 
 
 def near(reader: Any, order: Any, positions: Any, lanes: float, budget: int) -> Prefetcher:

@@ -17,7 +17,7 @@ NOWHERE = {"region_name": "us-east-1", "aws_access_key_id": "none", "aws_secret_
 torch.set_num_threads(1)
 import_deepspeed()
 load_config("train", ["data.shards=none"])
-botocore.session.get_session().create_client("s3", **NOWHERE)  # reads what it knows of S3, which its forks would
+botocore.session.get_session().create_client("s3", **NOWHERE)  # else each fork reads S3's descriptions
 for name in (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.module_inject.auto_ep_presets.registry",

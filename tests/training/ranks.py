@@ -1,5 +1,5 @@
-"""Runs a function of a test module in several processes with real process groups, and brings back what each rank
-returned."""
+"""Runs a function of a test module in several processes with real process groups, and returns the result of each
+rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any, fre
     """`function(ranks, *arguments)` on every rank; arguments and results are JSON values.
 
     Args:
-        fresh: in interpreters of their own, which share no memory; else in forks of one that has imported everything.
+        fresh: in separate interpreters, which share no memory; otherwise in forks of one that has imported everything.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     words = f"{function.__module__}:{function.__name__}", str(scratch), json.dumps(arguments)

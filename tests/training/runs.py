@@ -1,4 +1,4 @@
-"""Small real runs for the tests: the settings, and what a run left behind."""
+"""Small real runs for the tests: their settings, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from training.config.experiment import Experiment
 
 STEPS = 10
 ONE_LEVEL = {"widths": [16], "blocks": [1], "self_attention": [True], "cross_attention": [False]}
-"""Overrides of the tiny presets with half the layers: ZeRO 3 takes time for each of them."""
+"""Overrides of the tiny presets with half the layers: ZeRO 3 takes time for each layer."""
 
 
 def experiment(directory: Path, shards: str, **changes: Any) -> Experiment:
     """A run of seconds; `changes` by dotted key with __ for the dot. Its data is decoded in its own process unless it
-    says data__own_process=True: starting another one takes longer than all the rest of such a run."""
+    says data__own_process=True: starting another one takes longer than the rest of such a run."""
     config = Experiment()
     settings = {
         "run__dir": str(directory / "run"),

@@ -23,8 +23,8 @@ def make_run(
     wandb: str = "disabled",
     data: dict[str, Any] | None = None,
 ) -> str:
-    """A run directory with checkpoints whose averages are the weights of `random_unet(seed=step)`; `data` is what they
-    keep of the loader."""
+    """A run directory with checkpoints whose averages are the weights of `random_unet(seed=step)`; `data` is the
+    loader's state in them."""
     config = Experiment(run=RunConfig(dir=str(path)), stage=stage, text=TextConfig(dim=32, max_tokens=10))
     config.ema.decays = [0.99, 0.9]
     config.wandb.mode = wandb

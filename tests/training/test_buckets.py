@@ -1,4 +1,4 @@
-"""A training on pictures of several shapes: two processes, then one, as one alone without a stop."""
+"""A training on pictures of several shapes: two processes, then one, equal one process without a stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_shapes_train_on_any_number_of_processes(stage: str, tmp_path: Path) -> 
     assert (tmp_path / "run" / "samples" / "step-00000008.png").exists()
 
 
-def test_crops_serve_all_shapes(tmp_path: Path) -> None:
+def test_crops_must_fit_all_shapes(tmp_path: Path) -> None:
     config = experiment(tmp_path, "x", data__buckets=["1x1"], stage__crop_size=16)
     with pytest.raises(ConfigError, match=r"stage.crop_size=16 trains on square crops"):
         check_buckets(config, 1)

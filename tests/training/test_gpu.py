@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped where there is none."""
+"""What only a GPU can show. Skipped without one."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(ranks: Ranks) -> None:
 
 
 def test_a_checkpoint_is_the_state_of_its_step(ranks: Ranks, tmp_path: Path) -> None:
-    """It is copied beside the next passes, on a stream of its own; a run that resumes from it goes the same way."""
+    """It is copied during the next passes, on a separate stream; a run that resumes from it takes the same steps."""
     config = settings(1)
     engine, _ = train(config, ranks, 3)
     store = CheckpointStore(str(tmp_path))
@@ -131,7 +131,7 @@ def test_a_checkpoint_is_the_state_of_its_step(ranks: Ranks, tmp_path: Path) -> 
     assert train(config, ranks, 3, other)[1] == pytest.approx(went_on, rel=1e-3)
 
 
-def test_a_gpu_draws_what_a_cpu_draws() -> None:
+def test_a_gpu_and_a_cpu_draw_the_same() -> None:
     cascade = tiny_cascade()
     here = cascade.draw(["a red circle"], seed=3)[0].image
     there = cascade.to("cuda").draw(["a red circle"], seed=3)[0].image

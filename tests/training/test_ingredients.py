@@ -1,5 +1,5 @@
-"""Ingredients that change the network or its data: resumed, on two processes, in a bundle, and old checkpoints beside
-them."""
+"""Ingredients that change the network or its data: resumed, on two processes, in a bundle, and with older
+checkpoints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_size_condition(tmp_path: Path, shards: str) -> None:
     assert planned(whole)["flops_per_image"] > planned(plain)["flops_per_image"]
 
 
-def test_size_condition_is_not_switched_in_a_run(tmp_path: Path, shards: str) -> None:
+def test_size_condition_cannot_be_switched_during_a_run(tmp_path: Path, shards: str) -> None:
     before, now = (to_dict(experiment(tmp_path, shards, **changes)) for changes in ({}, SIZES))
     with pytest.raises(ConfigError, match=r"stage.diffusion.size_condition=true: RUN was made with .*=false"):
         check_same_run(before, now, "RUN")
@@ -82,7 +82,7 @@ def test_size_condition_is_not_switched_in_a_run(tmp_path: Path, shards: str) ->
     assert not check_same_run(before, to_dict(experiment(tmp_path, shards)), "RUN")
 
 
-def test_original_side_belongs_to_stages_that_are_told(tmp_path: Path) -> None:
+def test_original_side_is_only_for_stages_with_size_condition(tmp_path: Path) -> None:
     from tests.training.tiny import tiny_cascade
 
     with pytest.raises(ConfigError, match="original_side: no stage drawn was trained with"):
@@ -91,7 +91,7 @@ def test_original_side_belongs_to_stages_that_are_told(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def repa(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """It ends inside the run, after the second of four steps."""
+    """The loss ends during the run, after the second of four steps."""
     folder = tmp_path_factory.mktemp("a dino")
     dinov2_folder(folder)
     settings = {"dino__path": str(folder), "dino__side": 28, "repa__weight": 0.5, "repa__until": 2, "repa__width": 16}
@@ -133,7 +133,7 @@ def forks_text(config: Experiment) -> str:
     return running.text
 
 
-def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
+def test_repa_is_planned_and_cannot_be_switched_during_a_run(tmp_path: Path, shards: str, repa: dict[str, Any]) -> None:
     config, plain = experiment(tmp_path, shards, **repa), experiment(tmp_path, shards)
     plan, without = planned(config), planned(plain)
     assert plan["ok"] and plan["parameters"] - without["parameters"] == 32 * 16 + 16 + 16 * 16 + 16 + 16 * 32 + 32
@@ -160,7 +160,7 @@ def test_repa_is_planned_and_not_switched_in_a_run(tmp_path: Path, shards: str, 
         ({"lora__rank": 4}, "it cannot be combined with adapters"),
     ],
 )
-def test_what_does_not_fit_together(
+def test_impossible_combinations_are_refused(
     tmp_path: Path, shards: str, repa: dict[str, Any], change: dict[str, Any], sentence: str
 ) -> None:
     problems = training_problems(experiment(tmp_path, shards, **{**repa, **change}), 1)

@@ -1,4 +1,4 @@
-"""A training on a mixture of data sets: two processes, embeddings, a resume with one more, and the plan's word."""
+"""A training on a mixture of data sets: two processes, embeddings, resuming with an added data set, and its plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def entries(folders: list[str], *weights: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_mixture_trains_resumes_with_a_data_set_more_and_is_planned(folders: list[str], tmp_path: Path) -> None:
+def test_a_mixture_trains_resumes_with_an_added_data_set_and_is_planned(folders: list[str], tmp_path: Path) -> None:
     shards = entries(folders, 0.75, 0.25)
     first: Any = shards[:1]
     config = experiment(tmp_path, first, train__steps=4, validation__every=4, validation__samples=4)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_a_mixture_trains_resumes_with_a_data_set_more_and_is_planned(folders: l
     assert running.codes() == [0, 0], running.text
 
 
-def test_embeddings_of_a_mixture_lie_by_data_set(folders: list[str], tmp_path: Path) -> None:
+def test_embeddings_of_a_mixture_are_stored_by_data_set(folders: list[str], tmp_path: Path) -> None:
     shards = entries(folders, 1, 1)
     config = experiment(tmp_path, shards, train__steps=2)  # type: ignore[arg-type]
     place = str(tmp_path / "embedded text")
@@ -94,7 +94,7 @@ def test_embeddings_of_a_mixture_lie_by_data_set(folders: list[str], tmp_path: P
 
 
 def test_shapes_of_a_mixture_train_under_any_zero_stage(tmp_path: Path) -> None:
-    """ZeRO 2 on two processes, ZeRO 3 on one that goes on with a data set more, and what the plan says of it."""
+    """ZeRO 2 on two processes, ZeRO 3 on one that continues with an added data set, and the plan for it."""
     homes = [tmp_path / name for name in ("set a", "set b")]
     for home in homes:
         home.mkdir()
@@ -134,7 +134,7 @@ def test_a_sweep_over_weights_of_a_mixture(folders: list[str], tmp_path: Path) -
 
 
 def test_two_encoders_from_embedding_to_pictures(folders: list[str], tmp_path: Path) -> None:
-    """Embedded ahead and encoded in training alike, kept by the bundle, and needed to draw from it."""
+    """Embedding in advance equals encoding in training; the bundle records both, and drawing needs both."""
     clip = {"kind": "clip", "path": tiny_model("clip", tmp_path / "a clip"), "dim": 16, "max_tokens": 8, "layer": -2}
     gemma = tiny_model("gemma2", tmp_path / "a gemma")
     text = TextConfig(kind="hidden", path=gemma, dim=16, max_tokens=20, also=clip)

@@ -1,4 +1,4 @@
-"""The same runs with their checkpoints on disk and in an object store: what ranks tell each other and fetch."""
+"""The same runs with checkpoints on disk and in an object store: what ranks exchange and fetch."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def exported(config: Experiment, directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("stage", "places"), [(1, ["bucket"]), (3, ["disk", "bucket"])])
-def test_every_way_between_ranks_on_disk_and_in_a_bucket(
+def test_every_exchange_between_ranks_works_on_disk_and_in_a_bucket(
     tmp_path: Path, shards: str, bucket: str, s3_server: S3Server, stage: int, places: list[str]
 ) -> None:
-    """Skip, roll back, validate, draw, prune, stop, resume, prune again, export, bundle, begin with the weights."""
+    """Skip, roll back, validate, draw, prune, stop, resume, prune again, export, bundle, start from the weights."""
     outcomes: list[Any] = []
     for place in places:
         home = tmp_path / place
@@ -76,7 +76,7 @@ def test_every_way_between_ranks_on_disk_and_in_a_bucket(
 def test_eight_ranks_ask_the_store_of_checkpoints_as_often_as_one(
     tmp_path: Path, shards: str, bucket: str, s3_server: S3Server
 ) -> None:
-    """One rank decides, the others follow; on one machine every file of a checkpoint is read once."""
+    """One rank decides and the others follow; on one machine, every file of a checkpoint is read once."""
     config = experiment(tmp_path, shards, checkpoint__dir=f"s3://{bucket}/ck", train__steps=1, train__sample_every=0)
     with FaultProxy(s3_server.host, s3_server.port) as proxy:
         environment = {**s3_server.env, "AWS_ENDPOINT_URL": proxy.endpoint}
@@ -127,7 +127,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path
 def test_a_signal_is_obeyed_while_the_store_fails(
     tmp_path: Path, shards: str, bucket: str, s3_server: S3Server
 ) -> None:
-    """Not after the ten minutes for which an outage is tolerated."""
+    """It does not wait for the ten minutes for which an outage is tolerated."""
     config = experiment(tmp_path, shards, checkpoint__dir=f"s3://{bucket}/ck", zero__stage=0)
     with FaultProxy(s3_server.host, s3_server.port) as proxy:
         proxy.choose = lambda method, path, _: "status:503" if "step-00000005" in path and method == "PUT" else "ok"
@@ -141,7 +141,7 @@ def test_a_signal_is_obeyed_while_the_store_fails(
 def test_each_byte_is_fetched_once_however_many_ranks_resume(
     tmp_path: Path, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the processes of one machine; the number of requests does not depend on theirs."""
+    """By the processes of one machine together; the number of requests does not depend on their number."""
     monkeypatch.setattr("training.checkpoint.store.PART_BYTES", 4000)
     store = CheckpointStore(f"s3://{bucket}/ck")
     store.claim(Ranks())

@@ -24,7 +24,7 @@ from training.train import main, objective
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Experiment:
-    """A run in two processes that nothing happened to."""
+    """An undisturbed run in two processes."""
     config = experiment(tmp_path_factory.mktemp("whole"), shards, train__sample_every=5, data__own_process=True)
     running = forks.start(config, 2)
     assert running.codes() == [0, 0], running.text
@@ -73,14 +73,14 @@ def test_progress_reads_well_in_a_log(whole: Experiment) -> None:
     assert "images/s" in log and "left" in log and "\r" not in log
 
 
-def test_a_complete_run_says_so(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_reports_that_it_is_complete(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(whole)["complete"]
     said = capsys.readouterr().out
     assert f"complete, all {STEPS} steps are done" in said
     assert said.splitlines()[-1] == f"samples: {whole.run.dir}/samples/step-00000010.png", "in no bundle"
 
 
-def test_it_names_the_command_that_comes_next(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_training_names_the_next_command(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     base, sr = whole.run.dir, f"{whole.run.dir}-sr/other"
     config = replace(whole, stage=replace(whole.stage, name=Path(base).name), run=replace(whole.run, name="mine"))
     config.bundle = replace(whole.bundle, runs=[base, sr])
@@ -105,7 +105,7 @@ def next_step(config: Experiment, capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=["one rank", "all ranks", "rank 0 inside a write", "rank 1 inside a write"],
 )
-def test_killed_and_resumed_is_as_if_nothing_had_happened(
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
     whole: Experiment, tmp_path: Path, shards: str, events: list[dict[str, Any]]
 ) -> None:
     config = experiment(tmp_path, shards)
@@ -118,7 +118,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(
     assert same_tensors(newest(config), newest(whole))
 
 
-def test_any_number_of_ranks_and_any_zero_stage_go_on(whole: Experiment, tmp_path: Path, shards: str) -> None:
+def test_any_number_of_ranks_and_any_zero_stage_resume(whole: Experiment, tmp_path: Path, shards: str) -> None:
     """2 ranks ZeRO 3 -> 1 rank plain -> 2 ranks ZeRO 2, stopped by signals that one rank alone received."""
     config = experiment(tmp_path, shards, zero__stage=3)
     first = chaos(config, 2, {"what": "sigterm", "rank": 1, "step": 3})
@@ -143,7 +143,7 @@ def test_ctrl_c_saves_and_stops(tmp_path: Path, shards: str) -> None:
     assert newest(config).step == 3
 
 
-def test_a_damaged_checkpoint_is_passed_over(whole: Experiment, tmp_path: Path, shards: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(whole: Experiment, tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, train__steps=6, zero__stage=0, optimizer__decay="constant")
     assert forks.start(config).codes() == [0]
     file = next((Path(config.run.dir) / "checkpoints" / "step-00000006").glob("*.safetensors"))
@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(tmp_path: Path, shar
     assert newest(config).meta["updates"] == 3
 
 
-def test_too_many_of_them_go_back_and_then_on(tmp_path: Path, shards: str) -> None:
+def test_too_many_skipped_steps_roll_back_and_continue(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=1, train__max_skipped=2, checkpoint__every=4, train__steps=12)
     events = [{"what": "nan", "rank": rank, "step": step} for rank in (0, 1) for step in (6, 7)]
     running = chaos(config, 2, *events)
@@ -216,7 +216,7 @@ def test_a_streak_of_skipped_steps_outlives_a_kill(tmp_path: Path, shards: str) 
     assert lines[0] == lines[1] == [0] * 5 + [1] * 5, "all of the run, also after the next healthy checkpoint"
 
 
-def test_going_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
+def test_rolling_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=2)
     running = chaos(config, 1, *({"what": "nan", "rank": 0, "step": step} for step in range(5, 10)))
     assert running.codes() == [76]
@@ -225,7 +225,7 @@ def test_going_back_in_vain_ends_the_run(tmp_path: Path, shards: str) -> None:
     assert again.codes() == [0], "a restart tries again from the newest checkpoint"
 
 
-def test_nothing_to_go_back_to(tmp_path: Path, shards: str) -> None:
+def test_a_run_without_a_checkpoint_to_roll_back_to_ends(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, zero__stage=0, train__max_skipped=1)
     running = chaos(config, 1, {"what": "nan", "rank": 0, "step": 1})
     assert running.codes() == [76]
@@ -260,7 +260,7 @@ def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, sha
     assert metrics(config)[-1]["position"] == STEPS * 8
 
 
-def test_validation_and_evaluation_ask_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
+def test_validation_and_evaluation_are_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
     results, figures = [], []
     for ranks, stage in ((1, 0), (2, 3)):
         config = experiment(
@@ -321,7 +321,7 @@ def test_a_run_begins_with_the_weights_of_another(whole: Experiment, tmp_path: P
     )
 
 
-def test_weights_that_are_not_there(tmp_path: Path, shards: str) -> None:
+def test_missing_weights_are_named(tmp_path: Path, shards: str) -> None:
     running = forks.start(experiment(tmp_path, shards, zero__stage=0, train__init_from="/nowhere"))
     assert running.codes() == [2]
     assert "train.init_from=/nowhere: this is neither a bundle nor a run with a checkpoint" in running.text
@@ -371,7 +371,9 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
         ([{"loss": None}, {"step": 1}], None),
     ],
 )
-def test_what_a_sweeper_minimises(tmp_path: Path, lines: list[dict[str, Any]], value: float | None) -> None:
+def test_a_sweeper_minimises_the_last_validation_loss(
+    tmp_path: Path, lines: list[dict[str, Any]], value: float | None
+) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert objective({"run_dir": str(tmp_path)}) == value
     assert objective({"run_dir": str(tmp_path / "none")}) is None

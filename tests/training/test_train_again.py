@@ -1,4 +1,4 @@
-"""Whole runs that something happened to: what the next start makes of it, and what the ranks say."""
+"""Runs that were disturbed: how the next start reacts, and what the ranks report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.run.directory import STOP, RunDir, json_lines
 from training.train import main
 
 
-def test_a_complete_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path, shards: str) -> None:
+def test_a_complete_run_with_a_damaged_checkpoint_continues(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, train__steps=6, zero__stage=0)
     assert forks.start(config).codes() == [0]
     wanted = curve(config)
@@ -71,10 +71,10 @@ def test_a_rank_that_dies_during_the_start_is_named_in_one_sentence(tmp_path: Pa
         ({"what": "missing", "rank": 0, "module": "tensorboardX"}, "trackers.tensorboard=true: it needs "),
     ],
 )
-def test_what_one_rank_alone_lacks_ends_all_with_one_sentence(
+def test_something_missing_on_one_rank_ends_all_with_one_sentence(
     tmp_path: Path, shards: str, event: dict[str, Any], sentence: str
 ) -> None:
-    """At the start, whichever rank it is: rank 0 says it, and no other waits for the one that cannot go on."""
+    """At the start, whichever rank it is: rank 0 reports it, and no rank waits for the one that cannot continue."""
     config = experiment(tmp_path, shards, train__steps=1, trackers__tensorboard=True)
     place = str(tmp_path / "elsewhere")
     running = chaos(config, 2, {**event, "step": 0, "place": place})
@@ -94,7 +94,7 @@ def test_the_first_step_and_the_last_checkpoint_may_take_long(tmp_path: Path, sh
 
 
 def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
-    """Half of the pictures are damaged; the sums over the ranks decide, and both end alike, after saving."""
+    """Half of the pictures are damaged; the sums over the ranks decide, and both end in the same way, after saving."""
     (tmp_path / "shards").mkdir()
     for number in range(2):
         with ShardWriter(str(tmp_path / f"shards/{number}.tar")) as shard:
@@ -111,7 +111,7 @@ def test_too_many_bad_samples_stop_all_ranks(tmp_path: Path) -> None:
     assert store(config).newest() is not None
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_ends_and_stays_so(tmp_path: Path, shards: str) -> None:
+def test_a_run_that_is_asked_to_stop_saves_ends_and_stays_stopped(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, train__steps=5000, checkpoint__every=5000)
     run, running = RunDir(config), forks.start(config, 2)
     while not json_lines(run.metrics):

@@ -44,7 +44,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path, shards: str
 def test_a_rank_that_freezes_during_the_start_is_named(
     tmp_path: Path, shards: str, rank: int, when: int, says: str
 ) -> None:
-    """Stopped (SIGSTOP) before the ranks have met, or after: the other one ends the run, and says who it was."""
+    """It is stopped (SIGSTOP) before the ranks have met, or after: the other rank ends the run and names it."""
     config = experiment(tmp_path, shards, train__stall_s=1.0, train__timeout_first_s=3.0 if when else 8.0)
     running = chaos(config, 2, {"what": "freeze", "rank": rank, "step": when})
     codes = running.codes(grace_s=2)
@@ -53,7 +53,7 @@ def test_a_rank_that_freezes_during_the_start_is_named(
 
 
 def test_a_gpu_that_fails_is_blamed_on_its_node(tmp_path: Path, shards: str) -> None:
-    """The rank says so, and leaves a note for the job script; that the other one ends first changes nothing."""
+    """The rank reports it, and leaves a note for the job script; it does not matter that the other one ends first."""
     says = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported"
     config, notes = experiment(tmp_path, shards), tmp_path / "notes"
     notes.mkdir()
@@ -102,8 +102,8 @@ def test_a_signal_at_an_odd_moment(tmp_path: Path, shards: str, phase: str) -> N
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_whoever_waits_for_data_hears_a_signal(tmp_path: Path, shards: str, ranks: int) -> None:
-    """It does not wait for the store's deadline (600 s), and loses no step."""
+def test_a_rank_that_waits_for_data_reacts_to_a_signal(tmp_path: Path, shards: str, ranks: int) -> None:
+    """It does not wait for the store's deadline (600 s), and no step is lost."""
     config = experiment(tmp_path, shards, train__steps=10_000, data__own_process=True)
     running = chaos(config, ranks, {"what": "silence", "rank": ranks - 1, "step": 2})
     assert running.codes() == [75] * ranks, running.text
@@ -126,7 +126,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path: Path, shards:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_disk_that_stays_full_is_no_success(tmp_path: Path, shards: str, stopped: bool) -> None:
+def test_a_disk_that_stays_full_ends_with_an_error(tmp_path: Path, shards: str, stopped: bool) -> None:
     config = experiment(tmp_path, shards)
     events = [{"what": "small files", "rank": rank, "step": 4, "bytes": 100_000} for rank in (0, 1)]
     running = chaos(config, 2, *events, *[{"what": "sigterm", "rank": 0, "step": 8}] * stopped)

@@ -21,11 +21,11 @@ GRADIENTS = {
 """Collectives of a step that ZeRO needs for gradients and weights, of a model that fits into one bucket."""
 LOGGED = 3
 SAVED, DRAWN, EVALUATED, ROLLED_BACK, STEPS = 7, 8, 9, 11, 12
-"""At which step what happens; all of it again after the last one, of which nothing is counted."""
+"""What happens at which step; after the last one everything happens again, uncounted."""
 
 
 def counts(tmp_path: Path, shards: str, place: str, stage: int, ranks: int, env: dict[str, str]) -> dict[int, Any]:
-    """Step -> what the last rank has waited for; no rank sends an object after the start."""
+    """Maps each step to what the last rank has waited for; checks that no rank sends an object after the start."""
     config = experiment(
         tmp_path / str(ranks), shards, zero__stage=stage, checkpoint__dir=place and f"{place}/{ranks}",
         train__steps=STEPS, train__log_every=LOGGED, checkpoint__every=SAVED, train__sample_every=DRAWN,

@@ -1,4 +1,4 @@
-"""A cascade of two tiny random stages (16 -> 32 px), for tests of whatever is built on one."""
+"""A cascade of two tiny random stages (16 -> 32 px), for the tests of everything built on one."""
 
 from __future__ import annotations
 

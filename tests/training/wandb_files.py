@@ -1,4 +1,4 @@
-"""Reads what W&B has written offline, with W&B's own message classes."""
+"""Reads W&B's offline files with W&B's own message classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield parts
             parts = b""
 

@@ -18,7 +18,7 @@ class WandbServer:
     def __init__(self, port: int = 0) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.failing = 0
-        """Status of all answers to requests with data, if it is not 0."""
+        """The status of all responses to requests with data, unless it is 0."""
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"owner": self}))
         self._http.daemon_threads = True
         self.port = int(self._http.server_address[1])

@@ -68,7 +68,7 @@ def test_checkpoints_in_a_store_are_apart() -> None:
     assert found[1].command(Path("out"), 0).endswith("checkpoint.dir=s3://bucket/a/with-muon/seed-0")
 
 
-def test_an_ingredient_of_the_experiments_own_is_left_out(tmp_path: Path) -> None:
+def test_an_ingredient_of_the_experiment_is_measured_by_leaving_it_out(tmp_path: Path) -> None:
     lines = "# @package _global_\ndefaults:\n  - demo\n  - override /ingredient: [min_snr, muon]\n"
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(lines)
@@ -101,7 +101,7 @@ def test_an_ingredient_of_the_experiments_own_is_left_out(tmp_path: Path) -> Non
         ("ingredient=muon zero=zero0 cluster.processes=2", "zero.stage=0: it only works with one process, not 2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(line: str, sentence: str) -> None:
+def test_gains_that_cannot_be_measured_are_refused(line: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         arms(f"experiment=demo {line}")
 
@@ -130,7 +130,7 @@ def test_the_question_is_checked_before_anything_is_trained(
         ablate.check_question(found[0].config, found, config.ablate.levels)
 
 
-def test_what_is_learned_depends_on_some_settings_alone() -> None:
+def test_what_is_learned_depends_only_on_some_settings() -> None:
     for key in (
         "seed",
         "stage.diffusion.weighting",
@@ -146,7 +146,7 @@ def test_what_is_learned_depends_on_some_settings_alone() -> None:
 
 @pytest.fixture
 def heldout(shards: str) -> str:
-    """Those that were drawn beside the training's."""
+    """The held-out drawings next to those of the training."""
     return f"{shards.removesuffix('/train')}/heldout"
 
 
@@ -203,7 +203,7 @@ def test_an_ablation_from_the_first_start_to_the_table(
     assert [run.run.dir for run in trained] == [f"{output}/experiment/seed-2", f"{output}/with-muon/seed-2"]
     assert "4 of 6 trainings are done already" in capsys.readouterr().out
 
-    # what would make the arms unlike is refused; what only changes the course of a run is not
+    # settings that would make the arms differ are refused; those that only change the course of a run are not
     trained.clear()
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "optimizer.lr=3e-4"])
@@ -266,7 +266,7 @@ def test_super_resolution_in_a_store_and_a_killed_ablation(
         cli.main([*words, f"ablate.output={output}"])
     half = output / "with-muon" / "seed-0"
     assert CheckpointStore(f"{place}/with-muon/seed-0").steps() == [2, 1] and not (half / "checkpoints").exists()
-    client: Any = s3_server.client()  # as if it had been killed before the checkpoint of its second step was whole
+    client: Any = s3_server.client()  # as if it had been killed before the checkpoint of its second step was complete
     for found in client.list_objects_v2(Bucket=bucket, Prefix="of-mine/with-muon/seed-0/step-00000002")["Contents"]:
         client.delete_object(Bucket=bucket, Key=found["Key"])
     (half / "saved.json").unlink()
@@ -281,7 +281,7 @@ def test_super_resolution_in_a_store_and_a_killed_ablation(
     assert [start["step"] for start in json.loads((half / "code.json").read_text())["starts"]] == [0, 1]
     assert all(math.isfinite(error) for errors in first["arms"]["with-muon"]["errors"] for error in errors)
 
-    # from elsewhere: the store has all, and says what it was made with
+    # from elsewhere: the store has everything, and records the settings it was made with
     trained.clear()
     cli.main([*words, f"ablate.output={tmp_path}/elsewhere"])
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -294,7 +294,7 @@ def test_super_resolution_in_a_store_and_a_killed_ablation(
 
 
 def test_the_question_does_not_depend_on_what_an_arm_was_trained_with(tmp_path: Path, heldout: str) -> None:
-    """A network whose output is its input: as an eps or an x0 prediction it errs by the closed forms."""
+    """A network whose output is its input: as an eps or an x0 prediction, its error has a closed form."""
     from training.processes.ranks import Ranks
     from training.run.validation import Validation
 

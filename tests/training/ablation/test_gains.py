@@ -52,7 +52,8 @@ def test_the_cost_of_half() -> None:
 
 
 def test_a_detectable_gain_is_seen_four_times_in_five() -> None:
-    """5 seeds of unit spread whose true difference is what 5 seeds detect; the rule is an approximation."""
+    """5 seeds of unit spread whose true difference is the smallest that 5 seeds detect; the rule is an
+    approximation."""
     effect = standard_errors_seen(5) / math.sqrt(5)
     draws = np.random.default_rng(0).normal(effect, 1, (2000, 5))
     assert 0.75 < np.mean([gain(list(row)).is_seen for row in draws]) < 0.9

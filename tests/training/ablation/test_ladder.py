@@ -1,4 +1,4 @@
-"""The ladder of small tasks: two steps of each kind, what goes on where it stopped, and its table by hand."""
+"""The ladder of small tasks: two steps of each kind, resuming, and its table by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, capsys: Any) -> None:
+def test_the_ladder_continues_where_it_stopped(tmp_path: Path, capsys: Any) -> None:
     ladder.main([str(tmp_path), "ingredients=guidance_interval", *TINY])
     first = results(tmp_path)
     assert [(line["arm"], line["seed"]) for line in first] == [
@@ -131,7 +131,7 @@ def test_pace_and_arms_of_another_stage() -> None:
 def test_losses_on_features_of_an_encoder_trained_on_scenes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """From the encoder's training to the ladder's, in a directory with a blank; each loss changes what is learned."""
+    """From the encoder's training to the ladder's, in a directory with a blank; each loss changes the result."""
     monkeypatch.setattr(scene_encoder, "PICTURES", 8)
     monkeypatch.setattr(scene_encoder, "HELDOUT", 4)
     encoder = tmp_path / "an encoder"
@@ -165,7 +165,7 @@ def test_the_encoder_learns_which_object_covers_each_patch() -> None:
         scene_encoder.main(["out", "side=16"])
 
 
-def test_words_that_are_not_known_are_refused(tmp_path: Path) -> None:
+def test_unknown_words_are_refused(tmp_path: Path) -> None:
     for word in ("objects=2", "scene=five", "model=huge", "seeds=1", "equal_time=yes", "factor=3", "network=large"):
         with pytest.raises(SystemExit, match=word.partition("=")[0]):
             ladder.main([str(tmp_path), word])

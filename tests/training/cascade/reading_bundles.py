@@ -1,4 +1,4 @@
-"""Reads a bundle, the runs that it is made from and files of prompts while failing_files.c makes calls fail."""
+"""Reads a bundle, the runs it was made from and files of prompts while failing_files.c makes calls fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cascade bundle`: from run directories to a bundle directory, and what is said when something is missing."""
+"""`cascade bundle`: from run directories to a bundle directory, and the messages when something is missing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_checkpoints_elsewhere_and_single_checkpoints(tmp_path: Path) -> None:
         assert bundle.collect([path]).stages[0].origin["step"] == step
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(runs: list[str]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(runs: list[str]) -> None:
     newest = Path(runs[0]) / "checkpoints" / "step-00000009"
     file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-4] + b"oops")
@@ -116,7 +116,7 @@ def test_stages_must_fit(runs: list[str], tmp_path: Path) -> None:
         bundle.collect([])
 
 
-def test_runs_with_other_text_are_refused(runs: list[str], tmp_path: Path) -> None:
+def test_runs_with_different_text_settings_are_refused(runs: list[str], tmp_path: Path) -> None:
     manifest = Path(runs[1]) / "checkpoints" / "step-00000005" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["meta"]["config"]["text"]["max_tokens"] = 99
@@ -125,7 +125,7 @@ def test_runs_with_other_text_are_refused(runs: list[str], tmp_path: Path) -> No
         bundle.collect(runs)
 
 
-def test_weights_for_another_text_encoder_are_taken_with_a_warning(
+def test_weights_for_another_text_encoder_are_accepted_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = stage_config("base", 16)
@@ -199,7 +199,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_a_file_that_is_cut_while_its_weights_are_in_use_kills_nobody(runs: list[str], tmp_path: Path) -> None:
-    """Of a bundle and of a run: what is read is no mapping of the file."""
+    """In a bundle and in a run: weights are read, not mapped from the file."""
     bundle.main(command(runs, tmp_path / "bundle"))
     stages = [*bundle.read(str(tmp_path / "bundle")).stages, *bundle.collect(runs).stages]
     networks = [bundle.load_unet(stage) for stage in stages]

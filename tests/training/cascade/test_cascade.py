@@ -33,7 +33,7 @@ def pixels(images) -> np.ndarray:
 
 
 def same(a, b, tolerance: int = 1) -> bool:
-    """Equal up to the rounding of different batch shapes."""
+    """Equal up to the rounding differences between batch shapes."""
     return bool(np.abs(pixels(a) - pixels(b)).max() <= tolerance)
 
 
@@ -95,7 +95,7 @@ def test_8_bits_round_trip() -> None:
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_only_some_stages(cascade: Cascade) -> None:
+def test_a_generation_may_use_only_some_stages(cascade: Cascade) -> None:
     base = cascade.generate(PROMPTS, stages=1)
     assert base[0].size == (16, 16)
     assert same(base, cascade.generate(PROMPTS, stages=["base"]))
@@ -202,7 +202,7 @@ def test_save_and_load(cascade: Cascade, tmp_path: Path) -> None:
     assert not any(p.requires_grad for s in loaded.stages for p in s.unet.parameters())
 
 
-def test_bundles_live_in_object_stores_too(cascade: Cascade, bucket: str) -> None:
+def test_bundles_may_be_in_object_stores(cascade: Cascade, bucket: str) -> None:
     cascade.save(f"s3://{bucket}/models/tiny")
     loaded = Cascade.from_pretrained(f"s3://{bucket}/models/tiny")
     assert np.array_equal(pixels(loaded.generate(PROMPTS)), pixels(cascade.generate(PROMPTS)))
@@ -211,7 +211,7 @@ def test_bundles_live_in_object_stores_too(cascade: Cascade, bucket: str) -> Non
 
 
 def test_bundles_in_a_hugging_face_cache(cascade: Cascade, tmp_path: Path, monkeypatch) -> None:
-    """`owner/name`, and the directory that the cache keeps it in; nothing is downloaded."""
+    """By `owner/name`, and by its directory in the cache; nothing is downloaded."""
     home = tmp_path / "models--someone--tiny"
     cascade.save(str(home / "snapshots" / "abc123"))
     (home / "refs").mkdir()
@@ -312,7 +312,7 @@ def test_no_more_noise_on_low_res_pictures_than_in_training() -> None:
         tiny_cascade(aug_max=0.1).draw("a", aug_level=0.2)
 
 
-def test_what_is_not_a_prompt_is_refused_and_numpy_numbers_are_taken(cascade: Cascade) -> None:
+def test_values_that_are_not_prompts_are_refused_and_numpy_numbers_are_accepted(cascade: Cascade) -> None:
     with pytest.raises(ConfigError, match="prompts=None: give a caption"):
         cascade.generate(None)  # type: ignore[arg-type]
     picture = Image.new("RGB", (16, 16), "red")

@@ -104,7 +104,7 @@ def test_a_cascade_says_what_it_is_and_can_be_pickled(cascade: Cascade) -> None:
     assert again("red")[0].tobytes() == cascade("red")[0].tobytes()
 
 
-def test_a_prompt_that_is_not_read_to_its_end_is_reported(cascade: Cascade) -> None:
+def test_a_truncated_prompt_is_reported(cascade: Cascade) -> None:
     with pytest.warns(UserWarning, match=r"only the first \d+ tokens of this prompt are read: 'red red"):
         cascade("red " * 500)
 
@@ -158,13 +158,13 @@ def test_what_is_not_a_caption_is_refused(cascade: Cascade, prompts: Any) -> Non
         ({"nothing": 3}, "nothing: no such argument; the arguments are prompts, negative_prompts, guidance"),
     ],
 )
-def test_generate_tells_its_own_names(cascade: Cascade, options: dict, sentence: str) -> None:
+def test_generate_names_its_own_arguments(cascade: Cascade, options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         cascade.generate("red", **options)
     assert str(caught.value).startswith(sentence)
 
 
-def test_defaults_of_diffusers_may_be_given(cascade: Cascade) -> None:
+def test_the_defaults_of_diffusers_are_accepted(cascade: Cascade) -> None:
     plain = cascade("red")[0].tobytes()
     assert cascade("red", output_type="pil", return_dict=True).images[0].tobytes() == plain
 
@@ -202,7 +202,7 @@ for name in ("me", "me"):
 
 
 def pushed(bundle: str, endpoint: str) -> list[str]:
-    """Upload a bundle twice, in a process of its own; return what it says."""
+    """Upload a bundle twice, in a separate process; return what it prints."""
     environ = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", TO_THE_HUB, bundle], capture_output=True, text=True, env=environ, timeout=120, cwd=ROOT

@@ -40,7 +40,7 @@ def test_only_line_ends_end_a_line(tmp_path: Path) -> None:
     assert read_prompts(str(table)) == [strange, "two\nlines"]
 
 
-def test_the_end_of_the_last_line_is_not_one_more(tmp_path: Path) -> None:
+def test_the_end_of_the_last_line_does_not_begin_another(tmp_path: Path) -> None:
     negatives = tmp_path / "negatives.txt"
     for end in ("", "\n", "\r\n"):
         negatives.write_bytes(f"blurry{end}".encode())
@@ -49,7 +49,7 @@ def test_the_end_of_the_last_line_is_not_one_more(tmp_path: Path) -> None:
     assert read_prompts(str(negatives), keep_blank=True) == ["", "ugly"]
 
 
-def test_a_list_without_quotation_marks_is_said_to_be_one_prompt(capsys) -> None:
+def test_a_list_without_quotation_marks_is_reported_to_be_one_prompt(capsys) -> None:
     assert read_prompts("[a cat, a dog]") == ["[a cat, a dog]"]
     assert "this is one prompt" in capsys.readouterr().out
 

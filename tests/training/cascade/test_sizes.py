@@ -1,4 +1,4 @@
-"""Pictures of other shapes than those of training: every part of the network takes any height and width."""
+"""Pictures of shapes other than those of training: every part of the network accepts any height and width."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_size_is_drawn_by_every_stage_and_the_trained_one_is_as_without(cascad
     assert pixels(cascade.generate("red", size=(48, 32))[0]) == pixels(cascade.generate(["a", "red"], size=(48, 32))[1])
 
 
-def test_super_resolution_redrawing_and_masks_take_any_shape(cascade: Cascade) -> None:
+def test_super_resolution_img2img_and_masks_take_any_shape(cascade: Cascade) -> None:
     wide = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     assert cascade.generate("red", stages="sr", low_res=wide, size=(48, 32))[0].size == (48, 32)
     mask = Image.new("L", (96, 64))
@@ -76,7 +76,7 @@ def test_sizes_of_the_stages_of_a_large_cascade() -> None:
         plan_sizes((1536, 600), stages, [8, 16, 16])
 
 
-def test_attention_knows_no_place_so_that_any_number_of_pixels_will_do() -> None:
+def test_attention_has_no_positions_so_any_number_of_pixels_works() -> None:
     torch.manual_seed(0)
     layer = Attention(16, 8, 8)
     torch.nn.init.normal_(layer.out.weight)
@@ -87,8 +87,8 @@ def test_attention_knows_no_place_so_that_any_number_of_pixels_will_do() -> None
     assert torch.allclose(layer(moved, text, mask), expected, atol=1e-5)
 
 
-def test_text_has_less_of_the_attention_on_a_larger_picture() -> None:
-    """Text and pixels share one softmax: what docs/model.md says of sizes far from training's."""
+def test_text_gets_less_of_the_attention_on_a_larger_picture() -> None:
+    """Text and pixels share one softmax: this is what docs/model.md says about sizes far from those of training."""
     layer = Attention(16, 8, 8)
     torch.nn.init.zeros_(layer.query.weight)
     torch.nn.init.zeros_(layer.query.bias)
@@ -98,7 +98,7 @@ def test_text_has_less_of_the_attention_on_a_larger_picture() -> None:
         assert layer.maps[0].sum(dim=1).mean().item() == pytest.approx(share, rel=1e-4)
 
 
-def test_the_command_draws_a_size_and_keeps_what_has_it(cascade: Cascade, tmp_path: Path) -> None:
+def test_the_command_draws_a_size_and_keeps_pictures_that_have_it(cascade: Cascade, tmp_path: Path) -> None:
     cascade.save(str(tmp_path / "bundle"))
     config = SampleCommand(from_bundle=str(tmp_path / "bundle"), output=str(tmp_path / "out"), prompts=["red"])
     config.size, config.cluster.gpus = [48, 32], False

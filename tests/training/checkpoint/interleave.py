@@ -72,7 +72,7 @@ class Stage:
 
 
 class Memory(Stage):
-    """The same on a dictionary, at once."""
+    """The same on a dictionary, without pausing."""
 
     def __init__(self, content: Content, path: str = "") -> None:
         super().__init__([], path)
@@ -113,8 +113,8 @@ Judge = Callable[[Content, list[tuple[str, ...]]], str]
 
 @dataclass(frozen=True)
 class State:
-    """Where everybody is, by numbers (see Explorer). `late`: requests that may arrive once more; `again`: how many more
-    of these there may be."""
+    """The state of all processes, by number (see Explorer). `late`: requests that may arrive once more; `again`: how
+    many more of these there may be."""
 
     processes: tuple[int, ...]
     content: int
@@ -138,7 +138,7 @@ class Explorer:
         self.came_from: dict[State, tuple[State, str] | None] = {}
 
     def run(self, again: int = 0, twice: Callable[[Request], bool] = lambda request: request[0] in CHANGES) -> str:
-        """What is wrong with the first bad state, and how it came about; empty when all are good.
+        """What is wrong with the first bad state, and how it arose; empty if all are good.
 
         Args:
             again: how many requests in all may arrive a second time, of those that `twice` says may.

@@ -51,7 +51,7 @@ def data_file(store: CheckpointStore, step: int) -> Path:
     return next((Path(str(store.folder)) / f"step-{step:08d}").glob("*.safetensors"))
 
 
-def test_what_was_saved_is_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_checkpoint_is_read_back(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_module, "PART_BYTES", 100)
     save(store, 5)
     found = store.newest()
@@ -117,7 +117,7 @@ def test_all_damaged_is_not_a_fresh_start(store: CheckpointStore) -> None:
         store.newest()
 
 
-def test_one_whose_manifest_is_damaged_is_not_a_fresh_start_either(store: CheckpointStore) -> None:
+def test_a_damaged_manifest_is_not_a_fresh_start_either(store: CheckpointStore) -> None:
     save(store, 1)
     data_file(store, 1).with_name(MANIFEST).write_bytes(b"")
     with pytest.raises(DataError, match=r"all of its checkpoints are damaged .*manifest.json is damaged"):
@@ -138,7 +138,7 @@ def test_a_later_start_fences_off_the_earlier(store: CheckpointStore) -> None:
 
 
 def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has written its files when another start takes over and saves the same step: that one's checkpoint is
+    """It has written its files when another start takes over and saves the same step: the latter's checkpoint is
     untouched."""
     later = CheckpointStore(str(store.folder))
     write = LocalFolder.write
@@ -156,8 +156,8 @@ def test_a_zombie_between_files_and_commit(store: CheckpointStore, monkeypatch: 
     assert found is not None and found.manifest["attempt"] == 2 and found.problems() == []
 
 
-def test_a_record_that_is_gone_is_nobody_elses(store: CheckpointStore) -> None:
-    """A directory that was wiped is no other attempt: the run goes on and claims it again."""
+def test_a_deleted_record_is_not_taken_for_another_attempt(store: CheckpointStore) -> None:
+    """A wiped directory does not mean another attempt: the run continues and claims it again."""
     store.claim(Ranks())
     for name in store.folder.names():
         store.folder.remove(name)
@@ -214,9 +214,7 @@ def test_pruning_never_trades_a_healthy_one_for_a_damaged_one(store: CheckpointS
         (lambda m: {**m, "files": [{"name": f["name"], "tensors": {}} for f in m["files"]], "sha256": ""}, "bytes"),
     ],
 )
-def test_a_manifest_that_is_not_as_it_was_written_is_passed_over(
-    store: CheckpointStore, change: Any, words: str
-) -> None:
+def test_a_manifest_that_was_altered_is_skipped(store: CheckpointStore, change: Any, words: str) -> None:
     save(store, 3, 5)
     manifest = Path(str(store.folder)) / "step-00000005/manifest.json"
     manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
@@ -227,7 +225,7 @@ def test_a_manifest_that_is_not_as_it_was_written_is_passed_over(
 
 
 def test_crafted_manifests_are_damage(store: CheckpointStore) -> None:
-    """Also such as have no checksum of themselves."""
+    """Also manifests without a checksum of their own."""
     save(store, 3, 5)
     path = data_file(store, 5).with_name(MANIFEST)
     good = json.loads(path.read_text())
@@ -270,7 +268,7 @@ def test_kept_checkpoints_hold_nothing_of_killed_attempts(store: CheckpointStore
     assert later.open(10).problems() == []
 
 
-def test_a_step_that_an_earlier_attempt_has_left_gets_another_manifest(store: CheckpointStore) -> None:
+def test_a_step_left_by_an_earlier_attempt_gets_another_manifest(store: CheckpointStore) -> None:
     save(store, 10)
     store.folder.sub("step-00000020").write("a0001-aaaaaa-r00000-p000.safetensors", [b"killed while it was written"])
     later = CheckpointStore(str(store.folder))
@@ -282,12 +280,12 @@ def test_a_step_that_an_earlier_attempt_has_left_gets_another_manifest(store: Ch
     assert later.prune(keep_last=1) == [20, 10] and later.steps() == [30]
 
 
-def test_what_an_earlier_attempt_commits_late_is_no_part_of_the_run(store: CheckpointStore) -> None:
+def test_a_late_commit_of_an_earlier_attempt_is_not_part_of_the_run(store: CheckpointStore) -> None:
     save(store, 10)
     later = CheckpointStore(str(store.folder))
     later.resume(ONE, lambda checkpoint: None)
     store.attempts.check = lambda: None  # type: ignore[method-assign]
-    save(store, 30)  # its request was on its way when the other one looked
+    save(store, 30)  # its request was on its way when the other attempt looked
     found = CheckpointStore(str(store.folder)).newest()
     assert found is not None and found.step == 30, "nothing else was saved"
     save(later, 20)
@@ -297,7 +295,7 @@ def test_what_an_earlier_attempt_commits_late_is_no_part_of_the_run(store: Check
     assert later.prune(keep_last=5) == [30]
 
 
-def test_a_start_that_meets_a_living_one_goes_on_from_what_that_one_saves(store: CheckpointStore) -> None:
+def test_a_start_that_meets_a_live_one_continues_from_what_that_one_saves(store: CheckpointStore) -> None:
     save(store, 10)
 
     def meanwhile(checkpoint: Any) -> None:
@@ -310,9 +308,7 @@ def test_a_start_that_meets_a_living_one_goes_on_from_what_that_one_saves(store:
     assert found is not None and found.step == 20 and later.attempt == 2
 
 
-def test_slow_deletions_hold_up_neither_steps_nor_saves(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_deletions_delay_neither_steps_nor_saves(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     remove, go = LocalFolder.remove_files, threading.Event()
 
     def slow(self: LocalFolder, names: Any) -> None:
@@ -330,7 +326,7 @@ def test_slow_deletions_hold_up_neither_steps_nor_saves(
     assert store.steps() == [4]
 
 
-def test_what_cannot_be_read_at_all_is_passed_over(store: CheckpointStore) -> None:
+def test_a_checkpoint_that_cannot_be_read_at_all_is_skipped(store: CheckpointStore) -> None:
     save(store, 3)
     place = Path(str(store.folder))
     (place / "step-00000004").write_text("a file")
@@ -370,7 +366,7 @@ def test_a_damaged_record_of_attempts_stops_nobody(store: CheckpointStore) -> No
     assert CheckpointStore(str(store.folder)).claim(ONE) == 2
 
 
-def test_a_start_of_an_earlier_version_is_fenced_off_as_well(store: CheckpointStore) -> None:
+def test_a_start_of_an_earlier_version_is_fenced_off_too(store: CheckpointStore) -> None:
     """It looks for its token in attempt.json."""
     store.folder.write("attempt.json", [b'{"attempt": 6, "token": "old", "host": "x"}'])
     later = CheckpointStore(str(store.folder))
@@ -379,7 +375,7 @@ def test_a_start_of_an_earlier_version_is_fenced_off_as_well(store: CheckpointSt
     assert record["attempt"] == 7 and record["token"] == later.attempts.token
 
 
-def test_a_store_that_goes_away_during_a_save_costs_that_checkpoint_alone(
+def test_a_store_that_fails_during_a_save_costs_only_that_checkpoint(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: Any) -> None:
@@ -501,10 +497,10 @@ def test_another_format_is_refused(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("name", ["safetensors", "manifest.json", ""])
 @pytest.mark.parametrize(("number", "remedy"), [(errno.EACCES, "give this user access"), (errno.EMFILE, "the limits")])
-def test_what_this_user_may_not_read_is_not_skipped(
+def test_a_checkpoint_without_read_permission_is_not_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, remedy: str
 ) -> None:
-    """An older checkpoint would repeat steps, and the newer one is not damaged."""
+    """Resuming from an older checkpoint would repeat steps, and the newer one is not damaged."""
     store = CheckpointStore(str(tmp_path))
     store.claim(ONE)
     for step in (1, 2):

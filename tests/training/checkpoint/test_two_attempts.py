@@ -1,5 +1,5 @@
-"""Two starts of a run on one store, in every order of their requests, with requests that are delivered again later: the
-real code, no model of it."""
+"""Two starts of a run on one store, in every order of their requests, with requests delivered again later: the real
+code, not a model of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE = Ranks()
 
 @pytest.fixture(autouse=True)
 def _same_each_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process that is run again does the same: no clock, no threads, files judged by their sizes; and in silence."""
+    """A process that is run again does the same: no clock, no threads, files compared by size; and it logs nothing."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
     monkeypatch.setattr("training.checkpoint.attempts.time.time", lambda: 0.0)
 
@@ -46,7 +46,7 @@ def save(store: CheckpointStore, step: int) -> None:
 
 
 def before(*steps: int) -> Content:
-    """What attempt 1 (token "one", from step 0) has saved."""
+    """The state after attempt 1 (token "one", from step 0) has saved."""
     content: Content = {}
     store = opened(Memory(content), "one")
     store.claim(ONE)
@@ -57,7 +57,7 @@ def before(*steps: int) -> Content:
 
 
 def goes_on(*steps: int) -> Process:
-    """Attempt 1 lives and saves these steps."""
+    """Attempt 1 is alive and saves these steps."""
 
     def run(folder: Stage, done: list[str]) -> None:
         done.append("claimed 1")
@@ -116,7 +116,7 @@ _looked: dict[tuple[tuple[str, bytes], ...], tuple[str, int] | None] = {}
 
 
 def recovered(content: Content) -> tuple[str, int] | None:
-    """(whose, step) of what a start would resume from."""
+    """(attempt, step) of the checkpoint that a start would resume from."""
     same = tuple(sorted(content.items()))
     if same not in _looked:
         found = opened(Memory(dict(content)), "later").newest(checksums=False)
@@ -126,14 +126,15 @@ def recovered(content: Content) -> tuple[str, int] | None:
 
 @pytest.mark.parametrize(("distance", "again"), [(10, 1), (5, 0)])
 def test_an_earlier_start_takes_nothing_from_a_later_one(distance: int, again: int) -> None:
-    """They save the same step, or another; each is stopped at any point, and any one request arrives a second time."""
+    """They save the same step or different ones; each is stopped at any point, and any one request arrives a second
+    time."""
     explorer = Explorer([goes_on(20), starts("two", distance)], before(10), nothing_is_lost)
     assert explorer.run(again) == ""
     assert len(explorer.came_from) > 20_000, "all of them"
 
 
-def test_also_where_the_newest_checkpoint_is_damaged() -> None:
-    """The later start goes back behind it; the earlier one does not know, and saves on."""
+def test_an_earlier_start_takes_nothing_even_if_the_newest_checkpoint_is_damaged() -> None:
+    """The later start falls back to an older one; the earlier start does not know this and continues to save."""
     content = before(10, 20)
     file = next(name for name in content if name.startswith("step-00000020") and name.endswith("safetensors"))
     content[file] = content[file][:-1]
@@ -147,7 +148,7 @@ def test_two_starts_at_once() -> None:
     )
 
 
-def test_the_search_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one name for the manifests of all attempts, a late request of the earlier one undoes what the later one has
     saved."""
     monkeypatch.setattr(CheckpointStore, "_manifest_name", lambda *_: MANIFEST)

@@ -1,4 +1,4 @@
-"""Every YAML file under conf/ becomes a valid config, and every kind of override arrives as its user meant it."""
+"""Every YAML file under conf/ becomes a valid config, and every kind of override arrives as the user meant it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_file_is_a_valid_config(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_every_file_says_what_it_is(path: str) -> None:
+def test_every_file_begins_with_what_it_is(path: str) -> None:
     text = (CONF_DIR / path).read_text()
     if path.startswith(("experiment/", "debug/")):
         assert text.startswith("# @package _global_\n# "), (
@@ -117,7 +117,7 @@ def test_the_paper_experiment_is_literal() -> None:
     assert (last.stage.image_size, last.stage.low_res_size, last.stage.crop_size) == (1024, 256, 256)
 
 
-def test_ingredients_win_over_the_experiment_in_their_order() -> None:
+def test_ingredients_override_the_experiment_in_their_order() -> None:
     def composed(*words: str) -> tuple[str, str, str]:
         found = load_config("train", ["experiment=paper", "text.path=x", *words]).stage.diffusion
         return found.schedule, found.parametrization, found.weighting
@@ -403,7 +403,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize("text", SENTENCES)
-def test_free_text_is_one_text(text: str) -> None:
+def test_free_text_is_a_single_value(text: str) -> None:
     sample = load_config("sample", [f"prompts={text}", f"negative_prompts={text}", f"sampling.prompts={text}"])
     assert isinstance(sample, SampleCommand)
     home = str(Path(text).expanduser()) if text.startswith("~/") else text
@@ -441,14 +441,14 @@ def test_lists_of_prompts(typed: str, prompts: object) -> None:
         ("+experiment=demo", "run.name", "demo"),
     ],
 )
-def test_what_can_only_mean_one_thing_is_taken_so(word: str, key: str, value: object) -> None:
+def test_unambiguous_spellings_are_accepted(word: str, key: str, value: object) -> None:
     config: object = load_config("train", ["data.shards=x", word])
     for name in key.split("."):
         config = getattr(config, name)
     assert config == value
 
 
-def test_texts_reach_other_processes_as_they_are() -> None:
+def test_texts_reach_other_processes_unchanged() -> None:
     config = load_config("sample", [f"sampling.prompts={SENTENCES[6]}", r"run.name=\${x}"])
     assert from_plain(SampleCommand, json.loads(json.dumps(asdict(config)))) == config
 
@@ -466,7 +466,7 @@ def test_texts_reach_other_processes_as_they_are() -> None:
         ("sample", "a cat", "prompts='a cat'"),
     ],
 )
-def test_a_word_alone_is_told_the_setting_that_it_may_be(verb: str, word: str, setting: str) -> None:
+def test_a_bare_word_is_answered_with_the_probable_setting(verb: str, word: str, setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(verb, [word])
     assert str(caught.value).endswith(f"for example {setting}")
@@ -495,7 +495,7 @@ def test_names_keep_their_spelling(name: str) -> None:
         ("train", "use_wandb=false", "tracking (tracking=online, offline or disabled)"),
     ],
 )
-def test_what_other_programs_call_it(verb: str, typed: str, key: str) -> None:
+def test_names_of_other_programs_are_answered_with_ours(verb: str, typed: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(verb, [typed])
     assert f"did you mean {key}?" in str(caught.value)
@@ -513,7 +513,7 @@ def test_every_setting_is_explained() -> None:
 
 
 def documented() -> tuple[list[str], list[str]]:
-    """The commands of all pages and of `--help`; and those that stand within sentences."""
+    """The commands of all pages and of `--help`, and those within sentences."""
     root = Path(__file__).parents[3]
     pages = [root / "slurm/README.md", *root.glob("*.md"), *root.glob("docs/*.md")]
     lines = [line for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
@@ -523,7 +523,7 @@ def documented() -> tuple[list[str], list[str]]:
 
 
 def test_documented_commands_can_be_pasted_into_bash_and_zsh() -> None:
-    """Brackets, braces and stars of settings stand in quotation marks; zsh takes a comment for words."""
+    """Brackets, braces and stars in settings are quoted; zsh would take a comment for arguments."""
     blocks, within = documented()
     commands = blocks + within
     assert len(commands) > 40
@@ -558,12 +558,12 @@ def test_documented_settings_exist() -> None:
         ("evaluate", ["bundle.dir=b", "evaluation.output=here"], "./samples", "here"),
     ],
 )
-def test_what_a_bundle_draws_lies_beside_it(verb: str, words: list[str], samples: str, evaluation: str) -> None:
+def test_samples_of_a_bundle_are_next_to_it(verb: str, words: list[str], samples: str, evaluation: str) -> None:
     config = load_config(verb, words)
     assert (config.sampling.output, config.evaluation.output) == (samples, evaluation)
 
 
-def test_what_people_set_for_wandb_holds_unless_the_command_line_says_otherwise(
+def test_variables_of_wandb_apply_unless_the_command_line_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = {"MODE": "disabled", "PROJECT": "theirs", "NAME": "a, b", "TAGS": "x, 1,", "RUN_GROUP": "g", "NOTES": "n, m"}
@@ -620,12 +620,12 @@ def test_the_command_of_a_wandb_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     "word",
     ["wandb.project=a/b", "wandb.project=''", f"wandb.tags=[{'x' * 65}]", "wandb.tags=['']", f"wandb.name={'n' * 129}"],
 )
-def test_what_wandb_would_refuse_is_refused_at_the_start(word: str) -> None:
+def test_values_that_wandb_would_refuse_are_refused_at_the_start(word: str) -> None:
     with pytest.raises(ConfigError, match="W&B accepts"):
         load_config("train", [word])
 
 
-def test_a_pareto_curve_lies_beside_the_results_it_compares() -> None:
+def test_a_pareto_curve_is_next_to_the_results_it_compares() -> None:
     words = ["action=pareto", "results=[runs/a/one,runs/a/two/result.json]"]
     assert load_config("evaluate", words).evaluation.output == str(Path("runs/a/pareto").absolute())
     assert load_config("evaluate", [*words, "evaluation.output=here"]).evaluation.output == "here"

@@ -58,7 +58,7 @@ def server() -> subprocess.Popen[str]:
 
 
 def cascade(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`cascade WORDS...` in a process of its own; its last line on stderr tells which heavy packages were imported."""
+    """`cascade WORDS...` in a separate process; its last line on stderr lists the heavy packages that were imported."""
     asking, answering = server().stdin, server().stdout
     assert asking is not None and answering is not None
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +82,7 @@ def mistake(*words: str, cwd: Path) -> str:
 
 @pytest.fixture()
 def fake_verb(monkeypatch: pytest.MonkeyPatch):
-    """Lets `cascade train` (or another) call a function of the test's instead of training."""
+    """Lets `cascade train` (or another command) call a function of the test instead of training."""
 
     def install(main, verb: str = "train") -> None:
         module: Any = type(sys)("fake_training")
@@ -273,7 +273,7 @@ def test_errors_of_the_command_keep_their_exit_code(fake_verb, capfd: pytest.Cap
     assert capfd.readouterr().err == "cascade train: saved at step 12\n"
 
 
-def test_a_bug_is_not_dressed_up_as_a_mistake(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_not_presented_as_a_mistake_of_the_user(fake_verb, capfd: pytest.CaptureFixture[str]) -> None:
     fake_verb(lambda config: 1 / 0)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train"])
@@ -294,7 +294,7 @@ def test_a_file_that_cannot_be_written_is_reported_in_one_sentence(
     assert "Traceback" in capfd.readouterr().err
 
 
-def test_other_ranks_leave_the_sentence_to_rank_0(
+def test_other_ranks_leave_the_message_to_rank_0(
     fake_verb, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
@@ -341,7 +341,7 @@ def test_help_knows_the_users_own_files(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("flags", [["--config-dir"], ["--config-path"]])
-def test_a_primary_config_of_ones_own(flags: list[str], fake_verb, tmp_path: Path) -> None:
+def test_a_primary_config_of_the_user_is_read(flags: list[str], fake_verb, tmp_path: Path) -> None:
     defaults = "defaults: [train, override experiment: demo, _self_]"
     (tmp_path / "mine.yaml").write_text(f"{defaults}\ntrain:\n  steps: 77\n")
     seen: list[tuple[str, int]] = []
@@ -351,7 +351,7 @@ def test_a_primary_config_of_ones_own(flags: list[str], fake_verb, tmp_path: Pat
     assert seen == [("demo", 77), ("demo", 78)]
 
 
-def test_home_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_replaced_by_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config("train", ["run.dir=~/runs/a", "data.shards=[~/x,s3://b/~/y]"])
     assert config.run.dir == "/home/me/runs/a" and config.data.shards == ["/home/me/x", "s3://b/~/y"]
@@ -396,7 +396,7 @@ assert "/from/PYTHONPATH" in sys.path
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_output_that_is_closed(tmp_path: Path) -> None:
+def test_a_closed_output_keeps_the_exit_code(tmp_path: Path) -> None:
     script = f"{sys.executable} -m training.cli order data.shards={tmp_path}/none >&- 2>&-; echo $?"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["2"]

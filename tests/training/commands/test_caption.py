@@ -57,7 +57,9 @@ def test_each_picture_has_its_caption_and_the_file_says_what_wrote_it(written: s
     assert facts["shard"] == "00000.tar" and facts["transformers"] and facts["model"] == Path(model).name
 
 
-def test_the_same_command_goes_on_and_another_is_refused(written: str, model: str, shards: str, tmp_path: Path) -> None:
+def test_the_same_command_continues_and_another_is_refused(
+    written: str, model: str, shards: str, tmp_path: Path
+) -> None:
     kept = main(command(model, shards, written))
     assert (kept["kept"], kept["captions"]) == (2, 0)
     other = command(model, shards, written)
@@ -71,7 +73,7 @@ def test_the_same_command_goes_on_and_another_is_refused(written: str, model: st
     )
 
 
-def test_other_pictures_or_another_half_are_not_mixed_in_silently(
+def test_captions_of_other_settings_or_another_part_are_not_mixed_in_silently(
     written: str, model: str, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = command(model, shards, written)
@@ -94,7 +96,7 @@ def test_other_pictures_or_another_half_are_not_mixed_in_silently(
     assert caplog.text.count("were made by different models, prompts or settings") == 1
 
 
-def test_without_a_chat_template_the_prompt_is_taken_as_it_is(model: str, tmp_path: Path) -> None:
+def test_without_a_chat_template_the_prompt_is_used_unchanged(model: str, tmp_path: Path) -> None:
     plain = Captioner(tiny_vlm(tmp_path, template=False), "<image> describe the picture", max_tokens=6, dtype="fp32")
     pictures = [Image.new("RGB", (24, 30), (40 * n, 255 - 40 * n, 90)) for n in range(5)]
     together = plain.describe(pictures)
@@ -111,7 +113,7 @@ def test_over_s3(written: str, model: str, shards: str, bucket: str) -> None:
     )
 
 
-def test_training_mixes_them_with_the_others_and_embeds_both(written: str, shards: str, tmp_path: Path) -> None:
+def test_training_mixes_the_captions_with_the_others_and_embeds_both(written: str, shards: str, tmp_path: Path) -> None:
     captions = CaptionConfig(sources={"txt": 1, "file:vlm": 3}, files={"vlm": written})
     data = DataConfig(shards=shards, global_batch=8, captions=captions)
     text = TextConfig(dim=32, max_tokens=16)
@@ -147,7 +149,7 @@ def test_captions_that_do_not_fit_are_refused(written: str, shards: str, tmp_pat
         next(opened(str(tmp_path)))
 
 
-def test_mistakes_are_told_before_anything_is_loaded(model: str, shards: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_loaded(model: str, shards: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vlm.path: it is not set"):
         main(command(None, shards, "out"))
     with pytest.raises(DataError, match=r"vlm.path=/none: there is no model; .*hf download"):

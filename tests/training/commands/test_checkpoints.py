@@ -106,7 +106,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_width_that_the_stored_averages_do_not_make_is_refused(made: Path, tmp_path: Path) -> None:
+def test_a_width_that_the_stored_averages_cannot_give_is_refused(made: Path, tmp_path: Path) -> None:
     few = tmp_path / "run"
     for step in (360, 400):
         shutil.copytree(made / f"checkpoints/step-{step:08d}", few / f"checkpoints/step-{step:08d}")
@@ -116,7 +116,7 @@ def test_a_width_that_the_stored_averages_do_not_make_is_refused(made: Path, tmp
     main(command(few, "export", output=str(tmp_path / "x"), sigma_rel=0.07))
 
 
-def test_averages_that_are_damaged_or_began_later_are_left_out(
+def test_averages_that_are_damaged_or_began_later_are_not_used(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "x"
@@ -138,7 +138,7 @@ def test_averages_that_are_damaged_or_began_later_are_left_out(
         main(command(tmp_path / "later", "export", output=str(output), sigma_rel=0.07))
 
 
-def test_nothing_whole_to_export_or_compare(made: Path, tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_nothing_is_exported_or_compared(made: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     with pytest.raises(DataError, match="it has no finished checkpoint"):
         main(command(tmp_path / "run", "export", output=str(tmp_path / "x")))
@@ -148,7 +148,7 @@ def test_nothing_whole_to_export_or_compare(made: Path, tmp_path: Path) -> None:
         main(command(tmp_path / "other", "diff", steps=[200, 400]))
 
 
-def test_what_is_not_there(made: Path, tmp_path: Path) -> None:
+def test_missing_runs_and_checkpoints_are_reported(made: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoints"):
         main(command(tmp_path / "nothing", "list"))
     with pytest.raises(DataError, match="never finished"):

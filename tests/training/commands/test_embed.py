@@ -1,4 +1,4 @@
-"""`cascade embed`: what it writes is what encoding while training gives."""
+"""`cascade embed` writes exactly what encoding during training would give."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def gone() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -111,7 +111,7 @@ def test_finished_sidecars_stay_and_missing_ones_are_made(shards: Path, tmp_path
     assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
 
 
-def test_over_s3_the_same_sidecars_come_and_are_joined(shards: Path, tmp_path: Path, bucket: str) -> None:
+def test_on_s3_the_same_sidecars_are_written_and_joined(shards: Path, tmp_path: Path, bucket: str) -> None:
     for path in sorted(shards.glob("*.tar")):
         store.write_bytes(f"s3://{bucket}/in/{path.name}", path.read_bytes())
     there, text = f"s3://{bucket}/in/{{00000..00001}}.tar", f"s3://{bucket}/text"
@@ -152,7 +152,7 @@ def test_parts_share_the_shards(shards: Path) -> None:
     joined(shards, shards)
 
 
-def test_other_captions_are_not_kept_silently(shards: Path) -> None:
+def test_embeddings_of_other_captions_are_not_kept_silently(shards: Path) -> None:
     main(config(shards))
     settings = config(shards)
     settings.data.captions = CaptionConfig(sources={"txt": 1.0})
@@ -160,7 +160,7 @@ def test_other_captions_are_not_kept_silently(shards: Path) -> None:
         main(settings)
 
 
-def test_captions_written_anew_are_embedded_anew(shards: Path, tmp_path: Path) -> None:
+def test_rewritten_captions_are_embedded_again(shards: Path, tmp_path: Path) -> None:
     def recaption(words: str) -> None:
         for path in sorted(shards.glob("*.tar")):
             index = load_index(str(path)) or index_shard(str(path))
@@ -176,7 +176,7 @@ def test_captions_written_anew_are_embedded_anew(shards: Path, tmp_path: Path) -
         main(settings)
 
 
-def test_a_process_without_sidecars_of_its_own_mixes_no_second_kind_in(shards: Path, tmp_path: Path) -> None:
+def test_a_process_without_sidecars_of_its_own_adds_no_second_kind(shards: Path, tmp_path: Path) -> None:
     main(config(shards, output=str(tmp_path), part=0, parts=2))
     with pytest.raises(DataError, match=r"00000.*with a different dtype; remove it or choose another output"):
         main(config(shards, output=str(tmp_path), part=1, parts=2, dtype="int8"))
@@ -233,7 +233,7 @@ def test_a_part_beyond_the_parts_is_refused() -> None:
         EmbedCommand(part=3, parts=3)
 
 
-def test_an_encoder_is_known_by_its_files_not_by_its_path(t5: TextConfig, tmp_path: Path) -> None:
+def test_an_encoder_is_identified_by_its_files_not_by_its_path(t5: TextConfig, tmp_path: Path) -> None:
     import shutil
 
     copy = Path(shutil.copytree(str(t5.path), tmp_path / "elsewhere"))

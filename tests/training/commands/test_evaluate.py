@@ -107,7 +107,8 @@ def test_without_shards_heldout_drawings_are_made(bundle: str, tmp_path: Path) -
 
 
 class Perfect(Cascade):
-    """Draws what the caption says, or what another caption says for every fourth prompt; restores by the truth."""
+    """Draws what the caption says, but for every fourth prompt what another caption says; restores with the true
+    picture."""
 
     truth: list[Any]
 
@@ -199,7 +200,7 @@ def photographs(folder: Path, count: int, captions: str = "a street in the rain"
     return str(folder)
 
 
-def test_pictures_only_needs_no_captions_that_an_oracle_reads(bundle: str, tmp_path: Path, monkeypatch) -> None:
+def test_evaluating_pictures_alone_needs_no_captions_for_an_oracle(bundle: str, tmp_path: Path, monkeypatch) -> None:
     folder = photographs(tmp_path / "shards", 12)
     monkeypatch.setattr(measuring, "PART", 5)
     config = command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=6, reference_samples=12)
@@ -217,7 +218,7 @@ def test_pictures_only_needs_no_captions_that_an_oracle_reads(bundle: str, tmp_p
 def test_any_number_of_ranks_gives_the_same_pictures_and_figures(
     ranks: int, bundle: str, tmp_path_factory, monkeypatch
 ) -> None:
-    """Repeated captions are numbered over the whole evaluation: no two samples are alike."""
+    """Repeated captions are numbered across the whole evaluation: no two samples are the same."""
     folder = tmp_path_factory.mktemp("shared")
     monkeypatch.setattr(measuring, "PART", 3)
     reference = photographs(folder / "shards", 14, "caption {}")
@@ -269,7 +270,7 @@ def test_a_preempted_evaluation_draws_only_what_is_missing(
     assert len(list((tmp_path / "parts").iterdir())) == 1
 
 
-def test_the_keys_of_sample_change_the_figures_and_stand_in_the_protocol(
+def test_the_keys_of_sample_change_the_figures_and_are_in_the_protocol(
     bundle: str, heldout: str, tmp_path: Path
 ) -> None:
     settings = {"kind": "pictures", "reference": heldout, "samples": 4}
@@ -309,7 +310,7 @@ def test_a_stage_is_scored_on_true_low_res_pictures(bundle: str, heldout: str, t
         evaluate.main(command(bundle, tmp_path / "x", from_stage="sr", kind="pictures", prompts=["a", "b"]))
 
 
-def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: Path) -> None:
+def test_broken_reference_pictures_are_left_out_and_reported(bundle: str, tmp_path: Path) -> None:
     folder = photographs(tmp_path / "shards", 8, broken=4)
     result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder))
     assert result["n"] == {"samples": 4, "reference": 4, "prompts": 4, "broken": 4}
@@ -322,7 +323,7 @@ def test_broken_reference_pictures_are_left_out_and_said(bundle: str, tmp_path: 
         )
 
 
-def test_references_of_which_none_can_be_used_are_refused_by_their_key(bundle: str, tmp_path: Path) -> None:
+def test_unusable_references_are_refused_by_their_key(bundle: str, tmp_path: Path) -> None:
     for name in ("broken", "page", "pictures"):
         (tmp_path / name).mkdir()
     photographs(tmp_path / "broken", 6, broken=6)
@@ -373,7 +374,7 @@ def test_more_samples_than_captions_is_reported(bundle: str, tmp_path: Path) -> 
 
 
 def test_references_are_decoded_at_full_scale(tmp_path: Path) -> None:
-    """The stated rule, made by hand from the JPEG's full decode, to the bit."""
+    """The stated rule, applied by hand to the JPEG's full decode, to the bit."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize(
         (640, 480), Image.Resampling.BICUBIC
@@ -390,7 +391,7 @@ def test_references_are_decoded_at_full_scale(tmp_path: Path) -> None:
     assert (real.pictures[0] == resize_square(whole, 80, 0, 480, 32)).all()
 
 
-def test_reference_statistics_are_made_once(bundle: str, heldout: str, tmp_path: Path) -> None:
+def test_reference_statistics_are_computed_once(bundle: str, heldout: str, tmp_path: Path) -> None:
     direct = evaluate.main(
         command(bundle, tmp_path / "direct", kind="pictures", reference=heldout, reference_samples=20)
     )
@@ -435,7 +436,7 @@ def test_prompts_need_no_reference_and_several_pictures_have_a_diversity(bundle:
         evaluate.main(command(bundle, tmp_path / "x", kind="pictures", prompts=["one"]))
 
 
-def test_two_evaluations_are_compared_and_other_questions_refused(
+def test_two_evaluations_are_compared_and_incomparable_ones_refused(
     bundle: str, heldout: str, tmp_path: Path, capsys
 ) -> None:
     settings = {"kind": "pictures", "reference": heldout, "samples": 16}

@@ -23,7 +23,7 @@ VERBS = ("embed", "caption")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards whose indexes are elsewhere, a model that captions, and what each command makes of them undisturbed."""
+    """Shards whose indexes are elsewhere, a captioning model, and what each command writes when undisturbed."""
     place = tmp_path_factory.mktemp("interrupted")
     copy_shards(place / "shards")
     tiny_vlm(place / "model")
@@ -41,8 +41,8 @@ def words(verb: str, place: Path, output: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", VERBS)
-def test_nothing_is_lost_and_nothing_done_twice(place: Path, tmp_path: Path, verb: str, number: signal.Signals) -> None:
-    """Reads of the second shard fail, as of a file server that is gone, until the command is stopped."""
+def test_no_work_is_lost_and_none_done_twice(place: Path, tmp_path: Path, verb: str, number: signal.Signals) -> None:
+    """Reads of the second shard fail, as if the file server were gone, until the command is stopped."""
     name = f"stopped-{number.name}"
     fault = {"CASE": "x", "CALL": "read", "ERRNO": "116", "COUNT": "1000000", "AFTER": "0", "PATH": "shards/00001"}
     environ = {f"FAULT_{key}": value for key, value in fault.items()} | {"LD_PRELOAD": str(build(tmp_path))}

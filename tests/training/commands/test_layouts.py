@@ -1,4 +1,4 @@
-"""Drawn pictures in the layouts that other tools read."""
+"""Generated pictures in the layouts that other tools read."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_each_tool_finds_what_it_reads(command) -> None:
     assert files(command("flat", 1)["layout"]) == {"00000-0.png", "00001-0.png"}
 
 
-def test_what_a_tool_could_not_read_is_refused_before_anything_is_drawn(command, tmp_path: Path) -> None:
+def test_pictures_that_a_tool_could_not_read_are_refused_before_drawing(command, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layout=nothing: it must be flat"):
         command("nothing", 1)
     with pytest.raises(ConfigError, match="it reads 4 pictures per prompt; set num_images=4"):

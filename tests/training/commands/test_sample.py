@@ -119,7 +119,7 @@ def test_prompts_from_a_file_or_the_experiment(bundle: str, tmp_path: Path) -> N
     assert result["output"] == str(tmp_path / "b") and (tmp_path / "b" / "00000-a_cat.png").exists()
 
 
-def test_explain_writes_words_and_diversity_is_printed(bundle: str, tmp_path: Path, capsys) -> None:
+def test_explain_writes_heat_maps_of_words_and_diversity_is_printed(bundle: str, tmp_path: Path, capsys) -> None:
     result = sample.main(command(bundle, tmp_path, prompts=["a red circle"], explain=True, num_images=2))
     assert (tmp_path / "words" / "00000-a_red_circle-1.png").exists()
     assert result["diversity"]["features"] == "colour_grid_4x4" and result["diversity"]["mean"] > 0
@@ -138,7 +138,7 @@ def test_words_of_another_picture_are_drawn_again(bundle: str, tmp_path: Path) -
     assert (tmp_path / "words" / name).read_bytes() == (tmp_path / "fresh" / "words" / name).read_bytes()
 
 
-def test_long_prompts_are_said_to_be_cut(bundle: str, tmp_path: Path, capsys) -> None:
+def test_truncated_prompts_are_reported(bundle: str, tmp_path: Path, capsys) -> None:
     sample.main(command(bundle, tmp_path, prompts=["a red circle", "a very " * 30 + "red circle"]))
     assert "1 of 2 prompts are longer than the 10 tokens that the bundle's" in capsys.readouterr().out
 

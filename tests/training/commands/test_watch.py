@@ -1,4 +1,4 @@
-"""A run's checkpoints are evaluated once each, newest first; the best is pinned; torn ones are never read."""
+"""A run's checkpoints are evaluated once each, newest first; the best is pinned; incomplete ones are never read."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def write_result(place: Path, values: np.ndarray) -> None:
     write_influences(place, {"kid.x": figure}, np.arange(len(values)))
 
 
-def test_a_run_has_turned_worse_when_its_newest_checkpoints_have(tmp_path: Path) -> None:
+def test_a_run_is_getting_worse_when_its_newest_checkpoints_are(tmp_path: Path) -> None:
     output = tmp_path / "evaluations"
     pictures = np.random.default_rng(0).normal(size=40)
     for step, worse in ((5, 0.0), (9, 0.0), (12, 0.3), (15, 0.001), (20, 0.4), (25, 0.5)):
@@ -96,7 +96,7 @@ def test_a_run_has_turned_worse_when_its_newest_checkpoints_have(tmp_path: Path)
     assert turned_worse(output, series, 2).startswith("kid.x was ")
 
 
-def test_the_training_is_told_by_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_training_is_informed_by_a_file(tmp_path: Path, monkeypatch, capsys) -> None:
     run, output = tmp_path / "base", tmp_path / "base" / "evaluations"
     make_run(run, stage_config("base", 32), steps=(5, 9, 12))
     pictures = np.random.default_rng(0).normal(size=40)
@@ -141,7 +141,7 @@ def test_bisection_with_real_checkpoints(tmp_path: Path) -> None:
     assert page.count("<th>step 5</th><th>step 9</th>") == 1 and page.count("data:image/png") == 12, "side by side"
 
 
-def test_a_super_resolution_run_is_drawn_behind_the_stages_before_it(tmp_path: Path) -> None:
+def test_a_super_resolution_run_is_drawn_after_the_stages_before_it(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", stage_config("base", 16), steps=(3,))
     sr = make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(7, 1000))
     series = evaluate.main(command(tmp_path / "sr", [base, sr], figure="frechet.colour_grid_4x4"))
@@ -172,7 +172,7 @@ def test_a_run_that_has_been_extended_is_waited_for(tmp_path: Path) -> None:
     assert evaluated == ["step-00001000"]
 
 
-def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
+def test_watching_waits_for_the_earlier_stages(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     make_run(tmp_path / "sr", stage_config("sr", 32, 16), steps=(1000,))
     runs = [str(tmp_path / "base"), str(tmp_path / "sr")]
@@ -180,7 +180,7 @@ def test_it_waits_for_the_stages_before(tmp_path: Path) -> None:
         evaluate.main(command(tmp_path / "sr", runs, wait_s=0.1))  # complete, but not evaluated
 
 
-def test_it_begins_before_the_run(tmp_path: Path, monkeypatch) -> None:
+def test_watching_may_begin_before_the_run(tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "base"
     (run / "launch").mkdir(parents=True)
 
@@ -211,7 +211,7 @@ def test_online_figures_wait_for_the_end_of_the_training(
     events: list[str] = []
 
     class Clock:
-        """A clock that only sleep moves."""
+        """A clock that only `sleep` advances."""
 
         now = 0.0
 

@@ -9,7 +9,7 @@ from training.cli.overrides import groups
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 BY_TWO_NAMES = {"recipe"}
-"""Groups that nobody selects: found by the names of the experiment and the stage."""
+"""Groups that users do not select: found by the names of the experiment and the stage."""
 
 
 def test_every_group_is_described_and_every_option_is_offered() -> None:

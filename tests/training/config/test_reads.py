@@ -1,4 +1,4 @@
-"""The table of what each command reads, held against what it does read, and the refusal of everything else."""
+"""The table of what each command reads, compared with what it really reads, and the refusal of everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.config.experiment import Experiment
 from training.config.reads import MODES, READS, is_read, reader, unchecked
 
 WITHOUT_EFFECT = {"strength", "data.flip", "data.embeddings", "data.buckets"}
-"""Read where there is no picture to redraw, and where the evaluation has put its own value, which is the default."""
+"""Read only without a picture to redraw, and where the evaluation has set its own value, the default."""
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def places(tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_a_command_reads_it_may_be_given(places: Path) -> None:
+def test_a_command_accepts_every_key_that_it_reads(places: Path) -> None:
     words = [f"prepare.output={places}/drawn", "prepare.draw.count=4", "prepare.draw.heldout=4", "prepare.draw.size=16"]
     run("prepare", *words)
     shards = f"data.shards={places}/drawn/train"

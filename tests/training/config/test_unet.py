@@ -27,7 +27,7 @@ def test_the_papers_three_are_within_five_percent_of_its_sizes(preset: str) -> N
 
 
 @pytest.mark.parametrize("preset", ["base64_400m", "base64_100m", "sr256_100m"])
-def test_mid_sizes_are_what_their_names_say(preset: str) -> None:
+def test_mid_size_presets_have_the_sizes_in_their_names(preset: str) -> None:
     assert parameters(preset) == pytest.approx(SIZES[preset], rel=0.1)
 
 

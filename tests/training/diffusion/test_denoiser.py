@@ -39,7 +39,7 @@ def test_edm_scaling_is_the_table_of_karras() -> None:
     torch.testing.assert_close(scale.c_out, sigma * data / (sigma**2 + data**2).sqrt())
 
 
-def test_edm_with_unit_data_is_v_with_the_sign_turned() -> None:
+def test_edm_with_unit_data_is_v_with_the_sign_reversed() -> None:
     level = torch.linspace(-6, 6, 7).double()
     edm, v = scaling("edm", level, 1.0), scaling("v", level)
     assert edm.c_in is not None and edm.c_skip is not None and edm.c_out is not None
@@ -50,7 +50,7 @@ def test_edm_with_unit_data_is_v_with_the_sign_turned() -> None:
 
 
 class Linear:
-    """Stands where the U-Net does: an x0 that depends on the text and counts its calls."""
+    """Takes the place of the U-Net: its x0 depends on the text, and it counts its calls."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -96,7 +96,7 @@ def test_negative_prompt_takes_the_place_of_no_text() -> None:
     torch.testing.assert_close(guide(Linear(), 3.0, negative=(text, mask)), guide(Linear(), 1.0))
 
 
-def test_outside_its_interval_guidance_is_off() -> None:
+def test_guidance_is_off_outside_its_interval() -> None:
     model = Linear()
     off = guide(model, 3.0, interval=(0.6, 0.9))  # log-SNR 0 is t = 0.5
     assert torch.equal(off, guide(Linear(), 1.0)) and model.calls == [2]
@@ -141,7 +141,7 @@ def test_augmentation_level_zero_is_the_clean_picture_and_one_is_noise() -> None
     low, noise = draw(3, 3, 4, 4).clamp(-1, 1), draw(3, 3, 4, 4, seed=1)
     noised, level = augment(low, torch.tensor([0.0, 0.5, 1.0]), noise, Schedule(shift=-3.0))
     assert torch.equal(noised[0], low[0]) and level[0] == 20
-    torch.testing.assert_close(noised[1], (low[1] + noise[1]) / 2**0.5)  # the shift is not the augmentation's
+    torch.testing.assert_close(noised[1], (low[1] + noise[1]) / 2**0.5)  # the shift does not apply to the augmentation
     torch.testing.assert_close(noised[2], noise[2], atol=1e-3, rtol=0)
 
 

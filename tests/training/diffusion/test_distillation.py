@@ -1,4 +1,4 @@
-"""What a teacher's steps teach, against closed forms: Gaussian data, whose ideal denoiser and flow are known."""
+"""What a teacher's steps teach, compared with closed forms: Gaussian data, whose ideal denoiser and flow are known."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_step_with_the_target_is_the_teachers_two() -> None:
     z2 = ddim_step(z1, gaussian(z1, second), second, third)
     wanted = taught_x0(gaussian, z, levels, NOT_FINAL)
     torch.testing.assert_close(ddim_step(z, wanted, first, third), z2, atol=1e-12, rtol=0)
-    # algorithm 2 of Salimans & Ho 2022, in its own terms
+    # algorithm 2 of Salimans & Ho 2022, in its notation
     (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(first), alpha_sigma_at(third)
     published = (z2 - sigma_s / sigma * z) / (alpha_s - sigma_s / sigma * alpha)
     torch.testing.assert_close(wanted, published, atol=1e-10, rtol=0)
@@ -88,7 +88,7 @@ def test_the_target_lands_where_the_sampler_does(name: str, start: float, end: f
     torch.testing.assert_close(landed, reached, atol=1e-9, rtol=1e-9)
 
 
-def test_samples_of_one_batch_do_not_see_each_other() -> None:
+def test_samples_of_a_batch_do_not_influence_each_other() -> None:
     rows = torch.cat([levels_between(*ends, 4)[:1] for ends in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0))])
     z, final = noise(), torch.tensor([False, False, False, True])
     together = taught_x0(gaussian, z, rows, final, extrapolate=True)
@@ -112,7 +112,7 @@ def lesson(steps: int, teacher_steps: int, **settings: Any) -> Lesson:
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 1.0, "solver": "ddim"}, {"guidance_interval": [0.2, 0.6]}])
-def test_a_student_of_one_step_is_taught_what_the_teacher_draws(settings: dict[str, Any]) -> None:
+def test_a_student_of_one_step_is_taught_the_teachers_result(settings: dict[str, Any]) -> None:
     own = {"guidance": 2.0, **settings}
     taught = lesson(1, 6, **own)
     sampler = SamplerConfig(
@@ -144,7 +144,7 @@ def test_times_fall_on_the_levels_that_the_student_draws_at() -> None:
 
 
 @pytest.mark.parametrize("parametrization", ["x0", "v", "edm"])
-def test_a_student_that_answers_the_target_has_no_loss(parametrization: str) -> None:
+def test_a_student_that_returns_the_target_has_no_loss(parametrization: str) -> None:
     config = DiffusionConfig(parametrization=parametrization, text_drop=0.5)
     taught = lesson(4, 8, guidance=1.7)
     images = noise().repeat(1, 1, 2, 2).float().clamp(-1, 1)
@@ -158,7 +158,7 @@ def test_a_student_that_answers_the_target_has_no_loss(parametrization: str) -> 
 
 
 class Pupil:
-    """Answers the target itself, in the terms of its parametrisation."""
+    """Returns the target itself, in its own parametrisation."""
 
     def __init__(self, taught: Lesson, config: DiffusionConfig) -> None:
         self.taught, self.config = taught, config
@@ -174,7 +174,7 @@ class Pupil:
 
 
 class Affine(torch.nn.Module):
-    """x0 = a z + b with a pair for each of the student's levels: all that a Gaussian student needs."""
+    """x0 = a z + b with one pair (a, b) per level of the student: all that a Gaussian student needs."""
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()

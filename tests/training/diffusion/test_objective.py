@@ -1,4 +1,4 @@
-"""The objective against closed forms, its weights, and its independence of batch and rank."""
+"""The objective compared with closed forms, its weights, and its independence of batch and rank."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_paper_weighting_is_the_plain_error_in_eps() -> None:
     config = DiffusionConfig(parametrization="eps", weighting="paper")
     value, parts = run(zero, pictures(), config)
     assert value.item() == pytest.approx(1, rel=0.01)
-    assert parts["loss"].min() > 0.9  # at every noise level, also the clamped ends
+    assert parts["loss"].min() > 0.9  # at every noise level, including the clamped ends
 
 
 def test_weights_in_x0_space() -> None:
@@ -107,7 +107,7 @@ def test_the_sigmoid_loss_is_the_same_integral_on_every_schedule(schedule: str) 
     assert found == pytest.approx(wanted, rel=0.01)
 
 
-def test_a_fixed_noise_level_asks_every_schedule_the_same() -> None:
+def test_a_fixed_noise_level_means_the_same_for_every_schedule() -> None:
     level = torch.linspace(-6, 6, 8)
     answers = []
     for schedule, weighting in (("cosine", "v"), ("logit_normal", "flow_v")):
@@ -241,7 +241,7 @@ def test_low_res_levels_are_per_sample_bounded_and_their_noise_is_fresh() -> Non
     assert abs((noise * seen["low"]).mean().item()) < 0.01
 
 
-def test_low_res_noise_is_as_coarse_as_the_picture() -> None:
+def test_low_res_noise_has_the_resolution_of_the_picture() -> None:
     seen: list[Tensor] = []
 
     def model(z: Tensor, log_snr: Tensor, text: Tensor, mask: Tensor, low: Tensor, aug: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_low_res_noise_is_as_coarse_as_the_picture() -> None:
     run(model, torch.zeros(8, 3, 24, 24), DiffusionConfig(aug_max=1.0), low_res=torch.zeros(8, 3, 6, 6))
     small = F.interpolate(seen[0], size=(6, 6), mode="area")
     assert seen[0].shape == (8, 3, 24, 24)
-    assert small.std() > 0.7 * seen[0].std()  # noise drawn at 24 pixels would keep a quarter
+    assert small.std() > 0.7 * seen[0].std()  # noise drawn at 24 pixels would retain a quarter
 
 
 def test_low_res_without_augmentation_is_the_up_sampled_picture() -> None:

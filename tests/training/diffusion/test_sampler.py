@@ -37,7 +37,7 @@ def flow(t: float) -> Tensor:
 
 
 def integrate(name: str, steps: int, spacing: str = "time") -> Tensor:
-    """The flow's solutions carried from t = .98 to t = .02."""
+    """The flow's solutions, integrated from t = .98 to t = .02."""
     _, sigma = alpha_sigma_at(Schedule().log_snr_at(0.98))
     return sample(
         gaussian, (1, 1, 1, 5), config=CONFIG,
@@ -94,7 +94,8 @@ def test_ancestral_sampling_to_one_percent_at_250_steps() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_few_steps_keep_fine_detail_if_spaced_evenly_in_log_snr(schedule: str) -> None:
-    """Exact Gaussian data of deviation s: 20 steps even in time lose up to 70 % of it, the presets' spacing 5 %."""
+    """Exact Gaussian data of deviation s: 20 steps evenly spaced in time lose up to 70 % of it, the presets' spacing
+    5 %."""
 
     def lost(s: float, spacing: str) -> float:
         def exact(z: Tensor, log_snr: float) -> Tensor:
@@ -134,7 +135,7 @@ def test_two_points_are_found_and_dynamic_threshold_is_inactive() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "heun", "dpmpp_2m"])
-def test_neighbours_that_the_clamp_makes_equal(name: str) -> None:
+def test_steps_that_the_clamp_makes_equal_are_harmless(name: str) -> None:
     """With narrow clamps several steps lie at the same log-SNR, at both ends."""
     config = DiffusionConfig(log_snr_min=-4, log_snr_max=4)
     sampler = SamplerConfig(name=name, steps=40, threshold="none")
@@ -149,7 +150,7 @@ def test_thresholds() -> None:
     assert threshold(x0, "none", 0.9) is x0
     assert threshold(x0, "static", 0.9).abs().max() == 1
     dynamic = threshold(x0, "dynamic", 0.9)
-    assert torch.equal(dynamic[1], x0[1])  # judged per picture: all of it lies within [-1, 1]
+    assert torch.equal(dynamic[1], x0[1])  # decided per picture: all of this one is within [-1, 1]
     torch.testing.assert_close(dynamic[0], x0[0].clamp(-2.7, 2.7) / 2.7, atol=1e-4, rtol=0)
     large = torch.linspace(-3, 3, 4097**2).view(1, 1, 4097, 4097)  # more values than torch.quantile accepts
     assert (threshold(large, "dynamic", 0.9).abs() == 1).double().mean() == pytest.approx(0.1, abs=1e-4)
@@ -228,7 +229,7 @@ def test_img2img_of_small_strength_stays_near_its_picture() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_inpainting_keeps_what_it_may_not_touch(name: str) -> None:
+def test_inpainting_keeps_the_unmasked_part(name: str) -> None:
     init = torch.linspace(-0.8, 0.9, 192).view(1, 3, 8, 8)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 4:] = True
@@ -239,7 +240,7 @@ def test_inpainting_keeps_what_it_may_not_touch(name: str) -> None:
     assert (first[..., 4:] - second[..., 4:]).abs().mean() > 0.1
 
 
-def test_wrong_calls_are_named() -> None:
+def test_wrong_arguments_are_named() -> None:
     options: dict[str, Any] = {"config": CONFIG, "sampler": SamplerConfig(steps=2)}
     with pytest.raises(ValueError, match="seeds: 1 given for 2"):
         sample(gaussian, (2, 3, 4, 4), seeds=[0], **options)
@@ -344,7 +345,7 @@ def test_the_low_res_picture_is_prepared_alike_in_training_and_sampling() -> Non
     assert seen[0][0].shape == picture.shape and seen[0][0].abs().max() < 1.2  # normalised, then enlarged
 
 
-def test_training_and_sampling_tell_the_sizes_each_in_its_way() -> None:
+def test_training_and_sampling_each_state_the_sizes() -> None:
     seen: list[Tensor] = []
 
     def model(z: Tensor, level: Tensor, text: Tensor, mask: Tensor, low: Any, aug: Any, *sizes: Tensor) -> Tensor:

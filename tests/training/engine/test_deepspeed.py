@@ -26,7 +26,7 @@ FACTORED = {kind: kind for kind in ("row_var", "col_var", "variance", "ema/0", "
 
 
 class Net(torch.nn.Module):
-    """Odd sizes (no world size divides them), a parameter without gradient, a buffer; called like a U-Net."""
+    """Odd sizes (no world size divides them), a parameter without a gradient, and a buffer; called like a U-Net."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ MOMENTA = {kind: kind for kind in ("exp_avg", "variance", "ema/0", "ema/1")}
 
 
 def first_updates(tensors: dict[str, torch.Tensor], config: Experiment) -> dict[str, tuple[float, float]]:
-    """Fourth and first of the singular values of the first update of each matrix among these weights, its scale taken
-    out. (A batch of 8 has gradients of rank 8 at most.)"""
+    """The fourth and first singular values of the first update of each matrix among these weights, without its scale.
+    (A batch of 8 has gradients of rank 8 at most.)"""
     rounded, found = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, {}
     before = {name: p.detach().to(rounded).float() for name, p in Wide().named_parameters()}
     lr, kept = config.optimizer.lr / 2, 1 - config.optimizer.lr / 2 * config.optimizer.weight_decay
@@ -165,11 +165,11 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
         found["balance"][key] = sum(t.numel() for t in engine.export_tensors().values())
         if accumulate == 2:
             continue
-        # the same engine goes on, is set back, and repeats: bit for bit
+        # the same engine continues, is reset, and repeats the steps bit for bit
         first = train(engine, ranks, range(STEPS, STEPS + 2))
         engine.import_tensors(checkpoint.read, STATES, STEPS)
         found[f"repeats/{stage}"] = train(engine, ranks, range(STEPS, STEPS + 2)) == first
-        # averaged weights take the place of the raw ones, and the raw ones come back
+        # averaged weights replace the raw ones, and the raw ones come back
         before = engine.export_tensors()
         before = {name: tensor.clone() for name, tensor in before.items()}
         x, log_snr, text, _ = batch(0)
@@ -177,18 +177,18 @@ def two_ranks(ranks: Ranks, directory: str) -> dict[str, Any]:
             found[f"averaged/{stage}"] = module(x, log_snr, text).double().sum().item()
         after = engine.export_tensors()
         found[f"comes back/{stage}"] = all(torch.equal(before[name], after[name]) for name in before)
-        # a poisoned gradient on one rank: nobody moves, and the next step is the next step
+        # a poisoned gradient on one rank: no rank applies the step, and the next one is as usual
         updates = engine.updates
         train(engine, ranks, range(6, 7), poisoned=6)
         poisoned = engine.export_tensors()
         found[f"skips/{stage}"] = engine.updates == updates and all(torch.equal(before[n], poisoned[n]) for n in before)
-        # a snapshot is of the moment at which it was taken, also when it is put together after another step
+        # a snapshot shows the moment at which it was taken, even if it is assembled after another step
         moment = {name: tensor.clone() for name, tensor in engine.export_tensors().items()}
         snapshot = engine.snapshot()
         train(engine, ranks, range(STEPS + 2, STEPS + 3))
         late = snapshot.assemble()
         found[f"snapshot/{stage}"] = all(torch.equal(moment[name], late[name]) for name in moment)
-    # any stage goes on from any other's checkpoint
+    # any stage continues from the checkpoint of any other
     for source, target in (("3/1", 1), ("1/1", 3), ("2/2", 3)):
         engine = build_engine(Net(), experiment(target), ranks, 1)
         checkpoint = stores[source].newest(ranks)
@@ -300,7 +300,7 @@ def test_the_plain_engine_is_the_reference() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_out_and_in(found: list[dict[str, Any]], stage: int) -> None:
+def test_the_state_survives_export_and_import(found: list[dict[str, Any]], stage: int) -> None:
     for rank in found:
         assert rank[f"repeats/{stage}"], "going on from the imported state repeats bit for bit"
         assert rank[f"snapshot/{stage}"], "a snapshot does not move with the next step"
@@ -319,7 +319,7 @@ def test_ranks_share_the_bytes(found: list[dict[str, Any]]) -> None:
         assert max(first, second) < 0.7 * (first + second), key
 
 
-def test_any_stage_goes_on_from_any_other(found: list[dict[str, Any]]) -> None:
+def test_any_zero_stage_continues_from_any_other(found: list[dict[str, Any]]) -> None:
     assert all(difference < 1e-6 for difference in found[0]["resumed"].values()), found[0]["resumed"]
 
 
@@ -351,7 +351,7 @@ def test_adafactor_at_every_stage(found: list[dict[str, Any]], directory: Path) 
 
 
 def test_muon_at_every_stage(found: list[dict[str, Any]], directory: Path) -> None:
-    """The same losses as the dense one in one process, in bf16 to rounding; and its updates are orthogonal."""
+    """The same losses as the dense version in one process, in bf16 up to rounding; and its updates are orthogonal."""
     engine = build_engine(Wide(), experiment(0, optimizer="muon"), Ranks(), 1)
     wanted = train(engine, Ranks(), range(STEPS + 2))
     other = train(build_engine(Wide(), experiment(0), Ranks(), 1), Ranks(), range(STEPS + 2))

@@ -18,7 +18,7 @@ from training.processes.ranks import Ranks
 
 BATCH, STEPS = 4, 2
 WAYS = {"plain": 1, "channels_last": 1, "compiled": 3, "checkpointed": 3}
-"""Option -> the ZeRO stage it is tried at, with two processes."""
+"""Maps each option to the ZeRO stage at which it is tried, with two processes."""
 
 
 def train(way: str, stage: int, ranks: Ranks) -> dict[str, Any]:
@@ -71,5 +71,5 @@ def test_the_same_numbers(found: dict[str, Any], way: str) -> None:
 
 
 def test_pictures_stay_channels_last(found: dict[str, Any]) -> None:
-    """All through the network, although ZeRO lays the weights out flat."""
+    """Throughout the network, although ZeRO stores the weights flat."""
     assert found["channels_last"]["channels_last"] and not found["plain"]["channels_last"]

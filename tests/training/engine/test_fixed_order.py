@@ -1,4 +1,4 @@
-"""Sums that are the same bits on any number of ranks, and runs that are."""
+"""Sums, and whole runs, that are bit-identical on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.engine.fixed_order import Tree, exact_squares, norm_of, partial_su
 
 @pytest.mark.parametrize("leaves", [1, 2, 3, 6, 8, 12, 13, 64])
 def test_a_tree_pairs_the_same_leaves_in_any_order_on_any_number_of_ranks(leaves: int) -> None:
-    """The pairs are written down as the sum goes on, so that two sums of other pairs are other words."""
+    """The sum records its pairs as words, so that sums over different pairs are different words."""
 
     def add(a: str, b: str) -> str:
         return f"({a}+{b})"
@@ -76,7 +76,7 @@ def test_any_number_of_ranks_trains_the_same_bits(
         assert same_tensors(newest(config), newest(configs[0]))
 
 
-def test_a_run_that_goes_on_at_another_size_is_the_run_that_was_not_interrupted(tmp_path: Path, shards: str) -> None:
+def test_a_run_continued_with_other_ranks_equals_the_uninterrupted_run(tmp_path: Path, shards: str) -> None:
     whole = deterministic(tmp_path / "whole", shards, zero__stage=1)
     nan = {"what": "nan", "rank": 0, "step": 2}
     assert chaos(whole, 1, nan).codes() == [0]

@@ -1,4 +1,4 @@
-"""A result.json by hand."""
+"""A result.json written by hand."""
 
 from __future__ import annotations
 

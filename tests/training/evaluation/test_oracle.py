@@ -1,4 +1,4 @@
-"""The oracle must read real drawings without a mistake, and must not see shapes where there are none."""
+"""The oracle must read real drawings without error, and must not see shapes where there are none."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def share_right(objects: int, side: int, count: int, heldout: bool = True) -> fl
 
 
 @pytest.mark.parametrize("side", [32, 64])
-def test_every_heldout_drawing_of_one_object_is_read_right(side: int) -> None:
+def test_every_heldout_drawing_of_one_object_is_read_correctly(side: int) -> None:
     assert share_right(1, side, len(combinations(heldout=True))) == 1.0
 
 
-def test_drawings_of_two_objects_are_read_right() -> None:
+def test_drawings_of_two_objects_are_read_correctly() -> None:
     assert share_right(2, 64, 80) == 1.0
 
 
@@ -67,7 +67,7 @@ def test_binding_of_two_objects(drawn: ShapeSpec, wrong: set[str]) -> None:
     assert {word for word, right in result.items() if not right} == wrong | {"all"}
 
 
-def test_the_same_scene_told_the_other_way_round_is_right() -> None:
+def test_the_same_scene_described_in_reverse_is_correct() -> None:
     told = ShapeSpec("grey", TWO.objects[::-1], "to the right of")
     assert score(read_drawing(render(TWO, 64), 2), told)["all"]
 
@@ -83,7 +83,7 @@ def test_a_missing_second_object_is_wrong() -> None:
     assert not score(read_drawing(render(ONE, 64), 2), TWO)["colour"]
 
 
-def test_grain_does_not_hide_a_shape() -> None:
+def test_noise_does_not_hide_a_shape() -> None:
     rng = np.random.default_rng(0)
     for index in range(20):
         picture, spec = example(index, 64, seed=7, heldout=True)
@@ -91,8 +91,8 @@ def test_grain_does_not_hide_a_shape() -> None:
         assert score(read_drawing(grainy), spec)["all"], spec
 
 
-def test_a_disc_of_the_right_area_is_no_square() -> None:
-    """Nor is a soft blob: its size can be told, its shape cannot."""
+def test_a_disc_of_the_same_area_is_not_taken_for_a_square() -> None:
+    """Nor is a soft blob: its size is recognizable, its shape is not."""
     y, x = np.mgrid[:64, :64] - 31.5
     blob = np.exp(-((x**2 + 0.4 * x * y + 1.5 * y**2) / 2 / 13**2))[..., None]
     picture = np.rint(250 + blob * (np.array([220, 30, 40]) - 250)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The page of an evaluation, in a real browser at the widths of a desk and of a phone."""
+"""The page of an evaluation, in a real browser at the widths of a desktop and of a phone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def page() -> str:
     return html(RESULT, sections)
 
 
-def test_the_page_states_every_figure_and_needs_no_network(page: str) -> None:
+def test_the_page_shows_every_figure_and_needs_no_network(page: str) -> None:
     for text in ("50.0%", "31.23", "0.1234", "0.0234 to 0.2234", "a remark", "step 9", "KID on colour_grid"):
         assert text in page
     assert "<script>alert" not in page and "&lt;script&gt;" in page
@@ -51,7 +51,7 @@ def test_large_pictures_are_embedded_small() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 500])
-def test_a_browser_shows_all_pictures_and_nothing_sticks_out(page: str, width: int, tmp_path: Path) -> None:
+def test_a_browser_shows_all_pictures_and_nothing_overflows_the_page(page: str, width: int, tmp_path: Path) -> None:
     scroll, inner, loaded, images = measured(page, width, tmp_path)
     assert scroll <= inner == width and loaded == images == 12
     file, shot = tmp_path / "report.html", tmp_path / "shot.png"

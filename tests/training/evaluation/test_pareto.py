@@ -13,7 +13,7 @@ from training.evaluation.metrics.figure import Figure
 from training.evaluation.pareto import draw_curve, on_front
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
+def test_the_front_contains_the_points_that_none_beats() -> None:
     assert on_front([(0.2, 5.0), (0.3, 4.0), (0.4, 8.0), (0.35, 9.0)]) == [1, 2]
     assert on_front([(1.0, 1.0)]) == [0]
 

@@ -1,4 +1,4 @@
-"""The parts of an evaluation: what is read again is what was written, a block at a time, and damage is named."""
+"""The parts of an evaluation: they are read back as written, a block at a time, and damage is named."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def written(tmp_path: Path) -> tuple[Parts, dict[str, np.ndarray]]:
     whole |= {"shown/sr": features(17 * 8, 2).reshape(17, 4, 4, 3), "place": np.arange(17)}
     ends = np.cumsum(SIZES)
     for number, (end, size) in enumerate(zip(ends, SIZES, strict=True)):
-        # the transposed copy is stored by columns unless someone takes care
+        # the transposed copy would be stored by columns without special care
         parts.write(number, {n: np.asfortranarray(a[end - size : end]) for n, a in whole.items()})
     return parts, whole
 
 
-def test_what_is_read_is_what_was_written(written: tuple[Parts, dict[str, np.ndarray]]) -> None:
+def test_parts_are_read_back_as_written(written: tuple[Parts, dict[str, np.ndarray]]) -> None:
     parts, whole = written
     found = parts.read()
     assert found.keys() == whole.keys() and isinstance(found["place"], np.ndarray)

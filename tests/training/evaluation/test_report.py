@@ -43,8 +43,8 @@ def test_the_sheet_frames_exactly_the_wrong_ones() -> None:
     assert (np.asarray(sheet_of_shapes(images, captions, readings, SCORES)) == frame).all(axis=-1).sum() > 4 * 180
 
 
-def test_the_sheet_shows_the_wrong_ones_it_speaks_of() -> None:
-    """Also those after the first ones that have room, and the reference beside each."""
+def test_the_sheet_shows_the_wrong_pictures_that_it_mentions() -> None:
+    """Even those that come after the pictures that fit, and the reference next to each."""
     from PIL import Image
 
     from training.evaluation import report

@@ -1,4 +1,4 @@
-"""Which pictures an evaluation keeps for people, and the page over all checkpoints that is made of them."""
+"""Which pictures an evaluation keeps to be looked at, and the page over all checkpoints made from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.evaluation.page import series_html
 from training.evaluation.shown import CELLS, Shown, best_and_worst, choose_places
 
 
-def test_as_many_of_each_category() -> None:
+def test_pictures_are_taken_evenly_from_each_category() -> None:
     assert choose_places([], 100) == list(range(CELLS)) and choose_places([], 3) == [0, 1, 2]
     found = choose_places(["a"] * 100 + ["b"] * 100, 200)
     assert found == [*range(24), *range(100, 124)]
@@ -24,7 +24,7 @@ def drawn(seed: int, score: float = np.nan, prompts: tuple[str, ...] = ("a", "<b
     return Shown(pictures, np.array(prompts), np.array(["X", "Y", "X"]), np.ones(3, dtype=bool), scores)
 
 
-def test_checkpoints_stand_side_by_side(tmp_path: Path) -> None:
+def test_checkpoints_are_shown_side_by_side(tmp_path: Path) -> None:
     figures = {"kid.x": {"value": 1.0, "interval": [0.5, 1.5], "n": 3}}
     steps = list(range(10, 130, 10))
     series = {"figure": "kid.x", "best": {"step": 30, **figures["kid.x"]}, "steps": dict.fromkeys(steps, figures)}
@@ -41,6 +41,6 @@ def test_checkpoints_stand_side_by_side(tmp_path: Path) -> None:
     assert Shown.read(tmp_path) is None and Shown.read(tmp_path / "nowhere") is None
 
 
-def test_places_are_chosen_at_once_however_many_are_asked_for() -> None:
+def test_places_are_chosen_quickly_however_many_are_requested() -> None:
     assert choose_places([], 1 << 60) == list(range(48)) and choose_places([], 3) == [0, 1, 2]
     assert choose_places(["a", "b", "a"], 1 << 60) == [0, 1, 2]

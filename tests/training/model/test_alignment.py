@@ -28,8 +28,8 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_distance_is_the_papers() -> None:
-    """REPA, equation 8, for each sample: minus the mean of cosines, here plus one."""
+def test_the_distance_is_that_of_the_paper() -> None:
+    """REPA, equation 8, for each sample: minus the mean cosine, here plus one."""
     torch.manual_seed(0)
     found, wanted = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     for row, value in enumerate(token_distance(found, wanted).tolist()):
@@ -41,7 +41,7 @@ def test_the_distance_is_the_papers() -> None:
 
 
 def test_a_map_is_compared_on_the_grid_of_the_encoder() -> None:
-    """U-REPA: the U-Net's coarse map is up-sampled behind the small network. A constant one stays constant."""
+    """U-REPA: the U-Net's coarse map is up-sampled after the small network. A constant map stays constant."""
     made = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
     wanted = torch.tensor([2.0, 4.0]).expand(1, 12, 2)
     assert float(alignment_loss(made, wanted, (3, 4))) == pytest.approx(0, abs=1e-6)

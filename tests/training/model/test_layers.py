@@ -1,4 +1,4 @@
-"""Single layers against slow plain re-computations."""
+"""Single layers compared with slow, plain computations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def seed() -> None:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """All parameters drawn at random, also those that start at zero."""
+    """All parameters drawn at random, including those that start at zero."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module.double()
@@ -93,7 +93,7 @@ def test_attention_against_loops_over_pixels_and_tokens(self_attention: bool) ->
     torch.testing.assert_close(layer(x, text, mask), wanted, atol=1e-10, rtol=1e-8)
 
 
-def test_branches_start_as_nothing() -> None:
+def test_branches_start_at_zero() -> None:
     x, cond, text = torch.randn(2, 8, 4, 4), torch.randn(2, 10), torch.randn(2, 3, 6)
     mask = torch.ones(2, 3, dtype=torch.bool)
     assert torch.equal(ResBlock(8, 8, 10, skip_scale=False)(x, cond), x)

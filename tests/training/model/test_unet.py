@@ -1,4 +1,4 @@
-"""The U-Nets as wholes: every parameter used, pads without effect, batch invariance, precision, checkpointing."""
+"""The U-Nets as a whole: every parameter is used, pads have no effect, batch invariance, precision, checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def seed() -> None:
 
 
 def build(config: UNetConfig, trained: bool = True) -> UNet:
-    """The U-Net; `trained`: with random numbers where it starts with zeros."""
+    """The U-Net; `trained`: with random numbers in place of its initial zeros."""
     net = UNet(config)
     if trained:
         for parameter in net.parameters():
@@ -185,7 +185,7 @@ def test_compiled_blocks_keep_the_names_and_the_numbers() -> None:
     build(SR).load_state_dict(net.state_dict())
 
 
-def test_every_shape_of_block_is_compiled_for_itself() -> None:
+def test_every_shape_of_block_is_compiled_separately() -> None:
     """torch by itself gives up after 8 shapes of one function, and makes sizes variable after two."""
     config = replace(
         PRESETS["base64"],
@@ -219,7 +219,7 @@ def test_every_shape_of_block_is_compiled_for_itself() -> None:
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_ends_and_strides_are_the_papers() -> None:
+def test_ends_and_strides_are_those_of_the_paper() -> None:
     net = build(SR, trained=False)
     assert [m.conv.kernel_size + m.conv.stride for m in net.modules() if isinstance(m, DownConv)] == [(3, 3, 2, 2)] * 2
     assert isinstance(net.norm_out, nn.GroupNorm) and net.conv_out.kernel_size == (3, 3)  # not a bare 1x1 convolution
@@ -232,8 +232,8 @@ def test_ends_and_strides_are_the_papers() -> None:
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("kind", ["base", "sr"])
-def test_channels_stay_last(kind: str, patch: int) -> None:
-    """Every tensor on the way has the layout of the first; a GPU would convert others in each convolution."""
+def test_tensors_stay_channels_last(kind: str, patch: int) -> None:
+    """Every tensor on the way has the layout of the first; a GPU would convert any other layout in each convolution."""
     config = replace(KINDS[kind], patch=patch)
     net, given = build(config), inputs(config)
     found: dict[str, Any] = {}

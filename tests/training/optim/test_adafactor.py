@@ -1,4 +1,4 @@
-"""Our Adafactor against torch's, and on pieces against whole parameters."""
+"""Our Adafactor compared with torch's, and on pieces compared with whole parameters."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def whole(weight_decay: float = 0.0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_matrices_and_vectors_are_torchs(weight_decay: float) -> None:
-    """A kernel too, once it is given to torch as the matrix that it is factored as."""
+def test_matrices_and_vectors_are_updated_as_by_torch(weight_decay: float) -> None:
+    """Kernels too, once torch is given the matrix as which they are factored."""
     weights = {name: torch.nn.Parameter(start(name).flatten(1) if name == "kernel" else start(name)) for name in SHAPES}
     optimizer = torch.optim.Adafactor(weights.values(), lr=0.1, weight_decay=weight_decay)
     for drawn in gradients():
@@ -47,7 +47,7 @@ def test_matrices_and_vectors_are_torchs(weight_decay: float) -> None:
         assert torch.allclose(mine, weights[name].view_as(mine), rtol=1e-5, atol=1e-6), name
 
 
-def test_pieces_move_as_the_whole() -> None:
+def test_pieces_are_updated_as_the_whole() -> None:
     """Everything in one flat tensor, in pieces that begin and end inside rows, with gaps between."""
     pieces, offset = [], 2
     for name, shape in SHAPES.items():

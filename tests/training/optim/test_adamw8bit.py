@@ -11,7 +11,7 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_table(signed: bool) -> None:
+def test_the_table_has_256_distinct_values_in_order(signed: bool) -> None:
     table = places(signed)
     assert len(table) == len(set(table)) == 256 and list(table) == sorted(table)
     assert table[-1] == 1.0 and table[0] == (-1.0 if signed else 0.0) and 0.0 in table
@@ -33,8 +33,8 @@ def test_packing_is_near_and_packing_again_is_exact(signed: bool) -> None:
     assert torch.equal(packed.get(0, len(values)), once)
 
 
-def test_it_learns_as_adamw_and_takes_a_quarter() -> None:
-    """The same quadratic problem: nearly the same weights, and moments of a quarter of the size."""
+def test_adamw8bit_learns_as_adamw_with_a_quarter_of_the_memory() -> None:
+    """On the same quadratic problem: nearly the same weights, and moments a quarter of the size."""
     torch.manual_seed(0)
     target, start = torch.randn(40, 30), torch.zeros(40, 30)
     ends = []
@@ -51,7 +51,7 @@ def test_it_learns_as_adamw_and_takes_a_quarter() -> None:
     assert packed.codes.nbytes + packed.scale.nbytes < 0.3 * 4 * packed.size
 
 
-def test_moments_out_and_in_change_nothing() -> None:
+def test_exporting_and_importing_moments_changes_nothing() -> None:
     torch.manual_seed(0)
     first, second = (torch.nn.Parameter(torch.ones(7, 100)) for _ in range(2))
     one, other = AdamW8bit([first], **SETTINGS), AdamW8bit([second], **SETTINGS)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Averages against their definitions, and widths made afterwards against those that were kept."""
+"""Averages compared with their definitions, and reconstructed widths with those that were kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.optim.base import TrainOptimizer
 
 
 def profile(sigma_rel: float, steps: int) -> np.ndarray:
-    """Weight of the parameters of step 1 ... steps in the average after `steps`."""
+    """The weights of the parameters of steps 1 to `steps` in the average after `steps`."""
     weights = np.zeros(steps)
     for step in range(steps):
         decay = power_decay_at(sigma_rel, step)

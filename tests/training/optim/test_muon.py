@@ -1,4 +1,5 @@
-"""Muon against its definition by the singular value decomposition, and on pieces against whole parameters."""
+"""Muon compared with its definition by the singular value decomposition, and on pieces compared with whole
+parameters."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def dense() -> dict[str, torch.Tensor]:
     return {**weights, **{name: parameter.detach() for name, parameter in rest.items()}}
 
 
-def test_whole_parameters_move_as_written_out() -> None:
+def test_whole_parameters_are_updated_by_the_definition() -> None:
     assert [name for name, shape in SHAPES.items() if is_matrix(shape)] == ["matrix", "kernel"]
     weights = {name: torch.nn.Parameter(start(name)) for name in SHAPES}
     optimizer = built(list(weights.values()))
@@ -78,8 +79,8 @@ def test_whole_parameters_move_as_written_out() -> None:
         torch.testing.assert_close(weights[name].detach(), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_pieces_of_two_processes_move_as_the_whole() -> None:
-    """Both processes here, in threads, each with one flat tensor; kernels and matrices are cut inside rows."""
+def test_pieces_on_two_processes_are_updated_as_the_whole() -> None:
+    """Both processes run here, in threads, each with one flat tensor; kernels and matrices are cut inside rows."""
     import threading
 
     layout: list[list[Piece]] = [[], []]
@@ -129,5 +130,5 @@ def test_pieces_of_two_processes_move_as_the_whole() -> None:
         assert states[rank] == {"vector": ["variance"], "first": ["variance"]}
 
 
-def test_bytes() -> None:
+def test_the_bytes_of_muons_states() -> None:
     assert Muon.state_bytes(list(SHAPES.values()), 1000) == 4 * 1000 + 4 * (6 + 40 * 27)

@@ -10,8 +10,8 @@ from training.optim.pieces import Assembler, Layout, Piece, assign_owners, scatt
 
 
 def cut(shapes: dict[str, tuple[int, ...]], world: int, per_parameter: bool) -> tuple[Layout, list[int]]:
-    """Layouts as ZeRO makes them: one flat run cut in equal parts (1, 2), or every parameter cut (3). Also flat
-    sizes."""
+    """Layouts as ZeRO makes them: one flat tensor cut into equal parts (1, 2), or every parameter cut (3). Also returns
+    the flat sizes."""
     layout: Layout = [[] for _ in range(world)]
     if per_parameter:
         sizes = [0] * world
@@ -43,7 +43,7 @@ many_shapes = st.dictionaries(
 
 
 @given(many_shapes, st.integers(1, 5), st.booleans())
-def test_pieces_scatter_and_come_together(shapes: dict[str, tuple[int, ...]], world: int, cut_each: bool) -> None:
+def test_pieces_are_scattered_and_gathered(shapes: dict[str, tuple[int, ...]], world: int, cut_each: bool) -> None:
     layout, sizes = cut(shapes, world, cut_each)
     whole = {name: torch.randn(shape) for name, shape in shapes.items()}
     flats = [[torch.zeros(size)] for size in sizes]
@@ -62,7 +62,7 @@ def test_pieces_scatter_and_come_together(shapes: dict[str, tuple[int, ...]], wo
 
 
 @given(many_shapes, st.integers(2, 5), st.booleans())
-def test_owners_carry_alike(shapes: dict[str, tuple[int, ...]], world: int, cut_each: bool) -> None:
+def test_owners_share_the_work_evenly(shapes: dict[str, tuple[int, ...]], world: int, cut_each: bool) -> None:
     """No rank carries more than its even share and one tensor; single numbers, which cannot be cut, stay where they
     are."""
     layout, _ = cut(shapes, world, cut_each)

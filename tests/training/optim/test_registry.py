@@ -1,4 +1,4 @@
-"""Rates, and that an optimizer is added by one file and one line of the table."""
+"""Learning rates, and that one file and one line of the table add an optimizer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_one_file_and_one_line_add_an_optimizer(heavy_ball: Experiment) -> None:
     assert parts["moments"] == 4 * 8 and parts["host"] == 4 * 8 * 3
 
 
-def test_an_optimizer_refuses_what_it_does_not_know(heavy_ball: Experiment) -> None:
+def test_an_optimizer_refuses_unknown_options(heavy_ball: Experiment) -> None:
     def problem() -> str:
         return " ".join(training_problems(heavy_ball, 1))
 

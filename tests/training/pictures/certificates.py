@@ -1,4 +1,4 @@
-"""A certificate authority made on the spot, and a certificate for e-mail protection under it."""
+"""Creates a certificate authority, and a certificate for e-mail protection under it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures signed with a certificate made here, and read by the library's own verification."""
+"""Pictures signed with a certificate made here, and verified by the library itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relative changes with their intervals: where they are drawn, and in which colour."""
+"""Relative changes and their intervals: their positions and colours in the plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot train are refused with the keys and the way out."""
+"""Combinations of settings that cannot train are refused with the keys and the remedy."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def test_accepted(overrides: list[str]) -> None:
         ("evaluate", "evaluation.output"),
     ],
 )
-def test_what_must_be_on_disk(verb: str, key: str) -> None:
+def test_directories_that_must_be_local_are_checked(verb: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}=s3://b/x: it must be a local directory"):
         load_config(verb, ["experiment=demo", f"{key}=s3://b/x"])
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
-def test_numbers_are_finite(value: str) -> None:
+def test_numbers_that_are_not_finite_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.timeout_s=(inf|nan): it must be (a finite number|positive)"):
         load_config("train", ["experiment=demo", f"train.timeout_s={value}"])
 
 
-def test_commands_that_do_not_train_are_not_held_to_it() -> None:
+def test_commands_that_do_not_train_are_not_checked() -> None:
     load_config("sample", ["cluster.processes=3"])
     load_config("launch", ["cluster.processes=3"])
 
@@ -85,6 +85,6 @@ def test_processes_are_counted_over_the_nodes_of_a_job() -> None:
     assert planned_world_size(ClusterConfig(kind="local", nodes=2, processes=8), {}) == 8
 
 
-def test_a_launcher_knows_better_than_the_settings() -> None:
+def test_the_environment_of_a_launcher_overrides_the_settings() -> None:
     ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert planned_world_size(ClusterConfig(processes=1), ranks) == 4

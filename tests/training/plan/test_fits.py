@@ -1,4 +1,4 @@
-"""What a start refuses or says about this machine."""
+"""What a start refuses or warns about on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory model against measured processes, and against sums done by hand."""
+"""The memory model compared with measured processes, and with sums done by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _, status, usage = os.wait4(process.pid, 0)
 print(usage.ru_maxrss * 1024)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-"""A small process in between: the figure would include the process that forks."""
+"""A small process in between: otherwise the figure would include the process that forks."""
 
 
 @pytest.mark.parametrize(

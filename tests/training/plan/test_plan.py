@@ -1,4 +1,4 @@
-"""The plan's numbers against sums done by hand, and the doctor on real shards."""
+"""The plan's numbers compared with sums done by hand, and the doctor on real shards."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_impossible_assumptions_are_refused(wrong: str) -> None:
         load_config("plan", [wrong])
 
 
-def test_what_does_not_fit_is_listed_and_the_rest_is_still_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_are_listed_and_the_rest_is_still_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(plan_config(cluster__processes=3, memory_gib=1e-3))
     assert plan["fits"] == {"memory": False, "world_size": False, "lanes": False, "micro_batch": True, "shards": None}
     assert not plan["ok"] and any("3 processes" in problem for problem in plan["problems"])
@@ -130,7 +130,7 @@ def test_the_text_encoder_online_against_precomputed() -> None:
     assert other["images_per_second"] == text["precomputed"]["images_per_second"]
 
 
-def test_shards_say_what_the_store_must_deliver(drawn: PlanCommand) -> None:
+def test_shards_determine_what_the_store_must_deliver(drawn: PlanCommand) -> None:
     plan = make_plan(drawn)
     data = plan["data"]
     assert (data["shards"], data["samples"], data["basis"]) == (1, 8, "index")
@@ -179,7 +179,9 @@ def test_the_doctor_tries_the_real_things(drawn: PlanCommand, capfd: pytest.Capt
     assert not list(Path(drawn.run.dir).parent.glob("*doctor*")), "nothing is left behind"
 
 
-def test_the_doctor_tries_all_and_names_what_fails(drawn: PlanCommand, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_tries_everything_and_names_what_fails(
+    drawn: PlanCommand, capfd: pytest.CaptureFixture[str]
+) -> None:
     drawn.doctor, drawn.json, drawn.zero.stage = True, True, 0
     drawn.data.shards = str(Path(drawn.run.dir) / "nowhere")
     drawn.wandb.mode = "online"
@@ -236,7 +238,7 @@ def test_the_doctor_tries_the_checkpoint_store_itself(drawn: PlanCommand, monkey
         def gone(_: str) -> None:
             raise StoreError("the store is gone")
 
-        monkeypatch.setattr(store, "remove", gone)  # is said, and hides nothing
+        monkeypatch.setattr(store, "remove", gone)  # is reported, and hides nothing else
 
 
 def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:
@@ -250,7 +252,7 @@ def test_a_giant_is_not_tried_without_a_gpu(drawn: PlanCommand) -> None:
     [("modern", 768, ("base64", "sr256", "sr1024")), ("speedrun", 200, ("base64", "sr256"))],
 )
 def test_an_experiment_keeps_its_budget(experiment: str, hours: float, stages: tuple[str, ...]) -> None:
-    """At the measured utilisation, with the text encoder in every step; what the head of its file says."""
+    """At the measured utilisation, with the text encoder in every step: the cost stated at the head of its file."""
     total = 0.0
     for stage in stages:
         words = (

@@ -1,4 +1,4 @@
-"""What ranks tell each other: alone, and three of them over gloo."""
+"""What ranks tell each other: a single rank, and three over gloo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.processes import collectives
 from training.processes.ranks import Ranks, read_ranks
 
 
-def test_together_raises_what_rank_0_raises() -> None:
+def test_together_raises_the_error_of_rank_0() -> None:
     assert collectives.together(lambda: 7, Ranks()) == 7
     with pytest.raises(ValueError, match="no"):
         collectives.together(lambda: (_ for _ in ()).throw(ValueError("no")), Ranks())

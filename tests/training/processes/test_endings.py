@@ -49,7 +49,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 @pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_command_with_nothing_to_save_ends_at_once(number: signal.Signals, code: int) -> None:
-    """Also where a thread is stuck; what the program has open is closed first."""
+    """Even if a thread is stuck; what the program has open is closed first."""
     program = """
 import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +168,7 @@ def feed(guard: LossGuard, *losses: float) -> list[str]:
     return problems
 
 
-def test_not_finite_is_never_applied() -> None:
+def test_a_loss_that_is_not_finite_is_never_applied() -> None:
     assert feed(LossGuard(0.0), NAN, float("inf"), 1.0) == ["its loss is not finite"] * 2 + [""]
 
 
@@ -178,8 +178,8 @@ def test_a_spike_needs_a_history() -> None:
     assert "more" in guard.problem(1e9) or "above" in guard.problem(1e9)
 
 
-def test_what_was_refused_never_enters_the_history() -> None:
-    """A run of spikes and NaNs does not become the new normal, and does not blind the guard."""
+def test_refused_steps_never_enter_the_history() -> None:
+    """A series of spikes and NaNs does not become the new normal, and does not blind the guard."""
     guard = LossGuard(10.0)
     feed(guard, *[1.0] * 64)
     assert all(feed(guard, *[50.0, NAN] * 200))
@@ -187,7 +187,7 @@ def test_what_was_refused_never_enters_the_history() -> None:
     assert feed(guard, 9.9) == [""]
 
 
-def test_it_goes_on_where_a_checkpoint_left_it() -> None:
+def test_the_guard_continues_where_a_checkpoint_left_it() -> None:
     guard = LossGuard(10.0)
     feed(guard, *[1.0] * 80)
     guard.refuse()
@@ -201,7 +201,7 @@ def test_falling_losses_are_no_spikes() -> None:
     assert not any(feed(LossGuard(20.0), *[2.0 * 0.98**step for step in range(500)]))
 
 
-def test_switched_off() -> None:
+def test_the_guard_can_be_switched_off() -> None:
     assert not any(feed(LossGuard(0.0), *[1.0] * 64, 1e12))
 
 
@@ -229,7 +229,7 @@ run_program(main)
     ],
 )
 def test_a_program_ends_with_its_code_whatever_its_threads_do(end: str, code: int, says: str) -> None:
-    """What was said and what was registered for the end is not lost."""
+    """Output and functions registered for the exit are not lost."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=60, cwd=ROOT
     )

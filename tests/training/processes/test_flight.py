@@ -1,4 +1,4 @@
-"""Who is missing in a collective, by the records of the ranks."""
+"""Which ranks are missing from a collective, according to the records of all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def record(rank: int, number: int, done: bool = False, phase: str = "step", **mo
     return {"rank": rank, "world_size": 4, "node": f"n{rank}", "phase": phase, "time": 1.0, "groups": groups, **more}
 
 
-def test_one_that_did_not_come() -> None:
+def test_a_rank_that_did_not_arrive() -> None:
     found = compare_records([record(0, 57), record(1, 57), record(2, 56, True, "data"), record(3, 57)])
     assert found is not None and (found.rank, found.node) == (2, "n2")
     assert found.sentence == (
@@ -25,12 +25,12 @@ def test_one_that_did_not_come() -> None:
     )
 
 
-def test_one_that_has_never_run_a_collective() -> None:
+def test_a_rank_that_has_never_run_a_collective() -> None:
     found = compare_records([record(0, 3), record(1, 3, groups={}, phase="imports")])
     assert found is not None and found.rank == 1
 
 
-def test_several_that_did_not_come_and_one_that_left_no_record() -> None:
+def test_several_ranks_that_did_not_arrive_and_one_without_a_record() -> None:
     found = compare_records([record(0, 57), record(1, 57), record(2, 56, True), record(3, 55, True)])
     assert found is not None and found.rank is None and "rank 2 on n2 was in step; rank 3 on n3" in found.sentence
     found = compare_records([record(0, 57), record(1, 57), record(3, 57)])
@@ -38,7 +38,7 @@ def test_several_that_did_not_come_and_one_that_left_no_record() -> None:
     assert found.sentence.startswith("rank 2 left no record, and did not join ranks 0, 1, 3 in all_reduce 57")
 
 
-def test_all_are_there() -> None:
+def test_no_rank_is_named_when_all_arrived() -> None:
     assert compare_records([record(rank, 57) for rank in range(4)]) is None, "the network, then"
     assert compare_records([record(rank, 57, True, "data") for rank in range(4)]) is None
     assert compare_records([]) is None

@@ -23,7 +23,7 @@ def program(body: str) -> list[str]:
     return [sys.executable, "-c", header + textwrap.dedent(body)]
 
 
-def test_all_end_well(tmp_path: Path) -> None:
+def test_all_processes_end_well(tmp_path: Path) -> None:
     body = f"open(f'{tmp_path}/{{rank}}', 'w').write(os.environ['WORLD_SIZE'] + os.environ['OMP_NUM_THREADS'])"
     environ = os.environ.pop("OMP_NUM_THREADS", None)
     try:
@@ -34,7 +34,7 @@ def test_all_end_well(tmp_path: Path) -> None:
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["32"] * 3
 
 
-def test_what_torchrun_left_in_a_shell_is_not_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_torchrun_left_in_a_shell_do_not_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "nowhere")
     body = "sys.exit(os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True' or os.environ['MASTER_ADDR'] == 'nowhere')"
@@ -50,7 +50,7 @@ def test_what_torchrun_left_in_a_shell_is_not_for_the_ranks(monkeypatch: pytest.
     ],
 )
 def test_where_the_processes_of_a_machine_meet(prepare: str, said: str) -> None:
-    """Also in a container without a network, where gloo would end in a traceback, or wait."""
+    """Even in a container without a network, where gloo would end in a traceback, or hang."""
     program = "import os; from training.processes.launcher import INTERFACE, meeting_here; os.environ |= meeting_here()"
     program += "; print(os.environ['MASTER_ADDR'], os.environ[INTERFACE])"
     script = f'{prepare} && exec {sys.executable} -c "{program}"'
@@ -62,7 +62,7 @@ def test_where_the_processes_of_a_machine_meet(prepare: str, said: str) -> None:
         assert "ip link set lo up" in done.stderr
 
 
-def test_one_dies_and_takes_the_others_along() -> None:
+def test_one_process_dies_and_the_others_are_ended() -> None:
     assert run_processes(program("sys.exit(3) if rank == 1 else time.sleep(600)"), 2, grace_s=0.5) == 3
 
 
@@ -78,7 +78,8 @@ def test_a_process_that_was_killed_is_named(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
-    """Rank 1 leaves with 75 (saved, start again); rank 0 still writes for longer than a crash would leave it."""
+    """Rank 1 exits with 75 (saved, start again); rank 0 still writes for longer than it would be given after a
+    crash."""
     body = f"""
     if rank == 1: sys.exit(75)
     time.sleep(2); open('{tmp_path}/written', 'w'); sys.exit(75)
@@ -87,8 +88,8 @@ def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
     assert (tmp_path / "written").exists()
 
 
-def test_the_others_may_finish_after_an_error_that_all_share(tmp_path: Path) -> None:
-    """Rank 1 leaves with 2 and says that all know; rank 0, which says why, is still busy with W&B."""
+def test_the_others_may_finish_after_a_shared_error(tmp_path: Path) -> None:
+    """Rank 1 exits with 2 and marks the error as shared; rank 0, which reports it, is still busy with W&B."""
     body = f"""
     if rank == 1: open('{tmp_path}/agreed', 'w'); sys.exit(2)
     time.sleep(2); open('{tmp_path}/said', 'w'); sys.exit(2)
@@ -156,7 +157,7 @@ def test_ctrl_z_stops_every_process_and_fg_continues_them() -> None:
     assert outer.returncode == 75
 
 
-def test_ctrl_z_where_nobody_could_continue_it() -> None:
+def test_ctrl_z_is_ignored_where_nothing_could_continue_the_run() -> None:
     """In `ssh -t HOST cascade train`: there is no shell, and the system ignores it, for all processes."""
     outer = subprocess.Popen(
         [sys.executable, "-c", OUTER, INNER], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -201,7 +202,7 @@ with Signals() as signals:
 
 
 def test_a_signal_while_a_process_starts_waits_for_it() -> None:
-    """It comes before the program can handle it, and is there once it can: nothing is killed, nothing is lost."""
+    """It arrives before the program can handle it, and is delivered once it can: nothing is killed, nothing is lost."""
     outer = subprocess.Popen(
         [sys.executable, "-c", OUTER.replace(", 2)", ", 2, hold_signals=True)"), STARTING],
         stdout=subprocess.PIPE,
@@ -244,14 +245,14 @@ def closed_terminal(command: list[str], processes: int = 1) -> int:
     outer = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal)
     os.close(slave)
     said = b""
-    while said.count(b"\r\n") < processes:  # whole lines: a writer may still be writing; two writers' words may mix
+    while said.count(b"\r\n") < processes:  # complete lines: a writer may still be writing
         said += os.read(master, 1024)
     os.close(master)
     return outer.wait(timeout=60)
 
 
 def test_a_closed_terminal_is_a_request_to_stop(tmp_path: Path) -> None:
-    """Saying so into the terminal that is gone does not change the exit code."""
+    """Writing to the terminal that is gone does not change the exit code."""
     said = tmp_path / "said"
     assert closed_terminal([sys.executable, "-c", TERMINAL, str(said)]) == 75
     assert said.read_text().startswith("stopped by SIGHUP after step 7; everything is saved")
@@ -263,8 +264,8 @@ def test_a_closed_terminal_stops_the_processes_of_a_launcher(tmp_path: Path) -> 
     assert [(tmp_path / rank).read_text()[:17] for rank in "01"] == ["stopped by SIGHUP"] * 2
 
 
-def test_nohup_keeps_its_word() -> None:
-    """A program that was told to ignore a closed terminal goes on."""
+def test_nohup_keeps_a_program_running() -> None:
+    """A program that was told to ignore a closed terminal continues."""
     program = (
         "import os, signal; from training.processes.endings import Signals\n"
         "with Signals() as s: os.kill(os.getpid(), signal.SIGHUP); print(s.received)"

@@ -114,7 +114,7 @@ def test_a_job_on_one_gpu_does_not_fall_back_to_the_cpu(monkeypatch: pytest.Monk
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there(tmp_path: Path, shards: str) -> None:
-    """On every rank, before a group forms: code 2 and one sentence, instead of a training on the CPU."""
+    """On every rank, before a group forms: code 2 and one sentence, instead of training on the CPU."""
     config = experiment(tmp_path, shards, cluster__kind="slurm")
     running = forks.start(config, 2)
     assert running.codes() == [2, 2], running.text
@@ -129,7 +129,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> int:
     return port
 
 
-def test_ranks_that_do_not_come_are_named(place: int) -> None:
+def test_ranks_that_do_not_arrive_are_named(place: int) -> None:
     with pytest.raises(RankLost, match=f"ranks 1, 2 did not arrive within 1 s .*meeting rank 0 at 127.0.0.1:{place}"):
         meet(Ranks(0, 0, 3), cpu(0), 1.0)
 

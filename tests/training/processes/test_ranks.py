@@ -1,4 +1,4 @@
-"""Who a process is, from its environment."""
+"""The rank of a process, from its environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_ranks_from_srun_only_when_asked() -> None:
     assert read_ranks({**slurm, "CASCADE_SRUN": "1"}) == Ranks(2, 0, 4)
 
 
-def test_several_tasks_that_nobody_made_ranks_are_refused() -> None:
+def test_several_tasks_that_are_not_ranks_are_refused() -> None:
     step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     with pytest.raises(ConfigError, match="srun has started 2 tasks of this command, which would be 2 competing runs"):
         read_ranks(step)
@@ -54,7 +54,7 @@ def test_a_launcher_that_contradicts_itself(change: dict[str, str | None], sente
         read_ranks({name: value for name, value in environ.items() if value is not None})
 
 
-def test_what_an_earlier_program_left_in_a_shell_silences_nobody() -> None:
+def test_variables_that_an_earlier_program_left_silence_no_rank() -> None:
     assert speaks({"RANK": "3"}) and speaks({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) and speaks({})
     assert not speaks({**LAUNCHER, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
     assert speaks({**LAUNCHER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"})

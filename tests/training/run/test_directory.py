@@ -39,7 +39,7 @@ def changed(**settings: object) -> dict[str, object]:
         "data__window",
     ],
 )
-def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
+def test_changes_that_break_a_run_are_refused_with_their_key(key: str) -> None:
     dotted = key.replace("__", ".")
     with pytest.raises(
         ConfigError, match=rf"{dotted}=7: runs/x was made with {dotted}=.*restore it, or start a new run"
@@ -47,13 +47,13 @@ def test_what_breaks_a_run_is_refused_with_its_key(key: str) -> None:
         check_same_run(to_dict(Experiment()), changed(**{key: 7}), "runs/x")
 
 
-def test_other_changes_are_told() -> None:
+def test_other_changes_are_reported() -> None:
     found = check_same_run(to_dict(Experiment()), changed(train__steps=7, zero__stage=3, data__shards="s3://b/x"), "x")
     assert found == ["data.shards: null -> s3://b/x", "train.steps: 1000 -> 7", "zero.stage: 1 -> 3"]
 
 
-def test_the_overrides_of_a_model_are_one_setting() -> None:
-    """A key that comes or goes changes the network, too."""
+def test_the_overrides_of_a_model_count_as_one_setting() -> None:
+    """Adding or removing a key changes the network, too."""
     before = changed(stage__model__overrides={"skip_scale": True})
     for now in ({}, {"skip_scale": True, "dropout": 0.5}, {"skip_scale": False}):
         with pytest.raises(ConfigError, match=r"stage\.model\.overrides="):
@@ -62,7 +62,7 @@ def test_the_overrides_of_a_model_are_one_setting() -> None:
     assert check_same_run(before, changed(stage__model__overrides=less_memory), "runs/x") == []
 
 
-def test_damaged_small_files_are_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_small_files_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "hours.json"
     assert read_json(file) == {}
     for content in ("", "[1]", "{"):
@@ -113,7 +113,7 @@ def test_small_files(tmp_path: Path) -> None:
     assert run.wandb_id() == run.wandb_id() and len(run.wandb_id()) == 8
 
 
-def test_what_stands_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
     config = Experiment()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
@@ -179,7 +179,7 @@ def test_changes_since_the_last_start(tmp_path: Path) -> None:
         run.changes(config)
 
 
-def test_a_start_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
+def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     """Not even the parents that it created; what was there before stays."""
     run = run_at(tmp_path / "runs" / "a")
     made = run.create()
@@ -198,8 +198,8 @@ def test_a_start_that_was_refused_leaves_nothing(tmp_path: Path) -> None:
     assert (run.path / "logs").exists(), "another start has begun meanwhile"
 
 
-def test_checkpoints_of_another_run_are_not_continued(tmp_path: Path) -> None:
-    """`checkpoint.dir` in a file that several runs share. Those of a run that was moved are its own."""
+def test_checkpoints_of_another_run_are_not_resumed(tmp_path: Path) -> None:
+    """`checkpoint.dir` in a file that several runs share. Those of a moved run are still its own."""
     config, saved = Experiment(), {"run": {"dir": str(tmp_path / "first")}}
     config.run.dir, config.checkpoint.dir = str(tmp_path / "second"), str(tmp_path / "shared")
     RunDir(config).check_own(saved)
@@ -221,7 +221,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_request_to_stop_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_request_to_stop_is_read_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file system fails for a moment: the next step looks again."""
 
     def stale(*_: object, **__: object) -> None:

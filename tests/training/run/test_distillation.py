@@ -1,4 +1,4 @@
-"""`cascade distill`: a student of few steps, its teacher, its checkpoints and what is drawn with it."""
+"""`cascade distill`: a student with few steps, its teacher, its checkpoints and its pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def student(directory: Path, shards: str, source: str, stage: str = "base", **changes: Any) -> Experiment:
-    """A student of two steps, taught six guided ones."""
+    """A student with two steps, taught six guided ones."""
     settings = {
         "zero__stage": 0,
         "stage": replace(stage_config("base", 16) if stage == "base" else stage_config("sr", 32, 16)),
@@ -55,13 +55,13 @@ def student(directory: Path, shards: str, source: str, stage: str = "base", **ch
 
 
 def checked(config: Experiment) -> Experiment:
-    """As the command line makes it."""
+    """Checks a config as the command line does."""
     return from_plain(Experiment, asdict(config))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: str, source: str) -> Experiment:
-    """A run in this process that nothing happened to."""
+    """An undisturbed run in this process."""
     config = student(tmp_path_factory.mktemp("whole"), shards, source)
     assert main(config)["complete"]
     return config
@@ -110,7 +110,7 @@ def test_super_resolution_on_an_object_store(tmp_path: Path, shards: str, bucket
     assert (found.config.sampler.steps, found.config.sampler.guidance) == (2, 1.0)
 
 
-def test_a_run_keeps_its_lesson_and_its_teacher(whole: Experiment, tmp_path: Path, source: str) -> None:
+def test_a_run_refuses_another_lesson_or_teacher(whole: Experiment, tmp_path: Path, source: str) -> None:
     for key, value in {"guidance": 3.0, "steps": 3, "teacher_steps": 8, "solver": "ddim"}.items():
         config = again(whole, tmp_path / key)
         setattr(config.distill, key, value)
@@ -138,7 +138,7 @@ def test_a_run_keeps_its_lesson_and_its_teacher(whole: Experiment, tmp_path: Pat
 
 
 def test_a_plain_run_has_no_lesson_to_keep() -> None:
-    """Its sampler may change, and with it what a distillation of it would take over."""
+    """Its sampler may change, and with it the settings that a distillation of it would inherit."""
     before = asdict(Experiment())
     now = asdict(Experiment())
     now["distill"]["guidance"] = now["stage"]["sampler"]["guidance"] = 1.5

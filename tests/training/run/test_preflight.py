@@ -1,4 +1,4 @@
-"""What the preflight makes of its figures, and what becomes of a slow node."""
+"""How the preflight judges its figures, and what happens to a slow node."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def findings(**slow: float) -> list[tuple[str, bool]]:
     return [(one.node, one.excludes) for one in judge_measured([*USUAL[:2], replace(USUAL[2], **slow), USUAL[3]])]
 
 
-def test_a_usual_allocation_has_no_findings() -> None:
+def test_a_normal_allocation_has_no_findings() -> None:
     assert judge_measured(USUAL) == [] and judge_measured(USUAL[:1]) == []
 
 
@@ -49,7 +49,7 @@ def test_a_link_and_a_node_that_is_slow_both_ways() -> None:
     assert [(one.node, one.excludes) for one in judge_measured(both)] == [("n2", True)]
 
 
-def test_it_measures_and_leaves_nothing_in_the_store(tmp_path: Path, shards: str) -> None:
+def test_the_preflight_measures_and_leaves_nothing_in_the_store(tmp_path: Path, shards: str) -> None:
     config = experiment(tmp_path, shards, cluster__preflight=True)
     run = RunDir(config)
     run.create()
@@ -67,7 +67,7 @@ def measured(ranks: Ranks, store: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_links_are_measured_between_ranks(tmp_path: Path, processes: int) -> None:
-    """Also one rank has process groups, but nobody to send to: gloo says "Pair is not connected" to itself."""
+    """A single rank also has process groups, but no rank to send to: gloo reports "Pair is not connected" to itself."""
     (tmp_path / "store").mkdir()
     for figures in run_ranks(measured, processes, tmp_path, str(tmp_path / "store")):
         for name in ("all_reduce_gb_s", "receive_gb_s"):
@@ -75,7 +75,7 @@ def test_links_are_measured_between_ranks(tmp_path: Path, processes: int) -> Non
 
 
 def refused(ranks: Ranks, *stores: str) -> str:
-    """As on a node per rank, each of which writes to the store."""
+    """As with one rank per node, each of which writes to the store."""
     try:
         module.measure(replace(ranks, local_rank=0), stores[ranks.rank], "n")
     except DataError as error:
@@ -91,7 +91,7 @@ def test_a_store_that_one_node_cannot_write_ends_all_ranks(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("exclude", [False, True])
-def test_a_slow_node_ends_the_start_where_that_was_asked_for(
+def test_a_slow_node_ends_the_start_if_requested(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, exclude: bool
 ) -> None:
     config = experiment(tmp_path, shards)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run without a model: begin, fail, announce, go back."""
+"""Checkpoints of a run without a model: saving, failing, announcing, rolling back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_place_that_cannot_hold_checkpoints_is_named_by_its_key(tmp_path: Path
         Saving(RunDir(config), config, Ranks(), lambda step, place: None).resume(lambda checkpoint: None, None)
 
 
-def test_what_is_committed_is_announced_once_and_resumed(tmp_path: Path) -> None:
+def test_a_committed_checkpoint_is_announced_once_and_resumed(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.value = 1.0
     run.save(3, wait=False)
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_fails_is_logged_and_the_next_one_is_written(
     assert run.saving.last_step == 6 and [step for step, _ in run.announced] == [6]
 
 
-def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one(tmp_path: Path) -> None:
+def test_rolling_back_skips_unhealthy_checkpoints_and_is_counted_until_a_healthy_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(NotFinite, match="there is no checkpoint to roll back to"):
         run.saving.roll_back(2, 2, run.load)
@@ -107,7 +107,7 @@ def test_going_back_skips_what_is_not_healthy_and_is_counted_until_a_healthy_one
     assert again.saving.rollbacks == 2, "all of the run"
 
 
-def test_it_saves_as_often_as_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_saved_at_the_best_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     assert [step for step in range(1, 2001) if run.saving.is_due(step)] == [1000, 2000]
     run.saving.config.checkpoint.every = "auto"
@@ -116,7 +116,7 @@ def test_it_saves_as_often_as_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run.saving._since, run.saving._last = time.monotonic() - 100.0, 20
     run.save(40)  # 5 s per step
     assert next(step for step in range(41, 200) if run.saving.is_due(step)) == 100
-    run.saving.writer.seconds = 1000.0  # it takes so long in the background
+    run.saving.writer.seconds = 1000.0  # it takes this long in the background
     run.saving._since, run.saving._last = time.monotonic() - 100.0, 80
     monkeypatch.setattr(run.saving.writer, "wait", lambda: None)
     run.save(100)

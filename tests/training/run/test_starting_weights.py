@@ -1,4 +1,4 @@
-"""Fine-tuning from a bundle, whole or by adapters: four captions of one's own are learnt, and drawn without `peft`."""
+"""Fine-tuning from a bundle, whole or by adapters: four new captions are learnt, and drawn without `peft`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 200
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four photographs under captions of their own."""
+    """Four photographs with new captions."""
     folder = tmp_path_factory.mktemp("mine")
     with ShardWriter(str(folder / "00000.tar")) as shard:
         for index, (caption, sample) in enumerate(zip(CAPTIONS, samples().values(), strict=False)):
@@ -93,9 +93,7 @@ def test_four_captions_are_learnt(tmp_path: Path, shards: str, source: str, rank
     assert after.diagonal().mean() < 0.5 * before.diagonal().mean(), after
 
 
-def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
-    tmp_path: Path, shards: str, source: str
-) -> None:
+def test_adapters_resume_and_only_with_their_own_base_weights(tmp_path: Path, shards: str, source: str) -> None:
     copied = str(tmp_path / "source")
     shutil.copytree(source, copied)
     config = fine_tuning(tmp_path, shards, copied, lora__rank=2)
@@ -133,7 +131,7 @@ def test_adapters_go_on_where_they_stopped_and_only_beside_their_weights(
 
 
 def adapted(rank: int = 3, seed: int = 0) -> UNet:
-    """A tiny base stage whose adapters do something."""
+    """A tiny base stage whose adapters have an effect."""
     unet = tiny_cascade().stages[0].unet.train().requires_grad_(True)
     torch.manual_seed(seed)
     add_adapters(unet, LoraConfig(rank=rank, alpha=6.0))
@@ -208,7 +206,7 @@ def test_zero_trains_and_stores_the_adapters_alone(tmp_path: Path) -> None:
             assert value == pytest.approx(tensors[name].double().sum().item(), abs=2e-3), name
 
 
-def test_adapters_without_sense_are_refused(monkeypatch) -> None:
+def test_adapters_that_cannot_work_are_refused(monkeypatch) -> None:
     unet = tiny_cascade().stages[0].unet
     with pytest.raises(ConfigError, match=r"lora.targets=\['attn'\]: this U-Net has no such layers, only .*conv_in"):
         add_adapters(unet, LoraConfig(rank=2, targets=["attn"]))

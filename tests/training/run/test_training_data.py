@@ -1,4 +1,5 @@
-"""The training data of one rank without a model: counts over starts, the end of the data, and what a resume refuses."""
+"""The training data of one rank without a model: counts over several starts, the end of the data, and what resuming
+refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def test_position_and_step_follow_the_batches(tmp_path: Path, shards: str) -> No
         data.loader.close()
 
 
-def test_counts_go_on_over_starts_and_name_only_what_occurred(tmp_path: Path, shards: str) -> None:
+def test_counts_continue_over_starts_and_name_only_what_occurred(tmp_path: Path, shards: str) -> None:
     data = open_data(
         tmp_path, shards, {"position": 8, "data_counters": {"samples": 8, "bad": 1, "bad_decode_error": 1}}
     )

@@ -30,7 +30,7 @@ def watch(tmp_path: Path, ranks: Ranks = Ranks(), **seconds: float) -> tuple[Wat
     return dog, left, gone
 
 
-def test_a_rank_that_stands_still_says_where_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stalled_rank_reports_where_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dog, left, gone = watch(tmp_path)
     with caplog.at_level(logging.WARNING, "cascade"):
         dog.phase("backward", 12)
@@ -42,7 +42,7 @@ def test_a_rank_that_stands_still_says_where_and_ends(tmp_path: Path, caplog: py
     assert "test_watchdog.py" in stacks and stacks.count("Current thread") == 1, "reported once"
 
 
-def test_patience_where_it_is_due(tmp_path: Path) -> None:
+def test_slow_phases_get_more_patience(tmp_path: Path) -> None:
     dog, left, gone = watch(tmp_path)
     dog.phase("checkpoint", 3)
     assert not gone.wait(1.0) and left == []
@@ -59,7 +59,7 @@ def test_the_first_step_may_take_long(tmp_path: Path) -> None:
 
 
 def test_a_pause_is_no_lack_of_progress(tmp_path: Path, monkeypatch: Any) -> None:
-    """Stopped for an hour (Ctrl-Z and fg), in the middle of a phase; then it stands still, and ends."""
+    """It is stopped for an hour (Ctrl-Z and fg) in the middle of a phase; then it stalls, and ends."""
 
     class Clock:
         late = 0.0
@@ -78,7 +78,7 @@ def test_a_pause_is_no_lack_of_progress(tmp_path: Path, monkeypatch: Any) -> Non
     assert gone.wait(30) and left == [EXIT_HUNG]
 
 
-def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+def test_a_rank_that_makes_progress_is_left_alone(tmp_path: Path) -> None:
     dog, left, gone = watch(tmp_path, warn_s=30.0, limit_s=0.4)
     for step in range(20):
         dog.phase("data", step)
@@ -104,8 +104,8 @@ def test_rank_0_names_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "rank 3" not in caplog.text, "it is where rank 0 is"
 
 
-def test_beats_need_no_common_clock(monkeypatch: Any) -> None:
-    """Rank 1's clocks are others; it reports rank 0's time, and rank 0 is silent once that stands still."""
+def test_heartbeats_need_no_common_clock(monkeypatch: Any) -> None:
+    """Rank 1 has different clocks; it reports back rank 0's time, and rank 0 counts as silent once that time stops."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
     first, other = (object.__new__(module._Beats) for _ in range(2))
     for beats, rank in ((first, 0), (other, 1)):

@@ -27,7 +27,7 @@ def test_sizes_by_name() -> None:
     assert [round(V1_1[name].parameters / 1e6) for name in ("small", "xl", "xxl")] == [35, 1224, 4762]
 
 
-def test_what_is_not_known_is_reported() -> None:
+def test_an_unknown_cost_is_reported() -> None:
     unknown = text_cost(TextConfig(kind="t5", path="/nowhere/encoder", dim=8))
     assert unknown.parameters == 0 and "not on this machine" in unknown.basis
     assert text_cost(TextConfig()).basis == "no network"

@@ -1,4 +1,4 @@
-"""The two text encoders; the T5 ones are tiny models made here and loaded through the path a real one takes."""
+"""The two kinds of text encoder; the T5 models are tiny ones made here, and loaded in the same way as real ones."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_words_encoding_is_deterministic_masked_and_unit_variance() -> None:
     assert torch.equal(again[1], text[0]) and torch.equal(again[0], text[1])
 
 
-def test_words_encoding_knows_place_case_and_script() -> None:
+def test_words_encoding_depends_on_position_case_and_script() -> None:
     encoder = WordEncoder(TextConfig(dim=64, max_tokens=8))
     text, mask = encoder.encode(["red blue", "blue red", "RED  Blue.", "蓝天白云", "白云蓝天"])
     assert not torch.allclose(text[0], text[1])
@@ -105,7 +105,7 @@ def test_words_encoding_knows_place_case_and_script() -> None:
     assert mask[3].sum() == 4 and not torch.allclose(text[3], text[4])
 
 
-def test_a_token_knows_the_words_within_three_places_and_their_order() -> None:
+def test_a_token_depends_on_the_words_within_three_places_and_their_order() -> None:
     def circle(caption: str) -> np.ndarray:
         listed = caption.split()
         return token_vectors(listed, 64)[listed.index("circle")]
@@ -211,7 +211,7 @@ def test_t5_width_must_match(t5_path: str) -> None:
         T5Encoder(t5_config(t5_path, dim=384))
 
 
-def test_missing_t5_is_one_sentence_with_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_t5_is_reported_in_one_sentence_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"text\.path=.*hf download google/t5-v1_1-xxl --local-dir") as local:
         T5Encoder(t5_config(str(tmp_path / "absent")))
     with pytest.raises(UserError, match="hf download google/byt5-small") as hub:

@@ -1,4 +1,5 @@
-"""Encoders besides T5 as people have them on disk: tiny random models of each architecture through the real path."""
+"""Encoders other than T5 as people have them on disk: tiny random models of each architecture, loaded in the real
+way."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def test_its_cost_is_counted(models: dict[str, str], name: str) -> None:
     assert cost.flops_per_caption == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_layers_are_those_of_transformers(models: dict[str, str]) -> None:
+def test_hidden_layers_equal_those_of_transformers(models: dict[str, str]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(models["qwen3"])(CAPTION, return_tensors="pt").input_ids
@@ -82,7 +83,7 @@ def test_layers_are_those_of_transformers(models: dict[str, str]) -> None:
         build_text_encoder(config(models["qwen3"], layer=-5))
 
 
-def test_an_instruction_is_read_and_left_out(models: dict[str, str]) -> None:
+def test_an_instruction_is_encoded_and_its_tokens_are_dropped(models: dict[str, str]) -> None:
     prefix = "describe the picture : "
     encoder = build_text_encoder(config(models["gemma2"], prefix=prefix, max_tokens=6))
     text, mask = encoder.encode([CAPTION, "red"])
@@ -103,7 +104,7 @@ def test_another_layer_or_instruction_is_another_encoder(models: dict[str, str])
     assert len(shas) == 5
 
 
-def test_two_encoders_follow_each_other(models: dict[str, str], tmp_path: Path) -> None:
+def test_two_encoders_are_concatenated(models: dict[str, str], tmp_path: Path) -> None:
     t5 = tiny_t5(tmp_path / "t5")
     clip = {"kind": "clip", "path": models["clip"], "dim": 16, "max_tokens": 4, "layer": -2}
     pair = config(t5, "t5", max_tokens=24, also=clip)
@@ -198,8 +199,10 @@ def test_variants_shards_and_encoders_alone(t5: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight", "embed_tokens.weight"])
 @pytest.mark.parametrize("kind", ["umt5", "t5"])
-def test_the_token_embedding_is_the_files_whatever_it_is_called(t5: str, tmp_path: Path, name: str, kind: str) -> None:
-    """transformers leaves it at random numbers under the last of these names."""
+def test_the_token_embedding_is_read_from_the_file_whatever_its_name(
+    t5: str, tmp_path: Path, name: str, kind: str
+) -> None:
+    """Under the last of these names, transformers would leave it at random numbers."""
     folder = tmp_path / "encoder"
     shutil.copytree(t5, folder)
     tensors = {key: value for key, value in load_file(f"{t5}/model.safetensors").items() if "decoder" not in key}
@@ -219,7 +222,7 @@ def test_the_token_embedding_is_the_files_whatever_it_is_called(t5: str, tmp_pat
     same(folder, t5)
 
 
-def test_the_embedding_of_every_architecture_is_the_files(models: dict[str, str]) -> None:
+def test_the_embedding_of_every_architecture_is_read_from_the_file(models: dict[str, str]) -> None:
     for name, path in models.items():
         encoder = build_text_encoder(config(path, kind_of(name)))
         assert isinstance(encoder, ModelEncoder)

@@ -30,7 +30,7 @@ def word_tokenizer(special: dict[str, str], words: Sequence[str] = WORDS) -> Any
 
 
 def tiny_vlm(path: Path, template: bool = True, seed: int = 10, words: Sequence[str] = WORDS) -> str:
-    """16 channels, one layer on each side, pictures of 16 pixels. The seed is one whose answers differ by picture."""
+    """16 channels, one layer on each side, pictures of 16 pixels. With this seed, answers differ by picture."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Scores by a vision-language model: a true architecture with random weights, and the arithmetic in closed form."""
+"""Scores by a vision-language model: a real architecture with random weights, and the arithmetic in closed form."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_stage_by_stage_in_the_report(config: ExtractorConfig, tmp_path: Path) -
         evaluate(str(tmp_path / "bundle"), output=str(tmp_path / "out"), **settings)
 
 
-def test_what_is_no_such_model_is_refused(config: ExtractorConfig, tmp_path: Path) -> None:
+def test_a_directory_without_such_a_model_is_refused(config: ExtractorConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"judge\.sha256: set it to that of the weights"):
         open_answerer({"judge": ExtractorConfig(kind="vlm", path=config.path)})
     shutil.copytree(config.path, tmp_path / "vlm")

@@ -123,7 +123,7 @@ def test_missing_wrong_or_unstated_weights_are_named(tmp_path: Path, inception) 
         open_extractors({"fid": tiny_weights.stated("inception", other)})
 
 
-def test_without_weights_two_feature_spaces_always_stand() -> None:
+def test_without_weights_two_feature_spaces_are_always_available() -> None:
     found = open_extractors({})
     assert [e.name for e in found] == ["colour_grid_4x4", "random_filters_64"]
     assert [e.pictures(PICTURES).shape[1] for e in found] == [e.width for e in found]

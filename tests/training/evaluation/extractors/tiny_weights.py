@@ -1,4 +1,4 @@
-"""Files of random weights: the true Inception, and small CLIP and DINOv2 towers as Hugging Face lays them out."""
+"""Files of random weights: the real Inception, and small CLIP and DINOv2 towers in Hugging Face's layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say; pairing sees what two separate intervals cannot."""
+"""Intervals contain the true value as often as they claim; pairing reveals what two separate intervals cannot."""
 
 from __future__ import annotations
 

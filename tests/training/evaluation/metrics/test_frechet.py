@@ -83,7 +83,7 @@ def test_impossible_inputs_are_refused() -> None:
         frechet_distance(good, Moments(10, good.mean, good.scatter * np.nan))
 
 
-def test_influences_are_what_leaving_a_picture_out_changes() -> None:
+def test_an_influence_is_the_change_when_a_picture_is_left_out() -> None:
     x, y = features(400, 5, 7), features(500, 5, 8)
     figure = frechet_figure(x, y)
     assert figure.value == pytest.approx(frechet_distance(Moments.of(x), Moments.of(y)), rel=1e-9)
@@ -106,7 +106,7 @@ def test_the_interval_is_as_wide_as_repeated_draws_spread() -> None:
 
 
 @pytest.mark.parametrize("counts", [(20, 20), (20, 90), (90, 20)])
-def test_few_samples_give_what_the_whole_covariance_gives(counts: tuple[int, int]) -> None:
+def test_few_samples_give_the_result_of_the_full_covariance(counts: tuple[int, int]) -> None:
     x, y = features(counts[0], 64, 4), features(counts[1], 64, 5)
     figure = frechet_figure(x, y)
     a, b = Moments.of(x), Moments.of(y)
@@ -114,7 +114,7 @@ def test_few_samples_give_what_the_whole_covariance_gives(counts: tuple[int, int
     root = scipy.linalg.sqrtm(a.covariance).real
     back = np.linalg.pinv(root, rtol=1e-5)
     cross = scipy.linalg.sqrtm(root @ b.covariance @ root).real
-    carried = back @ cross @ back  # of the Gaussian of the samples into the reference's
+    carried = back @ cross @ back  # from the Gaussian of the samples to that of the reference
     centred = x - a.mean
     expected = 2 * centred @ (a.mean - b.mean) + ((centred @ (np.eye(64) - carried)) * centred).sum(axis=1)
     assert figure.samples == pytest.approx(expected - expected.mean(), rel=1e-4, abs=1e-4 * np.abs(expected).max())

@@ -47,7 +47,7 @@ def test_cmmd_is_the_double_loop_over_all_pairs_of_normalised_rows() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_kid_is_unbiased_and_its_interval_covers_the_truth(shift: float) -> None:
-    """With shift 0 all influences vanish to first order: what is left is the second-order part."""
+    """With shift 0 all influences vanish to first order: only the second-order part is left."""
     truth = kid(*clouds(4000, 4000, 99, shift)).value if shift else 0.0
     figures = [kid(*clouds(60, 80, seed, shift)) for seed in range(200)]
     values = np.array([figure.value for figure in figures])
@@ -57,7 +57,7 @@ def test_kid_is_unbiased_and_its_interval_covers_the_truth(shift: float) -> None
     assert 0.88 < covered <= 1.0
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_incomparable_features_are_refused() -> None:
     x, y = clouds(5, 5)
     with pytest.raises(ValueError, match="different width: 6 and 5"):
         kid(x, y[:, :5])

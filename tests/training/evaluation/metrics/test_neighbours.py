@@ -44,7 +44,7 @@ def test_against_double_loops(monkeypatch) -> None:
     assert distances == pytest.approx(np.sort(between, axis=1)[:, :2])
 
 
-def test_a_planted_copy_is_found_and_its_absence_not_reported() -> None:
+def test_a_planted_copy_is_found_and_none_is_reported_without_it() -> None:
     training, samples = cloud(400, 0, width=8), cloud(100, 1, width=8)
     found, _ = closeness(samples, training)
     assert found.min() > COPY and np.mean(found > 1) > 0.9
@@ -55,7 +55,7 @@ def test_a_planted_copy_is_found_and_its_absence_not_reported() -> None:
 
 
 def test_many_duplicates_in_the_training_data_do_not_hide_copies(monkeypatch) -> None:
-    """Their distance, computed as |x|^2 + |y|^2 - 2 x y, is not exactly 0, and must not become the unit."""
+    """Their distance, computed as |x|^2 + |y|^2 - 2 x y, is not exactly 0, and must not become the unit of distance."""
     monkeypatch.setattr(rows, "BLOCK", 64)
     training, samples = cloud(400, 0, width=256, shift=1), cloud(100, 1, width=256, shift=1)
     training[300:330] = training[:30]  # in the same block and in others

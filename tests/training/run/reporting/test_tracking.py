@@ -90,7 +90,7 @@ def test_only_rank_0_writes(config: Experiment) -> None:
     assert not RunDir(config).metrics.exists()
 
 
-def test_a_restart_takes_out_what_runs_again(tmp_path: Path) -> None:
+def test_a_restart_removes_the_records_of_repeated_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert keep_lines(path, 2) == 2
@@ -101,7 +101,7 @@ def test_a_restart_takes_out_what_runs_again(tmp_path: Path) -> None:
     assert keep_lines(path, 2) == 1, "damage costs its line"
 
 
-def test_an_earlier_start_that_still_lives_writes_no_line_here(config: Experiment) -> None:
+def test_an_earlier_start_that_is_still_alive_writes_no_line(config: Experiment) -> None:
     first = tracker(config)
     first.log(1, RECORD, 1)
     second = tracker(config, step=1)
@@ -133,7 +133,7 @@ def test_every_rank_has_a_log_and_rank_0_a_terminal(config: Experiment, capsys: 
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, 1), (errno.ESTALE, 0)])
-def test_lines_that_cannot_be_written_come_later(
+def test_lines_that_cannot_be_written_are_written_later(
     config: Experiment, caplog: pytest.LogCaptureFixture, number: int, said: int
 ) -> None:
     mine = tracker(config, out=io.StringIO())
@@ -173,7 +173,8 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
 
 
 def kill_wandb() -> None:
-    """What Slurm's SIGTERM to every process of a step does to W&B's own process, which must end before we go on."""
+    """Does what Slurm's SIGTERM to every process of a step does to W&B's own process, which must end before we
+    continue."""
     children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     services = []
     for child in map(int, children):
@@ -186,7 +187,7 @@ def kill_wandb() -> None:
 
 
 def steps_in_wandb(config: Experiment) -> set[tuple[int, ...]]:
-    """Of each offline file, the steps that it has; the process that wrote a file may have been killed."""
+    """The steps in each offline file; the process that wrote it may have been killed."""
     found = set()
     for path in RunDir(config).path.glob("wandb/offline-run-*/run-*.wandb"):
         records = [Record.FromString(data) for data in wandb_records(path)]
@@ -203,7 +204,7 @@ def wait_for_steps(config: Experiment, *files: tuple[int, ...]) -> None:
         time.sleep(0.05)
 
 
-def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_that_wandb_lost_are_logged_again(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config.wandb.mode = "offline"
 
@@ -220,7 +221,7 @@ def test_what_wandb_lost_is_logged_again(config: Experiment, caplog: pytest.LogC
     mine.close(exit_code=1)
     lost = {1, 2, 3, 4, 5} - {step for steps in steps_in_wandb(config) for step in steps}
     assert 5 in lost and "W&B failed" in caplog.text
-    with suppress(ConnectionError):  # as in another process
+    with suppress(ConnectionError):  # as in a new process
         wandb.teardown()
     Image.new("RGB", (4, 4)).save(RunDir(config).sample_file(4))
     RunDir(config).sample_file(5).write_bytes(b"no picture")
@@ -299,7 +300,7 @@ def test_names_groups_notes_and_tags_reach_wandb(
     assert b"https://host/a.tar?...,s3://b/?.tar]" in path.read_bytes() and b"secret" not in path.read_bytes()
 
 
-def test_a_student_has_a_name_of_its_own_in_wandb(config: Experiment) -> None:
+def test_a_student_has_its_own_name_in_wandb(config: Experiment) -> None:
     config.wandb.mode, config.run.name, config.stage.name = "offline", "demo", "base64"
     config.distill.steps = 4
     tracker(config, out=io.StringIO()).close()
@@ -340,7 +341,7 @@ tracker.close()
     assert list(RunDir(config).path.glob("wandb/offline-run-*/run-abc12345.wandb"))
 
 
-def test_tensorboard_and_a_table_beside_it_over_a_restart(config: Experiment) -> None:
+def test_tensorboard_and_the_metrics_agree_over_a_restart(config: Experiment) -> None:
     from tensorboardX.proto.event_pb2 import Event
 
     config.trackers = TrackersConfig(tensorboard=True, csv=True)
@@ -384,7 +385,7 @@ def test_tensorboard_on_a_full_disk_is_dropped(
     assert caplog.text.count("TensorBoard failed") == 1 and len(RunDir(config).metrics.read_text().splitlines()) == 49
 
 
-def test_a_tracker_that_fails_costs_itself_alone(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_tracker_is_dropped_and_nothing_else(config: Experiment, caplog: pytest.LogCaptureFixture) -> None:
     config.trackers = TrackersConfig(csv=True)
     mine = tracker(config, out=io.StringIO())
     RunDir(config).metrics.unlink()
@@ -426,7 +427,9 @@ def test_earlier_versions_of_wandb_get_only_the_settings_that_they_have() -> Non
     assert tracking._settings(Now).finish_timeout == tracking.FINISH_S
 
 
-def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_wandb_unreachable_tracking_continues_offline(
+    config: Experiment, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real client against a port where nobody listens."""
     monkeypatch.setattr(tracking, "INIT_S", 3.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -441,7 +444,7 @@ def test_wandb_unreachable_goes_on_offline(config: Experiment, caplog: Any, monk
     assert any("loss" in values for _, values in found) and {run_id for run_id, _ in found} == {"def67890"}
 
 
-def test_directories_that_could_be_written(tmp_path: Path) -> None:
+def test_directories_that_could_be_written_are_recognized(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert _could_write(tmp_path) and _could_write(tmp_path / "not" / "yet")
     assert not _could_write(tmp_path / "file") and not _could_write(tmp_path / "file" / "below")
