@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, how full a folder may be, what must be explained."""
+"""The rules of the project: which folder may import which, how many files a folder may hold, what needs a docstring."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ ROOMS = {
         "commands",
     ],
 }
-"""From the lowest room to the highest: a room imports only what stands before it."""
+"""Folders from the lowest to the highest: each imports only those before it."""
 ONE_ROOM_KNOWS = {
     "deepspeed": ["training/engine"],
     "s3fs": ["data_pipeline/storage"],
     "wandb": ["training/run/reporting"],
 }
-"""Packages that only these rooms import."""
+"""Packages that only these folders import."""
 MOST_FILES = 12
 ONE_INTERFACE = (
     *("data_pipeline/storage/s3.py", "data_pipeline/storage/s3_errors.py", "data_pipeline/storage/other.py"),
     *("slurm/emitters/kubernetes.py", "slurm/emitters/skypilot.py"),
 )
-"""Back ends of one interface: there, equal names are meant."""
+"""Modules that implement one interface, and so share names on purpose."""
 
 
 def sources() -> list[Path]:
@@ -76,7 +76,7 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ROOMS)
-def test_a_room_imports_only_the_rooms_below_it(package: str) -> None:
+def test_a_folder_imports_only_the_folders_below_it(package: str) -> None:
     order = {room: place for place, room in enumerate(ROOMS[package])}
     upward = []
     for path in sources():
@@ -106,12 +106,12 @@ def test_data_flows_one_way() -> None:
 
 
 @pytest.mark.parametrize("package", ONE_ROOM_KNOWS)
-def test_one_room_knows_the_package(package: str) -> None:
+def test_only_one_folder_uses_the_package(package: str) -> None:
     users = {path.parent.as_posix() for path in sources() if any(n.split(".")[0] == package for n in imports(path))}
     assert users <= {*ONE_ROOM_KNOWS[package]}
 
 
-def test_no_folder_holds_more_files_than_one_can_survey() -> None:
+def test_no_folder_holds_more_than_a_dozen_files() -> None:
     count = collections.Counter(path.parent for path in sources() if path.name != "__init__.py")
     assert not {str(folder): files for folder, files in count.items() if files > MOST_FILES}
 
@@ -134,7 +134,7 @@ def public(path: Path) -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
 
 
 def protocol_methods() -> set[str]:
-    """Names of methods that a Protocol explains; what implements them need not repeat it."""
+    """Names of methods that a Protocol documents; implementations need not repeat it."""
     return {
         method.name
         for path in sources()
@@ -156,7 +156,7 @@ def test_public_definitions_are_explained() -> None:
     assert not silent, silent
 
 
-def test_a_name_means_one_thing() -> None:
+def test_a_public_name_is_defined_only_once() -> None:
     places = collections.defaultdict(list)
     for path in sources():
         for name, _ in public(path):
@@ -167,7 +167,7 @@ def test_a_name_means_one_thing() -> None:
 
 
 def test_imports_of_the_project_exist() -> None:
-    """Also inside functions, where no start of a program would notice."""
+    """Also inside functions, where starting the program would not reveal a wrong one."""
     missing = []
     for path in sources():
         for node in ast.walk(_parsed(path)):

@@ -1,4 +1,4 @@
-"""Pages that are made, and notebooks that run."""
+"""Generated pages, and notebooks that run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doors for programs and notebooks: names that stay where they are while rooms move."""
+"""The public modules for programs and notebooks: names that stay in place when folders change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.config.commands import SampleCommand
         ("training.commandline.compose", "training.cli.compose"),
     ],
 )
-def test_a_door_gives_what_the_room_holds(door: str, room: str) -> None:
+def test_a_public_module_gives_the_names_of_its_folder(door: str, room: str) -> None:
     opened = importlib.import_module(door)
     assert opened.__all__
     inside = importlib.import_module(room)

@@ -1,4 +1,4 @@
-"""What a wheel holds: one package, which leaves names such as `training` to others."""
+"""What a wheel contains: one package, which leaves names such as `training` to others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ assert sorted(path.name for path in code.iterdir() if path.is_dir()) == ["cascad
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a wheel puts into site-packages, beside a foreign package called `training`."""
+    """What a wheel puts into site-packages, next to another package called `training`."""
     site = tmp_path_factory.mktemp("site-packages")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(site)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -45,12 +45,12 @@ def run(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", *words], cwd=site.parent, env=environ, capture_output=True, text=True)
 
 
-def test_it_stands_beside_a_package_of_the_same_name(site: Path) -> None:
+def test_the_wheel_coexists_with_a_package_of_the_same_name(site: Path) -> None:
     done = run(site, "-c", PROGRAM, str(site))
     assert done.returncode == 0, done.stderr
 
 
-def test_its_program_and_the_processes_that_it_starts_work(site: Path, tmp_path: Path) -> None:
+def test_the_program_of_the_wheel_and_its_processes_work(site: Path, tmp_path: Path) -> None:
     words = [f"prepare.output={tmp_path}", "prepare.draw.count=8", "prepare.draw.heldout=8", "json=true"]
     done = run(site, "-m", "cascade_t2i", "prepare", "experiment=demo", *words)
     assert done.returncode == 0 and '"samples": 8' in done.stdout, done.stderr
@@ -66,7 +66,7 @@ loader.close()
     assert done.returncode == 0, done.stderr
 
 
-def test_remedies_for_errors_are_in_it(site: Path) -> None:
+def test_remedies_for_errors_are_in_the_wheel(site: Path) -> None:
     known = "from cascade_t2i.slurm.jobs.remedies import remedy; print(remedy('', 2))"
     done = run(site, "-c", known)
     assert done.returncode == 0 and "start again" in done.stdout, done.stderr

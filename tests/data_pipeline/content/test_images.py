@@ -332,7 +332,7 @@ def test_a_window_is_cut_from_the_whole_picture_on_the_low_res_grid(crop: str, s
         whole = training_pair(jpegs()[2], low_res_size=size // 4, **common)[0].astype(int)
         window = training_pair(jpegs()[2], low_res_size=size // 4, crop_size=size // 2, **common)[0]
         half, every = size // 2, size // 64
-        errors = {  # the average of some pixels; of all of them where the bug was found
+        errors = {  # of every n-th pixel; of all pixels at the best place
             (x, y): np.abs(whole[y : y + half : every, x : x + half : every] - window[::every, ::every]).max()
             for x in range(0, half + 1, 4)
             for y in range(0, half + 1, 4)
