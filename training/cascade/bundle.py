@@ -64,6 +64,8 @@ class Bundle:
 
     text: TextConfig
     stages: list[StageWeights]
+    figures: dict[str, Any] | None = None
+    """What `cascade evaluate record=true` recorded of these weights (training/cascade/records.py)."""
 
 
 def main(config: Experiment) -> dict[str, Any]:
@@ -310,6 +312,8 @@ def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, An
 
     Args:
         address: where it will be opened from, for its card; None: `path`.
+
+    Recorded figures are kept only if all weights are those that were evaluated.
     """
     address = address or path
     folder = open_folder(path)
@@ -339,6 +343,8 @@ def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, An
         "stages": stages,
         "code": code_version(),
     }
+    if bundle.figures and [stage["sha256"] for stage in stages] == [stage.sha256 for stage in bundle.stages]:
+        content["figures"] = bundle.figures
     folder.write(CARD, [model_card(address, content).encode()])
     folder.write(INDEX, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
     return content
@@ -499,7 +505,7 @@ def read(path: str) -> Bundle:
             raise ValueError("it has no stages")
         if problem := _check_chain(stages):
             raise DataError(f"{where}: {problem}")
-        return Bundle(from_dict(TextConfig, content["text"], where), stages)
+        return Bundle(from_dict(TextConfig, content["text"], where), stages, content.get("figures"))
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

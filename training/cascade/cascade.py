@@ -83,6 +83,8 @@ class Cascade:
         self.stages = list(stages)
         self.encoder = encoder
         self.text = text
+        self.figures: dict[str, Any] | None = None
+        """Figures that an evaluation recorded in the bundle."""
         self.device = torch.device("cpu")
         self.offload = True
 
@@ -130,7 +132,9 @@ class Cascade:
     def _from(cls, opened: bundle.Bundle, text_path: str | None = None) -> Cascade:
         text = pinned(replace(opened.text, path=text_path or opened.text.path))
         stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
-        return cls(stages, build_text_encoder(text), text)
+        made = cls(stages, build_text_encoder(text), text)
+        made.figures = opened.figures
+        return made
 
     def save(self, path: str) -> None:
         """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content."""
@@ -139,9 +143,11 @@ class Cascade:
         self._write(str(path))
 
     def _write(self, path: str, address: str | None = None) -> None:
-        weights = [bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin) for s in self.stages]
+        weights = [
+            bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin, s.sha256) for s in self.stages
+        ]
         try:
-            bundle.write(path, bundle.Bundle(pinned(self.text), weights), address)
+            bundle.write(path, bundle.Bundle(pinned(self.text), weights, self.figures), address)
         except OSError as error:
             raise of_file(error) from error
 

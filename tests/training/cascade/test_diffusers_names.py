@@ -20,6 +20,7 @@ from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from tests.hub import Hub
 from tests.training.tiny import tiny_cascade
 from training.cascade import Cascade
+from training.cascade.records import record
 
 ROOT = Path(__file__).parents[3]
 
@@ -192,6 +193,7 @@ TO_THE_HUB = """
 import os, sys
 from data_pipeline.common.errors import DataError
 from training.cascade import Cascade
+from training.cascade.records import record
 cascade = Cascade.from_pretrained(sys.argv[1])
 for name in ("me", "me"):
     try:
@@ -213,6 +215,11 @@ def pushed(bundle: str, endpoint: str) -> list[str]:
 
 def test_a_bundle_on_the_hub_is_the_one_that_was_uploaded(cascade: Cascade, tmp_path: Path) -> None:
     cascade.save(str(tmp_path / "made"))
+    stages = json.loads((tmp_path / "made" / "bundle.json").read_text())["stages"]
+    used = [{"name": stage["name"], "sha256": stage["sha256"], "sampler": {}} for stage in stages]
+    n, kid = {"samples": 8, "prompts": 8, "reference": 8}, {"value": 0.5, "interval": [0.4, 0.6], "n": 8}
+    result = {"kid": {"inception": kid}, "n": n, "protocol": {"stages": used, "extractors": {}}}
+    record(str(tmp_path / "made"), result)
     with Hub() as hub:
         said = pushed(str(tmp_path / "made"), hub.endpoint)
         kept = {name: data for (place, name), data in hub.files.items() if place == "models/me/shapes"}
@@ -221,6 +228,7 @@ def test_a_bundle_on_the_hub_is_the_one_that_was_uploaded(cascade: Cascade, tmp_
         assert kept.pop(file.name) == file.read_bytes()
     card = kept.pop("README.md").decode()
     assert 'Cascade.from_pretrained("me/shapes")' in card and "/tmp" not in card
+    assert "| kid.inception | 0.5 | 0.4 to 0.6 | 8 |" in card
     assert "me/shapes" in json.loads(kept.pop("bundle.json"))["index"]["use"]
     assert set(kept) <= {".gitattributes"}
 

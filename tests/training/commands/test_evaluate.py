@@ -555,6 +555,12 @@ def test_the_best_setting_of_a_sweep_goes_into_the_bundle(tmp_path: Path, capsys
     card = (bundle / "README.md").read_text()
     assert "6 samples of 6 prompts against 6 reference pictures." in card and "| kid.colour_grid_4x4 |" in card
     assert f"{bundle}: its sampler settings are now " in capsys.readouterr().out
+    opened = Cascade.from_pretrained(str(bundle))
+    opened.save(str(tmp_path / "copy"))
+    assert json.loads((tmp_path / "copy" / "bundle.json").read_text())["figures"] == content["figures"]
+    assert "| kid.colour_grid_4x4 |" in (tmp_path / "copy" / "README.md").read_text()
+    opened.to(torch.bfloat16).save(str(tmp_path / "rounded"))
+    assert "| kid." not in (tmp_path / "rounded" / "README.md").read_text(), "these weights were not evaluated"
     again = evaluate.main(command(str(bundle), tmp_path / "own", keys={"record": True}, **keys))
     assert again["kid"] == best["kid"], "the bundle's own settings now"
     other = tmp_path / "other"
