@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.machine import total_memory
 from training.config.commands import PlanCommand
-from training.plan.flops import PEAK_TFLOPS
+from training.plan.flops import FP32_MATRIX_TFLOPS, row_tflops
 from training.processes.ranks import process_count, thread_count
 
 GIB = 2**30
@@ -25,11 +25,13 @@ GPUS: dict[str, tuple[str, int]] = {
     "h100-nvl": ("H100 NVL", 94),
     "h100-pcie": ("H100 PCIe", 80),
     "h200": ("H200", 141),
+    "h200-nvl": ("H200 NVL", 141),
     "l4": ("L4", 24),
     "l40s": ("L40S", 48),
     "mi250x": ("MI250X", 64),
     "mi300x": ("MI300X", 192),
     "rtx3090": ("RTX 3090", 24),
+    "rtx3090-ti": ("RTX 3090 Ti", 24),
     "rtx4090": ("RTX 4090", 24),
 }
 """Name on the command line -> (row of `PEAK_TFLOPS`, memory in GiB)."""
@@ -58,11 +60,16 @@ def planned_device(config: PlanCommand) -> Device:
     if name == "cpu":
         return this_machine(config)
     if name not in GPUS:
-        raise ConfigError(f"gpu={name}: it must be cpu or one of {', '.join(GPUS)}")
+        raise ConfigError(
+            f"gpu={name}: it must be cpu or one of {', '.join(GPUS)}; for another GPU, or part of "
+            "one (MIG), give any of them with train.peak_tflops and memory_gib"
+        )
     row, gigabytes = GPUS[name]
-    peak, basis = PEAK_TFLOPS[row] * 1e12, "data sheet, dense bf16"
-    if config.precision.dtype == "fp32":
-        peak, basis = peak / 2, "data sheet, dense TF32 (half of bf16)"
+    dtype = config.precision.dtype
+    peak, basis = row_tflops(row, dtype) * 1e12, "data sheet, dense bf16"
+    if dtype == "fp32":
+        tf32 = "data sheet, dense TF32 (half of bf16), of convolutions; matrix products run in full fp32, slower"
+        basis = "data sheet, fp32 matrix" if row in FP32_MATRIX_TFLOPS else tf32
     if config.train.peak_tflops:
         peak, basis = config.train.peak_tflops * 1e12, "train.peak_tflops"
     return Device(name, (config.memory_gib or gigabytes) * GIB, peak, True, basis)

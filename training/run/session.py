@@ -153,6 +153,7 @@ class Session:
             config.stage.train_size,
             self.text_encoder.max_tokens,
             self.ranks.device,
+            config.precision.dtype,
             config.train.peak_tflops,
             frozen=bool(state.lora),
             teacher_passes=config.distill.teacher_passes,

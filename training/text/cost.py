@@ -60,7 +60,7 @@ class TextCost:
     bytes: int
     """Weights in memory, bytes."""
     flops_per_caption: float
-    """FLOPs for text.max_tokens tokens (shorter captions cost less)."""
+    """FLOPs for text.max_tokens tokens and those of text.prefix (shorter captions cost less)."""
 
 
 def text_cost(text: TextConfig) -> TextCost:
@@ -86,7 +86,7 @@ def _model_cost(text: TextConfig) -> TextCost:
     every token once. An encoder that transformers does not load is not counted."""
     import torch
 
-    from training.text.models import TYPES, model_class, model_settings, text_settings, tower
+    from training.text.models import TYPES, load_tokenizer, model_class, model_settings, text_settings, tower
 
     if text.kind not in TYPES:
         return TextCost(0, "not counted", 0, 0.0)
@@ -102,13 +102,16 @@ def _model_cost(text: TextConfig) -> TextCost:
         make = getattr(kind, "from_config", None) or kind._from_config
         model = tower(make(own if settings.model_type == "clip" else settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens, width = (
-        text.max_tokens,
-        own.num_attention_heads * (getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads),
-    )
+    width = own.num_attention_heads * (getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads)
+    tokens, basis = text.max_tokens, "counted"
+    if text.prefix:
+        try:
+            tokens += len(load_tokenizer(str(text.path), text.tokenizer)(text.prefix)["input_ids"])
+        except DataError:
+            basis = "counted, without text.prefix: no tokenizer on this machine"
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
     flops = 2 * tokens * matrices + own.num_hidden_layers * 4 * tokens * tokens * width
-    return TextCost(parameters, "counted", parameters * (2 if text.dtype == "bf16" else 4), float(flops))
+    return TextCost(parameters, basis, parameters * (2 if text.dtype == "bf16" else 4), float(flops))
 
 
 def t5_shape(path: str) -> tuple[T5Shape | None, str]:

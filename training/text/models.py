@@ -125,7 +125,7 @@ def load_text_model(kind: str, path: str, tokenizer: str | None, dtype: torch.dt
 
     hf_logging.disable_progress_bar()
     settings = model_settings(kind, path)
-    words = _load_tokenizer(path, tokenizer)
+    words = load_tokenizer(path, tokenizer)
     options: dict[str, Any] = {}
     if settings.model_type == "t5gemma":
         settings.is_encoder_decoder = False
@@ -163,7 +163,12 @@ def tokenizer_folder(path: str, tokenizer: str | None) -> str:
     return beside if "text_encoder" in folder and not has_own and _is_dir(beside) else path
 
 
-def _load_tokenizer(path: str, tokenizer: str | None) -> Any:
+def load_tokenizer(path: str, tokenizer: str | None) -> Any:
+    """Load the tokenizer of an encoder.
+
+    Raises:
+        DataError: its files are missing or unreadable.
+    """
     from transformers import AutoTokenizer
 
     place = tokenizer_folder(path, tokenizer)

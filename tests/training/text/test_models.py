@@ -93,6 +93,11 @@ def test_an_instruction_is_encoded_and_its_tokens_are_dropped(models: dict[str, 
     plain, _ = build_text_encoder(config(models["gemma2"])).encode([CAPTION])
     assert not torch.allclose(text[0, :5], plain[0, :5], atol=1e-2), "it has an effect"
     assert encoder.words("red circle") == [("red", [0]), ("circle", [1])]
+    costs = [
+        text_cost(config(models["gemma2"], **keys))
+        for keys in ({"max_tokens": 6, "prefix": prefix}, {"max_tokens": 10})
+    ]
+    assert costs[0] == costs[1], "the model reads the instruction's 4 tokens with each caption"
     assert encoder.is_cut("red " * 7) and not encoder.is_cut("red " * 6)
 
 
