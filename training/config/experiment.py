@@ -179,7 +179,7 @@ class OptimizerConfig:
     """Optimizer, learning rate and its schedule, clipping."""
 
     name: str = "adamw"
-    """`adamw`, `adamw8bit` (8-bit moments), `adafactor` or `muon`; `optimizer=NAME` loads its defaults."""
+    """Name of the optimizer; `optimizer=NAME` also loads its defaults."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
