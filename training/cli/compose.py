@@ -18,32 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import ConfigError
 from training.cli.explain import explain
+from training.cli.hydra_work import spare_hydra_work
 from training.cli.overrides import CONF_DIR, keys_given, normalise
 from training.config.commands import COMMANDS
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
 from training.config.reads import refuse_unread
 from training.plan.checks import check
-
-
-@functools.cache
-def spare_hydra_work() -> None:
-    """Leave out two things that Hydra does in every composition without using them: more than half of its time."""
-    from hydra._internal import defaults_list
-    from hydra.core.config_store import ConfigStore
-
-    # It copies its sources, and with them all schemas, which it only reads.
-    configs = ConfigStore.instance()
-    configs.__deepcopy__ = lambda memo: configs  # type: ignore[attr-defined]
-
-    # For every file, it makes a config of all choices so far, which only references in its defaults list need.
-    all_choices = defaults_list._create_interpolation_map
-
-    def choices(overrides: Any, defaults: Any, self_added: bool) -> Any:
-        refers = any(default.is_interpolation() for default in defaults)
-        return all_choices(overrides, defaults, self_added) if refers else None
-
-    defaults_list._create_interpolation_map = choices  # type: ignore[assignment]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from data_pipeline.common.errors import ConfigError
-from training.cli.compose import ingredients_of, load_config, searching
+from training.cli.compose import composed, ingredients_of, load_config, searching
 from training.cli.explain import SYNONYMS
 from training.cli.fields import keys_of
 from training.cli.overrides import ALIASES, CONF_DIR, groups, section_of
@@ -163,6 +163,16 @@ def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(
     with searching(str(tmp_path)):
         own, none = (load_config("train", ["experiment=mine", *words]) for words in ([], ["ingredient=[]"]))
     assert (own.stage.diffusion.weighting, none.stage.diffusion.weighting) == ("min_snr", "v")
+
+
+def test_what_hydra_keeps_of_a_file_is_what_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    for steps in (7, 8, 7):
+        (tmp_path / "experiment/own.yaml").write_text(f"# @package _global_\ntrain:\n  steps: {steps}\n")
+        with searching(str(tmp_path)):
+            config = composed("train", ["experiment=own"])
+        assert (config.train.steps, config.train.log_every) == (steps, load_config("train").train.log_every)
+        config.train.steps = config.train.log_every = 99  # the next composition does not see it
 
 
 @pytest.mark.parametrize(
