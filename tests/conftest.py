@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import json
 import logging
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -89,13 +92,35 @@ def no_nohup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+SHARED_SERVER = "s3.json"
+"""Where workers leave the address of the S3 server that they share, in the directory that theirs are in."""
+
+
 @pytest.fixture(scope="session")
-def moto_process() -> Iterator[S3Server]:
-    """One S3 server for the whole session."""
-    server, process = start_server()
-    yield server
-    process.kill()
-    process.wait()
+def moto_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for the whole session and all its workers: the first that needs it starts it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        server, process = start_server()
+        yield server
+        process.kill()
+        process.wait()
+        return
+    shared = tmp_path_factory.getbasetemp().parent / SHARED_SERVER
+    with open(shared.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            server, process = start_server()
+            shared.write_text(json.dumps({"pid": process.pid, "server": asdict(server)}))
+    yield S3Server(**json.loads(shared.read_text())["server"])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The server that the workers share ends after all of them."""
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):
+        return
+    shared = session.config._tmp_path_factory.getbasetemp() / SHARED_SERVER  # type: ignore[attr-defined]
+    if shared.exists():
+        os.kill(json.loads(shared.read_text())["pid"], signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
