@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from training.config.unet import UNetConfig
@@ -58,6 +59,7 @@ def row_tflops(row: str, dtype: str) -> float:
     return PEAK_TFLOPS[row] if dtype != "fp32" else FP32_MATRIX_TFLOPS.get(row, PEAK_TFLOPS[row] / 2)
 
 
+@functools.cache
 def forward_flops(config: UNetConfig, size: int, tokens: int) -> int:
     """Count the floating-point operations (2 per multiply-add) of one forward pass for one picture, on tensors without
     data.

@@ -11,6 +11,7 @@ With `lora`, only the adapters have gradients, moments and averages.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Align = tuple[int, int]
 """Hidden width and number of features of the projection head of `repa`."""
+Adapters = tuple[int, float, tuple[str, ...]]
+"""The fields of LoraConfig."""
 BUCKET = 500_000_000
 """Number of gradient elements that DeepSpeed sends together (`reduce_bucket_size`)."""
 LIVE_WEIGHTS = 1_000_000_000
@@ -102,19 +105,20 @@ def follow(
     lora: LoraConfig | None = None,
     align: Align | None = None,
 ) -> Passes:
-    """Follow a training pass over pictures of side `size` with texts of `tokens` tokens; takes seconds, without data or
-    a GPU."""
-    return Passes(*(follow_one(config, size, tokens, dtype, batch, lora, align) for batch in (2, 3)))
+    """Follow a training pass over pictures of side `size` with texts of `tokens` tokens; takes seconds the first time,
+    without data or a GPU."""
+    return Passes(*(_follow_one(config, size, tokens, dtype, batch, _adapters(lora), align) for batch in (2, 3)))
 
 
-def follow_one(
+@functools.cache
+def _follow_one(
     config: UNetConfig,
     size: int,
     tokens: int,
     dtype: torch.dtype,
     batch: int,
-    lora: LoraConfig | None,
-    align: Align | None = None,
+    adapters: Adapters | None,
+    align: Align | None,
 ) -> Pass:
     """Follow a training pass over `batch` pictures."""
     import torch
@@ -123,7 +127,7 @@ def follow_one(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = _network(config, lora, align)
+        model = _network(config, adapters, align)
     finally:
         torch.set_default_dtype(default)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -143,7 +147,12 @@ def follow_one(
     return Pass(np.array(live.activations), np.array(live.gradients), live.largest)
 
 
-def _network(config: UNetConfig, lora: LoraConfig | None, align: Align | None) -> UNet:
+def _adapters(lora: LoraConfig | None) -> Adapters | None:
+    """Return the settings as what a cache may have as its key; None without adapters."""
+    return (lora.rank, lora.alpha, tuple(lora.targets)) if lora is not None and lora.rank else None
+
+
+def _network(config: UNetConfig, adapters: Adapters | None, align: Align | None) -> UNet:
     """Return the network on the meta device, with adapters and projection head if requested."""
     import torch
 
@@ -155,8 +164,9 @@ def _network(config: UNetConfig, lora: LoraConfig | None, align: Align | None) -
         model = UNet(config)
         if align is not None:
             model.alignment = Alignment(config.widths[-1], *align)
-        if lora is not None and lora.rank:
-            add_adapters(model, lora)
+        if adapters is not None:
+            rank, alpha, targets = adapters
+            add_adapters(model, LoraConfig(rank, alpha, list(targets)))
     return model
 
 
@@ -222,7 +232,12 @@ def parameter_shapes(
     unet: UNetConfig, lora: LoraConfig | None = None, align: Align | None = None
 ) -> list[tuple[int, ...]]:
     """Return the shapes of all trained parameters (with `lora`, the adapters), from a network without data."""
-    return [tuple(p.shape) for p in _network(unet, lora, align).parameters() if p.requires_grad]
+    return list(_trained_shapes(unet, _adapters(lora), align))
+
+
+@functools.cache
+def _trained_shapes(unet: UNetConfig, adapters: Adapters | None, align: Align | None) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(p.shape) for p in _network(unet, adapters, align).parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
