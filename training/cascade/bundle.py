@@ -31,6 +31,7 @@ from training.checkpoint.safetensors import Digest, chunks, open_tensors
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
 from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment, StageConfig, TextConfig, command_for
+from training.config.plain import from_plain
 from training.config.unet import UNetConfig, for_stage
 from training.model.alignment import BESIDE
 from training.model.lora import merged, weights_sha256
@@ -292,16 +293,13 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
     Raises:
         DataError: keys or values that this version does not know; the message names `where`.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+        return from_plain(kind, values)
     except (OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{where}: made by another version of this project ({reason})") from error
-    assert isinstance(made, kind)
-    return made
 
 
 # ------------------------------------------------------------------------------------------------- on disk

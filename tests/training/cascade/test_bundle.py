@@ -196,6 +196,8 @@ def test_damaged_bundles_are_refused(runs: list[str], tmp_path: Path) -> None:
 def test_settings_survive_json() -> None:
     config = stage_config("base", 16)
     assert bundle.from_dict(StageConfig, json.loads(json.dumps(asdict(config))), "here") == config
+    text = TextConfig(path="/data/${x}")
+    assert bundle.from_dict(TextConfig, asdict(text), "here") == text
 
 
 def test_a_file_that_is_cut_while_its_weights_are_in_use_kills_nobody(runs: list[str], tmp_path: Path) -> None:
