@@ -20,11 +20,9 @@ from pathlib import Path
 from data_pipeline.common.errors import UserError
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import replacing, scratch
-from data_pipeline.storage.retry import Patience, persist
+from data_pipeline.storage.retry import PATIENCE, persist
 from data_pipeline.storage.s3 import Missing
 
-PATIENCE = Patience(hurry=True)
-"""Gives up on a failing store soon after a signal has asked the process to stop."""
 PREFIX = "cascade-checkpoint-"
 """Prefix of the directories for copies, below TMPDIR."""
 OWNER = ".owner"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import queue
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.common.errors import PASSING, StoreError
@@ -112,6 +116,8 @@ class Patience:
 
 
 DEFAULT = Patience()
+PATIENCE = Patience(hurry=True)
+"""Gives up on a failing store soon after a signal has asked the process to stop."""
 
 
 class Backoff:
@@ -244,6 +250,57 @@ def persist(place: str, action: Callable[[], T], patience: Patience = DEFAULT) -
                 raise
             backoff = backoff or Backoff(place, patience)
             backoff.wait(error, FILE_S, "; check the disk, or the mount of the file server")
+
+
+def load_files(place: str, load: Callable[[], T]) -> T:
+    """Return what `load` returns; repeat it while files fail in a way that may pass, as `persist` does.
+
+    `load` may leave the reading to a library, which calls a file missing, or raises an error of its own, where its file
+    system has failed. So after any error of a file it is repeated once, as soon as all files of `place` can be read.
+
+    Args:
+        place: the file or directory that it reads.
+
+    Raises:
+        StoreError: it still fails at the deadline.
+        Exception: any other error of `load`.
+    """
+    hidden = True
+
+    def attempt() -> T:
+        nonlocal hidden
+        try:
+            return load()
+        except StoreError:
+            raise
+        except Exception as error:
+            if passing := next((number for number in _numbers(error) if number in PASSING), 0):
+                raise OSError(passing, os.strerror(passing), place) from error
+            if not hidden or not _numbers(error):
+                raise
+            hidden = False
+            persist(place, partial(_touch, Path(place)), PATIENCE)
+        return attempt()
+
+    return persist(place, attempt, PATIENCE)
+
+
+def _numbers(error: BaseException | None) -> list[int]:
+    """Return the errno of each error of a file (0 if not known) among an error and those that it is a consequence of.
+    Libraries written in Rust only name it in their message."""
+    if error is None:
+        return []
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    own = [int(said[1])] if said else [error.errno or 0] if isinstance(error, OSError) else []
+    return own + _numbers(error.__cause__ or error.__context__)
+
+
+def _touch(place: Path) -> None:
+    """Read a byte of a file, or of each file in a directory. Raises `OSError`."""
+    for path in place.iterdir() if place.is_dir() else [place]:
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                file.read(1)
 
 
 def disk_fault(read: Callable[[], T]) -> T:

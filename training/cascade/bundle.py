@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.storage.folder import PATIENCE, in_cache, open_folder
-from data_pipeline.storage.retry import persist
+from data_pipeline.storage.folder import in_cache, open_folder
+from data_pipeline.storage.retry import PATIENCE, persist
 from data_pipeline.storage.store import is_remote
 from training.checkpoint.provenance import code_version
 from training.checkpoint.safetensors import Digest, chunks, open_tensors

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.retry import load_files
 from training.config.features import DinoConfig
 from training.text.identity import folder_hash
 
@@ -51,7 +52,7 @@ def dino_settings(path: str) -> Any:
 
     file = Path(path) / "config.json"
     try:
-        kind = json.loads(file.read_text()).get("model_type")
+        kind = json.loads(load_files(path, file.read_text)).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
             f"dino.path={path}: it has no readable config.json; fetch the encoder on a machine with internet access: "
@@ -84,7 +85,9 @@ class Dinov2:
         dino_settings(path)
         try:
             load: Any = Dinov2Model.from_pretrained
-            model, report = load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+            model, report = load_files(
+                path, lambda: load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+            )
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise DataError(f"dino.path={path}: it cannot be loaded ({' '.join(str(error).split())[:200]})") from error
         if report["missing_keys"]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.retry import load_files
 
 if TYPE_CHECKING:
     from training.config.experiment import TextConfig
@@ -67,6 +69,11 @@ def identity(config: TextConfig) -> dict[str, Any]:
 
         probe = token_vectors(["red", "東京"], config.dim).tobytes()
         return {**facts, "weights": hashlib.blake2b(probe, digest_size=8).hexdigest(), "tokenizer": "words"}
+    return {**facts, **load_files(str(config.path), lambda: _hashes(config))}
+
+
+def _hashes(config: TextConfig) -> dict[str, str]:
+    """Return the hashes of a model's weights and tokenizer."""
     folder = _encoder_folder(str(config.path))
     there = sorted(os.listdir(folder))
     weights = [name for name in there if name.endswith(".safetensors")] or [n for n in there if n.endswith(".bin")]
@@ -75,11 +82,12 @@ def identity(config: TextConfig) -> dict[str, Any]:
 
     place = _encoder_folder(tokenizer_folder(folder, config.tokenizer))
     known = TOKENIZER_FILES if config.kind == "t5" else (*TOKENIZER_FILES, *MORE_TOKENIZER_FILES)
-    tokenizer = [name for name in known if os.path.exists(os.path.join(place, name))]
+    beside = set(os.listdir(place))
+    tokenizer = [name for name in known if name in beside]
     how = "" if config.layer == -1 else f"-layer{config.layer}"
     if config.prefix:
         how += f"-prefix{hashlib.blake2b(config.prefix.encode(), digest_size=4).hexdigest()}"
-    return {**facts, "weights": _hash_files(folder, weights) + how, "tokenizer": _hash_files(place, tokenizer)}
+    return {"weights": _hash_files(folder, weights) + how, "tokenizer": _hash_files(place, tokenizer)}
 
 
 def folder_hash(path: str, key: str, model: str = "MODEL") -> str:
@@ -92,10 +100,14 @@ def folder_hash(path: str, key: str, model: str = "MODEL") -> str:
     Raises:
         DataError: there is no such directory, or it contains no weights.
     """
-    there = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    return load_files(path, lambda: _folder_hash(path, key, model))
+
+
+def _folder_hash(path: str, key: str, model: str) -> str:
+    there = sorted(os.listdir(path)) if Path(path).is_dir() else []
     names = [name for name in there if name.endswith((".safetensors", ".bin", ".json", ".model", ".jinja", ".txt"))]
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
-        missing = "it has no weights (model.safetensors)" if os.path.isdir(path) else "there is no model"
+        missing = "it has no weights (model.safetensors)" if Path(path).is_dir() else "there is no model"
         raise DataError(
             f"{key}={path}: {missing}; fetch one on a machine with internet access: hf download {model} "
             f"--local-dir {path}"
@@ -105,7 +117,7 @@ def folder_hash(path: str, key: str, model: str = "MODEL") -> str:
 
 def _encoder_folder(path: str) -> str:
     """Return the directory of an encoder: a local one, or the one in the Hugging Face cache."""
-    if os.path.isdir(path):
+    if Path(path).is_dir():
         return path
     from transformers.utils import cached_file
 

@@ -10,11 +10,13 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.retry import load_files
 from training.text.identity import fetch_hint
 
 T5_TYPES = ("t5", "mt5", "umt5")
@@ -57,24 +59,7 @@ def model_settings(kind: str, path: str) -> Any:
         DataError: there is no model, or a whole pipeline.
         ConfigError: the model is not of a type that `text.kind` accepts.
     """
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        inside = sorted(name for name in os.listdir(path) if name.startswith("text_encoder")) if _is_dir(path) else []
-        if inside:
-            raise DataError(
-                f"text.path={path}: this is a pipeline; give one of its encoders: "
-                f"{', '.join(os.path.join(path, name) for name in inside)}"
-            ) from error
-        if _is_dir(path) and not os.path.exists(os.path.join(path, "config.json")) and os.listdir(path):
-            raise DataError(
-                f"text.path={path}: config.json is missing; put the encoder's config.json next to its weights"
-            ) from error
-        raise DataError(
-            f"text.path={path}: there is no encoder here or in the Hugging Face cache; {fetch_hint(path)}"
-        ) from error
+    settings = load_files(path, lambda: _read_settings(path))
     if settings.model_type not in TYPES[kind]:
         other = next((name for name, types in TYPES.items() if settings.model_type in types), None)
         instead = f"; set text.kind={other}" if other else ""
@@ -83,6 +68,27 @@ def model_settings(kind: str, path: str) -> Any:
             f"{', '.join(TYPES[kind])}{instead}"
         )
     return settings
+
+
+def _read_settings(path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        inside = sorted(name for name in os.listdir(path) if name.startswith("text_encoder")) if _is_dir(path) else []
+        if inside:
+            raise DataError(
+                f"text.path={path}: this is a pipeline; give one of its encoders: "
+                f"{', '.join(os.path.join(path, name) for name in inside)}"
+            ) from error
+        if _is_dir(path) and not Path(path, "config.json").exists() and os.listdir(path):
+            raise DataError(
+                f"text.path={path}: config.json is missing; put the encoder's config.json next to its weights"
+            ) from error
+        raise DataError(
+            f"text.path={path}: there is no encoder here or in the Hugging Face cache; {fetch_hint(path)}"
+        ) from error
 
 
 def text_settings(settings: Any) -> Any:
@@ -121,6 +127,10 @@ def load_text_model(kind: str, path: str, tokenizer: str | None, dtype: torch.dt
         DataError: files are missing or unreadable; the message names them.
         ConfigError: see `model_settings`.
     """
+    return load_files(path, lambda: _load(kind, path, tokenizer, dtype))
+
+
+def _load(kind: str, path: str, tokenizer: str | None, dtype: torch.dtype) -> TextModel:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -159,7 +169,7 @@ def tokenizer_folder(path: str, tokenizer: str | None) -> str:
         return tokenizer
     folder = os.path.basename(os.path.normpath(path))
     beside = os.path.join(os.path.dirname(os.path.normpath(path)), folder.replace("text_encoder", "tokenizer"))
-    has_own = any(os.path.exists(os.path.join(path, name)) for name in (*TOKENIZERS, "tokenizer_config.json"))
+    has_own = any(Path(path, name).exists() for name in (*TOKENIZERS, "tokenizer_config.json"))
     return beside if "text_encoder" in folder and not has_own and _is_dir(beside) else path
 
 
@@ -258,7 +268,7 @@ def _is_embedding(key: str) -> bool:
 
 
 def _is_dir(path: str) -> bool:
-    return os.path.isdir(path)
+    return Path(path).is_dir()  # unlike os.path.isdir, it raises the error of a file system that fails
 
 
 def _file_of(path: str, name: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.storage.retry import load_files
 
 
 def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
@@ -25,8 +26,10 @@ def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
 
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
-        model, report = load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+        processor: Any = load_files(path, lambda: AutoProcessor.from_pretrained(path, local_files_only=True))
+        model, report = load_files(
+            path, lambda: load(path, local_files_only=True, dtype=dtype, output_loading_info=True)
+        )
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(

@@ -1,4 +1,4 @@
-"""Bundles, runs and files of prompts on a server that fails for a moment, or for good."""
+"""Bundles, runs, files of prompts, text encoders and extractors on a server that fails for a moment, or for good."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import errno
 import pytest
 
 from tests.data_pipeline.storage.failing_files import outcomes
+from tests.training.evaluation.extractors.tiny_weights import dinov2_folder
 from tests.training.saved_runs import make_run
+from tests.training.text.tiny_t5 import tiny_t5
 from tests.training.tiny import stage_config
 from training.cascade import bundle
 
 CALLS = ("open", "read", "stat")
 WAYS = [(way, call) for way in ("bundle", "run", "prompts", "table") for call in CALLS]
 WAYS += [("weights", "open"), ("weights", "read"), ("start", "stat")]
+WAYS += [(way, call) for way in ("encoder", "extractor") for call in CALLS]
 PASSING = [(*way, number, 2) for way in WAYS for number in (errno.ESTALE, errno.EIO)]
 BETWEEN = [("weights", "open", errno.ESTALE, 1, after) for after in (1, 2)]
 """Between the check of a file and its reading: the safetensors library reports any file that it cannot open as
@@ -30,6 +33,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     bundle.write(str(folder / "some files/made"), bundle.collect([run]))
     (folder / "some files/made/p.txt").write_text("a circle\na square\n")
     (folder / "some files/made/p.csv").write_text("Prompt,Category\na circle,shapes\n")
+    tiny_t5(folder / "some files/t5")
+    (folder / "some files/dino").mkdir()
+    dinov2_folder(folder / "some files/dino")
     cases = [list(case) for case in (*PASSING, *BETWEEN, *LASTING, *DENIED)]
     return outcomes("tests.training.cascade.reading_bundles", folder, cases)
 

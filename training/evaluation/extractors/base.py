@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.retry import load_files
 from training.config.experiment import ExtractorConfig
 from training.evaluation.metrics import features
 
@@ -84,7 +85,7 @@ def open_extractors(configs: Mapping[str, ExtractorConfig], device: str = "cpu")
         else:
             from training.evaluation.extractors.towers import load_dinov2 as load
         try:
-            found.append(load(name, config, digest, device))
+            found.append(load_files(config.path, lambda: load(name, config, digest, device)))  # noqa: B023
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"evaluation.extractors.{name}.path={config.path}: not {config.kind} ({reason})") from error
@@ -105,7 +106,10 @@ def verified(name: str, config: ExtractorConfig) -> str:
         ConfigError: none is configured.
         DataError: the file is missing, or has a different SHA-256.
     """
-    key = f"evaluation.extractors.{name}"
+    return load_files(config.path, lambda: _verified(f"evaluation.extractors.{name}", config))
+
+
+def _verified(key: str, config: ExtractorConfig) -> str:
     file = weights_file(config)
     if not file.is_file():
         origin = f"fetch it from {config.source} on a machine with internet access" if config.source else "put it there"
