@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import CascadeError, DataError
-from data_pipeline.storage.folder import PATIENCE, Folder, open_folder
-from data_pipeline.storage.retry import disk_fault, persist
+from data_pipeline.storage.folder import Folder, open_folder
+from data_pipeline.storage.retry import PATIENCE, disk_fault, persist
 from training.checkpoint.attempts import Attempts, record_name
 from training.checkpoint.downloads import Share
 from training.checkpoint.retention import DAMAGED, Standing, doomed, leftovers
@@ -441,7 +441,8 @@ class CheckpointStore:
         raise DataError(read[0].problem)
 
     def _read(self, step: int) -> list[Found]:
-        """Read the manifests of a step, the one that takes precedence first; the list is never empty."""
+        """Read the manifests of the latest start that has committed a step (two, if starts share a number); the list is
+        never empty. A damaged one does not bring back that of an earlier start, which the run has left behind."""
         folder = self._folder(step)
         try:
             sizes = disk_fault(folder.sizes)
@@ -451,7 +452,7 @@ class CheckpointStore:
             reason = getattr(error, "strerror", error)
             return [Found(problem=f"{folder}: its {MANIFEST} cannot be read ({reason})", committed=True)]
         found = []
-        for name in manifests(sizes):
+        for name in latest(manifests(sizes)):
             try:
                 found.append(
                     Found(
@@ -505,6 +506,7 @@ class CheckpointStore:
                         continue
                     found = self._problems(checkpoint, ranks, checksums, share)
                     if not found:
+                        self._damaged.discard(step)
                         return checkpoint
                     problem = f"{checkpoint.folder}: {'; '.join(found)}"
                 if read.committed:
@@ -549,6 +551,12 @@ def manifests(names: Iterable[str]) -> list[str]:
     """Return the manifests among the names in a step's directory, the one that takes precedence first."""
     later = [(int(match[1]), name) for name in names if (match := LATER_MANIFEST.fullmatch(name))]
     return [name for _, name in sorted(later, reverse=True)] + [name for name in names if name == MANIFEST]
+
+
+def latest(names: list[str]) -> list[str]:
+    """Return those of the latest start among `manifests`."""
+    attempts = [int(match[1]) if (match := LATER_MANIFEST.fullmatch(name)) else 0 for name in names]
+    return [name for name, attempt in zip(names, attempts, strict=True) if attempt == attempts[0]]
 
 
 def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str, Any]:

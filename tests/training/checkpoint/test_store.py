@@ -295,6 +295,26 @@ def test_a_late_commit_of_an_earlier_attempt_is_not_part_of_the_run(store: Check
     assert later.prune(keep_last=5) == [30]
 
 
+@pytest.mark.parametrize("damaged", ["manifest", "file"])
+def test_damage_does_not_bring_back_what_the_run_has_left_behind(store: CheckpointStore, damaged: str) -> None:
+    save(store, 10)
+    later = CheckpointStore(str(store.folder))
+    later.resume(ONE, lambda checkpoint: None)
+    store.attempts.check = lambda: None  # type: ignore[method-assign]
+    save(store, 20)
+    save(later, 20)
+    manifest = later.open(20).manifest
+    place = Path(str(store.folder)) / "step-00000020"
+    flip_a_bit(place / (manifest["name"] if damaged == "manifest" else manifest["files"][0]["name"]))
+    third = CheckpointStore(str(store.folder))
+    found = third.resume(ONE, lambda checkpoint: None)
+    assert found is not None and found.step == 10
+    save(third, 20)
+    save(third, 30)
+    assert third.prune(keep_last=2) == [10] and third.newest_whole() == 30
+    assert third.open(20).manifest["name"].startswith("manifest-a0003-")
+
+
 def test_a_start_that_meets_a_live_one_continues_from_what_that_one_saves(store: CheckpointStore) -> None:
     save(store, 10)
 
