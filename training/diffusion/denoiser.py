@@ -22,6 +22,8 @@ from training.diffusion.schedule import Schedule, add_noise, alpha_sigma, per_sa
 
 Denoise = Callable[[Tensor, Any], Tensor]
 """Function from z (B, 3, H, W) and a log-SNR (one number, or fp32 (B,)) to the estimate of x0."""
+EDGE = 1e-5
+"""By how much a log-SNR may lie outside the guidance interval: several times the rounding of fp32."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,14 @@ def guided(
 
     Args:
         guidance: w; 1 gives exactly the conditional model, 0 exactly the unconditional one.
-        interval: first and last time t at which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1.
+        interval: first and last time t at which guidance applies (Kynkaanniemi et al. 2024); outside, w = 1. A step
+            of a grid that falls on one of them is inside, whatever the rounding of its log-SNR (EDGE).
         negative: text and mask to steer away from; None: the unconditional model.
         low_res, aug_log_snr: the noised low-res picture and its log-SNR, shared by both branches and all steps.
         sizes: (B, 6), the sizes that both branches are conditioned on, see `SizeEmbedding`.
     """
     null_text, null_mask = negative or (torch.zeros_like(text), torch.zeros_like(text_mask))
-    noisiest, cleanest = schedule.log_snr_at(interval[1]), schedule.log_snr_at(interval[0])
+    noisiest, cleanest = schedule.log_snr_at(interval[1]) - EDGE, schedule.log_snr_at(interval[0]) + EDGE
 
     given = {"low_res": low_res, "aug_log_snr": aug_log_snr, "sizes": sizes}
 

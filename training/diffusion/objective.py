@@ -36,7 +36,7 @@ def times(seed: int, positions: Tensor, *, global_batch: int = 0) -> Tensor:
         return random.uniform(seed, positions, Stream.TIME).to(torch.float64)
     step = torch.div(positions, global_batch, rounding_mode="floor")
     offset = random.uniform(seed, step, Stream.TIME).to(torch.float64)
-    return (offset + (positions - step * global_batch) / global_batch) % 1.0
+    return (offset + (positions - step * global_batch).to(torch.float64) / global_batch) % 1.0
 
 
 def flow_v_weight(log_snr: Tensor) -> Tensor:

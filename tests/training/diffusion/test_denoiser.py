@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config.diffusion import PARAMETRIZATIONS, DiffusionConfig
+from training.config.diffusion import PARAMETRIZATIONS, SCHEDULES, DiffusionConfig
 from training.diffusion.denoiser import augment, guided, predict_x0, scaling, target, to_unit, upsample
+from training.diffusion.sampler import grid
 from training.diffusion.schedule import Schedule, add_noise, per_sample
 
 
@@ -101,6 +102,24 @@ def test_guidance_is_off_outside_its_interval() -> None:
     off = guide(model, 3.0, interval=(0.6, 0.9))  # log-SNR 0 is t = 0.5
     assert torch.equal(off, guide(Linear(), 1.0)) and model.calls == [2]
     assert not torch.equal(guide(Linear(), 3.0, interval=(0.4, 0.6)), off)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_steps_at_the_ends_of_the_interval_are_inside(kind: str) -> None:
+    """As numbers and as fp32 tensors, for which the grid's log-SNRs are rounded differently from the interval's."""
+    schedule = Schedule.of(DiffusionConfig(schedule=kind), 64)
+    text, mask = draw(2, 4, 3, seed=3), torch.ones(2, 4, dtype=torch.bool)
+    for steps, first, last in ((10, 2, 8), (10, 1, 7), (5, 1, 4), (8, 2, 6), (20, 0, 20)):
+        for spacing in ("time", "karras") if first == 0 else ("time",):
+            model, interval = Linear(), (first / steps, last / steps)
+            config = DiffusionConfig(parametrization="x0")
+            denoise = guided(model, text, mask, config=config, schedule=schedule, guidance=3.0, interval=interval)
+            inside = [last >= steps - step >= first for step in range(steps)]
+            for level, guides in zip(grid(schedule, steps, spacing), inside, strict=False):
+                alone = denoise(draw(2, 3, 4, 4), level)
+                assert model.calls[-1] == (4 if guides else 2), (spacing, steps, interval, level)
+                many = denoise(draw(2, 3, 4, 4), torch.full((2,), level))
+                torch.testing.assert_close(many, alone, rtol=0, atol=1e-6)
 
 
 def test_both_branches_share_the_noised_low_res_picture() -> None:
