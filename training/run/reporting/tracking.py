@@ -146,24 +146,31 @@ class Lines:
     def append(self, line: str) -> None:
         """Write a line, after those that are not written yet. Raises `OSError` if they still cannot be."""
         self._unwritten += f"{line}\n".encode()
+        self._write()
+
+    def _write(self) -> None:
         try:
-            self._write()
+            self._write_to_file()
         except OSError as error:
             if error.errno not in PASSING:
                 raise
             fresh = self._open()
-            self.close()
+            with suppress(OSError):
+                self._file.close()
             self._file = fresh
-            self._write()
+            self._write_to_file()
 
-    def _write(self) -> None:
+    def _write_to_file(self) -> None:
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):
-            self._file.close()
+        """Close the file, after the lines that are not written yet. Raises `OSError` if they still cannot be."""
+        try:
+            self._write()
+        finally:
+            with suppress(OSError):
+                self._file.close()
 
 
 class Tracker:
@@ -276,7 +283,10 @@ class Tracker:
         """Close the files and the W&B run."""
         if not self.active:
             return
-        self._lines.close()
+        try:
+            self._lines.close()
+        except OSError as error:
+            log.warning("metrics.jsonl still cannot be written (%s): its last lines are lost", error)
         self._sinks.each(lambda sink: sink.close())
         if self._wandb_failed and exit_code == 0:
             self._start_again()

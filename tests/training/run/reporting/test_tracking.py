@@ -153,6 +153,20 @@ def test_lines_that_cannot_be_written_are_written_later(
     assert [line["step"] for line in json_lines(mine.run.metrics)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_lines_that_are_not_written_yet_at_the_end(
+    config: Experiment, caplog: pytest.LogCaptureFixture, room: bool
+) -> None:
+    mine = tracker(config, out=io.StringIO())
+    mine._lines._file, whole = open("/dev/full", "ab", buffering=0), mine._lines._file  # noqa: SIM115
+    mine.log(1, RECORD, 1)
+    if room:
+        mine._lines._file = whole
+    mine.close()
+    assert [line["step"] for line in json_lines(mine.run.metrics)] == [1] * room
+    assert ("metrics.jsonl still cannot be written ([Errno 28]" in caplog.text) is not room
+
+
 def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     config.wandb.mode = "offline"
     place = Path(config.run.dir) / "checkpoints" / "step-00000001"
