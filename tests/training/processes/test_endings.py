@@ -84,11 +84,17 @@ def test_exit_codes() -> None:
 
 
 def test_one_table_of_exit_codes() -> None:
-    """docs/training.md lists the codes of the table in code, and which of them all ranks agree on does not drift."""
+    """docs/training.md lists the codes of the table in code, docs/cluster.md what the Slurm script does at each, and
+    which of them all ranks agree on does not drift."""
     page = (ROOT / "docs" / "training.md").read_text()
     table = page.split("## Exit codes")[1].split("\n## ")[0]
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
     assert sorted(listed) == sorted(EXIT_CODES)
+    other = (ROOT / "docs" / "cluster.md").read_text()
+    rows = dict(re.findall(r"^\| ([\d, ]+) \| (.+) \|$", other.split("(training.md#exit-codes)")[1], re.MULTILINE))
+    on_slurm = {int(code): what for codes, what in rows.items() for code in codes.split(", ")}
+    assert {code for code in on_slurm if code < 128 or code == 130} == set(EXIT_CODES)
+    assert {code for code, what in on_slurm.items() if what == "ends the job"} == {0, *FINAL_CODES}
     assert set(STOP_CODES) == {75, 76, 77, 130}
     assert [code for code, end in EXIT_CODES.items() if end.restart] == [75, 78, 80]
     assert set(FINAL_CODES) == {2, 76, 77, 130} and not any(EXIT_CODES[code].restart for code in FINAL_CODES)
