@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.common.python import importing
@@ -36,6 +36,9 @@ from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count
 from training.run.directory import STOP, RunDir, json_lines
 from training.run.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from training.run.session import Session
 
 log = logging.getLogger("cascade")
 HANDLES_SIGNALS = True
@@ -199,15 +202,12 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 log.info(line)
         exit_code = EXIT_DONE
         return session.summary(loss, done)
-    except CascadeError as error:  # raised on all ranks, so a checkpoint in progress can still be finished
-        session.finish_saving()
-        exit_code = error.exit_code
-        raise
-    except RuntimeError as error:
-        if end := _explained(error, ranks, watchdog):
-            exit_code = end.exit_code
-            raise end from error
-        raise
+    except (CascadeError, RuntimeError) as error:
+        last_error = _finished(error, session, watchdog)
+        exit_code = last_error.exit_code if isinstance(last_error, CascadeError) else EXIT_CRASH
+        if last_error is error:
+            raise
+        raise last_error from error
     finally:
         watchdog.phase("end", session.data.step)
         session.close(exit_code)
@@ -230,6 +230,19 @@ def _what_is_there(config: Experiment, step: int) -> list[str]:
         further = command_for("train", config, stage=to_do[0]) if to_do else command_for("bundle", config)
         lines.append(f"next: {further}")
     return lines
+
+
+def _finished(error: CascadeError | RuntimeError, session: Session, watchdog: Watchdog) -> CascadeError | RuntimeError:
+    """Finish what can be finished after an error; return the error to end with: that one, or what has become of the
+    other ranks or of this one's GPU since."""
+    if isinstance(error, CascadeError):  # raised on all ranks, so a checkpoint in progress can still be finished
+        try:
+            session.finish_saving()
+        except (CascadeError, RuntimeError) as later:
+            error = later
+    if isinstance(error, CascadeError):
+        return error
+    return _explained(error, session.ranks, watchdog) or error
 
 
 def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:

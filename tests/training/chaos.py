@@ -10,6 +10,7 @@ freeze                      SIGSTOP then (step 0), or before the ranks meet (ste
 slow write                  each file of that step's checkpoint takes `seconds`
 sleep                       `seconds` inside `phase` of the step (step -1: of every step)
 stop                        SIGTERM inside `phase` of the step (phase begin: before the first one)
+error                       a DataError in phase forward of the step
 gpu error                   torch's error `says` in phase forward of the step (step 0: while the text encoder is loaded)
 elsewhere                   `SECTION.dir` of the rank is `place`, as on a node that does not share it with the others
 missing                     the package `module` is not installed
@@ -111,6 +112,8 @@ def main(config: Experiment) -> dict[str, Any]:
     def strike(name: str, step: int) -> None:
         if name == "forward":
             fail_gpu(step)
+            if at("error", step):
+                raise DataError("something is wrong with the data")
         for event in (e for e in events if e.get("phase") == name and e["step"] in (step, -1)):
             time.sleep(event.get("seconds", 0))
             if event["what"] == "stop":

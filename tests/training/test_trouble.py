@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,18 @@ def test_a_rank_that_freezes_during_the_start_is_named(
     codes = running.codes(grace_s=2)
     assert codes[1 - rank] == 78 and codes[rank] == -9, running.text
     assert says in running.text and "Traceback" not in running.text
+
+
+def test_a_rank_that_dies_while_the_others_end_for_another_reason(tmp_path: Path, shards: str) -> None:
+    """All ranks wait for the checkpoint of step 3, of which rank 1 writes a half, to end with an error of
+    step 4."""
+    config = experiment(tmp_path, shards)
+    events: list[dict[str, Any]] = [{"what": "error", "rank": rank, "step": 4} for rank in (0, 1)]
+    events += [{"what": what, "rank": 1, "step": 3, "seconds": 3.0} for what in ("write", "slow write")]
+    running = chaos(config, 2, *events)
+    assert running.codes() == [78, -9], running.text
+    assert "another rank died or did not respond within the time-outs (step" in running.text
+    assert "Traceback" not in running.text
 
 
 def test_a_gpu_that_fails_is_blamed_on_its_node(tmp_path: Path, shards: str) -> None:

@@ -105,7 +105,6 @@ def together(call: Callable[[], Any], ranks: Ranks) -> Any:
     if ranks.world_size == 1:
         return call()
     import torch
-    import torch.distributed as dist
 
     data, problem = b"", None
     if ranks.is_main:
@@ -113,13 +112,9 @@ def together(call: Callable[[], Any], ranks: Ranks) -> Any:
             data = json.dumps(call()).encode()
         except Exception as error:
             problem = error
-    size = from_main(torch.tensor([-1 if problem is not None else len(data)]), ranks)
-    if size < 0:
-        box = [_named(problem, ranks)]
-        dist.broadcast_object_list(box, src=0, group=ranks.control)
-        assert box[0] is not None
-        raise _noted(box[0], ranks)
-    sent = from_main(_tensor_of(data) if ranks.is_main else torch.empty(int(size), dtype=torch.uint8), ranks)
+    errors, size = _errors_and_size(problem, len(data), ranks)
+    _raise_first(errors)
+    sent = from_main(_tensor_of(data) if ranks.is_main else torch.empty(size, dtype=torch.uint8), ranks)
     return json.loads(sent.numpy().tobytes())
 
 
@@ -146,29 +141,59 @@ class RankTeam(Team):
 
 def each(call: Callable[[], Any], ranks: Ranks) -> Any:
     """Call `call` on every rank and return its own result; if it fails on some, raise the first one's error on all, so
-    that rank 0 can report it."""
+    that rank 0 can report it.
+
+    `call` may use `each`, `together` and a `RankTeam` itself: a rank that fails between two of these says so where the
+    others next meet.
+    """
     value, error = None, None
     try:
         value = call()
     except Exception as caught:
+        if ranks.world_size > 1 and _is_known(caught):
+            raise
         error = caught
-    for problem in errors_of_all(error, ranks):
-        if problem is not None:
-            raise problem
+    _raise_first(errors_of_all(error, ranks))
     return value
 
 
 def errors_of_all(error: Exception | None, ranks: Ranks, group: Any = None) -> list[Exception | None]:
-    """Return the error of each rank, in rank order; an empty list if no rank has one, which costs a sum of one
-    number."""
+    """Return the error of each rank, in rank order; an empty list if no rank has one, which costs a sum of two
+    numbers."""
     if ranks.world_size == 1:
         return [] if error is None else [error]
+    return _errors_and_size(error, 0, ranks, group)[0]
+
+
+def _errors_and_size(
+    error: Exception | None, size: int, ranks: Ranks, group: Any = None
+) -> tuple[list[Exception | None], int]:
+    """Return the errors as `errors_of_all` does, and the sum of the sizes. `each` and `together` both begin with this,
+    so that a rank in the one can meet others in the other."""
     import torch
     import torch.distributed as dist
 
-    failed = torch.tensor([int(error is not None)])
-    dist.all_reduce(failed, group=group or ranks.control)
-    return [_noted(one, ranks) for one in gather_objects(_named(error, ranks), ranks, group)] if failed else []
+    sums = torch.tensor([int(error is not None), size])
+    dist.all_reduce(sums, group=group or ranks.control)
+    failed, total = sums.tolist()
+    found = gather_objects(_named(error, ranks), ranks, group) if failed else []
+    return [_noted(one, ranks) for one in found], total
+
+
+_KNOWN = "known to all ranks"
+"""Attribute of an error that has been raised on all ranks."""
+
+
+def _raise_first(errors: list[Exception | None]) -> None:
+    for problem in errors:
+        if problem is not None:
+            setattr(problem, _KNOWN, True)
+            raise problem
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Return whether all ranks raise this error, or one of which it is a consequence."""
+    return error is not None and (hasattr(error, _KNOWN) or _is_known(error.__cause__))
 
 
 Problem = TypeVar("Problem", bound=Exception | None)

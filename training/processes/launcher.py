@@ -215,8 +215,8 @@ def _free_address() -> tuple[str, int]:
 
 
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:
-    """Run `module.main(config)` as one rank of `launch`; return the exit code. Only rank 0 reports an error that all
-    ranks share."""
+    """Run `module.main(config)` as one rank of `launch`; return the exit code. An error that all ranks share is
+    reported once."""
     rank = int(os.environ["RANK"])
     config = from_plain(getattr(training.config.commands, config_class), json.loads(Path(config_file).read_text()))
     with python.importing():
@@ -229,7 +229,7 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
         alone = error.exit_code == EXIT_HUNG or (isinstance(error, DeviceLost) and not error.shared)
         if rank == 0 and config.debug:
             traceback.print_exc()
-        elif rank == 0 or alone:
+        elif alone or _is_first(result_file):
             say(str(error))
         if not alone:
             agreed_file(result_file).touch()

@@ -114,7 +114,7 @@ class Session:
         encode = self.text_encoder.encode
         self.evaluation: QuickEvaluation | None = None
         if config.evaluation.every:
-            self.evaluation = QuickEvaluation(config, ranks, encode)
+            self.evaluation = each(lambda: QuickEvaluation(config, ranks, encode), ranks)
 
     def _discard(self, made: list[str]) -> None:
         """Remove what this start has created, after it was refused."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import DataError, about
 from tests.training import forks
 from training.config.experiment import Experiment
 from training.engine.start import init_distributed, shut_down
@@ -43,6 +43,14 @@ def main(config: Experiment) -> dict[str, Any]:
             raise DataError(f"rank {me} cannot")
         return me
 
+    def between(who: int) -> list[Any]:
+        team = collectives.RankTeam(ranks)
+        first = collectives.together(lambda: 5, ranks), team.everyone(lambda: me)
+        if me == who:
+            raise DataError(f"rank {me} cannot go on")
+        with about("data.shards"):
+            return [*first, team.once(lambda: 6), collectives.together(lambda: 7, ranks)]
+
     answers = {
         "rows": collectives.gather_rows(torch.full((2, 3), me), ranks).tolist(),
         "bytes": [data.decode() for data in collectives.gather_bytes(f"<{me}>".encode(), ranks)],
@@ -53,6 +61,11 @@ def main(config: Experiment) -> dict[str, Any]:
         "together fails": said(lambda: collectives.together(lambda: failing(0), ranks)),
         "each": collectives.each(lambda: failing(), ranks),
         "each fails": said(lambda: collectives.each(lambda: failing(1, 2), ranks)),
+        "within": collectives.each(lambda: between(-1), ranks),
+        "within fails": [said(lambda who=who: collectives.each(lambda: between(who), ranks)) for who in range(3)],
+        "within fails at once": said(
+            lambda: collectives.each(lambda: collectives.together(lambda: failing(0), ranks), ranks)
+        ),
         "sum": collectives.all_sum([1.0, me], ranks),
         "no errors": collectives.errors_of_all(None, ranks),
         "objects": collectives.gather_objects({me}, ranks) == [{0}, {1}, {2}],
@@ -71,6 +84,7 @@ def test_three_ranks_tell_each_other(tmp_path: Path) -> None:
     assert running.codes() == [0] * 3, running.text
     for rank in range(3):
         answers = json.loads((tmp_path / "run" / f"answers-{rank}.json").read_text())
+        keys = ["" if who == rank else "data.shards: " for who in range(3)]
         assert math.isnan(answers["together"].pop("nan"))
         assert answers == {
             "rows": [[0] * 3, [0] * 3, [1] * 3, [1] * 3, [2] * 3, [2] * 3],
@@ -82,6 +96,9 @@ def test_three_ranks_tell_each_other(tmp_path: Path) -> None:
             "together fails": "DataError: rank 0 cannot",
             "each": rank,
             "each fails": "DataError: rank 1 cannot",
+            "within": [5, [0, 1, 2], 6, 7],
+            "within fails": [f"DataError: {key}rank {who} cannot go on" for who, key in enumerate(keys)],
+            "within fails at once": "DataError: rank 0 cannot",
             "sum": [3.0, 3.0],
             "no errors": [],
             "objects": True,

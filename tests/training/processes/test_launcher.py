@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.common.errors import DataError
 from tests.children import gone
-from training.processes.launcher import run_processes
+from training.config.experiment import Experiment
+from training.processes.launcher import run_processes, worker
 
 pytestmark = pytest.mark.usefixtures("no_nohup")
 
@@ -75,6 +77,22 @@ def test_a_process_that_was_killed_is_named(capfd: pytest.CaptureFixture[str]) -
     body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)"
     assert run_processes(program(body), 2, grace_s=0.5) == 128 + signal.SIGKILL
     assert capfd.readouterr().err.startswith("rank 1 was killed by signal 9 (SIGKILL), usually because the machine ran")
+
+
+def main(_: Experiment) -> None:
+    """A command that fails."""
+    raise DataError("a disk of this node is missing")
+
+
+def test_an_error_is_said_once_whichever_rank_has_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 may be the only one that has it, and rank 0 then knows only that it has lost rank 1."""
+    (tmp_path / "config.json").write_text("{}")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert worker(__name__, "Experiment", f"{tmp_path}/config.json", f"{tmp_path}/result.json") == 2
+    assert capfd.readouterr().err == "a disk of this node is missing\n"
 
 
 def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
