@@ -35,6 +35,7 @@ MIN_SIDE = 4
 """Pictures with a shorter side are counters and tracking pixels, not training data: `too_small`."""
 MAX_ASPECT = 20.0
 """Pictures more elongated than this have no meaningful square crop: `aspect_ratio`."""
+Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the limit, and may be above Pillow's own
 Image.init()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF blocks and the like, of pictures that still decode
 FORMATS = tuple(
@@ -188,7 +189,7 @@ def dimensions(data: bytes) -> tuple[int, int]:
     """Return the stored (width, height), reading only the header; orientation is not applied.
 
     Raises:
-        BadSample: `empty_image`, `decode_error`, `too_large` or `unsupported_image`.
+        BadSample: `empty_image`, `decode_error` or `unsupported_image`.
     """
     if not data:
         raise BadSample("empty_image", "the picture has no bytes")
@@ -370,8 +371,6 @@ def _open(data: bytes) -> Image.Image:
     """Open a picture, reading only its header. Raises `BadSample`."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadSample("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         kind = picture_kind(data)
         if is_unsupported(kind):

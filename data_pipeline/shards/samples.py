@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -313,18 +312,9 @@ def image_size(data: bytes) -> tuple[int | None, int | None]:
 def _header_size(data: bytes) -> tuple[int | None, int | None]:
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    try:
-        if data[:2] == b"\xff\xd8":
-            import simplejpeg
-
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            return width, height
-    except (ValueError, KeyError):  # the latter for subsampling that simplejpeg has no name for, such as 4:4:1
-        pass
-    from PIL import Image
+    from data_pipeline.content.images import dimensions
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except Exception:  # Pillow's plugins raise all kinds of errors on damaged headers
+        return dimensions(data)
+    except BadSample:
         return None, None

@@ -20,6 +20,7 @@ from data_pipeline.common.errors import BadSample
 from data_pipeline.content.images import decode, dimensions, orientation_from_json, training_pair, training_view
 from data_pipeline.content.resize import box_average
 from data_pipeline.shards.samples import image_size
+from tests.data_pipeline.damage import promised
 from tests.data_pipeline.photos import jpegs
 
 
@@ -242,11 +243,15 @@ def test_a_bomb_is_refused_before_it_takes_memory() -> None:
     bomb = encoded(Image.new("1", (30_000, 8_000)), "PNG")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert refused(bomb) == "too_large"
-    huge = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
-    huge[16:24] = (100_000).to_bytes(4, "big") * 2
-    huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
-    assert refused(bytes(huge)) == "too_large"
+    assert refused(promised(100_000, 100_000)) == "too_large"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_max_pixels_may_be_above_pillows_own_limit() -> None:
+    picture = encoded(Image.new("1", (20_000, 10_000)), "TIFF", compression="group4")
+    assert dimensions(picture) == image_size(picture) == (20_000, 10_000)
+    assert refused(picture) == "too_large"
+    assert refused(promised(20_000, 10_000), max_pixels=200_000_000) == "decode_error"
 
 
 @settings(max_examples=150, deadline=None)
