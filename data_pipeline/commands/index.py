@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive, exhausted
+from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive, check_exhausted
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -148,8 +148,7 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
         if not store.is_remote(entry.url):
             store.open_stream(entry.url).close()
     except DataError as error:
-        if fault := exhausted(error):
-            raise fault from error
+        check_exhausted(error)
         return 0, {"unreadable_shard": 1}, [str(error).removeprefix(f"{entry.url}: ")], {}, {}
     try:
         index = build_index(entry, config.index_dir, patience, config.members, rebuild)
@@ -158,8 +157,7 @@ def _build(entry: store.Entry, config: DataConfig, patience: Patience, rebuild: 
     except CascadeError:
         raise
     except Exception as error:  # unforeseen damage affects only this shard
-        if fault := exhausted(error):
-            raise fault from error
+        check_exhausted(error)
         return 0, {"corrupt_shard": 1}, [f"{type(error).__name__}: {error}"], {}, {}
     return _result(index, config)
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_pipeline.common.errors import NO_FILE, BadSample, ConfigError, DataError, system_words
+from data_pipeline.common.errors import NO_FILE, BadSample, ConfigError, DataError, dropped_remark, system_words
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -214,12 +214,8 @@ def _write_splits(
 
 def _dropped_remark(source: Source, result: dict[str, Any]) -> str:
     """Return a remedy if most samples were dropped for one reason; empty otherwise."""
-    reason = max(result["dropped"], key=result["dropped"].get, default="")
-    count = result["dropped"].get(reason, 0)
-    if 2 * count <= result["samples"] + sum(result["dropped"].values()):
-        return ""
-    words = source.advice(reason) or result["why"].get(reason, "")
-    return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
+    total = result["samples"] + sum(result["dropped"].values())
+    return dropped_remark(result["dropped"], total, lambda reason: source.advice(reason) or result["why"][reason])
 
 
 def _finish(item: Item, settings: PrepareConfig, data: DataConfig) -> Made:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.commands.verify_report import THUMBNAIL, Tally, write_page
-from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive, exhausted
+from data_pipeline.common.errors import BadSample, CascadeError, NotAnArchive, check_exhausted
 from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
@@ -82,8 +82,7 @@ def main(config: VerifySettings) -> dict[str, Any]:
             try:
                 _verify_shard(entry, config, data, patience, pool, tally, broken)
             except Exception as error:  # damage, even unforeseen, affects only this shard
-                if fault := exhausted(error):
-                    raise fault from error
+                check_exhausted(error)
                 broken.add(entry.url, None, 0, *_shard_damage(error))
     page = store.join(config.output, "report.html") if config.report else None
     if page:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.common.errors import dropped_remark
 from data_pipeline.content.captions import Caption
 from data_pipeline.content.members import advice
 from data_pipeline.shards.index import SCORES, ShardIndex
@@ -59,11 +60,11 @@ class Tally:
 
     def hint(self) -> str:
         """Return a remedy if most samples were dropped for one reason; empty otherwise."""
-        reason, count = self.dropped.most_common(1)[0] if self.dropped else ("", 0)
-        if not count or 2 * count < self.delivered + self.dropped.total():
-            return ""
-        words = advice(reason, self.layouts[reason]) or self.details.get(reason, "")
-        return f"{count} samples were dropped as {reason}{f': {words}' if words else ''}"
+
+        def remedy(reason: str) -> str:
+            return advice(reason, self.layouts[reason]) or self.details.get(reason, "")
+
+        return dropped_remark(self.dropped, self.delivered + self.dropped.total(), remedy)
 
     def describe(self, index: ShardIndex) -> None:
         """Add the sizes, aspect ratios, caption lengths and scores in a shard's index to the histograms."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 EXIT_USER_ERROR = 2
@@ -159,10 +159,11 @@ def of_machine(error: BaseException) -> CascadeError | None:
     return None
 
 
-def exhausted(error: BaseException) -> Exhausted | None:
-    """Return what this machine has run out of, if an error or its cause says so; None for all other errors."""
-    faults = (of_machine(one) for one in (error, error.__cause__) if one is not None)
-    return next((fault for fault in faults if isinstance(fault, Exhausted)), None)
+def check_exhausted(error: BaseException) -> None:
+    """Raise `Exhausted` if an error or its cause says that this machine has run out of something."""
+    for fault in (of_machine(one) for one in (error, error.__cause__) if one is not None):
+        if isinstance(fault, Exhausted):
+            raise fault from error
 
 
 def _refused_variable(error: ValueError) -> str:
@@ -232,3 +233,16 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         return BadSample, (self.reason, self.detail)
+
+
+def main_reason(dropped: Mapping[str, int], total: int) -> str:
+    """Return the reason for which at least half of `total` samples were dropped; empty if there is none."""
+    reason = max(dropped, key=lambda name: dropped[name], default="")
+    return reason if reason and 0 < total <= 2 * dropped[reason] else ""
+
+
+def dropped_remark(dropped: Mapping[str, int], total: int, remedy: Callable[[str], str]) -> str:
+    """Return the remark that most of `total` samples were dropped for one reason, with its remedy; empty otherwise."""
+    reason = main_reason(dropped, total)
+    words = remedy(reason) if reason else ""
+    return f"{dropped[reason]} samples were dropped as {reason}{f': {words}' if words else ''}" if reason else ""

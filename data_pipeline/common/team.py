@@ -15,6 +15,11 @@ class Team:
 
     rank, count = 0, 1
 
+    @property
+    def start(self) -> float:
+        """Where this process begins with work that every process would do, 0 to 1, so that each does another part."""
+        return self.rank / self.count
+
     def once(self, call: Callable[[], Any]) -> Any:
         """Run `call` on the first process and return its result on every process."""
         return call()
@@ -25,3 +30,15 @@ class Team:
 
 
 ALONE = Team()
+
+
+class Strangers(Team):
+    """One of `count` processes that open the same data set and cannot communicate: each does everything itself."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        self._start = rank / count
+
+    @property
+    def start(self) -> float:
+        """As `Team.start`."""
+        return self._start

@@ -134,6 +134,7 @@ class Loader:
         """Captions by source: `txt`, `json:FIELD`, ..."""
         self._quarantine = quarantine
         self._decode = decode
+        self._failure: BaseException | None = None
         self._decoding: Decoding | DecodingProcess | None = DecodingProcess(self._work) if own_process else None
 
     # ------------------------------------------------------------------------------------------------- delivery
@@ -148,10 +149,18 @@ class Loader:
             DataError: a shard is gone, or (with one process) more than `data.max_bad_share` of the samples were bad.
             StoreError: the object store kept failing for longer than `data.deadline_s`.
             CascadeError: the decoding process died.
+
+        After an error, every further call raises it again.
         """
+        if self._failure is not None:  # the rest of the step that failed must not be taken for the next step
+            raise self._failure
         if self._decoding is None:
             self._decoding = Decoding(self._work, self._decode)
-        batches = [self._deliver(next(self._decoding)) for _ in range(self._work.share // self._work.micro_batch)]
+        try:
+            batches = [self._deliver(next(self._decoding)) for _ in range(self._work.share // self._work.micro_batch)]
+        except BaseException as error:
+            self._failure = error
+            raise
         self.position += self.config.global_batch
         return batches
 

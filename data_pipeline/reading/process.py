@@ -109,16 +109,14 @@ class DecodingProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         self._received: queue.Queue[MicroBatch | BaseException] = queue.Queue(-(-work.share // work.micro_batch))
-        self._failure: BaseException | None = None
         threading.Thread(target=self._receive, args=(parts,), name="loader", daemon=True).start()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 
     def __next__(self) -> MicroBatch:
-        found = self._failure or get_unless_asked(self._received)
+        found = get_unless_asked(self._received)
         if isinstance(found, BaseException):
-            self._failure = found
             raise found
         return found
 

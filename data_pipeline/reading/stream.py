@@ -13,6 +13,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.common.errors import BadSample, ConfigError
+from data_pipeline.common.team import Strangers
 from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig, MembersConfig
 from data_pipeline.order.order import check_position, check_world_size
 from data_pipeline.order.sharing import Chunks
@@ -100,7 +101,7 @@ class ShardStream(IterableDataset[Sample]):
             raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
         self.seed, self.position, self.stop = seed, check_position(position), stop
         self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
-        self.dataset: Dataset = open_dataset(self.config)
+        self.dataset: Dataset = open_dataset(self.config, Strangers(self.rank, self.world_size))
         if state is not None:
             check_state(self.state(position), state)
             self.position = check_position(state["position"])

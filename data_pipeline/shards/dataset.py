@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.common.errors import CascadeError, DataError, ShardsError
+from data_pipeline.common.errors import CascadeError, DataError, ShardsError, main_reason
 from data_pipeline.common.progress import progress
 from data_pipeline.common.recent import Recent
 from data_pipeline.common.team import ALONE, Team
@@ -232,10 +232,10 @@ def load_or_build(
             len(urls),
         )
         mine = missing[team.rank :: team.count]
-        for built in team.everyone(lambda: dict(_build_all(mine, entries, config, patience))):
+        for built in team.everyone(lambda: dict(_build_all(mine, entries, config, patience, team.start))):
             for number, summary in built.items():
                 loaded[number] = summary
-    summaries = _seen_here([summary for summary in loaded if summary is not None], config, patience)
+    summaries = _seen_here([summary for summary in loaded if summary is not None], config, patience, team.start)
     if known < len(summaries) and team.rank == 0:
         write_summaries(known_at, summaries, patience)
     dataset = Dataset(summaries, config.filter, patience, config.members)
@@ -261,7 +261,7 @@ def _look_up(
     return entries, loaded, known_at, len(known)
 
 
-def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience) -> list[Summary]:
+def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience, start: float) -> list[Summary]:
     """Return the summaries, after building indexes that another machine has but this one does not.
 
     Indexes of a read-only store are kept in a directory (`data.index_dir`), which need not be shared.
@@ -274,18 +274,18 @@ def _seen_here(summaries: list[Summary], config: DataConfig, patience: Patience)
     if not apart or all(os.path.exists(summaries[apart[end]].place) for end in (0, -1)):
         return summaries
     here = list(summaries)
-    for number, summary in _build_all(apart, [one.entry for one in summaries], config, patience):
+    for number, summary in _build_all(apart, [one.entry for one in summaries], config, patience, start):
         here[number] = summary
     return here
 
 
 def _build_all(
-    missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience
+    missing: list[int], entries: list[store.Entry], config: DataConfig, patience: Patience, start: float
 ) -> Iterator[tuple[int, Summary]]:
-    """Index shards with a progress bar. Ranks start at different places and reuse what others have finished."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    start = rank * len(missing) // max(world, 1)
-    order = missing[start:] + missing[:start]
+    """Index shards with a progress bar. Processes begin at different places (`Team.start`) and reuse what others have
+    finished."""
+    first = int(start * len(missing))
+    order = missing[first:] + missing[:first]
 
     def build(number: int) -> tuple[int, Summary]:
         found = _load(entries[number], config, patience)
@@ -359,8 +359,8 @@ def _report(dataset: Dataset, config: CaptionConfig | None) -> None:
 
 def _hint(dataset: Dataset) -> str:
     """Return a remedy if most samples were dropped for one reason, judged by the first shard affected."""
-    reason, count = dataset.dropped.most_common(1)[0] if dataset.dropped else ("", 0)
-    if not count or 2 * count < dataset.total:
+    reason = main_reason(dataset.dropped, dataset.total)
+    if not reason:
         return ""
     summary = next(summary for summary in dataset.summaries if reason in summary.dropped)
     index = read_index(summary.entry.url, summary.place, dataset.patience)

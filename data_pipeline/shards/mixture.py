@@ -164,7 +164,7 @@ def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
     """
     patience = patience_of(config)
     if config.buckets and config.datasets():
-        return _open_mixed_buckets(config)
+        return _open_mixed_buckets(config, team)
     if config.buckets:
         urls = team.once(lambda: store.expand(config.shards, patience))
         load_or_build(urls, config, team=team)  # reports what is dropped
@@ -181,14 +181,14 @@ def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
     return Mixture(parts, configs, config)
 
 
-def _open_mixed_buckets(config: DataConfig) -> MixedBuckets:
+def _open_mixed_buckets(config: DataConfig, team: Team) -> MixedBuckets:
     parts, configs = {}, {}
     for name, own in config.parts().items():
         with about(f"data.shards, data set {name}") if name else nullcontext():
-            urls = store.expand(own.shards, patience_of(config))
-            load_or_build(urls, own)  # reports what is dropped
+            urls = team.once(partial(store.expand, own.shards, patience_of(config)))
+            load_or_build(urls, own, team=team)  # reports what is dropped
         for shape, cut in own.bucket_parts().items():
-            found = load_or_build(urls, cut, may_be_empty=True)
+            found = load_or_build(urls, cut, may_be_empty=True, team=team)
             if found.samples:
                 parts[f"{name}/{shape}"], configs[f"{name}/{shape}"] = found, cut
     return MixedBuckets(parts, configs, config)

@@ -155,6 +155,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     assert "20 of 60 samples were bad" in said and "a.tar (11), b.tar (9)" in said
     with pytest.raises(DataError, match=r"of \d\d? samples were bad.*max_bad_share=0.01.*00001\.tar"):
         steps(loader, 1)
+    with pytest.raises(DataError, match=r"samples were bad.*max_bad_share=0.01"):
+        next(loader)  # not the rest of the step that failed
     one = {"000010007"}
     steps(Loader(replace(config, max_bad_share=0.02), image_size=2, decode=fake(one)), 12)  # one of 60 is 0.017
     with pytest.raises(DataError, match=r"of 1\d\d\d samples were bad.*max_bad_share=0.015"):

@@ -21,6 +21,7 @@ import torch
 from data_pipeline.common.errors import CascadeError, DataError
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.loader import Batch, Loader
+from data_pipeline.reading.micro_batches import Decoding
 from data_pipeline.reading.process import DecodingProcess, Wire, _portable
 from data_pipeline.shards.embeddings import SidecarWriter, sidecar_url
 from data_pipeline.shards.index import index_shard
@@ -115,14 +116,15 @@ def test_bad_samples_are_counted_when_they_are_consumed(shards: str, tmp_path: P
 def test_a_shard_that_disappears_is_named(photos: str) -> None:
     config = replace(BASE, shards=photos)
     read(config, 1)
-    loader = Loader(config, image_size=16)
+    loaders = [Loader(config, image_size=16) for _ in range(2)]
     for path in Path(photos).glob("*.tar"):
         path.unlink()
-    process = DecodingProcess(loader._work)
-    for _ in range(2):  # asking again does not hang
-        with pytest.raises(DataError, match=r"\.tar: No such file"):
-            next(process)
-    process.close()
+    for loader, kind in zip(loaders, (Decoding, DecodingProcess), strict=True):
+        loader._decoding = kind(loader._work)
+        for _ in range(2):  # asking again does not hang
+            with pytest.raises(DataError, match=r"\.tar: No such file"):
+                next(loader)
+        loader.close()
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_sentence(shards: str) -> None:
