@@ -58,7 +58,8 @@ def join_groups() -> None:
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed, silencing its logs and without compiling `deepspeed_shm_comm` (minutes of g++ at first use, and
-    not needed here)."""
+    not needed here). It would ask the compilers of the machine about each of its operators, in every process; only that
+    one's answer is ever read."""
     if not torch.cuda.is_available():  # also if a shell says cuda, which would end in a traceback
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -68,7 +69,7 @@ def import_deepspeed() -> Any:
 
         _import_muon_uncompiled()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 
 
@@ -83,6 +84,18 @@ def _import_muon_uncompiled() -> None:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         compiler.compile = compile_function
+
+
+@contextmanager
+def _parameters_unprinted() -> Iterator[None]:
+    """Give parameters a short text: ZeRO 3 composes a message with all of them, values included, and prints it
+    nowhere."""
+    text = torch.nn.Parameter.__repr__
+    torch.nn.Parameter.__repr__ = object.__repr__  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Parameter.__repr__ = text  # type: ignore[assignment, method-assign]
 
 
 def _keep_compiler_out_of_hooks(model: torch.nn.Module) -> None:
@@ -131,9 +144,10 @@ class ZeroEngine(WeightKeeper):
         optimizer = build_optimizer(trained.values(), config.optimizer, fused=fused)
         if config.train.deterministic_reduction and config.zero.stage < 3:
             mark_borders(model)
-        self._engine, *_ = import_deepspeed().initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
-        )
+        with _parameters_unprinted():
+            self._engine, *_ = import_deepspeed().initialize(
+                model=model, optimizer=optimizer, config=deepspeed_config(config, ranks, accumulate)
+            )
         self._zero = self._engine.optimizer
         super().__init__(config, ranks, self._engine.module)
         self._question: tuple[torch.Tensor | float, Sequence[float], Judge] = (math.nan, (), accept)
