@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import signal
 import subprocess
@@ -338,12 +339,18 @@ def test_super_resolution(tmp_path: Path, shards: str) -> None:
 
 
 def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
-    """`python -m training.train` starts its own processes; SIGTERM to the parent saves, the same command resumes."""
+    """`python -m training.train` starts its own processes, and no compiler; SIGTERM to the parent saves, the same
+    command resumes."""
+    compiler = tmp_path / "programs/gcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/compiled\nexit 1\n')
+    compiler.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{compiler.parent}:{os.environ['PATH']}"}
     words = ["stage.model.preset=tiny_base", "text.dim=32", f"data.shards={shards}", "data.global_batch=8"]
     words += [f"run.dir={tmp_path}/run", "train.log_every=1", "train.sample_every=0", "tracking=offline", "json=true"]
-    words += ["cluster.processes=2", "cluster.threads=1", "train.steps=100000"]
+    words += ["cluster.processes=2", "cluster.threads=1", "stage.image_size=32", "train.steps=100000"]
     command = [sys.executable, "-m", "training.train", *words]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     assert started.stdout is not None
     for line in started.stdout:
         if "step      3/" in line:
@@ -351,6 +358,7 @@ def test_the_launcher_and_the_command_line(tmp_path: Path, shards: str) -> None:
             break
     rest = started.stdout.read()
     assert started.wait() == 75, rest
+    assert not (tmp_path / "compiled").exists(), (tmp_path / "compiled").read_text()
     assert "stopped by SIGTERM after step" in rest
     step = CheckpointStore(f"{tmp_path}/run/checkpoints").newest_whole()
     words[-1] = f"train.steps={step + 2}"
