@@ -45,16 +45,17 @@ class Slurm:
             lambda: self.field(job, "JobState") in wanted,
             timeout,
             lambda: f"job {job} is {self.field(job, 'JobState')}, not {wanted}\n{log.read_text() if log else ''}",
+            pause_s=0.5,
         )
         return self.field(job, "JobState")
 
 
-def until(condition, timeout: float, explain=lambda: "") -> None:
-    """Polls until `condition()` holds."""
+def until(condition, timeout: float, explain=lambda: "", pause_s: float = 0.2) -> None:
+    """Polls until `condition()` holds; less often where each question to Slurm starts a program."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, explain()
-        time.sleep(0.2)
+        time.sleep(pause_s)
 
 
 def unavailable(reason: str) -> None:

@@ -146,7 +146,8 @@ def test_impossible_students_are_refused(here: Path, students: str, part: str) -
 
 SPY = """
 import os, sys
-if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
+program = sys.orig_argv[1:4] == ["-P", "-m", "training.cli"]  # not what starts it, nor what judges its end
+if program and "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
     from data_pipeline.reading import loader
     real = loader.Loader.__next__
     def spy(self):
@@ -163,7 +164,7 @@ if "train" in sys.orig_argv and "SLURM_PROCID" in os.environ:
                 pass
         return batches
     loader.Loader.__next__ = spy
-elif os.environ.get("SLURM_JOB_NAME") == "demo-evaluate" and "slurm.task" not in sys.orig_argv:
+elif program and os.environ.get("SLURM_JOB_NAME") == "demo-evaluate":
     import subprocess, time
     from training.commands import measuring
     measuring.PART, write = 4, measuring.Parts.write
@@ -191,14 +192,15 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
     (here / "spy/sitecustomize.py").write_text(SPY)
     drawn = ["prepare.draw.count=60", "prepare.draw.heldout=8", "prepare.draw.samples_per_shard=20"]
     words = ["experiment=demo", "train.steps=8", "train.sample_every=0", "train.log_every=1", "checkpoint.every=4"]
-    words += ["data.global_batch=8", "optimizer.warmup_steps=2"]
+    words += ["data.global_batch=8", "optimizer.warmup_steps=2", "data.own_process=false", "tracking=disabled"]
     setup = f"cluster.setup=['export PYTHONPATH={here}/spy']"
     answer = launch(*TWO_NODES, *drawn, *words, "evaluation.samples=8", setup, own=["verb=all", "embed_tasks=2"])
     jobs = {job["name"]: job["job_id"] for job in answer["jobs"]}
     logs = here / "runs/demo/jobs/logs"
+    going = ("PENDING", "RUNNING", "COMPLETING")
     for name, job in jobs.items():
         log = next(iter(sorted(here.rglob(f"slurm-{job}*.log"))), logs / f"slurm-{job}.log")
-        until(lambda job=job: on_cluster.field(job, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"), 180)
+        until(lambda job=job: on_cluster.field(job, "JobState") not in going, 180, pause_s=0.5)
         assert on_cluster.field(job, "JobState") == "COMPLETED", (name, log.read_text() if log.exists() else log)
     result = json.loads((here / "runs/demo/evaluation/result.json").read_text())
     assert result["samples"]["background"]["n"] == 8

@@ -234,7 +234,8 @@ def test_without_slurm_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slurm
 def test_two_nodes_train_and_survive_a_preemption(slurm: Slurm, here: Path) -> None:
-    cascade("prepare", "experiment=demo", "prepare.draw.count=64", "prepare.draw.heldout=8", env=slurm.env, cwd=here)
+    drawn = ["prepare.draw.count=64", "prepare.draw.heldout=8", "prepare.draw.size=16"]
+    cascade("prepare", "experiment=demo", *drawn, env=slurm.env, cwd=here)
     words = [*TWO_NODES, *TINY, "train.steps=120", "checkpoint.every=1000"]
     answer = cascade("launch", *words, env=slurm.env, cwd=here)
     job, run = answer["job_id"], here / "runs/tiny"
