@@ -5,31 +5,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.training import forks
 from training.config.experiment import Experiment
-from training.processes.endings import run_program
-from training.processes.launcher import run_processes
 from training.processes.ranks import read_ranks
 
 
-def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any, fresh: bool = False) -> list[Any]:
-    """`function(ranks, *arguments)` on every rank; arguments and results are JSON values.
-
-    Args:
-        fresh: in separate interpreters, which share no memory; otherwise in forks of one that has imported everything.
-    """
+def run_ranks(function: Any, processes: int, scratch: Path, *arguments: Any) -> list[Any]:
+    """`function(ranks, *arguments)` on every rank; arguments and results are JSON values."""
     scratch.mkdir(parents=True, exist_ok=True)
     words = f"{function.__module__}:{function.__name__}", str(scratch), json.dumps(arguments)
-    if fresh:
-        code = run_processes([sys.executable, "-m", "tests.training.ranks", *words], processes)
-        assert code == 0, f"{words[0]} ended with {code}"
-    else:
-        running = forks.call(main, processes, scratch, *words)
-        assert running.codes() == [0] * processes, running.text
+    running = forks.call(main, processes, scratch, *words)
+    assert running.codes() == [0] * processes, running.text
     return [json.loads((scratch / f"result-{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -46,7 +35,3 @@ def main(where: str, scratch: str, arguments: str) -> None:
     result = getattr(importlib.import_module(module), name)(ranks, *json.loads(arguments))
     Path(scratch, f"result-{ranks.rank}.json").write_text(json.dumps(result))
     shut_down()
-
-
-if __name__ == "__main__":
-    run_program(lambda: main(*sys.argv[1:]))

@@ -68,8 +68,9 @@ def test_size_condition(tmp_path: Path, shards: str) -> None:
     draw = lambda **given: loaded.generate("a red circle", steps=2, **given)[0].tobytes()  # noqa: E731
     assert draw() == draw(original_side=1024) != draw(original_side=64)
     plain = experiment(tmp_path, shards)
-    assert planned(whole)["parameters"] - planned(plain)["parameters"] == 6 * 256 * 32 + 32 + 32 * 32 + 32
-    assert planned(whole)["flops_per_image"] > planned(plain)["flops_per_image"]
+    plan, without = planned(whole), planned(plain)
+    assert plan["parameters"] - without["parameters"] == 6 * 256 * 32 + 32 + 32 * 32 + 32
+    assert plan["flops_per_image"] > without["flops_per_image"]
 
 
 def test_size_condition_cannot_be_switched_during_a_run(tmp_path: Path, shards: str) -> None:
