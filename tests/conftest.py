@@ -61,6 +61,14 @@ SLOW_FIRST = (
 """The order in which several workers take files: by measured CPU time, so that no worker ends alone with a long one."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before workers start, the process that all of them fork from."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        from tests.training import forks
+
+        forks.share()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow files first where workers share them."""
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):

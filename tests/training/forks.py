@@ -8,9 +8,12 @@ left out. `command` is a command line with all that it starts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import subprocess
@@ -29,6 +32,8 @@ from training.processes.launcher import free_port, worker
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.training.preload"])
 ROOT = Path(__file__).parents[2]
+SHARED = "CASCADE_TESTS_FORK_SERVER"
+"""Environment variable with the address of the server that several processes of one test session share."""
 
 
 @dataclass
@@ -52,13 +57,13 @@ class Running:
     def codes(self, grace_s: float = 60.0) -> list[int]:
         """Waits; after one process has failed, the others are killed after a while, as by a launcher. Returns the exit
         codes by rank."""
-        deadline = float("inf")
-        while any(process.exitcode is None for process in self.processes):
-            if any(process.exitcode for process in self.processes):
-                deadline = min(deadline, time.monotonic() + grace_s)
-            if time.monotonic() > deadline:
+        deadline = None
+        while running := [process.sentinel for process in self.processes if process.exitcode is None]:
+            if deadline is None and any(process.exitcode for process in self.processes):
+                deadline = time.monotonic() + grace_s
+            left = None if deadline is None else max(0.01, deadline - time.monotonic())
+            if not multiprocessing.connection.wait(running, left):
                 self.kill_rest()
-            time.sleep(0.01)
         return [process.exitcode for process in self.processes]
 
     def kill_rest(self) -> None:
@@ -96,10 +101,30 @@ def command(
 
 
 def serve() -> None:
-    """Starts the server, if it does not run, where it finds `tests`: it looks in its working directory, then among the
+    """Starts the server, if none runs, where it finds `tests`: it looks in its working directory, then among the
     installed packages, one of which has brought a `tests` of its own."""
+    if SHARED in os.environ:
+        return _use_shared(os.environ[SHARED])
     with contextlib.chdir(ROOT):
         multiprocessing.forkserver.ensure_running()
+
+
+def share() -> None:
+    """Starts a server that the processes which this one starts use as well: what it imports takes seconds and half a
+    gigabyte."""
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if not hasattr(server, "_forkserver_authkey"):  # from Python 3.14 on, it answers the process that started it alone
+        serve()
+        os.environ[SHARED] = server._forkserver_address
+
+
+@functools.cache
+def _use_shared(address: str) -> None:
+    """Python has a process ask the server that it has started itself, for whose end it would wait."""
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is None:
+        server._forkserver_address, server._forkserver_alive_fd = address, os.open(os.devnull, os.O_RDONLY)
+        server.ensure_running = multiprocessing.resource_tracker.ensure_running
 
 
 def _start(
