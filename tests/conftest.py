@@ -76,8 +76,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Objects that exist now stay to the end: no garbage collection needs to look at them again."""
+    """Objects that exist now stay to the end: no garbage collection needs to look at them again. Later ones are looked
+    at every 20,000 new objects; every 700, as Python does by default, it takes a tenth of the time."""
     gc.freeze()
+    gc.set_threshold(20_000)
     gc.enable()
 
 
