@@ -10,35 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.evaluation.metrics.student import student_quantile
+
 CONFIDENCE, POWER = 0.975, 0.8
 """Quantile of a two-sided 95 % interval; probability of detecting an effect of the `detectable` size."""
 MOST_SEEDS = 10_000
 """Upper limit of the search for enough seeds."""
-
-
-def student_cdf(t: float, freedom: int) -> float:
-    """Return P(T <= t) of Student's distribution with `freedom` >= 1 degrees of freedom (Abramowitz & Stegun, 26.7.3
-    and 26.7.4)."""
-    theta = math.atan2(t, math.sqrt(freedom))
-    square, odd = math.cos(theta) ** 2, freedom % 2
-    term = math.cos(theta) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, freedom + 1 + odd, 2):
-        total += term
-        term *= square * (k - 1) / k
-    inside = math.sin(theta) * total
-    return 0.5 + 0.5 * ((theta + inside) * 2 / math.pi if odd else inside)
-
-
-def student_quantile(share: float, freedom: int) -> float:
-    """Return the t with student_cdf(t) = share, for 0.5 <= share < 1."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < share:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, freedom) < share else (low, middle)
-    return (low + high) / 2
 
 
 def standard_errors_seen(seeds: int) -> float:

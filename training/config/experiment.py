@@ -553,6 +553,9 @@ class EvaluationConfig:
         at_least(self, "evaluation", samples=2, images_per_prompt=1, batch=1, reference_samples=0, psnr_samples=0)
         at_least(self, "evaluation", training_samples=2)
         require(
+            self.psnr_samples != 1, "evaluation.psnr_samples=1: an interval needs at least 2 pictures; 0 restores none"
+        )
+        require(
             self.kind == "pictures" or not self.prompts,
             "evaluation.prompts: evaluation=shapes only understands captions of drawn shapes; use evaluation=pictures",
         )

@@ -8,13 +8,14 @@ OUTPUT/report.html                 the figures as curves, and the same prompts d
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.storage.atomic import replacing
 from training.evaluation import page
-from training.evaluation.comparison import RESULT, compare_results
+from training.evaluation.comparison import LEVEL, RESULT, compare_results
 from training.evaluation.measure import LOWER_IS_BETTER, flattened
 from training.evaluation.shown import Shown
 
@@ -66,9 +67,9 @@ def best_so_far(series: dict[str, Any]) -> str:
     return f"step {best['step']} is the best of {len(series['steps'])} so far: {figure} {best['value']:.4g}"
 
 
-def is_worse(output: Path, good: int, step: int, figure: str) -> bool:
-    """Return whether the checkpoint of `step` is significantly worse than that of `good`: the 95 % interval of their
-    paired difference excludes 0.
+def is_worse(output: Path, good: int, step: int, figure: str, tests: int = 1) -> bool:
+    """Return whether the checkpoint of `step` is significantly worse than that of `good` by their paired difference: at
+    5 %, divided by the number of `tests` from which this one was selected (Bonferroni).
 
     Raises:
         ConfigError: the evaluations are not comparable, or have no such figure.
@@ -77,15 +78,20 @@ def is_worse(output: Path, good: int, step: int, figure: str) -> bool:
     figures = compare_results(places)["others"][0]["figures"]
     if figure not in figures:
         raise ConfigError(f"figure={figure}: it cannot be compared picture by picture; choose {', '.join(figures)}")
-    return bool(figures[figure]["verdict"] == "worse")
+    return bool(figures[figure]["verdict"] == "worse" and figures[figure]["chance"] <= LEVEL / tests)
 
 
 def turned_worse(output: Path, series: dict[str, Any], count: int) -> str:
     """Return why the run should stop: its `count` newest evaluated checkpoints are later than the best one, and each is
-    significantly worse. Empty: it should continue."""
+    significantly worse. Empty: it should continue.
+
+    The best is the luckiest of many, and every new checkpoint is another look: at 95 % for each pair, one in ten runs
+    that no longer change would stop within 20 checkpoints, and four in ten within 50. So all pairs of checkpoints count
+    as tests."""
     best, figure = series["best"]["step"], series["figure"]
     newest = sorted(step for step in series["steps"] if step > best)[-count:]
-    if len(newest) < count or not all(is_worse(output, best, step, figure) for step in newest):
+    pairs = max(1, math.comb(len(series["steps"]), 2))
+    if len(newest) < count or not all(is_worse(output, best, step, figure, pairs) for step in newest):
         return ""
     values = ", ".join(f"{series['steps'][step][figure]['value']:.4g} at step {step}" for step in newest)
     return f"{figure} was {series['best']['value']:.4g} at step {best}, and is {values}"

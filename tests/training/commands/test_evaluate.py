@@ -482,6 +482,8 @@ def test_mistakes_are_reported_in_one_sentence(bundle: str, tmp_path: Path) -> N
         evaluate.main(command(str(tmp_path / "absent"), tmp_path))
     with pytest.raises(ConfigError, match=r"evaluation\.samples=1"):
         EvaluationConfig(samples=1)
+    with pytest.raises(ConfigError, match=r"evaluation\.psnr_samples=1: an interval needs at least 2 pictures"):
+        EvaluationConfig(psnr_samples=1)
     with pytest.raises(ConfigError, match="action=guess: it must be evaluate"):
         EvaluateCommand(action="guess")
     with pytest.raises(ConfigError, match="action=compare needs at least two"):

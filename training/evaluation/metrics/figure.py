@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
-Z = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
-POWER_Z = Z + 0.8416212335729143
-"""Multiple of the standard error that a 5 % test detects four times in five."""
+from training.evaluation.metrics.student import student_cdf, student_quantile
+
+Z, POWER_Z = 1.959963984540054, 0.8416212335729143
+"""Standard normal quantiles of a two-sided 95 % interval, and of 80 % power: together, the multiple of the standard
+error that a 5 % test detects four times in five."""
+MANY = 1000
+"""Number of degrees of freedom from which on Student's quantiles are those of the normal distribution, within 0.2 %."""
 
 
 def _none() -> np.ndarray:
@@ -39,8 +42,14 @@ class Figure:
     twice: float = 0.0
     """Variance that the influences count twice: the second-order part of a U-statistic, which appears in both pictures
     of a pair. Between equal distributions it is the only part."""
-    is_share: bool = False
-    """A fraction of pictures, 0 to 1, with Wilson's interval, which is also valid at 0 and 1."""
+    outcomes: np.ndarray = field(default_factory=_none)
+    """Of a share, the fraction of pictures that count: 1 for these and 0 for others; of the difference of two shares,
+    1, 0 or -1; otherwise empty. A share has Wilson's interval, which is also valid at 0 and 1, a difference Bonett and
+    Price's."""
+    of: str = "samples"
+    """Whether the value is a mean over `samples` or over `reference` pictures."""
+    is_difference: bool = False
+    """See `minus`."""
     least: float = -math.inf
     """Lower bound of the value and of its interval."""
 
@@ -53,13 +62,18 @@ class Figure:
         """
         x = np.asarray(values, dtype=np.float64)
         value = float(x.mean())
-        made = cls(value, is_share=is_share)
+        made = cls(value, outcomes=x if is_share else _none(), of=of)
         return replace(made, samples=x - value) if of == "samples" else replace(made, reference=x - value)
 
     @property
     def n(self) -> int:
-        """Number of samples, or of reference pictures if the value only depends on these."""
-        return len(self.samples) or len(self.reference)
+        """Number of samples, or of reference pictures if the value is a mean over these."""
+        return len(getattr(self, self.of))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a fraction of pictures, or the difference of two."""
+        return len(self.outcomes) > 0
 
     def standard_error(self, prompts: np.ndarray | None = None) -> float:
         """Return the standard error of the value.
@@ -71,13 +85,49 @@ class Figure:
         return math.sqrt(max(total - self.twice, self.twice))
 
     def interval(self, prompts: np.ndarray | None = None) -> tuple[float, float]:
-        """Return the 95 % confidence interval; `prompts` as for `standard_error`."""
-        error = self.standard_error(prompts)
+        """Return the 95 % confidence interval; `prompts` as for `standard_error`.
+
+        Of means it is Student's, with as many degrees of freedom as the fewer of prompts and reference pictures allow.
+        A share has the interval of as many independent pictures as would give its standard error.
+        """
+        error, wide = self.standard_error(prompts), self._quantile(0.975, prompts)
         if not self.is_share:
-            return max(self.least, self.value - Z * error), self.value + Z * error
-        spread = self.value * (1 - self.value)
-        clusters = self.n if prompts is None or not len(self.samples) else len(np.unique(prompts))
-        return wilson(self.value, spread / error**2 if error else clusters)
+            return max(self.least, self.value - wide * error), self.value + wide * error
+        more, fewer = float((self.outcomes > 0).mean()), float((self.outcomes < 0).mean())
+        spread = more + fewer - self.value**2 if self.is_difference else self.value * (1 - self.value)
+        count: float = self._groups(prompts, self.of)
+        if spread > 0 and error:
+            count = spread / error**2
+        return bonett_price(more, fewer, count) if self.is_difference else wilson(self.value, count)
+
+    def _groups(self, prompts: np.ndarray | None, of: str) -> int:
+        """Return the number of independent pictures among the samples or the reference."""
+        return len(getattr(self, of)) if prompts is None or of != "samples" else len(np.unique(prompts))
+
+    def _freedom(self, prompts: np.ndarray | None) -> int:
+        """Return the degrees of freedom of Student's distribution."""
+        sides = [self._groups(prompts, of) for of in ("samples", "reference") if len(getattr(self, of))]
+        return min(sides, default=MANY + 1) - 1
+
+    def _quantile(self, share: float, prompts: np.ndarray | None) -> float:
+        """Return the quantile of Student's distribution for this figure; infinite if a single prompt leaves it
+        unknown."""
+        freedom = self._freedom(prompts)
+        if freedom < 1:
+            return math.inf
+        return student_quantile(share, freedom) if freedom < MANY else {0.975: Z, 0.8: POWER_Z}[share]
+
+    def chance(self, prompts: np.ndarray | None = None) -> float:
+        """Return the probability of a value this far from 0, on either side, if the truth is 0 (below 0.05 where the
+        interval excludes 0)."""
+        low, high = self.interval(prompts)
+        if not math.isfinite(low) or low == high:
+            return 1.0 if low <= 0 <= high or not math.isfinite(low) else 0.0
+        distance = abs(low + high) / (high - low)
+        freedom = self._freedom(prompts)
+        if self.is_share or freedom >= MANY:
+            return math.erfc(distance * Z / math.sqrt(2))
+        return 2 * (1 - student_cdf(distance * self._quantile(0.975, prompts), freedom))
 
     def plus_minus(self) -> float:
         """Return half the width of the 95 % interval, before `least` bounds it."""
@@ -87,15 +137,17 @@ class Figure:
     def as_dict(self, prompts: np.ndarray | None = None) -> dict[str, Any]:
         """Return the entry for result.json: value, interval, n, and `detectable`, the smallest difference between two
         checkpoints that this many samples reveal (independent noise, 80 % power; with the same noise, `compare` detects
-        smaller ones)."""
+        smaller ones); of a difference, the smallest that it would reveal."""
         low, high = self.interval(prompts)
         by_samples = len(self.samples) and not self.is_share
-        error = math.sqrt(variance(self.samples, prompts)) if by_samples else (high - low) / (2 * Z)
+        wide = self._quantile(0.975, prompts)
+        error = math.sqrt(variance(self.samples, prompts)) if by_samples else (high - low) / (2 * wide)
+        sides = 1 if self.is_difference else math.sqrt(2)
         return {
             "value": self.value,
             "interval": [low, high],
             "n": self.n,
-            "detectable": POWER_Z * math.sqrt(2) * error,
+            "detectable": (wide + self._quantile(0.8, prompts)) * sides * error,
         }
 
     def minus(self, other: Figure) -> Figure:
@@ -112,6 +164,9 @@ class Figure:
             self.value - other.value,
             self.samples - other.samples,
             self.reference - other.reference,
+            outcomes=self.outcomes - other.outcomes if self.is_share and other.is_share else _none(),
+            of=self.of,
+            is_difference=True,
         )
 
 
@@ -135,3 +190,11 @@ def wilson(share: float, count: float) -> tuple[float, float]:
         0.0 if share <= 0 else centre - half,
         1.0 if share >= 1 else centre + half,
     )  # the formula gives the same, except for rounding
+
+
+def bonett_price(more: float, fewer: float, count: float) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two fractions of the same `count` pictures (Bonett & Price 2012):
+    Wald's, after adding one picture to those that are right in the first only, and one to those in the second only."""
+    a, b = (more * count + 1) / (count + 2), (fewer * count + 1) / (count + 2)
+    half = Z * math.sqrt((a + b - (a - b) ** 2) / (count + 2))
+    return max(-1.0, a - b - half), min(1.0, a - b + half)

@@ -7,7 +7,7 @@ as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ network's fp32 features of the same picture in different batches."""
 
 
 def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[str, Figure]:
-    """Return four figures, from three passes over the distances. The intervals treat the balls as fixed.
+    """Return four figures, from four passes over the distances.
 
     `precision`, `recall` (Kynkaanniemi et al. 2019): the fraction of samples in a ball around any reference picture
     that reaches its neighbour number `NEIGHBOURS`, and the fraction of reference pictures in such a ball around a
@@ -34,41 +34,144 @@ def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[s
     number of reference balls that contain a sample, divided by k, which outliers of the reference hardly affect; and
     the fraction of reference balls that contain a sample.
 
+    Influences are the jackknife's: how much a figure changes, times N - 1, if a picture is left out, with its ball and
+    as a neighbour of others (Efron & Stein 1981: on average, this variance is not too small).
+
     Raises:
         ValueError: too few samples or reference pictures to have such neighbours, or features that are not finite.
     """
-    around_reference = kth_distances(reference, NEIGHBOURS, DENSITY_NEIGHBOURS)
-    around_samples = kth_distances(samples, NEIGHBOURS)[:, 0]
-    precise, density = np.zeros(len(samples), bool), np.zeros(len(samples))
-    recalled, nearest_sample = np.zeros(len(reference), bool), np.full(len(reference), np.inf)
+    near_reference, near_samples = _neighbours(reference, DENSITY_NEIGHBOURS), _neighbours(samples, NEIGHBOURS)
+    narrow, wide = near_reference.balls(NEIGHBOURS), near_reference.balls(DENSITY_NEIGHBOURS)
+    around_samples = near_samples.balls(NEIGHBOURS)
+    precise, recalled = _Union(len(samples)), _Union(len(reference))
+    density, inside, beyond = np.zeros(len(samples)), np.zeros(len(reference)), np.zeros(len(reference))
+    two, first = np.full((len(reference), 2), np.inf), np.zeros(len(reference), np.int64)
     for rows, columns, distances in _tiles(samples, reference):
-        precise[rows] |= (distances <= around_reference[columns, 0]).any(axis=1)
-        recalled[columns] |= (distances <= around_samples[rows, None]).any(axis=0)
-        density[rows] += (distances <= around_reference[columns, 1]).sum(axis=1)
-        nearest_sample[columns] = np.minimum(nearest_sample[columns], distances.min(axis=0))
-    covered = nearest_sample <= around_reference[:, 1]
+        precise.add(rows, columns, distances <= narrow.radius[columns])
+        recalled.add(columns, rows, (distances <= around_samples.radius[rows, None]).T)
+        within = distances <= wide.radius[columns]
+        density[rows] += within.sum(axis=1)
+        inside[columns] += within.sum(axis=0)
+        beyond[columns] += (distances <= wide.wider[columns]).sum(axis=0)
+        first[columns] = np.where(
+            distances.min(axis=0) < two[columns, 0], rows.start + distances.argmin(axis=0), first[columns]
+        )
+        two[columns] = np.sort(np.concatenate([two[columns], np.sort(distances, axis=0)[:2].T], axis=1), axis=1)[:, :2]
+    for rows, columns, distances in _tiles(samples, reference):
+        precise.add_shells(rows, columns, _shell(distances, narrow.radius[columns], narrow.wider[columns]))
+        shell = _shell(distances, around_samples.radius[rows, None], around_samples.wider[rows, None])
+        recalled.add_shells(columns, rows, shell.T)
+    precision = Figure.mean(precise.count > 0, is_share=True)
+    recall = Figure.mean(recalled.count > 0, of="reference", is_share=True)
+    dense = Figure.mean(density / DENSITY_NEIGHBOURS)
+    covered = two[:, 0] <= wide.radius
+    coverage = Figure.mean(covered, of="reference", is_share=True)
+    only = np.bincount(first[covered & (two[:, 1] > wide.radius)], minlength=len(samples))
+    uncovered = np.bincount(wide.neighbours[~covered & (two[:, 0] <= wide.wider)].ravel(), minlength=len(reference))
+    gained = np.bincount(wide.neighbours.ravel(), np.repeat(beyond - inside, DENSITY_NEIGHBOURS), len(reference))
+    most, fewer = len(samples), len(reference) - 1
     return {
-        "precision": Figure.mean(precise, is_share=True),
-        "recall": Figure.mean(recalled, of="reference", is_share=True),
-        "density": replace(Figure.mean(density / DENSITY_NEIGHBOURS), least=0.0),
-        "coverage": Figure.mean(covered, of="reference", is_share=True),
+        "precision": replace(precision, reference=precise.influences(narrow)),
+        "recall": replace(recall, samples=recalled.influences(around_samples)),
+        "density": replace(
+            dense, reference=_centred(fewer * (inside - gained) / (DENSITY_NEIGHBOURS * most)), least=0.0
+        ),
+        "coverage": replace(
+            coverage,
+            samples=_centred((most - 1) * only / len(reference)),
+            reference=coverage.reference - _centred(uncovered.astype(np.float64)),
+        ),
     }
 
 
-def kth_distances(features: FeatureRows, *ks: int) -> np.ndarray:
-    """Return the distance of each row to its k-th nearest other row, for each k, (N, len(ks)).
+@dataclass(frozen=True)
+class _Balls:
+    """A ball around each of C centres, as far as its k-th neighbour."""
+
+    radius: np.ndarray
+    """float64 (C,)."""
+    wider: np.ndarray
+    """float64 (C,): the radius without one of these neighbours."""
+    neighbours: np.ndarray
+    """int (C, k)."""
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    """The nearest other rows of each row, nearest first: distances and indices, (N, k + 1)."""
+
+    distances: np.ndarray
+    places: np.ndarray
+
+    def balls(self, k: int) -> _Balls:
+        return _Balls(self.distances[:, k - 1], self.distances[:, k], self.places[:, :k])
+
+
+class _Union:
+    """Which of P points are in any ball: `count` (P,) of the balls, and which it is if it is one."""
+
+    def __init__(self, points: int) -> None:
+        self.count, self._sum = np.zeros(points, np.int64), np.zeros(points)
+        self._shells: list[np.ndarray] = []
+
+    def add(self, points: slice, centres: slice, inside: np.ndarray) -> None:
+        """Take in whether points are inside balls, bool (points, centres)."""
+        self.count[points] += inside.sum(axis=1)
+        self._sum[points] += inside @ np.arange(centres.start, centres.stop, dtype=np.float64)
+
+    def add_shells(self, points: slice, centres: slice, shells: np.ndarray) -> None:
+        """Take in whether points are in a ball only if it is wider, bool (points, centres), after all of `add`."""
+        point, centre = np.nonzero(shells & (self.count[points] < 2)[:, None])
+        self._shells.append(np.stack([point + points.start, centre + centres.start]))
+
+    def influences(self, balls: _Balls) -> np.ndarray:
+        """Return the influence of each centre on the fraction of points that are in any ball, (C,)."""
+        centres, k = balls.neighbours.shape
+        only = np.where(self.count == 1, self._sum, -1).astype(np.int64)
+        lost = np.bincount(only[only >= 0], minlength=centres)
+        point, centre = np.concatenate(self._shells, axis=1)
+        without, point = balls.neighbours[centre].ravel(), np.repeat(point, k)
+        found = (self.count[point] == 0) | (only[point] == without)
+        regained = np.bincount(np.unique(np.stack([without, point])[:, found], axis=1)[0], minlength=centres)
+        return _centred((centres - 1) * (lost - regained) / len(self.count))
+
+
+def _centred(influences: np.ndarray) -> np.ndarray:
+    return np.asarray(influences - influences.mean())
+
+
+def _shell(distances: np.ndarray, radius: np.ndarray, wider: np.ndarray) -> np.ndarray:
+    return np.asarray((radius < distances) & (distances <= wider))
+
+
+def kth_distances(features: FeatureRows, k: int) -> np.ndarray:
+    """Return the distance of each row to its k-th nearest other row, (N,).
 
     Raises:
         ValueError: there are too few rows.
     """
-    most = max(ks)
-    if len(features) <= most:
-        raise ValueError(f"{len(features)} pictures: neighbour number {most} needs at least {most + 1}")
-    least = np.full((len(features), most + 1), np.inf)  # of each row, including itself
-    for rows, _, distances in _tiles(features, features):
-        both = np.concatenate([least[rows], distances], axis=1)
-        least[rows] = np.partition(both, most, axis=1)[:, : most + 1]
-    return np.sort(least, axis=1)[:, list(ks)]
+    return _neighbours(features, k).distances[:, k - 1]
+
+
+def _neighbours(features: FeatureRows, k: int) -> _Neighbours:
+    """Return the k + 1 nearest other rows of each row (N, d); the last is at an infinite distance if N is k + 1.
+
+    Raises:
+        ValueError: there are too few rows for k.
+    """
+    if len(features) <= k:
+        raise ValueError(f"{len(features)} pictures: neighbour number {k} needs at least {k + 1}")
+    least = np.full((len(features), k + 2), np.inf)
+    places = np.zeros((len(features), k + 2), np.int64)
+    for rows, columns, distances in _tiles(features, features):
+        if rows == columns:
+            np.fill_diagonal(distances, -1.0)  # the row itself, before its duplicates
+        here = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
+        both, at = np.concatenate([least[rows], distances], axis=1), np.concatenate([places[rows], here], axis=1)
+        order = np.argpartition(both, k + 1, axis=1)[:, : k + 2]
+        least[rows], places[rows] = np.take_along_axis(both, order, axis=1), np.take_along_axis(at, order, axis=1)
+    order = np.argsort(least, axis=1)[:, 1:]
+    return _Neighbours(np.take_along_axis(least, order, axis=1), np.take_along_axis(places, order, axis=1))
 
 
 def nearest(queries: FeatureRows, features: FeatureRows, k: int = 1) -> tuple[np.ndarray, np.ndarray]:

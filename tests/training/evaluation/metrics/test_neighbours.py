@@ -44,6 +44,21 @@ def test_against_double_loops(monkeypatch) -> None:
     assert distances == pytest.approx(np.sort(between, axis=1)[:, :2])
 
 
+def test_influences_are_what_leaving_out_a_picture_changes(monkeypatch) -> None:
+    """(N - 1) times the change, less its mean."""
+    monkeypatch.setattr(rows, "BLOCK", 7)
+    for spread in (0.5, 1.0, 2.0):
+        x, y = cloud(24, 0) * spread, cloud(19, 1)
+        x[3] = x[9]
+        found = fidelity_and_variety(x, y)
+        less_x = [fidelity_and_variety(np.delete(x, i, axis=0), y) for i in range(len(x))]
+        less_y = [fidelity_and_variety(x, np.delete(y, j, axis=0)) for j in range(len(y))]
+        for name, figure in found.items():
+            for influences, less in ((figure.samples, less_x), (figure.reference, less_y)):
+                changes = np.array([(len(less) - 1) * (figure.value - one[name].value) for one in less])
+                assert influences == pytest.approx(changes - changes.mean(), abs=1e-9), (name, spread)
+
+
 def test_a_planted_copy_is_found_and_none_is_reported_without_it() -> None:
     training, samples = cloud(400, 0, width=8), cloud(100, 1, width=8)
     found, _ = closeness(samples, training)
