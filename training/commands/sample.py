@@ -399,7 +399,7 @@ def write_drawing(
         save(drawing.stages[stage], output / stage / f"{job.name}.png", pnginfo=info)
     if explain:
         stage, heat = next(iter(drawing.words.items()), ("none", []))
-        title = f"{job.prompt}  (attention of stage: {stage})"
+        title = f"attention of stage {stage}: {job.prompt}"
         save(heat_sheet(drawing.image, heat, title), output / "words" / f"{job.name}.png", pnginfo=info)
     sign = credentials.sign if credentials else None
     save(drawing.stages[final], output / f"{job.name}.png", pnginfo=info, sign=sign)

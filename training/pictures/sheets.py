@@ -23,6 +23,7 @@ its width; those above `LARGEST` are shrunk."""
 LARGEST = 512
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 GAP, MARGIN, FONT_SIZE = 8, 16, 14
+LINE_HEIGHT = FONT_SIZE + 4
 PAPER, INK, FAINT, GOOD, BAD = "white", "#202020", "#707070", "#2e8b57", "#c62828"
 FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -57,12 +58,13 @@ def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Ima
     drawn = [_draw_cell(cell) for cell in cells]
     columns = max(1, min(columns, len(cells)))
     width, height = max(d.width for d in drawn), max(d.height for d in drawn)
-    top = MARGIN + (2 * FONT_SIZE if title else 0)
-    rows = -(-len(cells) // columns)
-    size = (2 * MARGIN + columns * (width + 2 * GAP), top + MARGIN + rows * (height + 2 * GAP))
+    rows, across = -(-len(cells) // columns), columns * (width + 2 * GAP)
+    heading = _wrapped(title, across - 2 * GAP) if title else []
+    top = MARGIN + (LINE_HEIGHT * len(heading) + GAP if heading else 0)
+    size = (2 * MARGIN + across, top + MARGIN + rows * (height + 2 * GAP))
     paper = Image.new("RGB", size, PAPER)
-    if title:
-        ImageDraw.Draw(paper).text((MARGIN + GAP, MARGIN), title, fill=INK, font=_font(title))
+    for number, text in enumerate(heading):
+        ImageDraw.Draw(paper).text((MARGIN + GAP, MARGIN + LINE_HEIGHT * number), text, fill=INK, font=_font(text))
     for index, picture in enumerate(drawn):
         x = MARGIN + GAP + index % columns * (width + 2 * GAP)
         paper.paste(picture, (x, top + GAP + index // columns * (height + 2 * GAP)))
@@ -117,12 +119,11 @@ def _draw_cell(cell: Cell) -> Image.Image:
     largest = max(picture.width for picture in cell.pictures)
     side = min(largest * -(-SHOWN // largest), LARGEST)  # a multiple, so that it is not the smallest
     shown = [to_side(picture, side) for picture in cell.pictures]
-    above = FONT_SIZE + 4 if cell.labels else 0
+    above = LINE_HEIGHT if cell.labels else 0
     width = sum(picture.width for picture in shown) + GAP * (len(shown) - 1)
     height = max(picture.height for picture in shown)
     caption, note = _wrapped(cell.caption, width), _wrapped(cell.note, width) if cell.note else []
-    line = FONT_SIZE + 4
-    paper = Image.new("RGB", (width, above + height + 6 + line * (len(caption) + len(note))), PAPER)
+    paper = Image.new("RGB", (width, above + height + 6 + LINE_HEIGHT * (len(caption) + len(note))), PAPER)
     pen = ImageDraw.Draw(paper)
     x = 0
     for number, picture in enumerate(shown):
@@ -135,7 +136,7 @@ def _draw_cell(cell: Cell) -> Image.Image:
     y = above + height + 4
     for text, colour in [*((t, INK) for t in caption), *((t, BAD if cell.wrong else FAINT) for t in note)]:
         pen.text((0, y), text, fill=colour, font=_font(text))
-        y += line
+        y += LINE_HEIGHT
     return paper
 
 

@@ -28,6 +28,12 @@ def test_all_pictures_of_all_cells_are_there() -> None:
     assert count(paper, (255, 0, 0)) == count(paper, (0, 0, 255)) == 5 * 192 * 192
 
 
+def test_a_long_title_is_wrapped_within_the_sheet() -> None:
+    short, long = (np.asarray(sheet([Cell([RED], "")], title=title)) for title in ("red", "attention to red " * 9))
+    assert long.shape[0] > short.shape[0] and long.shape[1] == short.shape[1]
+    assert (long[:, -grid.MARGIN :] == 255).all() and (long[: grid.MARGIN + grid.LINE_HEIGHT] < 128).any()
+
+
 def test_super_resolution_is_not_shown_smaller_than_its_input() -> None:
     paper = sheet([Cell([RED.resize((32, 32)), BLUE.resize((128, 128))], "", ["32 px", "128 px"])])
     assert count(paper, (255, 0, 0)) == count(paper, (0, 0, 255)) == 256 * 256
