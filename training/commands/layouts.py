@@ -34,6 +34,8 @@ PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "oneig": 4}
 """Number of pictures per prompt that a tool reads; other tools read any number."""
 NEEDED = {"geneval": "tag", "dpg": "item_id", "parti": "category", "oneig": "id"}
 """Field of the prompt list that a layout requires."""
+NAMED_BY = {"dpg": "item_id", "oneig": "id"}
+"""Field of the prompt list that names the file, in layouts with one file per prompt."""
 KEPT_IN = {
     "geneval": "prompts=FILE.jsonl",
     "dpg": "prompts=FILE.jsonl",
@@ -63,7 +65,7 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
         lines: the fields of each prompt in its file (`read_lines`); empty if the file has none.
 
     Raises:
-        ConfigError: an unknown layout, the wrong number of pictures, or lines that lack a field.
+        ConfigError: an unknown layout, the wrong number of pictures, or lines that lack a field or cannot name a file.
     """
     one_of("layout", layout, LAYOUTS)
     wanted = PICTURES.get(layout)
@@ -79,6 +81,8 @@ def check_layout(layout: str, prompts: Sequence[str], num_images: int, lines: Se
         raise ConfigError(
             f"layout=oneig: {unknown[0]!r} is not one of its categories; give OneIG-Bench.csv or OneIG-Bench-ZH.csv"
         )
+    if layout in NAMED_BY:
+        _check_names(layout, lines)
     if layout == "geneval2" and len(set(prompts)) < len(prompts):
         raise ConfigError("layout=geneval2: it allows one picture per prompt, but some prompts are repeated")
     if layout == "t2i_compbench":
@@ -107,13 +111,10 @@ def arrange(
     folder.mkdir(parents=True)
     paths: dict[str, str] = {}
     for place, (prompt, files) in enumerate(zip(prompts, pictures, strict=True)):
-        if layout == "dpg":
-            _square(files).save(folder / f"{lines[place]['item_id']}.png")
-            continue
-        if layout == "oneig":
-            own = folder / _class(lines[place]) / MODEL
-            own.mkdir(parents=True, exist_ok=True)
-            _square(files).save(own / f"{lines[place]['id']}.webp", lossless=True)
+        if layout in NAMED_BY:
+            target = folder / _named(layout, lines[place])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _square(files).save(target, lossless=True)  # which only .webp has to be told
             continue
         if layout == "geneval":
             own = folder / f"{place:05d}"
@@ -127,6 +128,24 @@ def arrange(
     if layout == "geneval2":
         (folder / "image_paths.json").write_text(json.dumps(paths, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def _named(layout: str, line: dict[str, Any]) -> str:
+    """Return the file of a prompt, in a layout that names it by a field of its line."""
+    name = str(line[NAMED_BY[layout]])
+    return f"{name}.png" if layout == "dpg" else f"{_class(line)}/{MODEL}/{name}.webp"
+
+
+def _check_names(layout: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigError if a field is not a plain file name, or two prompts have the same file."""
+    field, seen = NAMED_BY[layout], set()
+    for line in lines:
+        name, file = str(line[field]), _named(layout, line)
+        if not name or set(name) & set("/\\\0"):
+            raise ConfigError(f"layout={layout}: {field} {name!r} cannot name a file; give one without slashes")
+        if file in seen:
+            raise ConfigError(f"layout={layout}: two prompts have the {field} {name!r}; each needs a file of its own")
+        seen.add(file)
 
 
 def _file(layout: str, place: int, copy: int, copies: int, prompt: str, lines: Sequence[dict[str, Any]]) -> str:
@@ -179,8 +198,8 @@ def _square(files: Sequence[Path]) -> Image.Image:
     for file in files:
         with Image.open(file) as image:
             pictures.append(image.convert("RGB"))
-    side = pictures[0].width
-    paper = Image.new("RGB", (2 * side, 2 * side))
+    width, height = pictures[0].size
+    paper = Image.new("RGB", (2 * width, 2 * height))
     for place, picture in enumerate(pictures):
-        paper.paste(picture, (place % 2 * side, place // 2 * side))
+        paper.paste(picture, (place % 2 * width, place // 2 * height))
     return paper

@@ -55,6 +55,9 @@ def test_each_tool_finds_what_it_reads(command) -> None:
     assert square.size == (64, 64)
     last = Image.open(Path(found).parent / "00001-two_dogs-3.png").convert("RGB")
     assert square.crop((32, 32, 64, 64)).tobytes() == last.tobytes()
+    wide = Image.open(Path(command("dpg", 4, size=[64, 32])["layout"]) / "p2.png")
+    last = Image.open(Path(found).parent / "00001-two_dogs-3.png").convert("RGB")
+    assert wide.size == (128, 64) and wide.crop((64, 32, 128, 64)).tobytes() == last.tobytes()
     found = command("geneval2", 1)["layout"]
     paths = json.loads((Path(found) / "image_paths.json").read_text())
     assert set(paths) == {line["prompt"] for line in LINES} and all(Path(p).is_file() for p in paths.values())
@@ -75,6 +78,10 @@ def test_pictures_that_a_tool_could_not_read_are_refused_before_drawing(command,
         layouts.check_layout("geneval2", ["a", "a"], 1, [])
     with pytest.raises(ConfigError, match="too long"):
         layouts.check_layout("t2i_compbench", ["a" * 250], 1, [])
+    with pytest.raises(ConfigError, match=r"item_id '\.\./a' cannot name a file"):
+        layouts.check_layout("dpg", ["a"], 4, [{"item_id": "../a"}])
+    with pytest.raises(ConfigError, match="two prompts have the item_id 'a'"):
+        layouts.check_layout("dpg", ["a", "b"], 4, [{"item_id": "a"}] * 2)
     assert not (tmp_path / "out" / "00000-a_cat-0.png").exists()
 
 
