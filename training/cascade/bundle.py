@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -73,6 +74,7 @@ def main(config: Experiment) -> dict[str, Any]:
     """Bundle the newest valid checkpoint of every run in `bundle.runs`, base first; return the bundle's path and a
     summary of its stages."""
     bundle = collect(config.bundle.runs, experiment=config.run.name)
+    _keep_bases(config.bundle.dir, bundle)
     written = write(config.bundle.dir, bundle)
     for stage in written["stages"]:
         print(f"{stage['name']}: {stage['parameters'] / 1e6:.1f}M parameters of step {stage['origin']['step']}")
@@ -80,6 +82,17 @@ def main(config: Experiment) -> dict[str, Any]:
     print(f"next: {command_for('sample', config)}")
     brief = ("name", "file", "bytes", "sha256", "parameters", "origin")
     return {"bundle": config.bundle.dir, "stages": [{key: stage[key] for key in brief} for stage in written["stages"]]}
+
+
+def _keep_bases(path: str, bundle: Bundle) -> None:
+    """Raise ConfigError if the bundle would replace weights that some of its adapters (lora) are added to."""
+    place = path.rstrip("/") if is_remote(path) else os.path.abspath(path)
+    for stage in bundle.stages:
+        if stage.origin.get("lora", {}).get("path") == place:
+            raise ConfigError(
+                f"bundle.dir={path}: the adapters (lora) of {stage.config.name} are added to the weights in this "
+                "bundle, which their run needs; name another directory"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ from runs
@@ -315,11 +328,12 @@ def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, An
     """
     address = address or path
     folder = open_folder(path)
+    ready = {s.config.name: s.tensors() for s in bundle.stages if "lora" in s.origin}  # fails if the base is gone
     folder.remove(INDEX)
     stages = []
     for stage in bundle.stages:
         name = f"{stage.config.name}.safetensors"
-        tensors = stage.tensors()
+        tensors = ready.pop(stage.config.name, None) or stage.tensors()
         digest = Digest(chunks({key: tensor.detach().cpu().float() for key, tensor in tensors.items()}))
         folder.write(name, digest)
         stages.append(
@@ -526,7 +540,7 @@ def load_unet(weights: StageWeights) -> UNet:
     for module in unet.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:  # not saved: the constant zero token that represents no text
-                module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
+                module.register_buffer(name, torch.zeros(buffer.shape, dtype=torch.float32), persistent=False)
     return unet.eval().requires_grad_(False)
 
 

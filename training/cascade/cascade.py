@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from training.cascade.requests import (
     Pictures,
     Words,
     as_list,
+    as_plain,
     as_texts,
     check_distilled,
     check_start,
@@ -61,6 +63,8 @@ from training.text.identity import pinned
 
 CHUNK_BATCHES = 16
 """Batches per device that go through all stages together, so that weights rarely move and memory stays bounded."""
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes in which a U-Net can compute."""
 Progress = Callable[[str, int, int], None]
 """Called as (stage name, sampler steps done, total sampler steps), counting the steps of every batch."""
 
@@ -77,7 +81,8 @@ class Stage:
 
 
 class Cascade:
-    """The stages of a bundle, base first, and their text encoder; fp32 on the CPU until `to` is called."""
+    """The stages of a bundle, base first, and their text encoder; fp32 on the CPU until `to` is called. Threads may
+    share one: they draw in turns."""
 
     def __init__(self, stages: Sequence[Stage], encoder: TextEncoder, text: TextConfig) -> None:
         self.stages = list(stages)
@@ -87,6 +92,9 @@ class Cascade:
         """Figures that an evaluation recorded in the bundle."""
         self.device = torch.device("cpu")
         self.offload = True
+        self._turn = threading.RLock()
+        """Threads that draw with the same cascade take turns: they would move its weights, and record its attention,
+        under each other's hands."""
 
     # ------------------------------------------------------------------------------------- loading and saving
 
@@ -94,6 +102,12 @@ class Cascade:
         stages = ", ".join(f"{stage.config.name} ({stage.config.image_size} px)" for stage in self.stages)
         dtype = str(next(self.stages[0].unet.parameters()).dtype).removeprefix("torch.")
         return f"<Cascade: {stages}; text encoder {self.encoder.name}; {self.device}, {dtype}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=threading.RLock())
 
     if not TYPE_CHECKING:  # otherwise mypy would believe that every attribute exists
 
@@ -110,13 +124,27 @@ class Cascade:
             others: none; the error for what `from_pretrained` of other libraries takes names the remedy.
 
         Raises:
-            DataError: there is no bundle, or it is damaged.
-            ConfigError: the text encoder is missing, or is not the one the bundle was trained with.
+            DataError: there is no bundle, it is damaged, or there is no text encoder at its path.
+            ConfigError: the text encoder is not the one the bundle was trained with, or `text_path` is given for an
+                encoder without files.
         """
         refuse_loading(others)
         if not path:
             raise ConfigError(f"from_pretrained: path={path!r}: give the directory of a bundle")
-        return cls._from(bundle.read(str(path)), text_path)
+        opened = bundle.read(str(path))
+        if text_path and opened.text.kind == "words":
+            raise ConfigError(
+                f"text_path={text_path}: the text encoder of this bundle, words, has no files; leave it out"
+            )
+        try:
+            text = pinned(replace(opened.text, path=str(text_path) if text_path else opened.text.path))
+        except DataError as error:
+            second = f"; if it is the second of two encoders, correct its path in {path}/bundle.json"
+            raise DataError(
+                f"{error}; or, if this machine has it elsewhere, name its directory with bundle.text_path=DIR (in "
+                f"Python, text_path=DIR){second if opened.text.also else ''}"
+            ) from error
+        return cls._from(replace(opened, text=text))
 
     @classmethod
     def from_runs(cls, runs: Sequence[str]) -> Cascade:
@@ -126,13 +154,15 @@ class Cascade:
             DataError: a run has no valid checkpoint.
             ConfigError: the stages do not form a cascade.
         """
-        return cls._from(bundle.collect([runs] if isinstance(runs, str) else [str(run) for run in runs]))
+        single = isinstance(runs, (str, os.PathLike))
+        opened = bundle.collect([str(runs)] if single else [str(run) for run in runs])
+        return cls._from(replace(opened, text=pinned(opened.text)))
 
     @classmethod
-    def _from(cls, opened: bundle.Bundle, text_path: str | None = None) -> Cascade:
-        text = pinned(replace(opened.text, path=text_path or opened.text.path))
-        stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
-        made = cls(stages, build_text_encoder(text), text)
+    def _from(cls, opened: bundle.Bundle) -> Cascade:
+        with _on_the_cpu():
+            stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
+            made = cls(stages, build_text_encoder(opened.text), opened.text)
         made.figures = opened.figures
         return made
 
@@ -143,9 +173,10 @@ class Cascade:
         self._write(str(path))
 
     def _write(self, path: str, address: str | None = None) -> None:
-        weights = [
-            bundle.StageWeights(s.config, s.unet.config, s.unet.state_dict, s.origin, s.sha256) for s in self.stages
-        ]
+        weights = []
+        for stage in self.stages:
+            unet = getattr(stage.unet, "_orig_mod", stage.unet)  # inside torch.compile(unet), where names are longer
+            weights.append(bundle.StageWeights(stage.config, unet.config, unet.state_dict, stage.origin, stage.sha256))
         try:
             bundle.write(path, bundle.Bundle(pinned(self.text), weights, self.figures), address)
         except OSError as error:
@@ -190,14 +221,19 @@ class Cascade:
             ConfigError: there is no such device or dtype.
         """
         if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ConfigError(f"to: {device} and {dtype} are two dtypes; give only one")
             dtype, device = device, None
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"to: {dtype!r} is not a dtype of weights; give for example torch.bfloat16")
-        self.device, self.offload = self.device if device is None else place_of(device, "to"), offload
-        home = torch.device("cpu") if offload else self.device
-        for stage in self.stages:
-            stage.unet.to(device=home, dtype=dtype)
-        self.encoder.to(home)
+        if dtype is not None and dtype not in WEIGHTS:
+            known = ", ".join(str(one) for one in WEIGHTS)
+            raise ConfigError(f"to: {dtype!r} is not a dtype of weights to draw with; give one of {known}")
+        place = self.device if device is None else place_of(device, "to")
+        with self._turn:
+            self.device, self.offload = place, offload
+            home = torch.device("cpu") if offload else place
+            for stage in self.stages:
+                stage.unet.to(device=home, dtype=dtype)
+            self.encoder.to(home)
         return self
 
     # ------------------------------------------------------------------------------------------------ drawing
@@ -221,7 +257,9 @@ class Cascade:
         """
         refuse_generate(options, inspect.signature(self.draw).parameters)
         drawn = self.draw(prompts, negative_prompts, guidance, steps, seed, num_images, stages, callback, **options)
-        if cut := [one.prompt for one in drawn if self.encoder.is_cut(one.prompt)]:
+        with self._turn:  # threads cannot share a tokenizer, either
+            cut = [one.prompt for one in drawn if self.encoder.is_cut(one.prompt)]
+        if cut:
             tokens = self.encoder.max_tokens
             warnings.warn(f"only the first {tokens} tokens of this prompt are read: {cut[0][:60]!r}...", stacklevel=2)
         return Images(drawing.image for drawing in drawn)
@@ -305,7 +343,7 @@ class Cascade:
         numbers: Sequence[int] | None = None,
         size: Any = None,
         batch: int = 16,
-        devices: Sequence[str | torch.device] | None = None,
+        devices: str | torch.device | Sequence[str | torch.device] | None = None,
     ) -> list[Drawing]:
         """Draw pictures; return them with the output of every stage, in the order of `generate`.
 
@@ -341,13 +379,15 @@ class Cascade:
         negatives = [] if negative_prompts is None else as_texts(negative_prompts, "negative_prompts")
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback={callback!r}: give a function, called as callback(stage, step, steps)")
+        seed, num_images, numbers, batch = as_plain(seed), as_plain(num_images), as_plain(numbers), as_plain(batch)
+        stages, strength, size = as_plain(stages), as_plain(strength), as_plain(size)
         if not isinstance(batch, int) or batch < 1:
-            raise ConfigError(f"batch={batch}: it must be at least 1")
+            raise ConfigError(f"batch={batch}: it must be a whole number, at least 1")
         drawings = number_drawings(texts, negatives, seed, num_images, numbers)
         settings = {"guidance": guidance, "steps": steps, "aug_level": aug_level, "sampler": sampler}
         settings |= {"spacing": spacing, "threshold": threshold, "guidance_interval": guidance_interval}
         settings |= {"original_side": original_side}
-        plan = plan_stages([stage.config for stage in self.stages], stages, **settings)
+        plan = plan_stages([stage.config for stage in self.stages], stages, **as_plain(settings))
         chosen = [self.stages[index] for index, _ in plan]
         sizes = plan_sizes(size, [stage.config for stage in chosen], [stage.unet.config.divisor for stage in chosen])
         strengths = plan_strengths(strength, [stage.config.name for stage in chosen])
@@ -375,7 +415,8 @@ class Cascade:
                 for name, given in pictures.items()
             }
             task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, sizes, **own)
-            self._draw_chunk(task)
+            with self._turn, _on_the_cpu():
+                self._draw_chunk(task)
         return drawings
 
     def _draw_chunk(self, task: _Task) -> None:
@@ -456,6 +497,11 @@ class Cascade:
             yield
         finally:
             module.to(home)
+
+
+def _on_the_cpu() -> AbstractContextManager[Any]:
+    """Let tensors that are made without a device be on the CPU, whatever default device the caller has set."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def draw_batch(

@@ -24,6 +24,8 @@ EMBEDS = "give the text; the cascade encodes it"
 ELSEWHERE = {
     "cfg": "it is `guidance_scale`",
     "cfg_scale": "it is `guidance_scale`",
+    "cond_scale": "it is `guidance_scale`",
+    "true_cfg_scale": "it is `guidance_scale`",
     "num_steps": "it is `num_inference_steps`",
     "num_images_per_prompts": "it is `num_images_per_prompt`",
     "batch_size": "it is `batch`, pictures per forward pass",
@@ -37,6 +39,11 @@ ELSEWHERE = {
     "sigmas": SCHEDULER,
     "eta": "`sampler` decides: ddim adds no noise, ddpm does",
     "max_sequence_length": "the bundle's text encoder decides how many tokens it reads",
+    "stop_at_unet_number": "give `stages`, how many to run",
+    "return_all_unet_outputs": "use draw(...), which returns the picture of every stage",
+    "return_pil_images": "the pictures are PIL images; leave it out",
+    "start_image_or_video": "give `image` to redraw it, or `low_res` to enlarge it with stages=['sr...']",
+    "inpaint_images": "give `image` and a mask",
     "guidance_rescale": "give `threshold`, which keeps strong guidance in range",
 }
 """Other arguments of diffusers and similar programs -> what to give instead."""
@@ -62,6 +69,8 @@ METHODS = {
     "text_encoder": "it is `encoder`",
     "tokenizer": "`encoder` takes text",
     "vae": "it works in pixel space",
+    "sample": "use generate(PROMPTS)",
+    "dtype": "`stages[0].unet` has weights of one; `to` sets it",
     "load_lora_weights": "train with lora.rank, and `cascade bundle` merges the adapters into the weights",
 }
 """Methods and attributes of a pipeline of diffusers -> what to use instead."""
@@ -70,6 +79,9 @@ LOADING = {
     "dtype": "load it, then use to(torch.bfloat16)",
     "device": "load it, then use to('cuda')",
     "device_map": "load it, then use to('cuda')",
+    "revision": "fetch it with hf download --revision, and give the directory",
+    "cache_dir": "give the directory of the bundle, or set HF_HUB_CACHE",
+    "subfolder": "give the directory of the bundle itself",
     "use_safetensors": "weights are always safetensors; leave it out",
     "local_files_only": "nothing is ever downloaded; leave it out",
     "safety_checker": "there is none; leave it out",
@@ -137,5 +149,5 @@ def size_of(height: int | None, width: int | None, size: Any) -> Any:
         raise ConfigError("size: give it, or height and width, not both")
     if height is None or width is None:
         missing, given = ("height", "width") if height is None else ("width", "height")
-        raise ConfigError(f"{given}={height or width}: give {missing} as well, in pixels")
+        raise ConfigError(f"{given}={height if width is None else width}: give {missing} as well, in pixels")
     return (width, height)

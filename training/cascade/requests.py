@@ -78,6 +78,17 @@ def as_texts(given: Any, key: str) -> list[Any]:
     return list(given)
 
 
+def as_plain(value: Any) -> Any:
+    """Return arrays, tensors, ranges and the numbers inside collections as Python's own lists and numbers."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: as_plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return tuple(map(as_plain, value)) if isinstance(value, tuple) else list(map(as_plain, value))
+    return value
+
+
 def number_drawings(
     prompts: Sequence[str],
     negatives: Sequence[str],
@@ -110,6 +121,9 @@ def number_drawings(
         raise ConfigError(f"negative_prompts: {len(negatives)} for {len(prompts)} prompts; give one, or one per prompt")
     if num_images < 1:
         raise ConfigError(f"num_images={num_images}: it must be at least 1")
+    whole = isinstance(numbers, Sequence) and all(isinstance(one, int) and one >= 0 for one in numbers)
+    if numbers is not None and not whole:
+        raise ConfigError(f"numbers={numbers}: give a list with a whole number, at least 0, for each prompt")
     if numbers is not None and (num_images != 1 or len(numbers) != len(prompts)):
         raise ConfigError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one per prompt, and num_images=1")
     pictures = len(prompts) * num_images
@@ -288,9 +302,10 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
     return [float(value) for value in values]
 
 
-def plan_places(devices: Sequence[str | torch.device]) -> list[torch.device]:
+def plan_places(devices: str | torch.device | Sequence[str | torch.device]) -> list[torch.device]:
     """Return the devices to draw on. Raises `ConfigError` for one that this machine does not have."""
-    return [place_of(device, "devices") for device in devices]
+    given = [devices] if isinstance(devices, (str, torch.device)) else devices
+    return [place_of(device, "devices") for device in given]
 
 
 def place_of(device: str | torch.device, key: str) -> torch.device:
@@ -449,6 +464,13 @@ def _seed_of(generator: Any) -> int:
 
 def _image(picture: Any) -> Image.Image:
     """Return the picture in RGB and upright, converted like training pictures."""
+    found = _rgb(picture)
+    if 0 in found.size:
+        raise ConfigError("a picture without pixels: give one of at least 1 x 1")
+    return found
+
+
+def _rgb(picture: Any) -> Image.Image:
     if isinstance(picture, (str, os.PathLike)):
         picture = read_picture(picture)
     if isinstance(picture, Image.Image):

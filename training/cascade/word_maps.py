@@ -64,7 +64,7 @@ class WordMaps:
         size = max(self._sums)
         heat = []
         for word, places in words:
-            total = torch.zeros(size)
+            total = torch.zeros(size, dtype=torch.float32)
             for sums in self._sums.values():
                 token_mean = sums[row, places].mean(dim=0)
                 total += F.interpolate(token_mean[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]

@@ -209,7 +209,7 @@ def augmented(
     up-sampled, and its log-SNR (B,)."""
     rows = torch.as_tensor(seeds, dtype=torch.int64).to(low_res.device)
     noise = random.normal(image_size, rows, Stream.SAMPLE_AUG, tuple(low_res.shape[1:]))
-    level = torch.full((len(low_res),), aug_level, device=low_res.device)
+    level = torch.full((len(low_res),), aug_level, dtype=torch.float32, device=low_res.device)
     return augment(low_res, level, noise, Schedule.of(config, image_size))
 
 
@@ -254,7 +254,8 @@ def sample_stage(
         low_res = upsample(low_res, shape)
     sizes = None
     if config.size_condition:
-        sizes = torch.tensor(chosen_sizes(shape, sampler.original_side), device=device).expand(len(text), -1)
+        sizes = torch.tensor(chosen_sizes(shape, sampler.original_side), dtype=torch.float32, device=device)
+        sizes = sizes.expand(len(text), -1)
     denoise = guided(
         model,
         text,

@@ -62,7 +62,7 @@ class TextEncoder(ABC):
         cut = [self._cut(caption) for caption in captions]
         rows = self._rows_of({caption for caption in cut if caption})
         lengths = torch.tensor([len(rows[caption]) if caption else 0 for caption in cut], dtype=torch.long)
-        text = torch.zeros(len(cut), self.max_tokens, self.dim, device=self.device)
+        text = torch.zeros(len(cut), self.max_tokens, self.dim, dtype=torch.float32, device=self.device)
         for b, caption in enumerate(cut):
             if caption:
                 text[b, : lengths[b]] = rows[caption]

@@ -16,6 +16,7 @@ from tests.training.saved_runs import make_run
 from tests.training.tiny import random_unet, stage_config
 from training.cascade import Cascade, bundle
 from training.config.experiment import BundleConfig, Experiment, RunConfig, StageConfig, TextConfig, TrainConfig
+from training.model.lora import weights_sha256
 from training.run.starting_weights import begin_with
 
 
@@ -103,6 +104,23 @@ def test_a_failure_leaves_the_old_bundle_alone(runs: list[str], tmp_path: Path) 
     with pytest.raises(DataError):
         bundle.main(command([runs[0], str(tmp_path / "absent")], tmp_path / "bundle"))
     assert len(bundle.read(str(tmp_path / "bundle")).stages) == 2
+
+
+def test_adapters_do_not_replace_the_bundle_that_they_are_added_to(runs: list[str], tmp_path: Path) -> None:
+    base, tuned = tmp_path / "bundle", tmp_path / "tuned"
+    bundle.main(command(runs, base))
+    lora = {"path": str(base), "sha256": weights_sha256(bundle.read(str(base)).stages[0].tensors()), "scale": 1.0}
+    manifest = Path(runs[0]) / "checkpoints" / "step-00000009" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["meta"]["lora"] = lora
+    manifest.write_text(json.dumps({**content, "sha256": ""}))
+    with pytest.raises(ConfigError, match=r"the adapters \(lora\) of base are added to the weights in this bundle"):
+        bundle.main(command(runs, base))
+    bundle.main(command(runs, tuned))
+    (base / bundle.INDEX).unlink()
+    with pytest.raises(DataError, match="are no longer in"):
+        bundle.main(command(runs, tuned))
+    assert len(bundle.read(str(tuned)).stages) == 2
 
 
 def test_stages_must_fit(runs: list[str], tmp_path: Path) -> None:

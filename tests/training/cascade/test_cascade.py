@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +196,24 @@ def test_explain_gives_heat_per_word(cascade: Cascade) -> None:
     assert cascade.draw(PROMPTS)[0].words == {}
 
 
+def test_threads_take_turns_so_that_words_are_those_of_their_own_picture(cascade: Cascade) -> None:
+    alone = cascade.draw("a red circle", explain=True)[0].words["base"]
+    drawing, other = threading.Event(), threading.Thread(target=lambda: cascade.draw("blue", callback=begun))
+
+    def begun(*_: Any) -> None:
+        drawing.set()
+
+    def begin_another(*_: Any) -> None:
+        if other.ident is None:
+            other.start()
+            drawing.wait(0.2)
+
+    found = cascade.draw("a red circle", explain=True, callback=begin_another)[0].words["base"]
+    other.join()
+    assert drawing.is_set() and [word for word, _ in found] == [word for word, _ in alone]
+    assert all(np.array_equal(heat, before) for (_, heat), (_, before) in zip(found, alone, strict=True))
+
+
 def test_save_and_load(cascade: Cascade, tmp_path: Path) -> None:
     cascade.save(str(tmp_path / "bundle"))
     loaded = Cascade.from_pretrained(str(tmp_path / "bundle"))
@@ -243,7 +263,9 @@ def test_a_bundle_knows_its_text_encoder_wherever_it_is_stored(tmp_path: Path) -
     home = Path(tiny_t5(tmp_path / "encoder"))
     tiny_cascade(text=TextConfig(kind="t5", path=str(home), dim=16, max_tokens=32)).save(str(tmp_path / "bundle"))
     elsewhere = home.rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"encoder: there is no encoder here"):
+    with pytest.raises(
+        DataError, match=r"encoder: there is no encoder here.*name its directory with bundle\.text_path=DIR"
+    ):
         Cascade.from_pretrained(str(tmp_path / "bundle"))
     cascade = Cascade.from_pretrained(str(tmp_path / "bundle"), text_path=str(elsewhere))
     assert len(cascade.generate(["a red circle"])) == 1
@@ -290,7 +312,8 @@ def test_chinese_prompts_through_byt5_and_mt5_end_to_end(tmp_path: Path, kind: s
         ({"batch": 2.5}, "batch=2.5"),
         ({"negative_prompts": "caf\udce9"}, "negative_prompts: 'caf\\udce9' contains characters"),
         ({"num_images": 0}, "num_images=0"),
-        ({"batch": 0}, "batch=0"),
+        ({"batch": 0}, "batch=0: it must be a whole number, at least 1"),
+        ({"image": np.zeros((0, 0, 3), np.uint8)}, "a picture without pixels"),
         ({"guidance": float("nan")}, "guidance=nan: it must be a finite number"),
         ({"num_images": 1.5}, "num_images=1.5: it must be a whole number"),
         ({"seed": "a"}, "seed=a: it must be a whole number"),
@@ -333,5 +356,13 @@ def test_pictures_mean_what_they_mean_in_training() -> None:
 def test_a_missing_bundle_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not a bundle \(no bundle.json\); make one with: cascade bundle"):
         Cascade.from_pretrained(str(tmp_path))
+    with pytest.raises(DataError, match="has no checkpoint yet"):
+        Cascade.from_runs(tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_path_for_an_encoder_without_files_is_refused(cascade: Cascade, tmp_path: Path) -> None:
+    cascade.save(str(tmp_path))
+    with pytest.raises(ConfigError, match="text_path=/t5: the text encoder of this bundle, words, has no files"):
+        Cascade.from_pretrained(str(tmp_path), text_path="/t5")
     with pytest.raises(DataError, match="not a bundle"):
         Cascade.from_pretrained("nobody/nothing")

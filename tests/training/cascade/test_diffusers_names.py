@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,40 @@ def test_prompts_come_in_any_ordered_collection(cascade: Cascade) -> None:
         assert [image.tobytes() for image in cascade(given)] == plain
 
 
+def test_numbers_of_numpy_and_torch_are_numbers(cascade: Cascade) -> None:
+    given: dict[str, Any] = {
+        "num_inference_steps": torch.tensor(3),
+        "guidance_scale": np.array([2.0, 2.0]),
+        "size": np.array([32, 32]),
+    }
+    given |= {"guidance_interval": [np.float32(0), np.float32(1)], "stages": np.int64(2), "batch": np.int64(4)}
+    two = cascade(["red", "blue"], seed=range(2), devices="cpu", **given)
+    one = [cascade(prompt, generator=seed)[0].tobytes() for seed, prompt in enumerate(("red", "blue"))]
+    assert [image.tobytes() for image in two] == one
+    assert cascade("red", seed=torch.tensor([0]))[0].tobytes() == one[0]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")])
+def test_the_defaults_of_torch_change_no_picture(cascade: Cascade, tmp_path: Path, default: Any) -> None:
+    cascade.save(str(tmp_path))
+    plain = cascade("red")[0].tobytes()
+    place = default if isinstance(default, torch.device) else contextlib.nullcontext()
+    try:
+        torch.set_default_dtype(torch.float32 if isinstance(default, torch.device) else default)
+        with place:
+            loaded = Cascade.from_pretrained(str(tmp_path))
+            drawn = [one("red")[0].tobytes() for one in (loaded, cascade)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert drawn == [plain, plain]
+
+
+def test_a_compiled_unet_is_saved_as_the_one_inside(cascade: Cascade, tmp_path: Path) -> None:
+    stages = [replace(one, unet=torch.compile(one.unet, backend="eager")) for one in cascade.stages]  # type: ignore[arg-type]
+    Cascade(stages, cascade.encoder, cascade.text).save(str(tmp_path))
+    assert Cascade.from_pretrained(str(tmp_path))("red")[0].tobytes() == cascade("red")[0].tobytes()
+
+
 def test_a_cascade_says_what_it_is_and_can_be_pickled(cascade: Cascade) -> None:
     assert repr(cascade).startswith("<Cascade: ") and "32 px" in repr(cascade) and "cpu, float32>" in repr(cascade)
     again = pickle.loads(pickle.dumps(cascade))
@@ -134,6 +170,11 @@ def test_a_truncated_prompt_is_reported(cascade: Cascade) -> None:
         ({"scheduler": "ddim"}, "scheduler: give `sampler`"),
         ({"sampelr": "ddim"}, "sampelr: no such argument; did you mean `sampler`?"),
         ({"callback": 3}, "callback=3: give a function"),
+        ({"cond_scale": 3}, "cond_scale: it is `guidance_scale`"),
+        ({"height": 0}, "height=0: give width as well"),
+        ({"numbers": 0}, "numbers=0: give a list with a whole number"),
+        ({"numbers": [-1]}, "numbers=[-1]: give a list with a whole number, at least 0"),
+        ({"numbers": [0.0]}, "numbers=[0.0]: give a list with a whole number"),
     ],
 )
 def test_other_arguments_of_diffusers_are_explained(cascade: Cascade, options: dict, sentence: str) -> None:
@@ -176,9 +217,13 @@ def test_devices_and_places_that_do_not_exist(cascade: Cascade, tmp_path: Path) 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="to: torch sees no GPU for 'cuda'; use 'cpu'"):
             cascade.to("cuda")
-    for dtype in ("bfloat16", torch.int8):
-        with pytest.raises(ConfigError, match=r"to: .*int8 is not a dtype|to: 'bfloat16' is not a dtype"):
+    for dtype in ("bfloat16", torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(
+            ConfigError, match=r"to: (torch\.int8|torch\.float8_e4m3fn|'bfloat16') is not a dtype .*bfloat16"
+        ):
             cascade.to("cpu", dtype)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"to: torch\.float32 and torch\.float16 are two dtypes"):
+        cascade.to(torch.float32, torch.float16)
     with pytest.raises(ConfigError, match="to: this machine has no meta"):
         cascade.to("meta")
     assert cascade.to(torch.float32).device == cascade.to(dtype=torch.float32).device == torch.device("cpu")
