@@ -22,7 +22,7 @@ from data_pipeline.common.ordered import ordered
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
 from data_pipeline.config import CaptionConfig, DataConfig, DrawConfig, PrepareConfig
-from data_pipeline.content.captions import decode_text, fields_with_text, first_caption, json_caption
+from data_pipeline.content.captions import decode_text, fields_with_text, first_caption, is_blank, json_caption
 from data_pipeline.content.members import CAPTION_ENDINGS
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import store
@@ -244,7 +244,7 @@ def _caption(item: Item, config: CaptionConfig) -> str:
 
         return first_caption({"txt": item.caption, "json": dump_json(item.meta)}, config)
     text = decode_text(item.caption, config.encoding) if item.caption else ""
-    if text.strip():
+    if not is_blank(text):
         return text
     found = json_caption(item.meta)
     if found is None:

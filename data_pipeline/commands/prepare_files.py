@@ -97,7 +97,9 @@ class NamedFiles:
     def _by_name(self, given: str) -> Path | None:
         """Return the only file of this name below the folder; None if there is none. Raises `BadSample` for several."""
         name = given.replace("\\", "/").strip().rpartition("/")[2]
-        for form in dict.fromkeys((name, name.partition("#")[0], name.partition("?")[0])):
+        whole = name.removesuffix(".0")  # of a number, by programs that know no whole ones with gaps
+        coco = [whole.zfill(12)] if whole.isdecimal() else []
+        for form in dict.fromkeys((name, name.partition("#")[0], name.partition("?")[0], whole, *coco)):
             places = self._below.get(nfc(form).lower(), [])
             if len(places) > 1:
                 ending = Path(given.replace("\\", "/")).parts[-2:]

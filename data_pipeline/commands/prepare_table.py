@@ -35,7 +35,7 @@ from data_pipeline.commands.prepare_item import (
 )
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import texts_in, value_at
+from data_pipeline.content.captions import is_blank, texts_in, value_at
 from data_pipeline.content.members import instead, picture_kind
 from data_pipeline.storage.retry import persist
 from data_pipeline.tables.arrow import ParquetRows
@@ -61,8 +61,12 @@ _NUMBERED = re.compile(r"(.+?)_?\d+")
 _ID_COLUMNS = ("image_id", "img_id", "imageid", "image_key", "key", "id")
 """Columns used as names of pictures if files with these names exist."""
 _URL_COLUMNS = ("url", "image_url", "img_url", "image_urls")
+_NO_VALUE = ("nan", "NaN", "NaT", "null", "NULL", "None", "NA", "N/A", "n/a", "#N/A", "<NA>", "\\N")
+"""What pandas, R, spreadsheets and databases write into a cell without a value."""
 _LONGEST_TEXT = 1 << 20
 _LONGEST_PATH, _HEAD = 4096, 64
+_PARTS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".gz")
+"""Extensions of files that may be one of several parts of a table."""
 _KNOWN = {*PATH_COLUMNS, *CAPTION_COLUMNS}
 
 
@@ -332,14 +336,19 @@ def _files(table: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(path.rglob("*.parquet")) or sorted(
+        parts = (one for one in path.rglob("*") if one.suffix in _PARTS and not _is_passed_over(one.relative_to(path)))
+        below = sorted(one for one in parts if one.is_file())
+        found = [one for one in below if one.suffix == ".parquet"] or [
             one
-            for one in path.rglob("*.arrow")
-            if not one.name.startswith(("cache-", "tmp"))  # written by map() of the datasets library
-        )
+            for one in below
+            if one.suffix == ".arrow" and not one.name.startswith(("cache-", "tmp"))  # written by datasets' map()
+        ]
         if not found:
+            ending = next((one.suffix for one in below if one.suffix != ".arrow"), "")
+            words = f"; {str(path / '**' / f'*{ending}')!r} names all its {ending} files" if ending else ""
             raise DataError(
                 f"prepare.source={table}: it is a directory without .parquet or .arrow files; give one of its tables"
+                f"{words}"
             )
         if remark := splits_among(found, path):
             logger.warning("%s", remark)
@@ -351,13 +360,21 @@ def _files(table: str) -> list[Path]:
     return found
 
 
+def _is_passed_over(path: Path) -> bool:
+    """Return whether a path below a directory of tables is none of them: macOS' `._x`, or what Spark, Delta Lake and
+    Hive keep beside them (`_delta_log`, `_temporary`)."""
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
 def texts_of(cell: Any) -> list[str | bytes]:
     """Return the captions in a cell: those `texts_in` finds, a list written out as text, bytes, or a number."""
     if isinstance(cell, bytes):
         return [cell] if cell.strip() else []
     if isinstance(cell, str):
         listed = _written_list(cell)
-        return list(listed) if listed is not None else [cell] if cell.strip() else []
+        if listed is None:
+            return [] if is_blank(cell) or cell.strip() in _NO_VALUE else [cell]
+        return list(listed)
     if isinstance(cell, dict) or (isinstance(cell, (list, tuple)) and any(isinstance(one, dict) for one in cell)):
         return list(texts_in(cell))
     if isinstance(cell, (list, tuple)):
@@ -427,7 +444,8 @@ def _path_of(cell: Any) -> str | None:
     if isinstance(cell, dict):
         return _path_of(next((cell[name] for name in ("path", "file_name", "filename") if cell.get(name)), None))
     if isinstance(cell, (list, tuple)):
-        return next((path for one in cell if (path := _path_of(one))), None)
+        named = (one for one in cell if not isinstance(one, (int, float)))  # numbers are pixels
+        return next((path for one in named if (path := _path_of(one))), None)
     if cell is None or _bytes_of(cell) is not None:
         return None
     return str(cell) or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import unicodedata
 from bisect import bisect
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,8 @@ from data_pipeline.order.chance import hash_below, hash_uniform
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,500}>|<!--[^<>]{0,500}-->")
 _URL = re.compile(r"(?:https?://|www\.)\S+")
 _CONTROL = re.compile("[\\x00-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
+"""Unicode categories of control and formatting characters, surrogates and white space."""
 _BYTE_ORDER_MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 _HIGH = 9
 """First byte that the upper half of a character does not have in the alphabets up to Arabic."""
@@ -156,7 +159,7 @@ def texts_in(value: Any) -> list[str]:
     """Return the captions in a JSON value: a string, an object with one, or a list of these; of a conversation, the
     answers. Blank strings are skipped."""
     if isinstance(value, str):
-        return [value] if value.strip() else []
+        return [] if is_blank(value) else [value]
     if isinstance(value, Mapping):
         names = (*_TEXT_FIELDS, "value", "content") if _is_turn(value) else _TEXT_FIELDS
         return next((found for name in names if (found := texts_in(value.get(name)))), [])
@@ -217,6 +220,12 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     return words
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: it holds only white space and control or formatting characters, such as the
+    zero width space."""
+    return all(unicodedata.category(letter) in _UNSEEN for letter in text)
+
+
 def clean(text: str, config: CaptionConfig) -> str:
     """Clean and truncate a text as `config` says; may return an empty string.
 
@@ -227,7 +236,8 @@ def clean(text: str, config: CaptionConfig) -> str:
     if config.clean:
         text = html.unescape(_TAG.sub(" ", text))
         text = " ".join(_URL.sub(" ", _CONTROL.sub("", text)).split())
-    return text[: config.max_characters].strip()
+    text = text[: config.max_characters].strip()
+    return "" if is_blank(text) else text
 
 
 def decode_text(data: bytes, otherwise: str | None = None) -> str:

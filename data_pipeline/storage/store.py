@@ -25,7 +25,7 @@ from data_pipeline.storage import other, s3
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import DEFAULT, Patience, persist
 from data_pipeline.storage.s3_errors import too_short
-from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns, store_address
+from data_pipeline.storage.shard_lists import SHARD_SUFFIXES, plain_patterns, stem, store_address
 
 logger = logging.getLogger(__name__)
 _named_again: set[str] = set()
@@ -484,7 +484,25 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
     if again and again not in _named_again:
         _named_again.add(again)
         logger.warning("%s, perhaps among others, is named more than once; each shard is read once per epoch", again)
+    _refuse_twins(urls)
     return list(urls.values())
+
+
+def _refuse_twins(urls: dict[str, str]) -> None:
+    """Raise `ShardsError` if two shards differ only in their ending, as `a.tar` and `a.tar.gz`.
+
+    Args:
+        urls: the shards as given, by their full paths or URLs.
+    """
+    seen: dict[str, str] = {}
+    for place, url in urls.items():
+        name = stem(without_query(place))
+        if name in seen:
+            raise ShardsError(
+                f": {seen[name]} and {url} may be one shard twice, and their indexes would have the same name: name "
+                "only one of the two, for example with a pattern that ends in .tar, or rename it"
+            )
+        seen[name] = url
 
 
 def _respelled(pattern: str) -> str:

@@ -85,7 +85,13 @@ def json_rows(file: IO[bytes], path: Path, known: Collection[str]) -> Rows:
             break
     second = next((line for line in iter(file.readline, b"") if line.strip()), b"")
     if second.lstrip()[:1] == b"{" and _is_line(first):
-        return JsonLineRows(file)
+        rows = JsonLineRows(file)
+        if not rows.columns:
+            try:
+                rows.row(0)
+            except BadSample as bad:
+                raise no_table(path, f"none of its first lines is a JSON object; {bad.detail}") from bad
+        return rows
     file.seek(0)
     text = file.read()
     try:

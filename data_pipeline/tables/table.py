@@ -56,7 +56,8 @@ def open_table(path: Path, known: Collection[str] = (), encoding: str | None = N
         zlib.error,
         UnicodeError,
     ) as error:
-        raise no_table(path, str(error) or type(error).__name__) from error
+        again = "" if isinstance(error, OSError) and error.errno else "; download or export it again"
+        raise no_table(path, f"{str(error) or type(error).__name__}{again}") from error
 
 
 def _rows(path: Path, known: Collection[str], encoding: str | None) -> Rows:

@@ -114,6 +114,10 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.csv", b"image,caption\n1.jpg,one,,\n2.jpg,two\n", ["one", "two"]),
         ("a.csv", b"image,caption\n1.jpg,\"['one', 'other']\"\n2.jpg,two\n", ["one", "two"]),
         ("a.csv", b"image,caption\nC:\\photos\\1.jpg,one\n.\\2.jpg,two\n", ["one", "two"]),
+        ("a.csv", b"image,caption\n1.jpg,nan\n2.jpg,two\n", ["", "two"]),
+        ("a.tsv", b"image\tcaption\n1.jpg\t\\N\n2.jpg\ttwo\n", ["", "two"]),
+        ("a.csv", b"image,caption\n1.jpg,one\n2.jpg,\xe2\x80\x8b\n", ["one", ""]),
+        ("a.csv", b"image_id,caption\n1.0,one\n2.0,two\n", ["one", "two"]),
         ("a.csv.gz", gzip.compress(CSV, mtime=0), ["one", "two"]),
         ("a.csv.bz2", bz2.compress(CSV), ["one", "two"]),
         ("a.csv.xz", lzma.compress(CSV), ["one", "two"]),
@@ -203,8 +207,17 @@ def test_several_tables_are_one(place: Path) -> None:
     for number, (picture, text) in enumerate(((ONE, "one"), (TWO, "two"))):
         part = place / "data" / f"train-{number:05d}-of-00002.parquet"
         pq.write_table(pa.table({"image": [{"bytes": picture, "path": None}], "text": [text]}), part)
-    assert captions(TableSource(str(place / "data"))) == ["one", "two"]
     assert captions(TableSource(str(place / "data" / "*.parquet"))) == ["one", "two"]
+    (place / "data").rename(place / "data.parquet")  # as Spark calls the folder
+    (place / "data" / "_delta_log").mkdir(parents=True)
+    (place / "data.parquet").rename(place / "data" / "all.parquet")
+    for other in ("._train-00000-of-00002.parquet", "_delta_log/0.checkpoint.parquet"):
+        (place / "data" / other).write_bytes(b"of macOS, of Delta Lake")
+    assert captions(TableSource(str(place / "data"))) == ["one", "two"]
+    (place / "text").mkdir()
+    (place / "text" / "part-0.csv").write_bytes(CSV)
+    with pytest.raises(DataError, match=r"give one of its tables; '.*/text/\*\*/\*\.csv' names all its \.csv files"):
+        TableSource(str(place / "text"))
 
 
 def test_parquet_rows_are_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +295,9 @@ def test_bytes_that_are_not_a_picture_are_not_taken_for_a_path(place: Path) -> N
     )
     assert imported(place / "out", "table", place / "a.parquet")["dropped"] == {"decode_error": 2}
     assert "error page" in dropped(place / "out")[0]["detail"]
+    pq.write_table(pa.table({"image": [[1, 2], [2, 1]], "text": ["x"] * 2}), place / "pixels.parquet")
+    with pytest.raises(BadSample, match="neither a path nor a picture"):
+        TableSource(str(place / "pixels.parquet")).read(0)
 
 
 def coco(place: Path) -> Path:
@@ -303,7 +319,15 @@ def flickr(place: Path) -> Path:
     return place / "captions.txt"
 
 
-@pytest.mark.parametrize("layout", [coco, flickr])
+def numbered(place: Path) -> Path:
+    """Numbers of COCO's pictures, as a notebook writes them."""
+    for number in (1, 2):
+        (place / f"{number}.jpg").rename(place / f"{number:012}.jpg")
+    (place / "a.csv").write_text("image_id,caption\n1,one\n2,two\n")
+    return place / "a.csv"
+
+
+@pytest.mark.parametrize("layout", [coco, flickr, numbered])
 def test_pictures_in_another_folder_are_found(place: Path, layout: Callable[[Path], Path]) -> None:
     assert captions(TableSource(str(layout(place)))) == ["one", "two"]
 
@@ -404,6 +428,8 @@ def test_columns_are_named_by_the_settings(place: Path) -> None:
         ("a.csv.gz", gzip.compress(CSV, mtime=0)[:10] + b"\xff" * 30, "not a readable table .*invalid"),
         ("a.zip", LOCKED, "password required for extraction; unpack the archive and give the table"),
         ("a.json", b'{"a": [1, 2', "JSON"),
+        ("a.jsonl", b"{'image': '1.jpg'}\n{'image': '2.jpg'}\n", "line 1: .* enclosed in double quotes"),
+        ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", "download or export it again"),
         ("a.json", b'{"image": ["1.jpg", "2.jpg"], "text": ["a", "b", "c"]}', "2 in image, 3 in text"),
         ("a.csv", b"url,caption\nhttp://x/1.jpg,one\n", "URLs; download the pictures with img2dataset"),
         ("a.csv", b"url,caption\nhttp://x/%s.jpg,one\n" % (b"1" * 300), "URLs; download the pictures with img2dataset"),

@@ -53,6 +53,7 @@ def test_invalid_json_does_not_cost_a_sample_that_has_its_text() -> None:
         (sample(b""), {"txt": 1.0}, "missing_caption"),
         (sample(b" \n\t "), {"txt": 1.0}, "missing_caption"),
         (sample(b"\x00\x01"), {"txt": 1.0}, "missing_caption"),
+        (sample("\u200b\u2060".encode()), {"txt": 1.0}, "missing_caption"),
         (sample("café".encode("latin-1")), {"txt": 1.0}, "bad_text"),
         ({"json": b"{"}, {"json:caption": 1.0}, "bad_json"),
         ({"json": b"[" * 100_000}, {"json:caption": 1.0}, "bad_json"),

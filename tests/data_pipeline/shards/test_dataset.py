@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.team import Strangers
 from data_pipeline.config import DataConfig, FilterConfig
-from data_pipeline.shards.dataset import Dataset, load_or_build, window_of
+from data_pipeline.shards.dataset import Dataset, _build_all, load_or_build, window_of
 from data_pipeline.shards.index import ShardIndex, index_url, load_index, save_index
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.storage.store import expand
+from data_pipeline.storage.retry import DEFAULT
+from data_pipeline.storage.store import describe, expand
 from tests.data_pipeline.small_shards import write_shards
 
 
@@ -65,6 +67,13 @@ def test_filters_count_each_reason_exactly(scored: Path) -> None:
     }
     assert (data.samples, data.total) == (1, 8)
     assert data.key(0, 0) == "0"
+
+
+def test_processes_that_cannot_communicate_begin_at_different_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 1, 1, 1])
+    entries = describe(expand(str(tmp_path)))
+    built = _build_all([0, 1, 2, 3], entries, DataConfig(), DEFAULT, Strangers(1, 2).start)
+    assert [number for number, _ in built] == [2, 3, 0, 1]
 
 
 def test_a_score_equal_to_the_limit_passes(tmp_path: Path) -> None:

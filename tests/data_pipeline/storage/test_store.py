@@ -52,6 +52,7 @@ def test_expand_a_list_without_repetition(folder: Path) -> None:
         ("{folder}/{{0,9}}*.tar", r"9\*\.tar: no .tar shards found"),
         ("{folder}/none/*.tar", "no .tar shards found .*none' does not exist"),
         ("{folder}/{{0..1.tar", "no .tar shard|brace"),
+        ("{folder}/00001.t{{ar,ar.gz}}", r"00001\.tar and \S*00001\.tar\.gz may be one shard twice"),
         ("ftp://host/0.tar", "only file paths and s3://"),
         ("s3:///x.tar", "it has no bucket"),
     ],
