@@ -193,7 +193,8 @@ def _write_splits(
     if not settings.heldout:
         return _write_all(settings.output, "", numbers, per_shard, make, "prepare", source.name, threads)
     if settings.heldout >= len(numbers):
-        raise DataError(f"prepare.heldout={settings.heldout}: the source has {len(numbers)} samples")
+        words = f"the source has {len(numbers)} samples; hold out fewer, so that some are left to train on"
+        raise DataError(f"prepare.heldout={settings.heldout}: {words}")
     apart = {(2 * i + 1) * len(numbers) // (2 * settings.heldout) for i in range(settings.heldout)}
     found = []
     for split, chosen in (("train", [n for n in numbers if n not in apart]), ("heldout", sorted(apart))):

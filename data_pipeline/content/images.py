@@ -35,7 +35,6 @@ MIN_SIDE = 4
 """Pictures with a shorter side are counters and tracking pixels, not training data: `too_small`."""
 MAX_ASPECT = 20.0
 """Pictures more elongated than this have no meaningful square crop: `aspect_ratio`."""
-Image.MAX_IMAGE_PIXELS = None  # `data.max_pixels` is the limit, and may be above Pillow's own
 Image.init()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF blocks and the like, of pictures that still decode
 FORMATS = tuple(
@@ -66,6 +65,7 @@ _EXIF_WORDS = {
 
 
 _large = ForkLock()
+_above_pillows_limit = ForkLock()
 
 
 class View(NamedTuple):
@@ -371,6 +371,8 @@ def _open(data: bytes) -> Image.Image:
     """Open a picture, reading only its header. Raises `BadSample`."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        return _open_any_size(data)
     except UnidentifiedImageError as error:
         kind = picture_kind(data)
         if is_unsupported(kind):
@@ -382,6 +384,17 @@ def _open(data: bytes) -> Image.Image:
         if len(lean) < len(data):
             return _open(lean)
         raise BadSample("decode_error", f"{type(error).__name__}: {error}") from error
+
+
+def _open_any_size(data: bytes) -> Image.Image:
+    """Open a picture above the limit of Pillow: here, `data.max_pixels` is the limit, and may be above it."""
+    with _above_pillows_limit:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def without_text(data: bytes) -> bytes:

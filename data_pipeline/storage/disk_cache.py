@@ -50,7 +50,8 @@ class DiskCache:
         try:
             self._make_folders()
         except OSError as error:
-            raise ConfigError(f"data.cache_dir={folder}: {error.strerror or error}") from error
+            words = f"{error.strerror or error}; give a directory that can be written"
+            raise ConfigError(f"data.cache_dir={folder}: {words}") from error
 
     def _make_folders(self) -> None:
         for name in ("pieces", "partial", "locks"):

@@ -10,8 +10,10 @@ import functools
 import json
 import os
 import re
+import shlex
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,17 @@ def normalise(verb: str, overrides: Sequence[str]) -> list[str]:
     rest = [word for word in overrides if word not in bare]
     if bare:
         rest.append(f"{key}=[{','.join(_quote(word) for word in bare)}]")
+    _check_quoted(verb, rest)
     return [_normalise_one(verb, word) for word in [*from_environment(verb, rest), *rest]]
+
+
+def _check_quoted(verb: str, words: Sequence[str]) -> None:
+    """Raise ConfigError for a plain word after a setting: most probably the rest of a value with blanks."""
+    for index, (before, word) in enumerate(pairwise(words)):
+        if "=" in before and "=" not in word and re.match(r"\w", word):
+            value = takewhile(lambda one: "=" not in one, words[index + 1 :])
+            whole = shlex.quote(" ".join([before, *value]))
+            raise ConfigError(f"{_no_setting(verb, word)}; if it belongs to the value before it, quote both: {whole}")
 
 
 def typed_words() -> list[str]:

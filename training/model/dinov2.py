@@ -91,7 +91,8 @@ class Dinov2:
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise DataError(f"dino.path={path}: it cannot be loaded ({' '.join(str(error).split())[:200]})") from error
         if report["missing_keys"]:
-            raise DataError(f"dino.path={path}: its weights lack {len(report['missing_keys'])} tensors")
+            lacking = len(report["missing_keys"])
+            raise DataError(f"dino.path={path}: its weights lack {lacking} tensors; fetch the encoder again")
         self.model, self.side, self.dtype = model.eval().requires_grad_(False).to(device), config.side, dtype
         self.patch: int = model.config.patch_size
 

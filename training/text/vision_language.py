@@ -36,6 +36,7 @@ def load_vlm(key: str, path: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
             f"{key}={path}: it cannot be loaded as a vision-language model with its processor ({reason})"
         ) from error
     if report["missing_keys"]:
-        raise DataError(f"{key}={path}: its weights are missing {len(report['missing_keys'])} tensors")
+        lacking = len(report["missing_keys"])
+        raise DataError(f"{key}={path}: its weights are missing {lacking} tensors; fetch the model again")
     processor.tokenizer.padding_side = "left"
     return model.eval().requires_grad_(False), processor

@@ -27,7 +27,7 @@ def test_held_out_samples_are_in_no_training_shard(folder: Path, tmp_path: Path)
 
 
 def test_more_samples_than_there_are_cannot_be_held_out(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"prepare\.heldout=7: the source has 7 samples"):
+    with pytest.raises(DataError, match=r"prepare\.heldout=7: the source has 7 samples; hold out fewer"):
         imported(tmp_path / "out", "folder", folder, heldout=7)
     with pytest.raises(ConfigError, match=r"prepare\.draw\.heldout"):
         PrepareConfig(heldout=1)

@@ -252,6 +252,7 @@ def test_max_pixels_may_be_above_pillows_own_limit() -> None:
     assert dimensions(picture) == image_size(picture) == (20_000, 10_000)
     assert refused(picture) == "too_large"
     assert refused(promised(20_000, 10_000), max_pixels=200_000_000) == "decode_error"
+    assert Image.MAX_IMAGE_PIXELS, "a program's own pictures keep Pillow's limit"
 
 
 @settings(max_examples=150, deadline=None)

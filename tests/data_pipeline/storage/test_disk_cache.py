@@ -256,7 +256,7 @@ def test_a_process_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file"):
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file: .*; give a directory"):
         DiskCache(str(tmp_path / "file"), 1)
 
 

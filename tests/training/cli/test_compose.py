@@ -482,6 +482,19 @@ def test_a_bare_word_is_answered_with_the_probable_setting(verb: str, word: str,
     assert str(caught.value).endswith(f"for example {setting}")
 
 
+@pytest.mark.parametrize(
+    ("words", "quoted"),
+    [
+        ("experiment=photos prepare.source=my photos", "'prepare.source=my photos'"),
+        ("prepare.source=my own photos experiment=photos", "'prepare.source=my own photos'"),
+    ],
+)
+def test_a_value_with_blanks_that_was_not_quoted_is_shown_quoted(words: str, quoted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("prepare", words.split())
+    assert str(caught.value).endswith(f"quote both: {quoted}")
+
+
 @pytest.mark.parametrize("name", ["007", "true", "1e3", "1_0", "nan", "2024-06-01"])
 def test_names_keep_their_spelling(name: str) -> None:
     assert load_config("train", [f"run.name={name}"]).run.name == name
