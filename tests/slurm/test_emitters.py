@@ -259,10 +259,8 @@ ON_THIS_MACHINE = ("processes", "gpus")
 """Read by the training itself, from its frozen settings; those in ON_THIS_MACHINE only where it starts its own
 processes."""
 BASES = {
-    "local": [],
     "slurm": ["cluster.nodes=2", "cluster.processes=2", "cluster.container=image:1"],
     "kubernetes": ["cluster.container=image:1"],
-    "skypilot": [],
 }
 
 
@@ -270,7 +268,7 @@ BASES = {
 def test_every_key_is_used_or_refused(here: Path, kind: str) -> None:
     """If another value of a key leaves the files of a launch unchanged, the launch ignores the key."""
     assert {*OTHER, "kind"} == {*FOLLOWED_BY} == {one.name for one in fields(ClusterConfig)}
-    words = ["data.shards=x", f"cluster={kind}", "cluster.processes=1", *BASES[kind]]
+    words = ["data.shards=x", f"cluster={kind}", "cluster.processes=1", *BASES.get(kind, [])]
     words += ["cluster.accelerator=H100"] if kind == "skypilot" else []
     config = load_config("launch", [*words, "dry_run=true"])
     (job,) = compose_all(plan_entries(config, words), words, config)
