@@ -16,8 +16,8 @@ from pathlib import Path
 from slurm.client import ask
 
 NODE_FAIL, PREEMPTED, REQUEUED, TIMEOUT = "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT"
-CANCELLED, NEVER = "CANCELLED", "DependencyNeverSatisfied"
-"""States of a job, as in sacct(1), and a reason of scontrol for CANCELLED."""
+CANCELLED, NEVER, NO_LAUNCH = "CANCELLED", "DependencyNeverSatisfied", "JobLaunchFailure"
+"""States of a job, as in sacct(1), and reasons of scontrol for CANCELLED and FAILED."""
 WRITTEN = {
     "NODE FAILURE": NODE_FAIL,
     "PREEMPTION": PREEMPTED,
@@ -32,6 +32,7 @@ WHY = {
     TIMEOUT: "ended by Slurm at its time limit, before it had saved; raise cluster.signal_s",
     CANCELLED: "cancelled by `scancel`",
     NEVER: "a job that it waits for has failed",
+    NO_LAUNCH: "Slurm could not start it: the directory of its log is not there, or cannot be written, on its node",
     "OUT_OF_MEMORY": "killed by Slurm because it ran out of memory; raise cluster.mem",
     "DEADLINE": "ended by Slurm at its deadline",
     "BOOT_FAIL": "its nodes did not boot",
@@ -108,9 +109,8 @@ def why_ended(job: str, log: Path) -> Cause | None:
     state = _field(shown, "JobState")
     if not state or state in UNFINISHED:
         return told_by_accounting(job, time.time())
-    if _field(shown, "Reason") == NEVER:
-        return Cause(NEVER, time=_seconds(_field(shown, "EndTime")))
-    return Cause(state, time=_seconds(_field(shown, "EndTime")))
+    reason = _field(shown, "Reason")
+    return Cause(reason if reason in (NEVER, NO_LAUNCH) else state, time=_seconds(_field(shown, "EndTime")))
 
 
 def told_by_log(log: Path | None, began: float | None = None) -> Cause | None:
@@ -143,6 +143,8 @@ def told_by_accounting(job: str, began: float) -> Cause | None:
     answer = ask("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "Start,End,State,Reason")
     starts = []
     for line in (answer or "").splitlines():
+        if line.count("|") != 3:  # what a wrapper of the site prints
+            continue
         start, end, state, reason = line.split("|")
         at = _seconds(start) or _seconds(end)  # a job that never began has None or Unknown
         if 0 < at <= began + SKEW_S:
@@ -168,9 +170,14 @@ def failed_nodes(nodes: str, since: float) -> list[str]:
 
 
 def _log_of(job: str) -> Path | None:
-    """Return where Slurm writes the errors of a job."""
-    match = re.search(r"^\s*StdErr=(.+)$", ask("scontrol", "show", "job", job) or "", re.MULTILINE)
-    return Path(match[1]) if match else None
+    """Return where Slurm writes the errors of a job. Newer versions of scontrol show it with its patterns."""
+    shown = ask("scontrol", "show", "job", job) or ""
+    match = re.search(r"^\s*StdErr=(.+)$", shown, re.MULTILINE)
+    if not match or Path(match[1]).exists():
+        return Path(match[1]) if match else None
+    number, _, task = job.partition("_")
+    own = {"%": "%", "j": _field(shown, "JobId") or job, "A": number, "a": task, "x": _field(shown, "JobName")}
+    return Path(re.sub(r"%([%jAax])", lambda found: own[found[1]], match[1]))
 
 
 def _field(shown: str, name: str) -> str:

@@ -28,6 +28,15 @@ SHORT |= {
     "D": "chdir",
     "M": "clusters",
     "W": "wait",
+    "b": "begin",
+    "H": "hold",
+    "i": "input",
+    "k": "no-kill",
+    "L": "licenses",
+    "m": "distribution",
+    "O": "overcommit",
+    "s": "oversubscribe",
+    "S": "core-spec",
 }
 EXCLUSIVE = (
     ("mem", "mem-per-cpu", "mem-per-gpu"),
@@ -85,7 +94,7 @@ def directives(
             f"cluster.gpus_per out"
         )
     ours: dict[str, Any] = {
-        "job-name": name.replace("/", "-"),
+        "job-name": name,
         "nodes": nodes,
         "ntasks-per-node": None if spread else processes,
         "cpus-per-task": (cpus * processes if spread else cpus) or None,
@@ -130,9 +139,23 @@ def directives(
 
 
 def own_options(cluster: ClusterConfig) -> dict[str, Any]:
-    """Return the options of `cluster.sbatch` by their long names without hyphens."""
-    bare = {str(option).lstrip("-"): value for option, value in cluster.sbatch.items()}
-    return {SHORT.get(option, option): value for option, value in bare.items()}
+    """Return the options of `cluster.sbatch` by their long names without hyphens at the front; mem_per_cpu is taken for
+    mem-per-cpu, and a list is joined by commas.
+
+    Raises:
+        ConfigError: a value is a mapping.
+    """
+    found = {}
+    for option, value in cluster.sbatch.items():
+        bare = str(option).lstrip("-").replace("_", "-")
+        name = SHORT.get(bare, bare)
+        if isinstance(value, dict):
+            raise ConfigError(
+                f"cluster.sbatch.{name}={value}: write the value as for sbatch, for example "
+                "'cluster.sbatch={gres: \"gpu:a100:4\"}'"
+            )
+        found[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return found
 
 
 def time_limit(cluster: ClusterConfig) -> tuple[str, Any]:

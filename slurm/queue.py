@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 from slurm.array import tasks_of
-from slurm.client import PATIENCE_S, ask, clean_environment
+from slurm.client import PATIENCE_S, Answer, call_slurm, clean_environment
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.records import EVENTS, submissions
 from slurm.local import local_state
@@ -41,8 +41,11 @@ _silent_until = 0.0
 """Time (monotonic) until which squeue is not asked again, because a query has timed out."""
 UNKNOWN = "UNKNOWN"
 """State of a job if squeue does not answer: it may be alive."""
-ACCEPTED = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
+SUBMIT_S = 240
+"""Seconds that sbatch may take: it tries for two minutes itself when Slurm cannot accept a job at the moment."""
+ACCEPTED = re.compile(r"^\s*(\d+)(?:;\S*)?\s*$|Submitted batch job (\d+)", re.MULTILINE)
 """The line by which sbatch reports an accepted job; wrappers at some sites print other lines as well."""
+COLOR = re.compile(r"\x1b\[[\d;]*m")
 DEFAULTS = {
     "TIMELIMIT": "time",
     "ARRAY_INX": "array",
@@ -53,12 +56,14 @@ DEFAULTS = {
 OURS = ("array", "output", "error", "input", "open-mode", "signal", "requeue", "wait", "job-name")
 """Options that the scripts rely on even if they do not set them."""
 HINTS = {
+    **dict.fromkeys(("unrecognized option", "invalid option"), "check the names in cluster.sbatch (`sbatch --help`)"),
     "job array specification": "an array has at most MaxArraySize tasks (`scontrol show config | grep MaxArraySize`): "
     "lower embed_tasks, or sweep fewer values at a time",
     **dict.fromkeys(
         ("MaxSubmitJob", "job submit limit"),
-        "the site limits how many jobs you may have in the queue: wait until some have ended, or submit fewer "
-        "(evaluate_checkpoints=false, embed_tasks=1, a chain with verb=[...])",
+        "the site limits how many jobs you may have in the queue, and how large and long each may be: wait until some "
+        "have ended, submit fewer (evaluate_checkpoints=false, embed_tasks=1, a chain with verb=[...]), or lower "
+        "cluster.nodes or cluster.time",
     ),
     "account": "set cluster.account and cluster.partition to a pair that you may use (`sacctmgr show assoc`)",
     "partition": "set cluster.partition; `sinfo -s` lists the partitions",
@@ -66,13 +71,33 @@ HINTS = {
     "time limit": "set cluster.time within the partition's limit (`sinfo -o '%P %l'`)",
     "gres": "set cluster.gpus=false, or name the kind of GPU: 'cluster.sbatch={gres: \"gpu:a100:8\"}'",
     "Memory specification": "set cluster.mem, or 'cluster.sbatch={mem-per-cpu: 4G}'",
-    "node configuration": "no node has the resources requested per node: check cluster.processes, "
-    "cluster.cpus_per_task, cluster.mem and the partition (`sinfo -N -l`)",
+    **dict.fromkeys(
+        ("node configuration", "more processors requested", "CPU count per node"),
+        "no node has the resources requested per node: check cluster.processes, cluster.cpus_per_task, cluster.mem and "
+        "the partition (`sinfo -N -l`)",
+    ),
+    "feature specification": "set 'cluster.sbatch={constraint: NAME}' to features that nodes have (`sinfo -o '%N %f'`)",
     "node count": "the partition has fewer nodes, or allows fewer per job: check cluster.nodes and cluster.partition",
     "contact slurm controller": "Slurm does not answer; try again later",
     "timed out": "Slurm does not answer; check with `squeue --me` whether it accepted the job before you try again",
 }
 """Part of a refusal -> what to do about it; the first match is used."""
+NEVER_STARTS = {
+    "PartitionTimeLimit": HINTS["time limit"],
+    "PartitionNodeLimit": "the partition allows fewer nodes per job: lower cluster.nodes, or set cluster.partition",
+    "PartitionConfig": "the partition does not allow this job: check cluster.partition, cluster.nodes and cluster.time",
+    **dict.fromkeys(("AccountNotAllowed", "InvalidAccount"), HINTS["account"]),
+    **dict.fromkeys(("QOSNotAllowed", "InvalidQOS"), HINTS["qos"]),
+    **dict.fromkeys(
+        ("PerJobLimit", "PerJob"), "one job may not request as much: lower cluster.nodes, cluster.mem or cluster.time"
+    ),
+    "BadConstraints": "no node fulfils what the job requests: check cluster.sbatch",
+    "requeued held": "look for the reason on its node, then `scontrol release JOB`, or `cascade stop` and `resume`",
+    "JobHeldUser": "release it with `scontrol release JOB`",
+    "JobHeldAdmin": "an administrator holds it, or it was requeued too often: ask them",
+    "DependencyNeverSatisfied": "a job that it waits for has failed: `cascade stop`, then `cascade resume`",
+}
+"""End of a reason in squeue(1) for which a job waits until somebody acts -> what to do; the first match is used."""
 
 
 def submission_environment(script: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -131,29 +156,50 @@ def submit(script: Path, waits_for: str = "") -> int:
             f"write the script only (it is in {script})"
         )
     words = ["--kill-on-invalid-dep=yes", f"--dependency={waits_for}"] if waits_for else []
-    done = subprocess.run(
-        [sbatch, "--parsable", *words, str(script)],
-        capture_output=True,
-        text=True,
-        env=submission_environment(script.read_text()),
-    )
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    env = submission_environment(script.read_text())
+    answer = call_slurm(sbatch, "--parsable", *words, str(script), env=env, patience_s=SUBMIT_S)
+    if answer.late:
+        raise UserError(
+            f"{script}: {answer.problem}; check with `squeue --me` whether Slurm accepted the job before you try again"
+        )
+    if answer.problem:
+        reason = answer.problem
         hint = next((hint for part, hint in HINTS.items() if part.lower() in reason.lower()), "")
         raise UserError(f"Slurm refused {script}: {reason}{f'; {hint}' if hint else ''}")
-    found = [match[1] for line in done.stdout.splitlines() if (match := ACCEPTED.fullmatch(line.strip()))]
+    if answer.errors.strip():  # warnings, and what the site says about a job that it has changed
+        print(answer.errors.strip(), file=sys.stderr, flush=True)
+    found = [plain or worded for plain, worded in ACCEPTED.findall(COLOR.sub("", answer.output))]
     if not found:
         raise UserError(
-            f"{script}: sbatch printed no job number, but {done.stdout.strip()[:200]!r}; check with `squeue --me` "
+            f"{script}: sbatch printed no job number, but {answer.output.strip()[:200]!r}; check with `squeue --me` "
             f"whether it accepted the job"
         )
     return int(found[-1])
 
 
-def withdraw(jobs: Sequence[int]) -> None:
-    """Cancel the jobs of a launch that could not be submitted completely."""
-    if jobs:
-        ask("scancel", *map(str, jobs))
+def cancel(jobs: Sequence[int | str]) -> dict[int | str, str]:
+    """Cancel jobs; return job number -> why Slurm did not, of those that it did not. Once Slurm does not answer, it is
+    not asked again."""
+    failed: dict[int | str, str] = {}
+    answer = call_slurm("scancel", *map(str, jobs)) if jobs else Answer()
+    for number, job in enumerate(jobs if answer.problem else ()):  # again, to learn which
+        answer = answer if answer.late else call_slurm("scancel", str(job))
+        if answer.late:
+            return failed | dict.fromkeys(jobs[number:], answer.problem)
+        if answer.problem:
+            failed[job] = answer.problem
+    return failed
+
+
+def withdraw(jobs: Sequence[int]) -> str:
+    """Cancel the jobs of a launch that could not be submitted completely; return a sentence about it, or ""."""
+    if not jobs:
+        return ""
+    left = cancel(jobs)
+    if not left:
+        return f"; the {len(jobs)} jobs of this launch submitted before it were cancelled"
+    numbers, why = " ".join(map(str, left)), next(iter(left.values()))
+    return f"; not all jobs of this launch submitted before it could be cancelled ({why}): scancel {numbers}"
 
 
 def _squeue(job: int) -> str | None:
@@ -161,17 +207,12 @@ def _squeue(job: int) -> str | None:
     global _silent_until
     if time.monotonic() < _silent_until:
         return None
-    words = ["squeue", "-h", "-r", "-j", str(job), "-o", "%T|%R"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, env=clean_environment())
-    except subprocess.TimeoutExpired:
+    answer = call_slurm("squeue", "-h", "-r", "-j", str(job), "-o", "%T|%R")
+    if answer.late:
         _silent_until = time.monotonic() + PATIENCE_S
-        return None
-    except OSError:
-        return None
-    if done.returncode:
-        return "" if "invalid job id" in done.stderr.lower() else None
-    return done.stdout
+    if answer.problem:
+        return "" if "invalid job id" in answer.problem.lower() else None
+    return answer.output
 
 
 def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
@@ -185,8 +226,8 @@ def states(jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
         if answer is None:
             return found | {one: (UNKNOWN, "squeue does not answer") for one in jobs if one not in found}
         for line in answer.splitlines():
-            state, _, reason = line.partition("|")
-            if state and state not in ENDED:
+            state, bar, reason = line.partition("|")  # with several clusters, squeue also prints their names
+            if bar and state and state not in ENDED:
                 found[job] = (state, reason.strip("()"))
     return found
 
@@ -209,6 +250,12 @@ def living(run_dir: Path) -> list[dict[str, Any]]:
     return held
 
 
+def _with_advice(reason: str, job: object) -> str:
+    """Return why a job waits and, if it would wait forever, what to do."""
+    advice = next((what for end, what in NEVER_STARTS.items() if reason.endswith(end)), "")
+    return f"{reason}: {advice.replace('JOB', str(job))}" if advice else reason
+
+
 def job_states(home: Path) -> list[dict[str, Any]]:
     """Return the newest job of each name in a home.
 
@@ -226,7 +273,7 @@ def job_states(home: Path) -> list[dict[str, Any]]:
         code = next((code for code in codes if code), codes[-1] if codes else None)
         state, reason = "cancelled", None
         if record["job"] in held:
-            reason = held[record["job"]]["reason"]
+            reason = _with_advice(held[record["job"]]["reason"], record["job"])
             state = {**dict.fromkeys(WAITING, "pending"), UNKNOWN: "unknown"}.get(
                 held[record["job"]]["state"], "running"
             )

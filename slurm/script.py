@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shlex
@@ -42,8 +43,15 @@ def log_file(job: Job) -> Path:
     """Return where Slurm appends the output of the job and of all its restarts (%j or %A: the job number)."""
     own = own_options(job.config.cluster).get("output")
     if own:
-        return Path.cwd() / str(own)
+        return Path.cwd() / str(own).replace("%x", job_label(job)).replace("%u", getpass.getuser())
     return job.home / "logs" / _log_name(job)
+
+
+def job_label(job: Job) -> str:
+    """Return the name of the job in the queue."""
+    given = own_options(job.config.cluster).get("job-name")
+    name = f"{job.config.run.name}-{job.config.trained if COMMANDS[job.verb].makes_run else job.name}"
+    return str(given or name.replace("/", "-"))
 
 
 def _log_name(job: Job) -> str:
@@ -60,7 +68,7 @@ def render_script(job: Job) -> str:
     again = cluster.requeue
     options = directives(
         cluster=cluster,
-        name=f"{job.config.run.name}-{job.config.trained if COMMANDS[job.verb].makes_run else job.name}",
+        name=job_label(job),
         nodes=_range(job),
         processes=job.processes,
         cpus=job.cpus,
@@ -84,6 +92,7 @@ def render_script(job: Job) -> str:
         "step_s": str(STEP_S),
         "environment": "\n".join(environment_lines(job)),
         "setup": "\n".join(setup(cluster)),
+        "found": "\n".join(found_here(cluster)),
         "code": shlex.quote(str(job.code)),
         "functions": "\n".join(functions(job)),
         "meeting": _indented("\n".join(meeting(job)), 4),
@@ -188,7 +197,8 @@ def environment_lines(job: Job) -> list[str]:
     """Return the lines that come before the user's own, which may override them."""
     cluster = job.config.cluster
     threads = cluster.threads or cluster.cpus_per_task
-    lines = [f"export OMP_NUM_THREADS={threads}"] if threads else []
+    lines = ["unset RANK LOCAL_RANK WORLD_SIZE    # of a launcher in the shell of the launch"]
+    lines += [f"export OMP_NUM_THREADS={threads}"] if threads else []
     if cluster.interface:
         name = shlex.quote(cluster.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
@@ -220,20 +230,32 @@ def setup(cluster: ClusterConfig) -> list[str]:
     found.append(f"python={shlex.quote(sys.executable)}")
     if lines:
         found.append("# If an environment was activated above, use its Python.")
-        found.append('[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(command -v python)')
+        found.append('[ "$environment_before" = "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" ] || python=$(type -P python)')
     return found
+
+
+def found_here(cluster: ClusterConfig) -> list[str]:
+    """Return the lines that end the job if a program is missing on its node: it would fail again at each restart."""
+    lines = [MISSING.format(look="command -v srun", name="srun", why="did a setup line (module purge) remove it?")]
+    if not cluster.container:
+        why = "install it where all nodes have it, or set cluster.venv, cluster.conda or cluster.python"
+        lines.append(MISSING.format(look='type -P "$python"', name="$python", why=why))
+    return lines
 
 
 def checked(lines: Sequence[str]) -> list[str]:
     """Return shell lines of the user such that the first that fails calls `finish 2`, after it has been named. What
-    they `set` for themselves ends with them: the lines that follow may expect failures."""
+    they `set`, and their directory and aliases, end with them: the lines that follow may expect failures, and settings
+    contain relative paths. An EXIT trap of theirs stays."""
     if not lines:
         return []
     named = [part for line in lines for part in (f"setup_line={shlex.quote(line)}", line)]
-    return [CHECK, *named, "trap - ERR EXIT", "set +eu +o pipefail"]
+    return [CHECK, *named, CHECKED]
 
 
+MISSING = '{look} >/dev/null || {{ echo "==> {name}: not on PATH of $(hostname); {why}"; finish 2; }}'
 CHECK = """\
+setup_directory=$PWD
 setup_failed() {
     trap - ERR EXIT
     echo "==> cluster.setup: '$setup_line' failed with code $1"
@@ -241,6 +263,12 @@ setup_failed() {
 }
 trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR
 trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, after `set -u`"""
+CHECKED = """\
+trap - ERR
+case $(trap -p EXIT) in *setup_failed*) trap - EXIT ;; esac
+set +eu +o pipefail
+\\unalias -a
+cd "$setup_directory\""""
 MODULES = """\
 load_module() {    # detects failure even where `module load` returns 0
     local init

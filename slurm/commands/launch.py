@@ -359,9 +359,7 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
             try:
                 job.job_id = submit(job.script, dependency(job.after, job.when, waits, numbers))
             except UserError as error:
-                done = [other.job_id for other in jobs if other.job_id]
-                withdraw(done)
-                said = f"; the {len(done)} jobs of this launch submitted before it were cancelled" if done else ""
+                said = withdraw([other.job_id for other in jobs if other.job_id])
                 raise UserError(f"{error}{said}") from error
             log = log.replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
             append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})

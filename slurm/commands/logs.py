@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError
+from slurm.jobs.records import find_runs, submissions
 from training.config.commands import LogsCommand
 
 POLL_S = 0.5
@@ -19,9 +20,15 @@ def main(config: LogsCommand) -> dict[str, Any]:
         {"log": path}
 
     Raises:
-        DataError: there is no such log.
+        DataError: there is no such log, or the directory holds several runs.
     """
-    path = chosen(Path(config.run.dir) / "logs", config.rank)
+    run = Path(config.run.dir)
+    runs = find_runs(run)
+    if runs and runs != [run]:
+        raise DataError(
+            f"{run}: it holds several runs, each with its own logs; give one: run={', run='.join(map(str, runs))}"
+        )
+    path = chosen(run, config.rank)
     with open(path, errors="replace") as file:
         for line in file.read().splitlines()[-config.lines :]:
             print(line, flush=True)
@@ -31,17 +38,22 @@ def main(config: LogsCommand) -> dict[str, Any]:
     return {"log": str(path)}
 
 
-def chosen(folder: Path, rank: int | None) -> Path:
-    """Return the log of a rank; without a rank, the newest log of a job or else that of rank 0.
+def chosen(run: Path, rank: int | None) -> Path:
+    """Return the log of a rank; without a rank, the newest log of a job or else that of rank 0, or of a job on this
+    machine.
 
     Raises:
         DataError: it does not exist.
     """
-    if rank is None:
-        jobs = sorted(folder.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
-        if jobs:
-            return jobs[-1]
+    folder = run / "logs"
     path = folder / f"rank-{rank or 0}.log"
+    if rank is None:
+        recorded = [(Path(job["log"]), "runner" in job) for job in submissions(run)]
+        jobs = {*folder.glob("slurm-*.log"), *(log for log, here in recorded if not here and log.is_file())}
+        if not jobs and not path.is_file():
+            jobs = {log for log, here in recorded if log.is_file()}
+        if jobs:
+            return max(jobs, key=lambda log: log.stat().st_mtime)
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in folder.glob("*.log"))) or "nothing yet"
         raise DataError(f"{path}: no such log; the directory contains {there}")

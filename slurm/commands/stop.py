@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError, UserError
-from slurm.client import ask
 from slurm.jobs.records import find_runs
 from slurm.local import local_stop
-from slurm.queue import living
+from slurm.queue import cancel, living
 from training.config.experiment import Experiment
 
 
@@ -21,7 +20,7 @@ def main(config: Experiment) -> dict[str, Any]:
 
     Raises:
         DataError: there is no run.
-        UserError: Slurm refused.
+        UserError: Slurm did not cancel some of them; the others are cancelled.
     """
     runs = find_runs(Path(config.run.dir))
     if not runs:
@@ -30,11 +29,13 @@ def main(config: Experiment) -> dict[str, Any]:
     for job in jobs:
         if "runner" in job:
             local_stop(job, job["state"])
-        elif ask("scancel", str(job["job"])) is None:
-            raise UserError(
-                f"job {job['job']} ({job['name']}): `scancel {job['job']}` failed; does the job belong to you?"
-            )
+    failed = cancel([job["job"] for job in jobs if "runner" not in job])
+    stopped = [job for job in jobs if job["job"] not in failed]
+    for job in stopped:
         print(f"cancelled job {job['job']} ({job['name']}), which was {job['state']}", flush=True)
+    if failed:
+        numbers, why = " ".join(map(str, failed)), "; ".join(dict.fromkeys(failed.values()))
+        raise UserError(f"not cancelled ({why}): as their owner, and once Slurm answers, run `scancel {numbers}`")
     if not jobs:
         print(f"{config.run.dir}: none of its jobs is in the queue", flush=True)
-    return {"stopped": [job["job"] for job in jobs]}
+    return {"stopped": [job["job"] for job in stopped]}

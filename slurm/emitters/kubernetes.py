@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import ConfigError
-from slurm.emitters.node import node_script
+from slurm.emitters.node import job_name, node_script
 from slurm.jobs.graph import BEGUN
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from training.config.cluster import ClusterConfig, slurm_mebibytes, slurm_seconds
@@ -25,8 +25,6 @@ from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED, FINAL_CODES
 
 ENDING, WHOLE = "k8s.yaml", ("apply", "k8s.sh")
-LONGEST = 50
-"""Characters of the name of a Job; those of its pods are longer, and may have 63."""
 ARRAY = re.compile(r"0-(\d+)(?:%([1-9]\d*))?")
 APPLY = """\
 #!/bin/bash
@@ -57,14 +55,6 @@ begun() {{
 wait
 [ -z "$(ls "$scratch")" ]
 """
-
-
-def job_name(job: Job) -> str:
-    """Return a valid Kubernetes name, also for a Service: at most LONGEST lower-case letters, digits and hyphens,
-    beginning with a letter. The name of a long experiment is cut, not that of the job."""
-    experiment, own = (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in (job.config.run.name, job.name))
-    name = f"{experiment[: LONGEST - len(own) - 3]}-{own}".strip("-")
-    return name if name[0].isalpha() else f"r-{name}"
 
 
 def manifest(job: Job) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 
 from slurm.jobs.job import Job
@@ -30,6 +32,29 @@ for child in "${{children[@]}}"; do
 done
 exit "$code\""""
 """Starts the processes of a node, forwards TERM, and exits with the code of the first failure once all have ended."""
+
+
+LONGEST = 50
+"""Characters of the name of a job; those of its pods and nodes are longer, and may have 63."""
+PLAIN = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*/[a-z]+(-[a-z0-9]+(_[a-z0-9]+)*)?")
+"""EXPERIMENT/JOB, for which another experiment and job cannot have the same name once each _ is a hyphen."""
+
+
+def job_name(job: Job) -> str:
+    """Return a valid name for a scheduler's objects: at most LONGEST lower-case letters, digits and hyphens, beginning
+    with a letter. Different jobs have different names: one that loses more than its _ ends with a checksum. The name of
+    a long experiment is cut rather than that of the job."""
+    exact = f"{job.config.run.name}/{job.name}"
+    experiment, own = (re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (job.config.run.name, job.name))
+    if not experiment[:1].isalpha():
+        experiment = f"r-{experiment}".rstrip("-")
+    name = f"{experiment}-{own}"
+    if PLAIN.fullmatch(exact) and len(name) <= LONGEST:
+        return name
+    checksum = hashlib.sha256(exact.encode()).hexdigest()[:6]
+    room = LONGEST - len(f"--{checksum}")
+    own = own[: room - 4].rstrip("-")
+    return f"{experiment[: room - len(own)].rstrip('-')}-{own}-{checksum}"
 
 
 def node_script(job: Job, *, nodes: int, node: str, first: str, before: list[str]) -> str:

@@ -7,7 +7,6 @@ individually, their tasks can run in parallel. Run directory, code and data must
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +15,13 @@ from typing import Any
 import yaml
 
 from data_pipeline.common.errors import ConfigError
-from slurm.emitters.node import node_script
+from slurm.emitters.node import job_name, node_script
 from slurm.jobs.job import Job
 from training.config.cluster import slurm_mebibytes
 from training.config.commands import LaunchCommand
 from training.processes.exit_codes import EXIT_PREEMPTED
 
 ENDING, WHOLE = "sky.yaml", ("pipeline", "sky.yaml")
-
-
-def task_name(job: Job) -> str:
-    """Return a valid SkyPilot name."""
-    return re.sub(r"[^A-Za-z0-9-]+", "-", f"{job.config.run.name}-{job.name}").strip("-")
 
 
 def task(job: Job) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def task(job: Job) -> dict[str, Any]:
         "max_restarts_on_errors": cluster.max_restarts_without_progress,
         "recover_on_exit_codes": [EXIT_PREEMPTED],
     }
-    found: dict[str, Any] = {"name": task_name(job), "num_nodes": nodes, "resources": resources}
+    found: dict[str, Any] = {"name": job_name(job), "num_nodes": nodes, "resources": resources}
     mounts = dict(_mount(entry) for entry in cluster.container_mounts)
     if mounts:
         found["file_mounts"] = mounts

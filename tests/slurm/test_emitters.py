@@ -17,6 +17,8 @@ import yaml
 
 from data_pipeline.common.errors import ConfigError
 from slurm.commands.launch import compose_all, job_record, plan_entries, script_text
+from slurm.emitters.node import job_name
+from slurm.jobs.job import Job
 from tests.children import gone
 from tests.slurm.conftest import until
 from tests.slurm.launching import install, launch
@@ -186,6 +188,26 @@ def test_names_are_valid_on_kubernetes_and_distinct(here: Path) -> None:
         names = [documents(job)["Job"]["metadata"]["name"] for job in jobs]
         assert len({*names}) == len(jobs)
         assert all(re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", one) for one in names), names
+
+
+def test_different_jobs_have_different_names(here: Path) -> None:
+    """Also where names differ only in what Kubernetes and SkyPilot do not take."""
+    config, path = load_config("train", ["experiment=demo"]), here / "x"
+    names = []
+    for experiment in ("demo", "a_b", "a-b", "A_b", "a__b", "ü", "ö", "x" * 60 + "y", "x" * 60 + "z", "a" * 41 + "_b"):
+        for job in (
+            "train-base_64",
+            "train-base-64",
+            "train-" + "s" * 70,
+            "train-" + "s" * 70 + "_",
+            "bundle",
+            "bundle+",
+        ):
+            config.run.name = experiment
+            names.append(job_name(Job(job, job.partition("-")[0], [], config, path, path, path, "", "", path)))
+    assert names[:2] == ["demo-train-base-64", names[1]] and names[4] == "demo-bundle"
+    assert len({*names}) == len(names)
+    assert all(re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", one) for one in names), names
 
 
 def test_skypilot_has_a_task_per_job_and_a_pipeline(here: Path) -> None:

@@ -147,3 +147,14 @@ def test_logs_of_a_rank_and_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert logs.main(load_config("logs", [f"run.dir={run}"])) == {"log": str(run / "logs/slurm-7.log")}
     with pytest.raises(DataError, match=r"rank-5\.log: no such log; the directory contains rank-1\.log, slurm-7\.log"):
         logs.main(load_config("logs", [f"run.dir={run}", "rank=5"]))
+
+
+def test_logs_that_are_elsewhere(tmp_path: Path) -> None:
+    """Where cluster.sbatch.output says; of a job on this machine that is no training; of an experiment's runs."""
+    run, jobs = make_run(tmp_path / "a", 1, 0.1), tmp_path / "jobs"
+    for home, name, more in ((run, "mine.out", {}), (jobs, "launch-index-001.log", {"runner": [1, 1]})):
+        (tmp_path / name).write_text("job\n")
+        append(home / "launch/jobs.jsonl", {"job": 7, "name": "x", "log": str(tmp_path / name), **more})
+        assert logs.main(load_config("logs", [f"run.dir={home}"])) == {"log": str(tmp_path / name)}
+    with pytest.raises(DataError, match=rf"several runs, each with its own logs; give one: run={run}, run={jobs}"):
+        logs.main(load_config("logs", [f"run.dir={tmp_path}"]))

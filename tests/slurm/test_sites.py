@@ -15,7 +15,7 @@ import slurm.script
 from data_pipeline.common.errors import ConfigError, UserError
 from slurm import supervise
 from slurm.client import clean_environment
-from slurm.commands import resume, status
+from slurm.commands import resume, status, stop
 from slurm.jobs import frozen
 from slurm.jobs.records import append
 from slurm.options import quoted
@@ -47,11 +47,13 @@ def test_nothing_of_an_outer_allocation_reaches_the_job() -> None:
     outer = {"SLURM_CPU_BIND": "quiet", "SLURM_MEM_PER_CPU": "100", "SLURM_JOB_ID": "3", "SLURMD_NODENAME": "n1"}
     kept = {"SBATCH_ACCOUNT": "me", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
     assert clean_environment({**outer, **kept, "SRUN_DEBUG": "3", "CASCADE_SRUN": "1"}) == kept
+    assert clean_environment({"SBATCH_CLUSTERS": "a", "SLURM_CLUSTERS": "b"}) == {"SLURM_CLUSTERS": "a"}, "as sbatch"
 
 
 def test_a_script_submitted_by_hand_forgets_the_outer_allocation(site: Path, program) -> None:
-    program('echo "bind: [$SLURM_CPU_BIND$SLURM_CPU_BIND_TYPE$SLURM_MEM_PER_CPU]"')
+    program('echo "bind: [$SLURM_CPU_BIND$SLURM_CPU_BIND_TYPE$SLURM_MEM_PER_CPU$RANK$LOCAL_RANK$WORLD_SIZE]"')
     outer = {"SLURM_CPU_BIND": "x", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_MEM_PER_CPU": "100"}
+    outer |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of torchrun, or of a container's image
     done = run_script(script(), site, **outer)
     assert "bind: []" in done.stdout and OK in done.stdout
 
@@ -89,6 +91,70 @@ def test_a_line_that_fails_ends_the_job_and_is_named(site: Path, line: str) -> N
     done = run_script(script(f"cluster.setup=['{line}','echo later']"), site)
     assert re.search(rf"cluster.setup: '{line}' failed with code \d+\n==> ended with code 2", done.stdout)
     assert "ran:" not in done.stdout and "later" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "setting", ["set -eu", "set -o pipefail", "shopt -s expand_aliases; alias srun=false scontrol=false"]
+)
+def test_settings_of_the_shell_at_a_site(site: Path, here: Path, program, setting: str) -> None:
+    """bash runs the file that BASH_ENV names before any script. Failures are expected there, as here of a rank."""
+    (here / "site.sh").write_text(f"{setting}\n")
+    program('[ -e once ] || { touch once; exit 78; }\necho "ran: again"')
+    done = run_script(script(), site, BASH_ENV=str(here / "site.sh"))
+    assert "ran: again" in done.stdout and OK in done.stdout, done
+
+
+def test_set_up_lines_keep_their_effects_to_themselves(site: Path, here: Path, program) -> None:
+    """Settings contain relative paths; a clean-up at the end is wanted."""
+    (here / "elsewhere").mkdir()
+    program('echo "in $PWD"')
+    lines = [
+        "cd elsewhere",
+        'trap "echo cleaned > cleaned" EXIT',
+        "shopt -s expand_aliases",
+        "alias srun=false python=false",
+    ]
+    done = run_script(script(f"cluster.setup={lines}"), site)
+    assert f"in {here}\n" in done.stdout and OK in done.stdout, done
+    assert (here / "cleaned").exists()
+
+
+def test_an_alias_is_not_taken_for_the_python_of_an_environment(site: Path, here: Path) -> None:
+    (here / "env").mkdir()
+    install(here / "env/bin", python='echo "python of the environment"')
+    line = f'shopt -s expand_aliases; alias python=python3; export VIRTUAL_ENV="{here}/env" PATH="{here}/env/bin:$PATH"'
+    assert "python of the environment" in run_script(script(f"cluster.setup=['{line}']"), site).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["cluster.setup=['PATH=/absent']"],
+            "srun: not on PATH of .*; did a setup line \\(module purge\\) remove it",
+        ),
+        (["cluster.python=/absent/python"], "/absent/python: not on PATH of .*; install it where all nodes have it"),
+    ],
+)
+def test_a_program_that_a_node_lacks(site: Path, here: Path, words: list[str], said: str) -> None:
+    done = run_script(script(*words), site)
+    assert re.search(rf"==> {said}", done.stdout) and "ended with code 2" in done.stdout and "ran:" not in done.stdout
+
+
+def test_a_node_without_the_directory_of_the_launch(site: Path, here: Path) -> None:
+    path = script()
+    path.write_text(path.read_text().replace(f"cd {here} ", "cd /absent "))
+    done = run_script(path, site)
+    assert "==> this node does not have the directory of the launch; launch from" in done.stdout
+    assert "ended with code 2" in done.stdout and "ran:" not in done.stdout
+
+
+def test_the_queue_is_asked_about_this_job_alone(site: Path, here: Path, program) -> None:
+    """With several clusters squeue prints more, and its filters may hide the job."""
+    program('[ -e once ] || { touch once; exit 78; }\necho "ran: again"')
+    install(site, squeue='[ -z "$SLURM_CLUSTERS$SQUEUE_STATES" ] || echo CLUSTER: gpu\necho RUNNING')
+    done = run_script(script(), site, SLURM_CLUSTERS="gpu", SQUEUE_STATES="PENDING")
+    assert "ran: again" in done.stdout and OK in done.stdout, done
 
 
 def test_an_environment_that_is_activated_brings_its_python(site: Path, here: Path) -> None:
@@ -153,6 +219,10 @@ def test_apptainer(site: Path, here: Path) -> None:
         ("{gres: 'gpu:a100:4'}", "--gres=gpu:a100:4", "--gpus-per-node"),
         ("{mem: null}", "--time=", "--mem"),
         ("{p: long}", "--partition=long", "--partition=short"),
+        ("{mem_per_cpu: 2G}", "--mem-per-cpu=2G\n", "--mem="),
+        ("{L: 'matlab:1'}", "--licenses=matlab:1\n", "--L"),
+        ("{exclude: ['gpu-[001-016,020]',n2]}", "--exclude=gpu-[001-016,020],n2\n", '--exclude="['),
+        ("{begin: 16:00, account: 2024_05}", "--begin=16:00\n", "--account=202405"),
     ],
 )
 def test_an_option_replaces_the_one_of_ours_that_it_excludes(here: Path, given: str, there: str, gone: str) -> None:
@@ -171,6 +241,7 @@ def test_an_option_replaces_the_one_of_ours_that_it_excludes(here: Path, given: 
         ),
         (["cluster.sbatch={tres-per-task: 'cpu=2'}"], "cluster.sbatch.tres-per-task: the script would ignore it; set"),
         (["cluster.sbatch={het-group: 1}"], "cluster.sbatch.het-group: a job with several components"),
+        (["cluster.sbatch={gres: {gpu: 4}}"], "cluster.sbatch.gres={'gpu': 4}: write the value as for sbatch"),
         (["cluster.sbatch={array: 0-3}"], "all its tasks would write to the same run.dir"),
         (["cluster.time='1:00'", "cluster.signal_s=60"], "cluster.time=1:00: these 60 s leave no time to work"),
         (["cluster.sbatch={time: 3}"], "cluster.sbatch.time=3: these 180 s"),
@@ -186,11 +257,19 @@ def test_options_that_cannot_work_are_refused(here: Path, words: list[str], part
     assert not list(here.iterdir())
 
 
+def test_numbers_that_are_names(here: Path) -> None:
+    answer = launch(*ONE_TASK, "cluster.sbatch.account=2024_05", "cluster.sbatch.begin=16:00", own=["dry_run=true"])
+    lines = Path(answer["script"]).read_text().splitlines()
+    assert "#SBATCH --account=2024_05" in lines and "#SBATCH --begin=16:00" in lines
+
+
 def test_the_log_is_named_where_it_is(here: Path) -> None:
     answer = launch(*ONE_TASK, "cluster.sbatch={output: x.log}", own=["dry_run=true"])
     assert answer["log"] == str(here / "x.log")
     answer = launch(*ONE_TASK, "cluster.sbatch={-o: x.log}", own=["dry_run=true"])
     assert answer["log"] == str(here / "x.log")
+    answer = launch(*ONE_TASK, "cluster.sbatch={output: 'out/%x-%j.log'}", own=["dry_run=true"])
+    assert answer["log"] == str(here / "out/demo-demo_base-%j.log") and (here / "out").is_dir()
     answer = launch(*ONE_TASK, "cluster.sbatch={a: 0-3}", own=["verb='embed output=e'", "dry_run=true"])
     assert answer["log"].endswith("/logs/slurm-%A-%a.log")
     answer = launch(*ONE_TASK, "run.dir='50%n'", own=["dry_run=true"])
@@ -400,7 +479,14 @@ def test_an_array_is_complete_with_all_of_its_tasks(
 
 @pytest.mark.parametrize(
     ("state", "shown"),
-    [("SIGNALING", "running"), ("STAGE_OUT", "running"), ("SPECIAL_EXIT", "pending"), ("PREEMPTED", "cancelled")],
+    [
+        ("SIGNALING", "running"),
+        ("STAGE_OUT", "running"),
+        ("SPECIAL_EXIT", "pending"),
+        ("PREEMPTED", "cancelled"),
+        ("CLUSTER: gpu\nPENDING", "pending"),
+        ("CLUSTER: gpu\nCANCELLED", "cancelled"),
+    ],
 )
 def test_a_job_counts_as_alive_until_squeue_says_that_it_ended(
     calls: Path, site: Path, here: Path, state: str, shown: str
@@ -408,6 +494,24 @@ def test_a_job_counts_as_alive_until_squeue_says_that_it_ended(
     ended(here, "train", 7, None)
     install(site, squeue=f'echo "{state}|n1"')
     assert [job["state"] for job in job_states(here)] == [shown]
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("PartitionTimeLimit", "set cluster.time within"),
+        ("QOSMaxWallDurationPerJobLimit", "one job may not request as much"),
+        ("QOSMaxGRESPerJob", "one job may not request as much"),
+        ("launch failed requeued held", "`scontrol release 7`"),
+        ("Resources", ""),
+        ("QOSMaxJobsPerUserLimit", ""),
+    ],
+)
+def test_a_job_that_would_wait_forever(calls: Path, site: Path, here: Path, reason: str, advice: str) -> None:
+    ended(here, "train", 7, None)
+    install(site, squeue=f'echo "PENDING|({reason})"')
+    (job,) = job_states(here)
+    assert job["reason"].startswith(reason) and advice in job["reason"] and (advice or job["reason"] == reason)
 
 
 def test_squeue_is_asked_once_about_each_job(calls: Path, site: Path, here: Path) -> None:
@@ -427,6 +531,8 @@ def test_squeue_is_asked_once_about_each_job(calls: Path, site: Path, here: Path
         "lua: please read the news\n4711",
         "Submitted batch job 4711 on cluster gpu",
         "4711\n==> thanks",
+        "\x1b[32mSubmitted batch job 4711\x1b[0m",
+        "Submitted batch job 4711 to partition gpu.",
     ],
 )
 def test_the_job_number_is_read_whatever_else_sbatch_prints(
@@ -457,6 +563,9 @@ def test_a_missing_job_number_of_sbatch_is_an_error(site: Path, here: Path, monk
         ("invalid partition specified: gpu", "set cluster.partition; `sinfo -s`"),
         ("Requested node configuration is not available", "no node has the resources requested per node"),
         ("Socket timed out on send/recv operation", "`squeue --me` whether it accepted the job"),
+        ("sbatch: unrecognized option '--qoss=high'", "check the names in cluster.sbatch"),
+        ("Batch job submission failed: More processors requested than permitted", "no node has the resources"),
+        ("Invalid feature specification", "set 'cluster.sbatch={constraint: NAME}'"),
     ],
 )
 def test_a_graph_is_submitted_whole_or_not_at_all(
@@ -497,3 +606,71 @@ def test_the_users_defaults_do_not_overrule_the_script(site: Path, here: Path, m
 def test_a_training_without_data_is_refused_before_it_waits(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.shards: it is not set; give"):
         launch("cluster=slurm", "data.shards=null")
+
+
+# ------------------------------------------------------------------------------------- commands that do not answer
+
+
+@pytest.fixture()
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.queue.SUBMIT_S", 1)
+    monkeypatch.setattr("slurm.client.PATIENCE_S", 1)
+    monkeypatch.setattr("slurm.queue._silent_until", 0.0)
+
+
+def test_sbatch_that_does_not_answer(calls: Path, site: Path, here: Path, impatient) -> None:
+    install(site, sbatch="exec sleep 60")
+    with pytest.raises(UserError, match=r"sbatch did not answer within 1 s; check with `squeue --me` whether"):
+        launch(*ONE_TASK)
+
+
+def test_what_sbatch_says_about_an_accepted_job_is_shown(
+    calls: Path, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's plugin may change the job, and sbatch may have to wait."""
+    monkeypatch.setattr("slurm.client.QUIET_S", 0.1)
+    install(site, sbatch="sleep 0.3; echo 'sbatch: lua: moved to partition long' >&2; echo 4711")
+    assert launch(*ONE_TASK)["job_id"] == 4711
+    errors = capsys.readouterr().err
+    assert "sbatch: lua: moved to partition long" in errors and "sbatch has not answered yet; waiting 24" in errors
+
+
+def test_stop_tries_all_jobs_and_names_those_that_it_could_not_cancel(calls: Path, site: Path, here: Path) -> None:
+    for job in (7, 8, 9):
+        ended(here / "jobs", f"embed-{job}", job, None)
+    denied = "scancel: error: Kill job error on job id 8: Access/permission denied"
+    install(
+        site,
+        squeue='echo "RUNNING|n1"',
+        scancel=f'echo "$*" >> asked; [[ " $* " != *" 8 "* ]] || {{ echo "{denied}" >&2; false; }}',
+    )
+    with pytest.raises(UserError, match=r"not cancelled \(.*Access/permission denied\): .* run `scancel 8`"):
+        stop.main(load_config("stop", ["run.dir=jobs"]))
+    assert (here / "asked").read_text() == "7 8 9\n7\n8\n9\n"
+
+
+def test_stop_does_not_wait_for_slurm_once_for_each_job(calls: Path, site: Path, here: Path, impatient) -> None:
+    for job in (7, 8):
+        ended(here / "jobs", f"embed-{job}", job, None)
+    install(site, squeue='echo "RUNNING|n1"', scancel="echo >> asked; exec sleep 60")
+    with pytest.raises(UserError, match=r"scancel did not answer within 1 s\): .* run `scancel 7 8`"):
+        stop.main(load_config("stop", ["run.dir=jobs"]))
+    assert (here / "asked").read_text() == "\n"
+
+
+def test_jobs_that_could_not_be_withdrawn_are_named(calls: Path, site: Path, here: Path) -> None:
+    install(
+        site, sbatch="[ -e once ] && { echo no >&2; exit 1; }; touch once; echo 100", scancel="echo down >&2; exit 1"
+    )
+    with pytest.raises(UserError, match=r"could be cancelled \(down\): scancel 100"):
+        launch(*ONE_TASK, own=["verb=all"])
+
+
+def test_the_users_filters_hide_no_job(calls: Path, site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended(here / "jobs", "embed", 7, None)
+    install(site, squeue='[ -n "$SQUEUE_STATES" ] || echo "RUNNING|n1"')
+    install(site, scancel='[ -n "$SCANCEL_STATE" ] || echo >> cancelled')
+    monkeypatch.setenv("SQUEUE_STATES", "PENDING")
+    monkeypatch.setenv("SCANCEL_STATE", "PENDING")
+    assert stop.main(load_config("stop", ["run.dir=jobs"])) == {"stopped": [7]}
+    assert (here / "cancelled").exists()

@@ -165,14 +165,21 @@ AT = {"BEGAN": "2026-02-03T04:05:06", "LATER": "2026-02-03T05:00:00", "EARLIER":
 BEGAN = datetime.fromisoformat(AT["BEGAN"]).timestamp()
 
 
-def slurm_says(here: Path, monkeypatch: pytest.MonkeyPatch, log: str = "", nodes: str = "", sacct: str = "") -> Path:
-    """Lets shell scripts answer in place of Slurm; returns the job's log."""
-    path = here / "a log.log"
+def slurm_says(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: str = "",
+    nodes: str = "",
+    sacct: str = "",
+    pattern: str = "a log.log",
+) -> Path:
+    """Lets shell scripts answer in place of Slurm; returns the log. Newer versions show its pattern."""
+    path = here / pattern.replace("%x", "g").replace("%j", "7")
     for name, text in (("log", log), ("nodes", nodes), ("sacct", sacct)):
         for word, moment in AT.items():
             text = text.replace(word, moment)
         (path if name == "log" else here / name).write_text(text)
-    shown = f'echo "   StdErr={path}"; echo "   StdIn=/dev/null"'
+    shown = f'echo "JobId=7 JobName=g"; echo "   StdErr={here / pattern}"; echo "   StdIn=/dev/null"'
     programs = {
         "scontrol": f'case "$2" in job) {shown};; node) cat "{here}/nodes";; esac',
         "sacct": f'cat "{here}/sacct"',
@@ -202,6 +209,8 @@ DONE = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT {}{} ***\n"
         ),
         ({"sacct": "BEGAN|LATER|REQUEUED|None\nUnknown|Unknown|PENDING|None\n"}, 75, None, "requeued by `scontrol"),
         ({"sacct": "BEGAN|LATER|NODE_FAIL|None\n", "nodes": LOST}, 137, "n2", "node n2 failed"),
+        ({"sacct": "welcome | to | this site\nBEGAN|LATER|PREEMPTED|None\n"}, 75, None, "preempted"),
+        ({"log": DONE.format("LATER", " DUE TO PREEMPTION"), "pattern": "a lo%x-%j.log"}, 75, None, "preempted"),
         ({"log": DONE.format("EARLIER", " DUE TO PREEMPTION"), "nodes": WELL}, None, None, "requeued by Slurm"),
     ],
 )

@@ -10,10 +10,12 @@ import contextlib
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data_pipeline.common.errors import ConfigError
@@ -28,11 +30,24 @@ from training.plan.checks import check
 
 
 @functools.cache
+def read_times_as_written() -> None:
+    """Let YAML read 12:00:00, and numbers that begin with 0, as texts, as its version 1.2 does. Version 1.1 reads the
+    number 43200 in base 60, and Slurm would take cluster.time=43200 for minutes."""
+    tag = "tag:yaml.org,2002:int"
+    whole = re.compile(r"[-+]?(?:0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)\Z")
+    yaml.SafeLoader.yaml_implicit_resolvers = {  # a copy: those that write YAML quote what others would misread
+        first: [(name, whole if name == tag else pattern) for name, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+@functools.cache
 def register_schema(verb: str) -> None:
     """Register the verb with Hydra: its dataclass, and the config that the command starts from."""
     from hydra.core.config_store import ConfigStore
 
     spare_hydra_work()
+    read_times_as_written()
     configs = ConfigStore.instance()
     configs.store(name=f"schema_{verb}", node=COMMANDS[verb].config)
     own = {"run": {"dir": place}} if (place := COMMANDS[verb].run_dir) else {}

@@ -185,7 +185,10 @@ def _normalise_one(verb: str, word: str) -> str:
         return f"{prefix}{key}={_sentence(value, known[key])}"
     opened = next((known[p] for p in [key, *_parents(key)] if p in known and known[p].is_open), None)
     if opened is not None:
-        prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float)
+        names = opened.name == "cluster.sbatch"
+        prefix, value = "++", _mapping(value, numbers=typing.get_args(opened.type)[1] is float, names=names)
+        if names and key not in known and re.fullmatch(NAME_OF_DIGITS, value):
+            value = _quote(value)
     if key in known and known[key].is_text and re.fullmatch(NUMBER_OR_TRUTH, value, re.IGNORECASE):
         value = _quote(value)
     if re.match(r"\[\s*\{", value):
@@ -264,12 +267,13 @@ def _parents(key: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
-def _mapping(value: str, numbers: bool) -> str:
+def _mapping(value: str, numbers: bool, names: bool) -> str:
     """Convert a YAML or JSON mapping to Hydra's grammar, which requires colons inside a name to be escaped:
     {json:caption: 1} becomes {json\\:caption: 1}.
 
     Args:
         numbers: the values are numbers, so that the last colon separates name and value: {json:caption:1}.
+        names: values may be names and times that look like numbers.
     """
     if not re.fullmatch(r"\{.*:.*\}" if numbers else r"\{.*: .*\}", value):
         return value
@@ -277,8 +281,14 @@ def _mapping(value: str, numbers: bool) -> str:
         pairs = yaml.safe_load(value)
         if numbers:
             pairs = dict(_split_number(str(k), v) for k, v in pairs.items())
+        if names:
+            typed = yaml.load(value, yaml.BaseLoader)  # all values as texts
+            pairs = {
+                name: typed[name] if re.fullmatch(NAME_OF_DIGITS, str(typed.get(name))) else pairs[name]
+                for name in pairs
+            }
         if all(isinstance(v, (str, int, float)) for v in pairs.values()):
-            plain = re.compile(r"[\w./:@-]+")
+            plain = re.compile(rf"(?!(?:{NAME_OF_DIGITS})$)[\w./:@-]+")
             values = {k: v if not isinstance(v, str) or plain.fullmatch(v) else _quote(v) for k, v in pairs.items()}
             escaped = {re.sub(r"([^\w.-])", r"\\\1", str(k)): v for k, v in values.items()}
             return "{" + ",".join(f"{k}:{v}" for k, v in escaped.items()) + "}"
@@ -316,6 +326,10 @@ def _split_number(key: str, value: object) -> tuple[str, object]:
     """Split `json:caption:1`, which YAML reads as a name without a value, at its last colon."""
     name, colon, last = key.rpartition(":")
     return (name, yaml.safe_load(last)) if value is None and colon else (key, value)
+
+
+NAME_OF_DIGITS = r"\d[\d_]*(?:[:_][\d_]+)+|0\d+"
+"""What YAML or Hydra would read as another number: a time (16:00), the name of an account (2024_05, 012)."""
 
 
 def _is_expression(override: str) -> bool:

@@ -156,6 +156,16 @@ def test_a_recipe_names_the_ingredients_of_one_stage_and_the_command_line_replac
         assert load_config("plan", words).stage.diffusion.shift_from == shifted
 
 
+def test_a_file_of_ones_own_says_times_without_quotation_marks(tmp_path: Path) -> None:
+    """YAML 1.1 reads 12:00:00 as 43200, which would be 30 days to Slurm."""
+    (tmp_path / "cluster").mkdir()
+    lines = "defaults: [slurm, _self_]\ntime: 12:00:00\naccount: 0123\nsbatch: {begin: 16:00, nice: 100}\n"
+    (tmp_path / "cluster" / "mine.yaml").write_text(lines)
+    with searching(str(tmp_path)):
+        cluster = load_config("plan", ["experiment=demo", "cluster=mine"]).cluster
+    assert (cluster.time, cluster.account, cluster.sbatch) == ("12:00:00", "0123", {"begin": "16:00", "nice": 100})
+
+
 def test_an_experiment_names_its_ingredients_and_the_command_line_replaces_them(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     lines = "# @package _global_\ndefaults:\n  - demo\n  - override /ingredient: [min_snr]\n"
