@@ -192,7 +192,7 @@ def test_a_cascade_from_one_command_with_a_rank_killed(
     (here / "spy/sitecustomize.py").write_text(SPY)
     drawn = ["prepare.draw.count=60", "prepare.draw.heldout=8", "prepare.draw.samples_per_shard=20"]
     words = ["experiment=demo", "train.steps=8", "train.sample_every=0", "train.log_every=1", "checkpoint.every=4"]
-    words += ["data.global_batch=8", "optimizer.warmup_steps=2", "data.own_process=false", "tracking=disabled"]
+    words += ["data.global_batch=8", "optimizer.warmup_steps=2"]
     setup = f"cluster.setup=['export PYTHONPATH={here}/spy']"
     answer = launch(*TWO_NODES, *drawn, *words, "evaluation.samples=8", setup, own=["verb=all", "embed_tasks=2"])
     jobs = {job["name"]: job["job_id"] for job in answer["jobs"]}

@@ -576,7 +576,7 @@ def test_a_graph_is_submitted_whole_or_not_at_all(
     install(site, sbatch=f"{refuse}\necho $((100 + n))", scancel='echo "$*" > cancelled')
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
     with pytest.raises(UserError, match=re.escape(refusal) + ".*" + re.escape(hint)) as error:
-        launch(*ONE_TASK, own=["verb=[index,embed,train]"])
+        launch(*ONE_TASK, own=["verb=all"])
     assert "the 2 jobs of this launch submitted before it were cancelled" in str(error.value)
     assert (here / "cancelled").read_text() == "100 101\n"
 
