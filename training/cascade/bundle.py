@@ -498,7 +498,8 @@ def read(path: str) -> Bundle:
     if not isinstance(content, dict):
         raise DataError(f"{where}: not the index of a bundle")
     if content.get("format") != FORMAT:
-        raise DataError(f"{where}: format {content.get('format')} is not {FORMAT}, the one this version reads")
+        words = f"format {content.get('format')} is not {FORMAT}, the one this version reads"
+        raise DataError(f"{where}: {words}; use the version that wrote it, or a newer one")
     stages = []
     try:
         for entry in content["stages"]:

@@ -46,8 +46,7 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
                 f"name as a prompt"
             )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
-            remedy = "write it as .jsonl" if given.lower().endswith(".json") else "rename it"
-            raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; {remedy}")
+            raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; {_instead(given)}")
         found = _from_file(given, key) if given.lower().endswith(FILES) else [given]
         if re.fullmatch(r"\[[^\[\]]+,[^\[\]]+\]", given):
             print(f'{key}={given}: this is one prompt; the texts of a list need quotation marks: \'{key}=["a","b"]\'')
@@ -64,6 +63,14 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
         for number, prompt in enumerate(found, 1):
             _check(prompt, f"{key}: prompt {number}", ConfigError)
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
+
+
+def _instead(path: str) -> str:
+    """Return what to do with a file of another extension."""
+    if path.lower().endswith(".json"):
+        return "write it as .jsonl"
+    with open(path, "rb") as file:
+        return "write its prompts to a .csv or .jsonl file" if b"\0" in file.read(4096) else "rename it"
 
 
 def read_categories(given: Any, key: str = "prompts") -> list[str]:

@@ -572,7 +572,8 @@ def parse_manifest(content: bytes, step: int, name: str = MANIFEST) -> dict[str,
     try:
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
-            raise DataError(f"format {manifest['format']} is not {FORMAT}, the one this version reads")
+            words = f"format {manifest['format']} is not {FORMAT}, the one this version reads"
+            raise DataError(f"{words}; use the version that wrote it, or a newer one")
         if manifest["step"] != step:
             raise ValueError(f"it is for step {manifest['step']}")
         if manifest.pop("sha256", "") not in ("", _digest(manifest)):  # older ones have none

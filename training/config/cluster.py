@@ -82,7 +82,7 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines to run before the program (exports, `source` ...); a line that fails ends the job and is named."""
     python: str | None = None
-    """Python interpreter; null: that of the environment set up by modules, conda, venv, setup or the container,
+    """Python interpreter; null: that of the environment activated by conda, venv or setup, or of the container,
     otherwise the one that ran `cascade launch`."""
     container: str | None = None
     """Container image with this project's dependencies, in the form that pyxis or apptainer expects."""

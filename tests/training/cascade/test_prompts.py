@@ -63,8 +63,10 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompts=.*: this is a directory; give a file of prompts"):
         read_prompts(str(tmp_path))
     (tmp_path / "prompts.md").write_text("a cat")
-    with pytest.raises(ConfigError, match=r"prompts\.md: a file of prompts must end in \.txt, \.tsv, \.csv"):
-        read_prompts(str(tmp_path / "prompts.md"))
+    (tmp_path / "prompts.parquet").write_bytes(b"PAR1\x15\x04\x00")
+    for name, remedy in (("prompts.md", "rename it"), ("prompts.parquet", r"write its prompts to a \.csv or")):
+        with pytest.raises(ConfigError, match=rf"{name}: a file of prompts must end in \.txt, .*\.csv.*; {remedy}"):
+            read_prompts(str(tmp_path / name))
     with pytest.raises(DataError, match=r"prompts=.*absent\.txt: no such file"):
         read_prompts(str(tmp_path / "absent.txt"))
     file = tmp_path / "latin.txt"
