@@ -25,13 +25,12 @@ from training.commands.sharing import (
     in_groups,
     in_processes,
     index_of,
-    ranks_of,
     refuse_equal_names,
     refuse_other,
     remove_leftovers,
-    share,
 )
 from training.processes.devices import own_device
+from training.processes.ranks import ranks_of, share
 from training.text.identity import folder_hash
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ def _caption_share(config: CaptionCommand) -> dict[str, Any]:
     shards = entries_of(config.data)
     places = [caption_file_url(entry.url, _folder_of(output, name)) for name, entry, _ in shards]
     refuse_equal_names([entry.url for _, entry, _ in shards], places, "caption file")
-    part, parts = share(config.part, config.parts, os.environ)
-    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of(os.environ)
+    part, parts = share(config.part, config.parts)
+    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of()
     made_by = {
         "model": os.path.basename(os.path.normpath(str(settings.path))),
         "sha": folder_hash(str(settings.path), "vlm.path"),

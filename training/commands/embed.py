@@ -7,7 +7,6 @@ without one, `cluster.processes` processes of this machine (default: one per GPU
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,12 @@ from training.commands.sharing import (
     in_groups,
     in_processes,
     index_of,
-    ranks_of,
     refuse_equal_names,
     refuse_other,
     remove_leftovers,
-    share,
 )
 from training.processes.devices import own_device
+from training.processes.ranks import ranks_of, share
 from training.text.identity import identity
 
 if TYPE_CHECKING:
@@ -62,8 +60,8 @@ def _embed_share(config: EmbedCommand) -> dict[str, Any]:
     shards = entries_of(config.data)
     places = [sidecar_url(entry.url, _folder(config.output, name)) for name, entry, _ in shards]
     refuse_equal_names([entry.url for _, entry, _ in shards], places, "sidecar")
-    part, parts = share(config.part, config.parts, os.environ)
-    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of(os.environ)
+    part, parts = share(config.part, config.parts)
+    mine, rank = list(zip(shards, places, strict=True))[part::parts], ranks_of()
     facts = {"encoder": identity(config.text), "dtype": config.dtype}
     for number in first_and_last(places):
         _check_kept(places[number], {**facts, "captions": _of_captions(shards[number][2].captions)})

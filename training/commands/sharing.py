@@ -1,5 +1,5 @@
-"""What commands that make a file per shard have in common: they divide the shards by `part` and `parts`, among the
-tasks of a Slurm array and among processes, and refuse to continue an output that other settings have made."""
+"""What commands that make a file per shard have in common: they run in several processes, and refuse to continue an
+output that other settings have made."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.index import ShardIndex, build_index, load_index
 from data_pipeline.storage import store
 from data_pipeline.storage.atomic import abandoned
 from data_pipeline.storage.retry import Patience
 from training.processes.launcher import launch
-from training.processes.ranks import process_count
+from training.processes.ranks import is_launched, process_count, ranks_of
 
 _RESULTS = "CASCADE_SHARED_RESULTS"
 """Directory in which the processes of one command store their counts."""
@@ -33,8 +33,7 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
     Args:
         module: the module whose `main(config)` calls this; the processes of this machine run it again.
     """
-    launched = "RANK" in os.environ or os.environ.get("CASCADE_SRUN") == "1"
-    if not launched and process_count(config.cluster) > 1:
+    if not is_launched() and process_count(config.cluster) > 1:
         with tempfile.TemporaryDirectory(prefix="cascade-shared-") as folder:
             os.environ[_RESULTS] = folder
             try:
@@ -47,7 +46,7 @@ def in_processes(module: str, config: Any, work: Callable[[Any], dict[str, Any]]
             return dict(total)
     done = work(config)
     if _RESULTS in os.environ:
-        Path(os.environ[_RESULTS], os.environ["RANK"]).write_text(json.dumps(done))
+        Path(os.environ[_RESULTS], str(ranks_of()[0])).write_text(json.dumps(done))
     return done
 
 
@@ -117,30 +116,3 @@ def remove_leftovers(places: Sequence[str]) -> None:
     for folder in {store.parent(place) for place in mine}:
         own = {store.basename(place) for place in mine if store.parent(place) == folder}
         store.remove_files(folder, [name for name in store.list_dir(folder) if abandoned(name) in own])
-
-
-def share(part: int, parts: int, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return this process's part and the total number of parts, after dividing by Slurm array task and by rank.
-
-    Raises:
-        ConfigError: `part` is not below `parts`.
-    """
-    if not 0 <= part < parts:
-        raise ConfigError(f"part={part}: it must lie between 0 and parts - 1={parts - 1}")
-    if "SLURM_ARRAY_TASK_COUNT" in environment and parts == 1:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
-        part = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-        parts = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    rank, _, world = ranks_of(environment)
-    return part * world + rank, parts * world
-
-
-def ranks_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) from a launcher's variables, or from Slurm's in a job of `cascade
-    launch`."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if "RANK" not in environment and environment.get("CASCADE_SRUN") == "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    rank, local_rank, world = (int(environment.get(name, default)) for name, default in zip(names, "001", strict=True))
-    return rank, local_rank, world

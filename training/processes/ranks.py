@@ -1,4 +1,5 @@
-"""The rank of this process and the number of processes: the only code that reads RANK and SLURM_PROCID.
+"""The rank of this process, the number of processes and their share of the work: the only code that reads RANK and
+SLURM_PROCID in training.
 
 Imports neither torch nor deepspeed.
 """
@@ -84,6 +85,38 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     if not 0 < port < 1 << 16:
         raise ConfigError(f"MASTER_PORT={port}: it must lie between 1 and 65535; {UNLAUNCHED}")
     return Ranks(rank, local_rank, world_size)
+
+
+def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher, or Slurm in a job of `cascade launch`, started this process as a rank."""
+    return "RANK" in environ or environ.get("CASCADE_SRUN") == "1"
+
+
+def share(part: int, parts: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return this process's part and the total number of parts, after dividing by Slurm array task and by rank.
+
+    Raises:
+        ConfigError: `part` is not below `parts`.
+    """
+    if not 0 <= part < parts:
+        raise ConfigError(f"part={part}: it must lie between 0 and parts - 1={parts - 1}")
+    if "SLURM_ARRAY_TASK_COUNT" in environ and parts == 1:
+        first = int(environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        step = max(int(environ.get("SLURM_ARRAY_TASK_STEP", "1")), 1)
+        part = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
+        parts = int(environ["SLURM_ARRAY_TASK_COUNT"])
+    rank, _, world = ranks_of(environ)
+    return part * world + rank, parts * world
+
+
+def ranks_of(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+    """Return (rank, local rank, world size) from a launcher's variables, or from Slurm's in a job of `cascade
+    launch`."""
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    if "RANK" in environ or not is_launched(environ):
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    rank, local_rank, world = (int(environ.get(name, default)) for name, default in zip(names, "001", strict=True))
+    return rank, local_rank, world
 
 
 def speaks(environ: Mapping[str, str] = os.environ) -> bool:

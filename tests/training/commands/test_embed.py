@@ -23,9 +23,10 @@ from tests.data_pipeline.photos import copy_shards, samples
 from tests.training import forks
 from tests.training.text.tiny_models import tiny_model
 from tests.training.text.tiny_t5 import tiny_t5
-from training.commands.embed import main, share
+from training.commands.embed import main
 from training.config.commands import EmbedCommand
 from training.config.experiment import TextConfig
+from training.processes.ranks import share
 from training.text.encoder import build_text_encoder
 from training.text.identity import identity
 
