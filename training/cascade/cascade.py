@@ -518,6 +518,9 @@ def draw_batch(
     Args:
         words: the words of each caption with the positions of their tokens; empty: no attention is recorded.
         on_step: called after every sampler step.
+
+    Raises:
+        DataError: a picture has values that are not numbers.
     """
     maps = WordMaps(unet, len(inputs.seeds)) if words else None
 
@@ -541,6 +544,12 @@ def draw_batch(
             mask=inputs.mask,
             callback=after_step,
             shape=inputs.shape,
+        )
+    if drawn.isnan().any():
+        dtype = str(next(unet.parameters()).dtype).removeprefix("torch.")
+        raise DataError(
+            f"stage {config.name} draws values that are not numbers (NaN): its weights are damaged or have diverged, "
+            f"or overflow in {dtype}; try an earlier checkpoint or another dtype"
         )
     heats = [] if maps is None else [maps.of(row, found) for row, found in enumerate(words)]
     return to_uint8(drawn).cpu(), heats

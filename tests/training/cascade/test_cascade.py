@@ -126,6 +126,15 @@ def test_negative_prompts(cascade: Cascade) -> None:
     assert same(cascade.generate(PROMPTS, "green"), cascade.generate(PROMPTS, ["green"] * 3))
 
 
+def test_weights_that_are_not_numbers_draw_no_picture() -> None:
+    cascade = tiny_cascade()
+    with torch.no_grad():
+        next(cascade.stages[1].unet.parameters()).fill_(float("nan"))
+    assert len(cascade.generate(PROMPTS[:1], stages=1)) == 1
+    with pytest.raises(DataError, match=r"stage sr draws values .* \(NaN\): .* overflow in float32; try an earlier"):
+        cascade.generate(PROMPTS[:1])
+
+
 def test_callback_counts_all_steps(cascade: Cascade) -> None:
     calls: list[tuple[str, int, int]] = []
     cascade.generate(PROMPTS, batch=2, callback=lambda *call: calls.append(call))
