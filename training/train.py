@@ -19,18 +19,8 @@ from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
 from training.config.experiment import Experiment, command_for
 from training.plan.checks import check_named
-from training.processes.endings import (
-    DeviceLost,
-    RankLost,
-    Signals,
-    blame,
-    device_lost,
-    from_where,
-    run_program,
-    stop_error,
-)
+from training.processes.endings import Signals, from_where, run_program, stop_error
 from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE
-from training.processes.failures import is_lost_rank
 from training.processes.launcher import launch, meeting_here
 from training.processes.meeting import meeting_place
 from training.processes.ranks import Ranks, is_sweep, process_count, read_ranks, thread_count
@@ -122,7 +112,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             watchdog.join(ranks.store.clone)
         session = Session(config, ranks, watchdog)
     except RuntimeError as error:
-        if end := _explained(error, ranks, watchdog):
+        if end := watchdog.explain(error, ranks):
             raise end from error
         raise
     engine, guard, settings = session.state.engine, session.guard, config.train
@@ -242,15 +232,7 @@ def _finished(error: CascadeError | RuntimeError, session: Session, watchdog: Wa
             error = later
     if isinstance(error, CascadeError):
         return error
-    return _explained(error, session.ranks, watchdog) or error
-
-
-def _explained(error: RuntimeError, ranks: Ranks, watchdog: Watchdog) -> DeviceLost | RankLost | None:
-    """Return the error for one that this rank's GPU, or another rank, has caused; None for any other."""
-    if lost := device_lost(error, ranks):
-        blame(ranks.rank, lost)
-        return lost
-    return RankLost(watchdog.last_words(error)) if is_lost_rank(str(error)) else None
+    return watchdog.explain(error, session.ranks) or error
 
 
 if __name__ == "__main__":

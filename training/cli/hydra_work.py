@@ -37,8 +37,8 @@ def spare_hydra_work() -> None:
         refers = any(default.is_interpolation() for default in defaults)
         return all_choices(overrides, defaults, self_added) if refers else None
 
-    load_anew = ConfigRepository.load_config
-    merge_anew = ConfigLoaderImpl._compose_config_from_defaults_list
+    parse_file = ConfigRepository.load_config
+    merge_files = ConfigLoaderImpl._compose_config_from_defaults_list
     loaded: Recent[Any, bytes] = Recent(500)
     merged: Recent[Any, bytes] = Recent(100)
 
@@ -49,7 +49,7 @@ def spare_hydra_work() -> None:
         key = source.scheme(), source.path, source.provider, config_path, _contents(source, config_path)
         kept = loaded.get(key)
         if kept is None:
-            result: Any = load_anew(repository, config_path)
+            result: Any = parse_file(repository, config_path)
             result.key = key
             kept = loaded.put(key, pickle.dumps(result))
         return pickle.loads(kept)
@@ -60,7 +60,7 @@ def spare_hydra_work() -> None:
         )
         kept = merged.get(key)
         if kept is None:
-            kept = merged.put(key, pickle.dumps(merge_anew(loader, defaults, repo)))
+            kept = merged.put(key, pickle.dumps(merge_files(loader, defaults, repo)))
         return pickle.loads(kept)
 
     defaults_list._create_interpolation_map = choices  # type: ignore[assignment]

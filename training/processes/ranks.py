@@ -51,6 +51,18 @@ UNLAUNCHED = "if no launcher started this command: unset RANK CASCADE_SRUN"
 """The remedy for variables that an earlier program has left in a shell."""
 
 
+def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher, or Slurm in a job of `cascade launch`, started this process as a rank."""
+    return "RANK" in environ or environ.get("CASCADE_SRUN") == "1"
+
+
+def _names(environ: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return the names of the variables with the rank, the local rank and the world size."""
+    if "RANK" in environ or not is_launched(environ):
+        return "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    return "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"
+
+
 def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     """Read the ranks that a launcher set in the environment: RANK..., or Slurm's variables if CASCADE_SRUN=1; None
     without a launcher.
@@ -61,14 +73,10 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
         ConfigError: a variable is missing or contradicts the others, or Slurm started several tasks that are not ranks
             of one program.
     """
-    if "RANK" in environ:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif environ.get("CASCADE_SRUN") == "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    else:
+    if not is_launched(environ):
         check_one_program(environ)
         return None
-    values = []
+    names, values = _names(environ), []
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
             raise ConfigError(f"{name} is not set although {names[0]} is: a launcher must set both; {UNLAUNCHED}")
@@ -85,11 +93,6 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     if not 0 < port < 1 << 16:
         raise ConfigError(f"MASTER_PORT={port}: it must lie between 1 and 65535; {UNLAUNCHED}")
     return Ranks(rank, local_rank, world_size)
-
-
-def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a launcher, or Slurm in a job of `cascade launch`, started this process as a rank."""
-    return "RANK" in environ or environ.get("CASCADE_SRUN") == "1"
 
 
 def share(part: int, parts: int, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -112,10 +115,8 @@ def share(part: int, parts: int, environ: Mapping[str, str] = os.environ) -> tup
 def ranks_of(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """Return (rank, local rank, world size) from a launcher's variables, or from Slurm's in a job of `cascade
     launch`."""
-    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
-    if "RANK" in environ or not is_launched(environ):
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    rank, local_rank, world = (int(environ.get(name, default)) for name, default in zip(names, "001", strict=True))
+    found = zip(_names(environ), "001", strict=True)
+    rank, local_rank, world = (int(environ.get(name, default)) for name, default in found)
     return rank, local_rank, world
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from training.config.experiment import TrainConfig
 from training.processes import flight
-from training.processes.endings import say
+from training.processes.endings import DeviceLost, RankLost, blame, device_lost, say
 from training.processes.exit_codes import EXIT_HUNG
-from training.processes.failures import node_name
+from training.processes.failures import is_lost_rank, node_name
 from training.processes.ranks import Ranks
 
 log = logging.getLogger("cascade")
@@ -84,8 +84,15 @@ class Watchdog:
         """Start exchanging phases with the other ranks; `connect` opens a separate connection to the store."""
         self._beats = _Beats(self.ranks, connect, lambda: self._now)
 
-    def last_words(self, error: Exception) -> str:
-        """Return the message for a collective that failed because of another rank."""
+    def explain(self, error: RuntimeError, ranks: Ranks) -> DeviceLost | RankLost | None:
+        """Return the error to end with for one that this rank's GPU, or another rank, has caused; None for any
+        other."""
+        if lost := device_lost(error, ranks):
+            blame(ranks.rank, lost)
+            return lost
+        return RankLost(self._last_words(error)) if is_lost_rank(str(error)) else None
+
+    def _last_words(self, error: Exception) -> str:
         name, step, since = self._now
         after = f"phase {name}, after {time.monotonic() - since:.0f} s{self._others()}"
         said = str(error).splitlines()[0][:200]
