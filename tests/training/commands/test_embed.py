@@ -26,7 +26,6 @@ from tests.training.text.tiny_t5 import tiny_t5
 from training.commands.embed import main
 from training.config.commands import EmbedCommand
 from training.config.experiment import TextConfig
-from training.processes.ranks import share
 from training.text.encoder import build_text_encoder
 from training.text.identity import identity
 
@@ -196,37 +195,6 @@ def test_two_shards_of_one_name_cannot_share_an_output(shards: Path, tmp_path: P
     settings.data.shards = [str(shards), str(tmp_path / "more")]
     with pytest.raises(DataError, match="would write the same sidecar"):
         main(settings)
-
-
-@pytest.mark.parametrize(
-    ("part", "parts", "environment", "expected"),
-    [
-        (0, 1, {}, (0, 1)),
-        (2, 5, {}, (2, 5)),
-        (0, 1, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
-        (0, 1, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
-        (
-            0,
-            1,
-            {
-                "SLURM_ARRAY_TASK_ID": "4",
-                "SLURM_ARRAY_TASK_COUNT": "3",
-                "SLURM_ARRAY_TASK_MIN": "0",
-                "SLURM_ARRAY_TASK_STEP": "2",
-                "RANK": "1",
-                "WORLD_SIZE": "2",
-            },
-            (5, 6),
-        ),
-        (0, 1, {"CASCADE_SRUN": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}, (3, 4)),
-        (0, 1, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
-        (1, 2, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, (1, 2)),
-    ],
-)
-def test_processes_and_array_tasks_divide_the_shards(
-    part: int, parts: int, environment: dict[str, str], expected: tuple[int, int]
-) -> None:
-    assert share(part, parts, environment) == expected
 
 
 def test_a_part_beyond_the_parts_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError
 from training.config.experiment import ClusterConfig
-from training.processes.ranks import Ranks, gpu_of, process_count, read_ranks, speaks, thread_count
+from training.processes.ranks import Ranks, gpu_of, process_count, read_ranks, share, speaks, thread_count
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -69,3 +69,34 @@ def test_counts() -> None:
     with pytest.raises(ConfigError, match="OMP_NUM_THREADS=many: it must be a number of threads"):
         thread_count(ClusterConfig(), {"OMP_NUM_THREADS": "many"})
     assert thread_count(ClusterConfig(processes=10_000), {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "parts", "environment", "expected"),
+    [
+        (0, 1, {}, (0, 1)),
+        (2, 5, {}, (2, 5)),
+        (0, 1, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (0, 1, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        (
+            0,
+            1,
+            {
+                "SLURM_ARRAY_TASK_ID": "4",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+            },
+            (5, 6),
+        ),
+        (0, 1, {"CASCADE_SRUN": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}, (3, 4)),
+        (0, 1, {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (0, 1)),
+        (1, 2, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, (1, 2)),
+    ],
+)
+def test_processes_and_array_tasks_share_the_work(
+    part: int, parts: int, environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    assert share(part, parts, environment) == expected
