@@ -120,6 +120,9 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
     try:
         session.begin()
         done, early = session.step, session.told_to_stop
+        if session.unmeasured and not early:
+            session.log_late(done, _measure(session, done))
+            _draw_samples(session, done)
         for step in range(session.step, session.step if early else settings.steps):
             # ------------------------------------------------------------------------------------- next batch
             session.profile.before(step + 1)
@@ -154,26 +157,20 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             # ------------------------------------------------------ validation, evaluation, log, sample grid
             early = session.told_to_stop and done < settings.steps
             last = done == settings.steps or early
-            measured = {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr}
-            hurry = bool(signal_number) and done < settings.steps  # saving the state comes first
-            validating = not hurry and _is_due(config.validation.every, done, last)
-            if validating:
-                measured.update(session.validate(done))
-            evaluating = not hurry and _is_due(config.evaluation.every, done, last)
-            if evaluating:
-                measured.update(session.evaluate(done))
-            if _is_due(settings.log_every, done, last) or validating or evaluating:
-                session.log(done, measured)
+            hurry = bool(signal_number) and done < settings.steps  # saving comes first; the next start measures
+            measured = {} if hurry else _measure(session, done, last)
+            if _is_due(settings.log_every, done, last) or measured:
+                session.log(done, {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr, **measured})
             else:
                 session.report.tick(done, loss)
-            if not hurry and _is_due(settings.sample_every, done, last):
-                session.sample_grid(done)
+            if not hurry:
+                _draw_samples(session, done, last)
 
             # -------------------------------------------------------------------------------------- save, stop
             if guard.refused >= settings.max_skipped:
                 session.roll_back(done)
             if session.saving.is_due(done) or last or signal_number:
-                session.save(done, healthy=not info.skipped, wait=bool(signal_number))
+                session.save(done, healthy=not info.skipped, wait=bool(signal_number), unmeasured=hurry)
             if signal_number:
                 raise stop_error(signal_number, done, session.saving.last_step)
             if early:
@@ -208,6 +205,19 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
 def _is_due(every: int, step: int, last: bool) -> bool:
     """Return whether that which happens every `every` steps (0: never), and after the last one, is due after `step`."""
     return bool(every) and (step % every == 0 or last)
+
+
+def _measure(session: Session, step: int, last: bool = False) -> dict[str, float]:
+    """Return the losses on held-out pictures, and the figures, that are due after `step`."""
+    config = session.config
+    found = session.validate(step) if _is_due(config.validation.every, step, last) else {}
+    return {**found, **session.evaluate(step)} if _is_due(config.evaluation.every, step, last) else found
+
+
+def _draw_samples(session: Session, step: int, last: bool = False) -> None:
+    """Draw the sample grid if it is due after `step`."""
+    if _is_due(session.config.train.sample_every, step, last):
+        session.sample_grid(step)
 
 
 def _what_is_there(config: Experiment, step: int) -> list[str]:

@@ -262,22 +262,28 @@ def test_data_that_breaks_on_one_rank_stops_all_after_saving(tmp_path: Path, sha
 
 
 def test_validation_and_evaluation_are_the_same_on_any_number_of_ranks(tmp_path: Path, shards: str) -> None:
+    """The second run is stopped when they are due for the first time, and makes up for them after the restart."""
     results, figures = [], []
     for ranks, stage in ((1, 0), (2, 3)):
         config = experiment(
             tmp_path / str(ranks), shards, zero__stage=stage, train__steps=4, validation__every=2,
             validation__samples=8, evaluation__reference=shards.replace("train", "heldout"), checkpoint__every=2,
             checkpoint__keep_last=1, train__log_every=3, evaluation__every=2, evaluation__samples=7,
-            evaluation__batch=3, train__profile=ProfileConfig([2, 3]), stage__sampler__steps=4,
-            stage__model__overrides=ONE_LEVEL,
+            evaluation__batch=3, train__profile=ProfileConfig([3, 4]), stage__sampler__steps=4,
+            stage__model__overrides=ONE_LEVEL, train__sample_every=2,
         )  # fmt: skip
         (tmp_path / str(ranks)).mkdir()
+        if ranks == 2:
+            stopped = chaos(config, ranks, {"what": "stop", "rank": 1, "phase": "forward", "step": 1})
+            assert stopped.codes() == [75, 75] and newest(config).step == 2 and not metrics(config)
         running = forks.start(config, ranks)
         assert running.codes() == [0] * ranks, running.text
         lines = metrics(config)
         assert [line["step"] for line in lines] == [2, 3, 4]
+        grids = sorted(path.name for path in (Path(config.run.dir) / "samples").iterdir())
+        assert grids == ["step-00000002.png", "step-00000004.png"]
         traces = sorted((Path(config.run.dir) / "profile").iterdir())
-        assert [path.name for path in traces] == [f"steps-2-3-rank-{rank}.json.gz" for rank in range(ranks)]
+        assert [path.name for path in traces] == [f"steps-3-4-rank-{rank}.json.gz" for rank in range(ranks)]
         events = json.loads(gzip.decompress(traces[-1].read_bytes()))["traceEvents"]
         names = [event.get("name", "") for event in events]
         assert names.count("aten::conv2d") > 2 and (ranks == 1) != any("gloo" in name for name in names)

@@ -83,6 +83,8 @@ class Session:
             self.step: int = checkpoint.step if checkpoint else 0
             self.skipped: int = meta.get("counters", {}).get("skipped", 0)
             """Number of skipped steps in the whole run."""
+            self.unmeasured: bool = meta.get("unmeasured", False)
+            """A signal ended the last start before it could measure what was due at `step`."""
             self.guard = LossGuard(config.train.spike_factor, meta.get("losses", ()), meta.get("refused", 0))
             self._open_data(meta)
             watchdog.phase("engine")
@@ -269,6 +271,10 @@ class Session:
             },
         )
 
+    def log_late(self, step: int, figures: dict[str, float]) -> None:
+        """Log figures of `step`, whose record an earlier start has written without them."""
+        self.report.tracker.add(step, figures)
+
     def report_skip(self, step: int, loss: float, why: str, batches: list[Batch]) -> None:
         """Log that a step was skipped, with its samples."""
         self.report.skipped(step, loss, why, [key for batch in batches for key in batch.keys])
@@ -291,10 +297,12 @@ class Session:
 
     # ----------------------------------------------------------------------------------- checkpoints and rolling back
 
-    def save(self, step: int, healthy: bool = True, wait: bool = False) -> None:
+    def save(self, step: int, healthy: bool = True, wait: bool = False, unmeasured: bool = False) -> None:
         """Start writing the checkpoint of `step`, after finishing the previous one. Collective."""
         with self.phase("checkpoint", step):
-            self.saving.save(step, healthy, self.state.engine.snapshot, lambda: self._meta(step), wait)
+            self.saving.save(
+                step, healthy, self.state.engine.snapshot, lambda: {**self._meta(step), "unmeasured": unmeasured}, wait
+            )
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Return the metadata of a checkpoint of `step`. Collective."""

@@ -199,7 +199,7 @@ class Tracker:
         if kept:
             log.info("metrics.jsonl: %d lines after step %d were removed; these steps run again", kept, step)
         self._sinks = Sinks(config.trackers, run.path, run.metrics, step)
-        self._wandb_id, self._last = wandb_id, step
+        self._wandb_id, self._first, self._last = wandb_id, step, step
         self._start_wandb = lambda: start_wandb(run, config, wandb_id, code)
         self._wandb = self._start_wandb()
         if self._wandb is not None:
@@ -224,6 +224,28 @@ class Tracker:
         self._sinks.each(lambda sink: sink.log(step, record))
         self.show(step, record, seconds_left)
 
+    def add(self, step: int, figures: dict[str, Any]) -> None:
+        """Add figures to the last record, that of `step`, in which the previous start could not measure them."""
+        if not self.active or not figures:
+            return
+        figures = {key: finite(value) for key, value in figures.items()}
+        records = json_lines(self.run.metrics)
+        last = records.pop() if records and records[-1]["step"] == step else {"step": step}
+        try:
+            self._lines.close()
+            replace_file(self.run.metrics, "".join(f"{json.dumps(one)}\n" for one in [*records, {**last, **figures}]))
+        except OSError as error:
+            log.warning("metrics.jsonl cannot be written (%s): it lacks %s of step %d", error, ", ".join(figures), step)
+        self._lines = Lines(self.run.metrics)
+        known = {key: value for key, value in figures.items() if value is not None}
+        self._to_wandb(lambda: self._wandb.log(known, step=self._writable(step)))
+        self._sinks.each(lambda sink: sink.log(step, figures))
+        log.info("step %d: what was due when the last start was stopped has been measured", step)
+
+    def _writable(self, step: int) -> int:
+        """Return the first step from `step` on to which W&B can still add: not that from which this start continues."""
+        return max(step, self._first + 1)
+
     @property
     def on_screen(self) -> bool:
         """Whether the progress line is shown on a terminal, which can replace it."""
@@ -247,7 +269,7 @@ class Tracker:
         if self._wandb is not None:
             import wandb
 
-            self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=step))
+            self._to_wandb(lambda: self._wandb.log({"samples": wandb.Image(str(path))}, step=self._writable(step)))
 
     def checkpoint(self, step: int, place: object) -> None:
         """Log a checkpoint as an artifact by reference: W&B stores its location, not a copy."""

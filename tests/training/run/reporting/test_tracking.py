@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -174,6 +175,8 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     (place / "manifest.json").write_text("{}")
     for start in (0, 1):
         mine = tracker(config, step=start, out=io.StringIO())
+        if start:
+            mine.add(1, {"validation_loss": 0.4, "evaluation/kid/x": math.nan})
         mine.log(start + 1, {"loss": 0.5 / (start + 1), "images_per_second": 1.0}, 1)
         mine.checkpoint(start + 1, place)
         mine.close()
@@ -183,7 +186,14 @@ def test_wandb_offline_over_a_restart(config: Experiment) -> None:
     assert settings["train"]["steps"] == 20 and settings["code"] == {"commit": "c0ffee"}
     artifact = next(values for _, values in found if "artifact" in values)
     assert artifact["places"] == [f"file://{place}/manifest.json"], "by reference, no copy"
-    assert [(v["_step"], v["loss"]) for _, v in found if "loss" in v] == [(1, 0.5), (2, 0.25)]
+    rows = [(v["_step"], v["loss"], v.get("validation_loss")) for _, v in found if "loss" in v]
+    assert rows == [(1, 0.5, None), (2, 0.25, 0.4)], "W&B adds to no step of an earlier start"
+    lines = json_lines(RunDir(config).metrics)
+    assert [(line["step"], line["loss"], line.get("validation_loss")) for line in lines] == [
+        (1, 0.5, 0.4),
+        (2, 0.25, None),
+    ]
+    assert "evaluation/kid/x" in lines[0] and lines[0]["evaluation/kid/x"] is None
 
 
 def kill_wandb() -> None:
