@@ -6,8 +6,9 @@
         proxy.log                                     # (method, path, range, fault) of every request
 
 Faults (N counts bytes of the answer's body): `ok`, `reset:N` (RST after N bytes), `fin:N` (the connection ends too
-early), `stall:N` (N bytes, then silence), `flip:N` (byte N inverted), `status:CODE` (an error answer), `reset-head`
-(RST before any answer), `delay:SECONDS`, `rate:BYTES_PER_S`.
+early), `stall:N` (N bytes, then silence), `flip:N` (byte N inverted), `hide:WORD` (it is crossed out wherever the
+answer has it), `status:CODE` (an error answer), `reset-head` (RST before any answer), `delay:SECONDS`,
+`rate:BYTES_PER_S`.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ class FaultProxy:
             if status != 100:
                 break
         kept = [line for line in lines if not line.lower().startswith(b"connection:")]
-        writer.write(b"\r\n".join(kept) + b"\r\n\r\n")
+        hidden = argument.encode() if kind == "hide" else b""
+        writer.write(_without(b"\r\n".join(kept), hidden) + b"\r\n\r\n")
         limit, sent = int(argument) if kind in ("reset", "fin", "stall", "flip") else None, 0
         async for data in _body(behind, head, method, status):
             if kind == "rate":
@@ -162,9 +164,13 @@ class FaultProxy:
                     await reader.read(1)  # until the client gives up
                 return False
             sent += len(data)
-            writer.write(data)
+            writer.write(_without(data, hidden))
             await writer.drain()
         return True
+
+
+def _without(text: bytes, word: bytes) -> bytes:
+    return text.replace(word, b"x" * len(word)) if word else text
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[list[bytes], dict[bytes, bytes]]:

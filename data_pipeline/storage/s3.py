@@ -6,12 +6,12 @@ s3fs and botocore each retry as well (5 x 5 x 5 attempts if a store never answer
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 from base64 import b64encode
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from data_pipeline.common.errors import DataError
@@ -49,6 +49,7 @@ SESSION_S = 60.0
 may come over the network."""
 _EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _RENEWALS = 2
+_LATE = "; the credentials have expired and were not renewed: check the tool that does it, then repeat the command"
 _METADATA_ATTEMPTS = "3"
 """How often to ask a machine's metadata service for credentials, a second each: asked by many processes at once, it
 refuses some, which then would have no credentials."""
@@ -148,12 +149,14 @@ def _after_failure(error: Exception, url: str, backoff: Backoff, fs: Any) -> Non
         if refused and backoff.renewals < _RENEWALS and _renew(fs):
             backoff.renewals += 1
             return
-        raise fatal from (None if fatal is error else error)
+        if not (_answered and s3_errors.has_expired(error) and _come_from_elsewhere(fs)):
+            raise fatal from (None if fatal is error else error)
     if isinstance(error, (ValueError, TypeError, AttributeError)):
         raise error  # a bug, not an outage
     known = _answered or s3_errors.error_code(error)
     cause = s3_errors.client_error(error) or error
-    backoff.wait(cause, None if known else FIRST_CONTACT_S, s3_errors.refusal_advice(error))
+    advice = _LATE if fatal is not None else s3_errors.refusal_advice(error)
+    backoff.wait(cause, None if known else FIRST_CONTACT_S, advice)
 
 
 def _may_be_scheme(error: Exception) -> bool:
@@ -183,6 +186,15 @@ def _renew(used: Any) -> bool:
             if _filesystems.get(os.getpid()) is used:
                 _filesystems.clear()
     return bool(changed)
+
+
+def _come_from_elsewhere(fs: Any) -> bool:
+    """Return whether the credentials come from a file, a program or a service, which may soon give new ones, and not
+    from the environment."""
+    with suppress(Exception):
+        found = asyncio.run_coroutine_threadsafe(fs.session.get_credentials(), filesystem().loop).result()
+        return found is not None and found.method not in ("env", "explicit")
+    return False
 
 
 async def _have_changed(fs: Any) -> bool:
@@ -294,7 +306,7 @@ class S3Stream:
         answer = await _request(fs, "get_object", arguments, self._patience.stall_s)
         _answered = True
         self._body = answer["Body"]
-        self.etag = answer.get("ETag", "").strip('"') or None
+        self.etag = _etag(answer) or None
         expected = self._fetched + int(answer["ContentLength"])
         if "Range" in arguments and not str(answer.get("ContentRange", "")).startswith(f"bytes {self._fetched}-"):
             raise DataError(f"{self.url}: {endpoint()} does not support range requests, which are required")
@@ -332,18 +344,32 @@ def listing(url: str, delimiter: str = "", patience: Patience = DEFAULT) -> Iter
     With a `delimiter`, each deeper level appears once, as (prefix ending in the delimiter, -1, "").
     """
     bucket, prefix = split(url)
-    token: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter, "MaxKeys": PAGE}
+    method, after = "list_objects_v2", dict[str, Any]()
     while True:
-        answer = call(
-            url, "list_objects_v2", patience, Bucket=bucket, Prefix=prefix, Delimiter=delimiter, MaxKeys=PAGE, **token
-        )
-        for deeper in answer.get("CommonPrefixes", []):
-            yield deeper["Prefix"], -1, ""
-        for found in answer.get("Contents", []):
-            yield found["Key"], int(found["Size"]), found["ETag"].strip('"')
+        try:
+            answer = call(url, method, patience, **wanted, **after)
+        except DataError as error:
+            if method == "list_objects" or not s3_errors.is_not_offered(error):
+                raise
+            method = "list_objects"
+            continue
+        deeper = [one["Prefix"] for one in answer.get("CommonPrefixes", [])]
+        objects = answer.get("Contents", [])
+        yield from ((name, -1, "") for name in deeper)
+        yield from ((found["Key"], int(found["Size"]), _etag(found)) for found in objects)
         if not answer.get("IsTruncated"):
             return
-        token = {"ContinuationToken": answer["NextContinuationToken"]}
+        if token := answer.get("NextContinuationToken"):
+            after = {"ContinuationToken": token}
+        else:  # the store only knows the first version of this call, and ignores what asks for the second
+            last = answer.get("NextMarker") or max([*deeper, *(found["Key"] for found in objects)])
+            method, after = "list_objects", {"Marker": last}
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    """Return the ETag in an answer; empty if it has none. Proxies that compress mark it as weak (`W/`)."""
+    return str(answer.get("ETag", "")).removeprefix("W/").strip('"')
 
 
 def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
@@ -357,8 +383,8 @@ def head(url: str, patience: Patience = DEFAULT) -> tuple[int, str]:
         # An answer to HEAD has no message. One to GET says why or, if only HEAD is refused, has the same facts.
         answer = call(url, "get_object", patience, Bucket=bucket, Key=key, Range="bytes=0-0")
         filesystem().loop.call_soon_threadsafe(answer["Body"].close)
-        return int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"].strip('"')
-    return int(answer["ContentLength"]), answer["ETag"].strip('"')
+        return int(answer["ContentRange"].rpartition("/")[2]), _etag(answer)
+    return int(answer["ContentLength"]), _etag(answer)
 
 
 def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> None:
@@ -385,7 +411,7 @@ def put(url: str, data: bytes | memoryview, patience: Patience = DEFAULT) -> Non
             if s3_errors.error_code(error) != "NoSuchUpload" or not _is_written(url, len(data), len(parts), patience):
                 raise
     except BaseException:
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             abort = filesystem()._call_s3("abort_multipart_upload", **target, UploadId=upload)
             _run(asyncio.wait_for(abort, patience.stall_s))
         raise
@@ -401,7 +427,7 @@ def _body(data: bytes | memoryview) -> dict[str, Any]:
 def _is_written(url: str, size: int, parts: int, patience: Patience) -> bool:
     """Return whether an upload of which the store knows nothing any more has become the object: the answer to its
     completion was lost, and a second one is refused."""
-    with contextlib.suppress(Missing):
+    with suppress(Missing):
         found, etag = head(url, patience)
         return found == size and etag.endswith(f"-{parts}")
     return False
@@ -419,7 +445,7 @@ def put_new(url: str, data: bytes, patience: Patience = DEFAULT) -> bool:
     except DataError as error:
         if s3_errors.error_code(error) in _EXISTS:
             return False
-        if s3_errors.status_of(error) != 501 and s3_errors.error_code(error) != "NotImplemented":
+        if not s3_errors.is_not_offered(error):
             raise
         call(url, "put_object", patience, len(data), **target)
     return True

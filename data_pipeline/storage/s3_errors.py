@@ -35,6 +35,7 @@ DENIED = {
     "401",
     "Unauthorized",
 }
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 PATH_STYLE = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess", "PathStyleAccessDenied"}
 """Errors of stores that require the bucket in the host name."""
 REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
@@ -313,6 +314,24 @@ def is_wordless(error: BaseException) -> bool:
     return error_code(error).isdigit()
 
 
+def is_not_offered(error: BaseException) -> bool:
+    """Return whether the store does not know this call, or a condition of it."""
+    return status_of(error) == 501 or error_code(error) == "NotImplemented"
+
+
+def has_expired(error: BaseException) -> bool:
+    """Return whether the credentials were valid until they expired."""
+    return error_code(error) in _EXPIRED
+
+
+def _region_of(error: BaseException) -> str:
+    """Return the region of the bucket, as far as the answer names it, in the form `=eu-west-1`; empty otherwise."""
+    response = _response(error)
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    found = headers.get("x-amz-bucket-region") or response.get("Error", {}).get("Region")
+    return f"={found}" if found else ""
+
+
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and its causes; botocore keeps the cause among its arguments."""
     seen: set[int] = set()
@@ -471,7 +490,8 @@ def _of_answer(error: BaseException, url: str, bucket: str) -> CascadeError | No
         return DataError(f"{url}: the object is shorter than it was; {after_change(url)}")
     if code in REGION or status in (301, 307):
         return DataError(
-            f"{url}: bucket {bucket!r} is in another region ({said}); set AWS_DEFAULT_REGION{overlooked()}"
+            f"{url}: bucket {bucket!r} is in another region ({said}); set AWS_DEFAULT_REGION"
+            f"{_region_of(error)}{overlooked()}"
         )
     return DataError(f"{url}: {endpoint()} rejected the request: {describe_error(client_error(error))}")
 

@@ -581,7 +581,8 @@ def _expand_remote(pattern: str, patience: Patience) -> list[str]:
     may_be_name = key.lower().endswith(SHARD_SUFFIXES) or not pattern.startswith(_WEB)
     if magic and not (may_be_name and exists(pattern, patience)):
         matches = re.compile(_glob_regex(key)).fullmatch
-        found = door.listing(f"{root}/{key[: magic.start()]}", patience=patience)
+        deep = re.search(r"/|\*\*", key[magic.start() :])
+        found = door.listing(f"{root}/{key[: magic.start()]}", "" if deep else "/", patience)
         files = (name for name, _, _ in found if not name.endswith("/"))  # some tools mark folders by such objects
         return _shards_among([f"{root}/{name}" for name in files if matches(name)])
     if key.lower().endswith(SHARD_SUFFIXES):

@@ -6,6 +6,7 @@ All of it against moto, and against Ceph's radosgw where its packages are instal
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from data_pipeline import ShardStream
 from data_pipeline.common.errors import DataError, StoreError
 from data_pipeline.shards import dataset
 from data_pipeline.shards.index import index_shard
-from data_pipeline.storage import retry, s3, store
+from data_pipeline.storage import retry, s3, s3_errors, store
 from data_pipeline.storage.retry import Patience, StoppedWaiting
 from tests.data_pipeline.small_shards import write_shards
 from tests.faultproxy import FaultProxy
@@ -284,6 +286,42 @@ def test_a_store_without_multi_object_delete(url: str, proxy: FaultProxy) -> Non
     assert [entry[0] for entry in proxy.log].count("POST") == 1, "it has learned"
 
 
+@pytest.mark.parametrize("fault", ["ok", "status:501", "hide:NextContinuationToken", "hide:ETag"])
+def test_older_ways_to_list_are_understood(
+    url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Some stores refuse the second version of the call, some answer it as the first; some list no ETags."""
+    monkeypatch.setattr(s3, "PAGE", 2)
+    folder = url.rpartition("/")[0] + "/set"
+    names = [*(f"deep/{number}.tar" for number in range(6)), "a.tar", "b.tar", "c d.tar", "e+f.tar"]
+    for name in names:
+        store.write_bytes(f"{folder}/{name}", b"x")
+    proxy.choose = lambda method, path, _: fault if "list-type=2" in path else "ok"
+    proxy.log.clear()
+    assert store.expand(f"{folder}/*.tar") == [f"{folder}/{name}" for name in sorted(names) if "/" not in name]
+    assert all("delimiter=%2F" in path for _, path, _, _ in proxy.log), "what is deeper is not listed"
+    assert store.expand(f"{folder}/**/*.tar") == [f"{folder}/{name}" for name in sorted(names)]
+    assert store.sizes(folder) == {"deep": -1, **{name: 1 for name in names if "/" not in name}}
+    found = store.describe([f"{folder}/{name}" for name in names if "/" not in name] + [f"{folder}/deep/5.tar"])
+    assert {one.etag for one in found} <= {hashlib.md5(b"x").hexdigest(), ""}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"ResponseMetadata": {"HTTPStatusCode": 301, "HTTPHeaders": {"x-amz-bucket-region": "eu-west-1"}}},
+        {"Error": {"Code": "AuthorizationHeaderMalformed", "Message": "m", "Region": "eu-west-1"}},
+    ],
+)
+def test_the_region_that_a_store_names_is_passed_on(answer: dict[str, Any]) -> None:
+    found = s3_errors.permanent(ClientError(answer, "HeadObject"), "s3://b/x", "b", answered=False)
+    assert isinstance(found, DataError) and str(found).endswith("set AWS_DEFAULT_REGION=eu-west-1")
+
+
+def test_an_etag_that_a_proxy_marked_as_weak_is_the_same() -> None:
+    assert s3._etag({"ETag": 'W/"0a"'}) == s3._etag({"ETag": '"0a"'}) == "0a" and s3._etag({}) == ""
+
+
 DRIP = Patience(stall_s=0.3, deadline_s=5, base_s=0.01, cap_s=0.02)
 
 
@@ -321,9 +359,20 @@ def test_credentials_renewed_by_a_helper_are_read_again(
         file.write_text(good)
         assert stream.read() == DATA
     monkeypatch.setattr(proxy, "words", {403: ("ExpiredToken", "The provided token has expired.")})
+    proxy.plan(["status:403"] * 5)
+    assert store.size(url, QUICK) == len(DATA), "a helper may be late; a response to HEAD has no body, one to GET has"
+    proxy.plan([], default="status:403")
+    with pytest.raises(StoreError, match=r"ExpiredToken\).*The provided token has expired\.; .* were not renewed"):
+        store.size(url, replace(QUICK, deadline_s=0.1))
+
+
+def test_credentials_of_the_environment_that_expire_are_not_waited_for(url: str, proxy: FaultProxy) -> None:
+    assert store.size(url) == len(DATA)
+    proxy.words = {403: ("ExpiredToken", "The provided token has expired.")}
     proxy.plan([], default="status:403")
     with pytest.raises(DataError, match=r"ExpiredToken: The provided token has expired\."):
-        store.size(url, QUICK)  # a response to HEAD has no body, one to GET has
+        store.read_bytes(url, QUICK)
+    assert len(proxy.log) == 1
 
 
 @pytest.mark.parametrize("parts", [False, True])
