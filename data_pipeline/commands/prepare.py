@@ -143,6 +143,9 @@ def _import(settings: PrepareConfig, config: PrepareSettings) -> dict[str, Any]:
         )
     with _naming("source", settings.source):
         source = open_source(settings, config.data)
+    if settings.heldout >= len(source) > 0:  # before anything is recorded in the output
+        words = f"the source has {len(source)} samples; hold out fewer, so that some are left to train on"
+        raise DataError(f"prepare.heldout={settings.heldout}: {words}")
     begun = _begun(settings, config.data, source.identity)
     _begin(settings.output, begun)
     duplicates: dict[int, Duplicate] = {}
@@ -192,9 +195,6 @@ def _write_splits(
     numbers, per_shard = range(len(source)), settings.samples_per_shard
     if not settings.heldout:
         return _write_all(settings.output, "", numbers, per_shard, make, "prepare", source.name, threads)
-    if settings.heldout >= len(numbers):
-        words = f"the source has {len(numbers)} samples; hold out fewer, so that some are left to train on"
-        raise DataError(f"prepare.heldout={settings.heldout}: {words}")
     apart = {(2 * i + 1) * len(numbers) // (2 * settings.heldout) for i in range(settings.heldout)}
     found = []
     for split, chosen in (("train", [n for n in numbers if n not in apart]), ("heldout", sorted(apart))):

@@ -318,6 +318,18 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str) -> T:
 # ------------------------------------------------------------------------------------------------- on disk
 
 
+def refuse_bundle(folder: Path, key: str) -> None:
+    """Raise ConfigError if the results of a command would go among the files of a bundle.
+
+    Args:
+        key: the setting that names the folder.
+    """
+    if (folder / INDEX).exists():
+        raise ConfigError(
+            f"{key}={folder}: this is the bundle itself; choose another directory, for example {key}={folder}-results"
+        )
+
+
 def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, Any]:
     """Write a bundle directory or s3:// prefix; return the content of its `bundle.json`.
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ LINES = ".jsonl"
 PROMPT_COLUMNS = ("prompt", "prompt_en", "prompt_cn", "prompt_zh")
 """Column names, in lower case: of PartiPrompts and most other lists, and of OneIG-Bench in English and Chinese."""
 FILES = (".txt", *TABLES, LINES)
+STDIN = "-"
+"""The value that stands for standard input, one prompt per line."""
 LONGEST = 10_000
 """Maximum characters of a prompt. Text encoders read a few hundred tokens at most; anything longer is a file without
 line breaks, or the wrong column."""
@@ -26,7 +29,8 @@ line breaks, or the wrong column."""
 def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> list[str]:
     """Return the prompts that a config value stands for: stripped, in order, with repetitions.
 
-    A string that ends in .txt, .tsv, .csv or .jsonl is a file (or s3:// URL); any other string is one prompt.
+    A string that ends in .txt, .tsv, .csv or .jsonl is a file (or s3:// URL), and `-` is standard input, with one
+    prompt per line; any other string is one prompt.
 
     Args:
         key: the setting to name in an error.
@@ -34,8 +38,8 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
 
     Raises:
         ConfigError: a value that is neither text nor a list of it, a directory, or a file with another extension.
-        DataError: the file is missing or not UTF-8, its table has no column `Prompt`, a line has no `prompt`, or a
-            prompt has more than `LONGEST` characters or contains NUL.
+        DataError: the file is missing or not UTF-8, standard input is empty, a table has no column `Prompt`, a line
+            has no `prompt`, or a prompt has more than `LONGEST` characters or contains NUL.
     """
     if given is None:
         return []
@@ -47,7 +51,7 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
             )
         if os.path.isfile(given) and not given.lower().endswith(FILES):
             raise ConfigError(f"{key}={given}: a file of prompts must end in {', '.join(FILES)}; {_instead(given)}")
-        found = _from_file(given, key) if given.lower().endswith(FILES) else [given]
+        found = _from_file(given, key) if _is_file(given) else [given]
         if re.fullmatch(r"\[[^\[\]]+,[^\[\]]+\]", given):
             print(f'{key}={given}: this is one prompt; the texts of a list need quotation marks: \'{key}=["a","b"]\'')
     elif isinstance(given, Sequence) and all(isinstance(item, (str, int, float)) for item in given):
@@ -59,10 +63,14 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
             )
     else:
         raise ConfigError(f"{key}={given}: give a text file with one prompt per line, or a list of prompts")
-    if not (isinstance(given, str) and given.lower().endswith(FILES)):
+    if not (isinstance(given, str) and _is_file(given)):
         for number, prompt in enumerate(found, 1):
             _check(prompt, f"{key}: prompt {number}", ConfigError)
     return [prompt.strip() for prompt in found if keep_blank or prompt.strip()]
+
+
+def _is_file(given: str) -> bool:
+    return given == STDIN or given.lower().endswith(FILES)
 
 
 def _instead(path: str) -> str:
@@ -92,10 +100,19 @@ def _check(prompt: str, where: str, error: type[CascadeError] = DataError) -> st
     return prompt
 
 
+def _from_stdin(key: str) -> bytes:
+    if sys.stdin is not None and sys.stdin.isatty():
+        print(f"{key}={STDIN}: type one prompt per line, then Ctrl-D", file=sys.stderr)
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    if not data.strip():
+        raise DataError(f"{key}={STDIN}: standard input is empty; it should contain one prompt per line")
+    return data
+
+
 def _text(path: str, key: str) -> str:
-    if not store.exists(path):
+    if path != STDIN and not store.exists(path):
         raise DataError(f"{key}={path}: no such file; it should contain one prompt per line")
-    data = store.read_bytes(path)
+    data = _from_stdin(key) if path == STDIN else store.read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

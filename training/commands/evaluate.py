@@ -25,7 +25,7 @@ from typing import Any
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.progress import progress
-from training.cascade.bundle import checkpoint_dir
+from training.cascade.bundle import checkpoint_dir, refuse_bundle
 from training.cascade.cascade import Cascade
 from training.cascade.records import record
 from training.checkpoint.store import CheckpointStore
@@ -55,6 +55,8 @@ def main(config: EvaluateCommand) -> dict[str, Any]:
 
 
 def _do(config: EvaluateCommand) -> dict[str, Any]:
+    if config.action != "compare":
+        refuse_bundle(Path(config.evaluation.output), "evaluation.output")
     if config.action == "compare":
         differences = comparison.compare_results(config.results)
         print(comparison.as_text(differences))

@@ -413,10 +413,12 @@ class Evaluation:
     def _remarks(self, n: Mapping[str, int], widths: Mapping[str, int]) -> list[str]:
         found = []
         if n["prompts"] < self.settings.samples:
-            what, key = ("prompts", "prompts") if self.settings.prompts else ("captions", "reference")
+            what, source = ("prompts", "prompts") if self.settings.prompts else ("captions", "reference")
+            held = "" if self.settings.prompts else "held-out "
             found.append(
-                f"evaluation.{key}={getattr(self.settings, key)} has {n['prompts']} {what}, fewer than "
-                f"evaluation.samples={self.settings.samples}: all were drawn, and more would narrow the intervals"
+                f"evaluation.samples={self.settings.samples} asks for more {what} than the {n['prompts']} in "
+                f"{getattr(self.settings, source)}: all {n['prompts']} were used; more {held}{what} would narrow the "
+                "intervals"
             )
         wanted = self.settings.reference_samples
         if self.settings.kind == "pictures" and wanted > n["reference"]:

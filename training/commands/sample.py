@@ -29,6 +29,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
+from training.cascade.bundle import refuse_bundle
 from training.cascade.cascade import Cascade, Stage
 from training.cascade.prompts import read_lines, read_prompts
 from training.cascade.requests import DAMAGED, Drawing, as_list, number_drawings, opened, plan_sizes, plan_stages
@@ -38,7 +39,7 @@ from training.config.experiment import Experiment, command_for
 from training.engine.base import DTYPES
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials
-from training.pictures.sheets import Cell, heat_sheet, save, sheet
+from training.pictures.sheets import Cell, capacity, heat_sheet, save, sheet
 from training.processes.devices import own_device
 from training.processes.ranks import read_ranks
 from training.run.directory import leaving_nothing_empty, try_to_write
@@ -84,6 +85,7 @@ def main(config: SampleCommand) -> dict[str, Any]:
 
 def _sample(config: SampleCommand, output: Path) -> dict[str, Any]:
     began = time.monotonic()
+    refuse_bundle(output, "output")
     prompts, lines = _prompts(config), read_lines(config.prompts)
     try_to_write(output, "output")
     negatives = read_prompts(config.negative_prompts, "negative_prompts", keep_blank=True)
@@ -152,9 +154,10 @@ def _together(
     lines: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Write and measure what needs all pictures; return `grid`, `diversity` and `layout` of the result."""
-    found: dict[str, Any] = {"grid": str(write_grid(output, jobs[:GRID_CELLS], stages, config.sampling.columns))}
+    columns = config.sampling.columns
+    found: dict[str, Any] = {"grid": str(write_grid(output, jobs, stages, columns))}
     print(f"{output}: {len(jobs)} picture{'s' * (len(jobs) > 1)}")
-    print(f"{found['grid']}: {min(len(jobs), GRID_CELLS)} of {len(jobs)} pictures")
+    print(f"{found['grid']}: {len(_on_grid(jobs, columns))} of {len(jobs)} pictures")
     if len({job.prompt for job in jobs}) < len(jobs):
         found["diversity"] = measure_diversity(output, jobs)
         print(f"diversity ({DIVERSITY_FEATURES}, mean pairwise distance): {found['diversity']['mean']:.4f}")
@@ -409,19 +412,24 @@ def write_drawing(
 
 
 def write_grid(output: Path, jobs: list[SampleJob], stages: Sequence[Stage], columns: int) -> Path:
-    """Write sheet/grid.png, the stages of every picture side by side, base first; return its path. It has its own
+    """Write sheet/grid.png, the stages of the first pictures side by side, base first; return its path. It has its own
     directory because other tools read every PNG next to the samples as a sample."""
     earlier = [stage.config.name for stage in stages[:-1]]
     labels = [f"{stage.config.image_size} px" for stage in stages]
     cells = []
-    for job in jobs:
+    for job in _on_grid(jobs, columns):
         files = [*(output / stage / f"{job.name}.png" for stage in earlier), output / f"{job.name}.png"]
         cells.append(Cell([_open(file) for file in files], job.prompt, labels))
     file = output / SHEET / "grid.png"
     file.parent.mkdir(exist_ok=True)
-    save(sheet(cells, columns), file)
+    title = f"the first {len(cells)} of {len(jobs)} pictures" if len(cells) < len(jobs) else ""
+    save(sheet(cells, columns, title), file)
     (output / file.name).unlink(missing_ok=True)  # where earlier versions wrote it
     return file
+
+
+def _on_grid(jobs: list[SampleJob], columns: int) -> list[SampleJob]:
+    return jobs[: min(GRID_CELLS, capacity(columns))]
 
 
 def _open(file: Path) -> Image.Image:

@@ -89,8 +89,8 @@ class SampleCommand(SamplerKeys):
     """`cascade sample`: its own keys are at the top level."""
 
     prompts: Any = field(default=None, metadata=SENTENCES)
-    """One prompt, a text file with one prompt per line, or a list: '["a red circle, on white","a blue square"]'; null:
-    the experiment's."""
+    """One prompt, a text file with one prompt per line, `-` for standard input (likewise), or a list: '["a red circle,
+    on white","a blue square"]'; null: the experiment's."""
     negative_prompts: Any = field(default=None, metadata=SENTENCES)
     """One negative prompt for all prompts, or a list or file with one for each."""
     from_bundle: str | None = None

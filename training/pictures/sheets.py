@@ -22,7 +22,10 @@ SHOWN = 192
 its width; those above `LARGEST` are shrunk."""
 LARGEST = 512
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
-GAP, MARGIN, FONT_SIZE = 8, 16, 14
+GAP, MARGIN, FONT_SIZE = 16, 24, 14
+"""`GAP`: between neighbouring pictures; cells of several pictures are twice as far apart."""
+MOST_ROWS = 32
+"""Rows of a sheet; viewers, notebooks and trackers do not show a picture of hundreds of rows."""
 LINE_HEIGHT = FONT_SIZE + 4
 PAPER, INK, FAINT, GOOD, BAD = "white", "#202020", "#707070", "#2e8b57", "#c62828"
 FONTS = (
@@ -52,23 +55,32 @@ class Cell:
 
 
 def sheet(cells: Sequence[Cell], columns: int = 4, title: str = "") -> Image.Image:
-    """Draw all cells in rows of `columns`; every cell is as wide as the widest one. Raises ValueError without cells."""
+    """Draw the cells in rows of `columns`; every cell is as wide as the widest one. If they need more than `MOST_ROWS`
+    rows, the first are drawn, and the title says so. Raises ValueError without cells."""
     if not cells:
         raise ValueError("a sheet needs at least one cell")
-    drawn = [_draw_cell(cell) for cell in cells]
     columns = max(1, min(columns, len(cells)))
+    fitting = cells[: capacity(columns)]
+    if len(fitting) < len(cells):
+        title = f"{title}{title and ': '}the first {len(fitting)} of {len(cells)}"
+    drawn = [_draw_cell(cell) for cell in fitting]
     width, height = max(d.width for d in drawn), max(d.height for d in drawn)
-    rows, across = -(-len(cells) // columns), columns * (width + 2 * GAP)
-    heading = _wrapped(title, across - 2 * GAP) if title else []
+    between = GAP * (2 if any(len(cell.pictures) > 1 for cell in fitting) else 1)
+    rows, across = -(-len(fitting) // columns), columns * (width + between) - between
+    heading = _wrapped(title, across) if title else []
     top = MARGIN + (LINE_HEIGHT * len(heading) + GAP if heading else 0)
-    size = (2 * MARGIN + across, top + MARGIN + rows * (height + 2 * GAP))
-    paper = Image.new("RGB", size, PAPER)
+    paper = Image.new("RGB", (2 * MARGIN + across, top + rows * (height + GAP) - GAP + MARGIN), PAPER)
     for number, text in enumerate(heading):
-        ImageDraw.Draw(paper).text((MARGIN + GAP, MARGIN + LINE_HEIGHT * number), text, fill=INK, font=_font(text))
+        ImageDraw.Draw(paper).text((MARGIN, MARGIN + LINE_HEIGHT * number), text, fill=INK, font=_font(text))
     for index, picture in enumerate(drawn):
-        x = MARGIN + GAP + index % columns * (width + 2 * GAP)
-        paper.paste(picture, (x, top + GAP + index // columns * (height + 2 * GAP)))
+        x = MARGIN + index % columns * (width + between)
+        paper.paste(picture, (x, top + index // columns * (height + GAP)))
     return paper
+
+
+def capacity(columns: int) -> int:
+    """Return how many cells a sheet of that many columns shows."""
+    return columns * MOST_ROWS
 
 
 def save(

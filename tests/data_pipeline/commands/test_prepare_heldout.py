@@ -29,5 +29,6 @@ def test_held_out_samples_are_in_no_training_shard(folder: Path, tmp_path: Path)
 def test_more_samples_than_there_are_cannot_be_held_out(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prepare\.heldout=7: the source has 7 samples; hold out fewer"):
         imported(tmp_path / "out", "folder", folder, heldout=7)
+    assert not (tmp_path / "out").exists(), "the corrected command may use the same output"
     with pytest.raises(ConfigError, match=r"prepare\.draw\.heldout"):
         PrepareConfig(heldout=1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,22 @@ def test_text_files(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_bytes("\ufeffa cat\r\n\r\n 蓝天 \r\na cat".encode())
     assert read_prompts(str(file)) == ["a cat", "蓝天", "a cat"]
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def piped(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    piped("a cat\r\n\n 蓝天 \n".encode())
+    assert read_prompts("-") == ["a cat", "蓝天"]
+    piped(b"\nblurry\n")
+    assert read_prompts("-", "negative_prompts", keep_blank=True) == ["", "blurry"]
+    assert read_prompts(["-"]) == ["-"], "in a list it is a prompt"
+    with pytest.raises(DataError, match="prompts=-: standard input is empty"):
+        read_prompts("-")
+    piped(b"a cat\n\xff\n")
+    with pytest.raises(DataError, match="prompts=-: line 2 is not UTF-8"):
+        read_prompts("-")
 
 
 def test_parti_tables_keep_quotation_marks(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_more_samples_than_captions_is_reported(bundle: str, tmp_path: Path) -> 
     folder = photographs(tmp_path / "shards", 2)
     result = evaluate.main(command(bundle, tmp_path / "out", kind="pictures", reference=folder, samples=100_000_000))
     said = " ".join(result["remarks"])
-    assert f"evaluation.reference={folder} has 2 captions, fewer than evaluation.samples=100000000" in said
+    assert f"evaluation.samples=100000000 asks for more captions than the 2 in {folder}: all 2 were used" in said
     assert "covariance is singular" in said
     assert "precision" not in result
 

@@ -66,10 +66,10 @@ def test_the_grid_shows_base_beside_final(bundle: str, tmp_path: Path) -> None:
     base = np.asarray(Image.open(tmp_path / "base" / "00000-a_red_circle.png"))
     final = np.asarray(Image.open(tmp_path / "00000-a_red_circle.png"))
     shown = [np.kron(picture, np.ones((192 // len(picture),) * 2 + (1,), np.uint8)) for picture in (base, final)]
-    beside = np.concatenate([shown[0], np.full((192, 8, 3), 255, np.uint8), shown[1]], axis=1)
+    beside = np.concatenate([shown[0], np.full((192, 16, 3), 255, np.uint8), shown[1]], axis=1)
     height, width = grid.shape[0] - beside.shape[0], grid.shape[1] - beside.shape[1]
     found = [(y, x) for y in range(height) for x in range(width) if np.array_equal(grid[y, x : x + 9], beside[0, :9])]
-    assert any(np.array_equal(grid[y : y + 192, x : x + 392], beside) for y, x in found)
+    assert any(np.array_equal(grid[y : y + 192, x : x + 400], beside) for y, x in found)
 
 
 def test_the_same_command_again_draws_only_what_is_missing(bundle: str, tmp_path: Path) -> None:
@@ -117,6 +117,17 @@ def test_prompts_from_a_file_or_the_experiment(bundle: str, tmp_path: Path) -> N
     own = SamplingConfig(prompts=["a cat"], output=str(tmp_path / "b"))
     result = sample.main(SampleCommand(from_bundle=bundle, sampling=own))
     assert result["output"] == str(tmp_path / "b") and (tmp_path / "b" / "00000-a_cat.png").exists()
+
+
+def test_results_do_not_go_into_the_bundle(bundle: str) -> None:
+    before = sorted(Path(bundle).rglob("*"))
+    with pytest.raises(ConfigError, match=f"output={bundle}: this is the bundle itself; choose another directory"):
+        sample.main(command(bundle, Path(bundle)))
+    for action in ("evaluate", "reference"):
+        settings = EvaluationConfig(output=bundle)
+        with pytest.raises(ConfigError, match=r"evaluation\.output=.*: this is the bundle itself"):
+            evaluate.main(EvaluateCommand(action=action, evaluation=settings, bundle=BundleConfig(dir=bundle)))
+    assert sorted(Path(bundle).rglob("*")) == before
 
 
 def test_explain_writes_heat_maps_of_words_and_diversity_is_printed(bundle: str, tmp_path: Path, capsys) -> None:

@@ -28,6 +28,24 @@ def test_all_pictures_of_all_cells_are_there() -> None:
     assert count(paper, (255, 0, 0)) == count(paper, (0, 0, 255)) == 5 * 192 * 192
 
 
+def test_neighbouring_pictures_are_equally_far_apart_and_pairs_further() -> None:
+    def gaps(cells: list[Cell]) -> list[int]:
+        row = (np.asarray(sheet(cells))[grid.MARGIN + 30] == (255, 0, 0)).all(axis=-1)
+        starts, ends = np.flatnonzero(~row[:-1] & row[1:]), np.flatnonzero(row[:-1] & ~row[1:])
+        return (starts[1:] - ends[:-1]).tolist()
+
+    assert gaps([Cell([RED], "")] * 3) == [grid.GAP, grid.GAP]
+    assert gaps([Cell([RED, RED], "")] * 2) == [grid.GAP, 2 * grid.GAP, grid.GAP]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_sheet_of_too_many_rows_says_what_it_leaves_out(columns: int) -> None:
+    cells = [Cell([RED], "")] * grid.capacity(columns)
+    paper = sheet(cells + cells[:1], columns=columns)
+    assert count(paper, (255, 0, 0)) == len(cells) * 192 * 192 == count(sheet(cells, columns=columns), (255, 0, 0))
+    assert paper.height == sheet(cells, columns=columns, title=f"the first {len(cells)} of {len(cells) + 1}").height
+
+
 def test_a_long_title_is_wrapped_within_the_sheet() -> None:
     short, long = (np.asarray(sheet([Cell([RED], "")], title=title)) for title in ("red", "attention to red " * 9))
     assert long.shape[0] > short.shape[0] and long.shape[1] == short.shape[1]
