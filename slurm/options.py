@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
@@ -129,6 +130,9 @@ def directives(
             raise ConfigError(f"cluster.sbatch: {' and '.join(chosen)} exclude each other; keep one")
         if chosen:
             ours = {option: value for option, value in ours.items() if option not in group}
+    for option in ("output", "error"):
+        if wanted(given.get(option)):
+            given[option] = absolute(option, str(given[option]))
     options = ours | given
     check_time(cluster)
     return [
@@ -136,6 +140,26 @@ def directives(
         for option, value in options.items()
         if wanted(value)
     ]
+
+
+def absolute(option: str, pattern: str) -> str:
+    """Return the pattern of a log as an absolute one: Slurm also replaces patterns in the current directory.
+
+    Raises:
+        ConfigError: its directory contains what is only known later, so it cannot be created.
+    """
+    folder = pattern.rpartition("/")[0]
+    if re.search(r"%\d*[^%xu]", folder.replace("%%", "")):
+        raise ConfigError(
+            f"cluster.sbatch.{option}={pattern}: Slurm does not create directories, and this one gets its name only "
+            f"when the job starts; use %x, %u or fixed names for it, and the others in the name of the file"
+        )
+    return pattern if pattern.startswith("/") else f"{escaped(Path.cwd())}/{pattern}"
+
+
+def escaped(path: Path) -> str:
+    """Return a path as part of a pattern in which Slurm replaces nothing."""
+    return str(path).replace("%", "%%")
 
 
 def own_options(cluster: ClusterConfig) -> dict[str, Any]:

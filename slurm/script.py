@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import supervise
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
-from slurm.options import directives, own_options, time_limit, wanted
+from slurm.options import directives, escaped, own_options, time_limit, wanted
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
@@ -39,12 +39,19 @@ WRITES = {
 }
 
 
-def log_file(job: Job) -> Path:
-    """Return where Slurm appends the output of the job and of all its restarts (%j or %A: the job number)."""
+def log_file(job: Job, number: int | None = None) -> Path:
+    """Return where Slurm appends the output of the job and of all its restarts; without a number of the job, its name
+    has %j or %A in that place."""
+    known = dict.fromkeys("jA", str(number)) if number else {}
+    known |= {"x": job_label(job), "u": getpass.getuser(), "%": "%"}
+
+    def named(pattern: re.Match[str]) -> str:
+        width, kind = pattern.groups()
+        return known[kind].zfill(int(width or 0)) if kind in known else pattern[0]
+
     own = own_options(job.config.cluster).get("output")
-    if own:
-        return Path.cwd() / str(own).replace("%x", job_label(job)).replace("%u", getpass.getuser())
-    return job.home / "logs" / _log_name(job)
+    folder, name = (Path.cwd(), str(own)) if own else (job.home / "logs", _log_name(job))
+    return folder / re.sub(r"%(\d*)(\D)", named, name)
 
 
 def job_label(job: Job) -> str:
@@ -73,7 +80,7 @@ def render_script(job: Job) -> str:
         processes=job.processes,
         cpus=job.cpus,
         gpus=job.gpus,
-        log=str(job.home / "logs").replace("%", "%%") + "/" + _log_name(job),
+        log=f"{escaped(job.home / 'logs')}/{_log_name(job)}",
         array=job.verb in SHARED_BY_ARRAY,
         share=WRITES.get(job.verb, "output"),
         spread=allowed_nodes(job)[0] > allowed_nodes(job)[-1] * job.processes,
@@ -210,16 +217,20 @@ def setup(cluster: ClusterConfig) -> list[str]:
 
     They cannot run under `set -u`: scripts sourced by conda and modules read unset variables.
     """
-    lines = []
+    lines: list[tuple[str, str]] = []
     if cluster.modules:
-        lines += [f"load_module {shlex.quote(name)}" for entry in cluster.modules for name in entry.split()]
+        names = [shlex.quote(name) for entry in cluster.modules for name in entry.split()]
+        lines += [(f"cluster.modules: 'module load {name}'", f"load_module {name}") for name in names]
     if cluster.conda:
         conda = os.environ.get("CONDA_EXE", "conda")
-        lines.append(f'eval "$({shlex.quote(conda)} shell.bash hook)"')
-        lines.append(f"conda activate {shlex.quote(cluster.conda)}")
+        hook = f"{shlex.quote(conda)} shell.bash hook"
+        lines += [(f"cluster.conda: '{hook}'", line) for line in (f"conda_hook=$({hook})", 'eval "$conda_hook"')]
+        activate = f"conda activate {shlex.quote(cluster.conda)}"
+        lines.append((f"cluster.conda: '{activate}'", activate))
     if cluster.venv:
-        lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
-    lines += cluster.setup
+        activate = f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}"
+        lines.append((f"cluster.venv: '{activate}'", activate))
+    lines += user_lines(cluster)
     found = [MODULES] if cluster.modules else []
     if lines:
         found += ['environment_before="${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}"', *checked(lines)]
@@ -243,13 +254,22 @@ def found_here(cluster: ClusterConfig) -> list[str]:
     return lines
 
 
-def checked(lines: Sequence[str]) -> list[str]:
-    """Return shell lines of the user such that the first that fails calls `finish 2`, after it has been named. What
-    they `set`, and their directory and aliases, end with them: the lines that follow may expect failures, and settings
-    contain relative paths. An EXIT trap of theirs stays."""
+def user_lines(cluster: ClusterConfig) -> list[tuple[str, str]]:
+    """Return the lines of `cluster.setup`, as `checked` takes them."""
+    return [(f"cluster.setup: '{line}'", line) for line in cluster.setup]
+
+
+def checked(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Return shell lines such that the first that fails calls `finish 2`, after it has been named. What they `set`, and
+    their directory and aliases, end with them: the lines that follow may expect failures, and settings contain relative
+    paths. An EXIT trap of theirs stays.
+
+    Args:
+        lines: (how to name it, the line) of each.
+    """
     if not lines:
         return []
-    named = [part for line in lines for part in (f"setup_line={shlex.quote(line)}", line)]
+    named = [part for name, line in lines for part in (f"setup_line={shlex.quote(name)}", line)]
     return [CHECK, *named, CHECKED]
 
 
@@ -258,7 +278,7 @@ CHECK = """\
 setup_directory=$PWD
 setup_failed() {
     trap - ERR EXIT
-    echo "==> cluster.setup: '$setup_line' failed with code $1"
+    echo "==> $setup_line failed with code $1"
     finish 2
 }
 trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR

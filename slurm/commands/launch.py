@@ -290,10 +290,10 @@ def script_text(job: Job) -> str:
 
 
 def log_of(job: Job) -> Path:
-    """Return where the output of the job goes."""
+    """Return where the output of the job goes; %j stands for the number that it does not have yet."""
     if job.config.cluster.kind == "local":
         return job.home / "logs" / f"launch-{job.script.stem}.log"
-    return slurm.script.log_file(job)
+    return slurm.script.log_file(job, job.job_id)
 
 
 def next_script(folder: Path, verb: str, taken: list[Path], ending: str = "sbatch") -> Path:
@@ -351,7 +351,6 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
     """
     began, waits = launch_id(), {job.name: job.after for job in jobs}
     for job in jobs:
-        log = str(log_of(job))
         if dry_run:
             print(job.script.read_text())
         else:
@@ -361,11 +360,10 @@ def submit_all(jobs: list[Job], dry_run: bool) -> dict[str, int]:
             except UserError as error:
                 said = withdraw([other.job_id for other in jobs if other.job_id])
                 raise UserError(f"{error}{said}") from error
-            log = log.replace("%j", str(job.job_id)).replace("%A", str(job.job_id))
-            append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, log, began)})
+            append(job.home / "launch" / SUBMITTED, {"job": job.job_id, **job_record(job, str(log_of(job)), began)})
             print(f"submitted job {job.job_id}: {job.title if len(jobs) == 1 else job.name}", flush=True)
         if dry_run or len(jobs) == 1:
-            print(f"script: {job.script}\nlog:    {log}", flush=True)
+            print(f"script: {job.script}\nlog:    {log_of(job)}", flush=True)
     if not dry_run:
         place = os.path.relpath(os.path.commonpath([str(job.home) for job in jobs]))
         print(f"follow: cascade status run={shlex.quote(place)} watch=30", flush=True)

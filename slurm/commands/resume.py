@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _submit_again(again: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> li
         waits = {other["name"]: other.get("after", []) for other in mates}
         number = submit(Path(job["script"]), dependency(after, job.get("when", SUCCEEDED), waits, numbers))
         log = Path(job["log"])
-        log = log.with_name(log.name.replace(str(job["job"]), str(number)))
+        log = log.with_name(re.sub(rf"(?<!\d){job['job']}(?!\d)", str(number), log.name))
         home = Path(job["script"]).parent
         record = {key: value for key, value in job.items() if key not in FOUND}
         append(home / SUBMITTED, {**record, "job": number, "log": str(log), "time": time.time()})

@@ -30,30 +30,42 @@ APPLY = """\
 #!/bin/bash
 # Applies each job after those that it depends on: bash {name}
 cd {folder} || exit 1
-scratch=$(mktemp -d)
+scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
+mkdir "$scratch/applied" "$scratch/failed"
 nap() {{ kill -0 $$ 2>/dev/null || exit 1; sleep "${{POLL_S:-10}}"; }}    # with this script, its waits end
-state() {{ kubectl get job "$1" -o "jsonpath={{.status.$2}}" 2>/dev/null; }}
-succeeded() {{    # waits for a job; fails if the job has failed, or was never applied
-    while [ ! -e "$scratch/$1" ]; do
-        case " $(state "$1" 'conditions[?(@.status=="True")].type') " in
-            *" Complete "*) return 0 ;;
-            *" Failed "*) break ;;
+apply() {{ kubectl apply -f "$2" && touch "$scratch/applied/$1"; }}
+# Prints the conditions and pods of a job once it has been applied, "gone" if it was deleted, and nothing if kubectl
+# does not know: its error is shown when it is new, and the wait goes on, since a login may have expired.
+query='job {{.status.conditions[?(@.status=="True")].type}} pods'
+query+='{{.status.active}}{{.status.succeeded}}{{.status.failed}}'
+state() {{
+    local found
+    [ -e "$scratch/applied/$1" ] || return 0
+    if found=$(kubectl get job "$1" --ignore-not-found -o "jsonpath=$query" 2>"$scratch/error-$1"); then
+        echo "${{found:-gone}}"
+    elif ! cmp -s "$scratch/error-$1" "$scratch/shown-$1"; then
+        tee "$scratch/shown-$1" <"$scratch/error-$1" >&2
+    fi
+}}
+# Waits until the state of job $1 matches pattern $2; fails if the job has failed, was deleted or could not be applied.
+until_it() {{
+    while [ ! -e "$scratch/failed/$1" ]; do
+        case " $(state "$1") " in
+            $2) return 0 ;;
+            *" Failed "*) echo "$1 has failed" >&2; return 1 ;;
+            *" gone "*) echo "$1 is gone: it was deleted, or kubectl's context has changed" >&2; return 1 ;;
         esac
         nap
     done
-    echo "$1 has failed" >&2
+    echo "$1 was not run" >&2
     return 1
 }}
-begun() {{
-    until [ -n "$(state "$1" active)$(state "$1" succeeded)$(state "$1" failed)" ]; do
-        [ ! -e "$scratch/$1" ] || return 1
-        nap
-    done
-}}
+succeeded() {{ until_it "$1" '* Complete *'; }}
+begun() {{ until_it "$1" '* pods[0-9]*'; }}
 {lines}
 wait
-[ -z "$(ls "$scratch")" ]
+[ -z "$(ls "$scratch/failed")" ]
 """
 
 
@@ -177,6 +189,7 @@ def whole(name: str, jobs: Sequence[Job], path: Path) -> str:
     lines = []
     for job in jobs:
         test = "begun" if job.when == BEGUN else "succeeded"
-        steps = [*(f"{test} {names[other]}" for other in job.after), f"kubectl apply -f {shlex.quote(str(job.script))}"]
-        lines.append(f'( {" && ".join(steps)} || touch "$scratch/{names[job.name]}" ) &')
+        own = names[job.name]
+        steps = [*(f"{test} {names[other]}" for other in job.after), f"apply {own} {shlex.quote(str(job.script))}"]
+        lines.append(f'( {" && ".join(steps)} || touch "$scratch/failed/{own}" ) &')
     return APPLY.format(name=path.name, folder=shlex.quote(str(Path.cwd())), lines="\n".join(lines))

@@ -7,7 +7,7 @@ import re
 import shlex
 
 from slurm.jobs.job import Job
-from slurm.script import checked, environment_lines
+from slurm.script import checked, environment_lines, user_lines
 
 PORT = 29400
 """Where the ranks meet, on the first node."""
@@ -68,7 +68,7 @@ def node_script(job: Job, *, nodes: int, node: str, first: str, before: list[str
         before: lines that come first.
     """
     cluster = job.config.cluster
-    lines = [*before, *environment_lines(job), 'finish() { exit "$1"; }', *checked(cluster.setup)]
+    lines = [*before, *environment_lines(job), 'finish() { exit "$1"; }', *checked(user_lines(cluster))]
     lines.append(f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     command = shlex.join([cluster.python or "python3", *job.arguments])
     if not job.is_distributed:

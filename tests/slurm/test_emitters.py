@@ -129,8 +129,8 @@ def test_the_script_applies_in_order_and_stops_after_a_failure(cascade: tuple[di
         'if [ $1 = apply ]; then name=$(basename "$3"); echo "$name" >> $HOME/applied\n'
         "  n=$(grep -m1 -A9 'kind: Job' \"$3\" | grep -m1 ' name:' | cut -d: -f2 | tr -d ' ')\n"
         '  touch "$state/$n"; exit; fi\n'
-        'name=$3; [ -e "$state/$name" ] || exit 1\n'
-        'case "$*" in *active*) echo 1 ;; *conditions*) [ $name = demo-bundle ] && echo Failed || echo Complete ;; esac'
+        '[ -e "$state/$3" ] || exit 1\n'
+        '[ $3 = demo-bundle ] && echo "job Failed pods1" || echo "job Complete pods1"'
     )
     script, env = apply_script(cascade, tmp_path, kubectl)
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
@@ -139,6 +139,25 @@ def test_the_script_applies_in_order_and_stops_after_a_failure(cascade: tuple[di
     assert applied[:3] == ["prepare-001.k8s.yaml", "index-001.k8s.yaml", "embed-001.k8s.yaml"]
     assert applied.index("bundle-001.k8s.yaml") > max(i for i, name in enumerate(applied) if name.startswith("train"))
     assert "evaluate-001.k8s.yaml" not in applied, "it waits for the bundle"
+
+
+@pytest.mark.parametrize(
+    ("deleted", "applied"), [("demo-embed", 3), ("demo-train-demo-base", 6), ("demo-train-demo-sr", 6)]
+)
+def test_the_script_does_not_wait_for_a_deleted_job(
+    cascade: tuple[dict, Path], tmp_path: Path, deleted: str, applied: int
+) -> None:
+    """Neither for its success nor for its begin; that kubectl cannot answer for a while is no reason to give up."""
+    kubectl = (
+        'if [ $1 = apply ]; then echo "$3" >> "$HOME/applied"; exit; fi\n'
+        'if mkdir "$HOME/asked-$3" 2>/dev/null; then echo "$3: Unauthorized" >&2; exit 1; fi\n'
+        f'[ $3 = {deleted} ] || echo "job Complete pods1"'
+    )
+    script, env = apply_script(cascade, tmp_path, kubectl)
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"{deleted} is gone: it was deleted, or kubectl's context" in done.stderr
+    assert done.stderr.count("demo-prepare: Unauthorized") == 1
+    assert len((tmp_path / "applied").read_text().splitlines()) == applied
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -171,9 +190,7 @@ def test_a_training_that_fails_at_once_counts_as_begun(cascade: tuple[dict, Path
     """It was never seen active: it failed between two polls."""
     kubectl = (
         'if [ $1 = apply ]; then basename "$3" >> $HOME/applied; exit; fi\n'
-        'case "$3 $*" in\n'
-        "  demo-train*conditions*) echo Failed ;; demo-train*failed*) echo 1 ;; demo-train*) ;;\n"
-        "  *conditions*) echo Complete ;; *active*) echo 1 ;; esac"
+        'case "$3" in demo-train*) echo "job Failed pods1" ;; *) echo "job Complete pods1" ;; esac'
     )
     script, env = apply_script(cascade, tmp_path, kubectl)
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)

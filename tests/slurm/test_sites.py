@@ -171,7 +171,17 @@ def test_conda_by_key(site: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CONDA_EXE", str(install(here / "conda", conda=f"echo '{hook}'") / "conda"))
     run_script(script("cluster.conda=mine"), site)
     assert (here / "activated").read_text() == "activate mine\n"
-    assert "'conda activate absent' failed with code 1" in run_script(script("cluster.conda=absent"), site).stdout
+    done = run_script(script("cluster.conda=absent"), site)
+    assert "==> cluster.conda: 'conda activate absent' failed with code 1\n" in done.stdout
+    monkeypatch.setenv("CONDA_EXE", "/absent/conda")
+    done = run_script(script("cluster.conda=mine"), site)
+    assert "==> cluster.conda: '/absent/conda shell.bash hook' failed with code 127\n" in done.stdout
+    assert OK not in done.stdout
+
+
+def test_a_virtual_environment_that_a_node_lacks_is_named(site: Path, here: Path) -> None:
+    done = run_script(script("cluster.venv=env"), site)
+    assert f"==> cluster.venv: 'source {here}/env/bin/activate' failed with code 1\n" in done.stdout
 
 
 def test_modules_by_key_are_there_afterwards(site: Path, here: Path) -> None:
@@ -182,7 +192,7 @@ def test_modules_by_key_are_there_afterwards(site: Path, here: Path) -> None:
     place = {"MODULESHOME": str(here / "modules")}
     assert OK in run_script(script("cluster.modules=[cuda]"), site, **place).stdout
     done = run_script(script("cluster.modules=[cuda,nosuch]"), site, **place)
-    assert "'load_module nosuch' failed with code 1" in done.stdout
+    assert "==> cluster.modules: 'module load nosuch' failed with code 1\n" in done.stdout
     assert "ended with code 2" in done.stdout and "ran:" not in done.stdout
 
 
@@ -246,6 +256,8 @@ def test_an_option_replaces_the_one_of_ours_that_it_excludes(here: Path, given: 
         (["cluster.time='1:00'", "cluster.signal_s=60"], "cluster.time=1:00: these 60 s leave no time to work"),
         (["cluster.sbatch={time: 3}"], "cluster.sbatch.time=3: these 180 s"),
         (["run.dir='a\\b'"], "run.dir: Slurm cannot write a log to"),
+        (["cluster.sbatch={output: 'out/%j/log'}"], "cluster.sbatch.output=out/%j/log: Slurm does not create"),
+        (["cluster.sbatch={error: '%5j/log'}"], "cluster.sbatch.error=%5j/log: Slurm does not create"),
         (["cluster.conda=a", "cluster.venv=b"], "cluster.conda=a and cluster.venv=b"),
         (["cluster.container_mounts=[a:b]"], "cluster.container_mounts: it needs cluster.container"),
         (["cluster.nodes=2", "cluster.min_nodes=3"], "cluster.min_nodes=3"),
@@ -274,6 +286,29 @@ def test_the_log_is_named_where_it_is(here: Path) -> None:
     assert answer["log"].endswith("/logs/slurm-%A-%a.log")
     answer = launch(*ONE_TASK, "run.dir='50%n'", own=["dry_run=true"])
     assert f"#SBATCH --output={here}/50%%n/logs/slurm-%j.log\n" in Path(answer["script"]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "pattern", "log"),
+    [
+        (["run.dir='%j-%A'"], [], "%%j-%%A/logs/slurm-%j.log", "%j-%A/logs/slurm-17.log"),
+        (["run.dir='%j'", "cluster.sbatch={a: 0-3}"], ["verb='embed output=e'"], "%%j/logs/slurm-%A-%a.log",
+         "%j/logs/slurm-17-%a.log"),
+        (["cluster.sbatch={output: '%5j%%j-%x'}"], [], "%5j%%j-%x", "00017%j-demo-demo_base"),
+    ],
+)  # fmt: skip
+def test_patterns_of_slurm_in_names(
+    site: Path, here: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], own: list[str], pattern: str, log: str
+) -> None:
+    """Only those of the log's name are replaced, also in the records."""
+    (here / "%x").mkdir()
+    monkeypatch.chdir(here / "%x")
+    install(site, sbatch="echo 17")
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    answer = launch(*ONE_TASK, *words, own=own)
+    assert f"#SBATCH --output={here}/%%x/{pattern}\n" in Path(answer["script"]).read_text()
+    (record,) = json_lines(Path(answer["script"]).parent / "jobs.jsonl")
+    assert record["log"] == answer["log"] == f"{here}/%x/{log}"
 
 
 def test_quotation_marks_and_backslashes_of_directives() -> None:
