@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import ConfigError
 from slurm.jobs.job import Job
-from slurm.options import escaped, quoted
+from slurm.options import quoted, verbatim
 
 OWN = ("#SBATCH --job-name=", "#SBATCH --output=")
 """Options that may differ between the jobs of a sweep."""
@@ -72,7 +72,7 @@ def render_array(jobs: Sequence[Job], texts: Sequence[str], at_once: int) -> str
         directives="\n".join([name, *common[0]]),
         last=len(jobs) - 1,
         limit=f"%{at_once}" if at_once else "",
-        output=quoted("output", f"{escaped(sweep_folder(jobs))}/launch/array-%A_%a.log"),
+        output=quoted("output", f"{verbatim(sweep_folder(jobs))}/launch/array-%A_%a.log"),
         scripts="\n".join(f"    {shlex.quote(str(job.script))}" for job in jobs),
         logs="\n".join(f"    {shlex.quote(str(job.home / 'logs'))}" for job in jobs),
     )

@@ -154,10 +154,10 @@ def absolute(option: str, pattern: str) -> str:
             f"cluster.sbatch.{option}={pattern}: Slurm does not create directories, and this one gets its name only "
             f"when the job starts; use %x, %u or fixed names for it, and the others in the name of the file"
         )
-    return pattern if pattern.startswith("/") else f"{escaped(Path.cwd())}/{pattern}"
+    return pattern if pattern.startswith("/") else f"{verbatim(Path.cwd())}/{pattern}"
 
 
-def escaped(path: Path) -> str:
+def verbatim(path: Path) -> str:
     """Return a path as part of a pattern in which Slurm replaces nothing."""
     return str(path).replace("%", "%%")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import supervise
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
-from slurm.options import directives, escaped, own_options, time_limit, wanted
+from slurm.options import directives, own_options, time_limit, verbatim, wanted
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
@@ -80,13 +80,14 @@ def render_script(job: Job) -> str:
         processes=job.processes,
         cpus=job.cpus,
         gpus=job.gpus,
-        log=f"{escaped(job.home / 'logs')}/{_log_name(job)}",
+        log=f"{verbatim(job.home / 'logs')}/{_log_name(job)}",
         array=job.verb in SHARED_BY_ARRAY,
         share=WRITES.get(job.verb, "output"),
         spread=allowed_nodes(job)[0] > allowed_nodes(job)[-1] * job.processes,
     )
     values = {
         "title": job.title,
+        "programs": PROGRAMS,
         "directives": "\n".join(f"#SBATCH {line}" for line in options),
         "directory": shlex.quote(str(Path.cwd())),
         "logs": shlex.quote(str(job.home / "logs")),
@@ -274,6 +275,11 @@ def checked(lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 MISSING = '{look} >/dev/null || {{ echo "==> {name}: not on PATH of $(hostname); {why}"; finish 2; }}'
+PROGRAMS = """\
+\\unalias -a
+unset -f cat cd date echo grep head hostname kill ls mkdir printf rm
+unset -f scancel scontrol seq set sleep squeue srun type wait"""
+"""What the lines of a script use is then what bash and PATH have by these names."""
 CHECK = """\
 setup_directory=$PWD
 setup_failed() {
@@ -283,11 +289,11 @@ setup_failed() {
 }
 trap 'failed=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || setup_failed "$failed"' ERR
 trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, after `set -u`"""
-CHECKED = """\
+CHECKED = f"""\
 trap - ERR
 case $(trap -p EXIT) in *setup_failed*) trap - EXIT ;; esac
 set +eu +o pipefail
-\\unalias -a
+{PROGRAMS}
 cd "$setup_directory\""""
 MODULES = """\
 load_module() {    # detects failure even where `module load` returns 0

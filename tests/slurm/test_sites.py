@@ -104,6 +104,16 @@ def test_settings_of_the_shell_at_a_site(site: Path, here: Path, program, settin
     assert "ran: again" in done.stdout and OK in done.stdout, done
 
 
+def test_functions_of_a_users_shell_are_not_taken_for_programs(site: Path) -> None:
+    """Some are exported to all programs, but not those that they call."""
+    functions = {"cd": 'builtin cd "$@" && enter', "grep": 'command grep -n --color=always "$@"', "date": "false"}
+    functions |= {"srun": 'echo wrapped; command srun "$@"', "ls": 'command ls -l "$@"'}
+    done = run_script(
+        script(), site, **{f"BASH_FUNC_{name}%%": f"() {{ {body}\n}}" for name, body in functions.items()}
+    )
+    assert "ran:" in done.stdout and OK in done.stdout and "wrapped" not in done.stdout, done
+
+
 def test_set_up_lines_keep_their_effects_to_themselves(site: Path, here: Path, program) -> None:
     """Settings contain relative paths; a clean-up at the end is wanted."""
     (here / "elsewhere").mkdir()
@@ -601,6 +611,7 @@ def test_a_missing_job_number_of_sbatch_is_an_error(site: Path, here: Path, monk
         ("sbatch: unrecognized option '--qoss=high'", "check the names in cluster.sbatch"),
         ("Batch job submission failed: More processors requested than permitted", "no node has the resources"),
         ("Invalid feature specification", "set 'cluster.sbatch={constraint: NAME}'"),
+        ("Requested reservation is invalid", "to one that you may use (`scontrol show reservation`)"),
     ],
 )
 def test_a_graph_is_submitted_whole_or_not_at_all(
