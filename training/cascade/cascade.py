@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,7 @@ class Cascade:
 
     @classmethod
     def _from(cls, opened: bundle.Bundle) -> Cascade:
-        with _on_the_cpu():
+        with _undisturbed():
             stages = [Stage(s.config, bundle.load_unet(s), s.origin, s.sha256) for s in opened.stages]
             made = cls(stages, build_text_encoder(opened.text), opened.text)
         made.figures = opened.figures
@@ -209,7 +209,7 @@ class Cascade:
         *,
         offload: bool = True,
     ) -> Cascade:
-        """Set the device and precision for drawing; return self.
+        """Set the device and precision for drawing, which `torch.autocast` does not change; return self.
 
         Args:
             device: where to draw; None, or a dtype alone, leaves it unchanged.
@@ -228,7 +228,7 @@ class Cascade:
             known = ", ".join(str(one) for one in WEIGHTS)
             raise ConfigError(f"to: {dtype!r} is not a dtype of weights to draw with; give one of {known}")
         place = self.device if device is None else place_of(device, "to")
-        with self._turn:
+        with self._turn, _undisturbed():
             self.device, self.offload = place, offload
             home = torch.device("cpu") if offload else place
             for stage in self.stages:
@@ -400,7 +400,7 @@ class Cascade:
         start = image if low_res is None else low_res
         check_start(chosen[0].config, low_res=low_res is not None, image=image is not None, mask=mask is not None)
 
-        places = plan_places(devices or [self.device])
+        places = plan_places([self.device] if devices is None else devices)
         batches = -(-len(drawings) // batch)
         meter = _Meter(callback, {one.config.name: s.steps * batches for one, (_, s) in zip(chosen, plan, strict=True)})
         pictures = {
@@ -415,7 +415,7 @@ class Cascade:
                 for name, given in pictures.items()
             }
             task = _Task(plan, [drawings[row] for row in rows], strengths, explain, batch, places, meter, sizes, **own)
-            with self._turn, _on_the_cpu():
+            with self._turn, _undisturbed(places):
                 self._draw_chunk(task)
         return drawings
 
@@ -499,9 +499,19 @@ class Cascade:
             module.to(home)
 
 
-def _on_the_cpu() -> AbstractContextManager[Any]:
-    """Let tensors that are made without a device be on the CPU, whatever default device the caller has set."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+@contextmanager
+def _undisturbed(places: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Compute alike whatever modes of torch the caller is in: the default device, autocast (which the threads of several
+    devices would not be in, and which would stay in the captions' cache), and inference mode (in which weights that are
+    loaded or moved could never be used outside it)."""
+    with ExitStack() as modes:
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        for kind in {"cpu", *(place.type for place in places)}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())  # leaving inference mode would have enabled gradients
+        yield
 
 
 def draw_batch(

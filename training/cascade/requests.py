@@ -71,6 +71,7 @@ def as_texts(given: Any, key: str) -> list[Any]:
     Raises:
         ConfigError: something else.
     """
+    given = as_plain(given) if isinstance(given, np.ndarray) else given
     if isinstance(given, str):
         return [given]
     if isinstance(given, (bytes, Mapping, Set)) or not isinstance(given, Iterable):
@@ -135,9 +136,10 @@ def number_drawings(
     drawings = []
     for place in range(pictures):
         index = place // num_images
-        prompt, key = prompts[index], (prompts[index], int(own[place]))
-        number = counts[key] if numbers is None else numbers[index]
-        drawings.append(Drawing(prompt, each[index], number, picture_seed(own[place], prompt, number)))
+        prompt, one = prompts[index], int(own[place])  # True is 1
+        key = prompt, one
+        number = counts[key] if numbers is None else int(numbers[index])
+        drawings.append(Drawing(prompt, each[index], number, picture_seed(one, prompt, number)))
         counts[key] += 1
     return drawings
 
@@ -171,10 +173,9 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
     if chosen != list(range(chosen[0], chosen[0] + len(chosen))):
         raise ConfigError(f"stages={wanted}: they must be consecutive, in the order {', '.join(names)}")
     told = [configs[index].name for index in chosen if configs[index].diffusion.size_condition]
-    if settings.get("original_side") is not None and not told:
-        raise ConfigError("original_side: no stage drawn was trained with stage.diffusion.size_condition=true")
-    if settings.get("aug_level") is not None and not any(configs[index].is_super_resolution for index in chosen):
-        raise ConfigError("aug_level: no stage drawn is for super-resolution")
+    _check_used("original_side", settings, told, "was trained with stage.diffusion.size_condition=true")
+    enlarging = [configs[index].name for index in chosen if configs[index].is_super_resolution]
+    _check_used("aug_level", settings, enlarging, "is for super-resolution")
     plan = []
     for turn, index in enumerate(chosen):
         given = {key: _of_stage(key, value, turn, [names[i] for i in chosen]) for key, value in settings.items()}
@@ -190,6 +191,18 @@ def plan_stages(configs: Sequence[StageConfig], wanted: Any = None, **settings: 
             configs[index].check_aug_level(sampler, "aug_level")
         plan.append((index, sampler))
     return plan
+
+
+def _check_used(key: str, settings: Mapping[str, Any], users: Sequence[str], what: str) -> None:
+    """Raise ConfigError if a setting is given, but none of the stages that it is given for can use it."""
+    value = settings.get(key)
+    named = {name for name, one in value.items() if one is not None} if isinstance(value, dict) else None
+    if value is None or named == set():
+        return
+    if not users:
+        raise ConfigError(f"{key}: no stage drawn {what}")
+    if named is not None and not named & {*users}:
+        raise ConfigError(f"{key}={value}: only {', '.join(users)} {what}")
 
 
 DISTILLED = {"name": "sampler", "steps": "steps", "guidance": "guidance", "spacing": "spacing"}
@@ -302,13 +315,15 @@ def plan_strengths(strength: Any, names: Sequence[str]) -> list[float]:
     return [float(value) for value in values]
 
 
-def plan_places(devices: str | torch.device | Sequence[str | torch.device]) -> list[torch.device]:
-    """Return the devices to draw on. Raises `ConfigError` for one that this machine does not have."""
-    given = [devices] if isinstance(devices, (str, torch.device)) else devices
+def plan_places(devices: str | int | torch.device | Sequence[str | int | torch.device]) -> list[torch.device]:
+    """Return the devices to draw on. Raises `ConfigError` for none, or one that this machine does not have."""
+    given = devices if isinstance(devices, Sequence) and not isinstance(devices, str) else [devices]
+    if not given:
+        raise ConfigError("devices: give at least one, for example ['cuda:0', 'cuda:1']")
     return [place_of(device, "devices") for device in given]
 
 
-def place_of(device: str | torch.device, key: str) -> torch.device:
+def place_of(device: str | int | torch.device, key: str) -> torch.device:
     """Return the device. Raises `ConfigError`, naming `key`, if there is none, or nothing can be computed on it."""
     try:
         place = torch.device(device)

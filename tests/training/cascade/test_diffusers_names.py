@@ -99,6 +99,7 @@ def test_prompts_come_in_any_ordered_collection(cascade: Cascade) -> None:
     plain = [image.tobytes() for image in cascade(["red", "blue"])]
     for given in (("red", "blue"), np.array(["red", "blue"]), iter(["red", "blue"])):
         assert [image.tobytes() for image in cascade(given)] == plain
+    assert cascade(np.array("red"))[0].tobytes() == plain[0]
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(cascade: Cascade) -> None:
@@ -112,21 +113,24 @@ def test_numbers_of_numpy_and_torch_are_numbers(cascade: Cascade) -> None:
     one = [cascade(prompt, generator=seed)[0].tobytes() for seed, prompt in enumerate(("red", "blue"))]
     assert [image.tobytes() for image in two] == one
     assert cascade("red", seed=torch.tensor([0]))[0].tobytes() == one[0]
+    assert cascade("red", seed=True)[0].tobytes() == cascade("red", seed=1)[0].tobytes()
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")])
-def test_the_defaults_of_torch_change_no_picture(cascade: Cascade, tmp_path: Path, default: Any) -> None:
+@pytest.mark.parametrize(
+    "mode", [torch.bfloat16, torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_modes_of_torch_change_no_picture(cascade: Cascade, tmp_path: Path, mode: Any) -> None:
     cascade.save(str(tmp_path))
     plain = cascade("red")[0].tobytes()
-    place = default if isinstance(default, torch.device) else contextlib.nullcontext()
     try:
-        torch.set_default_dtype(torch.float32 if isinstance(default, torch.device) else default)
-        with place:
-            loaded = Cascade.from_pretrained(str(tmp_path))
+        torch.set_default_dtype(mode if isinstance(mode, torch.dtype) else torch.float32)
+        with contextlib.nullcontext() if isinstance(mode, torch.dtype) else mode:
+            loaded = Cascade.from_pretrained(str(tmp_path)).to(torch.float64).to(torch.float32)
             drawn = [one("red")[0].tobytes() for one in (loaded, cascade)]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert drawn == [plain, plain]
+    assert [*drawn, loaded.to(torch.float64).to(torch.float32)("red")[0].tobytes()] == [plain] * 3
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_a_compiled_unet_is_saved_as_the_one_inside(cascade: Cascade, tmp_path: Path) -> None:
@@ -174,6 +178,9 @@ def test_a_truncated_prompt_is_reported(cascade: Cascade) -> None:
         ({"height": 0}, "height=0: give width as well"),
         ({"numbers": 0}, "numbers=0: give a list with a whole number"),
         ({"numbers": [-1]}, "numbers=[-1]: give a list with a whole number, at least 0"),
+        ({"devices": []}, "devices: give at least one"),
+        ({"devices": ["cpu", None]}, "devices: None is not a device"),
+        ({"aug_level": {"base": 0.1}}, "aug_level={'base': 0.1}: only sr is for super-resolution"),
         ({"numbers": [0.0]}, "numbers=[0.0]: give a list with a whole number"),
     ],
 )
