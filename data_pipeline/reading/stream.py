@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -25,6 +26,15 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.mixture import open_dataset, order_of
 
 T = TypeVar("T")
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int, np.integer), "a whole number"),
+    float: ((int, float, np.integer, np.floating), "a number"),
+    bool: ((bool, np.bool_), "True or False"),
+    str: ((str, os.PathLike), "text"),
+    list: ((Sequence,), "a list"),
+    dict: ((Mapping,), "a mapping"),
+}
+"""Types of settings -> what counts as one, and what it is called."""
 
 register_s3()
 
@@ -42,8 +52,13 @@ class ShardStream(IterableDataset[Sample]):
     batches are made elsewhere, set `micro_batch=n` for `DataLoader(stream, batch_size=n)` and `micro_batch=1` for
     `batch_size=None`; otherwise several workers raise an error.
 
-    To resume, pass the position reached: the number of samples that all ranks together have consumed. Or save
-    `stream.state(position)` and pass it as `state`, which also checks that data, filters and batches have not changed.
+    Every iteration begins at `position` again, so that each epoch of `with_epoch(n)` would repeat the one before:
+    iterate once, without end; or, without persistent workers, set `stream.position` to the one reached before each
+    epoch.
+
+    To resume, pass the position reached: the number of samples that all ranks together have consumed, after a whole
+    global batch. Or save `stream.state(position)` and pass it as `state`, which also checks that data, filters and
+    batches have not changed.
     A sample that does not verify is replaced by a deterministic substitute; `__failures__`, otherwise empty, then says
     why, as JSON.
 
@@ -95,19 +110,35 @@ class ShardStream(IterableDataset[Sample]):
             if isinstance(settings.get(name), Mapping):
                 settings[name] = _settings(kind, name, settings[name])
         self.config = _settings(DataConfig, "ShardStream", {"shards": shards, **settings})
-        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else _typed("rank", int, rank)
+        given = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        self.world_size = _typed("world_size", int, given)
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
-        self.seed, self.position, self.stop = seed, check_position(position), stop
-        self.micro_batch = check_world_size(self.world_size, global_batch, self.config.lane_count, micro_batch)
+        self.seed, self.position = _typed("seed", int, seed), check_position(position)
+        self.stop = _typed("stop", int | None, stop)
+        config = self.config
+        self.micro_batch = check_world_size(self.world_size, config.global_batch, config.lane_count, config.micro_batch)
         self.dataset: Dataset = open_dataset(self.config, Strangers(self.rank, self.world_size))
         if state is not None:
-            check_state(self.state(position), state)
+            if not isinstance(state, Mapping) or "position" not in state:
+                raise ConfigError("state: give what `state(position)` of an earlier stream returned")
+            check_state(state_of(self.dataset, self.config, self.seed, self.position), state)
             self.position = check_position(state["position"])
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return the JSON-serializable state at a position (samples consumed by all ranks), for a checkpoint."""
+        """Return the JSON-serializable state at a position (samples consumed by all ranks), for a checkpoint.
+
+        Raises:
+            ConfigError: the position is within a global batch, whose samples are not consumed in the order of their
+                positions: the next stream would repeat some of them and skip others.
+        """
+        position, batch = check_position(position), self.config.global_batch
+        if (inside := (position - self.position) % batch) and position != self.stop:
+            raise ConfigError(
+                f"state: position={position} lies within a global batch of {batch} samples; a stream resumes after "
+                f"whole ones, for example at {max(position - inside, 0)} or {position - inside + batch}"
+            )
         return state_of(self.dataset, self.config, self.seed, position)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -145,11 +176,25 @@ class ShardStream(IterableDataset[Sample]):
 
 
 def _settings(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
-    unknown = sorted(set(values) - {field.name for field in fields(kind)})  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
     if unknown:
-        known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
-        raise ConfigError(f"{name}: unknown setting {', '.join(unknown)}; the settings are {known}")
-    return kind(**values)
+        raise ConfigError(f"{name}: unknown setting {', '.join(unknown)}; the settings are {', '.join(hints)}")
+    return kind(**{key: _typed(f"{name}: {key}", hints[key], value) for key, value in values.items()})
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """Return a value as Python's own type for it. Raises `ConfigError`, naming it, if it is of another kind."""
+    first, *others = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if others and value is None:
+        return None
+    plain = get_origin(first) or first
+    if plain is Any:
+        return value
+    accepted, words = KINDS.get(plain, ((plain,), "a mapping"))
+    if not isinstance(value, accepted) or (plain is list and isinstance(value, (str, bytes))):
+        raise ConfigError(f"{name}={value!r}: it must be {words}")
+    return plain(value) if plain in KINDS else value
 
 
 def _batch_size(pipeline: Any) -> int:

@@ -501,9 +501,9 @@ class Cascade:
 
 @contextmanager
 def _undisturbed(places: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Compute alike whatever modes of torch the caller is in: the default device, autocast (which the threads of several
-    devices would not be in, and which would stay in the captions' cache), and inference mode (in which weights that are
-    loaded or moved could never be used outside it)."""
+    """Compute alike in any of torch's modes: another default device, autocast (the threads of several devices would not
+    be in it, and its captions would stay in the cache), and inference mode (weights loaded or moved in it could not be
+    used outside)."""
     with ExitStack() as modes:
         if torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))

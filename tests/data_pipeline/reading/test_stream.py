@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset as wds
@@ -156,6 +157,56 @@ def test_a_state_resumes_and_refuses_what_changed(folder: str, reference: list[l
         stream(str(tmp_path), state=state)
     with pytest.raises(ConfigError, match=r"data\.window from 4 to 5"):
         stream(folder, state=state, window=5)
+
+
+def test_a_state_is_taken_between_global_batches(folder: str, reference: list[list[str]]) -> None:
+    """Within one, samples are not consumed in the order of their positions."""
+    source = stream(folder, position=8, stop=40)
+    for position in (8, 24, 40, np.int64(24), BATCH + 8):
+        assert json.loads(json.dumps(source.state(position)))["position"] == position
+    with pytest.raises(ConfigError, match=r"state: position=30 lies within a global batch of 16 .* at 24 or 40"):
+        source.state(30)
+    with pytest.raises(ConfigError, match=r"position=3\.5: it must be a whole number"):
+        source.state(3.5)  # type: ignore[arg-type]
+    states: list[Any] = [{}, [], "x", 3]
+    for state in states:
+        with pytest.raises(ConfigError, match="state: give what"):
+            stream(folder, state=state)
+
+
+def test_every_iteration_begins_at_the_position(folder: str, reference: list[list[str]]) -> None:
+    source = stream(folder)
+    epoch = wds.DataPipeline(source, wds.map(_key)).with_epoch(BATCH)
+    assert list(epoch) == list(epoch) == reference[0]
+    source.position = BATCH
+    assert list(epoch) == reference[1]
+
+
+def test_numbers_of_numpy_are_numbers(folder: str, reference: list[list[str]]) -> None:
+    given = {"seed": 3, "global_batch": BATCH, "lanes": LANES, "window": WINDOW, "stop": BATCH}
+    source = stream(folder, **{name: np.int64(value) for name, value in given.items()})
+    assert [sample["__key__"] for sample in source] == reference[0]
+    assert json.loads(json.dumps(source.state(BATCH))) == stream(folder).state(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seed": 1.5}, "seed=1.5: it must be a whole number"),
+        ({"stop": "64"}, "stop='64': it must be a whole number"),
+        ({"rank": "0"}, "rank='0': it must be a whole number"),
+        ({"window": 1.5}, "ShardStream: window=1.5: it must be a whole number"),
+        ({"global_batch": None}, "ShardStream: global_batch=None: it must be a whole number"),
+        ({"cache_dir": 3}, "ShardStream: cache_dir=3: it must be text"),
+        ({"filter": 3}, "ShardStream: filter=3: it must be a mapping"),
+        ({"filter": {"min_side": "x"}}, "filter: min_side='x': it must be a whole number"),
+        ({"filter": {"licences": "CC0"}}, "filter: licences='CC0': it must be a list"),
+    ],
+)
+def test_values_of_another_type_are_named(folder: str, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        stream(folder, **options)
+    assert str(caught.value) == sentence
 
 
 def test_misspelt_settings_are_named(folder: str) -> None:
