@@ -29,16 +29,20 @@ from data_pipeline.commands.prepare_item import (
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import decode_text, json_caption, read_json_or_nothing
+from data_pipeline.content.captions import BOXES, decode_text, holds_boxes, json_caption, read_json_or_nothing
 from data_pipeline.content.members import (
     CAPTION_ENDINGS,
     IMAGE_EXTENSIONS,
+    NOT_READ,
+    UNFINISHED,
+    UNSUPPORTED_IMAGE,
     Roles,
     is_unsupported,
     kind_of,
     picture_kind,
     roles,
     split_samples,
+    unfinished_hint,
     unsupported_hint,
 )
 from data_pipeline.tables.base import looks_like_picture
@@ -102,6 +106,8 @@ class FolderSource:
         """Number of pictures whose caption is in another folder or has another name."""
         self._several = set[int]()
         """Pictures read so far that have several captions."""
+        self._boxes = set[int]()
+        """Pictures read so far beside which lies a text with boxes of objects."""
         self._files, passed_over = files_below(self.folder, strict=True)
         if passed_over:
             logger.warning("%s", _passed_over(passed_over))
@@ -130,8 +136,11 @@ class FolderSource:
         if entry.problem is not None:
             raise BadSample(entry.problem.reason, entry.problem.detail)
         meta = read_json_or_nothing(read_file(entry.facts)) if entry.facts is not None else {}
-        texts = list(dict.fromkeys(data for path in entry.captions if (data := read_file(path)).strip()))
+        beside = list(dict.fromkeys(data for path in entry.captions if (data := read_file(path)).strip()))
+        texts = [text for text in beside if not _is_boxes(text)]
         caption = texts[0] if texts else None
+        if len(texts) < len(beside):
+            self._boxes.add(number)
         if len(texts) > 1 and not self.names.caption and "captions" not in meta:
             meta["captions"] = [decode_text(text, self.encoding) for text in texts]
             self._several.add(number)
@@ -145,6 +154,8 @@ class FolderSource:
         meta.setdefault("source", self.name(number))
         data = read_file(entry.path)
         refuse_unsupported(data)
+        if caption is None and beside:
+            caption = beside[0]  # boxes: the sample is dropped, with the reason, unless its .json has a caption
         return Item(self.name(number), f"{number:09d}", image_ending(entry.path.name, data), data, caption, meta)
 
     def _from_rows(self, number: int, entry: _Entry, meta: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
@@ -179,7 +190,7 @@ class FolderSource:
                 group[ending.lower() if dot else ""] = path
         for (folder, stem), group in groups.items():
             kinds = {ending: kind_of(ending, _content(ending, path), self.names) for ending, path in group.items()}
-            if not any(kind in ("image", "unsupported") for kind in kinds.values()):
+            if not any(kind in ("image", *NOT_READ) for kind in kinds.values()):
                 self._endings.update(name.rpartition(".")[2] or name for name in group)
                 if any(kind in ("text", "json") for kind in kinds.values()):
                     self._alone[folder, stem] = group
@@ -201,12 +212,14 @@ class FolderSource:
         for name, kind in kinds.items():
             if kind is None and name != used.image:
                 self._endings[name.rpartition(".")[2] or name] += 1
-        if used.image is None and not pictures:
-            other = next((name for name, kind in kinds.items() if kind == "unsupported"), None)
-            if other is not None:
+        if used.image is None and (not pictures or used.problem == UNFINISHED):
+            other = next((name for name, kind in kinds.items() if kind == used.problem), None)
+            if other is not None and used.problem == UNFINISHED:
+                yield _Entry(files[other], problem=BadSample(UNFINISHED, unfinished_hint(other)))
+            elif other is not None:
                 ending, content = other.rpartition(".")[2], _content(other, files[other])
                 words = f".{ending}: {unsupported_hint(str(content) if is_unsupported(content) else ending)}"
-                yield _Entry(files[other], problem=BadSample("unsupported_image", words))
+                yield _Entry(files[other], problem=BadSample(UNSUPPORTED_IMAGE, words))
             return
         for name in pictures:
             if used.image is None:
@@ -332,6 +345,10 @@ class FolderSource:
     def advice(self, reason: str) -> str:
         """Return a remedy for the case that most samples were dropped for `reason`; may be empty."""
         if reason == "missing_caption":
+            if 2 * len(self._boxes) > len(self.entries):
+                return (
+                    f"{BOXES}; prepare.captions=folder uses folder names as captions, prepare.captions=name file names"
+                )
             beside = self._beside()
             if not beside and any(entry.facts is not None for entry in self.entries):
                 return ""  # the reason of the first one lists the fields of its .json
@@ -350,7 +367,10 @@ class FolderSource:
     def _other_names(self) -> str:
         """Return what is wrong with the files beside pictures without a caption: their names or their extensions."""
         bare = next((entry.path.name for entry in self.entries if not entry.captions and entry.problem is None), "")
-        texts = [path.name for files in self._alone.values() for name, path in files.items() if _is_caption(name)]
+        alone = [path for files in self._alone.values() for name, path in files.items() if _is_caption(name)]
+        if alone and not _has_words(alone):
+            return "those texts hold numbers, as the labels of a detection data set do, and no words"
+        texts = [path.name for path in alone]
         if not texts or not bare:
             return "set data.members.caption for other extensions"
         wanted = f"{nfc(bare).partition('.')[0]}.txt"
@@ -359,6 +379,9 @@ class FolderSource:
     def remarks(self) -> list[str]:
         said = [remark for table in self.tables for remark in table.remarks()]
         said += several_captions(len(self._several))
+        if self._boxes:
+            words = "the texts beside %d pictures hold boxes of objects, as the labels of a detection data set do: "
+            said.append(words % len(self._boxes) + "they are not used as captions")
         if self._joined:
             said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said
@@ -403,7 +426,7 @@ def _is_caption(name: str) -> bool:
 
 
 def _is_unsupported(entry: _Entry) -> bool:
-    return entry.problem is not None and entry.problem.reason == "unsupported_image"
+    return entry.problem is not None and entry.problem.reason == UNSUPPORTED_IMAGE
 
 
 def _look(entry: _Entry) -> str:
@@ -426,6 +449,10 @@ def _is_archive(path: Path) -> bool:
 def _words(name: str) -> str:
     """Return a name as a caption: spaces for underscores, without other trainers' repeat counts (`10_sks dog`)."""
     return re.sub(r"^\d+_(?=\D)", "", name).replace("_", " ").strip()
+
+
+def _is_boxes(text: bytes) -> bool:
+    return text[:1].isascii() and holds_boxes(text.decode("utf-8", "replace"))
 
 
 def _has_words(paths: Iterable[Path]) -> bool:

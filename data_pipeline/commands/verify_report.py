@@ -17,6 +17,7 @@ import numpy as np
 from data_pipeline.common.errors import dropped_remark
 from data_pipeline.content.captions import Caption
 from data_pipeline.content.members import advice
+from data_pipeline.shards.filters import score_advice
 from data_pipeline.shards.index import SCORES, ShardIndex
 from data_pipeline.storage import store
 
@@ -62,7 +63,7 @@ class Tally:
         """Return a remedy if most samples were dropped for one reason; empty otherwise."""
 
         def remedy(reason: str) -> str:
-            return advice(reason, self.layouts[reason]) or self.details.get(reason, "")
+            return score_advice(reason) or advice(reason, self.layouts[reason]) or self.details.get(reason, "")
 
         return dropped_remark(self.dropped, self.delivered + self.dropped.total(), remedy)
 

@@ -28,12 +28,18 @@ _HIGH = 9
 """First byte that the upper half of a character does not have in the alphabets up to Arabic."""
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that may hold the caption, as a string or a list of strings; preferred ones first."""
+BOXES = "the .txt holds boxes of objects, as the labels of a detection data set do, not a caption"
 _TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
 """Fields of an object that represents one caption."""
 _ANSWERING = ("gpt", "assistant", "model", "bot")
 """Speakers whose turns are the captions in a conversation about a picture (LLaVA's layout or that of chat models)."""
+_NUMBER = r"(?>[ \t,]+[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
+_LINE = rf"(?>\d+{_NUMBER}{{4,}}+|[A-Za-z_]\S*+{_NUMBER}{{8,}}+)[ \t]*+"
+_BOXES = re.compile(rf"\s*+(?>{_LINE}(?:\r?\n\s*+|$))++")
 FROM_FILES = "__captions__"
 """Key of a raw sample for its captions from `data.captions.files`, {name: captions}; present if a source uses them."""
+_MOST_OF_BOXES = 2048
+"""Characters by which a text is judged to be boxes."""
 _ROOM_TO_CLEAN = 20
 """Texts are cut to this many times `max_characters` before cleaning, which bounds the cost of a huge text."""
 
@@ -208,6 +214,8 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     if text := (sample.get("txt") or b"").strip():
         if config.sources and not {"txt", "txt:lines"} & {*config.sources}:
             return f"{words}; the .txt has text"
+        if holds_boxes(decode_text(text, config.encoding)):
+            return f"{words}; {BOXES}"
         if decode_text(text, config.encoding).strip():
             return f"{words}; data.captions.clean removes all of the .txt: {text[:40]!r}"
     try:
@@ -226,11 +234,22 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(letter) in _UNSEEN for letter in text)
 
 
+def holds_boxes(text: str) -> bool:
+    """Return whether a text holds the boxes or outlines of objects, as the labels of detection data sets do (YOLO: a
+    class number and at least four numbers per line; KITTI: a class and at least eight), rather than a caption."""
+    if len(text) > _MOST_OF_BOXES:
+        text = text[:_MOST_OF_BOXES]
+        text = text.rpartition("\n")[0] or text.rpartition(" ")[0]  # whole lines, or whole numbers of an outline
+    return _BOXES.fullmatch(text) is not None
+
+
 def clean(text: str, config: CaptionConfig) -> str:
-    """Clean and truncate a text as `config` says; may return an empty string.
+    """Clean and truncate a text as `config` says; may return an empty string, as it does for boxes of objects.
 
     Control characters and lone surrogates are always removed: tokenizers do not accept them.
     """
+    if holds_boxes(text):
+        return ""
     text = text[: _ROOM_TO_CLEAN * config.max_characters]
     text = _CONTROL.sub("", text.encode("utf-8", "ignore").decode())
     if config.clean:

@@ -46,6 +46,15 @@ UNSUPPORTED = {
 }
 """Extension of unsupported pictures -> their kind."""
 
+UNSUPPORTED_IMAGE, UNFINISHED = "unsupported_image", "unfinished_download"
+NOT_READ = (UNSUPPORTED_IMAGE, UNFINISHED)
+"""Kinds of pictures that are never read, and the reasons for which their samples are dropped."""
+_UNFINISHED = (
+    *("crdownload", "part", "partial", "download", "opdownload", "filepart", "aria2", "!ut", "!qb", "dlpart"),
+    *("fdmdownload", "tmp", "temp", "incomplete", "unfinished"),
+)
+"""Extensions that browsers and other programs give to files until they have written all of them."""
+
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -107,6 +116,11 @@ def is_unsupported(kind: str | None) -> bool:
     return kind in _HINTS or kind in UNSUPPORTED
 
 
+def unfinished_hint(name: str) -> str:
+    """Say what to do about a picture that a program has not finished writing."""
+    return f".{ending(name)} marks a file that is not complete yet: let the download finish, or repeat it"
+
+
 @dataclass(frozen=True, slots=True)
 class Roles:
     """Names of the members to use, as the sample spells them; None if there is none."""
@@ -117,7 +131,7 @@ class Roles:
     json: str | None = None
     unused_images: tuple[str, ...] = ()
     problem: str | None = None
-    """Why the sample has no picture: `missing_image`, `ambiguous_image`, `unsupported_image`."""
+    """Why the sample has no picture: `missing_image`, `ambiguous_image`, or one of `NOT_READ`."""
 
 
 def ending(name: str) -> str:
@@ -137,8 +151,12 @@ def roles(kinds: Mapping[str, str | None], config: MembersConfig) -> Roles:
     texts = [name for name, kind in kinds.items() if kind == "text"]
     facts = [name for name, kind in kinds.items() if kind == "json"]
     image, problem = _image(pictures, list(kinds), config)
-    if problem and any(kind == "unsupported" for kind in kinds.values()):
-        problem = "unsupported_image"
+    if problem and UNSUPPORTED_IMAGE in kinds.values():
+        problem = UNSUPPORTED_IMAGE
+    elif problem == "missing_image" and UNFINISHED in kinds.values():
+        problem = UNFINISHED
+    elif f"{image}.aria2" in kinds:  # lies beside what aria2 is still writing
+        image, problem = None, UNFINISHED
     captions = _chosen(kinds, config.caption) or tuple(sorted(texts, key=_caption_rank))
     found = _chosen(kinds, config.json) or tuple(sorted(facts, key=lambda name: ("." in name, "meta" not in name)))
     return Roles(
@@ -151,7 +169,7 @@ def roles(kinds: Mapping[str, str | None], config: MembersConfig) -> Roles:
 
 
 def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None:
-    """Return the kind of a member: `image`, `text`, `json`, `unsupported` (a picture we cannot read) or None.
+    """Return the kind of a member: `image`, `text`, `json`, one of `NOT_READ`, or None.
 
     Args:
         name: what follows the key, lower case.
@@ -164,8 +182,14 @@ def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None
         return "json"
     if matches(name, config.caption) or last in CAPTION_ENDINGS:
         return "text"
+    if (
+        last in _UNFINISHED
+        and not matches(name, config.image)
+        and (content or ending(name.rpartition(".")[0]) in IMAGE_EXTENSIONS)
+    ):
+        return UNFINISHED
     if last in UNSUPPORTED or is_unsupported(content):
-        return "unsupported"
+        return UNSUPPORTED_IMAGE
     return "image" if content else None
 
 
@@ -286,10 +310,13 @@ def advice(reason: str, layouts: Mapping[str, int]) -> str:
         for name in layout.split("/"):
             seen[name] += count
     members = ", ".join(f".{name}" for name, _ in seen.most_common(8))
-    if reason == "unsupported_image":
+    if reason == UNSUPPORTED_IMAGE:
         kinds = [name for name in seen if is_unsupported(ending(name))]
         hints = (f"{seen[name]} x .{name}: {unsupported_hint(ending(name))}" for name in kinds[:4])
         return "; ".join(hints) or (f"the members are {members}" if members else "")
+    if reason == UNFINISHED:
+        names = [name for name in seen if kind_of(name, "", MembersConfig()) == UNFINISHED]
+        return unfinished_hint(names[0]) if names else ""
     if reason == "missing_caption":
         others = [name for name in seen if kind_of(name, None, MembersConfig()) is None]
         if not others:

@@ -22,7 +22,7 @@ from data_pipeline.common.recent import Recent
 from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import CaptionConfig, DataConfig, FilterConfig, MembersConfig
 from data_pipeline.content.members import advice, more_captions
-from data_pipeline.shards.filters import keep_rows
+from data_pipeline.shards.filters import keep_rows, score_advice
 from data_pipeline.shards.index import (
     ShardIndex,
     build_index,
@@ -48,7 +48,7 @@ from data_pipeline.storage.retry import Patience
 logger = logging.getLogger(__name__)
 
 NOT_INDEXED = "not indexed"
-HARMLESS = ("bad_json", "unused_image", "unused_caption")
+HARMLESS = ("bad_json", "bad_score", "box_labels", "unused_image", "unused_caption")
 """Problems not reported at every start, because they cost no sample."""
 _CACHED = 64
 """Number of indexes kept in memory before `Dataset.expect` sets another."""
@@ -364,5 +364,5 @@ def _hint(dataset: Dataset) -> str:
         return ""
     summary = next(summary for summary in dataset.summaries if reason in summary.dropped)
     index = read_index(summary.entry.url, summary.place, dataset.patience)
-    words = advice(reason, index.layouts_of(reason)) if index is not None else ""
+    words = score_advice(reason) or (advice(reason, index.layouts_of(reason)) if index is not None else "")
     return f" ({words})" if words else ""

@@ -70,6 +70,17 @@ def _failures(index: ShardIndex, rules: FilterConfig) -> Iterator[tuple[np.ndarr
         yield refused, "licence"
 
 
+def score_advice(reason: str) -> str:
+    """Say where a score is searched for, if samples were dropped for the lack of one; empty for other reasons."""
+    names = SCORES.get(reason.removeprefix("unknown_"))
+    if not names:
+        return ""
+    return (
+        f"no field of their .json called {', '.join(names)}, in any case, holds a number; indexes of earlier versions "
+        "ignored numbers written as text: `cascade index rebuild=true` reads them"
+    )
+
+
 def licences_of(index: ShardIndex) -> np.ndarray:
     """Return the licence of each sample, str (n,); `UNKNOWN` if its .json states none."""
     return np.array([licence or UNKNOWN for licence in index.column("licence").to_pylist()], dtype=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from fractions import Fraction
@@ -21,6 +22,9 @@ from data_pipeline.shards.dataset import Dataset, load_or_build, patience_of, wi
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.storage import store
 from data_pipeline.storage.disk_cache import DiskCache
+from data_pipeline.storage.retry import Patience
+
+logger = logging.getLogger(__name__)
 
 MIXED = 4
 """Without `window`, that of each data set is this many times smaller than alone, so that this many fit into memory. The
@@ -175,17 +179,17 @@ def open_dataset(config: DataConfig, team: Team = ALONE) -> Dataset:
     if "" in configs:
         return load_or_build(team.once(lambda: store.expand(config.shards, patience)), config, team=team)
     parts = {}
-    for name, own in configs.items():
+    for name, urls in team.once(partial(_expanded, configs, patience)).items():
         with about(f"data.shards, data set {name}"):
-            parts[name] = load_or_build(team.once(partial(store.expand, own.shards, patience)), own, team=team)
+            parts[name] = load_or_build(urls, configs[name], team=team)
     return Mixture(parts, configs, config)
 
 
 def _open_mixed_buckets(config: DataConfig, team: Team) -> MixedBuckets:
-    parts, configs = {}, {}
-    for name, own in config.parts().items():
+    parts, configs, whole = {}, {}, config.parts()
+    for name, urls in team.once(partial(_expanded, whole, patience_of(config))).items():
+        own = whole[name]
         with about(f"data.shards, data set {name}") if name else nullcontext():
-            urls = team.once(partial(store.expand, own.shards, patience_of(config)))
             load_or_build(urls, own, team=team)  # reports what is dropped
         for shape, cut in own.bucket_parts().items():
             found = load_or_build(urls, cut, may_be_empty=True, team=team)
@@ -232,9 +236,37 @@ def entries_of(config: DataConfig) -> list[tuple[str, store.Entry, DataConfig]]:
     Raises:
         DataError: shards are missing, or the store denies access.
     """
-    patience = patience_of(config)
+    patience, configs = patience_of(config), config.parts()
     found = []
-    for name, own in config.parts().items():
+    for name, urls in _expanded(configs, patience).items():
         with about(f"data.shards, data set {name}") if name else nullcontext():
-            found += [(name, entry, own) for entry in store.describe(store.expand(own.shards, patience), patience)]
+            found += [(name, entry, configs[name]) for entry in store.describe(urls, patience)]
+    return found
+
+
+def _expanded(configs: Mapping[str, DataConfig], patience: Patience) -> dict[str, list[str]]:
+    """Return the shards of each data set of a mixture; without one, the data set is "".
+
+    Raises:
+        ShardsError: a pattern matches nothing, or data sets have `a.tar` and `a.tar.gz`, whose indexes would overwrite
+            each other.
+    """
+    found: dict[str, list[str]] = {}
+    for name, own in configs.items():
+        with about(f"data.shards, data set {name}") if name else nullcontext():
+            found[name] = store.expand(own.shards, patience)
+    sets: dict[str, list[str]] = {}
+    for name, urls in found.items():
+        for url in urls:
+            sets.setdefault(store.full_path(url), []).append(name)
+    store.refuse_twins({place: place for place in sets})
+    twice = [place for place, names in sets.items() if len(names) > 1]
+    if twice:
+        some = twice[0], " and ".join(sets[twice[0]])
+        logger.warning(
+            "shards in several data sets: %d, such as %s in %s; unless their filters differ, their samples are trained "
+            "on more often",
+            len(twice),
+            *some,
+        )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,17 +14,20 @@ from unicodedata import normalize
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import decode_text, json_caption, object_of
+from data_pipeline.content.captions import decode_text, holds_boxes, json_caption, object_of
 from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, kind_of, picture_kind, roles, split_samples
 from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Member, Problem
 
 SCORES = {
     "aesthetic": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetic_score_laion_v2"),
-    "watermark": ("pwatermark", "watermark", "p_watermark"),
+    "watermark": ("pwatermark", "watermark", "p_watermark", "watermark_score"),
     "unsafe": ("punsafe", "unsafe", "p_unsafe"),
-    "similarity": ("similarity", "clip_similarity", "clip_score"),
+    "similarity": (
+        *("similarity", "clip_similarity", "clip_score", "clip_l14_similarity_score", "clip_similarity_vitl14"),
+        *("clip_b32_similarity_score", "clip_similarity_vitb32"),
+    ),
 }
-"""Index column -> its names in a sample's .json, case-insensitive."""
+"""Index column -> its names in a sample's .json, case-insensitive, preferred ones first."""
 LICENCES = (
     *("license", "licence", "license_name", "licensename", "license_short_name", "licenseshortname"),
     *("license_url", "licenseurl", "usage_rights", "rights"),
@@ -35,6 +39,7 @@ _SAYS_NOTHING = ("", "?", "-", "none", "null", "nan", "n/a", UNKNOWN)
 _LONGEST_LICENCE = 200
 _TABLES = ("jsonl", "ndjson", "csv", "tsv", "parquet")
 _LARGEST_SIDE = 2**31 - 1
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _SCORE_OF = {name: column for column, names in SCORES.items() for name in names}
 
 
@@ -259,9 +264,14 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
         return {}
     if kind == "text":
         try:
-            return {"length": len(decode_text(member.data).strip())}
+            text = decode_text(member.data).strip()
         except BadSample:
-            return {"length": len(member.data.decode("utf-8", "replace").strip())}
+            text = member.data.decode("utf-8", "replace").strip()
+        if holds_boxes(text):
+            words = f"{member.name!r} holds boxes of objects, as the labels of a detection data set do, not a caption"
+            problems.append(Problem("box_labels", member.offset, words))
+            return {"length": 0}
+        return {"length": len(text)}
     return _json_facts(member, problems) if kind == "json" else {}
 
 
@@ -273,17 +283,34 @@ def _json_facts(member: Member, problems: list[Problem]) -> dict[str, Any]:
         problems.append(Problem("bad_json", member.offset, f"{member.name!r} is not valid JSON"))
         return {}
     facts: dict[str, Any] = {}
+    chosen: dict[str, str] = {}
     for name, value in data.items():
         column = _SCORE_OF.get(name.lower())
-        if column and isinstance(value, (int, float)) and not isinstance(value, bool):
-            with suppress(OverflowError):  # an integer of hundreds of digits is not a score
-                facts[column] = float(value)
+        if column is None or value is None or str(value).strip().lower() in _SAYS_NOTHING:  # also NaN
+            continue
+        score = _score(value)
+        if score is None:
+            words = f"{member.name!r}: {name!r} is {str(value)[:40]!r}, which is not a number"
+            problems.append(Problem("bad_score", member.offset, words))
+        elif column not in facts or SCORES[column].index(name.lower()) < SCORES[column].index(chosen[column]):
+            facts[column], chosen[column] = score, name.lower()
     if licence := licence_of(data):
         facts["licence"] = licence
     caption = json_caption(data)
     if caption is not None:
         facts["length"] = len(caption[1][0].strip())
     return facts
+
+
+def _score(value: Any) -> float | None:
+    """Return a score as a number, also one written as text (`"6.1"`), as tables of strings have it; None otherwise."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    with suppress(OverflowError):  # an integer of hundreds of digits is not a score
+        return float(value)
+    return None
 
 
 def licence_of(facts: Mapping[str, Any]) -> str | None:

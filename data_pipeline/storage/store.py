@@ -478,21 +478,24 @@ def expand(shards: Any, patience: Patience = DEFAULT) -> list[str]:
             if not found:
                 raise ShardsError(f"={one}: no .tar shards found{_hint(one, patience)}")
             for url in found:
-                place = url if is_remote(url) else os.path.abspath(local_path(url))
+                place = full_path(url)
                 again = url if place in urls else again
                 urls.setdefault(place, url)
     if again and again not in _named_again:
         _named_again.add(again)
         logger.warning("%s, perhaps among others, is named more than once; each shard is read once per epoch", again)
-    _refuse_twins(urls)
+    refuse_twins(urls)
     return list(urls.values())
 
 
-def _refuse_twins(urls: dict[str, str]) -> None:
-    """Raise `ShardsError` if two shards differ only in their ending, as `a.tar` and `a.tar.gz`.
+def refuse_twins(urls: dict[str, str]) -> None:
+    """Refuse two shards that differ only in their ending, as `a.tar` and `a.tar.gz`.
 
     Args:
         urls: the shards as given, by their full paths or URLs.
+
+    Raises:
+        ShardsError: there are two such shards; the message names them.
     """
     seen: dict[str, str] = {}
     for place, url in urls.items():
@@ -503,6 +506,11 @@ def _refuse_twins(urls: dict[str, str]) -> None:
                 "only one of the two, for example with a pattern that ends in .tar, or rename it"
             )
         seen[name] = url
+
+
+def full_path(url: str) -> str:
+    """Return the full path of a local file, or the URL of a remote one."""
+    return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def _respelled(pattern: str) -> str:

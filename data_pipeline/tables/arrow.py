@@ -21,18 +21,93 @@ _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
 
 
 class ArrowRows:
-    """A memory-mapped Arrow table, as saved by the `datasets` library."""
+    """An Arrow file or stream, as saved by the `datasets` library; fast if rows are requested roughly in order.
 
-    def __init__(self, table: Any) -> None:
-        self._table, self.columns = table, list(table.column_names)
-        self.classes = class_names(table.schema)
+    It is not memory-mapped: a disk that fails under a mapping ends the process instead of raising an error.
+
+    Args:
+        path: the file.
+        stream: whether it is a stream, whose batches can only be read one after the other.
+    """
+
+    def __init__(self, path: Path, stream: bool) -> None:
+        self._path, self._stamp, self._stream = path, store.stamp(os.stat(path)), stream
+        self._lock = threading.Lock()
+        self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
+        """The last batches, each with its number."""
+        self._starts = [0]
+        for _, batch in self._opened(0):
+            self._starts.append(self._starts[-1] + batch.num_rows)
+        self.columns, self.classes = [str(name) for name in self._schema.names], class_names(self._schema)
+        self._batches: Iterator[tuple[int, Any]] = iter(())
+        self._next = -1
+
+    def _opened(self, first: int) -> Iterator[tuple[int, Any]]:
+        """Open the file and yield its batches from number `first` on, each with its number."""
+        import pyarrow as pa
+
+        source = pa.OSFile(str(self._path))
+        if self._stream:
+            reader = pa.ipc.open_stream(source)
+            self._schema = reader.schema
+            yield from ((number, batch) for number, batch in enumerate(reader) if number >= first)
+        else:
+            reader = pa.ipc.open_file(source)
+            self._schema = reader.schema
+            yield from ((number, reader.get_batch(number)) for number in range(first, reader.num_record_batches))
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return int(self._starts[-1])
 
     def row(self, number: int) -> dict[str, Any]:
-        cells = ((name, self._table.column(place)) for place, name in enumerate(self.columns))
-        return dict(reversed([(name, _value(column[number])) for name, column in cells]))
+        which = bisect_right(self._starts, number) - 1
+        with self._lock:
+            batch = self._found(which)
+        cells = ((name, batch.column(place)) for place, name in enumerate(self.columns))
+        try:  # reversed: of several columns with the same name, the first is used
+            return dict(reversed([(name, _value(column[number - self._starts[which]])) for name, column in cells]))
+        except UnicodeDecodeError as error:
+            raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+
+    def _found(self, which: int) -> Any:
+        """Return a batch; the file is opened again if its file system fails.
+
+        Raises:
+            DataError: it had to be opened again, and has changed.
+            StoreError: its file system kept failing.
+        """
+        try:
+            return self._batch(which)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            return persist(str(self._path), lambda: self._batch_again(which))
+
+    def _batch_again(self, which: int) -> Any:
+        store.check_unchanged(str(self._path), os.stat(self._path), self._stamp)
+        self._next = -1
+        return self._batch(which)
+
+    def _batch(self, which: int) -> Any:
+        from pyarrow import ArrowException
+
+        for number, batch in self._kept:
+            if number == which:
+                return batch
+        if not 0 <= self._next <= which or (which > self._next and not self._stream):
+            self._batches, self._next = self._opened(which), which
+        words = "it has become shorter"
+        try:
+            for number, batch in self._batches:
+                self._kept.append((number, batch))
+                self._next = number + 1
+                if number == which:
+                    return batch
+        except (ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's fault, not the file's
+                raise
+            words = str(error)
+        raise no_table(self._path, f"it was readable when it was opened, but no longer: {words}")
 
 
 class ParquetRows:
@@ -135,11 +210,7 @@ class ParquetRows:
 
 def arrow_rows(path: Path, head: bytes) -> Rows:
     """Open an Arrow file or stream, whose first bytes are `head`."""
-    import pyarrow as pa
-
-    source = pa.memory_map(str(path))
-    table = (pa.ipc.open_file if head[:6] == b"ARROW1" else pa.ipc.open_stream)(source).read_all()
-    return ArrowRows(table)
+    return ArrowRows(path, stream=head[:6] != b"ARROW1")
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:

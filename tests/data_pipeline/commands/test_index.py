@@ -13,7 +13,9 @@ from data_pipeline.commands.index import main
 from data_pipeline.common.errors import DataError
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.shards.index import ShardIndex, index_shard, index_url, save_index
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import s3, store
+from tests.data_pipeline.photos import jpegs
 from tests.data_pipeline.small_shards import write_shards
 
 
@@ -129,6 +131,18 @@ def test_filters_are_counted_per_reason(tmp_path: Path) -> None:
     result = run(str(tmp_path), filter=FilterConfig(min_aesthetic=5.0))
     assert result["remaining"] + result["dropped"]["low_aesthetic"] == 30
     assert 0 < result["remaining"] < 30
+
+
+def test_scores_written_as_text_are_read_and_words_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = ['"6.1"', '" 4 "', '"1e1"', '"high"', "true", '"nan"', "null", '"6,1"']
+    members = {"jpg": jpegs()[0], "txt": b"x"}
+    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        for number, score in enumerate(scores):
+            writer.write(f"{number}", {**members, "json": b'{"Aesthetic": %s, "similarity": "0.3"}' % score.encode()})
+    remove_indexes(tmp_path)
+    result = run(str(tmp_path), filter=FilterConfig(min_aesthetic=5.0, min_similarity=0.3))
+    assert result["dropped"] == {"unknown_aesthetic": 5, "low_aesthetic": 1}
+    assert result["problems"] == {"bad_score": 3} and "'Aesthetic' is 'high', which is not a number" in caplog.text
 
 
 def test_on_s3_the_index_is_next_to_its_shard(tmp_path: Path, bucket: str) -> None:

@@ -233,6 +233,16 @@ def test_a_source_that_is_no_folder_of_pictures_names_the_remedy(
         FolderSource(str(tmp_path / name.partition("/")[0]))
 
 
+def test_labels_and_unfinished_downloads_are_neither_captions_nor_pictures(tmp_path: Path, caplog: Any) -> None:
+    labels = {f"{name}__jpg": ONE for name in "abc"} | {f"{name}__txt": "0 0.5 0.5 0.1 0.1\n" for name in "abc"}
+    place = folder(tmp_path / "in", **labels, c__json='{"caption": "of c"}', d__jpg__part=TWO, d__txt="of d")
+    assert imported(tmp_path / "out", "folder", place)["dropped"] == {"missing_caption": 2, "unfinished_download": 1}
+    assert members(tmp_path / "out" / "00000.tar")["000000002.txt"] == b"of c"
+    assert "the texts beside 3 pictures hold boxes of objects" in caplog.text
+    assert ".part marks a file that is not complete yet" in dropped(tmp_path / "out")[2]["detail"]
+    assert imported(tmp_path / "named", "folder", place, captions="name")["samples"] == 3
+
+
 def test_a_text_file_that_is_a_dangling_link_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match="it contains no pictures"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.common.errors import BadSample, ConfigError
 from data_pipeline.config import CaptionConfig
-from data_pipeline.content.captions import candidates, choose_caption, clean, decode_text
+from data_pipeline.content.captions import candidates, choose_caption, clean, decode_text, holds_boxes
 
 PLAIN = CaptionConfig()
 
@@ -39,6 +39,26 @@ def test_sources_are_drawn_by_weight_and_the_same_at_the_same_position() -> None
 def test_the_weight_of_a_source_without_text_goes_to_the_others(members: dict[str, bytes]) -> None:
     config = CaptionConfig(sources={"txt": 1000.0, "json:caption": 1.0})
     assert choose_caption(members, config, 0, 0).text == "spare"
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("0 0.5 0.5 0.1 0.1\r\n3 1 0 .2 1e-3\n", True),
+        ("7 0.5 0.5 0.1 0.1 0.3 0.4\n" * 900, True),
+        ("7" + " 0.5" * 1200, True),
+        ("Car 0.0 0 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.7 -1.59\n", True),
+        ("0 0.5 0.5 0.1 0.1\na cat", False),
+        ("5 6 7 8 9 jokers", False),
+        ("1999", False),
+        ("10 20 30 40", False),
+        ("0" + " 1111111111111111111" * 90 + "x", False),
+    ],
+)
+def test_boxes_of_objects_are_no_caption(text: str, boxes: bool) -> None:
+    assert holds_boxes(text) is boxes
+    members = sample(text.encode(), caption="spare")
+    assert choose_caption(members, CaptionConfig(), 0, 0).source == ("json:caption" if boxes else "txt")
 
 
 def test_invalid_json_does_not_cost_a_sample_that_has_its_text() -> None:

@@ -93,6 +93,11 @@ def test_members_that_are_not_used_are_reported() -> None:
     assert rows(".hidden.jpg", "k.jpg")[2] == ["hidden_image"]
     assert rows("k.heic", "k.txt")[1] == {"k": "unsupported_image"}
     assert rows("k.txt")[1] == {"k": "missing_image"}
+    for name in ("k.jpg.crdownload", "k.png.part", "k.tmp", "k.jpg.aria2"):
+        found = rows_of([member(name, JPEG), member("k.txt"), *[member("k.jpg", JPEG)] * name.endswith("aria2")], [])
+        assert [row["problem"] for row in found] == ["unfinished_download"], name
+    assert rows("k.jpg", "k.jpg.part", "k.txt")[1] == {}
+    assert rows("k.jpg.part", "k.txt", image=["jpg.part"])[1] == {}
 
 
 @pytest.mark.parametrize(

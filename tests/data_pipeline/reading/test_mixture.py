@@ -3,6 +3,7 @@ middle."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_each_data_set_has_its_captions(tmp_path: Path) -> None:
 def test_a_missing_data_set_is_named(home: Path) -> None:
     with pytest.raises(DataError, match=r"data.shards, data set b=.*none: no .tar shard"):
         open_dataset(DataConfig(shards=[{"name": "b", "shards": f"{home}/none"}]))
+
+
+def test_one_shard_in_two_data_sets_is_reported_and_under_two_names_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shard,) = write_shards(tmp_path, [3])
+    (tmp_path / "00000.tar.gz").write_bytes(gzip.compress(Path(shard).read_bytes(), 1))
+    twice = [{"name": name, "shards": shard} for name in "ab"]
+    assert open_dataset(DataConfig(shards=twice)).samples == 6
+    assert "shards in several data sets: 1, such as" in caplog.text and "00000.tar in a and b" in caplog.text
+    twins = [twice[0], {"name": "b", "shards": f"{shard}.gz"}]
+    for config in (DataConfig(shards=twins), DataConfig(shards=twins, buckets=["1x1", "4x3"])):
+        with pytest.raises(
+            DataError, match=r"data\.shards: \S*00000\.tar and \S*00000\.tar\.gz may be one shard twice"
+        ):
+            open_dataset(config)
 
 
 def test_index_reports_each_data_set_and_its_copies(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def main(place: str, cases: list[list[Any]]) -> dict[str, list[str]]:
     config = DataConfig(shards=shard)
     dataset = open_dataset(config)
     dataset.index(0)
-    opened = {name: open_table(one / name) for name in ("t.csv", "t.jsonl", "t.parquet")}
+    opened = {name: open_table(one / name) for name in ("t.csv", "t.jsonl", "t.parquet", "t.arrow", "t.stream")}
     ways: dict[str, Callable[[], Any]] = {
         "sample": lambda: RowReader(dataset, config).read(0, 1),
         "stream": lambda: store.read_bytes(shard),
@@ -37,7 +37,9 @@ def main(place: str, cases: list[list[Any]]) -> dict[str, list[str]]:
         "directory": lambda: store.expand(str(one)),
         "exists": lambda: store.exists(shard),
         **{f"rows of {name}": partial(rows, table) for name, table in opened.items()},
-        **{name: partial(opened_rows, one / name) for name in ("t.csv", "t.csv.gz", "t.parquet")},
+        **{
+            name: partial(opened_rows, one / name) for name in ("t.csv", "t.csv.gz", "t.parquet", "t.arrow", "t.stream")
+        },
         "hash": lambda: hash_file(one / "t.csv"),
         "picture": lambda: NamedFiles(Path(folder)).find("one/00000.tar"),
         "found": lambda: NamedFiles(Path(folder)).find("elsewhere/a.jpg"),

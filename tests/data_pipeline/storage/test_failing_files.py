@@ -15,8 +15,10 @@ from tests.data_pipeline.storage.failing_files import outcomes
 
 READS = [("sample", "open"), ("sample", "read"), ("stream", "open"), ("stream", "read"), ("folder", "list")]
 READS += [("exists", "stat")]
-READS += [(f"rows of {name}", "read") for name in ("t.csv", "t.jsonl", "t.parquet")]
-READS += [(name, call) for name in ("t.csv", "t.csv.gz", "t.parquet") for call in ("open", "read")]
+READS += [(f"rows of {name}", "read") for name in ("t.csv", "t.jsonl", "t.parquet", "t.arrow", "t.stream")]
+READS += [
+    (name, call) for name in ("t.csv", "t.csv.gz", "t.parquet", "t.arrow", "t.stream") for call in ("open", "read")
+]
 LISTS = [("glob", "list"), ("nested", "list")]
 LENIENT = [("hash", "open"), ("hash", "read"), ("directory", "stat"), ("picture", "stat"), ("found", "list")]
 """Without another attempt, existing files would be reported as missing."""
@@ -36,7 +38,11 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     (one / "t.csv.gz").write_bytes(gzip.compress(text.encode(), 1))
     rows = [{"image": f"{number}.jpg", "caption": f"the caption of {number}"} for number in range(ROWS)]
     (one / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows), one / "t.parquet", row_group_size=ROWS // 4)
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, one / "t.parquet", row_group_size=ROWS // 4)
+    for name, opened in (("t.arrow", pa.ipc.new_file), ("t.stream", pa.ipc.new_stream)):
+        with opened(one / name, table.schema) as out:
+            out.write_table(table, ROWS // 4)
     cases = [[*case, 2] for case in PASSING]
     cases += [[way, call, errno.EIO, 10_000] for way, call in (*READS, *LISTS)]
     cases += [[way, call, errno.EACCES, 10_000] for way, call in LISTS]
