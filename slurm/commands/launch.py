@@ -8,6 +8,7 @@ needed where this runs.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import time
@@ -20,11 +21,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import slurm.script
-from data_pipeline.common.errors import ConfigError, UserError
+from data_pipeline.common.errors import ConfigError, UserError, about
+from data_pipeline.storage import store
 from slurm.array import render_array, sweep_folder
 from slurm.emitters import emitter
 from slurm.jobs.frozen import freeze
-from slurm.jobs.graph import STUDENTS, GraphNode, cascade_graph, drawing, words_for
+from slurm.jobs.graph import STUDENTS, GraphNode, cascade_graph, drawing, patterns_of, words_for
 from slurm.jobs.job import Job
 from slurm.jobs.records import SUBMITTED, append
 from slurm.local import LocalRunner, local_record, render_local
@@ -80,11 +82,13 @@ def main(config: LaunchCommand) -> dict[str, Any]:
     jobs = compose_all(entries, words, config)
     if not config.dry_run:
         check_before_submission(jobs, config.cluster.kind)
+        if config.verb == "all":
+            check_data_exists(jobs)
     frozen = {folder: freeze(folder) for folder in {job.code for job in jobs}}
     for job in jobs:
         job.code = frozen[job.code]
         write_job(job)
-    if local and len(jobs) > 1:
+    if local and len(jobs) > 1 and not config.dry_run:
         print(drawing(entries), flush=True)
     if in_sweep:
         SWEPT.extend((job, config) for job in jobs)
@@ -93,7 +97,7 @@ def main(config: LaunchCommand) -> dict[str, Any]:
         codes = emit(jobs, config)
     else:
         codes = run_here(jobs, config) if local else submit_all(jobs, config.dry_run)
-    if not local and len(jobs) > 1:  # after the scripts, where it is not overlooked
+    if (not local or config.dry_run) and len(jobs) > 1:  # after the scripts, where it is not overlooked
         print(drawing(entries), flush=True)
     answers = [job.answer(str(log_of(job))) for job in jobs]
     if any(codes.values()):
@@ -330,6 +334,24 @@ def check_before_submission(jobs: list[Job], kind: str) -> None:
                 f"run.dir={job.config.run.dir}: job {other['job']} of this run {is_there}; two starts of one run would "
                 f"displace each other: run `cascade stop run={job.config.run.dir}` first, or use another run.dir"
             )
+
+
+def check_data_exists(jobs: list[Job]) -> None:
+    """Check that the shards of a whole cascade are there, if they lie below the working directory, which all jobs share
+    with this machine, and no job of the graph writes them. Others may be visible, or readable, only to the jobs.
+
+    Raises:
+        DataError: they are not.
+    """
+    if any(job.verb == "prepare" for job in jobs):
+        return
+    config = jobs[0].config
+    for key, shards in (("data.shards", config.data.shards), ("evaluation.reference", config.evaluation.reference)):
+        below = [str(one) for one in patterns_of(shards) if one and not os.path.isabs(str(one))]
+        with about(key):
+            for one in below:
+                if not re.search("[:@]|[.]safetensors$", one):  # a store, another tool's notation, a file of features
+                    store.expand(one)
 
 
 # ------------------------------------------------------------------------------------------- files, submission

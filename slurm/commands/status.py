@@ -64,7 +64,9 @@ def main(config: StatusCommand) -> dict[str, Any]:
             "\n".join([*([status_table(rows, width)] if rows else []), *(_job_line(job) for job in jobs)]), flush=True
         )
         if config.html:
-            replace_file(Path(config.html), status_html(str(folder), rows, jobs))
+            replace_file(
+                Path(config.html), status_html(str(folder), rows, [{**job, "note": _note(job)} for job in jobs])
+            )
             print(f"page: {config.html}", flush=True)
         if not config.watch:
             return {"runs": rows, "jobs": jobs}
@@ -137,6 +139,11 @@ def job_row(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job_line(job: dict[str, Any]) -> str:
+    return f"{job['name']}: {job['state']}{_note(job)}"
+
+
+def _note(job: dict[str, Any]) -> str:
+    """Return what to add to the state of a job that is not a training; empty if there is nothing to say."""
     notes = {
         "pending": f", waits: {job['reason']}",
         "unknown": f": {job['reason']}",
@@ -144,7 +151,7 @@ def _job_line(job: dict[str, Any]) -> str:
         "failed": f" with code {job['code']}{_said(job)}, see {job['log']}" if job["code"] else f": {job['reason']}",
         "cancelled": f": {job['reason']}" if job["reason"] else "",
     }
-    return f"{job['name']}: {job['state']}{notes.get(job['state'], '')}"
+    return notes.get(job["state"], "")
 
 
 def _said(job: dict[str, Any]) -> str:

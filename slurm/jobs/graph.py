@@ -57,12 +57,20 @@ def cascade_graph(config: LaunchCommand, words: Sequence[str] = ()) -> list[Grap
         words: overrides typed by the user.
 
     Raises:
-        ConfigError: there are no stages or no data, an override cannot apply to all jobs, or a student has no stage.
+        ConfigError: there are no stages, no data or nothing to evaluate on, an override cannot apply to all jobs, or a
+            student has no stage.
     """
     if not config.bundle.runs:
         raise ConfigError("verb=all: bundle.runs lists no stages; choose an experiment, for example experiment=demo")
     if not config.data.shards:
         raise ConfigError("verb=all: data.shards is not set; for example, data.shards='s3://bucket/{0000..0999}.tar'")
+    evaluation = config.evaluation
+    if evaluation.kind == "pictures" and not (evaluation.reference or evaluation.prompts):
+        raise ConfigError(
+            "verb=all: evaluation.reference is not set, but the cascade is evaluated at the end; give held-out shards "
+            "that data.shards leaves out, for example evaluation.reference='s3://bucket/{0990..0999}.tar', or a list "
+            "of prompts, evaluation.prompts=FILE"
+        )
     for word in words:
         key = word.partition("=")[0].lstrip("+")
         if key in ("run", "run.dir", "stage"):
@@ -161,13 +169,14 @@ def words_for(verb: str, words: Sequence[str]) -> list[str]:
 
 def _drawn(config: Experiment) -> bool:
     """Return whether `cascade prepare` draws the data of this experiment."""
-    below = [str(shards).startswith(config.prepare.output) for shards in _listed(config.data.shards)]
+    below = [str(shards).startswith(config.prepare.output) for shards in patterns_of(config.data.shards)]
     return config.prepare.kind == "draw" and all(below)
 
 
-def _listed(shards: object) -> list[object]:
+def patterns_of(shards: object) -> list[object]:
+    """Return the patterns of `data.shards`, those of a mixture too."""
     listed = list(shards) if isinstance(shards, (list, tuple)) else [shards]
-    return [pattern for one in listed for pattern in (_listed(one["shards"]) if isinstance(one, dict) else [one])]
+    return [pattern for one in listed for pattern in (patterns_of(one["shards"]) if isinstance(one, dict) else [one])]
 
 
 def levels(entries: Sequence[GraphNode]) -> list[list[GraphNode]]:

@@ -26,7 +26,7 @@ def status_html(folder: str, rows: Sequence[Mapping[str, Any]], jobs: Sequence[M
     Args:
         folder: the directory, for the title.
         rows: the runs as returned by `cascade status`.
-        jobs: the jobs that are not trainings, likewise.
+        jobs: the jobs that are not trainings: `name`, `state` and a `note` about it.
     """
     import jinja2
 

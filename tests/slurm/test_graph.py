@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from data_pipeline.commands import order
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, DataError
 from slurm.commands.status import main
 from slurm.supervise import history
 from tests.slurm.conftest import Slurm, until
@@ -64,11 +64,27 @@ def test_existing_data_is_not_prepared(here: Path) -> None:
 def test_the_launch_of_the_readme_passes_every_check(here: Path) -> None:
     lines = Path(__file__).parents[2].joinpath("README.md").read_text().splitlines()
     (command,) = [shlex.split(line) for line in lines if line.strip().startswith("cascade launch ")]
+    meant = {"data.shards": "mine/*.tar", "evaluation.reference": "held/*.tar", "text.path": "t5"}
     words = [
-        {"data.shards=...": "data.shards=mine/*.tar", "text.path=...": "text.path=t5"}.get(w, w) for w in command[2:]
+        word.replace("...", meant.get(word.partition("=")[0], "...")) for word in command[2:] if word != "verb=all"
     ]
-    answer = launch(*(word for word in words if word != "verb=all"), own=["verb=all", "dry_run=true"])
+    answer = launch(*words, own=["verb=all", "dry_run=true"])
     assert len(answer["jobs"]) == 10, "index, embed, three trainings that are watched, bundle, evaluation"
+
+
+def test_a_cascade_that_could_not_be_evaluated_is_refused(here: Path) -> None:
+    words, own = ["cluster=kubernetes", "cluster.container=x", "experiment=photos"], ["verb=all"]
+    (here / "set").mkdir()
+    with pytest.raises(ConfigError, match=r"verb=all: evaluation\.reference is not set.*evaluation\.prompts=FILE"):
+        launch(*words, "data.shards=set", "evaluation.reference=null", own=own)
+    with pytest.raises(DataError, match=r"data\.shards=data/photos/train: no \.tar shards found"):
+        launch(*words, "data.shards=data/photos/train", own=own)
+    (here / "set/0.tar").touch()
+    with pytest.raises(DataError, match=r"evaluation\.reference=data/photos/heldout: no \.tar shards found"):
+        launch(*words, "data.shards=set", own=own)
+    assert not (here / "runs").exists(), "nothing was written"
+    for reference in ("set", "s3://bucket/heldout", "features.safetensors", "/only/on/nodes"):
+        assert launch(*words, "data.shards=set", f"evaluation.reference={reference}", own=own)["jobs"]
 
 
 def test_students_follow_their_teachers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
