@@ -288,7 +288,7 @@ class Evaluation:
         reference = self._reference_features(arrays)
         count = len(next(iter(reference.values()))) if reference else 0
         if count:
-            figures |= measure.against_reference(samples, reference, self.clip, self.dino)
+            figures |= measure.against_reference(samples, reference, self.clip, self.dino, places)
         figures |= measure.of_answers(arrays, [self.lines[place] for place in places] if self.lines else [])
         captions = [str(prompt) for prompt in arrays["prompt"]]
         each = [captions[place] for place in places]

@@ -10,7 +10,7 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -70,6 +70,7 @@ def write_influences(folder: Path, figures: Mapping[str, Figure], prompts: np.nd
     count."""
     arrays = {f"{name}/samples": figure.samples for name, figure in figures.items()}
     arrays |= {f"{name}/reference": figure.reference for name, figure in figures.items()}
+    arrays |= {f"{name}/halves": figure.halves for name, figure in figures.items()}
     arrays |= {f"{name}/of_{f.of}": f.outcomes.astype(np.int8) for name, f in figures.items()}
     with replacing(folder / INFLUENCES, durable=False) as file:
         np.savez(file, prompts=prompts, **arrays)  # type: ignore[arg-type]
@@ -104,11 +105,13 @@ def read_result(path: str) -> Evaluated:
 
 
 def _stored_figure(stored: Mapping[str, np.ndarray], name: str, value: float) -> Figure:
+    """Return a figure; earlier versions stored neither halves nor which pictures count."""
     samples, reference = stored[f"{name}/samples"], stored[f"{name}/reference"]
     of = next((of for of in ("samples", "reference") if f"{name}/of_{of}" in stored), "")
-    if not of:  # written before shares were compared as such
-        return Figure(value, samples, reference, of="samples" if len(samples) else "reference")
-    return Figure(value, samples, reference, outcomes=stored[f"{name}/of_{of}"].astype(np.float64), of=of)
+    found = Figure(value, samples, reference, of=of or ("samples" if len(samples) else "reference"))
+    if f"{name}/halves" in stored:
+        found = replace(found, halves=stored[f"{name}/halves"])
+    return replace(found, outcomes=stored[f"{name}/of_{of}"].astype(np.float64)) if of else found
 
 
 def field_of(result: Mapping[str, Any], name: str) -> Any:
@@ -192,7 +195,8 @@ def _difference(first: Evaluated, other: Evaluated) -> dict[str, Any]:
 
 
 def _sizes(figure: Figure) -> str:
-    return f"{len(figure.samples)} samples, {len(figure.reference)} reference pictures"
+    divided = f", {len(figure.halves)} divisions" if len(figure.halves) else ""
+    return f"{len(figure.samples)} samples, {len(figure.reference)} reference pictures{divided}"
 
 
 def _differing(here: Mapping[str, Any], there: Mapping[str, Any], fields: Sequence[str]) -> dict[str, list[Any]]:

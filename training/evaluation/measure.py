@@ -27,7 +27,11 @@ Figures = dict[str, dict[str, Figure]]
 
 
 def against_reference(
-    samples: Mapping[str, FeatureRows], reference: Mapping[str, FeatureRows], clip: str = "", dino: str = ""
+    samples: Mapping[str, FeatureRows],
+    reference: Mapping[str, FeatureRows],
+    clip: str = "",
+    dino: str = "",
+    prompts: np.ndarray | None = None,
 ) -> Figures:
     """Compute all figures that need a reference, in every feature space.
 
@@ -35,6 +39,7 @@ def against_reference(
         samples, reference: features (N, d) and (M, d) by extractor.
         clip: the extractor whose features are CLIP embeddings, for CMMD; empty: none.
         dino: the extractor whose features are DINOv2's, for the same discrepancy; empty: none.
+        prompts: int (N,): the prompt of each sample, by number; None: every sample has its own.
     """
     figures: Figures = {}
     for name in samples:
@@ -42,7 +47,7 @@ def against_reference(
         figures.setdefault("frechet", {})[name] = frechet_figure(x, y)
         figures.setdefault("kid", {})[name] = kid(x, y)
         if min(len(x), len(y)) > DENSITY_NEIGHBOURS:
-            for metric, figure in fidelity_and_variety(x, y).items():
+            for metric, figure in fidelity_and_variety(x, y, prompts).items():
                 figures.setdefault(metric, {})[name] = figure
     if clip:
         figures["cmmd"] = {clip: cmmd(samples[clip], reference[clip])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_holms_steps() -> None:
 
 def test_figures_with_a_protocol_of_their_own_are_left_out_where_it_differs(tmp_path: Path) -> None:
     share, db = Figure.mean(np.arange(64) < 3, is_share=True), Figure.mean(SPREAD[:16])
-    old, new = Figure(0.5, SPREAD), Figure(0.5, SPREAD, SPREAD)
+    old, new = Figure(0.5, SPREAD), Figure(0.5, SPREAD, halves=np.full((32, 2), 0.5))
     every = {"kid.x": kid(1), "copies.x": share, "psnr.sr": db, "recall.x": old}
     a = evaluated(tmp_path / "a", every, 16, training={"searched": 500})
     fewer = {"recall.x": new, "kid.x": kid(1), "copies.x": share, "psnr.sr": Figure.mean(SPREAD[:8])}
@@ -85,11 +86,22 @@ def test_figures_with_a_protocol_of_their_own_are_left_out_where_it_differs(tmp_
     assert list(comparison["others"][0]["figures"]) == ["kid.x"]
     text = as_text(comparison)
     assert "note: protocol.training.searched differs: 500 and 100; copies is not compared" in text
-    assert "64 samples, 64 reference pictures; recall.x is not compared" in text, "written by an earlier version"
+    assert "64 samples, 0 reference pictures, 32 divisions; recall.x is not compared" in text, (
+        "written by an earlier version"
+    )
     assert "note: psnr.n differs: 16 and 8; psnr is not compared" in text
     assert "note: protocol.versions differs" in text and "note: protocol.text_sha differs: None and 1" in text
     with pytest.raises(ConfigError, match=r"protocol\.size is None in the first and 64 in the second"):
         compare_results([a, evaluated(tmp_path / "c", {"kid.x": kid(1)}, size=64)])
+
+
+def test_halves_are_subtracted_one_by_one(tmp_path: Path) -> None:
+    """What both results have in common in each half does not widen the interval of their difference."""
+    apart = np.random.default_rng(1).normal(size=(32, 2))
+    first, second = (replace(kid(0.5), halves=apart + one * np.linspace(-1, 1, 64).reshape(32, 2)) for one in (0, 0.01))
+    paths = [evaluated(tmp_path / name, {"density.x": f}) for name, f in (("a", first), ("b", second))]
+    low, high = compare_results(paths)["others"][0]["figures"]["density.x"]["interval"]
+    assert (low, high) == second.minus(first).interval() and high - low < 0.002 < 1 < np.ptp(first.interval())
 
 
 def test_a_share_stays_a_share_and_old_influences_are_read(tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ NEIGHBOURS = 3
 """k for precision and recall, as published."""
 DENSITY_NEIGHBOURS = 5
 """k for density and coverage, as published."""
+DIVISIONS = 32
+"""Number of random divisions into halves, which makes standard errors correct to within about an eighth."""
+WITHIN = 32
+"""Number of nearest neighbours among which to look for the 5 of a half; once in 100,000 times, fewer are in it."""
 RARE, COPY = 0.01, 0.5
 """See `closeness`."""
 ROUNDING = 1e-12
@@ -25,8 +29,11 @@ ROUNDING = 1e-12
 network's fp32 features of the same picture in different batches."""
 
 
-def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[str, Figure]:
-    """Return four figures, from four passes over the distances.
+def fidelity_and_variety(
+    samples: FeatureRows, reference: FeatureRows, prompts: np.ndarray | None = None
+) -> dict[str, Figure]:
+    """Return four figures, from one pass over the distances between samples and reference pictures, and one over those
+    within each.
 
     `precision`, `recall` (Kynkaanniemi et al. 2019): the fraction of samples in a ball around any reference picture
     that reaches its neighbour number `NEIGHBOURS`, and the fraction of reference pictures in such a ball around a
@@ -34,114 +41,83 @@ def fidelity_and_variety(samples: FeatureRows, reference: FeatureRows) -> dict[s
     number of reference balls that contain a sample, divided by k, which outliers of the reference hardly affect; and
     the fraction of reference balls that contain a sample.
 
-    Influences are the jackknife's: how much a figure changes, times N - 1, if a picture is left out, with its ball and
-    as a neighbour of others (Efron & Stein 1981: on average, this variance is not too small).
+    Args:
+        prompts: int (N,): the prompt of each sample, by number; None: every sample has its own.
 
     Raises:
         ValueError: too few samples or reference pictures to have such neighbours, or features that are not finite.
     """
-    near_reference, near_samples = _neighbours(reference, DENSITY_NEIGHBOURS), _neighbours(samples, NEIGHBOURS)
-    narrow, wide = near_reference.balls(NEIGHBOURS), near_reference.balls(DENSITY_NEIGHBOURS)
-    around_samples = near_samples.balls(NEIGHBOURS)
-    precise, recalled = _Union(len(samples)), _Union(len(reference))
-    density, inside, beyond = np.zeros(len(samples)), np.zeros(len(reference)), np.zeros(len(reference))
-    two, first = np.full((len(reference), 2), np.inf), np.zeros(len(reference), np.int64)
+    groups = np.arange(len(samples)) if prompts is None else prompts
+    divisions = DIVISIONS if len(np.unique(groups)) > 1 else 0
+    sides_x, sides_y = _sides(groups, divisions), _sides(np.arange(len(reference)), divisions)
+    around_y, around_x = (_neighbours(rows, DENSITY_NEIGHBOURS) for rows in (reference, samples))
+    narrow, wide = (_radii(around_y, sides_y, k) for k in (NEIGHBOURS, DENSITY_NEIGHBOURS))
+    around = _radii(around_x, sides_x, NEIGHBOURS)
+    furthest_y, furthest_x = np.maximum(narrow, wide).max(axis=0), around.max(axis=0)
+    precise, density = np.zeros(sides_x.shape, bool), np.zeros(sides_x.shape)
+    recalled, covered = np.zeros(sides_y.shape, bool), np.zeros(sides_y.shape, bool)
     for rows, columns, distances in _tiles(samples, reference):
-        precise.add(rows, columns, distances <= narrow.radius[columns])
-        recalled.add(columns, rows, (distances <= around_samples.radius[rows, None]).T)
-        within = distances <= wide.radius[columns]
-        density[rows] += within.sum(axis=1)
-        inside[columns] += within.sum(axis=0)
-        beyond[columns] += (distances <= wide.wider[columns]).sum(axis=0)
-        first[columns] = np.where(
-            distances.min(axis=0) < two[columns, 0], rows.start + distances.argmin(axis=0), first[columns]
-        )
-        two[columns] = np.sort(np.concatenate([two[columns], np.sort(distances, axis=0)[:2].T], axis=1), axis=1)[:, :2]
-    for rows, columns, distances in _tiles(samples, reference):
-        precise.add_shells(rows, columns, _shell(distances, narrow.radius[columns], narrow.wider[columns]))
-        shell = _shell(distances, around_samples.radius[rows, None], around_samples.wider[rows, None])
-        recalled.add_shells(columns, rows, shell.T)
-    precision = Figure.mean(precise.count > 0, is_share=True)
-    recall = Figure.mean(recalled.count > 0, of="reference", is_share=True)
-    dense = Figure.mean(density / DENSITY_NEIGHBOURS)
-    covered = two[:, 0] <= wide.radius
-    coverage = Figure.mean(covered, of="reference", is_share=True)
-    only = np.bincount(first[covered & (two[:, 1] > wide.radius)], minlength=len(samples))
-    uncovered = np.bincount(wide.neighbours[~covered & (two[:, 0] <= wide.wider)].ravel(), minlength=len(reference))
-    gained = np.bincount(wide.neighbours.ravel(), np.repeat(beyond - inside, DENSITY_NEIGHBOURS), len(reference))
-    most, fewer = len(samples), len(reference) - 1
+        near = distances <= np.maximum(furthest_x[rows, None], furthest_y[columns])
+        x, y = (places + where.start for places, where in zip(np.nonzero(near), (rows, columns), strict=True))
+        for split, apart in enumerate(_in_pieces(distances[near], sides_x, sides_y, x, y)):
+            here = apart <= wide[split, y]
+            precise[split, x[apart <= narrow[split, y]]] = True
+            recalled[split, y[apart <= around[split, x]]] = True
+            covered[split, y[here]] = True
+            density[split] += np.bincount(x[here], minlength=len(samples))
+    density /= DENSITY_NEIGHBOURS
     return {
-        "precision": replace(precision, reference=precise.influences(narrow)),
-        "recall": replace(recall, samples=recalled.influences(around_samples)),
-        "density": replace(
-            dense, reference=_centred(fewer * (inside - gained) / (DENSITY_NEIGHBOURS * most)), least=0.0
-        ),
-        "coverage": replace(
-            coverage,
-            samples=_centred((most - 1) * only / len(reference)),
-            reference=coverage.reference - _centred(uncovered.astype(np.float64)),
-        ),
+        "precision": _with_halves(precise, sides_x, is_share=True),
+        "recall": _with_halves(recalled, sides_y, of="reference", is_share=True),
+        "density": replace(_with_halves(density, sides_x), least=0.0),
+        "coverage": _with_halves(covered, sides_y, of="reference", is_share=True),
     }
 
 
-@dataclass(frozen=True)
-class _Balls:
-    """A ball around each of C centres, as far as its k-th neighbour."""
+def _in_pieces(
+    distances: np.ndarray, sides_x: np.ndarray, sides_y: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield the distances (P,) of the pairs (x, y) for every division, infinite between its halves."""
+    for mine, theirs in zip(sides_x, sides_y, strict=True):
+        yield np.where(mine[x] == theirs[y], distances, np.inf)
 
-    radius: np.ndarray
-    """float64 (C,)."""
-    wider: np.ndarray
-    """float64 (C,): the radius without one of these neighbours."""
-    neighbours: np.ndarray
-    """int (C, k)."""
+
+def _sides(groups: np.ndarray, divisions: int) -> np.ndarray:
+    """Return on which side each of N pictures is, (1 + divisions, N): all on side 0, and random divisions into halves
+    that keep the pictures of a group together; the same for the same groups."""
+    known, own = np.unique(groups, return_inverse=True)
+    sides = np.zeros((1 + divisions, len(groups)), np.int8)
+    chance = np.random.default_rng(len(known))
+    for side in sides[1:]:
+        side[:] = chance.permutation(np.arange(len(known)) % 2)[own]
+    return sides
+
+
+def _radii(near: _Neighbours, sides: np.ndarray, k: int) -> np.ndarray:
+    """Return the distance of each of N pictures to its k-th neighbour on its own side, (1 + divisions, N); to the last
+    of the known neighbours if fewer of these are."""
+    found = np.empty(sides.shape)
+    for radii, side in zip(found, sides, strict=True):
+        same = (side[near.places] == side[:, None]).cumsum(axis=1) >= k
+        last = np.where(same[:, -1], same.argmax(axis=1), same.shape[1] - 1)
+        radii[:] = np.take_along_axis(near.distances, last[:, None], axis=1)[:, 0]
+    return found
+
+
+def _with_halves(values: np.ndarray, sides: np.ndarray, of: str = "samples", is_share: bool = False) -> Figure:
+    """Return the mean of values (1 + divisions, N): of the whole, with the means of the halves of every division."""
+    halves = [
+        [value[side == half].mean() for half in (0, 1)] for value, side in zip(values[1:], sides[1:], strict=True)
+    ]
+    return replace(Figure.mean(values[0], of=of, is_share=is_share), halves=np.array(halves))
 
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """The nearest other rows of each row, nearest first: distances and indices, (N, k + 1)."""
+    """The nearest other rows of each row, nearest first: distances and indices, (N, k)."""
 
     distances: np.ndarray
     places: np.ndarray
-
-    def balls(self, k: int) -> _Balls:
-        return _Balls(self.distances[:, k - 1], self.distances[:, k], self.places[:, :k])
-
-
-class _Union:
-    """Which of P points are in any ball: `count` (P,) of the balls, and which it is if it is one."""
-
-    def __init__(self, points: int) -> None:
-        self.count, self._sum = np.zeros(points, np.int64), np.zeros(points)
-        self._shells: list[np.ndarray] = []
-
-    def add(self, points: slice, centres: slice, inside: np.ndarray) -> None:
-        """Take in whether points are inside balls, bool (points, centres)."""
-        self.count[points] += inside.sum(axis=1)
-        self._sum[points] += inside @ np.arange(centres.start, centres.stop, dtype=np.float64)
-
-    def add_shells(self, points: slice, centres: slice, shells: np.ndarray) -> None:
-        """Take in whether points are in a ball only if it is wider, bool (points, centres), after all of `add`."""
-        point, centre = np.nonzero(shells & (self.count[points] < 2)[:, None])
-        self._shells.append(np.stack([point + points.start, centre + centres.start]))
-
-    def influences(self, balls: _Balls) -> np.ndarray:
-        """Return the influence of each centre on the fraction of points that are in any ball, (C,)."""
-        centres, k = balls.neighbours.shape
-        only = np.where(self.count == 1, self._sum, -1).astype(np.int64)
-        lost = np.bincount(only[only >= 0], minlength=centres)
-        point, centre = np.concatenate(self._shells, axis=1)
-        without, point = balls.neighbours[centre].ravel(), np.repeat(point, k)
-        found = (self.count[point] == 0) | (only[point] == without)
-        regained = np.bincount(np.unique(np.stack([without, point])[:, found], axis=1)[0], minlength=centres)
-        return _centred((centres - 1) * (lost - regained) / len(self.count))
-
-
-def _centred(influences: np.ndarray) -> np.ndarray:
-    return np.asarray(influences - influences.mean())
-
-
-def _shell(distances: np.ndarray, radius: np.ndarray, wider: np.ndarray) -> np.ndarray:
-    return np.asarray((radius < distances) & (distances <= wider))
 
 
 def kth_distances(features: FeatureRows, k: int) -> np.ndarray:
@@ -150,25 +126,26 @@ def kth_distances(features: FeatureRows, k: int) -> np.ndarray:
     Raises:
         ValueError: there are too few rows.
     """
-    return _neighbours(features, k).distances[:, k - 1]
+    return _neighbours(features, k, k).distances[:, k - 1]
 
 
-def _neighbours(features: FeatureRows, k: int) -> _Neighbours:
-    """Return the k + 1 nearest other rows of each row (N, d); the last is at an infinite distance if N is k + 1.
+def _neighbours(features: FeatureRows, k: int, most: int = WITHIN) -> _Neighbours:
+    """Return the nearest other rows of each row (N, d): `most`, or all.
 
     Raises:
-        ValueError: there are too few rows for k.
+        ValueError: there are fewer than k.
     """
     if len(features) <= k:
         raise ValueError(f"{len(features)} pictures: neighbour number {k} needs at least {k + 1}")
-    least = np.full((len(features), k + 2), np.inf)
-    places = np.zeros((len(features), k + 2), np.int64)
+    count = min(most, len(features) - 1)
+    least = np.full((len(features), count + 1), np.inf)
+    places = np.zeros((len(features), count + 1), np.int64)
     for rows, columns, distances in _tiles(features, features):
         if rows == columns:
             np.fill_diagonal(distances, -1.0)  # the row itself, before its duplicates
         here = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
         both, at = np.concatenate([least[rows], distances], axis=1), np.concatenate([places[rows], here], axis=1)
-        order = np.argpartition(both, k + 1, axis=1)[:, : k + 2]
+        order = np.argpartition(both, count, axis=1)[:, : count + 1]
         least[rows], places[rows] = np.take_along_axis(both, order, axis=1), np.take_along_axis(at, order, axis=1)
     order = np.argsort(least, axis=1)[:, 1:]
     return _Neighbours(np.take_along_axis(least, order, axis=1), np.take_along_axis(places, order, axis=1))

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from training.evaluation.metrics import rows
-from training.evaluation.metrics.neighbours import COPY, closeness, fidelity_and_variety, nearest
+from training.evaluation.metrics.neighbours import (
+    COPY,
+    DIVISIONS,
+    _sides,
+    closeness,
+    fidelity_and_variety,
+    nearest,
+)
 
 
 def cloud(count: int, seed: int, width: int = 3, shift: float = 0.0) -> np.ndarray:
@@ -44,19 +51,39 @@ def test_against_double_loops(monkeypatch) -> None:
     assert distances == pytest.approx(np.sort(between, axis=1)[:, :2])
 
 
-def test_influences_are_what_leaving_out_a_picture_changes(monkeypatch) -> None:
-    """(N - 1) times the change, less its mean."""
+def test_halves_are_what_the_pictures_of_a_half_score_alone(monkeypatch) -> None:
+    """Pictures of one prompt are in the same half."""
     monkeypatch.setattr(rows, "BLOCK", 7)
-    for spread in (0.5, 1.0, 2.0):
-        x, y = cloud(24, 0) * spread, cloud(19, 1)
-        x[3] = x[9]
-        found = fidelity_and_variety(x, y)
-        less_x = [fidelity_and_variety(np.delete(x, i, axis=0), y) for i in range(len(x))]
-        less_y = [fidelity_and_variety(x, np.delete(y, j, axis=0)) for j in range(len(y))]
-        for name, figure in found.items():
-            for influences, less in ((figure.samples, less_x), (figure.reference, less_y)):
-                changes = np.array([(len(less) - 1) * (figure.value - one[name].value) for one in less])
-                assert influences == pytest.approx(changes - changes.mean(), abs=1e-9), (name, spread)
+    x, y, prompts = cloud(60, 0), cloud(50, 1), np.arange(60) // 2
+    x[3] = x[9]
+    found = fidelity_and_variety(x, y, prompts)
+    sides_x, sides_y = _sides(prompts, DIVISIONS), _sides(np.arange(50), DIVISIONS)
+    assert not fidelity_and_variety(x[:9], y, np.zeros(9))["precision"].halves.size, "a single prompt"
+    assert (sides_x[:, ::2] == sides_x[:, 1::2]).all() and (sides_x[1:].sum(axis=1) == 30).all()
+    assert len(np.unique(sides_x, axis=0)) == 1 + DIVISIONS
+    for division in range(DIVISIONS):
+        for half in (0, 1):
+            mine, theirs = sides_x[1 + division] == half, sides_y[1 + division] == half
+            alone = fidelity_and_variety(x[mine], y[theirs])
+            for name, figure in found.items():
+                assert figure.halves[division, half] == pytest.approx(alone[name].value, abs=1e-12), name
+
+
+def test_intervals_are_as_wide_as_the_figures_vary() -> None:
+    """Between two models that draw the same prompts from the same noise, on the same reference."""
+    values: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
+    for seed in range(80):
+        y, common = cloud(64, seed, 4), cloud(64, 10_000 + seed, 4)
+        first, second = (0.7 * (common + cloud(64, 1000 * one + seed, 4, shift=0.5)) for one in (1, 2))
+        mine, theirs = fidelity_and_variety(first, y), fidelity_and_variety(second, y)
+        for name in mine:
+            difference = theirs[name].minus(mine[name])
+            values.setdefault(name, []).append(difference.value)
+            errors.setdefault(name, []).append(difference.standard_error())
+    for name, found in values.items():
+        ratio = np.sqrt(np.mean(np.square(errors[name])) / np.var(found))
+        assert 0.75 < ratio < 1.4, (name, ratio)  # a jackknife's is 1.3 to 2
 
 
 def test_a_planted_copy_is_found_and_none_is_reported_without_it() -> None:
