@@ -35,8 +35,8 @@ def can_overwrite(out: TextIO) -> bool:
 
 
 def width() -> int:
-    """Return the width for running text, 60 to 120 columns: that of the terminal; 100 without one."""
-    return min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
+    """Return the width for running text, 60 to 120 columns: that of the terminal; 80 without one."""
+    return min(120, max(60, shutil.get_terminal_size((80, 24)).columns))
 
 
 def print_result(result: Mapping[str, Any]) -> None:

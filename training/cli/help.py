@@ -79,10 +79,10 @@ def verb_help(verb: str, overrides: Sequence[str] = ()) -> str:
     blocks = [
         *_wrapped(f"cascade {verb}: ", known.line),
         "examples:",
-        *(f"  {example}" for example in known.examples),
+        *(line for example in known.examples for line in _wrapped_command(example)),
         "",
     ]
-    blocks += ["groups (GROUP=OPTION loads conf/GROUP/OPTION.yaml):"]
+    blocks += _wrapped("", "groups (GROUP=OPTION loads conf/GROUP/OPTION.yaml; the default is in brackets):", 2)
     defaults = group_defaults()
     for group, options in groups().items():
         if not may_read(verb, section_of(group)):
@@ -129,6 +129,17 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def _wrapped_command(command: str) -> list[str]:
+    """Wrap a command line to the width of the terminal, so that the shell reads the lines as one; words stay whole."""
+    lines, line = [], " "
+    for word in re.findall(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""", command):
+        if len(line) + len(word) + len("  \\") > terminal.width():
+            lines.append(f"{line} \\")
+            line = " " * 5
+        line += f" {word}"
+    return [*lines, line]
 
 
 def _wrapped(head: str, text: str, indent: int = 16) -> list[str]:

@@ -515,8 +515,8 @@ COMMANDS: dict[str, Verb] = {
         "train one stage; repeat the command to resume",
         (
             "cascade train experiment=demo stage=demo_sr",
-            "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 \\\n"
-            "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
+            "cascade train stage=base64 text=t5 text.path=google/t5-v1_1-xxl precision=bf16 zero=zero2 "
+            "'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048 run.name=first",
             "cascade train experiment=demo --multirun optimizer.lr=1e-4,3e-4",
         ),
         EVERYTHING,
@@ -545,8 +545,8 @@ COMMANDS: dict[str, Verb] = {
         (
             "cascade distill experiment=demo stage=demo_base train.steps=400 optimizer.lr=1e-3",
             "cascade distill experiment=demo stage=demo_sr distill.steps=2 train.steps=200 optimizer.lr=1e-3",
-            "cascade distill stage=base64 run.name=first distill.steps=4 distill.guidance=4 train.steps=20000 \\\n"
-            "      'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048",
+            "cascade distill stage=base64 run.name=first distill.steps=4 distill.guidance=4 train.steps=20000 "
+            "'data.shards=s3://bucket/laion/{00000..00999}.tar' data.global_batch=2048",
         ),
         ("distill", *EVERYTHING),
         outputs=("run.dir", "checkpoint.dir"),
@@ -623,8 +623,8 @@ COMMANDS: dict[str, Verb] = {
         "submit a command, a chain, or a whole cascade",
         (
             "cascade launch verb=all cluster=slurm experiment=demo dry_run=true",
-            "cascade launch verb=all cluster=slurm experiment=demo \\\n"
-            '      \'bundle.students=["demo_base distill.steps=4 train.steps=400","demo_sr distill.steps=2"]\'',
+            "cascade launch verb=all cluster=slurm experiment=demo "
+            '\'bundle.students=["demo_base distill.steps=4","demo_sr distill.steps=2"]\'',
             "cascade launch cluster=slurm experiment=demo dry_run=true",
             "cascade launch cluster=slurm experiment=demo "
             "verb=\"['train stage=demo_base','train stage=demo_sr',bundle]\"",

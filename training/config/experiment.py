@@ -30,7 +30,8 @@ class RunConfig:
     name: str = "default"
     """Name of the experiment, part of the paths of its data, runs and results."""
     dir: str = "runs/default/stage"
-    """Directory of this stage's run: checkpoints, logs, metrics, sample grids."""
+    """Directory of this stage's run: checkpoints, logs, metrics, sample grids. Short: `run=DIR`. `status`, `resume` and
+    `stop` also take a directory of several runs."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir: it is empty; name a directory")

@@ -126,8 +126,9 @@ def test_help_of_a_command(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     keys = re.findall(r"^  ([\w.]+)=", text, re.MULTILINE)
     assert keys and len(keys) == len({*keys}), "each key once"
     assert [key for key in keys if not may_read(verb, key)] == [], "none that it would refuse"
-    pasted = ("  cascade ", "      '")
-    assert [line for line in text.splitlines() if len(line) > 80 and not line.startswith(pasted)] == []
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    examples = text.partition("examples:\n")[2].partition("\n\n")[0].replace(" \\\n     ", "")
+    assert [line.strip() for line in examples.splitlines()] == list(COMMANDS[verb].examples), "pasted, they are whole"
 
 
 @pytest.mark.parametrize("words", [["help", "bundle"], ["--help", "bundle"], ["bundle", "help"], ["bundle", "-h"]])
