@@ -404,6 +404,7 @@ def model_card(path: str, content: dict[str, Any]) -> str:
         )
     lines += [
         "",
+        *(line for stage in content["stages"] for line in _made_from(stage["name"], stage["origin"])),
         "Data sets are identified by the fingerprint of their index.",
         "",
         *_licences({stage["name"]: stage["origin"] for stage in content["stages"]}),
@@ -412,6 +413,19 @@ def model_card(path: str, content: dict[str, Any]) -> str:
         *_figures(content.get("figures")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _made_from(name: str, origin: dict[str, Any]) -> list[str]:
+    """Return the card's lines on the other weights that a stage was made from."""
+    lines = []
+    if taught := origin.get("distilled"):
+        lines.append(
+            f"{name} is distilled to {taught['steps']} steps with guidance {taught['guidance']:g} in its weights, from "
+            f"weights with SHA-256 {taught['sha256']}."
+        )
+    if lora := origin.get("lora"):
+        lines.append(f"{name} has adapters (LoRA) merged into weights with SHA-256 {lora['sha256']}.")
+    return [part for line in lines for part in (line, "")]
 
 
 def _licences(origins: dict[str, dict[str, Any]]) -> list[str]:

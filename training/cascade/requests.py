@@ -209,9 +209,19 @@ DISTILLED = {"name": "sampler", "steps": "steps", "guidance": "guidance", "spaci
 """Sampler settings that are fixed by distillation: field of `SamplerConfig` -> argument of `draw`."""
 
 
-def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: SamplerConfig, strength: float) -> None:
+def check_distilled(
+    config: StageConfig,
+    origin: dict[str, Any],
+    sampler: SamplerConfig,
+    strength: float = 1.0,
+    keys: Mapping[str, str] = DISTILLED,
+    remedy: str = "leave it out, or distil another student",
+) -> None:
     """Check that a distilled stage is sampled as it was trained: it knows only its own noise levels, and its guidance
     is part of its weights.
+
+    Args:
+        keys, remedy: what to call the settings in an error, and what to do.
 
     Raises:
         ConfigError: a different sampler, or a start between its levels (`strength` below 1).
@@ -222,10 +232,10 @@ def check_distilled(config: StageConfig, origin: dict[str, Any], sampler: Sample
     learnt = (
         f"{config.name} is distilled to {taught['steps']} steps with guidance {taught['guidance']:g} in its weights"
     )
-    for field_name, key in DISTILLED.items():
+    for field_name, key in keys.items():
         own, given = getattr(config.sampler, field_name), getattr(sampler, field_name)
         if own != given:
-            raise ConfigError(f"{key}={given}: {learnt}, so it must be {own}; leave it out, or distil another student")
+            raise ConfigError(f"{key}={given}: {learnt}, so it must be {own}; {remedy}")
     if strength < 1:
         raise ConfigError(f"strength={strength:g}: {learnt}, and cannot start in between; use its teacher instead")
 

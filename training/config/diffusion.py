@@ -180,7 +180,7 @@ class DistillConfig:
     """Sampling steps of the student, typically 1 to 8; 0: no distillation."""
     teacher: str | None = None
     """The trained stage: a run, a checkpoint or a bundle. It stays frozen; the student starts from its averaged
-    weights."""
+    weights. A student can teach only its own steps: distill.solver=ddim, guidance=1, and teacher_steps its steps."""
     teacher_steps: int = 20
     """Sampling steps of the teacher over the same range of noise levels, rounded up to a multiple of `steps`."""
     solver: str = "dpmpp_2m"

@@ -12,12 +12,20 @@ import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
 from training.cascade.bundle import StageWeights, check_base, load_unet, stage_weights
+from training.cascade.requests import check_distilled
 from training.config.diffusion import DiffusionConfig
 from training.config.experiment import Experiment, StageConfig
 from training.model.alignment import BESIDE
 from training.model.lora import add_adapters, weights_sha256
 from training.model.unet import UNet
 
+TEACHING = {
+    "name": "distill.solver",
+    "steps": "distill.teacher_steps",
+    "guidance": "distill.guidance",
+    "spacing": "stage.sampler.spacing",
+}
+"""Sampler settings that are fixed if the teacher is itself distilled: field of `SamplerConfig` -> key."""
 MEANING = ("parametrization", "residual", "sigma_data")
 """Settings that define what a network's output means."""
 
@@ -57,6 +65,8 @@ def begin_with(model: torch.nn.Module, config: Experiment, base: dict[str, Any] 
     log.info("starting from the weights of %s", path)
     if found.origin.get("text") not in (None, config.text.sha):
         log.warning("they were trained with a different text encoder (text.sha=%s)", found.origin["text"])
+    if (taught := found.origin.get("distilled")) and not config.distill.steps:
+        log.warning("they are distilled to %d steps; this training makes an ordinary stage of them", taught["steps"])
     if not lora.rank:
         return None
     count = add_adapters(model, lora)
@@ -87,7 +97,8 @@ def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
         known: its record at the first start of the run; the weights must be the same, even if they have moved.
 
     Raises:
-        ConfigError: no such stage, one with other picture sizes, or one trained with a different text encoder.
+        ConfigError: no such stage, one with other picture sizes, one trained with a different text encoder, or a
+            distilled one that would have to teach other steps than its own.
         DataError: there are no weights, or they are not those of `known`.
     """
     stage, path = config.stage, _absolute(str(config.distill.teacher))
@@ -101,6 +112,10 @@ def open_teacher(config: Experiment, known: dict[str, Any] | None) -> Teacher:
         raise ConfigError(
             f"{key}: it was trained with a different text encoder (text.sha={found.origin['text']}); use that encoder"
         )
+    if known is None:
+        sampler = config.distill.teacher_sampler(stage.sampler)
+        remedy = "set it, or use that student's own teacher"
+        check_distilled(found.config, found.origin, sampler, keys=TEACHING, remedy=remedy)
     unet = load_unet(found)
     sha256 = weights_sha256(unet.state_dict())
     if known and known["sha256"] != sha256:

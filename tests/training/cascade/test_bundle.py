@@ -117,6 +117,10 @@ def test_adapters_do_not_replace_the_bundle_that_they_are_added_to(runs: list[st
     with pytest.raises(ConfigError, match=r"the adapters \(lora\) of base are added to the weights in this bundle"):
         bundle.main(command(runs, base))
     bundle.main(command(runs, tuned))
+    assert (
+        f"base has adapters (LoRA) merged into weights with SHA-256 {lora['sha256']}.\n"
+        in (tuned / "README.md").read_text()
+    )
     (base / bundle.INDEX).unlink()
     with pytest.raises(DataError, match="are no longer in"):
         bundle.main(command(runs, tuned))

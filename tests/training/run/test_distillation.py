@@ -24,6 +24,8 @@ from training.plan.flops import forward_flops
 from training.plan.plan import make_plan
 from training.plan.table import table
 from training.run.directory import check_same_run
+from training.run.starting_weights import begin_with, open_teacher
+from training.text.identity import pinned
 from training.train import main
 
 
@@ -170,8 +172,32 @@ def test_a_distilled_stage_is_drawn_as_it_was_taught(whole: Experiment, tmp_path
         cascade.generate("a red circle", image=cascade.generate("a red circle")[0], strength=0.5)
     with pytest.raises(ConfigError, match=r"negative_prompts: no stage drawn has guidance"):
         cascade.generate("a red circle", "a blue square", stages=1)
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert (
+        f"\nbase is distilled to 2 steps with guidance 2 in its weights, from weights with SHA-256 {taught['sha256']}"
+        in card
+    )
     cascade.save(str(tmp_path / "saved"))
     assert Cascade.from_pretrained(str(tmp_path / "saved")).stages[0].origin["distilled"] == taught
+
+
+def test_a_student_teaches_only_its_own_steps(
+    whole: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"distill__teacher": whole.run.dir, "distill__steps": 1, "distill__teacher_steps": 2}
+    given["text__sha"] = pinned(whole.text).sha
+    own = given | {"distill__guidance": 1.0, "distill__solver": "ddim"}
+    for key, value in {"teacher_steps": 6, "guidance": 2.0, "solver": "dpmpp_2m"}.items():
+        config = student(tmp_path, whole.data.shards, "", **own | {f"distill__{key}": value})
+        with pytest.raises(ConfigError, match=rf"^distill\.{key}=.*: base is distilled to 2 steps .* so it must be"):
+            open_teacher(config, None)
+    config = student(tmp_path, whole.data.shards, "", **own)
+    teacher = open_teacher(config, None)
+    again = student(tmp_path, whole.data.shards, "", **own | {"distill__guidance": 2.0})
+    assert open_teacher(again, teacher.record).record == teacher.record, "a run that has begun goes on"
+    config.distill.steps, config.train.init_from = 0, whole.run.dir
+    begin_with(teacher.unet, config, None)
+    assert "they are distilled to 2 steps; this training makes an ordinary stage of them" in caplog.text
 
 
 def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ def test_adapters_that_cannot_work_are_refused(monkeypatch) -> None:
         add_adapters(unet, LoraConfig(rank=2, targets=["attn"]))
     with pytest.raises(ConfigError, match=r"lora.rank=2: .* set train.init_from to a bundle or run"):
         Experiment(lora=LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"lora\.alpha=inf: it must be a finite number"):
+        LoraConfig(rank=2, alpha=float("inf"))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs the peft package: pip install 'cascade-t2i\[lora\]'"):
         add_adapters(unet, LoraConfig(rank=2))
