@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -211,6 +211,21 @@ def _differing(here: Mapping[str, Any], there: Mapping[str, Any], fields: Sequen
         elif one != two:
             found[name] = [one, two]
     return found
+
+
+def tied_with(best: Evaluated, others: Iterable[Evaluated], name: str) -> list[str]:
+    """Return the paths of the results that are not certainly worse than the best in one figure: by paired differences,
+    with Holm's correction for the number of results.
+
+    Raises:
+        KeyError: a result has no such figure with influences.
+    """
+    chances: dict[str, float] = {}
+    for other in others:
+        difference = other.figures[name].minus(best.figures[name])
+        prompts = other.prompts if len(difference.samples) == len(other.prompts) else None
+        chances[other.path] = difference.chance(prompts)
+    return [path for path, certain in zip(chances, holm(list(chances.values())), strict=True) if not certain]
 
 
 def holm(chances: Sequence[float]) -> list[bool]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from training.evaluation.metrics.neighbours import COPY, closeness
 from training.evaluation.metrics.rows import FeatureRows
-from training.evaluation.report import METRICS, protocol_rows
+from training.evaluation.report import METRICS, protocol_rows, told_of
 from training.evaluation.shown import Shown, best_and_worst
 
 Pictures = Sequence[np.ndarray] | np.ndarray
@@ -66,7 +66,7 @@ def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Show
     prompts drawn with the same noise by every checkpoint, first the best and worst, then by category.
 
     Args:
-        series: `figure`, `best` and `steps` (by step and name: `value`, `interval`).
+        series: `figure`, `best`, `tied`, `left_out` and `steps` (by step and name: `value`, `interval`).
         pictures: pictures drawn by each step.
     """
     steps = {int(step): figures for step, figures in series["steps"].items()}
@@ -77,12 +77,25 @@ def series_html(run: str, series: Mapping[str, Any], pictures: Mapping[int, Show
         title=f"Checkpoints of {run}",
         steps=len(steps),
         figure=series["figure"],
+        told=told_of(series["figure"]),
         best=series["best"],
+        ties=ties(series),
+        left_out=list(series["left_out"].values()),
         curves=[curve for curve in curves if not curve["name"].startswith(DETAILS)],
         details=[curve for curve in curves if curve["name"].startswith(DETAILS)],
         columns=(columns := _columns(sorted(pictures), series["best"]["step"])),
         grids=_grids({step: pictures[step] for step in columns}) if columns else [],
     )
+
+
+def ties(series: Mapping[str, Any]) -> str:
+    """Return the end of the sentence about the best step: which ones cannot be told apart from it."""
+    if series["tied"] is None or len(series["steps"]) < 2:
+        return ""
+    if not series["tied"]:
+        return "; certainly better than every other"
+    steps = ", ".join(map(str, series["tied"]))
+    return f"; cannot be told apart from it: step{'s' if len(series['tied']) > 1 else ''} {steps}"
 
 
 def _columns(steps: Sequence[int], best: int) -> list[int]:
@@ -132,6 +145,7 @@ def _curve(name: str, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
     band += [place(step, entry["interval"][0]) for step, entry in reversed(list(entries.items()))]
     return {
         "name": name,
+        "told": told_of(name),
         "line": " ".join(line),
         "band": " ".join(band),
         "dots": [point.split(",") for point in line],
@@ -152,14 +166,19 @@ def _rendered(name: str, **values: Any) -> str:
 
 def _groups(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = []
-    for key, title in (("samples", "Right in samples, as read by the oracle"), ("real", "Right in real drawings")):
+    for key, title in (
+        ("samples", "Right in samples, as read by the oracle; higher is better"),
+        ("real", "Right in real drawings: the accuracy of the oracle itself"),
+    ):
         if key in result:
             groups.append({"title": title, "head": "part", "rows": [_row(n, e, "%") for n, e in result[key].items()]})
     for stage, found in (result.get("psnr") or {}).get("stages", {}).items():
         rows = [_row(name, entry, "dB") for name, entry in found.items()]
-        groups.append({"title": f"PSNR of {stage} on true low-res input, dB", "head": "method", "rows": rows})
+        groups.append(
+            {"title": f"PSNR of {stage} on true low-res input, dB; higher is better", "head": "method", "rows": rows}
+        )
     rows = [
-        _row(f"{title} on {name}", entry)
+        {**_row(f"{title} on {name}", entry), "told": told_of(metric)}
         for metric, title in METRICS.items()
         for name, entry in result.get(metric, {}).items()
     ]
@@ -171,6 +190,7 @@ def _row(name: str, entry: Mapping[str, Any], unit: str = "") -> dict[str, Any]:
     low, high = entry["interval"]
     return {
         "name": name,
+        "told": "",
         "value": form.format(entry["value"]),
         "interval": f"{form.format(low)} to {form.format(high)}",
         "n": entry["n"],

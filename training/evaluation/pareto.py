@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.errors import ConfigError
-from training.evaluation.comparison import Evaluated, check_same_question, holm, read_result
+from training.evaluation.comparison import Evaluated, check_same_question, read_result, tied_with
 from training.pictures.sheets import FAINT, GOOD, INK, PAPER, default_font, save
 
 WIDTH, HEIGHT, EDGE = 900, 600, 70
@@ -53,7 +53,8 @@ def draw_curve(paths: Sequence[str], output: Path) -> dict[str, Any]:
     ]
     front = on_front([(point.x["value"], point.y["value"]) for point in points])
     best = min(range(len(points)), key=lambda i: points[i].y["value"])
-    tied = _tied(results, best, axes[1])
+    equal = tied_with(results[best], (result for i, result in enumerate(results) if i != best), axes[1])
+    tied = [i for i, result in enumerate(results) if result.path in equal]
     found = {"axes": axes, "points": [vars(point) for point in points], "front": front, "best": best, "tied": tied}
     output.mkdir(parents=True, exist_ok=True)
     (output / "pareto.json").write_text(json.dumps(found, indent=1))
@@ -65,16 +66,6 @@ def draw_curve(paths: Sequence[str], output: Path) -> dict[str, Any]:
     print(f"smallest {axes[1]}: {points[best].settings}; cannot be told apart from it: {others}")
     print(f"{output / 'pareto.png'}: {len(front)} of {len(points)} settings are on the front")
     return found
-
-
-def _tied(results: Sequence[Evaluated], best: int, name: str) -> list[int]:
-    """Return the indices of the results that are not certainly worse than the best (paired, 95 % over all of them)."""
-    others = [i for i in range(len(results)) if i != best]
-    chances = []
-    for i in others:
-        difference, prompts = results[i].figures[name].minus(results[best].figures[name]), results[i].prompts
-        chances.append(difference.chance(prompts if len(difference.samples) == len(prompts) else None))
-    return [i for i, certain in zip(others, holm(chances), strict=True) if not certain]
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -36,6 +36,33 @@ METRICS = {
     "diversity": "diversity within a prompt",
 }
 """Figures on features and on answers: key in result.json -> display name."""
+UNITS = {
+    "frechet": "squared distance of features",
+    "kid": "squared discrepancy",
+    "cmmd": "1,000 times a squared discrepancy",
+    "dino_mmd": "1,000 times a squared discrepancy",
+    "density": "times that of the reference",
+    "clip_score": "cosine",
+    "vqa_score": "probability",
+    "soft_tifa_am": "probability",
+    "soft_tifa_gm": "probability",
+    "soft_tifa_skill": "probability",
+    "soft_tifa_atoms": "probability",
+    "diversity": "distance of features",
+    "psnr": "dB",
+}
+"""Units of figures; those of all others are shares."""
+
+
+def is_higher_better(name: str) -> bool:
+    """Return whether a figure, by its key or dotted name in result.json, is better when it is higher."""
+    return name.split(".")[0] not in LOWER_IS_BETTER
+
+
+def told_of(name: str) -> str:
+    """Return a figure's unit and direction, by its key or dotted name in result.json: `cosine, higher is better`."""
+    better = "higher" if is_higher_better(name) else "lower"
+    return f"{UNITS.get(name.split('.')[0], 'share')}, {better} is better"
 
 
 def shares(scores: Scores) -> dict[str, Figure]:
@@ -184,7 +211,7 @@ def _shape_table(result: dict[str, Any]) -> list[str]:
     rows = {"samples": "samples", "base": "their base pictures, enlarged by bicubic", "real": "real held-out drawings"}
     fields = list(result["samples"])
     lines = [
-        "## Share right, as read by the oracle",
+        "## Share right, as read by the oracle (higher is better)",
         "",
         f"| | {' | '.join(fields)} |",
         "|---" * (len(fields) + 1) + "|",
@@ -206,7 +233,7 @@ def _share(entry: dict[str, Any]) -> str:
 
 def _psnr_table(psnr: dict[str, Any]) -> list[str]:
     lines = [
-        f"## PSNR on true low-res input ({psnr['n']} held-out pictures, dB)",
+        f"## PSNR on true low-res input ({psnr['n']} held-out pictures, dB, higher is better)",
         "",
         "| stage | restored | restored, low-res noised as in sampling | bicubic |",
         "|---|---|---|---|",
@@ -233,8 +260,9 @@ def _feature_table(result: dict[str, Any]) -> list[str]:
     for metric, title in METRICS.items():
         for name, entry in result.get(metric, {}).items():
             floor = entry.get("floor")
+            shown = f"{title} ({told_of(metric)})"
             lines.append(
-                f"| {title} | {name} | {widths.get(name, '-')} | {with_interval(entry)} | {entry['detectable']:.3g} | "
+                f"| {shown} | {name} | {widths.get(name, '-')} | {with_interval(entry)} | {entry['detectable']:.3g} | "
                 f"{'-' if floor is None else f'{floor:.4g}'} |"
             )
     return [*lines, ""]

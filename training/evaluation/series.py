@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import ConfigError
+import numpy as np
+
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
 from training.evaluation import page
-from training.evaluation.comparison import LEVEL, RESULT, compare_results
-from training.evaluation.measure import LOWER_IS_BETTER, flattened
+from training.evaluation.comparison import (
+    LEVEL,
+    RESULT,
+    Evaluated,
+    check_same_question,
+    compare_results,
+    read_result,
+    tied_with,
+)
+from training.evaluation.measure import flattened
+from training.evaluation.report import is_higher_better, told_of
 from training.evaluation.shown import Shown
 
 SERIES = "series.json"
@@ -28,8 +40,9 @@ def evaluation_place(output: Path, step: int) -> Path:
 
 
 def write_series(output: Path, figure: str) -> dict[str, Any]:
-    """Write series.json and the page from all results in `output`; return the content of series.json, empty if there
-    are no results.
+    """Write series.json and the page from all results in `output` that can be compared with the newest checkpoint's;
+    return the content of series.json, empty if there are no results: `figure`, `best`, the steps `tied` with it (not
+    certainly worse; None if the figure cannot be compared picture by picture), `left_out` (step -> why) and `steps`.
 
     Args:
         figure: the figure that decides the best step, for example kid.inception; empty: KID on the last feature space.
@@ -37,21 +50,29 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
     Raises:
         ConfigError: the results have no such figure.
     """
-    found = {}
-    for file in sorted(output.glob(f"step-*/{RESULT}")):
-        figures = dict(flattened(json.loads(file.read_text())))
-        found[int(file.parent.name.removeprefix("step-"))] = {
-            name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in figures.items()
-        }
-    if not found:
+    results = {int(file.parent.name.removeprefix("step-")): file for file in sorted(output.glob(f"step-*/{RESULT}"))}
+    if not results:
         return {}
+    left_out = _not_comparable(results)
+    found = {}
+    for step in results.keys() - left_out.keys():
+        figures = dict(flattened(json.loads(results[step].read_text())))
+        found[step] = {name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in figures.items()}
+    found = dict(sorted(found.items()))
     names = list(dict.fromkeys(name for figures in found.values() for name in figures))
     chosen = figure or next((name for name in reversed(names) if name.startswith("kid.")), names[0])
     if chosen not in names:
         raise ConfigError(f"figure={chosen}: the results have {', '.join(names[:12])}")
-    sign = 1 if chosen.split(".")[0] in LOWER_IS_BETTER else -1
-    best = min((step for step in found if chosen in found[step]), key=lambda step: sign * found[step][chosen]["value"])
-    series = {"figure": chosen, "best": {"step": best, **found[best][chosen]}, "steps": found}
+    sign = -1 if is_higher_better(chosen) else 1
+    having = [step for step in found if chosen in found[step]]
+    best = min(having, key=lambda step: sign * found[step][chosen]["value"])
+    series = {
+        "figure": chosen,
+        "best": {"step": best, **found[best][chosen]},
+        "tied": _tied({step: results[step] for step in having}, best, chosen),
+        "left_out": left_out,
+        "steps": found,
+    }
     with replacing(output / SERIES, durable=False) as stream:
         stream.write(json.dumps(series, indent=1).encode())
     with replacing(output / "report.html", durable=False) as stream:
@@ -61,10 +82,40 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
     return series
 
 
-def best_so_far(series: dict[str, Any]) -> str:
-    """Return a sentence with the best step and its figure."""
-    figure, best = series["figure"], series["best"]
-    return f"step {best['step']} is the best of {len(series['steps'])} so far: {figure} {best['value']:.4g}"
+def _not_comparable(results: Mapping[int, Path]) -> dict[int, str]:
+    """Return which steps were evaluated with other settings than the newest one, and what differs."""
+    read = [
+        Evaluated(results[step].parent.name, json.loads(results[step].read_text()), {}, np.zeros(0))
+        for step in sorted(results)
+    ]
+    found: dict[int, str] = {}
+    for step, result in zip(sorted(results), read, strict=True):
+        try:
+            check_same_question(read[-1], result)
+        except ConfigError as error:
+            found[step] = str(error).removeprefix("results: ")
+    return found
+
+
+def _tied(results: Mapping[int, Path], best: int, figure: str) -> list[int] | None:
+    """Return the steps that are not certainly worse than the best; None if the figure has no influences."""
+    places = {str(file.parent): step for step, file in results.items()}
+    try:
+        others = (read_result(place) for place, step in places.items() if step != best)
+        return sorted(places[path] for path in tied_with(read_result(str(results[best].parent)), others, figure))
+    except (DataError, KeyError, ValueError):  # influences are missing, or of another version
+        return None
+
+
+def best_so_far(series: Mapping[str, Any]) -> str:
+    """Return in a sentence the best step with its figure, those tied with it, and those left out."""
+    figure, best, left_out = series["figure"], series["best"], series["left_out"]
+    start = f"step {best['step']} is the best of {len(series['steps'])} so far: {figure} {best['value']:.4g}"
+    told = [f"{start} ({told_of(figure)}){page.ties(series)}"]
+    told += [
+        f"left out: {reason}; delete the older directory to evaluate that step again" for reason in left_out.values()
+    ]
+    return "\n".join(told)
 
 
 def is_worse(output: Path, good: int, step: int, figure: str, tests: int = 1) -> bool:

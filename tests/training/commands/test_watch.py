@@ -23,7 +23,7 @@ from training.config.commands import EvaluateCommand
 from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig, RunConfig
 from training.evaluation.comparison import FORMAT, write_influences
 from training.evaluation.metrics.figure import Figure
-from training.evaluation.series import evaluation_place, is_worse, turned_worse, write_series
+from training.evaluation.series import best_so_far, evaluation_place, is_worse, turned_worse, write_series
 from training.processes.ranks import Ranks
 from training.run.directory import RunDir
 
@@ -89,8 +89,12 @@ def test_a_run_is_getting_worse_when_its_newest_checkpoints_are(tmp_path: Path) 
     for step, worse in ((5, 0.0), (9, 0.0), (12, 0.3), (15, 0.001), (20, 0.4), (25, 0.5)):
         own = np.random.default_rng(step).normal(size=40) * 0.1
         write_result(evaluation_place(output, step), pictures + own + worse)
+    write_result(evaluation_place(output, 3), pictures[:30] - 1)
     series = write_series(output, "")
     assert series["best"]["step"] in (5, 9, 15) and is_worse(output, 5, 20, "kid.x")
+    assert sorted([series["best"]["step"], *series["tied"]]) == [5, 9, 15]
+    other = "step-00000025 and step-00000003 cannot be compared: n.samples is 40 in the first and 30 in the second"
+    assert series["left_out"] == {3: other} and f"left out: {other}; delete the older" in best_so_far(series)
     assert not is_worse(output, 5, 15, "kid.x") and not is_worse(output, 20, 5, "kid.x")
     assert not turned_worse(output, series, 4), "the fourth newest is not worse by more than chance"
     assert turned_worse(output, series, 2).startswith("kid.x was ")

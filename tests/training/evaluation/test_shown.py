@@ -28,7 +28,12 @@ def test_checkpoints_are_shown_side_by_side(tmp_path: Path) -> None:
     figures = {"kid.x": {"value": 1.0, "interval": [0.5, 1.5], "n": 3}}
     steps = list(range(10, 130, 10))
     series = {"figure": "kid.x", "best": {"step": 30, **figures["kid.x"]}, "steps": dict.fromkeys(steps, figures)}
+    series |= {"tied": [20, 40], "left_out": {5: "n.samples <differs>"}}
     page = series_html("RUN", series, {step: drawn(step) for step in steps})
+    assert (
+        "cannot be told apart from it: steps 20, 40. Bands" in page and "Left out: n.samples &lt;differs&gt;." in page
+    )
+    assert "kid.x<br><small>squared discrepancy, lower is better</small>" in page
     assert page.count("<h2>Category: X</h2>") == 1 and "&lt;b&gt;" in page and "best scores" not in page
     head = page[page.index("<h2>Category") : page.index("</tr>", page.index("<h2>Category"))]
     assert head.count("<th>step") == 7 and all(f"step {step}<" in head for step in (10, 30, 120)), "best, first, newest"
