@@ -278,7 +278,7 @@ MISSING = '{look} >/dev/null || {{ echo "==> {name}: not on PATH of $(hostname);
 PROGRAMS = """\
 \\unalias -a
 unset -f cat cd date echo grep head hostname kill ls mkdir printf rm
-unset -f scancel scontrol seq set sleep squeue srun type wait"""
+unset -f scancel scontrol seq set sleep squeue srun tail type wait"""
 """What the lines of a script use is then what bash and PATH have by these names."""
 CHECK = """\
 setup_directory=$PWD

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.storage.atomic import add_line
 from slurm.causes import why_requeued
 from slurm.task import STOPPED
 from training.config.cluster import slurm_seconds
@@ -289,8 +290,7 @@ def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
     end.action = " ".join([verdict.action, *verdict.without])
     end.why = verdict.sentence if verdict.action.startswith("end") and verdict.sentence else end.why
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / HISTORY, "a") as file:
-        file.write(json.dumps(asdict(end)) + "\n")
+    add_line(run_dir / HISTORY, json.dumps(asdict(end)))
 
 
 def _seconds(limit: str) -> float:

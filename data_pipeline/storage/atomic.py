@@ -81,3 +81,13 @@ def scratch() -> str:
     with suppress(FileNotFoundError):  # there is none that can be written
         return f"TMPDIR={tempfile.gettempdir()}"
     return f"TMPDIR={os.environ.get('TMPDIR', '')}"
+
+
+def add_line(path: Path, line: str) -> None:
+    """Append a line to a text file. A last line that its writer could not complete (it was killed, or the disk was
+    full) is ended first, so that it does not take the new one with it."""
+    with open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = b"" if file.read() in (b"", b"\n") else b"\n"
+        file.write(start + line.encode() + b"\n")

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.atomic import add_line
 from training.checkpoint.store import CheckpointStore
 from training.config.experiment import trained_name
 from training.processes.interval import HISTORY
@@ -31,8 +32,7 @@ NO_ERROR = re.compile(r"[\w.]*\b(?:Preempted|Interrupted): ")
 def append(path: Path, value: dict[str, Any]) -> None:
     """Append a line to a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    add_line(path, json.dumps(value))
 
 
 def submissions(run_dir: Path) -> list[dict[str, Any]]:

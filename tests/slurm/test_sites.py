@@ -159,6 +159,17 @@ def test_a_node_without_the_directory_of_the_launch(site: Path, here: Path) -> N
     assert "ended with code 2" in done.stdout and "ran:" not in done.stdout
 
 
+def test_records_follow_a_line_that_a_full_disk_has_cut_off(site: Path, here: Path, program) -> None:
+    program('[ -e once ] || { touch once; exit 78; }')
+    path = script()
+    for name in ("launch/events.jsonl", "restarts.jsonl"):
+        (path.parents[1] / name).write_text('{"name": "tra')
+    for _ in range(2):
+        assert OK in run_script(path, site).stdout
+    assert [event["code"] for event in json_lines(path.parent / "events.jsonl")] == [0, 0]
+    assert [end["code"] for end in json_lines(path.parents[1] / "restarts.jsonl")] == [78]
+
+
 def test_the_queue_is_asked_about_this_job_alone(site: Path, here: Path, program) -> None:
     """With several clusters squeue prints more, and its filters may hide the job."""
     program('[ -e once ] || { touch once; exit 78; }\necho "ran: again"')
