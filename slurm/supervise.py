@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,13 @@ def record_end(run_dir: Path, end: End, verdict: Verdict) -> None:
     add_line(run_dir / HISTORY, json.dumps(asdict(end)))
 
 
+def unrecorded(end: End, verdict: Verdict, why: str) -> Verdict:
+    """Return what to do about an end that cannot be recorded: failures that nobody counts would be repeated forever."""
+    if verdict.action.startswith("end") or end.code == EXIT_PREEMPTED:
+        return replace(verdict, sentence=f"{verdict.sentence or end.why} (not recorded: {why})")
+    return Verdict(f"end {end.code}", f"{end.why}; no restart, because it cannot be recorded: {why}")
+
+
 def _seconds(limit: str) -> float:
     """Parse a time limit in seconds or in Slurm's format (1-00:00:00, UNLIMITED); infinite if it is neither."""
     try:
@@ -364,7 +371,10 @@ def main(words: Sequence[str] | None = None) -> int:
     slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()
     rules = {"requeue": given.requeue, "most": given.most, "limit_s": given.limit, "spare": given.spare}
     verdict = judge(end, before, **rules, slow=slow)
-    record_end(given.run_dir, end, verdict)
+    try:
+        record_end(given.run_dir, end, verdict)
+    except OSError as error:
+        verdict = unrecorded(end, verdict, f"{given.run_dir / HISTORY}: {error.strerror}")
     if verdict.sentence:
         print(f"==> {verdict.sentence}", file=sys.stderr, flush=True)
     pause = [str(pause_before(end, before, given.pause))] if verdict.action == "restart" else []

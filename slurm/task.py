@@ -40,7 +40,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     """Run `command`; return the exit code for srun.
 
     A program that exits with code 75 has saved and did not fail. If srun saw this code, it would kill the ranks that
-    need a moment longer; so the script gets a note, and srun gets 0.
+    need a moment longer; so the script gets a note, and srun gets 0, unless the note cannot be written.
     """
     set_meeting_place(environ)
     for number in PASSED_ON:  # Slurm sends them to every process of the step, including the program
@@ -50,9 +50,14 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     code = child.wait()
     code, said = 128 - code if code < 0 else code, errors.end()
     notes = environ.get("CASCADE_NOTES")
-    if notes and code:
+    if not (notes and code):
+        return code
+    try:
         note(Path(notes), code, said if code == ABORTED else "", environ)
-    return 0 if code == EXIT_PREEMPTED and notes else code
+    except OSError as error:
+        print(f"==> {notes}: no note about code {code} there: {error.strerror}", file=sys.stderr, flush=True)
+        return code
+    return 0 if code == EXIT_PREEMPTED else code
 
 
 class PassedOn(threading.Thread):

@@ -89,5 +89,5 @@ def add_line(path: Path, line: str) -> None:
     with open(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        start = b"" if file.read() in (b"", b"\n") else b"\n"
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
         file.write(start + line.encode() + b"\n")

@@ -31,7 +31,7 @@ def freeze(folder: Path) -> Path:
     (`changes.diff`).
 
     Raises:
-        UserError: the code contains large files.
+        UserError: the code contains large files, or cannot be copied: the disk is full, or a file cannot be read.
     """
     sources = {name: _place(name) for name in PACKAGES}
     files = {name: _files(source) for name, source in sources.items()}
@@ -41,8 +41,13 @@ def freeze(folder: Path) -> Path:
         return target
     scratch = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
-    for name, source in sources.items():
-        shutil.copytree(source, scratch / name, ignore=LEFT_OUT, ignore_dangling_symlinks=True)
+    try:
+        for name, source in sources.items():
+            shutil.copytree(source, scratch / name, ignore=LEFT_OUT, ignore_dangling_symlinks=True)
+    except shutil.Error as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        failed, _, why = error.args[0][0]
+        raise UserError(f"{folder}: the code of the job could not be copied there: {failed}: {why}") from error
     version = code_version()
     (scratch / FROZEN).write_text(json.dumps({key: version[key] for key in ("commit", "dirty")}))
     if version["dirty"]:

@@ -54,6 +54,7 @@ def test_dry_run_writes_a_script_and_frozen_settings(here: Path, capsys: pytest.
         "export MASTER_PORT=",
         "export CASCADE_SRUN=1",
         "srun --kill-on-bad-exit=1 --nodes=4 --ntasks-per-node=2",
+        "--mpi=none",
     ):
         assert line in text
     assert "{{" not in text

@@ -51,8 +51,12 @@ def test_nothing_of_an_outer_allocation_reaches_the_job() -> None:
 
 
 def test_a_script_submitted_by_hand_forgets_the_outer_allocation(site: Path, program) -> None:
-    program('echo "bind: [$SLURM_CPU_BIND$SLURM_CPU_BIND_TYPE$SLURM_MEM_PER_CPU$RANK$LOCAL_RANK$WORLD_SIZE]"')
+    program(
+        'echo "bind: [$SLURM_CPU_BIND$SLURM_CPU_BIND_TYPE$SLURM_MEM_PER_CPU$RANK$LOCAL_RANK$WORLD_SIZE'
+        '$SLURM_CONSTRAINT$SLURM_STDOUTMODE]"'
+    )
     outer = {"SLURM_CPU_BIND": "x", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_MEM_PER_CPU": "100"}
+    outer |= {"SLURM_CONSTRAINT": "a100", "SLURM_STDOUTMODE": "none"}
     outer |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # of torchrun, or of a container's image
     done = run_script(script(), site, **outer)
     assert "bind: []" in done.stdout and OK in done.stdout
@@ -160,13 +164,12 @@ def test_a_node_without_the_directory_of_the_launch(site: Path, here: Path) -> N
 
 
 def test_records_follow_a_line_that_a_full_disk_has_cut_off(site: Path, here: Path, program) -> None:
-    program('[ -e once ] || { touch once; exit 78; }')
+    program("[ -e once ] || { touch once; exit 78; }")
     path = script()
     for name in ("launch/events.jsonl", "restarts.jsonl"):
         (path.parents[1] / name).write_text('{"name": "tra')
-    for _ in range(2):
-        assert OK in run_script(path, site).stdout
-    assert [event["code"] for event in json_lines(path.parent / "events.jsonl")] == [0, 0]
+    assert OK in run_script(path, site).stdout
+    assert [event["code"] for event in json_lines(path.parent / "events.jsonl")] == [0]
     assert [end["code"] for end in json_lines(path.parents[1] / "restarts.jsonl")] == [78]
 
 
@@ -417,6 +420,11 @@ def test_a_checkout_as_people_have_it(tmp_path: Path, monkeypatch: pytest.Monkey
     code = frozen.freeze(tmp_path / "code")
     assert {path.name for path in (code / "conf").iterdir()} == {"__init__.py", "untracked.yaml"}
     assert OmegaConf.load(code / "frozen.json") == {"commit": None, "dirty": True}
+    os.mkfifo(tree / "conf/pipe")  # any file that cannot be copied
+    with pytest.raises(UserError, match=r"other: the code of the job could not be copied there: .*conf/pipe"):
+        frozen.freeze(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
+    (tree / "conf/pipe").unlink()
     with open(tree / "conf/weights.bin", "wb") as file:
         file.truncate(frozen.MOST_BYTES + 1)
     with pytest.raises(UserError, match=r"weights\.bin: 210 MB among the code"):

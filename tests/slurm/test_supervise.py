@@ -348,6 +348,31 @@ def test_a_rank_that_saved_is_no_failure_for_srun(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
 
 
+@pytest.mark.parametrize("code", [75, 78])
+def test_a_note_that_cannot_be_written_changes_no_code(tmp_path: Path, code: int) -> None:
+    """Its directory is on a full disk, for example."""
+    assert run_task(tmp_path / "absent", "bash", "-c", f"exit {code}").wait() == code
+
+
+@pytest.mark.parametrize(
+    ("code", "action", "said"),
+    [
+        (75, "requeue", "not finished: requeue (not recorded: "),
+        (78, "end 78", "srun ended with code 78; no restart, because it cannot be recorded: "),
+        (2, "end 2", "srun ended with code 2 (not recorded: "),
+    ],
+)
+def test_an_end_that_cannot_be_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, action: str, said: str
+) -> None:
+    """A job that has saved goes on; uncounted failures would be repeated forever."""
+    (tmp_path / "restarts.jsonl").mkdir()
+    words = [str(tmp_path), "--code", str(code), "--most", "3", "--requeue", "--notes", str(tmp_path / "absent")]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{action}\n" and f"==> {said}{tmp_path}/restarts.jsonl: Is a directory" in shown.err
+
+
 def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
     rank = run_task(tmp_path, "bash", "-c", "echo $$; sleep 1000")
     child = int(rank.stdout.readline())
