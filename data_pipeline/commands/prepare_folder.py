@@ -104,6 +104,8 @@ class FolderSource:
         """Captions and metadata without a picture of the same name, by folder and name."""
         self._joined = 0
         """Number of pictures whose caption is in another folder or has another name."""
+        self._hidden = list[Path]()
+        """Pictures whose names begin with a dot, which are passed over."""
         self._several = set[int]()
         """Pictures read so far that have several captions."""
         self._boxes = set[int]()
@@ -181,13 +183,15 @@ class FolderSource:
         for path in self._files:
             stem, dot, ending = nfc(path.name).partition(".")
             is_lost = path.is_symlink() and path.suffix[1:].lower() in IMAGE_EXTENSIONS  # reading it says so
+            if not stem and path.suffix[1:].lower() in IMAGE_EXTENSIONS and _content("", path):
+                self._hidden.append(path)  # unlike macOS' ._x.jpg, which are not pictures
             if not stem or not (path.is_file() or is_lost):
                 continue
-            group = groups.setdefault((path.parent, stem), {})
-            if ending.lower() in group:
+            group, ending = groups.setdefault((path.parent, stem), {}), ending.lower().rstrip()
+            if ending in group:
                 again.append(path)  # a.jpg and a.JPG
             else:
-                group[ending.lower() if dot else ""] = path
+                group[ending if dot else ""] = path
         for (folder, stem), group in groups.items():
             kinds = {ending: kind_of(ending, _content(ending, path), self.names) for ending, path in group.items()}
             if not any(kind in ("image", *NOT_READ) for kind in kinds.values()):
@@ -245,10 +249,15 @@ class FolderSource:
         pictures = Counter(entry.path.parent for entry in entries)
         described = {entry.path.parent for entry in entries if entry.captions or entry.facts}
         in_siblings = self._alone_by_siblings(pictures)
+        by_case = Counter((folder, stem.casefold()) for folder, stem in self._alone)
+        spelled = {(folder, stem.casefold()): (folder, stem) for folder, stem in self._alone}
+        alike = Counter((one.path.parent, nfc(one.path.name).partition(".")[0].casefold()) for one in entries)
         for entry in bare:
             folder, stem = entry.path.parent, nfc(entry.path.name).partition(".")[0]
             keys = self._siblings(folder) if folder not in described else ()
             near = [place for key in keys for place in in_siblings.get((stem, *key), [])]
+            one = folder, stem.casefold()  # b.txt of B.JPG, where case makes no difference to the file system
+            near = near or ([spelled[one]] if by_case[one] == alike[one] == 1 else [])
             near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
@@ -257,7 +266,7 @@ class FolderSource:
                 kinds = {name: kind_of(name, None, self.names) for name in files}
                 joined = self._of(entry.path, roles(kinds, self.names), files)
                 entry.captions, entry.facts = joined.captions, joined.facts
-                self._joined += 1
+                self._joined += near[0][1].casefold() != stem.casefold() or near[0][0] != folder
 
     def _alone_by_siblings(self, pictures: Iterable[Path]) -> Mapping[tuple[Any, ...], list[tuple[Path, str]]]:
         """Return the texts in folders without pictures in or below them, by (name, *key) for each key of `_siblings`.
@@ -353,9 +362,11 @@ class FolderSource:
             if not beside and any(entry.facts is not None for entry in self.entries):
                 return ""  # the reason of the first one lists the fields of its .json
             if not beside:
+                bare = next((entry for entry in self.entries if not entry.captions and entry.problem is None), None)
+                such = f", such as {bare.path.relative_to(self.folder)}" if bare else ""
                 return (
-                    "there are no other files beside them; prepare.captions=folder uses folder names as captions, "
-                    "prepare.captions=name file names"
+                    f"there are no other files beside them{such}; prepare.captions=folder uses folder names as "
+                    "captions, prepare.captions=name file names"
                 )
             looked = ", ".join(f".{name}" for name in CAPTION_ENDINGS)
             return (
@@ -382,6 +393,10 @@ class FolderSource:
         if self._boxes:
             words = "the texts beside %d pictures hold boxes of objects, as the labels of a detection data set do: "
             said.append(words % len(self._boxes) + "they are not used as captions")
+        if self._hidden:
+            said.append(
+                f"{len(self._hidden)} pictures are hidden by their names and not used, such as {self._hidden[0]}"
+            )
         if self._joined:
             said.append(f"{self._joined} pictures take their captions from a sibling folder or a caption.txt")
         return said

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_pipeline.common.errors import NO_FILE, PASSING, BadSample, DataError, system_words
-from data_pipeline.content.members import IMAGE_EXTENSIONS, instead, is_unsupported, picture_kind, unsupported_hint
+from data_pipeline.config import MembersConfig
+from data_pipeline.content.members import (
+    IMAGE_EXTENSIONS,
+    UNFINISHED,
+    instead,
+    is_unsupported,
+    kind_of,
+    picture_kind,
+    unfinished_hint,
+    unsupported_hint,
+)
 from data_pipeline.storage.retry import disk_fault, persist
 
 T = TypeVar("T")
@@ -189,7 +199,9 @@ def file_size(path: Path) -> int:
 
 def refuse_unsupported(data: bytes, name: str = "") -> None:
     """Raise `BadSample` (`unsupported_image`), with a remedy, for a format known by its content or the file's name but
-    not supported."""
+    not supported, or (`unfinished_download`) for a name of a file that is not complete."""
+    if kind_of(name.lower(), picture_kind(data), MembersConfig()) == UNFINISHED:
+        raise BadSample(UNFINISHED, unfinished_hint(name))
     for kind in (picture_kind(data), name.rpartition(".")[2].lower()):
         if is_unsupported(kind):
             raise BadSample("unsupported_image", f"{kind}: {unsupported_hint(str(kind))}")

@@ -371,10 +371,10 @@ def texts_of(cell: Any) -> list[str | bytes]:
     if isinstance(cell, bytes):
         return [cell] if cell.strip() else []
     if isinstance(cell, str):
-        listed = _written_list(cell)
-        if listed is None:
+        written = _written(cell)
+        if written is None:
             return [] if is_blank(cell) or cell.strip() in _NO_VALUE else [cell]
-        return list(listed)
+        return list(written)
     if isinstance(cell, dict) or (isinstance(cell, (list, tuple)) and any(isinstance(one, dict) for one in cell)):
         return list(texts_in(cell))
     if isinstance(cell, (list, tuple)):
@@ -401,16 +401,19 @@ def _with_fields(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _written_list(text: str) -> list[str] | None:
-    """Parse a list of strings written as `["a", "b"]` or `['a', 'b']`; None for other text."""
+def _written(text: str) -> list[str] | None:
+    """Return the captions in a value written as `["a", "b"]`, `['a', 'b']`, `[]` or `{"text": "a"}`; None: others."""
     text = text.strip()
-    if not (text.startswith("[") and text.endswith("]") and len(text) < _LONGEST_TEXT):
+    if text[:1] + text[-1:] not in ("[]", "{}") or len(text) >= _LONGEST_TEXT:
         return None
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = parse(text)
-            if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            if isinstance(value, list) and all(isinstance(one, str) for one in value):
                 return value
+            objects = value if isinstance(value, list) else [value]
+            if all(isinstance(one, dict) for one in objects) and (found := texts_in(value)):
+                return found
     return None
 
 

@@ -28,7 +28,7 @@ _HIGH = 9
 """First byte that the upper half of a character does not have in the alphabets up to Arabic."""
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that may hold the caption, as a string or a list of strings; preferred ones first."""
-BOXES = "the .txt holds boxes of objects, as the labels of a detection data set do, not a caption"
+BOXES = "its text holds boxes of objects, as the labels of a detection data set do, not a caption"
 _TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
 """Fields of an object that represents one caption."""
 _ANSWERING = ("gpt", "assistant", "model", "bot")
@@ -241,6 +241,15 @@ def holds_boxes(text: str) -> bool:
         text = text[:_MOST_OF_BOXES]
         text = text.rpartition("\n")[0] or text.rpartition(" ")[0]  # whole lines, or whole numbers of an outline
     return _BOXES.fullmatch(text) is not None
+
+
+def holds_json(text: str) -> bool:
+    """Return whether a text is JSON that holds captions, such as `{"caption": ...}` or `["one", "two"]`."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    with suppress(ValueError, RecursionError):
+        return json_caption(object_of(json.loads(text))) is not None
+    return False
 
 
 def clean(text: str, config: CaptionConfig) -> str:

@@ -418,7 +418,7 @@ def to_rgb(image: Image.Image, background: int = 255, srgb: bool = True) -> Imag
         srgb: convert the colours of an embedded ICC profile.
 
     Raises:
-        BadSample: floating-point pixels.
+        BadSample: floating-point pixels, or integers of more than 16 bits.
     """
     profile = image.info.get("icc_profile") if srgb else None
     if image.mode.startswith("I"):
@@ -436,8 +436,10 @@ def to_rgb(image: Image.Image, background: int = 255, srgb: bool = True) -> Imag
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     """Scale 0..65535 to 0..255; Pillow's own conversion clips, which turns most such pictures white."""
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    values = np.asarray(image).astype(np.int64)
+    if values.max() > 65535:
+        raise BadSample("decode_error", "integers above 65535 have no agreed range")
+    return Image.fromarray(((np.maximum(values, 0) + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _has_exif(data: bytes) -> bool:

@@ -178,7 +178,7 @@ def kind_of(name: str, content: str | None, config: MembersConfig) -> str | None
     last = ending(name)
     if last in IMAGE_EXTENSIONS:
         return "image"
-    if last == "json":
+    if last == "json" or matches(name, config.json):
         return "json"
     if matches(name, config.caption) or last in CAPTION_ENDINGS:
         return "text"

@@ -48,7 +48,7 @@ from data_pipeline.storage.retry import Patience
 logger = logging.getLogger(__name__)
 
 NOT_INDEXED = "not indexed"
-HARMLESS = ("bad_json", "bad_score", "box_labels", "unused_image", "unused_caption")
+HARMLESS = ("bad_json", "bad_score", "box_labels", "json_as_caption", "unused_image", "unused_caption")
 """Problems not reported at every start, because they cost no sample."""
 _CACHED = 64
 """Number of indexes kept in memory before `Dataset.expect` sets another."""

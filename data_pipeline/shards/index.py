@@ -287,6 +287,8 @@ def _walk(entry: store.Entry, patience: Patience, names: MembersConfig) -> tuple
         with closing(walk(probe, problems, name=url, links=True)) as members:  # a large one is held until then
             samples = rows_of(members, problems, names)
         probe.drain()
+    if not samples and not problems:
+        problems.append(Problem("empty_shard", 0, "no member is a picture or belongs to one"))
     expected = expected_count(url, patience)
     if expected is not None and expected != len(samples):
         problems.append(Problem("count_mismatch", 0, f"{len(samples)} samples where {expected} were written"))

@@ -14,7 +14,7 @@ import re
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -340,9 +340,13 @@ def walk(
                 count["problems"] += lost
                 ahead = last
                 continue
-            sparse = header.kind not in b"0\x007" or any(key.startswith("GNU.sparse") for key in records)
-            if sparse:
-                report("unsupported_member", since, f"{member_name!r} is of type {header.kind!r}")
+            if header.kind not in b"0\x007" or _is_sparse(header, records):
+                what = (
+                    "a sparse file; pack it without --sparse"
+                    if _is_sparse(header, records)
+                    else f"of type {header.kind!r}"
+                )
+                report("unsupported_member", since, f"{member_name!r} is {what}")
             else:
                 count["skipped" if member_name.endswith("/") else "members"] += source.position - since
                 if not member_name.endswith("/"):
@@ -449,6 +453,10 @@ def _last_block(data: bytes, rest: bytes) -> bytes:
     """Return the last block of a member, given its data and padding; empty if its data is not kept."""
     last = data[len(data) - BLOCK + len(rest) :] if len(data) >= BLOCK else data
     return last + rest if len(last) + len(rest) == BLOCK else b""
+
+
+def _is_sparse(header: _Header, records: Mapping[str, str]) -> bool:
+    return header.kind == b"S" or any(key.startswith("GNU.sparse") for key in records)
 
 
 def _padded(size: int) -> int:

@@ -32,6 +32,10 @@ _named_again: set[str] = set()
 
 _MAGIC = re.compile(r"[*?\[]")
 _PACKED = re.compile(r"\.(tar\.(zst|bz2|xz|lz4|lzma)|tzst|tbz2?|txz)$", re.IGNORECASE)
+_UNFINISHED = re.compile(
+    r"\.(tar|tgz|tar\.gz)\.(crdownload|part|partial|download|filepart|tmp|temp|aria2)$", re.IGNORECASE
+)
+_told_left_out: set[str] = set()
 _WEB = ("http://", "https://")
 _S3_ALIASES = ("s3", "s3a", "s3n")
 _UNPACK = "only plain and gzip-compressed tars are read; unpack the others, for example with `zstd -d`"
@@ -549,8 +553,24 @@ def _expand_one(pattern: str, patience: Patience) -> list[str]:
         packed = [name for name in names if _PACKED.search(name)]
         if found and packed:
             logger.warning("%s: %d shards such as %s are skipped: %s", path, len(packed), packed[0], _UNPACK)
+        if found:
+            _tell_left_out(path, names)
         return _no_directories(found)
     return [path] if mode or path.endswith(SHARD_SUFFIXES) else []
+
+
+def _tell_left_out(folder: str, names: Sequence[str]) -> None:
+    """Warn, once per directory of shards, of others in it: in folders below, and those that are not complete yet."""
+    if folder in _told_left_out:
+        return
+    _told_left_out.add(folder)
+    if unfinished := [name for name in names if _UNFINISHED.search(name)]:
+        words = "%s: %d files such as %s are not complete yet and are skipped"
+        logger.warning(words, folder, len(unfinished), unfinished[0])
+    below = next((one for one in glob.iglob(os.path.join(glob.escape(folder), "*", "*.tar"))), None)
+    if below:
+        every = os.path.join(folder, "**", "*.tar")
+        logger.warning("%s: the shards in folders below, such as %s, are not read: %r names all", folder, below, every)
 
 
 def _check_folders(pattern: str, patience: Patience) -> None:

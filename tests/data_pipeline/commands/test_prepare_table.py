@@ -117,6 +117,8 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.csv", b"image,caption,,\n1.jpg,one,,\n2.jpg,two,,\n", ["one", "two"]),
         ("a.csv", b"image,caption\n1.jpg,one,,\n2.jpg,two\n", ["one", "two"]),
         ("a.csv", b"image,caption\n1.jpg,\"['one', 'other']\"\n2.jpg,two\n", ["one", "two"]),
+        ("a.csv", b"image;caption\n1.jpg;{'text': 'one'}\n2.jpg;[{\"raw\": \"two\"}]\n", ["one", "two"]),
+        ("a.csv", b"image;caption\n1.jpg;{not a list}\n2.jpg;[1, 2]\n", ["{not a list}", "[1, 2]"]),
         ("a.csv", b"image,caption\nC:\\photos\\1.jpg,one\n.\\2.jpg,two\n", ["one", "two"]),
         ("a.csv", b"image,caption\n1.jpg,nan\n2.jpg,two\n", ["", "two"]),
         ("a.tsv", b"image\tcaption\n1.jpg\t\\N\n2.jpg\ttwo\n", ["", "two"]),
@@ -334,6 +336,13 @@ def numbered(place: Path) -> Path:
 @pytest.mark.parametrize("layout", [coco, flickr, numbered])
 def test_pictures_in_another_folder_are_found(place: Path, layout: Callable[[Path], Path]) -> None:
     assert captions(TableSource(str(layout(place)))) == ["one", "two"]
+
+
+def test_a_row_that_names_an_unfinished_download_is_refused(place: Path) -> None:
+    (place / "x.jpg.part").write_bytes(ONE)
+    (place / "a.csv").write_text("image,caption\nx.jpg.part,one\n")
+    with pytest.raises(BadSample, match=r"unfinished_download: \.part marks a file that is not complete yet"):
+        TableSource(str(place / "a.csv")).read(0)
 
 
 def test_a_folder_of_pictures_can_be_named_and_equal_names_are_not_guessed(place: Path) -> None:

@@ -155,3 +155,13 @@ def test_a_file_removed_while_sizes_are_read_hides_no_other(tmp_path: Path, monk
         for name in ("going", "staying"):
             (tmp_path / name).write_bytes(b"x")
         assert sizes() == {"staying": 1}
+
+
+def test_shards_of_a_directory_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("a.tar", "b.tar.part", "below/c.tar"):
+        (tmp_path / name).write_bytes(b"")
+    assert store.expand(str(tmp_path)) == [f"{tmp_path}/a.tar"]
+    assert "1 files such as b.tar.part are not complete yet and are skipped" in caplog.text
+    assert f"below/c.tar, are not read: '{tmp_path}/**/*.tar' names all" in caplog.text
+    assert len(caplog.records) == 2 and store.expand(str(tmp_path)) and len(caplog.records) == 2
