@@ -45,6 +45,7 @@ from data_pipeline.content.members import (
     unfinished_hint,
     unsupported_hint,
 )
+from data_pipeline.storage.retry import persist
 from data_pipeline.tables.base import looks_like_picture
 
 logger = logging.getLogger(__name__)
@@ -430,10 +431,19 @@ def _content(ending: str, path: Path) -> str | None:
     if last in (*IMAGE_EXTENSIONS, *CAPTION_ENDINGS, *_TABLES):
         return None
     try:
-        with open(path, "rb") as file:
-            return picture_kind(file.read(4096))
+        return picture_kind(_beginning(path))
     except OSError:
         return None
+
+
+def _beginning(path: Path) -> bytes:
+    """Return the first 4 kB of a file, also if its file system fails for a while. Raises `OSError` or `StoreError`."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(4096)
+
+    return persist(str(path), read)
 
 
 def _is_caption(name: str) -> bool:
@@ -473,7 +483,7 @@ def _is_boxes(text: bytes) -> bool:
 def _has_words(paths: Iterable[Path]) -> bool:
     """Return whether any of the texts contains letters; YOLO's box files, for example, do not."""
     for path in paths:
-        with suppress(OSError), open(path, "rb") as file:
-            if re.search(rb"[^\W\d_]|[\x80-\xff]", file.read(4096)):
+        with suppress(OSError):
+            if re.search(rb"[^\W\d_]|[\x80-\xff]", _beginning(path)):
                 return True
     return False

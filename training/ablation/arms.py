@@ -20,7 +20,7 @@ from training.checkpoint.store import CheckpointStore
 from training.cli.compose import ingredients_of, load_config
 from training.config.commands import AblateCommand
 from training.config.experiment import Experiment
-from training.run.directory import RunDir, changed_since, differences, to_dict
+from training.run.directory import RunDir, changed_since, differences, read_text, to_dict
 
 EXPERIMENT = "experiment"
 """Name of the arm that all others are compared with."""
@@ -193,7 +193,7 @@ def _settings_before(directory: RunDir, store: CheckpointStore, step: int) -> tu
     is elsewhere (another ablate.output, another machine), its newest checkpoint."""
     file = directory.path / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text()), str(directory.path)
+        return yaml.safe_load(read_text(file)), str(directory.path)
     except FileNotFoundError:
         return (store.open(step).recorded("config"), directory.checkpoints) if step >= 0 else (None, "")
     except (OSError, yaml.YAMLError) as error:

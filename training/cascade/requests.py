@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from data_pipeline.common.errors import BadSample, ConfigError, DataError
 from data_pipeline.content.images import to_rgb
 from data_pipeline.storage import store
+from data_pipeline.storage.retry import PATIENCE, persist
 from training.config.diffusion import SamplerConfig, SamplerError
 from training.config.experiment import StageConfig
 from training.pictures.sheets import Cell, sheet
@@ -455,6 +457,11 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     if not store.exists(name):
         raise DataError(f"{name}: no such picture")
     return opened(store.read_bytes(name), name)
+
+
+def stored(file: Path) -> Image.Image:
+    """Open a picture file, also if its file system fails for a while. Raises `DAMAGED` or `StoreError`."""
+    return Image.open(io.BytesIO(persist(str(file), file.read_bytes, PATIENCE)))
 
 
 def opened(data: bytes, name: str) -> Image.Image:

@@ -28,6 +28,7 @@ from PIL import Image
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.config import one_of
+from training.cascade.requests import stored
 
 LAYOUTS = ("flat", "geneval", "geneval2", "dpg", "t2i_compbench", "parti", "oneig")
 PICTURES = {"geneval": 4, "geneval2": 1, "dpg": 4, "oneig": 4}
@@ -196,7 +197,7 @@ def _square(files: Sequence[Path]) -> Image.Image:
     """Return a 2 x 2 grid of four pictures, row by row."""
     pictures = []
     for file in files:
-        with Image.open(file) as image:
+        with stored(file) as image:
             pictures.append(image.convert("RGB"))
     width, height = pictures[0].size
     paper = Image.new("RGB", (2 * width, 2 * height))

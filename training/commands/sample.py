@@ -32,7 +32,16 @@ from data_pipeline.storage import store
 from training.cascade.bundle import refuse_bundle
 from training.cascade.cascade import Cascade, Stage
 from training.cascade.prompts import read_lines, read_prompts
-from training.cascade.requests import DAMAGED, Drawing, as_list, number_drawings, opened, plan_sizes, plan_stages
+from training.cascade.requests import (
+    DAMAGED,
+    Drawing,
+    as_list,
+    number_drawings,
+    opened,
+    plan_sizes,
+    plan_stages,
+    stored,
+)
 from training.commands import layouts
 from training.config.commands import SampleCommand
 from training.config.experiment import Experiment, command_for
@@ -187,7 +196,7 @@ def set_aside(output: Path, names: set[str]) -> None:
 
 def _is_ours(file: Path) -> bool:
     try:
-        with Image.open(file) as image:
+        with stored(file) as image:
             return {"prompt", "number", "settings"} <= set(image.info)
     except DAMAGED:
         return False
@@ -326,7 +335,7 @@ def is_drawn(output: Path, job: SampleJob, request: SampleRequest) -> bool:
     wanted = request.metadata(job)
     try:
         for file in [*files, output / f"{job.name}.png"]:
-            with Image.open(file) as image:
+            with stored(file) as image:
                 image.load()
                 if {key: image.info.get(key) for key in wanted} != wanted:
                     return False
@@ -339,7 +348,7 @@ def changed_settings(file: Path, wanted: dict[str, str]) -> list[str]:
     """Return the names of the settings with which an existing picture was not made; empty if it does not exist, or was
     not made by this command."""
     try:
-        with Image.open(file) as image:
+        with stored(file) as image:
             before = {key: image.info[key] for key in wanted}
         old, new = ({**one, **json.loads(one["settings"]), "settings": None} for one in (before, wanted))
     except (*DAMAGED, KeyError):
@@ -434,7 +443,7 @@ def _on_grid(jobs: list[SampleJob], columns: int) -> list[SampleJob]:
 
 def _open(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with stored(file) as image:
             return image.convert("RGB")
     except DAMAGED as error:
         raise DataError(f"{file}: cannot be read ({error}); delete it and repeat the command") from error

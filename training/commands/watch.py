@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.storage.retry import persist
 from training.cascade.bundle import checkpoint_dir
 from training.checkpoint.store import CheckpointError, CheckpointStore, step_name
 from training.config.commands import EvaluateCommand
 from training.evaluation.comparison import RESULT
 from training.evaluation.series import best_so_far, evaluation_place, turned_worse, write_series
 from training.processes.ranks import read_ranks
-from training.run.directory import RunDir, read_json, recorded_config, replace_file
+from training.run.directory import RunDir, read_json, read_text, recorded_config, replace_file
 from training.run.reporting.tracking import log_checkpoints
 
 FOLDER = "evaluations"
@@ -54,7 +55,7 @@ def watch(config: EvaluateCommand, evaluate: Evaluate) -> dict[str, Any]:
         step = _newest_unseen(store, output) if drawable else None
         if step is not None:
             evaluate_step(config, store, output, step, evaluate)
-            if (evaluation_place(output, step) / RESULT).exists():
+            if _is_evaluated(evaluation_place(output, step)):
                 series = write_series(output, config.figure)
                 print(best_so_far(series))
                 store.pin([series["best"]["step"]])
@@ -93,13 +94,17 @@ def evaluate_step(config: EvaluateCommand, store: CheckpointStore, output: Path,
         CheckpointError, DataError: it cannot be read, although it still exists.
     """
     place = evaluation_place(output, step)
-    if (place / RESULT).exists():
+    if _is_evaluated(place):
         return
     try:
         evaluate(config, _runs(config, store, step), place)
     except (CheckpointError, DataError):
         if store.is_committed(step):  # otherwise it was pruned while being read
             raise
+
+
+def _is_evaluated(place: Path) -> bool:
+    return persist(str(place), (place / RESULT).exists)
 
 
 def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
@@ -114,7 +119,7 @@ def _log(run: RunDir, store: CheckpointStore, output: Path, live: bool) -> None:
         return
     logged = read_json(output / LOGGED).get("steps", [])
     results = {int(file.parent.name.removeprefix("step-")): file for file in output.glob(f"step-*/{RESULT}")}
-    fresh = {step: json.loads(results[step].read_text()) for step in sorted(results) if step not in logged}
+    fresh = {step: json.loads(read_text(results[step])) for step in sorted(results) if step not in logged}
     newest = store.newest_whole()
     if not fresh or newest < 0:
         return
@@ -138,7 +143,7 @@ def _progress(store: CheckpointStore, run: RunDir) -> tuple[int, float]:
 
 
 def _newest_unseen(store: CheckpointStore, output: Path) -> int | None:
-    steps = [step for step in store.steps() if not (evaluation_place(output, step) / RESULT).exists()]
+    steps = [step for step in store.steps() if not _is_evaluated(evaluation_place(output, step))]
     return next((step for step in steps if store.is_committed(step)), None)
 
 

@@ -11,6 +11,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import load_files
 from training.evaluation.measure import LOWER_IS_BETTER, flattened
 from training.evaluation.metrics.figure import Figure
 
@@ -81,7 +83,12 @@ def read_result(path: str) -> Evaluated:
 
     Raises:
         DataError: it is missing or damaged, or another version of this project wrote it.
+        StoreError: its file system kept failing.
     """
+    return load_files(path, partial(_read_result, path))
+
+
+def _read_result(path: str) -> Evaluated:
     file = Path(path)
     file = file / RESULT if file.is_dir() else file
     try:

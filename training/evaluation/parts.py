@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import PATIENCE, load_files, persist
 
 FOLDER = "parts"
 LARGE = ("x/", "y/", "text", "shown/", "original")
@@ -82,8 +84,8 @@ class StoredRows:
                 break
             begin, count = at - (int(end) - span.rows), min(stop, int(end)) - at
             place = span.offset + begin * self._items * self.dtype.itemsize
-            read = np.fromfile(span.file, self.dtype, count * self._items, offset=place)
-            flat[at - start : at - start + count] = read.reshape(count, self._items)
+            rows = flat[at - start : at - start + count]
+            persist(str(span.file), partial(_read_at, span.file, place, rows), PATIENCE)
             at += count
         return found
 
@@ -103,7 +105,7 @@ class Parts:
 
     def done(self, number: int) -> bool:
         """Return whether a part is done."""
-        return self.file(number).exists()
+        return persist(str(self.folder), self.file(number).exists, PATIENCE)
 
     def all_done(self) -> bool:
         """Return whether all parts are done."""
@@ -124,7 +126,8 @@ class Parts:
         large: dict[str, list[tuple[Span, tuple[int, ...], np.dtype[Any]]]] = {}
         for number in range(self.count):
             try:
-                for name, value in _open(self.file(number)).items():
+                file = self.file(number)
+                for name, value in load_files(str(file), partial(_open, file)).items():
                     if isinstance(value, tuple):
                         large.setdefault(name, []).append(value)
                     else:
@@ -141,6 +144,14 @@ class Parts:
         for folder in self.root.iterdir():
             if folder != self.folder:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_at(file: Path, place: int, into: np.ndarray) -> None:
+    """Fill an array with the bytes from `place` on. Raises OSError, or DataError if there are fewer."""
+    with open(file, "rb") as stream:
+        stream.seek(place)
+        if stream.readinto(into.view(np.uint8)) < into.nbytes:
+            raise DataError(f"{file}: it ends too early; delete it and repeat the command")
 
 
 def _open(file: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from data_pipeline.common.team import ALONE, Team
 from data_pipeline.config import DataConfig, FilterConfig
 from data_pipeline.reading.loader import Loader
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import load_files
 from data_pipeline.storage.safetensors import header
 from training.evaluation.extractors.base import Extractor
 from training.evaluation.metrics.rows import blocks
@@ -148,7 +149,16 @@ class ReferenceFile:
 
     @classmethod
     def read(cls, path: str) -> ReferenceFile:
-        """Open a file written by `write`; features are read on demand. Raises `DataError` for any other file."""
+        """Open a file written by `write`; features are read on demand.
+
+        Raises:
+            DataError: it is another file.
+            StoreError: its file system kept failing.
+        """
+        return load_files(path, lambda: cls._read(path))
+
+    @classmethod
+    def _read(cls, path: str) -> ReferenceFile:
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import PATIENCE, persist
 from training.evaluation import page
 from training.evaluation.comparison import (
     LEVEL,
@@ -56,7 +57,7 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
     left_out = _not_comparable(results)
     found = {}
     for step in results.keys() - left_out.keys():
-        figures = dict(flattened(json.loads(results[step].read_text())))
+        figures = dict(flattened(_content(results[step])))
         found[step] = {name: {key: entry[key] for key in ("value", "interval", "n")} for name, entry in figures.items()}
     found = dict(sorted(found.items()))
     names = list(dict.fromkeys(name for figures in found.values() for name in figures))
@@ -82,12 +83,13 @@ def write_series(output: Path, figure: str) -> dict[str, Any]:
     return series
 
 
+def _content(file: Path) -> dict[str, Any]:
+    return json.loads(persist(str(file), file.read_text, PATIENCE))  # type: ignore[no-any-return]
+
+
 def _not_comparable(results: Mapping[int, Path]) -> dict[int, str]:
     """Return which steps were evaluated with other settings than the newest one, and what differs."""
-    read = [
-        Evaluated(results[step].parent.name, json.loads(results[step].read_text()), {}, np.zeros(0))
-        for step in sorted(results)
-    ]
+    read = [Evaluated(results[step].parent.name, _content(results[step]), {}, np.zeros(0)) for step in sorted(results)]
     found: dict[int, str] = {}
     for step, result in zip(sorted(results), read, strict=True):
         try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.storage.atomic import replacing
+from data_pipeline.storage.retry import load_files
 
 FILE = "shown.npz"
 CELLS = 48
@@ -41,10 +43,14 @@ class Shown:
     def read(cls, folder: Path) -> Shown | None:
         """Read the file; None if it is missing or damaged, since it only serves a page."""
         try:
-            with np.load(folder / FILE) as stored:
-                return cls(**{name: stored[name] for name in stored.files})
+            return load_files(str(folder / FILE), partial(cls._read, folder))
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
             return None
+
+    @classmethod
+    def _read(cls, folder: Path) -> Shown:
+        with np.load(folder / FILE) as stored:
+            return cls(**{name: stored[name] for name in stored.files})
 
 
 def choose_places(categories: Sequence[str], count: int) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands.prepare_files import NamedFiles
+from data_pipeline.commands.prepare_folder import FolderSource
 from data_pipeline.commands.prepare_item import hash_file
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.rows import RowReader
@@ -42,6 +43,7 @@ def main(place: str, cases: list[list[Any]]) -> dict[str, list[str]]:
         },
         "hash": lambda: hash_file(one / "t.csv"),
         "picture": lambda: NamedFiles(Path(folder)).find("one/00000.tar"),
+        "unnamed": lambda: len(FolderSource(str(one / "pictures"))),
         "found": lambda: NamedFiles(Path(folder)).find("elsewhere/a.jpg"),
     }
     return tried(ways, "a set/one", cases)

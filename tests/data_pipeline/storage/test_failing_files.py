@@ -9,6 +9,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.data_pipeline.small_shards import write_shards
 from tests.data_pipeline.storage.failing_files import outcomes
@@ -21,6 +22,7 @@ READS += [
 ]
 LISTS = [("glob", "list"), ("nested", "list")]
 LENIENT = [("hash", "open"), ("hash", "read"), ("directory", "stat"), ("picture", "stat"), ("found", "list")]
+LENIENT += [("unnamed", "open"), ("unnamed", "read")]
 """Without another attempt, existing files would be reported as missing."""
 PASSING = [(*way, number) for way in READS + LISTS + LENIENT for number in (errno.ESTALE, errno.EIO)]
 ROWS = 20_000
@@ -33,6 +35,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     one = folder / "a set/one"
     write_shards(one, [3])
     (one / "a.jpg").write_bytes(b"")
+    (one / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(one / "pictures/without-an-ending", "png")
+    (one / "pictures/without-an-ending.txt").write_text("a square")
     text = "image,caption\n" + "".join(f"{number}.jpg,the caption of {number}\n" for number in range(ROWS))
     (one / "t.csv").write_text(text)
     (one / "t.csv.gz").write_bytes(gzip.compress(text.encode(), 1))

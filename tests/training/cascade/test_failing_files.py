@@ -1,10 +1,14 @@
-"""Bundles, runs, files of prompts, text encoders and extractors on a server that fails for a moment, or for good."""
+"""Bundles, runs, files of prompts, text encoders, extractors and results of evaluations on a server that fails for a
+moment, or for good."""
 
 from __future__ import annotations
 
 import errno
+import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data_pipeline.storage.failing_files import outcomes
 from tests.training.evaluation.extractors.tiny_weights import dinov2_folder
@@ -12,11 +16,15 @@ from tests.training.saved_runs import make_run
 from tests.training.text.tiny_t5 import tiny_t5
 from tests.training.tiny import stage_config
 from training.cascade import bundle
+from training.evaluation.comparison import FORMAT, INFLUENCES, RESULT
+from training.evaluation.parts import Parts
+from training.evaluation.references import ReferenceFile
 
 CALLS = ("open", "read", "stat")
 WAYS = [(way, call) for way in ("bundle", "run", "prompts", "table") for call in CALLS]
 WAYS += [("weights", "open"), ("weights", "read"), ("start", "stat")]
-WAYS += [(way, call) for way in ("encoder", "extractor") for call in CALLS]
+WAYS += [(way, call) for way in ("encoder", "extractor", "figures") for call in CALLS]
+WAYS += [(way, call) for way in ("reference", "parts", "picture") for call in ("open", "read")]
 PASSING = [(*way, number, 2) for way in WAYS for number in (errno.ESTALE, errno.EIO)]
 BETWEEN = [("weights", "open", errno.ESTALE, 1, after) for after in (1, 2)]
 """Between the check of a file and its reading: the safetensors library reports any file that it cannot open as
@@ -36,6 +44,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     tiny_t5(folder / "some files/t5")
     (folder / "some files/dino").mkdir()
     dinov2_folder(folder / "some files/dino")
+    evaluated, features = folder / "some files/evaluated", np.arange(6, dtype=np.float32).reshape(2, 3)
+    Parts(evaluated, {}, 1).write(0, {"x/f": features})
+    ReferenceFile({"f": features}, ["a", "b"], {}).write(evaluated / "r.safetensors")
+    (evaluated / RESULT).write_text(json.dumps({"format": FORMAT}))
+    np.savez(evaluated / INFLUENCES, prompts=np.arange(2))
+    Image.new("RGB", (1, 1)).save(evaluated / "p.png")
     cases = [list(case) for case in (*PASSING, *BETWEEN, *LASTING, *DENIED)]
     return outcomes("tests.training.cascade.reading_bundles", folder, cases)
 
