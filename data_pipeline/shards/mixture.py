@@ -123,10 +123,12 @@ class MixedBuckets(Mixture):
     def __init__(self, parts: Mapping[str, Dataset], configs: Mapping[str, DataConfig], config: DataConfig) -> None:
         super().__init__(parts, configs, config)
         self.buckets = list(config.buckets)
-        names, shapes = [dataset.name for dataset in config.datasets()], list(config.ratios())
+        names = [dataset.name for dataset in config.datasets()]
         pairs = [name.rpartition("/")[::2] for name in self.names_of_parts]
+        there = {shape for _, shape in pairs}
+        shapes = [shape for shape in config.ratios() if shape in there]
         self.places = [(shapes.index(shape), names.index(name)) for name, shape in pairs]
-        """(bucket, data set) of each part."""
+        """(bucket among those that have pictures, data set) of each part."""
         whole = [
             sum(self.parts[n].samples for n, (_, of) in enumerate(self.places) if of == d) for d in range(len(names))
         ]

@@ -150,7 +150,7 @@ def _read_at(file: Path, place: int, into: np.ndarray) -> None:
     """Fill an array with the bytes from `place` on. Raises OSError, or DataError if there are fewer."""
     with open(file, "rb") as stream:
         stream.seek(place)
-        if stream.readinto(into.view(np.uint8)) < into.nbytes:
+        if stream.readinto(into.data.cast("B")) < into.nbytes:
             raise DataError(f"{file}: it ends too early; delete it and repeat the command")
 
 

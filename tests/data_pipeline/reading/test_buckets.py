@@ -177,6 +177,12 @@ def dataset_parts(folders: list[str]) -> list[tuple[str, str]]:
     return [name.rpartition("/")[::2] for name in names]
 
 
+def test_a_shape_that_no_picture_has_changes_nothing(folders: list[str]) -> None:
+    found = [steps(replace(mixed(folders), buckets=buckets), 6) for buckets in (BUCKETS, ["3x1", *BUCKETS, "1x3"])]
+    keys = [[step[0].keys for step in one] for one in found]
+    assert keys[0] == keys[1]
+
+
 def test_ranks_and_an_added_data_set_change_nothing_earlier(folders: list[str]) -> None:
     whole = [step[0] for step in steps(mixed(folders), 6)]
     parts = [steps(mixed(folders, micro_batch=2), 4, rank=rank, world_size=2, position=16) for rank in (0, 1)]

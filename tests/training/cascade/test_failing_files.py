@@ -46,7 +46,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     dinov2_folder(folder / "some files/dino")
     evaluated, features = folder / "some files/evaluated", np.arange(6, dtype=np.float32).reshape(2, 3)
     Parts(evaluated, {}, 1).write(0, {"x/f": features})
-    ReferenceFile({"f": features}, ["a", "b"], {}).write(evaluated / "r.safetensors")
+    ReferenceFile({"f": Parts(evaluated, {}, 1).read()["x/f"]}, ["a", "b"], {}).write(evaluated / "r.safetensors")
     (evaluated / RESULT).write_text(json.dumps({"format": FORMAT}))
     np.savez(evaluated / INFLUENCES, prompts=np.arange(2))
     Image.new("RGB", (1, 1)).save(evaluated / "p.png")
