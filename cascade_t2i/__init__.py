@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.common.errors import CascadeError
+    from data_pipeline.common.errors import BadSample, CascadeError
     from data_pipeline.content.images import decode
     from data_pipeline.reading.stream import ShardStream
     from data_pipeline.reading.webdataset import register_s3
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from training.evaluation import compare, evaluate
 
 __all__ = [
+    "BadSample",
     "Cascade",
     "CascadeError",
     "ShardStream",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BadSample": "data_pipeline.common.errors",
     "Cascade": "training.cascade.cascade",
     "CascadeError": "data_pipeline.common.errors",
     "ShardStream": "data_pipeline.reading.stream",

@@ -42,7 +42,7 @@ def _own_bases(thing: type) -> list[type]:
 
 
 def _signature(thing: Any) -> str:
-    if inspect.isclass(thing) and issubclass(thing, Exception):
+    if inspect.isclass(thing) and thing.__init__ is Exception.__init__:
         return "(message)"
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(thing)))  # annotations are kept as text
     return text.replace("(self)", "()").replace("(self, ", "(")

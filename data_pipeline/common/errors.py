@@ -12,7 +12,8 @@ EXIT_USER_ERROR = 2
 
 
 class CascadeError(Exception):
-    """Base class of all errors this project raises deliberately; `str(error)` is a complete sentence for the user."""
+    """Base class of the errors that this project raises deliberately, except `BadSample`; `str(error)` is a complete
+    sentence for the user."""
 
     exit_code = 1
 

@@ -252,6 +252,7 @@ def index_shard(
         DataError: it is not a tar archive, is missing, access is denied, or repeated reads keep giving other bytes.
         StoreError: the store kept failing until the deadline.
     """
+    url = os.fspath(url)
     entry = entry or store.describe([url], patience)[0]
     for _ in range(_READS):
         index, confirmed = _walk(entry, patience, names)

@@ -41,9 +41,12 @@ class ShardWriter:
     """
 
     def __init__(self, path: str) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not str(path):
+            raise DataError(f"ShardWriter: path={path!r}: give the path of the shard, for example 00000.tar")
         self.path = str(path) if store.is_remote(str(path)) else store.local_path(str(path))
         self._place = scratch() if store.is_remote(self.path) else self.path
         self.samples = 0
+        self._index: ShardIndex | None = None
         self._temporary = ""  # a remote shard has no name before it is uploaded
         if store.is_remote(self.path):
             self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -59,32 +62,44 @@ class ShardWriter:
 
         Args:
             key: name of the sample, without dots after the last slash.
-            members: bytes by extension.
+            members: bytes by extension, at least one.
 
         Raises:
-            DataError: the key, after its last slash, is empty or has a dot, or an extension is empty or has a slash:
-                readers would find another key.
+            DataError: the key, after its last slash, is empty or has a dot, or an extension is empty or has a slash, or
+                one of them contains NUL: readers would find another key. Or a member is not bytes. Nothing of the
+                sample is written.
         """
-        stem = key.rpartition("/")[2]
-        if not stem or "." in stem or any("/" in name or not name for name in members):
+        stem = str(key).rpartition("/")[2]
+        names = [f"{key}.{extension}" for extension in members]
+        if not stem or "." in stem or any("/" in name or not name for name in members) or "\0" in "".join(names):
             raise DataError(
                 f"{self.path}: key {key!r} with {list(members)}: readers split a name at the first dot after its last "
-                "slash, so the key must end in a name without dots, and extensions must have no slash"
+                "slash, so the key must end in a name without dots, and extensions must have no slash; nor may there "
+                "be a NUL"
             )
+        if not members:
+            raise DataError(f"{self.path}: key {key!r}: give at least one member")
         for extension, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode, info.mtime = len(data), 0o444, 0
+            if not isinstance(data, (bytes, bytearray, memoryview)):
+                kind = type(data).__name__
+                raise DataError(f"{self.path}: key {key!r}: member .{extension} is {kind}; give bytes (TEXT.encode())")
+        for name, data in zip(names, members.values(), strict=True):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.mtime = memoryview(data).nbytes, 0o444, 0
             with naming(self._place):
                 self._tar.addfile(info, io.BytesIO(data))
         self.samples += 1
 
     def close(self) -> ShardIndex:
-        """Finish the shard, store its index and return it. If writing fails, as on a full disk, nothing is left behind.
+        """Finish the shard, store its index and return it, also when called again. If writing fails, as on a full disk,
+        nothing is left behind.
 
         Raises:
             OSError: the disk (or TMPDIR) is full, or the like; the error names the file.
             DataError, StoreError: the store refuses the shard, or kept failing until the deadline.
         """
+        if self._index is not None:
+            return self._index
         try:
             with naming(self._place):
                 self._tar.close()
@@ -98,9 +113,9 @@ class ShardWriter:
                 os.replace(self._temporary, self.path)
         finally:
             self.abort()
-        index = index_shard(self.path)
-        store_index(index)
-        return index
+        self._index = index_shard(self.path)
+        store_index(self._index)
+        return self._index
 
     def abort(self) -> None:
         """Discard what was written."""

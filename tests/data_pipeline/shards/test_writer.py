@@ -7,11 +7,13 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.shards.writer import ShardWriter, index_shard
 
 
 @contextmanager
@@ -33,7 +35,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, samples: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("key", "extension"), [("", "jpg"), ("folder/", "jpg"), ("a.b", "jpg"), ("x/a.b", "jpg"), ("a", ""), ("a", "b/jpg")]
+    ("key", "extension"),
+    [("", "jpg"), ("folder/", "jpg"), ("a.b", "jpg"), ("x/a.b", "jpg"), ("a", ""), ("a", "b/jpg"), ("a\0b", "jpg")],
 )
 def test_a_name_that_readers_would_split_otherwise_is_refused(tmp_path: Path, key: str, extension: str) -> None:
     with (
@@ -42,3 +45,22 @@ def test_a_name_that_readers_would_split_otherwise_is_refused(tmp_path: Path, ke
     ):
         shard.write(key, {extension: b"x"})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_not_bytes_leaves_nothing_of_the_sample(tmp_path: Path) -> None:
+    members: Any
+    with ShardWriter(str(tmp_path / "a.tar")) as shard:
+        for members, sentence in (
+            ({"jpg": b"x", "txt": "x"}, r"key 'a': member \.txt is str; give bytes"),
+            ({"jpg": b"x", "npy": np.zeros(3)}, r"member \.npy is ndarray"),
+            ({}, "key 'a': give at least one member"),
+        ):
+            with pytest.raises(DataError, match=sentence):
+                shard.write("a", members)
+        members = {"jpg": bytearray(b"x"), "raw": memoryview(np.zeros(3))}
+        shard.write("b", members)
+        index = shard.close()
+    assert shard.close() is index and [index.key(row) for row in range(len(index))] == ["b"]
+    assert [part.size for part in index_shard(tmp_path / "a.tar").parts(0)] == [1, 24]  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="ShardWriter: path='': give the path of the shard"):
+        ShardWriter("")
