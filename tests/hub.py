@@ -62,7 +62,8 @@ class _Answers(BaseHTTPRequestHandler):
         if self.hub.failing:
             return self._answer(self.hub.failing.pop(0), b"{}")
         if path == "api/repos/create":
-            name = "{organization}/{name}".format(**json.loads(body))
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
             self.hub.repositories.add(f"models/{name}")
             return self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
         if path == "api/validate-yaml":

@@ -284,6 +284,8 @@ def _check_texts(runs: Sequence[str], texts: Sequence[TextConfig]) -> None:
 def _check_chain(stages: Sequence[StageWeights]) -> str:
     """Return why the stages do not form a cascade; empty if they do."""
     names = [stage.config.name for stage in stages]
+    if not names:
+        return "it has no stages"
     if len(set(names)) < len(names):
         return f"two stages have the same name ({', '.join(names)})"
     for before, after in pairwise(stages):
@@ -337,7 +339,12 @@ def write(path: str, bundle: Bundle, address: str | None = None) -> dict[str, An
         address: where it will be opened from, for its card; None: `path`.
 
     Recorded figures are kept only if all weights are those that were evaluated.
+
+    Raises:
+        ConfigError: the stages do not form a cascade.
     """
+    if problem := _check_chain(bundle.stages):
+        raise ConfigError(f"{path}: {problem}")
     address = address or path
     folder = open_folder(path)
     ready = {s.config.name: s.tensors() for s in bundle.stages if "lora" in s.origin}  # fails if the base is gone
@@ -540,8 +547,6 @@ def read(path: str) -> Bundle:
             unet.check()
             weights = _Reader(folder, entry["file"], entry["sha256"])
             stages.append(StageWeights(config, unet, weights, entry["origin"], entry["sha256"]))
-        if not stages:
-            raise ValueError("it has no stages")
         if problem := _check_chain(stages):
             raise DataError(f"{where}: {problem}")
         return Bundle(from_dict(TextConfig, content["text"], where), stages, content.get("figures"))

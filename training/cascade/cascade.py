@@ -167,7 +167,12 @@ class Cascade:
         return made
 
     def save(self, path: str) -> None:
-        """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content."""
+        """Write a bundle directory (or s3:// prefix); training/cascade/bundle.py describes its content.
+
+        Raises:
+            ConfigError: the stages do not form a cascade, or the path is empty.
+            CascadeError: the directory or store cannot be written to.
+        """
         if not str(path):
             raise ConfigError("save: the path is empty; name a directory")
         self._write(str(path))
@@ -185,22 +190,22 @@ class Cascade:
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, message: str = "") -> str:
         """Upload the bundle with its model card to the Hugging Face Hub; return the URL.
 
+        Args:
+            repo_id: `OWNER/NAME`, or a name alone, which is owned by the account of the token; made if it is not there.
+            private: only its owner sees a repository that is made.
+
         Raises:
             DataError: the Hub cannot be reached, or refuses the upload.
         """
         from huggingface_hub import HfApi
 
-        hub = HfApi(token=token)
+        hub, message = HfApi(token=token), message or "cascade bundle"
         with tempfile.TemporaryDirectory() as folder:
-            self._write(folder, repo_id)
-            try:
-                hub.create_repo(repo_id, private=private, exist_ok=True)
-                done = hub.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=message or "cascade bundle"
-                )
-            except Exception as error:  # of its client for HTTP, of which it has had several
-                raise DataError(f"push_to_hub: {repo_id} was not uploaded ({describe_error(error)[:200]})") from error
-        return str(done)
+            with _of_the_hub(repo_id):
+                place = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            self._write(folder, place)
+            with _of_the_hub(repo_id):
+                return str(hub.upload_folder(repo_id=place, folder_path=folder, commit_message=message))
 
     def to(
         self,
@@ -497,6 +502,15 @@ class Cascade:
             yield
         finally:
             module.to(home)
+
+
+@contextmanager
+def _of_the_hub(name: str) -> Iterator[None]:
+    """Raise `DataError` for any error of the Hub's client, which has had several clients for HTTP with their own."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"push_to_hub: {name} was not uploaded ({describe_error(error)[:200]})") from error
 
 
 @contextmanager

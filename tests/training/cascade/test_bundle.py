@@ -134,6 +134,12 @@ def test_stages_must_fit(runs: list[str], tmp_path: Path) -> None:
         bundle.collect(runs[::-1])
     with pytest.raises(ConfigError, match="same name"):
         bundle.collect([runs[0], runs[0]])
+    made = Cascade.from_runs(runs)
+    for stages, words in ((made.stages[::-1], "list the stages base first"), ([], "it has no stages")):
+        made.stages = stages
+        with pytest.raises(ConfigError, match=words):
+            made.save(str(tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
     with pytest.raises(ConfigError, match=r"bundle\.runs: list the run directories"):
         bundle.collect([])
 
