@@ -189,6 +189,11 @@ def time_limit(cluster: ClusterConfig) -> tuple[str, Any]:
     return ("cluster.sbatch.time", given["time"]) if "time" in given else ("cluster.time", cluster.time)
 
 
+def least_time(cluster: ClusterConfig) -> int:
+    """Return the shortest time limit that leaves time to work between the start and the signal, seconds."""
+    return cluster.signal_s + EARLY_S + WORK_S
+
+
 def check_time(cluster: ClusterConfig) -> None:
     """Check that the time limit leaves time to work between the start and the signal.
 
@@ -199,7 +204,7 @@ def check_time(cluster: ClusterConfig) -> None:
     if not wanted(limit):
         return
     seconds = slurm_seconds(key, str(limit))
-    if seconds < cluster.signal_s + EARLY_S + WORK_S:
+    if seconds < least_time(cluster):
         raise ConfigError(
             f"{key}={limit}: these {seconds:.0f} s leave no time to work: the signal to save comes "
             f"cluster.signal_s={cluster.signal_s} s before the end, and Slurm may send it {EARLY_S} s early; set a "

@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import supervise
 from slurm.jobs.job import SHARED_BY_ARRAY, Job
 from slurm.jobs.records import EVENTS
-from slurm.options import directives, own_options, time_limit, verbatim, wanted
+from slurm.options import directives, least_time, own_options, time_limit, verbatim, wanted
 from training.config.cluster import ClusterConfig, slurm_seconds
 from training.config.commands import COMMANDS
 from training.plan.checks import training_problems
@@ -353,7 +353,7 @@ def _judge(job: Job) -> str:
     words += ["--most", str(cluster.max_restarts_without_progress)]
     words += ["--requeue"] if cluster.requeue else []
     said = str(slurm_seconds(key, str(limit))) if wanted(limit) else '"$(squeue -h -j "$own_job" -o %l)"'
-    words += ["--pause", str(supervise.PAUSE_S)]
+    words += ["--pause", str(supervise.PAUSE_S), "--least", str(least_time(cluster))]
     spare = " $spare" if len(allowed_nodes(job)) > 1 else ""
     return f"{shlex.join(words)} --limit {said}{spare}"
 

@@ -113,6 +113,7 @@ def judge(
     limit_s: float,
     spare: bool,
     slow: Sequence[str] = (),
+    least_s: float = 0.0,
 ) -> Verdict:
     """Decide what to do after an end.
 
@@ -124,6 +125,7 @@ def judge(
         limit_s: the time limit, seconds.
         spare: whether the job can do with fewer nodes.
         slow: nodes that the preflight of this start found slow.
+        least_s: the shortest time limit that leaves time to work, seconds.
     """
     if end.code == 0:
         return Verdict("end 0")
@@ -138,6 +140,13 @@ def judge(
             f"(cluster.max_restarts_without_progress={most})",
         )
     if end.code == EXIT_PREEMPTED:
+        if limit_s < least_s:
+            return Verdict(
+                f"end {end.code}",
+                f"stopped before the end, and not requeued: a time limit of {limit_s:.0f} s, the site's own or a "
+                f"changed one, leaves no time to work; set cluster.time to at least {least_s:.0f} s, or a smaller "
+                f"cluster.signal_s",
+            )
         if requeue:
             return Verdict("requeue", "not finished: requeue")
         return Verdict(f"end {end.code}", "stopped before the end; resubmit it to continue (cluster.requeue=false)")
@@ -352,6 +361,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("code", "asked", "restart", "attempt", "most", "elapsed", "lasted"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--limit", type=_seconds, default=float("inf"))
+    parser.add_argument("--least", type=float, default=0.0)
     parser.add_argument("--pause", type=int, default=PAUSE_S)
     parser.add_argument("--notes", type=Path, required=True)
     parser.add_argument("--requeue", action="store_true")
@@ -370,6 +380,7 @@ def main(words: Sequence[str] | None = None) -> int:
     before = [one for one in history(given.run_dir) if trains or one.job == given.job]
     slow = slow_nodes(given.run_dir) if end.code == EXIT_SLOW_NODE else ()
     rules = {"requeue": given.requeue, "most": given.most, "limit_s": given.limit, "spare": given.spare}
+    rules["least_s"] = given.least
     verdict = judge(end, before, **rules, slow=slow)
     try:
         record_end(given.run_dir, end, verdict)

@@ -130,6 +130,14 @@ def test_a_stopped_and_saved_job_returns_to_the_queue() -> None:
     assert decide(end(EXIT_PREEMPTED, elapsed_s=3500.0), *late).action == f"end {EXIT_PREEMPTED}"
 
 
+def test_a_time_limit_of_the_site_without_time_to_work_ends_the_job() -> None:
+    """Each of its starts would be asked to stop at once."""
+    rules = {"requeue": True, "most": 3, "spare": False, "least_s": 240.0}
+    verdict = judge(end(EXIT_PREEMPTED), [], limit_s=120.0, **rules)
+    assert verdict.action == f"end {EXIT_PREEMPTED}" and "set cluster.time to at least 240 s" in verdict.sentence
+    assert judge(end(EXIT_PREEMPTED), [], limit_s=240.0, **rules).action == "requeue"
+
+
 def test_the_first_rank_that_failed_explains_the_others(tmp_path: Path) -> None:
     for rank, code, at in ((0, 143, 5.0), (1, KILLED, 3.0), (2, EXIT_HUNG, 4.0)):
         note = {"rank": rank, "node": f"n{rank}", "code": code, "time": at}

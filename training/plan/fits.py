@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from data_pipeline.common.machine import free_memory
 from data_pipeline.config import require
 from training.config.experiment import Experiment
@@ -51,9 +53,12 @@ def check_memory(config: Experiment, ranks: Ranks) -> None:
         available = torch.cuda.get_device_properties(torch.device(ranks.device)).total_memory
     else:
         available = free_memory() // process_count(config.cluster)
+    stages = [Path(run).name for run in config.bundle.runs]
+    foreign = stages and config.stage.name not in stages
     require(
         needed <= available,
         f"stage {config.stage.name} with {setup.parameters / 1e6:,.0f} M parameters needs at least {gib(needed)} per "
         f"process for weights, moments, averages and gradients, and each process here has {gib(available)}: use more "
-        "devices, a higher zero.stage, zero=offload or a smaller stage (cascade plan shows what fits)",
+        "devices, a higher zero.stage, zero=offload or a smaller stage (cascade plan shows what fits)"
+        + (f"; the stages of this experiment are {', '.join(stages)}" if foreign else ""),
     )

@@ -13,9 +13,13 @@ from training.processes.ranks import Ranks
 
 def test_a_stage_that_cannot_fit_is_refused_before_it_is_made() -> None:
     check_memory(load_config("train", ["stage.model.preset=tiny_base"]), Ranks())
-    giant = load_config("train", ["stage.model.overrides={widths: [16384, 32768]}"])
+    own = load_config("train", ["stage.model.overrides={widths: [16384, 32768]}"])
     with pytest.raises(ConfigError, match=r"stage demo_base with [\d,]+ M parameters needs at least .* GiB per"):
-        check_memory(giant, Ranks())
+        check_memory(own, Ranks())
+    giant = "stage.model.overrides={widths: [8192, 8192, 8192, 16384]}"
+    foreign = load_config("train", ["experiment=photos", "stage=base64", giant])
+    with pytest.raises(ConfigError, match=r"; the stages of this experiment are photos_base, photos_sr$"):
+        check_memory(foreign, Ranks())
 
 
 def test_processes_of_a_machine_share_its_memory() -> None:
