@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
-from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive, check_exhausted
+from data_pipeline.common.errors import CascadeError, DataError, NotAnArchive, check_exhausted, dropped_remark
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.copies import copies
 from data_pipeline.shards.dataset import patience_of
-from data_pipeline.shards.filters import keep_rows, licences_of
+from data_pipeline.shards.filters import keep_rows, licences_of, score_advice
 from data_pipeline.shards.index import ShardIndex, build_index, count_licences, load_index
 from data_pipeline.shards.mixture import entries_of
 from data_pipeline.storage import store
@@ -82,6 +82,8 @@ def main(config: IndexSettings) -> dict[str, Any]:
         "dropped": dict(sorted(dropped.items())),
         "licences": dict(licences.most_common()),
     }
+    if remark := dropped_remark(dropped, samples, score_advice):
+        logger.warning("%s", remark)
     if sets:
         result |= {"datasets": sets, "copies": _copies(entries, samples, patience)}
     if not config.json:

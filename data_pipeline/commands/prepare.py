@@ -23,13 +23,12 @@ from data_pipeline.common.progress import progress
 from data_pipeline.common.terminal import print_result
 from data_pipeline.config import CaptionConfig, DataConfig, DrawConfig, PrepareConfig
 from data_pipeline.content.captions import (
-    BOXES,
     decode_text,
     fields_with_text,
     first_caption,
-    holds_boxes,
     is_blank,
     json_caption,
+    no_caption,
 )
 from data_pipeline.content.members import CAPTION_ENDINGS
 from data_pipeline.shards.writer import ShardWriter
@@ -253,8 +252,8 @@ def _caption(item: Item, config: CaptionConfig) -> str:
 
         return first_caption({"txt": item.caption, "json": dump_json(item.meta)}, config)
     text = decode_text(item.caption, config.encoding) if item.caption else ""
-    boxes = holds_boxes(text)
-    if not is_blank(text) and not boxes:
+    why_not = no_caption(text)
+    if not is_blank(text) and not why_not:
         return text
     found = json_caption(item.meta)
     if found is None:
@@ -262,7 +261,7 @@ def _caption(item: Item, config: CaptionConfig) -> str:
         fields = [name for name in fields_with_text(item.meta) if name != "source"]
         known = f"; its fields with text are {', '.join(fields[:8])}" if fields else ""
         how = f"; 'data.captions.sources={{\"json:{fields[0]}\": 1}}' would use the first" if fields else ""
-        beside = BOXES if boxes else f"no text beside it ({looked})"
+        beside = why_not or f"no text beside it ({looked})"
         raise BadSample("missing_caption", f"{beside}; there is no caption in its .json or row{known}{how}")
     return found[1][0]
 

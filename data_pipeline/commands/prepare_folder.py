@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands.prepare_item import (
+    RECORDS,
     Item,
     caption_bytes,
     file_size,
@@ -29,7 +30,14 @@ from data_pipeline.commands.prepare_item import (
 from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import BOXES, decode_text, holds_boxes, json_caption, read_json_or_nothing
+from data_pipeline.content.captions import (
+    BOXES,
+    decode_text,
+    holds_boxes,
+    json_caption,
+    no_caption,
+    read_json_or_nothing,
+)
 from data_pipeline.content.members import (
     CAPTION_ENDINGS,
     IMAGE_EXTENSIONS,
@@ -107,6 +115,8 @@ class FolderSource:
         """Number of pictures whose caption is in another folder or has another name."""
         self._hidden = list[Path]()
         """Pictures whose names begin with a dot, which are passed over."""
+        self._archives = list[Path]()
+        """Archives without a picture of the same name."""
         self._several = set[int]()
         """Pictures read so far that have several captions."""
         self._boxes = set[int]()
@@ -140,9 +150,9 @@ class FolderSource:
             raise BadSample(entry.problem.reason, entry.problem.detail)
         meta = read_json_or_nothing(read_file(entry.facts)) if entry.facts is not None else {}
         beside = list(dict.fromkeys(data for path in entry.captions if (data := read_file(path)).strip()))
-        texts = [text for text in beside if not _is_boxes(text)]
+        texts = [text for text in beside if not _is_no_caption(text)]
         caption = texts[0] if texts else None
-        if len(texts) < len(beside):
+        if any(map(_is_boxes, beside)):
             self._boxes.add(number)
         if len(texts) > 1 and not self.names.caption and "captions" not in meta:
             meta["captions"] = [decode_text(text, self.encoding) for text in texts]
@@ -158,7 +168,7 @@ class FolderSource:
         data = read_file(entry.path)
         refuse_unsupported(data)
         if caption is None and beside:
-            caption = beside[0]  # boxes: the sample is dropped, with the reason, unless its .json has a caption
+            caption = beside[0]  # the sample is dropped, with the reason, unless its .json has a caption
         return Item(self.name(number), f"{number:09d}", image_ending(entry.path.name, data), data, caption, meta)
 
     def _from_rows(self, number: int, entry: _Entry, meta: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
@@ -197,6 +207,8 @@ class FolderSource:
             kinds = {ending: kind_of(ending, _content(ending, path), self.names) for ending, path in group.items()}
             if not any(kind in ("image", *NOT_READ) for kind in kinds.values()):
                 self._endings.update(name.rpartition(".")[2] or name for name in group)
+                packed = [path for path in group.values() if _is_archive(path)]
+                self._archives += [path for path in packed if not (folder / RECORDS).is_dir()]  # not this command's
                 if any(kind in ("text", "json") for kind in kinds.values()):
                     self._alone[folder, stem] = group
                 continue
@@ -294,7 +306,7 @@ class FolderSource:
         """Joins the rows of metadata tables to the pictures that they name."""
         by_path: dict[Path, _Entry] = {}
         found: list[tuple[Path, TableSource, dict[int, tuple[_Entry, bool]]]] = []
-        for place in (path for path in self._files if path.name in _METADATA):
+        for place in (path for path in self._files if path.name.lower() in _METADATA):
             try:
                 table = TableSource(str(place), self.names, encoding=self.encoding)
             except DataError as error:
@@ -394,6 +406,8 @@ class FolderSource:
         if self._boxes:
             words = "the texts beside %d pictures hold boxes of objects, as the labels of a detection data set do: "
             said.append(words % len(self._boxes) + "they are not used as captions")
+        if self._archives:
+            said.append(f"{len(self._archives)} archives are not read, such as {self._archives[0]}: unpack them")
         if self._hidden:
             said.append(
                 f"{len(self._hidden)} pictures are hidden by their names and not used, such as {self._hidden[0]}"
@@ -474,6 +488,10 @@ def _is_archive(path: Path) -> bool:
 def _words(name: str) -> str:
     """Return a name as a caption: spaces for underscores, without other trainers' repeat counts (`10_sks dog`)."""
     return re.sub(r"^\d+_(?=\D)", "", name).replace("_", " ").strip()
+
+
+def _is_no_caption(text: bytes) -> bool:
+    return text[:1].isascii() and no_caption(text.decode("utf-8", "replace")) != ""
 
 
 def _is_boxes(text: bytes) -> bool:

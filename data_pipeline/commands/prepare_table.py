@@ -35,7 +35,7 @@ from data_pipeline.commands.prepare_item import (
 )
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import is_blank, texts_in, value_at
+from data_pipeline.content.captions import is_blank, is_no_value, texts_in, value_at
 from data_pipeline.content.members import instead, picture_kind
 from data_pipeline.storage.retry import persist
 from data_pipeline.tables.arrow import ParquetRows
@@ -61,8 +61,6 @@ _NUMBERED = re.compile(r"(.+?)_?\d+")
 _ID_COLUMNS = ("image_id", "img_id", "imageid", "image_key", "key", "id")
 """Columns used as names of pictures if files with these names exist."""
 _URL_COLUMNS = ("url", "image_url", "img_url", "image_urls")
-_NO_VALUE = ("nan", "NaN", "NaT", "null", "NULL", "None", "NA", "N/A", "n/a", "#N/A", "<NA>", "\\N")
-"""What pandas, R, spreadsheets and databases write into a cell without a value."""
 _LONGEST_TEXT = 1 << 20
 _LONGEST_PATH, _HEAD = 4096, 64
 _PARTS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".gz")
@@ -373,7 +371,7 @@ def texts_of(cell: Any) -> list[str | bytes]:
     if isinstance(cell, str):
         written = _written(cell)
         if written is None:
-            return [] if is_blank(cell) or cell.strip() in _NO_VALUE else [cell]
+            return [] if is_blank(cell) or is_no_value(cell) else [cell]
         return list(written)
     if isinstance(cell, dict) or (isinstance(cell, (list, tuple)) and any(isinstance(one, dict) for one in cell)):
         return list(texts_in(cell))

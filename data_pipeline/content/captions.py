@@ -29,6 +29,8 @@ _HIGH = 9
 JSON_CAPTIONS = ("caption", "captions", "text", "prompt", "description")
 """Fields of a .json that may hold the caption, as a string or a list of strings; preferred ones first."""
 BOXES = "its text holds boxes of objects, as the labels of a detection data set do, not a caption"
+_NO_VALUE = {"nan", "NaN", "NaT", "null", "NULL", "None", "NA", "N/A", "n/a", "#N/A", "<NA>", "\\N"}
+"""What pandas, R, spreadsheets and databases write for a missing value."""
 _TEXT_FIELDS = (*JSON_CAPTIONS, "raw", "sentence", "en", "assistant")
 """Fields of an object that represents one caption."""
 _ANSWERING = ("gpt", "assistant", "model", "bot")
@@ -165,7 +167,7 @@ def texts_in(value: Any) -> list[str]:
     """Return the captions in a JSON value: a string, an object with one, or a list of these; of a conversation, the
     answers. Blank strings are skipped."""
     if isinstance(value, str):
-        return [] if is_blank(value) else [value]
+        return [] if is_blank(value) or is_no_value(value) else [value]
     if isinstance(value, Mapping):
         names = (*_TEXT_FIELDS, "value", "content") if _is_turn(value) else _TEXT_FIELDS
         return next((found for name in names if (found := texts_in(value.get(name)))), [])
@@ -214,8 +216,8 @@ def _what_lies_beside(sample: Mapping[str, Any], config: CaptionConfig) -> str:
     if text := (sample.get("txt") or b"").strip():
         if config.sources and not {"txt", "txt:lines"} & {*config.sources}:
             return f"{words}; the .txt has text"
-        if holds_boxes(decode_text(text, config.encoding)):
-            return f"{words}; {BOXES}"
+        if why := no_caption(decode_text(text, config.encoding)):
+            return f"{words}; {why}"
         if decode_text(text, config.encoding).strip():
             return f"{words}; data.captions.clean removes all of the .txt: {text[:40]!r}"
     try:
@@ -232,6 +234,18 @@ def is_blank(text: str) -> bool:
     """Return whether a text shows nothing: it holds only white space and control or formatting characters, such as the
     zero width space."""
     return all(unicodedata.category(letter) in _UNSEEN for letter in text)
+
+
+def is_no_value(text: str) -> bool:
+    """Return whether a text is only what programs write for a missing value, such as `nan`."""
+    return len(text) < 99 and text.strip() in _NO_VALUE
+
+
+def no_caption(text: str) -> str:
+    """Say why a text that shows something is no caption; empty if it may be one."""
+    if is_no_value(text):
+        return f"its text is {text.strip()!r}, which programs write for a missing value"
+    return BOXES if holds_boxes(text) else ""
 
 
 def holds_boxes(text: str) -> bool:
@@ -253,11 +267,11 @@ def holds_json(text: str) -> bool:
 
 
 def clean(text: str, config: CaptionConfig) -> str:
-    """Clean and truncate a text as `config` says; may return an empty string, as it does for boxes of objects.
+    """Clean and truncate a text as `config` says; may return an empty string, as it does for what is `no_caption`.
 
     Control characters and lone surrogates are always removed: tokenizers do not accept them.
     """
-    if holds_boxes(text):
+    if no_caption(text):
         return ""
     text = text[: _ROOM_TO_CLEAN * config.max_characters]
     text = _CONTROL.sub("", text.encode("utf-8", "ignore").decode())

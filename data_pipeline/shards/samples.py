@@ -14,7 +14,7 @@ from unicodedata import normalize
 
 from data_pipeline.common.errors import BadSample
 from data_pipeline.config import MembersConfig
-from data_pipeline.content.captions import decode_text, holds_boxes, holds_json, json_caption, object_of
+from data_pipeline.content.captions import decode_text, holds_boxes, holds_json, is_no_value, json_caption, object_of
 from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, kind_of, picture_kind, roles, split_samples
 from data_pipeline.shards.tar import MAX_MEMBER, MAX_TEXT, Member, Problem
 
@@ -270,6 +270,8 @@ def _facts(kind: str | None, member: Member, problems: list[Problem]) -> dict[st
         if holds_boxes(text):
             words = f"{member.name!r} holds boxes of objects, as the labels of a detection data set do, not a caption"
             problems.append(Problem("box_labels", member.offset, words))
+            return {"length": 0}
+        if is_no_value(text):
             return {"length": 0}
         if holds_json(text):
             words = f"{member.name!r} is JSON, which is used as a caption as it stands: data.members.json would read it"

@@ -215,6 +215,7 @@ CASES: dict[str, Case] = {
     "json_huge_score": (around(bad(json=b'{"punsafe": 1' + b"0" * 400 + b"}")), 5, {}, {"bad_score": 1}),
     "json_word_as_score": (around(bad(json=b'{"punsafe": "high"}')), 5, {}, {"bad_score": 1}),
     "boxes_as_caption": (around(bad(txt=b"0 .5 .5 .1 .1\n", json=None)), 4, {"missing_caption": 1}, {"box_labels": 1}),
+    "text_is_nan": (around(bad(txt=b"nan\n", json=b'{"caption": "None"}')), 4, {"missing_caption": 1}, {}),
     "text_is_json": (around(bad(txt=b'{"caption": "x"}')), 5, {}, {"json_as_caption": 1}),
     "image_32_bit": (around(jpeg(encoded(Image.new("I", (64, 64), 70_000), "TIFF"))), 4, {"decode_error": 1}, {}),
     "json_failed": (around(bad(json=json.dumps({"status": "failed_to_download"}).encode())), 5, {}, {}),

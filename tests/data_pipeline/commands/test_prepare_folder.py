@@ -247,10 +247,17 @@ def test_names_that_differ_in_case_or_end_with_a_space_are_pairs_and_hidden_pict
     tmp_path: Path,
 ) -> None:
     folder(tmp_path, **{"B__JPG": ONE, "b__txt": "of B", "c__jpg": TWO, "c__txt ": "of c"})
-    folder(tmp_path, **{"D__jpg": ONE, "d__jpg": TWO, "d__txt": "of d", "__e__jpg": ONE, "___x__jpg": "of macOS"})
+    folder(
+        tmp_path,
+        rest__zip=b"PK",
+        **{"D__jpg": ONE, "d__jpg": TWO, "d__txt": "of d", "__e__jpg": ONE, "___x__jpg": "of macOS"},
+    )
     source = FolderSource(str(tmp_path))
     assert found(source) == {"B.JPG": "of B", "D.jpg": "", "c.jpg": "of c", "d.jpg": "of d"}
-    assert source.remarks() == [f"1 pictures are hidden by their names and not used, such as {tmp_path}/.e.jpg"]
+    assert source.remarks() == [
+        f"1 archives are not read, such as {tmp_path}/rest.zip: unpack them",
+        f"1 pictures are hidden by their names and not used, such as {tmp_path}/.e.jpg",
+    ]
 
 
 def test_a_text_file_that_is_a_dangling_link_is_skipped(tmp_path: Path) -> None:
