@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -67,7 +68,8 @@ class ShardStream(IterableDataset[Sample]):
             `{"name": "a", "shards": PATTERN, "weight": 0.7}`, whose samples also have `__dataset__`.
         seed: determines the order, together with the content of the shards, `filter`, `lanes` and `window`.
         global_batch: samples per step over all ranks.
-        rank, world_size: this process; by default from the environment (RANK, WORLD_SIZE), else 0 of 1.
+        rank, world_size: this process; by default from `torch.distributed`, if it is initialized, or the environment
+            (RANK, WORLD_SIZE), else 0 of 1.
         position: where to start.
         lanes: number of interleaved substreams; 0: chosen from `global_batch`. `world_size` must divide it.
         window: samples shuffled together within a lane; None: as many as fit into memory, see `DataConfig`.
@@ -110,9 +112,11 @@ class ShardStream(IterableDataset[Sample]):
             if isinstance(settings.get(name), Mapping):
                 settings[name] = _settings(kind, name, settings[name])
         self.config = _settings(DataConfig, "ShardStream", {"shards": shards, **settings})
-        self.rank = int(os.environ.get("RANK", "0")) if rank is None else _typed("rank", int, rank)
-        given = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-        self.world_size = _typed("world_size", int, given)
+        own, all_ranks = _place()
+        self.world_size = _typed("world_size", int, all_ranks if world_size is None else world_size)
+        if rank is None and own is None and self.world_size > 1:
+            raise ConfigError(f"rank: it is not known, nor is RANK set; with world_size={self.world_size}, give it")
+        self.rank = _typed("rank", int, (own or 0) if rank is None else rank)
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank={self.rank}: it must lie between 0 and world_size - 1 = {self.world_size - 1}")
         self.seed, self.position = _typed("seed", int, seed), check_position(position)
@@ -173,6 +177,18 @@ class ShardStream(IterableDataset[Sample]):
 
     def __call__(self) -> Iterator[Sample]:
         return iter(self)
+
+
+def _place() -> tuple[int | None, int]:
+    """Return the rank of this process, None if it is not known, and the number of ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    for name, value in found.items():
+        if value is not None and not value.isdecimal():
+            raise ConfigError(f"{name}={value!r}: this environment variable must be a whole number")
+    own, ranks = (None if value is None else int(value) for value in found.values())
+    return own, 1 if ranks is None else ranks
 
 
 def _settings(kind: type[T], name: str, values: Mapping[str, Any]) -> T:

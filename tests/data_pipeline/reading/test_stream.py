@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 
 from data_pipeline import ShardStream
@@ -346,6 +347,20 @@ def test_rank_and_world_size_come_from_the_environment(folder: str, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     source = stream(folder)
     assert (source.rank, source.world_size) == (1, 2)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        source = stream(folder)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (source.rank, source.world_size) == (3, 4), (
+        "where it is initialized, the variables may be another launcher's"
+    )
+    monkeypatch.setenv("RANK", "")
+    with pytest.raises(ConfigError, match="RANK='': this environment variable must be a whole number"):
+        stream(folder)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="rank: it is not known, nor is RANK set; with world_size=2, give it"):
+        stream(folder)
 
 
 def test_a_flipped_byte_is_replaced_by_the_same_substitute_everywhere(folder: str, tmp_path: Path) -> None:
