@@ -107,7 +107,12 @@ def evaluate_cascade(config: EvaluateCommand, opened: tuple[Cascade, list[str]] 
     ranks = read_ranks()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     evaluation.draw(rank, world_size)
-    if not evaluation.parts.all_done():
+    done, count = evaluation.parts.done_count(), evaluation.parts.count
+    if done < count:
+        print(
+            f"{output}: {done} of {count} parts are done; the process that finishes last writes the result. If no "
+            "other is running, repeat the command"
+        )
         return {"rank": rank, "waits": "the last process to finish writes the result"}
     result = evaluation.result()
     result["seconds"] = round(time.monotonic() - began, 3)

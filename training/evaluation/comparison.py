@@ -197,8 +197,18 @@ def _difference(first: Evaluated, other: Evaluated) -> dict[str, Any]:
                 "chance": difference.chance(prompts),
             }
     shared = {name.split(".")[0] for name in first.figures if name in other.figures} & set(lacking)
-    said = _differing(here, there, (*SAID, *(field for name in sorted(shared) for field in lacking[name])))
+    said = _differing(_stages(here), _stages(there), ("stages",))
+    said |= _differing(here, there, (*SAID, *(field for name in sorted(shared) for field in lacking[name])))
     return {"path": other.path, "said": said | apart, "figures": figures}
+
+
+def _stages(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return which checkpoint each stage is, and how it was sampled, `STAGE.KEY` -> value."""
+    found: dict[str, Any] = {}
+    for stage in field_of(result, "protocol.stages") or []:
+        facts = {"step": stage.get("step"), "ema_decay": stage.get("ema_decay"), **stage.get("sampler", {})}
+        found |= {f"{stage['name']}.{key}": value for key, value in facts.items()}
+    return {"stages": found}
 
 
 def _sizes(figure: Figure) -> str:

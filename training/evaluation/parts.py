@@ -107,9 +107,9 @@ class Parts:
         """Return whether a part is done."""
         return persist(str(self.folder), self.file(number).exists, PATIENCE)
 
-    def all_done(self) -> bool:
-        """Return whether all parts are done."""
-        return all(self.done(number) for number in range(self.count))
+    def done_count(self) -> int:
+        """Return the number of parts that are done."""
+        return sum(self.done(number) for number in range(self.count))
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a part atomically."""

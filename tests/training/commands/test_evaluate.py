@@ -216,7 +216,7 @@ def test_evaluating_pictures_alone_needs_no_captions_for_an_oracle(bundle: str, 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_number_of_ranks_gives_the_same_pictures_and_figures(
-    ranks: int, bundle: str, tmp_path_factory, monkeypatch
+    ranks: int, bundle: str, tmp_path_factory, monkeypatch, capsys
 ) -> None:
     """Repeated captions are numbered across the whole evaluation: no two samples are the same."""
     folder = tmp_path_factory.mktemp("shared")
@@ -235,6 +235,7 @@ def test_any_number_of_ranks_gives_the_same_pictures_and_figures(
             monkeypatch.setenv(name, str(value))
         results.append(evaluate.main(config))
     assert all("waits" in result for result in results[:-1])
+    assert capsys.readouterr().out.count("of 5 parts are done; the process that finishes last") == ranks - 1
     result = results[-1]
     parts = Parts(Path(config.evaluation.output), {}, 0)
     pictures = [

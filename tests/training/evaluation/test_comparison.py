@@ -79,9 +79,12 @@ def test_figures_with_a_protocol_of_their_own_are_left_out_where_it_differs(tmp_
     share, db = Figure.mean(np.arange(64) < 3, is_share=True), Figure.mean(SPREAD[:16])
     old, new = Figure(0.5, SPREAD), Figure(0.5, SPREAD, halves=np.full((32, 2), 0.5))
     every = {"kid.x": kid(1), "copies.x": share, "psnr.sr": db, "recall.x": old}
-    a = evaluated(tmp_path / "a", every, 16, training={"searched": 500})
+    one, two = ([{"name": "base", "step": 5, "sampler": {"guidance": scale, "steps": 4}}] for scale in (1, 2))
+    a = evaluated(tmp_path / "a", every, 16, training={"searched": 500}, stages=one)
     fewer = {"recall.x": new, "kid.x": kid(1), "copies.x": share, "psnr.sr": Figure.mean(SPREAD[:8])}
-    b = evaluated(tmp_path / "b", fewer, 8, training={"searched": 100}, versions={"torch": "2"}, text_sha="1")
+    b = evaluated(
+        tmp_path / "b", fewer, 8, training={"searched": 100}, versions={"torch": "2"}, text_sha="1", stages=two
+    )
     comparison = compare_results([a, b])
     assert list(comparison["others"][0]["figures"]) == ["kid.x"]
     text = as_text(comparison)
@@ -90,6 +93,7 @@ def test_figures_with_a_protocol_of_their_own_are_left_out_where_it_differs(tmp_
         "written by an earlier version"
     )
     assert "note: psnr.n differs: 16 and 8; psnr is not compared" in text
+    assert "note: stages.base.guidance differs: 1 and 2" in text and text.count("stages.base") == 1
     assert "note: protocol.versions differs" in text and "note: protocol.text_sha differs: None and 1" in text
     with pytest.raises(ConfigError, match=r"protocol\.size is None in the first and 64 in the second"):
         compare_results([a, evaluated(tmp_path / "c", {"kid.x": kid(1)}, size=64)])
