@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.common.errors import CascadeError
 from data_pipeline.common.python import importing
 from training.checkpoint.store import CheckpointError, CheckpointStore
-from training.config.experiment import Experiment, command_for
+from training.cli.typed import command_for
+from training.config.experiment import Experiment
 from training.plan.checks import check_named
 from training.processes.endings import Signals, from_where, run_program, stop_error
 from training.processes.exit_codes import EXIT_CRASH, EXIT_DEVICE_LOST, EXIT_DONE

@@ -81,7 +81,9 @@ def test_a_complete_run_reports_that_it_is_complete(whole: Experiment, capsys: p
     assert said.splitlines()[-1] == f"samples: {whole.run.dir}/samples/step-00000010.png", "in no bundle"
 
 
-def test_a_finished_training_names_the_next_command(whole: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_training_names_the_next_command(
+    whole: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, sr = whole.run.dir, f"{whole.run.dir}-sr/other"
     config = replace(whole, stage=replace(whole.stage, name=Path(base).name), run=replace(whole.run, name="mine"))
     config.bundle = replace(whole.bundle, runs=[base, sr])
@@ -89,6 +91,12 @@ def test_a_finished_training_names_the_next_command(whole: Experiment, capsys: p
     Path(sr).mkdir(parents=True)
     Path(sr, "config.yaml").write_text("")
     assert next_step(config, capsys) == "next: cascade bundle experiment=mine"
+    typed = ["--config-dir", "my conf", "experiment=photos", "run.name=mine", "data.shards=a b/*.tar", "train.steps=1"]
+    monkeypatch.setattr(sys, "argv", ["cascade", "train", *typed])
+    words = "'--config-dir=my conf' experiment=photos run.name=mine"
+    assert next_step(config, capsys) == f"next: cascade bundle {words}", "what the next command needs of those typed"
+    Path(sr, "config.yaml").unlink()
+    assert next_step(config, capsys) == f"next: cascade train {words} 'data.shards=a b/*.tar' stage=other"
 
 
 def next_step(config: Experiment, capsys: pytest.CaptureFixture[str]) -> str:

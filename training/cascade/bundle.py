@@ -30,8 +30,9 @@ from data_pipeline.storage.store import is_remote
 from training.checkpoint.provenance import code_version
 from training.checkpoint.safetensors import Digest, chunks, open_tensors
 from training.checkpoint.store import MANIFEST, STEP_NAME, Checkpoint, CheckpointStore, checksum
+from training.cli.typed import command_for, experiment_of
 from training.config.diffusion import TAUGHT
-from training.config.experiment import Experiment, StageConfig, TextConfig, command_for
+from training.config.experiment import Experiment, StageConfig, TextConfig
 from training.config.plain import from_plain
 from training.config.unet import UNetConfig, for_stage
 from training.model.alignment import BESIDE
@@ -73,7 +74,7 @@ class Bundle:
 def main(config: Experiment) -> dict[str, Any]:
     """Bundle the newest valid checkpoint of every run in `bundle.runs`, base first; return the bundle's path and a
     summary of its stages."""
-    bundle = collect(config.bundle.runs, experiment=config.run.name)
+    bundle = collect(config.bundle.runs, experiment=experiment_of(config))
     _keep_bases(config.bundle.dir, bundle)
     written = write(config.bundle.dir, bundle)
     for stage in written["stages"]:

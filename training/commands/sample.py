@@ -42,9 +42,10 @@ from training.cascade.requests import (
     plan_stages,
     stored,
 )
+from training.cli.typed import command_for
 from training.commands import layouts
 from training.config.commands import SampleCommand
-from training.config.experiment import Experiment, command_for
+from training.config.experiment import Experiment
 from training.engine.base import DTYPES
 from training.evaluation.metrics.features import colour_grid, diversity
 from training.pictures.credentials import Credentials

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -631,12 +630,3 @@ class Experiment:
     def starts_from(self) -> str | None:
         """The run, checkpoint or bundle whose weights a new run starts from; None: random weights."""
         return self.train.init_from or (self.distill.teacher if self.distill.steps else None)
-
-
-def command_for(verb: str, config: Experiment, **more: str) -> str:
-    """Return the command of another step of the same experiment, with some of its keys, for the user to type."""
-    name, bundle = config.run.name, config.bundle.dir
-    keys = ({"experiment": name} if name != RunConfig.name else {}) | more
-    if verb in ("sample", "evaluate") and bundle != f"runs/{name}/bundle":
-        keys["bundle.dir"] = bundle
-    return shlex.join(["cascade", verb, *(f"{key}={value}" for key, value in keys.items())])

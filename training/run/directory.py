@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,10 @@ from data_pipeline.common.errors import CascadeError, ConfigError, DataError
 from data_pipeline.storage.atomic import replacing
 from data_pipeline.storage.retry import persist
 from training.checkpoint.store import CheckpointStore
+from training.cli.typed import typed_command
 from training.config.diffusion import TAUGHT
 from training.config.experiment import Experiment
 from training.processes.flight import put_records_aside
-from training.processes.launcher import TYPED
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +335,7 @@ class RunDir:
         """Add this start to code.json: which code ran, when, where, and from which step."""
         path = self.path / "code.json"
         starts = read_json(path).get("starts", [])
-        command = json.loads(os.environ.get(TYPED, "null")) or sys.argv
+        command = typed_command()
         here = {"host": socket.gethostname(), "time": time.time(), "command": command, "commit": code["commit"]}
         starts.append(
             {"attempt": attempt, "step": step, "world_size": world_size, "run_dir": str(self.path.resolve()), **here}
