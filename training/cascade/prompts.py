@@ -54,6 +54,8 @@ def read_prompts(given: Any, key: str = "prompts", keep_blank: bool = False) -> 
         found = _from_file(given, key) if _is_file(given) else [given]
         if re.fullmatch(r"\[[^\[\]]+,[^\[\]]+\]", given):
             print(f'{key}={given}: this is one prompt; the texts of a list need quotation marks: \'{key}=["a","b"]\'')
+        if not _is_file(given) and re.fullmatch(r"\S+\.[a-z]{3,5}", given):
+            print(f"{key}={given}: this is one prompt; a file of prompts must end in {', '.join(FILES)}")
     elif isinstance(given, Sequence) and all(isinstance(item, (str, int, float)) for item in given):
         found = [str(item) for item in given]
         blank = 0 if keep_blank else sum(not item.strip() for item in found)

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from training.cli.fields import Key, keys_of, type_words
-from training.cli.overrides import groups, section_of
+from training.cli.overrides import PLACES, groups, section_of
 from training.config.commands import COMMANDS
 from training.config.reads import may_read
 
@@ -373,7 +373,9 @@ def _wrong_type(text: str, verb: str) -> str:
     if key == "wandb":
         return "wandb: it is a section; to turn W&B off or on, write tracking=disabled, offline or online"
     value = _search(r"Error merging override [^=\n]*=(.*)", text) or _search(r"Value '(.*?)' ", text)
-    stated = f"{key}={value}" if value else key
+    stated, place = f"{key}={value}" if value else key, PLACES.get(verb, "")
+    if value and key in place and place != key:  # bundle=DIR, data=DIR
+        return f"{stated}: {key} is a section; did you mean {place}={value}?"
     return f"{stated}: it must be {_expected(key, verb)}"
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError, DataError, about
 from data_pipeline.common.machine import usable_cores
 from data_pipeline.common.progress import progress
 from data_pipeline.storage import store
@@ -324,7 +324,8 @@ def read_starts(config: SampleCommand, prompts: int) -> dict[str, list[Start]]:
 def _read_start(key: str, file: str) -> Start:
     if not store.exists(file):
         raise DataError(f"{key}={file}: no such file")
-    data = store.read_bytes(file)
+    with about(key):
+        data = store.read_bytes(file)
     return Start(file, sha256(data).hexdigest(), opened(data, f"{key}={file}"))
 
 

@@ -94,7 +94,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
     two is a distillation."""
     old, new = flatten(before), flatten(now)
     keys = [key for key in sorted({*old, *new}) if _is_taught(before, now) or not key.startswith("distill.")]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+    found = [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+    # an empty mapping that gets keys, or loses its last, is reported by those keys
+    return [one for one in found if one[1:] not in ((None, {}), ({}, None))]
 
 
 def changed_since(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

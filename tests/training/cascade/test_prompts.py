@@ -70,6 +70,9 @@ def test_the_end_of_the_last_line_does_not_begin_another(tmp_path: Path) -> None
 def test_a_list_without_quotation_marks_is_reported_to_be_one_prompt(capsys) -> None:
     assert read_prompts("[a cat, a dog]") == ["[a cat, a dog]"]
     assert "this is one prompt" in capsys.readouterr().out
+    assert read_prompts("list.text") == ["list.text"]
+    assert "list.text: this is one prompt; a file of prompts must end in .txt" in capsys.readouterr().out
+    assert read_prompts("a cat.") == ["a cat."] and not capsys.readouterr().out
 
 
 def test_skipped_blanks_are_reported(capsys) -> None:

@@ -253,6 +253,7 @@ def test_the_command_line_beats_group_and_experiment() -> None:
         ("optimizer.betas=[a,b]", "optimizer.betas[0]=[a,b]: it must be a list, each element a number"),
         ("json=maybe", "json=maybe: it must be true or false"),
         ("train=5", "train=5: it must be a section; its keys are steps,"),
+        ("data=a/b", "data=a/b: data is a section; did you mean data.shards=a/b?"),
         ("data.captions.sources={txt: much}", "data.captions.sources.txt={txt:much}: it must be a number"),
         ("seed=1,2", "seed=1,2: several values; add --multirun for one run per value"),
         ("seed=${sed}", "seed: ${sed} refers to a key that does not exist"),

@@ -95,6 +95,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_settings_that_one_side_does_not_know() -> None:
     assert differences({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == [("a.c", None, 2)]
+    assert differences({"a": {}}, {"a": {"b": 1}}) == [("a.b", None, 1)], "without a: {} -> None"
 
 
 def test_small_files(tmp_path: Path) -> None:
