@@ -428,10 +428,20 @@ class Evaluation:
             found.append(
                 f"{self.cut} caption{'s are' if self.cut > 1 else ' is'} truncated to {most} tokens (text.max_tokens)"
             )
+        if learnt := self._learnt_from_reference():
+            found.append(
+                f"evaluation.reference={self.settings.reference} is what {' and '.join(learnt)} learnt from: such "
+                "figures are better the more a model copies; use held-out pictures"
+            )
         if n["broken"]:
             ending, were = ("", "was") if n["broken"] == 1 else ("s", "were")
             found.append(f"{n['broken']} reference picture{ending} could not be read and {were} skipped")
         return found + (measure.measurement_remarks(n["samples"], n["reference"], widths) if n["reference"] else [])
+
+    def _learnt_from_reference(self) -> list[str]:
+        """Return the names of the stages whose training shards, if no filter chose among them, are the reference."""
+        whole = self.file.facts["fingerprint"] if self.file else self.source.fingerprint if self.source else ""
+        return [s.config.name for s in self.stages if s.origin.get("data") == whole.partition(":")[0] != ""]
 
     @property
     def reference_rule(self) -> str:

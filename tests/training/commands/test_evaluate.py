@@ -538,6 +538,21 @@ def test_a_planted_copy_of_a_training_picture_is_found(tmp_path: Path) -> None:
     assert kept is not None and list(kept.category) == ["A", "B", "B"] and kept.prompt[0] == "copy"
 
 
+def test_training_pictures_as_the_reference_are_noticed(bundle: str, tmp_path: Path) -> None:
+    """Also if only their features are read."""
+    folder = photographs(tmp_path / "shards", 12)
+    keys: dict[str, Any] = {"kind": "pictures", "samples": 3, "reference": folder}
+    file = evaluate.main(command(bundle, tmp_path / "file", {"action": "reference"}, **keys))["reference"]
+    cascade = tiny_cascade()
+    cascade.stages[1].origin["data"] = References(folder, DataConfig(), 32, 0).fingerprint
+    for name, reference in (("shards", folder), ("file", file)):
+        config = command("unused", tmp_path / f"{name}-out", **keys | {"reference": reference})
+        remarks = evaluate.evaluate_cascade(config, (cascade, ["cpu"]))["remarks"]
+        assert f"evaluation.reference={reference} is what sr learnt from: such figures" in " ".join(remarks)
+    config = command(bundle, tmp_path / "out", **keys)
+    assert "learnt from" not in " ".join(evaluate.main(config)["remarks"])
+
+
 def test_the_best_setting_of_a_sweep_goes_into_the_bundle(tmp_path: Path, capsys) -> None:
     bundle, table = tmp_path / "bundle", tmp_path / "list.txt"
     tiny_cascade().save(str(bundle))
