@@ -305,6 +305,8 @@ class TableSource:
         return Item(str(meta["source"]), f"{number:09d}", image_ending(_path_of(cell) or "", data), data, text, meta)
 
     def advice(self, reason: str) -> str:
+        if reason == "missing_image" and "://" in self.name(0):
+            return "only local paths are read: copy the pictures first, and set prepare.images to their folder"
         if reason == "missing_image":
             root = self._pictures.root
             return f"paths are searched for in {root} and its subfolders; set prepare.images for another folder"
@@ -417,7 +419,7 @@ def _written(text: str) -> list[str] | None:
 
 def _bytes_of(cell: Any) -> bytes | None:
     """Return the encoded picture in a cell: bytes, also as a list of numbers, an object with bytes (as in `datasets`),
-    a list of these, or base64.
+    a list of these, or a text that holds them.
 
     None if there is none.
     """
@@ -430,11 +432,25 @@ def _bytes_of(cell: Any) -> bytes | None:
         if cell and all(isinstance(one, int) and 0 <= one < 256 for one in cell[:_HEAD]):
             return bytes(cell) if picture_kind(bytes(cell[:_HEAD])) else None  # an array of numbers, as of NumPy
         return next((data for one in cell if (data := _bytes_of(one)) is not None), None)
-    if isinstance(cell, str) and len(cell) > 64:
-        encoded = cell.partition("base64,")[2] if cell.startswith("data:image/") else cell
-        with suppress(binascii.Error, ValueError):
-            if picture_kind(base64.b64decode(encoded[:64])):
-                return base64.b64decode(encoded)
+    return _bytes_in(cell) if isinstance(cell, str) and len(cell) > 64 else None
+
+
+def _bytes_in(text: str) -> bytes | None:
+    """Return the encoded picture that a text holds as base64 (also for URLs), as hexadecimal, or as Python writes
+    bytes; None if it holds none."""
+    encoded = text.partition("base64,")[2] if text.startswith("data:") else text.strip()
+    code = encoded.replace("-", "+").replace("_", "/")
+    with suppress(binascii.Error, ValueError):
+        if picture_kind(base64.b64decode(code[:64])):
+            return base64.b64decode(code + "=" * (-len(code) % 4))
+    digits = encoded.removeprefix("\\x")
+    with suppress(ValueError):
+        if picture_kind(bytes.fromhex(digits[:64])):
+            return bytes.fromhex(digits)
+    if encoded[:2] in ("b'", 'b"'):
+        with suppress(ValueError, SyntaxError, MemoryError):
+            value = ast.literal_eval(encoded)
+            return value if picture_kind(value) else None
     return None
 
 

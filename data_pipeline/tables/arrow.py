@@ -18,6 +18,8 @@ from data_pipeline.storage.retry import persist
 from data_pipeline.tables.base import Rows, no_table
 
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
+_ROWS_KEPT = 256
+"""Threads read rows in about their order: of a stream, a row before those that are kept costs reading it again."""
 
 
 class ArrowRows:
@@ -33,8 +35,8 @@ class ArrowRows:
     def __init__(self, path: Path, stream: bool) -> None:
         self._path, self._stamp, self._stream = path, store.stamp(os.stat(path)), stream
         self._lock = threading.Lock()
-        self._kept: deque[tuple[int, Any]] = deque(maxlen=_BATCHES_KEPT)
-        """The last batches, each with its number."""
+        self._kept: deque[tuple[int, Any]] = deque()
+        """The last batches, each with its number: a few, or as many as have `_ROWS_KEPT` rows."""
         self._starts = [0]
         for _, batch in self._opened(0):
             self._starts.append(self._starts[-1] + batch.num_rows)
@@ -60,7 +62,7 @@ class ArrowRows:
         return int(self._starts[-1])
 
     def row(self, number: int) -> dict[str, Any]:
-        which = bisect_right(self._starts, number) - 1
+        which = self._batch_of(number)
         with self._lock:
             batch = self._found(which)
         cells = ((name, batch.column(place)) for place, name in enumerate(self.columns))
@@ -83,6 +85,12 @@ class ArrowRows:
                 raise
             return persist(str(self._path), lambda: self._batch_again(which))
 
+    def _batch_of(self, row: int) -> int:
+        return bisect_right(self._starts, row) - 1
+
+    def _rows_after(self, batch: int, last: int) -> int:
+        return self._starts[last + 1] - self._starts[batch + 1]
+
     def _batch_again(self, which: int) -> Any:
         store.check_unchanged(str(self._path), os.stat(self._path), self._stamp)
         self._next = -1
@@ -94,13 +102,18 @@ class ArrowRows:
         for number, batch in self._kept:
             if number == which:
                 return batch
-        if not 0 <= self._next <= which or (which > self._next and not self._stream):
-            self._batches, self._next = self._opened(which), which
+        far = not self._stream and 0 <= self._next <= which and self._rows_after(self._next, which) > _ROWS_KEPT
+        if not 0 <= self._next <= which or far:
+            first = which if far else self._batch_of(max(self._starts[which] - _ROWS_KEPT, 0))
+            self._batches, self._next = self._opened(first), first
+            self._kept.clear()
         words = "it has become shorter"
         try:
             for number, batch in self._batches:
                 self._kept.append((number, batch))
                 self._next = number + 1
+                while len(self._kept) > _BATCHES_KEPT and self._rows_after(self._kept[0][0], number) > _ROWS_KEPT:
+                    self._kept.popleft()
                 if number == which:
                     return batch
         except (ArrowException, OSError) as error:

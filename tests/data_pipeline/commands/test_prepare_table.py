@@ -24,6 +24,8 @@ import pytest
 from data_pipeline.commands.prepare_sources import FolderSource, TableSource
 from data_pipeline.common.errors import BadSample, DataError
 from data_pipeline.config import MembersConfig
+from data_pipeline.tables.arrow import ArrowRows
+from data_pipeline.tables.table import open_table
 from tests.data_pipeline.commands.importing import dropped, imported, members
 from tests.data_pipeline.photos import jpegs
 
@@ -171,6 +173,9 @@ def embedded(column: str) -> pa.Array:
         "list of binary": [[ONE], [TWO]],
         "struct with paths": [{"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}],
         "base64": [base64.b64encode(ONE).decode(), "data:image/jpeg;base64," + base64.b64encode(TWO).decode()],
+        "base64 for URLs": [base64.urlsafe_b64encode(one).decode().rstrip("=") for one in (ONE, TWO)],
+        "hexadecimal": [ONE.hex(), "\\x" + TWO.hex()],
+        "as Python writes it": [str(ONE), str(TWO)],
         "paths": ["1.jpg", "2.jpg"],
         "list of numbers": [list(ONE), list(TWO)],
     }
@@ -187,6 +192,9 @@ def embedded(column: str) -> pa.Array:
         "list of binary",
         "struct with paths",
         "base64",
+        "base64 for URLs",
+        "hexadecimal",
+        "as Python writes it",
         "paths",
         "list of numbers",
     ],
@@ -200,6 +208,22 @@ def test_pictures_in_parquet_are_used(place: Path, column: str, name: str) -> No
     assert [found["000000000.jpg"], found["000000001.jpg"]] == [ONE, TWO]
     facts = json.loads(found["000000000.json"])
     assert set(facts) == {"source", "width", "height"}, "binary data does not go into the .json"
+
+
+def test_rows_of_an_arrow_stream_in_about_their_order_are_read_once(place: Path, monkeypatch: Any) -> None:
+    table = pa.table({"image": [f"{number}.jpg" for number in range(600)], "caption": ["one"] * 600})
+    with pa.ipc.new_stream(place / "a.arrow", table.schema) as out:
+        out.write_table(table, 1)
+    rows, opened, real = open_table(place / "a.arrow"), list[int](), ArrowRows._opened
+
+    def counted(self: ArrowRows, first: int) -> Any:
+        opened.append(first)
+        return real(self, first)
+
+    monkeypatch.setattr(ArrowRows, "_opened", counted)
+    order = [min(number ^ 63, 599) for number in range(600)]
+    assert [rows.row(number)["image"] for number in order] == [f"{number}.jpg" for number in order]
+    assert len(opened) == 1
 
 
 def test_a_table_of_pictures_alone_says_what_is_missing(place: Path) -> None:
