@@ -198,13 +198,19 @@ def with_interval(entry: dict[str, Any]) -> str:
 
 def protocol_rows(protocol: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the protocol as rows of two columns."""
-    rows = [(key, str(value)) for key, value in protocol.items() if key not in ("stages", "extractors")]
+    rows = [(key, _in_words(value)) for key, value in protocol.items() if key not in ("stages", "extractors")]
     for name, facts in protocol["extractors"].items():
         rows.append((f"features {name}", ", ".join(f"{key} {value}" for key, value in facts.items() if value)))
     for stage in protocol["stages"]:
         sampler = ", ".join(f"{key} {value}" for key, value in stage["sampler"].items())
         rows.append((f"stage {stage['name']}", f"step {stage['step']}, sha256 {stage['sha256'][:12]}, {sampler}"))
     return rows
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(one)}" for name, one in value.items())
+    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _shape_table(result: dict[str, Any]) -> list[str]:

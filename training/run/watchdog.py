@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -95,7 +96,7 @@ class Watchdog:
     def _last_words(self, error: Exception) -> str:
         name, step, since = self._now
         after = f"phase {name}, after {time.monotonic() - since:.0f} s{self._others()}"
-        said = str(error).splitlines()[0][:200]
+        said = textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" ...")
         if step is None:
             return (
                 f"rank {self.ranks.rank}: another rank died or did not respond during the start ({after}): {said}; the "
