@@ -208,9 +208,16 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def ends_at_once() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP (unless ignored) end a command that has nothing to save: waits for a failing store
-    are cut short, incomplete files are removed, and after `AT_ONCE_S` seconds the process exits in any case."""
+    are cut short, incomplete files are removed, and after `AT_ONCE_S` seconds the process exits in any case.
+
+    Only the first signal counts: Ctrl-C reaches the processes of a launcher twice, and must not interrupt the removal.
+    """
+    received: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            return
         hurry_up(number=number)
         last = threading.Timer(AT_ONCE_S, _end_by_force, [number])
         last.daemon = True

@@ -30,7 +30,7 @@ from data_pipeline.common.children import die_with_parent_only, pausing
 from data_pipeline.common.errors import EXIT_USER_ERROR, CascadeError, UserError, of_machine
 from training.config.experiment import Experiment
 from training.config.plain import from_plain
-from training.processes.endings import DeviceLost, Signals, run_program, say, unless_ignored
+from training.processes.endings import DeviceLost, Signals, Terminated, ends_at_once, run_program, say, unless_ignored
 from training.processes.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED, STOP_CODES
 from training.processes.ranks import process_count, thread_count
 
@@ -216,15 +216,18 @@ def _free_address() -> tuple[str, int]:
 
 def worker(module: str, config_class: str, config_file: str, result_file: str) -> int:
     """Run `module.main(config)` as one rank of `launch`; return the exit code. An error that all ranks share is
-    reported once."""
+    reported once, and so is a signal that ends a command with nothing to save."""
     rank = int(os.environ["RANK"])
     config = from_plain(getattr(training.config.commands, config_class), json.loads(Path(config_file).read_text()))
     with python.importing():
         command = importlib.import_module(module)
-    if not getattr(command, "HANDLES_SIGNALS", False):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     try:
-        result = command.main(config)
+        if getattr(command, "HANDLES_SIGNALS", False):
+            result = command.main(config)
+        else:
+            with ends_at_once():
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+                result = command.main(config)
     except CascadeError as error:
         alone = error.exit_code == EXIT_HUNG or (isinstance(error, DeviceLost) and not error.shared)
         if rank == 0 and config.debug:
@@ -243,6 +246,10 @@ def worker(module: str, config_class: str, config_file: str, result_file: str) -
         elif _is_first(result_file):  # of all ranks, which may share it
             say(str(told))
         return told.exit_code
+    except Terminated as end:
+        if _is_first(result_file):
+            say(f"stopped by {signal.Signals(end.number).name}")
+        return 128 + end.number
     except KeyboardInterrupt:  # a second Ctrl-C
         return EXIT_INTERRUPTED
     if rank == 0:

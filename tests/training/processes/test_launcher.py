@@ -95,6 +95,36 @@ def test_an_error_is_said_once_whichever_rank_has_it(
     assert capfd.readouterr().err == "a disk of this node is missing\n"
 
 
+STOPPED = """
+import os, signal, sys, time, types
+from training.processes.launcher import worker
+def main(config):
+    try:
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), NUMBER)  # Ctrl-C reaches the launcher and its processes
+        time.sleep(0.05)
+        print("cleaned up", flush=True)
+sys.modules["a_command"] = types.SimpleNamespace(main=main)
+sys.exit(worker("a_command", "Experiment", *sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_with_nothing_to_save_cleans_up_before_a_signal_ends_it(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code = STOPPED.replace("NUMBER", str(int(number)))
+    for rank, said in (("1", f"stopped by {number.name}\n"), ("0", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{tmp_path}/config.json", f"{tmp_path}/result.json"],
+            env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (128 + number, "cleaned up\n", said)
+
+
 def test_the_others_may_finish_after_an_agreed_exit(tmp_path: Path) -> None:
     """Rank 1 exits with 75 (saved, start again); rank 0 still writes for longer than it would be given after a
     crash."""
