@@ -65,7 +65,7 @@ def main(config: StatusCommand) -> dict[str, Any]:
         )
         if config.html:
             replace_file(
-                Path(config.html), status_html(str(folder), rows, [{**job, "note": _note(job)} for job in jobs])
+                Path(config.html), status_html(str(folder), rows, [{**job, "note": note_on_job(job)} for job in jobs])
             )
             print(f"page: {config.html}", flush=True)
         if not config.watch:
@@ -139,10 +139,10 @@ def job_row(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job_line(job: dict[str, Any]) -> str:
-    return f"{job['name']}: {job['state']}{_note(job)}"
+    return f"{job['name']}: {job['state']}{note_on_job(job)}"
 
 
-def _note(job: dict[str, Any]) -> str:
+def note_on_job(job: dict[str, Any]) -> str:
     """Return what to add to the state of a job that is not a training; empty if there is nothing to say."""
     notes = {
         "pending": f", waits: {job['reason']}",

@@ -17,6 +17,7 @@ from slurm.commands import compare, status
 from slurm.commands.compare import paired_difference
 from slurm.jobs.remedies import remedy
 from slurm.pages.curves import by_level, curves_of, thinned
+from slurm.pages.page import status_html
 from tests.browser import CHROMIUM, measured
 from training.cli.compose import load_config
 
@@ -62,6 +63,21 @@ def test_the_page_has_curves_samples_and_what_to_do(page: str) -> None:
     assert "Held-out loss by noise level" in page
     assert page.count("<img") == 4 and page.index("Samples of step 20") < page.index("Samples of step 10")
     assert "gave up: &lt;b&gt;" in page and "optimizer.lr" in page
+
+
+def test_a_curve_of_one_point_is_a_dot(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "metrics.jsonl").write_text('{"step": 20, "loss": 0.5}')
+    status.main(load_config("status", [f"run.dir={run}", f"html={tmp_path / 'page.html'}"]))
+    assert (tmp_path / "page.html").read_text().count("<circle") == 1
+
+
+def test_the_page_says_why_other_jobs_failed(tmp_path: Path) -> None:
+    log = tmp_path / "evaluate.log"
+    log.write_text("cascade evaluate: no <b> shards\n")
+    job = {"name": "evaluate", "verb": "evaluate", "state": "failed", "code": 2, "reason": None, "log": str(log)}
+    page = status_html("runs", [], [job | {"note": status.note_on_job(job)}])
+    assert f">with code 2 (no &lt;b&gt; shards), see {log}" in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
