@@ -45,6 +45,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     set_meeting_place(environ)
     for number in PASSED_ON:  # Slurm sends them to every process of the step, including the program
         signal.signal(number, lambda *_: None)
+    kills_before = oom_kills()
     child = subprocess.Popen(command, preexec_fn=die_with_parent, stderr=subprocess.PIPE)
     errors = PassedOn(child)
     code = child.wait()
@@ -53,7 +54,7 @@ def main(command: list[str], environ: MutableMapping[str, str] = os.environ) -> 
     if not (notes and code):
         return code
     try:
-        note(Path(notes), code, said if code == ABORTED else "", environ)
+        note(Path(notes), code, said if code == ABORTED else "", oom_kills() > kills_before, environ)
     except OSError as error:
         print(f"==> {notes}: no note about code {code} there: {error.strerror}", file=sys.stderr, flush=True)
         return code
@@ -90,13 +91,14 @@ class PassedOn(threading.Thread):
                 sys.stderr.buffer.flush()
 
 
-def note(notes: Path, code: int, said: str, environ: MutableMapping[str, str]) -> None:
+def note(notes: Path, code: int, said: str, starved: bool, environ: MutableMapping[str, str]) -> None:
     """Write the note about an end.
 
     Args:
         notes: directory of the notes.
         code: exit code of the program.
         said: the last words of a program that was aborted.
+        starved: whether the kernel has meanwhile killed for lack of memory. (Its count may be that of a whole node.)
         environ: Slurm's variables.
     """
     if code == EXIT_PREEMPTED:
@@ -104,7 +106,7 @@ def note(notes: Path, code: int, said: str, environ: MutableMapping[str, str]) -
         return
     rank, node = int(environ.get("SLURM_PROCID", "0")), node_name(environ)
     why, innocent = "", False
-    if code == KILLED and oom_kills():
+    if code == KILLED and starved:
         why, innocent = f"rank {rank} on {node} was killed because the job ran out of memory; raise cluster.mem", True
     if broken := broken_gpu(said):
         code, why = EXIT_DEVICE_LOST, f"rank {rank} on {node} was aborted: {broken}"

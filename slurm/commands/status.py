@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError, DataError
-from slurm.causes import why_ended
+from slurm.causes import BEGAN, why_ended
 from slurm.jobs.graph import JOBS
 from slurm.jobs.records import find_runs, first_failure, run_state, run_summary
 from slurm.jobs.remedies import remedy
@@ -27,6 +27,8 @@ ALIVE = ("pending", "running", "unknown")
 WRITES_ON_S = 60.0
 """Seconds for which a training may still write after Slurm has begun to end it."""
 STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+SAYS, ENDED = "==> ", "==> ended with code "
+"""How the lines begin that a job's script writes to the log, and the last of them."""
 COLUMNS = ("stage", "state", "step", "loss", "valid.", "images/s", "MFU", "wait", "saved", "restarts", "left", "cost")
 LESS_IMPORTANT = ("wait", "MFU", "images/s", "saved", "restarts")
 """Columns to leave out on a narrow terminal, in this order."""
@@ -114,7 +116,11 @@ def _add_end(row: dict[str, Any], trainings: list[dict[str, Any]], wrote: float)
         row["state"] = "failed" if last["code"] and last["code"] not in STOPPED else "stopped"
     elif row["state"] == "new":  # it never came as far as a step
         row["state"], row["code"] = "failed" if failed else "stopped", last["code"]
-        row["error"] = f"job {last['job']} ended with code {last['code']}, see {last['log']}" if last["code"] else None
+        row["error"] = (
+            f"job {last['job']} ended with code {last['code']}{_said(last)}, see {last['log']}"
+            if last["code"]
+            else None
+        )
 
 
 def explained(job: dict[str, Any]) -> dict[str, Any]:
@@ -155,12 +161,17 @@ def note_on_job(job: dict[str, Any]) -> str:
 
 
 def _said(job: dict[str, Any]) -> str:
-    """Return the last message of a command that failed, as its log has it; empty if there is none."""
+    """Return the last message of a command that failed, or of its script that ended it, as its log has it; empty if
+    there is none."""
+    start, said, by_script = f"cascade {job['verb']}: ", "", ""
     with suppress(OSError), open(job["log"], errors="replace") as file:
-        start = f"cascade {job['verb']}: "
-        said = [line[len(start) :].strip() for line in file if line.startswith(start)]
-        return f" ({said[-1]})" if said else ""
-    return ""
+        for line in file:
+            if line.startswith(start):
+                said = line.removeprefix(start).strip()
+            if not line.startswith(ENDED):
+                by_script = line.removeprefix(SAYS).strip() if line.startswith(SAYS) else ""
+                by_script = "" if line.startswith(BEGAN) else by_script
+    return f" ({by_script or said})" if by_script or said else ""
 
 
 def status_table(rows: list[dict[str, Any]], width: int = 0) -> str:

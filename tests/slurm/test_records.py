@@ -76,10 +76,20 @@ def test_a_command_that_failed_says_why(tmp_path: Path, capsys: pytest.CaptureFi
     record |= {"home": str(tmp_path), "runner": [1, 0], "host": "elsewhere"}
     append(tmp_path / "launch/jobs.jsonl", record)
     append(tmp_path / "launch/events.jsonl", {"name": "prepare", "what": "ended", "code": 2, "job": 7, "time": 1})
-    (tmp_path / "x.log").write_text("==> job 7\ncascade prepare: data/x: there is no such directory\n==> ended\n")
+    for lines, why in [
+        ("cascade prepare: data/x: there is no such directory\n==> ended with code 2\n",
+         "data/x: there is no such directory"),
+        ("bash: conda: not found\n==> cluster.conda: 'conda x' failed with code 127\n==> ended with code 2, now\n",
+         "cluster.conda: 'conda x' failed with code 127"),
+        ("==> cluster.setup: 'false' failed with code 1\n", "cluster.setup: 'false' failed with code 1"),
+    ]:  # fmt: skip
+        (tmp_path / "x.log").write_text(f"==> job 7\n{lines}")
+        rows(tmp_path)
+        said = f"prepare: failed with code 2 ({why}), see {tmp_path / 'x.log'}\n"
+        assert capsys.readouterr().out == said
+    (tmp_path / "x.log").write_text("==> job 7\n==> ended with code 2, now\n")
     rows(tmp_path)
-    said = f"prepare: failed with code 2 (data/x: there is no such directory), see {tmp_path / 'x.log'}\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == f"prepare: failed with code 2, see {tmp_path / 'x.log'}\n"
 
 
 def test_the_states_of_runs() -> None:

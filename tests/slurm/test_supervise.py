@@ -339,11 +339,20 @@ def test_running_out_of_memory_is_not_blamed_on_the_node(tmp_path: Path, monkeyp
         (tmp_path / "fs" / file).parent.mkdir(parents=True)
         (tmp_path / "fs" / file).write_text(text)
         assert machine.oom_kills() > 0
-    monkeypatch.setattr(task, "oom_kills", lambda: 1)
-    task.note(tmp_path, KILLED, "", {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n2"})
-    found = read_end(tmp_path, KILLED, asked=False, job="7")
-    assert found.why == "rank 1 on n2 was killed because the job ran out of memory; raise cluster.mem"
-    assert decide(found, found).without == () and decide(found, found).action == "restart"
+    count = tmp_path / "fs" / file
+    program = "import sys; from pathlib import Path; from data_pipeline.common import machine; from slurm import task; "
+    program += f"machine.OWN_CGROUPS, machine.CGROUPS = Path({str(own)!r}), Path({str(tmp_path / 'fs')!r}); "
+    program += "sys.exit(task.main(sys.argv[1:]))"
+    found: list[End] = []
+    for kills in (f"sed -i s/2/3/ {count}; kill -9 $$", "kill -9 $$"):
+        notes = tmp_path / str(len(found))
+        notes.mkdir()
+        env = {**os.environ, "CASCADE_NOTES": str(notes), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n2"}
+        done = subprocess.run([sys.executable, "-P", "-c", program, "bash", "-c", kills], env=env)
+        found.append(read_end(notes, done.returncode, asked=False, job="7"))
+    assert found[0].why == "rank 1 on n2 was killed because the job ran out of memory; raise cluster.mem"
+    assert decide(found[0], found[0]).without == () and decide(found[0], found[0]).action == "restart"
+    assert found[1].why == "rank 1 on n2 was killed by signal 9", "what was counted before its start is not its own"
 
 
 def test_a_rank_that_saved_is_no_failure_for_srun(tmp_path: Path) -> None:
