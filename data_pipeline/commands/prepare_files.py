@@ -86,7 +86,14 @@ class NamedFiles:
 
     def _exact(self, given: str) -> Path | None:
         given = given.removeprefix("file://")
-        forms = (given, given.strip(), given.replace("\\", "/").strip(), given.partition("#")[0], unquote(given))
+        forms = (
+            given,
+            given.strip(),
+            given.strip().strip("'"),
+            given.replace("\\", "/").strip(),
+            given.partition("#")[0],
+            unquote(given),
+        )
         for form in dict.fromkeys(composed for one in forms for composed in (one, nfc(one), nfd(one))):
             place = self.root / form
             with suppress(OSError, ValueError):
@@ -96,7 +103,7 @@ class NamedFiles:
 
     def _by_name(self, given: str) -> Path | None:
         """Return the only file of this name below the folder; None if there is none. Raises `BadSample` for several."""
-        name = given.replace("\\", "/").strip().rpartition("/")[2]
+        name = given.replace("\\", "/").strip().strip("'").rpartition("/")[2]
         whole = name.removesuffix(".0")  # of a number, by programs that know no whole ones with gaps
         coco = [whole.zfill(12)] if whole.isdecimal() else []
         for form in dict.fromkeys((name, name.partition("#")[0], name.partition("?")[0], whole, *coco)):

@@ -274,7 +274,8 @@ class FolderSource:
             near = near or [place for word in _CAPTION_NAMES if (place := (folder, f"{stem}_{word}")) in self._alone]
             if not near and pictures[folder] == 1 and folder != self.folder:
                 near = [(folder, name) for name in _CAPTION_NAMES if (folder, name) in self._alone]
-            if len(near) == 1 and _has_words(self._alone[near[0]].values()):
+            near = [place for place in near if _has_words(self._alone[place].values())]  # labels/ beside captions/
+            if len(near) == 1:
                 files = self._alone[near[0]]
                 kinds = {name: kind_of(name, None, self.names) for name in files}
                 joined = self._of(entry.path, roles(kinds, self.names), files)
@@ -398,6 +399,8 @@ class FolderSource:
         if not texts or not bare:
             return "set data.members.caption for other extensions"
         wanted = f"{nfc(bare).partition('.')[0]}.txt"
+        if wanted in texts:
+            return f"it is not clear which {wanted} belongs to {bare}: put the caption beside its picture"
         return f"a caption must have its picture's name: {wanted} for {bare}, not {min(texts)}"
 
     def remarks(self) -> list[str]:

@@ -15,7 +15,7 @@ from data_pipeline.commands.prepare_table import TableSource
 from data_pipeline.common.errors import BadSample, DataError, about
 from data_pipeline.common.recent import Recent
 from data_pipeline.config import DataConfig, PrepareConfig
-from data_pipeline.content.captions import decode_text, read_json_or_nothing
+from data_pipeline.content.captions import decode_text, no_caption, read_json_or_nothing
 from data_pipeline.content.members import IMAGE_EXTENSIONS, ending, more_captions
 from data_pipeline.reading.rows import Run, runs_of
 from data_pipeline.shards.index import ShardIndex
@@ -90,6 +90,7 @@ class ShardSource:
         if others and "txt" in sample and "captions" not in facts and not self._names.caption:
             others = [name for name in others if ending(name) != "json"]
             texts = dict.fromkeys(text for name in ("txt", *others) if (text := sample[name]).strip())
+            texts = {text: None for text in texts if not no_caption(text.decode("utf-8", "replace"))}
             if len(texts) > 1:
                 facts["captions"] = [decode_text(text, self._encoding) for text in texts]
                 self._several.add(number)

@@ -215,6 +215,8 @@ def _quote_of(header: bytes, first: bytes, separator: str) -> str:
     """Return the quotation mark of a table: `'` if its header or the picture in its first row is in such, else `"`."""
     names = [name.strip() for name in header.decode("utf-8", "replace").lstrip("# ").split(separator)]
     cells = [cell.strip() for cell in first.decode("utf-8", "replace").split(separator)]
+    if any(cell.startswith('"') for cell in cells):
+        return '"'
     single = all(_in_single(name) for name in names) or any(
         looks_like_picture(cell[1:-1]) for cell in cells if _in_single(cell)
     )

@@ -260,6 +260,14 @@ def test_names_that_differ_in_case_or_end_with_a_space_are_pairs_and_hidden_pict
     ]
 
 
+def test_captions_beside_labels_of_the_same_name_are_found(tmp_path: Path) -> None:
+    folder(tmp_path, images_in_1__jpg=ONE, captions_in_1__txt="one", labels_in_1__txt="0 0.5 0.5 0.1 0.1\n")
+    folder(tmp_path, k__jpg=TWO, k__txt="7 0.5 0.5 0.1 0.1\n", k__caption="two")
+    assert found(FolderSource(str(tmp_path))) == {"images/1.jpg": "one", "k.jpg": "two"}
+    source = FolderSource(str(folder(tmp_path, more_in_1__txt="which?")))
+    assert "it is not clear which 1.txt belongs to 1.jpg: put the caption" in source.advice("missing_caption")
+
+
 def test_a_text_file_that_is_a_dangling_link_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match="it contains no pictures"):

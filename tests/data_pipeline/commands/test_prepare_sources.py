@@ -16,6 +16,7 @@ from data_pipeline.common.errors import BadSample, DataError, StoreError
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage import retry
 from tests.data_pipeline.commands.importing import imported, members
+from tests.data_pipeline.damage import archive
 from tests.data_pipeline.photos import jpegs
 
 
@@ -140,3 +141,11 @@ def test_the_output_is_not_blamed_for_the_limit_of_open_files(
     monkeypatch.setattr(Path, "read_bytes", without_files)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         imported(tmp_path / "out", "folder", folder)
+
+
+def test_boxes_of_objects_are_no_second_caption_of_a_shard(tmp_path: Path) -> None:
+    files = [("0.jpg", jpegs()[0]), ("0.txt", b"0 0.5 0.5 0.1 0.1\n"), ("0.caption", b"one")]
+    (tmp_path / "in.tar").write_bytes(archive(files))
+    imported(tmp_path / "out", "shards", tmp_path / "in.tar")
+    found = members(tmp_path / "out" / "00000.tar")
+    assert found["0.txt"] == b"one" and b"captions" not in found["0.json"]

@@ -74,6 +74,7 @@ KARPATHY = {"images": [{"filename": f"{i}.jpg", "sentences": [{"raw": text}]} fo
         ("a.csv", b"image;caption\n1.jpg;A dragon\n2.jpg;A cat, asleep\n", ["A dragon", "A cat, asleep"]),
         ("a.csv", b"image,caption\n'1.jpg','A cat, it''s late'\n'2.jpg',two\n", ["A cat, it's late", "two"]),
         ("a.csv", b"'image';'caption'\n'1.jpg';'one; and\nmore'\n'2.jpg';'it\\'s'\n", ["one; and\nmore", "it's"]),
+        ("a.csv", b'image,caption\n\'1.jpg\',"say, ""hi"""\n\'2.jpg\',"two"\n', ['say, "hi"', "two"]),
         ("a.csv", b"'1.jpg','one'\n'2.jpg','two'\n", ["one", "two"]),
         ("a.csv", b"image,caption\n1.jpg,'tis the season\n2.jpg,'one'\n", ["'tis the season", "'one'"]),
         ("a.csv", b"sep=;\r\nimage;caption\r\n1.jpg;one\r\n2.jpg;two\r\n", ["one", "two"]),
