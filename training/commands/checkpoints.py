@@ -140,6 +140,8 @@ def export(store: CheckpointStore, config: CheckpointsCommand) -> dict[str, Any]
     else:
         kind = "param" if config.average < 0 else state_name(config.average)
         tensors, what = _weights(checkpoint, kind), "raw weights" if config.average < 0 else f"average {config.average}"
+    if checkpoint.meta.get("lora"):
+        what = f"adapters (lora), which `cascade bundle` merges into weights: {what}"
     folder, slash, name = config.output.rpartition("/")
     output, digest = config.output, Digest(chunks(tensors))
     open_folder((folder or slash) or ".").write(name, digest)

@@ -7,7 +7,6 @@ unknown keys and wrong types, `__post_init__` refuses invalid values, and `plan/
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -347,7 +346,6 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "lora", rank=0, alpha=0)
-        require(math.isfinite(self.alpha), f"lora.alpha={self.alpha}: it must be a finite number")
         require(self.rank == 0 or bool(self.targets), "lora.targets: name at least one kind of layer")
 
     @property

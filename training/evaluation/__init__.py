@@ -10,8 +10,9 @@ compare(["runs/a", "runs/b"])
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import fields
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 __all__ = ["compare", "evaluate"]
@@ -30,24 +31,39 @@ def evaluate(bundle: str, *, output: str, seed: int = 0, gpus: bool = True, **se
     Raises:
         ConfigError, DataError: invalid settings or data; one sentence that names the key and the remedy.
     """
+    from omegaconf.errors import OmegaConfBaseException
+
     from data_pipeline.common.errors import ConfigError
     from training.config.commands import COMMANDS, SAMPLER_KEYS, EvaluateCommand
-    from training.config.experiment import BundleConfig, ClusterConfig, EvaluationConfig
+    from training.config.experiment import EvaluationConfig
+    from training.config.plain import from_plain
 
     own = {key: settings.pop(key) for key in SAMPLER_KEYS if key in settings}
     known = [field.name for field in fields(EvaluationConfig) if field.name != "output"]
     for key in settings:
         if key not in known:
             raise ConfigError(f"{key}: evaluate has no such setting; it has {', '.join((*known, *SAMPLER_KEYS))}")
-    command = EvaluateCommand(
-        seed=seed,
-        bundle=BundleConfig(dir=str(bundle)),
-        cluster=ClusterConfig(gpus=gpus),
-        evaluation=EvaluationConfig(**{"kind": "pictures", **settings}, output=str(output)),
-        **own,
-    )
+    given = {"seed": seed, "bundle": {"dir": str(bundle)}, "cluster": {"gpus": gpus}, **own}
+    given["evaluation"] = {"kind": "pictures", **settings, "output": str(output)}
+    try:
+        command = from_plain(EvaluateCommand, _plain(given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     found: dict[str, Any] = importlib.import_module(COMMANDS["evaluate"].module).main(command)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as JSON has them: no settings classes, paths, tuples, nor values of numpy and torch."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def compare(results: Sequence[str]) -> dict[str, Any]:

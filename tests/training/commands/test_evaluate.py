@@ -469,11 +469,25 @@ def test_two_evaluations_are_compared_and_incomparable_ones_refused(
 
 
 def test_from_python_in_five_lines(bundle: str, heldout: str, tmp_path: Path) -> None:
-    settings = {"reference": heldout, "samples": 6, "gpus": False}
+    settings = {"reference": Path(heldout), "samples": np.int64(6), "gpus": False}
     a = evaluate_bundle(bundle, output=str(tmp_path / "a"), **settings)
     evaluate_bundle(bundle, output=str(tmp_path / "b"), guidance=9, **settings)
     figures = compare([str(tmp_path / "a"), str(tmp_path / "b")])["others"][0]["figures"]
     assert figures["kid.colour_grid_4x4"]["baseline"] == a["kid"]["colour_grid_4x4"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"samples": "many"}, r"evaluation\.samples: Value 'many' of type 'str' could not be converted to Integer"),
+        ({"seed": 1.5}, r"seed: Value '1\.5' of type 'float' could not be converted to Integer"),
+        ({"extractors": {"a": {"kind": "nope"}}}, r"evaluation\.extractors: kind=nope: it must be"),
+        ({"extractors": {"a": {"weights": "x"}}}, r"evaluation\.extractors\.a\.weights: Key 'weights' not in"),
+    ],
+)
+def test_settings_in_python_are_checked_as_those_of_the_command_line(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{sentence}"):
+        evaluate_bundle("nowhere", output="nothing", **settings)
 
 
 def test_mistakes_are_reported_in_one_sentence(bundle: str, tmp_path: Path) -> None:

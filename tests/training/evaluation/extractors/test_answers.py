@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_stage_by_stage_in_the_report(config: ExtractorConfig, tmp_path: Path) -
     ]  # fmt: skip
     file = tmp_path / "list.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = {"prompts": str(file), "samples": 2, "extractors": {"judge": config}, "gpus": False, "steps": 1}
+    settings = {"prompts": str(file), "samples": 2, "extractors": {"judge": asdict(config)}, "gpus": False, "steps": 1}
     found = evaluate(str(tmp_path / "bundle"), output=str(tmp_path / "out"), **settings)
     assert list(found["vqa_score"]) == list(found["soft_tifa_am"]) == ["base", "sr"]
     am, gm = (found[f"soft_tifa_{name}"]["sr"]["value"] for name in ("am", "gm"))
