@@ -153,7 +153,7 @@ def load_config(verb: str, overrides: Sequence[str] = ()) -> Experiment:
     """
     if verb not in COMMANDS:
         raise ConfigError(f"{verb}: no such command; the commands are {', '.join(COMMANDS)}")
-    if not isinstance(overrides, (list, tuple)):
+    if not isinstance(overrides, (list, tuple)) or not all(isinstance(word, str) for word in overrides):
         raise ConfigError(f'overrides={overrides!r}: give a list of settings, for example ["experiment=demo"]')
     return validate(verb, composed(verb, overrides), overrides)
 

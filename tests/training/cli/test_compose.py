@@ -341,6 +341,7 @@ def test_only_settings_that_the_command_uses_are_suggested(verb: str, word: str,
         ("trian", [], "trian: no such command; the commands are prepare, index"),
         ("train", "experiment=demo", "overrides='experiment=demo': give a list of settings"),
         ("train", {"experiment": "demo"}, "overrides={'experiment': 'demo'}: give a list of settings"),
+        ("train", ["seed=1", 3], "overrides=['seed=1', 3]: give a list of settings"),
     ],
 )
 def test_a_program_is_told_what_to_give(verb: str, words: Any, sentence: str) -> None:
