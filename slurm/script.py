@@ -87,7 +87,7 @@ def render_script(job: Job) -> str:
     )
     values = {
         "title": job.title,
-        "programs": PROGRAMS,
+        "plain": PLAIN,
         "directives": "\n".join(f"#SBATCH {line}" for line in options),
         "directory": shlex.quote(str(Path.cwd())),
         "logs": shlex.quote(str(job.home / "logs")),
@@ -275,11 +275,13 @@ def checked(lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 MISSING = '{look} >/dev/null || {{ echo "==> {name}: not on PATH of $(hostname); {why}"; finish 2; }}'
-PROGRAMS = """\
+PLAIN = """\
+set +euf +o pipefail
+unset IFS
 \\unalias -a
 unset -f cat cd date echo grep head hostname kill ls mkdir printf rm
 unset -f scancel scontrol seq set sleep squeue srun tail type wait"""
-"""What the lines of a script use is then what bash and PATH have by these names."""
+"""Lines after which the shell does what a script expects: bash's defaults, and programs by their names."""
 CHECK = """\
 setup_directory=$PWD
 setup_failed() {
@@ -292,8 +294,7 @@ trap 'setup_failed "$?"' EXIT    # bash ends at a variable that is not set, afte
 CHECKED = f"""\
 trap - ERR
 case $(trap -p EXIT) in *setup_failed*) trap - EXIT ;; esac
-set +eu +o pipefail
-{PROGRAMS}
+{PLAIN}
 cd "$setup_directory\""""
 MODULES = """\
 load_module() {    # detects failure even where `module load` returns 0

@@ -98,14 +98,15 @@ def test_a_line_that_fails_ends_the_job_and_is_named(site: Path, line: str) -> N
 
 
 @pytest.mark.parametrize(
-    "setting", ["set -eu", "set -o pipefail", "shopt -s expand_aliases; alias srun=false scontrol=false"]
+    "setting",
+    ["set -eu", "set -o pipefail; set -f; IFS=' '", "shopt -s expand_aliases; alias srun=false scontrol=false"],
 )
 def test_settings_of_the_shell_at_a_site(site: Path, here: Path, program, setting: str) -> None:
     """bash runs the file that BASH_ENV names before any script. Failures are expected there, as here of a rank."""
     (here / "site.sh").write_text(f"{setting}\n")
-    program('[ -e once ] || { touch once; exit 78; }\necho "ran: again"')
+    program('[ -e once ] || { touch once; exit 78; }\necho "ran: again, port $MASTER_PORT"')
     done = run_script(script(), site, BASH_ENV=str(here / "site.sh"))
-    assert "ran: again" in done.stdout and OK in done.stdout, done
+    assert re.search(r"ran: again, port \d+\n", done.stdout) and OK in done.stdout, done
 
 
 def test_functions_of_a_users_shell_are_not_taken_for_programs(site: Path) -> None:
