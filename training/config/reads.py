@@ -280,7 +280,9 @@ def reader(verb: str, config: Any, key: str) -> str:
         found = [value for value in values if is_read(verb, _with(config, mode, value), key)]
         if found:
             said = " or ".join(f"{mode}={_said(value)}" for value in found)
-            return f"it belongs to {said}, not {mode}={_said(_get(config, mode))}"
+            now = _get(config, mode)
+            default = ", the default" if now == _get(unchecked(verb), mode) else ""
+            return f"it belongs to {said}, not {mode}={_said(now)}{default}"
     own = key.removeprefix("stage.sampler.")
     if COMMANDS[verb].draws and own in SAMPLER_KEYS:
         return f"give {own}=..."

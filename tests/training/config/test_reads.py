@@ -121,11 +121,11 @@ def test_every_key_of_the_tables_exists() -> None:
             "bundle tracking=disabled",
             "wandb: cascade bundle would not use it; it is a setting of train, ablate, distill",
         ),
-        ("prepare prepare.max_side=3", "it belongs to prepare.kind=folder or .*, not prepare.kind=draw"),
+        ("prepare prepare.max_side=3", "it belongs to prepare.kind=folder or .*, not prepare.kind=draw, the default"),
         ("train evaluation.images_per_prompt=4", "it is a setting of evaluate"),
         (
             "train optimizer=adafactor optimizer.betas=[0.9,0.95]",
-            "optimizer.betas: .* it belongs to optimizer.name=adamw or .*muon, not optimizer.name=adafactor",
+            "optimizer.betas: .* it belongs to optimizer.name=adamw or .*muon, not optimizer.name=adafactor$",
         ),
         ("plan optimizer=adafactor optimizer.eps=1e-6", "optimizer.eps: cascade plan would not use it"),
         (
