@@ -380,7 +380,8 @@ def _errors(verb: str, debug: bool) -> Iterator[None]:
         _fail(f"cascade {verb}", told)
     except KeyboardInterrupt as end:
         number = signal.Signals(end.number) if isinstance(end, Terminated) else signal.SIGINT
-        say(f"cascade {verb}: stopped by {number.name}")
+        rest = "; what is finished is kept, and the same command continues" if COMMANDS[verb].continues else ""
+        say(f"cascade {verb}: stopped by {number.name}{rest}")
         raise SystemExit(128 + number) from None
 
 

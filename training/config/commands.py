@@ -430,6 +430,8 @@ class Verb:
     """Key of the list that arguments without a key belong to."""
     distributed: bool = False
     """A Slurm job starts it once per rank, on every node; other commands are one process on one node."""
+    continues: bool = False
+    """When it is stopped, what is finished is kept, and the same command does the rest."""
 
     @property
     def makes_run(self) -> bool:
@@ -470,6 +472,7 @@ COMMANDS: dict[str, Verb] = {
             "prepare.max_side=512",
         ),
         ("prepare", "seed"),
+        continues=True,
     ),
     "index": Verb(
         IndexCommand,
@@ -477,6 +480,7 @@ COMMANDS: dict[str, Verb] = {
         "read shards once and write their index",
         ("cascade index 'data.shards=s3://bucket/laion/{00000..00999}.tar'",),
         ("data",),
+        continues=True,
     ),
     "verify": Verb(
         VerifyCommand,
@@ -500,6 +504,7 @@ COMMANDS: dict[str, Verb] = {
         ("cascade embed data.shards=data/mine text=t5 text.path=google/t5-v1_1-xxl output=data/mine-t5",),
         ("data", "text"),
         outputs=("output",),
+        continues=True,
     ),
     "caption": Verb(
         CaptionCommand,
@@ -508,6 +513,7 @@ COMMANDS: dict[str, Verb] = {
         ("cascade caption data.shards=data/mine vlm.path=models/vlm output=data/mine-captions",),
         ("data",),
         outputs=("output",),
+        continues=True,
     ),
     "train": Verb(
         Experiment,
@@ -537,6 +543,7 @@ COMMANDS: dict[str, Verb] = {
         outputs=("run.dir", "ablate.output"),
         local=("run.dir", "ablate.output"),
         trains=True,
+        continues=True,
     ),
     "distill": Verb(
         DistillCommand,
@@ -579,6 +586,7 @@ COMMANDS: dict[str, Verb] = {
         draws=True,
         local=("output", "sampling.output"),
         distributed=True,
+        continues=True,
     ),
     "evaluate": Verb(
         EvaluateCommand,
@@ -594,6 +602,7 @@ COMMANDS: dict[str, Verb] = {
         draws=True,
         local=("evaluation.output",),
         distributed=True,
+        continues=True,
     ),
     "checkpoints": Verb(
         CheckpointsCommand,

@@ -57,6 +57,9 @@ def test_no_work_is_lost_and_none_done_twice(place: Path, tmp_path: Path, verb: 
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait() == 128 + number, (tmp_path / "said").read_text()
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    kept = "what is finished is kept, and the same command continues"
+    assert last == f"cascade {verb}: stopped by {number.name}; {kept}"
     first = {file.name: file.stat().st_mtime_ns for file in output.iterdir()}
     assert len(first) == 1 and not any(name.startswith(".") for name in first)
     again = forks.command(*words(verb, place, name))
