@@ -133,9 +133,11 @@ def test_a_task_with_the_number_of_its_array_leaves_the_others_alone(on_cluster:
 
 # ------------------------------------------------------------------------------------------- with a real training
 
+SAVED_EVERY = 5
 TINY = [
     "data.global_batch=4", "stage.model.preset=tiny_base", "text.dim=32",
-    "train.log_every=1", "train.sample_every=0", "tracking=disabled", "checkpoint.every=5", "optimizer.warmup_steps=2",
+    "train.log_every=1", "train.sample_every=0", "tracking=disabled", f"checkpoint.every={SAVED_EVERY}",
+    "optimizer.warmup_steps=2",
 ]  # fmt: skip
 STEPS = 150
 SHARDS = "data/demo/train"
@@ -205,7 +207,10 @@ def test_the_events_of_a_month_change_no_step(
     signal_rank(1, run, signal.SIGKILL) if reached(12) else None
     until(lambda: len(history(run)) == 1, 60, lambda: log.read_text())
     until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 2, 60)
-    signal_rank(0, run, signal.SIGSTOP) if reached(last_step(run) + 8) else None
+    reached(last_step(run) + 8)
+    # Far from a checkpoint: while it is saved, other ranks wait for one that stands still for train.timeout_first_s.
+    until(lambda: last_step(run) % SAVED_EVERY == 1, 60, pause_s=0.02)
+    signal_rank(0, run, signal.SIGSTOP)
     until(lambda: len(history(run)) == 2, 90, lambda: log.read_text())
     until(lambda: len(json.loads((run / "code.json").read_text())["starts"]) == 3, 60)
     assert reached(last_step(run) + 8) < STEPS, "too quick for this test: raise STEPS"
