@@ -31,7 +31,8 @@ APPLY = """\
 # Applies each job after those that it depends on: bash {name}
 cd {folder} || exit 1
 scratch=$(mktemp -d) || exit 1
-trap 'rm -rf "$scratch"' EXIT
+# One of the waits may just be writing there.
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$scratch" 2>/dev/null || {{ sleep 1; rm -rf "$scratch"; }}' EXIT
 mkdir "$scratch/applied" "$scratch/failed"
 nap() {{ kill -0 $$ 2>/dev/null || exit 1; sleep "${{POLL_S:-10}}"; }}    # with this script, its waits end
 apply() {{ kubectl apply -f "$2" && touch "$scratch/applied/$1"; }}

@@ -164,7 +164,9 @@ def test_the_script_does_not_wait_for_a_deleted_job(
 def test_a_stopped_script_applies_nothing_more(
     cascade: tuple[dict, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
-    script, env = apply_script(cascade, tmp_path, '[ $1 = get ] || echo "$3" >> "$HOME/applied"')
+    script, env = apply_script(
+        cascade, tmp_path, 'if [ $1 = get ]; then echo "job pods1"; else echo "$3" >> "$HOME/applied"; fi'
+    )
     output = tmp_path / "output"
     with output.open("w") as out:
         process = subprocess.Popen(["bash", script], env=env, stdout=out, stderr=out, start_new_session=True)
