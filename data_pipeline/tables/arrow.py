@@ -7,15 +7,17 @@ import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.common.errors import PASSING, BadSample
 from data_pipeline.storage import store
 from data_pipeline.storage.retry import persist
 from data_pipeline.tables.base import Rows, no_table
+
+T = TypeVar("T")
 
 _BATCH_BYTES, _BATCHES_KEPT, _LEAST_ROWS = 16 << 20, 3, 32
 _ROWS_KEPT = 256
@@ -65,11 +67,7 @@ class ArrowRows:
         which = self._batch_of(number)
         with self._lock:
             batch = self._found(which)
-        cells = ((name, batch.column(place)) for place, name in enumerate(self.columns))
-        try:  # reversed: of several columns with the same name, the first is used
-            return dict(reversed([(name, _value(column[number - self._starts[which]])) for name, column in cells]))
-        except UnicodeDecodeError as error:
-            raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+        return _row(batch, self._starts[which], number)
 
     def _found(self, which: int) -> Any:
         """Return a batch; the file is opened again if its file system fails.
@@ -78,12 +76,7 @@ class ArrowRows:
             DataError: it had to be opened again, and has changed.
             StoreError: its file system kept failing.
         """
-        try:
-            return self._batch(which)
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-            return persist(str(self._path), lambda: self._batch_again(which))
+        return _retried(self._path, lambda: self._batch(which), lambda: self._batch_again(which))
 
     def _batch_of(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
@@ -158,11 +151,7 @@ class ParquetRows:
     def row(self, number: int) -> dict[str, Any]:
         with self._lock:
             start, batch = self._found(number)
-        cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
-        try:  # reversed: of several columns with the same name, the first is used
-            return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
-        except UnicodeDecodeError as error:
-            raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+        return _row(batch, start, number)
 
     def _found(self, number: int) -> tuple[int, Any]:
         """Return the batch that contains a row, and its first row; the file is opened again if its file system fails.
@@ -171,12 +160,7 @@ class ParquetRows:
             DataError: it had to be opened again, and has changed.
             StoreError: its file system kept failing.
         """
-        try:
-            return self._batch(number)
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-            return persist(str(self._path), lambda: self._batch_again(number))
+        return _retried(self._path, lambda: self._batch(number), lambda: self._batch_again(number))
 
     def _batch_again(self, number: int) -> tuple[int, Any]:
         store.check_unchanged(str(self._path), os.stat(self._path), self._stamp)
@@ -219,6 +203,26 @@ class ParquetRows:
         rows = min(max(_BATCH_BYTES // self._row_bytes[group], _LEAST_ROWS), 1 << 14)
         self._next = self._starts[group]
         self._batches = self._file.iter_batches(rows, row_groups=[group], columns=self._wanted, use_threads=False)
+
+
+def _row(batch: Any, start: int, number: int) -> dict[str, Any]:
+    """Return a row of a batch, whose first row is number `start`. Raises `BadSample` for text that is not UTF-8."""
+    cells = ((name, batch.column(place)) for place, name in enumerate(batch.schema.names))
+    try:  # reversed: of several columns with the same name, the first is used
+        return dict(reversed([(name, _value(column[number - start])) for name, column in cells]))
+    except UnicodeDecodeError as error:
+        raise BadSample("bad_row", f"row {number + 1}: {error}") from error
+
+
+def _retried(path: Path, read: Callable[[], T], read_again: Callable[[], T]) -> T:
+    """Return what `read` does; if the file system fails in a way that passes, what `read_again` does, until the
+    deadline."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        return persist(str(path), read_again)
 
 
 def arrow_rows(path: Path, head: bytes) -> Rows:
