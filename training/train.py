@@ -123,7 +123,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
         done, early = session.step, session.told_to_stop
         if session.unmeasured and not early:
             session.log_late(done, _measure(session, done))
-            _draw_samples(session, done)
+            if _is_due(settings.sample_every, done):
+                session.sample_grid(done)
         for step in range(session.step, session.step if early else settings.steps):
             # ------------------------------------------------------------------------------------- next batch
             session.profile.before(step + 1)
@@ -164,8 +165,8 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
                 session.log(done, {"loss": loss, "grad_norm": info.grad_norm, "lr": info.lr, **measured})
             else:
                 session.report.tick(done, loss)
-            if not hurry:
-                _draw_samples(session, done, last)
+            if not hurry and _is_due(settings.sample_every, done, last):
+                session.sample_grid(done)
 
             # -------------------------------------------------------------------------------------- save, stop
             if guard.refused >= settings.max_skipped:
@@ -203,7 +204,7 @@ def train(config: Experiment, ranks: Ranks, signals: Signals, watchdog: Watchdog
             shut_down()
 
 
-def _is_due(every: int, step: int, last: bool) -> bool:
+def _is_due(every: int, step: int, last: bool = False) -> bool:
     """Return whether that which happens every `every` steps (0: never), and after the last one, is due after `step`."""
     return bool(every) and (step % every == 0 or last)
 
@@ -213,12 +214,6 @@ def _measure(session: Session, step: int, last: bool = False) -> dict[str, float
     config = session.config
     found = session.validate(step) if _is_due(config.validation.every, step, last) else {}
     return {**found, **session.evaluate(step)} if _is_due(config.evaluation.every, step, last) else found
-
-
-def _draw_samples(session: Session, step: int, last: bool = False) -> None:
-    """Draw the sample grid if it is due after `step`."""
-    if _is_due(session.config.train.sample_every, step, last):
-        session.sample_grid(step)
 
 
 def _what_is_there(config: Experiment, step: int) -> list[str]:
