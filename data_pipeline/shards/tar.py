@@ -340,12 +340,9 @@ def walk(
                 count["problems"] += lost
                 ahead = last
                 continue
-            if header.kind not in b"0\x007" or _is_sparse(header, records):
-                what = (
-                    "a sparse file; pack it without --sparse"
-                    if _is_sparse(header, records)
-                    else f"of type {header.kind!r}"
-                )
+            sparse = _is_sparse(header, records)
+            if sparse or header.kind not in b"0\x007":
+                what = "a sparse file; pack it without --sparse" if sparse else f"of type {header.kind!r}"
                 report("unsupported_member", since, f"{member_name!r} is {what}")
             else:
                 count["skipped" if member_name.endswith("/") else "members"] += source.position - since
